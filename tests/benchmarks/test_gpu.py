@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py on the CPU with tiny sizes, what it says of made figures, and which wheels a machine lacks."""
+"""benchmarks/gpu.py on the CPU with tiny sizes, its report on made-up figures, and the wheels that a machine lacks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def replace_count(count: int):
 
 
 def measured(plan: LaunchPlan, tokens_per_sec: float, reserved_gib: float) -> Measured:
-    """Figures of a launcher's run with 1 GiB for CUDA, and of a bare loop of half its speed."""
+    """Return figures of a launcher run with 1 GiB for CUDA, and of a bare loop at half its speed."""
     assert plan.peak is not None
     last = {
         "perf/mfu": 0.47,
@@ -84,7 +84,7 @@ def test_the_report_compares_with_the_plan_and_with_the_other_sides(plan: Launch
 
 
 def test_the_row_of_a_measured_gpu_gives_its_speed_and_memory(plan: LaunchPlan) -> None:
-    """What the benchmark prints for the table is what the plan needs to predict the run that was measured."""
+    """With the printed row in the table, the plan predicts the measured run."""
     planned = planned_tokens_per_sec(plan)
     assert planned is not None
     found = measured(plan, 1.1 * planned, 42.0)
@@ -95,7 +95,7 @@ def test_the_row_of_a_measured_gpu_gives_its_speed_and_memory(plan: LaunchPlan) 
 
 
 def test_the_row_of_a_measured_gpu_gives_its_speed_in_fp8(plan_of: Callable[..., LaunchPlan]) -> None:
-    """Against bf16 with the same kernels: a share of the peak that was assumed too low is no gain of FP8."""
+    """FP8 is compared with bf16 with the same kernels, so an underestimated share of the peak is no FP8 gain."""
     real = replace(GPUS["H100-80GB"], gemm_share=0.7, fp8_speed=1.3, fp8_eager_speed=0.6)
     found = Measured("NVIDIA H100 80GB HBM3")
     for name in ("launcher", COMPILE, f"{COMPILE} {FP8}", FP8):
@@ -138,7 +138,7 @@ def test_a_run_on_cpus_has_neither_planned_speed_nor_a_row(plan_of: Callable[...
 
 
 def test_a_kernel_that_cannot_be_imported_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """It is built for another torch, which only an import shows."""
+    """A build for another torch version fails only when it is imported."""
     (tmp_path / "flash_attn_interface.py").write_text('raise ImportError("undefined symbol: _ZN3c10")')
     monkeypatch.syspath_prepend(tmp_path)
     assert gpu_kernel.missing("flash_attention_3") == {"missing": "flash-attn-3 cannot be imported: undefined symbol: _ZN3c10"}
@@ -154,7 +154,7 @@ def test_the_wheels_are_those_that_the_image_lacks(tmp_path: Path) -> None:
     assert not is_satisfied(Requirement("psutil>=7"), image["psutil"])
     compared = {requirement.name for requirement in first_requirements({"COMPARE": "1", "PACKAGES": "flash-attn"})}
     assert {"trl", "datasets", "liger-kernel", "flash-attn"} <= compared
-    # What transformers would import in every process lies in a folder of its own.
+    # torchao gets its own folder, because transformers would import it in every process.
     folders = [folder_of(Requirement(name), tmp_path) for name in ("torchao>=0.18", "psutil")]
     assert folders == [tmp_path / "fp8", tmp_path]
     assert folders[0].is_dir()

@@ -1,4 +1,4 @@
-"""benchmarks/predicted_speed.py without a run: rates from measured seconds, fitted factors, and the table of both halves."""
+"""benchmarks/predicted_speed.py without a run: rates from measured seconds, fitted factors, and the results table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def outcomes(plan_of: Callable[..., LaunchPlan]) -> list[Outcome]:
     made = []
     for number, case in enumerate(predicted_speed.CASES[:-1]):
         plan = planned(plan_of, *case.overrides, "train.max_steps=8", "train.epochs=null")
-        # Each on another machine, so that no two parts are in proportion.
+        # Each run has different rates, so that no two parts are proportional.
         measured = {name: value * (1 + 0.3 * ((number * place) % 5)) for place, (name, value) in enumerate(MEASURED.items())}
         step = planned_step(plan, rates=predicted_speed.rates_of(plan, measured))
         assert step is not None
@@ -55,7 +55,7 @@ def test_rates_give_the_seconds_that_were_measured(plan_of: Callable[..., Launch
     assert plan.data is not None
     tokens, layers, micro_batches = 4 * 256, plan.model.num_layers, plan.batch.accumulation
     assert predicted_speed.shapes_of(plan)["chunk_tokens"] == tokens * plan.data.num_trained_tokens / plan.data.num_tokens
-    # All trained tokens are one chunk.
+    # All trained tokens fit into one chunk.
     products_s = layers * MEASURED["layer_s"] * 4 / 3 + MEASURED["head_s"]
     assert step.products_s == pytest.approx(micro_batches * products_s)
     docs = tokens / predicted_speed.shapes_of(plan)["doc_tokens"]
@@ -67,7 +67,7 @@ def test_shapes_are_those_of_the_models_products(plan_of: Callable[..., LaunchPl
     plan = planned(plan_of, *predicted_speed.CASES[-2].overrides)
     shapes = predicted_speed.shapes_of(plan)
     weights = sum(inputs * outputs for inputs, outputs in shapes["products"])
-    # A layer has two norms besides.
+    # Each layer also has two norms.
     assert plan.model.num_params == 12 * (weights + 2 * 512) + 49152 * 512 + 512
     assert shapes["tokens"] == 512
 
@@ -77,13 +77,13 @@ def test_factors_are_found_again_and_errors_are_those_of_the_other_half(plan_of:
     made = outcomes(plan_of)
     factors = predicted_speed.fit([outcome for outcome in made if outcome.case.is_fit])
     assert len(factors) == len(FACTORS)
-    # Parts that hardly count keep the factor that is assumed.
+    # Parts that hardly affect the time keep the assumed factor.
     for outcome in made:
         assert outcome.predicted_s(factors) == pytest.approx(outcome.measured_s, rel=0.03)
     lines = predicted_speed.table(made)
     assert sum("| fit |" in line for line in lines) == sum(case.is_fit for case in predicted_speed.CASES)
     assert any(line.startswith("5 configurations for the test: ") and "5 within 20%" in line for line in lines)
-    # A run that took twice as long as predicted is half as fast, and changes no factor.
+    # A run that takes twice the predicted time is reported as half as fast, and changes no factor.
     slow = made[-1]
     assert not slow.case.is_fit
     slow.step_s[0] *= 2

@@ -1,4 +1,4 @@
-"""Measuring a command with all processes that it starts."""
+"""Measuring a command together with all processes that it starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import process_tree
 
-# The command's own process ends at once, and leaves a grandchild whose parent has ended before.
+# The command exits at once and leaves a grandchild whose parent has already exited.
 ORPHAN = """
 import os, time
 if os.fork() == 0:

@@ -1,4 +1,4 @@
-"""How a measurement is written into RESULTS.md."""
+"""How measurements are written to RESULTS.md."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_current_section_of_a_benchmark_is_replaced_and_becomes_the_first_of
         "### 2026-01-02 10:00 UTC: export of 2 ranks\n\n| s |\n|---|\n| 2 |\n\n`python benchmarks/export.py`\n\nA note by hand."
     )
     assert history.strip() == f"{former}\n\n### 2025-12-01 10:00 UTC: export of 1 rank\n\n| s |"
-    # Other benchmarks keep their sections, in the same order.
+    # The sections of other benchmarks keep their order.
     assert current.index("### export") < current.index("### saving\n\n**2026-01-01 10:00 UTC: saving, 1 GiB**\n\n| s |")
 
 

@@ -1,4 +1,4 @@
-"""What a run's metrics tell about its saves."""
+"""Save times read from a run's metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def save(last_step: int, time: float, seconds: float, stall_s: float) -> dict[st
 def test_steps_beside_a_write_are_told_from_others_and_the_first_save_is_left_out() -> None:
     lines = [
         *(step(1, 10, 5), step(2, 12, 2), step(3, 14, 2)),
-        # Saved after step 3, written while step 4 was done.
+        # Saved after step 3, written during step 4.
         *(step(4, 17, 3), save(3, 17, 2.5, 0.9), step(5, 19, 2)),
         # Saved after step 5, written until the middle of step 7.
         *(step(6, 23, 4), step(7, 26, 3), save(5, 26, 5.0, 0.1), step(8, 28, 2)),

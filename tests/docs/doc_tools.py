@@ -1,4 +1,4 @@
-"""Markdown files of the repository as the tests read them: code blocks, commands, links, headings."""
+"""Parse the repository's Markdown files: code blocks, commands, links and headings."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The fenced code blocks of a page, in order."""
+    """Return the fenced code blocks of a page, in order."""
     text, end, result = page.read_text(encoding="utf-8"), 0, []
     for match in _FENCE.finditer(text):
         result.append(Block(match["language"], match["body"], text[end : match.start()]))
@@ -53,12 +53,12 @@ def blocks(page: Path) -> list[Block]:
 
 
 def prose(page: Path) -> str:
-    """The text of a page without its fenced code blocks."""
+    """Return the text of a page without its fenced code blocks."""
     return _FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
 def commands(page: Path) -> list[Command]:
-    """The launcher's command lines in shell blocks, in indented code and in code spans."""
+    """Return the launcher's command lines in shell blocks, in indented code and in code spans."""
     lines = [line for block in blocks(page) if block.language == "sh" for line in _joined(block.body)]
     text = prose(page)
     lines += _joined("\n".join(line.strip() for line in text.splitlines() if line.startswith(" " * 8)))
@@ -69,26 +69,26 @@ def commands(page: Path) -> list[Command]:
 
 
 def command_tokens(line: str) -> tuple[str, ...] | None:
-    """The arguments of a launcher command, or None for any other line."""
+    """Return the arguments of a launcher command, or None for any other line."""
     line = _ENVIRONMENT.sub("", line.strip())
     match = _COMMAND.match(line)
     return tuple(shlex.split(line[match.end() :], comments=True)) if match else None
 
 
 def _joined(text: str) -> list[str]:
-    """The lines of a shell text; a backslash at the end of a line continues it."""
+    """Return the lines of a shell text, with backslash continuations joined."""
     return re.sub(r"\\\n\s*", "", text).splitlines()
 
 
 def links(page: Path) -> Iterator[str]:
-    """The targets of all links and pictures of a page outside its code."""
+    """Yield the targets of all links and pictures in a page, outside code."""
     text = re.sub(r"`[^`\n]*`", "", prose(page))
     for match in _LINK.finditer(text):
         yield match[1] or match[2]
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that both GitHub and the documentation site give to the headings of a page."""
+    """Return the heading anchors of a page, as both GitHub and the documentation site generate them."""
     headings = re.findall(r"^#{1,6} +(.+?)\s*#*$", prose(page), re.MULTILINE)
     return {_github_anchor(heading) for heading in headings} & {_site_anchor(heading) for heading in headings}
 

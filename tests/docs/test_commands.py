@@ -1,4 +1,4 @@
-"""Every command of the launcher in README.md and the guides is one that the launcher accepts; nothing is started."""
+"""The launcher accepts every launcher command in README.md and the guides; nothing is started."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from launcher.cli.main import COMPOSING, VERBS, main
 from launcher.config.compose import run_hydra
 from launcher.security.redaction import looks_secret
 
-# Each command once, whichever page shows it.
+# Each command once, even if several pages show it.
 COMMANDS = list({command.tokens: command for page in PAGES for command in commands(page)}.values())
 _LAUNCH_FLAGS = {"--json", "--follow", "--detach", "--yes"}
 
 
 class Parsed(Exception):
-    """Raised in place of carrying out a verb, when its arguments have been accepted."""
+    """Raised instead of running a command, once its arguments are accepted."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Parsed(Exception):
 
 @pytest.fixture
 def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the presets that the guides tell their readers to save."""
+    """A folder with the presets that the guides tell readers to save."""
     for page in (README, *GUIDES):
         for block in blocks(page):
             if block.language == "yaml" and (
@@ -40,7 +40,7 @@ def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 file = tmp_path / "".join(names[-1])
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(block.body, encoding="utf-8")
-    # The one that `init --data rows.jsonl` writes.
+    # The file that `init --data rows.jsonl` writes.
     (tmp_path / "rows.yaml").write_text("model: tiny\ndata: {path: rows.jsonl}\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -80,14 +80,14 @@ def test_the_launcher_accepts_the_command(
 
 
 def _compose(tokens: list[str]) -> None:
-    """Compose and validate the settings; raises ConfigError for a mistake."""
+    """Compose and validate the settings; raise ConfigError on a mistake."""
     configs: list[Any] = []
     run_hydra(tokens, configs.append)
     assert configs or "--cfg" in tokens or "--info" in tokens
 
 
 def _parsed(verb: str, tokens: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """The arguments of a verb, by its own parser; an unknown flag is refused before that."""
+    """Return the arguments as parsed by the command's own parser, after the check for unknown flags."""
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, name, _stop_after(getattr(argparse.ArgumentParser, name)))
     with pytest.raises(Parsed) as parsed:

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md and docs/extending-backends.md work as they are printed there."""
+"""The examples in docs/extending.md and docs/extending-backends.md work as printed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TABLES: tuple[dict[Any, Any], ...] = (
 
 @pytest.fixture(autouse=True)
 def unchanged_tables() -> Iterator[None]:
-    """What an example registers is gone after its test."""
+    """Remove what an example registers after its test."""
     before = [dict(table) for table in TABLES]
     yield
     for table, entries in zip(TABLES, before, strict=True):
@@ -47,10 +47,10 @@ def unchanged_tables() -> Iterator[None]:
 
 
 def examples() -> dict[str, list[Block]]:
-    """The Python blocks of the pages by the heading of their section."""
+    """Return the Python blocks of the pages by section heading."""
     heading = "A cluster backend"
     sections = {heading: [block for block in blocks(BACKENDS_PAGE) if block.language == "python"]}
-    # The block before it is a user's own function.
+    # Only the last block: the one before it is a user's own function.
     metric = "An evaluation metric"
     sections[metric] = [block for block in blocks(METRICS_PAGE) if block.language == "python"][-1:]
     for block in blocks(PAGE):
@@ -62,7 +62,7 @@ def examples() -> dict[str, list[Block]]:
 
 
 def execute(section: str) -> dict[str, Any]:
-    """Run the example of a section and return its names."""
+    """Run a section's example and return the names it defines."""
     names: dict[str, Any] = {"__name__": "example"}
     for block in examples()[section]:
         exec(compile(block.body, str(PAGE), "exec", dont_inherit=True), names)

@@ -1,4 +1,4 @@
-"""The pictures of the documentation: drawn from a run, without a path of this machine."""
+"""The documentation's pictures are drawn from a run and contain no paths of this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "make_pictures.py"
 
 @pytest.fixture
 def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module docs/make_pictures.py, which writes into the test's folder."""
+    """The module docs/make_pictures.py, set to write to the test's folder."""
     spec = importlib.util.spec_from_file_location("make_pictures", SCRIPT)
     assert spec is not None
     assert spec.loader is not None

@@ -13,7 +13,7 @@ from missing_program import skip_or_fail
 
 
 def load(name: str) -> ModuleType:
-    """A module of docs/, which is no package."""
+    """Load a module from docs/, which is not a package."""
     spec = importlib.util.spec_from_file_location(name, REPO / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

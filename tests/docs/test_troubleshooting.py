@@ -1,4 +1,4 @@
-"""The messages that docs/troubleshooting.md quotes are messages of the source."""
+"""The messages quoted in docs/troubleshooting.md exist in the source."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import pytest
 from doc_tools import REPO
 
 PAGE = REPO / "docs/troubleshooting.md"
-# Stands for a value in a message of the source.
+# Placeholder for a value in a message of the source.
 _VALUE = "\0"
 
 
 def quoted_messages() -> list[str]:
-    """The first cells of the page's tables: a message each, with `...` for the values in it."""
+    """Return the first cell of each table row: a message with `...` in place of values."""
     rows = re.findall(r"^\| `` ?(.+?) ?`` \||^\| `(.+?)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     return [first or second for first, second in rows]
 
 
 @functools.cache
 def templates() -> tuple[str, ...]:
-    """All texts in the source of the launcher, with one character in place of each value."""
+    """Return all string literals in the launcher's source, with a placeholder for each value."""
     found: set[str] = set()
     for file in (REPO / "launcher").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -34,7 +34,7 @@ def templates() -> tuple[str, ...]:
 
 
 def is_in_the_source(message: str) -> bool:
-    """Whether one text of the source has the message's constant parts in their order."""
+    """Return whether a text in the source contains the constant parts of the message in order."""
     parts = [part for part in message.split("...") if part]
     pattern = re.compile(".*".join(re.escape(part) for part in parts), re.DOTALL)
     return any(pattern.search(template) for template in templates())

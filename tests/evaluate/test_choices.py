@@ -1,4 +1,4 @@
-"""Questions with choices: the forms of rows that are read, the documents that are scored, and the accuracies."""
+"""Multiple-choice questions: accepted row formats, scored documents, and accuracies."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write(folder: Path, *rows: object) -> Path:
         ({"question": "q", "choices": ["x", "y"], "answer": "y"}, 1),
         ({"question": "q", "choices": ["x", "y"], "answer": "B"}, 1),
         ({"ctx": "q", "endings": ["x", "y"], "label": "1"}, 1),
-        # The text of a choice comes before its index.
+        # The text of a choice takes precedence over its index.
         ({"question": "q", "choices": ["1", "0"], "answer": "1"}, 0),
         ({"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}, 1),
         ({"prompt": "q", "options": ["x", "y"], "target": 0}, 0),
@@ -68,7 +68,7 @@ def test_every_kind_of_bad_line_is_counted_and_named_where_it_is_first(tmp_path:
 
 
 def scored(tokenizer: PreTrainedTokenizerBase, side: TunedPrompts | BasePrompts, *style: PromptStyle) -> list[tuple[str, str]]:
-    """What precedes each choice, and what is scored."""
+    """Return for each choice the preceding text and the scored text."""
     encoder = Encoder(tokenizer, DATA)
     question = to_eval_question(SUM, encoder, DATA, "auto")
     texts = []

@@ -1,4 +1,4 @@
-"""Prompts compared with those of training: the tests hold their level, and find what has changed."""
+"""Statistical tests for drift from the training prompts: they keep their significance level and detect changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WORDS = [f"word{number}" for number in range(400)]
 
 
 def sample(number: int, seed: int, *, first: int = 0, words: int = 300, length: int = 20) -> list[Prompt]:
-    """Prompts of random words from a part of the vocabulary, after two that all have."""
+    """Return prompts of two common tokens followed by random words from a part of the vocabulary."""
     generator = np.random.default_rng(seed)
     prompts = []
     for i in range(number):
@@ -85,7 +85,7 @@ def test_the_permutation_test_is_exact_for_equal_samples() -> None:
 
 
 def likelihoods(seed: int, shift: float, *, is_judged: bool = True) -> PromptLikelihoods:
-    """Losses of 60 prompts, which are larger by `shift`, and of 120 of training."""
+    """Return losses of 60 prompts, increased by `shift`, and of 120 training prompts."""
     generator = np.random.default_rng(seed)
     now, before = generator.normal(3 + shift, 0.5, 60), generator.normal(3, 0.5, 120)
     return PromptLikelihoods({"tuned": likelihood.compare_losses(7, now, before, is_judged)})
@@ -99,7 +99,7 @@ def test_prompts_that_are_less_likely_have_drifted() -> None:
     one = report.likelihoods.models["tuned"]
     assert one.unlikely > 0.1
     assert one.median_loss[1] - one.median_loss[0] == pytest.approx(0.6, abs=0.2)
-    # Prompts are likely to a model that was trained on them: that says nothing about others.
+    # A model finds its own training prompts likely, so its likelihoods are not judged.
     assert not compare(sample(60, 1), sample(120, 2), likelihoods(3, 0.6, is_judged=False)).has_drifted
     shorter = compare(sample(60, 1), sample(120, 2), likelihoods(3, -0.6))
     assert not shorter.has_drifted

@@ -1,4 +1,4 @@
-"""Prompts of a file beside the training prompts of a run: written in the same way, whatever form the rows have."""
+"""Prompts from a file are rendered like a run's training prompts, whatever the row format."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_line_of_any_depth_or_length_is_refused_with_its_place(tmp_path: Path,
         list(drift._read(file))
     assert error.value.problems[0].where == f"{file}:2"
     monkeypatch.setattr(files, "MAX_ROW_BYTES", 1 << 20)
-    # A file with holes: to read the line whole would take all memory.
+    # A sparse file: reading the whole line would exhaust memory.
     os.truncate(file, 2**40)
     with pytest.raises(DataError, match="the line is longer than 1 MiB") as error:
         list(drift._read(file))
@@ -100,7 +100,7 @@ def test_training_prompts_have_the_tokens_of_the_same_prompts_in_a_file(
     tmp_path: Path,
     completions: str,
 ) -> None:
-    """Chats of two turns, or prompts and completions, as the settings of the run write them."""
+    """The rows are chats of two turns, or prompts with completions, rendered by the run's settings."""
     turns = ("user", "assistant", "user", "assistant")
     rows = [
         {"messages": [{"role": role, "content": f"{i} {n} and so on"} for n, role in enumerate(turns)]}
@@ -118,7 +118,7 @@ def test_training_prompts_have_the_tokens_of_the_same_prompts_in_a_file(
     read = drift._encode(list(drift._read(file)), completions, Encoder(tokenizer, config.data), tokenizer, generator)
     assert {one.tokens for one in training} == {one.tokens for one in read}
     assert len(training) == 12
-    # A credential that the shortened text has in part.
+    # The shortened text would contain a part of the credential.
     file.write_text(json.dumps({"prompt": "x " * 92 + "ghp_" + "a" * 36}))
     (one,) = drift._encode(list(drift._read(file)), completions, Encoder(tokenizer, config.data), tokenizer, generator)
     assert len(one.shown) < len("x " * 92) + 36

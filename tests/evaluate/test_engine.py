@@ -1,4 +1,4 @@
-"""Answers of transformers: token by token those of its own generation, with shared examples computed once, and where they end."""
+"""The transformers engine: tokens equal those of its own `generate`, shared examples run once, and where answers end."""
 
 from __future__ import annotations
 

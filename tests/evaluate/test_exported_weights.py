@@ -1,4 +1,4 @@
-"""The export of an evaluation that was interrupted is used again, unless another checkpoint has taken its place."""
+"""An interrupted evaluation's export is reused, unless another checkpoint has replaced its checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_an_interrupted_evaluation_exports_nothing_again(tmp_path: Path) -> None
     assert weights.stop_ids == (2,)
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"d"', '"e"'))
-    # There is no plan.json from which this run could be exported.
+    # The launcher tries to export again, which fails because this run has no plan.json.
     with pytest.raises(FileNotFoundError, match=r"plan\.json"):
         export_tuned(plan, run, folder, 3)
     assert not folder.weights_record.exists()

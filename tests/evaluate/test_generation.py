@@ -1,4 +1,4 @@
-"""The processes of an evaluation: they share the prompts, choose together how to ask, and generate nothing twice."""
+"""The processes of an evaluation divide the prompts, agree on a prompt style, and generate nothing twice."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_the_time_left_counts_the_answers_of_later_prompts() -> None:
     assert pace.left(0, 2) == ""
 
 
-# Characters at which a text, but not a file, is split into lines.
+# Contains characters at which str.splitlines splits, but reading a file does not.
 NO = "no\u2028no\u2029no\x85no"
 
 
 class Parrot:
-    """An engine whose tuned model says the number that it is asked for; the base model says no."""
+    """An engine whose tuned model answers with the number it is asked to say; its base model says no."""
 
     name = "parrot"
 
@@ -193,7 +193,7 @@ def test_an_evaluation_that_was_killed_continues(folder: EvaluationFolder, token
 def test_a_process_that_differs_from_the_first_one_is_refused(
     folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """It would wait for answers that no other gives."""
+    """The process would wait for answers that no other process generates."""
     first = ProcessFacts("cuda", "bf16", "parrot", version("transformers"), 2)
     folder.write_facts(0, first)
     log: list[str] = []

@@ -1,4 +1,4 @@
-"""How answers are scored."""
+"""The answer metrics."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_json_schema(text: str, expected: float) -> None:
 
 
 def test_deep_json_ends_no_evaluation() -> None:
-    # Some are too deep for the parser, some for what is done with the value.
+    # Some depths exceed the parser's limit, others only the recursion limit of the scoring.
     for depth in range(800, 1_000):
         text = "[" * depth + "]" * depth
         assert score("field_f1", text, '{"a": 1}') == 0

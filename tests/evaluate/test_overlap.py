@@ -1,4 +1,4 @@
-"""Prompts of an evaluation that the run was trained on are found, the same and nearly the same ones."""
+"""Evaluation prompts that equal or nearly equal training prompts are found."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_prompts_of_training_rows_are_found(
     assert str(exact) == f"seen.jsonl:1: the same prompt as {file}:{trained[0] + 1}"
     assert describe_copies(len(others), (exact, near)).startswith(f"2 of the {len(others)} prompts are in the training data")
     assert describe_copies(5, ()) == ""
-    # Fewer documents than there are, and files that are gone, leave a gap, which refuses no evaluation.
+    # A limit on the documents, or missing files, leave a gap that is reported but does not stop an evaluation.
     first = find_training_copies(plan, encoder, [seen], num_read.append, max_documents=trained[0] + 1)
     assert first.copies["seen"] == (exact,)
     assert first.gap == f"prompts were compared with the first {trained[0] + 1} training documents only"
@@ -83,7 +83,7 @@ def test_documents_of_a_cache_are_read_until_all_are_known() -> None:
 
     split = Split(tokens.view(Counted), tokens, docs, docs, docs, docs, docs)
     assert _find_documents(split, [tokens[30:40], tokens[:10]]) == {digest_tokens(tokens[30:40]), digest_tokens(tokens[:10])}
-    # Neither the document of another length, nor those after the last one.
+    # Documents of other lengths, and those after the last match, are not read.
     assert num_read == [0, 30]
     assert _find_documents(split, [tokens[1:11]]) == set()
 

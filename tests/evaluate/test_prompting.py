@@ -1,4 +1,4 @@
-"""Prompts of the base model: chat and text, examples, instruction, and what ends an answer."""
+"""Prompts of the base model: chat and text format, examples, instruction, and stop strings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_text_has_instruction_examples_and_ends_where_the_answer_begins(tokenize
 def test_a_separator_that_examples_contain_ends_no_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     examples = [question("1+1?", "It is\n\n2")]
     assert BasePrompts(tokenizer, DATA, examples, ()).write(ASKED, PromptStyle(TEXT, 1)).stop_strings[0] == "\n\n\n"
-    # Answers of other training rows count without examples too; their questions are in no prompt.
+    # Without examples, the answers of other training rows count too, but their questions do not.
     without = BasePrompts(tokenizer, DATA, (), [*examples, question("a\n\n\nb", "c")])
     assert without.write(ASKED, PromptStyle(TEXT, 0)).stop_strings[0] == "\n\n\n"
 

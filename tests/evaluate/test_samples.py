@@ -1,4 +1,4 @@
-"""The question and the answers that a run records at its end."""
+"""The sample question and answers that a run records at its end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_secrets_in_questions_and_answers_are_redacted(
 ) -> None:
     sample = {"prompt": f"Is it {KEY}?", "prompt_ids": [1], "answer": f"Mail eve@corp.com,\nkey {KEY}."}
     cache_store.write_json(tmp_path / "samples.json", [sample])
-    # A fake answer that repeats a key, as a model may.
+    # The fake answer repeats a key, as a real model may.
     monkeypatch.setattr(samples, "_answer", lambda *inputs: f"Yes, {KEY}.")
     plan = plan_of("model=tiny").model_copy(update={"data": DATA.model_copy(update={"cache_dir": str(tmp_path)})})
     run = RunDir(tmp_path / "run")
@@ -42,7 +42,7 @@ def test_secrets_in_questions_and_answers_are_redacted(
 def test_settings_in_the_folder_of_the_model_do_not_change_an_answer(
     plan_of: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers refuses contrastive search, which `penalty_alpha` asks for: it would run code of the Hub."""
+    """`penalty_alpha` selects contrastive search, which transformers refuses because it would run code from the Hub."""
     folder = save_model(tmp_path / "model", {"model_type": "llama"})
     plan = plan_of("model=tiny", "model.dtype=fp32", "eval.sample_max_tokens=4")
     tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0, decode=lambda ids, **_: " ".join(map(str, ids)))

@@ -1,4 +1,4 @@
-"""Scores of many answers, and metrics that are a user's own Python functions."""
+"""Scoring of many answers, including with the user's own Python functions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make_scorer(settings: AnswerMetrics, folder: Path) -> AnswerScorer:
 
 
 def own(folder: Path, body: str, limit_s: float = 60.0) -> list[float]:
-    """Score the answers with a function of this body."""
+    """Score the answers with a function that has this body."""
     file = folder / "own.py"
     file.write_text(f"import os, sys, time\n\ndef score(answer, reference):\n    {body}\n")
     settings = AnswerMetrics(metrics=(f"{file}:score",), metric_time_limit_s=limit_s)
@@ -63,7 +63,7 @@ def test_metrics_of_the_table_and_own_functions(tmp_path: Path, capfd: pytest.Ca
     file.write_text(LENGTH)
     settings = AnswerMetrics(metrics=("stopped", f"{file}:length", f"{file}:is_empty"))
     scorer = make_scorer(settings, tmp_path / "copies")
-    # The copy is what is run.
+    # The copied file is run, not this one.
     file.write_text("raise SystemExit")
     scores = [list(scorer.score(metric, ANSWERS, REFERENCES, PLACES)) for metric in settings.metrics]
     assert scores == [[1, 1, 1], [5, 7.5, 0], [0, 0, 1]]
@@ -98,14 +98,14 @@ def test_an_own_function_that_fails_names_the_row(tmp_path: Path, body: str, par
 
 def test_an_own_function_that_hangs_is_ended_with_its_processes(tmp_path: Path) -> None:
     pids, began = tmp_path / "pids", monotonic()
-    # Both processes write: the second one 0 for the process that it has not started.
+    # Both processes write their pid and that of their child, which is 0 in the forked process.
     body = f"return 1 if answer else (open({str(pids)!r}, 'a').write(f'{{os.getpid()}} {{os.fork()}} '), time.sleep(900))"
     with pytest.raises(DataError, match=r"failed: it took more than 3 s and was ended") as error:
         own(tmp_path, body, limit_s=3)
     assert "test.jsonl:3" in str(error.value)
     assert "evaluate.metric_time_limit_s" in str(error.value)
     assert monotonic() - began < 300
-    # A process that is killed takes a moment to end.
+    # A killed process takes a moment to end.
     started = {int(pid) for pid in pids.read_text().split()} - {0}
     assert len(started) == 2
     wait_for("both processes to end", lambda: not any(map(is_running, started)))

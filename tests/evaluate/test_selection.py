@@ -1,4 +1,4 @@
-"""How the base model is asked is chosen by scores on training rows."""
+"""The prompt style of the base model is selected by its scores on training rows."""
 
 from __future__ import annotations
 

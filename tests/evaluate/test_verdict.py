@@ -1,4 +1,4 @@
-"""When an evaluation says that fine-tuning helped."""
+"""When an evaluation concludes that fine-tuning helped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BETTER, WORSE, UNCLEAR = ComparisonOutcome.BETTER, ComparisonOutcome.WORSE, Comp
 
 
 def binary(num_right: int, num_prompts: int = 400) -> statistics.Scores:
-    """Scores of a side that is right on the first prompts."""
+    """Return the scores of a side that answers the first `num_right` prompts correctly."""
     return (np.arange(num_prompts) < num_right).astype(np.float64)
 
 
@@ -65,7 +65,7 @@ def test_a_baseline_that_is_not_beaten_leaves_it_open() -> None:
 
 
 def test_the_number_of_prompts_belongs_to_the_difference_that_is_named() -> None:
-    """Against 0-shot, 20 wins and 28 losses; against 8-shot, ten of each: more prompts are needed, for a smaller difference."""
+    """20 wins and 28 losses against 0-shot, ten of each against 8-shot: the smaller difference needs more prompts."""
     tuned = binary(50, 100)
     zero_shot, eight_shot = tuned.copy(), tuned.copy()
     zero_shot[:20], zero_shot[50:78] = 0, 1
@@ -87,7 +87,7 @@ def test_worse_than_a_few_shot_prompt_is_no_help() -> None:
 
 @pytest.mark.parametrize(("wins", "outcome"), [(5, UNCLEAR), (6, BETTER), (9, BETTER)])
 def test_few_pairs_that_differ_are_judged_by_the_exact_test(wins: int, outcome: ComparisonOutcome) -> None:
-    """The interval alone would count five wins out of five: no sample of the prompts has a negative difference."""
+    """The interval alone would accept five wins out of five, because no bootstrap sample has a negative difference."""
     verdict = judged(binary(20 + wins, 50), **{"0_shot": binary(20, 50)})
     (comparison,) = verdict.primary
     assert comparison.p_value == pytest.approx(2 / 2**wins)
@@ -107,7 +107,7 @@ def test_a_model_against_itself_cannot_tell(num_prompts: int) -> None:
 @pytest.mark.rest
 @pytest.mark.parametrize("is_graded", [False, True])
 def test_without_a_difference_few_verdicts_say_otherwise(is_graded: bool) -> None:
-    """200 comparisons of sides that answer equally well, with two baselines: at most 5% may have an outcome."""
+    """Of 200 comparisons between equally good sides, with two baselines, at most 5% may find a difference."""
     generator = np.random.default_rng(23)
     outcomes = []
     for trial in range(200):
@@ -124,7 +124,7 @@ def test_without_a_difference_few_verdicts_say_otherwise(is_graded: bool) -> Non
 
 
 def test_a_real_difference_is_seen_with_the_number_of_prompts_that_was_named() -> None:
-    """80% of the samples with the named number of prompts show it; the exact share varies by 3%."""
+    """With the reported number of prompts, 80% of samples show the difference; the observed share varies by 3%."""
     generator = np.random.default_rng(5)
 
     def differences(num_prompts: int) -> statistics.Scores:
@@ -136,7 +136,7 @@ def test_a_real_difference_is_seen_with_the_number_of_prompts_that_was_named() -
 
 
 def test_intervals_equal_those_of_references() -> None:
-    """Values of scipy 1.16 (bootstrap, ttest_1samp, t.ppf) and statsmodels 0.14 (mcnemar, exact)."""
+    """References: scipy 1.16 (bootstrap, ttest_1samp, t.ppf) and statsmodels 0.14 (mcnemar, exact)."""
     assert statistics.t_quantile(0.975, 9) == pytest.approx(2.2621571628, abs=1e-9)
     assert statistics.t_quantile(0.975, 1) == pytest.approx(12.7062047362, abs=1e-8)
     assert statistics.t_quantile(0.995, 4) == pytest.approx(4.6040948713, abs=1e-9)
@@ -187,7 +187,7 @@ def test_a_verdict_about_weights_that_were_replaced_is_not_shown(tmp_path: Path)
     assert [(one.step, one.set_name) for one in read_verdicts(run)] == [(7, "held_out")]
     manifest.write_text("after a return to step 3")
     assert read_verdicts(run) == []
-    # Checkpoints are removed after a while.
+    # A verdict remains valid after its checkpoint is removed.
     manifest.unlink()
     assert len(read_verdicts(run)) == 1
     remove_verdicts(folder)

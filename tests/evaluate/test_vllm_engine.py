@@ -1,4 +1,4 @@
-"""vLLM behind its HTTP, spoken by a small program in place of the package: prompts, answers, its end, and its failure."""
+"""The vLLM engine with a fake HTTP server in place of vLLM: prompts, answers, shutdown and failures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """An interpreter in whose environment the module of vLLM's server is the small program."""
+    """An interpreter in whose environment vLLM's server module is the fake server."""
     packages = tmp_path / "packages"
     module = packages / "vllm/entrypoints/openai"
     module.mkdir(parents=True)
@@ -145,7 +145,7 @@ def test_a_port_that_another_user_has_taken_is_not_asked(
 def test_a_port_that_another_user_has_taken_on_all_addresses_gets_no_prompt(
     python: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They read the port in the command line while vLLM starts, which then finds it taken."""
+    """Another user can read the port from the command line and take it before vLLM has started."""
     if os.geteuid() != 0:
         skip_or_fail("only root can act as another user: run pytest as root")
     code = (

@@ -1,4 +1,4 @@
-"""`model.path=run:...` on real run directories with real checkpoints: what is found, and what is refused."""
+"""`model.path=run:...` on real run directories with real checkpoints: resolution and refusals."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_missing_step_is_resolved_to_the_newest_one(make_run: MakeRun, config_
     assert resolved(config) == config, "a later checkpoint changes nothing"
     for path in ("run:a@5", "run:./runs/a@5", f"run:{run.root}@5"):
         assert resolved(settings(config_of, path)).model.path == f"run:{run.root}@5"
-    # A name is searched for under run.root.
+    # A run name is looked up under run.root.
     assert resolved(settings(config_of, "run:a@5", f"run.root={run.root.parent}")).model.path == f"run:{run.root}@5"
 
 
@@ -212,7 +212,7 @@ def test_each_checkpoint_and_dtype_has_its_own_weights_folder(make_run: MakeRun)
     folders = {parent_run.weights_folder(source, dtype) for source in sources for dtype in ("bf16", "fp32")}
     assert len(folders) == 6
     assert parent_run.weights_folder(sources[0], "bf16") == parent_run.weights_folder(parent_run.find_parent("run:a@5"), "bf16")
-    # The same step is saved again with other weights.
+    # Save the same step again with other weights.
     atomic_files.remove_directory(sources[0].checkpoint.path)
     add_checkpoint(sources[0].run, 5, b"other")
     assert parent_run.weights_folder(parent_run.find_parent("run:a@5"), "bf16") not in folders
@@ -239,7 +239,7 @@ def test_the_parents_export_is_used_only_for_the_same_checkpoint_and_dtype(make_
     weights = run.export / "model.safetensors"
     weights.touch()
     for is_shared, used in ((True, None), (False, run.export)):
-        # In a run that others can read, they could have replaced the weights.
+        # The weights are writable for everyone: users who can enter the run could have replaced them.
         run.root.chmod(0o755 if is_shared else 0o700)
         weights.chmod(0o666)
         assert parent_run.find_export(newest, "bf16") == used

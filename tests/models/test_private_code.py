@@ -1,4 +1,4 @@
-"""The code of a model on a shared machine: others plant files where transformers looks, or exchange them after a check."""
+"""A model's own code on a shared machine, where other users plant files for transformers or swap files after a check."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ import pathlib
 def touch():
     pathlib.Path({marker!r}).touch()
 """
-# Loads a model as the comparison of weights, the probe, each rank and an export do, in a process of its own.
+# Loads a model in a separate process, as the weight check, the probe, each rank and an export do.
 LOAD = """
 import sys
 from pathlib import Path
@@ -58,19 +58,19 @@ def write_code(folder: Path, marker: Path) -> None:
 
 @pytest.fixture
 def ran(tmp_path: Path) -> Path:
-    """The file that the model's own code makes when it runs."""
+    """The file that the model's own code creates when it runs."""
     return tmp_path / "ran"
 
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Path:
-    """The file that the code of somebody else makes when it runs."""
+    """The file that another user's code creates when it runs."""
     return tmp_path / "planted"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, ran: Path) -> Path:
-    """A model with weights and code of its own."""
+    """A model with weights and its own code."""
     folder = save_model(tmp_path / "model", {"model_type": "llama"})
     config = json.loads((folder / "config.json").read_text())
     own = {"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
@@ -81,7 +81,7 @@ def folder(tmp_path: Path, ran: Path) -> Path:
 
 @pytest.fixture
 def snapshot(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same model in a shared cache of the Hub: links to blobs."""
+    """The same model in a shared Hub cache, as links to blobs."""
     hub = tmp_path / "shared/hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     snapshot = hub / "models--owner--name/snapshots" / COMMIT
@@ -130,7 +130,7 @@ def test_code_that_is_exchanged_after_its_check_does_not_run(folder: Path, ran: 
 
 
 def test_a_rank_runs_no_code_that_the_digest_does_not_cover(folder: Path, ran: Path, planted: Path, tmp_path: Path) -> None:
-    """transformers runs custom_generate/generate.py, also where the folder is a link, which a digest does not follow."""
+    """transformers runs custom_generate/generate.py even if the folder is a link, which the digest does not follow."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "generate.py").write_text(f"open({str(planted)!r}, 'w')\ndef generate(*args, **kwargs): ...\n")
@@ -168,7 +168,7 @@ def test_code_of_a_snapshot_that_others_could_have_written_is_refused(
     with pytest.raises(ConfigError, match="the code of the model is not trusted"):
         private_code.folder_to_load(snapshot, True, None)
     assert not ran.exists()
-    # Only code runs: weights from such a folder are loaded without it.
+    # Without code to run, weights from such a folder are loaded in place.
     assert private_code.folder_to_load(snapshot, False, None) == snapshot
     monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "anyone")
     assert model_source.check_model(HUB_MODEL) == []
@@ -186,7 +186,7 @@ def test_a_snapshot_of_this_user_is_loaded_from_a_private_copy(snapshot: Path, r
 def test_code_that_others_plant_while_a_snapshot_is_copied_is_not_copied(
     snapshot: Path, planted_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a folder where others can make files; another owner whom this user trusts may replace the file that is read."""
+    """Others can create files in the snapshot's folder, and another trusted owner may replace a file while it is read."""
     if os.geteuid() != 0:
         skip_or_fail("only root can give files to other users: run pytest as root")
     snapshot.chmod(0o1777)

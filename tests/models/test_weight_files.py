@@ -1,4 +1,4 @@
-"""What is read of weight files without torch: their headers, which of them count, and a kept comparison."""
+"""Reading weight files without torch: their headers, which files count, and the cached comparison."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path, content: bytes 
 
 
 def test_a_header_of_any_size_is_not_read(tmp_path: Path) -> None:
-    """A file with holes takes no space on the disk, and its content would take all memory."""
+    """A sparse file takes no disk space, but reading it would exhaust memory."""
     folder = model_folder(tmp_path / "m")
     size = 2**40
     with open(folder / "model.safetensors", "r+b") as file:

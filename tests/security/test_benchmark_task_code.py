@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: whose rows and code an evaluation by tasks uses, and what the model's author can do in it."""
+"""Tasks of lm-evaluation-harness use only trusted rows and code, and the evaluated model cannot run code of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launcher.worker.benchmark_tasks.task_files import find_running_call
 __all__ = ["as_root"]
 
 DEADLINE_S = 300
-# Once a metric is loaded, `evaluate` has added the folder around the metrics to the search path.
+# `evaluate` adds the folder around the metrics to the search path when it loads a metric.
 SCORES = """
 import contextlib, evaluate
 bleu = evaluate.load('bleu')
@@ -39,7 +39,7 @@ open({marker!r}, "w")
 class C(LlamaConfig):
     model_type = "mine"
 """
-# Prints the questions of the task `rows`, and the messages where the task `metric` cannot be loaded.
+# Prints the questions of the task `rows`, and the error messages if the task `metric` cannot be loaded.
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -70,7 +70,7 @@ def use_tasks(tmp_path: Path, env: Mapping[str, str]) -> dict[str, list[str]]:
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """A folder with a task of rows, and a task that loads the metric bleu as packaged tasks do."""
+    """A folder with a task that reads rows and a task that loads the metric bleu, as packaged tasks do."""
     folder = tmp_path / "tasks"
     folder.mkdir(mode=0o700)
     (folder / "rows.jsonl").write_text("".join(json.dumps({"question": f"Secret {i}?", "answer": "a"}) + "\n" for i in range(3)))
@@ -130,7 +130,7 @@ def test_caches_that_others_could_have_written_are_replaced(tmp_path: Path, monk
     (tmp_path / "home").chmod(0o700)
     assert replaced() == [], "nobody else enters the folder above"
     give(home / "datasets/rows")
-    # The modules of metrics are in a folder below.
+    # Metric modules are in a subfolder of HF_MODULES_CACHE.
     names = ("HF_DATASETS_CACHE", "HF_EVALUATE_CACHE", "HF_METRICS_CACHE")
     assert replaced() == [f"what {name} names is not trusted: rows belongs to {MALLORY}" for name in names]
     assert [os.environ[name] for name in names] == [f"{tmp_path}/caches/{name}" for name in ("datasets", "evaluate", "metrics")]
@@ -141,7 +141,7 @@ def test_caches_that_others_could_have_written_are_replaced(tmp_path: Path, monk
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder that everyone can reach; those above folders of tests are private."""
+    """A folder that everyone can reach; pytest's folders are inside private ones."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -206,7 +206,7 @@ def test_a_task_does_not_lead_to_files_of_another_user(tmp_path: Path, attempt: 
 
 @pytest.mark.usefixtures("as_root")
 def test_a_task_leads_to_no_file_that_others_can_make(tmp_path: Path) -> None:
-    """The harness looks for a function beside the file of its task first, and Python for its bytecode."""
+    """The harness first searches for a function next to its task's file, where Python also searches for bytecode."""
     tasks, shared = tmp_path / "tasks", tmp_path / "shared"
     for folder in (tasks, shared):
         folder.mkdir()
@@ -221,7 +221,7 @@ def test_a_task_leads_to_no_file_that_others_can_make(tmp_path: Path) -> None:
             task_files.require_own(tasks)
     (shared / "own.yaml").write_text("task: own")
     task_files.require_own(tasks)
-    # As the harness reads it.
+    # The harness does not expand `~` either.
     (tasks / "task.yaml").write_text("include: ~/base.yaml")
     assert list(task_files._named_files(tasks / "task.yaml", set())) == [tasks / "~/base.yaml"]
 
@@ -238,7 +238,7 @@ def test_tasks_are_checked_again_before_they_are_scored(tmp_path: Path) -> None:
 
 
 def test_a_task_runs_no_code_of_a_model_that_its_settings_name(tmp_path: Path) -> None:
-    """Those of the harness that would are refused; one that hides it imports nothing."""
+    """Packaged tasks that run a model's code are refused. A task that hides such a call fails before the code is imported."""
     pytest.importorskip("lm_eval")
     from transformers import AutoConfig
 
@@ -259,7 +259,7 @@ def test_a_task_runs_no_code_of_a_model_that_its_settings_name(tmp_path: Path) -
 
 
 def test_tasks_whose_code_could_run_an_answer_are_known(tmp_path: Path) -> None:
-    """Those that say so, and those that do not, such as graders of formulas with a parser that evaluates what it reads."""
+    """Some tasks declare it; others, such as math graders, use a parser that evaluates its input."""
     pytest.importorskip("lm_eval")
     from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Files of other users that an evaluation would use: a relative path leads into the working directory, which may be theirs."""
+"""An evaluation refuses other users' files, which relative paths may name: the working directory may be another user's."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_packages_of_another_user_are_not_imported(folder: Path, theirs: str) ->
     ],
 )
 def test_the_environment_behind_a_link_to_an_interpreter_is_checked(folder: Path, theirs: str) -> None:
-    """An interpreter that is in no virtual environment finds its modules from the file that the link leads to."""
+    """An interpreter outside a virtual environment locates its modules relative to the link's target."""
     python, link = folder / "env/bin/python", folder / "home/vllm-python"
     for file in (python, link, folder / "env/lib/python3.11/site-packages/x.pth", folder / theirs):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def test_an_interpreter_in_whose_folder_others_can_make_settings_is_not_run(fold
 
 
 def test_a_node_answers_for_no_run_of_another_user(folder: Path) -> None:
-    """The path of a run on the disk of one machine may lead to somebody else's folder on another one."""
+    """A run's path on one machine may be another user's folder on another machine."""
     run = run_store.create(hand_made.plan(folder / "run", hand_made.SETTINGS))
     evaluation = EvaluationFolder.of(run.root, 1)
     evaluation.root.mkdir(parents=True)
@@ -136,7 +136,7 @@ def test_a_schema_of_another_user_scores_nothing(folder: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("part", ["data/key", "models/key"])
 def test_a_cache_that_another_user_has_replaced_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """`evaluate`, `data --scored` and `why` find it by the path in the plan of a run, which was made when it was the user's."""
+    """`evaluate`, `data --scored` and `why` take the path from a run's plan, written when the cache was still the user's."""
     monkeypatch.setenv("LAUNCHER_CACHE", str(folder / "cache"))
     for name in ("data/key", "models/key"):
         (folder / "cache" / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A tokenizer from somebody who wants this machine's memory, and one whose vocabulary another user of the machine replaces."""
+"""Tokenizers that exhaust memory, and a tokenizer whose vocabulary another user of the machine replaces."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from launcher.data.tokenization.encoder import load_tokenizer
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 300}
 DOUBLE = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
-# Without a limit, each takes a few GiB at most.
+# Without a limit, each of these takes at most a few GiB.
 DOUBLING = {"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 22}}
 DOUBLING_AGAIN = {"decoder": {"type": "Sequence", "decoders": [DOUBLE] * 28}}
-# Each action in a process of its own, which the package tokenizers ends; with less memory than a build allows.
+# Runs each action in its own process, because `tokenizers` aborts it, with a lower memory limit than a real build.
 ATTEMPTS = """
 import os, sys
 from launcher.config.sections.data import DataSection, Source
@@ -42,7 +42,7 @@ for action, folder in ((encode, sys.argv[1]), (decode, sys.argv[1]), (encode, sy
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
-# As tiktoken's own does: https://github.com/openai/tiktoken/blob/main/tiktoken/load.py
+# Follows https://github.com/openai/tiktoken/blob/main/tiktoken/load.py
 TIKTOKEN = """
 import base64, hashlib, os, tempfile
 def load_tiktoken_bpe(path, expected_hash=None):
@@ -55,7 +55,7 @@ def load_tiktoken_bpe(path, expected_hash=None):
 
 
 def save_tokenizer(folder: Path, **parts: Any) -> Path:
-    """A tokenizer of bytes, with other `parts` in its tokenizer.json."""
+    """Save a byte-level tokenizer whose tokenizer.json has the given `parts`."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
@@ -83,7 +83,7 @@ def test_a_tokenizer_that_doubles_a_text_again_and_again_takes_bounded_memory(tm
 def test_a_vocabulary_that_another_user_left_in_the_temporary_folder_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """tiktoken keeps copies of the files that it has read there, under names that anybody can compute."""
+    """tiktoken caches the files it reads there, under names that anyone can compute."""
     words = [*(bytes([i]) for i in range(256)), b"an", b"no"]
     folder = tmp_path / "model"
     folder.mkdir()
@@ -99,7 +99,7 @@ def test_a_vocabulary_that_another_user_left_in_the_temporary_folder_is_not_read
     (tmp_path / "tiktoken/load.py").write_text(TIKTOKEN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
-    # setenv first: the variable that the tokenizer's loading sets is removed at the end.
+    # setenv comes first so that monkeypatch removes the variable that loading the tokenizer sets.
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
     planted = tmp_path / "shared/data-gym-cache" / hashlib.sha1(str(folder / "tokenizer.model").encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""A server that HF_ENDPOINT names answers with names that lead out of the cache of the Hub, and with content without end."""
+"""A malicious HF_ENDPOINT server answers with names that point outside the Hub cache, and with endless content."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 COMMIT = "1" * 40
 FILE = b'{"text": "a row"}\n'
-# Beside the folder of the cache: blobs and snapshots lie two folders below it.
+# Points next to the cache folder: blobs and snapshots are two levels below it.
 OUTSIDE = "../../../outside"
 
 _CODE = """
@@ -48,7 +48,7 @@ print(json.dumps(outcomes))
 
 
 class HostileHub(BaseHTTPRequestHandler):
-    """Each repository attacks in the way of its name; `plain` and `weak` do not."""
+    """Each repository is named after its attack; `plain` and `weak` are harmless."""
 
     outside: Path
 

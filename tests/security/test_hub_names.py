@@ -1,4 +1,4 @@
-"""A folder that another user has made is not used in place of the repository of the Hub that has its name."""
+"""Another user's folder is not used in place of the Hub repository of the same name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("as_root")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, in which there is a folder for each name."""
+    """The working directory, with a folder for each repository name."""
     monkeypatch.delenv("LAUNCHER_TRUST_OWNERS", raising=False)
     monkeypatch.chdir(tmp_path)
     for name in ("Qwen/Qwen3-8B", "openai/gsm8k"):
@@ -44,7 +44,7 @@ def problems(config: RunConfig) -> str:
 
 @pytest.mark.parametrize("part", ["Qwen", "Qwen/Qwen3-8B"])
 def test_weights_of_another_user(config_of: Callable[..., RunConfig], folder: Path, part: str) -> None:
-    """The preset names the repository: its user has never heard of the folder."""
+    """The preset names the repository, so its user may not know that the folder exists."""
     config = config_of("model=qwen3_8b")
     shutil.chown(folder / part, MALLORY)
     refusal = problems(config)
@@ -68,7 +68,7 @@ def test_folders_of_the_user_are_used(config_of: Callable[..., RunConfig], folde
 
 
 def test_questions_of_an_evaluation_in_another_folder(folder: Path) -> None:
-    """The documents of a run are found again in its sources, whose names the command looks up where it is typed."""
+    """An evaluation reads a run's sources again and resolves their names in its own working directory."""
     data = DataSection.model_validate({"sources": [{"path": "openai/gsm8k"}]})
     encoder: Any = SimpleNamespace(write_as_chat=lambda document, completions: document)
     assert len(list(questions.read_documents(list_inputs(data), encoder, data.checks))) == 1

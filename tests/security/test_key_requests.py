@@ -1,4 +1,4 @@
-"""Servers that get a key of this user do not pass it on, and do not hold a command by what they answer."""
+"""Servers that receive the user's key cannot redirect it elsewhere, and cannot block a command with their answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY = "0123456789abcdef" * 2 + "01234567"
 
 
 class Elsewhere(BaseHTTPRequestHandler):
-    """Another server, which keeps what it is sent."""
+    """Another server, which records the requests that it receives."""
 
     received: list[tuple[str, str | None]]
 
@@ -37,7 +37,7 @@ class Elsewhere(BaseHTTPRequestHandler):
 
 
 class Named(Elsewhere):
-    """The server that the user has named."""
+    """The server that the user configured."""
 
     target: str
 
@@ -77,7 +77,7 @@ class Named(Elsewhere):
 
 @pytest.fixture
 def servers() -> Iterator[tuple[str, type[Elsewhere]]]:
-    """The address of the named server, and the other one."""
+    """The configured server's address, and the other server."""
     other = type("Other", (Elsewhere,), {"received": []})
     with serving(other) as elsewhere, serving(type("Own", (Named,), {"target": elsewhere})) as address:
         yield address, other

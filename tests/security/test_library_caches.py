@@ -1,4 +1,4 @@
-"""Caches of libraries: in folders of this user, whatever others have made in the folder for temporary files."""
+"""Library caches stay in this user's folders, whatever other users create in the temporary folder."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ ALL = {
     *("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_MODULES_CACHE"),
     *("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"),
 }
-# By themselves, libraries keep these in the folder for temporary files.
+# By default, libraries place these caches in the temporary folder.
 TEMPORARY = {"TORCHINDUCTOR_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "QUACK_CACHE_DIR"}
-# An interpreter that notes in which folder torch, and a compiler of kernels, would look for compiled code.
+# An interpreter that records where torch and a kernel compiler would look for compiled code.
 INTERPRETER = """#!/bin/sh
 exec {python} -c "
 import os
@@ -51,7 +51,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def closed(tmp_path: Path) -> Path:
-    """A home directory that nobody can write in, root included."""
+    """A home directory that nobody can write to, not even root."""
     file = tmp_path / "home"
     file.write_text("no folder")
     return file
@@ -86,7 +86,7 @@ def test_a_folder_that_is_set_is_left_alone(closed: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("mode", [0o777, 0o750])
 def test_a_folder_that_others_can_enter_is_not_used(closed: Path, temporary: Path, mode: int) -> None:
-    """Another user could have put code there that the ranks would load."""
+    """Another user could have placed code there that the ranks would load."""
     theirs = temporary / f"launcher-caches-{os.getuid()}"
     theirs.mkdir()
     theirs.chmod(mode)
@@ -96,8 +96,8 @@ def test_a_folder_that_others_can_enter_is_not_used(closed: Path, temporary: Pat
 def test_folders_of_compiled_code_that_others_could_have_written_are_replaced(
     tmp_path: Path, temporary: Path, as_root: None
 ) -> None:
-    """Whoever named them: the user, by these variables, or by one of a folder above."""
-    # Folders above those of tests are private.
+    """Some are named by the cache's own variable, others by XDG_CACHE_HOME, the variable for a parent folder."""
+    # pytest's folders are inside private ones.
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         shared = Path(name)
         for folder in ("torch_extensions", "inductor", "own", "quack"):
@@ -125,7 +125,7 @@ def test_folders_of_compiled_code_that_others_could_have_written_are_replaced(
 
 @pytest.fixture
 def note(tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, as_root: None) -> Path:
-    """Another user has made the folders of compiled code; sys.executable notes in this file which folders it would use."""
+    """Let another user own the folders of compiled code; sys.executable records the folders it would use in this file."""
     for name in (f"torchinductor_{getpass.getuser()}", getpass.getuser()):
         (temporary / name).mkdir()
         (temporary / name).chmod(0o777)
@@ -159,7 +159,7 @@ def test_compiled_code_of_another_user_is_not_loaded(note: Path, tmp_path: Path,
 
 
 def test_a_check_of_a_node_loads_no_compiled_code_of_others(tmp_path: Path, temporary: Path, as_root: None) -> None:
-    """Slurm and Ray start the checks of their nodes with the environment of the node."""
+    """Slurm and Ray start node checks with the node's environment."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         give(Path(name))
         environ = {**os.environ, "HOME": str(tmp_path), "TRITON_CACHE_DIR": name}

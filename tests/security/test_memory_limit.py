@@ -1,4 +1,4 @@
-"""The limit of a process's memory around a block of code."""
+"""The memory limit of a process around a block of code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_blocks_in_two_threads_leave_the_limit_as_it_was() -> None:
     threads[0].start()
     assert inside[0].wait(60)
     threads[1].start()
-    # Time in which it would enter if it did not wait for the first.
+    # Enough time for the second thread to enter if it did not wait for the first.
     inside[1].wait(0.3)
     for thread, event in zip(threads, leave, strict=True):
         event.set()

@@ -1,4 +1,4 @@
-"""A mirror on a disk in which another user has made folders, or puts files of any kind and any size."""
+"""A mirror on a disk where another user has created folders, or places files of any kind and size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _make_huge(file: Path) -> None:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """A folder in which everyone can make folders, and nobody can touch those of others."""
+    """A sticky folder: everyone can create folders, and nobody can change another user's."""
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o1777)
@@ -44,7 +44,7 @@ def shared(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mirrored(tmp_path: Path, shared: Path) -> tuple[LaunchPlan, RunDir, RemoteFolder]:
-    """A run with a checkpoint, complete in the mirror."""
+    """A run with a checkpoint, both completely mirrored."""
     plan, run = make_run(tmp_path, f"file://{shared}")
     commit(run, 5)
     there = RemoteFolder(f"file://{shared}/a", waits_s=())
@@ -58,7 +58,7 @@ def mirrored(tmp_path: Path, shared: Path) -> tuple[LaunchPlan, RunDir, RemoteFo
 def test_a_folder_that_another_user_made_for_the_run_gets_nothing(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They could replace what is sent there, and a resume from the mirror runs the code that it holds."""
+    """That user could replace the uploaded files, and a resume from the mirror runs the code in it."""
     plan, run = make_run(tmp_path, f"file://{shared}")
     folder = shared / "a"
     folder.mkdir()
@@ -92,7 +92,7 @@ def test_code_that_another_user_could_have_put_into_the_mirror_is_not_resumed(
 def test_what_is_no_small_file_of_a_mirror_is_not_read(
     shared: Path, mirrored: tuple[LaunchPlan, RunDir, RemoteFolder], replace: Callable[[Path], None]
 ) -> None:
-    """The process that sends to the mirror runs beside the ranks: without its memory they would end, too."""
+    """The upload process runs next to the ranks: if it ran out of memory, they would end too."""
     _, _, there = mirrored
     reads: dict[str, Callable[[RemoteFolder], object]] = {
         "checkpoints/step-00000005/manifest.json": read_complete_checkpoints,

@@ -1,4 +1,4 @@
-"""Who can write to files and folders: access control lists, groups, and users outside a namespace."""
+"""Who can write to files and folders: ACLs, groups, and users outside a namespace."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from launcher.security import ownership
 
 __all__ = ["as_root"]
 
-# Tags of the entries of an ACL; include/uapi/linux/posix_acl.h of Linux.
+# Tags of ACL entries, from Linux's include/uapi/linux/posix_acl.h.
 OWNER, USER, OWNING_GROUP, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 NO_ID = 2**32 - 1
 
 
 @pytest.fixture
 def folder(tmp_path: Path, as_root: None) -> Path:
-    """A folder for runs, which belongs to root."""
+    """A folder for runs, owned by root."""
     path = tmp_path / "runs"
     path.mkdir(mode=0o755)
     return path
@@ -86,7 +86,7 @@ def test_the_owning_group_may_write_only_if_its_own_entry_of_the_acl_says_so(fol
     [
         (0, TEAM, f"all members of the group {TEAM}", [f"group:{TEAM}"]),
         (MALLORY, TEAM, f"{MALLORY} and all members of the group {TEAM}", [f"{MALLORY}", f"group:{TEAM}"]),
-        # The private group of the owner.
+        # The owner's private group.
         (1, 1, "daemon", ["daemon"]),
     ],
 )
@@ -107,7 +107,7 @@ def test_the_error_of_a_project_folder_names_all_that_has_to_be_trusted(
 def test_the_group_of_all_users_outside_a_namespace_is_nobodys_private_group(
     folder: Path, launcher_env: Mapping[str, str], tmp_path: Path
 ) -> None:
-    """As in containers whose images call both the user and the group 65534 `nobody`."""
+    """Some container images name both user and group 65534 `nobody`."""
     inside = ("unshare", "--user", "--map-root-user", "--mount")
     if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
         skip_or_fail("this machine allows no user namespaces: it needs `unshare --user`")

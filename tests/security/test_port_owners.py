@@ -1,4 +1,4 @@
-"""Addresses of this machine at which another user's process listens, perhaps in place of an ssh tunnel."""
+"""Local addresses where another user's process listens, perhaps in place of an ssh tunnel."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from launcher.tracking.wandb import local_settings
 __all__ = ["config_of"]
 
 MALLORY, PORT = 54321, 8265
-# Of loopback: the system connects to it in place of all addresses.
+# Other forms of loopback: the system treats a connection to the unspecified address as one to loopback.
 OTHER_FORMS = ("http://0.0.0.0:8265", "http://[::]:8265", "http://[::ffff:127.0.0.1]:8265", "http://127.1:8265")
-# Servers of storage: where each is named, and the address that is read.
+# Storage servers: the variables that name each one, and the address to read.
 STORAGE = (
     ({}, f"http://localhost:{PORT}/rows.jsonl"),
     ({}, f"simplecache::ftp://127.0.0.1:{PORT}/rows.jsonl"),
@@ -51,7 +51,7 @@ Listen = Callable[..., None]
 
 @pytest.fixture
 def listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Listen]:
-    """Writes the system's tables of sockets: of IPv4 and of IPv6."""
+    """Write fake versions of the system's IPv4 and IPv6 socket tables."""
     tables = (tmp_path / "tcp", tmp_path / "tcp6")
     monkeypatch.setattr(port_owners, "_TABLES", tables)
     monkeypatch.delenv("LAUNCHER_TRUST_OWNERS", raising=False)
@@ -95,7 +95,7 @@ def test_the_system_connects_to_what_listens_at_the_address_itself(listen: Liste
 
 
 def test_a_listener_at_the_mapped_form_of_all_addresses_is_found() -> None:
-    """A process with an IPv6 socket can bind to all addresses of IPv4 alone; `::` is not among them."""
+    """An IPv6 socket can be bound to all IPv4 addresses only, which does not include `::`."""
     with socket.socket(socket.AF_INET6) as listener:
         listener.bind(("::ffff:0.0.0.0", 0))
         listener.listen()
@@ -163,7 +163,7 @@ def test_what_a_proxy_of_another_user_could_read_is_refused(listen: Listen, monk
     assert problem.message.startswith(f"a process of {MALLORY} listens at the address of the proxy for cluster.address")
     assert (problem.where, problem.value) == ("http_proxy", f"127.0.0.1:{PORT}")
     assert "canary" not in str(problem)
-    # The proxy sees only that an encrypted connection is made, and is not asked for the others.
+    # For https, the proxy sees only encrypted data; the other addresses do not use the proxy.
     for address in ("https://10.0.0.1:8000", "http://10.0.0.2:8000", "10.0.0.1:8000"):
         assert port_owners.server_problem("", address) is None, address
 
@@ -189,7 +189,7 @@ def test_a_server_that_wandb_login_has_written_gets_no_key(
 
 @pytest.fixture
 def without_cloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """No settings of clouds, and no clients that have been made with others."""
+    """Remove cloud settings, and cached clients created with other settings."""
     import s3fs
 
     for variable in [name for name in os.environ if name.startswith(("AWS_", "FSSPEC_"))]:
@@ -205,7 +205,7 @@ def without_cloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
 def test_storage_of_another_user_on_this_machine_is_refused(
     listen: Listen, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], address: str
 ) -> None:
-    """They would get the weights, and choose the code that a resume runs."""
+    """The other user would receive the weights, and could choose the code that a resume runs."""
     for variable, value in environ.items():
         monkeypatch.setenv(variable, value)
     settings: dict[str, dict[str, str]] = {}
@@ -222,7 +222,7 @@ def test_storage_of_another_user_on_this_machine_is_refused(
 
 @pytest.mark.usefixtures("without_cloud")
 def test_a_mirror_notices_that_another_user_has_taken_its_port(listen: Listen, tmp_path: Path) -> None:
-    """An ssh tunnel may end while a run is trained."""
+    """An ssh tunnel may close during training."""
     (tmp_path / "aws").write_text(f"[default]\nendpoint_url = http://127.0.0.1:{PORT}\n")
     listen(("127.0.0.1", os.geteuid()))
     mirror = RemoteFolder("s3://bucket/runs", waits_s=())

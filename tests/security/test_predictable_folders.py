@@ -1,4 +1,4 @@
-"""Folders and files whose names other users know: they are made for this user alone, or refused where another was first."""
+"""Folders and files with predictable names are created for this user alone, or refused if another user was first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mode(path: Path) -> int:
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder like /tmp; the test runs as a user who is not root, and any other user may have been there first."""
+    """A folder like /tmp. The test runs as a user other than root, and another user may have been there first."""
     if os.geteuid() != 0:
         skip_or_fail("only root can act as other users: run pytest as root")
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +52,7 @@ def test_the_folder_for_states_is_private_and_empty(shared: Path) -> None:
 
 
 def test_agents_that_share_a_folder_make_it_at_the_same_time(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each removes it and makes it: what the others did in between is simulated at the worst moments."""
+    """Each agent removes and creates the folder; the test simulates the other agents' actions at the worst moments."""
     folder, remove, num_removed = shared / "run-0123", shutil.rmtree, 0
 
     def removed_by_several(path: Path, ignore_errors: bool) -> None:
@@ -126,7 +126,7 @@ def test_a_page_is_for_this_user_alone(shared: Path) -> None:
 
 @pytest.mark.parametrize("target", ["new", "page"])
 def test_a_page_is_not_written_through_a_link_of_another_user(shared: Path, target: str) -> None:
-    """As report.html in their run's directory, which leads to ~/.ssh/authorized_keys: lines of a page may be keys."""
+    """Their report.html could link to ~/.ssh/authorized_keys, and lines of the page could be keys."""
     home = shared / "home"
     as_user(USER)
     home.mkdir()
@@ -157,7 +157,7 @@ def test_a_page_is_not_written_through_a_link_of_another_user(shared: Path, targ
 
 
 def test_a_link_that_replaces_a_page_while_it_is_written_is_not_followed(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user makes it after the last look at the path, in a folder of theirs that everyone may write to."""
+    """Another user creates the link after the last check, in their own folder that everyone can write to."""
     as_user(MALLORY)
     run = shared / "run"
     run.mkdir()

@@ -1,4 +1,4 @@
-"""Ray makes its folders writable for everyone: another user must not reach those of a run's own Ray."""
+"""Ray makes its folders writable for everyone, so other users must not be able to reach those of a run's own Ray."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.worker.ray import connection
 
 __all__ = ["as_root"]
 
-# Ray's own names below its folder, with the longest process id.
+# The path that Ray creates below its folder, with the longest process id.
 _SOCKET = f"session_2026-11-29_13-50-58_775902_{2**22}/sockets/plasma_store"
 _MAX_SOCKET_CHARS = 107
 
@@ -55,7 +55,7 @@ def test_socket_names_fit_below_the_longest_folder(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_token_is_not_in_the_run_which_a_group_may_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """docs/security.md: chmod -R g+rX RUN. Whoever has the token can run code as the user of the run."""
+    """docs/security.md suggests chmod -R g+rX RUN, and anyone with the token can run code as the run's user."""
     import ray
 
     plan = SimpleNamespace(config=SimpleNamespace(cluster=RaySection()), topology=SimpleNamespace(device="cpu", world_size=1))

@@ -1,4 +1,4 @@
-"""Folders of the cache that another user has put in place of this user's, or links: nothing behind them is removed or written."""
+"""If another user replaces this user's cache folders, or puts links there, nothing in them is removed or written."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ LONG_AGO = 1e9
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder like /tmp, with a home of alice in it; the test runs as alice."""
+    """A folder like /tmp that contains alice's home; the test runs as alice."""
     if os.geteuid() != 0:
         skip_or_fail("only root can act as other users: run pytest as root")
-    # Alice may be unable to read the folder of Python: what the commands import is loaded before.
+    # Alice may be unable to read Python's folder, so the commands' imports are loaded first.
     completion._build_vocabulary()
     mask = os.umask(0o022)
     with tempfile.TemporaryDirectory() as folder:
@@ -53,7 +53,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def precious(shared: Path) -> Path:
-    """A folder of alice with a folder in it that looks like a part of any kind."""
+    """Alice's folder, which contains a folder that looks like a cache entry of any kind."""
     part = shared / "home/precious/cpu_adam"
     part.mkdir(parents=True)
     (part / "build.ninja").touch()

@@ -1,4 +1,4 @@
-"""Addresses by which the author of a file that is read would reach the environment of the process, or run code in it."""
+"""Storage addresses with which a file's author could read the process's environment, or run code in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CANARY = "hf_canaryCANARY0123456789abcd"
 
 
 class Mallory(BaseHTTPRequestHandler):
-    """Serves a file of references whose address holds a variable of the reader's environment."""
+    """Serves a references file with an address that contains a variable of the reader's environment."""
 
     asked: list[str]
     address = ""
@@ -58,7 +58,7 @@ def test_a_file_of_addresses_does_not_reach_the_environment(mallory: tuple[str, 
     source = Source(path=form.format(address))
     (problem,) = check_sources(DataSection(sources=(source,)))
     assert "reference:// is not storage" in problem.message
-    # A run that was planned elsewhere gets no further.
+    # A run planned elsewhere is refused when it reads the source.
     reads: tuple[Callable[[Source], object], ...] = (locate.digest, locate.fetch_files)
     for read in reads:
         with pytest.raises(DataError, match="reference:// is not storage"):
@@ -98,7 +98,7 @@ def test_storage(address: str) -> None:
 
 @pytest.mark.timeout(60)
 def test_the_links_of_a_page_are_found_in_little_time() -> None:
-    """A folder's page with 2,000 spaces took fsspec a minute, in which the process reacted to no signal."""
+    """fsspec took a minute for a folder listing with 2,000 spaces, during which the process ignored signals."""
     guard_clients("https://host/folder/")
     for page in ("<a " + " " * 200_000, "<a " * 200_000, "<a x" * 200_000, "<a href='" * 200_000):
         fsspec_http.ex.findall(page)
@@ -108,7 +108,7 @@ def test_the_links_of_a_page_are_found_in_little_time() -> None:
 
 @pytest.fixture
 def paramiko(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """As much of sftp's package as fsspec uses; every server is met for the first time."""
+    """A fake of the parts of paramiko that fsspec uses; no server is known yet."""
     module = ModuleType("paramiko")
     for policy in ("AutoAddPolicy", "WarningPolicy", "RejectPolicy", "MissingHostKeyPolicy"):
         setattr(module, policy, type(policy, (), {}))
@@ -142,7 +142,7 @@ def paramiko(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 @pytest.mark.parametrize("address", ["sftp://host/runs", "ssh://host/runs"])
 def test_sftp_connects_to_known_hosts_alone(paramiko: ModuleType, address: str) -> None:
-    """fsspec itself accepts any key: a resume from a mirror would run the code of whoever answers."""
+    """fsspec itself accepts any host key, so a resume from a mirror would run code from whoever answers."""
     with pytest.raises(OSError, match=r"not found in known_hosts, .None, '/etc/ssh/ssh_known_hosts'."):
         RemoteFolder(address, waits_s=())
     with pytest.raises(DataError, match="not found in known_hosts"):

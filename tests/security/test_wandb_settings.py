@@ -1,4 +1,4 @@
-"""W&B's package reads a settings file in the working directory: one of another user must not choose who gets the key."""
+"""W&B reads a settings file in the working directory: another user's file must not choose the server that gets the key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["as_root"]
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
-# As the thread of the tracker does it, while the other threads go on in the working directory of the command.
+# Like the tracker's thread, while other threads stay in the command's working directory.
 _LOAD = """
 import json, os, threading
 from launcher.tracking.wandb import local_settings
@@ -48,14 +48,14 @@ print(json.dumps([*loaded, os.getcwd()]))
 
 @pytest.fixture
 def servers() -> Iterator[tuple[FakeWandb, FakeWandb]]:
-    """The server of the user, and that of the other user."""
+    """The user's server and the other user's server."""
     with fake_wandb(projects=("launcher",)) as own, fake_wandb() as other:
         yield own, other
 
 
 @pytest.fixture
 def folder(servers: tuple[FakeWandb, FakeWandb], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with settings of W&B that name the other server; the home of the user names their own."""
+    """The working directory, whose W&B settings name the other server; those in the user's home name their own."""
     for variable in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(variable)
     monkeypatch.delenv("LAUNCHER_TRUST_OWNERS", raising=False)
@@ -85,7 +85,7 @@ def run_python(*arguments: str, text: str = "") -> str:
 def test_settings_of_another_user_are_refused_by_name(
     folder: Path, servers: tuple[FakeWandb, FakeWandb], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Another user could make the folder .wandb, which W&B prefers.
+    # Another user could create the folder .wandb, which W&B prefers.
     folder.chmod(0o1777)
     with pytest.raises(ConfigError, match="can be written by everyone"):
         wandb_check.check(config(), worker_environment())
@@ -104,7 +104,7 @@ def test_settings_of_another_user_are_refused_by_name(
 def test_settings_that_appear_after_the_check_are_not_read(
     folder: Path, servers: tuple[FakeWandb, FakeWandb], attempt: str
 ) -> None:
-    """Here they are there all the time, and the check is left out."""
+    """The test skips the check instead: the settings exist from the start."""
     own, other = servers
     if attempt == "theirs":
         os.chown(folder, MALLORY, -1)
@@ -122,7 +122,7 @@ def test_settings_that_appear_after_the_check_are_not_read(
 def test_a_verdict_is_not_sent_by_settings_of_another_user(
     folder: Path, servers: tuple[FakeWandb, FakeWandb], attempt: str, tmp_path: Path
 ) -> None:
-    """The process of `evaluate` that sends it starts in the working directory of the command."""
+    """`evaluate` uploads the verdict from a process that starts in the command's working directory."""
     plan = hand_made.plan(tmp_path / "run", {**hand_made.SETTINGS, "tracking": {"mode": "online"}})
     run = run_store.create(plan)
     run_store.update_status(run, state="completed")
@@ -147,7 +147,7 @@ def test_settings_of_the_user_are_read(folder: Path, servers: tuple[FakeWandb, F
 def test_a_folder_of_another_user_that_a_variable_names_is_refused(
     folder: Path, servers: tuple[FakeWandb, FakeWandb], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody may have created the folder in /tmp that the user names."""
+    """Another user may have created the folder in /tmp that the variable names."""
     (folder / "wandb/settings").rename(folder / "settings")
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(folder))
     assert local_settings.find_problem() is None
@@ -162,7 +162,7 @@ def test_a_folder_of_another_user_that_a_variable_names_is_refused(
 
 
 def test_a_user_without_a_home_directory_has_no_settings_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As in a container that runs with the number of a user whom it does not know."""
+    """A container may run with a user ID that it does not know."""
     monkeypatch.chdir(tmp_path)
     for variable in ("HOME", "WANDB_CONFIG_DIR", "WANDB_BASE_URL"):
         monkeypatch.delenv(variable, raising=False)
