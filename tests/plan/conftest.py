@@ -11,7 +11,7 @@ __all__ = ["config_of", "golden", "plan_of"]
 
 
 def shipped() -> Sequence[tuple[str, ...]]:
-    """One command line for each file under conf/: every option of every group."""
+    """Return one command line per file under conf/, which covers every option of every group."""
     lines = []
     for file in sorted(conf_dir().glob("*/*.yaml")):
         token = f"{file.parent.name}={file.stem}"

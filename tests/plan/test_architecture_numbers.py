@@ -9,7 +9,7 @@ from launcher.errors import ConfigError
 from launcher.plan.architecture import architecture_problems, model_facts
 from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan
 
-# Two layers, two query heads and one key and value head of width 3, MLP of 8, vocabulary of 10, hidden size 4.
+# Small enough to calculate by hand.
 SMALL = {
     "model_type": "llama",
     "hidden_size": 4,
@@ -27,11 +27,11 @@ def parameters(**changes: Any) -> int:
 
 
 def test_parameter_counts_match_hand_calculations() -> None:
-    # Queries and output 2 x 4 x 6, keys and values 2 x 4 x 3. MLP: 3 x 4 x 8. Three norms of 4.
+    # Query and output projections: 2 x 4 x 6. Keys and values: 2 x 4 x 3. MLP: 3 x 4 x 8. Two norms of 4.
     layer = 48 + 24 + 96 + 8
     assert parameters() == 2 * layer + 4 + 2 * 10 * 4
     assert parameters(tie_word_embeddings=True) == 2 * layer + 4 + 10 * 4
-    # A norm of width 3 on queries and one on keys.
+    # One norm of width 3 on queries and one on keys.
     assert parameters(model_type="qwen3") == parameters() + 2 * 6
     # Biases of 6, 3 and 3.
     assert parameters(model_type="qwen2") == parameters() + 2 * 12
@@ -80,7 +80,7 @@ def test_architectures_that_cannot_be_trained_correctly_are_problems(
     facts = model_facts({**SMALL, **config}, None, None, None).model_copy(update={"isolation": verdict})
     for packing in (True, False):
         problems = [problem.message for problem in architecture_problems(facts, packing)]
-        # Documents of a row affect each other only where a row has several.
+        # Documents can affect each other only if a row contains several.
         expected = [] if message is None or (outcome == "leaks" and not packing) else [message]
         assert len(problems) == len(expected)
         assert all(words in problem for words, problem in zip(expected, problems, strict=True))

@@ -38,7 +38,7 @@ def test_micro_batch_accumulation_and_ranks_multiply_to_the_global_batch(device:
             for length in LENGTHS:
                 batch = divide(total, world, length, device=device)
                 assert batch.micro_batch_size * batch.accumulation * world == total == batch.global_batch_size
-                # More than one row per micro-batch only if they fit into the tokens of one forward pass.
+                # A micro-batch has several rows only if they fit into the tokens of one forward pass.
                 assert batch.micro_batch_size == 1 or batch.micro_batch_size * length <= {"cpu": 1024, "cuda": 8192}[device]
                 assert batch.max_tokens_per_step == total * length
                 divided += 1
@@ -110,7 +110,7 @@ def test_epochs_become_steps(plan_of: Callable[..., LaunchPlan], rows: int, epoc
     planned = plan_of(f"train.epochs={epochs}", f"train.global_batch_size={batch}", data=data).batch
     assert planned.max_steps == steps == max(1, math.ceil(rows * epochs / batch))
     assert planned.epochs == pytest.approx(steps * batch / rows, abs=1e-4)
-    # Tokens per step exclude padding: the mean tokens of a row.
+    # Tokens per step exclude padding: they use the mean tokens of a row.
     assert planned.tokens_per_step == batch * 200
 
 

@@ -1,4 +1,4 @@
-"""How many checkpoints a run needs room for, and the messages where there is too little."""
+"""How many checkpoints a run needs disk space for, and the messages if there is too little."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PlanOf = Callable[..., LaunchPlan]
         (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=1"], 2),
         (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2", "checkpoint.keep_every=50"], 5),
         (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2", "checkpoint.keep_best=3"], 6),
-        # It saves once, or no more often than that.
+        # The number of saves limits the number of checkpoints.
         (["train.max_steps=100"], 1),
         (["train.max_steps=100", "checkpoint.save_every=60", "checkpoint.keep_last=9"], 2),
         (["train.max_steps=100", "checkpoint.save_every=50", "checkpoint.keep_last=9"], 2),
@@ -50,7 +50,7 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
     assert note is not None
     assert f"has {format_size(three - 1)} free and needs {format_size(three)} for 3 checkpoints" in note
     assert disk.note(plan, three, present=0) is None
-    # Checkpoints that exist already need no more space.
+    # Existing checkpoints need no additional space.
     assert disk.note(plan, one, present=2) is None
     assert f"needs {format_size(disk.needed_bytes(plan, 2))} for 2 more checkpoints" in (disk.note(plan, one, present=1) or "")
     assert f"needs {format_size(one)} for 1 more checkpoint," in (disk.note(plan, one - 1, present=9) or "")

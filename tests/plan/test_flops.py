@@ -1,12 +1,13 @@
-"""The FLOP formula against torch's FlopCounterMode, on the model that the loop trains, forward and backward.
+"""The FLOP formula compared with torch's FlopCounterMode, on the model that the loop trains, forward and backward.
 
-What FlopCounterMode counts (torch/utils/flop_counter.py): for every matrix product that is dispatched, 2mkn of its shapes,
-whatever a mask says. So it counts attention over the full [T, T] square of a row, twice what is causal and across packed
-documents and beyond windows; for fused SDPA on a GPU it adds the scores that the backward pass computes once more (14 instead
-of 12 products of heads x head_dim x T^2); for fused SDPA on a CPU it counts nothing at all, as for grouped products of
-experts and for in-place `addmm_`. Here nothing is corrected by a formula. The kernel is exchanged for one that multiplies each
-query with just the keys that the model's own mask lets it see, whose logits equal those of the model's own kernel; experts
-run one after the other; and `addmm_`, in which the loss head sums its gradient, is registered as what it is.
+FlopCounterMode (torch/utils/flop_counter.py) counts 2mkn for every dispatched matrix product, regardless of masks. It thus
+counts attention over the full [T, T] square of a row: twice the causal part, across packed documents and beyond windows. For
+fused SDPA on a GPU, it adds the scores that the backward pass recomputes (14 instead of 12 products of heads x head_dim x T^2).
+It counts nothing for fused SDPA on a CPU, for grouped products of experts, and for in-place `addmm_`.
+
+These tests do not correct the count by a formula. Instead, they replace the attention kernel with one that multiplies each
+query only with the keys that the model's own mask allows; its logits equal those of the model's own kernel. Experts run one
+after the other, and `addmm_`, with which the loss head sums its gradient, is registered with its real cost.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ ROWS = {"packed": [[19, 3, 10]], "unpacked": [[24], [24]]}
 def pairs_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention of [B, heads, T, width] that multiplies each query only with the keys that its mask [B, 1, T, T] allows."""
+    """Compute attention on [B, heads, T, width], multiplying each query only with the keys its mask [B, 1, T, T] allows."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     rows = []
@@ -137,7 +138,7 @@ def counted(model: CausalLMLoss, rows: list[list[int]], labels: Tensor) -> int:
 
 
 def some_labels(rows: list[list[int]]) -> tuple[Tensor, int]:
-    """The second half of each row is trained."""
+    """Return labels that train the second half of each row, and their number."""
     shape = (len(rows), sum(rows[0]))
     labels = torch.full(shape, -100)
     labels[:, shape[1] // 2 :] = 7
@@ -145,7 +146,7 @@ def some_labels(rows: list[list[int]]) -> tuple[Tensor, int]:
 
 
 def deviation(config: dict[str, Any], rows: list[list[int]]) -> float:
-    """Relative error of the formula against the count."""
+    """Return the relative error of the formula against the count."""
     model, facts = build(config)
     model.hf.set_attn_implementation("pairs")
     if hasattr(model.hf.config, "num_experts_per_tok"):
@@ -181,7 +182,7 @@ def test_every_family_is_counted() -> None:
 
 
 def test_torch_counts_unmasked_attention() -> None:
-    """All pairs for the plain kernel, none for the fused one of a CPU; the formula counts the pairs below the diagonal."""
+    """torch counts all pairs for the eager kernel and none for the fused CPU kernel; the formula counts causal pairs."""
     length, heads, width, layers = 64, 4, 16, 3
     counts = {}
     for kernel in ("eager", "sdpa"):
@@ -205,7 +206,7 @@ def of(**config: Any) -> TrainFlops | None:
     [
         {"model_type": "deepseek_v3"},
         {},
-        # Without these keys transformers would use defaults that the config does not show.
+        # These configs omit keys for which transformers uses defaults that the config does not show.
         {"model_type": "qwen3"},
         {"model_type": "mixtral", "num_local_experts": 4},
         {"model_type": "mixtral", "num_experts_per_tok": 2},
@@ -222,8 +223,8 @@ def test_flops_match_hand_calculations() -> None:
     config = {"hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 3}
     config |= {"intermediate_size": 8, "vocab_size": 10, "model_type": "mistral", "sliding_window": 3}
     flops = of(**config)
-    # Weights: queries and output 2 x 4 x 6, keys and values 2 x 4 x 3, MLP 3 x 4 x 8, in 2 layers; head 10 x 4; a pair
-    # multiplies 2 layers x 6 wide, for its score and its value.
+    # Weights in each of 2 layers: queries and output 2 x 4 x 6, keys and values 2 x 4 x 3, MLP 3 x 4 x 8. Head: 10 x 4.
+    # A pair: 2 layers x width 6, once for its score and once for its value.
     assert flops == TrainFlops(per_token=6 * 336, per_label=6 * 40, per_pair=((3, 12 * 12),))
     # The first token attends to 1 token, the second to 2, all others to 3.
     assert flops.of([5, 2], 4) == 6 * 336 * 7 + 6 * 40 * 4 + 144 * ((1 + 2 + 3 + 3 + 3) + (1 + 2))

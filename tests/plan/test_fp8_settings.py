@@ -1,4 +1,4 @@
-"""Linear layers in FP8 in a plan: where they are refused, and what they change in its memory and speed."""
+"""Linear layers in FP8 in a plan: when they are refused, and how they change memory and speed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from launcher.plan.sizing.fp8 import fp8_bytes, fp8_share
 PlanOf = Callable[..., LaunchPlan]
 FP8, COMPILED = "model.fp8=true", "model.compile=true"
 LLAMA_8B = ("model=llama3_1_8b", "train.global_batch_size=64", "data.max_length=4096")
-# So that only the linear layers differ between two plans.
+# Fixed so that two plans differ only in their linear layers.
 FIXED = ("train.micro_batch_size=2", "model.activation_checkpointing=all", "train.loss_chunk_tokens=1024")
 
 
@@ -78,7 +78,7 @@ def test_a_plan_counts_fp8_in_memory_and_speed_and_says_so(plan_of: PlanOf) -> N
     peaks = [planned.peak for planned in (in_bf16, eager, compiled, both)]
     temporary = [next(s.temporary_gib for s in peak.stages if s.name == "backward") for peak in peaks if peak is not None]
     tokens, rows, columns = 8192, 14336, 4096
-    # Three copies of the gradient, two of the input, one of the weight; what is not compiled casts with eight bytes more.
+    # FP8 copies: three of the gradient, two of the input, one of the weight. Without compilation, casts take eight bytes more.
     casts = {3: 3 * tokens * rows + 2 * tokens * columns + rows * columns, 1: 10 * tokens * rows + rows * columns}
     for index, num_bytes in casts.items():
         assert temporary[index] - temporary[index - 1] == pytest.approx(num_bytes / 2**30, abs=1e-3)
@@ -95,7 +95,7 @@ def test_a_plan_counts_fp8_in_memory_and_speed_and_says_so(plan_of: PlanOf) -> N
 
 def test_experts_and_sizes_that_fp8_does_not_take_are_not_counted(plan_of: PlanOf) -> None:
     dense = plan_of("model=llama3_1_8b", "train.global_batch_size=64", device=H100).model
-    # 2 x 4096 x (4096 + 1024) in attention, 3 x 4096 x 14336 in the MLP, 32 times.
+    # 32 layers: 2 x 4096 x (4096 + 1024) in attention, 3 x 4096 x 14336 in the MLP.
     num_weights = 32 * (2 * 4096 * 5120 + 3 * 4096 * 14336)
     assert fp8_share(dense, num_weights) == 1.0
     odd = dense.model_copy(update={"intermediate_size": 14340})

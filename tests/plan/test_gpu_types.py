@@ -7,7 +7,7 @@ import pytest
 from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, Price, lookup, recognize, typical_price
 
 NAMES = {
-    # As NVML, torch and nvidia-smi write them.
+    # Names from NVML, torch and nvidia-smi.
     "NVIDIA H100 80GB HBM3": "H100-80GB",
     "NVIDIA H100 PCIe": "H100-PCIE-80GB",
     "NVIDIA H100 NVL": "H100-NVL",
@@ -30,7 +30,7 @@ NAMES = {
     "NVIDIA GeForce RTX 5090": "RTX-5090",
     "AMD Instinct MI300X OAM": "MI300X",
     "AMD Instinct MI325X": "MI325X",
-    # As people and Slurm's gres write them.
+    # Names that users and Slurm's gres use.
     "h100": "H100-80GB",
     "H100-SXM": "H100-80GB",
     "nvidia_h100_80gb_hbm3": "H100-80GB",
@@ -91,7 +91,7 @@ def test_each_number_type_has_its_peak() -> None:
 
 @pytest.mark.parametrize("kind", GPUS)
 def test_half_the_bits_are_twice_as_fast(kind: str) -> None:
-    """What a data sheet says of each: no figure with sparsity and none of another row has come in."""
+    """Checks the data sheet figures: one with sparsity, or from another row, would break these ratios."""
     gpu = GPUS[kind]
     assert gpu.bf16 == pytest.approx(2 * gpu.tf32, rel=0.03)
     assert gpu.fp8 is None or gpu.fp8 == pytest.approx(2 * gpu.bf16, rel=0.02)

@@ -1,4 +1,4 @@
-"""Memory of model states against hand calculations."""
+"""Memory of model states compared with hand calculations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EIGHT_GPUS = Topology(nodes=1, ranks_per_node=8, world_size=8, device="cuda", ba
 FOUR_NODES = Topology(nodes=4, ranks_per_node=8, world_size=32, device="cuda", backend="nccl")
 ADAMW = OPTIMIZERS["adamw"]
 LLAMA_8B = 8_030_261_248
-# One byte for each parameter on each of eight ranks: 8,030,261,248 / 8 / 2^30 GiB.
+# GiB per rank for one byte per parameter, over eight ranks: 8,030,261,248 / 8 / 2^30.
 BYTE = 0.934844
 
 
@@ -24,7 +24,7 @@ def memory(dtype: str = "bf16", accumulation: int = 8, topology: Topology = EIGH
 
 
 def test_eight_billion_on_eight_gpus() -> None:
-    # bf16 weights 2, fp32 gradients 4, fp32 master weight and two moments 12: 18 bytes a parameter.
+    # 18 bytes per parameter: bf16 weights 2, fp32 gradients 4, fp32 master weights and two moments 12.
     estimated = memory()
     assert estimated.weights_gib == pytest.approx(2 * BYTE, abs=1e-3)
     assert estimated.gradients_gib == pytest.approx(4 * BYTE, abs=1e-3)
@@ -38,16 +38,16 @@ def test_without_accumulation_gradients_are_bf16() -> None:
 
 
 def test_fp32_weights_have_a_master_copy() -> None:
-    # 4 weights, 4 gradients, 4 master weights, 8 moments; measured with benchmarks/memory_plan.py.
+    # Bytes per parameter: 4 weights, 4 gradients, 4 master weights, 8 moments; measured with benchmarks/memory_plan.py.
     assert memory("fp32").per_rank_gib == pytest.approx(20 * BYTE, abs=1e-3)
-    # In main memory the optimizer has its own copy of the weights.
+    # An optimizer in main memory has its own copy of the weights.
     assert memory("fp32", offload_optimizer="cpu").host_per_node_gib == pytest.approx(8 * (4 + 12) * BYTE, abs=1e-2)
 
 
 def test_optimizer_in_main_memory() -> None:
     estimated = memory(offload_optimizer="cpu")
     assert estimated.per_rank_gib == pytest.approx(2 * BYTE, abs=1e-3)
-    # All gradients and optimizer states, for all eight ranks: 16 x 8.03e9 bytes.
+    # Gradients and optimizer states of all eight ranks: 16 x 8.03e9 bytes.
     assert estimated.host_per_node_gib == pytest.approx(119.660, abs=1e-2)
 
 
@@ -60,13 +60,13 @@ def test_optimizer_and_weights_in_main_memory() -> None:
 def test_states_on_nvme() -> None:
     estimated = memory(offload_optimizer="nvme", offload_params="nvme", nvme_path="/nvme")
     assert estimated.per_rank_gib == 0.0
-    # Gradients pass through main memory, and so do 100 million elements of the states at a time.
+    # Main memory holds the gradients, and 100 million elements of the states at a time.
     assert estimated.host_per_node_gib == pytest.approx(8 * (4 * BYTE + 16 * 1e8 / 2**30), abs=1e-2)
 
 
 def test_hpz_keeps_a_second_copy_of_the_weights_in_each_node() -> None:
     estimated = memory(topology=FOUR_NODES, hpz_partition_size="node")
-    # A 32nd of all states and an eighth of the bf16 weights.
+    # 1/32 of all states and 1/8 of the bf16 weights.
     assert estimated.per_rank_gib == pytest.approx(18 * BYTE / 4 + 2 * BYTE, abs=1e-3)
     assert estimated == memory(topology=FOUR_NODES, hpz_partition_size=8)
 
@@ -99,7 +99,7 @@ def test_the_plan_holds_the_estimates(plan_of: Callable[..., LaunchPlan]) -> Non
 def test_background_saves_need_main_memory_on_each_node() -> None:
     states = memory(topology=FOUR_NODES)
     estimated = plan_saving(LLAMA_8B, True, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0)
-    # 12 bytes for each parameter, on four nodes.
+    # 12 bytes per parameter, over four nodes.
     assert estimated.background
     assert estimated.host_gib_per_node == pytest.approx(12 * BYTE * 8 / 4, abs=1e-2)
     assert not plan_saving(LLAMA_8B, False, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0).background
@@ -108,7 +108,7 @@ def test_background_saves_need_main_memory_on_each_node() -> None:
 def test_saves_block_training_where_copies_do_not_fit() -> None:
     offloaded = DeepSpeedSection(offload_optimizer="cpu")
     states = memory(topology=EIGHT_GPUS, offload_optimizer="cpu")
-    # 16 bytes of gradients and states and 12 of copies for each parameter: 209 GiB.
+    # 209 GiB: 16 bytes per parameter for gradients and states, and 12 for copies.
     assert plan_saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, 300.0).background
     tight = plan_saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, 250.0)
     assert not tight.background

@@ -1,4 +1,4 @@
-"""A plan of an earlier schema version is read as one of the current version, by everything that reads plans."""
+"""Everything that reads plans converts a plan of an earlier schema version to the current version."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture
 def earlier_text() -> str:
-    """plan.json as the launcher of schema version 1 wrote it."""
+    """Return plan.json as a launcher with schema version 1 wrote it."""
     with zipfile.ZipFile(GOLDEN / "earlier_run.zip") as archive:
         return archive.read("run/plan.json").decode()
 

@@ -1,4 +1,4 @@
-"""Peak memory by part: what autograd keeps of each preset's layers, and what a plan says of a whole step."""
+"""Peak memory by part: what autograd saves in each preset's layers, and a plan's estimate for a whole step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose, evaluate
 from launcher.plan.sizing.peak_memory import Pass, activation_bytes
 
-# So many that weights' gradients do not hide the layers.
+# Enough tokens that the weight gradients do not hide the activations.
 TOKENS = 16_384
 H100 = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "data.max_length=4096", "train.global_batch_size=64")
 PlanOf = Callable[..., LaunchPlan]
@@ -28,7 +28,7 @@ PlanOf = Callable[..., LaunchPlan]
 @pytest.mark.rest
 @pytest.mark.parametrize("name", KINDS)
 def test_the_activations_of_a_preset_are_those_that_a_pass_keeps(name: str) -> None:
-    """At real width, as fake tensors: one layer keeps its activations, and the last one recomputes them."""
+    """Fake tensors at real width. With `every 2`, some layers save their activations and others recompute them."""
     pytest.importorskip("torch.nn.attention.varlen")
     config = preset(name, num_hidden_layers=3, vocab_size=256, pad_token_id=0, bos_token_id=0, eos_token_id=0)
     arguments = (config, TOKENS, "every 2", "bf16", 64)
@@ -40,7 +40,7 @@ def test_layers_that_recompute_hold_their_input_alone() -> None:
     model = model_facts(preset("llama3_1_8b"), None, None, None)
     kernels = Kernels(width=2, attention="flash_attention_2", row_tokens=4096)
     layer = layer_activations(model, 0, kernels)
-    # 16H for both norms and the inputs of the projections, attention, and the MLP.
+    # 16H for both norms and the projections' inputs, then attention, then the MLP.
     assert layer.saved == 16 * 4096 + 8 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 8 * 14336
     held = {
         checkpointing: activation_bytes(model, Pass(4096, kernels, checkpointed_layers(checkpointing, 32), 1024)).saved
@@ -49,7 +49,7 @@ def test_layers_that_recompute_hold_their_input_alone() -> None:
     assert held["none"] - held["all"] == 32 * 4096 * (layer.saved - 2 * 4096)
     assert held["none"] - held["every 2"] == 16 * 4096 * (layer.saved - 2 * 4096)
     assert held["none"] - held["every 4"] == 8 * 4096 * (layer.saved - 2 * 4096)
-    # With a mask, SDPA repeats keys and values for all heads, and keeps the mask of each layer.
+    # With a mask, SDPA repeats keys and values for all heads and saves the mask in each layer.
     masked = layer_activations(model, 0, replace(kernels, attention="sdpa"))
     assert masked.saved - layer.saved == 2 * 2 * (4096 - 1024) + 2 * 4096
 
@@ -66,20 +66,20 @@ def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> No
     assert chosen.fits
     assert (larger.tokens_per_sec or 0) > (chosen.tokens_per_sec or 0)
     assert larger.peak.peak_gib > PREFERRED_SHARE * 79.1
-    # Logits of more tokens at one time take memory that is there; on smaller GPUs fewer fit.
+    # Larger loss chunks use memory that is free here; smaller GPUs have room for fewer tokens.
     assert planned.loss_chunk_tokens == 4096
     assert plan_of("model=llama3_1_8b", *H100, "train.loss_chunk_tokens=512").loss_chunk_tokens == 512
     assert (
         plan_of("model=gemma3_1b", "cluster.gpu_type=RTX-4090-24GB", *H100[1:], "data.max_length=8192").loss_chunk_tokens == 1024
     )
     assert plan_of("model=tiny").loss_chunk_tokens == 1024
-    # Small models need more tokens: 1.4e14 / 6 / 0.6e9 = 39,000, of which batches of 8 rows a rank allow 32,768.
+    # Small models need more tokens: 1.4e14 / 6 / 0.6e9 = 39,000. With 8 rows per rank, at most 32,768 are possible.
     small = plan_of("model=qwen3_0_6b", *H100)
     assert small.batch.micro_batch_size == 8
     # Longer rows leave no room for the activations of all layers.
     longer = plan_of("model=llama3_1_8b", *H100, "data.max_length=16384")
     assert longer.checkpointing in ("every 2", "all")
-    # What is set stays.
+    # Explicit settings are kept.
     override = plan_of("model=llama3_1_8b", *H100, "model.activation_checkpointing=every 3", "train.micro_batch_size=1")
     assert (override.batch.micro_batch_size, override.checkpointing) == (1, "every 3")
     assert plan_of("model=llama3_1_8b", *H100, "model.activation_checkpointing=true").checkpointing == "all"
@@ -87,7 +87,7 @@ def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> No
 
 
 def test_gradients_that_ranks_sum_in_fp32_take_memory_for_copies_and_time(plan_of: PlanOf) -> None:
-    """DeepSpeed copies a gradient to the type of the sum, and to pad it where ranks do not divide it: 64 ranks do, 72 do not."""
+    """DeepSpeed copies a gradient to the sum's dtype, and to pad it if the ranks (72, but not 64) do not divide its size."""
     fixed = (
         "train.micro_batch_size=1",
         "model.activation_checkpointing=none",
@@ -101,7 +101,7 @@ def test_gradients_that_ranks_sum_in_fp32_take_memory_for_copies_and_time(plan_o
         planned = plan_of("model=llama3_1_8b", *sizes, *fixed, f"+deepspeed.extra.communication_data_type={dtype}")
         assert planned.peak is not None
         stages = {stage.name: stage for stage in planned.peak.stages}
-        # A partition is in bf16, as there is one micro-batch.
+        # With one micro-batch, partitions are in bf16.
         partition = 2 / (8 * nodes)
         assert stages["backward"].gradients_gib == pytest.approx((2 * 2 + copied_bytes + partition) * weight / 2**30, rel=1e-3)
         if copied_bytes:
@@ -109,7 +109,7 @@ def test_gradients_that_ranks_sum_in_fp32_take_memory_for_copies_and_time(plan_o
         situation = situation_of(planned)
         speeds[nodes, dtype] = evaluate(situation, choose(situation).combination, is_allowed=True).tokens_per_sec or 0.0
     assert planned.peak.largest.name == "final norm"
-    # The network is the bottleneck with so few tokens: 2 + 2 + 2 bytes for each parameter, and 2 + 2 + 4.
+    # With so few tokens, the network is the bottleneck: 2 + 2 + 2 bytes per parameter in bf16, 2 + 2 + 4 in fp32.
     assert speeds[8, "fp32"] / speeds[8, "bf16"] == pytest.approx(6 / 8, abs=0.05)
 
 
@@ -122,12 +122,12 @@ def test_a_layer_that_is_gathered_as_a_whole_has_all_its_weights_and_gradients_a
     assert whole is not None
     assert compiled is not None
     backward = {peak: next(stage for stage in peak.stages if stage.name == "backward") for peak in (single, whole, compiled)}
-    # 218 million weights of a layer in bf16, less the 58.7 million that wait or are gathered anyway.
+    # The layer's 218 million bf16 weights, minus the 58.7 million that are held in both cases.
     more_gib = pytest.approx(2 * (218.1e6 - 58.7e6) / 2**30, rel=0.01)
     assert backward[whole].gradients_gib - backward[single].gradients_gib == more_gib
     assert backward[whole].gathered_gib - backward[single].gathered_gib == more_gib
     assert backward[whole].temporary_gib == backward[single].temporary_gib
-    # A compiled layer keeps the inputs of its norms in bf16 alone, and one product of the MLP's gate less.
+    # A compiled layer saves its norm inputs only in bf16, and one tensor less for the MLP's gate.
     for stage, other in zip(compiled.stages, whole.stages, strict=True):
         assert (stage.gathered_gib, stage.gradients_gib) == (other.gathered_gib, other.gradients_gib)
     saved_bytes = 2 * 4 * 4096 + 2 * 14336

@@ -1,4 +1,4 @@
-"""Settings that do not fit the model, the data or the cluster: refused, or a warning with the value that fits."""
+"""Settings that do not fit the model, data or cluster are refused, or cause a warning with a value that fits."""
 
 from __future__ import annotations
 

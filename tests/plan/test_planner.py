@@ -196,7 +196,7 @@ def test_all_problems_of_a_plan_come_in_one_pass(plan_of: Callable[..., LaunchPl
     [
         ((), None, None),
         (("run.max_hours=1.5",), 5400.0, None),
-        # 64 dollars at 2 dollars for a GPU: 32 hours of one, however many there are.
+        # 64 dollars at 2 dollars per GPU hour: 32 GPU hours, regardless of the number of GPUs.
         (("run.max_usd=64", "cluster.price_per_gpu_hour=2"), None, 32 * 3600.0),
         (("run.max_usd=64", "cluster.price_per_gpu_hour=2", "run.max_hours=2"), 7200.0, 32 * 3600.0),
         (("cluster.price_per_gpu_hour=2",), None, None),
@@ -230,7 +230,7 @@ def test_a_run_that_saves_while_training_waits_does_so_on_fewer_ranks(plan_of: C
     settings = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.min_workers=16", *H200)
     planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 100.0}))
     assert not planned.saving.background
-    # The plan of an earlier launcher does not record the main memory of a node.
+    # Plans of earlier launchers do not record a node's main memory.
     unknown = planned.model_copy(update={"memory": planned.memory.model_copy(update={"node_gib": None})})
     assert resized(unknown, 16, 8).saving == planned.saving
 
@@ -247,7 +247,7 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=8")
     assert problem.where == "cluster.min_workers"
     assert "cluster.min_workers=8: model states over 8 ranks need 148 GiB per GPU, and a GPU has 79" in problem.message
-    # Of 40 workers 32 train, since the global batch of 128 divides over these.
+    # Of 40 workers, 32 train: the global batch of 128 divides evenly over 32, but not 40.
     planned = plan_of(*elastic, "cluster.min_workers=40")
     smallest = fewest(planned)
     assert smallest is not None
@@ -260,7 +260,7 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
     assert "leaves less than" not in "\n".join(plan_lines(planned))
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=16")
     assert "cluster.min_workers=16: the loss stage needs 87 GiB per GPU over 16 ranks, and a GPU has 79" in problem.message
-    # A plan from before a rule is shown nevertheless.
+    # A plan that predates a check is still shown.
     older = planned.config.deepspeed.model_copy(update={"hpz_partition_size": 64})
     config = planned.config.model_copy(update={"deepspeed": older})
     assert "GiB of 79 GiB per rank" in "\n".join(plan_lines(planned.model_copy(update={"config": config})))
@@ -293,7 +293,7 @@ def test_intervals_of_a_runs_file_that_exceed_the_run_are_noted(plan_of: Callabl
     of_file = short.model_copy(update={"provenance": short.provenance.model_copy(update={"overrides": ("my.yaml",)})})
     (note,) = notes(of_file)
     assert note.startswith("note       eval.every=8 exceeds the run of 5 steps: ")
-    # The defaults of conf/ are long, and nobody has chosen them.
+    # The long default intervals in conf/ cause no note, because the user did not set them.
     assert notes(short) == []
 
 

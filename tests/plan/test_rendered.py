@@ -1,4 +1,4 @@
-"""Plans and DeepSpeed JSON against golden files; LAUNCHER_WRITE_GOLDEN=1 writes them."""
+"""Plans and DeepSpeed JSON compared with golden files, which LAUNCHER_WRITE_GOLDEN=1 rewrites."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_large_models_and_many_ranks_fetch_by_layers_and_sum_in_fp32(plan_of: Ca
     assert zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == pytest.approx(2.5 * layer, rel=1e-3)
     assert many.deepspeed["communication_data_type"] == "fp32"
     assert "communication_data_type" not in plan_of(*settings, "cluster.nodes=8", device=GPUS).deepspeed
-    # Buckets are in the type of the sum.
+    # Buckets use the dtype of the sum.
     assert many.peak is not None
     assert many.peak.buckets_gib == pytest.approx(4 * 8192 * 8192 / 2**30, rel=1e-3)
 
@@ -73,7 +73,7 @@ def test_a_buffer_for_weights_on_nvme_holds_a_ranks_part_of_the_largest(plan_of:
     planned = plan_of("model=llama3_1_8b", "deepspeed=zero3_nvme", "run.name=first", device=GPUS)
     zero = planned.deepspeed["zero_optimization"]
     assert zero["offload_param"]["buffer_size"] == 128_256 * 4096 // 8
-    # Fetching ahead is where DeepSpeed fails.
+    # DeepSpeed fails when it prefetches from NVMe.
     assert zero["stage3_prefetch_bucket_size"] == 0
     other = plan_of("model=llama3_1_8b", "deepspeed=zero3_nvme", "run.name=second", device=GPUS)
     folders = {p.deepspeed["zero_optimization"]["offload_optimizer"]["nvme_path"] for p in (planned, other)}

@@ -1,4 +1,4 @@
-"""The retry policy: whether a run continues after an attempt has ended."""
+"""The retry policy: whether a run continues after an attempt ends."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ BUDGETS = SlurmSection(max_preemptions=3, max_infrastructure_failures=2, max_fai
 
 
 def moving(*causes: Cause) -> list[AttemptEnd]:
-    """Attempts that each left a newer checkpoint."""
+    """Return attempts that each saved a newer checkpoint."""
     return [AttemptEnd(cause, 10 * i or None, 10 * (i + 1), message=str(cause)) for i, cause in enumerate(causes)]
 
 
 def stuck(*causes: Cause) -> list[AttemptEnd]:
-    """Attempts that each ended with the checkpoint they began with."""
+    """Return attempts that each ended with the checkpoint they started from."""
     return [AttemptEnd(cause, 10, 10, message=str(cause)) for cause in causes]
 
 
@@ -99,7 +99,7 @@ def test_attempts_without_a_newer_checkpoint_end_the_run() -> None:
     refused = decide(AttemptEnd(Cause.TIME_LIMIT, None, None), still, BUDGETS)
     assert not refused.again
     assert "without a newer checkpoint" in refused.reason
-    # One that moved on, or that was taken away, breaks the row.
+    # An attempt that made progress, or was preempted, interrupts the series.
     assert decide(AttemptEnd(Cause.TIME_LIMIT, None, 5), still, BUDGETS).again
     assert decide(AttemptEnd(Cause.TIME_LIMIT, None, None), [*still, AttemptEnd(Cause.PREEMPTED, None, None)], BUDGETS).again
 
@@ -153,16 +153,16 @@ RESTARTED = RestartedRanks("IndexError", 43, 40)
         ([failed(began=None), failed(), failed()], False),
         ([failed(began=None), failed(), LOST, failed()], False),
         ([failed(saved=None, began=None)] * 3, False),
-        # The first resume, another step, another exception, another checkpoint, a newer checkpoint.
+        # Retried: first resume, other step, other exception, other start checkpoint, newer checkpoint.
         ([failed(began=None), failed()], True),
         ([failed(began=None), failed(), failed(step=44)], True),
         ([failed(began=None), failed(), failed("KeyError")], True),
         ([failed(began=None, saved=20), failed(began=20), failed()], True),
         ([failed(began=None), failed(), failed(saved=43)], True),
-        # Signals, hangs and lost nodes have no exception, and may come back at the same step as often as the budgets allow.
+        # Signals, hangs and lost nodes have no exception: they may repeat at the same step as often as the budgets allow.
         ([failed("")] * 3, True),
         ([LOST] * 9, True),
-        # Ranks that were restarted within an attempt resumed from the checkpoint as well.
+        # Ranks restarted within an attempt also resumed from the checkpoint.
         ([failed(began=None, restarts=(RESTARTED, RESTARTED))], False),
         ([failed(restarts=(RESTARTED,)), failed()], False),
         ([failed(began=None, restarts=(RESTARTED,)), LOST, failed()], False),

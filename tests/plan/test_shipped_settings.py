@@ -1,4 +1,4 @@
-"""Every YAML file under conf/ composes, plans without a network, and survives a round trip through JSON."""
+"""Every YAML file under conf/ composes, plans offline, and survives a round trip through JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import plan, situation_of
 from launcher.plan.sizing.combinations import USABLE_SHARE, choose
 
-# What is published for each model: the sum of the weights' own headers, as the Hub shows it, with a tied head counted once.
+# Published sizes: the Hub's sum over the safetensors headers, with a tied head counted once.
 PARAMETERS = {
     "gemma3_1b": 999_885_952,
     "llama3_1_8b": 8_030_261_248,
@@ -72,7 +72,7 @@ def compose(*tokens: str) -> RunConfig:
 
 @pytest.mark.parametrize("text", ["${run.name}", r"\${oc.env:HOME}", r"\\${a}", r"a\b", "$"])
 def test_a_text_that_looks_like_a_reference_is_read_back_as_it_was(text: str) -> None:
-    """`init` writes what config.json on the Hub contains."""
+    """`init` copies text from a config.json on the Hub."""
     from omegaconf import OmegaConf
 
     assert OmegaConf.to_container(OmegaConf.create(render({"x": text})), resolve=True) == {"x": text}

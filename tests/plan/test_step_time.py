@@ -1,4 +1,4 @@
-"""The time model: what each part of a step depends on, on GPUs by their rows and on other devices by measured rates."""
+"""The time model: what each part of a step depends on, with table rates for GPUs and measured rates for other devices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ H100 = (
     *("model=llama3_1_8b", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "data.max_length=4096"),
     *("train.global_batch_size=64", "train.micro_batch_size=1", "model.activation_checkpointing=none"),
 )
-# Of a device that does one thing at a time.
+# Rates of a device that does one thing at a time.
 IN_TURN = Rates(
     *(1e11, 5e10, 5e9, 2e9, 4e9, 1e9),
     half_tokens=0,
@@ -43,7 +43,7 @@ def step_of(planned: LaunchPlan, rates: Rates | None = None) -> StepTime:
 
 
 def test_on_a_gpu_products_and_elementwise_operations_together_reach_half_of_the_peak(plan_of: PlanOf) -> None:
-    """Llama 3.1 8B on an H100: 46% of the peak, and 55% with Liger, where the products of large micro-batches alone reach 62%."""
+    """Llama 3.1 8B on an H100 reaches 46% of the peak, 55% with Liger; large matrix products alone reach 62%."""
     shares = []
     large = replace(gpu_rates(GPUS["H100-80GB"], BF16), half_tokens=0)
     for more in ((), ("model.liger=true",)):
@@ -60,7 +60,7 @@ def test_on_a_gpu_products_and_elementwise_operations_together_reach_half_of_the
 @pytest.mark.rest
 @pytest.mark.parametrize("name", KINDS)
 def test_elementwise_operations_of_a_layer_move_what_a_pass_reads_and_writes(name: str) -> None:
-    """At real width, as fake tensors: what two more layers move."""
+    """Fake tensors at real width; the difference between three layers and one."""
     pytest.importorskip("torch.nn.attention.varlen")
     config = preset(name, vocab_size=256, pad_token_id=0, bos_token_id=0, eos_token_id=0)
     for checkpointing, share in (("none", 0.0), ("all", 1.0)):
@@ -89,7 +89,7 @@ def test_layers_that_are_gathered_as_a_whole_have_fewer_hooks(plan_of: PlanOf) -
 
 def test_compiled_layers_move_less_memory_and_are_gathered_as_a_whole(plan_of: PlanOf) -> None:
     whole, compiled = (step_of(plan_of(*H100, one)) for one in ("deepspeed.whole_layers=true", "model.compile=true"))
-    # The loss is outside of the layers.
+    # The loss is not compiled, so the ratio exceeds COMPILED_SHARE.
     assert COMPILED_SHARE < compiled.elementwise_s / whole.elementwise_s < COMPILED_SHARE + 0.1
     assert replace(compiled, elementwise_s=whole.elementwise_s) == whole
 
@@ -97,20 +97,20 @@ def test_compiled_layers_move_less_memory_and_are_gathered_as_a_whole(plan_of: P
 def test_a_recomputed_layer_computes_and_moves_its_forward_pass_again(plan_of: PlanOf) -> None:
     kept, recomputed = (step_of(plan_of(*H100[:-1], f"model.activation_checkpointing={one}")) for one in ("none", "all"))
     assert recomputed.attention_s == pytest.approx(kept.attention_s * 4 / 3)
-    # The head is not computed again.
+    # The head is not recomputed, so the ratio is below 4/3.
     assert 1.3 < recomputed.products_s / kept.products_s < 4 / 3
     assert 1 < recomputed.elementwise_s / kept.elementwise_s < 1 + FORWARD_SHARE
     assert recomputed.hooks_s == pytest.approx(kept.hooks_s * 3 / 2)
 
 
 def test_weights_that_stay_are_gathered_once(plan_of: PlanOf) -> None:
-    """DeepSpeed keeps what is used again within 10^9 elements: the last half of them in the forward pass."""
+    """DeepSpeed keeps weights that are reused within 10^9 elements: the last 0.5 x 10^9 of the forward pass."""
     links = replace(gpu_rates(GPUS["H100-80GB"], BF16), copies=float("inf"))
     for model, gathers in (("qwen3_0_6b", (0.6 - 0.5) / 0.6), ("llama3_1_8b", (8.03 - 0.5) / 8.03)):
         planned = plan_of(f"model={model}", *H100[1:], "train.global_batch_size=8")
         communication_s = step_of(planned, links).communication_s
         of_one_transfer_s = 2 * planned.model.num_params * 7 / 8 / links.in_node
-        # Gathered for both passes, and reduced.
+        # One gather, one reduction, and a second gather of the other weights.
         assert communication_s / of_one_transfer_s == pytest.approx(2 + gathers, abs=0.01)
 
 

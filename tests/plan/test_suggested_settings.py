@@ -1,4 +1,4 @@
-"""The settings that `init` suggests: within what was published, and within what model, data and machine allow."""
+"""The settings that `init` suggests are within published ranges and fit the model, data and machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan expects of its speed, time and cost."""
+"""A plan's estimates of speed, time and cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launcher.plan.throughput import MeasuredMfu, estimate_speed
 
 PlanOf = Callable[..., LaunchPlan]
 ROWS_AND_MODEL = ("model=llama3_1_8b", "data=jsonl", "data.path=rows.jsonl", "train.max_steps=1000")
-# Eight rows of 900 tokens in DATA.
+# DATA has rows of 900 tokens.
 LLAMA = (*ROWS_AND_MODEL, "train.micro_batch_size=8")
 GPU = "H100-80GB"
 
@@ -24,15 +24,15 @@ GPU = "H100-80GB"
 def test_the_range_is_the_published_mfu_over_the_models_flops(plan_of: PlanOf) -> None:
     planned = plan_of(*LLAMA, "cluster.price_per_gpu_hour=2.5", device=H100)
     speed = estimate_speed(planned, H100.name, None)
-    # 5,000 documents of 180 tokens in DATA, of which half are trained. Per token: the weights without embedding and head, half of
-    # the head's 128,256 x 4,096, and 90.5 pairs with earlier tokens and itself in 32 layers of 32 heads of width 128.
+    # DATA has 5,000 documents of 180 tokens, half of them trained. Per token: all weights except embedding and head, half of the
+    # head's 128,256 x 4,096, and 90.5 attention pairs in 32 layers of 32 heads of width 128.
     weights = 8_030_261_248 - 2 * 128_256 * 4096 - 65 * 4096
     flops = 6 * weights + 6 * 128_256 * 4096 / 2 + 12 * 32 * 4096 * 90.5
     low, high = 0.7 * 0.326, 0.447
     assert speed.mfu == pytest.approx((low, high))
     assert speed.tokens_per_sec_per_gpu == pytest.approx((low * 989e12 / flops, high * 989e12 / flops))
     assert speed.tokens_per_sec == pytest.approx((8 * low * 989e12 / flops, 8 * high * 989e12 / flops))
-    # A step of 64 rows of 900 tokens, 1,000 times.
+    # 1,000 steps of 64 rows of 900 tokens.
     seconds = [1000 * 64 * 900 / (8 * mfu * 989e12 / flops) for mfu in (high, low)]
     assert speed.hours == pytest.approx([s / 3600 for s in seconds])
     assert speed.usd == pytest.approx([s / 3600 * 8 * 2.5 for s in seconds])
@@ -75,13 +75,13 @@ def test_several_nodes_lower_the_low_end_by_an_assumed_network(plan_of: PlanOf) 
     assert speed.basis.endswith("; the low end assumes 400 Gbit/s between nodes")
     assert speed.mfu is not None
     assert alone.mfu is not None
-    # Eight rows of 900 tokens; half of 6 bytes of each of 8.03 billion parameters cross to a node, at 50 GB/s.
+    # Eight rows of 900 tokens. Half of the 6 bytes per parameter cross between the nodes, at 50 GB/s.
     assert speed.tokens_per_sec_per_gpu is not None
     assert alone.tokens_per_sec_per_gpu is not None
     seconds = 7200 / alone.tokens_per_sec_per_gpu[0] + 8_030_261_248 * 6 / 2 / 50e9
     assert speed.tokens_per_sec_per_gpu[0] == pytest.approx(7200 / seconds)
     assert speed.mfu[1] == alone.mfu[1]
-    # A measurement on as many nodes has their network in it; one on a single node has not.
+    # A measurement on as many nodes includes the network; one on a single node does not.
     assert estimate_speed(two, GPU, MeasuredMfu("first", 16, 0.2, 0.3)).mfu == (0.2, 0.3)
     single = estimate_speed(two, GPU, MeasuredMfu("first", 8, 0.2, 0.3))
     assert single.mfu is not None
