@@ -1,41 +1,41 @@
 #!/usr/bin/env bash
-# Checks a node before a job starts on it; a node with a fault is drained with the reason, and the job goes elsewhere.
+# Checks a node before a job starts on it. A faulty node is drained with the reason, and the job runs elsewhere.
 #
-# In slurm.conf, as one of:
+# Set it in slurm.conf as one of:
 #   Prolog=/etc/slurm/health_prologue.sh               before each job; add nohold_on_prolog_fail to SchedulerParameters
 #   HealthCheckProgram=/etc/slurm/health_prologue.sh   every HealthCheckInterval seconds; slurmd waits for it when it starts
 #
-# slurmd gives it neither a PATH nor an environment of yours. What differs from the defaults below belongs into a script
-# of two lines that slurm.conf names instead:
+# slurmd passes neither a PATH nor your environment. To change the defaults below, name a two-line script in slurm.conf
+# instead:
 #   export HEALTH_GPUS=8 HEALTH_MOUNTS="/scratch /home"
 #   exec /etc/slurm/health_prologue.sh
 #
-# Exits 0 where the node is healthy, 1 after it was drained. What cannot be judged, because its program is not
-# installed, is named on stderr and drains nothing. So is a shared mount that is full or does not answer, and memory or a
-# disk of the node that the files of users fill: one user can do that, and every node would be drained. Reports also go to
-# syslog, with the user who holds most of the space.
+# Exits with 0 if the node is healthy, with 1 after draining it. These are reported on stderr without draining the node:
+# - a check whose program is not installed;
+# - a shared mount that is full or does not answer, and memory or a local disk that users' files fill, because otherwise
+#   one user could get every node drained. These reports also go to syslog, with the user who holds most of the space.
 set -u
 
-# GPUs that must answer. Empty: as many as slurm.conf says of this node; 0: no GPU is looked at.
+# Number of GPUs that must answer. Empty: the number in slurm.conf for this node; 0: GPUs are not checked.
 gpus=${HEALTH_GPUS:-}
-# Xid errors since the machine started that mean a broken GPU or link. Others (13, 31, 43, 45, 94) are the faults of
-# programs. After a repair without a reboot: dmesg --clear.
+# Xid errors since boot that mean a broken GPU or link. Others (13, 31, 43, 45, 94) are caused by programs. After a
+# repair without a reboot, run: dmesg --clear
 # https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
 fatal_xids=${HEALTH_FATAL_XIDS:-48 62 64 74 79 95 119 120 140}
-# Programs that may use a GPU outside of jobs, as a pattern of grep -E.
+# Programs that may use a GPU outside of jobs, as a grep -E pattern.
 gpu_services=${HEALTH_GPU_SERVICES:-nvidia-cuda-mps|dcgm|nv-hostengine}
-# Mount points of run directories and caches, with blanks between; and how full they may be, in percent.
+# Mount points of run directories and caches, separated by spaces; and how full they may be, in percent.
 mounts=${HEALTH_MOUNTS:-}
 max_full=${HEALTH_MAX_FULL:-97}
-# File systems of this node alone; all others are shared.
+# File system types that are local to this node; all others are shared.
 local_types=${HEALTH_LOCAL_TYPES:-ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay proc sysfs}
-# Free MiB in /dev/shm: NCCL and data loaders need it.
+# MiB that must be free in /dev/shm, for NCCL and data loaders.
 min_shm=${HEALTH_SHM_MIB:-1024}
-# The first user id of people; files of smaller ones, such as root, are the machine's.
+# The lowest user ID of people; files of lower IDs, such as root's, belong to the machine.
 first_user=${HEALTH_FIRST_USER:-1000}
-# Seconds for each command. slurmd kills a HealthCheckProgram after 60 s.
+# Time limit of each command in seconds. slurmd kills a HealthCheckProgram after 60 s.
 limit=${HEALTH_TIMEOUT_S:-15}
-# Seconds for the processes of a job that has just ended to let go of the GPUs.
+# Seconds that processes of a job that has just ended get to release the GPUs.
 patience=${HEALTH_STALE_WAIT_S:-10}
 
 PATH=${PATH:-/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}
@@ -45,7 +45,7 @@ faults=()
 output=
 
 fault() { faults+=("$1"); }
-# Of what is no fault of this node.
+# For problems that are not a fault of this node.
 report() {
     echo "health of $node: reported, not drained: $1" >&2
     ! has logger || logger -t health_prologue "$node: $1" 2>/dev/null
@@ -53,15 +53,15 @@ report() {
 unknown() { echo "health of $node: not checked: $1" >&2; }
 has() { command -v "$1" >/dev/null; }
 
-# For bounded, in a process of its own. timeout(1) would wait for a child that even SIGKILL does not end, and a hung GPU
-# driver leaves just that: so the reader gives up by itself, and what it leaves behind holds no file that slurmd reads.
+# Runs in a separate process for `bounded`. timeout(1) waits even for a child that SIGKILL cannot end, such as one in a
+# hung GPU driver. So the reader stops waiting by itself; the child it leaves behind holds no file that slurmd reads.
 in_time() {
     exec 2>/dev/null </dev/null
     timeout -k 1 "$limit" "$@" 2>&1
     printf '\n%s\0' "$?"
 }
 
-# bounded COMMAND...: what it prints goes to $output; returns its status, 124 where it did not end in time.
+# bounded COMMAND...: stores the command's output in $output and returns its status, or 124 if it did not end in time.
 bounded() {
     local status
     output=
@@ -69,14 +69,14 @@ bounded() {
         status=${output##*$'\n'}
         output=${output%$'\n'*}
         output=${output%$'\n'}
-        # 137: timeout had to use SIGKILL.
+        # 137: timeout had to send SIGKILL.
         [[ "$status" -eq 137 ]] && status=124
         return "$status"
     fi
     return 124
 }
 
-# failed NAME STATUS [report]: what to say of a command that did not work; a fault, or a report.
+# failed NAME STATUS [report]: records a failed command as a fault, or with `report` as a report.
 failed() {
     if [[ "$2" -eq 124 ]]; then
         "${3:-fault}" "$1 does not answer within $limit s"
@@ -105,8 +105,8 @@ check_gpus() {
     [[ -z "$ecc" ]] || fault "uncorrectable ECC errors on GPU $ecc"
 }
 
-# Names of processes and files in other lines of the log are chosen by users: the driver's name begins the line, after
-# the time.
+# Users choose the process and file names in other lines of the log, so the driver's name must start the line, after the
+# time.
 xid_line='^(\[[^]]*\] *){0,2}NVRM: Xid \(PCI:[0-9a-fA-F:.]+( GPU-I:[0-9]+)?\): [0-9]+,'
 
 check_kernel_log() {
@@ -119,14 +119,14 @@ check_kernel_log() {
     [[ -z "$seen" ]] || fault "Xid$seen in the kernel log"
 }
 
-# The ids of processes that use a GPU and belong to no job of this node go to $stale.
+# Stores in $stale the IDs of processes that use a GPU and belong to no job on this node.
 stale_processes() {
     local in_jobs used services
     bounded nvidia-smi --query-compute-apps=pid --format=csv,noheader || { failed nvidia-smi "$?"; return 1; }
     used=$(grep -E '^ *[0-9]+' <<<"$output" | cut -d, -f1 | tr -d ' ')
     stale=
     [[ -n "$used" ]] || return 0
-    # Users choose the names of their programs, also with line breaks: a line with a name alone makes no process.
+    # Users choose their programs' names, which may contain line breaks: only lines that start with a process ID count.
     bounded nvidia-smi --query-compute-apps=pid,process_name --format=csv,noheader || { failed nvidia-smi "$?"; return 1; }
     services=$(grep -E '^ *[0-9]+ *,' <<<"$output" | grep -E "$gpu_services" | cut -d, -f1 | tr -d ' ')
     used=$(grep -vxF -e "${services:-none}" <<<"$used")
@@ -151,9 +151,9 @@ check_stale() {
     done
 }
 
-# The MiB of files of the machine below $1 go to $machine_mib, and who holds most of the rest to $holder. What users have
-# deleted and keep open has no name there, so space counts as theirs unless it is the machine's. Returns 1 where there are
-# too many files to count.
+# Stores in $machine_mib the MiB of the machine's files below $1, and in $holder who holds most of the rest. Files that
+# users have deleted but keep open have no name there, so all space counts as theirs unless it is the machine's. Returns 1
+# if there are too many files to count.
 count_owners() {
     local user user_mib
     bounded sh -c 'find "$1" -xdev -printf "%U %b\n" 2>/dev/null | awk -v first="$2" "
@@ -168,7 +168,7 @@ count_owners() {
 
 check_mount() {
     local path=$1 type options total full machine_mib holder tell=report
-    # The kernel's table, since a look at a mount point waits for its server. The last mount covers those before it.
+    # Read the kernel's table: accessing the mount point would wait for its server. The last mount hides earlier ones.
     if ! bounded findmnt --kernel --raw --noheadings --output TARGET,FSTYPE,OPTIONS; then
         failed findmnt "$?"
         return

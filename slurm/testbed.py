@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""A real Slurm cluster of several nodes on one machine, to try the launcher with and to test it.
+"""A real multi-node Slurm cluster on one machine, for trying and testing the launcher.
 
     python slurm/testbed.py start --nodes 3          # as root; ready after about two seconds
     eval "$(python slurm/testbed.py env)"            # SLURM_CONF: all that sbatch, squeue and the launcher need
     python slurm/testbed.py kill n2   | boot n2      # power off: SIGKILL to every process of the node | on
     python slurm/testbed.py cut n2    | heal n2      # unplug the network cable | plug it in (netns)
-    python slurm/testbed.py crash n2  | revive n2    # slurmd dies, its tasks live on | slurmd is back
-    python slurm/testbed.py reset                    # cancel all jobs, mend everything
+    python slurm/testbed.py crash n2  | revive n2    # slurmd dies, its tasks keep running | slurmd is back
+    python slurm/testbed.py reset                    # cancel all jobs, repair everything
     python slurm/testbed.py stop                     # leaves nothing behind
 
 Needs root, no systemd, and Debian's slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core
 mariadb-client-core iproute2 (with --no-accounting the first four suffice).
 
-netns: a node is a network, PID, UTS and mount namespace: an address, host name, /etc/hosts, /proc and /dev/shm of its
-       own. Needs CAP_SYS_ADMIN and CAP_NET_ADMIN.
-plain: a node is a slurmd with a port and an address in 127.77.0.0/16 of its own; marked lines in /etc/hosts tell the
-       nodes' names, so one such cluster at a time. What a container may do by default is enough.
+netns: each node is a network, PID, UTS and mount namespace, with its own address, host name, /etc/hosts, /proc and
+       /dev/shm. Needs CAP_SYS_ADMIN and CAP_NET_ADMIN.
+plain: each node is a slurmd with its own port and address in 127.77.0.0/16. Marked lines in /etc/hosts resolve the
+       nodes' names, so only one such cluster can run at a time. A container's default capabilities are enough.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from testbed_config import Settings, install_command, missing_commands
 
 
 def main() -> int:
-    """The command line; see the top of this file."""
+    """Run the command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default=os.environ.get("SLURM_TESTBED_ROOT", DEFAULT_ROOT), help="folder of the cluster")
     verbs = parser.add_subparsers(dest="verb", required=True)

@@ -1,4 +1,4 @@
-"""The cluster itself: its daemons, its network, its nodes, and what can happen to them."""
+"""The cluster itself: its daemons, its network, its nodes, and the faults that can be injected."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEFAULT_ROOT = "/tmp/slurm-testbed"
 COMMAND_DEADLINE_S = 60.0
 READY_DEADLINE_S = 30.0
 POLL_S = 0.05
-# Every process of the machine is looked at for that.
+# Each check scans all processes of the machine, so check less often than every POLL_S.
 LOOK_FOR_PROCESS_S = 1.0
 DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld")
 HOSTS_MARK = "# slurm-testbed"
@@ -48,14 +48,14 @@ class TestbedError(RuntimeError):
 
 
 class SlotTaken(TestbedError):
-    """Another program holds the ports of the slot."""
+    """Another program uses the ports of the slot."""
 
 
 def _require_own(root: Path) -> None:
-    """Refuse a folder of the cluster that another user made or can write to.
+    """Refuse a cluster folder that another user created or can write to.
 
     Raises:
-        TestbedError: with what is wrong.
+        TestbedError: If the folder is refused; the message says why.
     """
     try:
         status = root.lstat()
@@ -68,7 +68,7 @@ def _require_own(root: Path) -> None:
 
 
 class Testbed:
-    """The cluster whose files are in `root`, a short path (it holds unix sockets); started or not."""
+    """The cluster whose files are in `root`, whether started or not. The path must be short, because it holds Unix sockets."""
 
     __test__ = False
 
@@ -81,7 +81,7 @@ class Testbed:
 
     @property
     def variables(self) -> dict[str, str]:
-        """What an environment needs for Slurm's commands to use this cluster."""
+        """The environment variables that Slurm's commands need to use this cluster."""
         return {"SLURM_CONF": f"{self.root}/conf/slurm.conf", "PATH": SEARCH_PATH}
 
     @property
@@ -91,37 +91,37 @@ class Testbed:
 
     @property
     def layout(self) -> Layout:
-        """Nodes and addresses; raises TestbedError where the cluster was not started."""
+        """Nodes and addresses; raises TestbedError if the cluster was not started."""
         if self._layout is None:
             raise TestbedError(f"no cluster was started in {self.root}")
         return self._layout
 
     @property
     def names(self) -> list[str]:
-        """The nodes: n1, n2, ..."""
+        """The names of the nodes: n1, n2, ..."""
         return self.layout.names
 
     def run(self, *command: object, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a command that talks to this cluster; like subprocess.run with text."""
+        """Run a command that talks to this cluster, like subprocess.run with text."""
         argv = [str(word) for word in command]
         return subprocess.run(argv, check=check, text=True, env=self.env, **{"timeout": COMMAND_DEADLINE_S, **options})
 
     def output(self, *command: object) -> str:
-        """What such a command printed, empty where it failed."""
+        """The output of such a command, empty if it failed."""
         return self.run(*command, check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
 
     # Start and stop
 
     def start(self, settings: Settings | None = None) -> None:
-        """Start a cluster and return when all its nodes are idle; one that runs in the same root is stopped first.
+        """Start a cluster and return when all its nodes are idle; a cluster that runs in the same root is stopped first.
 
         Raises:
-            SlotTaken: another cluster holds the slot.
-            TestbedError: a daemon did not get ready; its log is kept under `root`/log.
+            SlotTaken: If another cluster uses the slot.
+            TestbedError: If a daemon does not become ready; its log stays in `root`/log.
         """
         settings = settings or Settings()
         self.stop()
-        # In a folder such as /tmp anyone can make this one first, with files that say what to start and what to kill.
+        # In a folder such as /tmp, another user can create `root` first, with files that say what to start and kill.
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_own(self.root)
         isolated = settings.mode == "netns" or (settings.mode == "auto" and self._can_isolate())
@@ -142,7 +142,7 @@ class Testbed:
             raise
 
     def stop(self, keep_files: bool = False) -> None:
-        """End every process of the cluster, undo its network and remove its folder; may be called again."""
+        """Kill every process of the cluster, undo its network changes and remove its folder; may be called again."""
         self._kill_all(None)
         self._disconnect()
         self._record.unlink(missing_ok=True)
@@ -151,11 +151,11 @@ class Testbed:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def reset(self) -> None:
-        """Cancel all jobs and mend all nodes, hosts files and mounts; returns when every node is idle."""
+        """Cancel all jobs and repair all nodes, hosts files and mounts; returns when every node is idle."""
         there = {owner for _, owner in self._owners()}
         if "slurmctld" not in there:
             self.start_controller()
-        # What runs is killed at once: scancel alone would wait KillWait for what ignores TERM, or saves.
+        # Kill running jobs at once: scancel alone would wait KillWait for a job that ignores SIGTERM or saves.
         self.output("scancel", "--full", "--signal=KILL", "--state=RUNNING", "-u", "root")
         self.output("scancel", "--full", "-u", "root")
         for node in self.names:
@@ -165,10 +165,10 @@ class Testbed:
             self.revive(node)
             if node not in there:
                 self.boot(node)
-        # As `heal` does for one node.
+        # See `heal`: otherwise Slurm notices these nodes only much later.
         self.output("scontrol", "update", f"NodeName={','.join(self.names)}", "State=RESUME")
         self._wait_for("slurmctld", lambda: not self.output("squeue", "-h"), COMMAND_DEADLINE_S)
-        # Drained nodes; those that are down come back by themselves.
+        # This resumes drained nodes; nodes that are down come back by themselves.
         self.output("scontrol", "update", f"NodeName={','.join(self.names)}", "State=RESUME")
         self._wait_for("slurmctld", self.idle, COMMAND_DEADLINE_S)
         if self.layout.isolated:
@@ -192,7 +192,7 @@ class Testbed:
         self._wait_for("munged", (self.root / "run/munge.sock").exists)
         if settings.accounting:
             self._start_database()
-            # Before slurmctld, which else makes up a number for the cluster that slurmdbd then rejects.
+            # Start slurmdbd before slurmctld, which would otherwise invent a cluster ID that slurmdbd then rejects.
             self._spawn("slurmdbd", *with_hosts(self.root, self.layout, "slurmdbd", "-D"), MYSQL_UNIX_PORT=f"{self.root}/db/sock")
             self._wait_for("slurmdbd", lambda: self._listens(self.layout.port + 1))
             for change in ASSOCIATIONS:
@@ -204,13 +204,13 @@ class Testbed:
 
     def _start_database(self) -> None:
         db, commands = self.root / "db", daemon_commands(self.root)
-        db.chmod(0o700)  # the only lock: there are no passwords inside
+        db.chmod(0o700)  # the only protection: the database has no passwords
         log = self.root / "log/mariadb-install-db.out"
         with log.open("w") as out:
             if self.run(*commands["mariadb-install-db"], stdout=out, stderr=out, check=False).returncode != 0:
                 raise TestbedError(f"mariadb-install-db failed: {log.read_text()[-1000:]}")
-        # Made here, not by slurmdbd: with libmariadb3 11.8.9 a handle whose first connect met an unknown database
-        # fails every query after ("maximum allowed number of columns (=0)"), and slurmdbd dies.
+        # Create the database here, not by slurmdbd: with libmariadb3 11.8.9, after a handle's first connection meets an unknown
+        # database, each query on it fails ("maximum allowed number of columns (=0)") and slurmdbd dies.
         (db / "init.sql").write_text("CREATE DATABASE IF NOT EXISTS slurm;\n")
         self._spawn("mariadbd", *commands["mariadbd"])
         self._wait_for("mariadbd", (db / "sock").exists)
@@ -223,7 +223,7 @@ class Testbed:
         self._wait_for("slurmctld", lambda: self._listens(self.layout.port))
 
     def stop_controller(self) -> None:
-        """Stop slurmctld, which saves its state: jobs live on, but no command of Slurm is answered."""
+        """Stop slurmctld, which saves its state: jobs keep running, but Slurm commands get no answer."""
         for pid in self.processes("slurmctld"):
             _signal(pid, signal.SIGTERM)
         end = time.monotonic() + READY_DEADLINE_S
@@ -240,7 +240,7 @@ class Testbed:
     # Processes
 
     def _spawn(self, name: str, *command: str, **env: str) -> None:
-        """A daemon; by its working directory and its environment it and its offspring are found again."""
+        """Start a daemon; its working directory and environment identify it and its descendants later."""
         with (self.root / "log" / f"{name}.out").open("ab") as out:
             child = subprocess.Popen(
                 command,
@@ -254,51 +254,51 @@ class Testbed:
         self._children.append(child)
 
     def processes(self, name: str | None = None) -> list[int]:
-        """Process ids, as the host sees them, of a daemon or a node with its jobs' tasks; of the whole cluster without a name."""
+        """Host process IDs of a daemon, or of a node with its jobs' tasks; without a name, of the whole cluster."""
         for child in self._children:
             child.poll()  # reap
         return [pid for pid, owner in self._owners() if owner and name in (None, owner) and pid != os.getpid()]
 
     def slurmd(self, node: str) -> list[int]:
-        """Process ids, as the host sees them, of a node's slurmd without its jobs' tasks."""
+        """Host process IDs of a node's slurmd, without its jobs' tasks."""
         found = []
         for pid in self.processes(node):
-            with suppress(OSError):  # it has ended meanwhile
+            with suppress(OSError):  # the process may have ended
                 if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"slurmd\0"):
                     found.append(pid)
         return found
 
     def _owners(self) -> Iterator[tuple[int, str | None]]:
-        """Every process of the machine with the daemon or node of this cluster that it belongs to."""
+        """Yield every process of the machine with the daemon or node of this cluster that it belongs to, or None."""
         own: dict[int, str | None] = {}
         parents: dict[int, int] = {}
         for proc in Path("/proc").glob("[0-9]*"):
             try:
                 owner = self._own_mark(proc)
-                # The name in parentheses may hold spaces.
+                # The name in parentheses may contain spaces.
                 parents[int(proc.name)] = int((proc / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
             own[int(proc.name)] = owner
         for pid in own:
-            # A process that sets its own title overwrites its environment; it belongs where its parent does.
+            # A process that sets its own title overwrites its environment; it belongs to the same node as its parent.
             of, seen = pid, {pid}
             while own.get(of) is None and (of := parents.get(of, 0)) in own and of not in seen:
                 seen.add(of)
             yield pid, own.get(of)
 
     def _own_mark(self, proc: Path) -> str | None:
-        """The daemon or node that a process itself names in its environment or by its folder.
+        """The daemon or node that a process's own environment or working directory names.
 
         Raises:
-            OSError: it has ended meanwhile.
+            OSError: If the process has ended.
         """
         run, conf = f"{self.root}/run/", f"{self.root}/conf/slurm.conf".encode()
         cwd, program = os.readlink(proc / "cwd"), os.readlink(proc / "exe")
         environ = (proc / "environ").read_bytes()
         env = dict(entry.partition(b"=")[::2] for entry in environ.split(b"\0"))
         task, mark = env.get(b"SLURMD_NODENAME", b"").decode(), env.get(b"SLURM_TESTBED", b"").decode()
-        # In the middle of an exec there is no environment, and slurmstepd overwrites its own; both keep slurmd's folder.
+        # During exec a process has no environment, and slurmstepd overwrites its own; both keep slurmd's working directory.
         if not environ or (not mark and Path(program).name.startswith("slurm")):
             mark = cwd
         if task and env.get(b"SLURM_CONF") == conf:
@@ -369,15 +369,15 @@ class Testbed:
     # The nodes
 
     def states(self) -> dict[str, str]:
-        """Slurm's state of each node, as in {'n1': 'idle', 'n2': 'down*'}; empty where slurmctld does not answer."""
+        """Slurm's state of each node, such as {'n1': 'idle', 'n2': 'down*'}; empty if slurmctld does not answer."""
         return dict(line.split() for line in self.output("sinfo", "-hNp", "main", "-o", "%N %t").splitlines())
 
     def idle(self) -> bool:
-        """No node has a job or a fault."""
+        """Whether all nodes are idle: none has a job or a fault."""
         return set(self.states().values()) == {"idle"}
 
     def boot(self, node: str) -> None:
-        """Switch a node on, after switching it off."""
+        """Power a node on, after powering it off."""
         self.kill(node)
         self.revive(node)
         ns = f"--net=/run/netns/{self.layout.tag}-{node}"
@@ -386,29 +386,29 @@ class Testbed:
         self._spawn(node, *inside, "bash", "-c", node_script(self.root, self.layout, node))
 
     def kill(self, node: str) -> None:
-        """SIGKILL every process of a node, at once."""
+        """Send SIGKILL to every process of a node at once."""
         self._kill_all(node)
 
     def crash(self, node: str) -> None:
-        """SIGKILL a node's slurmd; it stays away until `revive`, and the tasks live on."""
+        """Kill a node's slurmd; its tasks keep running, and it stays down until `revive`."""
         (self.root / "run" / node / "hold").touch()
         for pid in self.slurmd(node):
             _signal(pid, signal.SIGKILL)
 
     def revive(self, node: str) -> None:
-        """Let slurmd come back."""
+        """Allow slurmd to start again."""
         (self.root / "run" / node / "hold").unlink(missing_ok=True)
 
     def cut(self, node: str) -> None:
-        """Unplug a node from the network."""
+        """Disconnect a node from the network."""
         self._needs_netns("cut")
         self.run("ip", "link", "set", f"{self.layout.tag}-{node}", "down")
 
     def heal(self, node: str) -> None:
-        """Plug it in again."""
+        """Reconnect a node to the network."""
         self._needs_netns("heal")
         self.run("ip", "link", "set", f"{self.layout.tag}-{node}", "up")
-        # Else a node that is down by now is noticed again only some 40 s later.
+        # Otherwise Slurm notices a node that is down only about 40 s later.
         self.output("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def exec(self, node: str, *command: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -417,7 +417,7 @@ class Testbed:
         return self.run("nsenter", "-t", self._init(node), "--net", "--uts", "--mount", "--pid", *command, **options)
 
     def private_mount(self, node: str, path: str | Path) -> None:
-        """Put an empty folder over `path` in one node: it sees nothing that others wrote there, and they see nothing of its."""
+        """Mount an empty folder over `path` in one node, so that it does not share the contents with the other nodes."""
         self.exec(node, "mount", "-t", "tmpfs", PRIVATE_MOUNT, path)
 
     def private_unmount(self, node: str, path: str | Path) -> None:
@@ -425,20 +425,20 @@ class Testbed:
         self.exec(node, "umount", "--lazy", path)
 
     def own_loopback_name(self, node: str, on: bool = True) -> None:
-        """Let a node's own host name lead to 127.0.1.1 there, as Debian's installer writes it, or (`on=False`) no more."""
+        """Make a node's own name resolve to 127.0.1.1 there, as Debian's installer does; `on=False` undoes this."""
         self._needs_netns("own_loopback_name")
-        # Written in place: the node has this file mounted.
+        # Write in place: the node has this file mounted.
         (self.root / "conf" / f"hosts-{node}").write_text(hosts(self.layout, node if on else ""))
 
     def _init(self, node: str) -> int:
-        """The process of a node that is number 1 there."""
+        """The node's process with PID 1 inside the node."""
         try:
             return self._first_processes()[node]
         except KeyError:
             raise TestbedError(f"{node} is switched off") from None
 
     def _first_processes(self) -> dict[str, int]:
-        """By node, the process that is number 1 there."""
+        """Each node's process with PID 1 inside the node."""
         found = {}
         for pid, owner in self._owners():
             if owner in self.names:
@@ -454,9 +454,9 @@ class Testbed:
 
 
 def _private_mounts(pid: int) -> list[str]:
-    """What `private_mount` has put over folders where this process is, the last one first."""
+    """The folders over which `private_mount` has mounted, as this process sees them, newest first."""
     mounts = [line.split() for line in Path(f"/proc/{pid}/mounts").read_text().splitlines()]
-    # Spaces and the like are octal there.
+    # /proc escapes spaces and similar characters as octal.
     return [path.encode().decode("unicode_escape") for source, path, *_ in reversed(mounts) if source == PRIVATE_MOUNT]
 
 

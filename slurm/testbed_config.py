@@ -1,4 +1,4 @@
-"""What a testbed is made of, and the configuration files that make Slurm's daemons into one. No side effects here."""
+"""The settings of a testbed, and the configuration files that connect Slurm's daemons. Nothing here has side effects."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-# A GPU without a device file puts its node into state INVAL; any character device will do.
+# A GPU without a device file makes its node INVAL; any character device will do.
 GPU_FILES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
 NUM_SLOTS = 100
 SEARCH_PATH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
-# Programs and the Debian packages that they come with.
+# Programs, and the Debian packages that contain them.
 BASIC = {
     **{"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "sbatch": "slurm-client", "munged": "munge"},
     **{"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"},
@@ -73,8 +73,7 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE St
 PartitionName=short Nodes=ALL PriorityTier=1 PreemptMode=OFF MaxTime=2 State=UP
 """
 
-# AccountingStoragePass is the only way to tell the connection to slurmdbd of a munge socket that is not the
-# default one: AuthInfo does not reach it.
+# Only AccountingStoragePass tells the connection to slurmdbd about a non-default munge socket: AuthInfo does not reach it.
 ACCOUNTING = """\
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost={controller}
@@ -99,7 +98,7 @@ StorageLoc=slurm
 CommitDelay=0
 """
 
-# Accounts, users and qualities of service, as sacctmgr takes them.
+# Accounts, users and QOS, as arguments of sacctmgr.
 ASSOCIATIONS = (
     ("add", "cluster", "testbed"),
     ("add", "qos", "urgent", "priority=100", "maxwall=10"),
@@ -107,13 +106,13 @@ ASSOCIATIONS = (
     ("add", "user", "root", "account=research", "cluster=testbed", "defaultaccount=research", "qos=normal,urgent"),
 )
 
-# Over its memory a step is killed at the next look, without cgroups; --mem then has to be true.
+# Without cgroups, Slurm kills a step that exceeds its memory when it next samples it; --mem must then be correct.
 OVER_MEMORY = """\
 JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=task=1
 JobAcctGatherParams=OverMemoryKill"""
 
-# A node's first process. As PID 1 (netns) it also reaps orphans, which slurmd would not.
+# The first process of a node. As PID 1 (netns) it also reaps orphans, which slurmd would not do.
 NODE_SCRIPT = """\
 {isolate}
 while :; do
@@ -121,8 +120,8 @@ while :; do
     sleep 0.2
 done
 """
-# The private hosts file also spares a resolver: Slurm looks up the name of every address that talks to it, and one
-# that does not answer costs 5 s a request.
+# The private hosts file also avoids a resolver: Slurm looks up the name of every address that contacts it, and a resolver that
+# does not answer costs 5 s per request.
 OWN_HOSTS = "mount --bind {root}/conf/{hosts} /etc/hosts"
 OWN_NODE = "hostname {node}\nmount -t tmpfs -o mode=1777 tmpfs /dev/shm\n" + OWN_HOSTS
 
@@ -133,7 +132,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to start. Slots have addresses and ports of their own: clusters in different slots run side by side."""
+    """What to start. Each slot has its own addresses and ports, so clusters in different slots can run at the same time."""
 
     mode: Literal["auto", "netns", "plain"] = _option("auto", "how nodes are kept apart; auto: netns where it works, else plain")
     slot: int = _option(0, f"0 to {NUM_SLOTS - 1}; which addresses and ports to use")
@@ -164,7 +163,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a started cluster are; kept in its folder, so that any process can act on it."""
+    """Addresses and ports of a started cluster; stored in its folder, so that any process can use the cluster."""
 
     isolated: bool
     tag: str
@@ -174,24 +173,24 @@ class Layout:
 
     @property
     def names(self) -> list[str]:
-        """The nodes."""
+        """The names of the nodes."""
         return list(self.addresses)
 
 
 def missing_commands(accounting: bool = True) -> list[str]:
-    """Programs that a testbed needs and this machine lacks."""
+    """The programs that a testbed needs and this machine lacks."""
     needed = [*BASIC, *(FOR_ACCOUNTING if accounting else ())]
     return [name for name in needed if not shutil.which(name, path=SEARCH_PATH)]
 
 
 def install_command(missing: Sequence[str]) -> str:
-    """What installs these programs on Debian and Ubuntu."""
+    """The command that installs these programs on Debian and Ubuntu."""
     packages = sorted({(BASIC | FOR_ACCOUNTING)[name] for name in missing})
     return f"apt-get install --no-install-recommends {' '.join(packages)}"
 
 
 def layout(settings: Settings, isolated: bool) -> Layout:
-    """Addresses and ports of the slot; `isolated` nodes are namespaces on a bridge, others share the loopback."""
+    """The addresses and ports of the slot; `isolated` nodes are namespaces on a bridge, others share the loopback interface."""
     slot = settings.slot
     subnet = f"10.213.{slot}" if isolated else f"127.77.{slot}"
     return Layout(
@@ -204,7 +203,7 @@ def layout(settings: Settings, isolated: bool) -> Layout:
 
 
 def config_files(root: Path, settings: Settings, at: Layout) -> dict[str, str]:
-    """Names and contents of what lies in `root`/conf."""
+    """The names and contents of the files in `root`/conf."""
     host = socket.gethostname()
     where = {"root": root, "host": host, "controller": at.controller, "port": at.port, "dbport": at.port + 1}
     nodes = [
@@ -235,20 +234,20 @@ def config_files(root: Path, settings: Settings, at: Layout) -> dict[str, str]:
 
 
 def hosts(at: Layout, on_loopback: str = "") -> str:
-    """/etc/hosts of the daemons and nodes; the name of the node `on_loopback` leads to 127.0.1.1, as Debian has it."""
+    """/etc/hosts of the daemons and nodes; the node `on_loopback` resolves to 127.0.1.1, as on Debian."""
     named = {node: "127.0.1.1" if node == on_loopback else address for node, address in at.addresses.items()}
     lines = [("localhost", "127.0.0.1"), (socket.gethostname(), at.controller), *named.items()]
     return "".join(f"{address} {name}\n" for name, address in lines)
 
 
 def node_script(root: Path, at: Layout, node: str) -> str:
-    """The bash program that is a node."""
+    """The bash script that runs as a node."""
     isolate = OWN_NODE.format(root=root, node=node, hosts=f"hosts-{node}") if at.isolated else ""
     return NODE_SCRIPT.format(isolate=isolate, root=root, node=node)
 
 
 def with_hosts(root: Path, at: Layout, *command: str) -> list[str]:
-    """`command`, for a daemon of the host that knows the nodes' names."""
+    """Wrap `command` for a daemon on the host, so that it can resolve the nodes' names."""
     if not at.isolated:
         return [*command]
     script = OWN_HOSTS.format(root=root, hosts="hosts") + '; exec "$@"'
@@ -256,7 +255,7 @@ def with_hosts(root: Path, at: Layout, *command: str) -> list[str]:
 
 
 def daemon_commands(root: Path) -> dict[str, list[str]]:
-    """How munged, and mariadbd with the program that makes its folder, are started."""
+    """The commands that start munged and mariadbd, and the one that creates mariadbd's data folder."""
     conf, run, db = root / "conf", root / "run", root / "db"
     fast = ["--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0"]
     return {
@@ -278,5 +277,5 @@ def daemon_commands(root: Path) -> dict[str, list[str]]:
 
 
 def munge_key() -> bytes:
-    """A secret that only this cluster's daemons and commands share."""
+    """A secret shared only by this cluster's daemons and commands."""
     return os.urandom(128)

@@ -1,4 +1,4 @@
-"""A page as headless Chromium shows it."""
+"""Show a page in headless Chromium and measure what it draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from missing_program import skip_or_fail
 
 _DEADLINE_S = 90
-# What is drawn, in pixels of the page: read from the laid out page, because the source alone does not say what is seen.
+# Measure what is drawn, in page pixels, after layout: the source alone does not show what is visible.
 _MEASURE = """
 <script>
 const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
@@ -35,7 +35,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Chart:
-    """Boxes (left, top, right, bottom) in pixels; `marks` are lines, bars and points whose color can be seen."""
+    """Boxes (left, top, right, bottom) in pixels; `marks` are lines, bars and points with a visible color."""
 
     box: Box
     marks: tuple[Box, ...]
@@ -44,7 +44,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Shown:
-    """`console` holds what the browser complained of; `wider_by` is by how many pixels the page is wider than the window."""
+    """`console` holds the browser's messages; `wider_by` is the number of pixels by which the page exceeds the window."""
 
     charts: tuple[Chart, ...]
     console: tuple[str, ...]
@@ -52,12 +52,12 @@ class Shown:
 
 
 def show(page: Path, folder: Path) -> Shown:
-    """Open a page in a browser of its own, whose files lie in `folder`."""
+    """Open a page in a new browser whose files are in `folder`."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
         skip_or_fail("no page can be shown without Chromium: apt-get install --no-install-recommends chromium")
     console = [line for line in _run(program, page, folder).stderr.splitlines() if "CONSOLE" in line]
-    # The policy of the page forbids scripts, ours too.
+    # The page's content policy forbids all scripts, including this measurement.
     source = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
     measured_page = folder / "measured.html"
     measured_page.write_text(source.replace("</body>", f"{_MEASURE}</body>"), encoding="utf-8")

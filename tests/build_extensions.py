@@ -1,8 +1,8 @@
-"""Compile DeepSpeed's C++ extensions for offloaded states into the user's cache (TORCH_EXTENSIONS_DIR where it is set).
+"""Compile DeepSpeed's C++ extensions for offloaded states into the user's cache, or into TORCH_EXTENSIONS_DIR if that is set.
 
     python tests/build_extensions.py
 
-Takes minutes where the cache is empty, and seconds afterwards. Processes that build the same extension wait for each other.
+Takes minutes with an empty cache, and seconds afterwards. Processes that build the same extension wait for each other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every test may use: the launcher as a command, a cache of models and data of the session's own, and a real Slurm."""
+"""Fixtures for all tests: the launcher as a command, a cache of models and data for the session, and a real Slurm."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from testbed_config import NUM_SLOTS, Settings, install_command, missing_command
 REPO = Path(__file__).resolve().parents[1]
 RUN_DEADLINE_S = 240
 BUILD_DEADLINE_S = 1700
-# First those that `make test` runs, then those of `make test-rest`; `--durations=0` lists what each takes.
+# The files of `make test` first, then those of `make test-rest`; `--durations=0` shows how long each test takes.
 LONGEST_FILES = (
     "e2e/test_first_ray_run.py",
     "e2e/test_first_runs.py",
@@ -45,7 +45,7 @@ LONGEST_FILES = (
     "clusters/test_slurm_doctor.py",
     "clusters/test_slurm_queue.py",
     "e2e/test_mirror.py",
-    # About when test_ray_cluster.py has ended, so that no two Ray clusters run at once.
+    # Starts about when test_ray_cluster.py ends, so that no two Ray clusters run at once.
     "e2e/test_ray.py",
     "journeys/test_journeys.py",
     "e2e/test_resume_exact.py",
@@ -61,18 +61,18 @@ LONGEST_FILES = (
 
 def pytest_configure(config: pytest.Config) -> None:
     progress.register(config)
-    # A shell that starts pytest in the background has it and all its processes ignore Ctrl-C, which some tests send.
+    # A shell starts background jobs with SIGINT ignored, which child processes inherit; some tests send SIGINT.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Of many processes on few cores, those that wait for their threads leave them to the others.
+    # With many processes on few cores, threads that wait must not use the CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # How long an example takes says how busy the machine is.
+    # The duration of an example depends on how busy the machine is.
     hypothesis.settings.register_profile("launcher", deadline=None)
     hypothesis.settings.load_profile("launcher")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the longest files first, so that none is left alone at the end, and those that need compiled extensions last."""
+    """Start the longest files first, so that none runs alone at the end, and tests that need compiled extensions last."""
 
     def position(item: pytest.Item) -> int:
         if "extensions" in getattr(item, "fixturenames", ()):
@@ -84,14 +84,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of this session that all processes of pytest-xdist have in common."""
+    """The folder that all pytest-xdist processes of this session share."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
 
 
 @pytest.fixture(scope="session")
 def launcher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for converted models and built data, one for all processes of pytest-xdist."""
+    """A cache for converted models and built data, shared by all pytest-xdist processes."""
     cache = shared_folder(tmp_path_factory) / "launcher-cache"
     cache.mkdir(exist_ok=True)
     return cache
@@ -99,14 +99,14 @@ def launcher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_terminal_width() -> None:
-    """Remove the width that pytest-xdist sets in its workers: output that is captured is not wrapped."""
+    """Remove the terminal width that pytest-xdist sets in its workers, so that captured output is not wrapped."""
     os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _little_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs that the process of the tests creates have a copy of these files alone: most runs of tests execute no code, and
-    copying 700 files takes longer than most tests. `whole_code` and `module_whole_code` are for the others.
+    """Runs that the test process creates get a copy of only these files: most of these runs execute no code, and copying 700
+    files takes longer than most tests. `whole_code` and `module_whole_code` are for runs that do.
     """
     package = tmp_path_factory.mktemp("code") / "launcher"
     (package / "train").mkdir(parents=True)
@@ -119,7 +119,7 @@ def _little_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def _copied_whole() -> Iterator[None]:
-    """Runs have a copy of the whole package, as those of users."""
+    """Runs get a copy of the whole package, as they do for users."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launcher.code_snapshot._PACKAGE", REPO / "launcher")
         yield
@@ -131,17 +131,17 @@ module_whole_code = pytest.fixture(_copied_whole, scope="module")
 
 @pytest.fixture(scope="session")
 def launcher_env(launcher_cache: Path) -> dict[str, str]:
-    """The environment of launcher processes: no keys, no hub, a cache of their own."""
+    """The environment of launcher processes: no keys, no Hub, a separate cache."""
     dropped = ("WANDB_", "HF_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_", "COLUMNS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     cache_only = {"LAUNCHER_CACHE": str(launcher_cache), "HF_HUB_OFFLINE": "1", "NETRC": os.devnull}
-    # Matrix products in fp32 with several threads are not the same bit by bit.
+    # With several threads, fp32 matrix products are not bitwise reproducible.
     return kept | cache_only | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
 def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `python -m launcher ARGUMENTS` to its end."""
+    """Run `python -m launcher ARGUMENTS` to completion."""
 
     def run(
         *arguments: str, cwd: Path | None = None, timeout: float = RUN_DEADLINE_S, **env: str
@@ -160,9 +160,9 @@ def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Complete
 
 @pytest.fixture(scope="session")
 def launch_here(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`launch` without a process of its own, for what is not about processes: main() in this one, a second faster.
+    """Like `launch`, but calls main() in this process: a second faster, for tests that are not about processes.
 
-    Environment, folder and output are those that the command would have. The processes that build data and probe models are
+    Environment, working directory and output are the same as for the command. The processes that build data and probe models are
     forked from one that has imported what they need.
     """
     from launcher.cli import worker_process
@@ -211,7 +211,7 @@ StorageFails = Callable[..., AbstractContextManager[None]]
 
 @pytest.fixture
 def storage_fails(monkeypatch: pytest.MonkeyPatch) -> StorageFails:
-    """`with storage_fails(PATH, CODE)`: whoever looks at PATH or opens it gets that error; only who opens it if not `stat`."""
+    """`with storage_fails(PATH, CODE)`: open() and stat() of PATH raise this error; with `stat=False` only open()."""
 
     @contextmanager
     def failing(path: Path, code: int, stat: bool = True) -> Iterator[None]:
@@ -233,7 +233,7 @@ def storage_fails(monkeypatch: pytest.MonkeyPatch) -> StorageFails:
 
 @pytest.fixture(scope="session")
 def rank_server() -> Iterator[RankServer]:
-    """Runs a function on several ranks, forked from a process that has imported DeepSpeed: tests/forked_ranks.py."""
+    """Run functions on several ranks, forked from a process that has imported DeepSpeed; see tests/forked_ranks.py."""
     server = RankServer()
     yield server
     server.close()
@@ -241,9 +241,9 @@ def rank_server() -> Iterator[RankServer]:
 
 @pytest.fixture(scope="session")
 def extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """DeepSpeed's C++ extensions for offloaded states, compiled: that takes minutes, which no deadline of a run allows for.
+    """Compile DeepSpeed's C++ extensions for offloaded states in advance: it takes minutes, longer than a run's deadline.
 
-    One process of pytest-xdist compiles; all processes share the user's cache (TORCH_EXTENSIONS_DIR where it is set).
+    One pytest-xdist process compiles; all share the user's cache, or TORCH_EXTENSIONS_DIR if that is set.
     """
     folder = shared_folder(tmp_path_factory)
     with FileLock(folder / "extensions.lock", timeout=BUILD_DEADLINE_S):
@@ -258,7 +258,7 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def demo_model(launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demonstration model as a Hugging Face folder; its data cache is built as well."""
+    """The demo model as a Hugging Face folder; its data cache is built too."""
     done = launch("data", "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(launch("plan", "--json").stdout)
@@ -267,7 +267,7 @@ def demo_model(launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path
 
 @pytest.fixture(scope="session")
 def start(launcher_env: Mapping[str, str]) -> Callable[..., object]:
-    """Start `python -m launcher ARGUMENTS` in the background; killed with all it started when the block is left."""
+    """Start `python -m launcher ARGUMENTS` in the background; the process is killed at the end of the block."""
 
     @contextmanager
     def begin(*arguments: str, cwd: Path | None = None, **env: str) -> Iterator[subprocess.Popen[str]]:
@@ -293,14 +293,14 @@ def start(launcher_env: Mapping[str, str]) -> Callable[..., object]:
 
 @contextmanager
 def running_slurm(**settings: Any) -> Iterator[Testbed]:
-    """A Slurm cluster of the testbed (slurm/testbed_config.py: Settings) in the first slot that nobody uses."""
+    """A testbed Slurm cluster (slurm/testbed_config.py: Settings) in the first free slot."""
     if missing := missing_commands():
         skip_or_fail(f"the Slurm testbed needs {', '.join(missing)}: {install_command(missing)}")
     if os.geteuid() != 0:
         skip_or_fail("only root can start the Slurm testbed: run pytest as root")
     for slot in range(1, NUM_SLOTS):
-        # An abstract socket is a lock that leaves no file and goes with its process, however that ends. Who holds it may
-        # clear away what a killed test run left in the slot.
+        # An abstract socket is a lock without a file that ends with its process in any case. Its holder may remove what a killed
+        # test run left in the slot.
         with socket.socket(socket.AF_UNIX) as lock:
             bed = Testbed(f"/tmp/launcher-slurm-{slot}")
             try:
@@ -328,12 +328,12 @@ def slurm_cluster() -> Iterator[Testbed]:
 
 @pytest.fixture
 def slurm(slurm_cluster: Testbed) -> Iterator[Testbed]:
-    """The session's Slurm cluster, all nodes idle, mended after the test. The launcher reaches it with `**slurm.variables`."""
+    """The session's Slurm cluster, with all nodes idle; repaired after the test. Pass `**slurm.variables` to the launcher."""
     yield slurm_cluster
     slurm_cluster.reset()
 
 
 @pytest.fixture(scope="session")
 def other_slurm() -> Callable[..., AbstractContextManager[Testbed]]:
-    """A Slurm cluster of one's own, for settings that the session's has not: `with other_slurm(accounting=False) as bed:`."""
+    """A separate Slurm cluster, for other settings than the session's: `with other_slurm(accounting=False) as bed:`."""
     return running_slurm

@@ -1,4 +1,4 @@
-"""As much of the Hugging Face Hub as reading a dataset needs, on a port of this machine."""
+"""A fake Hugging Face Hub on a local port that supports reading a dataset."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from http_server import serving
 
 @dataclass
 class DatasetHub:
-    """The repository owner/name; `revisions` maps branches, tags and commits to commits, `commits` those to files.
+    """The repository owner/name; `revisions` maps branches, tags and commits to commits, `commits` maps commits to files.
 
-    Where `fails_with` is an HTTP status, all that it answers is that.
+    If `fails_with` is an HTTP status, every answer has that status.
     """
 
     address: str = ""
@@ -28,14 +28,14 @@ class DatasetHub:
     fails_with: int | None = None
 
     def commit(self, files: dict[str, bytes], *names: str) -> str:
-        """A commit with these files that `names` point to."""
+        """Add a commit with these files; `names` point to it."""
         sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
         self.commits[sha] = files
         self.revisions.update(dict.fromkeys((sha, *names), sha))
         return sha
 
     def _tree(self, sha: str, folder: str | None, recursive: bool) -> list[dict[str, Any]]:
-        """The files and folders in a folder, or all below it."""
+        """The files and folders in a folder, recursively or not."""
         root = f"{folder}/" if folder else ""
         entries: dict[str, dict[str, Any]] = {}
         for name, content in self.commits[sha].items():

@@ -1,4 +1,4 @@
-"""Ranks of the tests that extend the launcher, over gloo; run by tests/forked_ranks.py."""
+"""Gloo ranks for the tests that extend the launcher; tests/forked_ranks.py runs them."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def join() -> RankInfo:
 
 
 def train_with_momentum_sgd(plan_path: str, resume_step: int, save_step: int, last_step: int) -> dict[str, Any]:
-    """Train to `last_step` with the plan of this world size, from a checkpoint unless `resume_step` is 0.
+    """Train to `last_step` with the plan for this world size, from a checkpoint unless `resume_step` is 0.
 
-    Saves at `save_step`, unless that is 0. Returns the loss of each step over all ranks, the names of the stored tensors, and
-    the problem of loading them as those of another optimizer.
+    Saves at `save_step`, unless that is 0. Returns the loss of each step over all ranks, the names of the stored tensors, and the
+    error when they are loaded for another optimizer.
     """
     OPTIMIZERS["sgd"] = MOMENTUM_SGD
     rank_info, plan = join(), LaunchPlan.load(plan_path)
@@ -85,7 +85,7 @@ def train_with_momentum_sgd(plan_path: str, resume_step: int, save_step: int, la
 
 
 def _train_step(engine: Any, rank_info: RankInfo, micro_batch_size: int, step: int) -> float:
-    """Train one step on rows that each second step has; returns the mean loss per token over all ranks."""
+    """Train one step; odd and even steps each have fixed rows. Returns the mean loss per token over all ranks."""
     rows = torch.randint(0, 1000, (NUM_ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(step % 2))
     mine = rows[rank_info.rank * micro_batch_size : (rank_info.rank + 1) * micro_batch_size]
     positions = torch.arange(ROW_TOKENS).expand_as(mine)
@@ -108,7 +108,7 @@ def _save(engine: Any, parameters: Any, root: Path, step: int) -> None:
 
 
 def _load_as_another_optimizer(engine: Any, parameters: Any, root: Path) -> str:
-    """The problem of loading the newest checkpoint into an optimizer whose states have other names."""
+    """The error when the newest checkpoint is loaded into an optimizer whose states have other names."""
     OPTIMIZERS["sgd"] = replace(MOMENTUM_SGD, states=("velocity",))
     try:
         shards.load(engine, parameters, store.get_latest(root).path)
@@ -118,7 +118,7 @@ def _load_as_another_optimizer(engine: Any, parameters: Any, root: Path) -> str:
 
 
 def _tensor_names(root: Path) -> list[str]:
-    """The part after the parameter's name of all tensors in the newest checkpoint's first shard."""
+    """The tensor names in the newest checkpoint's first shard, without the parameter names."""
     names = load_file(store.get_latest(root).path / store.shard_name(0))
     return sorted({name.partition("|")[2] for name in names if not name.startswith("rng")})
 
@@ -146,7 +146,7 @@ class LabelSmoothed:
 
 
 def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
-    """Train four steps on the same two rows, and evaluate on them. Returns the loss of each step and the held-out loss."""
+    """Train four steps on the same two rows and evaluate on them. Returns the loss of each step and the held-out loss."""
     OBJECTIVES["label_smoothed"] = LabelSmoothed()
     rank_info, plan = join(), LaunchPlan.load(plan_path)
     engine, model = build_engine(plan, rank_info)
@@ -166,7 +166,7 @@ def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
 
 
 class _TwoRows(RowBatches):
-    """The micro-batches of `_step_batch`, which are in no data cache."""
+    """The micro-batches of `_step_batch`, without a data cache."""
 
     def __init__(self, batch: StepBatch) -> None:
         self._micro = batch.micro
@@ -182,7 +182,7 @@ class _TwoRows(RowBatches):
 
 
 def _step_batch() -> StepBatch:
-    """Two micro-batches of one row; the last token of a row has no label."""
+    """Two micro-batches of one row each; the last token of a row has no label."""
     rows = torch.randint(0, 1000, (NUM_ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(0))
     labels = rows.roll(-1, dims=1)
     labels[:, -1] = IGNORED

@@ -1,4 +1,4 @@
-"""As much of the Hugging Face Hub as an upload needs, on a port of this machine: real HTTP, files kept in memory.
+"""A fake Hugging Face Hub on a local port that supports uploads: real HTTP, files kept in memory.
 
 The endpoints are those of huggingface_hub 2: api/repos/create, preupload, tree, LFS batch and transfer, commit.
 """
@@ -21,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class FakeHub:
-    """`files` is what the repository holds, once it `exists`; `refuse` maps a path's end to the status of the answer."""
+    """`files` are the repository's files, once it `exists`; `refuse` maps the end of a path to the status of the answer."""
 
     token: str
     address: str = ""
@@ -98,7 +98,7 @@ class FakeHub:
 
 @contextmanager
 def running_hub(token: str) -> Iterator[FakeHub]:
-    """A hub that knows one user by `token`, and answers 401 to everybody else."""
+    """A Hub that knows one user, by `token`, and answers 401 to everyone else."""
     hub = FakeHub(token)
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,7 @@
-"""A fake of pynvml, NVIDIA's management library: this machine has no GPU.
+"""A fake of pynvml, NVIDIA's management library, for machines without a GPU.
 
-`nvml` puts it into this process. `driver` puts one into the child processes of launcher.nvml: a module `pynvml` on
-their path answers what a file says.
+`nvml` installs it in this process. `driver` installs one in the child processes of launcher.nvml: a module `pynvml` on their path
+that answers from a file.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ globals().update(fake_pynvml.answers(json.load(open({file!r}))))
 
 
 class Nvml(ModuleType):
-    """pynvml as far as it is used; the GPU of this process is the driver's number 5. `faults` are Xids still to come.
+    """The parts of pynvml that the launcher uses; this process's GPU is the driver's number 5. `faults` are Xids to report.
 
-    What it `lacks` fails with `error`.
+    Functions in `lacks` fail with `error`.
     """
 
     NVMLError, NVMLError_Timeout = NVMLError, NVMLError_Timeout
@@ -101,7 +101,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Nvml:
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets what the driver answers in child processes, with the keys of `fake_pynvml.answers`."""
+    """Set the driver's answers in child processes, with the keys of `fake_pynvml.answers`."""
     folder = tmp_path / "fake_nvml"
     folder.mkdir()
     file = folder / "driver.json"

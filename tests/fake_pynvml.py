@@ -1,4 +1,4 @@
-"""What a fake of pynvml answers in a child process of launcher.nvml: its functions and errors, without pytest."""
+"""The functions and errors of a fake pynvml in a child process of launcher.nvml, without pytest."""
 
 from __future__ import annotations
 
@@ -41,11 +41,10 @@ ERRORS = {
 
 
 def answers(driver: dict[str, Any]) -> dict[str, Any]:
-    """Return what the module `pynvml` holds where the driver answers as in `driver`.
+    """Return the contents of the module `pynvml` for a driver that answers as `driver` says.
 
     `gpus` are dicts with uuid, name, bus and optionally memory_gib, free_gib and ecc; one with `error` cannot be reached.
-    `processes` are (uuid, pid, MiB or None, name). `init` is `hang` or the text of an error. `lacks` are functions that are not
-    supported.
+    `processes` are (uuid, pid, MiB or None, name). `init` is `hang` or an error message. `lacks` are unsupported functions.
     """
     if driver.get("init") == "hang":
         time.sleep(60)

@@ -1,4 +1,4 @@
-"""Files of other users, which only root can make."""
+"""Files of other users, which only root can create."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from missing_program import skip_or_fail
 
-# Numbers that no user of a fresh machine has.
+# IDs that no user of a fresh machine has.
 MALLORY, TEAM = 54321, 54322
 
 
@@ -19,6 +19,6 @@ def as_root() -> None:
 
 
 def give(path: Path, uid: int = MALLORY) -> None:
-    """Give a folder with its content to another user."""
+    """Give a folder and its contents to another user."""
     for one in (path, *path.rglob("*")):
         os.chown(one, uid, -1, follow_symlinks=False)

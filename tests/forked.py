@@ -1,6 +1,6 @@
-"""Processes of Python that are forked from one which has imported what they need, as `python -m` starts them.
+"""Python processes that are forked from one with their imports loaded, but otherwise run as if started with `python -m`.
 
-A new process takes a second to import W&B or the launcher; a forked one begins in milliseconds. All else is a process's own:
+A new process needs a second to import W&B or the launcher; a fork starts in milliseconds. Everything else is as in a new process:
 environment, working directory, standard streams, exit code, and waiting for threads and exit functions at the end.
 """
 
@@ -34,16 +34,16 @@ _LONGEST_MESSAGE = 2**20
 class ForkServer:
     """A process that has imported `modules`, with `variables` in its environment, and forks others.
 
-    An import of one of `forbidden` ends them with exit code 77.
+    Forked processes that import one of `forbidden` end with exit code 77.
     """
 
     def __init__(self, *modules: str, forbidden: Sequence[str] = (), variables: Mapping[str, str] | None = None) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
-        # Helper modules lie beside the tests that use them.
+        # Helper modules are in the same folders as the tests that use them.
         folders = (REPO, REPO / "tests", *(path for path in (REPO / "tests").iterdir() if path.is_dir()))
         arguments = json.dumps({"descriptor": theirs.fileno(), "modules": modules, "forbidden": forbidden})
-        # Ends when this end of the socket is closed, as it is when this process ends.
+        # The server ends when this end of the socket is closed, at the latest with this process.
         self._process = subprocess.Popen(
             [sys.executable, "-c", "import sys, forked; forked.serve(sys.argv[1])", arguments],
             env={**os.environ, **(variables or {}), "PYTHONPATH": os.pathsep.join(map(str, folders))},
@@ -63,7 +63,7 @@ class ForkServer:
         cwd: Path | None = None,
         text: bool = False,
     ) -> ForkedProcess:
-        """Start `python -m MODULE ARGUMENTS`, or with `-c` the code that is the first argument; the streams are file
+        """Start `python -m MODULE ARGUMENTS`, or with `-c` the code in the first argument; the streams are file
         descriptors, subprocess.PIPE or subprocess.DEVNULL.
         """
         ours: list[Any] = []
@@ -89,7 +89,7 @@ class ForkServer:
     def run(
         self, module: str, *arguments: str, input: str | None = None, timeout: float = 60, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run such a process to its end, with the text that it writes; one that takes too long is killed."""
+        """Run such a process to completion and return its output; it is killed after `timeout`."""
         streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = self.popen(module, *arguments, **streams, text=True, **options)
         try:
@@ -102,7 +102,7 @@ class ForkServer:
         return subprocess.CompletedProcess([module, *arguments], process.returncode, *outputs)
 
     def exit_code(self, pid: int) -> int:
-        """That of a process that has ended; may be asked once."""
+        """The exit code of a process that has ended; call this only once."""
         with self._lock:
             self._socket.send(json.dumps({"ended": pid}).encode())
             return int(self._answer())
@@ -120,7 +120,7 @@ class ForkServer:
 
 
 class ForkedProcess:
-    """As much of subprocess.Popen as tests need, for a process that is no child of this one."""
+    """The parts of subprocess.Popen that tests need, for a process that is not a child of this one."""
 
     def __init__(self, server: ForkServer, pid: int, stdin: Any, stdout: Any, stderr: Any) -> None:
         self.pid, self.stdin, self.stdout, self.stderr = pid, stdin, stdout, stderr
@@ -161,7 +161,7 @@ class ForkedProcess:
         self.send_signal(signal.SIGTERM)
 
     def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
-        """Write `input`, close the standard input, and wait; what it has written."""
+        """Write `input`, close standard input and wait; returns stdout and stderr."""
         outputs: dict[str, Any] = {}
 
         def read(name: str, stream: Any) -> None:
@@ -184,7 +184,7 @@ class ForkedProcess:
 
 @functools.cache
 def preloaded(*modules: str, forbidden: tuple[str, ...] = ()) -> ForkServer:
-    """The server for these modules, one per process of tests."""
+    """The server for these modules, one per test process."""
     return ForkServer(*modules, forbidden=forbidden)
 
 
@@ -206,10 +206,10 @@ class ForkingSubprocess:
 
 
 class ForkingWorkers:
-    """For `monkeypatch.setattr(worker_process, "subprocess", ...)`: worker modules are forked from one that has imported them.
+    """For `monkeypatch.setattr(worker_process, "subprocess", ...)`: fork worker modules from a process that has imported them.
 
-    A new process has what asks for another Hub, since libraries read that when they are imported, and what prepares in a cache
-    without a converted model, since that may need torch, which the imported tokenizers take for missing.
+    Two kinds still get a new process: one for another Hub, whose address libraries read on import; and one that prepares in a
+    cache without a converted model, because it may need torch, which the imported tokenizers consider missing.
     """
 
     DEVNULL, PIPE, TimeoutExpired = subprocess.DEVNULL, subprocess.PIPE, subprocess.TimeoutExpired
@@ -242,7 +242,7 @@ def _of_the_hub(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 class _Wall:
-    """Ends the process that imports one of `names`."""
+    """End the process when it imports one of `names`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = frozenset(names)
@@ -255,11 +255,11 @@ class _Wall:
 
 
 def serve(arguments: str) -> None:
-    """Import, then fork a process for each request until nobody is left to ask."""
+    """Import the modules, then fork a process for each request until the client is gone."""
     settings = json.loads(arguments)
     if settings["forbidden"]:
         sys.meta_path.insert(0, _Wall(settings["forbidden"]))
-    # Imports leave no garbage, and the children do not copy what is never collected.
+    # Imports create no garbage, and children do not copy pages of frozen objects.
     gc.disable()
     for name in settings["modules"]:
         importlib.import_module(name)
@@ -289,18 +289,18 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    # Those there are know what kind of file they were made for.
+    # The existing stream objects are set up for the kind of file they were opened on.
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, "r" if number == 0 else "w", closefd=False) for number in range(3))
     sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
     os.environ.clear()
     os.environ.update(request["environ"])
     os.chdir(request["cwd"])
-    # Modules that are imported are run once more, as the main one.
+    # Imported modules run again as the main module.
     warnings.filterwarnings("ignore", message=".*found in sys.modules")
 
 
 def _run(module: str, arguments: Sequence[str]) -> NoReturn:
-    """As `python` does, except that memory is not cleared at the end, which takes longer than most tests."""
+    """Run the module as `python` does, but without freeing memory at the end, which takes longer than most tests."""
     code = 0
     try:
         if module == "-c":

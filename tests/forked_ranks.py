@@ -1,7 +1,7 @@
-"""Ranks of tests, forked from one process that has imported torch, transformers and DeepSpeed.
+"""Test ranks, forked from one process that has imported torch, transformers and DeepSpeed.
 
-Importing them takes seconds of CPU in each rank, and most tests of ranks take less than that. A rank runs
-`python -m forked_ranks FUNCTION ARGUMENTS FILE`: it calls the function, spelled `module:name`, and writes what that returns.
+These imports cost each rank seconds of CPU time, more than most tests of ranks need. A rank runs `python -m forked_ranks FUNCTION
+ARGUMENTS FILE`: it calls the function, given as `module:name`, and writes the result to FILE.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from forked import ForkedProcess, ForkServer
 
-# Read while the server imports, so that ranks cannot have others: see launcher/worker/ranks/rank_process.py.
+# The server reads these on import, so ranks cannot change them: see launcher/worker/ranks/rank_process.py.
 _VARIABLES = {
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
     "PYTHONWARNINGS": "ignore",
@@ -29,7 +29,7 @@ _VARIABLES = {
 
 @dataclass(frozen=True)
 class EndedRank:
-    """How a rank ended: its exit code, negative for a signal, what its function returned, and all that it printed."""
+    """How a rank ended: its exit code (negative for a signal), its function's result, and its output."""
 
     code: int
     value: Any
@@ -37,7 +37,7 @@ class EndedRank:
 
 
 class RankServer:
-    """Runs a function on several ranks, none of which outlives the call."""
+    """Runs a function on several ranks; none of them outlives the call."""
 
     def __init__(self) -> None:
         self._server: ForkServer | None = None
@@ -51,10 +51,10 @@ class RankServer:
         environment: Mapping[str, str] | None = None,
         deadline_s: float = 120.0,
     ) -> list[EndedRank]:
-        """Call `function`, spelled `module:name`, on as many new processes as there are lists of arguments (JSON).
+        """Call `function`, given as `module:name`, on one new process per argument list (JSON).
 
-        Each has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and RENDEZVOUS, a file for the ranks to meet, which lies in
-        `folder` with their output. Whoever runs after `deadline_s` is killed.
+        Each has RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE and RENDEZVOUS, a file through which the ranks meet; it is in
+        `folder` with their output. Ranks that still run after `deadline_s` are killed.
         """
         folder.mkdir(parents=True, exist_ok=True)
         meeting = folder / "rendezvous"
@@ -81,13 +81,13 @@ class RankServer:
         ]
 
     def values(self, function: str, arguments: Sequence[Sequence[Any]], folder: Path, **options: Any) -> list[Any]:
-        """What the function returned on each rank; fails where one of them failed."""
+        """The function's result on each rank; fails if any rank failed."""
         ranks = self.run(function, arguments, folder, **options)
         assert not any(rank.code for rank in ranks), "\n".join(f"exit code {rank.code}:\n{rank.output[-3000:]}" for rank in ranks)
         return [rank.value for rank in ranks]
 
     def close(self) -> None:
-        """End the server; ranks that run die with it."""
+        """End the server; running ranks end with it."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -114,7 +114,7 @@ def _read_value(path: Path) -> Any:
 
 
 def main(function: str, arguments: str, value: str) -> NoReturn:
-    """Be a rank."""
+    """Run as a rank."""
     from launcher.train.jit_build_lock import lock_builds, skip_unused_kernels
     from launcher.worker.ranks.rank_env import die_with_parent
 
@@ -131,7 +131,7 @@ def main(function: str, arguments: str, value: str) -> NoReturn:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads of destroyed engines are still alive in C++ and would abort an orderly exit now and then.
+    # Threads of destroyed engines still run in C++ and occasionally abort a normal exit.
     os._exit(code)
 
 

@@ -1,4 +1,4 @@
-"""A whole plan and a checkpoint made by hand, for tests of what reads them."""
+"""A handwritten plan and checkpoint, for tests of the code that reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.config.schema import RunConfig
 from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
 from launcher.plan.run_dir import RunDir
 
-# Those that a run must have, and no more.
+# The minimal settings of a run.
 SETTINGS = {
     "model": {"name": "m", "init": "random", "path": None, "config": {"model_type": "llama"}, "tokenizer": "./t"},
     "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
@@ -22,7 +22,7 @@ SETTINGS = {
 
 
 def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None = None, **parts: Any) -> LaunchPlan:
-    """The plan of a run of two CPU ranks in `run_dir`; `model` replaces numbers of the model, `parts` whole parts."""
+    """The plan of a run with two CPU ranks in `run_dir`; `model` overrides numbers of the model, `parts` whole parts."""
     numbers = {
         "hidden_size": 1,
         "num_layers": 1,
@@ -65,7 +65,7 @@ def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None =
 
 
 def changed(plan: LaunchPlan, *overrides: str) -> LaunchPlan:
-    """The plan with other settings, and with the same numbers."""
+    """The plan with other settings and the same numbers."""
     return plan.model_copy(update={"config": with_overrides(plan.config, overrides)})
 
 

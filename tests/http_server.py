@@ -1,4 +1,4 @@
-"""A web server of a test's own."""
+"""A web server for a test."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The address of a server on this machine alone, which is gone afterwards."""
+    """Serve on loopback and yield the address; the server stops at the end of the block."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    # shutdown() waits until the server looks whether it is to stop.
+    # The argument is the interval at which the server checks for shutdown().
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

@@ -1,6 +1,6 @@
-"""A package with the layout of liger-kernel 0.8 and what the launcher uses of it, computed by torch.
+"""A package with the layout of liger-kernel 0.8 and the functions that the launcher uses, implemented in torch.
 
-As in Liger, the package imports its modules with kernels, and `monkey_patch` only when something of it is asked for.
+As in Liger, the package imports its kernel modules at once, and `monkey_patch` only when one of its names is used.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def liger_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
         return x * cos.unsqueeze(unsqueeze_dim) + cat([-second, first], dim=-1) * sin.unsqueeze(unsqueeze_dim)
     return rotate(q), rotate(k)
 """,
-    # Classes and functions of the modeling module, and attributes and methods of the instance.
+    # Patches classes and functions of the modeling module, and attributes and methods of the instance.
     "monkey_patch": """
 from liger_kernel.transformers.rms_norm import LigerRMSNorm
 
@@ -92,12 +92,12 @@ def _apply_liger_kernel_to_instance(model, **kwargs):
         _patch_rms_norm_module(decoder_layer.post_attention_layernorm)
 """,
 }
-# The same, of a version for a transformers whose layers have another name.
+# The same, for a transformers version in which a layer has another name.
 APPLIED_IN_PART = FILES["monkey_patch"].replace("decoder_layer.post_attention_layernorm", "decoder_layer.moved_layernorm")
 
 
 def write_package(folder: Path, **files: str) -> Path:
-    """Write the package, with other contents for these of its modules; returns the folder for sys.path."""
+    """Write the package, with `files` in place of these modules; returns the folder for sys.path."""
     package = folder / "liger_kernel/transformers"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""A verdict made by hand, for tests of what shows one."""
+"""A handwritten verdict, for tests of the code that shows one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage
 
 SIDES = {"0-shot": 24, "8-shot": 38, "tuned": 62}
 NUM_PROMPTS = 200
-# Has the form of a key and is none.
+# Looks like a key, but is none.
 TOKEN = "hf_" + "Qm7" * 8
 
 
 def made_verdict() -> EvaluationVerdict:
-    """A fine-tune that helped, on 200 prompts: each side is right on the first ones."""
+    """A verdict on 200 prompts in which fine-tuning helped; each model's correct answers are its first ones."""
 
     def scores(right: int) -> np.ndarray:
         return (np.arange(NUM_PROMPTS) < right).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What becomes of a test that needs a program which this machine lacks."""
+"""Skip or fail a test that needs a program that this machine lacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def skip_or_fail(reason: str) -> NoReturn:
-    """Skip the test on a person's machine. CI has every program, so that there a test that cannot run has failed."""
+    """Skip the test, except in CI: CI has every program, so a test that cannot run there has failed."""
     if os.environ.get("CI"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason)

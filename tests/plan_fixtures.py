@@ -1,4 +1,4 @@
-"""Plans of a machine that is the same everywhere, and golden files; for the conftest of each folder that makes plans."""
+"""Plans for a fixed, fictitious machine, and golden files; each conftest whose tests make plans imports this."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PROVENANCE = Provenance(
     packages={"torch": "2.13.0"},
 )
 WORKING_DIR = "/srv/project"
-# Presets: one of each way in which transformers builds a layer.
+# One preset for each way in which transformers builds a layer.
 KINDS = (
     "llama3_2_1b",
     "qwen3_0_6b",
@@ -61,7 +61,7 @@ KINDS = (
 
 
 def preset(name: str, **changes: Any) -> dict[str, Any]:
-    """Return the config of a preset's model, with changes."""
+    """Return the model config of a preset, with changes."""
     return {**yaml.safe_load((conf_dir() / "model" / f"{name}.yaml").read_text())["config"], **changes}
 
 
@@ -75,7 +75,7 @@ def composed(tokens: tuple[str, ...]) -> RunConfig:
 def facts_for(
     config: RunConfig, device: DeviceFacts = CPU, data: DataFacts | None = DATA, working_dir: str = WORKING_DIR, **numbers: Any
 ) -> Facts:
-    """Facts of a machine that is the same everywhere; the model's numbers come from its settings."""
+    """Facts of a fixed, fictitious machine; the model's numbers come from its settings."""
     assert config.model.config is not None
     model = model_facts({**config.model.config, **numbers}, config.model.path, None, None)
     return Facts(working_dir=working_dir, home_dir="/home/me", device=device, model=model, data=data, provenance=PROVENANCE)
@@ -83,7 +83,7 @@ def facts_for(
 
 @pytest.fixture
 def config_of() -> Callable[..., RunConfig]:
-    """The settings of a command line, with a model whose numbers are in its file."""
+    """The settings of a command line, with a model whose numbers are in its preset."""
 
     def config(*tokens: str) -> RunConfig:
         return composed(tokens if any(t.startswith(("model=", "experiment=")) for t in tokens) else ("model=tiny", *tokens))
@@ -102,7 +102,7 @@ def plan_of(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
 
 @pytest.fixture
 def slurm_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
-    """The plan of a small run on Slurm with these settings of the cluster; `device` is what one node has."""
+    """The plan of a small run on Slurm with these cluster settings; `device` is the device of one node."""
 
     def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, **settings: Any) -> LaunchPlan:
         config = config_of("cluster=slurm", "run.name=tried", "train.global_batch_size=144")
@@ -114,7 +114,7 @@ def slurm_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]
 
 @pytest.fixture
 def ray_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
-    """The plan of a small run on Ray with these settings of the cluster; `device` is what one node has."""
+    """The plan of a small run on Ray with these cluster settings; `device` is the device of one node."""
 
     def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, **settings: Any) -> LaunchPlan:
         config = config_of("cluster=ray", "run.name=tried", "train.global_batch_size=4", "train.micro_batch_size=1")

@@ -1,7 +1,7 @@
-"""A line of progress about every 15 seconds, such as `3:10 elapsed, 61%, about 2:00 left`.
+"""Print a line of progress about every 15 seconds, such as `3:10 elapsed, 61%, about 2:00 left`.
 
-Each test is weighted by its duration in the last run, which pytest's cache keeps. Where it has not run yet, such as on a fresh
-machine, it gets the mean of its file in durations.json. `python tests/progress.py` writes that file from the last run.
+Each test is weighted by its duration in the last run, which pytest's cache stores. Without one, for example on a fresh machine,
+it gets its file's mean from durations.json. `python tests/progress.py` writes that file from the last run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import pytest
 
 INTERVAL_S = 15.0
 CACHE_KEY = "progress/durations"
-# The mean seconds of a test, by file as in test ids.
+# Mean seconds per test, by file as in test IDs.
 MEANS = Path(__file__).with_name("durations.json")
 
 
 class Estimate:
-    """How much of the tests is done, weighted by their durations in an earlier run.
+    """The share of tests that are done, weighted by their durations in an earlier run.
 
-    A test without one gets the mean of its file in `means`, else that of all other tests.
+    A test without a duration gets its file's mean from `means`, or else the mean of all other tests.
     """
 
     def __init__(self, durations: Mapping[str, float], means: Mapping[str, float] | None = None) -> None:
@@ -37,7 +37,7 @@ class Estimate:
         expected = {test: self._expected(test) for test in tests}
         known = [seconds for seconds in expected.values() if seconds is not None]
         mean = statistics.fmean(known) if known else 1.0
-        # What weighs nothing would never count as done.
+        # A test with weight 0 would never count as done.
         self._weights = {test: max(mean if seconds is None else seconds, 0.001) for test, seconds in expected.items()}
 
     def finish(self, test: str) -> None:
@@ -53,7 +53,7 @@ class Estimate:
         done = sum(self._weights[test] for test in self._done)
         share = done / total if total else 0.0
         line = f"{_minutes(elapsed_s)} elapsed, {share:.0%}"
-        # The first tests without known durations say little about the rest.
+        # With few tests done, their durations say little about the rest.
         return f"{line}, about {_minutes(elapsed_s * (1 - share) / share)} left" if share >= 0.02 else line
 
 
@@ -76,11 +76,11 @@ def _minutes(seconds: float) -> str:
 
 
 class Progress:
-    """The plugin, in the process that prints."""
+    """The pytest plugin, in the process that prints."""
 
     def __init__(self, config: pytest.Config, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._clock = config, clock
-        # Absent with `-p no:cacheprovider`.
+        # There is no cache with `-p no:cacheprovider`.
         self._cache: pytest.Cache | None = getattr(config, "cache", None)
         self._before: dict[str, float] = self._cache.get(CACHE_KEY, {}) if self._cache else {}
         self._took: dict[str, float] = {}
@@ -95,11 +95,11 @@ class Progress:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
-        # Every node has collected the same tests.
+        # All nodes collect the same tests.
         if not self._runs_in_nodes:
             self._runs_in_nodes = True
             self._begin(ids)
-            # No test runs in this process, so that a thread harms none: it prints while all nodes have long tests.
+            # This process runs no tests, so a thread cannot disturb one. It prints even while all nodes run long tests.
             threading.Thread(target=self._print_in_background, daemon=True).start()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -127,18 +127,18 @@ class Progress:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None and now - self._printed >= INTERVAL_S:
             self._printed = now
-            # The dots of the tests stand in a line without an end.
+            # pytest's dots are on an unfinished line.
             terminal.write(f"\n{self._estimate.line(now - self._began)}\n")
 
 
 def register(config: pytest.Config) -> None:
-    """Show progress, unless this process is one of pytest-xdist's nodes or only lists the tests."""
+    """Show progress, except in pytest-xdist nodes and when only listing tests."""
     if not hasattr(config, "workerinput") and not config.option.collectonly:
         config.pluginmanager.register(Progress(config), "progress")
 
 
 def main() -> None:
-    """Write the means of the last run of each test."""
+    """Write the mean duration per file, from the last run of each test."""
     durations = json.loads(Path(".pytest_cache/v", CACHE_KEY).read_text())
     MEANS.write_text(json.dumps(means_by_file(durations), indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""Imports what ranks of any test need. Nothing is built."""
+"""The imports that ranks of any test need. Nothing is built here."""
 
 import deepspeed  # noqa: F401
 import torch._dynamo  # noqa: F401

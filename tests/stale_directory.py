@@ -1,4 +1,4 @@
-"""A directory as the client of a network file system shows it: without what others have made since it was last read."""
+"""A directory as an NFS client may see it: without what others have created since the client last read it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 
 @contextmanager
 def stale(folder: Path) -> Iterator[None]:
-    """Have this process see the names that `folder` has now, whatever is made in it, until it makes a file there itself.
+    """Make this process see only the current names in `folder`, until it creates a file there itself.
 
-    A client of NFS keeps its view of a directory for up to a minute, and reads it again after a change of its own.
+    An NFS client caches a directory for up to a minute, and reads it again after its own changes.
     """
     known: set[str] | None = {*os.listdir(folder)}
     real_stat, real_open = os.stat, os.open

@@ -1,4 +1,4 @@
-"""Import directions, the submit side without torch, and backends that only their own files know."""
+"""Import directions are kept, the submit side does not load torch, and only a backend's own files know the backend."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SUBMIT_SIDE = [
 
 
 def loaded_after(statement: str) -> set[str]:
-    """Top-level modules that a new interpreter has loaded after `statement`."""
+    """The top-level modules that a new interpreter has loaded after `statement`."""
     code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def test_files_stay_small(folder: str) -> None:
 
 
 def test_only_a_backends_own_files_compare_the_kind_of_cluster() -> None:
-    """What differs between backends is a method of `Cluster` or a property of `ClusterSection`."""
+    """Differences between backends belong into methods of `Cluster` or properties of `ClusterSection`."""
     questions = [
         f"{file.relative_to(REPO)}:{node.lineno}"
         for file in sorted((REPO / "launcher").rglob("*.py"))
@@ -129,7 +129,7 @@ def test_both_tables_have_the_same_backends() -> None:
 
 
 def is_of_one_backend(file: Path) -> bool:
-    """True for launcher/{clusters,config/sections,worker}/NAME and NAME.py of a backend, and for the tables themselves."""
+    """Whether the file is launcher/{clusters,config/sections,worker}/NAME or NAME.py of a backend, or one of the tables."""
     path = file.relative_to(REPO / "launcher").with_suffix("").as_posix()
     if path in ("clusters/backends", "config/sections/backends"):
         return True
@@ -137,7 +137,7 @@ def is_of_one_backend(file: Path) -> bool:
 
 
 def asks_for_the_backend(node: ast.AST) -> bool:
-    """True for a comparison, a case or a dict literal with the name of a backend, and for a type test with a section's class."""
+    """Whether the node compares, matches or maps by a backend's name, or tests for the class of a backend's section."""
     if isinstance(node, ast.Compare):
         return any(names_a_backend(part) for side in (node.left, *node.comparators) for part in ast.walk(side))
     if isinstance(node, ast.MatchValue):
@@ -170,7 +170,7 @@ def test_a_class_name_has_one_meaning() -> None:
 
 
 def test_folders_stay_small() -> None:
-    """cli/ has one file for each verb."""
+    """cli/ is exempt: it has one file per command."""
     folders = {file.parent for file in (REPO / "launcher").rglob("*.py")} - {REPO / "launcher/cli"}
     sizes = {folder.relative_to(REPO).as_posix(): len([*folder.glob("*.py")]) for folder in folders}
     assert {folder: size for folder, size in sizes.items() if size > 17} == {}

@@ -81,7 +81,7 @@ def test_replace_directory_removes_the_previous_one(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("make", [make_pipe, link_to_device])
 def test_a_pipe_or_a_device_has_no_digest(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """In a checkpoint of another user, a shard may be either, and its manifest says what it likes."""
+    """In another user's checkpoint, a shard may be either one, and its manifest may say anything."""
     make(tmp_path / "shard")
     with pytest.raises(OSError, match="is not a regular file"):
         atomic_files.digest_file(tmp_path / "shard")

@@ -1,4 +1,4 @@
-"""The copy of the code in a run directory: durable, compared with its digests, replaced where it cannot be used."""
+"""The code snapshot in a run directory is durable, checked against its digests, and replaced if it cannot be used."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_code_that_does_not_know_a_setting_of_today_is_replaced(run: RunDir, mon
     assert not code_snapshot.is_current(run)
     code_snapshot.replace(run, 1)
     assert code_snapshot.is_current(run)
-    # As earlier launchers wrote it.
+    # The format of earlier launchers.
     (run.code / "plan_schema_version").write_text(f"{SCHEMA_VERSION}\n")
     assert not code_snapshot.is_current(run)
 
@@ -61,7 +61,7 @@ def test_damaged_code_is_named(run: RunDir) -> None:
     assert compiled
     code_snapshot.remove_changed_bytecode(run)
     assert [*run.code.rglob("*.pyc")] == compiled
-    # Python writes it anew in a copy of the run, and a power loss may cut it off.
+    # Python rewrites bytecode in a copy of the run, and a power loss may truncate it.
     compiled[0].write_bytes(b"")
     assert code_snapshot.find_damage(run) is None
     code_snapshot.remove_changed_bytecode(run)

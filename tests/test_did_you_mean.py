@@ -19,7 +19,7 @@ from launcher.errors import did_you_mean
         ("dta.max_length", "data.max_length"),
         ("data.sources[].pth", "data.sources[].path"),
         ("qqqqq", None),
-        # A section is no help to someone who wrote a key inside it.
+        # Suggesting a section does not help someone who typed a key inside it.
         ("train.qqqqq", None),
     ],
 )

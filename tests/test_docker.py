@@ -1,4 +1,4 @@
-"""The files for rented nodes: read by the parsers of the tools that use them, and their commands by the launcher itself."""
+"""The files for rented nodes are accepted by the parsers of their tools, and their commands by the launcher."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def launcher_commands(text: str) -> list[list[str]]:
-    """The words after `python -m launcher` of each command in a text, with shell variables made plain."""
+    """The arguments of each `python -m launcher` command in a text, with shell variables replaced."""
     joined = re.sub(r"\\\n\s*", " ", text)
     commands = re.findall(r"python -m launcher (\+cluster=ray[^\n|]*)", joined)
     return [
@@ -57,7 +57,7 @@ def test_the_kubernetes_job_is_complete() -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True
         environment = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
         trust = Trust.from_environ(environment)
-        # Kubernetes makes the volume root's, and writable for this group.
+        # The volume belongs to root, and Kubernetes makes it writable for this group.
         assert trust.accepts_group(pod["securityContext"]["fsGroup"], owner=0)
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
@@ -69,7 +69,7 @@ def test_the_kubernetes_job_is_complete() -> None:
 
 
 def test_the_pods_of_the_pytorchjob_run_one_command() -> None:
-    """What the operator requires of the file, and the plan of the machines that its pods are."""
+    """The file meets the operator's requirements, and its pods get a plan as machines of one run."""
     job = load("pytorchjob.yaml")
     assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
     replicas = job["spec"]["pytorchReplicaSpecs"]
@@ -120,7 +120,7 @@ def test_skypilot_accepts_the_task_file() -> None:
 def test_rented_nodes_do_not_wait_for_ever_for_a_ray_that_does_not_come(
     tmp_path: Path, rank: str, start: str, wait_s: str, words: str
 ) -> None:
-    """A Ray of which `ray start` ends or hangs, and whose state can never be told; the launcher is not reached."""
+    """`ray start` exits or hangs, and Ray's status is never available; the launcher is not reached."""
     task = load("skypilot.yaml")
     programs = {
         "ray": f'if [ "$1" = start ]; then {start}; fi; exit 1',
@@ -180,7 +180,7 @@ def test_the_image_runs_as_nobody_special_and_holds_no_host_or_key() -> None:
 
 
 def test_the_image_installs_the_wheel_and_begins_with_the_launcher() -> None:
-    """What the file copies is where the README's commands put it, and the entry point is the script that stands beside it."""
+    """The README's commands create the files that the Dockerfile copies; the entry point is the script in the same folder."""
     text = re.sub(r"\\\n\s*", " ", (DOCKER / "Dockerfile").read_text())
     instructions = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
     copied = [rest.split() for name, rest in instructions if name == "COPY"]
@@ -201,7 +201,7 @@ def test_the_image_installs_the_wheel_and_begins_with_the_launcher() -> None:
     assert (json.loads(named["ENTRYPOINT"]), json.loads(named["CMD"])) == (["launcher-entrypoint"], ["--help"])
     assert named["ENV"].startswith("PATH=/opt/launcher/bin:")
     assert "RAY_memory_monitor_refresh_ms=0" in named["ENV"].split()
-    # What needs root comes before its user.
+    # All steps that need root come before USER.
     assert max(i for i, (name, _) in enumerate(instructions) if name == "RUN") < [name for name, _ in instructions].index("USER")
 
 

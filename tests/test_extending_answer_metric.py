@@ -1,4 +1,4 @@
-"""An evaluation metric is one row in one table: scores, refused references and the verdict follow from it."""
+"""An answer metric is one row in one table; scores, refused references and the verdict follow from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backend that only this test knows: one section class, one cluster class, one conf file, one entry in each of two tables."""
+"""A backend is one section class, one cluster class, one conf file, and one entry in each of two tables; here: Kubernetes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from launcher.run_records import RUNNING_STATES, Status
 
 
 class K8sSection(ClusterSection):
-    """Kubernetes: one Job per attempt."""
+    """A Kubernetes backend: one Job per attempt."""
 
     kind: Literal["k8s"] = Field("k8s", description="The backend that starts the workers.")
     namespace: Name = Field("default", description="Namespace of the Job.")
@@ -41,7 +41,7 @@ class K8sSection(ClusterSection):
 
 
 class K8sCluster:
-    """Writes manifests instead of asking a cluster; see `Cluster`."""
+    """Writes manifests instead of contacting a cluster; see `Cluster`."""
 
     status_interval_s = 1.0
     drill_remedy = "start a short run, and delete a pod with: kubectl delete pod"
@@ -96,12 +96,12 @@ def manifest_file(run: RunDir, attempt: int) -> Path:
 
 @pytest.fixture
 def conf_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The folder of the backend's conf file, with the backend in both tables."""
+    """The folder with the backend's conf file; the backend is in both tables."""
     (tmp_path / "conf/cluster").mkdir(parents=True)
     (tmp_path / "conf/cluster/k8s.yaml").write_text("# Kubernetes.\nkind: k8s\nnodes: 1\nnamespace: training\n")
     monkeypatch.setitem(BACKENDS, "k8s", f"{__name__}:K8sCluster")
     monkeypatch.setitem(SECTIONS, "k8s", K8sSection)
-    # The schema takes the table as it is when it is imported.
+    # The schema reads the table when it is imported, so build it again.
     field = RunConfig.model_fields["cluster"]
     with monkeypatch.context() as patched:
         patched.setattr(field, "annotation", functools.reduce(operator.or_, SECTIONS.values()))
@@ -118,7 +118,7 @@ def rebuild_schema() -> None:
 
 @pytest.fixture(autouse=True)
 def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Model and data as if they were prepared, which takes a process of seconds, in a folder of the test's own."""
+    """Fake a prepared model and data in the test's own folder; preparing them would take a process several seconds."""
 
     findings.write(tmp_path, ())
     data = DATA.model_copy(update={"cache_dir": str(tmp_path)})

@@ -1,4 +1,4 @@
-"""A metric is one row of launcher.tracking.metrics.METRICS: W&B, `status`, the report and the console line show it."""
+"""A metric is one row of launcher.tracking.metrics.METRICS; W&B, `status`, the report and the console line show it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run that has logged the metric at two steps."""
+    """A run that logged the metric at two steps."""
     run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
     run_store.create_attempt(run, Attempt(resume_step=None))
     log = JsonlTracker(run, 1)

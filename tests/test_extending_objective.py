@@ -1,4 +1,4 @@
-"""A training objective that is a class and an entry of OBJECTIVES: a real rank trains and evaluates with it."""
+"""A training objective is a class and an entry in OBJECTIVES; here a real rank trains and evaluates with one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def test_a_registered_objective_is_trained_and_evaluated(
     path = tmp_path / "plan.json"
     path.write_text(plan(config, facts_for(config, working_dir=str(tmp_path), vocab_size=1000)).to_json())
     (result,) = rank_server.values("extension_ranks:train_with_label_smoothing", [[str(path)]], tmp_path / "ranks")
-    # Random weights are near the uniform distribution, whose loss is log(vocabulary) with any smoothing.
+    # Random weights predict a nearly uniform distribution, whose loss is log(vocabulary) with any smoothing.
     assert result["losses"][0] == pytest.approx(math.log(1000), rel=0.02)
     assert result["losses"][0] > result["losses"][-1]
-    # The mean over trained tokens of the rows just trained, after the last step.
+    # The held-out loss is the mean over the same trained tokens, after the last step.
     assert result["held_out"] < result["losses"][-1]
     assert result["num_atoms"] == 2 * 15

@@ -1,4 +1,4 @@
-"""An optimizer that is a row of OPTIMIZERS and a builder: the plan sizes it, and real ranks train, save and resume with it."""
+"""An optimizer is a row of OPTIMIZERS and a builder; the plan sizes it, and real ranks train, save and resume with it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_memory_disk_and_deepspeed_settings_follow_from_the_states(plan_of: Plan
     monkeypatch.setitem(OPTIMIZERS, "sgd", MOMENTUM_SGD)
     adamw, sgd = plan_of("optim.name=adamw"), plan_of("optim.name=sgd")
     num_params = adamw.model.num_params
-    # Master weights and one state, not two.
+    # Master weights and one optimizer state, instead of two.
     assert (adamw.checkpoint_bytes, sgd.checkpoint_bytes) == (12 * num_params, 8 * num_params)
     assert sgd.memory.optimizer_gib == pytest.approx(adamw.memory.optimizer_gib * 8 / 12, abs=1e-3)
     assert sgd.saving.host_gib_per_node == pytest.approx(adamw.saving.host_gib_per_node * 8 / 12, abs=1e-3)

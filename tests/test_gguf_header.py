@@ -1,4 +1,4 @@
-"""The metadata of GGUF files, against the package that writes and reads them."""
+"""Metadata of GGUF files, compared with the reference package."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_missing_number_is_reported(file: Path) -> None:
 
 
 def long_array(data: bytes) -> bytes:
-    """The count of the first array of numbers becomes larger than any memory."""
+    """Set the length of the first array of numbers to more than any memory can hold."""
     at = data.index(b"a.numbers") + len("a.numbers") + 8
     return data[:at] + (2**62).to_bytes(8, "little") + data[at + 8 :]
 

@@ -1,4 +1,4 @@
-"""Model folders from somebody who wants this machine to run code, or to give away its files."""
+"""Model folders from an attacker who wants to run code on this machine or to obtain its files."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ CONFIG = {
     **{"intermediate_size": 4, "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}},
 }
 
-# A pull request to a repository whose owner the package `kernels` trusts.
+# A pull request to a repository whose owner is trusted by the package `kernels`.
 KERNEL = "kernels-community/flash-attn2@refs/pr/7"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model with code of its own, which leaves the file `ran` beside the folder when it runs."""
+    """A model with its own code; when the code runs, it creates the file `ran` next to the folder."""
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -72,7 +72,7 @@ def checked(folder: Path, **settings: Any) -> list[Problem]:
 
 
 def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tmp_path: Path) -> None:
-    # A revision pins nothing of a folder.
+    # For a local folder, `revision` pins nothing.
     (problem,) = checked(folder, trust_remote_code=True, revision="0" * 40)
     assert problem.message.startswith("model.path: the code in the folder is not pinned")
     digest = problem.remedy.rpartition("=")[2]
@@ -85,7 +85,7 @@ def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tm
 
 @pytest.mark.parametrize("key", ["name_or_path", "_name_or_path"])
 def test_no_code_runs_before_the_pinned_one_is_here(folder: Path, tmp_path: Path, key: str) -> None:
-    """transformers would take it from what config.json names, another folder or another repository at its newest commit."""
+    """transformers would load the code that config.json names, from another folder or from a repository's newest commit."""
     config = {**CONFIG, "model_type": "llama", key: str(folder)}
     model = ModelSection(path="owner/name", revision="0" * 40, trust_remote_code=True, config=config, dtype="fp32")
     assert model_source.check_model(model) == []
@@ -98,8 +98,8 @@ def test_no_code_runs_before_the_pinned_one_is_here(folder: Path, tmp_path: Path
 def test_plan_does_not_run_the_code_of_a_model(
     folder: Path, tmp_path: Path, launch_here: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    """A settings file of somebody else can name their model and allow its code."""
-    # The embedding covers the tokens of the data, which may have been prepared before.
+    """Another user's settings file can name that user's model and allow its code."""
+    # The embedding covers all tokens of the data, which may be prepared already.
     config = {**CONFIG, "model_type": "llama", "max_position_embeddings": 2048, "vocab_size": 49152}
     (folder / "config.json").write_text(json.dumps(config))
     allowed = ("model.trust_remote_code=true", f"model.code_digest={remote_code.code_digest(folder)}")
@@ -155,7 +155,7 @@ def test_code_from_outside_of_the_model_is_refused(folder: Path, config: dict[st
     ],
 )
 def test_a_kernel_from_the_hub_is_refused_at_the_start_and_where_it_would_be_loaded(folder: Path, config: dict[str, Any]) -> None:
-    """Anybody can open a pull request there, and the package `kernels` imports its files."""
+    """Anyone can open a pull request there, and the package `kernels` imports its files."""
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "auto_map": {}, **config}))
     problem = next(one for one in checked(folder) if "takes code from a repository of the Hub" in one.message)
     assert problem.value in str(config)
@@ -164,7 +164,7 @@ def test_a_kernel_from_the_hub_is_refused_at_the_start_and_where_it_would_be_loa
 
 
 def test_another_config_file_does_not_take_the_place_of_the_one_that_is_checked(folder: Path, tmp_path: Path) -> None:
-    """transformers reads the file whose version comes next before its own; here it names code of another repository."""
+    """transformers prefers a config file for a version close to its own; here it names code in another repository."""
     (folder / "config.5.0.0.json").write_text(json.dumps({**CONFIG, "auto_map": {"AutoConfig": "other/repo--x.C"}}))
     (folder / "config.json").write_text(json.dumps({**CONFIG, "configuration_files": ["config.json", "config.5.0.0.json"]}))
     trusted = section(folder, trust_remote_code=True, code_digest=remote_code.code_digest(folder))
@@ -199,7 +199,7 @@ def test_numbers_that_python_does_not_read_or_convert_end_in_a_message(folder: P
 def test_flash_attention_in_config_json_fetches_nothing_from_the_hub(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without flash-attn, transformers would take it from kernels-community at the Hub, with the package `kernels`."""
+    """Without flash-attn installed, transformers would load it with the package `kernels` from kernels-community on the Hub."""
     from transformers.utils import import_utils
 
     version = getattr(import_utils, "KERNELS_MIN_VERSION", "1")
@@ -303,7 +303,7 @@ def test_weights_outside_of_the_folder_are_refused(folder: Path, name: str) -> N
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_a_description_of_any_size_is_not_read(folder: Path, name: str) -> None:
-    """A file with holes has any size, and some kilobytes in an archive."""
+    """A sparse file can have any size, and takes a few kilobytes in an archive."""
     (folder / name).touch()
     os.truncate(folder / name, 2**40)
     problems = [problem for problem in checked(folder) if "is larger than 100 MB" in problem.message]

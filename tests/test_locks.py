@@ -1,4 +1,4 @@
-"""Locks name their holder, and a holder that has ended holds nothing."""
+"""A lock names its holder, and a process that has ended holds no lock."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ with hold(Path(sys.argv[1]) / ".lock", 0, redacted_command_line()):
 
 @contextmanager
 def another(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock of `folder`; killed at the end."""
+    """Another process that holds the lock of `folder`; it is killed at the end."""
     environ = {**os.environ, "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", HOLD, str(folder), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
@@ -80,7 +80,7 @@ def test_a_killed_holder_is_neither_an_obstacle_nor_named(tmp_path: Path) -> Non
     assert (tmp_path / ".lock.json").is_file(), "a killed process does not clean up"
     assert read_holder(tmp_path / ".lock") is None
     with FileLock(tmp_path / ".lock", timeout=0):
-        # The holder has published no identity, and the one on disk is that of the dead process.
+        # The holder has published no identity, and the identity on disk is that of the dead process.
         text = refusal(tmp_path)
     assert "process" not in text
     with hold(tmp_path / ".lock", 0, "pytest"):
@@ -97,7 +97,7 @@ def test_a_reused_pid_is_not_taken_for_the_holder(tmp_path: Path) -> None:
     earlier = replace(holder, started=holder.started - 100)
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(earlier)))
     assert read_holder(tmp_path / ".lock") is None
-    # Another machine's processes cannot be seen from here.
+    # Processes on another machine cannot be seen from here.
     elsewhere = replace(earlier, space="another boot or container, of a machine of the same name")
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(elsewhere)))
     assert read_holder(tmp_path / ".lock") == elsewhere
@@ -105,7 +105,7 @@ def test_a_reused_pid_is_not_taken_for_the_holder(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root makes namespaces")
 def test_containers_of_one_machine_have_different_pid_namespaces() -> None:
-    """The pid of a holder there may be that of another process here, or of none."""
+    """The PID of a holder in another container may belong to a different process here, or to none."""
     code = "import os; from launcher.locks import pid_namespace; print(os.uname().nodename); print(pid_namespace())"
     there = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code],
@@ -134,7 +134,7 @@ def test_credentials_on_the_command_line_are_redacted(tmp_path: Path) -> None:
 
 
 def test_no_planted_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other users may write to the folder, and know each name but the random one."""
+    """Other users may be able to write to the folder, and can guess every name except the random one."""
     keys = tmp_path / "authorized_keys"
     keys.write_text("of the user")
     names = [".lock.json", "..lock.json.partial", "..lock.json.planted"]

@@ -1,4 +1,4 @@
-"""A test that needs a program which this machine lacks says what installs it."""
+"""A test that needs a missing program says how to install it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from browser import show
 
 @pytest.fixture(params=["a-persons-machine", "ci"])
 def outcome(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[BaseException]:
-    """How the test ends; nothing is found on the PATH."""
+    """The outcome of the test when no program is on the PATH."""
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(testbed_config, "SEARCH_PATH", "/nowhere")
     if request.param == "ci":

@@ -1,4 +1,4 @@
-"""Damaged and unsuitable model folders: each fault is named with its file, and all of them at once."""
+"""Damaged and unsuitable model folders: each fault is reported with its file, and all faults at once."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_damaged_tokenizer_is_named(folder: Path, name: str, content: bytes, m
     assert problem.message == f"model.path: {name} {message}"
     assert problem.where.startswith(str(folder / name))
     assert problem.remedy
-    # Another tokenizer is used.
+    # This does not matter if another tokenizer is used.
     assert problems(folder, tokenizer="owner/name") == []
     (problem,) = file_problems(folder, key="model.tokenizer")
     assert problem.message == f"model.tokenizer: {name} {message}"

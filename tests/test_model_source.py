@@ -18,7 +18,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub model in huggingface_hub's cache, as a complete download leaves it, without weights yet."""
+    """A Hub model in huggingface_hub's cache, as after a complete download, but still without weights."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repo = tmp_path / "models--owner--name"
     (repo / "refs").mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_a_local_folder_is_taken_before_a_hub_repository(tmp_path: Path, monkeyp
     (problem,) = model_source.check_model(ModelSection(path="models/godo"))
     assert problem.message == "model.path: there is no such folder, but a similar one"
     assert problem.remedy.startswith("did you mean ./models/good?")
-    # Another size is another model.
+    # A name with another size is a different model, not a typo.
     assert model_source.check_model(ModelSection(path="models/Qwen3-4B")) == []
     (problem,) = model_source.check_model(ModelSection(path="./models/qwen3-8b/"))
     assert problem.message == "model.path: there is no such folder"
@@ -100,7 +100,7 @@ def test_a_local_folder_is_taken_before_a_hub_repository(tmp_path: Path, monkeyp
     assert problem.message == "model.path: there is no such folder", "a path of three parts is no hub id"
     (problem,) = model_source.check_model(ModelSection(path="./modls/good"))
     assert problem.remedy.startswith("did you mean models?")
-    # Another case, and a misspelled folder above.
+    # A wrong letter, a wrong case, and a misspelled parent folder.
     for misspelled in ("models/Goood", "Models/good", "model/good"):
         (problem,) = model_source.check_model(ModelSection(path=misspelled))
         assert problem.remedy.startswith(

@@ -1,4 +1,4 @@
-"""The GPUs and processes that launcher.nvml lists in a child process, with a fake of the driver."""
+"""launcher.nvml lists GPUs and processes in a child process; the driver is fake."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_on_a_fresh_machine_a_test_has_the_mean_duration_of_its_file() -> None:
     means = means_by_file({"b.py::long[1]": 50.0, "b.py::long[2]": 70.0, "a.py::short": 20.0})
     assert means == {"a.py": 20.0, "b.py": 60.0}
     estimate = Estimate({"a.py::short": 10.0}, means)
-    # 10 s, of the last run; 60 s, of the file; 35 s, the mean of both.
+    # 10 s from the last run, 60 s from the file, 35 s as the mean of both.
     estimate.expect(["a.py::short", "b.py::other", "c.py::unknown"])
     estimate.finish("b.py::other")
     assert estimate.line(60.0) == "1:00 elapsed, 57%, about 0:45 left"
@@ -60,7 +60,7 @@ def test_on_a_fresh_machine_a_test_has_the_mean_duration_of_its_file() -> None:
 def test_progress_lines_are_printed_and_durations_stored(tmp_path: Path, nodes: list[str]) -> None:
     (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{PLUGIN}")
     (tmp_path / "test_it.py").write_text(TESTS)
-    # A folder of its own: pytest removes the numbered ones of earlier sessions when it ends, which may take minutes.
+    # Use a separate base folder: otherwise pytest removes those of earlier sessions when it ends, which may take minutes.
     folders = ["--rootdir", str(tmp_path), "--basetemp", str(tmp_path / "folders")]
     command = [sys.executable, "-m", "pytest", *folders, "-c", "/dev/null", *nodes, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)

@@ -1,4 +1,4 @@
-""".ci/run_tests: what fails beside other tests runs once more, and what passes then is named."""
+""".ci/run_tests reruns tests that fail beside others, and names those that then pass."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_fails():
 
 @pytest.mark.rest
 def test_tests_that_pass_only_alone_are_named_and_others_fail_the_target(tmp_path: Path) -> None:
-    # A make around these tests passes its variables on.
+    # A make that runs these tests passes its variables on.
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "PYTEST_"))}
 
     def run(always: bool) -> subprocess.CompletedProcess[str]:

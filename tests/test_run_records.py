@@ -1,4 +1,4 @@
-"""Run records: what is written is read, and a damaged record gives one message with file, field and value."""
+"""Run records are read as they were written; a damaged record is reported with its file, field and value."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_missing_record_is_none_and_a_missing_status_is_an_error(run: RunDir) 
 
 
 def test_unknown_keys_are_ignored_and_absent_ones_get_their_defaults(run: RunDir) -> None:
-    """Records of older and later launchers are read."""
+    """Records of older and later launchers can be read."""
     run_records.exit_file(run, 1).write_text('{"state": "completed", "weather": "fine"}')
     assert run_records.read_exit(run, 1) == ExitRecord("completed")
 

@@ -1,4 +1,4 @@
-"""A run directory: created once, replaced atomically, found by name and by path."""
+"""A run directory is created once, replaced atomically, and found by name and by path."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def test_a_run_is_created_with_plan_status_and_code(config: RunConfig, tmp_path:
     assert (status.state, status.attempt, status.step, status.max_steps) == ("pending", 0, 0, 20)
     assert status.updated_at >= status.created_at > 0
     assert stat.S_IMODE(run.root.stat().st_mode) == 0o700
-    # The code that a queued job will run: the package and its bytecode.
+    # The code that a queued job will run: the package with its bytecode.
     package = Path(run_store.__file__).parent
     paths = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
     files = {path for path in paths if path.parts[0] != "conf" and ".pyc." not in path.name}
     assert {path.relative_to(run.code / "launcher") for path in (run.code / "launcher").rglob("*") if path.is_file()} == files
     assert {Path("train/loop.py"), Path("export/model_card.md.jinja")} <= files
-    # Nothing half written is left.
+    # No partially written file is left.
     assert {p.name for p in run.root.iterdir()} == {"plan.json", "plans", "status.json", "code", "attempts"}
 
 
@@ -130,7 +130,7 @@ def test_an_attempt_survives_a_round_trip(config: RunConfig, tmp_path: Path) -> 
         number = run_store.create_attempt(run, attempt)
         run_store.write_attempt(run, number, attempt)
         assert run_store.read_attempt(run, number) == attempt
-    # A later launcher may write more.
+    # A later launcher may write more fields.
     file = run.attempt(1) / "attempt.json"
     atomic_files.write_json(file, {**json_records.read_json(file), "more": 1})
     assert run_store.read_attempt(run, 1) == complete
@@ -146,7 +146,7 @@ def test_the_newest_attempt_has_the_highest_number(config: RunConfig, tmp_path: 
 
 
 def test_an_attempt_is_created_atomically(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a process that ends in between, the next one finds nothing that it could not read."""
+    """If a process dies in between, the next one finds nothing that it cannot read."""
     run = run_store.create(planned(config, tmp_path, "a"))
 
     def killed(path: object, value: object) -> None:
@@ -294,7 +294,7 @@ def test_a_link_to_itself_is_no_run(tmp_path: Path) -> None:
 
 
 def test_a_file_replaced_during_a_read_is_read_again(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As NFS tells it; any other failure is told in words."""
+    """This is how NFS reports the replacement; any other failure is reported with its reason."""
     run = run_store.create(planned(config, tmp_path, "a"))
     open_file, failures = os.open, [errno.ESTALE]
 
@@ -312,7 +312,7 @@ def test_a_file_replaced_during_a_read_is_read_again(config: RunConfig, tmp_path
 
 
 def failing(number: int, within: str = "") -> Callable[[Path], bool]:
-    """A look at a file that fails with this error within a folder of that name, by default anywhere."""
+    """A stand-in for is_file that fails with this error, within folders of that name or anywhere."""
 
     def look(path: Path) -> bool:
         if within and within not in path.parts:
@@ -347,7 +347,7 @@ def test_deleted_attempts_are_made_again_with_the_next_number(config: RunConfig,
 
 @pytest.fixture
 def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storage that was mounted read-only after an error, as the kernel does."""
+    """The kernel remounts storage read-only after an error."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))

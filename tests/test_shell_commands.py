@@ -1,4 +1,4 @@
-"""Commands that are printed for the user can be pasted into a shell."""
+"""Commands that the launcher prints can be pasted into a shell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchao, which computes in FP8, in a folder of its own: transformers imports it in every process that has it."""
+"""torchao, for FP8, is in a separate folder: transformers imports it in every process that can find it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from missing_program import skip_or_fail
 
-# `make` installs it here.
+# `make` installs torchao here.
 _FOLDER = Path(sys.prefix) / "fp8"
 
 
 def find_torchao() -> Path:
-    """Return a folder for sys.path with torchao; skips the test where there is none."""
+    """Return a folder for sys.path with torchao; skip the test if there is none."""
     if (_FOLDER / "torchao").is_dir():
         return _FOLDER
     installed = importlib.util.find_spec("torchao")

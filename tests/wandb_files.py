@@ -1,4 +1,4 @@
-"""What W&B's files hold, told by W&B's own reader."""
+"""Read W&B's files with W&B's own reader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     """All records of all offline files of a run, oldest file first."""
     lines = []
     for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
-        # What `wandb leet inspect` runs, after it has imported W&B's package.
+        # The command that `wandb leet inspect` runs after it has imported W&B's package.
         command = [
             get_core_path(),
             "leet",
@@ -31,5 +31,5 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
-    """What was logged, a dict for each of W&B's steps."""
+    """The logged values, one dict for each of W&B's steps."""
     return [record["history"]["item"] for record in records(run_dir) if record["type"] == "history"]

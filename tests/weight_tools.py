@@ -1,4 +1,4 @@
-"""Tiny models with random weights on disk, whole and broken."""
+"""Small models with random weights on disk, intact or broken."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXPERTS = {
 
 
 def save_model(folder: Path, config: Mapping[str, Any], **saving: Any) -> Path:
-    """A folder with a random model of this architecture, in tiny sizes."""
+    """Save a random model of this architecture with tiny sizes."""
     sizes = {**SIZES, **EXPERTS.get(config["model_type"], {}), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**{**config, **sizes}))
     hf.save_pretrained(folder, **saving)
@@ -36,7 +36,7 @@ def save_model(folder: Path, config: Mapping[str, Any], **saving: Any) -> Path:
 
 
 def change_weights(folder: Path, change: Callable[[Tensors], object], name: str = "model.safetensors") -> Path:
-    """Write a weight file again after `change` of its tensors."""
+    """Rewrite a weight file after `change` of its tensors."""
     tensors = load_file(folder / name)
     change(tensors)
     save_file(tensors, folder / name, metadata={"format": "pt"})

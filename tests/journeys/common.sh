@@ -1,8 +1,8 @@
-# Sourced by every journey. The commands of README and docs are typed in an empty folder, with an installed launcher on PATH.
+# Sourced by every journey, which runs commands from the README and docs in an empty folder, with an installed launcher on PATH.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# step NAME COMMAND...: run it and print its seconds; where it fails, print its output and end the journey.
+# step NAME COMMAND...: run the command and print how long it took; if it fails, print its output and end the journey.
 step() {
   local name=$1 code=0 started ended
   shift
@@ -15,7 +15,7 @@ step() {
   fi
 }
 
-# refused NAME TEXT COMMAND...: it ends with exit code 2, says TEXT and shows no traceback.
+# refused NAME TEXT COMMAND...: check that the command exits with 2 and prints TEXT and no traceback.
 refused() {
   local name=$1 text=$2 code=0
   shift 2
@@ -26,12 +26,12 @@ refused() {
   printf '%-28s refused\n' "$name"
 }
 
-# says TEXT: the last command has printed it.
+# says TEXT: check that the last command printed TEXT.
 says() {
   grep -qF -- "$1" output || fail "the output lacks: $1"
 }
 
-# wait_for SECONDS COMMAND...: until it succeeds.
+# wait_for SECONDS COMMAND...: repeat the command until it succeeds, for this long at most.
 wait_for() {
   local deadline=$((SECONDS + $1))
   shift
@@ -41,12 +41,12 @@ wait_for() {
   done
 }
 
-# field RUN KEY: a value that `status --json` shows.
+# field RUN KEY: print a value from `status --json`.
 field() {
   python -m launcher status "$1" --json | python -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$2"
 }
 
-# Both are waited for: a command each time would take the processor from the run.
+# These two read files, because wait_for repeats them: a launcher command each time would take CPU time from the run.
 has_reached() {
   grep -qs "\"trainer/step\": $2," "runs/$1/metrics.jsonl"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One machine: 20,000 chats become a cache, a run, a run that is killed and resumed, and a folder that transformers loads.
+# One machine: prepare 20,000 chats, train, kill and resume a run, and load its export with transformers.
 . "$(dirname "$0")/common.sh"
 
 step "settings come from the wheel" launcher plan --info searchpath
@@ -10,7 +10,7 @@ says deepspeed
 refused "a misspelled verb" "did you mean train?" launcher trian
 python "$here/make_chats.py" 20000 >chats.jsonl
 
-# The file is what the other commands read.
+# The other commands read the file that this one writes.
 short=(data.max_length=256 data.workers=2 data.eval_max_rows=4 train.global_batch_size=4 train.max_steps=12 eval.every=100)
 step "init" launcher init --data chats.jsonl --model tiny "${short[@]}" checkpoint.save_every=3 tracking.mode=offline
 says "launcher train chats.yaml"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A Ray of the run's own on this machine: a worker trains, and the run resumes and exports like any other.
+# A run on its own Ray on this machine: train with one worker, resume and export.
 . "$(dirname "$0")/common.sh"
 
 python "$here/make_chats.py" 500 >chats.jsonl

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A model folder of several safetensors files with an index: trained, exported, and refused where a file is missing.
+# A model folder with several safetensors files and an index: train, export, and refuse it if a file is missing.
 . "$(dirname "$0")/common.sh"
 
 python "$here/make_chats.py" 500 >chats.jsonl

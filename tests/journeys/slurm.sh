@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two nodes of a Slurm cluster: plan with the batch script, submit, follow, cancel, resume to the end.
+# Two nodes of a Slurm cluster: show the batch script, submit, cancel, and resume to completion.
 . "$(dirname "$0")/common.sh"
 
 python "$here/make_chats.py" 500 >chats.jsonl
