@@ -94,6 +94,34 @@ def test_files_stay_small(folder: str) -> None:
     assert {name: length for name, length in lengths.items() if length > 450} == {}
 
 
+def test_the_code_of_a_model_runs_only_by_the_option_that_guards_it() -> None:
+    """launcher.models.private_code.code_option makes transformers refuse all other code in the process."""
+    allowing = [
+        f"{file.relative_to(REPO)}:{node.lineno}"
+        for file in sorted((REPO / "launcher").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if allows_code(node)
+    ]
+    assert allowing == []
+
+
+def allows_code(node: ast.AST) -> bool:
+    """True for a dict literal, or a call of transformers, with another value than False for the option that allows code."""
+    if isinstance(node, ast.Dict):
+        pairs = [(key.value, value) for key, value in zip(node.keys, node.values, strict=True) if isinstance(key, ast.Constant)]
+    elif (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("from_pretrained", "from_config")
+    ):
+        pairs = [(keyword.arg, keyword.value) for keyword in node.keywords]
+    else:
+        return False
+    return any(
+        name == "trust_remote_code" and not (isinstance(value, ast.Constant) and value.value is False) for name, value in pairs
+    )
+
+
 def test_only_a_backends_own_files_compare_the_kind_of_cluster() -> None:
     """Differences between backends belong into methods of `Cluster` or properties of `ClusterSection`."""
     questions = [

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from launcher.config.schema import ModelSection
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
-from launcher.models import remote_code
+from launcher.models import private_code, remote_code
 from launcher.plan.architecture import model_facts
 from launcher.plan.plan_checks import context_tokens
 from launcher.train.model import build_model, read_own_config
@@ -92,6 +93,44 @@ def test_no_code_runs_before_the_pinned_one_is_here(folder: Path, tmp_path: Path
     facts = model_facts(config, None, None, None)
     assert isolation_check._probe(model, facts)[1] == "isolated"
     assert type(build_model(model, facts, "cpu", chunk_tokens=8).hf).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "ran").exists()
+
+
+OTHER_NAMES: list[Callable[[Path], dict[str, Any]]] = [
+    lambda other: {"attribute_map": {"x": "auto_map"}, "x": {"AutoModelForCausalLM": f"{other}--code.M"}},
+    lambda other: {
+        "attribute_map": {"x": "auto_map", "y": "_name_or_path"},
+        "x": {"AutoModelForCausalLM": "code.M"},
+        "y": str(other),
+    },
+    lambda other: {"__dict__": {"auto_map": {"AutoModelForCausalLM": "code.M"}, "_name_or_path": str(other)}},
+]
+
+
+@pytest.mark.parametrize("write", OTHER_NAMES)
+def test_config_json_does_not_name_code_under_other_names(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], dict[str, Any]]
+) -> None:
+    """transformers makes an attribute of every key, so one key can decide what another one stands for."""
+    known = {key: value for key, value in CONFIG.items() if key != "auto_map"} | {"model_type": "llama"}
+    config, model = {**known, **write(folder)}, tmp_path / "described"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(config))
+    save_file({"t": torch.zeros(2)}, model / "model.safetensors")
+    (model / "own.py").touch()
+    trusted = section(model, trust_remote_code=True, code_digest=remote_code.code_digest(model), dtype="fp32")
+    described = ModelSection(path="owner/name", revision="0" * 40, trust_remote_code=True, config=config, dtype="fp32")
+    for one in (trusted, described):
+        assert model_source.check_model(one)[0].message.endswith("makes transformers read its values under other names")
+    with pytest.raises(ConfigError, match="under other names"):
+        weight_check.compare(model, trusted)
+    # As if the checks did not know these keys.
+    monkeypatch.setattr(private_code, "hidden_code_problems", lambda *_: ())
+    monkeypatch.setattr(private_code, "foreign_classes", lambda *_: ())
+    with suppress(ConfigError, OSError):
+        weight_check.compare(model, trusted)
+    with suppress(AttributeError):
+        build_model(described, model_facts(config, None, None, None), "cpu", chunk_tokens=8)
     assert not (tmp_path / "ran").exists()
 
 

@@ -10,7 +10,7 @@ from launcher.data.cache import cache_store
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.data.tokenization.render_limits import decode
-from launcher.models.private_code import folder_to_load
+from launcher.models.private_code import code_option, folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train.model import DTYPES, read_own_config, weights_gib
@@ -50,7 +50,7 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     settings = plan.config.model
     code = Path(plan.model.path) if plan.model.path else None
     path = folder_to_load(folder, settings.trust_remote_code, settings.code_digest, code)
-    remote = {"trust_remote_code": settings.trust_remote_code}
+    remote = code_option(settings.trust_remote_code, path)
     config = read_own_config(path, **remote)
     model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[settings.dtype], **remote)
     model.to(device).eval()

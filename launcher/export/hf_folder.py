@@ -77,6 +77,11 @@ class ExportTask:
         return tuple(i for i in self.turn_end_ids if i not in generation.read_stop_ids(self.model))
 
     @property
+    def runs_code(self) -> bool:
+        """Whether transformers may run the code of the base model; without its folder there is none that is pinned."""
+        return self.trust_remote_code and isinstance(self.model, Path)
+
+    @property
     def partial(self) -> Path:
         """Path of the unfinished folder; the same on every rank."""
         return self.out.with_name(f".{self.out.name}.partial")
@@ -246,7 +251,7 @@ def _checked(task: ExportTask, exported: ExportedFolder, device: str) -> Exporte
             exported, not_loaded=f"loading needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"
         )
     model = parity.load_exported(
-        _folder_to_load(task, task.partial), dtype=task.dtype, device=device, trust_remote_code=task.trust_remote_code
+        _folder_to_load(task, task.partial), dtype=task.dtype, device=device, trust_remote_code=task.runs_code
     )
     reference_logits, logit_parity = parity.read_reference_logits(task.checkpoint), None
     if reference_logits is None:
@@ -263,10 +268,9 @@ def _file_layout(task: ExportTask) -> weights.FileLayout:
 
 def _folder_to_load(task: ExportTask, folder: Path) -> Path:
     """Return the folder from which transformers may load `folder`, with the base model's code."""
-    if not isinstance(task.model, Path):
-        return folder
+    code = task.model if isinstance(task.model, Path) else None
     try:
-        return private_code.folder_to_load(folder, task.trust_remote_code, task.code_digest, task.model)
+        return private_code.folder_to_load(folder, task.runs_code, task.code_digest, code)
     except ConfigError as error:
         raise CheckpointError(error.problems) from error
 
@@ -283,7 +287,7 @@ def _write_config(task: ExportTask, model: Path | Mapping[str, Any], state: Stat
     if task.check or not config.get("architectures"):
         from launcher.export.parity import check_config
 
-        built = check_config(_folder_to_load(task, task.partial), state, task.trust_remote_code)
+        built = check_config(_folder_to_load(task, task.partial), state, task.runs_code)
         atomic_files.write_json(target, config | {"architectures": config.get("architectures") or [built]})
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from launcher.checkpoint.manifest import REFERENCE_LOGITS
 from launcher.checkpoint.state import State
 from launcher.errors import CheckpointError
+from launcher.models.private_code import code_option
 
 # The exported weights equal the engine's, so only kernels and the order of sums differ.
 # bf16 and fp16 round each result to 2^-9 and 2^-12 of its size; over tens of layers that moves logits by some 0.05, and
@@ -47,11 +48,12 @@ def check_config(folder: Path, state: State, trust_remote_code: bool = False) ->
     Raises:
         CheckpointError: if its parameters differ from the checkpoint's.
     """
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    remote = code_option(trust_remote_code, folder)
+    config = transformers.AutoConfig.from_pretrained(folder, **remote)
     # transformers imports a class on first access, which must not happen on the meta device.
     model_class = transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        built: transformers.PreTrainedModel = model_class.from_config(config, trust_remote_code=trust_remote_code)
+        built: transformers.PreTrainedModel = model_class.from_config(config, **remote)
     tied = built.all_tied_weights_keys
     expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
     saved = state.parameters
@@ -81,7 +83,7 @@ def load_exported(
             folder,
             dtype=_DTYPES[dtype],
             attn_implementation="sdpa",
-            trust_remote_code=trust_remote_code,
+            **code_option(trust_remote_code, folder),
             output_loading_info=True,
         )
     except Exception as error:  # every user of the folder would get the same error

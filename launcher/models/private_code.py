@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import itertools
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from launcher.checkpoint.folder_links import open_file
 from launcher.errors import ConfigError
@@ -31,7 +34,20 @@ from launcher.security import ownership
 _CONFIG = "config.json"
 # transformers copies the code of models there, reuses existing copies, and reads the variable when it is imported.
 MODULES_CACHE = "HF_MODULES_CACHE"
+# transformers' function that finds a file of code and copies it to the folder of modules: all code passes it.
+_FIND = "get_cached_module_file"
+# transformers' option, which nothing else in the launcher sets.
+TRUST = "trust_remote_code"
 _numbers = itertools.count()
+
+
+def code_option(trusts_code: bool, folder: Path | None) -> dict[str, bool]:
+    """Return the option with which transformers may run the code of the model in `folder`, and refuses all other code.
+
+    `folder` is what `folder_to_load` has returned. A model without a folder has no code that could be pinned.
+    """
+    _admit_private_copies_only()
+    return {TRUST: trusts_code and folder is not None}
 
 
 def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Path | None = None) -> Path:
@@ -47,6 +63,7 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
         OSError: if a file cannot be read, or copied.
     """
     _hide_kernels()
+    _admit_private_copies_only()
     if not (folder / _CONFIG).is_file():
         return folder
     if hidden := list(hidden_code_problems(weight_files.read_json(folder / _CONFIG), str(folder / _CONFIG))):
@@ -99,6 +116,32 @@ def _hide_kernels() -> None:
     utils = sys.modules.get("transformers.utils.import_utils")
     if utils is not None:
         utils.is_kernels_available.cache_clear()
+
+
+@functools.cache
+def _admit_private_copies_only() -> None:
+    """Make transformers refuse, in this process, to import the code of a model from anywhere but a private copy.
+
+    Many things lead it to other code: what config.json names, also under names that the checks do not know, a task, a setting.
+
+    Raises:
+        ConfigError: from then on, where transformers would import other code.
+    """
+    # Only the worker side calls this; the submit side imports this module without transformers.
+    dynamic_module_utils = importlib.import_module("transformers.dynamic_module_utils")
+    find: Callable[..., str] = getattr(dynamic_module_utils, _FIND)
+
+    @functools.wraps(find)
+    def find_in_copy(source: Any, module_file: str, *args: Any, **options: Any) -> str:
+        if not Path(os.path.realpath(source)).is_relative_to(os.path.realpath(_private_folder())):
+            message = "model.path: the model leads to code that is not its own pinned code; it is not run"
+            remedy = "look in config.json for what names it, and remove that; or choose another model"
+            raise ConfigError(message, where="model.path", value=f"{source}: {module_file}", remedy=remedy)
+        return find(source, module_file, *args, **options)
+
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "transformers" and vars(module).get(_FIND) is find:
+            setattr(module, _FIND, find_in_copy)
 
 
 @functools.cache

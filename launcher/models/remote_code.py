@@ -24,6 +24,10 @@ ADAPTER = "adapter_config.json"
 # Keys in config.json for names of implementations. A repository name (owner/name) is downloaded from the Hub and imported.
 _IMPLEMENTATION = re.compile(r"\w*_implementation(?:_internal)?")
 _MAX_SHOWN = 200
+# transformers makes an attribute of every key: this one maps names of keys to others, and __dict__
+# replaces all others. A number that JSON lacks is written as {"__float__": "NaN"}.
+_OTHER_NAMES, _FLOAT = "attribute_map", "__float__"
+_INTERNAL = re.compile(r"__.*__", re.DOTALL)
 # Keys of config.json with which transformers finds classes of a model that it does not load from a folder.
 _NAMES_CODE = frozenset({"auto_map", "name_or_path", "_name_or_path"})
 # Implementations of experts that transformers downloads from the Hub although they name no repository.
@@ -128,6 +132,12 @@ def hidden_code_problems(config: Mapping[str, Any], where: str) -> Iterator[Prob
         message = "model.path: configuration_files makes transformers read another file in place of config.json"
         remedy = "remove configuration_files; if another file of the list is meant, rename it to config.json"
         yield Problem(message, where=where, value=json.dumps(config["configuration_files"])[:_MAX_SHOWN], remedy=remedy)
+    for key, value in _items(config):
+        if (key == _OTHER_NAMES and value) or (_INTERNAL.fullmatch(key) and key != _FLOAT):
+            message = f"model.path: {key} in config.json makes transformers read its values under other names"
+            yield Problem(
+                message, where=where, value=json.dumps(value)[:_MAX_SHOWN], remedy=f"remove {key}; or choose another model"
+            )
     yield from kernel_problems(config, where)
 
 

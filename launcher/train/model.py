@@ -25,7 +25,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
 from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError
-from launcher.models.private_code import folder_to_load
+from launcher.models.private_code import code_option, folder_to_load
 from launcher.models.remote_code import kernel_problems, without_code
 from launcher.models.weight_files import WeightReport, read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
@@ -150,10 +150,10 @@ def build_model(
     import torch._dynamo
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    remote = {"trust_remote_code": model.trust_remote_code}
     folder = None
     if facts.path is not None:
         folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest)
+    remote = code_option(model.trust_remote_code, folder)
     config = (
         AutoConfig.from_pretrained(folder, **remote) if folder is not None else AutoConfig.for_model(**without_code(facts.config))
     )
@@ -208,7 +208,7 @@ def read_own_config(folder: Path, trust_remote_code: bool) -> Any:
     """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, **code_option(trust_remote_code, folder))
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
     implementations = {"attn_implementation": [str(getattr(part, "_attn_implementation", "")) for part in parts]}
     if problems := list(kernel_problems(implementations, str(folder / "config.json"))):

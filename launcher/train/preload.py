@@ -68,5 +68,9 @@ def _import_model_classes(plan: LaunchPlan) -> None:
     if plan.config.model.trust_remote_code:
         # Only the ranks run remote code.
         return
-    config = AutoConfig.from_pretrained(model.path) if model.path is not None else AutoConfig.for_model(**model.config)
+    config = (
+        AutoConfig.from_pretrained(model.path, trust_remote_code=False)
+        if model.path is not None
+        else AutoConfig.for_model(**model.config)
+    )
     AutoModelForCausalLM._model_mapping.get(type(config), None)

@@ -12,7 +12,7 @@ from launcher.config.resume import with_overrides
 from launcher.config.sections.data import Source
 from launcher.errors import ConfigError
 from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import has_login, looks_secret, redact, redact_setting, secret_problem
+from launcher.security.redaction import has_login, has_secret_name, looks_secret, redact, redact_setting, secret_problem
 
 Shown = Callable[..., str]
 
@@ -307,5 +307,19 @@ def test_the_time_of_a_search_for_passwords_grows_with_the_length_of_a_text() ->
 def test_no_secret_becomes_the_name_of_a_setting(shown: Shown, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
     text = shown("model=tiny", f"+model.config.note=\"${{oc.decode:'{form}'}}\"")
-    assert "the name of a setting looks like a secret" in text
+    assert "WANDB_API_KEY: a setting must not read this variable" in text
     assert "0123456789abcdef" not in text
+
+
+def test_no_secret_is_parsed_into_parts(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No check would find it in them."""
+    monkeypatch.setenv("DB_PASSWORD", "correct-horse,battery-staple")
+    text = shown("model=tiny", "+model.config.note=\"${oc.decode:'[${oc.env:DB_PASSWORD}]'}\"")
+    assert "DB_PASSWORD: a setting must not read this variable" in text
+    assert "battery" not in text
+
+
+def test_a_secret_in_the_name_of_a_setting_is_found() -> None:
+    secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2}
+    assert has_secret_name({"a": [{f"x{secrets['WANDB_API_KEY']}": 1}]}, secrets)
+    assert not has_secret_name({"a": [{"x": 1}]}, secrets)

@@ -17,7 +17,7 @@ from pace import slowness
 from launcher import json_records
 from launcher.data.tokenization import render_limits
 from launcher.errors import ConfigError, DataError
-from launcher.models import private_code
+from launcher.models import private_code, remote_code
 from launcher.worker.benchmark_tasks import harness, library_caches, score, task_files
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder, BenchmarkRequest
 from launcher.worker.benchmark_tasks.task_files import find_running_call
@@ -253,8 +253,8 @@ def test_a_task_runs_no_code_of_a_model_that_its_settings_name(tmp_path: Path) -
     with harness._no_code_of_models(), pytest.raises(ConfigError, match="a task loads a model or tokenizer with code of its own"):
         AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert not (tmp_path / "ran").exists()
-    private_code.use_private_modules()
-    AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    copy = private_code.folder_to_load(tmp_path, True, remote_code.code_digest(tmp_path))
+    AutoConfig.from_pretrained(copy, trust_remote_code=True)
     assert (tmp_path / "ran").exists()
 
 

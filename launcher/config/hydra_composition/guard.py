@@ -16,7 +16,7 @@ from typing import Any
 from launcher.config.bounded_yaml import UnboundedYaml, require_bounded
 from launcher.config.introspect import leaves
 from launcher.errors import ConfigError, Problem
-from launcher.security.credentials import is_short_secret
+from launcher.security.credentials import environment_secrets, is_short_secret, secret_within
 
 # Values from conf/config.yaml and from Hydra. Other values would change the environment, or make Hydra write its own files.
 _NEUTRAL: dict[str, Any] = {
@@ -36,6 +36,8 @@ UNBOUNDED = "the references between the settings expand to too much"
 READS_CREDENTIAL = "a setting must not read this variable, which looks like a secret"
 # The reference to an environment variable, as in ${oc.env:USER}.
 _VARIABLE = "oc.env"
+# The reference that parses a text into a list, for example: no check would find a credential in its parts.
+_PARSED = "oc.decode"
 # Hydra's modules that hold the function that configures logging.
 _LOGGING = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher", "hydra.core.utils")
 # Hydra's modules that hold the function that runs a job.
@@ -68,9 +70,11 @@ def guarded() -> Iterator[None]:
         for owner, name, replacement in replacements:
             setattr(owner, name, replacement)
         OmegaConf.register_new_resolver(_VARIABLE, _read_variable, replace=True)
+        OmegaConf.register_new_resolver(_PARSED, _parse, replace=True)
         yield
     finally:
         OmegaConf.register_new_resolver(_VARIABLE, oc.env, replace=True)
+        OmegaConf.register_new_resolver(_PARSED, oc.decode, replace=True)
         for (owner, name, _), original in zip(replacements, originals, strict=True):
             setattr(owner, name, original)
 
@@ -82,6 +86,15 @@ def _read_variable(name: str, *default: Any) -> Any:
     if is_short_secret(name, os.environ):
         raise ValueError(f"{name}: {READS_CREDENTIAL}")
     return oc.env(name, *default)
+
+
+def _parse(text: Any, _parent_: Any, _node_: Any) -> Any:
+    """Return the value that a text stands for, unless it contains a credential. OmegaConf passes arguments by these names."""
+    from omegaconf.resolvers import oc
+
+    if isinstance(text, str) and (name := secret_within(text, environment_secrets(os.environ))):
+        raise ValueError(f"{name}: {READS_CREDENTIAL}")
+    return oc.decode(text, _parent_, _node_)
 
 
 def require_composing_only(config: Any) -> None:

@@ -155,17 +155,19 @@ def _no_code_of_models() -> Iterator[None]:
     """
     from transformers import dynamic_module_utils
 
-    def refuse(name: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         message = "a task loads a model or tokenizer with code of its own, which would run (trust_remote_code)"
         raise ConfigError(message, where=_WHERE, remedy="leave it out")
 
-    # All code loading first creates a package for its copy.
-    before = dynamic_module_utils.create_dynamic_module
-    dynamic_module_utils.create_dynamic_module = refuse
+    # All code loading finds its file, and creates a package for its copy, with these.
+    before = {name: getattr(dynamic_module_utils, name) for name in ("get_cached_module_file", "create_dynamic_module")}
+    for name in before:
+        setattr(dynamic_module_utils, name, refuse)
     try:
         yield
     finally:
-        dynamic_module_utils.create_dynamic_module = before
+        for name, function in before.items():
+            setattr(dynamic_module_utils, name, function)
 
 
 def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:

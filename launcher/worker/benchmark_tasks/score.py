@@ -24,7 +24,7 @@ from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import LauncherError, RunError
 from launcher.evaluate.task import EvaluationFolder, Weights
 from launcher.evaluate.verdict import judge
-from launcher.models.private_code import folder_to_load
+from launcher.models.private_code import code_option, folder_to_load
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.verdicts import TUNED
@@ -87,7 +87,7 @@ def _load(request: BenchmarkRequest, weights: Weights, side: str) -> Any:
     device = _device()
     # A model that does not fit on one GPU is spread over all GPUs of this machine.
     placement = {"device_map": "auto"} if device == "cuda" else {}
-    remote = {"trust_remote_code": config.model.trust_remote_code}
+    remote = code_option(config.model.trust_remote_code, path)
     own = read_own_config(path, **remote)
     model = AutoModelForCausalLM.from_pretrained(
         path, config=own, dtype=DTYPES[choose_dtype(config, device)], **remote, **placement

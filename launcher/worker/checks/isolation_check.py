@@ -17,7 +17,7 @@ from launcher.config.schema import ModelSection, RunConfig
 from launcher.data import cache_dir
 from launcher.errors import LauncherError, RunError
 from launcher.models import isolation_verdicts
-from launcher.models.private_code import folder_to_load
+from launcher.models.private_code import code_option, folder_to_load
 from launcher.models.remote_code import without_code
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 from launcher.worker import limits
@@ -56,8 +56,8 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
     from launcher.train.model import CausalLMLoss
     from launcher.worker.checks import reduced_model
 
-    remote = {"trust_remote_code": model.trust_remote_code}
     folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest) if facts.path else None
+    remote = code_option(model.trust_remote_code, folder)
     reasons, differences, is_measured = [], [], False
     try:
         config = AutoConfig.from_pretrained(folder, **remote) if folder else AutoConfig.for_model(**without_code(facts.config))

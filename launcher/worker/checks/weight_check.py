@@ -16,7 +16,7 @@ from launcher import model_source
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.models import weight_files
-from launcher.models.private_code import folder_to_load
+from launcher.models.private_code import code_option, folder_to_load
 from launcher.models.weight_files import ShapeMismatch, WeightReport
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def _load_config(folder: Path, model: ModelSection) -> Any:
     """
     from transformers import AutoConfig
 
-    remote = {"trust_remote_code": model.trust_remote_code}
     try:
-        return AutoConfig.from_pretrained(folder_to_load(folder, model.trust_remote_code, model.code_digest), **remote)
+        path = folder_to_load(folder, model.trust_remote_code, model.code_digest)
+        return AutoConfig.from_pretrained(path, **code_option(model.trust_remote_code, path))
     except (LauncherError, OSError, ImportError):
         raise
     except Exception as error:
@@ -154,7 +154,7 @@ def _blank_model(folder: Path, model: ModelSection) -> Any:
     from launcher.train.model import DTYPES
 
     config = _load_config(folder, model)
-    remote = {"trust_remote_code": model.trust_remote_code}
+    remote = code_option(model.trust_remote_code, folder)
     with torch.device("meta"):
         # Weights do not depend on the attention kernel, and this machine may lack the ranks' kernel.
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], attn_implementation="eager", **remote)

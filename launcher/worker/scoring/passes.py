@@ -23,7 +23,7 @@ from launcher.data.cache.split import Split
 from launcher.data.cache_dir import cache_root
 from launcher.data.score_store import ScoreKey, ScoreStore
 from launcher.errors import RunError
-from launcher.models.private_code import folder_to_load
+from launcher.models.private_code import code_option, folder_to_load
 from launcher.models.remote_code import without_code
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
 from launcher.security import ownership
@@ -126,7 +126,7 @@ def _read_config(plan: LaunchPlan) -> Any:
     if path is None or not Path(path).is_dir():
         return AutoConfig.for_model(**without_code(plan.model.config))
     folder = folder_to_load(Path(path), model.trust_remote_code, model.code_digest)
-    return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    return AutoConfig.from_pretrained(folder, **code_option(model.trust_remote_code, folder))
 
 
 def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: int) -> LaunchPlan:
