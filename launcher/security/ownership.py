@@ -101,6 +101,24 @@ def folder_problem(subject: str, folder: Path, content: Iterable[Path]) -> Probl
     return first_problem(subject, folder, content, _own_trust(), with_parents=True)
 
 
+def named_file_problem(variables: Iterable[str]) -> Problem | None:
+    """Return the problem with the first of these variables that names a file or folder which other users could have written.
+
+    Its author chooses a client's server, its account, or a command that it runs. Returns None if there is no such variable.
+    """
+    for variable in variables:
+        value, content = os.environ.get(variable), list[Path]()
+        # /dev/null stands for no file, and everyone can write to it.
+        if not value or value == os.devnull:
+            continue
+        path = Path(os.path.expanduser(value))
+        with suppress(OSError):
+            content = list(path.iterdir()) if path.is_dir() else []
+        if (problem := folder_problem(f"what {variable} names", path, content)) is not None:
+            return replace(problem, remedy=f"set {variable} to a path of your own, or unset it; or {problem.remedy}")
+    return None
+
+
 def accepts_owner(uid: int) -> bool:
     """Return whether this user trusts files that a given user owns."""
     trust = _own_trust()

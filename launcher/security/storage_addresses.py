@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from launcher.errors import Problem
+from launcher.security import ownership
 from launcher.security.hub_answers import guard_hub_client
 from launcher.security.port_owners import IS_STORAGE, server_problem
 
@@ -37,6 +38,8 @@ _VARIABLES = {
     **dict.fromkeys(_GOOGLE, ("STORAGE_EMULATOR_HOST",)),
     **dict.fromkeys(_AZURE, ("AZURE_STORAGE_CONNECTION_STRING",)),
 }
+# Variables that name a folder of fsspec's settings for all storage, and files of AWS, whose credential_process is run.
+_SETTINGS, _AWS_SETTINGS = ("FSSPEC_CONFIG_DIR",), ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
 # fsspec's settings (FSSPEC_OSS_ENDPOINT=...) that name a server; those of one protocol hold for its other names.
 _OPTIONS = ("endpoint_url", "endpoint", "account_host", "connection_string")
 # The server in a connection string of Azure; a development storage is at this port of the machine.
@@ -64,11 +67,15 @@ def address_problem(where: str, address: str) -> Problem | None:
 
 
 def listener_problem(where: str, address: str) -> Problem | None:
-    """Return the problem with an address whose server is a port of this machine on which another user listens, or None.
+    """Return the problem with an address whose server another user could choose, or None.
 
-    That user would get a mirror's weights and choose what is read: the rows, or the code that a resume runs. The end of an ssh
-    tunnel can be such a port. `where` is where the user wrote the address.
+    They have written settings of its client, or listen at its port of this machine, such as the end of an ssh tunnel. They would
+    get a mirror's weights and choose what is read: the rows, or the code that a resume runs. `where` is where the user wrote the
+    address.
     """
+    variables = [*_SETTINGS, *(_AWS_SETTINGS if _S3 & set(protocols(address)) else ())]
+    if problem := ownership.named_file_problem(variables):
+        return problem
     for part in _parts(address):
         protocol = part.partition("://")[0]
         servers = [(where, part)] if protocol in _WITH_SERVER else []

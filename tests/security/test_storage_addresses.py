@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from types import ModuleType
 
 import fsspec.implementations.http as fsspec_http
 import pytest
+from file_owners import MALLORY, as_root, give
 from http_server import serving
 
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import check_sources, locate
+from launcher.data.sources import check_sources, locate, remote
 from launcher.errors import DataError, SubmitError
 from launcher.security import storage_addresses
-from launcher.security.storage_addresses import address_problem, guard_clients
+from launcher.security.storage_addresses import address_problem, guard_clients, listener_problem
+
+__all__ = ["as_root"]
 
 CANARY = "hf_canaryCANARY0123456789abcd"
 
@@ -147,3 +152,27 @@ def test_sftp_connects_to_known_hosts_alone(paramiko: ModuleType, address: str) 
         RemoteFolder(address, waits_s=())
     with pytest.raises(DataError, match="not found in known_hosts"):
         locate.fetch_files(Source(path=f"{address}/a.jsonl"))
+
+
+@pytest.mark.usefixtures("as_root")
+def test_settings_of_a_client_that_another_user_could_write_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable may name a file in a folder of others; AWS runs what it calls credential_process."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    ran, settings, folder = tmp_path / "ran", tmp_path / "aws", tmp_path / "fsspec"
+    settings.write_text(f"[default]\ncredential_process = touch {ran}\n")
+    folder.mkdir()
+    (folder / "s3.json").write_text("{}")
+    monkeypatch.setenv("FSSPEC_CONFIG_DIR", str(folder))
+    assert listener_problem("data.path", "https://host.invalid/rows.jsonl") is None
+    give(folder / "s3.json")
+    with pytest.raises(DataError, match=f"what FSSPEC_CONFIG_DIR names is not trusted: s3.json belongs to {MALLORY}"):
+        remote._connect("https://host.invalid/rows.jsonl")
+    monkeypatch.setenv("FSSPEC_CONFIG_DIR", os.devnull)
+    give(settings)
+    for variable in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        with monkeypatch.context() as context:
+            context.setenv(variable, str(settings))
+            with pytest.raises(SubmitError, match=f"what {variable} names is not trusted: .* belongs to {MALLORY}"):
+                RemoteFolder("s3://bucket/run", waits_s=()).names()
+    assert not ran.exists()

@@ -168,3 +168,18 @@ def test_a_user_without_a_home_directory_has_no_settings_there(monkeypatch: pyte
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: MALLORY)
     assert local_settings.find_problem() is None
+
+
+@pytest.mark.parametrize("variable", ["NETRC", "WANDB_IDENTITY_TOKEN_FILE"])
+def test_a_login_that_another_user_could_write_is_refused(
+    folder: Path, servers: tuple[FakeWandb, FakeWandb], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """Their account would get the metrics and samples of the run."""
+    (folder / "wandb/settings").unlink()
+    (folder / "login").write_text("machine api.wandb.ai login user password " + "0" * 40)
+    monkeypatch.setenv(variable, str(folder / "login"))
+    assert local_settings.find_problem() is None
+    os.chown(folder / "login", MALLORY, -1)
+    with pytest.raises(ConfigError, match=f"what {variable} names is not trusted: .*login belongs to {MALLORY}"):
+        wandb_check.check(config(), worker_environment())
+    assert not any(server.received for server in servers)

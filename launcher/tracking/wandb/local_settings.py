@@ -16,6 +16,8 @@ from launcher.security.port_owners import server_problem
 # W&B takes the first of these folders that exists.
 _FOLDERS = (".wandb", "wandb")
 _SERVER, _CONFIG_FOLDER = "WANDB_BASE_URL", "WANDB_CONFIG_DIR"
+# Variables that name a file with a login: its account gets the metrics and samples of a run.
+_LOGINS = ("NETRC", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_CREDENTIALS_FILE")
 _SUBJECT = "the settings file that W&B reads in the working directory"
 _CLONE_FS = 0x200
 
@@ -23,8 +25,8 @@ _CLONE_FS = 0x200
 def find_problem() -> Problem | None:
     """Return why the server that would get the key is not trusted, or None if it is.
 
-    Other users may have written W&B settings in the working directory or in the folder that WANDB_CONFIG_DIR names, or may listen
-    at the server's address on this machine.
+    Other users may have written W&B settings in the working directory or in the folder that WANDB_CONFIG_DIR names, or the file
+    with a login that another variable names. They may listen at the server's address on this machine.
     """
     files = _files()
     problem = next(filter(None, map(_problem_of, files)), None) if any(map(os.path.lexists, files)) else None
@@ -35,7 +37,7 @@ def find_problem() -> Problem | None:
     is_read = os.environ.get(_CONFIG_FOLDER) or os.path.lexists(file)
     if is_read and (problem := ownership.file_problem("the settings file of W&B", file)) is not None:
         return replace(problem, remedy=f"set {_CONFIG_FOLDER} to a folder of your own; or {problem.remedy}")
-    return server_problem(*_server())
+    return ownership.named_file_problem(_LOGINS) or server_problem(*_server())
 
 
 def _server() -> tuple[str, str]:
