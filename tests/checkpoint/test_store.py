@@ -251,7 +251,7 @@ def test_a_loss_computed_after_the_commit_counts_and_leaves_the_manifest_alone(t
     assert not store.verify(first)
     assert [checkpoint.eval_loss for checkpoint in store.list_checkpoints(tmp_path)] == [1.5, 1.7, None]
     assert store.prune(tmp_path, rules) == [second]
-    # The evaluation belongs to another set than `best_set`.
+    # The evaluation belongs to a set other than `best_set`.
     assert store.prune(tmp_path, store.Retention(keep_last=1, keep_best=1, best_set="other")) == [first]
     (last / LATER_EVALUATION).write_text("[")
     assert store.open_checkpoint(last).eval_loss is None

@@ -1,4 +1,4 @@
-"""A run whose optimizer states are offloaded to disk trains, exports and resumes."""
+"""A run with optimizer states and weights on disk trains, saves, resumes and exports."""
 
 from __future__ import annotations
 

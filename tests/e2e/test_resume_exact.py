@@ -50,8 +50,7 @@ pytestmark = [pytest.mark.rest, pytest.mark.timeout(600)]
 def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """20 rows in batches of 4: an epoch ends after every fifth step. In fp32 the order of sums changes results very little.
 
-    With so large an eps, an update is proportional to the gradient where that is small, so rounding stays small in the weights
-    too.
+    With so large an eps, an update is proportional to the gradient where that is small, so rounding errors stay small.
     """
     data = tmp_path_factory.mktemp("data") / "rows.jsonl"
     words = ["north", "south", "east", "west", "spring", "summer", "autumn", "winter"]
@@ -152,8 +151,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     env = rows_environment(rows)
     overrides = (*settings, f"run.root={runs}", "run.name=disturbed")
 
-    # 1. A small version of benchmarks/kills.py. No restart is left for the last kill: it ends and is named, and the run can be
-    # resumed.
+    # 1. A small version of benchmarks/kills.py. The last kill finds no restart left: the run ends, names it, and can be resumed.
     kills = draw_kills(seed=340, num_kills=NUM_KILLS, num_ranks=2, save_every=SAVE_EVERY)
     assert {kill.moment for kill in kills} == set(MOMENTS)
     kills[SEGFAULT] = replace(kills[SEGFAULT], signal=signal.SIGSEGV)

@@ -1,4 +1,4 @@
-"""The wheel contains the right files."""
+"""The wheel contains the settings, templates and license, but no tests or benchmarks."""
 
 from __future__ import annotations
 

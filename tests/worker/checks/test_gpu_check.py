@@ -68,7 +68,7 @@ def test_sound_gpus_of_the_planned_kind_pass(node: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("start", ["", "\\r", "\\342\\200\\250"])
 def test_the_name_of_a_users_program_is_no_fault(node: Callable[..., None], start: str) -> None:
-    """The kernel logs the names of a crashed process and file, which may look like a fault."""
+    """The kernel logs the names of crashed processes and files, which may look like a fault."""
     forged = "NVRM: Xid (PCI:0000:3b:00): 79, x"
     node(dmesg=f"printf '[9.1] traps: NVRM: Xid (): 79[77] trap divide error in {start}{forged}[55c0+1000]\\n'")
     assert check_gpus(2, SECTION)[1] == []

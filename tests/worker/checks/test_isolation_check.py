@@ -104,7 +104,6 @@ def test_a_reduced_model_keeps_the_kinds_of_layers_and_the_windows() -> None:
         ("zamba2", "leaks"),
         ("falcon_h1", "leaks"),
         # Their layers are listed by number; get_decoder() returns the whole model in one, and the head in the other.
-        # the head.
         ("llama4", "isolated"),
         ("modernbert-decoder", "other_logits"),
         # A hash table of byte groups holds most of the parameters.

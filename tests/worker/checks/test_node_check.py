@@ -253,7 +253,7 @@ def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callabl
     assert check_node(made, run, 1).code != first
     file.write_bytes(content)
     assert check_node(made, run, 1).code == first
-    # The new name keeps the order of the files.
+    # The new name leaves the order of the files unchanged.
     file.rename(run.code / "launcher/errorz.py")
     assert check_node(made, run, 1).code != first
 
