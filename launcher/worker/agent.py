@@ -182,7 +182,9 @@ class _FailureLog:
 
     def add_stall(self, message: str) -> None:
         self._stalls.append(message)
-        print(message, flush=True)
+        # A full disk must not end the watchdog, whose thread calls this.
+        with suppress(OSError):
+            print(message, flush=True)
 
     def describe_own(self) -> str:
         """Return the first failure of this node's ranks as JSON, empty if none failed, and reset the log for the next start."""

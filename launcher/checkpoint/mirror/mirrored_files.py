@@ -6,6 +6,7 @@ import io
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from launcher import run_store
@@ -52,8 +53,9 @@ def build_code_archive(folder: Path) -> bytes:
 
 
 def report_unsent(problem: Problem | CheckpointError) -> None:
-    """Print to standard error which file the mirror does not get, and why."""
-    print(f"not sent to the mirror: {problem}", file=sys.stderr, flush=True)
+    """Print to standard error which file the mirror does not get, and why. Without room for the log, uploads continue."""
+    with suppress(OSError):
+        print(f"not sent to the mirror: {problem}", file=sys.stderr, flush=True)
 
 
 def _small_files(folder: Path, with_code: bool) -> list[Path]:

@@ -172,7 +172,8 @@ def record_fault(run: RunDir, rank_info: RankInfo, host: str, limit: RateLimit, 
     if not limit.admit(fault):
         return
     text = f"{fault} (rank {rank_info.rank} on {host})"
-    print(text, flush=True)
     # A full disk must not end the monitoring of the device.
+    with suppress(OSError):
+        print(text, flush=True)
     with suppress(OSError):
         append_event(run, rank_info.attempt, "alert", text)

@@ -205,7 +205,8 @@ class Watchdog:
                 # For example, a limit on open files. The next look may succeed, and a hang must end.
                 if str(error) != self._problem:
                     self._problem = str(error)
-                    print(f"the watchdog cannot look at the ranks: {self._problem}", flush=True)
+                    with suppress(OSError):
+                        print(f"the watchdog cannot look at the ranks: {self._problem}", flush=True)
 
     def _look(self, now: float) -> None:
         read = self._table.read()

@@ -20,7 +20,7 @@ from typing import Self
 from launcher.errors import LauncherError, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.sidecars.sidecar import Sidecar, begin_sidecar
+from launcher.worker.sidecars.sidecar import Sidecar, begin_sidecar, print_to_log
 
 _COMPLETE, _END = "complete", "end"
 # If memory runs out, the kernel kills an evaluation before a rank.
@@ -64,7 +64,7 @@ def main(plan_path: str, attempt: int) -> int:
     answers = CheckpointAnswers(RunDir(Path(plan.run_dir)), plan, attempt)
     orders = _Orders()
     threading.Thread(target=orders.listen, args=(source,), name="orders", daemon=True).start()
-    succeeded_at = time.monotonic()
+    succeeded_at, last_failure = time.monotonic(), ""
     try:
         while not orders.end.is_set():
             # Read this first: a checkpoint that is committed in between belongs to the next round.
@@ -72,9 +72,11 @@ def main(plan_path: str, attempt: int) -> int:
             try:
                 if answers.work(is_complete):
                     break
-                succeeded_at = time.monotonic()
+                succeeded_at, last_failure = time.monotonic(), ""
             except (OSError, LauncherError) as error:
-                print(f"storage fails: {describe(error)}", file=sys.stderr, flush=True)
+                if (failure := describe(error)) != last_failure:
+                    last_failure = failure
+                    print_to_log(f"storage fails: {failure}")
                 if is_complete and time.monotonic() - succeeded_at > _STORAGE_S:
                     break
             orders.news.wait(_LOOK_S)

@@ -28,7 +28,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import MirrorRecord
 from launcher.shell_commands import launcher_command, module_command
 from launcher.tracking.tracker import RateLimit
-from launcher.worker.sidecars.sidecar import Sidecar, begin_sidecar, checkpoints_state, record_event
+from launcher.worker.sidecars.sidecar import Sidecar, begin_sidecar, checkpoints_state, print_to_log, record_event
 
 _MODULE = "launcher.worker.sidecars.mirror_process"
 _LOOK_S = 2.0
@@ -208,7 +208,7 @@ class Sender:
         try:
             json_records.write(self._run.attempt(self._attempt) / "mirror.json", record)
         except OSError as error:
-            print(f"mirror.json cannot be written: {error}", file=sys.stderr, flush=True)
+            print_to_log(f"mirror.json cannot be written: {error}")
 
     def _event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
         record_event(self._run, self._attempt, kind, text, step, **fields)

@@ -97,11 +97,17 @@ def begin_sidecar() -> io.FileIO:
 
 def record_event(run: RunDir, attempt: int, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
     """Print an event for the log and append it to the run's events if its disk has room."""
-    print(text, file=sys.stderr, flush=True)
+    print_to_log(text)
     try:
         append_event(run, attempt, kind, text, step, **fields)
     except OSError as error:
-        print(f"events.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
+        print_to_log(f"events.jsonl cannot be written: {error}")
+
+
+def print_to_log(text: str) -> None:
+    """Print a line to this process's log. A full disk, which the log shares with the run, must not end the process."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def checkpoints_state(folder: Path) -> object:

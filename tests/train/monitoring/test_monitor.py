@@ -146,8 +146,9 @@ def test_an_xid_is_one_alert_and_a_full_disk_does_not_end_the_monitoring(tmp_pat
     alerts = [(event["kind"], event["attempt"], event["text"]) for event in read_events(run.events)]
     assert alerts == [("alert", 2, f"Xid {number} on GPU 3: it means something (rank 0 on n1)") for number in (79, 48)]
 
-    def full(*arguments: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("launcher.train.monitoring.monitor.append_event", full)
+    monkeypatch.setattr("builtins.print", full)
     record_fault(run, rank_info, "n1", limit, "Xid 31 on GPU 3: it means something")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import threading
@@ -124,8 +125,13 @@ def test_an_exception_that_repeats_closes_the_rendezvous_of_all_nodes(tmp_path: 
     assert len(read_events(run.events)) == 2, "the end of the attempt has an alert of its own"
 
 
-def test_the_watchdogs_message_explains_a_rank_that_it_killed(tmp_path: Path) -> None:
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_the_watchdogs_message_explains_a_rank_that_it_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = _FailureLog(RunDir(tmp_path), 1, NodeInfo(0, ("n0",), "127.0.0.1", None), tmp_path / "log", str)
+    monkeypatch.setattr("builtins.print", full_disk)
     log.add_stall("rank 5 (pid 7) is stopped by a signal: no progress for 9 s in step 3; killed it")
     log.set_exits([RankExit(5, -9, 9.0, None)])
     record = json.loads(log.describe_own())

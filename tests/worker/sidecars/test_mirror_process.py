@@ -28,6 +28,7 @@ from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import RateLimit
 from launcher.worker.sidecars import mirror_process
 from launcher.worker.sidecars.mirror_process import MirrorProcess
+from launcher.worker.sidecars.sidecar import record_event
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.stopper import Stopper
 
@@ -131,7 +132,14 @@ def test_a_lasting_outage_alerts_again(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(said(run, "alert")) == alerts, at
 
 
-def no_room(*_: object) -> None:
+def test_a_disk_without_room_for_the_log_does_not_end_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    monkeypatch.setattr("builtins.print", no_room)
+    record_event(run, 1, "alert", "no room")
+    assert said(run, "alert") == ["no room"]
+
+
+def no_room(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
