@@ -116,6 +116,17 @@ def _servers_in(value: str) -> list[str]:
     return _AZURE_SERVER.findall(value) + [_AZURE_DEVELOPMENT_SERVER] * (_AZURE_DEVELOPMENT in value.lower())
 
 
+def access_remedy(address: str) -> str:
+    """Return what to check if a client cannot reach or open the storage at an address."""
+    used = set(protocols(address))
+    if used & {"sftp", "ssh"}:
+        return "check the address and the login; connect to the host with ssh once, so that ~/.ssh/known_hosts has its key"
+    remedy = "check the address, and the storage's credentials in the environment"
+    if used & _S3:
+        remedy += " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for another endpoint, AWS_ENDPOINT_URL)"
+    return remedy
+
+
 def protocols(address: str) -> Iterator[str]:
     """Yield the protocols in an address; a part without :// may be only a protocol, or a path."""
     return (part.partition("://")[0] for part in _parts(address))

@@ -148,8 +148,9 @@ def paramiko(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 @pytest.mark.parametrize("address", ["sftp://host/runs", "ssh://host/runs"])
 def test_sftp_connects_to_known_hosts_alone(paramiko: ModuleType, address: str) -> None:
     """fsspec itself accepts any host key, so a resume from a mirror would run code from whoever answers."""
-    with pytest.raises(OSError, match=r"not found in known_hosts, .None, '/etc/ssh/ssh_known_hosts'."):
+    with pytest.raises(SubmitError, match=r"not found in known_hosts, .None, '/etc/ssh/ssh_known_hosts'.") as refused:
         RemoteFolder(address, waits_s=())
+    assert "connect to the host with ssh once" in refused.value.problems[0].remedy
     with pytest.raises(DataError, match="not found in known_hosts"):
         locate.fetch_files(Source(path=f"{address}/a.jsonl"))
 

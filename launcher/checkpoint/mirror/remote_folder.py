@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from launcher import json_records
 from launcher.atomic_files import FileEntry
-from launcher.checkpoint.mirror.storage_connection import connect, require_own_listener
+from launcher.checkpoint.mirror.storage_connection import connect, require_own_listener, unreachable_error
 from launcher.errors import CheckpointError, LauncherError, SubmitError
 from launcher.security import ownership
 from launcher.security.permissions import tree
@@ -331,24 +331,7 @@ def convert_storage_errors(remote: RemoteFolder, operation: str) -> Iterator[Non
     except LauncherError:
         raise
     except Exception as error:
-        raise _unreachable_error(remote, operation, error) from error
-
-
-def _unreachable_error(remote: RemoteFolder, operation: str, error: Exception) -> SubmitError:
-    remedy = "check the address, and the storage's credentials in the environment"
-    if remote.url.startswith("s3:"):
-        remedy += " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for another endpoint, AWS_ENDPOINT_URL)"
-    elif remote.url.startswith("file:"):
-        remedy = "check that the folder can be created and written"
-    return SubmitError(
-        f"the mirror cannot be {operation}: {describe_error(error)}", where=remote.origin, value=remote.url, remedy=remedy
-    )
-
-
-def describe_error(error: Exception) -> str:
-    """Return an error's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        raise unreachable_error(remote.url, remote.origin, operation, error) from error
 
 
 def _blocks(file: io.RawIOBase, size: int) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Connects to the storage behind a mirror's address: its fsspec file system, and the check of who listens at its server."""
+"""Connects to the storage behind a mirror's address: its file system, the check of who listens at its server, and its errors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import fsspec
 from fsspec.registry import known_implementations
 
 from launcher.errors import SubmitError
-from launcher.security.storage_addresses import address_problem, guard_clients, listener_problem
+from launcher.security.storage_addresses import access_remedy, address_problem, guard_clients, listener_problem
 
 
 def connect(url: str, origin: str) -> tuple[Any, str]:
     """Return the file system of `url`, and the path in it. `origin` is where the user wrote the address, for errors.
 
     Raises:
-        SubmitError: if the package for this kind of address is not installed, or the address is invalid or not trusted.
+        SubmitError: if the package for this kind of address is not installed, the address is invalid or not trusted, or a client
+            that connects at once, such as sftp's, cannot.
     """
     if problem := address_problem(origin, url):
         raise SubmitError(problem)
@@ -37,7 +38,21 @@ def connect(url: str, origin: str) -> tuple[Any, str]:
             value=url,
             remedy="start it with one of: s3, gs, az, hf, sftp, file",
         ) from None
+    except Exception as error:
+        raise unreachable_error(url, origin, "reached", error) from error
     return fs, str(path)
+
+
+def unreachable_error(url: str, origin: str, operation: str, error: Exception) -> SubmitError:
+    """Return the error for storage that failed with `error`; `operation` completes "the mirror cannot be"."""
+    remedy = "check that the folder can be created and written" if url.startswith("file:") else access_remedy(url)
+    return SubmitError(f"the mirror cannot be {operation}: {describe_error(error)}", where=origin, value=url, remedy=remedy)
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def require_own_listener(url: str, origin: str) -> None:

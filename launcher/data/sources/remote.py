@@ -20,7 +20,7 @@ from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, require_short_readme
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
-from launcher.security.storage_addresses import address_problem, guard_clients, listener_problem
+from launcher.security.storage_addresses import access_remedy, address_problem, guard_clients, listener_problem
 
 # File metadata that changes with the content, by its names in various storages.
 _VERSION_KEYS = (
@@ -165,7 +165,7 @@ class RemoteFiles:
         return partial
 
     def _try(self, done: str, action: Callable[[], Any]) -> Any:
-        path, remedy = self._source.path, "check the address and the credentials in the environment"
+        path, remedy = self._source.path, access_remedy(self._source.path)
         try:
             return action()
         except DataError:

@@ -20,7 +20,8 @@ from typing import Any, Self
 from launcher import json_records
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder, describe_error
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder
+from launcher.checkpoint.mirror.storage_connection import describe_error
 from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, mirror_url
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
