@@ -288,7 +288,7 @@ def read_placement(run: RunDir) -> Placement:
         limits = config["run"].get("max_usd"), config["run"].get("max_hours")
         name, kind, num_ranks = values["run_name"], config["cluster"]["kind"], topology["world_size"]
         if type(num_ranks) is not int:
-            raise TypeError("the number of ranks is no number")
+            raise TypeError("the number of ranks is not a number")
         return Placement(name, kind, num_ranks, topology["device"], price, *limits)
     except (AttributeError, KeyError, TypeError, ValueError):
         raise unreadable_plan(path, "settings are missing") from None

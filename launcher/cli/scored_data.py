@@ -80,7 +80,7 @@ def _write_exclusions(file: Path, report: dict[str, Any], names: list[str]) -> N
     """Write the documents of the findings `names`; from the ranking of mislabeled documents, only likely ones."""
     if not report["has_origins"]:
         message = "the run's data cache does not record the contents of its documents"
-        remedy = "start a run with the same settings: its data is built anew, with the origin of each document"
+        remedy = "start a run with the same settings: its data is rebuilt with the origin of each document"
         raise ConfigError(message, where="--exclude", value=report["run"], remedy=remedy)
     chosen = [
         {key: entry[key] for key in ("content", "where", "loss", "loss_alone")} | {"finding": name}

@@ -36,7 +36,7 @@ _PLACES = {
     AnswerSource.BESIDE_TRAINING: "on this machine at low priority beside training; what is left, before the run ends",
     AnswerSource.AFTER_TRAINING: "on the GPUs of this machine after the last step, before the run ends",
     AnswerSource.JOBS: "in a job of one node for each of these steps, one after another",
-    AnswerSource.NODES: "on GPUs of the cluster that are free meanwhile, and none after the last step",
+    AnswerSource.NODES: "on idle GPUs of the cluster during training; no more after the last step",
 }
 
 

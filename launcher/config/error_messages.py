@@ -235,10 +235,8 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str, 
         remedy = f"write `{group}: {{path: {in_brackets}}}`" if in_file else f"write {as_override}"
         remedy += "; a name alone selects an option"
     elif group == "deepspeed" and option.endswith(".json"):
-        remedy = (
-            "remove it: the plan makes DeepSpeed's configuration, and `plan --json` shows it; keys without a setting of their "
-        )
-        remedy += f"own are those of deepspeed.extra; presets are {', '.join(options)}"
+        remedy = "remove it: the plan makes DeepSpeed's configuration, and `plan --json` shows it; keys without a setting "
+        remedy += f"go into deepspeed.extra; presets are {', '.join(options)}"
     return Problem(f"{group}={option}: there is no such option", where="command line", value=token, remedy=remedy)
 
 

@@ -225,7 +225,7 @@ def _weight_rows(exported: ExportedFolder) -> Rows:
     ]
     if exported.added_stop_ids:
         ids = ", ".join(map(str, exported.added_stop_ids))
-        rows.append(("stop tokens", f"{ids} added to those of the base model: they end turns in the data"))
+        rows.append(("stop tokens", f"{ids} added to the base model's: they end turns in the data"))
     if exported.parity is not None:
         rows.append(
             ("logits", f"mean KL to the engine's {exported.parity.mean_kl:.1e} nats over {exported.parity.num_tokens} tokens")

@@ -198,7 +198,7 @@ def _no_intact_checkpoint(run: RunDir, damaged: dict[int, Damage]) -> Checkpoint
     # Storage errors may be temporary, so this error type makes the launcher retry.
     is_unread = any(isinstance(damage.error, UnreadableCheckpoint) for damage in damaged.values())
     return (UnreadableCheckpoint if is_unread else DamagedCheckpoint)(
-        "no checkpoint of this run is intact, and a run does not restart from step 0 by itself",
+        "no checkpoint of this run is intact, and a run does not restart from step 0 automatically",
         where=str(run.checkpoints),
         value="; ".join(summaries),
         remedy="restore a copy of one of them, or start a run with another name",

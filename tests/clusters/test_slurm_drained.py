@@ -46,7 +46,7 @@ def message(run: RunDir, state: str, reason: str = "", nodes: str = "") -> str:
 def test_a_drained_node_of_a_running_job_is_named(run: RunDir, drained: list[tuple[str, str, str]]) -> None:
     assert message(run, "RUNNING", nodes="n[1-2]") == ""
     drained += [("n2", "draining", "bad fan"), ("n2", "draining", "bad fan")]
-    note = "n2 is draining (bad fan): the job goes on, and Slurm starts no other job there"
+    note = "n2 is draining (bad fan): the job continues, and Slurm starts no other job there"
     assert message(run, "RUNNING", nodes="n[1-2]") == note
 
 

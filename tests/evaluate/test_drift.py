@@ -28,7 +28,7 @@ def test_prompts_of_one_distribution_are_rarely_called_others() -> None:
     reports = [compare(sample(60, seed), sample(120, 1_000 + seed)) for seed in range(40)]
     assert sum(report.has_drifted for report in reports) <= 1
     assert np.mean([report.words_p_value for report in reports]) == pytest.approx(0.5, abs=0.2)
-    assert reports[0].sentence.startswith("The prompts are like those of training (p = ")
+    assert reports[0].sentence.startswith("The prompts are like the training prompts (p = ")
 
 
 def test_other_words_are_found() -> None:
@@ -103,13 +103,13 @@ def test_prompts_that_are_less_likely_have_drifted() -> None:
     assert not compare(sample(60, 1), sample(120, 2), likelihoods(3, 0.6, is_judged=False)).has_drifted
     shorter = compare(sample(60, 1), sample(120, 2), likelihoods(3, -0.6))
     assert not shorter.has_drifted
-    assert shorter.sentence.startswith("The prompts differ a little from those of training: different likelihoods")
+    assert shorter.sentence.startswith("The prompts differ slightly from the training prompts: different likelihoods")
 
 
 @pytest.mark.rest  # many simulated comparisons
 def test_all_tests_together_hold_their_level() -> None:
     same = [compare(sample(60, seed), sample(120, 1_000 + seed), likelihoods(seed, 0)) for seed in range(40)]
-    assert sum(not report.sentence.startswith("The prompts are like those of training") for report in same) <= 2
+    assert sum(not report.sentence.startswith("The prompts are like the training prompts") for report in same) <= 2
 
 
 def test_what_all_prompts_share_is_left_out_of_their_losses() -> None:

@@ -89,7 +89,7 @@ def test_a_card_describes_base_data_settings_losses_and_lineage(tmp_path: Path) 
         "| training, step 40 | 2.1250 |",
         "| held_out, step 0 | 3.5000 |",
         "| held_out, step 40 | 1.5000 |",
-        "| stop tokens | 3, 5 added to those of the base model: they end turns in the data |",
+        "| stop tokens | 3, 5 added to the base model's: they end turns in the data |",
         "20 of 20 tensors match the engine's weights by digest",
         "| run | tried |",
         "| plan digest | d1ge57 |",

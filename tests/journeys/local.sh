@@ -49,7 +49,7 @@ says "chats.jsonl:"
 step "documents by their losses" launcher data --scored first --split held_out
 says "likely mislabeled"
 step "drift" launcher drift first chats.jsonl --no-likelihood
-says "The prompts are like those of training"
+says "The prompts are like the training prompts"
 step "evaluate" launcher evaluate first evaluate.max_prompts=2 evaluate.max_new_tokens=4
 says "No baseline was evaluated"
 refused "a run is no file of settings" "launcher config first > next.yaml" launcher plan first

@@ -208,4 +208,4 @@ def test_a_plan_says_what_answers_while_training_cost(plan_of: PlanOf) -> None:
     assert "up to 200 prompts of support, of up to" in sets
     assert row(device=H100)[0].endswith("on the GPUs of this machine after the last step, before the run ends")
     on_ray = ("cluster=ray", "cluster.address=10.0.0.1:6379")
-    assert row(*on_ray)[0].endswith("on GPUs of the cluster that are free meanwhile, and none after the last step")
+    assert row(*on_ray)[0].endswith("on idle GPUs of the cluster during training; no more after the last step")

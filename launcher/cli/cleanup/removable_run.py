@@ -126,7 +126,7 @@ def problems_of(removable: RemovableRun, even_if_needed: bool) -> list[Problem]:
                 f"other runs start from the weights of the run {run.root.name}",
                 where=str(run.root),
                 value=", ".join(removable.needed_by),
-                remedy="remove them first, or name them in the same command; --even-if-needed removes this run all the same: "
+                remedy="remove them first, or name them in the same command; --even-if-needed removes this run anyway: "
                 "they can then be resumed only from their own checkpoints",
             )
         )

@@ -19,7 +19,9 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
         lines += ["", *(f"  {side}: {printable(style)}" for side, style in result["styles"].items())]
         lines.append(f"  {result['verdict']['num_prompts']:,} questions scored")
         if result["num_reserved"]:
-            lines.append(f"  {result['num_reserved']:,} questions are examples of the base model, or decide how it is asked")
+            lines.append(
+                f"  {result['num_reserved']:,} questions are used as examples for the base model, or to choose its prompt form"
+            )
         if result["num_left_out"]:
             lines.append(f"  {result['num_left_out']:,} questions left out: they do not fit the model's context")
         if copies := result["training_copies"]:

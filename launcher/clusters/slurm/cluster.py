@@ -265,7 +265,7 @@ def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: 
         if job.state == "SUSPENDED":
             return replace(known, message="suspended by Slurm")
         if job.node_list and (drained := queue.describe_drained_nodes(nodes=job.node_list)):
-            note = f"{drained}: the job goes on, and Slurm starts no other job there"
+            note = f"{drained}: the job continues, and Slurm starts no other job there"
             return replace(known, message="; ".join(filter(None, (status.message, note))))
         return known
     # The job may have written its final state since the status was read.

@@ -175,7 +175,7 @@ class SlurmSection(ManagedSection):
     gpus_remedy: ClassVar[str] = "ask for them with cluster.gpus_per_node"
     gpu_kind_remedy: ClassVar[str] = "ask for the planned kind with cluster.constraint or cluster.gres"
     memory_remedy: ClassVar[str] = "ask for it with cluster.mem=0 or cluster.exclusive=true"
-    bad_node_remedy: ClassVar[str] = "set cluster.exclude_bad_nodes=true to go on without it, or name it in cluster.exclude"
+    bad_node_remedy: ClassVar[str] = "set cluster.exclude_bad_nodes=true to continue without it, or name it in cluster.exclude"
 
     @property
     def is_dry_run(self) -> bool:

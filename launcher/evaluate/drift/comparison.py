@@ -132,14 +132,14 @@ def _judge(
     far = f"{unusual:.0%} of the prompts are unlike any in training, where {_RARE:.0%} would be expected"
     if not differences:
         p_value = min(1.0, len(p_values) * min(p_values))
-        return False, f"The prompts are like those of training (p = {p_value:.2g}); {far}."
+        return False, f"The prompts are like the training prompts (p = {p_value:.2g}); {far}."
     change = abs(medians[1] / max(1.0, medians[0]) - 1)
     matters = (
         unusual > MAX_UNUSUAL
         or (length_p_value < significance and change > MAX_LENGTH_CHANGE)
         or any(one.unlikely > MAX_UNUSUAL for one in unlikely.values())
     )
-    begin = "The prompts have drifted" if matters else "The prompts differ a little from those of training"
+    begin = "The prompts have drifted" if matters else "The prompts differ slightly from the training prompts"
     return matters, f"{begin}: {' and '.join(differences)}; {far}."
 
 

@@ -50,7 +50,7 @@ def rank_documents(
         if alone is not None:
             passes = [
                 with_prompt.model_copy(update={"title": f"pass 1 of 2, {with_prompt.title}"}),
-                ScorePass(title="pass 2 of 2, answers alone", facts=alone.facts),
+                ScorePass(title="pass 2 of 2, answers without prompts", facts=alone.facts),
             ]
         scores = score(plan, weights, passes, on_progress, num_ranks)
         num_tokens, loss = ranking.mean_losses(split, scores.log_probs[0])
