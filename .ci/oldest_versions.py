@@ -1,8 +1,8 @@
-"""Write, as constraints for pip, the oldest versions that pyproject.toml allows of the packages that the launcher needs.
+"""Write pip constraints with the oldest versions that pyproject.toml allows for the launcher's dependencies.
 
     python .ci/oldest_versions.py oldest.txt
 
-It needs Python alone: `make try-oldest` runs it before anything is installed. Packages for tests and docs stay free.
+It needs only Python, because `make try-oldest` runs it before anything is installed. Test and docs packages stay unpinned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def lines(dependencies: list[str]) -> list[str]:
     """Return a constraint for each dependency.
 
     Raises:
-        SystemExit: where a dependency does not name its oldest version.
+        SystemExit: if a dependency does not name its oldest version.
     """
     matches = [_OLDEST.match(dependency) for dependency in dependencies]
     if unnamed := [dependency for dependency, match in zip(dependencies, matches, strict=True) if match is None]:

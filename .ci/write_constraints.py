@@ -1,8 +1,9 @@
-"""Write constraints.txt: the versions, as installed here, of all that the launcher and its extras need; tests passed with them.
+"""Write constraints.txt: the installed versions, with which the tests passed, of all packages the launcher and its extras need.
 
     python .ci/write_constraints.py constraints.txt
 
-torch stays a range, because each CUDA has builds of its own. Names and versions only: where packages come from is pip's setting.
+torch stays a range because each CUDA version has its own builds. The file has only names and versions; pip's settings
+decide where packages come from.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _HEAD = """\
 
 
 def required() -> dict[str, str]:
-    """Return the installed version of every package that the launcher needs, directly or not."""
+    """Return the installed version of every direct and indirect dependency of the launcher."""
     versions: dict[str, str] = {}
     visited: set[tuple[str, str]] = set()
     waiting = [("launcher", extra) for extra in _EXTRAS]
@@ -45,7 +46,7 @@ def required() -> dict[str, str]:
 
 
 def lines() -> list[str]:
-    """Return the lines of the file after its head."""
+    """Return the lines of the file after its header."""
     torch = Version(importlib.metadata.version("torch"))
     (oldest,) = (r for r in map(Requirement, importlib.metadata.requires("launcher") or ()) if r.name == "torch")
     pinned = [f"{name}=={version}" for name, version in required().items() if name not in _OWN]

@@ -1,11 +1,11 @@
-"""A bare DeepSpeed ZeRO-3 training loop, the yardstick for the launcher: no tracking, no checkpoints, no checks.
+"""A bare DeepSpeed ZeRO-3 training loop, the launcher's baseline: no tracking, no checkpoints, no checks.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/bare_loop.py --model DIR --rows ROWS.npz --deepspeed DS.json
 
 ROWS.npz holds input_ids, position_ids and labels [rows, T] (labels as Hugging Face takes them, unshifted) and
 lengths [rows] (tokens without padding). Step s takes rows s * G to (s + 1) * G; rank r of micro-batch m takes the
-(m * world + r)-th group of them. Rank 0 prints one JSON object. With --save-to, DeepSpeed's own save_checkpoint is called and
-timed; with --load-universal, training begins from what ds_to_universal made of such a checkpoint.
+(m * world + r)-th group of them. Rank 0 prints one JSON object. --save-to calls and times DeepSpeed's own save_checkpoint;
+--load-universal starts training from such a checkpoint after ds_to_universal has converted it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Train in the process group that is there, or in one that the environment describes; times of the steps' ends."""
+    """Train in the existing process group, or in one that the environment describes. Return the times at which steps end."""
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*|.*_(all_gather|reduce_scatter)_base.*")
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -78,7 +78,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _save(engine: Any, folder: str) -> float:
-    """Seconds that training waits for DeepSpeed's own checkpoint, with nothing left to be written when it begins."""
+    """Return the seconds that training waits for DeepSpeed's own checkpoint, with no earlier writes pending."""
     os.sync()
     dist.barrier()
     began = time.perf_counter()

@@ -1,6 +1,6 @@
-"""A forward and backward pass of a model at its real size, without weights: fake tensors on the CPU.
+"""A forward and backward pass of a model at real size without weights, with fake tensors on the CPU.
 
-benchmarks/memory_plan.py compares the activations with those of the plan, tests/plan/test_step_time.py the bytes that are moved.
+benchmarks/memory_plan.py compares its activations with the plan's, and tests/plan/test_step_time.py its bytes moved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from launcher.plan.sizing.peak_memory import Pass, activation_bytes, head_elemen
 from launcher.train.model import DTYPES, _find_decoder, _replace_head, checkpoint_layers
 
 Watch = TypeVar("Watch", bound=TorchDispatchMode)
-# The launcher's varlen computes documents one by one on CPUs.
+# Registered separately, because on CPUs the launcher's varlen computes documents one by one.
 _NAME = "varlen_of_fake_tensors"
 
 
@@ -35,7 +35,7 @@ def _varlen(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None,
 
 
 def measure(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int) -> int:
-    """Return the peak bytes of a forward and backward pass over `tokens` trained tokens, without weights and their gradients."""
+    """Return the peak bytes of a forward and backward pass over `tokens` trained tokens, excluding weights and gradients."""
     return run_pass(
         config, tokens, checkpointing, dtype, chunk_tokens, lambda model: LiveBytes((*model.parameters(), *model.buffers()))
     ).peak
@@ -44,10 +44,10 @@ def measure(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str,
 def run_pass(
     config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int, watch: Callable[[nn.Module], Watch]
 ) -> Watch:
-    """Run one forward and backward pass over `tokens` trained tokens under what `watch` returns for the model, and return that.
+    """Run one forward and backward pass over `tokens` trained tokens in the context that `watch` returns; return that context.
 
-    A gradient exists until the hook of its weight drops it. Attention is torch's varlen_attn, which keeps what FlashAttention
-    keeps. The model is called as CausalLMLoss calls it, whose selection of trained tokens fake tensors do not allow.
+    Each weight's hook drops its gradient. Attention is torch's varlen_attn, which saves the same tensors as FlashAttention.
+    The model is called as CausalLMLoss calls it, without the selection of trained tokens, which fake tensors do not allow.
     """
     import torch._dynamo
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
@@ -78,7 +78,7 @@ def run_pass(
 
 
 def predict(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int) -> int:
-    """Return what the plan's formulas give for `measure`."""
+    """Return the plan's estimate of what `measure` returns."""
     model, width = model_facts(config, None, None, None), DTYPES[dtype].itemsize
     kernels = Kernels(width, "varlen", tokens)
     one_pass = Pass(tokens, kernels, checkpointed_layers(checkpointing, model.num_layers), chunk_tokens)

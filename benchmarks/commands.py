@@ -1,4 +1,4 @@
-"""Seconds that a person waits for an answer: `plan`, `data` on a finished cache, and `status`, each as a command.
+"""Seconds that a user waits for `plan`, `data` on a finished cache, and `status`, each run as a command.
 
     python benchmarks/commands.py [--rounds N] [overrides of the launcher]
 
@@ -17,7 +17,7 @@ import psutil
 import sides
 
 SETTINGS = ("model=demo", "data=stdlib_docs", "tracking=none")
-# The run whose status is asked for.
+# The run for `status`.
 RUN = (
     *("model=tiny", "data=stdlib_docs", "data.max_length=128", "tracking=none", "cluster.ranks_per_node=1"),
     *("train.max_steps=1", "train.epochs=null", "export.enabled=false", "run.name=bench"),
@@ -43,7 +43,7 @@ def main() -> None:
         for round_number in range(args.rounds + 1):
             for name, arguments in commands.items():
                 cost, _ = sides.measure([*launcher, *arguments], log, environment)
-                # The first of each writes bytecode.
+                # The first round writes bytecode and is not counted.
                 if round_number:
                     costs.setdefault(name, []).append(cost)
     load = os.getloadavg()[0]

@@ -1,9 +1,9 @@
-"""Bytes that compiled decoder layers keep for the backward pass, for each token: measured on the CPU, and by the plan's terms.
+"""Bytes per token that compiled decoder layers save for the backward pass: measured on the CPU, and estimated by the plan.
 
     python benchmarks/compiled_memory.py [PRESET ...]
 
-Layers at their real width: the compiler decides what a layer keeps, and torch's hooks of saved tensors see it. What three layers
-keep more than one is that of two. Writes a table into RESULTS.md.
+Layers have their real width. The compiler decides what a layer saves, and torch's saved-tensor hooks observe it. The difference
+between three layers and one gives the bytes of two. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def main() -> None:
 
 
 def kept_bytes(preset: str, is_compiled: bool) -> tuple[float, float]:
-    """Return the bytes that a layer keeps for each token in bf16: measured, and by the plan."""
+    """Return the bytes that a layer saves per token in bf16: measured, and estimated by the plan."""
     values = yaml.safe_load((conf_dir() / "model" / f"{preset}.yaml").read_text())["config"]
     values |= {"vocab_size": 256, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     few, many = (_saved_bytes(_build(values | {"num_hidden_layers": count}, is_compiled)) for count in LAYERS)
     kernels = Kernels(2, attention.VARLEN, TOKENS, compiled=is_compiled)
     facts = model_facts(values, None, None, None)
-    # On CPUs the outputs of a row's documents are copied into one array.
+    # On CPUs, the attention outputs of a row's documents are also copied into one array.
     planned = layer_activations(facts, 0, kernels).saved + 2 * facts.num_heads * facts.head_dim
     return (many - few) / (LAYERS[1] - LAYERS[0]) / TOKENS, planned
 
@@ -76,7 +76,7 @@ def _build(values: dict[str, Any], is_compiled: bool) -> Any:
 
 
 def _saved_bytes(model: Any) -> int:
-    """Return the bytes of all distinct storages that a forward pass keeps, besides weights and buffers."""
+    """Return the bytes of all distinct storages that a forward pass saves, except weights and buffers."""
     ids, offsets = torch.zeros(1, TOKENS, dtype=torch.long), torch.tensor([0, TOKENS], dtype=torch.int32)
     documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": TOKENS, "max_length_k": TOKENS}
     positions = torch.arange(TOKENS)[None]
@@ -90,7 +90,7 @@ def _saved_bytes(model: Any) -> int:
         return tensor
 
     decoder = _find_decoder(model)
-    # What is compiled at the first call is not kept.
+    # The first call compiles and is not measured.
     decoder(input_ids=ids, position_ids=positions, use_cache=False, **documents)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = decoder(input_ids=ids, position_ids=positions, use_cache=False, **documents).last_hidden_state

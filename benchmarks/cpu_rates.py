@@ -1,10 +1,10 @@
-"""What this machine's CPUs compute and move in a second, at the shapes of a plan: benchmarks/predicted_speed.py starts it.
+"""Measure the compute and memory rates of this machine's CPUs at a plan's shapes; run by benchmarks/predicted_speed.py.
 
 python -m torch.distributed.run --nproc-per-node N benchmarks/cpu_rates.py SHAPES.json
 
-All ranks measure at the same time, as they train. Rank 0 prints one JSON object: seconds and rates of its own, each the faster
-half's median of several repetitions, because other programs only ever add time. Seconds are those of the clock, or CPU seconds of
-the rank's process where the shapes say so.
+All ranks measure at the same time, as they train. Rank 0 prints one JSON object with its own seconds and rates. Each is the
+median of the faster half of several repetitions, because other programs can only add time. Seconds are wall-clock time, or the
+CPU time of the rank's process if the shapes file says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steps import faster_half
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-# Elements of a large array: beyond every cache, as weights and gradients are.
+# Elements of an array that exceeds every cache, as weights and gradients do.
 _LARGE = 1 << 24
 _REPEATS = 9
 _clock = time.perf_counter
@@ -37,10 +37,10 @@ def main(path: str) -> None:
     tokens, chunk = shapes["tokens"], shapes["chunk_tokens"]
     hidden, inner, vocab = shapes["hidden"], shapes["intermediate"], shapes["vocab"]
     measured = {
-        # Of one layer, and of one chunk of the loss.
+        # One layer, and one chunk of the loss.
         "layer_s": sum(_products_s(tokens, *sizes, dtype) for sizes in shapes["products"]),
         "head_s": _products_s(chunk, hidden, vocab, dtype),
-        # Of one document in one layer.
+        # One document in one layer.
         "attention_s": _attention_s(shapes["doc_tokens"], shapes["heads"], shapes["kv_heads"], shapes["head_dim"], dtype),
         "layer_bytes_per_s": _multiply(torch.rand(tokens, inner).to(dtype)),
         "loss_bytes_per_s": _multiply(torch.rand(chunk, vocab)),
@@ -55,7 +55,7 @@ def main(path: str) -> None:
 
 
 def _seconds(run: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    """Return the seconds of a call, which all ranks begin together."""
+    """Return the seconds of a call that all ranks start together."""
     run()
     times = []
     for _ in range(repeats):
@@ -104,13 +104,13 @@ def _copy(dtype: torch.dtype) -> float:
 
 
 def _update() -> float:
-    """Return the bytes per second of an update of fp32 states in their place."""
+    """Return the bytes per second of an in-place update of fp32 states."""
     state, gradient = torch.zeros(_LARGE), torch.zeros(_LARGE)
     return 3 * state.nbytes / _seconds(lambda: state.add_(gradient))
 
 
 def _links(dtype: torch.dtype) -> dict[str, float]:
-    """Return the bytes per second that a rank receives of a gathered array, and how much longer a reduction takes."""
+    """Return the bytes per second that a rank receives in an all-gather, and how much longer a reduction takes."""
     ranks = dist.get_world_size()
     if ranks == 1:
         return {"gathered_bytes_per_s": float("inf"), "reduce_factor": 1.0}

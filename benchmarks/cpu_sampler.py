@@ -1,4 +1,4 @@
-"""CPU seconds of a run's ranks at the end of each step: what a step takes on a machine that other programs use as well."""
+"""CPU seconds of a run's ranks at the end of each step, to time steps on a machine that other programs use too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INTERVAL_S = 0.02
 
 
 class CpuSampler(threading.Thread):
-    """Reads the CPU seconds of this process's busiest descendants, the ranks, whenever a run in `folder` logs a step."""
+    """Samples the CPU seconds of the ranks (this process's busiest descendants) whenever a run in `folder` logs a step."""
 
     def __init__(self, folder: Path, num_ranks: int) -> None:
         super().__init__(daemon=True)
@@ -47,5 +47,5 @@ class CpuSampler(threading.Thread):
         return sum(sorted(seconds)[-self._num_ranks :]) / self._num_ranks
 
     def seconds_of_steps(self, warmup: int) -> list[float]:
-        """Return the CPU seconds of each step after the first `warmup`, the mean over ranks."""
+        """Return the CPU seconds of each step after the first `warmup` steps, averaged over ranks."""
         return [end - start for start, end in pairwise(self._logged)][warmup - 1 :]

@@ -1,19 +1,20 @@
-"""Data, through the command that a user types: text to cache, many short documents, waste of packing, the loader's share.
+"""Data preparation as the user's command runs it: cache builds, many short documents, packing waste, the loader's share.
 
     python benchmarks/data.py [--rounds N] [--data FOLDER] [--only build short packing loader open tokenizer checks]
 
-build    `launcher data` into an empty cache, beside datasets.map with TRL's packing as a script (map_and_pack.py): seconds, CPU
-         seconds and memory of whole processes, on 29,892 chats. Both sides must have made the same token ids.
+build    `launcher data` into an empty cache, compared with datasets.map and TRL's packing in a script (map_and_pack.py): seconds,
+         CPU seconds and memory of whole processes, on 29,892 chats. Both sides must produce the same token ids.
 short    the same for 200,000 documents of 10 to 40 tokens (--short-documents)
-packing  rows and waste of both on the data sets in FOLDER, which holds gsm8k_train.jsonl and alpaca_en_demo.json
-loader   the data's share of a step, of `launcher train`
-open     opening a cache of 100,000 rows, which a rank does: calls of functions, no command
+packing  rows and waste of both sides on the data sets in FOLDER, which contains gsm8k_train.jsonl and alpaca_en_demo.json
+loader   the share of a step that `launcher train` spends on data
+open     opening a cache of 100,000 rows, as a rank does: function calls, no command
 tokenizer  CPU seconds of a build with the word cache of fast_tokenizer.py and without it (build_cpu.py), on 29,892 chats
 
-checks   CPU seconds of a build beside those of another checkout of the launcher (--base FOLDER): the cost of what was added since
+checks   CPU seconds of a build compared with another checkout of the launcher (--base FOLDER): the cost of later additions
 
-The tokenizer is converted before. Sides take turns in several rounds, so that other load on the machine falls on all of them;
-figures are medians, ratios those of pairs. Without TRL the launcher is measured alone. Writes tables into RESULTS.md.
+The tokenizer is converted beforehand. Sides take turns in several rounds, so that other load on the machine affects all of them.
+Figures are medians; ratios are medians of paired rounds. Without TRL, only the launcher is measured. Writes tables into
+RESULTS.md.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ ROW_LENGTHS = (1024, 2048, 4096)
 MAX_LENGTH = 2048
 PROCESSES = 2
 PARTS = ("build", "short", "packing", "loader", "open", "tokenizer", "checks")
-# Parts that run only where they are named.
+# Parts that run only if they are named.
 NAMED_PARTS = ("checks",)
 LAUNCHER, TRL = "launcher data", "datasets.map and TRL"
 WORD_CACHE, ENCODE_BATCH = "word cache", "encode_batch alone"
@@ -132,8 +133,8 @@ class Bench:
         return {**({TRL: self.trl} if sides.has_trl() else {}), LAUNCHER: self.launcher}
 
     def launcher(self, rows: Path, max_length: int, *overrides: str) -> tuple[Cost, dict[str, Any]]:
-        """What `launcher data` took, and its report."""
-        # TRL joins prompts and completions that are text as they are.
+        """Return the cost of `launcher data`, and its report."""
+        # TRL concatenates text prompts and completions unchanged.
         source = f"data.sources=[{{name: train, path: {rows}, completions: text}}]"
         settings = ["data=jsonl", "data.path=null", source, f"model.path={self.model}", f"data.workers={PROCESSES}"]
         command = [sys.executable, "-m", "launcher", "data", *settings, f"data.max_length={max_length}", *overrides, "--json"]
@@ -143,7 +144,7 @@ class Bench:
         return cost, json.loads(output)
 
     def trl(self, rows: Path, max_length: int) -> tuple[Cost, list[str]]:
-        """What map_and_pack.py took, and the files of its packed rows."""
+        """Return the cost of map_and_pack.py, and the files of its packed rows."""
         script = [sys.executable, str(sides.HERE / "map_and_pack.py"), str(rows), self.model, str(max_length)]
         command = [*script, f"--processes={PROCESSES}"]
         cost, output = sides.measure(
@@ -155,7 +156,7 @@ class Bench:
         return data_inputs.write_chats(self.folder / "chats.jsonl", data_inputs.copies(pairs, num_copies))
 
     def build_cpu(self, rows: Path, *options: str) -> dict[str, Any]:
-        """What build_cpu.py measured."""
+        """Return the figures of build_cpu.py."""
         script = [sys.executable, str(sides.HERE / "build_cpu.py"), str(rows), self.model, str(MAX_LENGTH), *options]
         environment = self._environment(LAUNCHER_CACHE=self._emptied("launcher"))
         measured: dict[str, Any] = json.loads(sides.run(script, self.folder / "build_cpu.log", environment).splitlines()[-1])
@@ -165,7 +166,7 @@ class Bench:
         return sides.user_environment(self.folder, HF_HUB_OFFLINE="1", **variables)
 
     def _without_data(self, name: str) -> str:
-        """A launcher cache that has compared the model's weights and holds no data."""
+        """Return a launcher cache in which the model's weights are already checked, without data."""
         shutil.rmtree(self.folder / name / "data", ignore_errors=True)
         return str(self.folder / name)
 
@@ -185,10 +186,10 @@ def building(bench: Bench, pairs: list[tuple[str, str]], num_copies: int, rounds
 
 
 def compared(bench: Bench, file: Path, rounds: int) -> list[str]:
-    """A table of both sides' costs over the rounds.
+    """Return a table of both sides' costs over the rounds.
 
     Raises:
-        SystemExit: if the sides made different token ids.
+        SystemExit: if the sides produced different token ids.
     """
     costs: dict[str, list[Cost]] = {}
     made: set[tuple[int, int, str]] = set()
@@ -216,7 +217,7 @@ def compared(bench: Bench, file: Path, rounds: int) -> list[str]:
 
 
 def cost_table(costs: dict[str, list[Cost]]) -> list[str]:
-    """Medians and ranges over rounds, and the ratios of pairs."""
+    """Return medians and ranges over rounds, and the ratios of paired rounds."""
     names = ("s", "CPU s", "peak MiB of all processes", "MiB of the largest process")
     head = [f"| side | {' | range | '.join(names)} | range |", "|---" * (2 * len(names) + 1) + "|"]
     digits = (2, 2, 0, 0)
@@ -239,7 +240,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def tokenizing(bench: Bench, file: Path, rounds: int) -> list[str]:
-    """CPU seconds of builds with the word cache and without it, in turns.
+    """Return the CPU seconds of builds with and without the word cache, in turns.
 
     Raises:
         SystemExit: if the two sides built different caches.
@@ -268,7 +269,7 @@ def tokenizing(bench: Bench, file: Path, rounds: int) -> list[str]:
 
 
 def comparing(bench: Bench, file: Path, base: Path, rounds: int) -> list[str]:
-    """CPU seconds of builds with this launcher and with that in the checkout `base`, in turns."""
+    """Return the CPU seconds of builds with this launcher and the one in the checkout `base`, in turns."""
     options = {"earlier": (f"--checkout={base}",), "this": ()}
     cpu_s: dict[str, list[float]] = {side: [] for side in options}
     num_documents: dict[str, int] = {}
@@ -288,7 +289,7 @@ def comparing(bench: Bench, file: Path, base: Path, rounds: int) -> list[str]:
 
 
 def packing(bench: Bench, data: Path, row_lengths: Sequence[int]) -> list[str]:
-    """Rows and waste of both sides on the same documents; the same in every round."""
+    """Return rows and waste of both sides on the same documents; every round gives the same."""
     columns = (
         "data, row length | documents | rows, launcher | TRL | fewest | waste, launcher | TRL | by longest row, launcher | TRL"
     )
@@ -325,12 +326,12 @@ def _packed(bench: Bench, name: str, file: Path, length: int) -> str:
 
 
 def _pair(cells: list[str]) -> str:
-    """Both sides' cells; TRL's is empty where it is not installed."""
+    """Return both sides' cells; TRL's is empty if it is not installed."""
     return " | ".join([*cells, ""][:2])
 
 
 def opening(folder: Path, rounds: int) -> list[str]:
-    """A cache of 100,000 rows of 1,024 tokens, opened by two ranks at a time."""
+    """Return the cost of opening a cache of 100,000 rows of 1,024 tokens, with two ranks at a time."""
     made = folder / "cache"
     num_rows, length = 100_000, 1024
     starts = np.arange(num_rows + 1) * length
@@ -366,7 +367,7 @@ def opening(folder: Path, rounds: int) -> list[str]:
 
 
 def loading(folder: Path) -> list[str]:
-    """`time/data_s` of a training run of the demonstration model."""
+    """Return `time/data_s` of a training run of the demonstration model."""
     root = folder / "runs"
     settings = ("model=demo", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "train.max_steps=4")
     quiet = ("train.epochs=null", "tracking=none", "eval.at_start=false", "eval.sample=false", "export.enabled=false")

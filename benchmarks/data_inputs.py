@@ -1,4 +1,4 @@
-"""The rows of benchmarks/data.py: written to files for all sides, and read back as token ids to compare them."""
+"""Rows for benchmarks/data.py: written to files for all sides, and read back as token ids for comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-# Words of short documents: common ones, most of which are one token each.
+# Common words for short documents; most are a single token.
 _COMMON_WORDS = (
     "about after again air all along also animal answer around ask away back because before began being below between "
     "book both boy build came carry change city close color could country cover cut day did different door down draw "
@@ -31,7 +31,7 @@ COPIES = 4
 
 
 def chats(data: Path) -> dict[str, list[tuple[str, str]]]:
-    """Questions and answers of each data set."""
+    """Return the questions and answers of each data set."""
     gsm8k = [json.loads(line) for line in (data / "gsm8k_train.jsonl").read_text().splitlines()]
     alpaca = json.loads((data / "alpaca_en_demo.json").read_text())
     return {
@@ -41,7 +41,7 @@ def chats(data: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def write_chats(file: Path, pairs: Iterable[tuple[str, str]]) -> Path:
-    """One chat of two messages per line."""
+    """Write one chat of two messages per line."""
     with file.open("w") as out:
         for question, answer in pairs:
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -50,7 +50,7 @@ def write_chats(file: Path, pairs: Iterable[tuple[str, str]]) -> Path:
 
 
 def copies(pairs: list[tuple[str, str]], num_copies: int = COPIES) -> Iterator[tuple[str, str]]:
-    """All pairs several times, each time with other numbers in them."""
+    """Yield all pairs several times, each time with different numbers in them."""
     for copy in range(num_copies):
         for question, answer in pairs:
             yield _with_other_numbers(question, copy), _with_other_numbers(answer, copy)
@@ -61,7 +61,7 @@ def _with_other_numbers(text: str, copy: int) -> str:
 
 
 def write_short(file: Path, num_documents: int, seed: int = 0) -> Path:
-    """Prompts with completions of one to three words, 9 to 38 words together: about 10 to 40 tokens."""
+    """Write prompts with completions of one to three words, 9 to 38 words in total: about 10 to 40 tokens."""
     rng, words = random.Random(seed), _COMMON_WORDS.split()
     with file.open("w") as out:
         for _ in range(num_documents):
@@ -72,7 +72,7 @@ def write_short(file: Path, num_documents: int, seed: int = 0) -> Path:
 
 
 def launcher_documents(report: dict[str, Any]) -> Iterator[np.ndarray]:
-    """Token ids of all documents in the cache that `launcher data --json` reports on, held-out ones as well."""
+    """Yield the token ids of all documents, including held-out ones, in the cache reported by `launcher data --json`."""
     from launcher.data.cache import cache_store
     from launcher.data.cache.split import Split
 
@@ -87,20 +87,20 @@ def launcher_documents(report: dict[str, Any]) -> Iterator[np.ndarray]:
 
 
 def packed_rows(files: list[str]) -> Any:
-    """The rows that map_and_pack.py has left in `files`, as a data set of `input_ids` and `seq_lengths`."""
+    """Return the rows that map_and_pack.py wrote to `files`, as a data set of `input_ids` and `seq_lengths`."""
     from datasets import Dataset, concatenate_datasets
 
     return concatenate_datasets([Dataset.from_file(file) for file in files]).with_format("numpy")
 
 
 def packed_documents(files: list[str]) -> Iterator[np.ndarray]:
-    """Token ids of all documents in the rows that map_and_pack.py has left in `files`."""
+    """Yield the token ids of all documents in the rows that map_and_pack.py wrote to `files`."""
     for row in packed_rows(files):
         yield from np.split(row["input_ids"], np.cumsum(row["seq_lengths"])[:-1])
 
 
 def digest(documents: Iterable[np.ndarray]) -> tuple[int, int, str]:
-    """Number of documents, number of tokens, and a digest that is the same for the same documents in any order."""
+    """Return the number of documents, the number of tokens, and a digest that does not depend on document order."""
     ids = [np.ascontiguousarray(document, np.uint32) for document in documents]
     each = sorted(hashlib.blake2b(document, digest_size=8).digest() for document in ids)
     return len(ids), sum(map(len, ids)), hashlib.blake2b(b"".join(each), digest_size=8).hexdigest()

@@ -1,10 +1,10 @@
-"""Seconds and memory of an export: `launcher export`, and DeepSpeed's own zero_to_fp32.py on a checkpoint of the same model.
+"""Seconds and memory of an export: `launcher export` compared with DeepSpeed's zero_to_fp32.py on the same model.
 
     python benchmarks/export.py [--rounds N] [overrides of the launcher]
 
-`launcher train` and the bare DeepSpeed loop each train the demonstration model for two steps on two ranks and save. Both sides
-then run as a user types them, in several rounds. With --no-check the launcher verifies its files and compares every tensor's
-digest, and does not load the folder back, as zero_to_fp32.py does not either. Writes a table into RESULTS.md.
+`launcher train` and the bare DeepSpeed loop each train the demonstration model for two steps on two ranks and save. Both exports
+then run as user commands, in several rounds. With --no-check, the launcher verifies its files and compares every tensor's
+digest, but does not load the folder back; neither does zero_to_fp32.py. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
         environment = sides.user_environment(folder)
         num_compared = 0
         costs: dict[str, list[Cost]] = {side: [] for side in commands}
-        # The first round leaves Python's bytecode.
+        # The first round writes Python's bytecode and is not counted.
         for number in range(args.rounds + 1):
             for side, command in commands.items():
                 shutil.rmtree(folder / "out", ignore_errors=True)
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, overrides: list[str]) -> dict[str, list[str]]:
-    """Save the two checkpoints; returns the command of each side."""
+    """Save the two checkpoints; return the command of each side."""
     prepared = sides.prepare(folder, [*SETTINGS, *overrides], steps=STEPS, warmup=1)
     launcher = [sys.executable, "-m", "launcher"]
     run, deepspeed = folder / "runs" / "bench", folder / "deepspeed"
@@ -69,13 +69,13 @@ def prepare(folder: Path, overrides: list[str]) -> dict[str, list[str]]:
 
 
 def table(costs: dict[str, list[Cost]]) -> list[str]:
-    """A Markdown table: medians over rounds, and each side as a share of zero_to_fp32.py."""
+    """Return a Markdown table: medians over rounds, and each side relative to zero_to_fp32.py."""
     columns = "side | s | range | MiB of the largest process | peak MiB of all processes | s / zero_to_fp32 | MiB / zero_to_fp32"
     lines = [f"| {columns} |", "|---" * 7 + "|"]
     for side, taken in costs.items():
         seconds = [cost.seconds for cost in taken]
         largest, peak = (statistics.median(getattr(cost, name) for cost in taken) for name in ("largest_mib", "peak_mib"))
-        # Rounds are pairs: what slows the machine down for a while slows both.
+        # Ratios use paired rounds, because a temporary slowdown affects both sides.
         pairs = list(zip(taken, costs[ZERO_TO_FP32], strict=True))
         time_ratio = statistics.median(ours.seconds / theirs.seconds for ours, theirs in pairs)
         memory_ratio = statistics.median(ours.largest_mib / theirs.largest_mib for ours, theirs in pairs)

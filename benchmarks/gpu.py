@@ -1,14 +1,15 @@
-"""Proves the launcher on this machine's GPU: its GPU tests, each attention kernel alone, speed and memory against the plan.
+"""Test the launcher on this machine's GPU: its GPU tests, each attention kernel alone, speed and memory against the plan.
 
     python benchmarks/gpu.py [full] [--cpu-rehearsal]
 
-One GPU, at most 10 minutes, no network, random weights: a model of 1.7 billion parameters in packed rows of 4,096 tokens, by the
-launcher, by TRL with Liger, and by a bare DeepSpeed loop, then by the launcher with settings that are off by default: compiled,
-in FP8 (on Hopper and Blackwell, with torchao), with whole layers. `full` adds 0.6 and 3 billion parameters and rows of 8,192
-tokens, in at most 40 minutes. Two or more GPUs add a run over all of them. What is not installed is said and left out. Each part
-has processes and a deadline of its own, and all that was measured so far is in the results after each part.
+Needs one GPU, at most 10 minutes and no network; weights are random. The launcher, TRL with Liger, and a bare DeepSpeed loop
+train a model of 1.7 billion parameters on packed rows of 4,096 tokens. The launcher then repeats this with settings that are off
+by default: compiled, in FP8 (on Hopper and Blackwell, with torchao), with whole layers. `full` adds models of 0.6 and 3 billion
+parameters and rows of 8,192 tokens, in at most 40 minutes. With two or more GPUs, a run over all of them is added. Parts that
+need missing packages are reported and skipped. Each part has its own processes and deadline, and the results are written after
+each part.
 
---cpu-rehearsal takes tiny sizes on the CPU, to see that everything runs; it writes no results unless --results names a file.
+--cpu-rehearsal uses tiny sizes on the CPU to check that everything runs; it writes no results unless --results names a file.
 """
 
 from __future__ import annotations
@@ -45,33 +46,32 @@ _SETTINGS = (
     *("data=jsonl", "data.eval_fraction=0", "tracking=none", "eval.at_start=false", "eval.sample=false", "eval.every=0"),
     *("export.enabled=false", "checkpoint.save_every=0", "optim.lr=1e-5"),
 )
-# Settings that are off until a GPU shows what they are worth, the ones that should bring the most first. FP8 is compared with
-# bf16, each compiled and not.
+# Settings that are off by default, the most promising first. FP8 is compared with bf16, both compiled and not.
 _VARIANTS = (COMPILE, f"{COMPILE} {FP8}", "deepspeed.whole_layers=true", FP8)
-# Start-up takes most of such a run.
+# Few steps, because startup takes most of such a run.
 _VARIANT_STEPS = 7
 _TESTS_S, _KERNEL_S, _PREPARE_S, _SIDE_S = 150.0, 60.0, 120.0, 150.0
-# CPUs that a rehearsal runs on are shared with other work.
+# A rehearsal gets more time because its CPUs are shared with other work.
 _CPU_FACTOR = 8
-# Seconds without which no further part begins.
+# A part starts only if at least this many seconds are left.
 _LEAST_S = 5.0
 _FLASH_OF_OTHERS = ("flash_attention_3", "flash_attention_2")
 _OUT_OF_MEMORY = re.compile("out of memory|OutOfMemoryError", re.IGNORECASE)
-# A message of runs on GPUs.
+# A message that GPU runs print.
 _ATTENTION = re.compile(r"attention is computed by (\w+)")
-# `make` and the wheels put torchao here: transformers imports it in every process that has it.
+# `make` and the wheels install torchao here: if it were in the environment, transformers would import it in every process.
 _FP8_FOLDER = Path(sys.prefix) / "fp8"
-# Compute capability of Hopper; Ada and older have no products with a scale for each row.
+# Compute capability of Hopper; Ada and older GPUs have no matrix products with row-wise scales.
 _FP8_CAPABILITY = (9, 0)
 _TOO_LARGE = re.compile(r"needs? \d+ GiB per GPU")
 _EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Exit)\b")
-# Chats beyond what the steps take: packing by another program wastes more.
+# More chats than the steps need, because other programs' packing wastes more.
 _SPARE_TOKENS = 1.3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model's preset, with changes of its config, and what a step trains: `rows` of `row_tokens` on each GPU."""
+    """A model preset with config changes; each step trains `rows` of `row_tokens` on each GPU."""
 
     preset: str
     row_tokens: int
@@ -82,7 +82,7 @@ class Case:
     warmup: int = 3
 
 
-# Where a GPU is too small for the first, the next one that fits is measured.
+# If the GPU is too small for the first case, the next one that fits is measured.
 STANDARD = (Case("qwen3_1_7b", 4096, 16), Case("qwen3_0_6b", 4096, 16), Case("smollm2_135m", 2048, 16))
 FULL = (Case("qwen3_0_6b", 4096, 16), Case("qwen2_5_3b", 4096, 16), Case("qwen3_1_7b", 8192, 8))
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -91,7 +91,7 @@ _SMALL_KERNEL = ("--tokens=256", "--row-tokens=128", "--heads=4", "--kv-heads=2"
 
 
 def main() -> None:
-    # Nothing that it has started may go on without it.
+    # On SIGTERM, unwind so that all started processes are ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     parser = sides.parser(__doc__, rounds=None)
     parser.add_argument("size", nargs="?", choices=("standard", "full"), default="standard")
@@ -105,23 +105,23 @@ def main() -> None:
         problem = f": {device.problem}" if device.problem else ""
         raise SystemExit(f"no GPU was found{problem}; --cpu-rehearsal tries it on the CPU")
     usual = (40 if args.size == "full" else 10) * (_CPU_FACTOR if args.cpu_rehearsal else 1)
-    # A run over all GPUs comes after the others.
+    # The run over all GPUs comes last.
     minutes = args.minutes or usual + (5 if device.kind == "cuda" and device.count > 1 else 0)
     file = None if args.cpu_rehearsal and args.results == sides.RESULTS else args.results
     with tempfile.TemporaryDirectory(prefix="launcher-gpu-") as folder:
         proof = Proof(Path(folder), minutes * 60, args.size == "full", args.cpu_rehearsal, file)
         proof.run()
     print(f"\n{proof.text()}")
-    # What is missing is no failure; what was there and failed is one.
+    # Missing packages are not a failure; failed parts are.
     raise SystemExit(1 if proof.num_failed else 0)
 
 
 class LeftOut(Exception):
-    """A part that this machine cannot run, which is no failure."""
+    """Raised for a part that this machine cannot run, which is not a failure."""
 
 
 class Proof:
-    """Runs the parts one after the other, and writes the results after each."""
+    """Runs the parts one after another, and writes the results after each."""
 
     def __init__(self, folder: Path, seconds: float, is_full: bool, on_cpu: bool, results_file: Path | None) -> None:
         self.folder, self.is_full, self.on_cpu, self.results_file = folder, is_full, on_cpu, results_file
@@ -130,13 +130,13 @@ class Proof:
         self.num_gpus = 0 if on_cpu else device.count
         self.measured = Measured(device.name)
         self.num_failed = 0
-        # The GPU's compute capability, once a model was made on it.
+        # The GPU's compute capability, known once a model has been created on it.
         self.capability: tuple[int, int] | None = None
         self._before = results_file.read_text(encoding="utf-8") if results_file is not None and results_file.is_file() else ""
         self._dated = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {'' if on_cpu else f'{device.count} x '}{device.name}"
 
     def run(self) -> None:
-        """Run all parts that the time allows; the first case first, since it matters most."""
+        """Run as many parts as time allows, the most important case first."""
         for kernel in gpu_kernel.KERNELS:
             self.part(f"kernel {kernel}", _KERNEL_S, partial(self.measure_kernel, kernel))
         self.part("tests marked gpu", _TESTS_S, self.run_tests)
@@ -150,7 +150,7 @@ class Proof:
             self.measure_case(STANDARD[0], num_ranks=self.num_gpus)
 
     def part(self, name: str, limit_s: float, run: Callable[[float], None]) -> bool:
-        """Run a part with its deadline; return whether it succeeded. A failure is a note, and the other parts go on."""
+        """Run a part with its deadline; return whether it succeeded. A failure is noted, and the other parts still run."""
         seconds = min(limit_s * (_CPU_FACTOR if self.on_cpu else 1), self.ends_at - time.monotonic())
         if seconds < _LEAST_S:
             self.measured.notes.append(f"{name}: left out, the time is over")
@@ -184,7 +184,7 @@ class Proof:
             raise SystemExit(f"packed documents affect each other with {kernel}")
 
     def run_tests(self, seconds: float) -> None:
-        """Run the tests marked gpu; on CPUs they are skipped."""
+        """Run the tests marked gpu, which pytest skips on CPUs."""
         if find_spec("pytest") is None:
             self.measured.tests = "Tests marked gpu: pytest is not installed."
             return
@@ -209,7 +209,7 @@ class Proof:
             raise SystemExit(f"{problem or ''}\ntests failed: {', '.join(failed)}")
 
     def measure_case(self, case: Case, num_ranks: int = 1) -> bool:
-        """Measure all sides of a case; return False where the model does not fit on the GPU."""
+        """Measure all sides of a case; return False if the model does not fit on the GPU."""
         name = f"{case.preset}, rows of {case.row_tokens:,} tokens, {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}"
         prepared: list[sides.Prepared] = []
         if not self.part(f"{name}: inputs", _PREPARE_S, lambda s: prepared.append(self.prepare(case, num_ranks, s))):
@@ -236,12 +236,12 @@ class Proof:
         return True
 
     def prepare(self, case: Case, num_ranks: int, seconds: float) -> sides.Prepared:
-        """Make the model, the chats, the data cache and the plan."""
+        """Create the model, the chats, the data cache and the plan."""
         config = {**yaml.safe_load((conf_dir() / "model" / f"{case.preset}.yaml").read_text())["config"], **case.changes}
         folder = self.folder / f"{case.preset}-{case.row_tokens}-{num_ranks}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
-        # Cases of one model share its weights.
+        # Cases with the same model share its weights.
         (models := self.folder / "models" / case.preset).mkdir(parents=True, exist_ok=True)
         if not (folder / "model").exists():
             (folder / "model").symlink_to(models / "model")
@@ -275,7 +275,7 @@ class Proof:
         """Measure the launcher with other settings, in fewer steps.
 
         Raises:
-            LeftOut: on CPUs, and where FP8 cannot be computed here.
+            LeftOut: on CPUs, or if this machine cannot compute in FP8.
         """
         if self.on_cpu:
             raise LeftOut("not run, because a rehearsal on CPUs cannot show what it is worth on a GPU")
@@ -286,7 +286,7 @@ class Proof:
         self.launcher_side(case, fewer, seconds, liger, settings)
 
     def missing_fp8(self) -> str:
-        """Return why nothing is computed in FP8 here, empty where it should work."""
+        """Return why this machine cannot compute in FP8, or an empty string if it can."""
         if self.capability is not None and self.capability < _FP8_CAPABILITY:
             needed, present = (".".join(map(str, version)) for version in (_FP8_CAPABILITY, self.capability))
             return f"FP8 needs a GPU of compute capability {needed} or more, and this one has {present}"
@@ -295,11 +295,11 @@ class Proof:
         path = os.pathsep.join((str(_FP8_FOLDER), os.environ.get("PYTHONPATH", "")))
         command = [sys.executable, "-c", "import torchao.float8.float8_linear"]
         imported = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=120)
-        # It is made for newer versions of torch than an image may have.
+        # torchao may need a newer torch than the image has.
         return f"torchao cannot be imported: {_last_line(OSError(imported.stderr))}" if imported.returncode else ""
 
     def launcher_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool, settings: str = "") -> None:
-        """Measure the launcher; with other `settings` under their name, so that no row of plan/gpu_types.py is taken from it."""
+        """Measure the launcher. With other `settings`, the side is named after them, so that it does not define the GPU's row."""
         if not self.on_cpu:
             prepared = prepared.with_overrides(f"model.liger={str(liger).lower()}", *settings.split())
         path = (str(_FP8_FOLDER),) if FP8 in settings and find_spec("torchao") is None else ()
@@ -310,19 +310,19 @@ class Proof:
         name = settings or f"{LAUNCHER}{' with Liger' if liger else ''}"
         self.measured.cases[case].append(Side(name, kernel, plan.activation_checkpointing, plan, figures))
         self.measured.notes += [f"{case}: alert of the run: {text}" for text in figures["alerts"]]
-        # How fast NCCL is, where there are several ranks.
+        # NCCL's speed, if there are several ranks.
         self.measured.notes += [f"{case}: {text}" for text in figures["messages"] if text.startswith("all-reduce over")]
 
     def other_side(
         self, case: str, name: str, run: Callable[..., Any], options: tuple[str, ...], prepared: sides.Prepared, seconds: float
     ) -> None:
-        """Run another program with the launcher's micro-batch, or the largest that fits: half as often, then recomputing."""
+        """Run another program with the launcher's micro-batch. If it runs out of memory, halve it, then recompute activations."""
         ends_at = time.monotonic() + seconds
         for size, recompute in _attempts(prepared.plan.batch.micro_batch_size):
             if (left_s := ends_at - time.monotonic()) < _LEAST_S:
                 break
             attempt = replace(prepared.with_micro_batch(size), timeout_s=left_s)
-            # TRL flattens packed rows.
+            # TRL flattens packed rows into one.
             kernel = self.kernel_of_others(run == self.trl or size == 1)
             try:
                 figures = run(attempt, recompute, f"--attention={kernel}", *options)
@@ -345,7 +345,7 @@ class Proof:
         return sides.bare_side(prepared, *(["--recompute"] if recompute else []), *options)
 
     def kernel_of_others(self, is_one_row: bool) -> str:
-        """FlashAttention where it works and gets all tokens as one row, without which it does not find documents; else SDPA."""
+        """Return FlashAttention if it works and all tokens are one row, which it needs to find documents; otherwise SDPA."""
         works = (name for name in _FLASH_OF_OTHERS if "forward_ms" in self.measured.kernels.get(name, {}))
         return next(works, "sdpa") if is_one_row else "sdpa"
 
@@ -357,7 +357,7 @@ class Proof:
         return "\n".join(body)
 
     def write(self) -> None:
-        """Write all that was measured so far."""
+        """Write all measurements so far."""
         if self.results_file is None:
             return
         text = results.with_section(self._before, f"GPU: {self.measured.card}", self._dated, self.text())
@@ -365,7 +365,7 @@ class Proof:
 
 
 def _attempts(micro_batch_size: int) -> Iterator[tuple[int, bool]]:
-    """Yield micro-batches and whether activations are recomputed, from the fastest to the smallest."""
+    """Yield micro-batch sizes and whether to recompute activations, from the fastest to the smallest."""
     size = micro_batch_size
     while size >= 1:
         yield size, False
@@ -374,12 +374,12 @@ def _attempts(micro_batch_size: int) -> Iterator[tuple[int, bool]]:
 
 
 def _json_line(output: str) -> dict[str, Any]:
-    """Libraries print to standard output too."""
+    """Return the JSON line, because libraries print to standard output too."""
     return dict(json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{"))))
 
 
 def _last_line(error: BaseException) -> str:
-    """Return the last line of an error that names an exception, or else its last line: torchrun writes much after it."""
+    """Return the last line that names an exception, since torchrun prints more after it; otherwise the last line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if _EXCEPTION.match(line) and "ChildFailedError" not in line]
     return [type(error).__name__, *lines[-1:], *named[-1:]][-1][:300]

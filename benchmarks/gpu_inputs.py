@@ -1,8 +1,8 @@
-"""A model folder with random weights and a tokenizer of bytes, and chats of random words: what benchmarks/gpu.py trains.
+"""Inputs for benchmarks/gpu.py: a model folder with random weights and a byte tokenizer, and chats of random words.
 
     python benchmarks/gpu_inputs.py --config CONFIG.json --dtype bf16 --folder DIR --row-tokens 4096 --tokens 1000000
 
-Nothing is downloaded. DIR/model and DIR/chats.jsonl are written. A token is a byte, so a chat has as many tokens as are drawn.
+Nothing is downloaded. Writes DIR/model and DIR/chats.jsonl. A token is a byte, so each chat has the drawn number of tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# Tokens of a chat beside its words, at most; and the prompt's share of the words.
+# The most tokens that the template adds to a chat, and the prompt's share of the words.
 _TEMPLATE_TOKENS, _PROMPT_SHARE = 40, 0.2
 
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _free_gib() -> float | None:
-    """Return the memory of the first GPU that nothing but this process holds; None without a GPU."""
+    """Return the memory of the first GPU that other processes do not use; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -56,7 +56,7 @@ def _capability() -> tuple[int, int] | None:
 
 
 def write_chats(file: Path, row_tokens: int, num_tokens: int) -> None:
-    """Chats of a sixteenth of a row to a whole row, short ones more often, until there are `num_tokens` tokens."""
+    """Write chats of 1/16 row to a whole row, mostly short ones, until there are `num_tokens` tokens."""
     draw, written = random.Random(0), 0
     with open(file, "w", encoding="utf-8") as out:
         while written < num_tokens:
@@ -69,7 +69,7 @@ def write_chats(file: Path, row_tokens: int, num_tokens: int) -> None:
 
 
 def _text(draw: random.Random, num_bytes: int) -> str:
-    """Random words of at most `num_bytes` bytes, that begin with a number, so that no two texts are alike."""
+    """Return random words of at most `num_bytes` bytes, starting with a number so that no two texts are alike."""
     words = [f"{draw.getrandbits(24)}"]
     while sum(map(len, words)) + len(words) < num_bytes:
         words += draw.choices(_WORDS, k=max(1, num_bytes // 16))
@@ -77,7 +77,7 @@ def _text(draw: random.Random, num_bytes: int) -> str:
 
 
 def write_model(folder: Path, values: dict[str, Any], dtype: str) -> None:
-    """Draw the weights, on a GPU where there is one, and save them with the tokenizer."""
+    """Draw the weights, on a GPU if there is one, and save them with the tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

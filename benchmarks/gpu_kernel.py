@@ -1,8 +1,8 @@
-"""One attention kernel alone: whether it can be imported, keeps packed documents apart and computes exactly, and how fast it is.
+"""Test one attention kernel alone: import, isolation of packed documents, accuracy and speed.
 
     python benchmarks/gpu_kernel.py varlen [--tokens 16384] [--heads 16] [--kv-heads 8] [--head-dim 128]
 
-Prints one JSON object. A kernel that this machine lacks is no failure: the object says what is missing.
+Prints one JSON object. A missing kernel is not a failure: the object says what is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-# The module that shows whether a kernel is there, and the package that brings it.
+# For each kernel, the module whose import shows that it is installed, and its package.
 FLASH = {
     "flash_attention_4": ("flash_attn.cute", "flash-attn-4"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
@@ -24,7 +24,7 @@ FLASH = {
 }
 KERNELS = (*FLASH, "varlen", "sdpa")
 _REPEATS = 10
-# Shares of a row: documents of unequal length, as packing has them.
+# Document lengths as shares of a row, unequal as in packed data.
 _SHARES = (0.02, 0.06, 0.12, 0.25, 0.55)
 
 
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def missing(kernel: str) -> dict[str, Any]:
-    """Return what this machine lacks for a kernel; empty where it can be imported."""
+    """Return what this machine lacks for a kernel; empty if it can be imported."""
     if kernel == "varlen":
         import torch
 
@@ -56,14 +56,14 @@ def missing(kernel: str) -> dict[str, Any]:
         return {"missing": f"{package} is not installed"}
     try:
         importlib.import_module(module)
-    # A build for another torch fails with an OSError or an undefined symbol.
+    # A build for another torch version fails with an OSError or an undefined symbol.
     except Exception as error:
         return {"missing": f"{package} cannot be imported: {str(error).splitlines()[0] if str(error) else type(error).__name__}"}
     return {}
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the isolation of packed documents, the error against fp32, and the times of the kernel."""
+    """Return the isolation of packed documents, the error relative to fp32, and the kernel's times."""
     import torch
 
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     lengths = _lengths(args.tokens, args.row_tokens)
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
     module, attend = _attention(args, device)
-    # SDPA finds documents in a mask of a row alone; the others get all rows as one.
+    # SDPA needs a mask per row to separate documents; the others get all rows as one.
     rows = args.tokens // args.row_tokens if args.kernel == "sdpa" else 1
     mask = _mask(_lengths(args.row_tokens, args.row_tokens), device) if args.kernel == "sdpa" else None
     shapes = [(rows, heads, args.tokens // rows, args.head_dim) for heads in (args.heads, args.kv_heads, args.kv_heads)]
@@ -95,7 +95,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     forward_ms = _elapsed_ms(lambda: forward().detach(), device)
     total_ms = _elapsed_ms(both, device)
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    # Scores and values: 2 products forward, 4 backward, each of 2 FLOPs for a pair and an element.
+    # Scores and values: 2 products forward and 4 backward, each with 2 FLOPs per pair and element.
     flops = 12 * pairs * args.heads * args.head_dim
     return {
         **_isolation(args.kernel, device, dtype),
@@ -107,14 +107,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _lengths(tokens: int, row_tokens: int) -> list[int]:
-    """The lengths of the documents of all rows."""
+    """Return the document lengths of all rows."""
     row = [max(1, int(share * row_tokens)) for share in _SHARES[:-1]]
     row.append(row_tokens - sum(row))
     return row * (tokens // row_tokens)
 
 
 def _attention(args: argparse.Namespace, device: Any) -> tuple[Any, Callable[..., Any]]:
-    """The kernel as transformers calls it, and the layer that it asks for settings."""
+    """Return the kernel as transformers calls it, and the layer from which it reads settings."""
     import torch
     from transformers import AutoConfig
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -131,7 +131,7 @@ def _attention(args: argparse.Namespace, device: Any) -> tuple[Any, Callable[...
 
 
 def _mask(lengths: list[int], device: Any) -> Any:
-    """The pairs of tokens that attend to each other, [1, 1, T, T]."""
+    """Return the mask of token pairs that attend to each other, [1, 1, T, T]."""
     import torch
 
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(device)
@@ -139,7 +139,7 @@ def _mask(lengths: list[int], device: Any) -> Any:
 
 
 def _error(output: Any, query: Any, key: Any, value: Any, offsets: list[int]) -> float:
-    """The relative error of `output` [1, T, H, D] against attention in fp32, document by document."""
+    """Return the relative error of `output` [1, T, H, D] compared with fp32 attention, document by document."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -154,7 +154,7 @@ def _error(output: Any, query: Any, key: Any, value: Any, offsets: list[int]) ->
 
 
 def _elapsed_ms(call: Callable[[], Any], device: Any) -> float:
-    """Milliseconds of one call: the mean over some, after a call that is not counted."""
+    """Return the mean milliseconds per call over several calls, after an uncounted one."""
     import torch
 
     call()
@@ -174,7 +174,7 @@ def _elapsed_ms(call: Callable[[], Any], device: Any) -> float:
 
 
 def _isolation(kernel: str, device: Any, dtype: Any) -> dict[str, Any]:
-    """Whether the packed documents of a small model affect each other with this kernel, as the launcher asks before it trains."""
+    """Return whether packed documents of a small model affect each other with this kernel, by the launcher's own check."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

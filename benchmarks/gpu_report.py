@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py measured, as Markdown, and what it says about the GPU's row in launcher/plan/gpu_types.py."""
+"""Report the measurements of benchmarks/gpu.py as Markdown, with values for the GPU's row in launcher/plan/gpu_types.py."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.fp8 import fp8_speed
 
 LAUNCHER = "launcher"
-# Settings that are measured beside the launcher's own choice: a side that has them is named by them, with spaces between.
+# Settings measured in addition to the defaults. A side with such settings is named after them, separated by spaces.
 FP8, COMPILE = "model.fp8=true", "model.compile=true"
-# The most by which a figure may deviate from the plan before the run sends an alert; launcher/train/monitoring/anomalies.py.
+# Deviations from the plan beyond which a run sends an alert: launcher/train/monitoring/anomalies.py.
 SPEED_LIMIT, MEMORY_LIMIT = 0.20, 0.05
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a case: its plan, which has its micro-batch, and the figures of benchmarks/sides.py."""
+    """One side of a case: its plan, including the micro-batch, and the figures of benchmarks/sides.py."""
 
     name: str
     attention: str
@@ -34,7 +34,7 @@ class Side:
 
 @dataclass
 class Measured:
-    """All that was measured so far: kernels by name, sides by case, and lines about what is missing or has failed."""
+    """All measurements so far: kernels by name, sides by case, and notes about missing or failed parts."""
 
     card: str
     tests: str = ""
@@ -83,7 +83,7 @@ def _side_table(sides: list[Side]) -> Iterator[str]:
 
 
 def _against_plan(sides: list[Side], card: str) -> Iterator[str]:
-    """Yield what the launcher's run took against what its plan says."""
+    """Yield a comparison of the launcher's run with its plan."""
     for side in sides:
         last = _last_metrics(side)
         if planned := planned_tokens_per_sec(side.plan):
@@ -98,7 +98,7 @@ def _against_plan(sides: list[Side], card: str) -> Iterator[str]:
 
 
 def _fp8_lines(sides: list[Side]) -> Iterator[str]:
-    """Yield how much faster than in bf16 products were in FP8, and what the plan has assumed."""
+    """Yield the measured speedup of FP8 products over bf16, and the plan's assumption."""
     for name, speed in _fp8_speeds(sides):
         kernels = Kernels(2, "varlen", 1, compiled=name == "fp8_speed")
         gpu = situation_of(sides[0].plan).gpu
@@ -120,18 +120,18 @@ def _last_metrics(side: Side) -> dict[str, float]:
 
 
 def peak_gib(side: Side) -> float | None:
-    """Return the most memory that the allocator has reserved on a GPU."""
+    """Return the most memory that the allocator reserved on a GPU."""
     reserved = _last_metrics(side).get("memory/peak_reserved_gib")
     return side.figures.get("peak_gib") if reserved is None else reserved
 
 
 def mfu(side: Side) -> float | None:
-    """Return the MFU by the mean document of the plan's data; None for an unknown GPU and on CPUs."""
+    """Return the MFU for the mean document of the plan's data; None for an unknown GPU and on CPUs."""
     flops, data, gpu = train_flops(side.plan.model), side.plan.data, recognize(side.plan.gpu_name)
     if flops is None or data is None or gpu is None or side.plan.topology.device != "cuda":
         return None
     if "metrics" in side.figures and (shares := [line["perf/mfu"] for line in side.figures["metrics"] if "perf/mfu" in line]):
-        # With the documents of each step.
+        # The launcher's MFU uses the documents of each step.
         return statistics.median(shares)
     length = max(1, round(data.num_tokens / data.num_docs))
     per_token = flops.of([length], 0) / length + flops.per_label * data.num_trained_tokens / data.num_tokens
@@ -144,7 +144,7 @@ def _percent(share: float | None) -> str:
 
 
 def fitted_row(measured: Measured) -> str:
-    """Return the values that the launcher's runs give for this GPU's row; empty where there are none."""
+    """Return the values that the launcher's runs give for this GPU's row; empty if there are none."""
     of_launcher = [side for sides in measured.cases.values() for side in sides if side.name.startswith(LAUNCHER)]
     on_one = [side for side in of_launcher if side.plan.topology.world_size == 1]
     values = {name: value for name, fit in _FITS.items() if (value := _median_of(fit, on_one)) is not None}
@@ -165,7 +165,7 @@ def _median_of(fit: Any, sides: list[Side]) -> float | None:
 
 
 def _runtime_gib(side: Side) -> float | None:
-    """Return what CUDA and NCCL take: the memory in use of the GPU, without what the allocator has reserved."""
+    """Return the memory of CUDA and NCCL: the GPU memory in use minus the allocator's reserved memory."""
     last, device_gib = _last_metrics(side), side.plan.memory.device_gib
     if device_gib is None or not {"gpu/memory_max_frac", "memory/peak_reserved_gib"} <= last.keys():
         return None
@@ -179,14 +179,14 @@ def _fragmentation(side: Side) -> float | None:
 
 
 def gemm_share(side: Side) -> float | None:
-    """Return the share of the peak with which the time model gives the measured speed; None where no share does."""
+    """Return the share of the peak for which the time model gives the measured speed; None if there is none."""
     return _fit(side, lambda gpu, share: replace(gpu, gemm_share=share), 0.02, 1.0)
 
 
 def measured_fp8_speed(in_fp8: Side, in_bf16: Side) -> float | None:
-    """Return how many times as fast as in bf16 products are in FP8, casts included; None where no factor fits.
+    """Return the speed of FP8 products relative to bf16, including casts; None if no factor fits.
 
-    `in_bf16` is the same run in bf16: all that the time model gets wrong about it is in its share of the peak.
+    `in_bf16` is the same run in bf16. Its share of the peak absorbs all errors of the time model.
     """
     share = gemm_share(in_bf16)
     if share is None:
@@ -195,7 +195,7 @@ def measured_fp8_speed(in_fp8: Side, in_bf16: Side) -> float | None:
 
 
 def _fit(side: Side, changed: Callable[[GpuType, float], GpuType], low: float, high: float) -> float | None:
-    """Return the value with which the row that `changed` returns gives the measured speed; None where none does."""
+    """Return the value for which the row from `changed` gives the measured speed; None if there is none."""
     gpu, lowest, highest = situation_of(side.plan).gpu, 1.01 * low, 0.99 * high
     if gpu is None:
         return None
@@ -209,7 +209,7 @@ def _fit(side: Side, changed: Callable[[GpuType, float], GpuType], low: float, h
 
 
 def _fp8_speeds(sides: list[Side]) -> Iterator[tuple[str, float]]:
-    """Yield the speeds in FP8 for a GPU's row by name, as far as they were measured; `sides` are those of a case."""
+    """Yield name and value of each measured FP8 speed for a GPU's row; `sides` are those of a case."""
     by_settings = {frozenset(side.name.split()): side for side in sides if not side.name.startswith(LAUNCHER)}
     plain = next((side for side in sides if side.name.startswith(LAUNCHER)), None)
     for name, settings in (("fp8_speed", {COMPILE}), ("fp8_eager_speed", set[str]())):

@@ -1,4 +1,4 @@
-"""The work of benchmarks/gpu_wheels.sh: finds what an image lacks, requirement by requirement, and collects its wheels."""
+"""Called by benchmarks/gpu_wheels.sh: find the requirements that an image lacks, and collect their wheels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
 REPO = Path(__file__).resolve().parents[1]
-# torch and its CUDA packages are the image's; the benchmarks need neither Ray nor W&B.
+# The image provides torch and its CUDA packages; the benchmarks need neither Ray nor W&B.
 _IN_THE_IMAGE = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 _NOT_NEEDED = ("ray", "wandb", "wandb-workspaces")
 _FOR_TESTS = ("pytest", "pytest-timeout", "hypothesis")
 _TO_COMPARE = ("trl", "datasets", "liger-kernel")
-# In a folder of its own, as transformers imports it in every process that has it.
+# Gets its own folder: if it were in the environment, transformers would import it in every process.
 _FP8 = "torchao"
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
@@ -50,14 +50,14 @@ def main(image: str, folder: str, python_version: str) -> None:
 
 
 def read_freeze(text: str) -> dict[str, str]:
-    """Return the versions of a list as `pip freeze` or `pip list --format=freeze` prints it; empty where a line has none."""
+    """Return the versions in the output of `pip freeze` or `pip list --format=freeze`; empty if a line has none."""
     lines = (line.strip() for line in text.splitlines())
     pairs = (re.split(r"==|\s+@\s+", line, maxsplit=1) for line in lines if line and not line.startswith(("#", "-")))
     return {canonicalize_name(name.strip()): (rest[0] if rest else "") for name, *rest in pairs}
 
 
 def first_requirements(environment: os._Environ[str] | dict[str, str]) -> Iterator[Requirement]:
-    """Yield what the launcher, its GPU tests and the benchmarks require."""
+    """Yield the requirements of the launcher, its GPU tests and the benchmarks."""
     with open(REPO / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     extra = {Requirement(one).name: one for group in project["optional-dependencies"].values() for one in group}
@@ -67,7 +67,7 @@ def first_requirements(environment: os._Environ[str] | dict[str, str]) -> Iterat
 
 
 def folder_of(requirement: Requirement, out: Path) -> Path:
-    """Return the folder, which then exists, for the wheel of a requirement."""
+    """Create and return the folder for the wheel of a requirement."""
     folder = out / "fp8" if canonicalize_name(requirement.name) == _FP8 else out
     folder.mkdir(exist_ok=True)
     return folder
@@ -77,7 +77,7 @@ def lacking(requirements: Iterable[Requirement], installed: dict[str, str], with
     """Yield the requirements that the image does not satisfy.
 
     Raises:
-        SystemExit: where the image's torch is too old.
+        SystemExit: if the image's torch is too old.
     """
     for requirement in requirements:
         name = canonicalize_name(requirement.name)
@@ -91,7 +91,7 @@ def lacking(requirements: Iterable[Requirement], installed: dict[str, str], with
 
 
 def is_satisfied(requirement: Requirement, version: str | None) -> bool:
-    """Return whether an installed version will do; builds of one's own, such as 2.9.0a0+git, count as their release."""
+    """Return whether an installed version suffices; custom builds such as 2.9.0a0+git count as their release."""
     if version is None:
         return False
     try:
@@ -102,7 +102,7 @@ def is_satisfied(requirement: Requirement, version: str | None) -> bool:
 
 
 def fetch(requirement: Requirement, out: Path, target: str) -> Path:
-    """Download the wheel of a requirement, or build it where there is none; return its path."""
+    """Download the wheel of a requirement, or build it if there is none; return its path."""
     print(f"{requirement}", flush=True)
     before = set(out.glob("*.whl"))
     shared = ["--no-deps", "--quiet", "--disable-pip-version-check", "--constraint", str(REPO / "constraints.txt")]
@@ -111,7 +111,7 @@ def fetch(requirement: Requirement, out: Path, target: str) -> Path:
     binary = ["--only-binary=:all:", "--python-version", target, *platforms, "--dest", str(out)]
     command = [sys.executable, "-m", "pip"]
     if subprocess.run([*command, "download", *shared, *binary, wanted], capture_output=True).returncode:
-        # A source distribution without compiled parts: DeepSpeed compiles its own when they are used.
+        # Build source distributions without compiled parts: DeepSpeed compiles its ops when they are used.
         variables = {**os.environ, "DS_BUILD_OPS": "0"}
         subprocess.run([*command, "wheel", *shared, "--wheel-dir", str(out), wanted], check=True, env=variables)
     added = [*(set(out.glob("*.whl")) - before), *out.glob(f"{canonicalize_name(requirement.name).replace('-', '_')}-*.whl")]
@@ -121,7 +121,7 @@ def fetch(requirement: Requirement, out: Path, target: str) -> Path:
 
 
 def requirements_of(wheel: Path, target: str) -> Iterator[Requirement]:
-    """Yield what a wheel requires on the machine, without its extras."""
+    """Yield the requirements of a wheel on the target machine, without its extras."""
     with zipfile.ZipFile(wheel) as files:
         name = next(name for name in files.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(files.read(name).decode("utf-8"))

@@ -1,12 +1,11 @@
-"""One run whose ranks are killed at random moments, again and again; it must train exactly what an undisturbed run trains.
+"""Kill the ranks of one run repeatedly at random moments; it must train exactly the same as an undisturbed run.
 
     python benchmarks/kills.py [--kills N] [--seed N] [overrides of the launcher]
 
 Two ranks on this machine train a tiny model that saves every few steps. A random rank is killed while the ranks start and load,
-while a checkpoint is written, and while they train; now and then the other one as well, while it is being dismissed. Afterwards
-the loss, gradient norm and rows of every step that was ever trained are compared with those of a run with the same settings that
-was left alone. Writes a table into RESULTS.md. Ends with 1 where the run failed or anything differs; its
-folder is kept then.
+while a checkpoint is written, and while they train; sometimes the other rank is also killed while it is being terminated. Then
+the loss, gradient norm and rows of every trained step are compared with those of an undisturbed run with the same settings.
+Writes a table into RESULTS.md. Exits with 1 and keeps the folder if the run failed or anything differs.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ from killed_runs import Hit, Kill, Killer
 REPO = Path(__file__).resolve().parents[1]
 SAVE_EVERY = 4
 RANKS = 2
-# Restarts that no kill explains; each is told.
+# Restarts allowed beyond the kills; each one is reported.
 SPARE_RESTARTS = 20
-# From the last kill to the end, and for the undisturbed run.
+# Time allowed from the last kill to the end, and for the undisturbed run.
 LOAD_S, STEP_S = 120.0, 2.0
 SETTINGS = (
     *("model=tiny", "data=jsonl", "data.max_length=64", "data.eval_fraction=0", "data.packing=false"),
@@ -52,7 +51,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Killed:
-    """What became of the run: the kills that were carried out, why there were no more, and how its command ended."""
+    """Outcome of the run: the kills carried out, why they stopped early, and the command's exit code."""
 
     hits: list[Hit]
     stopped: str
@@ -91,7 +90,7 @@ def main() -> int:
 
 
 def write_rows(file: Path) -> None:
-    """61 rows, no two alike, so that batches of four do not repeat from one epoch to the next."""
+    """Write 61 distinct rows, a number for which batches of four do not repeat between epochs."""
     words = ["north", "south", "east", "west", "spring", "summer", "autumn", "winter"]
     rows = [
         {"text": f"{row} " + " ".join(words[(row * step + step) % 8] for step in range(1, 30 + row % 5))} for row in range(61)
@@ -100,7 +99,7 @@ def write_rows(file: Path) -> None:
 
 
 def start(folder: Path, name: str, settings: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a run whose ranks write the rows that they are given into the folder NAME-rows."""
+    """Start a run whose ranks record the rows they receive in the folder NAME-rows."""
     (folder / f"{name}-rows").mkdir()
     path = f"{REPO / 'tests/e2e/rows_seen'}:{REPO}"
     environment = {**os.environ, "PYTHONPATH": path, "ROWS_SEEN": str(folder / f"{name}-rows"), "OMP_NUM_THREADS": "1"}
@@ -134,7 +133,7 @@ def kill_one_after_another(folder: Path, settings: Sequence[str], kills: Sequenc
 
 
 def judge(folder: Path, settings: Sequence[str], killed: Killed, num_steps: int, deadline_s: float) -> list[str]:
-    """What is wrong, in words; nothing where the run trained what an undisturbed one trains."""
+    """Return the problems found; empty if the run trained the same as an undisturbed one."""
     run = folder / "killed"
     log = (folder / "killed.log").read_text(errors="replace")[-1500:]
     if killed.stopped:

@@ -1,6 +1,6 @@
-"""Bytes of all tensors that are alive, and their peak, on CPUs and for fake tensors: benchmarks/memory_plan.py measures with it.
+"""Current and peak bytes of all live tensors, on CPUs and for fake tensors; used by benchmarks/memory_plan.py.
 
-torch.distributed._tools.mem_tracker counts the same, sorted by kind; it takes four times as long.
+torch.distributed._tools.mem_tracker counts the same, by kind, but takes four times as long.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations return while this is active, until they are freed."""
+    """Counts the storages that operations return while the mode is active, until they are freed."""
 
     def __init__(self, ignored: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._sizes: dict[int, tuple[int, Any]] = {}
-        # Kept alive, so that their addresses stay theirs.
+        # Kept alive so that their addresses are not reused.
         self._kept = [tensor.untyped_storage() for tensor in ignored]
         self._ignored = {storage._cdata for storage in self._kept}
 
     def restart_peak(self) -> int:
-        """Return the peak so far, and measure it again from here."""
+        """Return the peak so far, and restart it from the current bytes."""
         peak, self.peak = self.peak, self.live
         return peak
 

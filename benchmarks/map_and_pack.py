@@ -1,8 +1,8 @@
-"""Text to packed rows with Hugging Face's libraries, as a script that a user writes: load, tokenize in processes, pack.
+"""Turn text into packed rows with Hugging Face's libraries, as a user's script would: load, tokenize in processes, pack.
 
     python benchmarks/map_and_pack.py ROWS.jsonl MODEL MAX_LENGTH [--processes 2]
 
-Rows have `messages`, or `prompt` and `completion`. The packed rows lie in the cache of `datasets` (HF_DATASETS_CACHE); prints
+Rows have `messages`, or `prompt` and `completion`. The packed rows are in the cache of `datasets` (HF_DATASETS_CACHE). Prints
 their files as JSON.
 """
 

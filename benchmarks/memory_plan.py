@@ -1,9 +1,9 @@
-"""The plan's peak memory against measurements on the CPU: bare models at real size, and the real engine at reduced width.
+"""Compare the plan's peak memory with measurements on the CPU: bare models at real size, and the engine at reduced width.
 
     python benchmarks/memory_plan.py [--only bare|engine] [--skip-large]
 
-The bare models are fake tensors (bare_memory.py), the engine has 2 or 4 ranks over gloo (memory_ranks.py). The constants of
-launcher/plan/sizing come from the configurations marked "fit"; the errors that count are those of the others.
+Bare models use fake tensors (bare_memory.py); the engine runs 2 or 4 ranks over gloo (memory_ranks.py). The constants in
+launcher/plan/sizing come from the configurations marked "fit", so only the errors of the others are meaningful.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SOURCE = (
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration: of a bare model (its preset, tokens, layers that are recomputed) or of an engine (overrides)."""
+    """A configuration of a bare model (preset, tokens, recomputed layers) or of an engine (overrides)."""
 
     name: str
     is_fit: bool
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a case was measured to take, and what the plan says, in bytes."""
+    """A case's measured bytes and the plan's estimate."""
 
     case: Case
     measured: float
@@ -60,7 +60,7 @@ class Measured:
 
     @property
     def error(self) -> float:
-        """Relative error of the plan; positive where it is too high."""
+        """The relative error of the plan, positive if the estimate is too high."""
         return self.planned / self.measured - 1
 
 
@@ -114,7 +114,7 @@ ENGINE = (
     ),
     _engine("2 ranks, experts", "model.config.model_type=qwen3_moe", *(f"++model.config.{one}" for one in _MOE), fit=True),
 )
-# Buckets small enough for the other parts to count.
+# Small buckets, so that the other parts of the memory matter.
 _SHARED = (
     *("model=tiny", "data=jsonl", "data.path=rows.jsonl", "train.epochs=null", "train.max_steps=3", "model.dtype=bf16"),
     *("data.max_length=256", "train.global_batch_size=8", "train.micro_batch_size=1", "train.loss_chunk_tokens=64"),

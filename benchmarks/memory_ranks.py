@@ -1,4 +1,4 @@
-"""One rank of benchmarks/memory_plan.py: the engine of a plan, with random ids, under LiveBytes. Rank 0 prints one JSON object.
+"""One rank of benchmarks/memory_plan.py: a plan's engine under LiveBytes, with random ids. Rank 0 prints one JSON object.
 
 python -m torch.distributed.run --nproc-per-node N benchmarks/memory_ranks.py PLAN.json
 """
@@ -33,7 +33,7 @@ def main(path: str) -> None:
     rows, length = plan.batch.micro_batch_size, plan.config.data.max_length
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(0, plan.model.vocab_size, (rows, length), generator=generator)
-    # Two documents a row, as packing makes them.
+    # Two packed documents per row.
     positions = torch.arange(length).remainder(length // 2).expand(rows, length).contiguous()
     peaks = {"forward": 0, "backward": 0, "step": 0}
     with LiveBytes((ids, positions)) as counted:

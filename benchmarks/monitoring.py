@@ -1,9 +1,9 @@
-"""CPU time of rank 0 per step for monitoring all ranks, beside the all-reduce that each step has anyway.
+"""CPU time that rank 0 spends per step on monitoring all ranks, in addition to each step's all-reduce.
 
     python benchmarks/monitoring.py
 
-It calls the loop's functions in one process, without communication: packing
-this rank's statistics, unpacking those of all, metrics, alerts, goodput. Writes a table into RESULTS.md.
+Calls the loop's functions in one process, without communication: packing this rank's statistics, unpacking those of all ranks,
+metrics, alerts, goodput. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bytes that elementwise operations read and write, by fake tensors: launcher/plan/sizing/elementwise.py counts them, too."""
+"""Count the bytes that elementwise operations read and write, to check launcher/plan/sizing/elementwise.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# Operations whose time is that of their arithmetic, and those that move nothing or a few elements.
+# Compute-bound operations, and those that move nothing or only a few elements.
 _ARITHMETIC = ("mm", "attn", "attention")
 _VIEWS = ("_unsafe_view", "empty", "detach", "lift_fresh")
 _FEW_ELEMENTS = ("gather", "scatter_add_", "embedding")
 
 
 class MovedBytes(TorchDispatchMode):
-    """Adds up the bytes of inputs and outputs of all operations but matrix products, attention and views."""
+    """Sums the input and output bytes of all operations except matrix products, attention and views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,11 +35,11 @@ class MovedBytes(TorchDispatchMode):
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Return the bytes that an operation reads or writes; what is expanded is read from the same place."""
+    """Return the bytes that an operation reads or writes; expanded dimensions share the same memory."""
     sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride != 0]
     return tensor.element_size() * torch.Size(sizes).numel()
 
 
 def measure(config: dict[str, Any], tokens: int, dtype: str = "bf16", checkpointing: str = "none") -> int:
-    """Return the bytes that a forward and backward pass moves, with one chunk of logits."""
+    """Return the bytes that a forward and backward pass moves, with the logits in one chunk."""
     return bare_memory.run_pass(config, tokens, checkpointing, dtype, tokens, lambda _: MovedBytes()).total

@@ -1,9 +1,9 @@
-"""What Ray costs: the start on a Ray of one's own beside a minimal TorchTrainer, and the way back after a killed worker.
+"""The cost of Ray: startup on the run's own Ray compared with a minimal TorchTrainer, and recovery from a killed worker.
 
     python benchmarks/on_ray.py [--rounds N]
 
-Both sides start Ray on this machine, train the same model with the same rows and are measured from the command to the
-beginning of the first optimizer step. Then a worker of Ray Train is killed with SIGKILL. Writes a table into RESULTS.md.
+Both sides start Ray on this machine and train the same model with the same rows. They are timed from the command to the
+beginning of the first optimizer step. Then a Ray Train worker is killed with SIGKILL. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def killed_worker(root: Path) -> float:
-    """Seconds from the kill of a worker to the end of the next step."""
+    """Return the seconds from killing a worker to the end of the next step."""
     run = root / "tiny"
     command = [sys.executable, "-m", "launcher", *TINY, "+cluster=ray", "--detach", f"run.root={root}", "run.name=tiny"]
     sides.run(command, root.parent / "ray.log")
@@ -73,10 +73,10 @@ def killed_worker(root: Path) -> float:
 
 
 def worker(run: Path) -> psutil.Process:
-    """The worker of rank 1."""
+    """Return the worker of rank 1."""
     for process in psutil.process_iter():
         title = None
-        # Others end meanwhile.
+        # Processes may end during the search.
         with suppress(psutil.NoSuchProcess):
             title = RankTitle.of(process)
         if title is not None and title.rank == 1 and str(run) in title.plan_path:
@@ -87,7 +87,7 @@ def worker(run: Path) -> psutil.Process:
 
 
 def await_step(run: Path, step: int, attempt: int = 1) -> float:
-    """When that step of an attempt or a later one was done, in seconds since the epoch."""
+    """Wait until the attempt has done this step or a later one; return the time in seconds since the epoch."""
     file, end = run / "metrics.jsonl", time.monotonic() + DEADLINE_S
     while time.monotonic() < end:
         for line in file.read_text().splitlines() if file.is_file() else ():

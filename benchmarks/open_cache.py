@@ -1,4 +1,4 @@
-"""What a rank does with a data cache at its start, in a process of its own: benchmarks/data.py runs it.
+"""Open a data cache in a separate process, as a rank does at its start; run by benchmarks/data.py.
 
 python benchmarks/open_cache.py CACHE DIGEST
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def open_cache(folder: str, digest: str) -> dict[str, float]:
-    """Milliseconds and MB of added memory for opening the cache, and for batches far apart in it.
+    """Return the milliseconds and added MB for opening the cache and for reading batches far apart.
 
-    `added_mb` is all that opening has added; `own_mb` what lies in this process's own memory after all batches, without the
-    pages of the cache's files, which the system shares between ranks and takes back when it needs room.
+    `added_mb` is the memory that opening adds. `own_mb` is the process's private memory after all batches, without the pages of
+    the cache's files, which the system shares between ranks and reclaims when necessary.
     """
     import torch
 
@@ -33,7 +33,7 @@ def open_cache(folder: str, digest: str) -> dict[str, float]:
         epochs=None,
     )
     facts = DataFacts.model_construct(cache_dir=folder, digest=digest)
-    # What torch takes when it is first used belongs to no cache.
+    # Exclude the memory that torch allocates when it is first used.
     torch.zeros(8).sum()
     rss, own = resident_mb()
     times = {}
@@ -50,7 +50,7 @@ def open_cache(folder: str, digest: str) -> dict[str, float]:
 
 
 def resident_mb() -> tuple[float, float]:
-    """(all, own) resident memory of this process."""
+    """Return the total and the private resident memory of this process."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     rss, own = (int(lines[key].split()[0]) * 1024 / 1e6 for key in ("VmRSS", "RssAnon"))
     return rss, own

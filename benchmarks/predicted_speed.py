@@ -1,16 +1,16 @@
-"""The time model of a plan against runs on this machine's CPUs.
+"""Compare a plan's time model with runs on this machine's CPUs.
 
     python benchmarks/predicted_speed.py [--rounds N] [--steps N] [--cpu-seconds] [--only CASE ...]
 
-For each configuration this machine is measured at the shapes of its plan (cpu_rates.py), then it is trained with `python -m
-launcher train`. launcher/plan/sizing/step_time.py predicts the time of a step from those rates. What the rates do not hold, the
-factors of four parts, is fitted to the configurations marked "fit"; the errors that count are those of the others.
+For each configuration, the benchmark measures this machine's rates at the plan's shapes (cpu_rates.py) and then trains with
+`python -m launcher train`. launcher/plan/sizing/step_time.py predicts the step time from those rates. The rates do not contain
+the factors of four parts, which are fitted to the configurations marked "fit"; only the errors of the others are meaningful.
 
---cpu-seconds measures rates and steps in CPU seconds of a rank's process, for a machine that other programs use as well. The
-time that ranks wait for each other is left out of both then.
+--cpu-seconds measures rates and steps in CPU seconds of a rank's process, for a machine that other programs use too. Both then
+exclude the time that ranks wait for each other.
 
-On CPUs nothing runs beside anything: ranks wait for messages and for Python's hooks. The model says so in its rates (no overlap,
-no device that runs ahead); all else is as on GPUs. Rates of CPUs are nobody's but this machine's, and are not kept.
+On CPUs nothing overlaps: ranks wait for messages and for Python's hooks. The rates express this (no overlap, no device that runs
+ahead); everything else is as on GPUs. CPU rates are valid only for this machine and are not stored.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
 from launcher.plan.sizing.step_time import Rates, StepTime
 
 HERE = Path(__file__).resolve().parent
-# By how much a run may deviate from its plan before it sends an alert: launcher/train/monitoring/anomalies.py.
+# Deviation from the plan beyond which a run sends an alert: launcher/train/monitoring/anomalies.py.
 _LIMIT = 0.20
-# The factors that are fitted; those of products and attention are 1, since both are measured at their own shapes.
+# The fitted factors. Those of products and attention are 1, because both are measured at their real shapes.
 FACTORS = ("elementwise_s", "communication_s", "hooks_s", "optimizer_s")
-# Relative deviation of a step's time that weighs as much as a factor of 2 instead of 1.
+# A relative error of this size in a step's time has the same weight as a factor of 2 instead of 1.
 _PRIOR = 0.02
 _RATES_S = 300.0
 _SHARED = (
@@ -65,7 +65,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a case was measured to take: seconds of its steps, and the parts of a step by this machine's rates, one per round."""
+    """Measurements of a case, one per round: seconds per step, and the parts of a step by this machine's rates."""
 
     case: Case
     plan: LaunchPlan
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def _prepare(case: Case, folder: Path, steps: int, built: set[int]) -> Outcome:
-    """Return the plan, with the data cache; `built` are the row lengths for which there is one."""
+    """Build the data cache, unless `built` contains its row length, and the plan; return them as an outcome."""
     words = _overrides(case, steps)
     command = [sys.executable, "-m", "launcher"]
     if case.row_tokens not in built:
@@ -178,7 +178,7 @@ def _overrides(case: Case, steps: int) -> tuple[str, ...]:
 
 
 def _measure(outcome: Outcome, folder: Path, steps: int, warmup: int, counts_cpu: bool) -> None:
-    """Measure this machine's rates at the shapes of the plan, then train."""
+    """Measure this machine's rates at the plan's shapes, then train."""
     folder.mkdir()
     plan = outcome.plan
     shapes = folder / "shapes.json"
@@ -199,7 +199,7 @@ def _measure(outcome: Outcome, folder: Path, steps: int, warmup: int, counts_cpu
 
 
 def shapes_of(plan: LaunchPlan) -> dict[str, Any]:
-    """Return the shapes in which the plan's model computes one micro-batch."""
+    """Return the shapes with which the plan's model computes one micro-batch."""
     model = plan.model
     query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
@@ -219,7 +219,7 @@ def shapes_of(plan: LaunchPlan) -> dict[str, Any]:
 
 
 def _chunk_tokens(plan: LaunchPlan) -> int:
-    """Return the trained tokens of a micro-batch, or of a chunk where these are fewer."""
+    """Return the number of trained tokens in a micro-batch or in a loss chunk, whichever is smaller."""
     return max(1, min(round(_trained_tokens(plan)), plan.loss_chunk_tokens))
 
 
@@ -235,7 +235,7 @@ def _doc_tokens(plan: LaunchPlan) -> int:
 
 
 def rates_of(plan: LaunchPlan, measured: dict[str, float]) -> Rates:
-    """Return the rates of this machine, for one micro-batch of the plan, from what cpu_rates.py has measured."""
+    """Return this machine's rates for one micro-batch of the plan, from the measurements of cpu_rates.py."""
     model, flops = plan.model, train_flops(plan.model)
     assert flops is not None
     tokens, length = plan.batch.micro_batch_size * plan.config.data.max_length, _doc_tokens(plan)
@@ -264,7 +264,7 @@ def rates_of(plan: LaunchPlan, measured: dict[str, float]) -> Rates:
 
 
 def fit(outcomes: Sequence[Outcome]) -> list[float]:
-    """Return the factors of FACTORS with the smallest squared relative errors; each is 1 as far as no run says otherwise."""
+    """Return the values of FACTORS with the least squared relative errors; a factor stays near 1 without evidence."""
     rows, sums = [], []
     for outcome in outcomes:
         rows.append([outcome.part_s(name) / outcome.measured_s for name in FACTORS])

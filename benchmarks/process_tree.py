@@ -1,10 +1,10 @@
-"""Run a command to its end and measure it together with all processes that it starts.
+"""Run a command and measure it together with all processes that it starts.
 
     python benchmarks/process_tree.py FIGURES.json COMMAND ...
 
 Writes one JSON object: `seconds` (wall-clock, to the command's own end), `cpu_s` (user and system time of all processes),
-`peak_mib` (the largest sum of their proportional set sizes, sampled) and `largest_mib` (the largest resident set of any one of
-them, exact). Exits with the command's code, and with 1 if processes of it are still there LEFTOVER_S later; those are killed.
+`peak_mib` (the largest sum of their proportional set sizes, sampled) and `largest_mib` (the largest resident set of any one
+process, exact). Exits with the command's code. Processes that remain LEFTOVER_S later are killed, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(figures: str, *command: str) -> int:
-    # A process whose parent has ended becomes a child of this one, so that its CPU time is counted too.
+    # Orphaned processes become children of this one, so that their CPU time is counted too.
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
     peak, ended = [0.0], threading.Event()
@@ -63,7 +63,7 @@ def _sample(peak: list[float], ended: threading.Event) -> None:
 
 
 def proportional_set_mib(pid: int) -> float:
-    """Memory of a process in MiB, of which pages that n processes share count 1 / n; 0 for one that has ended."""
+    """Return a process's memory in MiB, counting pages shared by n processes as 1 / n; 0 if it has ended."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):
@@ -76,7 +76,7 @@ def _descendants() -> list[psutil.Process]:
 
 
 def _reap_leftovers() -> bool:
-    """Wait for processes that outlive the command for a moment, such as a fork server. False if they do not end."""
+    """Wait for processes that briefly outlive the command, such as a fork server. Return False if they do not end."""
     deadline = time.monotonic() + LEFTOVER_S
     while time.monotonic() < deadline:
         try:

@@ -1,8 +1,8 @@
-"""The bare loop in Ray Train as its documentation shows it: the yardstick for a start on Ray.
+"""The bare loop in Ray Train, written as in Ray's documentation: the baseline for startup on Ray.
 
     python benchmarks/ray_trainer.py --workers 2 --model DIR --rows ROWS.npz --deepspeed DS.json
 
-Takes the options of bare_loop.py and prints what that prints.
+Takes the same options as bare_loop.py and prints the same output.
 """
 
 from __future__ import annotations

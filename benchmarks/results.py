@@ -1,4 +1,4 @@
-"""The text of RESULTS.md: the current section of each benchmark first, former sections below, newest first.
+"""The text of RESULTS.md: the current section of each benchmark, then former sections, newest first.
 
 ## Current
 ### KEY                     the benchmark; the same each time that it is run
@@ -18,9 +18,9 @@ EMPTY = f"# Results\n\n{CURRENT}\n\n{HISTORY}\n"
 
 
 def with_section(text: str, key: str, title: str, body: str) -> str:
-    """Return `text` with a section as the current one of `key`; the former current section becomes the first of the history.
+    """Return `text` with a new current section for `key`; the previous one moves to the top of the history.
 
-    An empty `text` is a file that does not exist yet.
+    An empty `text` stands for a file that does not exist yet.
 
     Raises:
         ValueError: if `text` lacks one of its two headings.
@@ -36,7 +36,7 @@ def with_section(text: str, key: str, title: str, body: str) -> str:
 
 
 def _parts(text: str) -> tuple[str, list[str], list[str]]:
-    """The text before the first section, the current sections and the former ones."""
+    """Return the text before the first section, the current sections and the former ones."""
     match = re.search(rf"(?ms)^{CURRENT}$\s*(.*?)^{HISTORY}$\s*(.*)", text)
     if match is None:
         raise ValueError(f"the results need the headings '{CURRENT}' and '{HISTORY}', in this order")
@@ -50,6 +50,6 @@ def _sections(text: str) -> list[str]:
 
 
 def _as_history(section: str) -> str:
-    """A current section under its title in place of its key."""
+    """Return a current section with its title as heading instead of its key."""
     _, title, body = section.split("\n\n", 2)
     return f"### {title.strip('*')}\n\n{body}"

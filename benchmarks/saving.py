@@ -1,11 +1,11 @@
-"""What a checkpoint costs: the stall of a save, steps beside the write, bandwidth, and a resume on another number of ranks.
+"""The cost of a checkpoint: the stall of a save, steps during the write, bandwidth, and a resume on another rank count.
 
     python benchmarks/saving.py [--rounds N] [overrides of the launcher]
 
 `launcher train` trains the demonstration model on two ranks and saves in the background; its own metrics (ckpt/*, time/step_s)
-tell what that took. Beside it, the bare DeepSpeed loop calls save_checkpoint, and as many bytes are written and flushed plainly.
-The checkpoints of both are then resumed on one rank, from the command to the end of the first step: `launcher resume`, and
-ds_to_universal with the bare loop. Writes two tables into RESULTS.md.
+give the times. For comparison, the bare DeepSpeed loop calls save_checkpoint, and the same number of bytes is plainly written and
+flushed. Both checkpoints are then resumed on one rank, with `launcher resume` and with ds_to_universal and the bare loop, timed
+from the command to the end of the first step. Writes two tables into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SETTINGS = (
     *("tracking=none", "eval.at_start=false", "eval.sample=false", "export.enabled=false"),
 )
 RANKS = 2
-# The first save of a run takes its buffer; the last one, at the end, is waited for.
+# The first save of a run allocates its buffer; the run waits for the last one at its end.
 SAVES, SAVE_EVERY = 4, 4
 STEPS = SAVES * SAVE_EVERY + 2
-# Steps of a start, which are not measured.
+# Steps after a start that are not measured.
 WARMUP = 2
 SAVING = "From `python -m launcher train` (ckpt/* and time/step_s in its metrics.jsonl)."
 RESUMING = "From `python -m launcher resume RUN cluster.ranks_per_node=1` (its metrics.jsonl)."
@@ -84,7 +84,7 @@ def _prepared(folder: Path, num_ranks: int, overrides: list[str]) -> sides.Prepa
 
 
 def one_round(prepared: sides.Prepared) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each save and step of one run of both sides, with the ratios, and the bytes of a checkpoint."""
+    """Run both sides once. Return the seconds of saves and steps, with their ratios, and the bytes of a checkpoint."""
     folder = prepared.folder
     settings = [
         *prepared.overrides,
@@ -117,7 +117,7 @@ def one_round(prepared: sides.Prepared) -> tuple[dict[str, list[float]], int]:
 
 @dataclass(frozen=True)
 class Saves:
-    """Seconds from a run's metrics: steps alone and beside a write, background saves without the first, and the last save."""
+    """Seconds from a run's metrics: steps without and during a write, background saves except the first, and the last save."""
 
     alone: list[float]
     beside: list[float]
@@ -128,12 +128,12 @@ class Saves:
 
 
 def measured_saves(lines: list[dict[str, Any]]) -> Saves:
-    """Read what saving took from the lines of metrics.jsonl of a run that saved in the background and at its end."""
+    """Extract save times from the metrics.jsonl lines of a run that saved in the background and at its end."""
     steps = [line for line in lines if "train/loss" in line]
     saves = [line for line in lines if "ckpt/save_s" in line]
     ended = {line["trainer/step"]: line["time"] for line in steps}
     *background, last = saves
-    # A save begins when its step has ended.
+    # A save begins when its step ends.
     writing = [(ended[save["ckpt/last_step"]], ended[save["ckpt/last_step"]] + save["ckpt/save_s"]) for save in background]
     alone, beside = [], []
     for line in steps[WARMUP:]:
@@ -148,7 +148,7 @@ def measured_saves(lines: list[dict[str, Any]]) -> Saves:
 
 
 def bare_write(folder: Path, num_bytes: int, num_files: int) -> float:
-    """Seconds to write and flush as many bytes, in as many files at a time as there are ranks."""
+    """Return the seconds to write and flush `num_bytes`, with one file per rank at a time."""
     folder.mkdir()
     block = memoryview(bytearray(os.urandom(2**20)) * 16)
 
@@ -169,7 +169,7 @@ def bare_write(folder: Path, num_bytes: int, num_files: int) -> float:
 
 
 def resume(one: sides.Prepared, run: Path) -> float:
-    """Seconds from `launcher resume` on one rank to the end of its first step."""
+    """Return the seconds from `launcher resume` on one rank to the end of its first step."""
     os.sync()
     started = time.time()
     command = [sys.executable, "-m", "launcher", "resume", str(run), "cluster.ranks_per_node=1", f"train.max_steps={STEPS + 1}"]
@@ -181,7 +181,7 @@ def resume(one: sides.Prepared, run: Path) -> float:
 
 
 def resume_universal(one: sides.Prepared, saved: Path) -> float:
-    """Seconds from ds_to_universal to the end of the first step that the bare loop does with what it made."""
+    """Return the seconds from starting ds_to_universal to the end of the bare loop's first step on its output."""
     universal = one.folder / "universal"
     convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers=2", "--num_merge_workers=2"]
     convert += [f"--input_folder={saved / 'saved'}", f"--output_folder={universal / 'saved'}"]

@@ -1,10 +1,10 @@
-"""Rows per second of the score pass, and of a plain transformers loop over the same packed rows without gradients.
+"""Rows per second of the score pass, compared with a plain transformers loop over the same packed rows without gradients.
 
     python benchmarks/score.py [--rows N] [--rounds N] [overrides of the launcher]
 
 Both sides score the first N training rows of the demonstration data with the demonstration model in fp32, on one rank, in the
-same micro-batches: the launcher under its ZeRO-3 engine into a store on disk, the other by log_softmax over the logits of all
-tokens. They take turns; their log-probabilities are compared. Writes a table into RESULTS.md.
+same micro-batches. The launcher uses its ZeRO-3 engine and a store on disk; the other side applies log_softmax to the logits of
+all tokens. They take turns, and their log-probabilities are compared. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
         scorer = Scorer(engine, model, OBJECTIVES["supervised"], RankInfo(0, 0, 1, 1), torch.device("cpu"))
         rates: dict[str, list[float]] = {PLAIN: [], LAUNCHER: []}
         largest_difference = 0.0
-        # The first round warms up both sides.
+        # The first round is a warm-up for both sides.
         for number in range(args.rounds + 1):
             store = ScoreStore(KEY, folder / f"round-{number}")
             began = time.perf_counter()
@@ -81,7 +81,7 @@ def main() -> None:
 
 @torch.no_grad()
 def _score_plainly(model: torch.nn.Module, batches: RowBatches) -> np.ndarray:
-    """Log-probabilities of the trained tokens by transformers alone."""
+    """Return the log-probabilities of the trained tokens from plain transformers."""
     scores = []
     for number in range(len(batches)):
         micro = batches.load(number)
@@ -92,7 +92,7 @@ def _score_plainly(model: torch.nn.Module, batches: RowBatches) -> np.ndarray:
 
 
 def _table(rates: dict[str, list[float]]) -> list[str]:
-    """A Markdown table: medians over rounds, and the ratio of pairs."""
+    """Return a Markdown table: medians over rounds, and the ratio of paired rounds."""
     pairs = [ours / theirs for ours, theirs in zip(rates[LAUNCHER], rates[PLAIN], strict=True)]
     lines = ["| side | rows/s | range |", "|---|---|---|"]
     lines += [f"| {side} | {statistics.median(r):.2f} | {min(r):.2f} to {max(r):.2f} |" for side, r in rates.items()]

@@ -1,4 +1,4 @@
-"""The sides that are compared: prepared from one plan, each run as the command that a person would type."""
+"""The sides of a comparison, all prepared from one plan and run as user commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from launcher.tracking.jsonl import read_metrics
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
 RUN_TIMEOUT_S = 1200.0
-# Where the launcher's figures come from, for `record`.
+# The source of the launcher's figures, for `record`.
 FROM_TRAIN = "From `python -m launcher train` (its metrics.jsonl)."
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "trl", "liger-kernel", "flash-attn", "wandb")
 
@@ -65,11 +65,11 @@ class Prepared:
         return self.folder / f"deepspeed-{self.plan.batch.micro_batch_size}.json"
 
     def with_micro_batch(self, size: int) -> Prepared:
-        """The same with another micro-batch for all sides."""
+        """Return a copy with another micro-batch for all sides."""
         return self if size == self.plan.batch.micro_batch_size else self.with_overrides(f"train.micro_batch_size={size}")
 
     def with_overrides(self, *words: str) -> Prepared:
-        """The same with further overrides of the launcher that leave the data as they are."""
+        """Return a copy with additional launcher overrides, which must not change the data."""
         overrides = (*self.overrides, *words)
         command = [sys.executable, "-m", "launcher", "plan", "--json", *overrides]
         changed = replace(self, overrides=overrides, plan=read_plan(run(command, self.folder / "plan.log")))
@@ -78,7 +78,7 @@ class Prepared:
 
 
 def prepare(folder: Path, overrides: list[str], steps: int, warmup: int, timeout_s: float = RUN_TIMEOUT_S) -> Prepared:
-    """Build the model folder and the data cache, and write the same rows and documents for the other sides."""
+    """Build the model folder and data cache, and write the same rows and documents for the other sides."""
     settings = (*overrides, f"train.max_steps={steps}", "train.epochs=null")
     command = [sys.executable, "-m", "launcher"]
     run([*command, "data", *settings], folder / "data.log", timeout_s=timeout_s)
@@ -95,7 +95,7 @@ def prepare(folder: Path, overrides: list[str], steps: int, warmup: int, timeout
 
 
 def read_plan(output: str) -> LaunchPlan:
-    """Return the plan that `launcher plan --json` printed with more keys than its own."""
+    """Return the plan from the output of `launcher plan --json`, which has additional keys."""
     values = json.loads(output)
     return LaunchPlan.model_validate({key: value for key, value in values.items() if key in LaunchPlan.model_fields})
 
@@ -103,9 +103,9 @@ def read_plan(output: str) -> LaunchPlan:
 def launcher_side(
     prepared: Prepared, extra: tuple[str, ...] = (), without_last_save: bool = False, python_path: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """`python -m launcher train`, measured from its metrics.jsonl; `without_last_save` ends it after the last step.
+    """Run `python -m launcher train`, measured from its metrics.jsonl; `without_last_save` ends it after the last step.
 
-    Python finds packages in the folders of `python_path` as well.
+    `python_path` adds folders to Python's search path.
     """
     root = Path(tempfile.mkdtemp(dir=prepared.folder))
     started = time.time()
@@ -128,17 +128,17 @@ def launcher_side(
 
 
 def _step_lines(metrics: Path) -> list[dict[str, Any]]:
-    """A line holds what was counted up to its step; lines without tokens belong to checkpoints and evaluations."""
+    """Return the lines of steps; lines without tokens belong to checkpoints and evaluations."""
     return [line for line in read_metrics(metrics) if "trainer/tokens" in line] if metrics.is_file() else []
 
 
 def bare_side(prepared: Prepared, *options: str) -> dict[str, Any]:
-    """benchmarks/bare_loop.py on the rows that the launcher's plan would train, in its order; its figures, and `saves`."""
+    """Run benchmarks/bare_loop.py on the rows of the launcher's plan, in its order; return its figures, and `saves`."""
     return _torchrun(prepared, "bare_loop.py", "--rows", str(prepared.rows), *options)
 
 
 def trl_side(prepared: Prepared, recompute: bool, *options: str) -> dict[str, Any]:
-    """benchmarks/trl_sft.py on the documents of the plan's sources."""
+    """Run benchmarks/trl_sft.py on the documents of the plan's sources."""
     length = str(prepared.plan.config.data.max_length)
     flags = ["--recompute"] if recompute else []
     return _torchrun(prepared, "trl_sft.py", "--data", str(prepared.chats), "--max-length", length, *flags, *options)
@@ -149,7 +149,7 @@ def has_trl() -> bool:
 
 
 def ray_side(prepared: Prepared) -> dict[str, Any]:
-    """benchmarks/ray_trainer.py: the bare loop in a TorchTrainer."""
+    """Run benchmarks/ray_trainer.py: the bare loop in a TorchTrainer."""
     rows = ("--rows", str(prepared.rows))
     return _measured(prepared, [sys.executable], "ray_trainer.py", f"--workers={prepared.plan.topology.world_size}", *rows)
 
@@ -180,7 +180,7 @@ def _measured(prepared: Prepared, start: list[str], script: str, *options: str) 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a command took, with all processes that it started; see process_tree.py."""
+    """The cost of a command, including all processes that it started; see process_tree.py."""
 
     seconds: float
     cpu_s: float
@@ -189,7 +189,7 @@ class Cost:
 
 
 def measure(command: list[str], log: Path, environment: dict[str, str]) -> tuple[Cost, str]:
-    """Run a command as a user types it, and return what it took and its standard output; standard error goes to `log`.
+    """Run a command as a user would; return its cost and its standard output. Standard error goes to `log`.
 
     Raises:
         SystemExit: if it fails or takes longer than RUN_TIMEOUT_S.
@@ -200,14 +200,14 @@ def measure(command: list[str], log: Path, environment: dict[str, str]) -> tuple
 
 
 def user_environment(folder: Path, **variables: str) -> dict[str, str]:
-    """The environment of a command on a machine where it has run before: Python finds its bytecode, in `folder`."""
+    """Return the environment of a command that has run before: Python finds its bytecode, in `folder`."""
     environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode"), **variables}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return environment
 
 
 def one_thread_environment(*python_path: str) -> dict[str, str]:
-    """The environment of ranks that share this machine's cores; Python keeps its bytecode, as it does for users.
+    """Return the environment of ranks that share this machine's cores; Python writes its bytecode, as it does for users.
 
     `python_path` are folders of packages.
     """
@@ -224,12 +224,12 @@ def run(
     timeout_s: float = RUN_TIMEOUT_S,
     is_done: Callable[[], bool] | None = None,
 ) -> str:
-    """Run to the end and return standard output; standard error goes to `log`. `environment`: default of one thread a rank.
+    """Run to the end and return standard output; standard error goes to `log`. The default environment has one thread per rank.
 
-    Where `is_done` returns True, the command is killed, and has succeeded.
+    If `is_done` returns True, the command is killed and counts as successful.
 
     Raises:
-        SystemExit: if it fails or takes longer than `timeout_s`; no process of it is left.
+        SystemExit: if it fails or takes longer than `timeout_s`; all its processes are ended.
     """
     variables = {**(environment or one_thread_environment())}
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parent), variables.get("PYTHONPATH"))))
@@ -256,7 +256,7 @@ def run(
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it has started; a GPU's memory is free again once they are gone."""
+    """End a process and all its descendants, and wait, because they hold GPU memory until they are gone."""
     with suppress(psutil.NoSuchProcess):
         started = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
         for one in started:
@@ -266,13 +266,13 @@ def _kill(process: subprocess.Popen[str]) -> None:
 
 
 def _write_rows(plan: LaunchPlan, steps: int, file: Path) -> None:
-    """The rows of the first `steps` global batches in the launcher's order, for the bare loop."""
-    # Brings torch, which most benchmarks do without.
+    """Write the rows of the first `steps` global batches in the launcher's order, for the bare loop."""
+    # Imported here because it imports torch, which most benchmarks do not need.
     from launcher.data.loader import TrainBatches
 
     assert plan.data is not None
     split, batch = Split.open(plan.data), plan.batch
-    # One rank and one micro-batch: whole global batches, in order.
+    # One rank and one micro-batch give whole global batches, in order.
     whole = batch.model_copy(update={"micro_batch_size": batch.global_batch_size, "accumulation": 1})
     order = TrainBatches(split, whole, plan.config.run.seed, rank=0, world_size=1, pad_id=0)
     rows = np.concatenate([np.array(order.step(step).row_ids) for step in range(steps)])
@@ -289,7 +289,7 @@ def _write_rows(plan: LaunchPlan, steps: int, file: Path) -> None:
 
 
 def _write_chats(data: DataSection, file: Path) -> None:
-    """The training documents as TRL reads them."""
+    """Write the training documents in the format that TRL reads."""
     with open(file, "w", encoding="utf-8") as out:
         for source in data.sources:
             for document, held_out in read_documents(source):
@@ -299,25 +299,25 @@ def _write_chats(data: DataSection, file: Path) -> None:
 
 
 def hardware() -> str:
-    """The machine in one line: processor or GPU, cores, memory."""
+    """Return the machine in one line: processor or GPU, cores, memory."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = cpu.group(1) if cpu else platform.processor()
     return f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
 def machine() -> str:
-    """The machine and the versions of the packages that count, as a sentence."""
+    """Return the machine and the versions of the relevant packages, as a sentence."""
     installed = [name for name in _PACKAGES if importlib.util.find_spec(name.replace("-", "_"))]
     packages = []
     for name in installed:
-        # The folder of a package's files may be there without the package.
+        # A folder with the package's name may exist without the package.
         with suppress(PackageNotFoundError):
             packages.append(f"{name} {version(name)}")
     return f"{hardware()}. Python {platform.python_version()}, {', '.join(packages)}."
 
 
 def parser(doc: str | None, rounds: int | None, rounds_help: str = "runs of each side") -> argparse.ArgumentParser:
-    """The options of every benchmark; without `--rounds` where that is None."""
+    """Return a parser with the options of every benchmark; without `--rounds` if that is None."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
         parser.add_argument("--rounds", type=_positive, default=rounds, help=f"{rounds_help} (default: {rounds})")
@@ -334,14 +334,14 @@ def _positive(text: str) -> int:
 
 
 def typed(script: str, *arguments: object) -> str:
-    """A benchmark's command line as it is shown in the results."""
+    """Return a benchmark's command line as shown in the results."""
     return f"`python benchmarks/{' '.join(map(str, (script, *arguments)))}`"
 
 
 def record(file: Path, key: str, title: str, source: str, command: str, table: list[str]) -> None:
     """Print the table and write it into `file` as the current section of the benchmark `key`.
 
-    `source` says what the launcher's figures come from: a command, or functions that were called.
+    `source` names the source of the launcher's figures: a command, or function calls.
     """
     body = "\n".join([source, "", machine(), "", *table, "", command])
     dated = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {title}"

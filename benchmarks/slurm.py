@@ -1,9 +1,9 @@
-"""What Slurm costs: submission, the start on two nodes, and the way back after a killed rank and a killed node.
+"""The cost of Slurm: submission, startup on two nodes, and recovery from a killed rank and a killed node.
 
     python benchmarks/slurm.py [--rounds N]        # as root; starts a cluster of its own (slurm/testbed.py)
 
-Every round runs the same tiny model on this machine and on two nodes of the cluster, with two ranks of one thread: all nodes
-share this machine's cores. Writes a table into RESULTS.md.
+Every round runs the same tiny model on this machine and on two nodes of the cluster, with two single-threaded ranks, because all
+nodes share this machine's cores. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def one_round(bed: Testbed, root: Path) -> dict[str, float]:
-    """Seconds of each part of one round."""
+    """Return the seconds of each part of one round."""
     found: dict[str, float] = {}
     launch(bed, *SETTINGS, "--detach", f"run.root={root}", "run.name=local")
     local = root / "local"
@@ -99,7 +99,7 @@ def launch(bed: Testbed, *arguments: str) -> None:
 
 
 def steps(run: Path) -> list[dict[str, float]]:
-    """Every line of a step, those that were done twice as well."""
+    """Return the lines of all steps, including steps that were done twice."""
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
     return [m for m in map(json.loads, lines) if "train/loss" in m]
@@ -110,18 +110,18 @@ def step_time(run: Path, step: int) -> float:
 
 
 def after(run: Path, moment: float, *, restarts: int = 0, attempt: int = 1) -> float | None:
-    """When the first step of that restart or attempt was done, once it is."""
+    """Return when the first step of that restart or attempt was done; None if it is not done yet."""
     wanted = (m["time"] for m in steps(run) if m["time"] > moment and m["run/restarts"] >= restarts and m["attempt"] >= attempt)
     return next(wanted, None)
 
 
 def began(run: Path) -> float:
-    """When the attempt's folder was made, just before its agent was started."""
+    """Return when the attempt's folder was created, just before its agent started."""
     return min(p.stat().st_mtime for p in (run / "attempts/001").iterdir() if p.name == "attempt.json")
 
 
 def born(file: Path) -> float:
-    """When Slurm made the job's output file, which is when its batch script began."""
+    """Return when Slurm created the job's output file, which is when its batch script began."""
     return float(subprocess.run(["stat", "--format=%.3W", file], capture_output=True, text=True, check=True).stdout)
 
 

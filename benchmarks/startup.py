@@ -1,9 +1,9 @@
-"""Seconds from the command to the beginning of the first optimizer step: the launcher and a bare torchrun script.
+"""Seconds from the command to the beginning of the first optimizer step, for the launcher and a bare torchrun script.
 
     python benchmarks/startup.py [--rounds N] [overrides of the launcher]
 
 Both load the same model and train the same rows; the data cache and the converted model exist already. The launcher's time
-spans composing, planning, the run directory, its agent and W&B's offline start. Writes a table into RESULTS.md.
+includes composing, planning, the run directory, its agent and W&B's offline start. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations

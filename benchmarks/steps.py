@@ -1,4 +1,4 @@
-"""What every measured side reports: the wall-clock time and the real tokens of each optimizer step."""
+"""The figures that every side reports: wall-clock time and real tokens of each optimizer step."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 
 
 def faster_half(values: Sequence[float]) -> float:
-    """Return the median of the smaller half: seconds that other programs on the machine have added least to."""
+    """Return the median of the smaller half, to which other programs on the machine have added the least time."""
     return statistics.median(sorted(values)[: (len(values) + 1) // 2])
 
 
 def peak_gib() -> float | None:
-    """Return the most memory that torch has reserved on this process's GPU; None without a GPU."""
+    """Return the most memory that torch reserved on this process's GPU; None without a GPU."""
     import torch
 
     return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
 
 
 def summarize(started: float, began: float, times: Sequence[float], tokens: Sequence[int], warmup: int) -> dict[str, Any]:
-    """Figures of one run. Seconds since the epoch are `started`, when the command was given, `began`, when the first step did,
-    and `times`, at which each step ended; `tokens` are those of each step, without padding.
+    """Return the figures of one run. Times are in seconds since the epoch: `started` is the start of the command, `began` the
+    beginning of the first step, and `times` the end of each step. `tokens` are those of each step, without padding.
 
-    The first `warmup` steps are left out of the rate, which spans everything between them and the last step's end.
+    The rate excludes the first `warmup` steps, and covers everything between them and the end of the last step.
     """
     if not 0 < warmup < len(times):
         raise ValueError(f"{len(times)} steps leave nothing to measure after {warmup} steps of warm-up")

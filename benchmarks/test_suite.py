@@ -1,10 +1,10 @@
-"""Where the tests' time goes: a table from the reports that pytest writes.
+"""Print a table of the tests' time from pytest's reports.
 
     make test ARGS="-n 3 --dist loadfile --junitxml=test.xml"
     make test-rest ARGS="-n 2 --dist loadfile --junitxml=rest.xml"
     python benchmarks/test_suite.py test.xml rest.xml
 
-Seconds of a file are those of its tests and fixtures, added up over the processes that run beside each other.
+The seconds of a file are those of its tests and fixtures, summed over parallel processes.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py [--steps N] [--rounds N] [overrides of the launcher]
 
-The sides run one after the other, in several rounds, so that what else the machine does falls on all of them. Tokens
-are real ones, without padding; the rate spans all steps after the warm-up. Writes a table into RESULTS.md.
+The sides run one after another, in several rounds, so that other load on the machine affects all of them. Tokens exclude
+padding; the rate covers all steps after the warm-up. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     )
     args, overrides = parser.parse_known_args()
     names = (BARE, LAUNCHER, TRL_KEPT, TRL_DEFAULT)
-    # It would take overrides that follow it for sides.
+    # --only would take overrides that follow it for sides.
     if unknown := [side for side in args.only or () if not any(name.startswith(side) for name in names)]:
         parser.error(
             f"--only: no side begins with {unknown[0]!r}; the sides are {'; '.join(names)}; write overrides before --only"
@@ -63,12 +63,12 @@ def main() -> None:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A Markdown table: medians over rounds, their range, and the launcher's rate as a share of each side's."""
+    """Return a Markdown table: medians over rounds, their range, and the launcher's rate relative to each side's."""
     rates = {name: [figures["tokens_per_sec"] for figures in rounds] for name, rounds in found.items()}
     lines = ["| side | tokens/s | range | s per step | launcher / side |", "|---|---|---|---|---|"]
     for name, rate in rates.items():
         step_s = statistics.median(figures["step_s"] for figures in found[name])
-        # Rounds are pairs: what slows the machine down for a while slows both.
+        # Ratios use paired rounds, because a temporary slowdown affects both sides.
         ratio = statistics.median(a / b for a, b in zip(rates[LAUNCHER], rate, strict=True)) if LAUNCHER in rates else None
         shown = f"{ratio:.2f}" if ratio is not None else ""
         lines.append(f"| {name} | {statistics.median(rate):.1f} | {min(rate):.1f} to {max(rate):.1f} | {step_s:.2f} | {shown} |")

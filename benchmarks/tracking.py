@@ -1,22 +1,22 @@
-"""What tracking costs a step: all that is measured, watched, logged and told, one log a step, with the tiny model.
+"""The cost of tracking per step: measuring, monitoring, logging and alerts, with one log per step and the tiny model.
 
     python benchmarks/tracking.py [--only runs blocks] [--rounds N] [--blocks N] [overrides of the launcher]
 
-runs: `launcher train` with tracking=none and with W&B offline, as whole processes in turn. That is what a user can choose; most
-of the tracking is always there.
+runs: `launcher train` with tracking=none and with W&B offline, as whole processes in turn. Users can choose between these two;
+most of the tracking is always on.
 
-blocks: within one run, blocks of steps with all of it (timers, metrics, the watch over all ranks and its part of the all-reduce,
-the probe, metrics.jsonl, events, the terminal, W&B offline, status.json) alternate with blocks in which none of it is done,
-so that what else the machine does falls on both; each block is compared with its neighbors. Batches have the size of those of
-the README's first run, and all rows are one document of as many tokens, so that all steps are the same work. Of the first SETTLE
-steps of a block no time is taken: W&B is still at work for the block before.
+blocks: within one run, blocks of steps with full tracking (timers, metrics, monitoring of all ranks and its part of the
+all-reduce, the probe, metrics.jsonl, events, the terminal, W&B offline, status.json) alternate with blocks without any of it, so
+that other load on the machine affects both. Each block is compared with its neighbors. Batches have the size of the README's
+first run, and each row is one document of the same length, so that all steps do the same work. The first SETTLE steps of a
+block are not timed, because W&B is still processing the previous block.
 
-Steps differ by far more than half a percent, as other machines share this one's processors and memory. Short steps
-(`--blocks 60 train.global_batch_size=2 data.max_length=64`) differ by fewer milliseconds, so that they show the cost of a
-step's metrics. And what the tracking itself takes is measured as well, over LEAD steps with all of it and wherever it runs:
-the wall-clock time of its calls on the thread that trains, the CPU time of rank 0's other Python threads but the one that
-reads batches, and of W&B's process. Their sum is what it would cost if no core were free to run them beside the step. Only
-the few numbers that it adds to an all-reduce are not in it. Writes tables into RESULTS.md.
+Step times vary by far more than half a percent, because other machines share this one's processors and memory. Short steps
+(`--blocks 60 train.global_batch_size=2 data.max_length=64`) vary by fewer milliseconds and thus show the cost of a step's
+metrics. The tracking's own time is also measured, over LEAD steps with full tracking: the wall-clock time of its calls on the
+training thread, and the CPU time of W&B's process and of rank 0's other Python threads, except the one that reads batches.
+Their sum is the cost if no core were free to run them in parallel with the step. It excludes only the few numbers that
+tracking adds to an all-reduce. Writes tables into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import Any
 
 import psutil
 
-# W&B is imported and starts beside the first steps; short ones have to be many.
+# W&B is imported and starts during the first steps, so many are needed if they are short.
 WARMUP, LEAD, BLOCK, SETTLE = 40, 60, 15, 6
 # The first step of the blocks, counted from 0.
 FIRST = WARMUP + LEAD
@@ -56,7 +56,7 @@ FROM_LOOP = "From the training loop, called in ranks of the benchmark's own: no 
 
 
 def is_on(step: int) -> bool:
-    """Whether all is tracked at a step, counted from 1."""
+    """Return whether tracking is on at a step, counted from 1."""
     return step <= FIRST or (step - FIRST - 1) // BLOCK % 2 == 0
 
 
@@ -67,17 +67,17 @@ class NoStop:
         return None
 
     def cancel(self) -> None:
-        """Nobody asks."""
+        """Do nothing, because nothing requests a stop."""
 
     def begin_training(self) -> None:
-        """Nothing ends the process while it loads."""
+        """Do nothing, because nothing ends the process while it loads."""
 
 
 class Recorder:
-    """Seconds of each step, by its number from 1: wall-clock, CPU of the thread that trains, and inside the tracking.
+    """Seconds of each step: wall-clock time, CPU time of the training thread, and time inside the tracking.
 
-    `process` has the CPU seconds of this process before each block and at the end, `helpers` and `beside` those of its threads
-    and processes that track, before and after the LEAD steps.
+    `process` contains the CPU seconds of this process before each block and at the end. `helpers` and `beside` contain those of
+    its tracking threads and processes, before and after the LEAD steps.
     """
 
     def __init__(self, num_steps: int | None) -> None:
@@ -116,14 +116,14 @@ class Recorder:
 
 
 def cpu_seconds(thread: threading.Thread) -> float:
-    """CPU seconds of a thread; 0 for the one that trains, the one that reads batches, and those of autograd."""
+    """Return the CPU seconds of a thread; 0 for the training thread, the batch reader and autograd's threads."""
     if thread.name in ("MainThread", "batches_0") or isinstance(thread, threading._DummyThread):
         return 0.0
     return int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[0]) / 1e9
 
 
 class Switched:
-    """Passes on what is asked of `real`; where nothing is tracked, the methods named in `idle` are those instead."""
+    """Forwards attributes to `real`; while tracking is off, the methods in `idle` take their place."""
 
     def __init__(self, real: Any, recorder: Recorder, idle: Mapping[str, Callable[..., Any]]) -> None:
         self._real, self._recorder, self._idle = real, recorder, idle
@@ -136,7 +136,7 @@ class Switched:
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """Done where nothing is tracked."""
+    """Take the place of a method while tracking is off."""
 
 
 def main() -> None:
@@ -170,14 +170,14 @@ def main() -> None:
 
 
 def whole_runs(folder: Path, settings: list[str], rounds: int) -> list[str]:
-    """A table of commands that differ in their tracking alone; without it, metrics.jsonl and status.json are written too."""
+    """Return a table of commands that differ only in `tracking`; tracking=none still writes metrics.jsonl and status.json."""
     import sides
 
     from launcher.tracking.jsonl import read_metrics
 
     environment = sides.user_environment(folder, OMP_NUM_THREADS="1")
     figures: dict[str, list[tuple[float, ...]]] = {name: [] for name in TRACKING}
-    # The first round leaves Python's bytecode.
+    # The first round writes Python's bytecode and is not counted.
     for number in range(rounds + 1):
         for name, chosen in TRACKING.items():
             command = [sys.executable, "-m", "launcher", "train", *settings, *chosen]
@@ -199,7 +199,7 @@ def whole_runs(folder: Path, settings: list[str], rounds: int) -> list[str]:
 
 
 def switched_run(folder: Path, settings: list[str]) -> dict[str, list[float]]:
-    """What the ranks have measured in one run whose tracking is switched on and off."""
+    """Return the ranks' measurements from one run whose tracking is switched on and off."""
     import sides
 
     plan_file = folder / "plan.json"
@@ -237,13 +237,13 @@ def block_table(
 
 
 def blocks(seconds: Sequence[float]) -> list[float]:
-    """The mean step of each block, of which the first has tracking."""
+    """Return the mean step time of each block; the first block has tracking."""
     return [statistics.fmean(seconds[b + SETTLE : b + BLOCK]) for b in range(FIRST, len(seconds), BLOCK)]
 
 
 def row(what: str, values: Sequence[float]) -> str:
     on, off = values[0::2], values[1::2]
-    # Each block with tracking against the mean of the blocks around it.
+    # Compare each block with tracking with the mean of its two neighbors.
     around = [(off[i - 1] + off[i]) / 2 for i in range(1, len(on))]
     ratio, low, high = middle([mine / others for mine, others in zip(on[1:], around, strict=True)])
     more, least, most = middle([(mine - others) * 1e3 for mine, others in zip(on[1:], around, strict=True)])
@@ -252,14 +252,14 @@ def row(what: str, values: Sequence[float]) -> str:
 
 
 def middle(values: Sequence[float]) -> tuple[float, float, float]:
-    """The median, and the bounds that hold it with 95%: order statistics of the binomial, in its normal approximation."""
+    """Return the median and its 95% confidence bounds: order statistics, by the normal approximation of the binomial."""
     ordered = sorted(values)
     outside = max(0, int((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2))
     return statistics.median(ordered), ordered[outside], ordered[-1 - outside]
 
 
 def switch(recorder: Recorder) -> None:
-    """Make the loop leave out its tracking where `is_on` says so, and have its steps taken by `recorder`."""
+    """Patch the loop to track only the steps for which `is_on` is True, and to time its steps with `recorder`."""
     from launcher.train import loop
     from launcher.train.monitoring import monitor
     from launcher.train.monitoring.rank_timing import LayerTimer

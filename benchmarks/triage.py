@@ -1,10 +1,9 @@
-"""How many of the answers that were exchanged between questions of similar length `data --scored` puts first.
+"""How many answers that were swapped between questions of similar length `data --scored` ranks first.
 
     python benchmarks/triage.py [--rows N] [--exchanged N] [--step N] [overrides of the launcher]
 
-Rows of GSM8K (one JSON object a line, with question and answer), of which some have each other's answers. The demonstration model
-takes one step of training on them, so that there is a run; by default its initial weights score the rows. Writes a table into
-RESULTS.md.
+Uses rows of GSM8K (one JSON object per line, with question and answer), some with swapped answers. The demonstration model trains
+on them for one step to create a run; by default, its initial weights score the rows. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ SETTINGS = (
     *("model=demo", "data=jsonl", "train.max_steps=1", "train.epochs=null", "train.global_batch_size=1"),
     *("cluster.ranks_per_node=1", "tracking=none", "export.enabled=false", "eval.at_start=false"),
 )
-# The share of the list that a person would look at.
+# The share of the list that a person would review.
 FIRST = 0.04
 
 
 def exchange(rows: list[dict[str, Any]], num_exchanged: int, seed: int = 0) -> list[int]:
-    """Exchange the answers of rows, in pairs whose questions have similar lengths; returns the indices of the rows."""
+    """Swap the answers of rows in pairs whose questions have similar lengths; return the indices of the rows."""
     chosen = Random(seed).sample(range(len(rows)), num_exchanged)
     chosen.sort(key=lambda i: len(rows[i]["question"]))
     for one, other in zip(chosen[::2], chosen[1::2], strict=True):
@@ -72,7 +71,7 @@ def main() -> None:
 
 
 def _auc(ranked: list[int], exchanged: list[int]) -> float:
-    """The probability that an exchanged row comes before another one."""
+    """Return the probability that a swapped row ranks before an unchanged one."""
     ranks = [rank for rank, row in enumerate(ranked) if row in {*exchanged}]
     num_others = len(ranked) - len(ranks)
     before = sum(rank - i for i, rank in enumerate(ranks))

@@ -27,10 +27,10 @@ from trl import SFTConfig, SFTTrainer
 
 
 class CountingTrainer(SFTTrainer):
-    """Counts this rank's real tokens, micro-batch by micro-batch."""
+    """Counts this rank's tokens without padding, per micro-batch."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # Packed rows come as one flat row; padding is the run of zero positions at its end. This does not wait for the GPU.
+        # Packed rows arrive as one flat row, padded with zero positions at its end. Counting does not wait for the GPU.
         positions = inputs["position_ids"][0]
         counts = torch.arange(1, len(positions) + 1, device=positions.device)
         self.seen = [*getattr(self, "seen", []), (counts * (positions != 0)).max()]

@@ -1,9 +1,9 @@
-"""Seconds from the command to the answer of `status`, `ls` and `report`, for a run of many logged steps.
+"""Seconds that `status`, `ls` and `report` take for a run with many logged steps.
 
     python benchmarks/watching.py [--rounds N] [--steps N]
 
-The run is a real one with two checkpoints, whose last step is then written as many times as there are to be, within the time
-that it took. Python has its bytecode, as where it has run before, and a bare interpreter is timed in the same rounds. Writes a
+The run is a real one with two checkpoints. Its last step's line is then repeated to get the number of steps, spread over the
+run's duration. Python has its bytecode, as after an earlier run, and a bare interpreter is timed in the same rounds. Writes a
 table into RESULTS.md.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
             for name, command in asked.items():
                 began = time.perf_counter()
                 subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S, env=environment)
-                # The first round leaves the bytecode.
+                # The first round writes the bytecode and is not counted.
                 if round_number:
                     took.setdefault(name, []).append(time.perf_counter() - began)
     rows = [f"| {name} | {statistics.median(of):.3f} | {min(of):.3f} to {max(of):.3f} |" for name, of in took.items()]
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def lengthen(metrics: Path, steps: int) -> int:
-    """Write a run's last trained step `steps` times, from when its first was told to its last; returns its number of metrics."""
+    """Repeat a run's last step `steps` times, spread between its first and last log times; return its number of metrics."""
     trained = [line for line in map(json.loads, metrics.read_text().splitlines()) if "train/loss" in line]
     first, last = trained[0], trained[-1]
     step_s = (last["time"] - first["time"]) / steps

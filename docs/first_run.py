@@ -1,4 +1,4 @@
-"""Renew the output of `make run` in README.md.
+"""Update the output of `make run` in README.md.
 
 python docs/first_run.py [OVERRIDES]       train the demonstration (minutes on two cores) and write its output
 python docs/first_run.py --from OUTPUT     write an output that was saved before
@@ -22,12 +22,12 @@ LONGEST_LINE = 100
 _INDENT = " " * 4
 _ONCE = re.compile(r"\w+: [\d,]+ of [\d,]+ |.*\(once\)$")
 _STEP = re.compile(r"step +(\d+)/(\d+) ")
-# Of the steps, so many are shown at the begin, and the last.
+# Show this many steps at the beginning, and the last one.
 _NUM_FIRST_STEPS = 2
 
 
 def run(overrides: Sequence[str]) -> str:
-    """Train the demonstration in an empty folder and return what a person sees."""
+    """Train the demonstration in an empty folder and return the output that a user sees."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
         command = [sys.executable, "-m", "launcher", "train", *overrides]
@@ -38,13 +38,13 @@ def run(overrides: Sequence[str]) -> str:
 
 
 def fold(line: str) -> list[str]:
-    """Fold a line into at most two; what does not fit is left out."""
+    """Fold a line into at most two; drop the rest."""
     folded = textwrap.wrap(line, LONGEST_LINE - 4, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False)
     return folded if len(folded) <= 2 else [folded[0], f"{folded[1]} ..."]
 
 
 def shown(output: str) -> str:
-    """Fold long lines; leave out most steps, and the progress of what happens once on a machine."""
+    """Fold long lines; leave out most steps, and the progress of work done only once per machine."""
     lines: list[str] = []
     for line in output.splitlines():
         step = _STEP.match(line)
@@ -64,7 +64,7 @@ def renewed(readme: str, command: str, output: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Renew README.md."""
+    """Update README.md."""
     is_saved = arguments[:1] == ["--from"]
     overrides = arguments[2:] if is_saved else arguments
     output = Path(arguments[1]).read_text(encoding="utf-8") if is_saved else run(overrides)

@@ -1,9 +1,9 @@
 """Draw docs/images/status.svg and docs/images/report.png from a run.
 
 python docs/make_pictures.py          train the tiny model in a temporary folder, then draw its run
-python docs/make_pictures.py RUN      draw a run that exists, given by the path of its directory
+python docs/make_pictures.py RUN      draw an existing run, given as the path of its directory
 
-status.svg is what `launcher status --watch` shows, report.png the top of the page of `launcher report` in Chromium.
+status.svg shows `launcher status --watch`; report.png shows the top of the page of `launcher report` in Chromium.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main() -> int:
 
 
 def draw_status(run: Path) -> Path:
-    """Draw what `status --watch` shows last of a run, as SVG."""
-    # From the folder above the runs, so that the view has no path of this machine.
+    """Draw the final view of `status --watch` of a run, as SVG."""
+    # Run in the folder above the runs, so that the view contains no path of this machine.
     command = [*LAUNCHER, "status", run.name, "--root", run.parent.name, "--watch"]
     shown = subprocess.run(command, cwd=run.parents[1], check=True, capture_output=True, text=True, timeout=DEADLINE_S).stdout
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor")
@@ -70,7 +70,7 @@ def draw_status(run: Path) -> Path:
 
 
 def draw_report(run: Path, folder: Path) -> Path:
-    """Draw the top of the report page of a run with headless Chromium, whose files lie in `folder`."""
+    """Draw the top of a run's report page with headless Chromium, which keeps its files in `folder`."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         raise SystemExit("report.png needs Chromium: apt-get install --no-install-recommends chromium")

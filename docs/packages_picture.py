@@ -1,7 +1,7 @@
 """Draw docs/images/packages.svg from the import contracts in pyproject.toml.
 
 python docs/packages_picture.py            write the picture
-python docs/packages_picture.py --check    exit 1 if the picture is not what the contracts say
+python docs/packages_picture.py --check    exit 1 if the picture does not match the contracts
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def contracts() -> list[dict[str, Any]]:
 
 
 def layers() -> list[list[str]]:
-    """Return the layers from top to bottom, each as the names of its modules without the `launcher.` in front."""
+    """Return the layers from top to bottom, each as its module names without the `launcher.` prefix."""
     layered = next(contract for contract in contracts() if contract["type"] == "layers")
     return [
         [name.strip(" ()").removeprefix("launcher.") for name in layer.replace(":", "|").split("|")]
@@ -53,7 +53,7 @@ def layers() -> list[list[str]]:
 
 
 def torch_use(module: str) -> str:
-    """Say whether a module may import torch, by the contract that forbids it."""
+    """Describe whether a module may import torch, according to the contract that forbids it."""
     forbidden = next(contract for contract in contracts() if "torch" in contract.get("forbidden_modules", ()))
     names = {name.removeprefix("launcher.") for name in forbidden["source_modules"]}
     if module in names or module in ("errors", "locks", "atomic_files"):

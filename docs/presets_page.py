@@ -89,7 +89,7 @@ def _fewest_gpus(file: Path, model: ModelFacts) -> str:
 
 
 def _fits(config: RunConfig, model: ModelFacts, num_gpus: int) -> bool:
-    # Two rows for each GPU: gradients accumulate, in which they take most memory.
+    # Two rows per GPU make gradients accumulate, which takes the most memory.
     train = config.train.model_copy(update={"global_batch_size": 2 * num_gpus})
     config = config.model_copy(update={"train": train})
     return choose(Situation(config, model, None, _topology(num_gpus), GPUS[GPU], GPUS[GPU].memory_gib)).fits
@@ -103,7 +103,7 @@ def _topology(num_gpus: int) -> Topology:
 def _states(model: ModelFacts, num_gpus: int, offload: str) -> Memory:
     topology = _topology(num_gpus)
     deepspeed = DeepSpeedSection(name="any", offload_optimizer=offload, offload_params=offload)
-    # With accumulation, in which gradients take most memory.
+    # With accumulation, because gradients then take the most memory.
     return estimate_model_states(model.num_params, "bf16", 2, OPTIMIZERS["adamw"], deepspeed, topology, GPUS[GPU].memory_gib)
 
 
@@ -136,7 +136,7 @@ def composed(*tokens: str) -> RunConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write or check the page; returns the exit code."""
+    """Write or check the page; return the exit code."""
     parser = argparse.ArgumentParser(description="Write or check docs/presets.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is outdated")
     if not parser.parse_args(argv).check:

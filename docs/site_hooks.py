@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: README.md becomes the first page, and Markdown files outside docs/ become pages at their own paths.
+"""mkdocs hooks that add README.md as the first page, and Markdown files outside docs/ as pages at their own paths.
 
 On GitHub a guide links such a file as `../benchmarks/RESULTS.md`, and README.md links a guide as `docs/data.md`. The pages keep
-the repository's layout, with docs/ as the root, so that only these prefixes have to be rewritten.
+the repository's layout, with docs/ as the root, so that only these prefixes need rewriting.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Rewrite the relative links of a page from the repository's layout to that of the site."""
+    """Rewrite a page's relative links from the repository's layout to the site's."""
     source = PAGES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     return rewrite_links(markdown, source, page.file.src_uri)
 
 
 def rewrite_links(markdown: str, source: str, site_path: str) -> str:
-    """Rewrite relative links in `markdown`, which is `source` in the repository and `site_path` in the site."""
+    """Rewrite relative links in `markdown`, which is at `source` in the repository and at `site_path` on the site."""
     site_paths = {repository_path: path for path, repository_path in PAGES.items()}
 
     def rewrite(match: re.Match[str]) -> str:
