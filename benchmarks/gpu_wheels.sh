@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Collects the wheels that a CUDA image with PyTorch lacks to run benchmarks/gpu.py, in a folder to copy to a machine without network.
+# Collects the wheels that a CUDA image with PyTorch needs for benchmarks/gpu.py, in a folder to copy to a machine without network.
 #
 #     docker run --rm IMAGE python -m pip freeze > image.txt      # or `pip list --format=freeze` on the machine
 #     benchmarks/gpu_wheels.sh image.txt wheels [PYTHON_VERSION]  # 3.12; default: this Python's
@@ -10,8 +10,8 @@
 #     venv/bin/pip install --no-index --no-deps --target venv/fp8 wheels/fp8/*.whl      # torchao, for FP8
 #     PYTHONPATH=. venv/bin/python benchmarks/gpu.py
 #
-# Ray and W&B are left out. COMPARE=1 adds TRL, its datasets and Liger; PACKAGES="flash-attn-4 ..." adds others; WITHOUT="pyarrow
-# ..." leaves out more. torch, and what comes with it, must be in the image. Versions are those of constraints.txt where it has one.
+# Omits Ray and W&B. COMPARE=1 adds TRL, its datasets and Liger; PACKAGES="flash-attn-4 ..." adds others; WITHOUT="pyarrow ..."
+# omits more. The image must contain torch and its dependencies. Versions come from constraints.txt if it lists the package.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   sed -n '2,16p' "$0" | sed 's/^# \{0,1\}//'

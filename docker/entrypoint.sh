@@ -1,5 +1,5 @@
 #!/bin/sh
-# `docker run launcher plan ...` is `python -m launcher plan ...`; a program that the image has is run as it is.
+# `docker run launcher plan ...` runs `python -m launcher plan ...`; the programs listed below run directly.
 set -eu
 case "${1:-}" in
   ray | python | python3 | bash | sh | launcher) exec "$@" ;;
