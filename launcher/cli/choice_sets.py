@@ -63,7 +63,7 @@ def require_files(files: Sequence[Path]) -> None:
     problems = []
     for file in files:
         if not file.is_file():
-            remedy = "name a file of questions with choices, one JSON object a line"
+            remedy = "name a file of questions with choices, one JSON object per line"
             problems.append(Problem("there is no such file", where=OPTION, value=str(file), remedy=remedy))
         elif problem := ownership.file_problem("the file of questions", file.absolute()):
             problems.append(problem)

@@ -77,12 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     older = "parts that were last used longer ago than this, such as 30d, 12h or 2w"
     parser.add_argument("--older-than", metavar="TIME", type=_seconds, help=older)
     parser.add_argument("--larger-than", metavar="SIZE", type=_num_bytes, help="parts larger than this, such as 10GiB")
-    size = "remove only until the cache is this small, the oldest use first, such as 200GiB"
+    size = "remove the least recently used parts until the cache has this size, such as 200GiB"
     parser.add_argument("--max-size", metavar="SIZE", type=_num_bytes, help=size)
     shared = "include your own data caches that a group shares; the runs of its other members are not known"
     parser.add_argument("--shared", action="store_true", help=shared)
     add_flags(parser)
-    root = "folder of runs that may use the cache (repeatable; default: runs), besides those in which runs were started"
+    root = "folder of runs that may use the cache (repeatable; default: runs); folders in which runs were started are known"
     parser.add_argument("--root", action="append", help=root)
     return parser
 

@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m launcher drill",
         usage="%(prog)s [RUN] --fault FAULT [--steps N] [--timeout MINUTES] [--json] [overrides]",
         description=(
-            "Rehearse a fault on a short run: does it save and continue, and what does it lose?\nSettings are those of `train`, "
-            "or those of RUN, which is not changed.\nThe run is stopped as soon as it has recovered; its files are kept."
+            "Rehearse a fault on a short run: does it save and continue, and what does it lose?\nIt takes the settings of "
+            "`train`, or those of RUN, which is not changed.\nThe run is stopped as soon as it has recovered; its files are kept."
         ),
         epilog="faults:\n" + "\n".join(f"  {name:<11}{effect}" for name, effect in _FAULTS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -143,9 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks", metavar="NAMES", help="score tasks of lm-evaluation-harness instead, on this machine, such as arc_easy,ifeval"
     )
     parser.add_argument("--task-folder", type=Path, help="folder with tasks of your own, as YAML files")
-    choices = "score questions with choices by their likelihoods instead, on this machine, one JSON object a line (repeatable)"
+    choices = "score multiple-choice questions by likelihood instead, on this machine; one JSON object per line (repeatable)"
     parser.add_argument("--choices", type=Path, action="append", default=[], metavar="FILE", help=choices)
-    parser.add_argument("--limit", type=_positive, help="questions of each task or file, from its beginning (default: all)")
+    parser.add_argument("--limit", type=_positive, help="maximum questions per task or file, from its beginning (default: all)")
     gain = (
         "exit with code 3 unless the lower bound of the difference to BASELINE (0-shot, few-shot) is at least GAIN (repeatable)"
     )

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     replace = "replace an export of another type or of a later step in the folder"
     parser.add_argument("--replace", action="store_true", help=replace)
     parser.add_argument("--no-check", action="store_true", help="skip the parity check, which loads the folder with transformers")
-    parser.add_argument("--push-public", action="store_true", help="with --push: even if everyone can read it")
+    parser.add_argument("--push-public", action="store_true", help="with --push: upload even if everyone can read the repository")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub; needs HF_TOKEN")
     return parser
 

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--show", type=int, default=_ROWS, metavar="N", help=f"documents of each list (default: {_ROWS})")
     parser.add_argument("--json", action="store_true", help="print all documents as JSON")
     parser.add_argument("--html", metavar="FILE", help="also write one HTML page with the texts")
-    exclude = "write the documents that data.exclude=FILE leaves out of the next run"
+    exclude = "write a list of documents, which data.exclude=FILE leaves out of the next run"
     parser.add_argument("--exclude", metavar="FILE", help=exclude)
     finding = f"finding whose documents --exclude writes, repeatable (default: {ranking.MISLABELED})"
     parser.add_argument("--finding", action="append", choices=tuple(ranking.FINDINGS), help=finding)

@@ -14,7 +14,7 @@ import psutil
 
 from launcher.errors import Problem
 from launcher.security.redaction import redact
-from launcher.security.trust import FLAG, Trust, user_name
+from launcher.security.trust import FLAG, Trust, uid_of_unmapped_users, user_name
 
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _LISTENS = "0A"
@@ -67,19 +67,29 @@ def server_problem(where: str, address: str, gain: str = GETS_KEY) -> Problem | 
     """
     trust = Trust.from_environ(os.environ)
     parts = _split(address)
-    if (user := _stranger(parts, trust)) is not None:
-        remedy = f"choose another port, for an ssh tunnel too; if you trust {user} with your account, add {FLAG} {user}"
-        return Problem(f"a process of {user} listens at this address, and {gain}", where, redact(address), remedy)
+    if (uid := _stranger(parts, trust)) is not None:
+        remedy = f"choose another port, for an ssh tunnel too; {_acceptance(uid)}"
+        return Problem(f"a process of {_owner(uid)} listens at this address, and {gain}", where, redact(address), remedy)
     variable, proxy = _proxy(parts)
-    if (user := _stranger(proxy, trust)) is not None:
-        message = f"a process of {user} listens at the address of the proxy for {where}, and {gain}"
-        remedy = f"add the host to no_proxy, or choose another proxy; if you trust {user} with your account, add {FLAG} {user}"
+    if (uid := _stranger(proxy, trust)) is not None:
+        message = f"a process of {_owner(uid)} listens at the address of the proxy for {where}, and {gain}"
+        remedy = f"add the host to no_proxy, or choose another proxy; {_acceptance(uid)}"
         return Problem(message, variable, f"{proxy.hostname}:{proxy.port}", remedy)
     return None
 
 
-def _stranger(parts: SplitResult, trust: Trust) -> str | None:
-    """Return the untrusted user who listens at an address on this machine, or None."""
+def _owner(uid: int) -> str:
+    """Return a user's name. In a rootless container, all users outside it, root included, have the same uid."""
+    return "a user outside this container" if uid == uid_of_unmapped_users() else user_name(uid)
+
+
+def _acceptance(uid: int) -> str:
+    whom = "all users outside this container" if uid == uid_of_unmapped_users() else user_name(uid)
+    return f"if you trust {whom} with your account, add {FLAG} {user_name(uid)}"
+
+
+def _stranger(parts: SplitResult, trust: Trust) -> int | None:
+    """Return the uid of the untrusted user who listens at an address on this machine, or None."""
     try:
         host, port = parts.hostname, parts.port or _PORTS.get(parts.scheme)
     except ValueError:
@@ -88,7 +98,7 @@ def _stranger(parts: SplitResult, trust: Trust) -> str | None:
     if host is None or port is None or trust.anyone:
         return None
     strangers = [uid for uid in _users_reached(host, port) if not trust.accepts_owner(uid)]
-    return user_name(min(strangers)) if strangers else None
+    return min(strangers, default=None)
 
 
 def _proxy(parts: SplitResult) -> tuple[str, SplitResult]:

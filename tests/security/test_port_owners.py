@@ -114,6 +114,16 @@ def test_an_address_that_names_no_server_is_left_to_its_client(
     assert port_owners.server_problem("", "http://10.0.0.1:8000") is None
 
 
+def test_in_a_rootless_container_the_message_names_no_single_user(listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy of the host's root, too, seems to belong to nobody there."""
+    listen(("127.0.0.1", MALLORY))
+    monkeypatch.setattr(port_owners, "uid_of_unmapped_users", lambda: MALLORY)
+    problem = port_owners.server_problem("HF_ENDPOINT", f"http://127.0.0.1:{PORT}")
+    assert problem is not None
+    assert problem.message.startswith("a process of a user outside this container listens at this address")
+    assert problem.remedy.endswith(f"all users outside this container with your account, add --trust-owner {MALLORY}")
+
+
 def test_a_password_in_an_address_is_not_shown(listen: Listen) -> None:
     listen(("127.0.0.1", MALLORY))
     problem = port_owners.server_problem("HF_ENDPOINT", f"http://user:canary-password@127.0.0.1:{PORT}")

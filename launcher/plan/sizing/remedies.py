@@ -106,5 +106,5 @@ def _described(words: str, situation: Situation, chosen: Considered, usd_per_gpu
             usd = situation.topology.world_size * price / 3600 / chosen.tokens_per_sec * 1e6
             parts.append(f"${usd:,.2f} per million tokens")
     if chosen.host_gib:
-        parts.append(f"{chosen.host_gib:.0f} GiB of main memory a node")
+        parts.append(f"{chosen.host_gib:.0f} GiB of main memory per node")
     return f"{words} ({', '.join(parts)})"
