@@ -111,7 +111,7 @@ def main() -> None:
 
 
 class Bench:
-    """Runs both sides on a file of rows, each time with empty caches.
+    """Runs both sides on a file of rows, with empty caches each time.
 
     A first command, which is not measured, converts the tokenizer; `warm_up` also runs each side once.
     """

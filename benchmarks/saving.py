@@ -95,7 +95,7 @@ def one_round(prepared: sides.Prepared) -> tuple[dict[str, list[float]], int]:
     os.sync()
     sides.run([sys.executable, "-m", "launcher", "train", *settings, "run.name=bench"], folder / "train.log")
     measured = measured_saves(read_metrics(folder / "runs" / "bench" / "metrics.jsonl"))
-    # DeepSpeed's saves need no steps between them.
+    # DeepSpeed's saves block, so they need no steps between them.
     options = (f"--save-to={folder / 'deepspeed'}", "--save-every=1")
     deepspeed = sides.bare_side(replace(prepared, steps=SAVES), *options)["saves"][1:]
     bare = bare_write(folder / "plain", measured.num_bytes, RANKS)

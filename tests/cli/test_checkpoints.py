@@ -73,7 +73,7 @@ StorageFails = Callable[..., AbstractContextManager[None]]
 
 @pytest.fixture
 def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Run `checkpoints RUN FLAGS`; returns exit code, standard output and standard error."""
+    """Run `checkpoints RUN FLAGS`; return exit code, standard output and standard error."""
 
     def asked(*flags: str) -> tuple[int, str, str]:
         code = main(["checkpoints", str(run.root), *flags])
@@ -83,7 +83,7 @@ def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
 
 
 def cells(text: str) -> dict[str, list[str]]:
-    """The rows of the table by step, each split at spaces."""
+    """Return the table's rows by step, each split at spaces."""
     return {words[0]: words for line in text.splitlines() if (words := line.split()) and words[0].isdigit()}
 
 

@@ -61,7 +61,7 @@ def age(path: Path, days: float) -> None:
 
 @pytest.fixture
 def clean(cache: Path, capsys: pytest.CaptureFixture[str]) -> Clean:
-    """Run `clean --json ARGUMENTS`; returns exit code, the object on standard output, and standard error."""
+    """Run `clean --json ARGUMENTS`; return exit code, the JSON object on standard output, and standard error."""
 
     def cleaned(*arguments: str) -> tuple[int, dict, str]:
         code = main(["clean", "--json", *arguments])
@@ -76,7 +76,7 @@ def names(paths: list[str]) -> list[str]:
 
 
 def run_with(folder: Path, state: str, root: Path) -> RunDir:
-    """A run whose data cache is `folder`, last used a hundred days ago."""
+    """Create a run whose data cache is `folder`, last used a hundred days ago."""
     plan = hand_made.plan(root / f"is-{state}", hand_made.SETTINGS, data=DATA.model_copy(update={"cache_dir": str(folder)}))
     run = run_store.create(plan)
     status = replace(run_store.read_status(run), state=state, updated_at=time.time() - 100 * DAY)

@@ -1,4 +1,4 @@
-"""The W&B workspace: its JSON as a golden file, and its creation and update on a fake server."""
+"""The W&B workspace: its JSON compared with a golden file, and its creation and update on a fake server."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_the_cost_counts_all_time_with_machines(launch_here: Launch, run: RunDir
     atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time() - 31 * 60})
     assert launch_here("report", str(run.root)).returncode == 0
     page = (run.root / "report.html").read_text()
-    # 20 and 30 minutes on two GPUs at two dollars.
+    # 20 and 30 minutes on two GPUs, at two dollars per GPU hour.
     assert "$3.33" in page
     assert "1.67" in page
 
@@ -95,7 +95,7 @@ def test_the_evaluations_of_a_run(launch_here: Launch, run: RunDir) -> None:
     rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in page.split("<tr>")]
     assert next(row for row in rows if row[:1] == ["stopped"])[:4] == ["stopped", "0.750", "0.750", "1.000"]
     assert next(row for row in rows if row[:1] == ["8-shot"])[2:] == ["24", "0", "176"]
-    # 12.5 seconds for 200 prompts are 17.4 GPU hours for a million, at two dollars.
+    # 12.5 seconds for 200 prompts are 17.4 GPU hours per million prompts, at two dollars per GPU hour.
     assert ["tuned", "40", "5", "$35"] in rows
     assert "1,220 fewer for each request" in page
     assert page.count("better than 8-shot") == 2 * 3

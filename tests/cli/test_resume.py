@@ -42,7 +42,7 @@ def test_resume_refuses_a_used_up_limit(run: RunDir) -> None:
 
 
 def test_cost_counts_each_attempt_at_its_own_price(run: RunDir) -> None:
-    """Two GPUs ran for 51 minutes at two dollars; the next attempt costs one."""
+    """Two GPUs ran for 51 minutes at two dollars per GPU hour; the next attempt costs one dollar per GPU hour."""
     plan = run_store.load_plan(run)
 
     def allowed(usd: float) -> LaunchPlan:

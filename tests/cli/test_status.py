@@ -50,7 +50,7 @@ def test_status_reads_the_files_of_the_run(launch_here: Launch, run: RunDir) -> 
 
 
 def test_the_step_is_the_newest_of_metrics_and_status(run: RunDir) -> None:
-    """The ranks log more often than they write status.json."""
+    """The ranks log metrics more often than they write status.json."""
     status = replace(run_store.update_status(run, state="running"), step=8)
     before = replace(status, updated_at=1.0)
     assert summary(run, before)["step"] == 10

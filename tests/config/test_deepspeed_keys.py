@@ -1,4 +1,4 @@
-"""The keys that `deepspeed.extra` accepts: the tables against the installed DeepSpeed, and the messages."""
+"""The keys that `deepspeed.extra` accepts: the tables compared with the installed DeepSpeed, and the messages."""
 
 from __future__ import annotations
 

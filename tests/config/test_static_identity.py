@@ -1,4 +1,4 @@
-"""How a machine learns its node rank from each provider's environment variables."""
+"""How a machine finds out its node rank and the master address from each provider's environment variables."""
 
 from __future__ import annotations
 

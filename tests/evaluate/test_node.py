@@ -1,4 +1,4 @@
-"""The GPUs of a node are divided over the processes of an evaluation."""
+"""A node's GPUs are divided among the processes of an evaluation."""
 
 from __future__ import annotations
 

@@ -63,7 +63,6 @@ PARAMETERS = {
 }
 
 
-# Builds the model of each config on standard input without memory for its weights, and prints the numbers of parameters.
 def compose(*tokens: str) -> RunConfig:
     compositions: list[RunConfig] = []
     run_hydra(tokens, lambda done: compositions.append(done.config))

@@ -157,7 +157,7 @@ def test_sftp_connects_to_known_hosts_alone(paramiko: ModuleType, address: str) 
 
 @pytest.mark.usefixtures("as_root")
 def test_settings_of_a_client_that_another_user_could_write_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable may name a file in a folder of others; AWS runs what it calls credential_process."""
+    """A variable may name a settings file in another user's folder, and AWS's client runs the file's credential_process."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     ran, settings, folder = tmp_path / "ran", tmp_path / "aws", tmp_path / "fsspec"

@@ -19,7 +19,7 @@ def ranks(rank_server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_only_the_slow_rank_has_a_long_layer_time(ranks: list[dict]) -> None:
     first, second = ranks
     assert all(rank["slow"]["step_s"] > 0.3 for rank in ranks), "both take as long for the step"
-    # 32 tokens share the 0.3 s.
+    # The 0.3 s are divided by 32 tokens.
     assert second["slow"]["per_token_s"] > 0.3 / 32
     assert first["slow"]["per_token_s"] < 0.1 / 32
 
