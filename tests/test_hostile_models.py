@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -255,6 +256,13 @@ def test_flash_attention_in_config_json_fetches_nothing_from_the_hub(
     with pytest.raises(ImportError, match="FlashAttention2"):
         TransformersEngine(folder, section(folder), None, dtype="fp32", device="cpu", stop_ids=())  # type: ignore[arg-type]
     assert not import_utils.is_kernels_available()
+
+
+def test_a_model_without_a_folder_gets_neither_code_nor_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    assert private_code.code_option(trusts_code=True, folder=None) == {"trust_remote_code": False}
+    with pytest.raises(ImportError):
+        importlib.import_module("kernels")
 
 
 def test_a_kernel_that_config_json_names_after_the_check_is_refused(folder: Path) -> None:

@@ -46,6 +46,7 @@ def code_option(trusts_code: bool, folder: Path | None) -> dict[str, bool]:
 
     `folder` is what `folder_to_load` has returned. A model without a folder has no code that could be pinned.
     """
+    _hide_kernels()
     _admit_private_copies_only()
     return {TRUST: trusts_code and folder is not None}
 
