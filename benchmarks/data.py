@@ -49,7 +49,7 @@ LAUNCHER, TRL = "launcher data", "datasets.map and TRL"
 WORD_CACHE, ENCODE_BATCH = "word cache", "encode_batch alone"
 FROM_DATA = f"From `python -m launcher data data.workers={PROCESSES} --json`, run as a whole process with an empty cache."
 FROM_BUILD = "From `launcher.data.build.build` in one process: CPU seconds of the build, without imports."
-FROM_FUNCTIONS = "From calls of the functions that open a cache and make batches, which a rank does at its start."
+FROM_FUNCTIONS = "From calls to the functions that open a cache and make batches, as a rank does at its start."
 
 
 def main() -> None:
@@ -181,7 +181,7 @@ def building(bench: Bench, pairs: list[tuple[str, str]], num_copies: int, rounds
     file = bench.write_copies(pairs, num_copies)
     return [
         *compared(bench, file, rounds),
-        f"The documents are gsm8k as chats, {num_copies} times, each time with other numbers.",
+        f"The documents are {num_copies} copies of gsm8k as chats, with different numbers in each copy.",
     ]
 
 
@@ -209,9 +209,7 @@ def compared(bench: Bench, file: Path, rounds: int) -> list[str]:
         raise SystemExit(f"the sides made different token ids (documents, tokens, digest): {sorted(made)}")
     num_documents, num_tokens, _ = made.pop()
     held_out = report["held_out"]["documents"]
-    same = f"{num_documents:,} documents, {num_tokens:,} tokens; " + (
-        "the ids are the same on both sides. " if TRL in costs else ""
-    )
+    same = f"{num_documents:,} documents, {num_tokens:,} tokens; " + ("both sides produce the same ids. " if TRL in costs else "")
     more = f"The launcher also makes the loss masks, checks and compares documents, and holds {held_out:,} of them out."
     return [*cost_table(costs), "", same + more]
 
@@ -300,8 +298,9 @@ def packing(bench: Bench, data: Path, row_lengths: Sequence[int]) -> list[str]:
     return [
         *lines,
         "",
-        "Waste is 1 - tokens / (rows x length), by the length as set or by the longest row. Fewest is ceil(tokens / length): no "
-        "packing makes fewer rows, so where the launcher makes as many, its waste by the length as set is the least possible.",
+        "Waste is 1 - tokens / (rows x length), with the configured length or with that of the longest row. Fewest is "
+        "ceil(tokens / length): no packing makes fewer rows, so if the launcher makes that many, its waste with the configured "
+        "length is the least possible.",
     ]
 
 

@@ -33,7 +33,7 @@ _TIMEOUT_S = 600
 _MIB = 2**20
 _SOURCE = (
     "From the functions of `launcher/plan/sizing` and `launcher.train.engine.build_engine`, called from Python. Tensors only: "
-    "what CUDA, NCCL and fragmentation add, and Liger's kernels, are not measured here."
+    "Liger's kernels and the memory that CUDA, NCCL and fragmentation add are not measured here."
 )
 
 

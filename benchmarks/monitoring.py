@@ -50,7 +50,7 @@ def main() -> None:
             taken.append(packed + time.thread_time() - began)
         taken.sort()
         lines.append(f"| {world_size} | {taken[STEPS // 2] * 1e6:.0f} | {taken[-3] * 1e6:.0f} |")
-    source = "From calls of the loop's functions in one process: so many ranks are not to be had."
+    source = "From calls to the loop's functions in one process, because no machine with that many ranks is available."
     sides.record(args.results, "watching all ranks", "watching all ranks", source, sides.typed("monitoring.py"), lines)
 
 

@@ -302,7 +302,7 @@ def table(outcomes: Sequence[Outcome], counts_cpu: bool = False) -> list[str]:
             figures = f"median error {statistics.median(of_half):.1%}, worst {max(of_half):.1%}, {within} within {_LIMIT:.0%}"
             lines.append(f"{len(of_half)} configurations for the {label}: {figures}.")
     fitted = ", ".join(f"{name.removesuffix('_s')} {factor:.2f}" for name, factor in zip(FACTORS, factors, strict=True))
-    lines.append(f"Factors by which these parts take longer than by the measured rates: {fitted}. Products and attention: 1.")
+    lines.append(f"Time of each part relative to the measured rates: {fitted}. Matrix products and attention: 1.")
     return lines
 
 

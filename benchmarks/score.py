@@ -72,7 +72,7 @@ def main() -> None:
                 rates[LAUNCHER].append(args.rows / (ended - between))
                 print(f"round {number}: plain {rates[PLAIN][-1]:.2f}, score pass {rates[LAUNCHER][-1]:.2f} rows/s", flush=True)
     trained = batches.num_labels().sum() / batches.split.row_lengths(batches.rows).sum()
-    note = f"{trained:.0%} of the tokens are trained; the largest difference of a log-probability is {largest_difference:.1e}."
+    note = f"{trained:.0%} of the tokens are trained; log-probabilities differ by at most {largest_difference:.1e}."
     command = sides.typed("score.py", "--rows", args.rows, "--rounds", args.rounds, *overrides)
     title = f"score pass, {args.rows} rows of up to {plan.config.data.max_length:,} tokens"
     source = "From `launcher.train.evaluation.score.score_rows`, called from Python."

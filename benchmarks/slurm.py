@@ -54,7 +54,7 @@ def main() -> None:
     table = [f"| {name} | {statistics.median(v):.2f} | {min(v):.2f} to {max(v):.2f} |" for name, v in rows.items()]
     table = ["| what | s | range |", "|---|---|---|", *table, "", f"start on two nodes / local: {ratio:.2f}"]
     command = sides.typed("slurm.py", "--rounds", args.rounds)
-    source = "From `python -m launcher` on a Slurm of the benchmark's own (metrics.jsonl of the runs)."
+    source = "From `python -m launcher` on the benchmark's own Slurm cluster (metrics.jsonl of the runs)."
     sides.record(args.results, "Slurm", "Slurm, two nodes x 1 rank", source, command, table)
 
 

@@ -52,7 +52,7 @@ SETTINGS = (
 TRACKING = {"without": ("tracking=none",), "with W&B": ("tracking=wandb", "tracking.mode=offline")}
 PARTS = ("runs", "blocks")
 FROM_RUNS = "From `python -m launcher train`, with `tracking=none` and with `tracking=wandb tracking.mode=offline`."
-FROM_LOOP = "From the training loop, called in ranks of the benchmark's own: no setting turns all of the tracking off."
+FROM_LOOP = "From the training loop, called in the benchmark's own ranks, because no setting turns all tracking off."
 
 
 def is_on(step: int) -> bool:
