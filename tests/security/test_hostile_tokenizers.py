@@ -80,8 +80,9 @@ def test_a_tokenizer_that_doubles_a_text_again_and_again_takes_bounded_memory(tm
     assert done.stderr.count("memory allocation of") == 2
 
 
+@pytest.mark.parametrize("is_named", [False, True])
 def test_a_vocabulary_that_another_user_left_in_the_temporary_folder_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_named: bool
 ) -> None:
     """tiktoken caches the files it reads there, under names that anyone can compute."""
     words = [*(bytes([i]) for i in range(256)), b"an", b"no"]
@@ -100,8 +101,9 @@ def test_a_vocabulary_that_another_user_left_in_the_temporary_folder_is_not_read
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
     # setenv comes first so that monkeypatch removes the variable that loading the tokenizer sets.
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "shared/data-gym-cache"))
+    if not is_named:
+        monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
     planted = tmp_path / "shared/data-gym-cache" / hashlib.sha1(str(folder / "tokenizer.model").encode()).hexdigest()
     planted.parent.mkdir(parents=True)
     write(planted, words[1:256] + words[:1] + words[256:])

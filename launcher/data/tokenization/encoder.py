@@ -79,8 +79,9 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer in `folder` without running code from it. Raises UnusableTokenizer."""
     from transformers import AutoTokenizer
 
-    # By default, the package tiktoken reads a copy of the file in the temporary folder, which any user can create first.
-    os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")
+    # Otherwise the package tiktoken reads a copy of the file in the folder that the variable names, or in the temporary folder:
+    # other users may be able to write to both.
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
