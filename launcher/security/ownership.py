@@ -82,12 +82,13 @@ def require_location(run: RunDir) -> None:
         raise SubmitError(replace(problem, remedy=remedy))
 
 
-def file_problem(subject: str, file: Path, descriptor: int | None = None) -> Problem | None:
+def file_problem(subject: str, file: Path, descriptor: int | None = None, may_be_hidden: bool = False) -> Problem | None:
     """Return why this user does not trust a file, or a folder or link on the way to it, or None if they do.
 
-    With `descriptor`, the file must be the one that was opened before.
+    With `descriptor`, the file must be the one that was opened before. With `may_be_hidden`, files and folders inside a folder
+    that no other user can enter, such as a home directory, may have any mode.
     """
-    problem = first_problem(subject, file, (), _own_trust(), with_parents=True)
+    problem = first_problem(subject, file, (), _own_trust(), with_parents=True, may_be_hidden=may_be_hidden)
     if problem is None and descriptor is not None and not _own_trust().anyone:
         with suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), file.stat()):
@@ -114,7 +115,8 @@ def named_file_problem(variables: Iterable[str]) -> Problem | None:
         path = Path(os.path.expanduser(value))
         with suppress(OSError):
             content = list(path.iterdir()) if path.is_dir() else []
-        if (problem := folder_problem(f"what {variable} names", path, content)) is not None:
+        problem = first_problem(f"what {variable} names", path, content, _own_trust(), with_parents=True, may_be_hidden=True)
+        if problem is not None:
             return replace(problem, remedy=f"set {variable} to a path of your own, or unset it; or {problem.remedy}")
     return None
 

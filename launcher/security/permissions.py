@@ -35,13 +35,20 @@ def is_private(folder: Path, trust: Trust) -> bool:
 
 
 def first_problem(
-    subject: str, root: Path, content: Iterable[Path], trust: Trust, with_parents: bool = False, in_private_folder: bool = False
+    subject: str,
+    root: Path,
+    content: Iterable[Path],
+    trust: Trust,
+    with_parents: bool = False,
+    in_private_folder: bool = False,
+    may_be_hidden: bool = False,
 ) -> Problem | None:
     """Return the first reason not to trust `root` and its content, with the number of further reasons, or None.
 
-    `with_parents` includes the parent folders; `in_private_folder` means that no other user can enter the parent folder.
+    `with_parents` includes the parent folders; with `may_be_hidden`, what lies in one that no other user can enter may have any
+    mode. `in_private_folder` means that no other user can enter the parent folder.
     """
-    return _first(subject, root, _weaknesses(root, content, trust, with_parents, in_private_folder), trust)
+    return _first(subject, root, _weaknesses(root, content, trust, with_parents, in_private_folder, may_be_hidden), trust)
 
 
 def first_problem_above(subject: str, folder: Path, trust: Trust, may_be_hidden: bool = False) -> Problem | None:
@@ -50,15 +57,7 @@ def first_problem_above(subject: str, folder: Path, trust: Trust, may_be_hidden:
     With `may_be_hidden`, folders inside one that no other user can enter may have any mode.
     """
 
-    def weaknesses() -> Iterator[tuple[Path, str, str]]:
-        hiding = set[Path]()
-        for step in path_steps(folder):
-            yield from _weakness(step, trust, is_above=True, is_protected=not hiding.isdisjoint(step.parents))
-            with suppress(OSError):
-                if may_be_hidden and not step.is_symlink() and is_private(step, trust):
-                    hiding.add(step)
-
-    return _first(subject, folder, weaknesses(), trust)
+    return _first(subject, folder, _weaknesses_above(path_steps(folder), trust, set(), may_be_hidden), trust)
 
 
 def first_problem_of_cache(subject: str, folder: Path, content: Iterable[Path], trust: Trust) -> Problem | None:
@@ -98,14 +97,29 @@ def _first(subject: str, root: Path, weaknesses: Iterable[tuple[Path, str, str]]
     return replace(first, value=f"{first.value}; {num_others:,} more in this folder")
 
 
+def _weaknesses_above(
+    steps: Iterable[Path], trust: Trust, hiding: set[Path], may_be_hidden: bool
+) -> Iterator[tuple[Path, str, str]]:
+    """Yield the weaknesses of folders and links on the way to a path, except for modes behind a folder of `hiding`.
+
+    With `may_be_hidden`, adds the folders that no other user can enter to `hiding`.
+    """
+    for step in steps:
+        yield from _weakness(step, trust, is_above=True, is_protected=not hiding.isdisjoint(step.parents))
+        with suppress(OSError):
+            if may_be_hidden and not step.is_symlink() and is_private(step, trust):
+                hiding.add(step)
+
+
 def _weaknesses(
-    root: Path, content: Iterable[Path], trust: Trust, with_parents: bool, in_private_folder: bool
+    root: Path, content: Iterable[Path], trust: Trust, with_parents: bool, in_private_folder: bool, may_be_hidden: bool
 ) -> Iterator[tuple[Path, str, str]]:
     """Yield each path that other users own or can write to, with the problem and the remedy."""
     *above, own = path_steps(root)
-    for step in above if with_parents else [root] if root.is_symlink() else []:
-        yield from _weakness(step, trust, is_above=True)
-    in_private_folder = in_private_folder and not root.is_symlink()
+    hiding = set[Path]()
+    steps = above if with_parents else [root] if root.is_symlink() else []
+    yield from _weaknesses_above(steps, trust, hiding, may_be_hidden and with_parents)
+    in_private_folder = (in_private_folder and not root.is_symlink()) or not hiding.isdisjoint(own.parents)
     yield from _weakness(own, trust, is_protected=in_private_folder)
     checked = {*above, own}
     # Content of a folder that no other user can enter may have any permissions.
@@ -173,7 +187,8 @@ def _weakness(path: Path, trust: Trust, is_above: bool = False, is_protected: bo
         remedy = f"chmod g-w {path}; {on_purpose}"
         if is_above:
             # Parent folders often belong to another user, and only that user can change their permissions.
-            remedy = f"{on_purpose}; or ask {user_name(status.st_uid)}, its owner, to run chmod +t {path}"
+            by = "run" if status.st_uid == os.geteuid() else f"ask {user_name(status.st_uid)}, its owner, to run"
+            remedy = f"{on_purpose}; or {by} chmod +t {path}"
         yield path, f"can be written by {_describe_owners(writers, 'the group')}", remedy
 
 

@@ -100,6 +100,7 @@ def test_the_error_of_a_project_folder_names_all_that_has_to_be_trusted(
     flags = " ".join(f"--trust-owner {name}" for name in trusted_by)
     remedy = f"if you trust {trusted} with your account, add {flags}, or set LAUNCHER_TRUST_OWNERS={','.join(trusted_by)}"
     assert problem.remedy.startswith(remedy)
+    assert problem.remedy.endswith(f"; or run chmod +t {folder}") is (owner == os.geteuid())
     monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", ",".join(trusted_by))
     assert ownership.location_problem(RunDir(folder / "demo")) is None
 

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hand_made
 import pytest
-from file_owners import MALLORY, as_root
+from file_owners import MALLORY, TEAM, as_root
 from made_verdict import made_verdict
 from wandb_server import KEY, FakeWandb, fake_wandb
 
@@ -154,11 +155,34 @@ def test_a_folder_of_another_user_that_a_variable_names_is_refused(
     os.chown(folder / "settings", MALLORY, -1)
     with pytest.raises(ConfigError, match=f"settings belongs to {MALLORY}"):
         wandb_check.check(config(), worker_environment())
-    (folder / "settings").unlink()
-    folder.chmod(0o1777)
-    with pytest.raises(ConfigError, match="can be written by everyone"):
-        wandb_check.check(config(), worker_environment())
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o1777)
+        monkeypatch.setenv("WANDB_CONFIG_DIR", name)
+        with pytest.raises(ConfigError, match="can be written by everyone"):
+            wandb_check.check(config(), worker_environment())
     assert not any(server.received for server in servers)
+
+
+def test_settings_in_a_home_directory_that_nobody_else_can_enter_may_have_any_mode(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With umask 002, a group that users share can write to them."""
+    for variable in ("WANDB_CONFIG_DIR", "WANDB_BASE_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / ".config/wandb/settings"
+    file.parent.mkdir(parents=True)
+    file.write_text("[default]\n")
+    for path in (tmp_path / ".config", file.parent, file):
+        os.chown(path, -1, TEAM)
+        path.chmod(0o775)
+    tmp_path.chmod(0o700)
+    assert local_settings.find_problem() is None
+    os.chown(file, MALLORY, -1)
+    problem = local_settings.find_problem()
+    assert problem is not None
+    assert problem.message.endswith(f"belongs to {MALLORY}")
 
 
 def test_a_user_without_a_home_directory_has_no_settings_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def find_problem() -> Problem | None:
     # A variable may name a folder that others can write to or create first, such as /tmp/wandb.
     file = _own_settings()
     is_read = os.environ.get(_CONFIG_FOLDER) or os.path.lexists(file)
-    if is_read and (problem := ownership.file_problem("the settings file of W&B", file)) is not None:
+    if is_read and (problem := ownership.file_problem("the settings file of W&B", file, may_be_hidden=True)) is not None:
         return replace(problem, remedy=f"set {_CONFIG_FOLDER} to a folder of your own; or {problem.remedy}")
     return ownership.named_file_problem(_LOGINS) or server_problem(*_server())
 
