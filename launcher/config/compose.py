@@ -238,7 +238,7 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     problems = [missing(key, origins) for key in absent]
     if has_secret_name(values, held):
         message = "the name of a setting looks like a secret (a token, key or password); it is not shown"
-        problems.append(Problem(message, where="a reference in the settings", remedy=IN_ENVIRONMENT))
+        problems.append(Problem(message, where="the settings, or a reference in them", remedy=IN_ENVIRONMENT))
     for package, problem in package_problems(values, origins):
         problems.append(problem)
         del values[package]
