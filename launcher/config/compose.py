@@ -28,7 +28,7 @@ from launcher.config.config_files import cycle_problem, missing_keys, package_pr
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import missing, no_such_option, schema_problems
 from launcher.config.hydra_composition.call import call_hydra, extra_dirs
-from launcher.config.hydra_composition.guard import READS_CREDENTIAL, UNBOUNDED
+from launcher.config.hydra_composition.guard import READS_CREDENTIAL, UNBOUNDED, read_credentials
 from launcher.config.hydra_composition.location import RUN_FILE_GROUP
 from launcher.config.introspect import leaves
 from launcher.config.origin import Origins, located_problem, short
@@ -239,6 +239,9 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     if has_secret_name(values, held):
         message = "the name of a setting looks like a secret (a token, key or password); it is not shown"
         problems.append(Problem(message, where="the settings, or a reference in them", remedy=IN_ENVIRONMENT))
+    if not secrets and (read := read_credentials()):
+        message, remedy = f"{', '.join(read)}: {READS_CREDENTIAL}", _ADVICE[READS_CREDENTIAL]
+        problems.append(Problem(message, where="a reference in the settings", remedy=remedy))
     for package, problem in package_problems(values, origins):
         problems.append(problem)
         del values[package]

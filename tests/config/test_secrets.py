@@ -319,6 +319,20 @@ def test_no_secret_is_parsed_into_parts(shown: Shown, monkeypatch: pytest.Monkey
     assert "battery" not in text
 
 
+@pytest.mark.parametrize(
+    ("secret", "form"),
+    [
+        ("0123456789abcdef" * 2 + "01234567", "[0x${oc.env:WANDB_API_KEY}]"),
+        ("correct-horse,battery-staple", "[${oc.env:WANDB_API_KEY}]"),
+        ("correct-horse,battery-staple", "{a: ${oc.env:WANDB_API_KEY}, b: [!!binary ${oc.env:WANDB_API_KEY}]}"),
+    ],
+)
+def test_no_secret_is_read_into_another_form(shown: Shown, monkeypatch: pytest.MonkeyPatch, secret: str, form: str) -> None:
+    """oc.create reads a text as YAML, where 0x and a key of hexadecimal digits are a number."""
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    assert "must not read this variable" in shown("model=tiny", f"+model.config.note=\"${{oc.create:'{form}'}}\"")
+
+
 def test_a_secret_in_the_name_of_a_setting_is_found() -> None:
     secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2}
     assert has_secret_name({"a": [{f"x{secrets['WANDB_API_KEY']}": 1}]}, secrets)

@@ -38,6 +38,8 @@ READS_CREDENTIAL = "a setting must not read this variable, which looks like a se
 _VARIABLE = "oc.env"
 # The reference that parses a text into a list, for example: no check would find a credential in its parts.
 _PARSED = "oc.decode"
+# The credentials that references have read in the current composition.
+_read_credentials: set[str] = set()
 # Hydra's modules that hold the function that configures logging.
 _LOGGING = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher", "hydra.core.utils")
 # Hydra's modules that hold the function that runs a job.
@@ -66,6 +68,7 @@ def guarded() -> Iterator[None]:
         (Container, "resolve_parse_tree", _bounded_references(Container.resolve_parse_tree)),
     ]
     originals = [getattr(owner, name) for owner, name, _ in replacements]
+    _read_credentials.clear()
     try:
         for owner, name, replacement in replacements:
             setattr(owner, name, replacement)
@@ -85,7 +88,16 @@ def _read_variable(name: str, *default: Any) -> Any:
 
     if is_short_secret(name, os.environ):
         raise ValueError(f"{name}: {READS_CREDENTIAL}")
+    _read_credentials.update(environment_secrets({name: os.environ.get(name, "")}))
     return oc.env(name, *default)
+
+
+def read_credentials() -> list[str]:
+    """Return the variables with credentials that references have read in the current composition.
+
+    References can parse what they read, for example a key of hexadecimal digits as a number, in which no check would find it.
+    """
+    return sorted(_read_credentials)
 
 
 def _parse(text: Any, _parent_: Any, _node_: Any) -> Any:
