@@ -12,6 +12,7 @@ from typing import Any
 from launcher import facts, hardware, model_source
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.cli.pages import html_page
+from launcher.cli.views.plan_view import MIN_TRUNCATED_FRAC
 from launcher.cli.worker_process import check_extra, prepare
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
@@ -23,7 +24,7 @@ from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.shell_commands import launcher_command
 
-USAGE = """python -m launcher data [--show N] [--json] [--html FILE] [overrides]
+USAGE = """python -m launcher data [FILE] [--show N] [--json] [--html FILE] [overrides]
 
 Build the data cache and report on it: counts of the mixture and of each source, findings of the checks, and a few documents with
 their trained tokens marked. Exit code 2 if a run with this data would be refused.
@@ -175,6 +176,9 @@ def accepted(plan: LaunchPlan) -> str | None:
     # Each check counts the documents that it drops.
     if any(one.action == "drop" and one.finding.name != "dropped" for one in judged):
         judged = [one for one in judged if one.finding.name != "dropped"]
+    if plan.data is not None and plan.data.truncated_frac > MIN_TRUNCATED_FRAC:
+        # The plan has its own note about them, which counts only training documents.
+        judged = [one for one in judged if one.finding.name != "truncated"]
     return _summary(sorted(judged, key=lambda one: one.action == "drop"), f"see them with: {_data_command(plan)}")
 
 

@@ -38,14 +38,16 @@ from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 
 _USAGE = {
-    "train": """python -m launcher [train] [--follow | --detach] [--yes] [overrides]
+    "train": """python -m launcher [train] [FILE] [--follow | --detach] [--yes] [overrides]
 
 Plan, prepare data, start the run. On this machine the command follows the run to its end, on a cluster it returns at once.
 --follow (or follow=true) and --detach (or follow=false) override that. With -m it starts several runs. --yes starts runs that
 may cost more than run.confirm_usd without a question.""",
-    "plan": "python -m launcher plan [--why] [--script] [--json] [overrides]\n\nShow the complete plan and start nothing. --why "
-    "adds the memory of each stage of a step, and the combinations of settings that were considered; --script the batch "
-    "script of Slurm. --json prints the plan's file with the keys estimate, checkpoint_gib, warnings and notes.",
+    "plan": """python -m launcher plan [FILE] [--why] [--script] [--json] [overrides]
+
+Show the complete plan and start nothing. --why adds the memory of each stage of a step, and the combinations of settings that
+were considered; --script the batch script of Slurm. --json prints the plan's file with the keys estimate, checkpoint_gib,
+warnings and notes.""",
 }
 _OWN_FLAGS = {"train": ("--follow", "--detach", "--yes"), "plan": ("--json", "--why", "--script")}
 # Ten times the duration on an idle machine.

@@ -25,7 +25,7 @@ LOST = {
     "save_s": "waiting for saves",
     "eval_s": "evaluation",
     "restart_s": "failures and restarts",
-    "idle_s": "ended, not resumed",
+    "idle_s": "stopped until resumed",
     "replay_s": "lost steps",
     "other_s": "everything else",
 }

@@ -25,11 +25,16 @@ EVENT = "progress"
 # Work that ends before the first line is due gets no line. An hour of work gives about 25 lines.
 _FIRST_S, _GROWTH, _LONGEST_S = 5.0, 0.25, 300.0
 _LIVE_S = 0.1
+_PACED_ITEMS, _PACED_SHARE = 10, 0.01
 
 
 def time_left(done: int, total: int, elapsed_s: float) -> str:
-    """Return the remaining time as it is appended to a progress line, such as `, 1m40s left`; empty if unknown."""
-    return f", {format_duration(elapsed_s * (total - done) / done)} left" if 0 < done < total and elapsed_s >= 1 else ""
+    """Return the remaining time as it is appended to a progress line, such as `, 1m40s left`; empty if unknown.
+
+    The first few of many items say nothing about the pace, because their time is that of the start.
+    """
+    is_known = 0 < done < total and elapsed_s >= 1 and (done >= _PACED_ITEMS or done >= _PACED_SHARE * total)
+    return f", {format_duration(elapsed_s * (total - done) / done)} left" if is_known else ""
 
 
 class Pace:

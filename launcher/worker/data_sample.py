@@ -66,19 +66,19 @@ def _look(config: RunConfig) -> dict[str, Any]:
             documents += sampled
     with tempfile.TemporaryDirectory() as fetched:
         folder, model_config, note = _tokenizer(config, Path(fetched))
-        lengths, problem = _lengths(documents, config.data, folder)
+        lengths, is_measured, problem = _lengths(documents, config.data, folder)
     lengths.sort()
     return {
         "sources": row_sources,
         "num_sampled": len(lengths),
-        "is_measured": folder is not None and problem is None,
+        "is_measured": is_measured,
         "mean": sum(lengths) / max(1, len(lengths)),
         **{f"p{percent}": lengths[min(len(lengths) - 1, len(lengths) * percent // 100)] for percent in (50, 90, 99)},
         "longest": lengths[-1],
         "lengths": lengths,
         "config": model_config,
-        "note": note or (problem.message if problem is not None else ""),
-        "remedy": problem.remedy if problem is not None else "",
+        "note": note or (problem.message if problem is not None and not is_measured else ""),
+        "refused": "" if problem is None else f"{problem.where}: {problem.message}; {problem.remedy}",
     }
 
 
@@ -143,19 +143,28 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
     return fetched, content, ""
 
 
-def _lengths(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], Problem | None]:
-    """Return each document's number of tokens, and the problem because of which characters were counted instead, or None."""
+def _lengths(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], bool, Problem | None]:
+    """Return the numbers of tokens, whether the tokenizer counted them, and the first problem of a document, or None.
+
+    The tokenizer counts the documents without a problem. If there are none, or no tokenizer, all are estimated from characters.
+    """
     problem = None
     if folder is not None:
         import_tokenizers_without_torch()
         try:
             encoder = Encoder(load_tokenizer(str(folder)), data)
             completions = data.sources[0].completions
-            rendered = [encoder.render(encoder.write_as_chat(document, completions)) for document in documents]
-            return [len(encoded.ids) for encoded in encoder.encode(rendered)], None
+            rendered = []
+            for document in documents:
+                try:
+                    rendered.append(encoder.render(encoder.write_as_chat(document, completions)))
+                except LauncherError as error:
+                    problem = problem or error.problems[0]
+            if rendered:
+                return [len(encoded.ids) for encoded in encoder.encode(rendered)], True, problem
         except LauncherError as error:
             problem = error.problems[0]
-    return [max(1, round(_num_characters(document) / _CHARACTERS_PER_TOKEN)) for document in documents], problem
+    return [max(1, round(_num_characters(document) / _CHARACTERS_PER_TOKEN)) for document in documents], False, problem
 
 
 def _num_characters(document: Document) -> int:

@@ -144,6 +144,14 @@ def test_a_reduction_may_take_longer_than_a_transfer(plan_of: PlanOf) -> None:
     assert twice - once == pytest.approx(micro_batches * 2 * planned.model.num_params / 2 / IN_TURN.in_node)
 
 
+def test_the_combinations_fit_a_terminal_of_80_columns(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = why_lines(plan_of("model=llama3_3_70b", "+cluster=slurm", "cluster.nodes=8", *H100, "train.global_batch_size=64"))
+    assert max(map(len, lines)) <= 80
+    assert any(line.endswith("$/M tokens") for line in lines)
+    assert any(line.startswith("the same in all rows: micro-batch 1") for line in lines)
+
+
 def test_why_names_layers_that_are_gathered_as_a_whole_or_compiled(plan_of: PlanOf) -> None:
     plain = plan_of(*H100)
     chosen = choose(situation_of(plain)).combination

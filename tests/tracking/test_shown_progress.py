@@ -55,6 +55,11 @@ def test_the_text(done: int, total: int, elapsed_s: float, text: str) -> None:
     assert progress.describe("x", done, total, elapsed_s) == text
 
 
+@pytest.mark.parametrize(("done", "total", "is_known"), [(1, 20_000, False), (10, 20_000, True), (1, 4, True)])
+def test_the_first_of_many_items_do_not_predict_the_rest(done: int, total: int, is_known: bool) -> None:
+    assert bool(progress.time_left(done, total, 10)) == is_known
+
+
 def test_documents_have_a_time_left_that_counts_what_was_done_here(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -338,7 +338,7 @@ def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
         _print_text(console, title, continued_at=6, indent=2, style=style)
         for example in finding["examples"]:
             _print_text(console, f"{visible(example['where'])}: {visible(example['detail'])}", continued_at=8, indent=6)
-        advice = f"{finding['meaning']}. Remedy: {finding['remedy']} ({finding['setting']}={finding['action']})"
+        advice = f"{finding['meaning']}. Remedy: {finding['remedy']} (currently {finding['setting']}={finding['action']})"
         _print_text(console, advice, continued_at=6, indent=6, style="dim")
 
 

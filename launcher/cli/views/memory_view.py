@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from launcher.cli.formatting import table
+from launcher.cli.formatting import table, wrap
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
 from launcher.plan.quantities import format_count
@@ -15,14 +15,15 @@ from launcher.plan.sizing.kernels import describe_liger
 
 _MOST_ROWS = 16
 _STAGE_LEGEND = (
-    "Rows are stages of a step; the peak is the largest sum. states: a rank's part of weights, gradients and optimizer.",
-    "buckets: what DeepSpeed communicates at once. activations: kept for the backward pass. gathered: weights of the layers",
-    "that compute. gradients: those of a layer before they are divided. temporary: needed within a layer or a part of the loss.",
+    "Rows are stages of a step; the peak is the largest sum. states: a rank's part of weights, gradients and optimizer. "
+    "buckets: what DeepSpeed communicates at once. activations: kept for the backward pass. gathered: weights of the layers "
+    "that compute. gradients: those of a layer before they are divided. temporary: needed within a layer or a part of the loss."
 )
 _COMBINATION_LEGEND = (
-    "micro-batch: rows that a rank computes at once. recomputed: layers that the backward pass computes again, to save memory.",
-    "layers: gathered by module, as a whole (deepspeed.whole_layers), or compiled as well (model.compile, whose speed is not",
-    "verified). Liger: fused kernels. hpZ: ranks of a node that hold the weights a second time. offload: what main memory holds.",
+    "micro-batch: rows that a rank computes at once. recomputed: layers that the backward pass computes again, to save memory. "
+    "layers: gathered by module, as a whole (deepspeed.whole_layers), or compiled as well (model.compile, whose speed is not "
+    "verified). Liger: fused kernels. hpZ: ranks of a node that hold the weights a second time. offload: what main memory holds. "
+    "$/M tokens: dollars per million tokens."
 )
 
 
@@ -67,7 +68,10 @@ def tight_note(plan: LaunchPlan) -> str:
 
 def why_lines(plan: LaunchPlan) -> list[str]:
     """Return tables of the plan's memory in each stage of a step, and of the considered combinations."""
-    return ["", *_stages(plan), *_STAGE_LEGEND, "", *_combinations(plan), *_COMBINATION_LEGEND, *_fp8(plan)]
+    return [
+        *("", *_stages(plan), *wrap([_STAGE_LEGEND], 0)),
+        *("", *_combinations(plan), *wrap([_COMBINATION_LEGEND, *_fp8(plan)], 0)),
+    ]
 
 
 def why_values(plan: LaunchPlan) -> list[dict[str, Any]]:
@@ -120,18 +124,26 @@ def _stages(plan: LaunchPlan) -> list[str]:
 
 def _combinations(plan: LaunchPlan) -> list[str]:
     tried = considered(situation_of(plan))
-    head = ("", "micro-batch", "recomputed", "layers", "Liger", "hpZ", "offload", "peak GiB", "tokens/s", "$ per million tokens")
+    head = ("", "micro-batch", "recomputed", "layers", "Liger", "hpZ", "offload", "peak GiB", "tokens/s", "$/M tokens")
     rows = [_combination_row(plan, one) for one in _shown(plan, tried)]
-    lines = table(head, rows)
+    same = [i for i, name in enumerate(head) if name and len(rows) > 1 and len({row[i] for row in rows}) == 1]
+    lines = table(_without(head, same), [_without(row, same) for row in rows])
+    if same:
+        lines += wrap([f"the same in all rows: {', '.join(f'{head[i]} {rows[0][i]}' for i in same)}"], 0)
     if plan.topology.device == "cuda":
         device_gib = plan.memory.device_gib
         share = f"{USABLE_SHARE:.0%}" if tried[0].peak.is_measured else f"{PREFERRED_SHARE:.0%}, or else {USABLE_SHARE:.0%},"
         limit = "GPUs of unknown memory" if device_gib is None else f"{share} of {device_gib:.0f} GiB"
-        lines.append(
+        marks = (
             f"* chosen: the fastest that the settings allow and that fits into {limit}; within 2% the smallest peak. "
             "- does not fit. + needs its own settings. Speeds are predictions that order the rows."
         )
+        lines += wrap([marks], 0)
     return lines
+
+
+def _without(cells: Sequence[str], left_out: Sequence[int]) -> list[str]:
+    return [cell for i, cell in enumerate(cells) if i not in left_out]
 
 
 def _shown(plan: LaunchPlan, tried: Sequence[Considered]) -> list[Considered]:

@@ -29,7 +29,7 @@ _TIME_UNITS = ((1, "hours"), (60, "minutes"), (3600, "seconds"))
 # Width of the labels of `plan_lines`.
 LABEL_WIDTH = 11
 # The fraction of truncated tokens above which a note is shown.
-_MIN_TRUNCATED_FRAC = 0.01
+MIN_TRUNCATED_FRAC = 0.01
 # The upper bound of the memory that is shown: the plan of another user's run may contain any number.
 _MOST_GIB = 1e12
 
@@ -221,7 +221,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
     notes += _unreached(plan)
     if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
-    if data is not None and (lost := data.truncated_frac) > _MIN_TRUNCATED_FRAC:
+    if data is not None and (lost := data.truncated_frac) > MIN_TRUNCATED_FRAC:
         notes.append(
             f"{format_count(data.truncated_docs, 'document')} cut, losing {lost:.0%} of the tokens: raise data.max_length, "
             "or data.long_documents=split"
@@ -352,7 +352,7 @@ def _tokens(plan: LaunchPlan) -> str:
 def _steps(plan: LaunchPlan) -> str:
     config, batch = plan.config, plan.batch
     steps = f"{batch.max_steps:,}" if batch.max_steps is not None else "known when the data is built"
-    epochs = f" ({batch.epochs:g} epochs)" if batch.epochs is not None else ""
+    epochs = f" ({batch.epochs:g} {'epoch' if batch.epochs == 1 else 'epochs'})" if batch.epochs is not None else ""
     evaluation = f"every {config.eval.every} and at the end" if config.eval.every else "at the end"
     save_every = config.checkpoint.save_every
     saves = f"every {save_every} and at the end" if save_every else "at the end"

@@ -58,8 +58,10 @@ def slurm_overrides(gpus_per_node: int) -> tuple[str, ...]:
 
 def data_warnings(config: RunConfig, sample_report: dict[str, Any]) -> list[str]:
     """Return which data `data` would reject under these settings."""
-    warnings = [f"`data` refuses such rows: {sample_report['remedy']}"] if sample_report["remedy"] else []
     lengths, checks = sample_report["lengths"], config.data.checks
+    # A problem of all rows is not left to data.checks.bad_rows.
+    is_skipped = checks.bad_rows == "drop" and sample_report["is_measured"]
+    warnings = [f"`data` refuses rows such as {refused}"] if (refused := sample_report["refused"]) and not is_skipped else []
     share = sum(length > config.data.max_length for length in lengths) / max(1, len(lengths))
     if config.data.long_documents == "truncate" and checks.truncated == "fail" and share > checks.max_truncated:
         warnings.append(

@@ -236,11 +236,16 @@ def detect_format(row: Row, where: str) -> str:
 
 
 def _suggest_columns(row: Row) -> str | None:
-    """Return a setting that reads a format's keys from inside an object of the row, or two texts as prompt and completion; None
-    for other rows.
+    """Return a setting that reads a format's keys from inside an object of the row, a list of messages under another key, or two
+    texts as prompt and completion; None for other rows.
     """
     for key, value in row.items():
         inner = from_json(value)
+        first = inner[0] if isinstance(inner, list) and inner and _PLAIN_KEY.fullmatch(key) else None
+        for row_format in FORMATS.values() if isinstance(first, dict) else ():
+            if row_format.chat_keys and row_format.required_message_keys <= first.keys():
+                columns = f"{row_format.chat_keys[0]}: {key}"
+                return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
         for row_format in FORMATS.values() if isinstance(inner, dict) and _PLAIN_KEY.fullmatch(key) else ():
             # A single key, such as text, says little if the row has others.
             if row_format.required_keys <= inner.keys() and (len(row_format.required_keys) > 1 or len(row) == 1):

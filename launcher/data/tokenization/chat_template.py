@@ -146,7 +146,7 @@ class ChatTemplate:
 
     def refuse_part(self, does: str, where: str) -> NoReturn:
         """Refuse the template because it leaves out a part of the conversation."""
-        remedy = "set data.chat_template to a file with a template that writes it, or remove it from the row"
+        remedy = "set data.chat_template to a file with a template that writes this part, or remove it from the row"
         raise DataError(Problem(f"the chat template {does}", where, self.name, remedy))
 
     def _source(self, chat: Chat) -> str:

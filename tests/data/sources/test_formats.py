@@ -304,6 +304,16 @@ def test_an_object_with_the_keys_of_a_format_is_suggested(jsonl: Jsonl) -> None:
     assert "columns: {answer: data.answer, question: data.question}}]' data.path=null" in caught.value.problems[0].remedy
 
 
+@pytest.mark.parametrize(
+    ("message", "columns"),
+    [({"role": "user", "content": "1?"}, "{messages: dialog}"), ({"from": "human", "value": "1?"}, "{conversations: dialog}")],
+)
+def test_a_list_of_messages_under_another_key_is_suggested(message: dict[str, str], columns: str, jsonl: Jsonl) -> None:
+    with pytest.raises(DataError) as caught:
+        first(jsonl([{"id": 1, "tags": [], "dialog": [message]}]))
+    assert f"columns: {columns}}}]' data.path=null" in caught.value.problems[0].remedy
+
+
 def test_two_texts_are_suggested_as_prompt_and_completion(jsonl: Jsonl) -> None:
     path = jsonl([{"id": 1, "Frage": "1+1?", "Antwort": "2"}])
     with pytest.raises(DataError) as caught:
