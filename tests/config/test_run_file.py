@@ -245,6 +245,11 @@ def test_a_path_alone_names_rows_of_ones_own(compose: Compose, tmp_path: Path) -
     (composed,) = compose("model=tiny", "data.path=rows.jsonl")
     assert (composed.config.data.name, composed.config.data.sources[0].path) == ("jsonl", "rows.jsonl")
     assert composed.overrides == ("model=tiny", "data.path=rows.jsonl", "data=jsonl")
+    for words in (("data.path=null",), ("data.path=typed.jsonl", "data.path=null"), ()):
+        (composed,) = compose("model=tiny", *words, "data.sources=[{name: train, path: rows.jsonl}]")
+        assert (composed.config.data.name, composed.config.data.sources[0].path) == ("jsonl", "rows.jsonl")
+    (composed,) = compose("model=tiny", "data.path=null")
+    assert composed.config.data.name == "stdlib_docs"
     # A settings file with its own data section takes precedence.
     file = tmp_path / "own.yaml"
     file.write_text("data: {base: jsonl, path: a.jsonl, max_length: 99}\n")

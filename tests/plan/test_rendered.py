@@ -96,6 +96,11 @@ def test_precision_of_compute_and_states(plan_of: Callable[..., LaunchPlan], dty
     assert rendered.get("data_types") == ({"grad_accum_dtype": "fp32"} if dtype != "fp32" else None)
 
 
+@pytest.mark.parametrize(("epochs", "text"), [(1, "(1 epoch)"), (2, "(2 epochs)")])
+def test_one_epoch_is_singular(plan_of: Callable[..., LaunchPlan], epochs: int, text: str) -> None:
+    assert any(line.startswith("steps ") and text in line for line in plan_lines(plan_of(f"train.epochs={epochs}", data=None)))
+
+
 def test_the_plan_notes_truncated_documents(plan_of: Callable[..., LaunchPlan]) -> None:
     def notes(**counts: int) -> list[str]:
         facts = DATA.model_copy(update=counts)

@@ -150,6 +150,7 @@ def test_the_combinations_fit_a_terminal_of_80_columns(plan_of: PlanOf, monkeypa
     assert max(map(len, lines)) <= 80
     assert any(line.endswith("$/M tokens") for line in lines)
     assert any(line.startswith("the same in all rows: micro-batch 1") for line in lines)
+    assert any(line.startswith("optimizer  ") for line in lines)
 
 
 def test_why_names_layers_that_are_gathered_as_a_whole_or_compiled(plan_of: PlanOf) -> None:

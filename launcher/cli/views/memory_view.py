@@ -15,9 +15,10 @@ from launcher.plan.sizing.kernels import describe_liger
 
 _MOST_ROWS = 16
 _STAGE_LEGEND = (
-    "Rows are stages of a step; the peak is the largest sum. states: a rank's part of weights, gradients and optimizer. "
-    "buckets: what DeepSpeed communicates at once. activations: kept for the backward pass. gathered: weights of the layers "
-    "that compute. gradients: those of a layer before they are divided. temporary: needed within a layer or a part of the loss."
+    "Rows are stages of a step, with the memory of one rank; the peak is the largest sum. states: a rank's part of weights, "
+    "gradients and optimizer. buckets: what DeepSpeed communicates at once. activations: kept for the backward pass. gathered: "
+    "weights of the layers that compute. gradients: those of a layer before they are divided. temporary: needed within a layer "
+    "or a part of the loss."
 )
 _COMBINATION_LEGEND = (
     "micro-batch: rows that a rank computes at once. recomputed: layers that the backward pass computes again, to save memory. "
@@ -110,12 +111,12 @@ def _stages(plan: LaunchPlan) -> list[str]:
     peak = plan.peak
     if peak is None:
         return ["a plan of an earlier launcher has no peak memory"]
-    head = ("GiB per rank", "states", "buckets", "activations", "gathered", "gradients", "temporary", "sum")
+    head = ("GiB", "states", "buckets", "activations", "gathered", "gradients", "temporary", "sum")
     rows = []
     for stage in peak.stages:
         sizes = (peak.states_gib, peak.buckets_gib, stage.activations_gib, stage.gathered_gib, stage.gradients_gib)
         total = peak.states_gib + peak.buckets_gib + stage.total_gib
-        rows.append((stage.name, *(f"{gib:.2f}" for gib in (*sizes, stage.temporary_gib, total))))
+        rows.append((stage.name.removesuffix(" step"), *(f"{gib:.2f}" for gib in (*sizes, stage.temporary_gib, total))))
     return [
         *table(head, rows),
         f"with fragmentation {peak.fragmentation_gib:.2f} and CUDA and NCCL {peak.runtime_gib:.2f}: {peak.peak_gib:.2f} GiB",

@@ -10,6 +10,8 @@ from launcher.config.sections.fields import derive_name
 
 # Hydra's flags that replace the files in conf/.
 _OTHER_FILES = ("--config-name", "-cn", "--config-path", "-cp")
+# Values of data.path and data.sources that name nothing to read.
+_NO_ROWS = ("", "null", "[]")
 
 
 def unset_other_length(values: dict[str, Any], overrides: Sequence[str], file_keys: Sequence[str]) -> None:
@@ -33,13 +35,13 @@ def name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
 
 
 def needs_own_rows(words: Sequence[str], file_choices: Collection[str]) -> bool:
-    """Return whether a command line has data.path but no group option that reads it; a run's file may select one.
+    """Return whether a command line names rows but no group option that reads them; a run's file may select one.
 
     `file_choices` are the groups whose option the run's file selects.
     """
-    keys = {override_key(word) for word in words if not word.startswith(("-", "~"))}
-    if "data.path" not in keys or not keys.isdisjoint(("data", "data.sources", "experiment")):
+    values = {override_key(word): word.partition("=")[2] for word in words if not word.startswith(("-", "~"))}
+    if not values.keys().isdisjoint(("data", "experiment")) or any(word.partition("=")[0] in _OTHER_FILES for word in words):
         return False
-    if any(word in ("data.path=null", "data.path=") or word.partition("=")[0] in _OTHER_FILES for word in words):
+    if all(values.get(key, "") in _NO_ROWS for key in ("data.path", "data.sources")):
         return False
     return "data" not in file_choices and "experiment" not in file_choices

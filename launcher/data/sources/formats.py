@@ -242,8 +242,8 @@ def _suggest_columns(row: Row) -> str | None:
     for key, value in row.items():
         inner = from_json(value)
         first = inner[0] if isinstance(inner, list) and inner and _PLAIN_KEY.fullmatch(key) else None
-        for row_format in FORMATS.values() if isinstance(first, dict) else ():
-            if row_format.chat_keys and row_format.required_message_keys <= first.keys():
+        for row_format in FORMATS.values():
+            if isinstance(first, dict) and row_format.chat_keys and row_format.required_message_keys <= first.keys():
                 columns = f"{row_format.chat_keys[0]}: {key}"
                 return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
         for row_format in FORMATS.values() if isinstance(inner, dict) and _PLAIN_KEY.fullmatch(key) else ():
