@@ -12,7 +12,6 @@ from typing import Any
 from launcher import facts, hardware, model_source
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
 from launcher.cli.pages import html_page
-from launcher.cli.views.plan_view import MIN_TRUNCATED_FRAC
 from launcher.cli.worker_process import check_extra, prepare
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
@@ -172,6 +171,9 @@ def refusal(plan: LaunchPlan) -> str | None:
 
 def accepted(plan: LaunchPlan) -> str | None:
     """Return one line about the findings that the settings accept (kept documents first, then dropped ones), or None."""
+    # The verb data needs neither this module nor what it imports.
+    from launcher.cli.views.plan_view import MIN_TRUNCATED_FRAC
+
     judged = [] if plan.data is None else [one for one in _judged(plan.config, plan.data) if not one.fatal]
     # Each check counts the documents that it drops.
     if any(one.action == "drop" and one.finding.name != "dropped" for one in judged):
