@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Linux's limit; https://man7.org/linux/man-pages/man7/path_resolution.7.html
@@ -30,3 +34,75 @@ def path_steps(path: Path) -> list[Path]:
         else:
             current = entry
     return [*dict.fromkeys(step for step in steps if step != current), current]
+
+
+@contextmanager
+def entry_in_open_folder(path: Path, make_folder: bool = False) -> Iterator[str]:
+    """Yield another path of the entry `path`, valid in this block: it leads through the open folder of the entry.
+
+    Whatever other users rename or link meanwhile, it stays in the folder to which `path` led through links of root and this user
+    alone. With `make_folder`, missing folders are created.
+
+    Raises:
+        PermissionError: with another user's link.
+        OSError: if the folder cannot be opened or created. Errors in the block name `path`.
+    """
+    descriptor = _open(path.parent, make_folder)
+    opened = f"/proc/self/fd/{descriptor}"
+    try:
+        yield f"{opened}/{path.name}"
+    except OSError as error:
+        if str(error.filename or "").startswith(f"{opened}/"):
+            error.filename = str(path.parent) + str(error.filename).removeprefix(opened)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _open(folder: Path, make: bool) -> int:
+    """Return a descriptor of a folder. Each link on the way is examined and read through a descriptor of its own."""
+    # What is mounted on demand is not mounted by opening such descriptors.
+    with suppress(OSError):
+        os.stat(f"{folder}/.")
+    names, num_links = list(reversed(folder.absolute().parts[1:])), 0
+    current = os.open("/", os.O_PATH | os.O_DIRECTORY)
+    try:
+        while names:
+            name = names.pop()
+            entry = _open_entry(name, current, make)
+            status = os.fstat(entry)
+            if not stat.S_ISLNK(status.st_mode):
+                os.close(current)
+                current = entry
+                continue
+            target = os.readlink("", dir_fd=entry)
+            os.close(entry)
+            num_links += 1
+            if status.st_uid not in (0, os.geteuid()):
+                raise PermissionError(errno.EPERM, "the link of another user is not followed", f"{folder}: {name} -> {target}")
+            if num_links > MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
+            if target.startswith("/"):
+                os.close(current)
+                current = os.open("/", os.O_PATH | os.O_DIRECTORY)
+            names += reversed([part for part in Path(target).parts if part != "/"])
+    except BaseException:
+        os.close(current)
+        raise
+    return current
+
+
+def _open_entry(name: str, folder: int, make: bool) -> int:
+    """Return a descriptor of a folder or link in an open folder, and create a folder there first if `make` says so."""
+    flags = os.O_PATH | os.O_NOFOLLOW
+    try:
+        return os.open(name, flags, dir_fd=folder)
+    except FileNotFoundError:
+        if not make:
+            raise
+    try:
+        os.mkdir(name, dir_fd=folder)
+    except FileExistsError:
+        # Another upload has created it meanwhile.
+        pass
+    return os.open(name, flags, dir_fd=folder)

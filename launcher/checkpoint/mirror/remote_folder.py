@@ -6,7 +6,6 @@ set the rest.
 
 from __future__ import annotations
 
-import errno
 import functools
 import io
 import os
@@ -14,7 +13,7 @@ import secrets
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +26,7 @@ from launcher.atomic_files import FileEntry
 from launcher.checkpoint.mirror.storage_connection import connect, require_own_listener, unreachable_error
 from launcher.errors import CheckpointError, LauncherError, SubmitError
 from launcher.security import ownership
+from launcher.security.path_steps import entry_in_open_folder
 from launcher.security.permissions import tree
 from launcher.security.trust import FLAG, user_name
 
@@ -174,14 +174,24 @@ class RemoteFolder:
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
+
+        def remove_file() -> None:
+            with self._path_to_change(name) as path:
+                self._fs.rm_file(path)
+
         with suppress(FileNotFoundError):
-            self._retry(lambda: self._fs.rm_file(self._path_to_change(name)))
+            self._retry(remove_file)
 
     def remove_folder(self, name: str, first: str) -> None:
         """Remove a folder with its content, the file `first` before all others."""
+
+        def remove_all() -> None:
+            with self._path_to_change(name) as path:
+                self._fs.rm(path, recursive=True)
+
         self.remove(f"{name}/{first}")
         with suppress(FileNotFoundError):
-            self._retry(lambda: self._fs.rm(self._path_to_change(name), recursive=True))
+            self._retry(remove_all)
 
     def _retry(self, action: Callable[[], T]) -> T:
         """Repeat an action after a possibly transient failure: storage raises many exception types for "not now".
@@ -205,18 +215,18 @@ class RemoteFolder:
         return f"{self._root}/{name}" if name else self._root
 
     def _put(self, name: str, blocks: Callable[[], Iterable[bytes]], size: int) -> FileEntry:
-        target = self._path_to_change(name)
         if self._is_object_store:
-            return self._write_blocks(target, blocks(), size)
-        folder, _, base = target.rpartition("/")
-        self._fs.makedirs(folder, exist_ok=True)
-        self._remove_leftovers(folder, base)
-        # A killed process leaves a file of this name: no reader mistakes it for the file, and nobody can guess and occupy it in
-        # advance.
-        unfinished = f"{folder}/{_UNFINISHED}{secrets.token_hex(_NUM_RANDOM_BYTES)}-{base}"
-        entry = self._write_blocks(unfinished, blocks(), size)
-        self._fs.mv(unfinished, target)
-        return entry
+            return self._write_blocks(self._path(name), blocks(), size)
+        with self._path_to_change(name, make_folder=True) as target:
+            folder, _, base = target.rpartition("/")
+            self._fs.makedirs(folder, exist_ok=True)
+            self._remove_leftovers(folder, base)
+            # A killed process leaves a file of this name: no reader mistakes it for the file, and nobody can guess and occupy it
+            # in advance.
+            unfinished = f"{folder}/{_UNFINISHED}{secrets.token_hex(_NUM_RANDOM_BYTES)}-{base}"
+            entry = self._write_blocks(unfinished, blocks(), size)
+            self._fs.mv(unfinished, target)
+            return entry
 
     def make_own(self) -> None:
         """Create the folder if it is on a disk; whoever creates it first could replace what is written to it.
@@ -262,19 +272,17 @@ class RemoteFolder:
             raise CheckpointError("a file of the mirror is not a regular file", where=f"{self.url}/{name}")
         return path
 
-    def _path_to_change(self, name: str) -> str:
-        """Return the path of a file or folder to write or remove. On a disk, no link of another user may lead to it.
+    def _path_to_change(self, name: str, make_folder: bool = False) -> AbstractContextManager[str]:
+        """Return the path of a file or folder to write or remove in a `with` block.
+
+        On a disk, no link of another user leads to it, even if others exchange folders and links meanwhile; `make_folder`
+        creates its folder there.
 
         Raises:
             PermissionError: with the link.
         """
         path = self._path(name)
-        for folder in Path(path).parents if self._is_local else ():
-            with suppress(FileNotFoundError):
-                status = folder.lstat()
-                if stat.S_ISLNK(status.st_mode) and status.st_uid not in (0, os.geteuid()):
-                    raise PermissionError(errno.EPERM, "the link of another user is not followed", str(folder))
-        return path
+        return entry_in_open_folder(Path(path), make_folder) if self._is_local else nullcontext(path)
 
     def _remove_leftovers(self, folder: str, base: str) -> None:
         """Remove temporary files that killed processes left for a file."""

@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mirror_tools import hooked, make_run
@@ -115,6 +116,40 @@ def test_another_users_link_in_the_mirror_is_not_followed(tmp_path: Path, is_las
             action()
     assert (mine / "thesis.json").read_text() == "years of work"
     assert (mine / "step-00000005").is_dir()
+
+
+@pytest.mark.parametrize(("action", "step"), [("write", "makedirs"), ("remove", "rm_file"), ("remove_folder", "rm")])
+def test_a_link_that_takes_the_place_of_a_folder_after_its_check_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str, step: str
+) -> None:
+    """Whoever can write to the folder above exchanges them thousands of times a second, and some write meets the link."""
+    mine, mirror = tmp_path / "mine", tmp_path / "mirror"
+    (mine / "step-00000005").mkdir(parents=True)
+    (mine / "thesis.json").write_text("years of work")
+    (mirror / "model/step-00000005").mkdir(parents=True)
+    (mirror / "model/thesis.json").touch()
+    folder = RemoteFolder(f"file://{mirror}", waits_s=())
+
+    method = getattr(folder._fs, step)
+
+    def exchange_and_act(*args: Any, **options: Any) -> None:
+        if not (mirror / "moved").exists():
+            (mirror / "model").rename(mirror / "moved")
+            (mirror / "model").symlink_to(mine)
+        method(*args, **options)
+
+    monkeypatch.setattr(folder._fs, step, exchange_and_act)
+    if action == "write":
+        folder.write("model/thesis.json", b"from the upload")
+        assert (mirror / "moved/thesis.json").read_bytes() == b"from the upload"
+    elif action == "remove":
+        folder.remove("model/thesis.json")
+    else:
+        folder.remove_folder("model/step-00000005", "manifest.json")
+        assert not (mirror / "moved/step-00000005").exists()
+    assert (mirror / "moved").is_dir()
+    assert (mine / "thesis.json").read_text() == "years of work"
+    assert [path.name for path in sorted(mine.iterdir())] == ["step-00000005", "thesis.json"]
 
 
 def test_model_files_that_become_links_after_the_check_are_not_followed(
