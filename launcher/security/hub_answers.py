@@ -1,7 +1,8 @@
 """A Hub's answers determine file names in this user's cache: the server at HF_ENDPOINT must not choose files elsewhere.
 
 huggingface_hub appends the ETag and commit that a server sends to its cache path unchanged. An ETag such as
-`../../../.config/x` would write a file with the server's content there.
+`../../../.config/x` would write a file with the server's content there. It also takes ETags from lists of files in the cache, and
+follows links there, which other users may have left if they can write to HF_HOME.
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError, Problem
+from launcher.security import ownership
+from launcher.security.permissions import tree
 from launcher.security.port_owners import server_problem
+from launcher.security.trust import user_name
 
 # Headers and JSON keys whose values become names of files and folders.
 _HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit")
@@ -27,6 +33,8 @@ _MAX_JSON_BYTES, _MAX_JSON_S = 256 << 20, 300.0
 _WAITS, _MAX_WAIT_S = ("Retry-After", "RateLimit"), 600
 _ENDPOINT = "HF_ENDPOINT"
 _REMEDY = "set HF_ENDPOINT to a server that you trust, or unset it for huggingface.co"
+# The function with which the client reads a list of a commit's files from its cache.
+_READ_LISTING = "_read_tree_cache_from_disk"
 
 
 @functools.cache
@@ -50,6 +58,42 @@ def guard_hub_client() -> None:
         return client
 
     set_client_factory(make_guarded_client)
+    ignore_listings_of_others()
+
+
+def ignore_listings_of_others() -> None:
+    """Make huggingface_hub ask the server where its cache has a list of files that other users could have written."""
+    # Its earlier versions keep no such lists.
+    with suppress(ImportError):
+        from huggingface_hub import _tree_cache
+
+        read = getattr(_tree_cache, _READ_LISTING)
+
+        @functools.wraps(read)
+        def read_own(path: str) -> Any:
+            return None if ownership.file_problem("the list of a repository's files", Path(path)) is not None else read(path)
+
+        setattr(_tree_cache, _READ_LISTING, read_own)
+
+
+def require_own_links(repo_id: str, kind: str = "models") -> None:
+    """Refuse to download a repository if the client would write through another user's link in its folder of the Hub's cache.
+
+    Raises:
+        DataError: with the link.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache, name = Path(HF_HUB_CACHE), f"{kind}--{repo_id.replace('/', '--')}"
+    for folder in (cache / name, cache / ".locks" / name):
+        for path in (folder, *tree(folder)):
+            with suppress(OSError):
+                # Earlier versions of the client append to a file of a known name. Other links to files are those of snapshots.
+                is_written = path.is_symlink() and (path.is_dir() or path.suffix == ".incomplete")
+                if is_written and not ownership.accepts_owner(owner := path.lstat().st_uid):
+                    message = f"{repo_id} is not downloaded: a link of {user_name(owner)} in the Hub's cache leads elsewhere"
+                    remedy = "remove the link, or set HF_HOME to a folder of your own"
+                    raise DataError(Problem(message, str(path), os.readlink(path), remedy))
 
 
 def leads_outside(name: str) -> bool:

@@ -45,15 +45,22 @@ def entry_in_open_folder(path: Path, make_folder: bool = False) -> Iterator[str]
 
     Raises:
         PermissionError: with another user's link.
-        OSError: if the folder cannot be opened or created. Errors in the block name `path`.
+        OSError: if the folder cannot be opened or created. Errors in the block name the folder of `path`, not the open one.
     """
-    descriptor = _open(path.parent, make_folder)
+    try:
+        descriptor = _open(path.parent, make_folder)
+    except OSError as error:
+        if not str(error.filename or "").startswith("/"):
+            # It names a part of the path alone.
+            error.filename = str(path.parent)
+        raise
     opened = f"/proc/self/fd/{descriptor}"
     try:
         yield f"{opened}/{path.name}"
     except OSError as error:
-        if str(error.filename or "").startswith(f"{opened}/"):
-            error.filename = str(path.parent) + str(error.filename).removeprefix(opened)
+        for name in ("filename", "filename2"):
+            if str(failed := getattr(error, name) or "").startswith(f"{opened}/"):
+                setattr(error, name, str(path.parent) + str(failed).removeprefix(opened))
         raise
     finally:
         os.close(descriptor)

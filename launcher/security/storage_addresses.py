@@ -38,8 +38,13 @@ _VARIABLES = {
     **dict.fromkeys(_GOOGLE, ("STORAGE_EMULATOR_HOST",)),
     **dict.fromkeys(_AZURE, ("AZURE_STORAGE_CONNECTION_STRING",)),
 }
-# Variables that name a folder of fsspec's settings for all storage, and files of AWS, whose credential_process is run.
-_SETTINGS, _AWS_SETTINGS = ("FSSPEC_CONFIG_DIR",), ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
+# Variables that name a folder of fsspec's settings for all storage, and files of a cloud's client. AWS runs the
+# credential_process in its files; Google sends any file of this user that its file names to a server that it names.
+_SETTINGS = ("FSSPEC_CONFIG_DIR",)
+_FILES = {
+    **dict.fromkeys(_S3, ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")),
+    **dict.fromkeys(_GOOGLE, ("GOOGLE_APPLICATION_CREDENTIALS",)),
+}
 # fsspec's settings (FSSPEC_OSS_ENDPOINT=...) that name a server; those of one protocol hold for its other names.
 _OPTIONS = ("endpoint_url", "endpoint", "account_host", "connection_string")
 # The server in a connection string of Azure; a development storage is at this port of the machine.
@@ -73,7 +78,7 @@ def listener_problem(where: str, address: str) -> Problem | None:
     get a mirror's weights and choose what is read: the rows, or the code that a resume runs. `where` is where the user wrote the
     address.
     """
-    variables = [*_SETTINGS, *(_AWS_SETTINGS if _S3 & set(protocols(address)) else ())]
+    variables = [*_SETTINGS, *(variable for protocol in set(protocols(address)) for variable in _FILES.get(protocol, ()))]
     if problem := ownership.named_file_problem(variables):
         return problem
     for part in _parts(address):

@@ -11,9 +11,14 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from file_owners import MALLORY, as_root, give
 from http_server import serving
+from huggingface_hub import _tree_cache
 
-from launcher.security.hub_answers import leads_outside
+from launcher.errors import DataError
+from launcher.security.hub_answers import ignore_listings_of_others, leads_outside, require_own_links
+
+__all__ = ["as_root"]
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -150,3 +155,34 @@ def test_names_that_lead_out_of_a_folder(name: str) -> None:
 @pytest.mark.parametrize("name", ["", COMMIT, '"5f3-abc:1"', 'W/"a+b/c=="', '"a..b"', "v1.0"])
 def test_names_of_storage(name: str) -> None:
     assert not leads_outside(name)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_list_of_files_that_another_user_left_in_the_cache_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client writes a file of the list to blobs/SHA256, wherever that leads."""
+    monkeypatch.setattr(_tree_cache, "_read_tree_cache_from_disk", _tree_cache._read_tree_cache_from_disk)
+    ignore_listings_of_others()
+    outside = str(tmp_path / "home/.bash_profile")
+    entry = {"size": 1, "blob_id": COMMIT, "lfs_sha256": outside, "lfs_size": 1, "xet_hash": "a" * 64}
+    for owner in ("mine", "mallorys"):
+        (tmp_path / owner / "trees").mkdir(parents=True)
+        listing = {"format_version": 1, "files": {"model.safetensors": entry}}
+        (tmp_path / owner / f"trees/{COMMIT}.json").write_text(json.dumps(listing))
+    give(tmp_path / "mallorys")
+    assert list(_tree_cache.read_tree_cache(str(tmp_path / "mine"), COMMIT) or ()) == ["model.safetensors"]
+    assert _tree_cache.read_tree_cache(str(tmp_path / "mallorys"), COMMIT) is None
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("folder", ["", "refs", f"snapshots/{COMMIT}", "blobs", "blobs/etag.incomplete"])
+def test_nothing_is_downloaded_through_another_users_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "mine").mkdir()
+    link = tmp_path / "hub/models--owner--name" / folder
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "mine")
+    require_own_links("owner/name")
+    os.chown(link, MALLORY, -1, follow_symlinks=False)
+    with pytest.raises(DataError, match=f"a link of {MALLORY} in the Hub's cache leads elsewhere"):
+        require_own_links("owner/name")
+    require_own_links("owner/name", "datasets")

@@ -177,3 +177,16 @@ def test_settings_of_a_client_that_another_user_could_write_run_nothing(tmp_path
             with pytest.raises(SubmitError, match=f"what {variable} names is not trusted: .* belongs to {MALLORY}"):
                 RemoteFolder("s3://bucket/run", waits_s=()).names()
     assert not ran.exists()
+
+
+@pytest.mark.usefixtures("as_root")
+def test_another_users_file_for_google_does_not_choose_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An external_account names a file of the reader, such as an ssh key, and the server to which its content is sent."""
+    file = tmp_path / "credentials.json"
+    file.write_text("{}")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    assert listener_problem("data.path", "gs://bucket/rows.jsonl") is None
+    give(file)
+    problem = listener_problem("data.path", "simplecache::gs://bucket/rows.jsonl")
+    assert problem is not None
+    assert f"what GOOGLE_APPLICATION_CREDENTIALS names is not trusted: {file} belongs to {MALLORY}" in problem.message

@@ -28,7 +28,7 @@ from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, read_readme
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
-from launcher.security.hub_answers import guard_hub_client
+from launcher.security.hub_answers import guard_hub_client, require_own_links
 from launcher.security.storage_addresses import address_problem
 
 _COMMIT_DIGITS = 40
@@ -229,6 +229,7 @@ def _hub_files(source: RowSource) -> tuple[DataFile, ...]:
     from huggingface_hub import hf_hub_download
 
     guard_hub_client()
+    require_own_links(source.path, "datasets")
     commit, names, _ = _hub_listing(source)
     files = []
     for name in names:
@@ -253,6 +254,7 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
     from huggingface_hub.errors import HfHubHTTPError
 
     guard_hub_client()
+    require_own_links(source.path, "datasets")
     record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
     if len(source.revision or "") == _COMMIT_DIGITS and (stored := _read_listing(record)):
         return stored

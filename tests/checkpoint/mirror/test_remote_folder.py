@@ -152,6 +152,15 @@ def test_a_link_that_takes_the_place_of_a_folder_after_its_check_is_not_followed
     assert [path.name for path in sorted(mine.iterdir())] == ["step-00000005", "thesis.json"]
 
 
+def test_errors_of_a_mirror_on_a_disk_name_the_whole_path(tmp_path: Path) -> None:
+    (tmp_path / "mirror").write_text("in the way")
+    (tmp_path / "run/plan.json/full").mkdir(parents=True)
+    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/mirror/a"):
+        RemoteFolder(f"file://{tmp_path}/mirror/a", waits_s=()).write("plan.json", b"")
+    with pytest.raises(IsADirectoryError, match=f"{tmp_path}/run/plan.json"):
+        RemoteFolder(f"file://{tmp_path}/run", waits_s=()).remove("plan.json")
+
+
 def test_model_files_that_become_links_after_the_check_are_not_followed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
