@@ -222,7 +222,7 @@ def _lines(values: dict[str, Any]) -> list[str]:
         rows.append(("answers", values["answers"]))
     if values["mirror"] is not None:
         rows.append(("mirror", values["mirror"]))
-    rows += [("alert", _alert(alert)) for alert in values["alerts"][-_ALERTS_SHOWN:]]
+    rows += [("alert", _alert(alert, values["message"])) for alert in values["alerts"][-_ALERTS_SHOWN:]]
     # Texts from other programs may contain line breaks and control characters.
     lines = [f"{label:<{_LABEL_WIDTH}}{printable(value).replace(chr(10), chr(10) + ' ' * _LABEL_WIDTH)}" for label, value in rows]
     return formatting.wrap([line for text in lines for line in text.split("\n")], _LABEL_WIDTH)
@@ -267,9 +267,11 @@ def _money(cost: dict[str, Any], device: str) -> str:
     return f"${cost['usd']:,.2f} so far ({hours}){end}{of}"
 
 
-def _alert(alert: dict[str, Any]) -> str:
+def _alert(alert: dict[str, Any], message: str) -> str:
+    """Return an alert's text and age; a text that repeats the message of the state is not shown twice."""
+    text = "the message above" if message and message in alert["text"] else alert["text"]
     at = "" if alert["step"] is None else f", step {alert['step']}"
-    return f"{alert['text']} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"
+    return f"{text} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"
 
 
 def _row(values: dict[str, Any]) -> tuple[str, ...]:

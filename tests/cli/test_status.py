@@ -183,6 +183,14 @@ def test_control_characters_of_messages_do_not_reach_the_terminal(launch_here: L
     assert "\n            state       completed\\x1b[2J \\udcff (" in done.stdout
 
 
+def test_an_alert_does_not_repeat_the_message_of_the_state(launch_here: Launch, run: RunDir) -> None:
+    run_store.update_status(run, state="failed", message="no space left\nwhere: /data")
+    JsonlTracker(run, 2).event("alert", "rank 0: no space left\nwhere: /data", 7)
+    shown = launch_here("status", str(run.root)).stdout
+    assert shown.count("no space left") == 1
+    assert "alert       the message above (" in shown
+
+
 def test_status_shows_a_slurm_run_with_an_interrupted_submission(launch_here: Launch, run: RunDir) -> None:
     plan = json_records.read_json(run.plan)
     atomic_files.write_json(run.plan, plan | {"config": plan["config"] | {"cluster": {"kind": "slurm"}}})
