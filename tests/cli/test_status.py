@@ -267,68 +267,6 @@ def test_the_pace_is_a_median(launch_here: Launch, run: RunDir) -> None:
     assert lines["ranks"] == "the slowest rank takes 1.20x the time of the median rank"
 
 
-def test_on_cpus_rank_hours_are_counted(launch_here: Launch, run: RunDir) -> None:
-    plan = json_records.read_json(run.plan)
-    atomic_files.write_json(run.plan, plan | {"topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
-    assert "cost        $3.40 so far (1.70 rank hours)" in launch_here("status", str(run.root)).stdout
-    assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
-    assert launch_here("report", str(run.root)).returncode == 0
-    page = (run.root / "report.html").read_text()
-    assert "rank hours" in page
-    assert "GPU hours" not in page
-
-
-def test_the_expected_cost_follows_from_the_pace(run: RunDir) -> None:
-    status = run_store.update_status(run, state="running")
-    # One more hour on two ranks, at two dollars per GPU hour.
-    assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
-    run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), num_workers=3))
-    assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 3 * 2.0), "an idle worker is paid for"
-
-
-def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunDir) -> None:
-    """Two GPUs ran for 51 minutes without logging a step. Waiting for the first machines costs nothing."""
-    run.metrics.unlink()
-    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
-    for file in run.attempt(2).iterdir():
-        file.unlink()
-    run.attempt(2).rmdir()
-    status = run_store.update_status(run, state="failed", attempt=1, step=0)
-    cost = summary(run, status)["cost"]
-    assert cost == {
-        "gpu_hours": pytest.approx(1.7, abs=0.01),
-        "usd": pytest.approx(3.4, abs=0.02),
-        "expected_usd": None,
-        "at_typical_price": False,
-    }
-    assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
-    plan = json_records.read_json(run.plan)
-    atomic_files.write_json(run.plan, plan | {"price": None})
-    assert summary(run, status)["cost"] == cost | {"usd": None}
-    atomic_files.write_json(run.plan, plan | {"price": None, "topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
-    assert summary(run, status)["cost"] is None
-    (run.attempt(1) / "exit.json").unlink()
-    run_store.write_attempt(run, 1, replace(run_store.read_attempt(run, 1), begun_at=None))
-    atomic_files.write_json(run.plan, plan)
-    assert summary(run, replace(status, state="pending"))["cost"] is None
-
-
-def test_a_typical_price_is_marked(launch_here: Launch, run: RunDir) -> None:
-    plan = run_store.load_plan(run)
-    assert plan.price is not None
-    typical = replace(plan.price, assumption="typical")
-    atomic_files.write_text(run.plan, plan.model_copy(update={"price": typical}).to_json())
-    words = "$3.40 so far (1.70 GPU hours); at a typical price; set yours with cluster.price_per_gpu_hour"
-    assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
-    assert json.loads(launch_here("status", str(run.root), "--json").stdout)["cost"]["at_typical_price"] is True
-    assert " ~$3.40 " in launch_here("ls", "--root", str(run.root.parent)).stdout
-    assert launch_here("report", str(run.root)).returncode == 0
-    assert "$3.40 at a typical price" in (run.root / "report.html").read_text()
-    # Without the attempts' files, the plan provides the price.
-    shutil.rmtree(run.attempts)
-    assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
-
-
 def test_json_has_no_nan(launch_here: Launch, run: RunDir) -> None:
     JsonlTracker(run, 2).log(11, {"train/loss": math.nan, "trainer/eta_s": math.inf})
 
@@ -430,20 +368,6 @@ def test_a_sparkline_shows_the_shape() -> None:
     assert sparkline([]) == ""
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([0.0, 7.0, math.nan, 3.0]) == "▁█!▄"
-
-
-@pytest.mark.parametrize(
-    "price", [[], 5, {}, {"usd_per_gpu_hour": None}, {"usd_per_gpu_hour": "much"}, {"usd_per_gpu_hour": 10**400}]
-)
-def test_a_plan_with_a_damaged_price_is_an_error_that_names_it(
-    run: RunDir, capsys: pytest.CaptureFixture[str], price: object
-) -> None:
-    plan = json.loads(run.plan.read_text())
-    atomic_files.write_json(run.plan, plan | {"price": price})
-    assert main(["status", str(run.root)]) == 2
-    said = capsys.readouterr().err
-    assert "the plan of this run cannot be read by this launcher" in said
-    assert str(run.plan) in said
 
 
 def test_what_a_run_waits_for_is_shown_until_the_next_event(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
