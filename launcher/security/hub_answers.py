@@ -2,15 +2,18 @@
 
 huggingface_hub appends the ETag and commit that a server sends to its cache path unchanged. An ETag such as
 `../../../.config/x` would write a file with the server's content there. It also takes ETags from lists of files in the cache, and
-follows links there, which other users may have left if they can write to HF_HOME.
+follows links there, which other users may have left if they can write to HF_HOME, or may put there during the download.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import re
+import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,12 +22,15 @@ from typing import Any
 
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
+from launcher.security.path_steps import entry_in_open_folder
 from launcher.security.permissions import tree
 from launcher.security.port_owners import server_problem
 from launcher.security.trust import user_name
 
 # Headers and JSON keys whose values become names of files and folders.
 _HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit")
+# Xet's client takes the address of its storage from this header, and makes folders at local://PATH.
+_STORAGE = "X-Xet-Cas-Url"
 _KEYS = frozenset({"sha", "oid", "sha256", "blobId", "commitOid"})
 # JSON answers are read as a whole; the longest file lists have tens of MB. Files are written as they arrive.
 _JSON_PATH = "/api/"
@@ -35,6 +41,10 @@ _ENDPOINT = "HF_ENDPOINT"
 _REMEDY = "set HF_ENDPOINT to a server that you trust, or unset it for huggingface.co"
 # The function with which the client reads a list of a commit's files from its cache.
 _READ_LISTING = "_read_tree_cache_from_disk"
+# Its functions that move a downloaded file to its place, after a chmod by path, and that note the commit of a branch.
+_MOVE, _NOTE_COMMIT = "_chmod_and_move", "_cache_commit_hash_for_specific_revision"
+# Its list of programs that may have started it, which its requests name.
+_AGENTS = "_registry"
 
 
 @functools.cache
@@ -59,6 +69,7 @@ def guard_hub_client() -> None:
 
     set_client_factory(make_guarded_client)
     ignore_listings_of_others()
+    write_through_no_links()
 
 
 def ignore_listings_of_others() -> None:
@@ -76,8 +87,45 @@ def ignore_listings_of_others() -> None:
         setattr(_tree_cache, _READ_LISTING, read_own)
 
 
+def write_through_no_links() -> None:
+    """Make huggingface_hub change no file to which another user's link leads, even if it is put there during a download."""
+    from huggingface_hub import _snapshot_download, file_download
+
+    def move(source: Path, target: Path) -> None:
+        # The client's own function sets the mode that the file has: that of a file which this process creates.
+        try:
+            os.replace(source, target)
+        except OSError:
+            # They are on different file systems, or this one replaces no files.
+            shutil.move(str(source), str(target))
+
+    def note_commit(storage_folder: str, revision: str, commit_hash: str) -> None:
+        if revision == commit_hash:
+            return
+        # Links above the cache are part of the path that the user chose.
+        repository = Path(storage_folder).parent.resolve() / Path(storage_folder).name
+        with entry_in_open_folder(repository / "refs" / revision, make_folder=True) as entry:
+            path = Path(entry)
+            if not path.exists() or path.read_text() != commit_hash:
+                unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+                unfinished.write_text(commit_hash)
+                os.replace(unfinished, path)
+
+    # Earlier versions have no such list.
+    with suppress(ImportError):
+        from huggingface_hub.utils import _detect_agent
+
+        # With any list, the client does not fetch one from the Hub and write it to a file of a known name in HF_HOME.
+        setattr(_detect_agent, _AGENTS, {"standardEnvVars": [], "harnesses": {}})
+    setattr(file_download, _MOVE, move)
+    for module in (file_download, _snapshot_download):
+        setattr(module, _NOTE_COMMIT, note_commit)
+
+
 def require_own_links(repo_id: str, kind: str = "models") -> None:
     """Refuse to download a repository if the client would write through another user's link in its folder of the Hub's cache.
+
+    Where others could put such links during the download, the client does without Xet in this process.
 
     Raises:
         DataError: with the link.
@@ -94,6 +142,30 @@ def require_own_links(repo_id: str, kind: str = "models") -> None:
                     message = f"{repo_id} is not downloaded: a link of {user_name(owner)} in the Hub's cache leads elsewhere"
                     remedy = "remove the link, or set HF_HOME to a folder of your own"
                     raise DataError(Problem(message, str(path), os.readlink(path), remedy))
+    _do_without_xet(cache, name)
+
+
+def _do_without_xet(cache: Path, name: str) -> None:
+    """Turn Xet off, or the blobs that repositories share, where others could exchange files and folders during the download.
+
+    Xet's client opens a file of a known folder by its path, for the second time, and overwrites what a link there leads to. The
+    store of shared blobs changes the modes of folders by their paths.
+    """
+    from huggingface_hub import constants
+
+    folder, subject = cache / name, f"the folder of {name.partition('--')[2].replace('--', '/')} in the Hub's cache"
+    if ownership.folder_problem("the Hub's cache", cache, [cache / "blobs"], may_be_hidden=True):
+        # Earlier versions have no such store.
+        setattr(constants, "HF_HUB_DISABLE_SHARED_BLOBS", True)  # noqa: B010
+        with suppress(OSError):
+            # If the cache is sticky, nobody else can create or exchange this folder from now on.
+            folder.mkdir(parents=True, exist_ok=True)
+    inner = [path for path in tree(folder) if path.is_dir()]
+    if problem := ownership.folder_problem(subject, folder, inner, may_be_hidden=True):
+        if not constants.HF_HUB_DISABLE_XET:
+            message = f"{problem.message}; files are downloaded without Xet, which can be slower"
+            logging.getLogger(__name__).warning(f"{message}; to use it, set HF_HOME to a folder of your own; or {problem.remedy}")
+        constants.HF_HUB_DISABLE_XET = True
 
 
 def leads_outside(name: str) -> bool:
@@ -109,6 +181,8 @@ def _check(response: Any) -> None:
     for header in _HEADERS:
         if leads_outside(value := response.headers.get(header, "")):
             raise _refusal(response, f"its header {header} names a file outside the cache", value)
+    if (address := response.headers.get(_STORAGE)) and not address.startswith(("https://", "http://")):
+        raise _refusal(response, f"its header {_STORAGE} names storage that is not a server", address)
     for header in _WAITS:
         if any(int(number[:9]) > _MAX_WAIT_S for number in re.findall(r"\d+", response.headers.get(header, ""))):
             del response.headers[header]

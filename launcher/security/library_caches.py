@@ -29,6 +29,8 @@ _CACHES = (
     ("TRITON_CACHE_DIR", "TRITON_HOME", "", ".triton/cache"),
     ("CUDA_CACHE_PATH", "", ".nv", "ComputeCache"),
     ("HF_MODULES_CACHE", "HF_HOME", ".cache/huggingface", "modules"),
+    # Xet keeps the description of an upload there until it sends it.
+    ("HF_XET_CACHE", "HF_HOME", ".cache/huggingface", "xet"),
     ("WANDB_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "wandb"),
     ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", ".config", "wandb"),
     ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share", "wandb"),

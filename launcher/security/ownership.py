@@ -97,9 +97,12 @@ def file_problem(subject: str, file: Path, descriptor: int | None = None, may_be
     return None if problem is None else replace(problem, where=str(file))
 
 
-def folder_problem(subject: str, folder: Path, content: Iterable[Path]) -> Problem | None:
-    """Return why this user does not trust a folder, a folder or link on the way to it, or `content`, or None if they do."""
-    return first_problem(subject, folder, content, _own_trust(), with_parents=True)
+def folder_problem(subject: str, folder: Path, content: Iterable[Path], may_be_hidden: bool = False) -> Problem | None:
+    """Return why this user does not trust a folder, a folder or link on the way to it, or `content`, or None if they do.
+
+    With `may_be_hidden`, what lies inside a folder that no other user can enter may have any mode.
+    """
+    return first_problem(subject, folder, content, _own_trust(), with_parents=True, may_be_hidden=may_be_hidden)
 
 
 def named_file_problem(variables: Iterable[str]) -> Problem | None:

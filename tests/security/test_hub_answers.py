@@ -9,14 +9,17 @@ import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from file_owners import MALLORY, as_root, give
 from http_server import serving
-from huggingface_hub import _tree_cache
+from huggingface_hub import _snapshot_download, _tree_cache, constants, file_download
+from huggingface_hub.utils import _detect_agent
 
 from launcher.errors import DataError
-from launcher.security.hub_answers import ignore_listings_of_others, leads_outside, require_own_links
+from launcher.security import hub_answers
+from launcher.security.hub_answers import ignore_listings_of_others, leads_outside, require_own_links, write_through_no_links
 
 __all__ = ["as_root"]
 
@@ -147,6 +150,15 @@ def test_a_command_says_which_server_it_does_not_believe(hub: str, tmp_path: Pat
     assert not (tmp_path / "outside").exists()
 
 
+def test_a_server_cannot_name_a_folder_as_storage() -> None:
+    """Xet's client would make folders there."""
+    request = SimpleNamespace(url=SimpleNamespace(scheme="http", host="hub", path="/"))
+    for address in ("local:///home/mine", "memory://", "/home/mine"):
+        with pytest.raises(DataError, match="its header X-Xet-Cas-Url names storage that is not a server"):
+            hub_answers._check(SimpleNamespace(headers={"X-Xet-Cas-Url": address}, request=request))
+    hub_answers._check(SimpleNamespace(headers={"X-Xet-Cas-Url": "https://cas.hub"}, request=request))
+
+
 @pytest.mark.parametrize("name", ["..", "../x", "/etc/x", 'W/"../x"', '"a/../../x"', '"/etc/x"', "a\\..\\x"])
 def test_names_that_lead_out_of_a_folder(name: str) -> None:
     assert leads_outside(name)
@@ -186,3 +198,69 @@ def test_nothing_is_downloaded_through_another_users_link(tmp_path: Path, monkey
     with pytest.raises(DataError, match=f"a link of {MALLORY} in the Hub's cache leads elsewhere"):
         require_own_links("owner/name")
     require_own_links("owner/name", "datasets")
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize(
+    ("others", "mode", "has_xet"), [("", 0o755, True), ("", 0o1777, True), ("", 0o777, False), ("refs", 0o755, False)]
+)
+def test_xet_is_off_where_others_can_exchange_files_during_a_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: str, mode: int, has_xet: bool
+) -> None:
+    """Xet's client opens the file a second time, by its path, and would overwrite what a link there leads to."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "shared/hub"))
+    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_SHARED_BLOBS"):
+        monkeypatch.setattr(constants, name, False, raising=False)
+    # Nobody else can enter the folder of a test.
+    monkeypatch.setattr("launcher.security.permissions.is_private", lambda *_: False)
+    (tmp_path / "shared/hub").mkdir(parents=True)
+    (tmp_path / "shared/hub").chmod(mode)
+    if others:
+        (tmp_path / "shared/hub/models--owner--name" / others).mkdir(parents=True)
+        give(tmp_path / "shared/hub/models--owner--name" / others)
+    require_own_links("owner/name")
+    is_shared = mode != 0o755
+    assert (tmp_path / "shared/hub/models--owner--name").is_dir() or not is_shared, "others could create it in a sticky folder"
+    assert constants.HF_HUB_DISABLE_XET is not has_xet
+    assert constants.HF_HUB_DISABLE_SHARED_BLOBS is is_shared
+
+
+@pytest.mark.usefixtures("as_root")
+def test_links_that_others_put_there_during_a_download_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in (
+        (file_download, "_chmod_and_move"),
+        (file_download, "_cache_commit_hash_for_specific_revision"),
+        (_snapshot_download, "_cache_commit_hash_for_specific_revision"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    (tmp_path / "mine").mkdir()
+    mine = tmp_path / "mine/main"
+    mine.write_text("mine")
+    mine.chmod(0o600)
+    os.utime(mine, (0, 0))
+    (tmp_path / ".agent_harnesses.json").symlink_to(mine)
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / ".agent_harnesses.json"))
+    monkeypatch.setattr(_detect_agent, "_fetch_registry", lambda: {"standardEnvVars": ["AGENT"], "harnesses": {}})
+    monkeypatch.setattr(_detect_agent, "_registry", None)
+    write_through_no_links()
+    assert _detect_agent.detect_agent() is None
+    assert mine.read_text() == "mine"
+    note_commit = file_download._cache_commit_hash_for_specific_revision
+    assert note_commit is _snapshot_download._cache_commit_hash_for_specific_revision
+    for revision in ("main", "refs/pr/1", COMMIT):
+        note_commit(str(tmp_path / "repo"), revision, COMMIT)
+    assert (tmp_path / "repo/refs/main").read_text() == (tmp_path / "repo/refs/refs/pr/1").read_text() == COMMIT
+    assert not (tmp_path / "repo/refs" / COMMIT).exists()
+    (tmp_path / "chosen").symlink_to(tmp_path)
+    os.chown(tmp_path / "chosen", MALLORY, -1, follow_symlinks=False)
+    note_commit(str(tmp_path / "chosen/repo"), "v1", COMMIT)
+    assert (tmp_path / "repo/refs/v1").read_text() == COMMIT, "a link above the cache is the user's choice"
+    (tmp_path / "repo/refs").rename(tmp_path / "repo/old")
+    (tmp_path / "repo/refs").symlink_to(mine.parent)
+    os.chown(tmp_path / "repo/refs", MALLORY, -1, follow_symlinks=False)
+    with pytest.raises(PermissionError, match="the link of another user is not followed"):
+        note_commit(str(tmp_path / "repo"), "main", COMMIT)
+    (tmp_path / "etag.incomplete").symlink_to(mine)
+    file_download._chmod_and_move(tmp_path / "etag.incomplete", tmp_path / "etag")
+    assert mine.read_text() == "mine"
+    assert mine.stat().st_mode & 0o777 == 0o600

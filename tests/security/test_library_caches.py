@@ -27,7 +27,7 @@ from launcher.worker.ray import evaluation
 __all__ = ["as_root"]
 
 ALL = {
-    *("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_MODULES_CACHE"),
+    *("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_MODULES_CACHE", "HF_XET_CACHE"),
     *("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"),
 }
 # By default, libraries place these caches in the temporary folder.
@@ -121,6 +121,17 @@ def test_folders_of_compiled_code_that_others_could_have_written_are_replaced(
         assert any(text.startswith(f"what CUTE_DSL_CACHE_DIR names is not trusted: {name} can be written") for text in alerts)
         assert len(alerts) == len(names)
         assert find_usable_caches({**environ, "LAUNCHER_TRUST_OWNERS": "anyone"}).keys() == TEMPORARY - named.keys()
+
+
+def test_an_upload_is_not_described_in_a_folder_of_others(tmp_path: Path, as_root: None) -> None:
+    """Whoever can write to Xet's folder can exchange what a push registers as the content of the model's files."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        (Path(name) / "xet").mkdir()
+        Path(name).chmod(0o1777)
+        environ = {"HOME": str(tmp_path), "HF_HOME": name}
+        assert "HF_XET_CACHE" not in find_usable_caches(environ)
+        give(Path(name) / "xet")
+        assert Path(find_usable_caches(environ)["HF_XET_CACHE"]).parent == library_caches.node_cache_root()
 
 
 @pytest.fixture

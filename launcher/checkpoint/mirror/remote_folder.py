@@ -225,6 +225,9 @@ class RemoteFolder:
             # in advance.
             unfinished = f"{folder}/{_UNFINISHED}{secrets.token_hex(_NUM_RANDOM_BYTES)}-{base}"
             entry = self._write_blocks(unfinished, blocks(), size)
+            if self._is_local and os.path.islink(target):
+                # A link to a folder would not be replaced: the file would move into that folder.
+                os.unlink(target)
             self._fs.mv(unfinished, target)
             return entry
 

@@ -152,6 +152,16 @@ def test_a_link_that_takes_the_place_of_a_folder_after_its_check_is_not_followed
     assert [path.name for path in sorted(mine.iterdir())] == ["step-00000005", "thesis.json"]
 
 
+def test_a_file_replaces_a_link_to_a_folder(tmp_path: Path) -> None:
+    """Moved to such a link, it would leave the mirror, and fill another disk with weights."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror/plan.json").symlink_to(tmp_path / "mine")
+    RemoteFolder(f"file://{tmp_path}/mirror", waits_s=()).write("plan.json", b"{}")
+    assert not any((tmp_path / "mine").iterdir())
+    assert [path.name for path in (tmp_path / "mirror").iterdir() if path.read_bytes() == b"{}"] == ["plan.json"]
+
+
 def test_errors_of_a_mirror_on_a_disk_name_the_whole_path(tmp_path: Path) -> None:
     (tmp_path / "mirror").write_text("in the way")
     (tmp_path / "run/plan.json/full").mkdir(parents=True)
