@@ -90,8 +90,9 @@ def _open(folder: Path, make: bool) -> int:
             if num_links > MAX_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
             if target.startswith("/"):
+                root = os.open("/", os.O_PATH | os.O_DIRECTORY)
                 os.close(current)
-                current = os.open("/", os.O_PATH | os.O_DIRECTORY)
+                current = root
             names += reversed([part for part in Path(target).parts if part != "/"])
     except BaseException:
         os.close(current)
