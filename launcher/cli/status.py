@@ -268,8 +268,8 @@ def _money(cost: dict[str, Any], device: str) -> str:
 
 
 def _alert(alert: dict[str, Any], message: str) -> str:
-    """Return an alert's text and age; a text that repeats the message of the state is not shown twice."""
-    text = "the message above" if message and message in alert["text"] else alert["text"]
+    """Return an alert's text and age; the message of the state is not repeated if it has several lines."""
+    text = alert["text"].replace(message, "the message above") if "\n" in message else alert["text"]
     at = "" if alert["step"] is None else f", step {alert['step']}"
     return f"{text} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"
 

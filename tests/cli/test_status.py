@@ -183,12 +183,14 @@ def test_control_characters_of_messages_do_not_reach_the_terminal(launch_here: L
     assert "\n            state       completed\\x1b[2J \\udcff (" in done.stdout
 
 
-def test_an_alert_does_not_repeat_the_message_of_the_state(launch_here: Launch, run: RunDir) -> None:
+def test_an_alert_does_not_repeat_a_long_message_of_the_state(launch_here: Launch, run: RunDir) -> None:
     run_store.update_status(run, state="failed", message="no space left\nwhere: /data")
     JsonlTracker(run, 2).event("alert", "rank 0: no space left\nwhere: /data", 7)
     shown = launch_here("status", str(run.root)).stdout
     assert shown.count("no space left") == 1
-    assert "alert       the message above (" in shown
+    assert "alert       rank 0: the message above (" in shown
+    run_store.update_status(run, message="no space left")
+    assert "alert       rank 0: no space left\n" in launch_here("status", str(run.root)).stdout
 
 
 def test_status_shows_a_slurm_run_with_an_interrupted_submission(launch_here: Launch, run: RunDir) -> None:
