@@ -16,7 +16,7 @@ from typing import Any
 from launcher.config.bounded_yaml import UnboundedYaml, require_bounded
 from launcher.config.introspect import leaves
 from launcher.errors import ConfigError, Problem
-from launcher.security.credentials import environment_secrets, is_short_secret, secret_within
+from launcher.security.credentials import environment_secrets, is_short_secret
 
 # Values from conf/config.yaml and from Hydra. Other values would change the environment, or make Hydra write its own files.
 _NEUTRAL: dict[str, Any] = {
@@ -36,8 +36,6 @@ UNBOUNDED = "the references between the settings expand to too much"
 READS_CREDENTIAL = "a setting must not read this variable, which looks like a secret"
 # The reference to an environment variable, as in ${oc.env:USER}.
 _VARIABLE = "oc.env"
-# The reference that parses a text into a list, for example: no check would find a credential in its parts.
-_PARSED = "oc.decode"
 # The credentials that references have read in the current composition.
 _read_credentials: set[str] = set()
 # Hydra's modules that hold the function that configures logging.
@@ -73,11 +71,9 @@ def guarded() -> Iterator[None]:
         for owner, name, replacement in replacements:
             setattr(owner, name, replacement)
         OmegaConf.register_new_resolver(_VARIABLE, _read_variable, replace=True)
-        OmegaConf.register_new_resolver(_PARSED, _parse, replace=True)
         yield
     finally:
         OmegaConf.register_new_resolver(_VARIABLE, oc.env, replace=True)
-        OmegaConf.register_new_resolver(_PARSED, oc.decode, replace=True)
         for (owner, name, _), original in zip(replacements, originals, strict=True):
             setattr(owner, name, original)
 
@@ -98,15 +94,6 @@ def read_credentials() -> list[str]:
     References can parse what they read, for example a key of hexadecimal digits as a number, in which no check would find it.
     """
     return sorted(_read_credentials)
-
-
-def _parse(text: Any, _parent_: Any, _node_: Any) -> Any:
-    """Return the value that a text stands for, unless it contains a credential. OmegaConf passes arguments by these names."""
-    from omegaconf.resolvers import oc
-
-    if isinstance(text, str) and (name := secret_within(text, environment_secrets(os.environ))):
-        raise ValueError(f"{name}: {READS_CREDENTIAL}")
-    return oc.decode(text, _parent_, _node_)
 
 
 def require_composing_only(config: Any) -> None:
