@@ -22,6 +22,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_damage import looks_like_run, plan_remedy, record_remedy, unreadable_plan
 from launcher.run_records import Attempt, Status
 from launcher.security import ownership
+from launcher.security.folders import make_own_folder
 from launcher.security.redaction import redacted_command_line
 from launcher.shell_commands import launcher_command, shell_command
 
@@ -39,7 +40,7 @@ def create(plan: LaunchPlan) -> RunDir:
     """
     run = RunDir(Path(plan.run_dir))
     try:
-        run.root.parent.mkdir(parents=True, exist_ok=True)
+        make_own_folder(run.root.parent)
         run.root.mkdir(mode=0o700)
     except OSError as error:
         if not run.root.exists():

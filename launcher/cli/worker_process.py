@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from launcher import facts
 from launcher.config.schema import RunConfig
+from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, Problem, RunError, raise_reported
+from launcher.security.folders import make_own_folder
 from launcher.security.library_caches import find_usable_caches
 
 # A worker that is ended removes what it has written so far.
@@ -145,6 +148,9 @@ def worker_environment() -> dict[str, str]:
     Nothing is imported from the working directory, which may belong to another user, and compiled code is loaded from this
     user's folders. Libraries' progress bars are off: launcher.tracking.progress shows the progress.
     """
+    # The process itself reports a folder that cannot be created.
+    with suppress(OSError):
+        make_own_folder(cache_root())
     root = str(Path(facts.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environ = {"TQDM_DISABLE": "1", **os.environ, **find_usable_caches(os.environ)}

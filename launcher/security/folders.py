@@ -30,6 +30,19 @@ def private_files() -> Iterator[None]:
         os.umask(mask)
 
 
+def make_own_folder(folder: Path) -> None:
+    """Create a folder and its missing parents. If the umask lets distrusted users write to them, their permission is removed.
+
+    Raises:
+        OSError: if one cannot be created.
+    """
+    missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
+    folder.mkdir(parents=True, exist_ok=True)
+    if missing and first_problem_above(CACHE_PART, folder, Trust.from_environ(os.environ)):
+        for one in missing:
+            one.chmod(stat.S_IMODE(one.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+
+
 def make_shared_folder(folder: Path, group: str) -> None:
     """Create a folder in which each member of a group can create files and change only their own.
 
@@ -129,7 +142,8 @@ def usable_part(folder: Path, make: bool = False) -> Path | None:
     """
     with suppress(OSError):
         if make:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_own_folder(folder.parent)
+            folder.mkdir(mode=0o700, exist_ok=True)
         is_folder = stat.S_ISDIR(folder.lstat().st_mode)
         if is_folder and first_problem_above(CACHE_PART, folder, Trust.from_environ(os.environ), may_be_hidden=True) is None:
             return folder

@@ -57,8 +57,12 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
     `alert` is called for each folder that is replaced because other users could write to it.
     """
     folders, problems = cache_folders(environ), foreign_caches(environ)
-    for problem in problems.values():
-        alert(f"{problem.message}; a private folder takes its place; to use yours: {problem.remedy}")
+    # Several caches may lie in the same folder of others, such as HF_HOME.
+    variables = dict[tuple[str, str], list[str]]()
+    for variable, problem in problems.items():
+        variables.setdefault((problem.message.partition(": ")[2], problem.remedy), []).append(variable)
+    for (reason, remedy), names in variables.items():
+        alert(f"{' and '.join(names)}: {reason}; a private folder is used instead; to use yours: {remedy}")
     moved = {name: str(folders[name]) for name, *_ in _TEMPORARY_CACHES if not _is_chosen(name, environ)}
     replaced = [
         name

@@ -17,6 +17,7 @@ from missing_program import skip_or_fail
 
 from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
+from launcher.security.folders import make_own_folder
 
 __all__ = ["as_root"]
 
@@ -126,3 +127,25 @@ def test_the_group_of_all_users_outside_a_namespace_is_nobodys_private_group(
     assert problem() == "None\n"
     folder.chmod(0o775)
     assert f"{folder} can be written by the group nobody" in problem()
+
+
+@pytest.mark.parametrize("trusted", ["", f"group:{TEAM}"])
+def test_folders_that_a_run_makes_are_not_open_to_others_because_of_the_umask(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, trusted: str
+) -> None:
+    """With umask 002, a user whose group is not their own would be refused what the launcher itself made."""
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", trusted)
+    os.chown(folder, -1, TEAM)
+    # What is made here belongs to the group.
+    folder.chmod(0o2755)
+    mask = os.umask(0o002)
+    try:
+        make_own_folder(folder / "mine/runs")
+    finally:
+        os.umask(mask)
+    for path in (folder / "mine", folder / "mine/runs"):
+        assert path.stat().st_mode & 0o777 == (0o775 if trusted else 0o755)
+    assert ownership.location_problem(RunDir(folder / "mine/runs/first")) is None
+    (folder / "mine/runs").chmod(0o770)
+    make_own_folder(folder / "mine/runs")
+    assert (folder / "mine/runs").stat().st_mode & 0o777 == 0o770, "a folder that exists is not changed"

@@ -26,6 +26,7 @@ from launcher.errors import CheckpointError, Problem, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
+from launcher.security.folders import make_own_folder
 from launcher.shell_commands import launcher_command
 
 Notify = Callable[[str], None]
@@ -46,7 +47,7 @@ def claim_run_dir(run: RunDir, url: str) -> None:
     """
     marker = run.root / MARKER
     try:
-        run.root.parent.mkdir(parents=True, exist_ok=True)
+        make_own_folder(run.root.parent)
         run.root.mkdir(mode=0o700)
     except FileExistsError:
         _require_own(run.root)
