@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from launcher.security.trust import FLAG, Trust, uid_of_unmapped_users, user_name
+
 # Linux's limit; https://man7.org/linux/man-pages/man7/path_resolution.7.html
 MAX_LINKS = 40
 
@@ -40,8 +42,8 @@ def path_steps(path: Path) -> list[Path]:
 def entry_in_open_folder(path: Path, make_folder: bool = False) -> Iterator[str]:
     """Yield another path of the entry `path`, valid in this block: it leads through the open folder of the entry.
 
-    Whatever other users rename or link meanwhile, it stays in the folder to which `path` led through links of root and this user
-    alone. With `make_folder`, missing folders are created.
+    Whatever other users rename or link meanwhile, it stays in the folder to which `path` led through links of trusted users only.
+    With `make_folder`, missing folders are created.
 
     Raises:
         PermissionError: with another user's link.
@@ -85,8 +87,10 @@ def _open(folder: Path, make: bool) -> int:
             target = os.readlink("", dir_fd=entry)
             os.close(entry)
             num_links += 1
-            if status.st_uid not in (0, os.geteuid()):
-                raise PermissionError(errno.EPERM, "the link of another user is not followed", f"{folder}: {name} -> {target}")
+            if not _is_trusted(status, os.fstat(current)):
+                owner = user_name(status.st_uid)
+                message = f"the link of another user is not followed (if you trust {owner}, add {FLAG} {owner})"
+                raise PermissionError(errno.EPERM, message, f"{folder}: {name} -> {target}")
             if num_links > MAX_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
             if target.startswith("/"):
@@ -98,6 +102,15 @@ def _open(folder: Path, make: bool) -> int:
         os.close(current)
         raise
     return current
+
+
+def _is_trusted(link: os.stat_result, folder: os.stat_result) -> bool:
+    trust = Trust.from_environ(os.environ)
+    if trust.anyone or trust.accepts_owner(link.st_uid):
+        return True
+    # In a rootless container, the links of the host's root and of an image belong to a user outside. Another user's link would
+    # have to be in a folder to which they can write.
+    return link.st_uid == folder.st_uid == uid_of_unmapped_users() and not folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _open_entry(name: str, folder: int, make: bool) -> int:

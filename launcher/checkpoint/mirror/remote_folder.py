@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from launcher import json_records
 from launcher.atomic_files import FileEntry
-from launcher.checkpoint.mirror.storage_connection import connect, require_own_listener, unreachable_error
+from launcher.checkpoint.mirror.storage_connection import connect, reconnect, require_own_listener, unreachable_error
 from launcher.errors import CheckpointError, LauncherError, SubmitError
 from launcher.security import ownership
 from launcher.security.path_steps import entry_in_open_folder
@@ -201,6 +201,7 @@ class RemoteFolder:
 
         def act() -> T:
             require_own_listener(self.url, self.origin)
+            reconnect(self._fs)
             return action()
 
         retrying = tenacity.Retrying(

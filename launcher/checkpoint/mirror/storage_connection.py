@@ -43,6 +43,16 @@ def connect(url: str, origin: str) -> tuple[Any, str]:
     return fs, str(path)
 
 
+def reconnect(fs: Any) -> None:
+    """Connect again if the connection of an sftp client has ended; the clients of other storage do so themselves."""
+    get_transport = getattr(getattr(fs, "client", None), "get_transport", None)
+    if get_transport is None:
+        return
+    transport = get_transport()
+    if transport is None or not transport.is_active():
+        fs._connect()
+
+
 def unreachable_error(url: str, origin: str, operation: str, error: Exception) -> SubmitError:
     """Return the error for storage that failed with `error`; `operation` completes "the mirror cannot be"."""
     remedy = "check that the folder can be created and written" if url.startswith("file:") else access_remedy(url)

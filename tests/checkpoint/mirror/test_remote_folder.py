@@ -6,6 +6,7 @@ import os
 import secrets
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_another_writer_of_the_mirror_changes_nothing_else(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("is_last", [False, True])
-def test_another_users_link_in_the_mirror_is_not_followed(tmp_path: Path, is_last: bool) -> None:
+def test_another_users_link_in_the_mirror_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_last: bool) -> None:
     if os.geteuid() != 0:
         skip_or_fail("only root can give files to another user: run pytest as root")
     mine = tmp_path / "mine"
@@ -116,6 +117,47 @@ def test_another_users_link_in_the_mirror_is_not_followed(tmp_path: Path, is_las
             action()
     assert (mine / "thesis.json").read_text() == "years of work"
     assert (mine / "step-00000005").is_dir()
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "54321")
+    folder.write(f"{inside}mine.json", b"of a user who is trusted")
+    assert (mine / "mine.json").read_bytes() == b"of a user who is trusted"
+
+
+def test_links_of_the_host_and_of_an_image_lead_to_a_mirror_in_a_rootless_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid() != 0:
+        skip_or_fail("only root can give files to another user: run pytest as root")
+    (tmp_path / "data/mirror").mkdir(parents=True)
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host/scratch").symlink_to(tmp_path / "data")
+    for path in (tmp_path / "host", tmp_path / "host/scratch"):
+        os.chown(path, 65534, -1, follow_symlinks=False)
+    monkeypatch.setattr("launcher.security.path_steps.uid_of_unmapped_users", lambda: 65534)
+    folder = RemoteFolder(f"file://{tmp_path}/host/scratch/mirror", waits_s=())
+    folder.write("plan.json", b"{}")
+    assert (tmp_path / "data/mirror/plan.json").read_bytes() == b"{}"
+    (tmp_path / "host").chmod(0o1777)
+    with pytest.raises(PermissionError, match="if you trust nobody, add --trust-owner nobody"):
+        folder.write("plan.json", b"")
+
+
+def test_a_client_that_keeps_one_connection_connects_again_when_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]
+) -> None:
+    """An ssh server that restarts during a run ends the connection of sftp's client."""
+    folder, connections = RemoteFolder(f"file://{tmp_path}", waits_s=(0.1,)), [True]
+    transport = SimpleNamespace(is_active=lambda: connections[-1])
+    monkeypatch.setattr(folder._fs, "client", SimpleNamespace(get_transport=lambda: transport), raising=False)
+    monkeypatch.setattr(folder._fs, "_connect", lambda: connections.append(True), raising=False)
+
+    def write() -> int:
+        if len(connections) == 1:
+            connections[0] = False
+            raise OSError("Socket is closed")
+        return len(connections)
+
+    assert folder._retry(write) == 2
+    assert folder._retry(write) == 2, "a connection that works is kept"
 
 
 @pytest.mark.parametrize(("action", "step"), [("write", "makedirs"), ("remove", "rm_file"), ("remove_folder", "rm")])
