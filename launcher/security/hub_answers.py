@@ -8,6 +8,7 @@ follows links there, which other users may have left if they can write to HF_HOM
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import logging
 import os
@@ -45,6 +46,12 @@ _READ_LISTING = "_read_tree_cache_from_disk"
 _MOVE, _NOTE_COMMIT = "_chmod_and_move", "_cache_commit_hash_for_specific_revision"
 # Its list of programs that may have started it, which its requests name.
 _AGENTS = "_registry"
+_REPLACED = {
+    "huggingface_hub._tree_cache": (_READ_LISTING,),
+    "huggingface_hub.file_download": (_MOVE, _NOTE_COMMIT),
+    "huggingface_hub._snapshot_download": (_NOTE_COMMIT,),
+    "huggingface_hub.utils._detect_agent": (_AGENTS,),
+}
 
 
 @functools.cache
@@ -52,10 +59,13 @@ def guard_hub_client() -> None:
     """Make huggingface_hub reject answers with such names in this process. Call it before the client is used.
 
     Raises:
-        DataError: if another user listens at the address of HF_ENDPOINT, on this machine, and would get the token.
+        DataError: if another user listens at the address of HF_ENDPOINT, on this machine, and would get the token; or if others
+            can write to the cache, and the installed client lacks what is replaced to protect it.
     """
     if problem := server_problem(_ENDPOINT, os.environ.get(_ENDPOINT, "")):
         raise DataError(problem)
+    if missing := _missing_parts():
+        _refuse_shared_cache(missing)
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
@@ -68,58 +78,91 @@ def guard_hub_client() -> None:
         return client
 
     set_client_factory(make_guarded_client)
-    ignore_listings_of_others()
-    write_through_no_links()
+    if not missing:
+        ignore_listings_of_others()
+        write_through_no_links()
+
+
+def _missing_parts() -> list[str]:
+    """Return the parts of huggingface_hub that are replaced and that the installed version does not have."""
+    missing = []
+    for module, names in _REPLACED.items():
+        try:
+            content = vars(importlib.import_module(module))
+        except ImportError:
+            content = {}
+        missing += [f"{module}.{name}" for name in names if name not in content]
+    return missing
+
+
+def _refuse_shared_cache(missing: list[str]) -> None:
+    """Refuse a cache to which other users can write if what protects it cannot be installed in huggingface_hub.
+
+    Raises:
+        DataError: with the folder.
+    """
+    from huggingface_hub import __version__ as version
+    from huggingface_hub.constants import HF_HOME, HF_HUB_CACHE
+
+    for folder in map(Path, (HF_HOME, HF_HUB_CACHE)):
+        content = [path for path in folder.glob("*") if path.is_dir()]
+        if problem := ownership.folder_problem("the Hub's cache", folder, content, may_be_hidden=True):
+            message = f"huggingface_hub {version} cannot be kept from following what other users put into the Hub's cache"
+            remedy = f"set HF_HOME to a folder of your own; or install an earlier version (huggingface_hub<{version}); or "
+            raise DataError(Problem(message, str(folder), f"it lacks {', '.join(missing)}", remedy + problem.remedy))
 
 
 def ignore_listings_of_others() -> None:
     """Make huggingface_hub ask the server where its cache has a list of files that other users could have written."""
-    # Its earlier versions keep no such lists.
-    with suppress(ImportError):
-        from huggingface_hub import _tree_cache
+    from huggingface_hub import _tree_cache
 
-        read = getattr(_tree_cache, _READ_LISTING)
+    read = getattr(_tree_cache, _READ_LISTING)
 
-        @functools.wraps(read)
-        def read_own(path: str) -> Any:
-            return None if ownership.file_problem("the list of a repository's files", Path(path)) is not None else read(path)
+    @functools.wraps(read)
+    def read_own(path: str) -> Any:
+        return None if ownership.file_problem("the list of a repository's files", Path(path)) is not None else read(path)
 
-        setattr(_tree_cache, _READ_LISTING, read_own)
+    setattr(_tree_cache, _READ_LISTING, read_own)
 
 
 def write_through_no_links() -> None:
     """Make huggingface_hub change no file to which another user's link leads, even if it is put there during a download."""
     from huggingface_hub import _snapshot_download, file_download
+    from huggingface_hub.utils import _detect_agent
 
-    def move(source: Path, target: Path) -> None:
-        # The client's own function sets the mode that the file has: that of a file which this process creates.
-        try:
-            os.replace(source, target)
-        except OSError:
-            # They are on different file systems, or this one replaces no files.
-            shutil.move(str(source), str(target))
-
-    def note_commit(storage_folder: str, revision: str, commit_hash: str) -> None:
-        if revision == commit_hash:
-            return
-        # Links above the cache are part of the path that the user chose.
-        repository = Path(storage_folder).parent.resolve() / Path(storage_folder).name
-        with entry_in_open_folder(repository / "refs" / revision, make_folder=True) as entry:
-            path = Path(entry)
-            if not path.exists() or path.read_text() != commit_hash:
-                unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-                unfinished.write_text(commit_hash)
-                os.replace(unfinished, path)
-
-    # Earlier versions have no such list.
-    with suppress(ImportError):
-        from huggingface_hub.utils import _detect_agent
-
-        # With any list, the client does not fetch one from the Hub and write it to a file of a known name in HF_HOME.
-        setattr(_detect_agent, _AGENTS, {"standardEnvVars": [], "harnesses": {}})
-    setattr(file_download, _MOVE, move)
+    # With any list, the client does not fetch one from the Hub and write it to a file of a known name in HF_HOME.
+    setattr(_detect_agent, _AGENTS, {"standardEnvVars": [], "harnesses": {}})
+    setattr(file_download, _MOVE, _move)
     for module in (file_download, _snapshot_download):
-        setattr(module, _NOTE_COMMIT, note_commit)
+        setattr(module, _NOTE_COMMIT, _note_commit)
+
+
+def _move(source: Path, target: Path) -> None:
+    # The client's own function sets the mode that the file has: that of a file which this process creates.
+    try:
+        os.replace(source, target)
+    except OSError:
+        # They are on different file systems, or this one replaces no files. Others cannot guess the name of the copy.
+        unfinished = target.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            shutil.move(str(source), str(unfinished))
+            target.unlink(missing_ok=True)
+            os.rename(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _note_commit(storage_folder: str, revision: str, commit_hash: str) -> None:
+    if revision == commit_hash:
+        return
+    # Links above the cache are part of the path that the user chose.
+    repository = Path(storage_folder).parent.resolve() / Path(storage_folder).name
+    with entry_in_open_folder(repository / "refs" / revision, make_folder=True) as entry:
+        path = Path(entry)
+        if not path.exists() or path.read_text() != commit_hash:
+            unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+            unfinished.write_text(commit_hash)
+            os.replace(unfinished, path)
 
 
 def require_own_links(repo_id: str, kind: str = "models") -> None:

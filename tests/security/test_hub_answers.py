@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -264,3 +265,45 @@ def test_links_that_others_put_there_during_a_download_are_not_followed(tmp_path
     file_download._chmod_and_move(tmp_path / "etag.incomplete", tmp_path / "etag")
     assert mine.read_text() == "mine"
     assert mine.stat().st_mode & 0o777 == 0o600
+    # In a sticky folder of others, their link cannot be replaced.
+    for exists in (True, False):
+        (tmp_path / "etag").unlink()
+        (tmp_path / "etag").symlink_to(mine if exists else tmp_path / "mine/absent")
+        (tmp_path / "etag.incomplete").write_text("of the Hub")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", refuse)
+            file_download._chmod_and_move(tmp_path / "etag.incomplete", tmp_path / "etag")
+        assert not (tmp_path / "etag").is_symlink()
+        assert (tmp_path / "etag").read_text() == "of the Hub"
+    assert mine.read_text() == "mine"
+    assert [path.name for path in mine.parent.iterdir()] == ["main"]
+
+
+def refuse(*_: object) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_a_client_that_cannot_be_kept_from_following_links_downloads_to_no_shared_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """A later version may rename the functions that are replaced."""
+    factories = []
+    monkeypatch.setattr("huggingface_hub.set_client_factory", factories.append)
+    monkeypatch.setattr("launcher.security.permissions.is_private", lambda *_: False)
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    replaced = {"huggingface_hub._lists": ("_read",), "huggingface_hub.file_download": ("_move", "hf_hub_download")}
+    monkeypatch.setattr(hub_answers, "_REPLACED", replaced)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub").chmod(mode)
+    guard = hub_answers.guard_hub_client.__wrapped__
+    if mode == 0o755:
+        guard()
+        assert len(factories) == 1, "answers are checked all the same"
+        return
+    with pytest.raises(DataError, match="cannot be kept from following what other users put into the Hub's cache") as caught:
+        guard()
+    assert "it lacks huggingface_hub._lists._read, huggingface_hub.file_download._move\n" in str(caught.value)
+    assert "remedy: set HF_HOME to a folder of your own" in str(caught.value)
