@@ -73,11 +73,13 @@ def _open(folder: Path, make: bool) -> int:
     # What is mounted on demand is not mounted by opening such descriptors.
     with suppress(OSError):
         os.stat(f"{folder}/.")
-    names, num_links = list(reversed(folder.absolute().parts[1:])), 0
+    names, num_links, are_chosen = list(reversed(folder.absolute().parts[1:])), 0, True
+    trust, outside = Trust.from_environ(os.environ), uid_of_unmapped_users()
     current = os.open("/", os.O_PATH | os.O_DIRECTORY)
     try:
         while names:
             name = names.pop()
+            are_chosen = _are_entries_chosen(os.fstat(current), trust, are_chosen)
             entry = _open_entry(name, current, make)
             status = os.fstat(entry)
             if not stat.S_ISLNK(status.st_mode):
@@ -87,7 +89,9 @@ def _open(folder: Path, make: bool) -> int:
             target = os.readlink("", dir_fd=entry)
             os.close(entry)
             num_links += 1
-            if not _is_trusted(status, os.fstat(current)):
+            # In a rootless container, the links of the host's root and of an image belong to a user outside.
+            is_outside = status.st_uid == outside and are_chosen
+            if not trust.anyone and not trust.accepts_owner(status.st_uid) and not is_outside:
                 owner = user_name(status.st_uid)
                 message = f"the link of another user is not followed (if you trust {owner}, add {FLAG} {owner})"
                 raise PermissionError(errno.EPERM, message, f"{folder}: {name} -> {target}")
@@ -104,13 +108,14 @@ def _open(folder: Path, make: bool) -> int:
     return current
 
 
-def _is_trusted(link: os.stat_result, folder: os.stat_result) -> bool:
-    trust = Trust.from_environ(os.environ)
-    if trust.anyone or trust.accepts_owner(link.st_uid):
-        return True
-    # In a rootless container, the links of the host's root and of an image belong to a user outside. Another user's link would
-    # have to be in a folder to which they can write.
-    return link.st_uid == folder.st_uid == uid_of_unmapped_users() and not folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+def _are_entries_chosen(folder: os.stat_result, trust: Trust, is_chosen: bool) -> bool:
+    """Return whether nobody but the owners of a folder has chosen what is in it; `is_chosen` tells it of the folder itself.
+
+    Users outside a container look alike: where one can write, they can put a folder and links of their own.
+    """
+    if folder.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    return is_chosen or trust.accepts_owner(folder.st_uid)
 
 
 def _open_entry(name: str, folder: int, make: bool) -> int:

@@ -136,9 +136,17 @@ def test_links_of_the_host_and_of_an_image_lead_to_a_mirror_in_a_rootless_contai
     folder = RemoteFolder(f"file://{tmp_path}/host/scratch/mirror", waits_s=())
     folder.write("plan.json", b"{}")
     assert (tmp_path / "data/mirror/plan.json").read_bytes() == b"{}"
-    (tmp_path / "host").chmod(0o1777)
-    with pytest.raises(PermissionError, match="if you trust nobody, add --trust-owner nobody"):
-        folder.write("plan.json", b"")
+    # Another user of the host, who can write to the mirror, has put their own folder with a link in place of one.
+    (tmp_path / "data/mirror/run").mkdir()
+    (tmp_path / "data/mirror/run/model").symlink_to(tmp_path)
+    for path in (tmp_path / "data/mirror/run", tmp_path / "data/mirror/run/model"):
+        os.chown(path, 65534, -1, follow_symlinks=False)
+    for writable in (tmp_path / "data/mirror", tmp_path / "host"):
+        name = "run/model/config.json" if writable.name == "mirror" else "plan.json"
+        writable.chmod(0o1777)
+        with pytest.raises(PermissionError, match="if you trust nobody, add --trust-owner nobody"):
+            folder.write(name, b"")
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_client_that_keeps_one_connection_connects_again_when_it_has_ended(
