@@ -2,11 +2,13 @@
 
 huggingface_hub appends the ETag and commit that a server sends to its cache path unchanged. An ETag such as
 `../../../.config/x` would write a file with the server's content there. It also takes ETags from lists of files in the cache, and
-follows links there, which other users may have left if they can write to HF_HOME, or may put there during the download.
+follows links there, which other users may have left if they can write to HF_HOME, or may put there during the download: it opens,
+renames and removes files by their paths, one after the other. What it does to files of a repository leads through open folders.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import json
@@ -42,16 +44,21 @@ _ENDPOINT = "HF_ENDPOINT"
 _REMEDY = "set HF_ENDPOINT to a server that you trust, or unset it for huggingface.co"
 # The function with which the client reads a list of a commit's files from its cache.
 _READ_LISTING = "_read_tree_cache_from_disk"
-# Its functions that move a downloaded file to its place, after a chmod by path, and that note the commit of a branch.
-_MOVE, _NOTE_COMMIT = "_chmod_and_move", "_cache_commit_hash_for_specific_revision"
+# The client's functions that download a file to blobs/, move it to its place (after a chmod by path), link to it in snapshots/,
+# and note the commit of a branch in refs/.
+_DOWNLOAD, _MOVE, _LINK = "_download_to_tmp_and_move", "_chmod_and_move", "_create_symlink"
+_NOTE_COMMIT = "_cache_commit_hash_for_specific_revision"
 # Its list of programs that may have started it, which its requests name.
 _AGENTS = "_registry"
+# All that is replaced, by module.
 _REPLACED = {
     "huggingface_hub._tree_cache": (_READ_LISTING,),
-    "huggingface_hub.file_download": (_MOVE, _NOTE_COMMIT),
+    "huggingface_hub.file_download": (_DOWNLOAD, _MOVE, _LINK, _NOTE_COMMIT),
     "huggingface_hub._snapshot_download": (_NOTE_COMMIT,),
     "huggingface_hub.utils._detect_agent": (_AGENTS,),
 }
+# A file system without links answers with one of these, a folder without write permission with another.
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 @functools.cache
@@ -130,11 +137,21 @@ def write_through_no_links() -> None:
     from huggingface_hub import _snapshot_download, file_download
     from huggingface_hub.utils import _detect_agent
 
+    client_download = getattr(file_download, _DOWNLOAD)
+
+    def download(incomplete_path: Path, destination_path: Path, *rest: Any, **options: Any) -> None:
+        uses_xet = options.get("xet_file_data") is not None and file_download.is_xet_available()
+        # Xet is off where others could exchange files. A download to a folder other than the cache has two folders.
+        if uses_xet or incomplete_path.parent != destination_path.parent:
+            return client_download(incomplete_path, destination_path, *rest, **options)
+        with entry_in_open_folder(_in_chosen_cache(destination_path)) as entry:
+            return client_download(Path(entry).with_name(incomplete_path.name), Path(entry), *rest, **options)
+
     # With any list, the client does not fetch one from the Hub and write it to a file of a known name in HF_HOME.
     setattr(_detect_agent, _AGENTS, {"standardEnvVars": [], "harnesses": {}})
-    setattr(file_download, _MOVE, _move)
-    for module in (file_download, _snapshot_download):
-        setattr(module, _NOTE_COMMIT, _note_commit)
+    for name, function in ((_DOWNLOAD, download), (_MOVE, _move), (_LINK, _link), (_NOTE_COMMIT, _note_commit)):
+        setattr(file_download, name, function)
+    setattr(_snapshot_download, _NOTE_COMMIT, _note_commit)
 
 
 def _move(source: Path, target: Path) -> None:
@@ -152,17 +169,44 @@ def _move(source: Path, target: Path) -> None:
             unfinished.unlink(missing_ok=True)
 
 
+def _link(src: str, dst: str, new_blob: bool = False) -> None:
+    """Put a link to a downloaded file into a snapshot; where there are no links, put the file there.
+
+    The client's own function first removes what is there, by its path.
+    """
+    from huggingface_hub import constants
+
+    with entry_in_open_folder(_in_chosen_cache(Path(dst))) as entry:
+        unfinished = f"{entry}.{secrets.token_hex(8)}.tmp"
+        try:
+            if getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):
+                raise OSError(errno.EOPNOTSUPP, "links are turned off")
+            os.symlink(os.path.relpath(src, os.path.dirname(dst)), unfinished)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with entry_in_open_folder(_in_chosen_cache(Path(src))) as blob:
+                (os.replace if new_blob else shutil.copyfile)(blob, unfinished)
+        os.replace(unfinished, entry)
+
+
 def _note_commit(storage_folder: str, revision: str, commit_hash: str) -> None:
     if revision == commit_hash:
         return
-    # Links above the cache are part of the path that the user chose.
-    repository = Path(storage_folder).parent.resolve() / Path(storage_folder).name
-    with entry_in_open_folder(repository / "refs" / revision, make_folder=True) as entry:
+    reference = Path(storage_folder) / "refs" / revision
+    with entry_in_open_folder(_in_chosen_cache(reference), make_folder=True) as entry:
         path = Path(entry)
         if not path.exists() or path.read_text() != commit_hash:
             unfinished = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
             unfinished.write_text(commit_hash)
             os.replace(unfinished, path)
+
+
+def _in_chosen_cache(path: Path) -> Path:
+    """Return a path without the links that lead to the Hub's cache: they are part of the path that the user chose."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE).resolve() / path.relative_to(HF_HUB_CACHE) if path.is_relative_to(HF_HUB_CACHE) else path
 
 
 def require_own_links(repo_id: str, kind: str = "models") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
@@ -15,12 +14,11 @@ from types import SimpleNamespace
 import pytest
 from file_owners import MALLORY, as_root, give
 from http_server import serving
-from huggingface_hub import _snapshot_download, _tree_cache, constants, file_download
-from huggingface_hub.utils import _detect_agent
+from huggingface_hub import _tree_cache, constants
 
 from launcher.errors import DataError
 from launcher.security import hub_answers
-from launcher.security.hub_answers import ignore_listings_of_others, leads_outside, require_own_links, write_through_no_links
+from launcher.security.hub_answers import ignore_listings_of_others, leads_outside, require_own_links
 
 __all__ = ["as_root"]
 
@@ -224,63 +222,6 @@ def test_xet_is_off_where_others_can_exchange_files_during_a_download(
     assert (tmp_path / "shared/hub/models--owner--name").is_dir() or not is_shared, "others could create it in a sticky folder"
     assert constants.HF_HUB_DISABLE_XET is not has_xet
     assert constants.HF_HUB_DISABLE_SHARED_BLOBS is is_shared
-
-
-@pytest.mark.usefixtures("as_root")
-def test_links_that_others_put_there_during_a_download_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in (
-        (file_download, "_chmod_and_move"),
-        (file_download, "_cache_commit_hash_for_specific_revision"),
-        (_snapshot_download, "_cache_commit_hash_for_specific_revision"),
-    ):
-        monkeypatch.setattr(module, name, getattr(module, name))
-    (tmp_path / "mine").mkdir()
-    mine = tmp_path / "mine/main"
-    mine.write_text("mine")
-    mine.chmod(0o600)
-    os.utime(mine, (0, 0))
-    (tmp_path / ".agent_harnesses.json").symlink_to(mine)
-    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", str(tmp_path / ".agent_harnesses.json"))
-    monkeypatch.setattr(_detect_agent, "_fetch_registry", lambda: {"standardEnvVars": ["AGENT"], "harnesses": {}})
-    monkeypatch.setattr(_detect_agent, "_registry", None)
-    write_through_no_links()
-    assert _detect_agent.detect_agent() is None
-    assert mine.read_text() == "mine"
-    note_commit = file_download._cache_commit_hash_for_specific_revision
-    assert note_commit is _snapshot_download._cache_commit_hash_for_specific_revision
-    for revision in ("main", "refs/pr/1", COMMIT):
-        note_commit(str(tmp_path / "repo"), revision, COMMIT)
-    assert (tmp_path / "repo/refs/main").read_text() == (tmp_path / "repo/refs/refs/pr/1").read_text() == COMMIT
-    assert not (tmp_path / "repo/refs" / COMMIT).exists()
-    (tmp_path / "chosen").symlink_to(tmp_path)
-    os.chown(tmp_path / "chosen", MALLORY, -1, follow_symlinks=False)
-    note_commit(str(tmp_path / "chosen/repo"), "v1", COMMIT)
-    assert (tmp_path / "repo/refs/v1").read_text() == COMMIT, "a link above the cache is the user's choice"
-    (tmp_path / "repo/refs").rename(tmp_path / "repo/old")
-    (tmp_path / "repo/refs").symlink_to(mine.parent)
-    os.chown(tmp_path / "repo/refs", MALLORY, -1, follow_symlinks=False)
-    with pytest.raises(PermissionError, match="the link of another user is not followed"):
-        note_commit(str(tmp_path / "repo"), "main", COMMIT)
-    (tmp_path / "etag.incomplete").symlink_to(mine)
-    file_download._chmod_and_move(tmp_path / "etag.incomplete", tmp_path / "etag")
-    assert mine.read_text() == "mine"
-    assert mine.stat().st_mode & 0o777 == 0o600
-    # In a sticky folder of others, their link cannot be replaced.
-    for exists in (True, False):
-        (tmp_path / "etag").unlink()
-        (tmp_path / "etag").symlink_to(mine if exists else tmp_path / "mine/absent")
-        (tmp_path / "etag.incomplete").write_text("of the Hub")
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", refuse)
-            file_download._chmod_and_move(tmp_path / "etag.incomplete", tmp_path / "etag")
-        assert not (tmp_path / "etag").is_symlink()
-        assert (tmp_path / "etag").read_text() == "of the Hub"
-    assert mine.read_text() == "mine"
-    assert [path.name for path in mine.parent.iterdir()] == ["main"]
-
-
-def refuse(*_: object) -> None:
-    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 @pytest.mark.usefixtures("as_root")
