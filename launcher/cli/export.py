@@ -42,6 +42,8 @@ def run(verb: str, tokens: list[str]) -> int:
     step = require_checkpoint(run_dir, arguments.step)
     out = run_dir.export if arguments.out is None else Path(arguments.out).expanduser().absolute()
     _require_writable(out)
+    if arguments.out is not None:
+        ownership.require_export_location(out)
     existing = _read_export(out)
     dtype = arguments.dtype or (existing.dtype if existing is not None else _DTYPES[0])
     if existing is not None:

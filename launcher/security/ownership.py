@@ -82,6 +82,17 @@ def require_location(run: RunDir) -> None:
         raise SubmitError(replace(problem, remedy=remedy))
 
 
+def require_export_location(out: Path) -> None:
+    """Refuse to write an export where other users could replace it, or put a link in place of the folder that is being written.
+
+    Raises:
+        SubmitError: with the folder, its owner and the remedy.
+    """
+    folder = out.parent
+    if problem := first_problem_above(f"an export in {folder}", folder, _own_trust(), may_be_hidden=True):
+        raise SubmitError(replace(problem, remedy=f"choose an --out that only you can replace; or {problem.remedy}"))
+
+
 def file_problem(subject: str, file: Path, descriptor: int | None = None, may_be_hidden: bool = False) -> Problem | None:
     """Return why this user does not trust a file, or a folder or link on the way to it, or None if they do.
 
