@@ -31,7 +31,7 @@ from launcher.export import model_card
 from launcher.export.hf_folder import ExportTask, export, find_chat_template, verify_checkpoint
 from launcher.models import parent_run
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.security import folders
+from launcher.security import folders, ownership
 from launcher.security.hub_answers import guard_hub_client, require_own_links
 from launcher.security.printable_stream import printable_output
 from launcher.security.redaction import redacted_command_line
@@ -116,19 +116,19 @@ def _fetch(source: str, model: ModelSection) -> None:
         with folders.private_files():
             copy_parent_weights(parent_run.find_parent(source), model)
     elif located.source is not None:
+        folder = _own_place(model_source.converted_folder(located.source))
         from launcher.train.model import convert_gguf
 
         _say(f"converting {located.source.name} to a Hugging Face folder (once)")
         with folders.private_files(), show_waiting("converting"):
-            convert_gguf(located.source, model_source.converted_folder(located.source))
+            convert_gguf(located.source, folder)
     else:
         _download(source, model)
 
 
 def copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSection) -> None:
     """Write the parent's weights to the launcher's cache as a Hugging Face folder, which appears only when it is complete."""
-    folder = parent_run.weights_folder(parent, model.dtype)
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = _own_place(parent_run.weights_folder(parent, model.dtype))
     try:
         with locks.hold(folder.with_name(f".{folder.name}.lock"), _LOCK_TIMEOUT_S, redacted_command_line(), mode=0o600):
             if (folder / "config.json").is_file():
@@ -206,6 +206,13 @@ def _link_or_copy(source: str, target: str) -> None:
 def _unusable(parent: parent_run.ParentCheckpoint, reason: str, remedy: str) -> ConfigError:
     what = f"model.path: the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} cannot be used: {reason}"
     return ConfigError(Problem(what, where="model.path", value=parent.path, remedy=remedy))
+
+
+def _own_place(folder: Path) -> Path:
+    """Return a folder that will be written in the launcher's cache, unless others could put a link in its place meanwhile."""
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ownership.require_cache(folder)
+    return folder
 
 
 def _download(repo_id: str, model: ModelSection) -> None:
