@@ -24,7 +24,8 @@ from launcher.tracking.metrics import format_duration
 _SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 _BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
 _BYTES_IN_LOWER_CASE = {unit.lower(): num_bytes for unit, num_bytes in _BYTES.items()}
-_COLUMNS = ("kind", "path", ">size", ">last use", "runs", "action")
+# In a narrow terminal, the first column gets its own line above the others.
+_COLUMNS = ("path", "kind", ">size", ">last use", "runs", "action")
 _RUNS_SHOWN = 3
 
 
@@ -151,6 +152,6 @@ def _lines(entries: Sequence[CacheEntry], chosen: Sequence[CacheEntry]) -> list[
         more = f" and {len(names) - _RUNS_SHOWN} more" if len(names) > _RUNS_SHOWN else ""
         action = f"keep: {entry.kept}" if entry.kept else "remove" if entry in chosen else "keep"
         age = f"{format_duration(max(0.0, now - entry.used_at))} ago"
-        cells = (entry.kind, str(entry.path), format_size(entry.bytes), age, ", ".join(names[:_RUNS_SHOWN]) + more or "-", action)
+        cells = (str(entry.path), entry.kind, format_size(entry.bytes), age, ", ".join(names[:_RUNS_SHOWN]) + more or "-", action)
         rows.append(tuple(map(printable, cells)))
     return [*formatting.table(_COLUMNS, rows), f"in all {format_size(sum(entry.bytes for entry in entries))}"]

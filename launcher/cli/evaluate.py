@@ -18,7 +18,7 @@ from launcher.cli import benchmark_tasks, choice_sets
 from launcher.cli.arguments import VerbParser
 from launcher.cli.benchmark_tasks import BenchmarkOptions
 from launcher.cli.export import require_checkpoint
-from launcher.cli.formatting import short
+from launcher.cli.formatting import short, wrap
 from launcher.cli.minimum_gains import parse_minimum_gains
 from launcher.cli.starting.interrupts import alive_file, ended_by_signals
 from launcher.cli.views import evaluation_view
@@ -43,6 +43,8 @@ _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
 # W&B's own limits for startup and shutdown are shorter.
 _WANDB_S = 300.0
 _STDERR = 2
+# Continued lines of a message.
+_INDENT = 4
 
 
 def run(verb: str, tokens: list[str]) -> int:
@@ -114,7 +116,7 @@ def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
     except subprocess.TimeoutExpired:
         output = f"W&B: the verdict is not sent: no answer within {_WANDB_S:.0f} s"
     if output.strip():
-        print(output.strip(), file=sys.stderr)
+        print("\n".join(wrap(output.strip().splitlines(), _INDENT)), file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from launcher.clusters.backends import cluster_for
 from launcher.config.command_line import override_key
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.error_messages import no_such_option
+from launcher.config.introspect import leaves
 from launcher.config.run_file.printing import values_to_print
 from launcher.config.run_file.tokens import SUFFIXES, split_run_files
 from launcher.config.schema import RunConfig, is_local_path, is_run
@@ -25,7 +26,7 @@ from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import plan as make_plan
-from launcher.security.redaction import redact
+from launcher.security.redaction import REDACTED, redact
 from launcher.shell_commands import launcher_command
 
 
@@ -35,8 +36,7 @@ def run(verb: str, tokens: list[str]) -> int:
     _refuse_run_file(rest)
     data = arguments.data or _rows_of(rest)
     out = Path(arguments.out or f"{_name_of(data)}.yaml")
-    _require_free(out)
-    composed = _with_name(_compose(arguments.model, arguments.data, rest), out)
+    composed = _with_name(_compose_for(out, arguments.model, arguments.data, rest), out)
     with composed.located():
         starter = fit_settings(composed, data)
     values = _values(starter, composed)
@@ -49,7 +49,9 @@ def run(verb: str, tokens: list[str]) -> int:
         _require_free(out)
         raise
     is_cluster_chosen = any(override_key(token) == "cluster" for token in composed.overrides)
-    remarks_on_data = [*(f"assumed: {text}" for text in starter.assumptions), *(f"warning: {text}" for text in starter.warnings)]
+    hidden = [key for key, value in leaves(values) if REDACTED in str(value)]
+    warnings = [*starter.warnings, *(f"{key} looks like a credential: {out} has {REDACTED} in its place" for key in hidden)]
+    remarks_on_data = [*(f"assumed: {text}" for text in starter.assumptions), *(f"warning: {text}" for text in warnings)]
     has_slurm_line = not is_cluster_chosen and starter.config.cluster.is_this_machine and _plans_on_slurm(text, out, plan)
     print("\n".join(next_lines(out, starter.config, starter.machines, remarks_on_data, plan, has_slurm_line)))
     return 0
@@ -116,6 +118,23 @@ def _require_free(out: Path) -> None:
     if not out.parent.is_dir():
         remedy = f"create it with: mkdir -p {out.parent}"
         raise ConfigError("the folder of the file does not exist", where="--out", value=str(out), remedy=remedy)
+
+
+def _compose_for(out: Path, model: str | None, data: str | None, rest: Sequence[str]) -> Composed:
+    """Return the settings for model, data and overrides, if `out` can be written.
+
+    Raises:
+        ConfigError: with what is wrong with the file, and in the settings.
+    """
+    try:
+        _require_free(out)
+    except ConfigError as error:
+        try:
+            _compose(model, data, rest)
+        except ConfigError as other:
+            raise ConfigError((*error.problems, *other.problems)) from other
+        raise
+    return _compose(model, data, rest)
 
 
 def _compose(model: str | None, data: str | None, rest: Sequence[str]) -> Composed:

@@ -21,7 +21,9 @@ _STEPS_AROUND = 3
 _NEAR_S = 600.0
 _ALERT = "alert"
 _METRICS = ("train/loss", "train/grad_norm", "train/lr")
-_MAX_DOCUMENTS, _MAX_CHARS = 12, 60
+_MAX_DOCUMENTS, _MIN_CHARS, _MAX_CHARS = 12, 20, 60
+# Characters of a line beside an answer, if the document has a line of its own.
+_OTHER_COLUMNS = 54
 
 
 def run(verb: str, tokens: list[str]) -> int:
@@ -92,22 +94,26 @@ def _events_near(run: RunDir, at: float) -> list[dict[str, Any]]:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     num_documents = sum(len(row["documents"]) for row in report["rows"])
-    lines = [f"step {report['step']} of {report['run']}: {num_documents:,} documents in {len(report['rows']):,} rows", ""]
+    heading = f"step {report['step']} of {report['run']}: {num_documents:,} documents in {len(report['rows']):,} rows"
+    lines = [*formatting.wrap([heading], 0), ""]
     steps = [
         (f"{one['step']}{' <' if one['step'] == report['step'] else ''}", *(_number(one[name]) for name in _METRICS))
         for one in report["steps"]
     ]
     lines += [*formatting.table(("step", ">loss", ">gradient norm", ">learning rate"), steps), ""]
     if report["scored_at"] is None:
-        lines.append(f"no losses of documents{': ' if report['not_scored'] else ''}{report['not_scored']}")
+        about = f"no losses of documents{': ' if report['not_scored'] else ''}{report['not_scored']}"
     else:
         before = "the initial weights" if report["scored_at"] == 0 else f"the weights of step {report['scored_at']}"
-        lines.append(f"losses under {before}; the documents with the largest share of the loss first")
+        about = f"losses under {before}; the documents with the largest share of the loss first"
+    lines += formatting.wrap([about], 0)
     documents = [(row["row"], one) for row in report["rows"] for one in row["documents"]]
     documents.sort(key=lambda pair: -(pair[1]["loss"] or 0.0) * pair[1]["trained_tokens"])
+    width = formatting.terminal_columns() or _OTHER_COLUMNS + _MAX_CHARS
+    num_chars = max(_MIN_CHARS, min(_MAX_CHARS, width - _OTHER_COLUMNS))
     lines += formatting.table(
         ("document", "source", ">row", ">trained", ">loss", ">worst token", "answer"),
-        [_cells(row, document) for row, document in documents[:_MAX_DOCUMENTS]],
+        [_cells(row, document, num_chars) for row, document in documents[:_MAX_DOCUMENTS]],
     )
     if num_documents > _MAX_DOCUMENTS:
         lines.append(f"and {num_documents - _MAX_DOCUMENTS:,} more: --json lists all")
@@ -115,11 +121,11 @@ def _lines(report: dict[str, Any]) -> list[str]:
     for event in report["events"]:
         clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
         step = "" if event["step"] is None else f" step {event['step']}"
-        lines.append(f"  {clock}{step}: {printable(event['text'])}")
+        lines += formatting.wrap([f"  {clock}{step}: {printable(event['text'])}"], 4)
     return lines
 
 
-def _cells(row: int, document: dict[str, Any]) -> tuple[str, ...]:
+def _cells(row: int, document: dict[str, Any], num_chars: int) -> tuple[str, ...]:
     answer = printable(" ".join(document["answer"].split()))
     return (
         printable(document["where"] or f"document {document['document']}"),
@@ -128,9 +134,9 @@ def _cells(row: int, document: dict[str, Any]) -> tuple[str, ...]:
         f"{document['trained_tokens']:,}",
         _number(document["loss"]),
         _number(document["max_token_loss"]),
-        answer if len(answer) <= _MAX_CHARS else f"{answer[:_MAX_CHARS]}...",
+        answer if len(answer) <= num_chars else f"{answer[:num_chars]}...",
     )
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:#.4g}"

@@ -192,15 +192,21 @@ def test_a_part_that_is_a_link_is_removed_and_not_followed(clean: Clean, cache: 
 
 
 def test_the_table_says_what_is_to_be_done_with_each_part(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_with(cache / "data/fresh", "failed", tmp_path / "runs")
     assert main(["clean", "--older-than", "45d", "--dry-run"]) == 0
-    rows = {Path(line.split()[1]).name: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 5}
+    rows = {Path(line.split()[0]).name: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 5}
     assert str(cache / "data/fresh") in rows["fresh"]
     assert rows["fresh"].endswith("is-failed  keep: used by is-failed (failed)")
     assert rows["old"].endswith("-          remove")
     assert rows["abcd"].endswith("-          keep")
+    monkeypatch.setenv("COLUMNS", "100")
+    assert main(["clean", "--older-than", "45d", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    below = lines[lines.index(str(cache / "data/fresh")) + 1]
+    assert below.split()[0] == "data", "the path has a line of its own in a narrow terminal"
+    assert below.endswith("keep: used by is-failed (failed)")
 
 
 def test_start_and_find_tell_the_cache_of_runs_and_uses(cache: Path, tmp_path: Path) -> None:

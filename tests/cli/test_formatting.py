@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from launcher.cli import formatting
+from launcher.cli import formatting, why
 from launcher.cli.views import data_view
 
 LONG_PATH = "/scratch/" + "a" * 80
@@ -69,6 +69,19 @@ def test_the_tables_of_data_fit_into_the_terminal(
     text = "\n".join(lines)
     assert "…" not in text, "no cell is cut"
     assert text.count("123,456,789") == num_sources + (num_sources > 1), "of each source and of the mixture"
+
+
+def test_the_documents_of_a_step_fit_into_the_terminal_with_the_begin_of_their_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {"step": 1200, "train/loss": 10.8, "train/grad_norm": 0.5, "train/lr": 1e-5}
+    document = {"document": 7, "where": "/shared/data/answers.jsonl:71640", "source": "questions", "trained_tokens": 1237}
+    document |= {"loss": 10.8, "max_token_loss": 11.0, "answer": "In the first route, he spends six minutes " * 3}
+    event = {"time": 0.0, "step": 1199, "text": "the loss is not finite on rank 3, and " * 4}
+    rows, scored = [{"row": 10680, "documents": [document]}], {"scored_at": 1100, "not_scored": ""}
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = why._lines({"run": "mine", "step": 1200, "steps": [step], "rows": rows, "events": [event], **scored})
+    assert max(map(len, lines)) <= 80
+    index = lines.index(document["where"])
+    assert lines[index + 1] == "  questions  10680    1,237  10.80        11.00  In the first route, he spe..."
 
 
 def test_a_cell_with_line_breaks_is_no_row_of_its_own() -> None:

@@ -261,12 +261,23 @@ def test_without_data_it_writes_the_demonstration(typed: Typed) -> None:
     assert (content["data"], content["train"]) == ("stdlib_docs", {"max_steps": 16})
 
 
+def test_a_text_that_looks_like_a_credential_is_replaced_with_a_warning(typed: Typed) -> None:
+    """The run would otherwise train with another system message, and nobody would know."""
+    code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny", "data.system='Answer token=yes or no.'")
+    assert code == 0, err
+    assert yaml.safe_load(Path("chats.yaml").read_text())["data"]["system"] == "Answer token=<redacted>"
+    assert "warning: data.system looks like a credential: chats.yaml has <redacted> in its place" in out
+
+
 def test_nothing_is_overwritten(typed: Typed) -> None:
     Path("chats.yaml").write_text("mine")
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny")
     assert (code, out) == (2, "")
     assert "the file exists, and init overwrites nothing" in err
     assert "such as --out chats-2.yaml" in err
+    err = typed("init", "--data", "chats.jsonl", "--model", "tinny")[2]
+    assert "such as --out chats-2.yaml" in err, "the file and the model are reported at once"
+    assert "did you mean tiny?" in err
     assert Path("chats.yaml").read_text() == "mine"
     assert "does not exist" in typed("init", "--out", "folder/my.yaml")[2]
 

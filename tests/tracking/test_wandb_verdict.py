@@ -11,8 +11,10 @@ import wandb_files
 from made_verdict import TOKEN, made_verdict
 
 from launcher import run_store
+from launcher.cli.follow import wandb_page
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import read_events
 from launcher.tracking.wandb import verdict_upload
 
 PlanMaker = Callable[..., LaunchPlan]
@@ -42,7 +44,9 @@ def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest
     assert verdict_upload.main(str(run.root), "40") == 0
     told = capsys.readouterr().out
     assert told.startswith(f"W&B: the verdict is in the summary of the files in {run_dir}/wandb/offline-run-")
-    assert f"upload them with: wandb sync --include-online {run_dir}/wandb/offline-run-" in told
+    assert told.strip().endswith(f"; python -m launcher status {run_dir} shows the command that uploads them")
+    command = wandb_page(read_events(run.events))["sync_command"]
+    assert command.startswith(f"wandb sync --include-online {run_dir}/wandb/offline-run-")
     summary: dict[str, object] = {}
     for record in wandb_files.records(run_dir):
         if record["type"] == "summary":

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.cli.formatting import wrap
 from launcher.cli.views.plan_view import remarks
 from launcher.clusters.preflight import disk_note
 from launcher.config.run_file.printing import render
@@ -17,6 +18,8 @@ from launcher.shell_commands import launcher_command
 # In reading order; other sections follow.
 _ORDER = ("model", "data", "train", "optim", "deepspeed", "eval", "checkpoint", "cluster", "tracking", "run")
 _WIDTH = 100
+# Continued lines of a message.
+_INDENT = 4
 
 
 def starter_text(head: Sequence[str], values: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
@@ -78,10 +81,10 @@ def next_lines(
 
     `plan` is the file's plan, None if it cannot be made without the model.
     """
-    lines = [f"wrote {out}", f"fitted to: {machines}", *remarks_on_data]
+    notes = [f"wrote {out}", f"fitted to: {machines}", *remarks_on_data]
     if plan is not None:
-        lines += remarks(plan, disk_note(plan))
-    lines.append("next:")
+        notes += remarks(plan, disk_note(plan))
+    lines = [*wrap(notes, _INDENT), "next:"]
     commands = [("data", str(out), "--show", "3"), ("plan", str(out))]
     is_on_every_node = config.cluster.runs_on_every_node and config.cluster.nodes > 1
     if not is_on_every_node:
@@ -92,10 +95,11 @@ def next_lines(
     if is_on_every_node:
         lines += _on_every_node(out, config)
     elif config.cluster.is_this_machine and not plans_on_slurm:
-        lines.append(
+        on_cluster = (
             "for a cluster, repeat init with another --out and +cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8: "
             "batch, length and memory depend on the machines"
         )
+        lines += wrap([on_cluster], _INDENT)
     return lines
 
 

@@ -15,7 +15,9 @@ from launcher import run_store
 from launcher.errors import ConfigError, LauncherError, describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
+from launcher.shell_commands import launcher_command
 from launcher.tracking.generations import HEADER, read_generations
+from launcher.tracking.jsonl import append_event
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, by_steps, read_verdicts
 from launcher.tracking.wandb import local_settings
 from launcher.tracking.wandb.session import Session, is_online, redacted, sync_command
@@ -35,8 +37,8 @@ def upload(run: RunDir, step: int) -> str:
     verdicts = [one for one in all_verdicts if one.step == step]
     if tracking.kind != "wandb" or tracking.mode == "disabled" or not verdicts:
         return ""
-    state = run_store.read_status(run).state
-    if state in RUNNING_STATES:
+    status = run_store.read_status(run)
+    if (state := status.state) in RUNNING_STATES:
         return f"W&B: the verdict is not sent because the run is {state}; evaluate again after it ends: existing answers are used"
     if tracking.mode != "offline" and (problem := local_settings.find_problem()) is not None:
         raise ConfigError(problem)
@@ -56,7 +58,15 @@ def upload(run: RunDir, step: int) -> str:
         session.finish(state)
     line = f"W&B: the verdict is in the summary of {session.url or f'the files in {session.folder}'}"
     upload_command = sync_command(run, plan.wandb_id, session) if session.offline else ""
-    return f"{line}; upload them with: {upload_command}" if upload_command else line
+    if not upload_command:
+        return line
+    try:
+        # The command names the files of each evaluation. `status` shows the one of the last event.
+        append_event(run, status.attempt, "info", "the verdict is in offline files of W&B", step, sync_command=upload_command)
+    except OSError:
+        # For example, the disk is full.
+        return f"{line}; upload them with: {upload_command}"
+    return f"{line}; {launcher_command('status', run.root)} shows the command that uploads them"
 
 
 def summary_of(one: SetVerdict) -> dict[str, Any]:
