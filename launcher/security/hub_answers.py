@@ -28,7 +28,7 @@ from launcher.security import ownership
 from launcher.security.path_steps import entry_in_open_folder
 from launcher.security.permissions import tree
 from launcher.security.port_owners import server_problem
-from launcher.security.trust import user_name
+from launcher.security.trust import FLAG, user_name
 
 # Headers and JSON keys whose values become names of files and folders.
 _HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit")
@@ -209,16 +209,19 @@ def _in_chosen_cache(path: Path) -> Path:
     return Path(HF_HUB_CACHE).resolve() / path.relative_to(HF_HUB_CACHE) if path.is_relative_to(HF_HUB_CACHE) else path
 
 
-def require_own_links(repo_id: str, kind: str = "models") -> None:
+def require_own_links(repo_id: str, kind: str = "models", warns: bool = True) -> None:
     """Refuse to download a repository if the client would write through another user's link in its folder of the Hub's cache.
 
-    Where others could put such links during the download, the client does without Xet in this process.
+    Where others could put such links during the download, the client does without Xet in this process; `warns` tells the user.
 
     Raises:
         DataError: with the link.
     """
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
+    if HF_HUB_OFFLINE:
+        # Nothing is downloaded.
+        return
     cache, name = Path(HF_HUB_CACHE), f"{kind}--{repo_id.replace('/', '--')}"
     for folder in (cache / name, cache / ".locks" / name):
         for path in (folder, *tree(folder)):
@@ -226,13 +229,14 @@ def require_own_links(repo_id: str, kind: str = "models") -> None:
                 # Earlier versions of the client append to a file of a known name. Other links to files are those of snapshots.
                 is_written = path.is_symlink() and (path.is_dir() or path.suffix == ".incomplete")
                 if is_written and not ownership.accepts_owner(owner := path.lstat().st_uid):
-                    message = f"{repo_id} is not downloaded: a link of {user_name(owner)} in the Hub's cache leads elsewhere"
-                    remedy = "remove the link, or set HF_HOME to a folder of your own"
+                    user = user_name(owner)
+                    message = f"{repo_id} is not downloaded: a link of {user} in the Hub's cache leads elsewhere"
+                    remedy = f"set HF_HOME to a folder of your own; or if you trust {user} with your account, add {FLAG} {user}"
                     raise DataError(Problem(message, str(path), os.readlink(path), remedy))
-    _do_without_xet(cache, name)
+    _do_without_xet(cache, name, warns)
 
 
-def _do_without_xet(cache: Path, name: str) -> None:
+def _do_without_xet(cache: Path, name: str, warns: bool) -> None:
     """Turn Xet off, or the blobs that repositories share, where others could exchange files and folders during the download.
 
     Xet's client opens a file of a known folder by its path, for the second time, and overwrites what a link there leads to. The
@@ -249,10 +253,15 @@ def _do_without_xet(cache: Path, name: str) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     inner = [path for path in tree(folder) if path.is_dir()]
     if problem := ownership.folder_problem(subject, folder, inner, may_be_hidden=True):
-        if not constants.HF_HUB_DISABLE_XET:
+        if warns and not os.environ.get("HF_HUB_DISABLE_XET"):
             message = f"{problem.message}; files are downloaded without Xet, which can be slower"
-            logging.getLogger(__name__).warning(f"{message}; to use it, set HF_HOME to a folder of your own; or {problem.remedy}")
+            _warn_once(f"{message}; to use it, set HF_HOME to a folder of your own; or {problem.remedy}")
         constants.HF_HUB_DISABLE_XET = True
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
 
 
 def leads_outside(name: str) -> bool:

@@ -197,6 +197,11 @@ def test_nothing_is_downloaded_through_another_users_link(tmp_path: Path, monkey
     with pytest.raises(DataError, match=f"a link of {MALLORY} in the Hub's cache leads elsewhere"):
         require_own_links("owner/name")
     require_own_links("owner/name", "datasets")
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        require_own_links("owner/name")
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", str(MALLORY))
+    require_own_links("owner/name")
 
 
 @pytest.mark.usefixtures("as_root")
@@ -204,7 +209,12 @@ def test_nothing_is_downloaded_through_another_users_link(tmp_path: Path, monkey
     ("others", "mode", "has_xet"), [("", 0o755, True), ("", 0o1777, True), ("", 0o777, False), ("refs", 0o755, False)]
 )
 def test_xet_is_off_where_others_can_exchange_files_during_a_download(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: str, mode: int, has_xet: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    others: str,
+    mode: int,
+    has_xet: bool,
 ) -> None:
     """Xet's client opens the file a second time, by its path, and would overwrite what a link there leads to."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "shared/hub"))
@@ -217,7 +227,11 @@ def test_xet_is_off_where_others_can_exchange_files_during_a_download(
     if others:
         (tmp_path / "shared/hub/models--owner--name" / others).mkdir(parents=True)
         give(tmp_path / "shared/hub/models--owner--name" / others)
-    require_own_links("owner/name")
+    require_own_links("owner/name", warns=False)
+    assert not caplog.records, "the list of the files is no download"
+    for _ in range(2):
+        require_own_links("owner/name")
+    assert sum("downloaded without Xet" in one.message for one in caplog.records) == (0 if has_xet else 1)
     is_shared = mode != 0o755
     assert (tmp_path / "shared/hub/models--owner--name").is_dir() or not is_shared, "others could create it in a sticky folder"
     assert constants.HF_HUB_DISABLE_XET is not has_xet

@@ -254,10 +254,11 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
     from huggingface_hub.errors import HfHubHTTPError
 
     guard_hub_client()
-    require_own_links(source.path, "datasets")
     record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
     if len(source.revision or "") == _COMMIT_DIGITS and (stored := _read_listing(record)):
         return stored
+    # Of the files, only a README is fetched here.
+    require_own_links(source.path, "datasets", warns=False)
     try:
         info = HfApi().dataset_info(source.path, revision=source.revision, timeout=_HUB_TIMEOUT_S)
         commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
