@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.cli.formatting import short
+from launcher.cli.formatting import short, wrap
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.clusters.backends import Cluster, StatusReader
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
@@ -31,6 +31,8 @@ _POLL_S = 0.15
 _HIDDEN_EVENTS = ("summary", "end")
 # Limits that stop a run and must be raised before it can continue.
 _LIMITS = ("run.max_hours", "run.max_usd")
+# Width of the labels of the results.
+_LABEL_WIDTH = 13
 
 
 class StatusWatch:
@@ -206,7 +208,7 @@ def _result_lines(run: RunDir) -> list[str]:
     if run.export.is_dir():
         lines.append(_export_line(run, checkpoints[-1].step if checkpoints else None))
     return [
-        *lines,
+        *wrap(lines, _LABEL_WIDTH),
         "",
         "next:",
         f"  {launcher_command('status', name)}",

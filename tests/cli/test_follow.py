@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import time
 from dataclasses import replace
@@ -65,6 +66,19 @@ def test_follow_shows_the_last_lines_before_the_end(run: RunDir, capsys: pytest.
     assert output.count("wandb sync x") == 1
     assert f"  python -m launcher evaluate {short(run.root)}\n" in output
     assert "init --data YOUR.jsonl" in output, "the run is the demonstration"
+
+
+def test_the_results_of_a_run_fit_into_the_terminal(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each session of W&B has a folder; all in one line would fill the screen."""
+    folders = [f"/runs/first/wandb/offline-run-{number}" for number in range(4)]
+    append_event(run, 1, "info", "offline", sync_command=shlex.join(["wandb", "sync", *folders]))
+    run_store.update_status(run, state="completed")
+    monkeypatch.setenv("COLUMNS", "60")
+    assert follow(run, 1, LocalCluster()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "offline-run" in line] == [f"{'':13}{folder}" for folder in folders]
 
 
 def test_follow_reports_why_the_run_does_not_continue(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
