@@ -15,12 +15,12 @@ from launcher.cli.views import benchmark_view
 from launcher.cli.worker_process import run_reporting
 from launcher.clusters.backends import evaluation_nodes_for
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_CHECK_FAILED, ConfigError, Problem, SubmitError, did_you_mean
+from launcher.errors import EXIT_CHECK_FAILED, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import EvaluationVerdict
 
-_PREPARE, _SCORE = (f"launcher.worker.benchmark_tasks.{name}" for name in ("prepare", "score"))
+_SCORE = "launcher.worker.benchmark_tasks.score"
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,8 @@ def run(
     A gain applies to every task with that metric, and fails if no task has it.
     """
     require_gpu(config, "tasks are scored", "--tasks")
-    prepared = run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step), *options.arguments())
-    _require_metrics(gains, prepared["metrics"])
-    shown: dict[str, Any] = run_reporting(_SCORE, config, prepared["folder"])
+    wanted = [f"--min-gain={gain}" for gain in gains]
+    shown: dict[str, Any] = run_reporting(_SCORE, config, str(run_dir.plan), "--step", str(step), *options.arguments(), *wanted)
     verdicts = {
         name: json_records.decode(EvaluationVerdict, task["verdict"], "the verdict")
         for name, task in shown["tasks"].items()
@@ -77,20 +76,3 @@ def require_gpu(config: RunConfig, activity: str, option: str) -> None:
             remedy="start the command on a machine with a GPU, such as: srun --gpus 1 python -m launcher evaluate ...; or add "
             "cluster=local to use this machine's CPU",
         )
-
-
-def _require_metrics(gains: Sequence[MinimumGain], metrics: dict[str, list[str]]) -> None:
-    """Reject a gain in a metric that no task has, before hours of scoring."""
-    known = list(dict.fromkeys(metric for several in metrics.values() for metric in several))
-    problems = [
-        Problem(
-            f"--min-gain names {gain.metric}, which no task has",
-            where="command line",
-            value=str(gain),
-            remedy=f"{did_you_mean(gain.metric, known)} metrics of these tasks are {', '.join(known)}".strip(),
-        )
-        for gain in gains
-        if known and gain.metric.partition(" (")[0] not in known
-    ]
-    if problems:
-        raise ConfigError(problems)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -305,29 +306,23 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch_here: R
 
 
 @pytest.mark.rest
-def test_two_runs_at_once_build_one_cache(
+def test_two_commands_at_once_build_one_cache(
     launcher_env: Mapping[str, str], rows: Path, own_cache: dict[str, str], tmp_path: Path
 ) -> None:
-    environment = {**launcher_env, **own_cache}
-    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "train.max_steps=1", "export.enabled=false")
-    command = [sys.executable, "-m", "launcher", *settings, "cluster.ranks_per_node=1", f"run.root={tmp_path / 'runs'}"]
-    both = [
-        subprocess.Popen(
-            [*command, f"run.name={name}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
-        )
-        for name in "ab"
-    ]
+    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
+    command = [sys.executable, "-m", "launcher", "data", *settings, "--json"]
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**launcher_env, **own_cache}, "text": True}
+    both = [subprocess.Popen(command, **options) for _ in range(2)]
     try:
-        said = [process.communicate(timeout=240)[0] for process in both]
+        said = [process.communicate(timeout=240) for process in both]
     finally:
         for process in both:
             process.kill()
             process.wait(30)
     assert [process.returncode for process in both] == [0, 0], said
-    folders = {json.loads((tmp_path / "runs" / name / "plan.json").read_text())["data"]["cache_dir"] for name in "ab"}
-    (folder,) = folders
+    (folder,) = {json.loads(output)["cache_dir"] for output, _ in said}
     assert sorted(path.name for path in Path(folder).parent.iterdir() if path.is_dir()) == [Path(folder).name]
-    assert sum("tokenize: 123 of 123" in words for words in said) == 1, "one of them builds"
+    assert sum("tokenize: 123 of 123" in errors for _, errors in said) == 1, "one of them builds"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from e2e_tools import TINY, held, json_lines, processes_of, status
+from e2e_tools import TINY, held, json_lines, processes_of, slow_steps, status
 from pace import wait_for
 
 from launcher.data.sources import Chat, read_documents
@@ -87,7 +87,9 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, sta
     assert {path.stat().st_mode & 0o077 for path in (folder, *folder.rglob("*"))} == {0}
 
 
-def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: Callable, run: Path, module_runs: Path) -> None:
+def test_checkpoints_are_answered_while_the_run_goes_on(
+    launch: Launch, launch_here: Launch, start: Callable, run: Path, module_runs: Path
+) -> None:
     """Checkpoints are evaluated during training; then the run is cancelled in the middle of an evaluation and resumed."""
     going = module_runs / "going"
     source = ("model.init=pretrained", "model.config=null", "model.tokenizer=null", "model.path=run:base")
@@ -100,7 +102,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: C
     def said(kind: str = "answers") -> list[str]:
         return [line["text"] for line in json_lines(going / "events.jsonl") if line["kind"] == kind]
 
-    with start(*settings, "train.max_steps=100000") as process:
+    with start(*settings, "train.max_steps=100000", **slow_steps(0.2)) as process:
         # Wait for the checkpoint first: a suspended rank writes no shard.
         wait_for("the checkpoint", (going / "checkpoints/step-00000020/manifest.json").is_file, DEADLINE_S)
         with held(going, 20):
@@ -109,7 +111,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: C
             assert said()[0].startswith("answers of step 20: ")
             assert (folder(20) / "verdict.json").is_file()
         wait_for("the next evaluation", lambda: folder(40).exists(), DEADLINE_S)
-        assert launch("cancel", str(going)).returncode == 0
+        assert launch_here("cancel", str(going)).returncode == 0
         assert process.wait(timeout=DEADLINE_S) == 130
     assert not processes_of(going)
     left = said()[-1]
@@ -131,9 +133,9 @@ def test_checkpoints_are_answered_while_the_run_goes_on(launch: Launch, start: C
             assert record.stat().st_mtime_ns < (folder(step) / "task.json").stat().st_mtime_ns
             assert record.read_bytes() == (folder(20) / f"held_out/{side}.json").read_bytes()
         assert not (folder(step) / "weights").exists()
-    shown = launch("status", str(going)).stdout
+    shown = launch_here("status", str(going)).stdout
     assert f"step {steps[-1]}: " in next(line for line in shown.splitlines() if line.startswith("verdict"))
-    assert launch("report", str(going)).returncode == 0
+    assert launch_here("report", str(going)).returncode == 0
     assert "held_out, by step" in (going / "report.html").read_text()
 
 
@@ -199,7 +201,7 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_tasks_of_the_harness_compare_both_models(launch: Launch, run: Path, tasks: Path) -> None:
+def test_tasks_of_the_harness_compare_both_models(launch: Launch, launch_here: Launch, run: Path, tasks: Path) -> None:
     command = ("evaluate", str(run), "--task-folder", str(tasks), "--limit", "10", "--json", "evaluate.prompts_per_batch=4")
     done = launch(*command, "--tasks", "own_choices,own_answers", "--min-gain", "acc:base:0.9", timeout=DEADLINE_S)
     assert done.returncode == 3, done.stdout + done.stderr
@@ -213,16 +215,12 @@ def test_tasks_of_the_harness_compare_both_models(launch: Launch, run: Path, tas
     for side in ("base", "tuned"):
         scores = json.loads((folder / f"{side}.json").read_text())
         assert verdict["means"]["acc"][side] == pytest.approx(sum(scores["samples"]["acc,none"]) / 10)
-    assert launch("report", str(run)).returncode == 0
+    assert launch_here("report", str(run)).returncode == 0
     assert "own_choices" in (run / "report.html").read_text()
     before = {file: file.stat().st_mtime_ns for file in folder.parent.glob("*/*.json") if file.name != "verdict.json"}
     again = launch(*command, "--tasks", "own_choices", timeout=DEADLINE_S)
     assert again.returncode == 0, again.stdout + again.stderr
     assert all(file.stat().st_mtime_ns == before[file] for file in before), "scores that exist are used"
-    unknown = launch(*command, "--tasks", "own_choices", "--min-gain", "acc_nrm:base:0", timeout=DEADLINE_S)
-    assert unknown.returncode == 2
-    assert "--min-gain names acc_nrm, which no task has" in unknown.stderr
-    assert "did you mean acc_norm?" in unknown.stderr
     refused = launch(*command, "--tasks", "own_choice,own_hub", timeout=DEADLINE_S)
     assert refused.returncode == 2
     assert "did you mean own_choices?" in refused.stderr
@@ -242,7 +240,9 @@ def choice_texts(shown: str, rows: list[dict], examples: list[dict], index: int,
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), ""
 
 
-def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, run: Path, tmp_path: Path) -> None:
+def test_choices_are_scored_as_plain_transformers_scores_them(
+    launch: Launch, launch_here: Launch, run: Path, tmp_path: Path
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -296,10 +296,10 @@ def test_choices_are_scored_as_plain_transformers_scores_them(launch: Launch, ru
     assert "sums: The data cannot tell whether fine-tuning helped: acc " in again.stdout
     assert "tuned model:" in done.stderr
     assert "tuned model:" not in again.stderr, "the scores are stored"
-    refused = launch("evaluate", str(run), "evaluate.shots=24", "--choices", str(file), timeout=DEADLINE_S)
+    refused = launch_here("evaluate", str(run), "evaluate.shots=24", "--choices", str(file))
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert "the file has 24 rows, and examples are rows that are not scored" in refused.stderr
-    assert launch("report", str(run)).returncode == 0
+    assert launch_here("report", str(run)).returncode == 0
     assert "step 1, set sums" in (run / "report.html").read_text()
 
 
@@ -328,7 +328,9 @@ def largest_prompt_loss(run: Path, rows: list[dict]) -> float:
     return max(losses)
 
 
-def test_prompts_of_today_are_compared_with_those_of_training(launch: Launch, run: Path, tmp_path: Path) -> None:
+def test_prompts_of_today_are_compared_with_those_of_training(
+    launch: Launch, launch_here: Launch, run: Path, tmp_path: Path
+) -> None:
     other, wrong = tmp_path / "other.jsonl", tmp_path / "wrong.jsonl"
     recipe = "Boil {} potatoes with salt and butter, then mash them slowly and serve the mash with {} fried onions."
     rows = [{"messages": [{"role": "user", "content": recipe.format(i, i + 1)}]} for i in range(40)]
@@ -352,7 +354,7 @@ def test_prompts_of_today_are_compared_with_those_of_training(launch: Launch, ru
     assert shown["likelihoods"]["least_likely"][0]["loss"] == pytest.approx(largest_prompt_loss(run, rows), abs=1e-4)
     quick = json.loads(launch("drift", str(run), str(other), "--no-likelihood", "--json").stdout)
     assert quick["likelihoods"] == {"models": {}, "gaps": ["left out with --no-likelihood"], "least_likely": []}
-    refused = launch("drift", str(run), str(wrong))
+    refused = launch_here("drift", str(run), str(wrong))
     assert refused.returncode == 2
     assert f"{wrong}:1" in refused.stderr
     assert f"{wrong}:2" in refused.stderr

@@ -9,20 +9,23 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import cast
 
 import pytest
 from file_owners import MALLORY, as_root, give
 from pace import slowness
+from plan_fixtures import config_of
 
-from launcher import json_records
+from launcher.config.schema import RunConfig
 from launcher.data.tokenization import render_limits
 from launcher.errors import ConfigError, DataError
 from launcher.models import private_code, remote_code
 from launcher.worker.benchmark_tasks import harness, library_caches, score, task_files
+from launcher.worker.benchmark_tasks.harness import Harness
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder, BenchmarkRequest
 from launcher.worker.benchmark_tasks.task_files import find_running_call
 
-__all__ = ["as_root"]
+__all__ = ["as_root", "config_of"]
 
 DEADLINE_S = 300
 # `evaluate` adds the folder around the metrics to the search path when it loads a metric.
@@ -227,14 +230,13 @@ def test_a_task_leads_to_no_file_that_others_can_make(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("as_root")
-def test_tasks_are_checked_again_before_they_are_scored(tmp_path: Path) -> None:
-    tasks, folder = tmp_path / "tasks", BenchmarkFolder(tmp_path / "benchmarks")
-    for one in (tasks, folder.root):
-        one.mkdir()
-    json_records.write(folder.request, BenchmarkRequest({}, 1, ("own",), str(tasks), None, {}, "", None, 1, ""))
+def test_tasks_are_checked_again_before_they_are_scored(tmp_path: Path, config_of: Callable[..., RunConfig]) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    request = BenchmarkRequest(config_of(), 1, ("own",), tasks, None, {}, "", None, 1, "")
     give(tasks)
     with pytest.raises(ConfigError, match=f"a task is not trusted: .* belongs to {MALLORY}"):
-        score.score(folder)
+        score.score(BenchmarkFolder(tmp_path), cast(Harness, None), request)
 
 
 def test_a_task_runs_no_code_of_a_model_that_its_settings_name(tmp_path: Path) -> None:

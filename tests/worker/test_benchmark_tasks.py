@@ -11,7 +11,7 @@ import pytest
 
 from launcher.cli.benchmark_tasks import BenchmarkOptions
 from launcher.errors import ConfigError
-from launcher.worker.benchmark_tasks import harness, task_files
+from launcher.worker.benchmark_tasks import harness, prepare, task_files
 from launcher.worker.benchmark_tasks.harness import Harness
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder
 
@@ -83,6 +83,17 @@ def test_code_that_the_model_has_written_is_not_run() -> None:
         problem = harness._unsafe_problem("task", task)
         assert problem is not None
         assert problem.message == "a task runs code that the model has written, which nothing here isolates"
+
+
+def test_a_gain_in_a_metric_that_no_task_has_is_refused_before_anything_is_scored() -> None:
+    metrics = {"arc_easy": ("acc", "acc_norm"), "triviaqa": ("exact_match",)}
+    prepare._require_metrics(["acc_norm:base:0.1", "exact_match (strict):base:0"], metrics)
+    with pytest.raises(ConfigError) as raised:
+        prepare._require_metrics(["acc_nrm:base:0"], metrics)
+    (problem,) = raised.value.problems
+    assert problem.message == "--min-gain names acc_nrm, which no task has"
+    assert problem.value == "acc_nrm:base:0"
+    assert problem.remedy == "did you mean acc_norm? metrics of these tasks are acc, acc_norm, exact_match"
 
 
 def test_scores_stay_in_their_folder_whatever_the_task_is_called(tmp_path: Path) -> None:

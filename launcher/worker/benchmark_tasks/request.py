@@ -1,13 +1,11 @@
-"""The request to lm-evaluation-harness: request.json in an evaluation's folder `benchmarks`. Does not import torch."""
+"""What is scored on lm-evaluation-harness tasks, and where the scores are. Does not import torch."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from launcher import json_records
 from launcher.config.schema import RunConfig
 from launcher.evaluate.task import Weights
 
@@ -23,20 +21,16 @@ class BenchmarkRequest:
     the model's own Python files. `checkpoint` is the digest of the checkpoint's manifest.
     """
 
-    config: dict[str, Any]
+    config: RunConfig
     step: int
     tasks: tuple[str, ...]
-    task_folder: str | None
+    task_folder: Path | None
     limit: int | None
     weights: dict[str, Weights]
     tokenizer: str
     code: str | None
     context: int
     checkpoint: str
-
-    @property
-    def settings(self) -> RunConfig:
-        return RunConfig.model_validate(self.config)
 
 
 @dataclass(frozen=True)
@@ -46,16 +40,9 @@ class BenchmarkFolder:
     root: Path
 
     @property
-    def request(self) -> Path:
-        return self.root / "request.json"
-
-    @property
     def caches(self) -> Path:
         """Replacements for caches that other users could have written; removed when the evaluation ends."""
         return self.root / ".caches"
-
-    def read_request(self) -> BenchmarkRequest:
-        return json_records.read(BenchmarkRequest, self.request, "start the evaluation again")
 
     def scores(self, task: str, side: str) -> Path:
         """The scores of a side; the verdict is beside them. A task may have any name."""

@@ -1,15 +1,19 @@
-"""Scores all weights on all tasks and compares them: `python -m launcher.worker.benchmark_tasks.score FOLDER`.
+"""Scores a step's weights and the base model on tasks, and compares them.
 
-Prints one JSON object: the verdicts by task, or the problems. Scores are kept, so an interrupted command can continue.
+`python -m launcher.worker.benchmark_tasks.score PLAN_JSON --step N --tasks A,B` reads the run's settings, with the command's
+overrides, as JSON from standard input. It prints one JSON object: the verdicts by task, or the problems. Scores are kept, so an
+interrupted command can continue.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,36 +24,36 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from launcher import json_records
+from launcher.config.schema import RunConfig
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import LauncherError, RunError
 from launcher.evaluate.task import EvaluationFolder, Weights
 from launcher.evaluate.verdict import judge
 from launcher.models.private_code import code_option, folder_to_load
+from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.verdicts import TUNED
 from launcher.train.model import DTYPES, read_own_config
 from launcher.worker.benchmark_tasks.harness import Harness, TaskScores, digest, make_model
+from launcher.worker.benchmark_tasks.prepare import prepare
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder, BenchmarkRequest
-from launcher.worker.benchmark_tasks.task_files import require_own
+from launcher.worker.benchmark_tasks.task_files import TASK_FOLDER, require_own
 from launcher.worker.evaluation.answer import choose_dtype
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
 
 
-def score(folder: BenchmarkFolder) -> dict[str, Any]:
+def score(folder: BenchmarkFolder, harness: Harness, request: BenchmarkRequest) -> dict[str, Any]:
     """Score what has no scores yet, write each task's verdict, and return what the command shows.
 
     Raises:
-        ConfigError, DataError: if a task was removed after the request was written, or other users could have written it.
+        ConfigError, DataError: if a task was removed in the meantime, or other users could have written it.
         RunError: if a task fails.
     """
-    request = folder.read_request()
-    task_folder = None if request.task_folder is None else Path(request.task_folder)
-    # The weights may have been exported long ago.
-    if task_folder is not None:
-        require_own(task_folder)
-    harness = Harness(folder.caches, task_folder)
+    # Exporting the weights may have taken long.
+    if request.task_folder is not None:
+        require_own(request.task_folder)
     scores: dict[str, dict[str, TaskScores]] = {task: {} for task in request.tasks}
     total = len(request.tasks) * len(request.weights)
     for side, weights in request.weights.items():
@@ -81,7 +85,7 @@ def _score(harness: Harness, task: str, model: Any, limit: int | None, belongs_t
 
 
 def _load(request: BenchmarkRequest, weights: Weights, side: str) -> Any:
-    config, folder = request.settings, Path(weights.folder)
+    config, folder = request.config, Path(weights.folder)
     code = Path(request.code) if request.code is not None and config.model.trust_remote_code else None
     path = folder_to_load(folder, config.model.trust_remote_code, config.model.code_digest, code)
     device = _device()
@@ -100,7 +104,7 @@ def _load(request: BenchmarkRequest, weights: Weights, side: str) -> Any:
 def _surroundings(request: BenchmarkRequest) -> tuple[str, ...]:
     """Return what determines the scores apart from the task and the weights."""
     device = _device()
-    return (str(request.limit), choose_dtype(request.settings, device), device, torch.__version__, transformers.__version__)
+    return (str(request.limit), choose_dtype(request.config, device), device, torch.__version__, transformers.__version__)
 
 
 def _device() -> str:
@@ -138,12 +142,25 @@ def _higher_is_better(scores: TaskScores, key: str) -> np.ndarray:
     return -values if key in scores.lower_is_better else values
 
 
-def main(path: str) -> int:
-    folder = BenchmarkFolder(Path(path).absolute())
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.worker.benchmark_tasks.score")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--step", type=int, required=True)
+    parser.add_argument("--tasks", required=True)
+    parser.add_argument(TASK_FOLDER, type=Path)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--min-gain", action="append", default=[])
+    arguments = parser.parse_args(argv)
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    config = RunConfig.model_validate_json(sys.stdin.read())
+    # Use plan.json's folder, because the run may have been moved. It must be absolute: the harness changes the working directory.
+    run = RunDir(arguments.plan.absolute().parent)
+    task_folder = None if arguments.task_folder is None else arguments.task_folder.absolute()
+    names = arguments.tasks.split(",")
     try:
-        shown = score(folder)
+        folder, harness, request = prepare(config, run, arguments.step, names, task_folder, arguments.limit, arguments.min_gain)
+        shown = score(folder, harness, request)
     except LauncherError as error:
         print(json.dumps(error.to_report()))
         return error.exit_code
@@ -160,5 +177,5 @@ if __name__ == "__main__":
     die_with_parent(signal.SIGTERM)
     # The harness keeps tasks' rows in the cache of `datasets`.
     with private_files(), printable_output():
-        code = main(sys.argv[1])
+        code = main()
     sys.exit(code)
