@@ -13,6 +13,7 @@ import importlib.util
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from launcher.checkpoint import generation
 from launcher.checkpoint.folder_links import link_problems
 from launcher.config.schema import COMMIT_PATTERN, ModelSection, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
+from launcher.data import hub_cache
 from launcher.data.cache_dir import cache_root, mark_used
 from launcher.errors import ConfigError, Problem
 from launcher.models import gguf_header, weight_files
@@ -151,8 +153,7 @@ def _similar_folders(folder: Path, cutoff: float) -> list[str]:
 
 def _check_hub_model(value: str, model: ModelSection) -> list[Problem]:
     """Check a downloaded model's files; a model that is not downloaded may be a misspelled local folder."""
-    snapshot = _hub_snapshot(value, model.revision)
-    if snapshot is not None:
+    if any(_hub_snapshots(value, model.revision)):
         folder = locate(value, model).folder
         return folder_problems(folder, model) if folder is not None else []
     # The name of a model of another size has different digits.
@@ -216,9 +217,9 @@ def locate(source: str, model: ModelSection) -> Located:
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
     is_model = source == model.path
-    snapshot = _hub_snapshot(source, model.revision if is_model else None)
-    is_complete = snapshot is not None and (not is_model or model.init == "random" or _has_all_weights(snapshot, model))
-    return Located(snapshot if is_complete else None)
+    snapshots = _hub_snapshots(source, model.revision if is_model else None)
+    needs_weights = is_model and model.init != "random"
+    return Located(next((path for path in snapshots if not needs_weights or _has_all_weights(path, model)), None))
 
 
 def _finished(folder: Path) -> Path | None:
@@ -242,17 +243,16 @@ def converted_folder(file: Path) -> Path:
     return cache_root() / "models" / f"{file.stem}-{digest.hexdigest()}"
 
 
-def _hub_snapshot(repo_id: str, revision: str | None) -> Path | None:
-    """Return the local snapshot of a Hub model, by the layout of huggingface_hub's cache; None if it is not downloaded."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    repo = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
-    reference = repo / "refs" / (revision or "main")
-    # A commit is used as it is: a reference with its name could lead to a different commit.
-    is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
-    commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
-    snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
-    return snapshot if snapshot is not None and (snapshot / "config.json").is_file() else None
+def _hub_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
+    """Yield the local snapshots of a Hub model, by the layout of huggingface_hub's cache."""
+    for repo in hub_cache.repository_folders(repo_id):
+        reference = repo / "refs" / (revision or "main")
+        # A commit is used as it is: a reference with its name could lead to a different commit.
+        is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
+        commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
+        snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
+        if snapshot is not None and (snapshot / "config.json").is_file():
+            yield snapshot
 
 
 def _has_all_weights(folder: Path, model: ModelSection) -> bool:

@@ -19,7 +19,7 @@ from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.data import sources
+from launcher.data import hub_cache, sources
 from launcher.data.sources import Chat, Completion, Document, DocumentBatch
 from launcher.data.sources.files import Block
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
@@ -134,7 +134,10 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
     guard_hub_client()
     revision = model.revision if name == model.path else None
     try:
-        snapshot_download(name, revision=revision, allow_patterns=_TOKENIZER_FILES, local_dir=fetched, etag_timeout=5)
+        cache = hub_cache.download_cache(name)
+        snapshot_download(
+            name, revision=revision, cache_dir=cache, allow_patterns=_TOKENIZER_FILES, local_dir=fetched, etag_timeout=5
+        )
     # The client raises many types of exceptions.
     except Exception as error:
         return None, None, f"{name} is not on this machine, and {hub_reason(error)}"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from launcher import atomic_files, locks, model_source, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
-from launcher.data import build, report, sources
+from launcher.data import build, hub_cache, report, sources
 from launcher.data.cache_dir import cache_root, is_full, make_cache_error
 from launcher.data.sources.eval_set import make_set_data, name_set
 from launcher.data.texts import DecodedTexts
@@ -32,7 +32,7 @@ from launcher.export.hf_folder import ExportTask, export, find_chat_template, ve
 from launcher.models import parent_run
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.security import folders, ownership
-from launcher.security.hub_answers import guard_hub_client, require_own_links
+from launcher.security.hub_answers import guard_hub_client
 from launcher.security.printable_stream import printable_output
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.jsonl import read_metrics
@@ -220,26 +220,31 @@ def _download(repo_id: str, model: ModelSection) -> None:
     from huggingface_hub.errors import GatedRepoError
 
     guard_hub_client()
-    require_own_links(repo_id)
     # model.revision pins code, and only in the model's own repository.
     with_code = model.trust_remote_code and repo_id == model.path
     patterns = [*_HUB_FILES, *(["*.bin"] if model.allow_pickled_weights else []), *(["*.py"] if with_code else [])]
     revision = model.revision if repo_id == model.path else None
+    cache = hub_cache.download_cache(repo_id)
     _say(f"fetching {repo_id} from the hub")
     try:
         # Some repositories also hold the weights in their original format.
         with show_waiting(f"fetching {repo_id}"):
             snapshot_download(
-                repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
+                repo_id,
+                revision=revision,
+                cache_dir=cache,
+                allow_patterns=patterns,
+                ignore_patterns=["consolidated*", "original/*"],
             )
     except LauncherError:
         raise
     except Exception as error:
         if isinstance(error, OSError) and is_full(error):
+            variable = "LAUNCHER_CACHE" if cache == hub_cache.own_folder() else "HF_HOME"
             raise ConfigError(
                 f"{repo_id} cannot be fetched from the hub: {error.strerror}",
                 where=str(error.filename or "the cache of the hub"),
-                remedy="free space there, or set HF_HOME to a folder on another disk",
+                remedy=f"free space there, or set {variable} to a folder on another disk",
             ) from error
         if isinstance(error, GatedRepoError):
             raise ConfigError(

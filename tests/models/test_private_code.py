@@ -221,4 +221,4 @@ def test_a_reference_does_not_lead_a_pinned_commit_to_other_code(snapshot: Path,
     (other / "config.json").write_text("{}")
     assert model_source.locate("owner/name", HUB_MODEL).folder == snapshot
     (snapshot.parents[1] / "refs/main").write_text("../../../elsewhere")
-    assert model_source._hub_snapshot("owner/name", None) is None
+    assert not [*model_source._hub_snapshots("owner/name", None)]

@@ -12,15 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from file_owners import MALLORY, as_root, give
 from http_server import serving
-from huggingface_hub import _tree_cache, constants
 
 from launcher.errors import DataError
 from launcher.security import hub_answers
-from launcher.security.hub_answers import ignore_listings_of_others, leads_outside, require_own_links
-
-__all__ = ["as_root"]
+from launcher.security.hub_answers import leads_outside
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -166,99 +162,3 @@ def test_names_that_lead_out_of_a_folder(name: str) -> None:
 @pytest.mark.parametrize("name", ["", COMMIT, '"5f3-abc:1"', 'W/"a+b/c=="', '"a..b"', "v1.0"])
 def test_names_of_storage(name: str) -> None:
     assert not leads_outside(name)
-
-
-@pytest.mark.usefixtures("as_root")
-def test_a_list_of_files_that_another_user_left_in_the_cache_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client writes a file of the list to blobs/SHA256, wherever that leads."""
-    monkeypatch.setattr(_tree_cache, "_read_tree_cache_from_disk", _tree_cache._read_tree_cache_from_disk)
-    ignore_listings_of_others()
-    outside = str(tmp_path / "home/.bash_profile")
-    entry = {"size": 1, "blob_id": COMMIT, "lfs_sha256": outside, "lfs_size": 1, "xet_hash": "a" * 64}
-    for owner in ("mine", "mallorys"):
-        (tmp_path / owner / "trees").mkdir(parents=True)
-        listing = {"format_version": 1, "files": {"model.safetensors": entry}}
-        (tmp_path / owner / f"trees/{COMMIT}.json").write_text(json.dumps(listing))
-    give(tmp_path / "mallorys")
-    assert list(_tree_cache.read_tree_cache(str(tmp_path / "mine"), COMMIT) or ()) == ["model.safetensors"]
-    assert _tree_cache.read_tree_cache(str(tmp_path / "mallorys"), COMMIT) is None
-
-
-@pytest.mark.usefixtures("as_root")
-@pytest.mark.parametrize("folder", ["", "refs", f"snapshots/{COMMIT}", "blobs", "blobs/etag.incomplete"])
-def test_nothing_is_downloaded_through_another_users_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    (tmp_path / "mine").mkdir()
-    link = tmp_path / "hub/models--owner--name" / folder
-    link.parent.mkdir(parents=True)
-    link.symlink_to(tmp_path / "mine")
-    require_own_links("owner/name")
-    os.chown(link, MALLORY, -1, follow_symlinks=False)
-    with pytest.raises(DataError, match=f"a link of {MALLORY} in the Hub's cache leads elsewhere"):
-        require_own_links("owner/name")
-    require_own_links("owner/name", "datasets")
-    with monkeypatch.context() as patch:
-        patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        require_own_links("owner/name")
-    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", str(MALLORY))
-    require_own_links("owner/name")
-
-
-@pytest.mark.usefixtures("as_root")
-@pytest.mark.parametrize(
-    ("others", "mode", "has_xet"), [("", 0o755, True), ("", 0o1777, True), ("", 0o777, False), ("refs", 0o755, False)]
-)
-def test_xet_is_off_where_others_can_exchange_files_during_a_download(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    others: str,
-    mode: int,
-    has_xet: bool,
-) -> None:
-    """Xet's client opens the file a second time, by its path, and would overwrite what a link there leads to."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "shared/hub"))
-    for name in ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_SHARED_BLOBS"):
-        monkeypatch.setattr(constants, name, False, raising=False)
-    # Nobody else can enter the folder of a test.
-    monkeypatch.setattr("launcher.security.permissions.is_private", lambda *_: False)
-    (tmp_path / "shared/hub").mkdir(parents=True)
-    (tmp_path / "shared/hub").chmod(mode)
-    if others:
-        (tmp_path / "shared/hub/models--owner--name" / others).mkdir(parents=True)
-        give(tmp_path / "shared/hub/models--owner--name" / others)
-    require_own_links("owner/name", warns=False)
-    assert not caplog.records, "the list of the files is no download"
-    for _ in range(2):
-        require_own_links("owner/name")
-    assert sum("downloaded without Xet" in one.message for one in caplog.records) == (0 if has_xet else 1)
-    is_shared = mode != 0o755
-    assert (tmp_path / "shared/hub/models--owner--name").is_dir() or not is_shared, "others could create it in a sticky folder"
-    assert constants.HF_HUB_DISABLE_XET is not has_xet
-    assert constants.HF_HUB_DISABLE_SHARED_BLOBS is is_shared
-
-
-@pytest.mark.usefixtures("as_root")
-@pytest.mark.parametrize("mode", [0o755, 0o777])
-def test_a_client_that_cannot_be_kept_from_following_links_downloads_to_no_shared_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
-) -> None:
-    """A later version may rename the functions that are replaced."""
-    factories = []
-    monkeypatch.setattr("huggingface_hub.set_client_factory", factories.append)
-    monkeypatch.setattr("launcher.security.permissions.is_private", lambda *_: False)
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    replaced = {"huggingface_hub._lists": ("_read",), "huggingface_hub.file_download": ("_move", "hf_hub_download")}
-    monkeypatch.setattr(hub_answers, "_REPLACED", replaced)
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub").chmod(mode)
-    guard = hub_answers.guard_hub_client.__wrapped__
-    if mode == 0o755:
-        guard()
-        assert len(factories) == 1, "answers are checked all the same"
-        return
-    with pytest.raises(DataError, match="cannot be kept from following what other users put into the Hub's cache") as caught:
-        guard()
-    assert "it lacks huggingface_hub._lists._read, huggingface_hub.file_download._move\n" in str(caught.value)
-    assert "remedy: set HF_HOME to a folder of your own" in str(caught.value)

@@ -16,6 +16,7 @@ from typing import Any
 
 from launcher import atomic_files, locks, run_store
 from launcher.data.cache_dir import cache_root, shared_cache_root
+from launcher.data.hub_cache import own_folder
 from launcher.errors import LauncherError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_damage import plan_remedy
@@ -28,6 +29,7 @@ from launcher.tracking.metrics import format_duration
 KINDS: Mapping[str, str] = {
     "data": "tokenized rows",
     "models": "converted models, and weights of other runs",
+    "hub": "downloads from the Hub that other users could have changed in its cache",
     "sources": "downloaded data files",
     "scores": "losses of documents under weights",
     "checks": "results of checks of models and settings, and words for completion",
@@ -99,7 +101,7 @@ def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry
         SubmitError: if an unfinished run's plan is unreadable, so that it is unknown what the run uses.
     """
     uses = _uses(roots)
-    found = [*_data(shared), *_models(), *_sources(), *_scores(), *_checks(), *_extensions()]
+    found = [*_data(shared), *_models(), *_hub(), *_sources(), *_scores(), *_checks(), *_extensions()]
     building = [entry for entry in found if entry.kind == "data" and entry.lock is not None and is_locked(entry.lock)]
     entries = [_judge(entry, uses, bool(building)) for entry in found if _is_own(entry.path)]
     return sorted(entries, key=lambda entry: entry.used_at)
@@ -277,6 +279,12 @@ def _models() -> Iterator[CacheEntry]:
             yield _entry("models", path, kept=_recent_build(path))
         elif path.is_dir():
             yield _entry("models", path, lock=path.with_name(f".{path.name}.lock"))
+
+
+def _hub() -> Iterator[CacheEntry]:
+    for path in (path for folder in _part(own_folder().name) for path in _children(folder)):
+        if path.is_dir() and not path.name.startswith("."):
+            yield _entry("hub", path)
 
 
 def _sources() -> Iterator[CacheEntry]:

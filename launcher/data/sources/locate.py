@@ -21,6 +21,7 @@ import xxhash
 from launcher import atomic_files
 from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import HUB_ID_PATTERN
+from launcher.data import hub_cache
 from launcher.data.cache_dir import convert_os_errors, source_folder
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.remote import RemoteFiles
@@ -28,7 +29,7 @@ from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, read_readme
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
-from launcher.security.hub_answers import guard_hub_client, require_own_links
+from launcher.security.hub_answers import guard_hub_client
 from launcher.security.storage_addresses import address_problem
 
 _COMMIT_DIGITS = 40
@@ -226,21 +227,18 @@ def _match_pattern(pattern: str) -> list[str]:
 
 
 def _hub_files(source: RowSource) -> tuple[DataFile, ...]:
-    from huggingface_hub import hf_hub_download
-
     guard_hub_client()
-    require_own_links(source.path, "datasets")
     commit, names, _ = _hub_listing(source)
     files = []
     for name in names:
         try:
-            path = hf_hub_download(source.path, name, repo_type="dataset", revision=commit)
+            path = hub_cache.fetch_dataset_file(source.path, name, commit)
         except DataError:
             raise
         except Exception as error:
             why = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
             raise _unreachable(source, f"{name} cannot be fetched: {type(error).__name__}{why}") from error
-        files.append(DataFile(Path(path), f"{source.path}/{name}"))
+        files.append(DataFile(path, f"{source.path}/{name}"))
     return tuple(files)
 
 
@@ -250,21 +248,19 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
     The Hub is queried unless the revision is a commit with a stored listing. If the Hub cannot be reached or is too busy, the
     last stored listing is returned.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     guard_hub_client()
     record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
     if len(source.revision or "") == _COMMIT_DIGITS and (stored := _read_listing(record)):
         return stored
-    # Of the files, only a README is fetched here.
-    require_own_links(source.path, "datasets", warns=False)
     try:
         info = HfApi().dataset_info(source.path, revision=source.revision, timeout=_HUB_TIMEOUT_S)
         commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
 
         def read(name: str) -> bytes:
-            return read_readme(Path(hf_hub_download(source.path, name, repo_type="dataset", revision=commit)), source.path)
+            return read_readme(hub_cache.fetch_dataset_file(source.path, name, commit), source.path)
 
         chosen = choose_files(names, read, source.subset, source.split, source.path)
     except DataError:

@@ -14,6 +14,7 @@ from launcher.clusters.check_results import SHARED_FILE_VARIABLE, WARNING, Check
 from launcher.clusters.storage import existing_folder, filesystem_type
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
+from launcher.data.hub_cache import own_folder
 from launcher.hardware import may_use_gpus
 from launcher.plan.quantities import format_size
 from launcher.security.library_caches import cache_folders, foreign_caches, is_writable
@@ -153,6 +154,9 @@ def check_caches(config: RunConfig) -> Iterator[CheckResult]:
 def _check_cache(name: str, folder: Path, variable: str) -> Iterator[CheckResult]:
     existing = existing_folder(folder)
     elsewhere = f"set {variable} to a folder on another disk"
+    if not is_writable(folder) and variable == "HF_HOME":
+        yield ok(f"{name} cannot be written: {folder}; models are downloaded to {own_folder()}")
+        return
     if not is_writable(folder):
         yield failure(f"{name} cannot be written: {folder}", f"check the owner and the permissions of {existing}, or {elsewhere}")
         return

@@ -1,0 +1,106 @@
+"""Repositories are downloaded into the Hub's cache if nobody else can write there, and otherwise into the launcher's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from file_owners import MALLORY, as_root, give
+
+from launcher import model_source
+from launcher.config.schema import ModelSection
+from launcher.data import hub_cache
+from launcher.errors import DataError
+
+__all__ = ["as_root"]
+
+COMMIT = "1" * 40
+REPOSITORY = "models--owner--name"
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The Hub's cache, with this user's permissions only, and a launcher's cache next to it."""
+    folder = tmp_path / "home/shared"
+    folder.mkdir(mode=0o755, parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "launcher"))
+    # Nobody else can enter the folder of a test.
+    monkeypatch.setattr("launcher.security.permissions.is_private", lambda *_: False)
+    hub_cache._print_once.cache_clear()
+    return folder
+
+
+def add_snapshot(cache: Path) -> Path:
+    repository = cache / REPOSITORY
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(COMMIT)
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).write_text("{}")
+    return snapshot
+
+
+def link_of_others(path: Path, target: Path) -> None:
+    path.symlink_to(target)
+    os.chown(path, MALLORY, -1, follow_symlinks=False)
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda cache: cache.chmod(0o777), "can be written by everyone"),
+        (lambda cache: cache.chmod(0o1777), "can be written by everyone"),
+        (lambda cache: cache.parent.chmod(0o777), "can be written by everyone"),
+        (lambda cache: give(cache), f"belongs to {MALLORY}"),
+        (lambda cache: give(cache / REPOSITORY / "snapshots"), f"snapshots belongs to {MALLORY}"),
+        (lambda cache: (cache / REPOSITORY / "refs").chmod(0o777), "refs can be written by everyone"),
+        (lambda cache: link_of_others(cache / REPOSITORY / "blobs", cache), f"blobs belongs to {MALLORY}"),
+        (lambda cache: link_of_others(cache / "blobs", cache), f"blobs belongs to {MALLORY}"),
+        (lambda cache: ((cache / ".locks").mkdir(), link_of_others(cache / ".locks" / REPOSITORY, cache)), "belongs to"),
+    ],
+)
+def test_where_others_can_write_nothing_is_downloaded(
+    shared: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object], reason: str
+) -> None:
+    snapshot = add_snapshot(shared)
+    assert hub_cache.download_cache("owner/name") == shared
+    assert capsys.readouterr().err == ""
+    change(shared)
+    own = hub_cache.own_folder()
+    assert hub_cache.download_cache("owner/name") == own
+    said = capsys.readouterr().err
+    assert said.startswith("the Hub's cache is not trusted: ")
+    assert reason in said
+    assert f"; downloads go to {own}; to use the Hub's cache: " in said
+    assert own.stat().st_mode & 0o777 == 0o700
+    model = ModelSection(path="owner/name")
+    assert model_source.locate("owner/name", model).folder == snapshot, "what is there is still read"
+    downloaded = add_snapshot(own)
+    assert model_source.locate("owner/name", model).folder == downloaded, "nobody else can replace it"
+    give(downloaded)
+    with pytest.raises(DataError, match=f"belongs to {MALLORY}"):
+        model_source.locate("owner/name", model)
+
+
+def test_a_cache_of_this_user_alone_is_the_only_one(shared: Path) -> None:
+    add_snapshot(hub_cache.own_folder())
+    assert model_source.locate("owner/name", ModelSection(path="owner/name")).folder is None
+    assert [folder.parent for folder in hub_cache.repository_folders("owner/name")] == [shared]
+
+
+def test_a_cache_that_cannot_be_written_is_read(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshot = add_snapshot(shared)
+    monkeypatch.setattr(hub_cache, "is_writable", lambda _: False)
+    assert hub_cache.download_cache("owner/name") == hub_cache.own_folder()
+    assert f"the Hub's cache cannot be written: {shared}; downloads go to" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub_cache.download_cache("owner/name") == shared, "nothing is downloaded"
+    assert model_source.locate("owner/name", ModelSection(path="owner/name")).folder == snapshot
