@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from launcher import run_store
 from launcher.clusters import detached_process, faults
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
-_END_DEADLINE_S = 30.0
+# Ending takes a second, but far longer on a busy machine. An agent that is killed records no end.
+_END_DEADLINE_S = 120.0
+_RECEIPT_DEADLINE_S = 10.0
 _CANCEL_GAP_S = 0.3
 # The records of an attempt's end need more than this.
 _FULL_BYTES = 64 * 1024
@@ -88,8 +93,10 @@ class LocalCluster:
         agent.send_signal(signal.SIGUSR1)
         if not save:
             # Two identical signals that are pending at the same time are delivered as one.
-            time.sleep(_CANCEL_GAP_S)
-            agent.send_signal(signal.SIGUSR1)
+            _await_receipt(agent, signal.SIGUSR1)
+            # The first may have been enough.
+            with suppress(psutil.NoSuchProcess):
+                agent.send_signal(signal.SIGUSR1)
 
     def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
         command = faults.command(run, attempt, fault)
@@ -109,6 +116,18 @@ def _silent_end(run: RunDir) -> str:
     if limit := limit_that_killed_agents(run, run_store.newest_attempt(run), [0]):
         return f"{limit}: the node agent ended without recording a result"
     return "the node agent ended without recording a result: it was killed, or the machine restarted"
+
+
+def _await_receipt(agent: psutil.Process, number: signal.Signals) -> None:
+    """Wait until the agent has received a signal. Its thread that listens for signals may wait long for a busy CPU."""
+    until = time.monotonic() + _RECEIPT_DEADLINE_S
+    time.sleep(_CANCEL_GAP_S)
+    with suppress(OSError):
+        while time.monotonic() < until:
+            pending = re.search(r"^ShdPnd:\s*([0-9a-f]+)$", Path(f"/proc/{agent.pid}/status").read_text(), re.MULTILINE)
+            if pending is None or not int(pending[1], 16) & 1 << number - 1:
+                return
+            time.sleep(_CANCEL_GAP_S)
 
 
 def check_here(plan: LaunchPlan) -> None:

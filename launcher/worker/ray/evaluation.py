@@ -6,8 +6,10 @@ launcher.worker.evaluation.answer; if one task fails, the others are ended.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from launcher.evaluate.task import EvaluationFolder
 from launcher.security.library_caches import find_usable_caches
 from launcher.security.trust import VARIABLE, Trust
 from launcher.worker.ray.connection import config_without_search_path
+
+# Seconds after which free GPUs are counted again. Ray's count may be old: another reservation may have just been made.
+_RECOUNT_S = 5
 
 
 def answer_here(folder: str, rank: int, num_processes: int, num_gpus: int) -> int:
@@ -74,14 +79,10 @@ def task_options(ray: Any, num_workers: int | None, wait_s: float, gpus_per_task
 
     The list is empty if the GPUs are not free after `wait_s`: other work on the cluster may take them first.
     """
-    from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
     if ray.cluster_resources().get("GPU"):
-        num_free = int(ray.available_resources().get("GPU", 0))
-        bundle = {"CPU": 1, "GPU": gpus_per_task}
-        group = placement_group([bundle] * max(1, min(num_free, num_workers or num_free) // gpus_per_task))
-        if not group.wait(wait_s):
+        if (group := _reserve_gpus(ray, num_workers, wait_s, gpus_per_task)) is None:
             return []
         return [
             {
@@ -95,6 +96,23 @@ def task_options(ray: Any, num_workers: int | None, wait_s: float, gpus_per_task
     nodes = [node for node in ray.nodes() if node["Alive"]]
     strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     return [{"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy} for strategy in strategies]
+
+
+def _reserve_gpus(ray: Any, num_workers: int | None, wait_s: float, gpus_per_task: int) -> Any:
+    """Reserve the free GPUs, for at most `num_workers` tasks; returns the placement group, or None if none is ready in time."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    until = time.monotonic() + wait_s
+    while True:
+        num_free = int(ray.available_resources().get("GPU", 0))
+        bundle = {"CPU": 1, "GPU": gpus_per_task}
+        group = placement_group([bundle] * max(1, min(num_free, num_workers or num_free) // gpus_per_task))
+        # Ray counts whole seconds.
+        if group.wait(min(_RECOUNT_S, math.ceil(max(0.0, until - time.monotonic())))):
+            return group
+        remove_placement_group(group)
+        if time.monotonic() >= until:
+            return None
 
 
 if __name__ == "__main__":

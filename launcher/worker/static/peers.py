@@ -17,7 +17,6 @@ from launcher.run_records import Attempt
 from launcher.worker.signals import CANCEL
 
 _LOOK_S = 0.5
-# Two identical signals that are pending at the same time are delivered as one.
 _CANCEL_GAP_S = 0.3
 # How long the ranks may take to fail by themselves once another machine has failed: their own errors say more.
 _FAILED_S, _LOST_S = 30.0, 10.0
@@ -80,7 +79,8 @@ class Peers:
         request = run_records.read_cancel(self._run, self._attempt)
         wanted = 0 if request is None else 1 if request.save else 2
         while self._num_cancels < wanted:
-            if self._num_cancels:
+            # Two identical signals that are pending at the same time are delivered as one.
+            while self._num_cancels and CANCEL in signal.sigpending():
                 time.sleep(_CANCEL_GAP_S)
             os.kill(os.getpid(), CANCEL)
             self._num_cancels += 1

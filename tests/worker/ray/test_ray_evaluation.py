@@ -6,6 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from pace import slowness
 
 import launcher
 from launcher.worker.ray import evaluation
@@ -34,10 +35,14 @@ def test_an_evaluation_waits_for_gpus_only_as_long_as_it_may(monkeypatch: pytest
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     try:
-        assert len(evaluation.task_options(ray, 1, 60.0)) == 1
-        (second,) = evaluation.task_options(ray, None, 60.0)
+        monkeypatch.setattr(evaluation, "_RECOUNT_S", 1)
+        assert len(evaluation.task_options(ray, 1, 60.0 * slowness())) == 1
+        # At first, Ray still counts the GPU that has just been reserved.
+        count, old = ray.available_resources, [{"GPU": 2.0}]
+        monkeypatch.setattr(ray, "available_resources", lambda: old.pop() if old else count())
+        (second,) = evaluation.task_options(ray, None, 60.0 * slowness())
         code = ray.remote(lambda: 7).options(**second).remote()
-        assert ray.get(code, timeout=120) == 7
+        assert ray.get(code, timeout=120 * slowness()) == 7
         assert evaluation.task_options(ray, None, 1.0) == [], "both GPUs are reserved"
         assert evaluation.task_options(ray, None, 1.0, gpus_per_task=2) == []
         assert not placement_group([{"GPU": 1}]).wait(0.1)
