@@ -15,6 +15,8 @@ import psutil
 import pytest
 from testbed_cluster import Testbed
 
+from launcher.cli.views import doctor_view
+
 pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -44,39 +46,18 @@ def await_no_job(bed: Testbed) -> None:
         time.sleep(0.2)
 
 
-def test_every_node_of_the_allocation_reports(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
+def test_every_node_of_the_allocation_reports_and_one_that_sees_other_storage_comes_first(
+    launch_here: Launch, slurm: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A failing cluster.setup command is reported too; a run would continue despite it."""
-    command = (
-        *DOCTOR,
-        "cluster.nodes=2",
-        "cluster.time=10:00",
-        f"run.root={tmp_path}/runs",
-        "cluster.setup=[ls /missing]",
-        "--json",
-    )
-    done = launch(*command, timeout=DEADLINE_S, **slurm.variables)
-    assert done.stdout, done.stderr
-    report = json.loads(done.stdout)
-    assert sorted(report["nodes"]) == ["n1", "n2"], done.stdout
-    assert done.returncode == (report["verdict"] == "failure"), done.stdout
-    assert report["here"][0]["name"] == "Slurm"
-    assert "nodes in service" in report["here"][0]["seen"]
-    assert [(result["verdict"], result["seen"]) for result in report["here"] if result["name"] == "setup"] == [
-        ("warning", "a command of cluster.modules or cluster.setup failed: ls /missing")
-    ]
-    for node in report["nodes"].values():
-        verdicts = {result["name"]: result["verdict"] for result in node["results"]}
-        assert verdicts["torch"] == verdicts["all-reduce"] == verdicts["clock"] == "ok", node
-        assert verdicts["run.root"] != "failure", node
-    await_no_job(slurm)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_node_that_sees_other_storage_comes_first(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
     if not slurm.layout.isolated:
         pytest.skip("this machine may not make network namespaces")
     slurm.private_mount("n2", tmp_path)
-    done = launch(*DOCTOR, "cluster.nodes=2", f"run.root={tmp_path}/runs", timeout=DEADLINE_S, **slurm.variables)
+    reports = []
+    to_lines = doctor_view.to_lines
+    monkeypatch.setattr(doctor_view, "to_lines", lambda report: reports.append(report) or to_lines(report))
+    command = (*DOCTOR, "cluster.nodes=2", "cluster.time=10:00", f"run.root={tmp_path}/runs", "cluster.setup=[ls /missing]")
+    done = launch_here(*command, **slurm.variables)
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     (head,) = [i for i, line in enumerate(lines) if line.startswith("node ")]
@@ -86,6 +67,21 @@ def test_a_node_that_sees_other_storage_comes_first(launch: Launch, slurm: Testb
     assert "n2: " in lines[failed]
     assert "is not the folder that the submitting machine sees" in lines[failed]
     assert lines[failed + 1].strip() == "fix: set run.root to a folder on storage that all nodes share"
+
+    report = json.loads(doctor_view.to_json(*reports))
+    assert report["verdict"] == "failure"
+    assert sorted(report["nodes"]) == ["n1", "n2"]
+    assert report["here"][0]["name"] == "Slurm"
+    assert "nodes in service" in report["here"][0]["seen"]
+    assert [(result["verdict"], result["seen"]) for result in report["here"] if result["name"] == "setup"] == [
+        ("warning", "a command of cluster.modules or cluster.setup failed: ls /missing")
+    ]
+    for name, node in report["nodes"].items():
+        verdicts = {result["name"]: result["verdict"] for result in node["results"]}
+        assert verdicts["torch"] == verdicts["all-reduce"] == verdicts["clock"] == "ok", node
+        assert (verdicts["run.root"] == "failure") is (name == "n2"), node
+    await_no_job(slurm)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_doctor_cancels_its_allocation(launcher_env: Mapping[str, str], slurm: Testbed, tmp_path: Path) -> None:
@@ -113,19 +109,19 @@ def test_an_interrupted_doctor_cancels_its_allocation(launcher_env: Mapping[str,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_job_that_does_not_start_in_time_is_cancelled(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
+def test_a_job_that_does_not_start_in_time_is_cancelled(launch_here: Launch, slurm: Testbed, tmp_path: Path) -> None:
     slurm.run("sbatch", "--parsable", "-o", "/dev/null", "--exclusive", "--nodes=3", "--time=10", "--wrap", "sleep 600")
     # The timeout, in minutes, is long enough for the job to reach the queue.
     command = (*DOCTOR, "cluster.nodes=2", f"run.root={tmp_path}/runs", "--timeout", "0.2")
-    done = launch(*command, timeout=DEADLINE_S, **slurm.variables)
+    done = launch_here(*command, **slurm.variables)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 of 2 nodes did not report in time (the job is PENDING (" in done.stdout
     assert "--timeout" in done.stdout
     await_no_job(slurm)
 
 
-def test_what_the_site_cannot_run_is_reported_without_a_job(launch: Launch, slurm: Testbed, tmp_path: Path) -> None:
-    done = launch(*DOCTOR, "cluster.nodes=9", f"run.root={tmp_path}/runs", timeout=DEADLINE_S, **slurm.variables)
+def test_what_the_site_cannot_run_is_reported_without_a_job(launch_here: Launch, slurm: Testbed, tmp_path: Path) -> None:
+    done = launch_here(*DOCTOR, "cluster.nodes=9", f"run.root={tmp_path}/runs", **slurm.variables)
     assert done.returncode == 1
     assert "failure  Slurm" in done.stdout
     assert "cluster.nodes" in done.stdout

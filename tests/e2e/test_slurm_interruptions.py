@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from causes import assert_attempt_named_first
-from e2e_tools import last_step, losses, metrics, status
+from e2e_tools import last_step, losses, metrics, slow_steps, status
 from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, events, submit
 from testbed_cluster import Testbed
@@ -27,7 +27,7 @@ SOAK = (
     "cluster.time=20:00",
     "cluster.signal_lead_seconds=10",
     "cluster.stall_seconds=6",
-    "cluster.max_restarts=3",
+    "cluster.max_restarts=1",
     "cluster.exclude_bad_nodes=true",
 )
 LATE = 300
@@ -121,10 +121,10 @@ class Soak:
         """Check that the fault is named as the cause of the previous attempt's end."""
         assert_attempt_named_first(self.run.launch, self.run.path, self.attempt - 1, fault, **self.bed.variables)
 
-    def lose_node(self, how: str) -> None:
-        """Switch off or disconnect the second node; check that the run continues without it once Slurm allocates nodes again."""
+    def lose_node(self) -> None:
+        """Disconnect the second node; check that the run continues without it once Slurm allocates nodes again."""
         lost = self.nodes[1]
-        getattr(self.bed, how)(lost)
+        self.bed.cut(lost)
         wait_for("Slurm to notice", lambda: "RUNNING" not in self.run.queued(), LATE)
         wait_for("Slurm to give nodes again", lambda: self.run.queued() == "RUNNING", LATE)
         given = time.time()
@@ -134,8 +134,7 @@ class Soak:
         self.causes.append("infrastructure")
         assert self.run.causes() == self.causes
         self.require_named_first("slurm_node")
-        getattr(self.bed, {"kill": "boot", "cut": "heal"}[how])(lost)
-        wait_for(f"{lost} to be back", lambda: self.bed.states()[lost] in ("idle", "mix"), LATE)
+        self.bed.heal(lost)
 
 
 @pytest.mark.timeout(1200)
@@ -145,28 +144,26 @@ def test_a_run_interrupted_in_every_way_has_the_losses_of_an_uninterrupted_run(
     with socket.create_server(("", 0)) as taken:
         # Node names that resolve to loopback and a wrong MASTER_ADDR with a port in use must not affect the run.
         misleading = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(taken.getsockname()[1])}
+        few_steps = slow_steps(1.0)
         for node in slurm.names:
             slurm.own_loopback_name(node)
-        run = submit(launch_here, slurm, runs, "soak", *SOAK, "+cluster.additional_parameters.hold=''", **misleading)
+        run = submit(launch_here, slurm, runs, "soak", *SOAK, "+cluster.additional_parameters.hold=''", **misleading, **few_steps)
         soak = Soak(run)
         a_node_with_other_code_is_left_out(soak)
         assert run.attempt_record(2)["address"] == slurm.layout.addresses["n1"]
         a_controller_that_restarts_changes_nothing(soak)
-        soak.signal_rank(signal.SIGKILL, 1, "killed by SIGKILL")
-        soak.signal_rank(signal.SIGSTOP, 2, "is stopped")
+        soak.signal_rank(signal.SIGSTOP, 1, "is stopped")
         assert "is stopped" in run.output()
-        soak.signal_rank(signal.SIGSEGV, 3, "killed by SIGSEGV")
-        a_drained_node_ends_what_it_runs_and_a_signal_to_the_job_saves_and_requeues(soak)
-        a_signal_to_one_rank_alone_stops_all_at_one_step(soak)
-        a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time(soak)
+        a_job_of_a_higher_partition_takes_a_node_and_the_time_limit_saves_in_time(soak)
         an_agent_that_is_killed_costs_the_attempt(soak)
-        an_operator_requeues_the_job(soak)
-        soak.lose_node("kill")
-        soak.lose_node("cut")
-        assert launch_here("cancel", str(run.path), **slurm.variables).returncode == 0
-        steps = run.await_state("cancelled", deadline_s=LATE)["step"]
-        wait_for("the job to leave the queue", lambda: not run.queued(), LATE)
-    assert run.causes() == [*soak.causes, "cancelled"]
+        soak.lose_node()
+        slurm.run("scancel", run.job)
+        run.await_end_of_job(LATE)
+    # Slurm reports this state: the job may be killed before it records its own.
+    assert run.shown()["state"] == "cancelled"
+    assert run.attempt == soak.attempt
+    assert run.causes()[: len(soak.causes)] == soak.causes
+    steps = last_step(run.path)
     assert sorted(losses(run.path)) == list(range(1, steps + 1))
     here = [s for s in SETTINGS if not s.startswith(("+cluster", "cluster.", "train.max_steps", "checkpoint.save_every"))]
     alone = launch(
@@ -214,39 +211,17 @@ def a_controller_that_restarts_changes_nothing(soak: Soak) -> None:
     wait_for("Slurm to know the job again", lambda: soak.run.queued() == "RUNNING", LATE)
 
 
-def a_drained_node_ends_what_it_runs_and_a_signal_to_the_job_saves_and_requeues(soak: Soak) -> None:
-    run, bed, drained = soak.run, soak.bed, soak.nodes[1]
-    bed.run("scontrol", "update", f"NodeName={drained}", "State=DRAIN", "Reason=test")
-    wait_for("the node to drain", lambda: bed.states()[drained].startswith("drng"), LATE)
-    soak.await_steps(2 * SAVE_EVERY)
-    assert run.attempt == soak.attempt
-    assert run.queued() == "RUNNING"
-    bed.run("scancel", "--signal=USR2", run.job)
-    # A second signal, during the save or just before it, must change nothing.
-    bed.run("scancel", "--signal=USR2", run.job)
-    record = soak.ended("preempted")
-    soak.trains_in_next_attempt()
-    soak.goes_on_from_its_last_step(record)
-    assert drained not in soak.nodes
-    bed.run("scontrol", "update", f"NodeName={drained}", "State=RESUME")
+def a_job_of_a_higher_partition_takes_a_node_and_the_time_limit_saves_in_time(soak: Soak) -> None:
+    """Slurm restarts the preempted job with a shorter time limit, raised if the limit ends before the first step.
 
-
-def a_signal_to_one_rank_alone_stops_all_at_one_step(soak: Soak) -> None:
-    (rank,) = soak.run.ranks(soak.nodes[1])
-    rank.send_signal(signal.SIGUSR2)
-    record = soak.ended("preempted")
-    soak.trains_in_next_attempt()
-    soak.goes_on_from_its_last_step(record)
-
-
-def a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time(soak: Soak) -> None:
-    """Slurm restarts the preempted job with a shorter time limit, raised if the limit ends before the first step."""
-    run, bed = soak.run, soak.bed
-    options = ("-p", "high", "-w", ",".join(soak.nodes), "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600")
+    One of its nodes is drained meanwhile. It ends what it runs, and the attempt after that avoids it.
+    """
+    run, bed, (taken, drained) = soak.run, soak.bed, soak.nodes
+    options = ("-p", "high", "-w", taken, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600")
     other = bed.output("sbatch", "--parsable", *options).strip()
     before = soak.ended("preempted")
     assert before["saved_step"] == before["step"]
-    wait_for("the other job to have the nodes", lambda: run.queued(other) == "RUNNING", LATE)
+    wait_for("the other job to have the node", lambda: run.queued(other) == "RUNNING", LATE)
     assert run.queued() == "PENDING"
     assert run.shown()["state"] == "pending"
     limit_min = 1
@@ -254,7 +229,10 @@ def a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time
     bed.run("scancel", other)
     soak.attempt += 1
     # Slurm itself requeues the jobs it preempts: if the launcher requeued too, the job would start twice.
-    wait_for("the next attempt", lambda: run.attempt == soak.attempt, LATE)
+    wait_for("the next attempt", lambda: run.attempt == soak.attempt and soak.nodes, LATE)
+    assert drained in soak.nodes
+    bed.run("scontrol", "update", f"NodeName={drained}", "State=DRAIN", "Reason=test")
+    wait_for("the node to drain", lambda: bed.states()[drained].startswith("drng"), LATE)
     while True:
         record = soak.ended("time_limit")
         assert record["saved_step"] == record["step"]
@@ -270,6 +248,8 @@ def a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time
     )
     soak.trains_in_next_attempt()
     soak.goes_on_from_its_last_step(record)
+    assert drained not in soak.nodes
+    bed.run("scontrol", "update", f"NodeName={drained}", "State=RESUME")
 
 
 def an_agent_that_is_killed_costs_the_attempt(soak: Soak) -> None:
@@ -278,9 +258,3 @@ def an_agent_that_is_killed_costs_the_attempt(soak: Soak) -> None:
     soak.ended("infrastructure")
     soak.trains_in_next_attempt()
     soak.require_named_first("slurm_agent")
-
-
-def an_operator_requeues_the_job(soak: Soak) -> None:
-    soak.bed.run("scontrol", "requeue", soak.run.job)
-    soak.ended("preempted", by_job=False)
-    soak.trains_in_next_attempt()

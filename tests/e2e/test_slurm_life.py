@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import losses, metrics, slow_steps
+from e2e_tools import losses, metrics
 from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, submit
 from testbed_cluster import Testbed
@@ -21,13 +21,16 @@ ENDLESS = "train.max_steps=100000"
 FEW_ANSWERS = ("evaluate.max_prompts=6", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2")
 
 
-def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node(
+def test_a_run_is_resubmitted_where_requeue_is_forbidden_never_runs_twice_and_resumes_on_one_node(
     begin: Callable[..., SlurmRun], tmp_path: Path
 ) -> None:
     mirror = f"checkpoint.mirror=file://{tmp_path}/mirror"
     run = begin("grid", ENDLESS, "cluster.ranks_per_node=2", "cluster.requeue=false", mirror)
     run.await_step(5)
     first = run.job
+    a_second_start_is_refused(run)
+    run.bed.run("scancel", "--signal=USR2", first)
+    # A second signal, during the save or just before it, must change nothing.
     run.bed.run("scancel", "--signal=USR2", first)
     wait_for("another job", lambda: run.attempt == 2 and run.job not in ("", first), 90)
     saved = run.attempt_record(1, "exit")["step"]
@@ -42,7 +45,9 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node
     assert steps == list(range(1, cancelled + 1)), "no step was done twice"
     # Only the head node uploads to the mirror.
     assert run.attempt_record(2, "mirror")["last_step"] == cancelled
-    assert (tmp_path / f"mirror/grid/checkpoints/step-{cancelled:08d}/manifest.json").is_file()
+    for root in (run.path.parent, tmp_path / "mirror"):
+        assert (root / f"grid/checkpoints/step-{cancelled:08d}/manifest.json").is_file()
+    assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "cancelled"
 
     end, middle = cancelled + 10, cancelled + 5
     again = (f"train.max_steps={end}", "cluster.nodes=1", "cluster.ranks_per_node=2")
@@ -60,6 +65,21 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_and_resumes_on_one_node
     assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "completed"
     step_is_answered_by_a_job_of_its_own(run, middle)
     prompts_are_answered_on_two_nodes(run, end)
+
+
+def a_second_start_is_refused(run: SlurmRun) -> None:
+    """Neither a resume nor the same job submitted by hand starts a run that is training."""
+    refused = run.launch("resume", str(run.path), **run.bed.variables)
+    assert refused.returncode == 2
+    assert "already" in refused.stderr
+    script = next((run.path / "jobs" / run.job).glob("*_submission.sh"))
+    pickled = run.path / "jobs" / run.job / f"{run.job}_submitted.pkl"
+    other = run.bed.run("sbatch", "--parsable", script, capture_output=True).stdout.strip()
+    assert pickled.is_file()
+    wait_for("the second job to end", lambda: not run.queued(other), 40)
+    assert f"job {run.job} runs grid already" in (run.path / "jobs" / other / f"{other}_0_log.out").read_text()
+    assert run.attempt == 1
+    assert run.shown()["state"] in ("running", "saving")
 
 
 def step_is_answered_by_a_job_of_its_own(run: SlurmRun, step: int) -> None:
@@ -89,7 +109,8 @@ def prompts_are_answered_on_two_nodes(run: SlurmRun, step: int) -> None:
 
 
 def test_a_user_error_is_shown_to_followers_and_not_retried(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
-    bad = launch_here(*SETTINGS, f"run.root={runs}", "run.name=bad", "optim.lr=1e38", "follow=true", **slurm.variables)
+    diverging = ("cluster.nodes=1", "optim.lr=1e38", f"run.root={runs}", "run.name=bad")
+    bad = launch_here(*SETTINGS, *diverging, "follow=true", **slurm.variables)
     assert bad.returncode == 1
     assert "resume" in bad.stderr or "start it again" in bad.stderr
     run = SlurmRun(runs / "bad", slurm, launch_here)
@@ -121,48 +142,6 @@ def test_a_pending_run_shows_the_reason_and_can_be_cancelled(launch_here: Launch
     never = submit(launch_here, slurm, runs, "never", f"cluster.dependency='afterok:{first}'")
     wait_for("the dependency to fail", lambda: "DependencyNeverSatisfied" in never.shown()["message"], 40)
     assert launch_here("cancel", str(never.path), **slurm.variables).returncode == 0
-
-
-def test_a_run_never_runs_twice_at_once_and_is_cancelled_in_every_way(begin: Callable[..., SlurmRun]) -> None:
-    run = begin("single", ENDLESS, "checkpoint.save_every=0")
-    run.await_step(3)
-    refused = run.launch("resume", str(run.path), **run.bed.variables)
-    assert refused.returncode == 2
-    assert "already" in refused.stderr
-    script = next((run.path / "jobs" / run.job).glob("*_submission.sh"))
-    pickled = run.path / "jobs" / run.job / f"{run.job}_submitted.pkl"
-    other = run.bed.run("sbatch", "--parsable", script, capture_output=True).stdout.strip()
-    assert pickled.is_file()
-    wait_for("the second job to end", lambda: not run.queued(other), 40)
-    assert f"job {run.job} runs single already" in (run.path / "jobs" / other / f"{other}_0_log.out").read_text()
-    assert run.attempt == 1
-    assert run.shown()["state"] in ("running", "saving")
-
-    # `cancel` saves a checkpoint.
-    assert run.launch("cancel", str(run.path), **run.bed.variables).returncode == 0
-    final = run.await_state("cancelled")
-    assert final["step"] >= 5
-    assert (run.path / "checkpoints" / f"step-{final['step']:08d}" / "manifest.json").is_file()
-    run.await_end_of_job()
-    done = run.launch("resume", str(run.path), **run.bed.variables, **slow_steps())
-    assert done.returncode == 0, done.stderr
-
-    # `cancel --no-save` saves none.
-    run.await_step(final["step"] + 2, attempt=2)
-    assert run.launch("cancel", str(run.path), "--no-save", **run.bed.variables).returncode == 0
-    run.await_end_of_job()
-    # Slurm reports this state: the job may be killed before it writes its own.
-    assert run.shown()["state"] == "cancelled"
-    assert run.attempt == 2
-
-    # The user runs scancel.
-    done = run.launch("resume", str(run.path), **run.bed.variables, **slow_steps())
-    assert done.returncode == 0, done.stderr
-    run.await_step(final["step"] + 2, attempt=3)
-    run.bed.run("scancel", run.job)
-    run.await_end_of_job()
-    assert run.shown()["state"] == "cancelled"
-    assert run.attempt == 3
 
 
 def test_a_sweep_submits_a_job_for_each_point_and_returns(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
