@@ -22,10 +22,10 @@ from launcher.run_records import ExitRecord, ExportRecord, FailureRecord, Status
 from launcher.tracking.jsonl import append_event
 
 
-def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1) -> None:
+def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1, traceback: str = "") -> None:
     """Write the exit record of a failed attempt. Without a rank, it names no first failure."""
     log = str(run.rank_log(attempt, rank or 0))
-    first = None if rank is None else FailureRecord(rank, "killed", message, log=log)
+    first = None if rank is None else FailureRecord(rank, "killed", message, traceback=traceback, log=log)
     json_records.write(run_records.exit_file(run, attempt), ExitRecord("failed", first_failure=first))
 
 
@@ -38,9 +38,9 @@ def closing(run: RunDir, message: str, capsys: pytest.CaptureFixture[str]) -> st
 
 def test_follow_reports_the_failure_of_the_newest_attempt(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     fail(run, 1, "killed by SIGKILL")
-    fail(run, 2, "the loss is not finite", rank=0)
+    fail(run, 2, "the loss is not finite", rank=0, traceback='  File "loop.py", line 7, in step')
     output = closing(run, "rank 0: the loss is not finite; cluster.max_failures=0 is used up", capsys)
-    assert "rank 0 failed first: the loss is not finite\n  log:    " in output
+    assert 'File "loop.py", line 7, in step\nrank 0 failed first: the loss is not finite\n  log:    ' in output
     assert "attempts/002/rank-00000.log" in output
     assert "failed: rank 0: the loss is not finite; cluster.max_failures=0 is used up" in output
     assert "SIGKILL" not in output

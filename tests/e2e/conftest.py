@@ -61,7 +61,8 @@ def first_run(launch: Launch, launcher_cache: Path) -> Path:
     run = root / "runs/undisturbed"
     with FileLock(f"{root}.lock"):
         if not root.exists():
-            settings = (*FIRST_RUN, "checkpoint.save_every=3", f"run.root={run.parent}", f"run.name={run.name}")
+            saves = ("checkpoint.save_every=3", "checkpoint.keep_last=3")
+            settings = (*FIRST_RUN, *saves, f"run.root={run.parent}", f"run.name={run.name}")
             try:
                 done = launch(*settings, cwd=_make_working_dir(root / "work"), PYTHONSAFEPATH="1")
             finally:

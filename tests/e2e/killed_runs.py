@@ -146,12 +146,14 @@ class Killer:
             time.sleep(min(_POLL_S, max(0.0, until - time.monotonic())))
 
     def _await(self, what: str, condition: Callable[[], Any]) -> Any:
-        began = time.monotonic()
+        began = looked = time.monotonic()
         while not (value := condition()):
             assert not self._is_over(), f"the run ended before there were {what}"
-            waited = time.monotonic() - began
-            assert waited < self._deadline_s * slowness(), f"waited {waited:.0f} s for {what}"
-            time.sleep(_POLL_S)
+            now = time.monotonic()
+            assert now - began < self._deadline_s * slowness(), f"waited {now - began:.0f} s for {what}"
+            # Looking at processes takes CPU time from the run.
+            time.sleep(max(_POLL_S, 3 * (now - looked)))
+            looked = time.monotonic()
         return value
 
 

@@ -1,20 +1,23 @@
-"""`status`, the alert and the end of `logs` name what ended a local run in their first line."""
+"""`status`, the alert and the end of `logs` name what ended a local run, or restarted its ranks, in their first line.
+
+tests/e2e/test_resume_exact.py and tests/e2e/test_wandb_run.py check this for ranks that a signal killed.
+"""
 
 from __future__ import annotations
 
 import os
-import signal
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from causes import assert_run_named_first
-from e2e_tools import TINY, agent_of, kill_all_of, last_step, metrics, ranks_of, status
+from causes import CAUSES, assert_run_named_first
+from e2e_tools import TINY, agent_of, alerts, kill_all_of, last_step, metrics, processes_of, ranks_of, status
 from pace import slowness, wait_for
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(900)]
@@ -39,12 +42,6 @@ class Faults:
 
     def __init__(self, run: Path, groups: Mapping[str, Path]) -> None:
         self.run, self.groups = run, groups
-
-    def segv(self) -> None:
-        ranks_of(self.run)[1].send_signal(signal.SIGSEGV)
-
-    def kill(self) -> None:
-        ranks_of(self.run)[1].kill()
 
     def stop(self) -> None:
         ranks_of(self.run)[1].suspend()
@@ -98,13 +95,13 @@ class Faults:
                 time.sleep(0.2)
 
     def _group(self, controller: str) -> Path:
-        if controller not in self.groups:
-            pytest.skip(f"no control group for {controller} can be made here")
         return self.groups[controller]
 
 
-# The faults that end a local run; the tests of each cluster backend cover its own faults.
-FAULTS = ("segv", "kill", "stop", "memory", "processes", "open_files", "disk", "agent_memory")
+# The faults of ranks and of the agent, with the control group that a fault needs. The tests of each cluster backend cover its
+# own faults.
+FAULTS_OF_RANKS = {"stop": "", "memory": "memory", "open_files": "", "processes": "pids"}
+FAULTS_OF_ATTEMPTS = {"disk": "", "agent_memory": "memory"}
 
 
 def join(group: Path) -> None:
@@ -145,45 +142,101 @@ def small_disk(module_runs: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def run(small_disk: Path, launch: Launch) -> Path:
-    """One run for all faults, each of which ends one attempt."""
-    done = launch(*SETTINGS, "train.max_steps=1", f"run.root={small_disk}", "run.name=faulty")
-    assert done.returncode == 0, done.stdout + done.stderr
+def run(small_disk: Path) -> Path:
+    """One run for all faults."""
     return small_disk / "faulty"
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_cause_is_named_first_in_status_alert_and_logs(
-    fault: str, run: Path, groups: dict[str, Path], launch_here: Launch, launcher_env: Mapping[str, str]
-) -> None:
-    attempt = status(run)["attempt"] + 1
-    begun = last_step(run)
+def lift_limits(groups: Mapping[str, Path]) -> None:
+    for name, file, largest in (("pids", "pids.max", "max"), ("memory", "memory.limit_in_bytes", "-1")):
+        if name in groups:
+            (groups[name] / file).write_text(largest)
+
+
+@contextmanager
+def attempt(run: Path, groups: Mapping[str, Path], env: Mapping[str, str], *settings: str) -> Iterator[subprocess.Popen[str]]:
+    """Start the run or resume it, in the control groups, and check that it fails inside the block."""
+    words = ("resume", str(run)) if run.exists() else (*SETTINGS, f"run.root={run.parent}", f"run.name={run.name}")
 
     def join_groups() -> None:
         for group in groups.values():
             join(group)
 
-    # A failed save ends a run only if it is the last save.
-    last = begun + 60 if fault == "disk" else 100000
-    command = [sys.executable, "-m", "launcher", "resume", str(run), f"train.max_steps={last}"]
     with subprocess.Popen(
-        command, env={**launcher_env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=join_groups
+        [sys.executable, "-m", "launcher", *words, *settings],
+        env={**env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=join_groups,
     ) as process:
         try:
-            wait_for("some steps", lambda: last_step(run) >= begun + 3 and metrics(run)[-1]["attempt"] == attempt, DEADLINE_S)
-            getattr(Faults(run, groups), fault)()
-            output, _ = process.communicate(timeout=DEADLINE_S * slowness())
+            yield process
         finally:
             process.kill()
-            for name, largest in (("pids", "max"), ("memory", "-1")):
-                if name in groups:
-                    (groups[name] / ("pids.max" if name == "pids" else "memory.limit_in_bytes")).write_text(largest)
+            lift_limits(groups)
+            kill_all_of(run)
+
+
+def await_steps(process: subprocess.Popen[str], run: Path, number: int, num_restarts: int = 0) -> None:
+    """Wait until an attempt has trained some steps after its last restart."""
+
+    def trained() -> int:
+        assert process.poll() is None, process.communicate()
+        now = [line for line in metrics(run) if "train/loss" in line and line["attempt"] == number]
+        return len([line for line in now if line["run/restarts"] == num_restarts])
+
+    wait_for(f"some steps after {num_restarts} restarts", lambda: trained() >= 3, DEADLINE_S)
+
+
+def test_what_restarts_the_ranks_and_what_ends_the_run_is_named_first(
+    run: Path, groups: dict[str, Path], launch_here: Launch, launcher_env: Mapping[str, str]
+) -> None:
+    """One attempt: each fault but the last costs a restart."""
+    *faults, last = (fault for fault, group in FAULTS_OF_RANKS.items() if not group or group in groups)
+    with attempt(run, groups, launcher_env, "checkpoint.save_every=2", f"cluster.max_restarts={len(faults)}") as process:
+        for count, fault in enumerate(faults):
+            await_steps(process, run, 1, count)
+            getattr(Faults(run, groups), fault)()
+            prefix = f"all ranks are restarted (restart {count + 1}): "
+            wait_for("the restart", lambda prefix=prefix: [text for text in alerts(run) if text.startswith(prefix)], DEADLINE_S)
+            (line,) = [text.removeprefix(prefix).partition("\n")[0] for text in alerts(run) if text.startswith(prefix)]
+            lift_limits(groups)
+            assert re.fullmatch(CAUSES[fault], line), line
+        await_steps(process, run, 1, len(faults))
+        getattr(Faults(run, groups), last)()
+        output, _ = process.communicate(timeout=DEADLINE_S * slowness())
+    assert process.returncode == 1, output
+    assert_run_named_first(launch_here, run, last)
+    assert_quiet_agent(run, 1)
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_ATTEMPTS)
+def test_the_cause_is_named_first_in_status_alert_and_logs(
+    fault: str, run: Path, groups: dict[str, Path], launch_here: Launch, launcher_env: Mapping[str, str]
+) -> None:
+    if (group := FAULTS_OF_ATTEMPTS[fault]) and group not in groups:
+        pytest.skip(f"no control group for {group} can be made here")
+    number = status(run)["attempt"] + 1 if run.exists() else 1
+    # A failed save ends a run only if it is the last save.
+    last = last_step(run) + 60 if fault == "disk" else 100000
+    changes = (f"train.max_steps={last}", "checkpoint.save_every=10", "cluster.max_restarts=0")
+    with attempt(run, groups, launcher_env, *changes) as process:
+        await_steps(process, run, number)
+        getattr(Faults(run, groups), fault)()
+        output, _ = process.communicate(timeout=DEADLINE_S * slowness())
+        wait_for("the ranks to end", lambda: not processes_of(run), deadline_s=20)
     assert process.returncode == 1, output
     # If the agent itself is killed, nothing is left to send an alert or to record the end.
     is_recorded = fault != "agent_memory"
     assert_run_named_first(launch_here, run, fault, alert="the attempt failed: " if is_recorded else "")
-    agent_log = (run / f"attempts/{attempt:03d}/agent.log").read_text()
-    assert "Traceback" not in agent_log
-    assert "ranks are started as new processes" not in agent_log
+    assert_quiet_agent(run, number)
     assert (status(run)["state"] == "failed") is is_recorded
     (run.parent / "filler").unlink(missing_ok=True)
+
+
+def assert_quiet_agent(run: Path, number: int) -> None:
+    """Check the log of an attempt's agent."""
+    agent_log = (run / f"attempts/{number:03d}/agent.log").read_text()
+    assert "Traceback" not in agent_log
+    assert "ranks are started as new processes" not in agent_log

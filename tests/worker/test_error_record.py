@@ -75,6 +75,10 @@ def test_a_rank_that_is_terminated_while_it_writes_completes_its_error_record(tm
     assert "in fail" in error.traceback
     assert error.at is not None
     assert before < error.at < time.time()
+    # An error that the launcher does not expect keeps its traceback.
+    failed = failure_record.from_exit(RankExit(0, 1, error.at, error), RunDir(tmp_path), 1)
+    assert failed.kind == "ValueError"
+    assert "in fail" in failed.traceback
 
 
 def test_slow_storage_delays_a_terminated_rank_by_a_second_at_most(tmp_path: Path) -> None:
