@@ -48,7 +48,8 @@ def own_cache(run: Path, tmp_path: Path, launcher_cache: Path) -> dict[str, str]
     """The environment for a separate cache, which the run's plan also names."""
     cache = tmp_path / "cache"
     cache.mkdir()
-    (cache / "models").symlink_to(launcher_cache / "models")
+    for name in ("models", "isolation-checks"):
+        (cache / name).symlink_to(launcher_cache / name)
     old = plan(run)["data"]["cache_dir"]
     shutil.copytree(old, cache / "data" / Path(old).name)
     changed = LaunchPlan.load(run / "plan.json")
