@@ -19,7 +19,8 @@ pytestmark = pytest.mark.rest
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 20
-SETTINGS = (*TINY, f"train.max_steps={STEPS}", "checkpoint.save_every=4", "checkpoint.keep_last=3", "export.enabled=false")
+QUICK = ("eval.at_start=false", "export.enabled=false")
+SETTINGS = (*TINY, *QUICK, f"train.max_steps={STEPS}", "checkpoint.save_every=4", "checkpoint.keep_last=3")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
-    launch: Launch, start: Callable, runs: Path, alone: Path, s3: S3, tmp_path: Path, launcher_cache: Path
+    launch: Launch, launch_here: Launch, start: Callable, runs: Path, alone: Path, s3: S3, tmp_path: Path, launcher_cache: Path
 ) -> None:
     run, mirror = runs / "lost", f"checkpoint.mirror=s3://{s3.bucket}/runs"
     with start(*SETTINGS, mirror, f"run.root={runs}", "run.name=lost", **s3.environment) as process:
@@ -76,12 +77,14 @@ def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
     reached = losses(run)
     shutil.rmtree(run)
 
-    # Another machine has other folders and no data cache. It shares only the tokenizer, which takes long to convert.
+    # Another machine has other folders and no data cache. It shares only what takes long and does not concern the mirror: the
+    # converted tokenizer, and the check that packed documents do not see each other.
     elsewhere, address = tmp_path / "elsewhere", f"s3://{s3.bucket}/runs/lost"
     other = {**s3.environment, "LAUNCHER_CACHE": str(tmp_path / "cache")}
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/models").symlink_to(launcher_cache / "models")
-    listed = launch("ls", f"s3://{s3.bucket}/runs", "--json", **other)
+    for name in ("models", "isolation-checks"):
+        (tmp_path / "cache" / name).symlink_to(launcher_cache / name)
+    listed = launch_here("ls", f"s3://{s3.bucket}/runs", "--json", **other)
     assert [listed_run["name"] for listed_run in json.loads(listed.stdout)] == ["lost"], listed.stderr
     done = launch("resume", address, "--root", str(elsewhere), **other)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -95,9 +98,9 @@ def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
     assert (resumed["wandb_id"], resumed["run_dir"]) == (plan["wandb_id"], str(restored))
     assert mirrored(restored, 2)["last_step"] == STEPS
     assert f"python -m launcher resume {address}" in done.stdout
-    again = launch("resume", address, "--root", str(elsewhere), **other)
+    again = launch_here("resume", address, "--root", str(elsewhere), **other)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
-    assert json.loads(launch("ls", f"s3://{s3.bucket}/runs", "--json", **other).stdout)[0]["state"] == "completed"
+    assert json.loads(launch_here("ls", f"s3://{s3.bucket}/runs", "--json", **other).stdout)[0]["state"] == "completed"
 
 
 def test_a_lost_mirror_does_not_stop_training(alone: Path) -> None:
@@ -109,31 +112,13 @@ def test_a_lost_mirror_does_not_stop_training(alone: Path) -> None:
     assert not processes_of(alone)
 
 
-def test_the_mirror_is_complete_when_a_stopped_run_has_ended(
-    launch_here: Launch, start: Callable, runs: Path, tmp_path: Path
-) -> None:
-    run, address = runs / "stopped", f"file://{tmp_path}/mirror"
-    settings = [s for s in SETTINGS if not s.startswith(("train.max_steps", "checkpoint.save_every"))]
-    with start(
-        *settings, "train.max_steps=100000", f"checkpoint.mirror={address}", f"run.root={runs}", "run.name=stopped"
-    ) as process:
-        wait_for("the first step", lambda: last_step(run) >= 1)
-        assert launch_here("cancel", str(run)).returncode == 0
-        process.communicate(timeout=90)
-    assert process.returncode == 130
-    step = status(run)["step"]
-    assert (tmp_path / f"mirror/stopped/checkpoints/step-{step:08d}/manifest.json").is_file()
-    assert json.loads((tmp_path / "mirror/stopped/status.json").read_text())["state"] == "cancelled"
-    assert not processes_of(run)
-
-
-def test_a_mirror_that_cannot_be_written_is_refused(launch: Launch, runs: Path, tmp_path: Path, s3: S3) -> None:
+def test_a_mirror_that_cannot_be_written_is_refused(launch_here: Launch, runs: Path, tmp_path: Path, s3: S3) -> None:
     (tmp_path / "file").write_text("")
     for address in (f"file://{tmp_path}/file/runs", "s3://no-such-bucket/runs", "gs://bucket/runs"):
-        done = launch(*SETTINGS, f"checkpoint.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)
+        done = launch_here(*SETTINGS, f"checkpoint.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert "remedy: " in done.stderr
     assert not runs.exists()
-    nothing = launch("resume", f"s3://{s3.bucket}/nowhere", **s3.environment)
+    nothing = launch_here("resume", f"s3://{s3.bucket}/nowhere", **s3.environment)
     assert (nothing.returncode, "no run at this address" in nothing.stderr) == (2, True)
