@@ -81,9 +81,10 @@ def _problem(repo_id: str, kind: str) -> Problem | None:
     """Return why a repository is not downloaded into the Hub's cache, or None if it is."""
     hub_cache, name = _hub_cache(), _folder_name(repo_id, kind)
     # The client shares some blobs between repositories.
-    content = [hub_cache / "blobs"]
-    for folder in (hub_cache / name, hub_cache / ".locks" / name):
-        content += [folder, *tree(folder)]
+    content = [hub_cache / "blobs", hub_cache / name, *tree(hub_cache / name)]
+    # The client gives its lock files mode 0664, so that the members of a group can wait for each other.
+    locks = hub_cache / ".locks" / name
+    content += [locks, *(path for path in tree(locks) if path.is_dir() or path.is_symlink())]
     problem = ownership.folder_problem("the Hub's cache", hub_cache, content, may_be_hidden=True)
     if problem is None and not is_writable(hub_cache):
         remedy = "set HF_HOME to a folder that you can write to"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from file_owners import MALLORY, as_root, give
+from file_owners import MALLORY, TEAM, as_root, give
 
 from launcher import model_source
 from launcher.config.schema import ModelSection
@@ -104,3 +104,17 @@ def test_a_cache_that_cannot_be_written_is_read(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert hub_cache.download_cache("owner/name") == shared, "nothing is downloaded"
     assert model_source.locate("owner/name", ModelSection(path="owner/name")).folder == snapshot
+
+
+@pytest.mark.usefixtures("as_root")
+def test_the_lock_files_of_the_client_do_not_make_a_cache_one_of_others(shared: Path) -> None:
+    """It lets the group write to them, which may be the group of all users."""
+    add_snapshot(shared)
+    lock = shared / ".locks" / REPOSITORY / "etag.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.chown(lock, -1, TEAM)
+    lock.chmod(0o664)
+    assert hub_cache.download_cache("owner/name") == shared
+    lock.parent.chmod(0o777)
+    assert hub_cache.download_cache("owner/name") != shared
