@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.errors import Problem
-from launcher.security.folders import is_private_folder
+from launcher.security.folders import is_private_folder, make_own_folder
 from launcher.security.permissions import first_problem_of_cache
 from launcher.security.trust import Trust
 
@@ -37,9 +37,10 @@ _CACHES = (
 )
 # W&B settings there may name the server, so other folders could lead to a different server.
 _WITHOUT_CODE = frozenset({"WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"})
+_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 # By default, these are in the temporary folder.
 _TEMPORARY_CACHES = (
-    ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "torchinductor"),
+    (_INDUCTOR, "XDG_CACHE_HOME", ".cache", "torchinductor"),
     ("CUTE_DSL_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "cutlass_python_cache"),
     ("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "flash_attention_cute_dsl_cache"),
     ("QUACK_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "quack_cache"),
@@ -56,7 +57,12 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
 
     `alert` is called for each folder that is replaced because other users could write to it.
     """
-    folders, problems = cache_folders(environ), foreign_caches(environ)
+    folders = cache_folders(environ)
+    if not _is_chosen(_INDUCTOR, environ):
+        # torch creates it as the umask says, and the next command would not trust it.
+        with suppress(OSError):
+            make_own_folder(folders[_INDUCTOR])
+    problems = foreign_caches(environ)
     # Several caches may lie in the same folder of others, such as HF_HOME.
     variables = dict[tuple[str, str], list[str]]()
     for variable, problem in problems.items():
@@ -100,7 +106,7 @@ def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
 def _is_chosen(variable: str, environ: Mapping[str, str]) -> bool:
     """Return whether a cache's folder was named explicitly; on import, torch sets its variable to its own default."""
     value = environ.get(variable)
-    return bool(value) and not (variable == "TORCHINDUCTOR_CACHE_DIR" and value == _default_of_inductor())
+    return bool(value) and not (variable == _INDUCTOR and value == _default_of_inductor())
 
 
 def _default_of_inductor() -> str:

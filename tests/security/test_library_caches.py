@@ -12,7 +12,7 @@ from pathlib import Path
 
 import hand_made
 import pytest
-from file_owners import MALLORY, as_root, give
+from file_owners import MALLORY, TEAM, as_root, give
 
 from launcher import json_records
 from launcher.cli.worker_process import worker_environment
@@ -120,6 +120,23 @@ def test_folders_of_compiled_code_that_others_could_have_written_are_replaced(
         assert any(text.startswith(f"{same}: {name} can be written") for text in alerts), "one alert for each reason"
         assert len(alerts) == len(names) - 1
         assert find_usable_caches({**environ, "LAUNCHER_TRUST_OWNERS": "anyone"}).keys() == TEMPORARY - named.keys()
+
+
+def test_the_umask_does_not_open_the_folder_of_torch_to_others(tmp_path: Path, as_root: None) -> None:
+    """With umask 002, a user whose group is not their own would get an alert in every run."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        home = Path(name)
+        os.chown(home, -1, TEAM)
+        home.chmod(0o2755)
+        alerts, mask = list[str](), os.umask(0o002)
+        try:
+            caches = find_usable_caches({"HOME": name}, alerts.append)
+            Path(caches["TORCHINDUCTOR_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
+        finally:
+            os.umask(mask)
+        assert caches["TORCHINDUCTOR_CACHE_DIR"] == str(home / ".cache/torchinductor")
+        assert find_usable_caches({"HOME": name}, alerts.append) == caches
+        assert alerts == []
 
 
 def test_an_upload_is_not_described_in_a_folder_of_others(tmp_path: Path, as_root: None) -> None:
