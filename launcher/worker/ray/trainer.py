@@ -39,6 +39,12 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
         def backend_cls(self) -> type[Backend]:
             return RankBackend
 
+    class Trainer(DataParallelTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            # Without datasets, this callback only starts a process for each group of workers, which stays idle.
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if type(callback).__name__ != "DatasetsCallback"]
+
     section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
     resources = section.resources(plan.topology.device)
     elastic = section.min_workers is not None and section.min_workers < workers
@@ -55,7 +61,7 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
         scaling["elastic_resize_monitor_interval_s"] = section.resize_seconds
     grace_s = plan.config.cluster.stop_grace_seconds
     callbacks = [save_before_resize(coordinator, grace_s)] if elastic else []
-    return DataParallelTrainer(
+    return Trainer(
         supervise,
         train_loop_config={"coordinator": coordinator, "interface": section.interface},
         backend_config=RankBackendConfig(),
