@@ -125,3 +125,36 @@ def minutes_pass(run: RunDir) -> None:
     then = time.time() - 600
     for file in (run.status, run.alive):
         os.utime(file, (then, then))
+
+
+Ranks = dict[int, psutil.Process]
+Fault = Callable[[Path, Ranks], None]
+
+
+def hang_worker(run: Path, ranks: Ranks) -> None:
+    """Suspend a rank and its worker, as if their machine hung: nothing reports about the rank any more."""
+    worker = ranks[1].parent()
+    assert "ray::" in command_line(worker)
+    worker.suspend()
+    ranks[1].suspend()
+
+
+def assert_survived(run: Path, attempt: int, fault: Fault) -> Ranks:
+    """Cause a fault in an attempt, check how the next attempt continues, and return the ranks that the fault hit."""
+
+    def has_progressed() -> bool:
+        saved = newest_saved(run, attempt)
+        return saved > 0 and max(trained(run, attempt), default=0) > saved
+
+    wait_for(f"a checkpoint of attempt {attempt} and another step", has_progressed)
+    before = ranks_of(run)
+    fault(run, before)
+    following = run / f"attempts/{attempt + 1:03d}"
+    wait_for(f"the attempt after {fault.__name__}", (following / "marker").exists)
+    assert not any(rank.is_running() for rank in before.values()), "no rank of the attempt before is left"
+    saved = run_store.read_attempt(RunDir(run), attempt + 1).resume_step
+    assert saved == newest_saved(run, attempt)
+    assert saved > 0
+    wait_for(f"a step after {fault.__name__}", lambda: trained(run, attempt + 1))
+    assert trained(run, attempt + 1)[0] == saved + 1, "no more is repeated than was done since the last checkpoint"
+    return before

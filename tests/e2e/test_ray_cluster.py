@@ -19,10 +19,12 @@ from ray_cluster import RayCluster, hiding
 from ray_tools import (
     DEADLINE_S,
     alerts,
+    assert_survived,
     await_no_launcher,
     await_training,
     causes,
     environments_of,
+    hang_worker,
     kill_all,
     minutes_pass,
     newest_saved,
@@ -37,15 +39,15 @@ from launcher.plan.run_dir import RunDir
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-# Steps that the undisturbed run trains at first.
-STEPS = 40
+# Steps that the undisturbed run trains at first, about as many as the longest run that is compared with it.
+STEPS = 80
 SETTINGS = (
     *TINY,
-    "train.global_batch_size=8",
+    "train.global_batch_size=6",
     "train.max_steps=100000",
     # A constant learning rate does not depend on max_steps, so runs of other lengths have the same losses.
     "optim.schedule=constant",
-    "checkpoint.save_every=5",
+    "checkpoint.save_every=4",
     "eval.at_start=false",
     "export.enabled=false",
 )
@@ -97,8 +99,12 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 def ray(cluster: RayCluster, root: Path, name: str, *more: str) -> list[str]:
-    """The command line of a run on the cluster."""
-    return [*SETTINGS, "+cluster=ray", f"cluster.address={cluster.address}", f"run.root={root}", f"run.name={name}", *more]
+    """The command line of a run on the cluster.
+
+    By default, ranks that share no node use more threads. Where an elastic run shrinks to one, its fork server cannot be used.
+    """
+    places = (f"cluster.address={cluster.address}", f"run.root={root}", f"run.name={name}")
+    return [*SETTINGS, "+cluster=ray", *places, "cluster.env={OMP_NUM_THREADS: '1'}", *more]
 
 
 def by_job(cluster: RayCluster) -> tuple[str, str]:
@@ -117,9 +123,9 @@ def assert_close(actual: dict[int, float], expected: dict[int, float]) -> None:
 
 
 def test_a_wrong_token_and_a_wrong_address_are_refused_with_a_remedy(
-    launch: Launch, cluster: RayCluster, root: Path, tmp_path: Path
+    launch: Launch, launch_here: Launch, cluster: RayCluster, root: Path, tmp_path: Path
 ) -> None:
-    nobody = launch(*SETTINGS, "+cluster=ray", "cluster.address=127.0.0.2:1", f"run.root={root}", "run.name=nobody")
+    nobody = launch_here(*SETTINGS, "+cluster=ray", "cluster.address=127.0.0.2:1", f"run.root={root}", "run.name=nobody")
     assert nobody.returncode == 2
     assert "no Ray answers at this address" in nobody.stderr
     assert not (root / "nobody").exists()
@@ -157,23 +163,12 @@ def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch: Lau
     assert "Traceback" not in done.stderr
 
 
-def test_an_unmet_request_fails_at_its_deadline_and_a_permanent_error_at_once(
-    launch: Launch, cluster: RayCluster, root: Path
-) -> None:
+def test_an_unmet_request_fails_at_its_deadline(launch: Launch, cluster: RayCluster, root: Path) -> None:
     cluster.have_only()
-    done = launch(*ray(cluster, root, "many", "cluster.workers=4", "cluster.placement_minutes=0.1", "--follow"), **cluster.env)
+    done = launch(*ray(cluster, root, "many", "cluster.workers=3", "cluster.placement_minutes=0.1", "--follow"), **cluster.env)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "asked for 4 workers with CPU: 1 each; it has CPU: 1 on 1 node" in status(root / "many")["message"]
+    assert "asked for 3 workers with CPU: 1 each; it has CPU: 1 on 1 node" in status(root / "many")["message"]
     await_no_launcher(root / "many")
-
-    run = root / "diverged"
-    settings = ("cluster.workers=1", "optim.lr=1e30", "optim.warmup_steps=0", "--follow")
-    done = launch(*ray(cluster, root, "diverged", *settings), **cluster.env)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert causes(run) == ["user_error"]
-    assert status(run)["state"] == "failed"
-    assert "not finite" in status(run)["message"] or "the loss is" in status(run)["message"]
-    await_no_launcher(run)
 
 
 def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
@@ -187,10 +182,10 @@ def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
     assert json.loads(launch_here("status", str(unseen / "unseen"), "--json", **cluster.env).stdout)["state"] == "failed"
 
 
-def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
+def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_on_a_permanent_error(
     launch: Launch, cluster: RayCluster, root: Path, tmp_path: Path
 ) -> None:
-    """The node differs from the head in its runs folder, in its folder for Ray Train's state, or in its package versions."""
+    """A node differs from the head in its package versions, another in its folders for runs and for Ray Train's state."""
     hidden, state, other = tmp_path / "hidden", tmp_path / "state", tmp_path / "METADATA"
     hidden.mkdir()
     state.mkdir()
@@ -198,38 +193,110 @@ def test_an_unfit_node_is_named_and_an_elastic_run_excludes_it(
     (file,) = [package.locate_file(path) for path in package.files or () if path.match("transformers-*/METADATA")]
     other.write_text(Path(str(file)).read_text().replace(f"Version: {package.version}", "Version: 4.0.0"))
     cluster.have_only()
-    cluster.start("apart", prefix=hiding(hidden, state, replaced={Path(str(file)): other}))
+    cluster.start("apart", prefix=hiding(hidden, state))
+    cluster.start("older", prefix=hiding(replaced={Path(str(file)): other}))
 
-    def refusal(folder: Path, name: str, *more: str) -> str:
-        done = launch(*ray(cluster, folder, name, *more, "--follow"), **cluster.env)
-        assert done.returncode == 1, done.stdout + done.stderr
-        return str(status(folder / name)["message"])
-
-    # These runs start no rank, so a fork server that preloads modules would be wasted.
-    unforked = "cluster.fork_ranks=false"
-    message = refusal(root, "state", f"cluster.storage_path={state}", unforked)
+    # This run starts no rank, so a fork server that preloads modules would be wasted.
+    fixed = ("cluster.workers=3", f"cluster.storage_path={state}", "cluster.fork_ranks=false", "--follow")
+    done = launch(*ray(cluster, root, "fixed", *fixed), **cluster.env)
+    assert done.returncode == 1, done.stdout + done.stderr
+    message = str(status(root / "fixed")["message"])
     assert "apart: Ray Train's storage differs from the head node's" in message
-    assert "n1:" not in message
-    message = refusal(root, "versions", unforked)
-    expected = f"apart: the version of transformers differs from the head node's apart: 4.0.0; n1: {package.version}"
-    reversed_order = f"n1: the version of transformers differs from the head node's n1: {package.version}; apart: 4.0.0"
+    assert "n1: Ray Train's storage" not in message
+    expected = f"older: the version of transformers differs from the head node's older: 4.0.0; n1: {package.version}"
+    reversed_order = f"n1: the version of transformers differs from the head node's n1: {package.version}; older: 4.0.0"
     assert expected in message or reversed_order in message
 
-    elastic = ("cluster.workers=2", "cluster.min_workers=1", "train.max_steps=3", "--follow")
+    cluster.remove("older")
+    # The loss of the second or third step is not finite.
+    diverging = ("optim.lr=1e30", "optim.warmup_steps=0")
+    elastic = ("cluster.workers=2", "cluster.min_workers=1", *diverging, "--follow")
     done = launch(*ray(cluster, hidden, "without", *elastic), **cluster.env)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
     run = RunDir(hidden / "without")
     # An earlier attempt may have started with the one worker that joined first.
-    assert causes(run.root)[-2:] == ["bad_node", "completed"]
+    assert causes(run.root)[-2:] == ["bad_node", "user_error"]
     newest = run_store.newest_attempt(run)
     message = json.loads((run.attempt(newest - 1) / "exit.json").read_text())["message"]
     assert "apart: the run directory is not visible" in message
     assert "n1:" not in message
     assert run_store.read_attempt(run, newest).nodes == ("n1",)
+    assert trained(run.root, newest)
     assert "with 1 rank, 1 worker idle on n1, without apart, which failed the node checks before: repair it" in done.stdout
+    assert status(run.root)["state"] == "failed"
+    assert "not finite" in status(run.root)["message"] or "the loss is" in status(run.root)["message"]
+    await_no_launcher(run.root)
 
 
-def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed(
+@pytest.mark.parametrize("way, others", [("jobs_api", {}), ("driver", {"n2": 1})])
+def test_doctor_checks_every_node(launch: Launch, cluster: RayCluster, root: Path, way: str, others: dict[str, int]) -> None:
+    cluster.have_only(**others)
+    addresses = {"driver": cluster.address, "jobs_api": cluster.http}
+    settings = ("model=tiny", "tracking.mode=offline", f"run.root={root}", "+cluster=ray", f"cluster.python={sys.executable}")
+    command = ("doctor", *settings, f"cluster.address={addresses[way]}", "--json")
+    done = launch(*command, timeout=DEADLINE_S, **cluster.env)
+    assert done.stdout, done.stderr
+    report = json.loads(done.stdout)
+    assert sorted(report["nodes"]) == ["n1", *others], done.stdout + done.stderr
+    assert report["here"][0]["name"] == "Ray"
+    for node in report["nodes"].values():
+        verdicts = {result["name"]: result["verdict"] for result in node["results"]}
+        assert verdicts["torch"] == verdicts["all-reduce"] == verdicts["clock"] == "ok", node
+        assert verdicts["run.root"] != "failure", node
+    assert list(root.iterdir()) == []
+
+
+def test_prompts_are_answered_on_every_node(
+    launch: Launch, cluster: RayCluster, undisturbed: Callable[[int], Path], working_dir: Path
+) -> None:
+    """Evaluate from a driver, then again through the Jobs API, which finds all answers already there."""
+    cluster.have_only(n2=1)
+    run = undisturbed(1)
+    settings = ("evaluate.max_prompts=4", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json", "+cluster=ray")
+    for address in (cluster.address, cluster.http):
+        places = (f"cluster.address={address}", f"cluster.python={sys.executable}")
+        command = ("evaluate", run.name, "--root", str(run.parent), *settings, *places)
+        evaluated = launch(*command, cwd=working_dir, timeout=DEADLINE_S, **cluster.env, PYTHONSAFEPATH="1")
+        assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+        result = json.loads(evaluated.stdout)
+        assert result["num_processes"] == 2
+        assert result["sets"]["held_out"]["verdict"]["num_prompts"] == 4
+    assert not list(run.glob("evaluations/*/held_out/.*"))
+
+
+def test_a_run_of_fixed_size_survives_a_hang_and_a_preemption_and_has_the_same_losses(
+    launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    """A worker hangs, then a node is about to be preempted: each time a new attempt continues; then the run is cancelled."""
+    cluster.have_only(n2=1)
+    run = root / "hung"
+    settings = ("cluster.address=auto", "cluster.workers=2", "cluster.stall_seconds=10", PASS_PACE, "--follow")
+    # With address=auto, Ray uses the newest cluster recorded in this folder; this machine may run several clusters.
+    env = {**cluster.env, **slow_steps(), "RAY_TMPDIR": str(cluster.folder)}
+    with start(*ray(cluster, root, run.name, *settings), **env) as process:
+        assert_survived(run, 1, hang_worker)
+        assert re.search(r"the other ranks wait for the worker of rank 1 on n[12]: the attempt ends", alerts(run, 1))
+        cluster.drain(cluster.node_ids()["n2"], seconds=120)
+        wait_for("it waits for workers", lambda: status(run)["state"] == "pending")
+        assert "runs again" in status(run)["message"]
+        # A replacement for n2.
+        cluster.start("n3")
+        wait_for("a step of the third attempt", lambda: trained(run, 3))
+        assert launch_here("cancel", str(run), **cluster.env).returncode == 0
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 130, output
+    assert causes(run) == ["infrastructure", "preempted", "cancelled"]
+    attempts = [run_store.read_attempt(RunDir(run), number) for number in (1, 2, 3)]
+    assert [set(attempt.nodes) for attempt in attempts] == [{"n1", "n2"}, {"n1", "n2"}, {"n1", "n3"}]
+    assert "Ray is about to lose n2: the run saves" in output
+    assert "Ray is about to lose n2: the run saves" in alerts(run, 2)
+    end = last_step(run)
+    assert [*trained(run, 2), *trained(run, 3)] == list(range(attempts[1].resume_step + 1, end + 1)), "no step was repeated"
+    assert losses(run) == first_losses(undisturbed, end), "the same rows and bitwise the same losses"
+    await_no_launcher(run)
+
+
+def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed_until_the_head_is_lost(
     launch: Launch,
     launch_here: Launch,
     start: Callable,
@@ -269,106 +336,41 @@ def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed(
     assert job in listed.stdout + listed.stderr
     assert canary not in listed.stdout + listed.stderr
     assert canary not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json"))
-    end = step + 10
-    resumed = launch("resume", str(run), f"train.max_steps={end}", timeout=DEADLINE_S, **env)
+
+    resumed = launch("resume", str(run), **env)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     job = json_records.read_json(run / "attempts/002/submitted.json")["job"]
     assert f"job        {job}" in resumed.stdout
     assert f"{cluster.http}/#/jobs/{job}" in resumed.stdout
-    wait_for("its end", lambda: status(run)["state"] == "completed")
-    await_no_launcher(run)
-    assert_close(losses(run), first_losses(undisturbed, end))
-    assert mirrored(end)
-    assert json.loads((mirror / "job/status.json").read_text())["state"] == "completed"
-
-
-@pytest.mark.parametrize("way", ["driver", "jobs_api"])
-def test_doctor_checks_every_node(launch: Launch, cluster: RayCluster, root: Path, way: str) -> None:
-    cluster.have_only(n2=1)
-    addresses = {"driver": cluster.address, "jobs_api": cluster.http}
-    settings = ("model=tiny", "tracking.mode=offline", f"run.root={root}", "+cluster=ray", f"cluster.python={sys.executable}")
-    command = ("doctor", *settings, f"cluster.address={addresses[way]}", "--json")
-    done = launch(*command, timeout=DEADLINE_S, **cluster.env)
-    assert done.stdout, done.stderr
-    report = json.loads(done.stdout)
-    assert sorted(report["nodes"]) == ["n1", "n2"], done.stdout + done.stderr
-    assert report["here"][0]["name"] == "Ray"
-    for node in report["nodes"].values():
-        verdicts = {result["name"]: result["verdict"] for result in node["results"]}
-        assert verdicts["torch"] == verdicts["all-reduce"] == verdicts["clock"] == "ok", node
-        assert verdicts["run.root"] != "failure", node
-    assert list(root.iterdir()) == []
-
-
-def test_prompts_are_answered_on_every_node(
-    launch: Launch, cluster: RayCluster, undisturbed: Callable[[int], Path], working_dir: Path
-) -> None:
-    """Evaluate from a driver, then again through the Jobs API, which finds all answers already there."""
-    cluster.have_only(n2=1)
-    run = undisturbed(1)
-    settings = ("evaluate.max_prompts=4", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json", "+cluster=ray")
-    for address in (cluster.address, cluster.http):
-        places = (f"cluster.address={address}", f"cluster.python={sys.executable}")
-        command = ("evaluate", run.name, "--root", str(run.parent), *settings, *places)
-        evaluated = launch(*command, cwd=working_dir, timeout=DEADLINE_S, **cluster.env, PYTHONSAFEPATH="1")
-        assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
-        result = json.loads(evaluated.stdout)
-        assert result["num_processes"] == 2
-        assert result["sets"]["held_out"]["verdict"]["num_prompts"] == 4
-    assert not list(run.glob("evaluations/*/held_out/.*"))
-
-
-def test_a_run_of_fixed_size_survives_a_raylet_and_a_node_and_has_the_same_losses(
-    launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, undisturbed: Callable[[int], Path]
-) -> None:
-    """A raylet is killed, then a node is about to be preempted: each time a new attempt continues; then the run is cancelled."""
-    cluster.have_only(n2=1)
-    run = root / "killed"
-    settings = ("cluster.address=auto", "cluster.workers=2", PASS_PACE, "--follow")
-    # With address=auto, Ray uses the newest cluster recorded in this folder; this machine may run several clusters.
-    env = {**cluster.env, **slow_steps(), "RAY_TMPDIR": str(cluster.folder)}
-    with start(*ray(cluster, root, "killed", *settings), **env) as process:
-        await_training(run, num_ranks=2)
-        wait_for("a checkpoint", lambda: newest_saved(run, 1))
-        cluster.kill_raylet("n2")
-        wait_for("all ranks to be gone", lambda: not ranks_of(run))
-        cluster.have_only(n3=1)
-        n3 = cluster.node_ids()["n3"]
-
-        wait_for("a step of the second attempt", lambda: trained(run, 2))
-        cluster.drain(n3, seconds=120)
-        wait_for("it waits for workers", lambda: status(run)["state"] == "pending")
-        assert "runs again" in status(run)["message"]
-        # A replacement for n3.
-        cluster.start("n4")
-        wait_for("a step of the third attempt", lambda: trained(run, 3))
-        assert launch_here("cancel", str(run), **cluster.env).returncode == 0
-        output, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 130, output
-    assert causes(run) == ["infrastructure", "preempted", "cancelled"]
-    attempts = [run_store.read_attempt(RunDir(run), number) for number in (1, 2, 3)]
-    assert [set(attempt.nodes) for attempt in attempts] == [{"n1", "n2"}, {"n1", "n3"}, {"n1", "n4"}]
-    assert "Ray is about to lose n3: the run saves" in output
-    assert "Ray is about to lose n3: the run saves" in alerts(run, 2)
-    end = last_step(run)
-    assert [*trained(run, 2), *trained(run, 3)] == list(range(attempts[1].resume_step + 1, end + 1)), "no step was repeated"
-    assert losses(run) == first_losses(undisturbed, end), "the same rows and bitwise the same losses"
-    assert_attempt_named_first(launch_here, run, 1, "ray_node", **cluster.env)
+    wait_for("further steps", lambda: last_step(run) >= step + 5)
+    cluster.kill("n1")
     await_no_launcher(run)
 
+    def seen() -> dict[str, str]:
+        answer: dict[str, str] = json.loads(launch_here("status", str(run), "--json", **env).stdout)
+        return answer
 
-def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
+    # The launcher must allow for a brief network outage between this machine and the cluster.
+    assert seen()["state"] == "running"
+    assert "Ray does not answer" in seen()["message"]
+    minutes_pass(RunDir(run))
+    assert seen()["state"] == "failed"
+    assert f"python -m launcher resume {run}" in seen()["message"]
+    assert_close(losses(run), first_losses(undisturbed, last_step(run)))
+
+
+def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ranks_get_its_keys(
     launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
 ) -> None:
-    """Train four ranks on two nodes (three ranks on one of them), then one rank, then four again, with the same rows per step.
+    """Train three ranks on two nodes (two ranks on one of them), then one rank, then two ranks on two nodes.
 
-    No file, Ray log or command line contains the keys.
+    Each step has the same rows. No file, Ray log or command line contains the keys.
     """
-    cluster.have_only(n5=3)
+    cluster.have_only(n4=2)
     run, rows = root / "elastic", tmp_path / "rows"
     canary = "canary-fedcba9876543210"
     elastic = (
-        "cluster.workers=4",
+        "cluster.workers=3",
         "cluster.min_workers=1",
         "cluster.resize_seconds=2",
         "cluster.pass_env=[ROWS_SEEN,SECONDS_PER_STEP]",
@@ -376,65 +378,46 @@ def test_an_elastic_run_shrinks_and_grows_and_only_its_ranks_get_its_keys(
     )
     env = {**cluster.env, **rows_environment(rows), **slow_steps(), "WANDB_API_KEY": canary}
     with start(*ray(cluster, root, "elastic", *elastic), **env) as process:
-        await_training(run, num_ranks=4)
-        assert sorted(ranks_of(run)) == [0, 1, 2, 3]
+        await_training(run, num_ranks=3)
+        assert sorted(ranks_of(run)) == [0, 1, 2]
         environments = environments_of(rows, run_store.newest_attempt(RunDir(run)))
         assert {variables["WANDB_API_KEY"] for variables in environments} == {canary}
         assert sorted((variables["LOCAL_RANK"], variables["LOCAL_WORLD_SIZE"]) for variables in environments) == [
             ("0", "1"),
-            *[(str(local_rank), "3") for local_rank in range(3)],
+            *[(str(local_rank), "2") for local_rank in range(2)],
         ]
         commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
         assert not [command for command in commands if canary in command]
-        wait_for("a checkpoint", lambda: newest_saved(run, run_store.newest_attempt(RunDir(run))))
-        cluster.kill("n5")
+        shrunk = run_store.newest_attempt(RunDir(run))
+        wait_for("a checkpoint", lambda: newest_saved(run, shrunk))
+        before = ranks_of(run).values()
+        cluster.kill_raylet("n4")
+        wait_for("all ranks to be gone", lambda: not any(rank.is_running() for rank in before))
         await_training(run, num_ranks=1)
-        cluster.start("n7", "--num-cpus=3")
-        await_training(run, num_ranks=4)
-        assert launch_here("cancel", str(run), **cluster.env).returncode == 0
+        assert_attempt_named_first(launch_here, run, shrunk, "ray_node", **cluster.env)
+        cluster.start("n5")
+        await_training(run, num_ranks=2)
+        cluster.kill("n5")
+        cluster.kill("n1")
         output, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 130, output
+    assert process.returncode == 1, output
+    await_no_launcher(run)
+    shown = json.loads(launch_here("status", str(run), "--json", **cluster.env).stdout)
+    assert shown["state"] == "failed"
+    assert f"python -m launcher resume {run}" in shown["message"]
     end = last_step(run)
     assert_close(losses(run), first_losses(undisturbed, end))
     alone = undisturbed(end)
     expected = {step: {tuple(batch)} for step, ((_, batch),) in rows_of(alone, alone.parent / "rows").items() if step <= end}
     seen = rows_of(run, rows)
     assert {step: {tuple(batch) for _, batch in times} for step, times in seen.items()} == expected
-    assert {num_ranks for times in seen.values() for num_ranks, _ in times} == {1, 4}
-    assert run_store.load_plan(RunDir(run)).topology.world_size == 4, "the plan is that of the newest attempt"
-    # An earlier attempt may have started with fewer workers, because Ray starts with those that have joined.
-    assert causes(run)[-3:] == ["infrastructure", "resized", "cancelled"]
+    assert {num_ranks for times in seen.values() for num_ranks, _ in times} == {1, 2, 3}
+    assert run_store.load_plan(RunDir(run)).topology.world_size == 2, "the plan is that of the newest attempt"
     last = run_store.newest_attempt(RunDir(run))
-    before = [line["trainer/step"] for line in metrics(run) if "train/loss" in line and line["attempt"] < last]
-    assert run_store.read_attempt(RunDir(run), last).resume_step == max(before), "it saved before it grew"
-    await_no_launcher(run)
+    # An earlier attempt may have started with fewer workers, because Ray starts with those that have joined.
+    assert causes(run)[: last - 1][-2:] == ["infrastructure", "resized"]
+    earlier = [line["trainer/step"] for line in metrics(run) if "train/loss" in line and line["attempt"] < last]
+    assert run_store.read_attempt(RunDir(run), last).resume_step == max(earlier), "it saved before it grew"
     files = [path for folder in (run, cluster.folder) for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 20
     assert not [path for path in files if canary.encode() in path.read_bytes()]
-
-
-def test_a_lost_head_is_reported_with_the_command_that_resumes(launch: Launch, cluster: RayCluster, root: Path) -> None:
-    """Checks a driver on this machine and one that runs as a job. This test must be the last: it kills the cluster's head."""
-    cluster.have_only()
-    half = ("cluster.workers=1", "cluster.resources_per_worker={CPU: 0.5}", "train.max_steps=100000")
-    runs = {root / "driver": half, root / "job": (*half, *by_job(cluster))}
-    for run, settings in runs.items():
-        done = launch(*ray(cluster, root, run.name, *settings), **cluster.env)
-        assert done.returncode == 0, done.stdout + done.stderr
-    for run in runs:
-        wait_for("step 7", lambda run=run: last_step(run) >= 7)
-    cluster.kill("n1")
-    for run in runs:
-        await_no_launcher(run)
-
-    def seen(run: Path) -> dict[str, str]:
-        answer: dict[str, str] = json.loads(launch("status", str(run), "--json", **cluster.env).stdout)
-        return answer
-
-    # The launcher must allow for a brief network outage between this machine and the cluster.
-    assert seen(root / "job")["state"] == "running"
-    assert "Ray does not answer" in seen(root / "job")["message"]
-    minutes_pass(RunDir(root / "job"))
-    for run in runs:
-        assert seen(run)["state"] == "failed"
-        assert f"python -m launcher resume {run}" in seen(run)["message"]
