@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from causes import CAUSES, assert_run_named_first
-from e2e_tools import TINY, agent_of, alerts, kill_all_of, last_step, metrics, processes_of, ranks_of, status
+from e2e_tools import TINY, agent_of, alerts, kill_all_of, last_step, metrics, processes_of, ranks_of, slow_steps, status
 from pace import slowness, wait_for
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(900)]
@@ -219,9 +219,9 @@ def test_the_cause_is_named_first_in_status_alert_and_logs(
         pytest.skip(f"no control group for {group} can be made here")
     number = status(run)["attempt"] + 1 if run.exists() else 1
     # A failed save ends a run only if it is the last save.
-    last = last_step(run) + 60 if fault == "disk" else 100000
+    last = last_step(run) + 20 if fault == "disk" else 100000
     changes = (f"train.max_steps={last}", "checkpoint.save_every=10", "cluster.max_restarts=0")
-    with attempt(run, groups, launcher_env, *changes) as process:
+    with attempt(run, groups, {**launcher_env, **slow_steps(0.3)}, *changes) as process:
         await_steps(process, run, number)
         getattr(Faults(run, groups), fault)()
         output, _ = process.communicate(timeout=DEADLINE_S * slowness())

@@ -55,21 +55,13 @@ def test_drills_preempt_this_machine_and_fill_its_disk(launch: Launch, launch_he
 
 
 @pytest.mark.slurm
-def test_slurm_restarts_a_killed_rank_in_its_allocation_and_requeues_a_preempted_run(
-    launch: Launch, launch_here: Launch, slurm: Testbed, runs: Path
-) -> None:
+def test_slurm_restarts_a_killed_rank_in_its_allocation(launch: Launch, launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+    """tests/e2e/test_slurm_life.py preempts a job as the drill does; tests/cli/test_drill.py judges what follows."""
     killed = drill(launch, launch_here, "kill-rank", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert (killed["action"], killed["host"]) == ("SIGKILL to rank 1", "n2")
     assert killed["continued"].startswith("in the same allocation (job ")
     assert killed["lost_steps"] == killed["replayed_steps"] == killed["reached_step"] - killed["resumed_step"]
     assert killed["trains_again_s"] < 60 * slowness()
-    assert slurm.output("squeue", "-h") == ""
-
-    one_node = ("cluster.nodes=1", "cluster.ranks_per_node=2")
-    preempted = drill(launch, launch_here, "preempt", killed["run"], *one_node, **slurm.variables)
-    assert preempted["happened"].startswith("preempted: ")
-    assert "requeued as the same job" in preempted["continued"]
-    assert preempted["lost_steps"] == 0
     assert slurm.output("squeue", "-h") == ""
 
 

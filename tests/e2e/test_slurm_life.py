@@ -12,6 +12,8 @@ from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, submit
 from testbed_cluster import Testbed
 
+from launcher.clusters.slurm.cluster import SlurmCluster
+from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
 
 # Starting ranks takes many times longer on a busy machine.
@@ -22,14 +24,19 @@ FEW_ANSWERS = ("evaluate.max_prompts=6", "evaluate.max_new_tokens=4", "evaluate.
 
 
 def test_a_run_is_resubmitted_where_requeue_is_forbidden_never_runs_twice_and_resumes_on_one_node(
-    begin: Callable[..., SlurmRun], tmp_path: Path
+    begin: Callable[..., SlurmRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mirror = f"checkpoint.mirror=file://{tmp_path}/mirror"
     run = begin("grid", ENDLESS, "cluster.ranks_per_node=2", "cluster.requeue=false", mirror)
     run.await_step(5)
     first = run.job
     a_second_start_is_refused(run)
-    run.bed.run("scancel", "--signal=USR2", first)
+    # As `launcher drill --fault preempt` does.
+    with monkeypatch.context() as patch:
+        for name, value in run.bed.variables.items():
+            patch.setenv(name, value)
+        injected = SlurmCluster().inject_fault(RunDir(run.path), 1, "preempt")
+    assert (injected.description, injected.host) == (f"SIGUSR2 to job {first}", "n1, n2")
     # A second signal, during the save or just before it, must change nothing.
     run.bed.run("scancel", "--signal=USR2", first)
     wait_for("another job", lambda: run.attempt == 2 and run.job not in ("", first), 90)
