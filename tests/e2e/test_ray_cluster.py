@@ -298,7 +298,7 @@ def test_a_run_of_fixed_size_survives_a_hang_and_a_preemption_and_has_the_same_l
     await_no_launcher(run)
 
 
-def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed_until_the_head_is_lost(
+def test_a_run_through_the_jobs_api_is_cancelled_completed_and_continued_until_the_head_is_lost(
     launch: Launch,
     launch_here: Launch,
     start: Callable,
@@ -339,9 +339,14 @@ def test_a_run_through_the_jobs_api_is_followed_cancelled_and_resumed_until_the_
     assert canary not in listed.stdout + listed.stderr
     assert canary not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json"))
 
-    resumed = launch("resume", str(run), **env)
+    completed = launch("resume", str(run), f"train.max_steps={step + 2}", "--follow", timeout=DEADLINE_S, **env)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
+    assert (status(run)["state"], status(run)["step"]) == ("completed", step + 2)
+    assert mirrored(step + 2)
+
+    resumed = launch("resume", str(run), "train.max_steps=100000", **env)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    job = json_records.read_json(run / "attempts/002/submitted.json")["job"]
+    job = json_records.read_json(run / "attempts/003/submitted.json")["job"]
     assert f"job        {job}" in resumed.stdout
     assert f"{cluster.http}/#/jobs/{job}" in resumed.stdout
     wait_for("further steps", lambda: last_step(run) >= step + 5)
