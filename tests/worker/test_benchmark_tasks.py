@@ -8,6 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from launcher.cli.benchmark_tasks import BenchmarkOptions
 from launcher.errors import ConfigError
@@ -57,6 +59,7 @@ def test_without_the_harness_its_package_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     for name in harness._OFFLINE:
         monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     # The harness changes the working directory.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:
@@ -64,6 +67,9 @@ def test_without_the_harness_its_package_is_named(monkeypatch: pytest.MonkeyPatc
     assert error.value.exit_code == 2
     assert 'pip install "launcher[evals]"' in str(error.value)
     assert Path.cwd() == Path("/"), "a data set or metric in the working directory may be somebody else's"
+    # Tasks with addresses such as hf://datasets/... read them with the Hub's client alone, which is imported already.
+    with pytest.raises(OfflineModeIsEnabled):
+        HfApi(endpoint="http://127.0.0.1:9").dataset_info("owner/rows")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")

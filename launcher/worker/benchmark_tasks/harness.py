@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from huggingface_hub import constants
 
 from launcher.data.tokenization.render_limits import LimitReached, limited
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
@@ -59,6 +60,8 @@ class Harness:
             ConfigError: if lm-evaluation-harness is not installed.
         """
         os.environ.update(dict.fromkeys(_OFFLINE, "1"))
+        # Its client has read the variable if transformers is imported, and nothing guards what tasks would fetch with it.
+        constants.HF_HUB_OFFLINE = True
         # Data sets and metrics are looked up in the working directory first, which may belong to another user.
         os.chdir("/")
         self._unused_caches = leave_caches_of_others(caches)
