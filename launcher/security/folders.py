@@ -30,6 +30,18 @@ def private_files() -> Iterator[None]:
         os.umask(mask)
 
 
+def closed_umask() -> int:
+    """Return this process's umask, extended so that distrusted users cannot write to what is created with it.
+
+    Libraries create their caches as the umask says, use them at once, and follow links in them.
+    """
+    trust, mask = Trust.from_environ(os.environ), os.umask(0o077)
+    os.umask(mask)
+    if trust.anyone:
+        return mask
+    return mask | (stat.S_IWOTH if trust.gids else stat.S_IWGRP | stat.S_IWOTH)
+
+
 def make_own_folder(folder: Path) -> None:
     """Create a folder and its missing parents. If the umask lets distrusted users write to them, their permission is removed.
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import hand_made
 import pytest
 
-from launcher.cli.worker_process import run_worker_module
+from launcher.cli.worker_process import run_worker, run_worker_module
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError
 
@@ -14,3 +18,21 @@ def test_the_message_names_the_process_that_failed() -> None:
     config = RunConfig.model_validate(hand_made.SETTINGS)
     with pytest.raises(RunError, match=r"python -m launcher\.worker\.absent ended with exit code 1; its messages are above"):
         run_worker_module("launcher.worker.absent", config)
+
+
+def test_the_umask_does_not_open_what_a_worker_creates_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With umask 002, a group's members could put links into the Hub's cache while a model is downloaded."""
+    code = "import os; print(oct(os.umask(0)))"
+
+    def umask_of_worker(umask: int, trusted: str) -> str:
+        monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", trusted)
+        mask = os.umask(umask)
+        try:
+            return run_worker([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)[1].strip()
+        finally:
+            assert os.umask(mask) == umask, "the command keeps its own"
+
+    assert umask_of_worker(0o002, "") == "0o22"
+    assert umask_of_worker(0o002, f"group:{os.getgid()}") == "0o2"
+    assert umask_of_worker(0o077, "") == "0o77"
+    assert umask_of_worker(0o000, "anyone") == "0o0"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from launcher.security.folders import closed_umask
 from launcher.security.library_caches import find_usable_caches
 
 # Processes that have not been waited for. Each has its own session, so it does not end with this process.
@@ -40,6 +41,7 @@ def start_python(arguments: Sequence[str], environ: Mapping[str, str] = os.envir
         errors="replace",
         # Kernels that a check compiles are loaded from this user's folders; the check of the caches names others.
         env={**environ, **find_usable_caches(environ, alert=lambda text: None)},
+        umask=closed_umask(),
         start_new_session=True,
     )
     _running.add(process)
