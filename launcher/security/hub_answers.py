@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from launcher.errors import DataError, Problem
@@ -22,8 +22,7 @@ _HEADERS = ("ETag", "X-Linked-ETag", "X-Repo-Commit")
 # Xet's client takes the address of its storage from this header, and makes folders at local://PATH.
 _STORAGE = "X-Xet-Cas-Url"
 _KEYS = frozenset({"sha", "oid", "sha256", "blobId", "commitOid"})
-# JSON answers are read as a whole; the longest file lists have tens of MB. Files are written as they arrive.
-_JSON_PATH = "/api/"
+# The client reads all answers as a whole but files, which it writes as they arrive; the longest file lists have tens of MB.
 _MAX_JSON_BYTES, _MAX_JSON_S = 256 << 20, 300.0
 # The client waits for as long as one of these headers says.
 _WAITS, _MAX_WAIT_S = ("Retry-After", "RateLimit"), 600
@@ -49,6 +48,7 @@ def guard_hub_client() -> None:
         client: Any = make_client()
         hooks = client.event_hooks
         client.event_hooks = {**hooks, "response": [_check, *hooks["response"]]}
+        client.send = _checked(client.send)
         return client
 
     set_client_factory(make_guarded_client)
@@ -65,7 +65,7 @@ def leads_outside(name: str) -> bool:
 
 
 def _check(response: Any) -> None:
-    """Reject an answer before the client uses it; called for each answer, before its content is read."""
+    """Reject an answer by its headers; called for each answer, also for those that redirect, before its content is read."""
     for header in _HEADERS:
         if leads_outside(value := response.headers.get(header, "")):
             raise _refusal(response, f"its header {header} names a file outside the cache", value)
@@ -74,18 +74,48 @@ def _check(response: Any) -> None:
     for header in _WAITS:
         if any(int(number[:9]) > _MAX_WAIT_S for number in re.findall(r"\d+", response.headers.get(header, ""))):
             del response.headers[header]
-    if _JSON_PATH not in response.request.url.path:
-        return
-    # Keep what `read` would keep, within bounds.
-    response._content = b"".join(_bounded(response))
+    if response.has_redirect_location:
+        _read(response)
+
+
+def _checked(send: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a client's method `send` so that it rejects an answer by its content, unless the client reads it piece by piece.
+
+    The address does not matter: with redirects, and with links to further pages of a list, the server chooses it.
+    """
+
+    @functools.wraps(send)
+    def send_checked(request: Any, *, stream: bool = False, **options: Any) -> Any:
+        response = send(request, stream=True, **options)
+        if not stream:
+            try:
+                _check_content(response)
+            except BaseException:
+                response.close()
+                raise
+        return response
+
+    return send_checked
+
+
+def _check_content(response: Any) -> None:
     try:
-        content = json.loads(response._content)
-    except (ValueError, RecursionError):
+        content = json.loads(_read(response))
+    except RecursionError:
+        # The client, which parses it later and less deep in its own calls, may accept it.
+        raise _refusal(response, "it is nested too deeply", "") from None
+    except ValueError:
         # Not JSON, for example an error page; the client reports this.
         return
     for key, value in _items(content):
         if key in _KEYS and leads_outside(value):
             raise _refusal(response, f"its {key} names a file outside the cache", value)
+
+
+def _read(response: Any) -> bytes:
+    """Read an answer as its method `read` does, within bounds."""
+    response._content = b"".join(_bounded(response))
+    return bytes(response._content)
 
 
 def _bounded(response: Any) -> Iterator[bytes]:

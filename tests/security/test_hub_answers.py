@@ -57,7 +57,7 @@ class HostileHub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        names = {*self.headers_of(), "sha", "absolute-sha", "tree", "endless", "rows"}
+        names = {*self.headers_of(), "sha", "absolute-sha", "tree", "endless", "rows", "moved", "pages"}
         name = next((part for part in path.split("/") if part in names), "")
         if path == "/busy":
             return self._send(200, b"{}", {"Retry-After": "1000000000", "RateLimit": '"api";r=0;t=1000000000'})
@@ -65,11 +65,15 @@ class HostileHub(BaseHTTPRequestHandler):
             return self._send(200, FILE, {"ETag": '"abc"', "X-Repo-Commit": COMMIT, **self.headers_of().get(name, {})})
         if name == "endless":
             return self._send_without_end()
-        if "/tree/" in path:
-            oid = f"{OUTSIDE}/oid" if name == "tree" else "2" * 40
+        if name == "moved" and path.startswith("/api/") and "/tree/" not in path:
+            return self._send(307, b"", {"Location": "/elsewhere/moved"})
+        if "/tree/" in path or path == "/elsewhere/pages":
+            is_first = name == "pages" and "/tree/" in path
+            oid = f"{OUTSIDE}/oid" if name in ("tree", "pages") and not is_first else "2" * 40
             listing = [{"type": "file", "path": "config.json", "size": len(FILE), "oid": oid}]
-            return self._send(200, json.dumps(listing).encode(), {})
-        sha = {"sha": f"{OUTSIDE}/sha", "absolute-sha": f"{self.outside}/sha"}.get(name, COMMIT)
+            next_page = {"Link": f'<http://{self.headers["Host"]}/elsewhere/pages>; rel="next"'}
+            return self._send(200, json.dumps(listing).encode(), next_page if is_first else {})
+        sha = {"absolute-sha": f"{self.outside}/sha", "sha": f"{OUTSIDE}/sha", "moved": f"{OUTSIDE}/sha"}.get(name, COMMIT)
         siblings = [{"rfilename": "train.jsonl" if "/datasets/" in path else "config.json"}]
         return self._send(200, json.dumps({"id": f"owner/{name}", "sha": sha, "siblings": siblings}).encode(), {})
 
@@ -119,7 +123,7 @@ def environ(address: str, folder: Path) -> dict[str, str]:
 
 
 def test_no_answer_of_a_server_leads_out_of_the_cache(hub: str, tmp_path: Path) -> None:
-    attacks = ("etag", "absolute", "commit", "absolute-commit", "sha", "absolute-sha", "tree", "endless")
+    attacks = ("etag", "absolute", "commit", "absolute-commit", "sha", "absolute-sha", "tree", "endless", "moved", "pages")
     command = [sys.executable, "-P", "-c", _CODE, hub, "plain", "weak", *attacks]
     done = subprocess.run(
         command, env={**os.environ, **environ(hub, tmp_path)}, capture_output=True, text=True, cwd=tmp_path, timeout=240
@@ -148,10 +152,21 @@ def test_a_command_says_which_server_it_does_not_believe(hub: str, tmp_path: Pat
 def test_a_server_cannot_name_a_folder_as_storage() -> None:
     """Xet's client would make folders there."""
     request = SimpleNamespace(url=SimpleNamespace(scheme="http", host="hub", path="/"))
+
+    def answer(address: str) -> SimpleNamespace:
+        return SimpleNamespace(headers={"X-Xet-Cas-Url": address}, request=request, has_redirect_location=False)
+
     for address in ("local:///home/mine", "memory://", "/home/mine"):
         with pytest.raises(DataError, match="its header X-Xet-Cas-Url names storage that is not a server"):
-            hub_answers._check(SimpleNamespace(headers={"X-Xet-Cas-Url": address}, request=request))
-    hub_answers._check(SimpleNamespace(headers={"X-Xet-Cas-Url": "https://cas.hub"}, request=request))
+            hub_answers._check(answer(address))
+    hub_answers._check(answer("https://cas.hub"))
+
+
+def test_an_answer_that_cannot_be_checked_is_rejected() -> None:
+    """The client could still read it: its own calls are less deep when it does."""
+    request = SimpleNamespace(url=SimpleNamespace(scheme="http", host="hub", path="/"))
+    with pytest.raises(DataError, match="it is nested too deeply"):
+        hub_answers._check_content(SimpleNamespace(iter_bytes=lambda: iter([b"[" * 100_000]), request=request))
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/etc/x", 'W/"../x"', '"a/../../x"', '"/etc/x"', "a\\..\\x"])
