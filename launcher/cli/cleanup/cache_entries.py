@@ -29,7 +29,7 @@ from launcher.tracking.metrics import format_duration
 KINDS: Mapping[str, str] = {
     "data": "tokenized rows",
     "models": "converted models, and weights of other runs",
-    "hub": "downloads from the Hub that other users could have changed in its cache",
+    "hub": "downloads from the Hub, kept here if others can write to its own cache",
     "sources": "downloaded data files",
     "scores": "losses of documents under weights",
     "checks": "results of checks of models and settings, and words for completion",
