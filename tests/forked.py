@@ -226,16 +226,13 @@ class ForkingWorkers:
         self._variables = variables
         self._server = functools.cache(lambda *modules: ForkServer(*modules, variables=variables))
 
-    def Popen(
-        self, command: Sequence[str], *, stdin: int, stdout: int | None, text: bool, env: Mapping[str, str], umask: int
-    ) -> Any:
+    def Popen(self, command: Sequence[str], *, stdin: int, stdout: int | None, text: bool, env: Mapping[str, str]) -> Any:
         python, flag, module, *arguments = command
         imported = next((modules for modules in (self._WITHOUT_TORCH, self._PROBE) if module in modules), None)
         is_other = (python, flag) != (sys.executable, "-m") or _of_the_hub(env) != _of_the_hub(self._variables)
         may_need_torch = imported is self._WITHOUT_TORCH and not any(Path(env["LAUNCHER_CACHE"]).glob("models/*/config.json"))
         if imported is None or is_other or may_need_torch:
-            return subprocess.Popen(command, stdin=stdin, stdout=stdout, text=text, env=env, umask=umask)
-        # A forked process keeps the umask of the one that forks it.
+            return subprocess.Popen(command, stdin=stdin, stdout=stdout, text=text, env=env)
         streams = {"stdin": stdin, "stdout": 1 if stdout is None else stdout, "stderr": 2}
         return self._server(*imported).popen(module, *arguments, **streams, text=text, env=env)
 

@@ -178,7 +178,11 @@ def _main(argv: Sequence[str] | None) -> int:
             from launcher.security import trust
 
             trust.add_to_environ(owners)
-        exit_code = _run(verb, tokens)
+        from launcher.security.folders import closed_files
+
+        # Commands download from the Hub too: its client uses what it creates at once, and follows links in it.
+        with closed_files():
+            exit_code = _run(verb, tokens)
         # If the reader has gone, the interpreter's final flush would raise an error.
         sys.stdout.flush()
         return exit_code

@@ -16,7 +16,7 @@ from launcher import facts
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, Problem, RunError, raise_reported
-from launcher.security.folders import closed_umask, make_own_folder
+from launcher.security.folders import make_own_folder
 from launcher.security.library_caches import find_usable_caches
 
 # A worker that is ended removes what it has written so far.
@@ -126,9 +126,7 @@ def run_worker(
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         # The process inherits the mask until it ignores the signal.
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=stdout, text=True, env=worker_environment(), umask=closed_umask()
-        )
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, text=True, env=worker_environment())
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with process:

@@ -42,6 +42,20 @@ def closed_umask() -> int:
     return mask | (stat.S_IWOTH if trust.gids else stat.S_IWGRP | stat.S_IWOTH)
 
 
+@contextmanager
+def closed_files() -> Iterator[None]:
+    """Keep distrusted users from writing to what this process and its children create, whatever the umask; see `closed_umask`.
+
+    Raises:
+        ConfigError: for owners in LAUNCHER_TRUST_OWNERS that this machine does not know.
+    """
+    mask = os.umask(closed_umask())
+    try:
+        yield
+    finally:
+        os.umask(mask)
+
+
 def make_own_folder(folder: Path) -> None:
     """Create a folder and its missing parents. If the umask lets distrusted users write to them, their permission is removed.
 

@@ -1,4 +1,4 @@
-"""Worker processes that fail without printing a message."""
+"""The processes of commands: what they may not open to others, and a failure without a message."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 import hand_made
 import pytest
 
+from launcher.cli import schema
+from launcher.cli.main import main
 from launcher.cli.worker_process import run_worker, run_worker_module
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError
@@ -20,19 +22,26 @@ def test_the_message_names_the_process_that_failed() -> None:
         run_worker_module("launcher.worker.absent", config)
 
 
-def test_the_umask_does_not_open_what_a_worker_creates_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With umask 002, a group's members could put links into the Hub's cache while a model is downloaded."""
-    code = "import os; print(oct(os.umask(0)))"
+def test_the_umask_does_not_open_what_a_command_creates_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With umask 002, a group's members could put links into the Hub's cache during a download, which a command begins too."""
+    code = "import os; print(os.umask(0))"
 
-    def umask_of_worker(umask: int, trusted: str) -> str:
+    def run(verb: str, tokens: list[str]) -> int:
+        mask = os.umask(0o777)
+        os.umask(mask)
+        assert run_worker([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)[1].strip() == str(mask)
+        return mask
+
+    def umask_of_command(umask: int, trusted: str) -> str:
         monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", trusted)
         mask = os.umask(umask)
         try:
-            return run_worker([sys.executable, "-S", "-c", code], stdout=subprocess.PIPE)[1].strip()
+            return oct(main(["schema"]))
         finally:
-            assert os.umask(mask) == umask, "the command keeps its own"
+            assert os.umask(mask) == umask, "it is restored at the end"
 
-    assert umask_of_worker(0o002, "") == "0o22"
-    assert umask_of_worker(0o002, f"group:{os.getgid()}") == "0o2"
-    assert umask_of_worker(0o077, "") == "0o77"
-    assert umask_of_worker(0o000, "anyone") == "0o0"
+    monkeypatch.setattr(schema, "run", run)
+    assert umask_of_command(0o002, "") == "0o22"
+    assert umask_of_command(0o002, f"group:{os.getgid()}") == "0o2"
+    assert umask_of_command(0o077, "") == "0o77"
+    assert umask_of_command(0o000, "anyone") == "0o0"
