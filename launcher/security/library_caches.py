@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,14 +23,15 @@ from launcher.security.folders import is_private_folder, make_own_folder
 from launcher.security.permissions import first_problem_of_cache
 from launcher.security.trust import Trust
 
+XET = "HF_XET_CACHE"
 # For each cache: its variable; the variable for its parent folder, and that folder in the home directory; its own name.
 _CACHES = (
     ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", ".cache", "torch_extensions"),
     ("TRITON_CACHE_DIR", "TRITON_HOME", "", ".triton/cache"),
     ("CUDA_CACHE_PATH", "", ".nv", "ComputeCache"),
     ("HF_MODULES_CACHE", "HF_HOME", ".cache/huggingface", "modules"),
-    # Xet keeps the description of an upload there until it sends it.
-    ("HF_XET_CACHE", "HF_HOME", ".cache/huggingface", "xet"),
+    # Xet keeps the description of an upload there until it sends it, and writes logs, for which it follows links.
+    (XET, "HF_HOME", ".cache/huggingface", "xet"),
     ("WANDB_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "wandb"),
     ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", ".config", "wandb"),
     ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share", "wandb"),
@@ -70,15 +71,27 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
     for (reason, remedy), names in variables.items():
         alert(f"{' and '.join(names)}: {reason}; a private folder is used instead; to use yours: {remedy}")
     moved = {name: str(folders[name]) for name, *_ in _TEMPORARY_CACHES if not _is_chosen(name, environ)}
-    replaced = [
-        name
-        for name, folder in folders.items()
-        if name in problems or (not _is_chosen(name, environ) and not is_writable(folder))
-    ]
-    if not replaced:
-        return moved
+    replaced = [name for name, folder in folders.items() if name in problems or _is_closed(name, folder, environ)]
+    return {**moved, **_replacements(replaced)}
+
+
+def find_usable_xet_folder(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable to set for Xet's client alone, as `find_usable_caches` does for all libraries of a worker process."""
+    folder = cache_folders(environ)[XET]
+    problem = first_problem_of_cache(f"what {XET} names", folder, (), Trust.from_environ(environ))
+    return _replacements([XET] if problem is not None or _is_closed(XET, folder, environ) else [])
+
+
+def _replacements(variables: Sequence[str]) -> dict[str, str]:
+    if not variables:
+        return {}
     folder = _private_folder()
-    return {**moved, **{name: str(folder / name.lower()) for name in replaced}}
+    return {variable: str(folder / variable.lower()) for variable in variables}
+
+
+def _is_closed(variable: str, folder: Path, environ: Mapping[str, str]) -> bool:
+    """Return whether this user cannot write to a library's default folder."""
+    return not _is_chosen(variable, environ) and not is_writable(folder)
 
 
 def foreign_caches(environ: Mapping[str, str]) -> dict[str, Problem]:
@@ -95,9 +108,10 @@ def foreign_caches(environ: Mapping[str, str]) -> dict[str, Problem]:
 def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:
     """Return the folder of each cache, keyed by the variable that names it."""
     home = Path(environ.get("HOME") or "/")
+    parents = {"HF_HOME": str(Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface"), **environ}
     return {
         variable: Path(
-            environ[variable] if _is_chosen(variable, environ) else Path(environ.get(parent_variable) or home / parent) / name
+            environ[variable] if _is_chosen(variable, environ) else Path(parents.get(parent_variable) or home / parent) / name
         )
         for variable, parent_variable, parent, name in (*_CACHES, *_TEMPORARY_CACHES)
     }

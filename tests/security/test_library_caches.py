@@ -13,12 +13,14 @@ from pathlib import Path
 import hand_made
 import pytest
 from file_owners import MALLORY, TEAM, as_root, give
+from huggingface_hub.utils import _http
 
 from launcher import json_records
 from launcher.cli.worker_process import worker_environment
 from launcher.config.schema import RunConfig
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
 from launcher.security import library_caches
+from launcher.security.hub_answers import guard_hub_client
 from launcher.security.library_caches import find_usable_caches
 from launcher.worker.doctor.python_process import run_python
 from launcher.worker.evaluation import node
@@ -81,7 +83,8 @@ def test_caches_leave_a_home_directory_that_cannot_be_written(closed: Path, temp
 
 def test_a_folder_that_is_set_is_left_alone(closed: Path, tmp_path: Path) -> None:
     environ = {"HOME": str(closed), "TORCH_EXTENSIONS_DIR": "/mine", "XDG_CACHE_HOME": str(tmp_path)}
-    assert find_usable_caches(environ).keys() == (ALL | TEMPORARY) - {"TORCH_EXTENSIONS_DIR", "WANDB_CACHE_DIR"}
+    in_cache_home = {"WANDB_CACHE_DIR", "HF_MODULES_CACHE", "HF_XET_CACHE"}
+    assert find_usable_caches(environ).keys() == (ALL | TEMPORARY) - {"TORCH_EXTENSIONS_DIR", *in_cache_home}
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o750])
@@ -110,15 +113,15 @@ def test_folders_of_compiled_code_that_others_could_have_written_are_replaced(
         environ = {"HOME": str(tmp_path), "XDG_CACHE_HOME": name, **{key: f"{name}/{value}" for key, value in named.items()}}
         alerts = list[str]()
         caches = find_usable_caches(environ, alerts.append)
-        names = {"TORCH_EXTENSIONS_DIR", *(TEMPORARY)}
+        names = {"TORCH_EXTENSIONS_DIR", "HF_MODULES_CACHE", "HF_XET_CACHE", *(TEMPORARY)}
         assert caches.keys() == names, "the others are this user's, or hold no code"
         assert {Path(path).parent for path in caches.values()} == {library_caches.node_cache_root()}
         assert library_caches.node_cache_root().parent == temporary
         replaced = "; a private folder is used instead; to use yours: "
         assert f"TORCH_EXTENSIONS_DIR: {name}/torch_extensions belongs to {MALLORY}{replaced}" in alerts[0]
-        same = "CUTE_DSL_CACHE_DIR and FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+        same = "HF_MODULES_CACHE and HF_XET_CACHE and CUTE_DSL_CACHE_DIR and FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
         assert any(text.startswith(f"{same}: {name} can be written") for text in alerts), "one alert for each reason"
-        assert len(alerts) == len(names) - 1
+        assert len(alerts) == len(names) - 3
         assert find_usable_caches({**environ, "LAUNCHER_TRUST_OWNERS": "anyone"}).keys() == TEMPORARY - named.keys()
 
 
@@ -148,6 +151,21 @@ def test_an_upload_is_not_described_in_a_folder_of_others(tmp_path: Path, as_roo
         assert "HF_XET_CACHE" not in find_usable_caches(environ)
         give(Path(name) / "xet")
         assert Path(find_usable_caches(environ)["HF_XET_CACHE"]).parent == library_caches.node_cache_root()
+
+
+def test_a_command_writes_no_logs_of_xet_into_a_folder_of_others(monkeypatch: pytest.MonkeyPatch, as_root: None) -> None:
+    """Their names contain the time and the process, so others can put links there first; `plan` downloads a README itself."""
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", _http._GLOBAL_CLIENT_FACTORY)
+    monkeypatch.setenv("HF_XET_CACHE", "")
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        (Path(name) / "xet/logs").mkdir(parents=True)
+        Path(name).chmod(0o1777)
+        monkeypatch.setenv("HF_HOME", name)
+        guard_hub_client.__wrapped__()
+        assert os.environ["HF_XET_CACHE"] == ""
+        give(Path(name) / "xet")
+        guard_hub_client.__wrapped__()
+        assert Path(os.environ["HF_XET_CACHE"]).parent == library_caches.node_cache_root()
 
 
 @pytest.fixture
