@@ -2,8 +2,8 @@
 
 torch, triton, CUDA, transformers and W&B keep caches in the home directory and fail if it is read-only or missing, as in many
 containers and on some clusters. Kernel compilers keep code in the temporary folder, under names that contain the user name:
-whoever creates these folders first chooses the code that is loaded. Each cache has a variable that names its folder. A code
-folder that other users can write to or create first is replaced, whoever named it.
+whoever creates these folders first chooses the code that is loaded. Each cache has a variable that names its folder. A folder
+that other users can write to or create first is replaced, whoever named it: W&B and Xet follow links that others put there.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _CACHES = (
     ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", ".config", "wandb"),
     ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share", "wandb"),
 )
-# W&B settings there may name the server, so other folders could lead to a different server.
-_WITHOUT_CODE = frozenset({"WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"})
+# W&B settings there may name the server, so another folder could lead to a different server. One of others is refused elsewhere.
+_NOT_REPLACED = "WANDB_CONFIG_DIR"
 _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 # By default, these are in the temporary folder.
 _TEMPORARY_CACHES = (
@@ -95,12 +95,12 @@ def _is_closed(variable: str, folder: Path, environ: Mapping[str, str]) -> bool:
 
 
 def foreign_caches(environ: Mapping[str, str]) -> dict[str, Problem]:
-    """Return why other users could have put code into a cache, keyed by the variable that names its folder."""
+    """Return why other users could have put code or links into a cache, keyed by the variable that names its folder."""
     trust = Trust.from_environ(environ)
     problems = {
         variable: first_problem_of_cache(f"what {variable} names", folder, (), trust)
         for variable, folder in cache_folders(environ).items()
-        if variable not in _WITHOUT_CODE
+        if variable != _NOT_REPLACED
     }
     return {variable: problem for variable, problem in problems.items() if problem is not None}
 

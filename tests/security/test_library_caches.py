@@ -113,15 +113,17 @@ def test_folders_of_compiled_code_that_others_could_have_written_are_replaced(
         environ = {"HOME": str(tmp_path), "XDG_CACHE_HOME": name, **{key: f"{name}/{value}" for key, value in named.items()}}
         alerts = list[str]()
         caches = find_usable_caches(environ, alerts.append)
-        names = {"TORCH_EXTENSIONS_DIR", "HF_MODULES_CACHE", "HF_XET_CACHE", *(TEMPORARY)}
-        assert caches.keys() == names, "the others are this user's, or hold no code"
+        names = {"TORCH_EXTENSIONS_DIR", "HF_MODULES_CACHE", "HF_XET_CACHE", "WANDB_CACHE_DIR", *(TEMPORARY)}
+        assert caches.keys() == names, "the others are this user's"
         assert {Path(path).parent for path in caches.values()} == {library_caches.node_cache_root()}
         assert library_caches.node_cache_root().parent == temporary
         replaced = "; a private folder is used instead; to use yours: "
         assert f"TORCH_EXTENSIONS_DIR: {name}/torch_extensions belongs to {MALLORY}{replaced}" in alerts[0]
-        same = "HF_MODULES_CACHE and HF_XET_CACHE and CUTE_DSL_CACHE_DIR and FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+        same = (
+            "HF_MODULES_CACHE and HF_XET_CACHE and WANDB_CACHE_DIR and CUTE_DSL_CACHE_DIR and FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+        )
         assert any(text.startswith(f"{same}: {name} can be written") for text in alerts), "one alert for each reason"
-        assert len(alerts) == len(names) - 3
+        assert len(alerts) == len(names) - 4
         assert find_usable_caches({**environ, "LAUNCHER_TRUST_OWNERS": "anyone"}).keys() == TEMPORARY - named.keys()
 
 
@@ -151,6 +153,19 @@ def test_an_upload_is_not_described_in_a_folder_of_others(tmp_path: Path, as_roo
         assert "HF_XET_CACHE" not in find_usable_caches(environ)
         give(Path(name) / "xet")
         assert Path(find_usable_caches(environ)["HF_XET_CACHE"]).parent == library_caches.node_cache_root()
+
+
+def test_tables_for_wandb_are_not_kept_in_a_folder_of_others(tmp_path: Path, as_root: None) -> None:
+    """W&B opens a new file there twice: in between, another user can put a link in its place."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        environ = {"HOME": str(tmp_path), "WANDB_DATA_DIR": name, "WANDB_CONFIG_DIR": name}
+        assert find_usable_caches(environ).keys() == TEMPORARY
+        give(Path(name))
+        caches, alerts = find_usable_caches(environ), list[str]()
+        assert caches.keys() == TEMPORARY | {"WANDB_DATA_DIR"}, "another WANDB_CONFIG_DIR could name another server"
+        assert Path(caches["WANDB_DATA_DIR"]).parent == library_caches.node_cache_root()
+        assert find_usable_caches(environ | caches, alerts.append).keys() <= TEMPORARY
+        assert alerts == []
 
 
 def test_a_command_writes_no_logs_of_xet_into_a_folder_of_others(monkeypatch: pytest.MonkeyPatch, as_root: None) -> None:
