@@ -23,9 +23,20 @@ _OTHERS_SEARCH = stat.S_IXGRP | stat.S_IXOTH
 
 
 def tree(folder: Path) -> Iterator[Path]:
-    """Yield the files, links and folders in a folder, without following links."""
-    for parent, folders, files in os.walk(folder):
-        yield from (Path(parent, name) for name in (*folders, *files))
+    """Yield the files, links and folders in a folder, without following links. Unreadable folders are empty.
+
+    The folders may be nested to any depth, which os.walk cannot handle in Python 3.11.
+    """
+    pending = [os.fspath(folder)]
+    while pending:
+        entries = list[os.DirEntry[str]]()
+        with suppress(OSError), os.scandir(pending.pop()) as listed:
+            entries += listed
+        for entry in entries:
+            yield Path(entry.path)
+            with suppress(OSError):
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
 
 
 def is_private(folder: Path, trust: Trust) -> bool:
@@ -136,23 +147,25 @@ def _weaknesses_behind(link: Path, trust: Trust, checked: set[Path]) -> Iterator
 
     `checked` holds paths that need no further check; paths that are checked here are added.
     """
-    checked.add(link)
-    *above, target = path_steps(link)
-    for step in above:
-        if step not in checked:
-            checked.add(step)
-            yield from _weakness(step, trust, is_above=True)
-    if target in checked:
-        return
-    checked.add(target)
-    yield from _weakness(target, trust)
-    for path in tree(target):
-        if path in checked:
+    pending = [link]
+    while pending:
+        link = pending.pop()
+        checked.add(link)
+        *above, target = path_steps(link)
+        for step in above:
+            if step not in checked:
+                checked.add(step)
+                yield from _weakness(step, trust, is_above=True)
+        if target in checked:
             continue
-        yield from _weakness(path, trust)
-        if path.is_symlink():
-            yield from _weaknesses_behind(path, trust, checked)
-        checked.add(path)
+        checked.add(target)
+        yield from _weakness(target, trust)
+        for path in tree(target):
+            if path not in checked:
+                checked.add(path)
+                yield from _weakness(path, trust)
+                if path.is_symlink():
+                    pending.append(path)
 
 
 def _weakness(path: Path, trust: Trust, is_above: bool = False, is_protected: bool = False) -> Iterator[tuple[Path, str, str]]:

@@ -74,6 +74,7 @@ def test_prompts_go_as_token_ids_and_answers_come_in_their_order(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     engine = engine_of(python, weights)
     try:
         (server,) = servers(weights)
@@ -81,6 +82,7 @@ def test_prompts_go_as_token_ids_and_answers_come_in_their_order(
         assert os.environ.get("VLLM_API_KEY") is None
         inherited = python.with_name("inherited").read_text().strip()
         assert inherited == "", "packages of this program are not those of vLLM's environment"
+        assert server.environ()["HF_HUB_OFFLINE"] == "1", "its client of the Hub is not guarded"
         assert server.cwd() == "/", "Python imports modules from the working directory"
         answers = engine.generate([[5, 6], [5, 6, 7]], num_shared=2, stop_strings=["\n\n"], max_new_tokens=9)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import shutil
 import struct
@@ -18,6 +19,7 @@ from missing_program import skip_or_fail
 from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
 from launcher.security.folders import make_own_folder
+from launcher.security.permissions import tree
 
 __all__ = ["as_root"]
 
@@ -149,3 +151,27 @@ def test_folders_that_a_run_makes_are_not_open_to_others_because_of_the_umask(
     (folder / "mine/runs").chmod(0o770)
     make_own_folder(folder / "mine/runs")
     assert (folder / "mine/runs").stat().st_mode & 0o777 == 0o770, "a folder that exists is not changed"
+
+
+def test_folders_and_links_of_others_may_be_nested_to_any_depth(folder: Path) -> None:
+    """Each link leads to a folder with the next link; the folders are nested, too."""
+    inner = folder
+    for i in range(100):
+        inner /= "n"
+        inner.mkdir()
+        (folder / f"{i}").mkdir()
+        (folder / f"{i}/next").symlink_to(f"../{i + 1}")
+    for last in (inner, folder / "100"):
+        last.mkdir(exist_ok=True)
+        os.chown(last, MALLORY, -1)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 60)
+    try:
+        nested = ownership.folder_problem("it", folder, tree(folder / "n"))
+        linked = ownership.folder_problem("it", folder, [folder / "0/next"])
+    finally:
+        sys.setrecursionlimit(limit)
+    assert nested is not None
+    assert nested.message.endswith(f"n/n belongs to {MALLORY}")
+    assert linked is not None
+    assert linked.message.endswith(f"100 belongs to {MALLORY}")

@@ -275,6 +275,7 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
     unused = list_unused(names, chosen)
     with convert_os_errors(record.parent):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ownership.require_cache(record)
         atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": unused})
     return commit, chosen, unused
 

@@ -125,6 +125,7 @@ class RemoteFiles:
                 digest = file_digest(DataFile(partial, name))
                 target = self._target(path, _FileVersion(size, digest))
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                ownership.require_cache(target)
                 partial.replace(target)
             _downloaded[name] = digest
         return _downloaded[name]

@@ -71,7 +71,7 @@ class VllmEngine:
         # Otherwise, sampling settings in the model's folder, such as repetition_penalty, would change the answers.
         command += ["--tensor-parallel-size", str(num_gpus), "--generation-config", "vllm"]
         # Other users of this machine can see arguments and reach the port.
-        environ = {**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1"}
+        environ = {**os.environ, "VLLM_API_KEY": self._key, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", _STARTER, *command],
             stdin=subprocess.DEVNULL,

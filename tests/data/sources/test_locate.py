@@ -6,17 +6,22 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import filelock
 import fsspec
 import pytest
+from file_owners import MALLORY, as_root
 from source_folders import CARD, SPLITS, SUBSETS, Files, row
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.data import cache_lock
+from launcher.data.cache_dir import source_folder
 from launcher.data.sources import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents
 from launcher.errors import DataError, Problem
+
+__all__ = ["as_root"]
 
 
 def write(folder: Path, files: Files) -> Path:
@@ -262,3 +267,18 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
 def test_an_unknown_protocol_is_refused(tmp_path: Path) -> None:
     (problem,) = check_sources(DataSection(sources=(Source(path="gopher://rows"),)))
     assert "gopher:// is unknown" in problem.message
+
+
+def test_a_listing_is_not_stored_behind_a_link_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_root: None) -> None:
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
+    info = SimpleNamespace(sha="1" * 40, siblings=[SimpleNamespace(rfilename="train.jsonl")])
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **options: info)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    link = source_folder("hub", "owner/name", None, None, None)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(precious)
+    os.chown(link, MALLORY, -1, follow_symlinks=False)
+    with pytest.raises(DataError, match=f"belongs to {MALLORY}"):
+        compute_source_digest(Source(path="owner/name"))
+    assert list(precious.iterdir()) == []
