@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from launcher.errors import DataError, Problem
-from launcher.security.library_caches import find_usable_xet_folder
+from launcher.security.library_caches import XET, find_usable_folders
 from launcher.security.port_owners import server_problem
 
 # Headers and JSON keys whose values become names of files and folders.
@@ -54,7 +54,7 @@ def guard_hub_client() -> None:
 
     set_client_factory(make_guarded_client)
     # Commands have the user's environment; that of a worker process already names a usable folder.
-    os.environ.update(find_usable_xet_folder(os.environ))
+    os.environ.update(find_usable_folders(XET, os.environ))
     # For its telemetry, the client writes a list to a file of a known name in HF_HOME, where others may have put a link.
     constants.HF_HUB_DISABLE_TELEMETRY = True
 

@@ -23,7 +23,8 @@ from launcher.security.folders import is_private_folder, make_own_folder
 from launcher.security.permissions import first_problem_of_cache
 from launcher.security.trust import Trust
 
-XET = "HF_XET_CACHE"
+# Caches of libraries that commands use, too.
+XET, WANDB = ("HF_XET_CACHE",), ("WANDB_CACHE_DIR", "WANDB_DATA_DIR")
 # For each cache: its variable; the variable for its parent folder, and that folder in the home directory; its own name.
 _CACHES = (
     ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME", ".cache", "torch_extensions"),
@@ -31,7 +32,7 @@ _CACHES = (
     ("CUDA_CACHE_PATH", "", ".nv", "ComputeCache"),
     ("HF_MODULES_CACHE", "HF_HOME", ".cache/huggingface", "modules"),
     # Xet keeps the description of an upload there until it sends it, and writes logs, for which it follows links.
-    (XET, "HF_HOME", ".cache/huggingface", "xet"),
+    ("HF_XET_CACHE", "HF_HOME", ".cache/huggingface", "xet"),
     ("WANDB_CACHE_DIR", "XDG_CACHE_HOME", ".cache", "wandb"),
     ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", ".config", "wandb"),
     ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share", "wandb"),
@@ -75,11 +76,16 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
     return {**moved, **_replacements(replaced)}
 
 
-def find_usable_xet_folder(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the variable to set for Xet's client alone, as `find_usable_caches` does for all libraries of a worker process."""
-    folder = cache_folders(environ)[XET]
-    problem = first_problem_of_cache(f"what {XET} names", folder, (), Trust.from_environ(environ))
-    return _replacements([XET] if problem is not None or _is_closed(XET, folder, environ) else [])
+def find_usable_folders(variables: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return which of these variables to set in this process, as `find_usable_caches` does for a worker process."""
+    trust, folders = Trust.from_environ(environ), cache_folders(environ)
+    replaced = [
+        variable
+        for variable in variables
+        if first_problem_of_cache(f"what {variable} names", folders[variable], (), trust) is not None
+        or _is_closed(variable, folders[variable], environ)
+    ]
+    return _replacements(replaced)
 
 
 def _replacements(variables: Sequence[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launcher.errors import Problem
 from launcher.security import ownership
+from launcher.security.library_caches import WANDB, find_usable_folders
 from launcher.security.port_owners import server_problem
 
 # W&B takes the first of these folders that exists.
@@ -57,8 +58,11 @@ def _server() -> tuple[str, str]:
 def leave_folder_of_others(only_this_thread: bool = False) -> None:
     """Change to the root directory if other users could write W&B settings to the working directory, now or later.
 
-    Call it before W&B's package reads its settings. With `only_this_thread`, other threads keep their working directory.
+    W&B's logs and tables go to a private folder if other users could have put links into its own. Call it before W&B's package
+    reads its settings. With `only_this_thread`, other threads keep their working directory.
     """
+    # Commands have the user's environment; that of a worker process already names usable folders.
+    os.environ.update(find_usable_folders(WANDB, os.environ))
     if all(_problem_of(file) is None for file in _files()):
         return
     # Containers may forbid per-thread working directories. Then only what `find_problem` finds is rejected.
