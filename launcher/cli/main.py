@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import io
 import logging
@@ -11,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from launcher import collect_garbage_rarely
 from launcher.config.run_file.tokens import is_run_file
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, LauncherError, NoSuchRun, Problem
 from launcher.security.printable_stream import printable_output, raw
@@ -67,7 +67,6 @@ COMPOSING = ("train", "plan", "data", "doctor")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "--yes", "-m", "--multirun")
 # The same value as in launcher.security.trust, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
-_GC_THRESHOLD = 50_000
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb")
 
 HELP = """\
@@ -154,8 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     tokens = list(sys.argv[1:] if argv is None else argv)
-    # Most objects of a command live to its end: at the usual threshold, garbage collection takes a tenth of a short command.
-    gc.set_threshold(_GC_THRESHOLD)
+    collect_garbage_rarely()
     # A reader that closes the pipe early, such as `head`, must not cause a traceback.
     logging.raiseExceptions = False
     for stream in (sys.stdout, sys.stderr):

@@ -18,7 +18,6 @@ from launcher.data.held_out_limit import limit_held_out
 from launcher.data.selection import NothingLeft, Selection, select_documents
 from launcher.data.sources import origins
 from launcher.data.sources.eval_set import make_set_data, name_set, nothing_to_score
-from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
 from launcher.data.tokenization.encoder import read_template
 from launcher.errors import DataError, Problem
@@ -121,7 +120,6 @@ def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None
 
 
 def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress, num_embeddings: int | None) -> None:
-    parallel.collect_garbage_rarely()
     spool = row_layout.TokenSpool(folder)
     corpus = read_corpus(data, tokenizer_path, spool, on_progress)
     docs, pieces = corpus.docs, corpus.pieces

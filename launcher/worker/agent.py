@@ -9,7 +9,6 @@ ask the ranks to save before they stop, the watchdog for hung ranks, and the fai
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -112,14 +111,10 @@ class NodeAgent:
         that this process's output goes to. `why_ended` returns why the caller killed the ranks for good, or an empty string if it
         did not.
         """
-        # Importing torch creates many objects but no garbage; collection would take a tenth of the time.
-        gc.disable()
-        try:
-            from launcher.distributed import open_store
-            from launcher.worker.ranks import elastic
-            from launcher.worker.rendezvous import NodeRendezvous
-        finally:
-            gc.enable()
+        # These import torch.
+        from launcher.distributed import open_store
+        from launcher.worker.ranks import elastic
+        from launcher.worker.rendezvous import NodeRendezvous
 
         topology, cluster = self.plan.topology, self.plan.config.cluster
         _set_network_interface(node.interface)

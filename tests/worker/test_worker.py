@@ -29,6 +29,11 @@ def test_ranks_are_read_from_the_agents_environment() -> None:
         RankEnv.from_environ({"RANK": "0", "LOCAL_RANK": "0"})
 
 
+def test_no_garbage_is_searched_for_at_the_end_of_a_process() -> None:
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 1000)); import launcher.worker"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == "True\n"
+
+
 def test_a_process_dies_with_its_parent() -> None:
     child = (
         "import os, time; from launcher.worker.ranks.rank_env import die_with_parent;"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import multiprocessing
 import multiprocessing.util
@@ -18,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 
+from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedTask, EncodeTask
 from launcher.errors import DataError, LauncherError, Problem, RunError
@@ -27,7 +27,6 @@ from launcher.errors import DataError, LauncherError, Problem, RunError
 MIN_BYTES = 12 << 20
 # Parsing and checking the rows of a batch costs as much as encoding this much text.
 _BATCH_BYTES = 50_000
-_GC_THRESHOLD = 100_000
 
 
 def num_workers(data: DataSection) -> int:
@@ -122,14 +121,6 @@ def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
     how = f"was ended by {signal.strsignal(-code) or f'signal {-code}'}" if code < 0 else f"ended with exit code {code}"
     message = f"a process that builds the data cache {how}; its messages are above"
     return RunError(Problem(message, remedy="set data.workers=1 to build without such processes"))
-
-
-def collect_garbage_rarely() -> None:
-    """Make Python run garbage collection less often: nearly all objects of a build live to its end or are freed without it.
-
-    With the default threshold, collection takes a tenth of a build.
-    """
-    gc.set_threshold(_GC_THRESHOLD)
 
 
 def _start_worker() -> None:
