@@ -12,8 +12,6 @@ import threading
 import time
 from typing import Any
 
-import psutil
-
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb import session, tracker
@@ -34,7 +32,7 @@ def main(plan_file: str, run_dir: str, attempt: int) -> None:
         elif method == "stop":
             answer = stop.is_set()
         elif method == "core":
-            cores = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+            cores = session.core_processes()
             answer = cores[0].pid if cores else None
         else:
             getattr(trackers, method)(*arguments, **fields)

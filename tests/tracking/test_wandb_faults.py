@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pytest
 from forked import preloaded
 from pace import slowness, wait_for
-from rank_tools import AT_ONCE, IMPORTED, QUICK_S, alerts, infos, rank, wait_for_another_second
+from rank_tools import AT_ONCE, IMPORTED, QUICK_S, Rank, alerts, infos, rank, wait_for_another_second
 from wandb_files import history
 from wandb_server import KEY, FakeWandb, fake_wandb
 
@@ -47,6 +48,13 @@ def upload(run_dir: Path, server: FakeWandb) -> None:
     environ = {**os.environ, **AT_ONCE, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY}
     done = preloaded(*IMPORTED).run("wandb", *arguments, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def kill_core(it: Rank) -> None:
+    """Kill W&B's process and wait for its end: until then it may take data that it never writes."""
+    core = psutil.Process(it.core()["answer"])
+    core.kill()
+    wait_for("W&B's process to end", lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE)
 
 
 @pytest.mark.parametrize("fault", ["error", "hang", "refuse"])
@@ -191,11 +199,15 @@ def test_a_killed_wandb_process_is_restarted(make_plan: PlanMaker, server: FakeW
             first = next(files)
             size = first.stat().st_size
             wait_for("W&B to have written", lambda: first.stat().st_size > size)
-        os.kill(it.core()["answer"], signal.SIGKILL)
+        kill_core(it)
         it.steps(10, 14)
         wait_for("the alert", lambda: it.event("note", "still here") and alerts(plan))
         it.steps(15, 19)
         assert it.slowest_s < QUICK_S * slowness()
+        if online:
+            # No later step shows that the process has ended, only the end of the run does.
+            wait_for("the server to have all rows but the last", lambda: server.run().steps[-1:] == [18])
+            kill_core(it)
         it.finish("completed")
     (warning,) = alerts(plan)
     assert "W&B's process failed" in warning

@@ -20,6 +20,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -145,6 +147,7 @@ class Session:
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             kind = ConfigError if _is_refusal(error) else Unreachable
             raise _cannot_start(reason, "check the login and tracking.*, or set tracking.mode=offline", kind) from error
+        self._core = next(iter(core_processes()), None)
         self.offline = bool(self._run.offline)
         self.url = None if self.offline else self._run.url
         self.folder = Path(self._run.dir).parent
@@ -164,6 +167,15 @@ class Session:
             self._run.define_metric(name, step_metric=STEP)
         # A resumed run's summary still has the previous attempt's state.
         self._run.summary.update({"state": "running"})
+
+    def require_core(self) -> None:
+        """Check that W&B's process still runs. A call to a process that has just died succeeds, but its data is lost.
+
+        Raises:
+            RuntimeError: if it has ended.
+        """
+        if self._core is not None and not _is_running(self._core):
+            raise RuntimeError(f"process {self._core.pid} has ended")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send all metrics of a step, after those of earlier steps that W&B lacks."""
@@ -295,6 +307,19 @@ class Session:
         except OSError:
             return ""
         return match[1] if match else ""
+
+
+def core_processes() -> list[psutil.Process]:
+    """Return the running children of this process that are W&B's: the programs named wandb-core."""
+    return [child for child in psutil.Process().children() if _is_running(child) and child.name().startswith("wandb-core")]
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        # A zombie has ended; W&B has not asked for its exit code yet.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _leave_out_slurm_credentials() -> None:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -282,6 +280,7 @@ class WandbTracker:
         if call.behind:
             session.read_again()
         try:
+            session.require_core()
             call.run(session)
         except Exception as error:
             if session is not self._session:
@@ -356,6 +355,5 @@ def _start(target: Callable[[], None], name: str) -> threading.Thread:
 
 
 def _kill_core() -> None:
-    for child in psutil.Process().children():
-        if child.name().startswith("wandb-core"):
-            child.kill()
+    for process in wandb_session.core_processes():
+        process.kill()
