@@ -24,6 +24,12 @@ _MEET_S = 300
 _PLACE_S = 20
 # Nothing goes through Ray's object store, which by default takes a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
+# Settings of a Ray without a dashboard: its agent measures nothing, and its workers report no tasks.
+_UNWATCHED = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
 
 
 @contextmanager
@@ -78,6 +84,16 @@ def lost_nodes() -> set[str]:
     import ray
 
     return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+
+
+def remove_placement_groups() -> None:
+    """Remove all placement groups: those of a controller that was killed would hold their resources until the driver ends."""
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    for number, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
 
 
 def raylet_of_this_node() -> LocalRaylet | None:
@@ -136,6 +152,7 @@ def _join(section: RaySection, path: str, common: dict[str, Any]) -> None:
 
 
 def _start(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) -> None:
+    section, cores = RaySection.of(plan.config.cluster), os.cpu_count() or 1
     # Not in the run directory, which its user may let a group read: whoever has the token can run code.
     token = folder.with_name("token")
     token.write_text(secrets.token_hex(32))
@@ -147,18 +164,55 @@ def _start(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) ->
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     # Nobody takes this machine away through Ray, so this process is not needed.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # Ray would start a worker for each core of this machine in advance. The run needs few, most with other variables.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    if not section.dashboard:
+        for name, value in _UNWATCHED.items():
+            os.environ.setdefault(name, value)
     os.environ.pop("RAY_AUTH_TOKEN", None)
     import ray
 
-    section, cores = RaySection.of(plan.config.cluster), os.cpu_count() or 1
     needed = section.resources(plan.topology.device).get("CPU", 0.0) * plan.topology.world_size
-    ray.init(
-        num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
-        _temp_dir=str(folder),
-        include_dashboard=section.dashboard,
-        dashboard_host="127.0.0.1",
-        object_store_memory=_OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-        job_config=config_without_search_path(),
-        **common,
-    )
+    with _only_used_processes(section.dashboard):
+        ray.init(
+            num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
+            _temp_dir=str(folder),
+            include_dashboard=section.dashboard,
+            dashboard_host="127.0.0.1",
+            object_store_memory=_OBJECT_STORE_BYTES,
+            _node_ip_address="127.0.0.1",
+            job_config=config_without_search_path(),
+            **common,
+        )
+
+
+@contextmanager
+def _only_used_processes(dashboard: bool) -> Iterator[None]:
+    """Make ray.init start none of Ray's processes that the run does not use, for which it has no settings.
+
+    Each takes up to three seconds of CPU time to start, and then polls. Should Ray rename these methods, it starts all processes.
+    """
+    from ray._private import ray_constants
+    from ray._private.node import Node
+
+    def leave_out(node: Any, **_: Any) -> None:
+        pass
+
+    def start_no_server(node: Any, **_: Any) -> None:
+        node._webui_url = ""
+        # Ray's agent asks for an address every second until there is one. Nothing can listen at port 0.
+        key, namespace = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
+        node.get_gcs_client().internal_kv_put(key, b"127.0.0.1:0", True, namespace)
+
+    # The log monitor sends workers' output to drivers, and this one asks for none. The other monitor adds nodes to clusters.
+    replaced: dict[str, Any] = {"start_log_monitor": leave_out}
+    if not dashboard:
+        replaced |= {"start_monitor": leave_out, "start_api_server": start_no_server}
+    originals = {name: getattr(Node, name) for name in replaced if hasattr(Node, name)}
+    try:
+        for name in originals:
+            setattr(Node, name, replaced[name])
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Node, name, original)

@@ -27,7 +27,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
 from launcher.security import ownership
 from launcher.worker.ray import raylet_loss
-from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes, raylet_of_this_node
+from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes, raylet_of_this_node, remove_placement_groups
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, RayletLost, shorten
 from launcher.worker.ray.messages import CoordinatorState
 from launcher.worker.ray.run_end import record_end, retry
@@ -180,6 +180,8 @@ class _Driver:
                     return
                 if state is not None and state.over is not None:
                     return
+                if self._section.address is None:
+                    remove_placement_groups()
                 time.sleep(min(_RESTART_S * 2**number, _MAX_RESTART_S))
                 while coordinator.is_lost:
                     coordinator.state()

@@ -27,13 +27,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.clusters import detached_process
-from launcher.errors import LauncherError
-from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.run_dir import RunDir
-from launcher.worker.ray.run_end import newest_own_attempt, record_end, retry
-from launcher.worker.wandb_closing import close_wandb_run
-
 _CONNECT_S = 5.0
 _END_S = 5.0
 # PF_EXITING of Linux' sched.h.
@@ -79,6 +72,8 @@ def recorded(plan_path: str, attempt: int, raylet: LocalRaylet) -> Iterator[dict
     If the raylet has ended by the end of the block, the recording process stays until this process ends. The entry is empty if
     the raylet accepts no connection: the driver must then record the loss itself.
     """
+    from launcher.clusters import detached_process
+
     with ExitStack() as stack:
         try:
             connection = stack.enter_context(raylet.connect())
@@ -119,6 +114,14 @@ def main(plan_path: str, attempt: int, driver_pid: int, epoll_fd: int, raylet_fd
     message = _EITHER_MESSAGE if _is_ending(driver_pid) else MESSAGE
     epoll.unregister(raylet_fd)
     epoll.poll(maxevents=1)
+    # Few drivers lose their raylet: the process of each would otherwise spend a second of CPU time on imports.
+    from launcher.clusters import detached_process
+    from launcher.errors import LauncherError
+    from launcher.plan.launch_plan import LaunchPlan
+    from launcher.plan.run_dir import RunDir
+    from launcher.worker.ray.run_end import newest_own_attempt, record_end, retry
+    from launcher.worker.wandb_closing import close_wandb_run
+
     plan = retry(lambda: LaunchPlan.load(plan_path))
     run = RunDir(Path(plan.run_dir))
     with suppress(OSError, LauncherError):

@@ -307,9 +307,12 @@ def test_ray_train_restarts_with_the_replacement_coordinator(run: RunDir, monkey
         answers = iter([raising(death)] if death else [])
         coordinator.says = lambda: next(answers, state)()
 
+    removed: list[int] = []
+    monkeypatch.setattr(driver, "remove_placement_groups", lambda: removed.append(len(asked)))
     monkeypatch.setattr(driver, "build_trainer", lambda *given: SimpleNamespace(fit=lambda: fit(given[-1])))
     driver_of(run)._fit(coordinator)
     assert len(asked) == 2
+    assert removed == [1], "what the lost controller had reserved"
     assert asked[0] is not asked[1] is coordinator.handle
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 
 import pytest
 from pace import slowness
 
 import launcher
-from launcher.worker.ray import evaluation
+from launcher.worker.ray import connection, evaluation
 
 
 def test_no_driver_gives_its_working_directory_to_workers() -> None:
@@ -33,7 +34,9 @@ def test_an_evaluation_waits_for_gpus_only_as_long_as_it_may(monkeypatch: pytest
 
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
+    with connection._only_used_processes(dashboard=False):
+        ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     try:
         monkeypatch.setattr(evaluation, "_RECOUNT_S", 1)
         assert len(evaluation.task_options(ray, 1, 60.0 * slowness())) == 1
@@ -46,5 +49,7 @@ def test_an_evaluation_waits_for_gpus_only_as_long_as_it_may(monkeypatch: pytest
         assert evaluation.task_options(ray, None, 1.0) == [], "both GPUs are reserved"
         assert evaluation.task_options(ray, None, 1.0, gpus_per_task=2) == []
         assert not placement_group([{"GPU": 1}]).wait(0.1)
+        connection.remove_placement_groups()
+        assert placement_group([{"GPU": 2}]).wait(math.ceil(60 * slowness()))
     finally:
         ray.shutdown()
