@@ -366,25 +366,29 @@ def test_a_job_in_rays_queue_is_pending(
     assert (RayCluster().status(run).state, RayCluster().status(run).message) == ("pending", "no node has room")
 
 
-def test_a_job_that_the_cluster_does_not_have_is_running_while_its_liveness_file_is_fresh(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reason", ["no such job", "no answer"])
+def test_a_job_that_the_cluster_does_not_have_or_report_is_running_while_its_liveness_file_is_fresh(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
-    """For example, an ssh tunnel leads to another cluster."""
+    """For example, an ssh tunnel leads to another cluster, or its head node is lost."""
+    address = "http://127.0.0.1:1"
 
     def unknown(*_: str) -> tuple[str, str]:
-        raise jobs.JobUnknown("the cluster has no such job", where="cluster.address", value="http://127.0.0.1:8265")
+        raise jobs.JobUnknown("the cluster has no such job", where="cluster.address", value=address)
 
-    monkeypatch.setattr(jobs, "state", unknown)
-    monkeypatch.setattr(jobs, "stop", unknown)
-    atomic_files.write_json(
-        run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265", "at": 0.0}
-    )
+    if reason == "no such job":
+        monkeypatch.setattr(jobs, "state", unknown)
+        monkeypatch.setattr(jobs, "stop", unknown)
+    atomic_files.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": address, "at": 0.0})
     elsewhere = {**detached_process.describe_this_process(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     status = RayCluster().status(run)
     assert status.state == "running"
-    message = "the cluster at http://127.0.0.1:8265 does not know the job raysubmit_1; this is the last known state"
-    assert status.message == message
+    cause = {
+        "no such job": f"the cluster at {address} does not know the job raysubmit_1",
+        "no answer": "Ray does not answer (the cluster's Jobs API does not answer)",
+    }[reason]
+    assert status.message == f"{cause}; this is the last known state"
     with pytest.raises(SubmitError, match="the run is running already"):
         require_idle(run, RayCluster())
     # The driver reads the cancel request from the run directory, without the connection to the cluster.
@@ -392,7 +396,7 @@ def test_a_job_that_the_cluster_does_not_have_is_running_while_its_liveness_file
     assert json_records.read_json(run.cancel(1))["save"] is True
     RayCluster().cancel(run)
     assert json_records.read_json(run.cancel(1))["save"] is False
-    with pytest.raises(jobs.JobUnknown):
+    with pytest.raises(jobs.JobUnknown if reason == "no such job" else SubmitError):
         RayCluster().cancel(run)
     old = time.time() - 600
     os.utime(run.status, (old, old))

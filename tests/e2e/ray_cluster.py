@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -73,11 +72,17 @@ class RayCluster:
         command += [f"--dashboard-agent-listen-port={free_port()}"]
         # The log monitors of four nodes use a sixth of a core.
         command += ["--disable-usage-stats", "--include-log-monitor=False"]
+        # No test adds nodes through the autoscaler.
+        command += ["--no-monitor"] if head else []
         command += ["--object-store-memory=100000000", "--num-cpus=1", "--num-gpus=0"]
         command += [f"--temp-dir={self.folder / 'ray'}", *dashboard] if head else []
         own = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "8"}
         # Ray's agents scan all processes of this machine: do that less often than every 5 s.
         own["REPORTER_UPDATE_INTERVAL_MS"] = "60000"
+        # No test reads metrics or the history of tasks.
+        own |= {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
+        # The first driver on a node would get a worker that its run, which sets variables, cannot use.
+        own["RAY_prestart_worker_first_driver"] = "0"
         # Overwrite the log of an earlier node of that name: `_await` searches this file.
         with open(self.folder / f"{name}.log", "wb") as log:
             self._nodes[name] = subprocess.Popen(
@@ -125,31 +130,22 @@ class RayCluster:
         (raylet,) = self._raylets(name)
         raylet.kill()
 
-    def drain(self, node_id: str, seconds: int = 60) -> None:
+    def drain(self, name: str, seconds: int = 60) -> None:
         """Tell Ray that a node is about to be preempted."""
         completed = self._run(
             "drain-node",
             f"--address={self.address}",
-            f"--node-id={node_id}",
+            f"--node-id={self.node_id(name)}",
             "--reason=DRAIN_NODE_REASON_PREEMPTION",
             "--reason-message=taken",
             f"--deadline-remaining-seconds={seconds}",
         )
         assert completed.returncode == 0, completed.stdout + completed.stderr
 
-    def node_ids(self) -> dict[str, str]:
-        """IDs of the live nodes, by name."""
-        code = (
-            f"import json, ray; ray.init(address={self.address!r}, logging_level='ERROR', log_to_driver=False);"
-            "print(json.dumps({n['NodeName']: n['NodeID'] for n in ray.nodes() if n['Alive']}))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, **self.env}
-        )
-        assert done.returncode == 0, done.stderr
-        # Ray may print messages of its own to the same output.
-        resources: dict[str, str] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-        return resources
+    def node_id(self, name: str) -> str:
+        """Ray's ID of a node, which is on the command line of its raylet."""
+        (raylet,) = self._raylets(name)
+        return next(word for word in raylet.cmdline() if word.startswith("--node_id=")).partition("=")[2]
 
     def stop(self) -> None:
         for process in reversed(self._nodes.values()):

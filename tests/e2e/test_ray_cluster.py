@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +27,6 @@ from ray_tools import (
     environments_of,
     hang_worker,
     kill_all,
-    minutes_pass,
     newest_saved,
     ranks_of,
     rows_of,
@@ -52,6 +52,8 @@ SETTINGS = (
     "export.enabled=false",
 )
 PASS_PACE = "cluster.pass_env=[SECONDS_PER_STEP]"
+# For runs on nodes that nobody takes away: Ray Train starts no process per group of workers that watches for that.
+UNTAKEN = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # Tolerance for the same global batch on another number of ranks, which sums in a different order.
 CLOSE = 2e-3
 
@@ -122,6 +124,13 @@ def assert_close(actual: dict[int, float], expected: dict[int, float]) -> None:
     assert not apart
 
 
+def assert_only_in_memory(key: str, *folders: Path) -> None:
+    """Check that no file of the run and no log of Ray contains a key."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files if key.encode() in path.read_bytes()]
+
+
 def test_a_wrong_token_and_a_wrong_address_are_refused_with_a_remedy(
     launch: Launch, launch_here: Launch, cluster: RayCluster, root: Path, tmp_path: Path
 ) -> None:
@@ -144,7 +153,7 @@ def test_a_wrong_token_and_a_wrong_address_are_refused_with_a_remedy(
     assert not (root / "http").exists()
 
 
-def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch: Launch, root: Path, tmp_path: Path) -> None:
+def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch_here: Launch, root: Path, tmp_path: Path) -> None:
     package = distribution("ray")
     (file,) = [package.locate_file(path) for path in package.files or () if path.match("ray/_version.py")]
     other = tmp_path / "_version.py"
@@ -153,7 +162,7 @@ def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch: Lau
     try:
         prefix = hiding(replaced={Path(str(file)): other})
         older.start("head", "--include-dashboard=false", prefix=prefix, env={"PYTHONDONTWRITEBYTECODE": "1"})
-        done = launch(*ray(older, root, "older"), **older.env)
+        done = launch_here(*ray(older, root, "older"), **older.env)
     finally:
         older.stop()
     assert done.returncode == 1, done.stdout + done.stderr
@@ -163,9 +172,11 @@ def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch: Lau
     assert "Traceback" not in done.stderr
 
 
-def test_an_unmet_request_fails_at_its_deadline(launch: Launch, cluster: RayCluster, root: Path) -> None:
+def test_an_unmet_request_fails_at_its_deadline(launch_here: Launch, cluster: RayCluster, root: Path) -> None:
     cluster.have_only()
-    done = launch(*ray(cluster, root, "many", "cluster.workers=3", "cluster.placement_minutes=0.1", "--follow"), **cluster.env)
+    done = launch_here(
+        *ray(cluster, root, "many", "cluster.workers=3", "cluster.placement_minutes=0.1", "--follow"), **cluster.env
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "asked for 3 workers with CPU: 1 each; it has CPU: 1 on 1 node" in status(root / "many")["message"]
     await_no_launcher(root / "many")
@@ -183,7 +194,7 @@ def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
 
 
 def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_on_a_permanent_error(
-    launch: Launch, cluster: RayCluster, root: Path, tmp_path: Path
+    launch_here: Launch, cluster: RayCluster, root: Path, tmp_path: Path
 ) -> None:
     """A node differs from the head in its package versions, another in its folders for runs and for Ray Train's state."""
     hidden, state, other = tmp_path / "hidden", tmp_path / "state", tmp_path / "METADATA"
@@ -198,7 +209,7 @@ def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_
 
     # This run starts no rank, so a fork server that preloads modules would be wasted.
     fixed = ("cluster.workers=3", f"cluster.storage_path={state}", "cluster.fork_ranks=false", "--follow")
-    done = launch(*ray(cluster, root, "fixed", *fixed), **cluster.env)
+    done = launch_here(*ray(cluster, root, "fixed", *fixed), **cluster.env, **UNTAKEN)
     assert done.returncode == 1, done.stdout + done.stderr
     message = str(status(root / "fixed")["message"])
     assert "apart: Ray Train's storage differs from the head node's" in message
@@ -211,7 +222,7 @@ def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_
     # The loss of the second or third step is not finite.
     diverging = ("optim.lr=1e30", "optim.warmup_steps=0")
     elastic = ("cluster.workers=2", "cluster.min_workers=1", *diverging, "--follow")
-    done = launch(*ray(cluster, hidden, "without", *elastic), **cluster.env)
+    done = launch_here(*ray(cluster, hidden, "without", *elastic), **cluster.env, **UNTAKEN)
     assert done.returncode == 1, done.stdout + done.stderr
     run = RunDir(hidden / "without")
     # An earlier attempt may have started with the one worker that joined first.
@@ -229,12 +240,12 @@ def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_
 
 
 @pytest.mark.parametrize("way, others", [("jobs_api", {}), ("driver", {"n2": 1})])
-def test_doctor_checks_every_node(launch: Launch, cluster: RayCluster, root: Path, way: str, others: dict[str, int]) -> None:
+def test_doctor_checks_every_node(launch_here: Launch, cluster: RayCluster, root: Path, way: str, others: dict[str, int]) -> None:
     cluster.have_only(**others)
     addresses = {"driver": cluster.address, "jobs_api": cluster.http}
     settings = ("model=tiny", "tracking.mode=offline", f"run.root={root}", "+cluster=ray", f"cluster.python={sys.executable}")
     command = ("doctor", *settings, f"cluster.address={addresses[way]}", "--json")
-    done = launch(*command, timeout=DEADLINE_S, **cluster.env)
+    done = launch_here(*command, **cluster.env)
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)
     assert sorted(report["nodes"]) == ["n1", *others], done.stdout + done.stderr
@@ -254,11 +265,12 @@ def test_prompts_are_answered_on_every_node(
     """Evaluate from a driver, then again through the Jobs API, which finds all answers already there."""
     cluster.have_only(n2=1)
     run = undisturbed(1)
-    settings = ("evaluate.max_prompts=4", "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json", "+cluster=ray")
+    few = ("evaluate.shots=2", "evaluate.instructions=['']", "evaluate.selection_prompts=2", "evaluate.max_prompts=4")
+    settings = (*few, "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json", "+cluster=ray")
+    command = ("evaluate", run.name, "--root", str(run.parent), *settings, f"cluster.python={sys.executable}")
     for address in (cluster.address, cluster.http):
-        places = (f"cluster.address={address}", f"cluster.python={sys.executable}")
-        command = ("evaluate", run.name, "--root", str(run.parent), *settings, *places)
-        evaluated = launch(*command, cwd=working_dir, timeout=DEADLINE_S, **cluster.env, PYTHONSAFEPATH="1")
+        place = f"cluster.address={address}"
+        evaluated = launch(*command, place, cwd=working_dir, timeout=DEADLINE_S, **cluster.env, PYTHONSAFEPATH="1")
         assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
         result = json.loads(evaluated.stdout)
         assert result["num_processes"] == 2
@@ -267,9 +279,9 @@ def test_prompts_are_answered_on_every_node(
 
 
 def test_a_run_of_fixed_size_survives_a_hang_and_a_preemption_and_has_the_same_losses(
-    launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, undisturbed: Callable[[int], Path]
+    start: Callable, cluster: RayCluster, root: Path, undisturbed: Callable[[int], Path]
 ) -> None:
-    """A worker hangs, then a node is about to be preempted: each time a new attempt continues; then the run is cancelled."""
+    """A worker hangs, then a node is about to be preempted: each time a new attempt continues; then a signal ends the driver."""
     cluster.have_only(n2=1)
     run = root / "hung"
     settings = ("cluster.address=auto", "cluster.workers=2", "cluster.stall_seconds=10", PASS_PACE, "--follow")
@@ -278,34 +290,31 @@ def test_a_run_of_fixed_size_survives_a_hang_and_a_preemption_and_has_the_same_l
     with start(*ray(cluster, root, run.name, *settings), **env) as process:
         assert_survived(run, 1, hang_worker)
         assert re.search(r"the other ranks wait for the worker of rank 1 on n[12]: the attempt ends", alerts(run, 1))
-        cluster.drain(cluster.node_ids()["n2"], seconds=120)
+        cluster.drain("n2", seconds=120)
         wait_for("it waits for workers", lambda: status(run)["state"] == "pending")
         assert "runs again" in status(run)["message"]
         # A replacement for n2.
         cluster.start("n3")
         wait_for("a step of the third attempt", lambda: trained(run, 3))
-        assert launch_here("cancel", str(run), **cluster.env).returncode == 0
+        # As when the driver's pod or machine shuts down.
+        os.kill(status(run)["job"]["pid"], signal.SIGTERM)
         output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
+    assert status(run)["state"] == "cancelled"
     assert causes(run) == ["infrastructure", "preempted", "cancelled"]
     attempts = [run_store.read_attempt(RunDir(run), number) for number in (1, 2, 3)]
     assert [set(attempt.nodes) for attempt in attempts] == [{"n1", "n2"}, {"n1", "n2"}, {"n1", "n3"}]
     assert "Ray is about to lose n2: the run saves" in output
     assert "Ray is about to lose n2: the run saves" in alerts(run, 2)
     end = last_step(run)
+    assert newest_saved(run, 3) == end
     assert [*trained(run, 2), *trained(run, 3)] == list(range(attempts[1].resume_step + 1, end + 1)), "no step was repeated"
     assert losses(run) == first_losses(undisturbed, end), "the same rows and bitwise the same losses"
     await_no_launcher(run)
 
 
-def test_a_run_through_the_jobs_api_is_cancelled_completed_and_continued_until_the_head_is_lost(
-    launch: Launch,
-    launch_here: Launch,
-    start: Callable,
-    cluster: RayCluster,
-    root: Path,
-    tmp_path: Path,
-    undisturbed: Callable[[int], Path],
+def test_a_run_through_the_jobs_api_is_cancelled_and_completed(
+    launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
 ) -> None:
     cluster.have_only()
     run, mirror = root / "job", tmp_path / "mirror"
@@ -339,31 +348,18 @@ def test_a_run_through_the_jobs_api_is_cancelled_completed_and_continued_until_t
     assert canary not in listed.stdout + listed.stderr
     assert canary not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json"))
 
-    completed = launch("resume", str(run), f"train.max_steps={step + 2}", "--follow", timeout=DEADLINE_S, **env)
-    assert completed.returncode == 0, completed.stdout + completed.stderr
-    assert (status(run)["state"], status(run)["step"]) == ("completed", step + 2)
-    assert mirrored(step + 2)
-
-    resumed = launch("resume", str(run), "train.max_steps=100000", **env)
+    resumed = launch_here("resume", str(run), f"train.max_steps={step + 2}", **env)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    job = json_records.read_json(run / "attempts/003/submitted.json")["job"]
+    job = json_records.read_json(run / "attempts/002/submitted.json")["job"]
     assert f"job        {job}" in resumed.stdout
     assert f"{cluster.http}/#/jobs/{job}" in resumed.stdout
-    wait_for("further steps", lambda: last_step(run) >= step + 5)
-    cluster.kill("n1")
+    wait_for("its end", lambda: status(run)["state"] == "completed")
+    assert status(run)["step"] == step + 2
+    assert mirrored(step + 2)
     await_no_launcher(run)
-
-    def seen() -> dict[str, str]:
-        answer: dict[str, str] = json.loads(launch_here("status", str(run), "--json", **env).stdout)
-        return answer
-
-    # The launcher must allow for a brief network outage between this machine and the cluster.
-    assert seen()["state"] == "running"
-    assert "Ray does not answer" in seen()["message"]
-    minutes_pass(RunDir(run))
-    assert seen()["state"] == "failed"
-    assert f"python -m launcher resume {run}" in seen()["message"]
+    assert json.loads(launch_here("status", str(run), "--json", **env).stdout)["state"] == "completed"
     assert_close(losses(run), first_losses(undisturbed, last_step(run)))
+    assert_only_in_memory(canary, run, cluster.folder)
 
 
 def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ranks_get_its_keys(
@@ -383,7 +379,7 @@ def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ra
         "cluster.pass_env=[ROWS_SEEN,SECONDS_PER_STEP]",
         "--follow",
     )
-    env = {**cluster.env, **rows_environment(rows), **slow_steps(), "WANDB_API_KEY": canary}
+    env = {**cluster.env, **rows_environment(rows), **slow_steps(), **UNTAKEN, "WANDB_API_KEY": canary}
     with start(*ray(cluster, root, "elastic", *elastic), **env) as process:
         await_training(run, num_ranks=3)
         assert sorted(ranks_of(run)) == [0, 1, 2]
@@ -425,6 +421,4 @@ def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ra
     assert causes(run)[: last - 1][-2:] == ["infrastructure", "resized"]
     earlier = [line["trainer/step"] for line in metrics(run) if "train/loss" in line and line["attempt"] < last]
     assert run_store.read_attempt(RunDir(run), last).resume_step == max(earlier), "it saved before it grew"
-    files = [path for folder in (run, cluster.folder) for path in folder.rglob("*") if path.is_file()]
-    assert len(files) > 20
-    assert not [path for path in files if canary.encode() in path.read_bytes()]
+    assert_only_in_memory(canary, run, cluster.folder)
