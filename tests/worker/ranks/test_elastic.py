@@ -25,7 +25,7 @@ REPO = Path(__file__).resolve().parents[3]
 
 # Each start of the ranks ends differently. A lock tells rank 1 that rank 0 has died, as a lost connection would.
 HOOK = """
-import contextlib, fcntl, json, os, signal, sys, time, types
+import contextlib, fcntl, importlib, json, os, signal, sys, time, types
 
 def slow(function):
     def call(*values, **named):
@@ -69,7 +69,8 @@ def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
 
 if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*sys.orig_argv}:
     preload = types.ModuleType("launcher.train.preload")
-    preload.import_stack = lambda plan, tracks: None
+    # Importing torch once is enough if ranks are forked.
+    preload.import_stack = lambda plan, tracks: importlib.import_module("torch")
     distributed, loop = types.ModuleType("launcher.distributed"), types.ModuleType("launcher.train.loop")
     distributed.RankInfo = lambda rank, local_rank, size, attempt, restart: types.SimpleNamespace(
         rank=rank, restart=restart, is_main=rank == 0
@@ -85,10 +86,10 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
 """
 
 
-@pytest.fixture(params=[pytest.param("true", id="forked"), pytest.param("false", id="new processes")])
+@pytest.fixture
 def run(config_of: Callable[..., RunConfig], tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
-    """A run on two local ranks whose attempt 1 is about to start."""
-    cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2", f"cluster.fork_ranks={request.param}")
+    """A run on two local ranks whose attempt 1 is about to start. The parameter is cluster.fork_ranks, by default true."""
+    cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2", f"cluster.fork_ranks={getattr(request, 'param', 'true')}")
     config = config_of("tracking=none", "run.name=tried", *cluster)
     run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
     run_store.update_status(run, attempt=run_store.create_attempt(run, Attempt(resume_step=None)))
@@ -107,6 +108,7 @@ def alerts(run: RunDir) -> list[str]:
     return [event["text"] for event in read_events(run.events) if event["kind"] == "alert"]
 
 
+@pytest.mark.parametrize("run", ["true", "false"], ids=["forked", "new processes"], indirect=True)
 def test_killed_ranks_and_damaged_error_records_each_cost_one_restart(run: RunDir, tmp_path: Path) -> None:
     """First the agent terminates rank 1 while it writes its error record; then a rank leaves an empty record."""
     done = run_agent(run, tmp_path, LOCK=str(tmp_path / "lock"))
