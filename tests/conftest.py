@@ -18,12 +18,15 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stderr, 
 from pathlib import Path
 from typing import Any
 
+import forked_stack
 import hypothesis
 import progress
 import pytest
 from filelock import FileLock
-from forked import ForkingWorkers
+from forked import ForkedProcess, ForkingWorkers, ForkServer
+from forked_ranks import VARIABLES as RANK_VARIABLES
 from forked_ranks import RankServer
+from forked_stack import ForkingAgents
 from missing_program import skip_or_fail
 from pace import slowness
 from testbed_cluster import SlotTaken, Testbed
@@ -159,16 +162,48 @@ def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Complete
 
 
 @pytest.fixture(scope="session")
-def launch_here(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def torch_server(launcher_env: Mapping[str, str]) -> Iterator[Callable[[], ForkServer]]:
+    """Return a process that has imported torch and DeepSpeed, and forks others; the first call starts it."""
+    servers: list[ForkServer] = []
+
+    def started() -> ForkServer:
+        if not servers:
+            servers.append(ForkServer(*forked_stack.MODULES, variables={**launcher_env, **RANK_VARIABLES}))
+        return servers[0]
+
+    yield started
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def launch_here(
+    launcher_env: Mapping[str, str], torch_server: Callable[[], ForkServer]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Like `launch`, but calls main() in this process: a second faster, for tests that are not about processes.
 
-    Environment, working directory and output are the same as for the command. The processes that build data and probe models are
+    Environment, working directory and output are the same as for the command. The processes that it starts, except agents, are
     forked from one that has imported what they need.
     """
+    return _called_here(launcher_env, {"worker_process": ForkingWorkers(launcher_env, torch_server)})
+
+
+@pytest.fixture(scope="session")
+def train_here(
+    launcher_env: Mapping[str, str], torch_server: Callable[[], ForkServer]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Like `launch_here`, but agents of local runs are forked too, see forked_stack.py: a third of the CPU time of `launch`."""
+    workers, agents = ForkingWorkers(launcher_env, torch_server), ForkingAgents(torch_server)
+    return _called_here(launcher_env, {"worker_process": workers, "detached_process": agents})
+
+
+def _called_here(launcher_env: Mapping[str, str], starters: Mapping[str, Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Call main() in this process, with `starters` in place of the module `subprocess` of modules of the launcher."""
     from launcher.cli import worker_process
     from launcher.cli.main import main
+    from launcher.clusters import detached_process
 
-    workers = ForkingWorkers(launcher_env)
+    modules = {"worker_process": worker_process, "detached_process": detached_process}
 
     def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         for name, module in [*sys.modules.items()]:
@@ -186,7 +221,8 @@ def launch_here(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Com
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(worker_process, "subprocess", workers)
+                    for name, starter in starters.items():
+                        patch.setattr(modules[name], "subprocess", starter)
                     try:
                         code = main(arguments)
                     except SystemExit as end:
@@ -232,11 +268,9 @@ def storage_fails(monkeypatch: pytest.MonkeyPatch) -> StorageFails:
 
 
 @pytest.fixture(scope="session")
-def rank_server() -> Iterator[RankServer]:
+def rank_server(torch_server: Callable[[], ForkServer]) -> RankServer:
     """Run functions on several ranks, forked from a process that has imported DeepSpeed; see tests/forked_ranks.py."""
-    server = RankServer()
-    yield server
-    server.close()
+    return RankServer(torch_server)
 
 
 @pytest.fixture(scope="session")
@@ -287,6 +321,23 @@ def start(launcher_env: Mapping[str, str]) -> Callable[..., object]:
             process.wait(timeout=30)
             if process.stdout is not None:
                 process.stdout.close()
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def start_here(launcher_env: Mapping[str, str], torch_server: Callable[[], ForkServer]) -> Callable[..., object]:
+    """Like `start`, but the command and the processes that it starts are forked, see forked_stack.py."""
+
+    @contextmanager
+    def begin(*arguments: str, cwd: Path | None = None, **env: str) -> Iterator[ForkedProcess]:
+        options: dict[str, Any] = {"cwd": cwd or REPO, "env": {**launcher_env, **env}, "text": True}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with torch_server().popen("forked_stack", "launcher", *arguments, **options) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     return begin
 

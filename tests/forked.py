@@ -22,10 +22,12 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, Self
+
+import setproctitle
 
 REPO = Path(__file__).resolve().parents[1]
 _LONGEST_MESSAGE = 2**20
@@ -62,9 +64,10 @@ class ForkServer:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         text: bool = False,
+        umask: int = -1,
     ) -> ForkedProcess:
         """Start `python -m MODULE ARGUMENTS`, or with `-c` the code in the first argument; the streams are file
-        descriptors, subprocess.PIPE or subprocess.DEVNULL.
+        descriptors, subprocess.PIPE or subprocess.DEVNULL, and `stderr` may be subprocess.STDOUT.
         """
         ours: list[Any] = []
         passed: list[int] = []
@@ -77,8 +80,12 @@ class ForkServer:
                 passed.append(other)
             else:
                 ours.append(None)
-                passed.append(os.open(os.devnull, os.O_RDWR) if stream == subprocess.DEVNULL else os.dup(stream))
+                source = passed[1] if stream == subprocess.STDOUT else stream
+                passed.append(os.open(os.devnull, os.O_RDWR) if stream == subprocess.DEVNULL else os.dup(source))
         request = {"module": module, "arguments": arguments, "environ": dict(env or os.environ), "cwd": str(cwd or os.getcwd())}
+        # Like a child, it keeps this process's umask by default.
+        os.umask(own := os.umask(0))
+        request["umask"] = umask if umask >= 0 else own
         with self._lock:
             socket.send_fds(self._socket, [json.dumps(request).encode()], passed)
             pid = int(self._answer())
@@ -208,6 +215,8 @@ class ForkingSubprocess:
 class ForkingWorkers:
     """For `monkeypatch.setattr(worker_process, "subprocess", ...)`: fork worker modules from a process that has imported them.
 
+    `stack()` has imported torch and DeepSpeed, see forked_stack.py.
+
     Two kinds still get a new process: one for another Hub, whose address libraries read on import; and one that prepares in a
     cache without a converted model, because it may need torch, which the imported tokenizers consider missing.
     """
@@ -222,18 +231,22 @@ class ForkingWorkers:
         "transformers.models.llama.modeling_llama",
     )
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
-        self._variables = variables
+    _WITH_TORCH = tuple(f"launcher.worker.{name}" for name in ("export", "drift", "evaluation.", "scoring.", "benchmark_tasks."))
+
+    def __init__(self, variables: Mapping[str, str], stack: Callable[[], ForkServer] | None = None) -> None:
+        self._variables, self._stack = variables, stack
         self._server = functools.cache(lambda *modules: ForkServer(*modules, variables=variables))
 
     def Popen(self, command: Sequence[str], *, stdin: int, stdout: int | None, text: bool, env: Mapping[str, str]) -> Any:
-        python, flag, module, *arguments = command
+        python, flag, module, *arguments = (word for word in command if word != "-u")
         imported = next((modules for modules in (self._WITHOUT_TORCH, self._PROBE) if module in modules), None)
         is_other = (python, flag) != (sys.executable, "-m") or _of_the_hub(env) != _of_the_hub(self._variables)
         may_need_torch = imported is self._WITHOUT_TORCH and not any(Path(env["LAUNCHER_CACHE"]).glob("models/*/config.json"))
+        streams = {"stdin": stdin, "stdout": 1 if stdout is None else stdout, "stderr": 2}
+        if self._stack is not None and module.startswith(self._WITH_TORCH) and not is_other:
+            return self._stack().popen("forked_stack", module, *arguments, **streams, text=text, env=env)
         if imported is None or is_other or may_need_torch:
             return subprocess.Popen(command, stdin=stdin, stdout=stdout, text=text, env=env)
-        streams = {"stdin": stdin, "stdout": 1 if stdout is None else stdout, "stderr": 2}
         return self._server(*imported).popen(module, *arguments, **streams, text=text, env=env)
 
 
@@ -257,6 +270,8 @@ class _Wall:
 def serve(arguments: str) -> None:
     """Import the modules, then fork a process for each request until the client is gone."""
     settings = json.loads(arguments)
+    # It finds the command line in memory only before the environment changes.
+    setproctitle.getproctitle()
     if settings["forbidden"]:
         sys.meta_path.insert(0, _Wall(settings["forbidden"]))
     # Imports create no garbage, and children do not copy pages of frozen objects.
@@ -279,7 +294,7 @@ def serve(arguments: str) -> None:
         if pid == 0:
             connection.close()
             _become(request, descriptors)
-            _run(request["module"], request["arguments"])
+            run_module(request["module"], request["arguments"])
         for descriptor in descriptors:
             os.close(descriptor)
         connection.send(json.dumps(pid).encode())
@@ -295,17 +310,25 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environ"])
     os.chdir(request["cwd"])
+    os.umask(request["umask"])
     # Imported modules run again as the main module.
     warnings.filterwarnings("ignore", message=".*found in sys.modules")
 
 
-def _run(module: str, arguments: Sequence[str]) -> NoReturn:
-    """Run the module as `python` does, but without freeing memory at the end, which takes longer than most tests."""
+def run_module(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Run the module, or the script at a path, as `python` does.
+
+    Does not free memory at the end, which takes longer than most tests.
+    """
     code = 0
     try:
         if module == "-c":
             sys.argv[1:] = arguments[1:]
             exec(arguments[0], {"__name__": "__main__"})
+        elif module.endswith(".py"):
+            sys.argv = [module, *arguments]
+            sys.path.insert(0, os.path.dirname(module))
+            runpy.run_path(module, run_name="__main__")
         else:
             sys.argv[1:] = arguments
             runpy.run_module(module, run_name="__main__", alter_sys=True)

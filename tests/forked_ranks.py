@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from forked import ForkedProcess, ForkServer
 
 # The server reads these on import, so ranks cannot change them: see launcher/worker/ranks/rank_process.py.
-_VARIABLES = {
+VARIABLES = {
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
     "PYTHONWARNINGS": "ignore",
 }
@@ -39,8 +39,8 @@ class EndedRank:
 class RankServer:
     """Runs a function on several ranks; none of them outlives the call."""
 
-    def __init__(self) -> None:
-        self._server: ForkServer | None = None
+    def __init__(self, server: Callable[[], ForkServer]) -> None:
+        self._server = server
 
     def run(
         self,
@@ -61,7 +61,7 @@ class RankServer:
         meeting.unlink(missing_ok=True)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(len(arguments)))
-        common = {**kept, **_VARIABLES, **sizes, "RENDEZVOUS": str(meeting), **(environment or {})}
+        common = {**kept, **VARIABLES, **sizes, "RENDEZVOUS": str(meeting), **(environment or {})}
         ranks: list[ForkedProcess] = []
         try:
             for rank, of_rank in enumerate(arguments):
@@ -70,7 +70,7 @@ class RankServer:
                 variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 with open(folder / f"rank-{rank}.log", "w") as log:
                     command = ("forked_ranks", function, json.dumps([*of_rank]), str(value))
-                    ranks.append(self._started().popen(*command, stdout=log.fileno(), stderr=log.fileno(), env=variables))
+                    ranks.append(self._server().popen(*command, stdout=log.fileno(), stderr=log.fileno(), env=variables))
             codes = _wait(ranks, time.monotonic() + deadline_s)
         finally:
             for process in ranks:
@@ -85,17 +85,6 @@ class RankServer:
         ranks = self.run(function, arguments, folder, **options)
         assert not any(rank.code for rank in ranks), "\n".join(f"exit code {rank.code}:\n{rank.output[-3000:]}" for rank in ranks)
         return [rank.value for rank in ranks]
-
-    def close(self) -> None:
-        """End the server; running ranks end with it."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-
-    def _started(self) -> ForkServer:
-        if self._server is None:
-            self._server = ForkServer("rank_stack", variables=_VARIABLES)
-        return self._server
 
 
 def _wait(ranks: Sequence[ForkedProcess], until: float) -> list[int]:

@@ -32,9 +32,9 @@ def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: st
     assert not processes_of(run)
 
 
-def test_a_run_stops_at_its_budget_and_resumes_with_a_larger_one(launch: Launch, launch_here: Launch, runs: Path) -> None:
+def test_a_run_stops_at_its_budget_and_resumes_with_a_larger_one(train_here: Launch, launch_here: Launch, runs: Path) -> None:
     run, price = runs / "bounded", f"cluster.price_per_gpu_hour={PRICE}"
-    done = launch(*SETTINGS, price, "run.max_usd=0.001", f"run.root={runs}", "run.name=bounded")
+    done = train_here(*SETTINGS, price, "run.max_usd=0.001", f"run.root={runs}", "run.name=bounded")
     require_stopped(run, done, r"run\.max_usd=0\.001 is reached after \d+\.\d\d GPU hours; saved")
     assert re.search(r"continue with: .* resume \S+ run\.max_usd=\.\.\.$", done.stdout, re.MULTILINE)
     stopped_at = status(run)["step"]
@@ -45,7 +45,7 @@ def test_a_run_stops_at_its_budget_and_resumes_with_a_larger_one(launch: Launch,
     assert f"raise it: python -m launcher resume {run} run.max_usd=..." in refused.stderr
     assert len(list((run / "attempts").iterdir())) == 1, "nothing was started"
 
-    done = launch("resume", str(run), "run.max_usd=1000", f"train.max_steps={stopped_at + 10}")
+    done = train_here("resume", str(run), "run.max_usd=1000", f"train.max_steps={stopped_at + 10}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(run)["state"] == "completed"
     last_line = [line for line in metrics(run) if "train/loss" in line and "perf/goodput" in line][-1]
@@ -57,13 +57,13 @@ def test_a_run_stops_at_its_budget_and_resumes_with_a_larger_one(launch: Launch,
     assert lost["lost/idle_s"] > 0, "the time between the two"
 
 
-def test_the_limit_of_hours_stops_a_run_during_an_evaluation(launch: Launch, runs: Path) -> None:
+def test_the_limit_of_hours_stops_a_run_during_an_evaluation(train_here: Launch, runs: Path) -> None:
     """Loading alone exceeds the limit; the limit applies once a thread has read the time that the run has used so far.
 
     The evaluation before the first step takes far longer than that: most of the data is held out, in micro-batches of one row.
     """
     limited = ("train.max_steps=100000", "export.enabled=false", "run.max_hours=0.0001")
     settings = (*TINY, *limited, "data.eval_fraction=0.9", "train.micro_batch_size=1")
-    done = launch(*settings, f"run.root={runs}", "run.name=evaluating")
+    done = train_here(*settings, f"run.root={runs}", "run.name=evaluating")
     require_stopped(runs / "evaluating", done, r"run\.max_hours=0\.0001 is reached; saved at step \d+ of")
     assert not [line for line in metrics(runs / "evaluating") if "eval/held_out/loss" in line]

@@ -21,9 +21,9 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 ON_SLURM = ("+cluster=slurm", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.exclusive=false")
 
 
-def drill(launch: Launch, launch_here: Launch, fault: str, *settings: str, **env: str) -> dict:
+def drill(launch_here: Launch, fault: str, *settings: str, **env: str) -> dict:
     """The report of a drill; checks that the drill recovered and left no process running."""
-    done = launch("drill", "--fault", fault, "--timeout", "8", "--json", *settings, "checkpoint.save_every=3", **env)
+    done = launch_here("drill", "--fault", fault, "--timeout", "8", "--json", *settings, "checkpoint.save_every=3", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["has_recovered"]
@@ -37,8 +37,8 @@ def drill(launch: Launch, launch_here: Launch, fault: str, *settings: str, **env
     return report
 
 
-def test_drills_preempt_this_machine_and_fill_its_disk(launch: Launch, launch_here: Launch, runs: Path) -> None:
-    preempted = drill(launch, launch_here, "preempt", *TINY, f"run.root={runs}")
+def test_drills_preempt_this_machine_and_fill_its_disk(launch_here: Launch, runs: Path) -> None:
+    preempted = drill(launch_here, "preempt", *TINY, f"run.root={runs}")
     assert preempted["happened"].startswith("preempted: the machine was asked to stop; saved at step")
     assert "as a user would" in preempted["continued"]
     assert preempted["lost_steps"] == preempted["replayed_steps"] == 0
@@ -46,7 +46,7 @@ def test_drills_preempt_this_machine_and_fill_its_disk(launch: Launch, launch_he
 
     # The drill uses the settings of the run before and leaves that run unchanged.
     before = sorted((file, file.stat().st_mtime_ns) for file in Path(preempted["run"]).rglob("*"))
-    full = drill(launch, launch_here, "fill-disk", preempted["run"])
+    full = drill(launch_here, "fill-disk", preempted["run"])
     assert os.strerror(errno.EFBIG) in full["happened"]
     assert str(Path(full["run"]) / "checkpoints") in full["happened"]
     assert "saved once there was space again" in full["continued"]
@@ -55,9 +55,9 @@ def test_drills_preempt_this_machine_and_fill_its_disk(launch: Launch, launch_he
 
 
 @pytest.mark.slurm
-def test_slurm_restarts_a_killed_rank_in_its_allocation(launch: Launch, launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+def test_slurm_restarts_a_killed_rank_in_its_allocation(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     """tests/e2e/test_slurm_life.py preempts a job as the drill does; tests/cli/test_drill.py judges what follows."""
-    killed = drill(launch, launch_here, "kill-rank", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
+    killed = drill(launch_here, "kill-rank", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert (killed["action"], killed["host"]) == ("SIGKILL to rank 1", "n2")
     assert killed["continued"].startswith("in the same allocation (job ")
     assert killed["lost_steps"] == killed["replayed_steps"] == killed["reached_step"] - killed["resumed_step"]

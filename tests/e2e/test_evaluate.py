@@ -37,20 +37,20 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def run(launch: Launch, module_runs: Path) -> Path:
+def run(train_here: Launch, module_runs: Path) -> Path:
     """A one-step run that started from another run's weights and left them unchanged, without an export."""
     steps = ("train.max_steps=1", "eval.at_start=false", f"run.root={module_runs}")
-    done = launch(*TINY, *steps, "run.name=base")
+    done = train_here(*TINY, *steps, "run.name=base")
     assert done.returncode == 0, done.stdout + done.stderr
     source = ("model.init=pretrained", "model.config=null", "model.tokenizer=null", "model.path=run:base")
     # A step this small is lost in rounding.
     unchanged = ("optim.lr=1e-15", "model.dtype=fp32")
-    done = launch(*TINY, *source, *steps, *unchanged, "export.enabled=false", "run.name=tuned")
+    done = train_here(*TINY, *source, *steps, *unchanged, "export.enabled=false", "run.name=tuned")
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "tuned"
 
 
-def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, start: Callable, run: Path) -> None:
+def test_a_killed_evaluation_leaves_no_process_and_continues(launch_here: Launch, start: Callable, run: Path) -> None:
     folder = run / "evaluations/step-00000001"
     with start("evaluate", str(run), *SMALL) as process:
         end = time.monotonic() + DEADLINE_S
@@ -66,7 +66,7 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, sta
     assert before
     assert not (folder / "answers.json").exists()
     assert not (folder / "verdict.json").exists()
-    done = launch("evaluate", str(run), *SMALL, "--json", timeout=DEADLINE_S)
+    done = launch_here("evaluate", str(run), *SMALL, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)["sets"]["held_out"]
     assert [*result["styles"]] == ["0-shot", "8-shot", "tuned"]
@@ -88,7 +88,7 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch: Launch, sta
 
 
 def test_checkpoints_are_answered_while_the_run_goes_on(
-    launch: Launch, launch_here: Launch, start: Callable, run: Path, module_runs: Path
+    train_here: Launch, launch_here: Launch, run: Path, module_runs: Path
 ) -> None:
     """Checkpoints are evaluated during training; then the run is cancelled in the middle of an evaluation and resumed."""
     going = module_runs / "going"
@@ -102,24 +102,25 @@ def test_checkpoints_are_answered_while_the_run_goes_on(
     def said(kind: str = "answers") -> list[str]:
         return [line["text"] for line in json_lines(going / "events.jsonl") if line["kind"] == kind]
 
-    with start(*settings, "train.max_steps=100000", **slow_steps(0.2)) as process:
-        # Wait for the checkpoint first: a suspended rank writes no shard.
-        wait_for("the checkpoint", (going / "checkpoints/step-00000020/manifest.json").is_file, DEADLINE_S)
-        with held(going, 20):
-            wait_for("the answers of step 20", lambda: said(), DEADLINE_S)
-            assert status(going)["state"] == "running"
-            assert said()[0].startswith("answers of step 20: ")
-            assert (folder(20) / "verdict.json").is_file()
-        wait_for("the next evaluation", lambda: folder(40).exists(), DEADLINE_S)
-        assert launch_here("cancel", str(going)).returncode == 0
-        assert process.wait(timeout=DEADLINE_S) == 130
-    assert not processes_of(going)
+    done = train_here(*settings, "train.max_steps=100000", "--detach", **slow_steps(0.2))
+    assert done.returncode == 0, done.stdout + done.stderr
+    # Wait for the checkpoint first: a suspended rank writes no shard.
+    wait_for("the checkpoint", (going / "checkpoints/step-00000020/manifest.json").is_file, DEADLINE_S)
+    with held(going, 20):
+        wait_for("the answers of step 20", lambda: said(), DEADLINE_S)
+        assert status(going)["state"] == "running"
+        assert said()[0].startswith("answers of step 20: ")
+        assert (folder(20) / "verdict.json").is_file()
+    wait_for("the next evaluation", lambda: folder(40).exists(), DEADLINE_S)
+    assert launch_here("cancel", str(going)).returncode == 0
+    wait_for("the run to be cancelled", lambda: status(going)["state"] == "cancelled", DEADLINE_S)
+    wait_for("its processes to end", lambda: not processes_of(going), 30)
     left = said()[-1]
     assert left.startswith("no answers yet: step 40")
     assert f"a resumed run continues with them; answer them with: python -m launcher evaluate {going} --step 40" in left
     assert not [text for text in said("alert") if "answers" in text]
     last = status(going)["step"] + 1
-    done = launch("resume", str(going), f"train.max_steps={last}", timeout=DEADLINE_S)
+    done = train_here("resume", str(going), f"train.max_steps={last}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "training is complete, and the run waits for the answers of step" in done.stdout
     steps = list(range(20, last + 1, 20))
@@ -201,9 +202,9 @@ def tasks(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_tasks_of_the_harness_compare_both_models(launch: Launch, launch_here: Launch, run: Path, tasks: Path) -> None:
+def test_tasks_of_the_harness_compare_both_models(launch_here: Launch, run: Path, tasks: Path) -> None:
     command = ("evaluate", str(run), "--task-folder", str(tasks), "--limit", "10", "--json", "evaluate.prompts_per_batch=4")
-    done = launch(*command, "--tasks", "own_choices,own_answers", "--min-gain", "acc:base:0.9", timeout=DEADLINE_S)
+    done = launch_here(*command, "--tasks", "own_choices,own_answers", "--min-gain", "acc:base:0.9")
     assert done.returncode == 3, done.stdout + done.stderr
     shown = json.loads(done.stdout)
     assert list(shown["tasks"]) == ["own_choices", "own_answers"]
@@ -218,10 +219,10 @@ def test_tasks_of_the_harness_compare_both_models(launch: Launch, launch_here: L
     assert launch_here("report", str(run)).returncode == 0
     assert "own_choices" in (run / "report.html").read_text()
     before = {file: file.stat().st_mtime_ns for file in folder.parent.glob("*/*.json") if file.name != "verdict.json"}
-    again = launch(*command, "--tasks", "own_choices", timeout=DEADLINE_S)
+    again = launch_here(*command, "--tasks", "own_choices")
     assert again.returncode == 0, again.stdout + again.stderr
     assert all(file.stat().st_mtime_ns == before[file] for file in before), "scores that exist are used"
-    refused = launch(*command, "--tasks", "own_choice,own_hub", timeout=DEADLINE_S)
+    refused = launch_here(*command, "--tasks", "own_choice,own_hub")
     assert refused.returncode == 2
     assert "did you mean own_choices?" in refused.stderr
     assert "hf download --repo-type dataset someone/missing_data" in refused.stderr
@@ -240,9 +241,7 @@ def choice_texts(shown: str, rows: list[dict], examples: list[dict], index: int,
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), ""
 
 
-def test_choices_are_scored_as_plain_transformers_scores_them(
-    launch: Launch, launch_here: Launch, run: Path, tmp_path: Path
-) -> None:
+def test_choices_are_scored_as_plain_transformers_scores_them(launch_here: Launch, run: Path, tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -259,7 +258,7 @@ def test_choices_are_scored_as_plain_transformers_scores_them(
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ("evaluate.shots=2", "evaluate.instructions=['']", "--choices", str(file), "--json")
-    done = launch("evaluate", str(run), *settings, "--min-gain", "acc:few-shot:0.9", timeout=DEADLINE_S)
+    done = launch_here("evaluate", str(run), *settings, "--min-gain", "acc:few-shot:0.9")
     assert done.returncode == 3, done.stdout + done.stderr
     shown = json.loads(done.stdout)["sets"]["sums"]
     assert [*shown["styles"]] == ["0-shot", "2-shot", "tuned"]
@@ -291,7 +290,7 @@ def test_choices_are_scored_as_plain_transformers_scores_them(
             )
         for number, metric in enumerate(("acc", "acc_norm")):
             assert shown["verdict"]["means"][metric][side] == pytest.approx(np.mean([pair[number] for pair in right]))
-    again = launch("evaluate", str(run), *settings[:-1], timeout=DEADLINE_S)
+    again = launch_here("evaluate", str(run), *settings[:-1])
     assert again.returncode == 0, again.stderr
     assert "sums: The data cannot tell whether fine-tuning helped: acc " in again.stdout
     assert "tuned model:" in done.stderr
@@ -328,20 +327,18 @@ def largest_prompt_loss(run: Path, rows: list[dict]) -> float:
     return max(losses)
 
 
-def test_prompts_of_today_are_compared_with_those_of_training(
-    launch: Launch, launch_here: Launch, run: Path, tmp_path: Path
-) -> None:
+def test_prompts_of_today_are_compared_with_those_of_training(launch_here: Launch, run: Path, tmp_path: Path) -> None:
     other, wrong = tmp_path / "other.jsonl", tmp_path / "wrong.jsonl"
     recipe = "Boil {} potatoes with salt and butter, then mash them slowly and serve the mash with {} fried onions."
     rows = [{"messages": [{"role": "user", "content": recipe.format(i, i + 1)}]} for i in range(40)]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     wrong.write_text('{"answer": 1}\nno json\n')
-    done = launch("drift", str(run), str(other))
+    done = launch_here("drift", str(run), str(other))
     assert done.returncode == 3, done.stdout + done.stderr
     assert done.stdout.startswith("The prompts have drifted: different words (p = 0.001)")
     assert f"{other}:" in done.stdout
     assert "model.path=run:tuned" in done.stdout
-    again = launch("drift", str(run), str(other), "--likelihood", "--json")
+    again = launch_here("drift", str(run), str(other), "--likelihood", "--json")
     assert "training prompts:" in done.stderr
     assert "training prompts:" not in again.stderr, "the scores are stored"
     shown = json.loads(again.stdout)
@@ -352,7 +349,7 @@ def test_prompts_of_today_are_compared_with_those_of_training(
     assert models["base"] == {**models["tuned"], "step": 0}, "the base model against itself"
     assert (models["base"]["num_prompts"], models["base"]["num_training"]) == (40, 200)
     assert shown["likelihoods"]["least_likely"][0]["loss"] == pytest.approx(largest_prompt_loss(run, rows), abs=1e-4)
-    quick = json.loads(launch("drift", str(run), str(other), "--no-likelihood", "--json").stdout)
+    quick = json.loads(launch_here("drift", str(run), str(other), "--no-likelihood", "--json").stdout)
     assert quick["likelihoods"] == {"models": {}, "gaps": ["left out with --no-likelihood"], "least_likely": []}
     refused = launch_here("drift", str(run), str(wrong))
     assert refused.returncode == 2

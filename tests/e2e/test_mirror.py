@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, agent_of, alerts, json_lines, last_step, losses, processes_of, ranks_of, status
+from e2e_tools import TINY, agent_of, alerts, json_lines, last_step, losses, processes_of, ranks_of, slow_steps, status
 from mirror_tools import S3, make_bucket, running_s3
 from pace import wait_for
 
@@ -40,11 +40,13 @@ def mirrored(run: Path, attempt: int = 1) -> dict:
 
 
 @pytest.fixture(scope="module")
-def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(start_here: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that loses its mirror before the first step and is otherwise undisturbed."""
     folder = tmp_path_factory.mktemp("mirror")
     mirror, run = folder / "mirror", module_runs / "alone"
-    with start(*SETTINGS, f"checkpoint.mirror=file://{mirror}", f"run.root={module_runs}", "run.name=alone") as process:
+    own = (f"checkpoint.mirror=file://{mirror}", f"run.root={module_runs}", "run.name=alone")
+    # Without slow steps, the run could end before the mirror's process has started.
+    with start_here(*SETTINGS, *own, **slow_steps()) as process:
         wait_for("the first look", lambda: (run / "attempts/001/mirror.json").is_file())
         assert (mirror / "alone/run.json").is_file()
         mirror.rename(folder / "gone")
@@ -58,10 +60,17 @@ def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
-    launch: Launch, launch_here: Launch, start: Callable, runs: Path, alone: Path, s3: S3, tmp_path: Path, launcher_cache: Path
+    train_here: Launch,
+    launch_here: Launch,
+    start_here: Callable,
+    runs: Path,
+    alone: Path,
+    s3: S3,
+    tmp_path: Path,
+    launcher_cache: Path,
 ) -> None:
     run, mirror = runs / "lost", f"checkpoint.mirror=s3://{s3.bucket}/runs"
-    with start(*SETTINGS, mirror, f"run.root={runs}", "run.name=lost", **s3.environment) as process:
+    with start_here(*SETTINGS, mirror, f"run.root={runs}", "run.name=lost", **s3.environment, **slow_steps(0.2)) as process:
         saved = run / "checkpoints/step-00000008/manifest.json"
         wait_for("step 9 after a save", lambda: last_step(run) >= 9 and saved.is_file())
         # A suspended rank keeps the run from ending before its agent is killed.
@@ -86,7 +95,7 @@ def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
         (tmp_path / "cache" / name).symlink_to(launcher_cache / name)
     listed = launch_here("ls", f"s3://{s3.bucket}/runs", "--json", **other)
     assert [listed_run["name"] for listed_run in json.loads(listed.stdout)] == ["lost"], listed.stderr
-    done = launch("resume", address, "--root", str(elsewhere), **other)
+    done = train_here("resume", address, "--root", str(elsewhere), **other)
     assert done.returncode == 0, done.stdout + done.stderr
     restored = elsewhere / "lost"
     began = next(e for e in events(restored) if e["attempt"] == 2 and e["text"].startswith("continuing from"))

@@ -71,7 +71,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
+def undisturbed(train_here: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
     run = module_runs / "undisturbed"
     overrides = (
         f"run.root={module_runs}",
@@ -79,7 +79,7 @@ def undisturbed(launch: Launch, settings: tuple[str, ...], module_runs: Path) ->
         f"train.max_steps={STEPS}",
         f"checkpoint.keep_every={SAVE_EVERY}",
     )
-    done = launch(*settings, *overrides, **rows_environment(rows_of(module_runs)))
+    done = train_here(*settings, *overrides, **rows_environment(rows_of(module_runs)))
     assert done.returncode == 0, done.stderr
     plan = json.loads((run / "plan.json").read_text())
     assert plan["data"]["num_rows"] == 20
@@ -89,7 +89,7 @@ def undisturbed(launch: Launch, settings: tuple[str, ...], module_runs: Path) ->
 
 
 @pytest.fixture(scope="module")
-def parts(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
+def parts(train_here: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
     """A run that is resumed up to each step of PARTS, on the number of ranks given there; all checkpoints are kept.
 
     One global batch of 4 is 4 ranks x 1, then 1 rank x 4 accumulated, with activation checkpointing, then 2 ranks x 2. Each
@@ -97,11 +97,11 @@ def parts(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
     """
     (first, ranks), *others = PARTS
     overrides = (f"run.root={module_runs}", "run.name=parts", f"train.max_steps={first}", f"cluster.ranks_per_node={ranks}")
-    done = launch(*settings, *overrides, "checkpoint.keep_last=9", "train.largest_batch_first=true")
+    done = train_here(*settings, *overrides, "checkpoint.keep_last=9", "train.largest_batch_first=true")
     assert done.returncode == 0, done.stderr
     for step, ranks in others:
         part = (f"train.max_steps={step}", f"cluster.ranks_per_node={ranks}", f"model.activation_checkpointing={ranks == 1}")
-        done = launch("resume", str(module_runs / "parts"), *part)
+        done = train_here("resume", str(module_runs / "parts"), *part)
         assert done.returncode == 0, done.stdout + done.stderr
     assert status(module_runs / "parts")["step"] == PARTS[-1][0]
     events = (module_runs / "parts" / "events.jsonl").read_text()
@@ -143,7 +143,7 @@ def assert_passed_over(run: Path, damaged: dict[Path, str], output: str, shown: 
 
 
 def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
-    launch: Launch, launch_here: Launch, start: Callable, settings: tuple[str, ...], runs: Path, undisturbed: Path
+    train_here: Launch, launch_here: Launch, start_here: Callable, settings: tuple[str, ...], runs: Path, undisturbed: Path
 ) -> None:
     """Three attempts of one run; the comparison with the undisturbed run comes once, at the end."""
     run, rows = runs / "disturbed", rows_of(runs)
@@ -156,7 +156,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     # The next part needs three checkpoints.
     kills[-1] = replace(kills[-1], rank=1, signal=signal.SIGSEGV, moment="training", steps=2 * SAVE_EVERY + 2)
     assert steps_for(kills, SAVE_EVERY) <= 36
-    with start(*overrides, f"train.max_steps={ASKED_AT_FIRST}", f"cluster.max_restarts={NUM_KILLS - 1}", **env) as process:
+    with start_here(*overrides, f"train.max_steps={ASKED_AT_FIRST}", f"cluster.max_restarts={NUM_KILLS - 1}", **env) as process:
         killer = Killer(run, lambda: process.poll() is not None)
         for kill in kills:
             killer.carry_out(kill)
@@ -175,7 +175,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     *_, older, newer = (run / "checkpoints" / name for name in committed(run) if name.startswith("step-"))
     flip(older)
     truncate(newer)
-    with start("resume", str(run), f"train.max_steps={STEPS}", **env) as process:
+    with start_here("resume", str(run), f"train.max_steps={STEPS}", **env) as process:
         with held(run, last_step(run) + 3):
             process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=90)
@@ -187,7 +187,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     assert_passed_over(run, damaged, output, launch_here("status", str(run)).stdout)
 
     # 3. The run is detached; a second command is refused and names the running attempt; then the run completes.
-    done = launch("resume", str(run), "--detach", **env)
+    done = train_here("resume", str(run), "--detach", **env)
     assert done.returncode == 0, done.stderr
     assert "continuing" in done.stdout
     with held(run, stopped_at + 2):

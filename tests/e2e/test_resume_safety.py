@@ -27,12 +27,12 @@ def write_rows(file: Path, first: int, count: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(launch: Launch, module_runs: Path) -> Path:
+def trained(train_here: Launch, module_runs: Path) -> Path:
     """A run of two steps on its own rows."""
     module_runs.mkdir(exist_ok=True)
     write_rows(module_runs.parent / "rows.jsonl", 0, 40)
     overrides = (f"data.path={module_runs.parent / 'rows.jsonl'}", f"run.root={module_runs}", "run.name=trained")
-    done = launch(*SETTINGS, *overrides, "train.max_steps=2", "checkpoint.save_every=1", "checkpoint.keep_last=2")
+    done = train_here(*SETTINGS, *overrides, "train.max_steps=2", "checkpoint.save_every=1", "checkpoint.keep_last=2")
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "trained"
 
@@ -161,7 +161,9 @@ def test_changed_data_under_the_same_settings_is_refused(
     assert {"plan.data.key", "plan.data.num_rows", "plan.data.num_tokens"} <= shown.keys()
 
 
-def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(launch: Launch, run: Path, own_cache: dict[str, str]) -> None:
+def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(
+    train_here: Launch, run: Path, own_cache: dict[str, str]
+) -> None:
     folder = Path(plan(run)["data"]["cache_dir"])
     marks = folder / "trained.npy"
     content = marks.read_bytes()
@@ -174,7 +176,7 @@ def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(launch: Launch,
         "checkpoint.save_every=0",
         "cluster.max_restarts=2",
     )
-    done = launch("resume", str(run), *same, *free, **own_cache)
+    done = train_here("resume", str(run), *same, *free, **own_cache)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the data cache is damaged: a block does not match its digest" in done.stderr
     assert f"where:  {marks}, bytes 0 to {len(content) - 1}" in done.stderr
@@ -183,7 +185,7 @@ def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(launch: Launch,
     assert sum(event["attempt"] == 2 and event.get("fields", {}).get("phase") == "joined" for event in events) == 1, "no restart"
     assert (status(run)["attempt"], last_step(run)) == (2, 2)
     shutil.rmtree(folder)
-    done = launch("resume", str(run), *same, *free, **own_cache)
+    done = train_here("resume", str(run), *same, *free, **own_cache)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the data cache differs from the one in the plan; building it again from the sources" in done.stdout
     assert "differences from the checkpoint" not in done.stdout
@@ -193,7 +195,7 @@ def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(launch: Launch,
 
 
 def test_force_trains_on_changed_data_in_another_dtype_and_records_it(
-    launch: Launch, launch_here: Launch, run: Path, tmp_path: Path
+    train_here: Launch, launch_here: Launch, run: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other.jsonl"
     write_rows(other, 500, 60)
@@ -203,7 +205,7 @@ def test_force_trains_on_changed_data_in_another_dtype_and_records_it(
     dtype = plan(run)["config"]["model"]["dtype"]
     other_dtype = "fp32" if dtype == "bf16" else "bf16"
     changes = (f"data.path={other}", "optim.weight_decay=0.1", f"model.dtype={other_dtype}")
-    done = launch("resume", str(run), "--force", *changes, *more)
+    done = train_here("resume", str(run), "--force", *changes, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "continuing with differences from the checkpoint:" in done.stdout
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  ")}

@@ -24,7 +24,7 @@ SAME_LOSS = 1e-4
 
 
 @pytest.fixture(scope="module")
-def run(launch: Launch, module_runs: Path) -> Path:
+def run(train_here: Launch, module_runs: Path) -> Path:
     settings = (
         f"train.max_steps={STEPS}",
         "checkpoint.save_every=1",
@@ -32,20 +32,20 @@ def run(launch: Launch, module_runs: Path) -> Path:
         "optim.lr=1e-2",
         "model.dtype=fp32",
     )
-    done = launch(*TINY, *settings, "export.enabled=false", f"run.root={module_runs}", "run.name=scored")
+    done = train_here(*TINY, *settings, "export.enabled=false", f"run.root={module_runs}", "run.name=scored")
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "scored"
 
 
-def answer(launch: Launch, *arguments: str) -> dict[str, Any]:
-    done = launch(*arguments, "--json")
+def answer(launch_here: Launch, *arguments: str) -> dict[str, Any]:
+    done = launch_here(*arguments, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
 
-def test_the_held_out_loss_is_the_one_that_training_logged(launch: Launch, run: Path, tmp_path: Path) -> None:
+def test_the_held_out_loss_is_the_one_that_training_logged(launch_here: Launch, run: Path, tmp_path: Path) -> None:
     logged = [line["eval/held_out/loss"] for line in metrics(run) if "eval/held_out/loss" in line]
-    report = answer(launch, "data", "--scored", str(run), "--split", "held_out")
+    report = answer(launch_here, "data", "--scored", str(run), "--split", "held_out")
     assert (report["step"], report["was_stored"]) == (STEPS, False)
     assert report["mean_loss"] == pytest.approx(logged[-1], abs=SAME_LOSS)
     assert abs(logged[0] - logged[-1]) > 100 * SAME_LOSS, "the weights of another step have another loss"
@@ -54,7 +54,7 @@ def test_the_held_out_loss_is_the_one_that_training_logged(launch: Launch, run: 
     assert explained == sorted(explained)
     assert all(entry["where"] and entry["prompt"] and entry["answer"] for entry in ranked[:10])
     page, exclude = tmp_path / "page.html", tmp_path / "exclude.jsonl"
-    again = launch("data", "--scored", str(run), "--split", "held_out", "--html", str(page), "--exclude", str(exclude))
+    again = launch_here("data", "--scored", str(run), "--split", "held_out", "--html", str(page), "--exclude", str(exclude))
     assert again.returncode == 0, again.stderr
     assert "answers with their prompts:" not in again.stderr, "the scores are stored"
     assert ranked[0]["where"] in again.stdout
@@ -63,8 +63,8 @@ def test_the_held_out_loss_is_the_one_that_training_logged(launch: Launch, run: 
     assert excluded == [entry["content"] for entry in ranked if entry["likely"]]
 
 
-def test_the_rows_of_a_step_have_the_loss_that_training_logged(launch: Launch, run: Path) -> None:
-    report = answer(launch, "why", str(run), str(STEPS))
+def test_the_rows_of_a_step_have_the_loss_that_training_logged(launch_here: Launch, run: Path) -> None:
+    report = answer(launch_here, "why", str(run), str(STEPS))
     assert report["scored_at"] == STEPS - 1
     documents = [document for row in report["rows"] for document in row["documents"]]
     trained = sum(document["trained_tokens"] for document in documents)
@@ -75,19 +75,19 @@ def test_the_rows_of_a_step_have_the_loss_that_training_logged(launch: Launch, r
     assert trained == Split.open(plan.data).row_labels[[row["row"] for row in report["rows"]]].sum()
     assert {line["step"] for line in report["steps"]} == {2, 3, 4, 5}
     # This model started from random weights, and no checkpoint before step 2 is kept.
-    text = launch("why", str(run), "2")
+    text = launch_here("why", str(run), "2")
     assert text.returncode == 0, text.stderr
     assert "no losses of documents: there is no checkpoint before step 2" in text.stdout
     assert "checkpoint.keep_last keeps more" in text.stdout
 
 
-def test_an_unknown_split_or_step_names_those_that_exist(launch: Launch, run: Path) -> None:
+def test_an_unknown_split_or_step_names_those_that_exist(launch_here: Launch, run: Path) -> None:
     for arguments, words in (
         (("data", "--scored", str(run), "--split", "held-out"), "choose one of: train, held_out"),
         (("data", "--scored", str(run), "--step", "0"), "random weights"),
         (("why", str(run), "9"), f"it has logged 1 to {STEPS}"),
     ):
-        done = launch(*arguments)
+        done = launch_here(*arguments)
         assert done.returncode == 2, done.stdout + done.stderr
         assert words in done.stderr
         assert "Traceback" not in done.stderr

@@ -139,7 +139,7 @@ class Soak:
 
 @pytest.mark.timeout(1200)
 def test_a_run_interrupted_in_every_way_has_the_losses_of_an_uninterrupted_run(
-    launch: Launch, launch_here: Launch, slurm: Testbed, runs: Path
+    train_here: Launch, launch_here: Launch, slurm: Testbed, runs: Path
 ) -> None:
     with socket.create_server(("", 0)) as taken:
         # Node names that resolve to loopback and a wrong MASTER_ADDR with a port in use must not affect the run.
@@ -166,7 +166,7 @@ def test_a_run_interrupted_in_every_way_has_the_losses_of_an_uninterrupted_run(
     steps = last_step(run.path)
     assert sorted(losses(run.path)) == list(range(1, steps + 1))
     here = [s for s in SETTINGS if not s.startswith(("+cluster", "cluster.", "train.max_steps", "checkpoint.save_every"))]
-    alone = launch(
+    alone = train_here(
         *here,
         "cluster.ranks_per_node=2",
         "optim.schedule=constant",
@@ -174,7 +174,6 @@ def test_a_run_interrupted_in_every_way_has_the_losses_of_an_uninterrupted_run(
         "checkpoint.save_every=0",
         f"run.root={runs}",
         "run.name=alone",
-        timeout=600,
     )
     assert alone.returncode == 0, alone.stdout + alone.stderr
     assert last_step(runs / "alone") == steps

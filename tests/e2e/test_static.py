@@ -14,10 +14,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from e2e_tools import FIRST_RUN, FIRST_STEPS, alerts, committed, json_lines, last_step, losses, slow_steps, status
+from e2e_tools import FIRST_RUN, FIRST_STEPS, alerts, command_line, committed, json_lines, last_step, losses, slow_steps, status
+from forked import ForkServer
 from pace import slowness, wait_for
 
 from launcher.clusters.network import free_port
@@ -35,17 +37,22 @@ class Machine:
     """The launcher command of one machine."""
 
     def __init__(
-        self, node: int, port: int, words: tuple[str, ...], env: Mapping[str, str], wrapper: tuple[str, ...], step_s: float
+        self,
+        server: ForkServer,
+        node: int,
+        port: int,
+        words: tuple[str, ...],
+        env: Mapping[str, str],
+        wrapper: tuple[str, ...],
+        step_s: float,
     ) -> None:
         variables = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self.process = subprocess.Popen(
-            [*wrapper, sys.executable, "-m", "launcher", *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**env, **slow_steps(step_s), **variables},
-            cwd=env["PYTHONPATH"],
-        )
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        options |= {"env": {**env, **slow_steps(step_s), **variables}, "cwd": env["PYTHONPATH"]}
+        if wrapper:
+            self.process: Any = subprocess.Popen([*wrapper, sys.executable, "-m", "launcher", *words], **options)
+        else:
+            self.process = server.popen("forked_stack", "launcher", *words, **options)
 
     def end(self) -> tuple[int, str]:
         """Wait for the command to end; return its exit code and output."""
@@ -55,18 +62,22 @@ class Machine:
     @property
     def agent(self) -> psutil.Process:
         (agent,) = [
-            child for child in psutil.Process(self.process.pid).children() if "launcher.worker.static.agent" in child.cmdline()
+            child
+            for child in psutil.Process(self.process.pid).children()
+            if "launcher.worker.static.agent" in command_line(child)
         ]
         return agent
 
 
 @pytest.fixture
-def machines(launcher_env: Mapping[str, str], runs: Path) -> Iterator[Callable[..., Machine]]:
-    """`machines(NODE, *WORDS)` starts the command of a machine; all machines use the same port."""
+def machines(
+    launcher_env: Mapping[str, str], torch_server: Callable[[], ForkServer], runs: Path
+) -> Iterator[Callable[..., Machine]]:
+    """`machines(NODE, *WORDS)` starts the command of a machine; all machines use the same port. See forked_stack.py."""
     port, started = free_port("127.0.0.1"), []
 
     def begin(node: int, *words: str, wrapper: tuple[str, ...] = (), step_s: float = 0.3) -> Machine:
-        started.append(Machine(node, port, words, launcher_env, wrapper, step_s))
+        started.append(Machine(torch_server(), node, port, words, launcher_env, wrapper, step_s))
         return started[-1]
 
     yield begin

@@ -47,20 +47,20 @@ def wandb_lineage(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def parent(launch: Launch, module_runs: Path) -> Path:
+def parent(train_here: Launch, module_runs: Path) -> Path:
     """Three steps at a high learning rate, with checkpoints of steps 2 and 3 and an export."""
     settings = ("train.max_steps=3", "checkpoint.save_every=2", "checkpoint.keep_last=2", "optim.lr=1e-2", "tracking=none")
-    done = launch(*SETTINGS, *settings, f"run.root={module_runs}", "run.name=parent")
+    done = train_here(*SETTINGS, *settings, f"run.root={module_runs}", "run.name=parent")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(held_out(module_runs / "parent")) == 2
     return module_runs / "parent"
 
 
 @pytest.fixture(scope="module")
-def child(launch: Launch, parent: Path) -> tuple[Path, str]:
+def child(train_here: Launch, parent: Path) -> tuple[Path, str]:
     """A run from the newest checkpoint of `parent`, on other rows, with offline W&B files. Returns its directory and output."""
     settings = ("train.max_steps=2", "tracking.mode=offline", "export.enabled=false", "run.seed=7")
-    done = launch(*SETTINGS, *FROM_RUN, *settings, "model.path=run:parent", f"run.root={parent.parent}", "run.name=child")
+    done = train_here(*SETTINGS, *FROM_RUN, *settings, "model.path=run:parent", f"run.root={parent.parent}", "run.name=child")
     assert done.returncode == 0, done.stdout + done.stderr
     return parent.parent / "child", done.stdout
 
@@ -101,11 +101,12 @@ def test_a_child_keeps_its_own_copy_of_the_weights(parent: Path, child: tuple[Pa
 
 
 def test_a_run_starts_from_a_chosen_step_of_a_run_that_had_a_parent(
-    launch: Launch, parent: Path, child: tuple[Path, str]
+    train_here: Launch, parent: Path, child: tuple[Path, str]
 ) -> None:
     """`child` has no export, so the weights come from its checkpoint, here in fp32."""
     settings = ("train.max_steps=1", "tracking=none", "export.enabled=false", "model.dtype=fp32")
-    done = launch(*SETTINGS, *FROM_RUN, *settings, f"model.path=run:{child[0]}@2", f"run.root={parent.parent}", "run.name=third")
+    from_child = (f"model.path=run:{child[0]}@2", f"run.root={parent.parent}", "run.name=third")
+    done = train_here(*SETTINGS, *FROM_RUN, *settings, *from_child)
     assert done.returncode == 0, done.stdout + done.stderr
     third = parent.parent / "third"
     recorded = plan(third)["lineage"]
@@ -113,7 +114,7 @@ def test_a_run_starts_from_a_chosen_step_of_a_run_that_had_a_parent(
     assert [(a["run_name"], a["step"]) for a in recorded["ancestors"]] == [("parent", 3)]
     assert "begins with run child at step 2, which began with run parent at step 3\n" in done.stdout
     assert held_out(third)[0] == pytest.approx(held_out(child[0])[-1], abs=1e-2)
-    shown = launch("report", str(third))
+    shown = train_here("report", str(third))
     assert shown.returncode == 0, shown.stderr
     rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in (third / "report.html").read_text().split("<tr>")]
     generations = [row for row in rows if row[:1] in (["parent"], ["child"], ["third"])]
@@ -121,7 +122,7 @@ def test_a_run_starts_from_a_chosen_step_of_a_run_that_had_a_parent(
     assert [row[3] for row in generations[:2]] == [
         " to ".join(f"{loss:.4f}" for loss in held_out(run)) for run in (parent, child[0])
     ]
-    again = launch("resume", str(third), "train.max_steps=2")
+    again = train_here("resume", str(third), "train.max_steps=2")
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads((third / "attempts/002/plan.json").read_text())["lineage"] == recorded
 
