@@ -20,7 +20,7 @@ from launcher.config.sections.data import Source
 from launcher.data.sources import locate
 from launcher.errors import DataError, PushError, SubmitError
 from launcher.export import hub
-from launcher.security import port_owners
+from launcher.security import port_owners, storage_addresses
 from launcher.security.hub_answers import guard_hub_client
 from launcher.security.storage_addresses import listener_problem
 from launcher.tracking.wandb import local_settings
@@ -208,6 +208,8 @@ def without_cloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
+    # It has set options that the test restores.
+    storage_addresses._bound_answers.cache_clear()
 
 
 @pytest.mark.usefixtures("without_cloud")
