@@ -173,46 +173,13 @@ def _start(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) ->
     import ray
 
     needed = section.resources(plan.topology.device).get("CPU", 0.0) * plan.topology.world_size
-    with _only_used_processes(section.dashboard):
-        ray.init(
-            num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
-            _temp_dir=str(folder),
-            include_dashboard=section.dashboard,
-            dashboard_host="127.0.0.1",
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
-            job_config=config_without_search_path(),
-            **common,
-        )
-
-
-@contextmanager
-def _only_used_processes(dashboard: bool) -> Iterator[None]:
-    """Make ray.init start none of Ray's processes that the run does not use, for which it has no settings.
-
-    Each takes up to three seconds of CPU time to start, and then polls. Should Ray rename these methods, it starts all processes.
-    """
-    from ray._private import ray_constants
-    from ray._private.node import Node
-
-    def leave_out(node: Any, **_: Any) -> None:
-        pass
-
-    def start_no_server(node: Any, **_: Any) -> None:
-        node._webui_url = ""
-        # Ray's agent asks for an address every second until there is one. Nothing can listen at port 0.
-        key, namespace = ray_constants.DASHBOARD_ADDRESS.encode(), ray_constants.KV_NAMESPACE_DASHBOARD
-        node.get_gcs_client().internal_kv_put(key, b"127.0.0.1:0", True, namespace)
-
-    # The log monitor sends workers' output to drivers, and this one asks for none. The other monitor adds nodes to clusters.
-    replaced: dict[str, Any] = {"start_log_monitor": leave_out}
-    if not dashboard:
-        replaced |= {"start_monitor": leave_out, "start_api_server": start_no_server}
-    originals = {name: getattr(Node, name) for name in replaced if hasattr(Node, name)}
-    try:
-        for name in originals:
-            setattr(Node, name, replaced[name])
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(Node, name, original)
+    ray.init(
+        num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
+        _temp_dir=str(folder),
+        include_dashboard=section.dashboard,
+        dashboard_host="127.0.0.1",
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        job_config=config_without_search_path(),
+        **common,
+    )

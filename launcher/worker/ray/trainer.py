@@ -54,7 +54,7 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
         scaling["elastic_resize_monitor_interval_s"] = section.resize_seconds
     grace_s = plan.config.cluster.stop_grace_seconds
     callbacks = [save_before_resize(coordinator, grace_s)] if elastic else []
-    return _trainer_class(section.address is None, elastic)(
+    return _trainer_class(section.address is None)(
         supervise,
         train_loop_config={"coordinator": coordinator, "interface": section.interface},
         backend_config=RankBackendConfig(),
@@ -76,36 +76,21 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
     )
 
 
-def _trainer_class(alone: bool, elastic: bool) -> Any:
+def _trainer_class(alone: bool) -> Any:
     """Return a trainer that starts none of Ray Train's processes that a run does not use: each takes seconds of CPU time.
 
     `alone` is true if no other job uses the cluster.
     """
-    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     # The first reads datasets. The second removes the placement group of a controller that was killed: it works only with a
     # dashboard, and the driver does it for a Ray of its own.
     unused = {"DatasetsCallback", "PlacementGroupCleanerCallback"} if alone else {"DatasetsCallback"}
 
-    class FixedSize(FixedScalingPolicy):
-        """Does not reserve the workers with the process that divides a cluster among Ray's libraries."""
-
-        def after_controller_start(self, train_run_context: Any) -> None:
-            pass
-
-        def _maybe_send_resource_request(self) -> None:
-            pass
-
     class Trainer(DataParallelTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             callbacks = super()._create_default_callbacks()
             return [callback for callback in callbacks if type(callback).__name__ not in unused]
-
-        def _initialize_and_run_controller(self, **settings: Any) -> Any:
-            if alone and not elastic:
-                settings["scaling_policy"] = FixedSize(self.scaling_config)
-            return super()._initialize_and_run_controller(**settings)
 
     return Trainer
 

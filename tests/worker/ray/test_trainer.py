@@ -59,28 +59,12 @@ def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., Launc
 
 @pytest.mark.parametrize("address", [None, "head:6379"])
 def test_ray_train_starts_only_processes_that_the_run_uses(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str | None
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, address: str | None
 ) -> None:
     """Without datasets, and without other jobs on the cluster, Ray Train has no use for some of its processes."""
-    from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy, create_scaling_policy
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    passed: list[Any] = []
-    monkeypatch.setattr(DataParallelTrainer, "_initialize_and_run_controller", lambda self, **given: passed.append(given))
-
-    def policy_of(**settings: Any) -> Any:
-        trainer = build_trainer(ray_plan(address=address, workers=4, **settings), RunDir(tmp_path), "attempt-001", None)
-        trainer._initialize_and_run_controller(scaling_policy=create_scaling_policy(trainer.scaling_config))
-        return passed[-1]["scaling_policy"]
 
     trainer = build_trainer(ray_plan(address=address, workers=4), RunDir(tmp_path), "attempt-001", None)
     by_default = {type(callback).__name__ for callback in DataParallelTrainer._create_default_callbacks(trainer)}
     left_out = by_default - {type(callback).__name__ for callback in trainer._create_default_callbacks()}
     assert left_out == {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if address is None else set())
-    # This policy asks the process that divides a cluster among its jobs; only an elastic run needs its answers.
-    asks = [type(policy_of(**settings)).after_controller_start for settings in ({}, {"min_workers": 2})]
-    by_ray = ScalingPolicy.after_controller_start
-    assert [ask is by_ray for ask in asks] == [address is not None, True]
-    fixed = policy_of()
-    decision = fixed.make_decision_for_non_running_worker_group() if address is None else None
-    assert decision is None or decision.num_workers == 4
