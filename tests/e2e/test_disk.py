@@ -83,11 +83,11 @@ def assert_kept_and_whole(run: Path) -> None:
 
 
 def test_a_run_resumes_after_a_full_and_after_a_read_only_disk_failed_its_save(
-    launch: Launch, start: Callable, runs: Path, first_run: Path, mount: Callable[[Path, str], None]
+    train_here: Launch, start_here: Callable, runs: Path, first_run: Path, mount: Callable[[Path, str], None]
 ) -> None:
     """The disk holds one checkpoint but not two: keep_last=1 deletes the old one only after the new one is committed."""
     run = runs / "disturbed"
-    with start(*SETTINGS, f"run.root={runs}", "run.name=disturbed") as process:
+    with start_here(*SETTINGS, f"run.root={runs}", "run.name=disturbed") as process:
         on_a_small_disk(run, mount, "size=20m")
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output
@@ -102,7 +102,7 @@ def test_a_run_resumes_after_a_full_and_after_a_read_only_disk_failed_its_save(
     assert committed(run) == ["step-00000003"]
 
     mount(run / "checkpoints", "size=80m")
-    with start("resume", str(run), **slow_steps()) as process:
+    with start_here("resume", str(run), **slow_steps()) as process:
         wait_for("a later checkpoint", lambda: (store.newest_step(run / "checkpoints") or 0) > 3)
         remount_read_only(run / "checkpoints", mount)
         output, _ = process.communicate(timeout=240)
@@ -116,7 +116,7 @@ def test_a_run_resumes_after_a_full_and_after_a_read_only_disk_failed_its_save(
     step = store.get_latest(run / "checkpoints").step
     assert 3 < step < FIRST_STEPS
     assert store.verify(store.get_latest(run / "checkpoints").path) == []
-    done = launch("resume", str(run))
+    done = train_here("resume", str(run))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"continuing disturbed from step {step} of" in done.stdout
     assert losses(run) == losses(first_run)

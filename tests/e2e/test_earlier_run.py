@@ -36,7 +36,7 @@ def project(runs: Path) -> Path:
     return runs.parent
 
 
-def test_an_earlier_run_is_read_and_resumed_with_the_same_losses(launch: Launch, launch_here: Launch, project: Path) -> None:
+def test_an_earlier_run_is_read_and_resumed_with_the_same_losses(train_here: Launch, launch_here: Launch, project: Path) -> None:
     run = project / "runs/earlier"
     first_plan = (run / "plan.json").read_bytes()
     first_code = (run / "code/launcher/__init__.py").read_bytes()
@@ -52,7 +52,7 @@ def test_an_earlier_run_is_read_and_resumed_with_the_same_losses(launch: Launch,
     assert refused.returncode == 2
     assert "checkpoint.keep_last=2" in refused.stderr
 
-    done = launch("resume", "earlier", f"train.max_steps={LAST_STEP}", "--follow", cwd=project)
+    done = train_here("resume", "earlier", f"train.max_steps={LAST_STEP}", "--follow", cwd=project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"continuing earlier from step {CHECKPOINT_STEP} of {LAST_STEP}" in done.stdout
     assert status(run)["state"] == "completed"

@@ -23,10 +23,10 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = (*TINY, "eval.at_start=false", "export.enabled=false", "train.max_steps=100000")
 
 
-def test_two_interrupts_and_a_non_finite_loss_end_a_run(launch: Launch, start: Callable, runs: Path) -> None:
+def test_two_interrupts_and_a_non_finite_loss_end_a_run(train_here: Launch, start_here: Callable, runs: Path) -> None:
     """Two attempts of one run, each of which ends in a different way."""
     run = runs / "disturbed"
-    with start(
+    with start_here(
         *SETTINGS, "checkpoint.save_every=1", "checkpoint.keep_last=3", f"run.root={runs}", "run.name=disturbed"
     ) as process:
         wait_for("three checkpoints", lambda: last_step(run) >= 4)
@@ -42,7 +42,7 @@ def test_two_interrupts_and_a_non_finite_loss_end_a_run(launch: Launch, start: C
 
     *_, before, dropped = (name for name in committed(run) if name.startswith("step-"))
     step = int(before.removeprefix("step-"))
-    bad = launch("resume", str(run), "--step", str(step), "checkpoint.save_every=0", "optim.lr=1e38")
+    bad = train_here("resume", str(run), "--step", str(step), "checkpoint.save_every=0", "optim.lr=1e38")
     assert bad.returncode == 1
     assert "set aside" in bad.stdout
     assert "not finite" in bad.stderr or "the loss is nan" in bad.stderr

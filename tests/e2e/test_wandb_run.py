@@ -49,13 +49,15 @@ def alerts(server: Any) -> list[dict[str, Any]]:
 
 
 def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
-    launch_here: Launch, start: Callable, runs: Path, server: FakeWandb
+    launch_here: Launch, start_here: Callable, runs: Path, server: FakeWandb
 ) -> None:
     """Three attempts of one run, each of which ends in a different way."""
     run, variables = runs / "watched", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address, **slow_steps(0.3)}
     # W&B asks only every few seconds whether somebody has pressed Stop.
     slow = slow_steps(1.0)
-    with start(*SETTINGS, "train.max_steps=1000", f"run.root={runs}", "run.name=watched", **{**variables, **slow}) as process:
+    with start_here(
+        *SETTINGS, "train.max_steps=1000", f"run.root={runs}", "run.name=watched", **{**variables, **slow}
+    ) as process:
         wait_for("W&B to have a step", lambda: server.runs and tracked(server).steps, deadline_s=120)
         server.stopped = True
         output, _ = process.communicate(timeout=120)
@@ -72,7 +74,7 @@ def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
 
     # A stopped run can be resumed. A preemption sends an alert.
     server.stopped = False
-    with start("resume", str(run), "train.max_steps=2000", **variables) as process:
+    with start_here("resume", str(run), "train.max_steps=2000", **variables) as process:
         wait_for("three more steps", lambda: last_step(run) >= stopped_at + 3)
         ranks_of(run)[1].send_signal(signal.SIGUSR2)
         output, _ = process.communicate(timeout=120)
@@ -93,7 +95,7 @@ def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
     num_exits = len(tracked(server).exits)
 
     # The alert names a killed rank.
-    with start("resume", str(run), **variables) as process:
+    with start_here("resume", str(run), **variables) as process:
         wait_for("eight more steps", lambda: last_step(run) >= stopped_at + 8)
         ranks_of(run)[1].send_signal(signal.SIGKILL)
         process.communicate(timeout=120)
