@@ -22,6 +22,7 @@ from wandb_server import KEY, FakeWandb, fake_wandb
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_events, read_metrics
+from launcher.tracking.wandb import session
 
 pytestmark = pytest.mark.rest
 
@@ -215,6 +216,19 @@ def test_a_killed_wandb_process_is_restarted(make_plan: PlanMaker, server: FakeW
         upload(run_dir, server)
     assert server.run().steps == list(range(1, 20))
     assert server.run().exits[-1:] == [0]
+
+
+def test_the_exit_code_of_wandbs_process_ends_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Depending on timing, wandb.teardown() raises SystemExit for a killed process, or an error of the connection."""
+    raised = iter([SystemExit(-9), ConnectionResetError()])
+
+    def teardown(**_: int) -> None:
+        raise next(raised)
+
+    monkeypatch.setattr("wandb.teardown", teardown)
+    session.leave_core()
+    session.leave_core()
+    assert next(raised, None) is None
 
 
 def test_offline_attempts_are_uploaded_as_one_run(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:

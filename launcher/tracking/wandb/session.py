@@ -138,8 +138,7 @@ class Session:
             )
         except Exception as error:  # W&B raises far more than wandb.Error here.
             # Its process keeps the id of a failed start, and another start in this process would find it in use.
-            with suppress(Exception):
-                wandb.teardown(exit_code=1)
+            leave_core()
             # They are empty but would count as a session's files.
             for folder in folders(run, plan.wandb_id):
                 if folder not in before:
@@ -283,7 +282,7 @@ class Session:
 
         Raises:
             TimeoutError: if that takes longer than FINISH_TIMEOUT_S.
-            RuntimeError: if W&B has stopped uploading.
+            RuntimeError: if W&B has stopped uploading, or its process ended with an error.
         """
         self._run.summary.update({**self._lowest.summary, "state": state})
         if state == "preempted":
@@ -294,7 +293,10 @@ class Session:
             self._run.finish(exit_code=_EXIT_CODES.get(state, 1))
         finally:
             # Files are complete once its process has ended; the end of the job would kill it.
-            wandb.teardown()
+            try:
+                wandb.teardown()
+            except SystemExit as end:
+                raise RuntimeError(f"W&B's process ended with exit code {end.code}") from None
         if reason := self.upload_failure():
             raise RuntimeError(reason)
         if not self.offline:
@@ -307,6 +309,17 @@ class Session:
         except OSError:
             return ""
         return match[1] if match else ""
+
+
+def leave_core() -> None:
+    """Disconnect from W&B's process, which may have ended, so that the next session starts another.
+
+    If that process ended with an error, W&B ends the calling thread (SystemExit), without a message.
+    """
+    import wandb
+
+    with suppress(Exception, SystemExit):
+        wandb.teardown(exit_code=1)
 
 
 def core_processes() -> list[psutil.Process]:

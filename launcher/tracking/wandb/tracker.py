@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -218,7 +217,8 @@ class WandbTracker:
     def _work(self) -> None:
         try:
             self._serve()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            # SystemExit would end the thread without a message.
             self._failure = f"{type(error).__name__}: {error}"
             self._note_once("alert", f"W&B tracking failed and is off for this attempt: {self._failure}")
 
@@ -287,11 +287,7 @@ class WandbTracker:
                 return
             self._note_once("alert", f"W&B's process failed: {type(error).__name__}: {error}; the launcher restarts it")
             _kill_core()
-            import wandb
-
-            # It waits for the process that is gone.
-            with suppress(Exception):
-                wandb.teardown(exit_code=1)
+            wandb_session.leave_core()
             self._session = None
             if call.step is None:
                 self._kept.append(call)
