@@ -104,8 +104,8 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
     def trains(attempt: int) -> None:
         wait_for(f"steps of attempt {attempt}", lambda: attempt in attempts_with_steps(run), DEADLINE_S)
 
-    # Start the second machine before the first.
-    other = machines(1, *words, step_s=SLOW_S)
+    # Start the second machine before the first, and its processes as a user does.
+    other = machines(1, *words, wrapper=("env",), step_s=SLOW_S)
     time.sleep(2)
     head = machines(0, *words, step_s=SLOW_S)
     trains(1)

@@ -17,6 +17,7 @@ from launcher.data.cache.cache_store import read_report
 from launcher.data.cache.split import Split
 from launcher.data.row_order import RowOrder
 from launcher.data.sources.origins import DocumentOrigins
+from launcher.data.tokenization.encoder import import_tokenizers_without_torch
 from launcher.errors import LauncherError, RunError
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
@@ -109,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--ranks", type=int)
     chosen = parser.parse_args(argv)
     plan_path = chosen.plan.absolute()
+    if chosen.no_scores:
+        import_tokenizers_without_torch()
 
     def describe(on_progress: Progress) -> dict[str, Any]:
         plan, run = LaunchPlan.load(plan_path), RunDir.of_plan(plan_path)
