@@ -362,11 +362,12 @@ class _Worker:
         environment.setdefault("GLOO_SOCKET_IFNAME", endpoint.interface)
         # NCCL treats a bare name as a prefix.
         environment.setdefault("NCCL_SOCKET_IFNAME", f"={endpoint.interface}")
-        return {**environment, **section.env}
+        return environment
 
 
 def _sidecar_environment(plan: LaunchPlan, orders: Train) -> dict[str, str]:
-    return {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
+    environment = {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
+    return {**environment, **find_usable_caches(environment)}
 
 
 def _find_failure(
@@ -386,14 +387,14 @@ def _find_failure(
 def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that all ranks of this node share, including those from the driver."""
     cores = len(os.sched_getaffinity(0))
-    return {
-        **allocator_defaults({**os.environ, **from_driver}, plan.topology.device),
+    environment = {
         **os.environ,
         **from_driver,
-        **find_usable_caches({**os.environ, **from_driver}),
         # Ray sets this to the number of CPUs that the actor requested, which is low or zero.
         "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
         "PYTHONPATH": detached_process.build_pythonpath(RunDir(Path(plan.run_dir)).code, os.environ),
         "PYTHONSAFEPATH": "1",
         **RaySection.of(plan.config.cluster).env,
     }
+    # cluster.env, too, may name a folder for compiled code in which others can write.
+    return {**allocator_defaults(environment, plan.topology.device), **environment, **find_usable_caches(environment)}

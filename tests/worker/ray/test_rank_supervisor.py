@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fake_workers import FakeWorkers
+from file_owners import MALLORY, as_root, give
 
 from launcher import json_records, run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
@@ -21,6 +23,8 @@ from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ray import node_checks, rank_supervisor
 from launcher.worker.ray.coordinator_actor import CoordinatorLost, call_coordinator
 from launcher.worker.ray.messages import Assignment, BeatReply, Check, RankResult, RankSign, Train, Verdict
+
+__all__ = ["as_root"]
 
 
 def assignment(run: RunDir, marker: str = "") -> Assignment:
@@ -166,3 +170,27 @@ def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monk
 
     monkeypatch.setattr(rank_supervisor, "_take_part", lose)
     rank_supervisor.supervise({"coordinator": None, "interface": None})
+
+
+def test_ranks_and_sidecars_load_no_code_from_folders_of_others_that_cluster_env_names(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_root: None
+) -> None:
+    """Every other backend sets these variables before its agent looks for such folders."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        own, others = Path(name) / "own", Path(name) / "others"
+        own.mkdir()
+        others.mkdir()
+        give(others)
+        assert others.stat().st_uid == MALLORY
+        env = {"TRITON_CACHE_DIR": str(others), "TORCH_EXTENSIONS_DIR": str(own), "NCCL_IB_HCA": "mlx5"}
+        plan = ray_plan(working_dir=str(tmp_path), workers=1, env=env)
+        orders, table = Train(assignment(RunDir(Path(plan.run_dir))), {}), SimpleNamespace(path="")
+        made: list[Mapping[str, str]] = [
+            rank_supervisor._node_environment(plan, {}),
+            Told(BeatReply())._rank_environment(plan, orders, tmp_path, cast(Any, table), cast(Any, table)),
+            rank_supervisor._sidecar_environment(plan, orders),
+        ]
+    for environment in made:
+        assert Path(environment["TRITON_CACHE_DIR"]).parent.parent == tmp_path
+        assert (environment["TORCH_EXTENSIONS_DIR"], environment["NCCL_IB_HCA"]) == (str(own), "mlx5")
