@@ -10,10 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from file_owners import MALLORY, as_root
+from file_owners import MALLORY, as_root, give
 
 from launcher import run_store
+from launcher.clusters.ray.storage import require_own_storage
 from launcher.config.sections.ray import RaySection
+from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.worker.ray import connection
 
@@ -69,3 +71,30 @@ def test_the_token_is_not_in_the_run_which_a_group_may_read(monkeypatch: pytest.
         assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     assert not token.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_ray_train_keeps_its_state_where_others_can_put_no_links(scheme: str) -> None:
+    """It empties `attempt-001/.validate_storage_marker` at the start of a run, whatever that leads to."""
+    with tempfile.TemporaryDirectory(dir="/tmp", suffix=" ") as name:
+        Path(name).chmod(0o755)
+        storage = Path(name) / "ray"
+        address = f"{scheme}{storage}".replace(" ", "%20" if scheme else " ")
+        require_own_storage(address)
+        attempt = storage / "attempt-001"
+        attempt.mkdir(parents=True)
+        require_own_storage(address)
+        for where, mode, others in ((storage, 0o1777, False), (attempt, 0o777, False), (attempt, 0o755, True)):
+            where.chmod(mode)
+            give(attempt, MALLORY if others else 0)
+            with pytest.raises(SubmitError, match="to a folder that only you can write to") as error:
+                require_own_storage(address)
+            assert error.value.problems[0].where == str(where)
+            where.chmod(0o755)
+        give(attempt, 0)
+        attempt.chmod(0o700)
+        # Ray's controller has the umask of the cluster.
+        (attempt / "checkpoint_manager_snapshot.json").touch()
+        (attempt / "checkpoint_manager_snapshot.json").chmod(0o666)
+        require_own_storage(address)

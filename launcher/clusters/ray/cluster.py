@@ -18,7 +18,7 @@ from launcher.clusters import detached_process, local
 from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.cgroups import limit_that_killed_agents
 from launcher.clusters.faults import InjectedFault
-from launcher.clusters.ray import auto_address, jobs
+from launcher.clusters.ray import auto_address, jobs, storage
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
@@ -71,6 +71,9 @@ class RayCluster:
             local.check_here(plan)
         else:
             require_usable(section)
+        if not section.is_http:
+            # The nodes of another cluster may have other folders under the same paths; the driver looks there.
+            storage.require_own_storage(section.storage_path)
 
     def preview(self, plan: LaunchPlan) -> str | None:
         return "\n".join(f"{label:<11}{value}" for label, value in _request(plan)) + "\n"

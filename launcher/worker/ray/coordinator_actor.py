@@ -44,6 +44,14 @@ class CoordinatorLost(Exception):
     """The coordinator's process has ended."""
 
 
+class CoordinatorProcess(Coordinator):
+    """The coordinator in its own process: only the run's user can access what it writes, whatever Ray's umask."""
+
+    def __init__(self, *arguments: Any) -> None:
+        os.umask(0o077)
+        super().__init__(*arguments)
+
+
 class CoordinatorActor:
     """Runs on the driver's node; workers call it through its `handle`.
 
@@ -75,7 +83,7 @@ class CoordinatorActor:
         import ray
 
         here, job = ray.get_runtime_context().get_node_id(), f"{os.uname().nodename}:{os.getpid()}"
-        actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Coordinator)
+        actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(CoordinatorProcess)
         self.handle = actor.remote(self._plan_path, self._number, job, self._draining_nodes, self._lost_nodes)
         ray.get(self.handle.set_environment.remote(self._environment), timeout=_CALL_S)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
+from launcher.clusters.ray.storage import require_own_storage
 from launcher.config.sections.ray import RaySection
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
@@ -129,6 +130,7 @@ class _Driver:
 
     def run(self) -> int:
         self._cancel_signals.install()
+        require_own_storage(self._section.storage_path)
         with connected(self._plan, self._run):
             self._cancel_signals.install()
             raylet = self._raylet = raylet_of_this_node()
