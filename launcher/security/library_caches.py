@@ -14,8 +14,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import Problem
@@ -39,7 +40,10 @@ _CACHES = (
 )
 # W&B settings there may name the server, so another folder could lead to a different server. One of others is refused elsewhere.
 _NOT_REPLACED = "WANDB_CONFIG_DIR"
-_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+_INDUCTOR, _EXTENSIONS = "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"
+# How many levels of a cache are checked, if more than one. Compilers keep each kernel in a folder of the first level, torch each
+# extension in files of the third, which it replaces.
+_LEVELS = {_EXTENSIONS: 3, "HF_XET_CACHE": 2, "WANDB_CACHE_DIR": 2, "WANDB_DATA_DIR": 2}
 # By default, these are in the temporary folder.
 _TEMPORARY_CACHES = (
     (_INDUCTOR, "XDG_CACHE_HOME", ".cache", "torchinductor"),
@@ -82,8 +86,7 @@ def find_usable_folders(variables: Sequence[str], environ: Mapping[str, str]) ->
     replaced = [
         variable
         for variable in variables
-        if first_problem_of_cache(f"what {variable} names", folders[variable], (), trust) is not None
-        or _is_closed(variable, folders[variable], environ)
+        if _problem(variable, folders[variable], trust) is not None or _is_closed(variable, folders[variable], environ)
     ]
     return _replacements(replaced)
 
@@ -104,11 +107,37 @@ def foreign_caches(environ: Mapping[str, str]) -> dict[str, Problem]:
     """Return why other users could have put code or links into a cache, keyed by the variable that names its folder."""
     trust = Trust.from_environ(environ)
     problems = {
-        variable: first_problem_of_cache(f"what {variable} names", folder, (), trust)
+        variable: _problem(variable, folder, trust)
         for variable, folder in cache_folders(environ).items()
         if variable != _NOT_REPLACED
     }
     return {variable: problem for variable, problem in problems.items() if problem is not None}
+
+
+def _problem(variable: str, folder: Path, trust: Trust) -> Problem | None:
+    """Return why other users could have put code or links into a cache, or None.
+
+    The launcher creates its folder closed to others. Other programs then create folders in it, perhaps with another umask.
+    """
+    content = _content(folder, _LEVELS.get(variable, 1), with_files=variable == _EXTENSIONS)
+    problem = first_problem_of_cache(f"what {variable} names", folder, content, trust)
+    if problem is None or folder not in Path(problem.where).parents:
+        return problem
+    return replace(problem, remedy=problem.remedy.replace(f"-w {problem.where}", f"-w -R {folder}"))
+
+
+def _content(folder: Path, num_levels: int, with_files: bool) -> Iterator[Path]:
+    """Yield the folders in a cache, and its files if they are requested, but no links."""
+    pending = [(os.fspath(folder), num_levels)]
+    while pending:
+        parent, levels = pending.pop()
+        with suppress(OSError), os.scandir(parent) as entries:
+            for entry in entries:
+                is_folder = entry.is_dir(follow_symlinks=False)
+                if is_folder or (with_files and entry.is_file(follow_symlinks=False)):
+                    yield Path(entry.path)
+                if is_folder and levels > 1:
+                    pending.append((entry.path, levels - 1))
 
 
 def cache_folders(environ: Mapping[str, str]) -> dict[str, Path]:

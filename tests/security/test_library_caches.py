@@ -145,6 +145,37 @@ def test_the_umask_does_not_open_the_folder_of_torch_to_others(tmp_path: Path, a
         assert alerts == []
 
 
+@pytest.mark.parametrize(
+    "variable, made",
+    [
+        ("TRITON_CACHE_DIR", ".triton/cache/HASH"),
+        ("TORCH_EXTENSIONS_DIR", ".cache/torch_extensions/py311_cpu/cpu_adam/cpu_adam.so"),
+        ("WANDB_CACHE_DIR", ".cache/wandb/artifacts/obj"),
+        ("HF_XET_CACHE", ".cache/huggingface/xet/logs"),
+    ],
+)
+def test_what_other_programs_make_in_a_cache_of_the_launcher_is_checked_too(variable: str, made: str, as_root: None) -> None:
+    """The launcher closes its umask, so the cache itself does not show that what is in it was made with umask 002."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        home, folder = Path(name), Path(name, made)
+        home.chmod(0o755)
+        environ = {"HOME": name}
+        cache = library_caches.cache_folders(environ)[variable]
+        for one in reversed([folder, *folder.parents][: len(Path(made).parts)]):
+            one.touch(0o644) if one.suffix == ".so" else one.mkdir(mode=0o755)
+        assert variable not in find_usable_caches(environ)
+        os.chown(folder, -1, TEAM)
+        folder.chmod(0o775)
+        alerts = list[str]()
+        assert Path(find_usable_caches(environ, alerts.append)[variable]).parent == library_caches.node_cache_root()
+        assert len(alerts) == 1
+        assert f"{folder.relative_to(cache)} can be written by the group" in alerts[0]
+        assert f"chmod g-w -R {cache};" in alerts[0]
+        # In a folder that only this user can enter, anything may have any mode.
+        cache.chmod(0o700)
+        assert variable not in find_usable_caches(environ)
+
+
 def test_an_upload_is_not_described_in_a_folder_of_others(tmp_path: Path, as_root: None) -> None:
     """Whoever can write to Xet's folder can exchange what a push registers as the content of the model's files."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
