@@ -12,9 +12,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import DataError, Problem
+from launcher.security import ownership
 from launcher.security.library_caches import XET, find_usable_folders
 from launcher.security.port_owners import server_problem
 
@@ -28,6 +30,8 @@ _MAX_JSON_BYTES, _MAX_JSON_S = 256 << 20, 300.0
 # The client waits for as long as one of these headers says.
 _WAITS, _MAX_WAIT_S = ("Retry-After", "RateLimit"), 600
 _ENDPOINT = "HF_ENDPOINT"
+# Nobody can create a file there.
+_NO_FILE = f"{os.devnull}/none"
 _REMEDY = "set HF_ENDPOINT to a server that you trust, or unset it for huggingface.co"
 
 
@@ -55,6 +59,11 @@ def guard_hub_client() -> None:
     set_client_factory(make_guarded_client)
     # Commands have the user's environment; that of a worker process already names a usable folder.
     os.environ.update(find_usable_folders(XET, os.environ))
+    # The client renews the token of a login and writes all logins, with their names. Others could choose the names, and put links
+    # in place of these files. Without the second one, a token is used, but not renewed.
+    files = map(Path, (constants.HF_TOKEN_PATH, constants.HF_STORED_TOKENS_PATH))
+    if any(ownership.file_problem("the login at the Hub", file, may_be_hidden=True) for file in files):
+        constants.HF_STORED_TOKENS_PATH = _NO_FILE
     # For its telemetry, the client writes a list to a file of a known name in HF_HOME, where others may have put a link.
     constants.HF_HUB_DISABLE_TELEMETRY = True
 

@@ -6,17 +6,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from file_owners import MALLORY, as_root, give
 from http_server import serving
+from huggingface_hub import constants, get_token
+from huggingface_hub.utils import _auth, _http
 
 from launcher.errors import DataError
 from launcher.security import hub_answers
 from launcher.security.hub_answers import leads_outside
+
+__all__ = ["as_root"]
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -177,3 +183,38 @@ def test_names_that_lead_out_of_a_folder(name: str) -> None:
 @pytest.mark.parametrize("name", ["", COMMIT, '"5f3-abc:1"', 'W/"a+b/c=="', '"a..b"', "v1.0"])
 def test_names_of_storage(name: str) -> None:
     assert not leads_outside(name)
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o755])
+def test_no_token_is_written_where_others_could_put_a_link(monkeypatch: pytest.MonkeyPatch, mode: int) -> None:
+    """The client renews the token of a login that is about to expire, and writes all logins through links, with the names that
+    the file had before: in a shared HF_HOME, another user's login became this user's `.bash_profile`."""
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(_http, "_GLOBAL_CLIENT_FACTORY", _http._GLOBAL_CLIENT_FACTORY)
+    monkeypatch.setattr(_auth, "_OAUTH_REFRESH_CACHE", None)
+    monkeypatch.setenv("HF_XET_CACHE", "")
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        token, logins, own = Path(name, "hub/token"), Path(name, "hub/stored_tokens"), Path(name, "own")
+        token.parent.mkdir()
+        token.write_text("hf_old")
+        logins.write_text("[$(code)]\nhf_token = hf_old\nrefresh_token = r\nexpires_at = 1\n")
+        own.touch()
+        Path(name).chmod(0o755)
+        token.parent.chmod(mode)
+        if mode != 0o755:
+            for file in (token, logins):
+                give(file, MALLORY)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(token))
+        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(logins))
+
+        def renew(_: str) -> dict[str, str]:
+            logins.unlink()
+            logins.symlink_to(own)
+            return {"access_token": "hf_new"}
+
+        monkeypatch.setattr(_auth, "refresh_access_token", renew)
+        hub_answers.guard_hub_client.__wrapped__()
+        assert get_token() == ("hf_new" if mode == 0o755 else "hf_old")
+        assert own.read_text().startswith("[$(code)]") is (mode == 0o755), "the client does not do that any more"
