@@ -43,7 +43,7 @@ _VARIABLES = {
 _SETTINGS = ("FSSPEC_CONFIG_DIR",)
 _FILES = {
     **dict.fromkeys(_S3, ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")),
-    **dict.fromkeys(_GOOGLE, ("GOOGLE_APPLICATION_CREDENTIALS",)),
+    **dict.fromkeys(_GOOGLE, ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG")),
 }
 # fsspec's settings (FSSPEC_OSS_ENDPOINT=...) that name a server; those of one protocol hold for its other names.
 _OPTIONS = ("endpoint_url", "endpoint", "account_host", "connection_string")

@@ -180,13 +180,19 @@ def test_settings_of_a_client_that_another_user_could_write_run_nothing(tmp_path
 
 
 @pytest.mark.usefixtures("as_root")
-def test_another_users_file_for_google_does_not_choose_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variable", ["GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"])
+def test_another_users_file_for_google_does_not_choose_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
     """An external_account names a file of the reader, such as an ssh key, and the server to which its content is sent."""
-    file = tmp_path / "credentials.json"
+    file = tmp_path / "application_default_credentials.json"
     file.write_text("{}")
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    named = file if variable == "GOOGLE_APPLICATION_CREDENTIALS" else tmp_path
+    tmp_path.chmod(0o755)
+    monkeypatch.setenv(variable, str(named))
     assert listener_problem("data.path", "gs://bucket/rows.jsonl") is None
     give(file)
     problem = listener_problem("data.path", "simplecache::gs://bucket/rows.jsonl")
     assert problem is not None
-    assert f"what GOOGLE_APPLICATION_CREDENTIALS names is not trusted: {file} belongs to {MALLORY}" in problem.message
+    assert f"what {variable} names is not trusted: " in problem.message
+    assert problem.message.endswith(f"{file.relative_to(named) if named != file else file} belongs to {MALLORY}")
