@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Mapping
 from pathlib import Path
 
+from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.evaluation import EvalSet
 from launcher.data import row_layout, sources
@@ -120,6 +121,7 @@ def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None
 
 
 def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress, num_embeddings: int | None) -> None:
+    collect_garbage_rarely()
     spool = row_layout.TokenSpool(folder)
     corpus = read_corpus(data, tokenizer_path, spool, on_progress)
     docs, pieces = corpus.docs, corpus.pieces

@@ -1,5 +1,5 @@
 """The processes of a run: they are started by other processes, as `python -m launcher.worker.NAME`."""
 
-from launcher import collect_garbage_rarely
+from launcher import end_without_garbage_collection
 
-collect_garbage_rarely()
+end_without_garbage_collection()

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher import json_records, run_store
+from launcher import collect_garbage_rarely, json_records, run_store
 from launcher.checkpoint import store as checkpoints
 from launcher.clusters import detached_process, network
 from launcher.clusters.cgroups import LimitEvents, record_limits
@@ -79,6 +79,7 @@ class NodeAgent:
             print(f"{network.node_name()} does not see the run directory: {error}", file=sys.stderr)
             return None
         started_at = time.time()
+        collect_garbage_rarely()
         ranks = RankProcesses()
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
         os.environ.update(find_usable_caches(os.environ, partial(append_event, RunDir(Path(plan.run_dir)), attempt, "alert")))
