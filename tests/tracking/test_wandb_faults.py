@@ -22,7 +22,7 @@ from wandb_server import KEY, FakeWandb, fake_wandb
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_events, read_metrics
-from launcher.tracking.wandb import session
+from launcher.tracking.wandb import core_process
 
 pytestmark = pytest.mark.rest
 
@@ -226,8 +226,8 @@ def test_the_exit_code_of_wandbs_process_ends_no_thread(monkeypatch: pytest.Monk
         raise next(raised)
 
     monkeypatch.setattr("wandb.teardown", teardown)
-    session.leave_core()
-    session.leave_core()
+    core_process.leave()
+    core_process.leave()
     assert next(raised, None) is None
 
 

@@ -20,8 +20,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -31,6 +29,7 @@ from launcher.shell_commands import shell_command
 from launcher.tracking import metrics as metrics_table
 from launcher.tracking.jsonl import NON_METRIC_FIELDS, continued_lines, iter_lines, merge_steps
 from launcher.tracking.metrics import STEP
+from launcher.tracking.wandb import core_process
 from launcher.tracking.wandb.steps import offsets, returns
 
 INIT_TIMEOUT_S = 30.0
@@ -138,7 +137,7 @@ class Session:
             )
         except Exception as error:  # W&B raises far more than wandb.Error here.
             # Its process keeps the id of a failed start, and another start in this process would find it in use.
-            leave_core()
+            core_process.leave()
             # They are empty but would count as a session's files.
             for folder in folders(run, plan.wandb_id):
                 if folder not in before:
@@ -146,7 +145,7 @@ class Session:
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             kind = ConfigError if _is_refusal(error) else Unreachable
             raise _cannot_start(reason, "check the login and tracking.*, or set tracking.mode=offline", kind) from error
-        self._core = next(iter(core_processes()), None)
+        self._core = next(iter(core_process.running()), None)
         self.offline = bool(self._run.offline)
         self.url = None if self.offline else self._run.url
         self.folder = Path(self._run.dir).parent
@@ -173,7 +172,7 @@ class Session:
         Raises:
             RuntimeError: if it has ended.
         """
-        if self._core is not None and not _is_running(self._core):
+        if self._core is not None and not core_process.is_running(self._core):
             raise RuntimeError(f"process {self._core.pid} has ended")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -309,30 +308,6 @@ class Session:
         except OSError:
             return ""
         return match[1] if match else ""
-
-
-def leave_core() -> None:
-    """Disconnect from W&B's process, which may have ended, so that the next session starts another.
-
-    If that process ended with an error, W&B ends the calling thread (SystemExit), without a message.
-    """
-    import wandb
-
-    with suppress(Exception, SystemExit):
-        wandb.teardown(exit_code=1)
-
-
-def core_processes() -> list[psutil.Process]:
-    """Return the running children of this process that are W&B's: the programs named wandb-core."""
-    return [child for child in psutil.Process().children() if _is_running(child) and child.name().startswith("wandb-core")]
-
-
-def _is_running(process: psutil.Process) -> bool:
-    try:
-        # A zombie has ended; W&B has not asked for its exit code yet.
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _leave_out_slurm_credentials() -> None:

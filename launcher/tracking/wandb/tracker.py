@@ -17,7 +17,7 @@ from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
-from launcher.tracking.wandb import local_settings
+from launcher.tracking.wandb import core_process, local_settings
 from launcher.tracking.wandb import session as wandb_session
 from launcher.tracking.wandb.session import CheckpointReference, Session, Unreachable
 from launcher.tracking.wandb.steps import returns
@@ -287,7 +287,7 @@ class WandbTracker:
                 return
             self._note_once("alert", f"W&B's process failed: {type(error).__name__}: {error}; the launcher restarts it")
             _kill_core()
-            wandb_session.leave_core()
+            core_process.leave()
             self._session = None
             if call.step is None:
                 self._kept.append(call)
@@ -351,5 +351,5 @@ def _start(target: Callable[[], None], name: str) -> threading.Thread:
 
 
 def _kill_core() -> None:
-    for process in wandb_session.core_processes():
+    for process in core_process.running():
         process.kill()
