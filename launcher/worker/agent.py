@@ -80,7 +80,7 @@ class NodeAgent:
             return None
         started_at = time.time()
         collect_garbage_rarely()
-        ranks = RankProcesses()
+        ranks = RankProcesses(Path(plan.run_dir))
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
         os.environ.update(find_usable_caches(os.environ, partial(append_event, RunDir(Path(plan.run_dir)), attempt, "alert")))
         cores = len(os.sched_getaffinity(0))

@@ -30,6 +30,8 @@ def test_two_interrupts_and_a_non_finite_loss_end_a_run(train_here: Launch, star
         *SETTINGS, "checkpoint.save_every=1", "checkpoint.keep_last=3", f"run.root={runs}", "run.name=disturbed"
     ) as process:
         wait_for("three checkpoints", lambda: last_step(run) >= 4)
+        # Files that a library writes into the working directory belong to the run.
+        assert {rank.cwd() for rank in ranks_of(run)} == {str(run)}
         # A suspended rank never completes its step, so only the kill can end this run.
         ranks_of(run)[1].send_signal(signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
