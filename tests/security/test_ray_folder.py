@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import subprocess
 import tempfile
@@ -82,8 +83,19 @@ def test_ray_train_keeps_its_state_where_others_can_put_no_links(scheme: str) ->
         storage = Path(name) / "ray"
         address = f"{scheme}{storage}".replace(" ", "%20" if scheme else " ")
         require_own_storage(address)
+        # Others could create it first, but not replace it.
+        Path(name).chmod(0o1777)
+        with pytest.raises(SubmitError, match="create it first: mkdir -p -m 700 ") as missing:
+            require_own_storage(address)
+        assert missing.value.problems[0].where == name
+        subprocess.run(shlex.split(missing.value.problems[0].remedy.partition(": ")[2]), check=True)
+        require_own_storage(address)
+        Path(name).chmod(0o777)
+        with pytest.raises(SubmitError, match="to a folder that only you can write to"):
+            require_own_storage(address)
+        Path(name).chmod(0o755)
         attempt = storage / "attempt-001"
-        attempt.mkdir(parents=True)
+        attempt.mkdir()
         require_own_storage(address)
         for where, mode, others in ((storage, 0o1777, False), (attempt, 0o777, False), (attempt, 0o755, True)):
             where.chmod(mode)

@@ -13,9 +13,11 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from launcher.errors import Problem, SubmitError
 from launcher.security import ownership
-from launcher.security.permissions import tree
+from launcher.security.permissions import first_problem_above, tree
 from launcher.security.port_owners import IS_STORAGE, server_problem
 from launcher.security.storage_addresses import listener_problem
+from launcher.security.trust import Trust
+from launcher.shell_commands import shell_command
 
 _SETTING = "cluster.storage_path"
 # What names a server to pyarrow, through which Ray Train writes: parts of the address, and variables.
@@ -50,8 +52,14 @@ def _problems(storage_path: str) -> Iterator[Problem | None]:
 
 
 def _folder_problem(folder: Path, content: Iterator[Path] | tuple[()]) -> Problem | None:
-    problem = ownership.folder_problem("Ray Train's storage", folder, content, may_be_hidden=True)
-    return problem and replace(problem, remedy=f"set {_SETTING} to a folder that only you can write to; or {problem.remedy}")
+    subject, trust = "Ray Train's storage", Trust.from_environ(os.environ)
+    problem = ownership.folder_problem(subject, folder, content, may_be_hidden=True)
+    if problem is None:
+        return None
+    if not os.path.lexists(folder) and first_problem_above(subject, folder, trust, may_be_hidden=True) is None:
+        # In a sticky folder such as /tmp, others can create it first, but cannot replace it.
+        return replace(problem, remedy=f"create it first: {shell_command('mkdir', '-p', '-m', '700', folder)}")
+    return replace(problem, remedy=f"set {_SETTING} to a folder that only you can write to; or {problem.remedy}")
 
 
 def _servers(parts: SplitResult) -> Iterator[tuple[str, str]]:
