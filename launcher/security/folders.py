@@ -33,10 +33,13 @@ def private_files() -> Iterator[None]:
 def closed_umask() -> int:
     """Return this process's umask, extended so that distrusted users cannot write to what is created with it.
 
-    Libraries create their caches as the umask says, use them at once, and follow links in them.
+    Libraries create their caches as the umask says, use them at once, and follow links in them. If LAUNCHER_TRUST_OWNERS names
+    an owner that this machine does not know, nobody is trusted; what depends on the owners reports the name.
     """
-    trust, mask = Trust.from_environ(os.environ), os.umask(0o077)
+    trust, mask = Trust(frozenset()), os.umask(0o077)
     os.umask(mask)
+    with suppress(ConfigError):
+        trust = Trust.from_environ(os.environ)
     if trust.anyone:
         return mask
     return mask | (stat.S_IWOTH if trust.gids else stat.S_IWGRP | stat.S_IWOTH)
@@ -44,11 +47,7 @@ def closed_umask() -> int:
 
 @contextmanager
 def closed_files() -> Iterator[None]:
-    """Keep distrusted users from writing to what this process and its children create, whatever the umask; see `closed_umask`.
-
-    Raises:
-        ConfigError: for owners in LAUNCHER_TRUST_OWNERS that this machine does not know.
-    """
+    """Keep distrusted users from writing to what this process and its children create, whatever the umask; see `closed_umask`."""
     mask = os.umask(closed_umask())
     try:
         yield

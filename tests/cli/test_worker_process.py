@@ -45,3 +45,17 @@ def test_the_umask_does_not_open_what_a_command_creates_to_others(monkeypatch: p
     assert umask_of_command(0o002, f"group:{os.getgid()}") == "0o2"
     assert umask_of_command(0o077, "") == "0o77"
     assert umask_of_command(0o000, "anyone") == "0o0"
+
+
+def test_an_unknown_owner_stops_no_command_that_needs_no_owners(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same shell settings may be used on another machine; there, `--help` and `config` still work."""
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "no-such-user")
+    mask = os.umask(0o002)
+    try:
+        monkeypatch.setattr(schema, "run", lambda *_: os.umask(0o077))
+        assert main(["schema"]) == 0o022
+    finally:
+        os.umask(mask)
+    assert capsys.readouterr().err == ""
