@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -229,6 +230,17 @@ def test_the_exit_code_of_wandbs_process_ends_no_thread(monkeypatch: pytest.Monk
     core_process.leave()
     core_process.leave()
     assert next(raised, None) is None
+
+
+def test_a_child_that_ends_during_the_search_for_wandbs_process_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compilers, for example, are short-lived children of a rank. An error would end tracking for the rest of the attempt."""
+
+    def name() -> str:
+        raise psutil.NoSuchProcess(1)
+
+    child = SimpleNamespace(is_running=lambda: True, status=lambda: psutil.STATUS_RUNNING, name=name)
+    monkeypatch.setattr(psutil.Process, "children", lambda _: [child])
+    assert core_process.running() == []
 
 
 def test_offline_attempts_are_uploaded_as_one_run(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:

@@ -8,19 +8,23 @@ import psutil
 
 
 def leave() -> None:
-    """Disconnect from W&B's process, which may have ended, so that the next session starts another.
-
-    If that process ended with an error, W&B ends the calling thread (SystemExit), without a message.
-    """
+    """Disconnect from W&B's process, which may have ended, so that the next session starts another."""
     import wandb
 
+    # If the process ended with an error, W&B calls sys.exit(), which would end this thread without a message.
     with suppress(Exception, SystemExit):
         wandb.teardown(exit_code=1)
 
 
 def running() -> list[psutil.Process]:
     """Return the running children of this process that are W&B's: the programs named wandb-core."""
-    return [child for child in psutil.Process().children() if is_running(child) and child.name().startswith("wandb-core")]
+    processes = list[psutil.Process]()
+    for child in psutil.Process().children():
+        # Other children may end at any time.
+        with suppress(psutil.NoSuchProcess):
+            if is_running(child) and child.name().startswith("wandb-core"):
+                processes.append(child)
+    return processes
 
 
 def is_running(process: psutil.Process) -> bool:
