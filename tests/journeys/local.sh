@@ -30,8 +30,10 @@ step "logs" launcher logs first
 step "report" launcher report first --html report.html
 step "dashboard, shown" launcher dashboard first --dry-run
 says "Launcher: first"
-step "why a step" launcher why first 12 --no-scores
+step "why a step" env PYTHONPROFILEIMPORTTIME=1 launcher why first 12 --no-scores
 says "chats.jsonl:"
+grep -qE '\| +transformers$' output || fail "the output lacks the imports"
+! grep -qE '\| +torch$' output || fail "a tokenizer is loaded with torch"
 step "documents by their losses" launcher data --scored first --split held_out
 says "likely mislabeled"
 step "drift" launcher drift first chats.jsonl --no-likelihood
