@@ -23,7 +23,7 @@ from wandb_server import KEY, FakeWandb, fake_wandb
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_events, read_metrics
-from launcher.tracking.wandb import core_process
+from launcher.tracking.wandb import core_process, session, tracker
 
 pytestmark = pytest.mark.rest
 
@@ -219,16 +219,29 @@ def test_a_killed_wandb_process_is_restarted(make_plan: PlanMaker, server: FakeW
     assert server.run().exits[-1:] == [0]
 
 
-def test_the_exit_code_of_wandbs_process_ends_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exit_code_of_wandbs_process_ends_no_thread_without_a_message(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Depending on timing, wandb.teardown() raises SystemExit for a killed process, or an error of the connection."""
-    raised = iter([SystemExit(-9), ConnectionResetError()])
+    raised = iter([SystemExit(-9), ConnectionResetError(), SystemExit(-9), SystemExit(-9)])
 
-    def teardown(**_: int) -> None:
+    def teardown(*_: object, **__: int) -> None:
         raise next(raised)
 
     monkeypatch.setattr("wandb.teardown", teardown)
     core_process.leave()
     core_process.leave()
+    ended = object.__new__(session.Session)
+    ended._lowest, ended._run = session.LowestValues(), SimpleNamespace(summary={}, finish=lambda **_: None)
+    with pytest.raises(RuntimeError, match="W&B's process ended with exit code -9"):
+        ended.finish("completed")
+    monkeypatch.setattr(tracker.WandbTracker, "_serve", teardown)
+    notes: list[str] = []
+    tracking = tracker.WandbTracker(
+        make_plan(mode="offline"), run_dir, send_event=lambda _, text, **__: notes.append(text), on_stop=lambda: None
+    )
+    tracking.finish("completed")
+    assert notes[0] == "W&B tracking failed and is off for this attempt: SystemExit: -9"
     assert next(raised, None) is None
 
 
@@ -241,6 +254,37 @@ def test_a_child_that_ends_during_the_search_for_wandbs_process_does_no_harm(mon
     child = SimpleNamespace(is_running=lambda: True, status=lambda: psutil.STATUS_RUNNING, name=name)
     monkeypatch.setattr(psutil.Process, "children", lambda _: [child])
     assert core_process.running() == []
+
+
+def test_a_wandb_process_that_always_ends_is_not_restarted_without_pause(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example, the system kills it for lack of memory. Every start takes a second of CPU time from the ranks."""
+    num_starts = count()
+
+    class Failing:
+        offline, url = True, None
+
+        def __init__(self, *_: object, **__: object) -> None:
+            next(num_starts)
+
+        def require_core(self) -> None:
+            raise RuntimeError("process 1 has ended")
+
+    monkeypatch.setattr(tracker, "Session", Failing)
+    monkeypatch.setattr(tracker, "_kill_core", lambda: None)
+    monkeypatch.setattr(core_process, "leave", lambda: None)
+    notes: list[str] = []
+    tracking = tracker.WandbTracker(
+        make_plan(mode="offline"), run_dir, send_event=lambda _, text, **__: notes.append(text), on_stop=lambda: None
+    )
+    for text in ("first", "second", "third"):
+        tracking.event("alert", text, 1)
+    tracking.finish("completed")
+    # One more at the end, when files are written.
+    assert next(num_starts) == tracker._MAX_FAILURES + 1
+    assert len(tracking._kept) == 3 + 2, "no call is lost: the alerts, the missing steps and the end"
+    assert len([note for note in notes if "the launcher restarts it" in note]) == 1
 
 
 def test_offline_attempts_are_uploaded_as_one_run(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:

@@ -29,6 +29,8 @@ EXPORT_GRACE_S = 60.0
 _EXPORT_BYTES_PER_S = 20e6
 # Interval between attempts to reach W&B, and between checks that it still uploads.
 RETRY_S = 60.0
+# Number of times that W&B's process may fail within RETRY_S before the next restart waits for RETRY_S.
+_MAX_FAILURES = 5
 # Interval at which rows of short steps are sent: a batch halves the cost of a row, and W&B uploads less often.
 SEND_EVERY_S = 5.0
 # Age of a queued call at which an alert is sent.
@@ -78,6 +80,7 @@ class WandbTracker:
         self._kept: deque[_Call] = deque(maxlen=_MOST_ARTIFACTS)
         self._session: Session | None = None
         self._next_try = self._next_check = 0.0
+        self._failed_at: deque[float] = deque(maxlen=_MAX_FAILURES)
         self._refused = False
         self._failure = ""
         self._last_step = -1
@@ -272,9 +275,10 @@ class WandbTracker:
         command = wandb_session.sync_command(self._run, self._plan.wandb_id, session) if session.offline else None
         where = f"see it at {session.url}" if session.url else "offline"
         self._note_once("info", f"Weights & Biases: {where}", url=session.url, sync_command=command)
-        while self._kept:
+        # A call that fails starts another session, or waits for one.
+        while self._kept and self._session is session:
             self._execute(session, self._kept.popleft())
-        return session
+        return self._session
 
     def _execute(self, session: Session, call: _Call) -> None:
         if call.behind:
@@ -291,6 +295,9 @@ class WandbTracker:
             self._session = None
             if call.step is None:
                 self._kept.append(call)
+            self._failed_at.append(time.monotonic())
+            if len(self._failed_at) == _MAX_FAILURES and self._failed_at[-1] - self._failed_at[0] < RETRY_S:
+                self._next_try = self._failed_at[-1] + RETRY_S
             self._start_session()
 
     def _check_upload(self, session: Session) -> None:
