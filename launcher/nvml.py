@@ -9,6 +9,7 @@ the package.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -24,6 +25,13 @@ DEADLINE_S = 20.0
 # If the driver is loaded, one of these files exists; the last two belong to WSL and its kernel module.
 _DRIVER_FILES = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
 _NAN = math.nan
+# Bits of NVML's clocks event reasons (nvml.h) that never belong to normal operation.
+_SLOWDOWNS = {0x20: "thermal limit of the driver", 0x40: "thermal limit of the hardware", 0x80: "power brake"}
+# The hardware limits the clocks, for a reason of its own that older drivers do not report.
+_HARDWARE_SLOWDOWN, _OTHER_SLOWDOWN = 0x08, "limit of the hardware"
+# NVML's states of an NVLink fabric. A fabric that has completed its start with an error counts as failed.
+FABRIC_STARTING, FABRIC_READY, FABRIC_FAILED = 2, 3, -1
+FABRIC_STATES = {1: "not started", FABRIC_STARTING: "still starting", FABRIC_READY: "ready", FABRIC_FAILED: "failed"}
 
 
 class NvmlError(Exception):
@@ -40,6 +48,10 @@ class GpuInfo:
         memory_gib: installed memory; None if the driver does not report it.
         free_gib: memory that no process holds; None if the driver does not report it.
         ecc_errors: uncorrected memory errors since the last reset; None on GPUs without ECC.
+        pcie_lanes, most_pcie_lanes: lanes that its PCIe link uses, and that GPU and slot both have; None if not reported.
+        slowdowns: why the hardware or the driver lowers its clocks; power limits under load are not among the reasons.
+        fabric: state of its NVLink fabric, a key of FABRIC_STATES; None without NVSwitches, or if the driver is too old.
+        is_fabric_degraded: whether the fabric has less bandwidth than it should.
     """
 
     uuid: str
@@ -48,6 +60,11 @@ class GpuInfo:
     memory_gib: float | None = None
     ecc_errors: int | None = None
     free_gib: float | None = None
+    pcie_lanes: int | None = None
+    most_pcie_lanes: int | None = None
+    slowdowns: tuple[str, ...] = ()
+    fabric: int | None = None
+    is_fabric_degraded: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ def list_gpus(deadline_s: float = DEADLINE_S) -> list[GpuInfo]:
     Raises:
         NvmlError: if the driver is missing, fails, does not answer within the deadline, or lacks a named GPU.
     """
-    return [GpuInfo(**row) for row in _ask("gpus", deadline_s)]
+    return [GpuInfo(**{**row, "slowdowns": tuple(row["slowdowns"])}) for row in _ask("gpus", deadline_s)]
 
 
 def list_processes(deadline_s: float = DEADLINE_S) -> list[GpuProcess]:
@@ -277,6 +294,7 @@ def _handle_of(nvml: Any, name: str, handles: list[Any]) -> Any:
 def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
     kinds = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
     pci, memory = _or_none(nvml, nvml.nvmlDeviceGetPciInfo, handle), _or_none(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+    fabric, is_degraded = _read_fabric(nvml, handle)
     return GpuInfo(
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
         name=_text(nvml.nvmlDeviceGetName(handle)),
@@ -284,7 +302,28 @@ def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
         memory_gib=None if memory is None else memory.total / 2**30,
         ecc_errors=_or_none(nvml, nvml.nvmlDeviceGetTotalEccErrors, handle, *kinds),
         free_gib=None if memory is None else memory.free / 2**30,
+        pcie_lanes=_or_none(nvml, nvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
+        most_pcie_lanes=_or_none(nvml, nvml.nvmlDeviceGetMaxPcieLinkWidth, handle),
+        slowdowns=_read_slowdowns(nvml, handle),
+        fabric=fabric,
+        is_fabric_degraded=is_degraded,
     )
+
+
+def _read_slowdowns(nvml: Any, handle: Any) -> tuple[str, ...]:
+    bits = _or_none(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0
+    reasons = tuple(reason for bit, reason in _SLOWDOWNS.items() if bits & bit)
+    return reasons or ((_OTHER_SLOWDOWN,) if bits & _HARDWARE_SLOWDOWN else ())
+
+
+def _read_fabric(nvml: Any, handle: Any) -> tuple[int | None, bool]:
+    """Return the state of a GPU's NVLink fabric, None if it has none, and whether the fabric's bandwidth is degraded."""
+    info = nvml.c_nvmlGpuFabricInfoV_t()
+    if _or_none(nvml, nvml.nvmlDeviceGetGpuFabricInfoV, handle, ctypes.byref(info)) is None or info.state not in FABRIC_STATES:
+        return None, False
+    state = FABRIC_FAILED if info.state == FABRIC_READY and info.status else info.state
+    # The two lowest bits: 0 if the driver does not know, 1 if degraded, 2 if not (nvml.h).
+    return state, info.healthMask & 0b11 == 1
 
 
 def _read_driver(nvml: Any) -> DriverInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,12 @@ class NVMLError_NoPermission(NVMLError):
     pass
 
 
+class FabricInfo(ctypes.Structure):
+    """The fields of pynvml's c_nvmlGpuFabricInfoV_t that the launcher reads."""
+
+    _fields_ = [("status", ctypes.c_uint), ("state", ctypes.c_uint8), ("healthMask", ctypes.c_uint32)]
+
+
 ERRORS = {
     error.__name__: error
     for error in (
@@ -43,7 +50,8 @@ ERRORS = {
 def answers(driver: dict[str, Any]) -> dict[str, Any]:
     """Return the contents of the module `pynvml` for a driver that answers as `driver` says.
 
-    `gpus` are dicts with uuid, name, bus and optionally memory_gib, free_gib and ecc; one with `error` cannot be reached.
+    `gpus` are dicts with uuid, name, bus and optionally memory_gib, free_gib, ecc, lanes (in use, at most), slowdowns (bits) and
+    fabric (state, status, health mask); one with `error` cannot be reached.
     `processes` are (uuid, pid, MiB or None, name). `init` is `hang` or an error message. `lacks` are unsupported functions.
     """
     if driver.get("init") == "hang":
@@ -70,6 +78,12 @@ def answers(driver: dict[str, Any]) -> dict[str, Any]:
         if "ecc" not in gpu:
             raise NVMLError_NotSupported("Not Supported")
         return gpu["ecc"]
+
+    def fabric_info(gpu: dict[str, Any], info: Any) -> int:
+        if "fabric" not in gpu:
+            raise NVMLError_NotSupported("Not Supported")
+        info._obj.state, info._obj.status, info._obj.healthMask = gpu["fabric"]
+        return 0
 
     def running(gpu: dict[str, Any]) -> list[SimpleNamespace]:
         of_gpu = [row for row in processes if row[0] == gpu["uuid"]]
@@ -99,6 +113,12 @@ def answers(driver: dict[str, Any]) -> dict[str, Any]:
         "nvmlSystemGetDriverVersion": lambda: driver.get("version", "570.86.15").encode(),
         "nvmlSystemGetCudaDriverVersion": lambda: driver.get("cuda", 12080),
         "nvmlDeviceGetTotalEccErrors": ecc_errors,
+        "nvmlDeviceGetCurrPcieLinkWidth": lambda gpu: gpu.get("lanes", (16, 16))[0],
+        "nvmlDeviceGetMaxPcieLinkWidth": lambda gpu: gpu.get("lanes", (16, 16))[1],
+        # An idle GPU.
+        "nvmlDeviceGetCurrentClocksEventReasons": lambda gpu: gpu.get("slowdowns", 0x1),
+        "nvmlDeviceGetGpuFabricInfoV": fabric_info,
+        "c_nvmlGpuFabricInfoV_t": FabricInfo,
         "nvmlDeviceGetComputeRunningProcesses": running,
         "nvmlSystemGetProcessName": process_name,
     }

@@ -36,10 +36,38 @@ def test_a_driver_that_loads_on_its_first_use_is_found_by_its_tool(tmp_path: Pat
 
 def test_gpus_are_listed_with_what_the_driver_supports(driver: Driver) -> None:
     driver([FIRST, SECOND])
-    first = GpuInfo("GPU-aaaa", H100, "0000:3b:00", memory_gib=80.0, ecc_errors=0, free_gib=79.0)
-    assert nvml.list_gpus() == [first, GpuInfo("GPU-bbbb", H100, "0000:af:00", memory_gib=79.0, ecc_errors=None, free_gib=79.0)]
-    driver([FIRST], lacks=["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetTotalEccErrors"])
+    lanes = {"pcie_lanes": 16, "most_pcie_lanes": 16}
+    first = GpuInfo("GPU-aaaa", H100, "0000:3b:00", memory_gib=80.0, ecc_errors=0, free_gib=79.0, **lanes)
+    second = GpuInfo("GPU-bbbb", H100, "0000:af:00", memory_gib=79.0, ecc_errors=None, free_gib=79.0, **lanes)
+    assert nvml.list_gpus() == [first, second]
+    lacks = ("MemoryInfo", "TotalEccErrors", "CurrPcieLinkWidth", "MaxPcieLinkWidth", "CurrentClocksEventReasons")
+    driver([{**FIRST, "fabric": (3, 0, 2)}], lacks=[f"nvmlDeviceGet{name}" for name in (*lacks, "GpuFabricInfoV")])
     assert nvml.list_gpus() == [GpuInfo("GPU-aaaa", H100, "0000:3b:00")]
+
+
+@pytest.mark.parametrize(
+    ("readings", "expected"),
+    [
+        ({"lanes": (8, 16)}, {"pcie_lanes": 8}),
+        # Idle, a power limit, and clocks that a person has set are normal.
+        ({"slowdowns": 0x1 | 0x2 | 0x4}, {}),
+        ({"slowdowns": 0x8 | 0x40}, {"slowdowns": ("thermal limit of the hardware",)}),
+        ({"slowdowns": 0x20 | 0x80}, {"slowdowns": ("thermal limit of the driver", "power brake")}),
+        ({"slowdowns": 0x8}, {"slowdowns": ("limit of the hardware",)}),
+        ({"fabric": (0, 0, 0)}, {}),
+        ({"fabric": (2, 0, 0)}, {"fabric": nvml.FABRIC_STARTING}),
+        ({"fabric": (3, 0, 0b10)}, {"fabric": nvml.FABRIC_READY}),
+        ({"fabric": (3, 999, 0)}, {"fabric": nvml.FABRIC_FAILED}),
+        ({"fabric": (3, 0, 0b1001)}, {"fabric": nvml.FABRIC_READY, "is_fabric_degraded": True}),
+    ],
+)
+def test_links_and_clocks_are_those_that_the_driver_reports(
+    driver: Driver, readings: dict[str, object], expected: dict[str, object]
+) -> None:
+    driver([{**FIRST, **readings}])
+    (gpu,) = nvml.list_gpus()
+    normal = {"pcie_lanes": 16, "most_pcie_lanes": 16, "slowdowns": (), "fabric": None, "is_fabric_degraded": False}
+    assert {name: getattr(gpu, name) for name in normal} == {**normal, **expected}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checks a node's GPUs without using them: their number, model, memory errors, processes and faults.
+"""Checks a node's GPUs without using them: number, model, memory errors, processes, faults, and the speed of their links.
 
 NVML calls and reads of the kernel log have deadlines, because a hung driver is one of the possible faults.
 """
@@ -9,13 +9,14 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable, Iterable
 
 import psutil
 
 from launcher import nvml
 from launcher.config.sections.cluster import ClusterSection
 from launcher.errors import Problem
-from launcher.nvml import NvmlError
+from launcher.nvml import GpuInfo, NvmlError
 from launcher.plan.gpu_types import lookup
 from launcher.train.monitoring.xids import BROKEN
 
@@ -53,10 +54,40 @@ def check_gpus(needed: int, section: ClusterSection) -> tuple[tuple[str, ...], l
             message = f"a GPU had {gpu.ecc_errors} memory errors that could not be corrected"
             remedy = "exclude this node and ask the administrators to reset the GPU"
             problems.append(Problem(message, value=f"{gpu.name} {gpu.uuid}", remedy=remedy))
+    if unready := [gpu for gpu in gpus if gpu.fabric in (nvml.FABRIC_STARTING, nvml.FABRIC_FAILED)]:
+        value = _list(unready, lambda gpu: nvml.FABRIC_STATES[gpu.fabric or 0])
+        remedy = "restart the fabric manager on the node (systemctl restart nvidia-fabricmanager), or exclude this node"
+        problems.append(Problem("the NVLink fabric of GPUs is not ready, and CUDA cannot start without it", "", value, remedy))
     problems += _check_processes()
     # A lost GPU has no entry: if some are missing, any fault in the log may be the reason.
     problems += _check_kernel_log({gpu.bus_id for gpu in gpus} if len(gpus) >= needed else None)
     return tuple(gpu.name for gpu in gpus), problems
+
+
+def find_slow_gpus() -> list[Problem]:
+    """Return the reasons why GPUs that work are slow: PCIe links, clocks, and NVLink; empty if the driver cannot be asked."""
+    try:
+        gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
+    except NvmlError:
+        # The check of the GPUs reports this.
+        return []
+    problems = []
+    if few := [gpu for gpu in gpus if gpu.pcie_lanes and gpu.most_pcie_lanes and gpu.pcie_lanes < gpu.most_pcie_lanes]:
+        value = _list(few, lambda gpu: f"{gpu.pcie_lanes} of {gpu.most_pcie_lanes} lanes")
+        remedy = "ask the administrators to reseat the GPU, or exclude this node"
+        problems.append(Problem("a GPU's PCIe link has fewer lanes than the GPU and its slot", "", value, remedy))
+    if slowed := [gpu for gpu in gpus if gpu.slowdowns]:
+        value = _list(slowed, lambda gpu: " and ".join(gpu.slowdowns))
+        remedy = "check the node's cooling and power supply, or exclude this node"
+        problems.append(Problem("the clocks of a GPU are lowered before the run uses it", "", value, remedy))
+    if weak := [gpu for gpu in gpus if gpu.is_fabric_degraded]:
+        remedy = "ask the administrators to check NVLink and its switches, or exclude this node"
+        problems.append(Problem("the NVLink fabric of a GPU has less bandwidth than it should", "", _list(weak), remedy))
+    return problems
+
+
+def _list(gpus: Iterable[GpuInfo], describe: Callable[[GpuInfo], str] | None = None) -> str:
+    return ", ".join(f"{gpu.name} {gpu.uuid}" + (f": {describe(gpu)}" if describe else "") for gpu in gpus)
 
 
 def _check_processes() -> list[Problem]:

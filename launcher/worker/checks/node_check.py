@@ -29,6 +29,7 @@ from launcher.clusters.network import node_name
 from launcher.errors import Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import append_event
 from launcher.train.kernels.build_tools import missing_build_tools
 from launcher.worker.checks import gpu_check
 
@@ -98,6 +99,7 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
     if plan.topology.device == "cuda":
         gpus, of_gpus = gpu_check.check_gpus(num_ranks, plan.config.cluster)
         problems += of_gpus
+        _report_slow_gpus(run, attempt)
     host = node_name()
     return NodeReport(
         host=host,
@@ -108,6 +110,14 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
         memory_gib=round(memory_gib, 1),
         problems=tuple(replace(problem, where=host) for problem in problems),
     )
+
+
+def _report_slow_gpus(run: RunDir, attempt: int) -> None:
+    """Send an alert about GPUs that work but are slow: the run can use the node, and all ranks wait for its slowest GPU."""
+    for problem in gpu_check.find_slow_gpus():
+        # Whether the run directory can be written is checked above.
+        with contextlib.suppress(OSError):
+            append_event(run, attempt, "alert", f"{node_name()}: {problem.message} ({problem.value}): {problem.remedy}")
 
 
 def differences(own: NodeReport, head: NodeReport) -> list[Problem]:

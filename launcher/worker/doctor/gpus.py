@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from launcher import nvml
-from launcher.clusters.check_results import CheckResult, failure, from_problem, ok, warning
+from launcher.clusters.check_results import WARNING, CheckResult, failure, from_problem, ok, warning
 from launcher.config.schema import RunConfig
 from launcher.hardware import may_use_gpus
 from launcher.nvml import GpuInfo, NvmlError
@@ -23,7 +23,7 @@ _MAX_USED_FRACTION = 0.05
 
 
 def check_gpus(config: RunConfig) -> Iterator[CheckResult]:
-    """Check number, model, memory errors, faults in the kernel log, and processes that hold memory."""
+    """Check number, model, memory errors, faults in the kernel log, processes that hold memory, PCIe, clocks and NVLink."""
     section = config.cluster
     if nvml.has_driver() and not may_use_gpus():
         seen = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides all GPUs: runs on this machine train on the CPU"
@@ -39,6 +39,7 @@ def check_gpus(config: RunConfig) -> Iterator[CheckResult]:
         counts = Counter(f"{name}, {recognize(name) or 'not in the table of GPU types'}" for name in names)
         yield ok("; ".join(f"{count} x {name}" for name, count in counts.items()), must_match=True)
     yield from map(from_problem, problems)
+    yield from (from_problem(problem, WARNING) for problem in gpu_check.find_slow_gpus())
     if unknown := sorted({name for name in names if recognize(name) is None}):
         remedy = "set cluster.gpu_type to the closest type, or add a row: docs/extending.md, A GPU type"
         yield warning(f"memory, peak and price are not known for {', '.join(unknown)}", remedy)

@@ -15,7 +15,7 @@ from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem
 from launcher.nvml import GpuInfo, GpuProcess, NvmlError
 from launcher.worker.checks import gpu_check
-from launcher.worker.checks.gpu_check import check_gpus
+from launcher.worker.checks.gpu_check import check_gpus, find_slow_gpus
 
 H100 = "NVIDIA H100 80GB HBM3"
 SECTION = SlurmSection(kind="slurm", gpu_type="H100-80GB")
@@ -109,6 +109,11 @@ def only(checked: tuple[tuple[str, ...], list[Problem]]) -> Problem:
         ({"gpus": (HEALTHY[0], replace(HEALTHY[1], name="Tesla T4"))}, "planned kind", "Tesla T4 found, H100-80GB planned"),
         ({"gpus": (HEALTHY[0], replace(HEALTHY[1], ecc_errors=3))}, "3 memory errors", "GPU-bbbb"),
         (
+            {"gpus": (HEALTHY[0], replace(HEALTHY[1], fabric=nvml.FABRIC_STARTING))},
+            "NVLink fabric of GPUs is not ready",
+            "GPU-bbbb: still starting",
+        ),
+        (
             {"processes": (GpuProcess("GPU-aaaa", 999999999, 70000, "/usr/bin/python"),)},
             "a process outside this run",
             "process 999999999 (/usr/bin/python)",
@@ -143,6 +148,23 @@ def test_an_unusable_gpu_is_reported(
     problem = only(check_gpus(2, SECTION))
     assert what in problem.message
     assert value in problem.value
+
+
+def test_slow_links_and_clocks_are_no_reason_to_refuse_a_node(node: Callable[..., None]) -> None:
+    node(gpus=[replace(gpu, pcie_lanes=16, most_pcie_lanes=16, fabric=nvml.FABRIC_READY) for gpu in HEALTHY])
+    assert find_slow_gpus() == []
+    slow = {"pcie_lanes": 8, "most_pcie_lanes": 16, "slowdowns": ("power brake",), "is_fabric_degraded": True}
+    node(gpus=[HEALTHY[0], replace(HEALTHY[1], **slow)])
+    assert check_gpus(2, SECTION)[1] == []
+    problems = find_slow_gpus()
+    assert [problem.value for problem in problems] == [
+        f"{H100} GPU-bbbb: 8 of 16 lanes",
+        f"{H100} GPU-bbbb: power brake",
+        f"{H100} GPU-bbbb",
+    ]
+    assert all(problem.remedy for problem in problems)
+    node(gpus=NvmlError("the NVIDIA driver did not answer within 2 s"))
+    assert find_slow_gpus() == []
 
 
 def test_gpus_may_be_of_any_kind_if_none_is_planned(node: Callable[..., None]) -> None:

@@ -25,6 +25,7 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import read_events
 from launcher.worker.checks import node_check
 from launcher.worker.checks.node_check import NodeReport, check_node, differences, exchange
 
@@ -262,11 +263,17 @@ def test_a_gpu_problem_is_a_problem_of_its_node(
     planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, run = planned("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=4")
-    monkeypatch.setattr(nvml, "list_gpus", lambda deadline_s: [GpuInfo("GPU-aaaa", H100, "0000:3b:00", 80.0, 0)])
+    slow = GpuInfo("GPU-aaaa", H100, "0000:3b:00", 80.0, 0, pcie_lanes=4, most_pcie_lanes=16)
+    monkeypatch.setattr(nvml, "list_gpus", lambda deadline_s: [slow])
     monkeypatch.setattr(nvml, "list_processes", lambda deadline_s: [])
     report = check_node(made, run, 1)
     assert report.gpus == (H100,)
     assert "1 found, 4 needed" in only(report).value
+    # A slow GPU is no reason to refuse the node, but an alert.
+    (alert,) = read_events(run.events)
+    assert alert["kind"] == "alert"
+    assert alert["text"].startswith(f"{HOST}: a GPU's PCIe link has fewer lanes")
+    assert f"{H100} GPU-aaaa: 4 of 16 lanes" in alert["text"]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,14 @@ def test_bad_gpus_get_the_messages_of_the_node_check(gpu_machine: Callable[..., 
     assert all(result.remedy for result in failures)
 
 
+def test_slow_links_and_clocks_are_warnings(gpu_machine: Callable[..., None], config: Callable[..., RunConfig]) -> None:
+    gpu_machine(devices=({**H100, "lanes": (4, 16), "slowdowns": 0x40}, OTHER))
+    shown, *slow = gpus.check_gpus(config("cluster.ranks_per_node=2"))
+    assert (shown.verdict, [result.verdict for result in slow]) == (OK, [WARNING] * 2)
+    assert "GPU-aaaa: 4 of 16 lanes" in slow[0].seen
+    assert "GPU-aaaa: thermal limit of the hardware" in slow[1].seen
+
+
 def test_gpus_without_a_row_and_memory_of_hidden_processes_are_warnings(
     gpu_machine: Callable[..., None], config: Callable[..., RunConfig]
 ) -> None:
