@@ -36,6 +36,13 @@ def launcher_commands(text: str) -> list[list[str]]:
     ]
 
 
+def assert_reaches_adapters(container: dict[str, Any]) -> None:
+    """A container gets InfiniBand adapters, and may pin memory for them."""
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    assert container["resources"]["limits"]["rdma/ib"] == "1"
+    assert container["securityContext"]["capabilities"]["add"] == ["IPC_LOCK"]
+
+
 def test_ray_accepts_the_ssh_cluster_file() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -45,6 +52,8 @@ def test_ray_accepts_the_ssh_cluster_file() -> None:
     for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
         assert "ray start" not in command or "RAY_AUTH_MODE=token" in command
     assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+    # NCCL needs the adapters, and memory that it may pin.
+    assert {"--device=/dev/infiniband", "--cap-add=IPC_LOCK", "--ulimit=memlock=-1"} <= {*config["docker"]["run_options"]}
 
 
 def test_the_kubernetes_job_is_complete() -> None:
@@ -64,7 +73,9 @@ def test_the_kubernetes_job_is_complete() -> None:
             assert {mount["name"] for mount in container["volumeMounts"]} == volumes
             assert "/shared" in {mount["mountPath"] for mount in container["volumeMounts"]}
     (workers,) = spec["workerGroupSpecs"]
-    gpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    worker = workers["template"]["spec"]["containers"][0]
+    gpus = int(worker["resources"]["limits"]["nvidia.com/gpu"])
+    assert_reaches_adapters(worker)
     assert f"cluster.workers={gpus * workers['replicas']} " in job["spec"]["entrypoint"]
 
 
@@ -79,6 +90,7 @@ def test_the_pods_of_the_pytorchjob_run_one_command() -> None:
     assert pods[0] == pods[1]
     (container,) = pods[0]["containers"]
     assert container["name"] == "pytorch"
+    assert_reaches_adapters(container)
     assert pods[0]["securityContext"]["runAsNonRoot"] is True
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert Trust.from_environ(environment).accepts_group(pods[0]["securityContext"]["fsGroup"], owner=0)
@@ -99,6 +111,7 @@ def test_the_pods_of_the_pytorchjob_run_one_command() -> None:
 def test_skypilot_accepts_the_task_file() -> None:
     task = load("skypilot.yaml")
     assert task["num_nodes"] == 2
+    assert task["resources"]["network_tier"] == "best"
     assert all(value is None for value in task["secrets"].values()), "no key stands in the file"
     assert task["envs"]["RAY_memory_monitor_refresh_ms"] == "0"
     checked = subprocess.run(["bash", "-n"], input=task["run"], text=True, capture_output=True, timeout=10)
@@ -171,6 +184,8 @@ def test_the_image_runs_as_nobody_special_and_holds_no_host_or_key() -> None:
     assert commands[0].startswith("ARG BASE_IMAGE=")
     assert [line for line in commands if line.startswith("USER ")] == ["USER launcher"]
     assert re.search(r"^ +useradd .*--uid \"\$\{USER_ID\}\" .* launcher$", text, re.MULTILINE)
+    # NCCL opens libibverbs, which needs a provider for each kind of adapter.
+    assert {"libibverbs1", "ibverbs-providers", "rdma-core"} <= {*text.split()}
     (user_id,) = re.findall(r"^ARG USER_ID=(\d+)$", text, re.MULTILINE)
     assert int(user_id) >= 1000
     assert load("rayjob.yaml")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["securityContext"][
