@@ -239,6 +239,8 @@ def release_engine(engine: Any) -> None:
         vars(zero),
         zero.optimizer.state,
         [p.ds_tensor for p in engine.module.parameters()],
+        # hpZ's second copy of the weights, which each pass after the last step makes again.
+        [p.ds_secondary_tensor for p in engine.module.parameters()],
         list(engine.module.parameters()),
     ]
     for tensor in _tensors(containers):

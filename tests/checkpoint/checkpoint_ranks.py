@@ -374,6 +374,8 @@ def resume(kind: str, folder: Path) -> None:
     if dist.get_rank() == 0:
         save_file({"logits": logits}, folder / "logits.safetensors")
     dump(engine, folder / "resumed.safetensors")
+    # A pass after the last step, as in the last evaluation of a run: hpZ keeps a second copy of the weights.
+    reference_logits_of(engine)
     before = held_bytes(engine)
     zero3.release_engine(engine)
     report(folder, "released", {"before": before, "after": held_bytes(engine)})
@@ -381,10 +383,12 @@ def resume(kind: str, folder: Path) -> None:
 
 
 def held_bytes(engine) -> int:
-    """Bytes of the weights, in both precisions, and of the optimizer moments."""
-    zero = engine.optimizer
+    """Bytes of the weights, in both precisions and with hpZ's second copy, and of the optimizer moments."""
+    zero, parameters = engine.optimizer, list(engine.module.parameters())
     moments = [t for state in zero.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim()]
-    tensors = [*zero.fp32_partitioned_groups_flat, *(p.ds_tensor for p in engine.module.parameters()), *moments]
+    copies = [p.ds_secondary_tensor for p in parameters if p.ds_secondary_tensor is not None]
+    assert bool(copies) == (zero.zero_hpz_partition_size > 1)
+    tensors = [*zero.fp32_partitioned_groups_flat, *(p.ds_tensor for p in parameters), *copies, *moments]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
