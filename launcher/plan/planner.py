@@ -20,7 +20,7 @@ from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
 from launcher.plan.sizing import combinations, kernels
 from launcher.plan.sizing.fp8 import fp8_problems
-from launcher.plan.sizing.remedies import nearest_fits
+from launcher.plan.sizing.remedies import CHOSEN_BY_PLAN, nearest_fits
 from launcher.plan.sizing.step_time import Rates, StepTime
 
 CPU_RANKS = 2
@@ -260,9 +260,12 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
         offload += ", deepspeed.hpz_partition_size=1"
     if too_large := _too_large(planned):
         topology = planned.topology
-        remedy = f"use more ranks, {offload}, or name larger GPUs with cluster.gpu_type"
         price = None if planned.price is None else planned.price.usd_per_gpu_hour
-        if nearest := nearest_fits(situation_of(planned), price):
+        nearest = nearest_fits(situation_of(planned), price)
+        remedy = f"use more ranks, {offload}, or name larger GPUs with cluster.gpu_type"
+        if nearest and nearest[0].startswith(CHOSEN_BY_PLAN):
+            remedy = "leave to the plan what it can choose, or change the machines"
+        if nearest:
             remedy += f". Nearest that fit: {'; '.join(nearest)}"
         size = f"{format_count(topology.nodes, 'node')} of {format_count(topology.ranks_per_node, 'rank')}"
         yield Problem(too_large, where="cluster", value=size, remedy=remedy)

@@ -11,18 +11,24 @@ from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.optimizers import OPTIMIZERS
-from launcher.plan.sizing.checkpointed_layers import ALL
+from launcher.plan.sizing.checkpointed_layers import ALL, AUTO
 from launcher.plan.sizing.combinations import Considered, Situation, as_set, choose, evaluate
 from launcher.plan.sizing.kernels import has_liger_kernels
 
+# Values with which the plan chooses the micro-batch and the recomputed layers.
+CHOSEN_BY_PLAN = _MICRO_BATCH, _LAYERS = ("train.micro_batch_size=null", "model.activation_checkpointing=auto")
 _MOST_NODES = 64
 _SHORTEST_ROW = 1024
 _OFFLOADS = ({"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload_params": "cpu"})
 
 
 def nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[str]:
-    """Return overrides that make the run fit, each with its peak, predicted speed and cost: nodes, offload, rows, GPUs."""
-    tried = (_more_nodes(situation), _offload(situation), _shorter_rows(situation), _larger_gpu(situation))
+    """Return overrides that make the run fit, each with its peak, predicted speed and cost.
+
+    First those that leave to the plan what the settings decide, then more nodes, offload, shorter rows, and larger GPUs.
+    """
+    others = (_more_nodes(situation), _offload(situation), _shorter_rows(situation), _larger_gpu(situation))
+    tried = (_left_to_the_plan(situation), *others)
     return [_described(words, at, one, usd_per_gpu_hour) for words, at, one in filter(None, map(_first_fit, tried))]
 
 
@@ -57,6 +63,21 @@ def _first_fit(tried: Iterator[tuple[str, Situation]]) -> tuple[str, Situation, 
             if chosen.fits:
                 return words, situation, chosen
     return None
+
+
+def _left_to_the_plan(situation: Situation) -> Iterator[tuple[str, Situation]]:
+    """Yield the situation with one, then with both, of the settings of a pass that the plan would choose."""
+    config = situation.config
+    without: dict[str, dict[str, Any]] = {}
+    if config.train.micro_batch_size is not None:
+        without[_MICRO_BATCH] = {"train": {"micro_batch_size": None}}
+    if config.model.activation_checkpointing != AUTO:
+        without[_LAYERS] = {"model": {"activation_checkpointing": AUTO}}
+    for words in (*([one] for one in without), *([[*without]] if len(without) > 1 else [])):
+        changed = config
+        for section, values in (item for word in words for item in without[word].items()):
+            changed = _with(changed, section, getattr(changed, section).model_copy(update=values))
+        yield " ".join(words), replace(situation, config=changed)
 
 
 def _more_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
