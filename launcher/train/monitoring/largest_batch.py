@@ -45,6 +45,14 @@ class LargestBatchRecord:
     device: str
 
 
+class OutOfMemoryInPass(torch.OutOfMemoryError):
+    """The largest batch does not fit; `before_gib` is what was allocated before it: model states and buckets."""
+
+    def __init__(self, message: str, before_gib: float) -> None:
+        super().__init__(message)
+        self.before_gib = before_gib
+
+
 def run_largest_batch(
     run_dir: RunDir,
     plan: LaunchPlan,
@@ -58,7 +66,7 @@ def run_largest_batch(
     """Run the micro-batch that needs the most memory, once per plan and device type. Collective.
 
     Raises:
-        torch.OutOfMemoryError: if it does not fit.
+        OutOfMemoryInPass: if it does not fit.
     """
     setting = plan.config.train.largest_batch_first
     if not (device.type == "cuda" if setting is None else setting):
@@ -72,9 +80,15 @@ def run_largest_batch(
     if rank0_broadcast(rank_info, "the record of the largest batch cannot be read", is_done):
         return
     micro = choose_largest(split, plan.batch.micro_batch_size, plan.config.data.packing)
+    before_gib = 0.0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), zero3.dropped_gradients(engine):
+        before_gib = torch.cuda.memory_allocated(device) / _GIB
+    with (
+        _noted_memory(before_gib),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        zero3.dropped_gradients(engine),
+    ):
         loss = objective.sum_loss(engine, micro, device, 1.0).total
         engine.backward(loss, scale_wrt_gas=False)
     del loss
@@ -86,6 +100,14 @@ def run_largest_batch(
     rank0_broadcast(rank_info, "the record of the largest batch cannot be written", lambda: json_records.write(file, record))
     labels = int((micro.labels >= 0).sum())
     tracker.event("info", f"the largest batch, {micro.input_ids.numel():,} tokens with {labels:,} trained, fits{peak}", 0)
+
+
+@contextmanager
+def _noted_memory(before_gib: float) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryInPass(str(error), before_gib) from error
 
 
 def choose_largest(split: Split, micro_batch_size: int, packing: bool) -> MicroBatch:
@@ -118,7 +140,9 @@ def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_ste
         if has_completed_step() or _has_fitted(plan, run_dir) or _gib_of_others() > _runtime_gib(plan) + _OF_OTHERS_GIB:
             raise
         raise OutOfMemory(
-            describe_out_of_memory(plan, str(error), _allocated_gib()),
+            describe_out_of_memory(
+                plan, str(error), _allocated_gib(), error.before_gib if isinstance(error, OutOfMemoryInPass) else None
+            ),
             where=f"{plan.gpu_name or 'GPU'}, micro-batch {plan.batch.micro_batch_size}",
             remedy=_remedy(plan),
         ) from error
@@ -135,8 +159,11 @@ def _has_fitted(plan: LaunchPlan, run_dir: RunDir) -> bool:
         return True
 
 
-def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float | None) -> str:
-    """Return what did not fit, with the planned parts; `allocated_gib` is the peak allocation, None if unknown."""
+def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float | None, before_gib: float | None = None) -> str:
+    """Return what did not fit, with the planned parts, and which of them was larger than planned.
+
+    `allocated_gib` is the peak allocation and `before_gib` the one before the pass; None if unknown.
+    """
     first = reason.split(". ")[0].strip()
     message = f"the GPU ran out of memory before the first step was completed: {first}"
     peak = plan.peak
@@ -151,7 +178,20 @@ def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float |
     if allocated_gib is None:
         return message
     part = "more than planned" if allocated_gib > _LARGER * peak.tensors_gib else "no more than planned"
-    return f"{message}; {allocated_gib:.1f} GiB were allocated, {part}"
+    message += f"; {allocated_gib:.1f} GiB were allocated, {part}"
+    if before_gib is None:
+        return message
+    planned_before = peak.states_gib + peak.buckets_gib
+    parts = {
+        "states and buckets": (before_gib, planned_before),
+        "the forward and backward pass": (allocated_gib - before_gib, peak.tensors_gib - planned_before),
+    }
+    larger = [
+        f"{name} ({measured:.1f} GiB, planned {planned:.1f})"
+        for name, (measured, planned) in parts.items()
+        if measured > _LARGER * planned
+    ]
+    return f"{message}; larger than planned: {' and '.join(larger)}" if larger else message
 
 
 def _remedy(plan: LaunchPlan) -> str:
