@@ -111,12 +111,17 @@ def _check_nvcc(offloads: bool, needed: str) -> Iterator[CheckResult]:
 
 
 def check_flash_attention(config: RunConfig) -> Iterator[CheckResult]:
-    """Import flash-attn if it is installed: a build for another torch fails only on import."""
+    """Import the FlashAttention that the settings request, otherwise each one that is installed, as ranks do before they choose.
+
+    A build for another torch fails only on import.
+    """
     attention = config.model.attention
-    package, statement = _FLASH_ATTENTION.get(attention, _FLASH_ATTENTION["flash_attention_2"])
     asked = f"model.attention={attention}" if attention in _FLASH_ATTENTION else ""
-    remedy = f"build it for this torch: pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation {package}"
-    yield from _try(package, statement, ("can be imported", "cannot be imported"), asked, remedy, "model.attention=auto")
+    installed = [name for name, (package, _) in _FLASH_ATTENTION.items() if _version(package)]
+    for name in [attention] if asked else installed or ["flash_attention_2"]:
+        package, statement = _FLASH_ATTENTION[name]
+        remedy = f"build it for this torch: pip install --force-reinstall --no-deps --no-cache-dir --no-build-isolation {package}"
+        yield from _try(package, statement, ("can be imported", "cannot be imported"), asked, remedy, "model.attention=auto")
 
 
 def check_liger(config: RunConfig) -> Iterator[CheckResult]:

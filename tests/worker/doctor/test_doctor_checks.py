@@ -252,6 +252,13 @@ def test_a_kernel_for_another_torch_fails_with_the_last_line_of_its_traceback(
     assert verdicts(toolchain.check_flash_attention, config()) == [WARNING]
     (package / "__init__.py").write_text("flash_attn_func = flash_attn_varlen_func = None\n")
     assert verdicts(toolchain.check_flash_attention, config()) == [OK]
+    # Each version is a package of its own, and ranks try all of them.
+    (tmp_path / "flash_attn_interface.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')\n")
+    (tmp_path / "flash_attn_3-3.0.0.dist-info").mkdir()
+    (tmp_path / "flash_attn_3-3.0.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn-3\nVersion: 3.0.0\n")
+    of_2, of_3 = toolchain.check_flash_attention(config())
+    assert (of_2.verdict, of_3.verdict) == (OK, WARNING)
+    assert of_3.seen.startswith("flash-attn-3 3.0.0 cannot be imported: ImportError: libcudart.so.12")
 
 
 def test_a_kernel_that_the_settings_ask_for_must_be_installed(config: Callable[..., RunConfig]) -> None:
