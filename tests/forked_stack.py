@@ -2,7 +2,8 @@
 
 These imports take more than half of the CPU time of a short run. Otherwise these are the processes of any run: a command, an
 agent, its fork server and its ranks, each with its own environment, streams and parent. They run the code of this checkout, not
-the run's snapshot; the fixtures `launch` and `start` are for tests of what processes import and how they start.
+the run's snapshot, and variables that libraries read on import, such as HF_HOME and OMP_NUM_THREADS, have no effect. The fixtures
+`launch` and `start` are for tests of what processes import and how they start.
 
 A forked process runs `python -m forked_stack MODULE ARGUMENTS`; MODULE may be the path of a script.
 """

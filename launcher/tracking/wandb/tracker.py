@@ -297,7 +297,7 @@ class WandbTracker:
                 self._kept.append(call)
             self._failed_at.append(time.monotonic())
             if len(self._failed_at) == _MAX_FAILURES and self._failed_at[-1] - self._failed_at[0] < RETRY_S:
-                self._next_try = self._failed_at[-1] + RETRY_S
+                self._next_try = max(self._next_try, self._failed_at[-1] + RETRY_S)
             self._start_session()
 
     def _check_upload(self, session: Session) -> None:
