@@ -38,6 +38,9 @@ _CACHES = (
     ("WANDB_CONFIG_DIR", "XDG_CONFIG_HOME", ".config", "wandb"),
     ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share", "wandb"),
 )
+# Whatever TORCHINDUCTOR_CACHE_DIR names, torch looks for these in a folder of a known name in the temporary folder: precompiled
+# headers, which become part of each C++ kernel, and pickled decisions. These values turn both off.
+_WITHOUT_FOLDER = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_ENABLE_CACHING_MODULE": "0"}
 # W&B settings there may name the server, so another folder could lead to a different server. One of others is refused elsewhere.
 _NOT_REPLACED = "WANDB_CONFIG_DIR"
 _INDUCTOR, _EXTENSIONS = "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"
@@ -61,7 +64,8 @@ def _print_once(text: str) -> None:
 def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] = _print_once) -> dict[str, str]:
     """Return the variables to set, each with a folder that this user can write to and no other user can have created first.
 
-    `alert` is called for each folder that is replaced because other users could write to it.
+    Two of them turn off caches whose folder cannot be chosen. `alert` is called for each folder that is replaced because other
+    users could write to it.
     """
     folders = cache_folders(environ)
     if not _is_chosen(_INDUCTOR, environ):
@@ -77,7 +81,7 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
         alert(f"{' and '.join(names)}: {reason}; a private folder is used instead; to use yours: {remedy}")
     moved = {name: str(folders[name]) for name, *_ in _TEMPORARY_CACHES if not _is_chosen(name, environ)}
     replaced = [name for name, folder in folders.items() if name in problems or _is_closed(name, folder, environ)]
-    return {**moved, **_replacements(replaced)}
+    return {**_WITHOUT_FOLDER, **moved, **_replacements(replaced)}
 
 
 def find_usable_folders(variables: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:

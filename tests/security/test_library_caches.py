@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import hand_made
@@ -21,7 +22,6 @@ from launcher.config.schema import RunConfig
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask, Weights
 from launcher.security import library_caches
 from launcher.security.hub_answers import guard_hub_client
-from launcher.security.library_caches import find_usable_caches
 from launcher.tracking.wandb.local_settings import leave_folder_of_others
 from launcher.worker.doctor.python_process import run_python
 from launcher.worker.evaluation import node
@@ -29,18 +29,30 @@ from launcher.worker.ray import evaluation
 
 __all__ = ["as_root"]
 
+
+def find_usable_caches(environ: Mapping[str, str], *alert: Callable[[str], None]) -> dict[str, str]:
+    """Return the variables that name folders."""
+    variables = library_caches.find_usable_caches(environ, *alert)
+    assert variables.items() >= TURNED_OFF.items()
+    return {name: value for name, value in variables.items() if name not in TURNED_OFF}
+
+
 ALL = {
     *("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_MODULES_CACHE", "HF_XET_CACHE"),
     *("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"),
 }
 # By default, libraries place these caches in the temporary folder.
 TEMPORARY = {"TORCHINDUCTOR_CACHE_DIR", "CUTE_DSL_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "QUACK_CACHE_DIR"}
-# An interpreter that records where torch and a kernel compiler would look for compiled code.
+# These turn off caches of torch that are in the temporary folder under any settings.
+TURNED_OFF = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_ENABLE_CACHING_MODULE": "0"}
+# An interpreter that records where torch and a kernel compiler would look for compiled code, and which other caches torch uses.
 INTERPRETER = """#!/bin/sh
 exec {python} -c "
 import os
+from torch._inductor import config
 from torch._inductor.runtime import cache_dir_utils
-print(cache_dir_utils.cache_dir(), os.environ['QUACK_CACHE_DIR'], sep=chr(10), file=open('{note}', 'w'))"
+folders = cache_dir_utils.cache_dir(), os.environ['QUACK_CACHE_DIR']
+print(*folders, config.cpp_cache_precompile_headers, sep=chr(10), file=open('{note}', 'w'))"
 """
 
 
@@ -255,7 +267,8 @@ def test_compiled_code_of_another_user_is_not_loaded(note: Path, tmp_path: Path,
     else:
         assert evaluation.answer_here(str(tmp_path), 0, 1, 0) == 0
     cache = tmp_path / "home/.cache"
-    assert note.read_text().split() == [str(cache / "torchinductor"), str(cache / "quack_cache")]
+    # Kernels contain torch's precompiled headers, which are in torchinductor_USER whatever the variables say.
+    assert note.read_text().split() == [str(cache / "torchinductor"), str(cache / "quack_cache"), "False"]
 
 
 def test_a_check_of_a_node_loads_no_compiled_code_of_others(tmp_path: Path, temporary: Path, as_root: None) -> None:

@@ -39,6 +39,7 @@ def warm_up():
     threads.append(get_compile_threads())
     AsyncCompile.warm_pool()
 
+precompiles = torch._inductor.config.cpp_cache_precompile_headers
 warm_up()
 other = threading.Thread(target=warm_up)
 other.start()
@@ -50,7 +51,7 @@ packages = {
     "imported": sorted({"scipy", "sklearn"} & {*sys.modules}),
     "has_scipy": transformers.utils.is_scipy_available(),
 }
-print(json.dumps({"helpers": helpers, "packages": packages}))
+print(json.dumps({"helpers": helpers, "packages": packages, "precompiles": precompiles}))
 """
 
 
@@ -107,5 +108,7 @@ def test_a_rank_imports_what_it_needs_and_starts_no_helper_processes(plan_of: Ca
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["helpers"] == {"threads": [1, 1], "processes": 0}
+    # By default, torch takes precompiled headers from a folder that other users may have created.
+    assert not found["precompiles"]
     # transformers reports scipy as available again to other code.
     assert found["packages"] == {"imported": [], "has_scipy": is_scipy_available()}
