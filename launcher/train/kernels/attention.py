@@ -62,11 +62,16 @@ def _require_package(kernel: str) -> None:
 
 
 def describe(model: ModelSection, config: Any, packing: bool) -> str:
-    """Return a message that names the attention kernel, and the package that would speed up packed documents on this GPU."""
+    """Return a message that names the attention kernel and, if it is slow for packed documents, the reason or the remedy."""
     kernel = config._attn_implementation
-    lacks_flash = packing and model.attention == "auto" and kernel == "sdpa" and can_flash(model, config)
-    advice = ", which is slow for packed documents (it computes all pairs of a row): install flash-attn" if lacks_flash else ""
-    return f"attention is computed by {kernel}{advice}"
+    if not packing or kernel not in ("sdpa", "eager"):
+        return f"attention is computed by {kernel}"
+    message = f"attention is computed by {kernel}, which is slow for packed documents (it computes all pairs of a row)"
+    if model.attention != "auto":
+        return f"{message}: model.attention={model.attention} asks for it"
+    if can_flash(model, config):
+        return f"{message}: install flash-attn"
+    return f"{message}: no faster kernel computes this architecture ({config.model_type}) in {model.dtype}"
 
 
 def can_flash(model: ModelSection, config: Any) -> bool:

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,10 @@ SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SHARED_MEMORY_BYTES = 64 << 20
 # Containers get 64 MiB by default, which is too little for NCCL to connect a node's GPUs.
 SHARED_MEMORY_OF_GPUS_BYTES = 1 << 30
+# Adapters for InfiniBand, RoCE and EFA: in the kernel, which a container sees too, and the devices, which it may lack.
+ADAPTERS, ADAPTER_DEVICES = Path("/sys/class/infiniband"), Path("/dev/infiniband")
+OWN_STATUS = Path("/proc/self/status")
+_CAP_IPC_LOCK = 14
 OWN_CGROUPS = Path("/proc/self/cgroup")
 # The cgroup v2 hierarchy names no controllers; https://man7.org/linux/man-pages/man7/cgroups.7.html
 CGROUP_MEMORY = {
@@ -45,7 +50,7 @@ CGROUP_MEMORY = {
 }
 _PACKAGES = (
     *("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "numpy", "safetensors", "liger-kernel"),
-    *("huggingface-hub", "ray"),
+    *("huggingface-hub", "ray", "flash-attn", "flash-attn-3", "flash-attn-4", "torchao"),
 )
 _CHECKPOINT_MARGIN = 1.2
 # Problems with this prefix concern the disk that all nodes share, whichever node reports them.
@@ -99,7 +104,7 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
     if plan.topology.device == "cuda":
         gpus, of_gpus = gpu_check.check_gpus(num_ranks, plan.config.cluster)
         problems += of_gpus
-        _report_slow_gpus(run, attempt)
+        _report_weaknesses(plan, run, attempt)
     host = node_name()
     return NodeReport(
         host=host,
@@ -112,12 +117,48 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
     )
 
 
-def _report_slow_gpus(run: RunDir, attempt: int) -> None:
-    """Send an alert about GPUs that work but are slow: the run can use the node, and all ranks wait for its slowest GPU."""
-    for problem in gpu_check.find_slow_gpus():
+def _report_weaknesses(plan: LaunchPlan, run: RunDir, attempt: int) -> None:
+    """Send an alert about what makes this node slow, but not unfit: all ranks wait for the slowest GPU and network."""
+    of_network = adapter_problems() if plan.topology.nodes > 1 else []
+    for problem in (*gpu_check.find_slow_gpus(), *of_network):
         # Whether the run directory can be written is checked above.
         with contextlib.suppress(OSError):
             append_event(run, attempt, "alert", f"{node_name()}: {problem.message} ({problem.value}): {problem.remedy}")
+
+
+def list_adapters() -> list[str]:
+    """Return the names of this node's adapters for InfiniBand, RoCE or EFA."""
+    try:
+        return sorted(adapter.name for adapter in ADAPTERS.iterdir())
+    except OSError:
+        return []
+
+
+def adapter_problems() -> list[Problem]:
+    """Return what keeps NCCL from using this node's adapters; empty if it has none."""
+    adapters, problems = list_adapters(), list[Problem]()
+    if not adapters:
+        return []
+    if not any(ADAPTER_DEVICES.glob("uverbs*")):
+        message = "the network adapters cannot be opened here, so NCCL uses TCP"
+        remedy = "pass them to the container: docker run takes --device=/dev/infiniband, Kubernetes a resource such as rdma/ib"
+        problems.append(Problem(message, value=", ".join(adapters), remedy=remedy))
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if locked != resource.RLIM_INFINITY and not _may_lock_memory():
+        message = "locked memory is limited, so NCCL may fail to use the network adapters"
+        remedy = "set `* - memlock unlimited` in /etc/security/limits.conf, for Slurm also LimitMEMLOCK=infinity in "
+        remedy += "slurmd.service, for Kubernetes in containerd.service; docker run takes --ulimit memlock=-1"
+        problems.append(Problem(message, value=f"ulimit -l is {locked // 1024} KiB", remedy=remedy))
+    return problems
+
+
+def _may_lock_memory() -> bool:
+    """Return whether the limit on locked memory does not apply to this process, which has the capability CAP_IPC_LOCK."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = OWN_STATUS.read_text().splitlines()
+        effective = next(line.partition(":")[2] for line in lines if line.startswith("CapEff:"))
+        return bool(int(effective, 16) >> _CAP_IPC_LOCK & 1)
+    return False
 
 
 def differences(own: NodeReport, head: NodeReport) -> list[Problem]:

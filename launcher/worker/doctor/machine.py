@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 import launcher
 from launcher.clusters.cgroups import LimitEvents
-from launcher.clusters.check_results import CheckResult, failure, from_problem, ok, warning
+from launcher.clusters.check_results import WARNING, CheckResult, failure, from_problem, ok, warning
 from launcher.config.schema import RunConfig
 from launcher.plan.quantities import format_size
 from launcher.worker.checks import node_check
@@ -23,7 +23,6 @@ from launcher.worker.checks import node_check
 _FEW_FILES, _TOO_FEW_FILES = 4096, 1024
 # Ranks, their threads, and the workers that build the data cache.
 _FEW_PROCESSES = 4096
-_INFINIBAND = Path("/sys/class/infiniband")
 # Packages whose versions decide whether a run works.
 _CORE = ("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "safetensors", "ray", "huggingface-hub", "numpy")
 _CONSTRAINTS = "constraints.txt"
@@ -38,17 +37,14 @@ def check_machine(config: RunConfig) -> Iterator[CheckResult]:
 
 
 def check_limits(config: RunConfig) -> Iterator[CheckResult]:
-    """Check open files, processes, and locked memory where InfiniBand needs it."""
+    """Check open files and processes and, where there are adapters for InfiniBand, whether NCCL can use them."""
     yield from _check_files()
     yield from _check_processes()
-    if _INFINIBAND.is_dir() and any(_INFINIBAND.iterdir()):
-        locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-        if locked == resource.RLIM_INFINITY:
-            yield ok("locked memory (ulimit -l) unlimited")
-        else:
-            remedy = "set `* - memlock unlimited` in /etc/security/limits.conf, for Slurm also LimitMEMLOCK=infinity in "
-            remedy += "slurmd.service; docker run takes --ulimit memlock=-1"
-            yield warning(f"locked memory (ulimit -l) is limited to {format_size(locked)}: InfiniBand may fail", remedy)
+    if adapters := node_check.list_adapters():
+        problems = node_check.adapter_problems()
+        yield from (from_problem(problem, WARNING) for problem in problems)
+        if not problems:
+            yield ok(f"NCCL can use the network adapters {', '.join(adapters)}")
 
 
 def _check_files() -> Iterator[CheckResult]:

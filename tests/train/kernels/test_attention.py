@@ -213,6 +213,15 @@ def test_the_kernel_is_named_and_what_would_be_faster() -> None:
         message = attention.describe(section, config, packing)
         assert message.startswith(f"attention is computed by {kernel}")
         assert ("install flash-attn" in message) == advice
+    config._attn_implementation = "sdpa"
+    assert "model.attention=sdpa asks for it" in attention.describe(
+        section.model_copy(update={"attention": "sdpa"}), config, True
+    )
+    crossing = transformers.AutoConfig.for_model("gpt_neo")
+    crossing._attn_implementation = "eager"
+    message = attention.describe(section, crossing, True)
+    assert "computes all pairs of a row" in message
+    assert message.endswith("no faster kernel computes this architecture (gpt_neo) in bf16")
 
 
 def test_varlen_is_refused_where_it_would_compute_another_attention() -> None:

@@ -43,6 +43,24 @@ def node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set the network adapters, whether their devices exist, the limit on locked memory, and the effective capabilities."""
+    kernel, devices, own = tmp_path / "infiniband", tmp_path / "devices", tmp_path / "status"
+    for name, path in (("ADAPTERS", kernel), ("ADAPTER_DEVICES", devices), ("OWN_STATUS", own)):
+        monkeypatch.setattr(node_check, name, path)
+
+    def install(has_devices: bool, locked_bytes: int, capabilities: int = 0) -> None:
+        for folder in (kernel / "mlx5_0", devices):
+            folder.mkdir(parents=True, exist_ok=True)
+        if has_devices:
+            (devices / "uverbs0").touch()
+        own.write_text(f"Name:\tpython\nCapEff:\t{capabilities:016x}\n")
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (locked_bytes, locked_bytes))
+
+    return install
+
+
+@pytest.fixture
 def planned(tmp_path: Path) -> Callable[..., tuple[LaunchPlan, RunDir]]:
     """A plan whose data cache and tokenizer exist, with attempt 1 started in its run directory."""
 
@@ -259,10 +277,41 @@ def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callabl
     assert check_node(made, run, 1).code != first
 
 
+@pytest.mark.parametrize(
+    ("has_devices", "locked_bytes", "capabilities", "expected"),
+    [
+        (True, resource.RLIM_INFINITY, 0, []),
+        # CAP_IPC_LOCK
+        (True, 8 << 20, 1 << 14, []),
+        (True, 8 << 20, 1 << 13, ["locked memory is limited"]),
+        (False, 8 << 20, 0, ["the network adapters cannot be opened here, so NCCL uses TCP", "locked memory is limited"]),
+    ],
+)
+def test_adapters_need_their_devices_and_memory_that_may_be_locked(
+    adapters: Callable[..., None], has_devices: bool, locked_bytes: int, capabilities: int, expected: list[str]
+) -> None:
+    assert node_check.adapter_problems() == []
+    adapters(has_devices, locked_bytes, capabilities)
+    problems = node_check.adapter_problems()
+    assert [problem.message.partition(", so NCCL may")[0] for problem in problems] == expected
+    assert all(problem.remedy for problem in problems)
+
+
+def test_kernels_that_ranks_may_choose_must_be_the_same_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("flash_attn", "flash_attn_3", "flash_attn_4", "torchao"):
+        (tmp_path / f"{name}-1.2.dist-info").mkdir()
+        (tmp_path / f"{name}-1.2.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = node_check._packages()
+    assert [versions[name] for name in ("flash-attn", "flash-attn-3", "flash-attn-4", "torchao")] == ["1.2"] * 4
+
+
 def test_a_gpu_problem_is_a_problem_of_its_node(
-    planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planned: Callable[..., tuple[LaunchPlan, RunDir]], monkeypatch: pytest.MonkeyPatch, adapters: Callable[..., None]
 ) -> None:
     made, run = planned("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=4")
+    made = made.model_copy(update={"topology": made.topology.model_copy(update={"nodes": 2})})
+    adapters(has_devices=False, locked_bytes=resource.RLIM_INFINITY)
     slow = GpuInfo("GPU-aaaa", H100, "0000:3b:00", 80.0, 0, pcie_lanes=4, most_pcie_lanes=16)
     monkeypatch.setattr(nvml, "list_gpus", lambda deadline_s: [slow])
     monkeypatch.setattr(nvml, "list_processes", lambda deadline_s: [])
@@ -270,8 +319,9 @@ def test_a_gpu_problem_is_a_problem_of_its_node(
     assert report.gpus == (H100,)
     assert "1 found, 4 needed" in only(report).value
     # A slow GPU is no reason to refuse the node, but an alert.
-    (alert,) = read_events(run.events)
-    assert alert["kind"] == "alert"
+    alert, of_network = read_events(run.events)
+    assert alert["kind"] == of_network["kind"] == "alert"
+    assert "the network adapters cannot be opened here, so NCCL uses TCP (mlx5_0)" in of_network["text"]
     assert alert["text"].startswith(f"{HOST}: a GPU's PCIe link has fewer lanes")
     assert f"{H100} GPU-aaaa: 4 of 16 lanes" in alert["text"]
 
