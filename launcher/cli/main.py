@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from launcher import collect_garbage_rarely
@@ -67,6 +68,12 @@ COMPOSING = ("train", "plan", "data", "doctor")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "--yes", "-m", "--multirun")
 # The same value as in launcher.security.trust, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
+# Variables with paths that libraries read in a run's processes, which work in the run directory.
+_PATH_VARIABLES = (
+    *("LAUNCHER_CACHE", "LAUNCHER_SHARED_CACHE", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH", "NETRC", "SSL_CERT_FILE"),
+    *("WANDB_CONFIG_DIR", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_CREDENTIALS_FILE", "REQUESTS_CA_BUNDLE"),
+    *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS"),
+)
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb")
 
 HELP = """\
@@ -171,6 +178,9 @@ def _main(argv: Sequence[str] | None) -> int:
         print(_FIRST_STEPS, end="")
         return EXIT_REFUSED
     verb = tokens.pop(0) if _is_verb(tokens[0]) else "train"
+    # A deleted working directory is reported by what needs it.
+    with suppress(FileNotFoundError):
+        _make_paths_absolute()
     try:
         if owners:
             from launcher.security import trust
@@ -216,6 +226,17 @@ def _without_trusted_owners(tokens: Sequence[str]) -> tuple[list[str], list[str]
         else:
             rest.append(word)
     return rest, owners
+
+
+def _make_paths_absolute() -> None:
+    """Make relative paths in variables absolute, because they start from this command's working directory."""
+    for name in _PATH_VARIABLES:
+        # Libraries expand ~ and variables.
+        if (path := os.environ.get(name, ""))[:1] not in ("", "/", "~", "$"):
+            os.environ[name] = os.path.abspath(path)
+    if paths := os.environ.get("PYTHONPATH"):
+        # Empty parts are allowed.
+        os.environ["PYTHONPATH"] = os.pathsep.join(path and os.path.abspath(path) for path in paths.split(os.pathsep))
 
 
 def _is_verb(token: str) -> bool:

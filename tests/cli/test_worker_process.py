@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import hand_made
 import pytest
@@ -59,3 +60,17 @@ def test_an_unknown_owner_stops_no_command_that_needs_no_owners(
     finally:
         os.umask(mask)
     assert capsys.readouterr().err == ""
+
+
+def test_relative_paths_in_variables_start_from_the_working_directory_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ranks work in the run directory: there, a relative HF_HOME would have no token when the run ends with a push."""
+    given = {"HF_HOME": "./hf", "PYTHONPATH": "/packages:own::../src", "NETRC": "~/netrc", "LAUNCHER_CACHE": "/cache:a/../b"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(schema, "run", lambda *_: 0)
+    assert main(["schema"]) == 0
+    changed = {"HF_HOME": f"{tmp_path}/hf", "PYTHONPATH": f"/packages:{tmp_path}/own::{tmp_path.parent}/src"}
+    assert {name: os.environ[name] for name in given} == {**given, **changed}
