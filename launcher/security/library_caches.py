@@ -41,7 +41,8 @@ _CACHES = (
 # Whatever TORCHINDUCTOR_CACHE_DIR names, torch looks for these in a folder of a known name in the temporary folder: precompiled
 # headers, which become part of each C++ kernel, and pickled decisions. These values turn both off.
 _WITHOUT_FOLDER = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_ENABLE_CACHING_MODULE": "0"}
-# W&B settings there may name the server, so another folder could lead to a different server. One of others is refused elsewhere.
+# W&B settings there may name the server, so another folder could lead to a different server. Where W&B starts, other users'
+# settings are refused (launcher.tracking.wandb.local_settings).
 _NOT_REPLACED = "WANDB_CONFIG_DIR"
 _INDUCTOR, _EXTENSIONS = "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"
 # How many levels of a cache are checked, if more than one. Compilers keep each kernel in a folder of the first level, torch each
@@ -78,7 +79,7 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
     for variable, problem in problems.items():
         variables.setdefault((problem.message.partition(": ")[2], problem.remedy), []).append(variable)
     for (reason, remedy), names in variables.items():
-        alert(f"{' and '.join(names)}: {reason}; a private folder is used instead; to use yours: {remedy}")
+        alert(f"{', '.join(names)}: {reason}; a private folder is used instead; to use yours: {remedy}")
     moved = {name: str(folders[name]) for name, *_ in _TEMPORARY_CACHES if not _is_chosen(name, environ)}
     replaced = [name for name, folder in folders.items() if name in problems or _is_closed(name, folder, environ)]
     return {**_WITHOUT_FOLDER, **moved, **_replacements(replaced)}

@@ -132,9 +132,7 @@ def test_folders_of_compiled_code_that_others_could_have_written_are_replaced(
         assert library_caches.node_cache_root().parent == temporary
         replaced = "; a private folder is used instead; to use yours: "
         assert f"TORCH_EXTENSIONS_DIR: {name}/torch_extensions belongs to {MALLORY}{replaced}" in alerts[0]
-        same = (
-            "HF_MODULES_CACHE and HF_XET_CACHE and WANDB_CACHE_DIR and CUTE_DSL_CACHE_DIR and FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
-        )
+        same = "HF_MODULES_CACHE, HF_XET_CACHE, WANDB_CACHE_DIR, CUTE_DSL_CACHE_DIR, FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
         assert any(text.startswith(f"{same}: {name} can be written") for text in alerts), "one alert for each reason"
         assert len(alerts) == len(names) - 4
         assert find_usable_caches({**environ, "LAUNCHER_TRUST_OWNERS": "anyone"}).keys() == TEMPORARY - named.keys()
