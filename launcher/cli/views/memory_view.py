@@ -10,10 +10,13 @@ from launcher.cli.formatting import table, wrap
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
 from launcher.plan.quantities import format_count
-from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, choose, considered, evaluate
+from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, as_set, choose, considered, evaluate
 from launcher.plan.sizing.kernels import describe_liger
+from launcher.plan.sizing.step_time import NETWORK
 
 _MOST_ROWS = 16
+# From this gain, a setting that the plan does not choose by itself is worth a note.
+_CLEARLY_FASTER = 0.1
 _STAGE_LEGEND = (
     "Rows are stages of a step, with the memory of one rank; the peak is the largest sum. states: a rank's part of weights, "
     "gradients and optimizer. buckets: what DeepSpeed communicates at once. activations: kept for the backward pass. gathered: "
@@ -64,6 +67,32 @@ def tight_note(plan: LaunchPlan) -> str:
     return (
         f"on {format_count(ranks, 'rank')} the estimated peak of {peak.peak_gib:.0f} GiB leaves less than {1 - USABLE_SHARE:.0%} "
         f"of a GPU's {device_gib:.0f} GiB: use more ranks, deepspeed=zero3_offload, or a smaller data.max_length"
+    )
+
+
+def hpz_note(plan: LaunchPlan) -> str:
+    """Return a note if a second copy of the weights in each node fits and is predicted to be clearly faster; else empty.
+
+    The plan does not choose it, because the prediction depends on the network, whose speed it assumes.
+    """
+    topology, device_gib = plan.topology, plan.memory.device_gib
+    ranks = topology.ranks_per_node
+    if topology.device != "cuda" or device_gib is None or topology.nodes == 1 or topology.world_size % ranks or ranks == 1:
+        return ""
+    situation = situation_of(plan)
+    chosen = as_set(situation, plan.batch.micro_batch_size, plan.activation_checkpointing)
+    if chosen.hpz_ranks > 1:
+        return ""
+    now, with_hpz = (evaluate(situation, one, is_allowed=False) for one in (chosen, replace(chosen, hpz_ranks=ranks)))
+    if now.tokens_per_sec is None or with_hpz.tokens_per_sec is None or with_hpz.peak.peak_gib > PREFERRED_SHARE * device_gib:
+        return ""
+    gain = with_hpz.tokens_per_sec / now.tokens_per_sec - 1
+    if gain < _CLEARLY_FASTER:
+        return ""
+    return (
+        f"deepspeed.hpz_partition_size=node, a second copy of the weights in each node, is predicted to be {gain:.0%} faster "
+        f"with {NETWORK * 8 / 1e9:.0f} Gbit/s between nodes, and needs {with_hpz.peak.peak_gib:.0f} of {device_gib:.0f} GiB per "
+        "GPU: compare a few steps of both"
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launcher.cli.formatting import short, table
-from launcher.cli.views.memory_view import peak_line, tight_note, why_values
+from launcher.cli.views.memory_view import hpz_note, peak_line, tight_note, why_values
 from launcher.clusters.answers import describe_answers
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
@@ -207,6 +207,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
         notes.append(f"whether {condition} is measured on the loaded model, before step 1 ({isolation.detail})")
     smallest, min_workers = _smallest(plan), config.cluster.fewest_workers
     notes += [note for sized in (plan, smallest) if sized is not None and (note := tight_note(sized))]
+    notes += [note for note in (hpz_note(plan),) if note]
     if smallest is not None and min_workers is not None and (least := smallest.topology.world_size) < min_workers:
         idle, of = min_workers - least, format_count(least, "rank")
         notes.append(
