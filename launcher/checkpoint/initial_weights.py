@@ -38,8 +38,8 @@ def can_fill(model: nn.Module, stored: Mapping[str, StoredTensor]) -> bool:
         tensor, own = stored.get(name), getattr(parameter, "ds_tensor", None)
         if own is None or tensor is None or tensor.dtype not in _DTYPES or tensor.shape != tuple(parameter.ds_shape):
             return False
-        # Weights on NVMe are in files, and hpZ has a second copy.
-        if own.numel() < _own_elements(parameter) or getattr(parameter, "ds_secondary_tensor", None) is not None:
+        # Weights on NVMe are in files.
+        if own.numel() < _own_elements(parameter):
             return False
     return True
 
@@ -57,6 +57,8 @@ def fill(model: nn.Module, stored: Mapping[str, StoredTensor], on_fill: Callable
     by_place = sorted(model.named_parameters(), key=lambda one: (stored[one[0]].path, stored[one[0]].offset))
     for name, parameter in by_place:
         total += _read(stored[name], *_own_range(parameter), parameter.ds_tensor.view(-1))
+        # hpZ's second copy is of the weights before; the next pass makes another one, as after each step.
+        parameter.ds_secondary_tensor = None
         on_fill(parameter.ds_numel * parameter.ds_tensor.element_size())
     return total
 

@@ -54,13 +54,17 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_serve
 
 @pytest.mark.rest
 def test_each_rank_reads_its_own_part_of_the_weights_alone(rank_server: RankServer, tmp_path: Path) -> None:
-    """The files have two dtypes, one of them in shards; the loaded weights equal those of the files."""
-    for dtype, stored, saving in (("fp32", torch.float32, {}), ("fp32", torch.bfloat16, {"max_shard_size": "4KB"})):
-        folder = save_model(tmp_path / str(stored), {"model_type": "llama", "dtype": stored}, **saving)
+    """The files have two dtypes, one of them in shards; the loaded weights equal those of the files, with hpZ too."""
+    sharded = {"max_shard_size": "4KB"}
+    cases = (("fp32", torch.float32, {}, 1), ("fp32", torch.bfloat16, sharded, 1), ("bf16", torch.bfloat16, {}, 2))
+    for dtype, stored, saving, hpz_ranks in cases:
+        name = f"{stored}-{hpz_ranks}"
+        folder = save_model(tmp_path / name, {"model_type": "llama", "dtype": stored}, **saving)
         files = [load_file(file) for file in folder.glob("*.safetensors")]
         assert (len(files) > 1) == bool(saving)
         size = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
-        results = rank_server.values("train_ranks:read_own_parts", [[str(folder), dtype]] * 2, tmp_path / f"ranks-{stored}")
+        arguments = [[str(folder), dtype, hpz_ranks]] * 2
+        results = rank_server.values("train_ranks:read_own_parts", arguments, tmp_path / f"ranks-{name}")
         assert [differing for _, _, differing in results] == [[], []]
         assert sum(num for num, _, _ in results) == size
         assert all(abs(num - size / 2) < 16 and largest <= size / 4 for num, largest, _ in results)

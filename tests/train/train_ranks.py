@@ -78,11 +78,12 @@ def build_models(cases: list[tuple[str, bool]]) -> tuple[list[str | None], list[
     return refusals, loaded
 
 
-def read_own_parts(folder: str, dtype: str) -> tuple[int, int, list[str]]:
+def read_own_parts(folder: str, dtype: str, hpz_ranks: int) -> tuple[int, int, list[str]]:
     """Load a model under ZeRO-3; return this rank's total bytes read, its largest read, and the parameters that differ."""
     meet()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    zero = {"stage": 3, "zero_hpz_partition_size": hpz_ranks}
+    settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
     partitioned = HfDeepSpeedConfig(settings)
     read: list[int] = []
     preadv = os.preadv
@@ -99,9 +100,11 @@ def read_own_parts(folder: str, dtype: str) -> tuple[int, int, list[str]]:
     expected = {name: one for file in Path(folder).glob("*.safetensors") for name, one in load_file(file).items()}
     differing = []
     for name, parameter in model.parameters_by_name().items():
-        with deepspeed.zero.GatheredParameters([parameter]):
-            if not torch.equal(parameter.data, expected[name].to(DTYPES[dtype])):
-                differing.append(name)
+        # As in a pass; GatheredParameters does not read hpZ's second copy.
+        parameter.all_gather_coalesced([parameter]).wait()
+        if not torch.equal(parameter.data, expected[name].to(DTYPES[dtype])):
+            differing.append(name)
+        parameter.partition()
     return sum(read), max(read), differing
 
 
