@@ -26,7 +26,8 @@ DEADLINE_S = 20.0
 _DRIVER_FILES = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
 _NAN = math.nan
 # Bits of NVML's clocks event reasons (nvml.h) that never belong to normal operation.
-_SLOWDOWNS = {0x20: "thermal limit of the driver", 0x40: "thermal limit of the hardware", 0x80: "power brake"}
+_DRIVER_SLOWDOWN = 0x20
+_SLOWDOWNS = {_DRIVER_SLOWDOWN: "thermal limit of the driver", 0x40: "thermal limit of the hardware", 0x80: "power brake"}
 # The hardware limits the clocks, for a reason of its own that older drivers do not report.
 _HARDWARE_SLOWDOWN, _OTHER_SLOWDOWN = 0x08, "limit of the hardware"
 # NVML's states of an NVLink fabric. A fabric that has completed its start with an error counts as failed.
@@ -202,6 +203,15 @@ class GpuSensor:
         }
         return {name: self._read_or_nan(reader) for name, reader in readers.items()}
 
+    def read_hardware_slowdowns(self) -> tuple[str, ...]:
+        """Return why the hardware lowers the GPU's clocks: heat, or the power supply; empty if it does not or if unknown."""
+        try:
+            bits = self._nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle)
+        except self._nvml.NVMLError as error:
+            self._note_loss(error)
+            return ()
+        return _name_slowdowns(bits & ~_DRIVER_SLOWDOWN)
+
     def next_xid(self, within_s: float) -> int | None:
         """Wait for the next fault; return its Xid, or None if there was none in `within_s` seconds."""
         nvml = self._nvml
@@ -311,7 +321,10 @@ def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
 
 
 def _read_slowdowns(nvml: Any, handle: Any) -> tuple[str, ...]:
-    bits = _or_none(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0
+    return _name_slowdowns(_or_none(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons, handle) or 0)
+
+
+def _name_slowdowns(bits: int) -> tuple[str, ...]:
     reasons = tuple(reason for bit, reason in _SLOWDOWNS.items() if bits & bit)
     return reasons or ((_OTHER_SLOWDOWN,) if bits & _HARDWARE_SLOWDOWN else ())
 

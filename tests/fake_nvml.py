@@ -42,6 +42,7 @@ class Nvml(ModuleType):
         self.faults: list[int] = []
         self.handles: list[str] = []
         self.lacks: set[str] = set()
+        self.slowdowns = 0
         self.error: type[NVMLError] = NVMLError
 
     def __getattribute__(self, name: str) -> Any:
@@ -83,6 +84,9 @@ class Nvml(ModuleType):
 
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         return 650_000
+
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
+        return self.slowdowns
 
     def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:
         return 71

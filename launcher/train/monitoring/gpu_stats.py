@@ -17,6 +17,8 @@ from launcher.train.monitoring import xids
 
 INTERVAL_S = 5.0
 _CPU_S = 0.5
+# Consecutive readings after which lowered clocks are reported; shorter drops hardly slow training.
+_LASTING_READINGS = 6
 _NAN = math.nan
 
 
@@ -42,7 +44,7 @@ class DeviceReadings(NamedTuple):
 
 
 class DeviceMonitor:
-    """Keeps `latest` up to date; calls `on_fault` from its thread for each Xid, and when the GPU is lost.
+    """Keeps `latest` up to date; calls `on_fault` from its thread for each Xid, lasting lowered clocks, and a lost GPU.
 
     `device` is the rank's device; only NVIDIA GPUs are read. With `reads_host`, the node's CPU and memory are read as well.
     """
@@ -69,7 +71,7 @@ class DeviceMonitor:
             gpu = _open_sensor(self._device) if self._device.type == "cuda" else None
             if gpu is None and not self._reads_host:
                 return
-            gpu_name, is_reported = "", False
+            gpu_name, is_reported, num_slow = "", False, 0
             while not self._stopped.is_set():
                 readings = gpu.read() if gpu is not None else {}
                 if self._reads_host:
@@ -80,6 +82,13 @@ class DeviceMonitor:
                 if gpu is not None and gpu.is_lost and not is_reported:
                     is_reported = True
                     self._on_fault(f"{xids.LOST}{gpu_name}; restart the node, or reset the GPU")
+                slowdowns = gpu.read_hardware_slowdowns() if gpu is not None else ()
+                num_slow = num_slow + 1 if slowdowns else 0
+                if num_slow == _LASTING_READINGS:
+                    reasons = " and ".join(slowdowns)
+                    self._on_fault(
+                        f"the clocks of a GPU are lowered{gpu_name}: {reasons}; check the node's cooling and power supply"
+                    )
                 self._wait(gpu)
         except Exception as error:
             # Only the charts lose these readings.

@@ -82,6 +82,21 @@ def test_an_xid_is_reported_at_once_and_counted(nvml: Nvml) -> None:
     ]
 
 
+def test_clocks_that_the_hardware_keeps_low_are_reported_once(nvml: Nvml) -> None:
+    faults: list[str] = []
+    # A power limit, and the driver's own thermal limit.
+    nvml.slowdowns = 0x4 | 0x20
+    watch = watched(GPU, faults=faults)
+    await_that(lambda: watch.latest.gpu_util > 0, "a reading")
+    time.sleep(0.3)
+    assert faults == []
+    nvml.slowdowns = 0x8 | 0x80
+    await_that(lambda: bool(faults), "the report")
+    time.sleep(0.3)
+    watch.stop()
+    assert faults == ["the clocks of a GPU are lowered (GPU 5): power brake; check the node's cooling and power supply"]
+
+
 @pytest.mark.parametrize("error", [NVMLError_GpuIsLost, NVMLError_ResetRequired])
 def test_a_lost_gpu_is_reported_once(nvml: Nvml, error: type[NVMLError], capsys: pytest.CaptureFixture[str]) -> None:
     faults: list[str] = []
