@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 _SYSFS = Path("/sys")
+# Threads of a rank that computes nothing on CPUs: the loop, autograd, NCCL's, and the one that copies states for a save.
+_GPU_RANK_THREADS = 4
 
 
 def bind_to_gpu(local_rank: int, num_ranks: int, num_threads: int) -> None:
     """Bind the calling thread, and the threads it starts, to the CPUs next to GPU `local_rank`, if `choose_cpus` returns any.
 
-    Each of this machine's `num_ranks` ranks computes with `num_threads` threads.
+    Each of this machine's `num_ranks` ranks keeps `num_threads` threads busy.
     """
     import torch
 
@@ -36,10 +38,15 @@ def choose_cpus(near: Sequence[set[int]], local_rank: int, allowed: set[int], nu
     return cpus if len(cpus) >= num_threads * near.count(near[local_rank]) else set()
 
 
-def num_omp_threads(environ: Mapping[str, str]) -> int:
-    """Return a rank's number of threads: the first number in OMP_NUM_THREADS, or 1 if it is not set."""
+def num_busy_threads(environ: Mapping[str, str], steps_on_cpu: bool) -> int:
+    """Return the threads for which a rank on a GPU needs CPUs: the first number in OMP_NUM_THREADS, or 1 if it is not set.
+
+    These are at most a few, unless the optimizer steps on the CPU: the agent divides all CPUs of the machine over its ranks, and
+    the NUMA nodes next to GPUs may have fewer.
+    """
     first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(first) if first.isdecimal() else 1
+    num_threads = int(first) if first.isdecimal() else 1
+    return num_threads if steps_on_cpu else min(num_threads, _GPU_RANK_THREADS)
 
 
 def _address(properties: Any) -> str:

@@ -27,7 +27,7 @@ from launcher.worker import limits
 from launcher.worker.ranks import flight_recorder
 from launcher.worker.ranks.error_memory import ErrorSlot
 from launcher.worker.ranks.heartbeat import Heartbeat
-from launcher.worker.ranks.numa import bind_to_gpu, num_omp_threads
+from launcher.worker.ranks.numa import bind_to_gpu, num_busy_threads
 from launcher.worker.ranks.rank_env import RankEnv, die_with_parent, exit_without_shutdown, redirect_output, set_title
 from launcher.worker.signals import StopFlag
 
@@ -97,7 +97,8 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     from launcher.train.monitoring.largest_batch import explained_out_of_memory
 
     if plan.topology.device == "cuda":
-        bind_to_gpu(env.local_rank, plan.topology.ranks_per_node, num_omp_threads(os.environ))
+        steps_on_cpu = plan.config.deepspeed.offload_optimizer != "none"
+        bind_to_gpu(env.local_rank, plan.topology.ranks_per_node, num_busy_threads(os.environ, steps_on_cpu))
     else:
         flight_recorder.answer_requests(os.environ, env.rank)
     rank_info = RankInfo(env.rank, env.local_rank, env.world_size, attempt, env.restart)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.worker.ranks.numa import choose_cpus, cpus_near, num_omp_threads
+from launcher.worker.ranks.numa import choose_cpus, cpus_near, num_busy_threads
 
 
 def test_the_cpus_next_to_a_gpu_are_those_of_its_numa_node(tmp_path: Path) -> None:
@@ -48,5 +48,15 @@ def test_a_rank_is_bound_where_all_ranks_next_to_its_cpus_have_room(
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, 1), ("12", 12), ("4,2", 4), ("many", 1)])
-def test_the_threads_of_a_rank_are_the_first_number_of_omp_num_threads(value: str | None, expected: int) -> None:
-    assert num_omp_threads({} if value is None else {"OMP_NUM_THREADS": value}) == expected
+def test_an_optimizer_on_cpus_keeps_the_first_number_of_omp_num_threads_busy(value: str | None, expected: int) -> None:
+    environ = {} if value is None else {"OMP_NUM_THREADS": value}
+    assert num_busy_threads(environ, steps_on_cpu=True) == expected
+    assert num_busy_threads(environ, steps_on_cpu=False) == min(expected, 4)
+
+
+def test_a_rank_is_bound_where_a_socket_has_several_numa_nodes() -> None:
+    """192 CPUs in eight NUMA nodes, two of eight GPUs next to each of four; the agent gives each rank 24 threads."""
+    near = [set(range(48 * (gpu // 2), 48 * (gpu // 2) + 24)) for gpu in range(8)]
+    everything, environ = set(range(192)), {"OMP_NUM_THREADS": "24"}
+    assert choose_cpus(near, 3, everything, num_busy_threads(environ, steps_on_cpu=False)) == set(range(48, 72))
+    assert choose_cpus(near, 3, everything, num_busy_threads(environ, steps_on_cpu=True)) == set()
