@@ -21,7 +21,7 @@ from pathlib import Path
 
 from launcher.errors import Problem
 from launcher.security.folders import is_private_folder, make_own_folder
-from launcher.security.permissions import first_problem_of_cache
+from launcher.security.permissions import first_problem_of_cache, tree
 from launcher.security.trust import Trust
 
 # Caches of libraries that commands use, too.
@@ -39,7 +39,8 @@ _CACHES = (
     ("WANDB_DATA_DIR", "XDG_DATA_HOME", ".local/share", "wandb"),
 )
 # Whatever TORCHINDUCTOR_CACHE_DIR names, torch looks for these in a folder of a known name in the temporary folder: precompiled
-# headers, which become part of each C++ kernel, and pickled decisions. These values turn both off.
+# headers, which become part of each C++ kernel, and pickled decisions. These values turn both off. The headers halve the time
+# of compilation: launcher/train/kernels/layers.py turns them on again if nobody else can have written to that folder.
 _WITHOUT_FOLDER = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_ENABLE_CACHING_MODULE": "0"}
 # W&B settings there may name the server, so another folder could lead to a different server. Where W&B starts, other users'
 # settings are refused (launcher.tracking.wandb.local_settings).
@@ -117,6 +118,13 @@ def foreign_caches(environ: Mapping[str, str]) -> dict[str, Problem]:
         if variable != _NOT_REPLACED
     }
     return {variable: problem for variable, problem in problems.items() if problem is not None}
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Create a folder in an existing one, if it is missing; return whether no other user can have written what is in it."""
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return first_problem_of_cache("this folder", folder, tree(folder), Trust.from_environ(os.environ)) is None
 
 
 def _problem(variable: str, folder: Path, trust: Trust) -> Problem | None:

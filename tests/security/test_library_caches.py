@@ -186,6 +186,24 @@ def test_what_other_programs_make_in_a_cache_of_the_launcher_is_checked_too(vari
         assert variable not in find_usable_caches(environ)
 
 
+def test_a_folder_with_a_known_name_is_used_only_if_this_user_made_it(as_root: None) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o1777)
+        folder = Path(name, "torchinductor_me")
+        assert library_caches.is_own_folder(folder)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        (folder / "precompiled_headers").mkdir()
+        assert library_caches.is_own_folder(folder)
+        folder.chmod(0o755)
+        (folder / "precompiled_headers/one.h").touch()
+        (folder / "precompiled_headers/one.h").chmod(0o666)
+        assert not library_caches.is_own_folder(folder)
+        (folder / "precompiled_headers/one.h").chmod(0o644)
+        assert library_caches.is_own_folder(folder)
+        os.chown(folder, MALLORY, -1)
+        assert not library_caches.is_own_folder(folder)
+
+
 def test_an_upload_is_not_described_in_a_folder_of_others(tmp_path: Path, as_root: None) -> None:
     """Whoever can write to Xet's folder can exchange what a push registers as the content of the model's files."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,11 +107,18 @@ def test_a_rank_imports_what_it_needs_and_starts_no_helper_processes(plan_of: Ca
     """Other threads must not start them either: autograd's threads compile too, and torch's settings are per thread."""
     plan = tmp_path / "plan.json"
     plan.write_text(plan_of("model.dtype=fp32").to_json())
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(plan)], capture_output=True, text=True, timeout=300)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        headers = Path(folder, f"torchinductor_{getpass.getuser()}")
+        headers.mkdir()
+        headers.chmod(0o777)
+        environ = {**os.environ, "TMPDIR": folder}
+        command = [sys.executable, "-c", COMPILE, str(plan)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["helpers"] == {"threads": [1, 1], "processes": 0}
-    # By default, torch takes precompiled headers from a folder that other users may have created.
+    # Others can write to the folder of precompiled headers, which kernels would contain.
     assert not found["precompiles"]
     # transformers reports scipy as available again to other code.
     assert found["packages"] == {"imported": [], "has_scipy": is_scipy_available()}
