@@ -52,7 +52,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     # The main memory of this machine only counts if the plan is for machines of the same kind.
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
     nvme_folder = _nvme_folder(config, run_name, run_dir)
-    liger = kernels.uses_liger(config.model, facts.model, topology.device, facts.provenance.packages)
+    liger = kernels.uses_liger(config, facts.model, topology.device, facts.provenance.packages)
     planned = LaunchPlan(
         run_name=run_name,
         run_dir=str(run_dir),

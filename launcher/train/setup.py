@@ -113,7 +113,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         tracker.event("info", attention.describe(plan.config.model, model.hf.config, plan.config.data.packing), 0)
     if plan.uses_liger:
         problem = model.liger_problem
-        tracker.event("alert" if problem else "info", liger.describe_use(problem, run.run_dir.root), 0)
+        tracker.event("alert" if problem else "info", liger.describe_use(problem, plan.config, run.run_dir.root), 0)
     if model.fp8_use:
         tracker.event("info", model.fp8_use, 0)
     # Refuse an engine that cannot be saved here, not at the first checkpoint.
@@ -121,7 +121,9 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)
     # If the optimizer steps on the node's CPUs, its time identifies slow ranks.
     steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
-    monitor = Monitor(plan, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
+    # Without Liger, slower steps are expected, and one alert is enough.
+    monitored = plan.model_copy(update={"liger": False}) if model.liger_problem else plan
+    monitor = Monitor(monitored, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
     objective = OBJECTIVES["supervised"]
     scorer = Scorer(engine, model, objective, rank_info, device)
     return Components(

@@ -11,9 +11,13 @@ from plan_fixtures import KINDS, facts_for, preset
 
 from launcher.cli.views.memory_view import peak_line
 from launcher.config.schema import RunConfig
+from launcher.config.sections.cluster import ClusterSection, LocalSection
+from launcher.config.sections.ray import RaySection
+from launcher.config.sections.slurm import SlurmSection
+from launcher.config.sections.static import StaticSection
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import plan, situation_of
+from launcher.plan.planner import plan, planned_tokens_per_sec, situation_of
 from launcher.plan.sizing.activations import Kernels, layer_activations
 from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose, evaluate
@@ -165,6 +169,49 @@ def test_liger_is_used_where_it_is_installed_and_made_for_the_model(
     assert line is not None
     assert line.endswith(f", {words}") if words else "Liger" not in line
     assert planned.peak == choose(situation_of(planned)).peak
+
+
+@pytest.mark.parametrize(
+    ("section", "is_own"),
+    [
+        (LocalSection(kind="local"), True),
+        (StaticSection(kind="static"), True),
+        (SlurmSection(kind="slurm"), True),
+        (SlurmSection(kind="slurm", container_image="owner/image:tag"), False),
+        (SlurmSection(kind="slurm", container_image="/images/a.sif", container_runtime="apptainer"), False),
+        (RaySection(kind="ray"), True),
+        (RaySection(kind="ray", address="auto"), True),
+        (RaySection(kind="ray", address="10.0.0.1:6379"), False),
+        (RaySection(kind="ray", address="http://10.0.0.1:8265"), False),
+    ],
+)
+def test_packages_of_this_python_count_only_where_the_ranks_run_in_it(
+    config_of: Callable[..., RunConfig], section: ClusterSection, is_own: bool
+) -> None:
+    settings = {"gpu_type": "H100-80GB", "ranks_per_node": 8}
+    config = config_of("model=llama3_1_8b", "train.global_batch_size=64", "data.max_length=4096")
+    config = config.model_copy(update={"cluster": section.model_copy(update=settings)})
+    planned = plan(config, facts_for(config))
+    assert planned.uses_liger is not is_own
+    line = peak_line(planned)
+    assert line is not None
+    assert ("without Liger, which is not installed here" in line) is is_own
+    assert (", Liger's kernels if the ranks have liger-kernel, with memory for the case without" in line) is not is_own
+
+
+def test_a_run_whose_ranks_decide_about_liger_fits_in_both_cases(plan_of: PlanOf) -> None:
+    """With Liger alone, rows of 16,384 tokens would let fewer layers be recomputed."""
+    settings = ("model=llama3_1_8b", *H100, "data.max_length=16384")
+    image = ("cluster=slurm", "cluster.container_image=owner/image:tag")
+    without, certain, open_ = (plan_of(*settings, *more) for more in ((), ("model.liger=true",), image))
+    assert (open_.checkpointing, open_.batch, open_.peak) == (without.checkpointing, without.batch, without.peak)
+    assert certain.checkpointing != open_.checkpointing
+    speeds = [planned_tokens_per_sec(one) or 0.0 for one in (without, open_, certain)]
+    assert speeds == sorted(speeds)
+    assert speeds[1] > 1.1 * speeds[0]
+    # What ranks without it compare their speed with.
+    assert planned_tokens_per_sec(open_.model_copy(update={"liger": False})) == speeds[0]
+    assert plan_of(*settings, *image, "model.liger=true").peak == certain.peak
 
 
 def test_a_plan_of_an_earlier_launcher_uses_liger_where_its_settings_say_so(plan_of: PlanOf) -> None:

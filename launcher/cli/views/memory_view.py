@@ -51,7 +51,7 @@ def peak_line(plan: LaunchPlan) -> str | None:
     sizes = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items() if gib >= 0.005)
     basis = "" if peak.is_measured or plan.topology.device == "cpu" else ", estimated"
     total = f"{peak.peak_gib:.2f}{of} GiB per rank{basis}, highest in the {stage.name} stage"
-    kernels = describe_liger(plan.config.model, plan.model, plan.topology.device, plan.uses_liger)
+    kernels = describe_liger(plan.config, plan.model, plan.topology.device, plan.uses_liger)
     fp8 = "linear layers in FP8" if plan.config.model.fp8 else ""
     settings = ", ".join(filter(None, (_recomputed(plan), _layers(plan), kernels, fp8)))
     return f"{total}: {sizes or 'under 5 MiB each'}; {settings}"

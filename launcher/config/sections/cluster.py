@@ -78,6 +78,11 @@ class ClusterSection(Section):
         return False
 
     @property
+    def uses_own_python(self) -> bool:
+        """True if the ranks run in this Python, so that the packages installed here are those that the ranks have."""
+        return True
+
+    @property
     def runs_on_every_node(self) -> bool:
         """True if each machine runs the same command, which stays active for the whole attempt."""
         return False

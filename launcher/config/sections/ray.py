@@ -116,6 +116,11 @@ class RaySection(ManagedSection):
         return self.address is not None and self.gpu_type is None
 
     @property
+    def uses_own_python(self) -> bool:
+        # The nodes of the cluster that this machine belongs to share its environment: Ray requires equal Pythons.
+        return self.address in (None, "auto")
+
+    @property
     def forwards_environment(self) -> bool:
         return not self.is_http
 

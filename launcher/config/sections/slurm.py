@@ -182,6 +182,11 @@ class SlurmSection(ManagedSection):
         return self.dry_run
 
     @property
+    def uses_own_python(self) -> bool:
+        # Without an image, the job runs this Python, which is on storage that the nodes share.
+        return self.container_image is None
+
+    @property
     def netrc_problem(self) -> str | None:
         if self.container_image and self.container_runtime == "pyxis":
             return "the W&B login of your netrc may not be seen inside the container"

@@ -18,7 +18,7 @@ from launcher.plan.launch_plan import LOSS_CHUNK_TOKENS, Batch, DataFacts, Model
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.checkpointed_layers import ALL, AUTO, NONE, checkpointed_layers, interval
-from launcher.plan.sizing.kernels import attention_kernel, has_liger_kernels
+from launcher.plan.sizing.kernels import attention_kernel, has_liger_kernels, may_lack_liger
 from launcher.plan.sizing.peak_memory import Pass, Sharding, estimate_peak
 from launcher.plan.sizing.step_time import Documents, Rates, StepTime, Transfers, gpu_rates, predict_step
 
@@ -86,7 +86,7 @@ class Considered:
 class Situation:
     """The inputs for trying combinations: settings, model, data, ranks, and the GPU's type and memory, None if unknown.
 
-    `liger` is the decided model.liger. `rates` replace those of the GPU.
+    `liger` is the decided model.liger: whether the ranks try Liger. `rates` replace those of the GPU.
     """
 
     config: RunConfig
@@ -195,8 +195,9 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         combination.layers == COMPILED,
     )
     recomputed = checkpointed_layers(combination.checkpointing, model.num_layers)
+    in_memory = replace(kernels, liger=combination.liger and not may_lack_liger(config))
     one_pass = Pass(
-        split.micro_batch_size * config.data.max_length, kernels, recomputed, train.loss_chunk_tokens or LOSS_CHUNK_TOKENS
+        split.micro_batch_size * config.data.max_length, in_memory, recomputed, train.loss_chunk_tokens or LOSS_CHUNK_TOKENS
     )
     sharding = Sharding(
         rendered["zero_optimization"],
@@ -221,7 +222,7 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         deepspeed.offload_optimizer,
         deepspeed.offload_params,
     )
-    step = _predict(situation, split, transfers, one_pass)
+    step = _predict(situation, split, transfers, replace(one_pass, kernels=kernels))
     speed, host_gib = None if step is None else split.max_tokens_per_step / step.total_s, states.host_per_node_gib
     return Considered(combination, split, peak, speed, fits, is_allowed, host_gib, one_pass.chunk_tokens, step)
 

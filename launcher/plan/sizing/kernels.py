@@ -31,11 +31,22 @@ def attention_kernel(config: RunConfig, model: ModelFacts, device: str) -> str:
     return probed
 
 
-def uses_liger(section: ModelSection, model: ModelFacts, device: str, packages: Mapping[str, str]) -> bool:
-    """Return whether a plan assumes Liger's kernels; `packages` are the packages installed here, with their versions."""
-    if section.liger != "auto":
+def uses_liger(config: RunConfig, model: ModelFacts, device: str, packages: Mapping[str, str]) -> bool:
+    """Return whether the ranks of a plan try Liger's kernels; `packages` are those installed here, with their versions."""
+    section = config.model
+    if section.liger != AUTO:
         return section.liger and device == "cuda"
-    return has_liger_kernels(section, model, device) and LIGER_PACKAGE in packages
+    return has_liger_kernels(section, model, device) and (LIGER_PACKAGE in packages or may_lack_liger(config))
+
+
+def may_lack_liger(config: RunConfig) -> bool:
+    """Return whether only the ranks can tell if Liger is installed: `auto`, and they run in another Python than this one.
+
+    The plan then predicts the speed with Liger, but the memory without it, so that the run fits in both cases. Planned for Liger,
+    a run whose image lacks the package would be out of memory after its model has loaded on rented GPUs. The price is at most one
+    step of micro-batch or recomputation, which model.liger=true takes back.
+    """
+    return config.model.liger == AUTO and not config.cluster.uses_own_python
 
 
 def has_liger_kernels(section: ModelSection, model: ModelFacts, device: str) -> bool:
@@ -44,10 +55,15 @@ def has_liger_kernels(section: ModelSection, model: ModelFacts, device: str) -> 
     return device == "cuda" and is_known
 
 
-def describe_liger(section: ModelSection, model: ModelFacts, device: str, is_used: bool) -> str:
+def describe_liger(config: RunConfig, model: ModelFacts, device: str, is_used: bool) -> str:
     """Return which of Liger's kernels a plan assumes and why, as one line about the plan; empty on CPUs."""
+    section = config.model
     if device != "cuda":
         return ""
+    if is_used and may_lack_liger(config):
+        return (
+            "Liger's kernels if the ranks have liger-kernel, with memory for the case without (model.liger=true plans with them)"
+        )
     if is_used:
         return "Liger's kernels"
     if section.liger == AUTO and has_liger_kernels(section, model, device):

@@ -13,7 +13,7 @@ from launcher.plan.gpu_types import GPUS
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.sizing.checkpointed_layers import ALL, AUTO
 from launcher.plan.sizing.combinations import Considered, Situation, as_set, choose, evaluate
-from launcher.plan.sizing.kernels import has_liger_kernels
+from launcher.plan.sizing.kernels import has_liger_kernels, may_lack_liger
 
 # Values with which the plan chooses the micro-batch and the recomputed layers.
 CHOSEN_BY_PLAN = _MICRO_BATCH, _LAYERS = ("train.micro_batch_size=null", "model.activation_checkpointing=auto")
@@ -25,10 +25,11 @@ _OFFLOADS = ({"offload_optimizer": "cpu"}, {"offload_optimizer": "cpu", "offload
 def nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[str]:
     """Return overrides that make the run fit, each with its peak, predicted speed and cost.
 
-    First those that leave to the plan what the settings decide, then more nodes, offload, shorter rows, and larger GPUs.
+    First those that leave to the plan what the settings decide, then memory planned for Liger, more nodes, offload, shorter
+    rows, and larger GPUs.
     """
     others = (_more_nodes(situation), _offload(situation), _shorter_rows(situation), _larger_gpu(situation))
-    tried = (_left_to_the_plan(situation), *others)
+    tried = (_left_to_the_plan(situation), _certain_liger(situation), *others)
     return [_described(words, at, one, usd_per_gpu_hour) for words, at, one in filter(None, map(_first_fit, tried))]
 
 
@@ -78,6 +79,13 @@ def _left_to_the_plan(situation: Situation) -> Iterator[tuple[str, Situation]]:
         for section, values in (item for word in words for item in without[word].items()):
             changed = _with(changed, section, getattr(changed, section).model_copy(update=values))
         yield " ".join(words), replace(situation, config=changed)
+
+
+def _certain_liger(situation: Situation) -> Iterator[tuple[str, Situation]]:
+    """Yield the situation with memory planned for Liger, if the ranks may lack it: then a run without Liger is refused."""
+    if situation.liger and may_lack_liger(situation.config):
+        section = situation.config.model.model_copy(update={"liger": True})
+        yield "model.liger=true", replace(situation, config=_with(situation.config, "model", section))
 
 
 def _more_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:

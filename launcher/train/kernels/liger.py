@@ -10,6 +10,7 @@ fails.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any
 
 import torch
 
-from launcher.config.schema import ModelSection
+from launcher.config.schema import ModelSection, RunConfig
 from launcher.errors import ConfigError
+from launcher.plan.sizing.kernels import may_lack_liger
 from launcher.shell_commands import launcher_command
 from launcher.train.kernels.build_tools import missing_build_tools
 from launcher.train.kernels.trial import run_on_each_rank
@@ -69,10 +71,12 @@ def undo() -> None:
         setattr(*_replaced.pop())
 
 
-def describe_use(problem: str, run: Path) -> str:
-    """Return a message about Liger in a run that was planned with it; `problem` is why it is not used, empty if it is used."""
+def describe_use(problem: str, config: RunConfig, run: Path) -> str:
+    """Return a message about Liger in a run that tried it; `problem` is why it is not used, empty if it is used."""
     if not problem:
         return "norms, rotary embedding and MLP are computed by Liger"
+    if may_lack_liger(config):
+        return f"{problem}. The plan's memory is for this case"
     resume = launcher_command("resume", run, "model.liger=false")
     return f"{problem}. The micro-batch was planned for Liger; if it does not fit without Liger, plan another one: {resume}"
 
@@ -120,13 +124,13 @@ def _agree(section: ModelSection, device: torch.device, action: Callable[[], Non
         return ""
     if section.liger is True:
         raise ConfigError("Liger cannot be used", where="model.liger", value=reason, remedy=f"{remedy}; or set model.liger=auto")
-    return (
-        f"training runs without Liger, slower and with more memory than planned, because it cannot be used ({reason}): {remedy}"
-    )
+    return f"training runs without Liger, slower than planned, because it cannot be used ({reason}): {remedy}"
 
 
 def _remedy(device: torch.device) -> str:
     """Return the remedy for a failure of Liger on this machine."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "install liger-kernel where the ranks run, in their image if they have one: pip install 'launcher[gpu]'"
     if problems := missing_build_tools(device.type):
         return "; ".join(f"{problem.message}: {problem.remedy}" for problem in problems)
     return "pip install --upgrade 'launcher[gpu]', and see what python -m launcher doctor says about Liger on this machine"

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hand_made
 import pytest
 import torch
 from forked_ranks import RankServer
 from liger_package import APPLIED_IN_PART, FILES, write_package
 from transformers import AutoModelForCausalLM
 
-from launcher.config.schema import ModelSection
+from launcher.config.schema import ModelSection, RunConfig
 from launcher.distributed import RankInfo
 from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
@@ -102,7 +103,7 @@ def test_liger_that_cannot_be_used_is_left_out_with_a_reason_or_refused_before_w
     files, reason = UNUSABLE[part]
     install(**files)
     model = build(uses_liger=True)
-    start = "training runs without Liger, slower and with more memory than planned, because it cannot be used"
+    start = "training runs without Liger, slower than planned, because it cannot be used"
     assert model.liger_problem.startswith(f"{start} ({reason}): pip install --upgrade 'launcher[gpu]', ")
     torch.testing.assert_close(model(IDS, POSITIONS), expected, rtol=0, atol=0)
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: pytest.fail("a model was built"))
@@ -120,9 +121,21 @@ def test_the_alert_names_what_this_machine_lacks_and_how_to_plan_without_liger(
     install(**files)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    alert = liger.describe_use(build(uses_liger=True).liger_problem, Path("/runs/tried"))
+    config = RunConfig.model_validate(hand_made.SETTINGS)
+    alert = liger.describe_use(build(uses_liger=True).liger_problem, config, Path("/runs/tried"))
     assert f"({reason}): no C++ compiler is found: apt-get install g++. " in alert
     assert alert.endswith("python -m launcher resume /runs/tried model.liger=false")
+
+
+def test_ranks_in_an_image_without_liger_train_without_it_and_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    model = build(uses_liger=True)
+    assert model(IDS, POSITIONS).isfinite().all()
+    config = RunConfig.model_validate({**hand_made.SETTINGS, "cluster": {"kind": "slurm", "container_image": "owner/image:tag"}})
+    alert = liger.describe_use(model.liger_problem, config, Path("/runs/tried"))
+    install = "install liger-kernel where the ranks run, in their image if they have one: pip install 'launcher[gpu]'"
+    assert alert.startswith("training runs without Liger, slower than planned, because it cannot be used (ModuleNotFoundError: ")
+    assert alert.endswith(f"): {install}. The plan's memory is for this case")
 
 
 def test_what_was_replaced_is_put_back_where_applying_fails(install: Callable[..., None]) -> None:
