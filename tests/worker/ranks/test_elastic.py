@@ -65,6 +65,7 @@ def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
             time.sleep(60)
         open(os.environ["TORCHELASTIC_ERROR_FILE"], "w").close()
         os._exit(7)
+    json.dump(dict(os.environ), open(f"{os.environ['LOCK']}.{rank_info.rank}", "w"))
     return types.SimpleNamespace(state="completed", reason="completed", step=1, message="trained", checkpoint="")
 
 if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*sys.orig_argv}:
@@ -114,6 +115,11 @@ def test_killed_ranks_and_damaged_error_records_each_cost_one_restart(run: RunDi
     done = run_agent(run, tmp_path, LOCK=str(tmp_path / "lock"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert json_records.read_json(run.attempt(1) / "exit.json")["state"] == "completed"
+    for rank in (0, 1):
+        # What the agent sets for the C library's allocator reaches the ranks, as PyTorch's does on GPUs.
+        variables = json_records.read_json(tmp_path / f"lock.{rank}")
+        assert variables["LOCAL_RANK"] == str(rank)
+        assert {"MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS"} <= variables.keys()
     restarts = [text.partition(": ")[2] for text in alerts(run)]
     assert restarts == ["rank 0: killed by SIGKILL", "rank 1: ended with exit code 7 and left no record of an error"]
 

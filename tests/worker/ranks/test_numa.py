@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from plan_fixtures import H100, config_of, plan_of
 
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.train import loop
+from launcher.train.stop import Outcome
+from launcher.worker.ranks import numa, rank_main
 from launcher.worker.ranks.numa import choose_cpus, cpus_near, num_busy_threads
+from launcher.worker.ranks.rank_env import RankEnv
+from launcher.worker.signals import StopFlag
+
+__all__ = ["config_of", "plan_of"]
 
 
 def test_the_cpus_next_to_a_gpu_are_those_of_its_numa_node(tmp_path: Path) -> None:
@@ -52,6 +66,30 @@ def test_an_optimizer_on_cpus_keeps_the_first_number_of_omp_num_threads_busy(val
     environ = {} if value is None else {"OMP_NUM_THREADS": value}
     assert num_busy_threads(environ, steps_on_cpu=True) == expected
     assert num_busy_threads(environ, steps_on_cpu=False) == min(expected, 4)
+
+
+def test_a_rank_binds_itself_before_it_trains(
+    plan_of: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The agent and Ray start the same module."""
+    bound: list[set[int]] = []
+
+    def train(*arguments: object) -> Outcome:
+        assert bound == [SECOND]
+        return Outcome("completed", "completed", 1, "", None)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    addresses = [SimpleNamespace(pci_domain_id=0, pci_bus_id=bus, pci_device_id=0) for bus in range(8)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", addresses.__getitem__)
+    monkeypatch.setattr(numa, "cpus_near", lambda address: NEAR[int(address.split(":")[1], 16)])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: FIRST | SECOND)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cpus: bound.append(cpus))
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    planned = plan_of("train.global_batch_size=8", device=H100)
+    progress = rank_main._Progress()
+    rank_main._train(planned, RunDir(tmp_path), RankEnv(5, 5, 8, 0), 1, StopFlag(loading=True), progress)
+    assert bound == [SECOND]
 
 
 def test_a_rank_is_bound_where_a_socket_has_several_numa_nodes() -> None:

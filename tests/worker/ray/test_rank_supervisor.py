@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any, cast
 import pytest
 from fake_workers import FakeWorkers
 from file_owners import MALLORY, as_root, give
+from plan_fixtures import H100
 
 from launcher import json_records, run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
@@ -73,9 +75,12 @@ def test_a_failed_rank_is_reported_before_the_wait_for_the_mirror(
 def test_a_damaged_error_record_does_not_fail_the_worker(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake = FakeWorkers(ray_plan(working_dir=str(tmp_path), workers=1))
+    fake = FakeWorkers(ray_plan(working_dir=str(tmp_path), workers=1, device=H100, ranks_per_node=1))
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
     rank = tmp_path / "rank"
-    rank.write_text('#!/bin/sh\nprintf "{" > $TORCHELASTIC_ERROR_FILE\nprintf "{" > $0.final\nkill -KILL $$\n')
+    lines = ("#!/bin/sh", "env > $0.env", 'printf "{" > $TORCHELASTIC_ERROR_FILE', 'printf "{" > $0.final', "kill -KILL $$")
+    rank.write_text("\n".join(lines))
     rank.chmod(0o700)
     (fake.run.attempt(1) / "final.json").symlink_to(f"{rank}.final")
     monkeypatch.setattr(sys, "executable", str(rank))
@@ -83,6 +88,9 @@ def test_a_damaged_error_record_does_not_fail_the_worker(
     assert Told(BeatReply())._train(orders) == "failed"
     failure = json_records.read_json(run_records.node_file(fake.run, 1, 0))["first_failure"]
     assert (failure["kind"], failure["message"]) == ("killed", "killed by SIGKILL")
+    # The GPU's allocator, and what a rank binds itself by to the CPUs next to its GPU.
+    expected = {"PYTORCH_ALLOC_CONF=expandable_segments:True", "LOCAL_RANK=0", f"OMP_NUM_THREADS={len(os.sched_getaffinity(0))}"}
+    assert expected <= {*Path(f"{rank}.env").read_text().splitlines()}
 
 
 @pytest.mark.parametrize(
