@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,14 +13,20 @@ from types import SimpleNamespace
 
 import hand_made
 import pytest
+from fake_nvml import driver
 
-from launcher import json_records, run_records, run_store
+from launcher import json_records, nvml, run_records, run_store
 from launcher.errors import RunError
 from launcher.plan.gpu_types import Price
+from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
+from launcher.tracking.jsonl import read_events
 from launcher.worker import agent, node_agents
+from launcher.worker.checks import gpu_check, node_check
 from launcher.worker.ranks.rank_env import NodeInfo, RankEnv
+
+__all__ = ["driver"]
 
 
 def test_ranks_are_read_from_the_agents_environment() -> None:
@@ -101,9 +108,50 @@ def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monke
     monkeypatch.setattr(agent.NodeAgent, "run_ranks", lambda *arguments: None)
     monkeypatch.setattr(agent, "close_wandb_run", lambda *arguments: None)
     assert agent.main(str(run.plan), 1) == 1
+    # Only GPUs are checked.
+    assert [event["text"] for event in read_events(run.events)] == ["the attempt failed: the ranks ended without an outcome"]
     assert seen == [pytest.approx(2 * 3600, abs=60)]
     assert json_records.read_json(run.attempt(1) / "exit.json")["ended_at"] == pytest.approx(time.time(), abs=60)
     assert run_store.read_status(run).state == "failed"
+
+
+def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_allocator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Callable[..., None]
+) -> None:
+    """It refuses nothing: the alerts tell why such a run is slow, or about to fail."""
+    gpu = {"uuid": "GPU-a", "name": "NVIDIA H100 80GB HBM3", "bus": "00000000:3B:00.0"}
+    lost = {"lanes": (8, 16), "fabric": (nvml.FABRIC_READY, 1, 0)}
+    driver(gpus=[gpu, {**gpu, "uuid": "GPU-b", **lost}], processes=[("GPU-a", 1, 70000, "stale")])
+    monkeypatch.setattr(gpu_check, "GRACE_S", 0.0)
+    monkeypatch.setattr(node_check, "SHARED_MEMORY", tmp_path / "nowhere")
+    for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        # Removed again at the end.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    topology = Topology(nodes=1, ranks_per_node=2, world_size=2, device="cuda", backend="nccl")
+    run = run_store.create(hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, topology=topology))
+    run_store.create_attempt(run, run_records.Attempt(None))
+    of_server: dict[str, str] = {}
+    of_ranks: dict[str, str] = {}
+
+    def run_ranks(*arguments: object) -> None:
+        of_ranks.update(os.environ)
+        for thread in [thread for thread in threading.enumerate() if thread.name == "gpu-check"]:
+            thread.join(60)
+
+    monkeypatch.setattr(agent.Stopper, "install", lambda self: self)
+    monkeypatch.setattr(agent.RankProcesses, "warm_up", lambda self, plan, environment: of_server.update(environment))
+    monkeypatch.setattr(agent.detached_process, "start_liveness_file", lambda run: None)
+    monkeypatch.setattr(agent.NodeAgent, "run_ranks", run_ranks)
+    monkeypatch.setattr(agent, "close_wandb_run", lambda *arguments: None)
+    assert agent.main(str(run.plan), 1) == 1
+    assert of_server["PYTORCH_ALLOC_CONF"] == of_ranks["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    texts = [event["text"].partition(": ")[2] for event in read_events(run.events) if event["kind"] == "alert"]
+    expected = ("too little shared memory", "PCIe link has fewer lanes", "NVLink fabric of GPUs is not ready", "process outside")
+    assert len(texts) == 5
+    for part, text in zip(expected, texts, strict=False):
+        assert part in text
+    assert "(stale)" in texts[3]
 
 
 def test_answers_that_do_not_start_leave_no_mirror_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

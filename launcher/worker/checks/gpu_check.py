@@ -94,12 +94,16 @@ def _check_processes() -> list[Problem]:
     """Return a problem for each foreign process that holds GPU memory, such as leftovers of an earlier job."""
     this, deadline = psutil.Process(), time.monotonic() + GRACE_S
     own_pids = {process.pid for process in (this, *this.children(recursive=True))}
+    at_first: set[int] | None = None
     while True:
         try:
             processes = nvml.list_processes(COMMAND_DEADLINE_S)
         except NvmlError as error:
             return [Problem(f"the processes on the GPUs cannot be listed: {error}", remedy="exclude this node")]
         others = [each for each in processes if each.pid not in own_pids and not _SERVICES.search(each.name)]
+        # A local run does not wait for its check: others that appear meanwhile may be its ranks.
+        at_first = {each.pid for each in others} if at_first is None else at_first
+        others = [each for each in others if each.pid in at_first]
         if not others or time.monotonic() >= deadline:
             break
         time.sleep(_PAUSE_S)

@@ -120,10 +120,27 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
 def _report_weaknesses(plan: LaunchPlan, run: RunDir, attempt: int) -> None:
     """Send an alert about what makes this node slow, but not unfit: all ranks wait for the slowest GPU and network."""
     of_network = adapter_problems() if plan.topology.nodes > 1 else []
-    for problem in (*gpu_check.find_slow_gpus(), *of_network):
-        # Whether the run directory can be written is checked above.
+    _send_alerts([*gpu_check.find_slow_gpus(), *of_network], run, attempt)
+
+
+def report_gpu_findings(plan: LaunchPlan, run: RunDir, attempt: int) -> None:
+    """Send an alert about everything that the check finds about this machine's GPUs and its shared memory; refuse nothing.
+
+    For runs on this machine alone: they have no other node, and a person may share a GPU with a process of their own, or stand in
+    another type for an unknown GPU. The check runs beside the imports of the ranks, so no rank waits for the driver.
+    """
+    num_ranks = plan.topology.ranks_per_node
+    # The last check waits for processes that are ending; meanwhile ranks may start and slow their GPUs.
+    _send_alerts([*shared_memory_problems("cuda", num_ranks), *gpu_check.find_slow_gpus()], run, attempt)
+    _send_alerts(gpu_check.check_gpus(num_ranks, plan.config.cluster)[1], run, attempt)
+
+
+def _send_alerts(problems: Sequence[Problem], run: RunDir, attempt: int) -> None:
+    for problem in problems:
+        value = f" ({problem.value})" if problem.value else ""
+        # Other checks report a run directory that cannot be written.
         with contextlib.suppress(OSError):
-            append_event(run, attempt, "alert", f"{node_name()}: {problem.message} ({problem.value}): {problem.remedy}")
+            append_event(run, attempt, "alert", f"{node_name()}: {problem.message}{value}: {problem.remedy}")
 
 
 def list_adapters() -> list[str]:

@@ -181,6 +181,16 @@ def test_the_check_waits_for_a_process_that_is_ending(node: Callable[..., None],
     assert listings == []
 
 
+def test_only_processes_that_were_there_at_first_are_reported(node: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of a local run does not delay its ranks, and in a container their process ids are not those of the driver."""
+    monkeypatch.setattr(gpu_check, "GRACE_S", 1.0)
+    node()
+    left, rank = (GpuProcess("GPU-aaaa", pid, 5, "python") for pid in (999999998, 999999999))
+    listings = [[left]]
+    monkeypatch.setattr(nvml, "list_processes", lambda deadline_s: listings.pop() if listings else [left, rank])
+    assert only(check_gpus(2, SECTION)).value.startswith("process 999999998 (python) ")
+
+
 def test_an_empty_choice_of_gpus_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES is empty" in only(check_gpus(2, SECTION)).message
