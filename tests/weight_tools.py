@@ -22,6 +22,7 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 EXPERTS = {
+    "olmoe": {"num_experts": 12, "num_experts_per_tok": 2},  # two digits
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
 }

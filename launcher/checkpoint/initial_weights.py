@@ -1,14 +1,20 @@
 """Fills a ZeRO-3 partitioned model from safetensors files: each rank reads only the bytes of its own partitions.
 
 In transformers, rank 0 reads all weights and sends them to the other ranks, so a multi-node run starts at the speed of one rank.
+The files of a mixture of experts usually store each expert's weights as separate tensors, which transformers fuses into a few
+parameters per layer. The elements of such a parameter are those of the stored tensors in a fixed order, so a rank reads its own
+range of it from the tensors that cover the range.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,19 +30,112 @@ _BLOCK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file: its type and shape as in the header, and the offset of its first byte in the file."""
+    """A tensor in a safetensors file: its name, type and shape as in the header, and the offset of its first byte in the file."""
 
     path: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     offset: int
 
 
-def can_fill(model: nn.Module, stored: Mapping[str, StoredTensor]) -> bool:
-    """Return whether every parameter is partitioned in memory, and stored in the files with the same name and shape."""
+@dataclass(frozen=True)
+class ParameterSource:
+    """Where the files store a parameter of the model: its elements are those of `parts`, one part after the other."""
+
+    shape: tuple[int, ...]
+    parts: tuple[StoredTensor, ...]
+
+
+@dataclass(frozen=True)
+class ParameterSources:
+    """Where the files store the parameters of a model, by the model's names, and which parts of fused parameters they lack."""
+
+    by_name: Mapping[str, ParameterSource]
+    missing: tuple[str, ...] = ()
+
+
+def can_fuse(converter: Any) -> bool:
+    """Return whether transformers' converter yields one parameter whose elements are those of its inputs, in a known order."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+    operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    merges, concatenates = operations[:1] == [(MergeModulelist, 0)], operations[1:] == [(Concatenate, 1)]
+    is_known = merges and (concatenates or (len(operations) == 1 and len(converter.source_patterns) == 1))
+    return type(converter) is WeightConverter and len(converter.target_patterns) == 1 and is_known
+
+
+def find_sources(model: Any, stored: Mapping[str, StoredTensor]) -> ParameterSources | None:
+    """Return where the files store the parameters of a transformers model; None if transformers converts them in another way.
+
+    Names and order are those of `_apply_weight_conversions_to_state_dict` in transformers.integrations.deepspeed.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    if len(renamings) + len(converters) < len(transforms):
+        return None
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    known, prefix = model.state_dict(), model.base_model_prefix
+    sources: dict[str, ParameterSource] = {}
+    fused: dict[str, dict[str, list[StoredTensor]]] = {}
+    for name in sorted(stored, key=dot_natural_key):
+        tensor = stored[name]
+        target, pattern = rename_source_key(name, renamings, converters, base_model_prefix=prefix, meta_state_dict=known)
+        if target not in known:
+            continue
+        if target in sources or (pattern is None and target in fused):
+            return None
+        if pattern is None:
+            sources[target] = ParameterSource(tensor.shape, (tensor,))
+        else:
+            fused.setdefault(target, {}).setdefault(pattern, []).append(tensor)
+    shapes = {name: _shape(parameter) for name, parameter in model.named_parameters()}
+    missing: list[str] = []
+    for name, tensors in fused.items():
+        converter = by_pattern[next(iter(tensors))]
+        if not can_fuse(converter) or name not in shapes:
+            return None
+        if len(tensors) == len(converter.source_patterns):
+            missing += (part for parts in tensors.values() for part in _missing_parts(parts, shapes[name][0]))
+        if source := _fuse([tensors.get(pattern, []) for pattern in converter.source_patterns]):
+            sources[name] = source
+    return ParameterSources(sources, tuple(missing))
+
+
+def _fuse(patterns: Sequence[Sequence[StoredTensor]]) -> ParameterSource | None:
+    """Stack the tensors of each pattern, and concatenate the stacks along dimension 1; None if their shapes do not allow it."""
+    num_experts, first = len(patterns[0]), next(iter(patterns[0]), None)
+    if first is None or not first.shape or any(len(tensors) != num_experts for tensors in patterns):
+        return None
+    shapes = [tensors[0].shape for tensors in patterns]
+    if any(tensor.shape != shape for tensors, shape in zip(patterns, shapes, strict=True) for tensor in tensors):
+        return None
+    if any(shape[1:] != first.shape[1:] or not shape for shape in shapes):
+        return None
+    parts = tuple(tensor for expert in zip(*patterns, strict=True) for tensor in expert)
+    return ParameterSource((num_experts, sum(shape[0] for shape in shapes), *first.shape[1:]), parts)
+
+
+def _missing_parts(parts: Iterable[StoredTensor], number: int) -> Iterable[str]:
+    """Yield the names of the parts that are missing among `number` parts, which are numbered from 0 in their names."""
+    names = {part.name for part in parts}
+    if len(names) >= number:
+        return
+    for before, after in {(match[1], match[3]) for name in names if (match := re.fullmatch(r"(.*\.)(\d+)(\..*)", name))}:
+        yield from (name for index in range(number) if (name := f"{before}{index}{after}") not in names)
+
+
+def can_fill(model: nn.Module, sources: Mapping[str, ParameterSource]) -> bool:
+    """Return whether every parameter is partitioned in memory, and stored in the files with the same shape."""
     for name, parameter in model.named_parameters():
-        tensor, own = stored.get(name), getattr(parameter, "ds_tensor", None)
-        if own is None or tensor is None or tensor.dtype not in _DTYPES or tensor.shape != tuple(parameter.ds_shape):
+        source, own = sources.get(name), getattr(parameter, "ds_tensor", None)
+        if own is None or source is None or source.shape != _shape(parameter):
+            return False
+        if any(part.dtype not in _DTYPES for part in source.parts):
             return False
         # Weights on NVMe are in files.
         if own.numel() < _own_elements(parameter):
@@ -45,7 +144,7 @@ def can_fill(model: nn.Module, stored: Mapping[str, StoredTensor]) -> bool:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, stored: Mapping[str, StoredTensor], on_fill: Callable[[int], None]) -> int:
+def fill(model: nn.Module, sources: Mapping[str, ParameterSource], on_fill: Callable[[int], None]) -> int:
     """Read this rank's partition of every parameter and return the bytes that were read; no communication.
 
     `on_fill` is called with the bytes of each parameter as the model holds it, over all ranks.
@@ -54,37 +153,54 @@ def fill(model: nn.Module, stored: Mapping[str, StoredTensor], on_fill: Callable
         ConfigError: if a file is shorter than its header says.
     """
     total = 0
-    by_place = sorted(model.named_parameters(), key=lambda one: (stored[one[0]].path, stored[one[0]].offset))
+    first_parts = {name: source.parts[0] for name, source in sources.items()}
+    by_place = sorted(model.named_parameters(), key=lambda one: (first_parts[one[0]].path, first_parts[one[0]].offset))
     for name, parameter in by_place:
-        total += _read(stored[name], *_own_range(parameter), parameter.ds_tensor.view(-1))
+        total += _read(sources[name], *_own_range(parameter), parameter.ds_tensor.view(-1))
         # hpZ's second copy is of the weights before; the next pass makes another one, as after each step.
         parameter.ds_secondary_tensor = None
         on_fill(parameter.ds_numel * parameter.ds_tensor.element_size())
     return total
 
 
-def _read(stored: StoredTensor, start: int, stop: int, target: Tensor) -> int:
-    """Copy the elements [start, stop) of a tensor in a file to the beginning of `target`; return the bytes that were read."""
+def _read(source: ParameterSource, start: int, stop: int, target: Tensor) -> int:
+    """Copy the elements [start, stop) of a parameter to the beginning of `target`; return the bytes that were read."""
+    total = begin = 0
+    for part in source.parts:
+        end = begin + math.prod(part.shape)
+        first, last = max(start, begin), min(stop, end)
+        if first < last:
+            total += _read_part(part, first - begin, last - begin, target[first - start : last - start])
+        begin = end
+    return total
+
+
+def _read_part(stored: StoredTensor, start: int, stop: int, target: Tensor) -> int:
+    """Copy the elements [start, stop) of a tensor in a file to `target`; return the bytes that were read."""
     dtype = _DTYPES[stored.dtype]
     step = _BLOCK_BYTES // dtype.itemsize
     with open(stored.path, "rb", buffering=0) as file:
         for first in range(start, stop, step):
             count = min(step, stop - first)
             block = bytearray(count * dtype.itemsize)
-            _read_fully(file.fileno(), block, stored.offset + first * dtype.itemsize, stored.path)
+            _read_fully(file.fileno(), block, stored.offset + first * dtype.itemsize, stored)
             target[first - start : first - start + count].copy_(torch.frombuffer(block, dtype=dtype))
     return (stop - start) * dtype.itemsize
 
 
-def _read_fully(descriptor: int, block: bytearray, offset: int, path: Path) -> None:
+def _read_fully(descriptor: int, block: bytearray, offset: int, stored: StoredTensor) -> None:
     view, done = memoryview(block), 0
     while done < len(block):
         num_bytes = os.preadv(descriptor, [view[done:]], offset + done)
         if not num_bytes:
-            raise ConfigError(
-                "a weight file is incomplete", where="model.path", value=str(path), remedy="download this file again"
-            )
+            message = f"a weight file is incomplete: it ends within the tensor {stored.name}"
+            raise ConfigError(message, where="model.path", value=str(stored.path), remedy="download this file again")
         done += num_bytes
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the whole shape of a parameter that may be partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _own_range(parameter: nn.Parameter) -> tuple[int, int]:

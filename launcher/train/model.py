@@ -1,7 +1,8 @@
 """The model under ZeRO-3: built partitioned, with a head that returns the loss.
 
-Under an HfDeepSpeedConfig, each rank reads its own part of the weights if the files store them under the model's names. Otherwise
-Hugging Face's `from_pretrained` partitions each weight while rank 0 loads it. No rank ever holds the whole model.
+Under an HfDeepSpeedConfig, each rank reads its own part of the weights if the files store them as the model has them, or in the
+parts that transformers fuses. Otherwise Hugging Face's `from_pretrained` partitions each weight while rank 0 loads it. No rank
+ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher import atomic_files
-from launcher.checkpoint.initial_weights import StoredTensor, can_fill, fill
+from launcher.checkpoint.initial_weights import StoredTensor, can_fill, can_fuse, fill, find_sources
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
 from launcher.distributed import copy_to_device
@@ -176,7 +177,7 @@ def build_model(
     if hf is None and folder is not None and facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
         advance = make_progress("loading the weights", facts.num_params * options["dtype"].itemsize)
-        hf = _load_own_parts(Path(facts.path), config, advance, **options, **remote)
+        hf = _load_own_parts(Path(facts.path), model, config, advance, **options, **remote)
         if hf is None:
             with _counted_loading(advance):
                 hf = _load_pretrained(folder, facts.path, model, **options, **remote, **pickled)
@@ -268,21 +269,34 @@ def _counted_loading(on_load: Callable[[int], None]) -> Iterator[None]:
         nn.Module._load_from_state_dict = fill
 
 
-def _load_own_parts(folder: Path, config: Any, on_fill: Callable[[int], None], **options: Any) -> Any:
-    """Load a partitioned model, each rank reading only its own part; None without ZeRO-3, or if the files prevent it."""
+def _load_own_parts(folder: Path, model: ModelSection, config: Any, on_fill: Callable[[int], None], **options: Any) -> Any:
+    """Load a partitioned model, each rank reading only its own part; None without ZeRO-3, or if the files prevent it.
+
+    Raises:
+        ConfigError: if the files lack a part of a tensor that transformers fuses, or a file is incomplete.
+    """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     files = weight_files(folder, with_pickled=False)
-    is_converted = get_checkpoint_conversion_mapping(config.model_type) or getattr(config, "quantization_config", None)
-    if not is_deepspeed_zero3_enabled() or not files or is_converted:
+    if not is_deepspeed_zero3_enabled() or not files or getattr(config, "quantization_config", None):
+        return None
+    # find_sources decides; this saves the time of building a model that it would not accept.
+    transforms = get_checkpoint_conversion_mapping(config.model_type) or ()
+    if not all(can_fuse(transform) for transform in transforms if isinstance(transform, WeightConverter)):
         return None
     headers = ((file, name, tensor) for file in files if file.is_file() for name, tensor in read_header(file).items())
-    stored = {name: StoredTensor(file, tensor.dtype, tensor.shape, tensor.offset) for file, name, tensor in headers}
+    stored = {name: StoredTensor(file, name, tensor.dtype, tensor.shape, tensor.offset) for file, name, tensor in headers}
     hf = _build_empty(config, **options)
-    if hf is None or not can_fill(hf, stored):
+    sources = find_sources(hf, stored) if hf is not None else None
+    if sources is None:
         return None
-    fill(hf, stored, on_fill)
+    if sources.missing:
+        raise ConfigError(WeightReport(missing=tuple(sorted(sources.missing))).problems(folder, model))
+    if not can_fill(hf, sources.by_name):
+        return None
+    fill(hf, sources.by_name, on_fill)
     return hf
 
 

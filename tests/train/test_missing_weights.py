@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from forked_ranks import RankServer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from weight_tools import SIZES, change_weights, save_model, without
 
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
-from launcher.train.model import build_model
+from launcher.train.model import DTYPES, build_model
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.1.w1.weight"
 
 
 def test_a_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
@@ -36,38 +42,59 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_serve
     lacking = save_model(tmp_path / "lacking", {"model_type": "llama"})
     change_weights(lacking, without("model.norm.weight"))
     expert = save_model(tmp_path / "expert", {"model_type": "mixtral"})
-    change_weights(expert, without("model.layers.1.block_sparse_moe.experts.1.w1.weight"))
+    change_weights(expert, without(EXPERT))
     shape = save_model(tmp_path / "shape", {"model_type": "llama"})
     change_weights(shape, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
-    cases = [(str(folder), False) for folder in (complete, fused, lacking, expert, shape)]
+    cut = save_model(tmp_path / "cut", {"model_type": "qwen3_moe"}) / "model.safetensors"
+    os.truncate(cut, cut.stat().st_size // 2)
+    misshapen = save_model(tmp_path / "misshapen", {"model_type": "mixtral"})
+    change_weights(misshapen, lambda tensors: tensors.update({EXPERT: torch.zeros(3, 5)}))
+    cases = [(str(folder), False) for folder in (complete, fused, lacking, expert, shape, cut.parent, misshapen)]
     (first, loaded), (second, not_counted) = rank_server.values(
         "train_ranks:build_models", [[cases], [cases]], tmp_path / "ranks"
     )
-    assert loaded[0] == not_counted[0] == num_bytes(complete)
-    assert not any(not_counted[1:]), "only rank 0 reads what is stored under other names, or lacks something"
-    for said in (first, second):
-        assert said[:3] == [None, None, "model.path: the weight files lack 1 tensor of the model: model.norm.weight"]
-        assert "Failed to apply weight conversion for 'model.layers.1.mlp.experts.gate_up_proj'" in str(said[3])
+    assert (loaded[:2], not_counted[:2]) == ([num_bytes(complete), num_bytes(fused)],) * 2
+    assert not any(not_counted[2:]), "only rank 0 reads what lacks something or has another shape"
+    lacks = "model.path: the weight files lack 1 tensor of the model: "
+    assert first[:4] == second[:4] == [None, None, lacks + "model.norm.weight", lacks + EXPERT]
     # Only rank 0 compares shapes, and its failure ends the run.
     assert "the weight files do not fit the model: size mismatch for model.norm.weight" in str(first[4])
+    assert first[5] == second[5]
+    incomplete = r"model\.safetensors is incomplete: .* first tensor that is cut off is model\.layers\.\d\.mlp\.experts\.\d\."
+    assert re.search(incomplete, str(first[5]))
+    for problems in (first, second):
+        assert "Failed to apply weight conversion for 'model.layers.1.mlp.experts.gate_up_proj'" in str(problems[6])
 
 
 @pytest.mark.rest
 def test_each_rank_reads_its_own_part_of_the_weights_alone(rank_server: RankServer, tmp_path: Path) -> None:
-    """The files have two dtypes, one of them in shards; the loaded weights equal those of the files, with hpZ too."""
-    sharded = {"max_shard_size": "4KB"}
-    cases = (("fp32", torch.float32, {}, 1), ("fp32", torch.bfloat16, sharded, 1), ("bf16", torch.bfloat16, {}, 2))
-    for dtype, stored, saving, hpz_ranks in cases:
-        name = f"{stored}-{hpz_ranks}"
-        folder = save_model(tmp_path / name, {"model_type": "llama", "dtype": stored}, **saving)
+    """The weights equal those that transformers loads: two dtypes, shards, experts stored separately and fused, hpZ."""
+    sharded, already_fused = {"max_shard_size": "4KB"}, {"save_original_format": False}
+    kinds: list[tuple[str, torch.dtype, dict[str, Any], str, int]] = [
+        ("llama", torch.float32, {}, "fp32", 1),
+        ("llama", torch.bfloat16, sharded, "fp32", 1),
+        ("qwen3_moe", torch.bfloat16, sharded, "fp32", 1),
+        ("qwen3_moe", torch.float32, already_fused, "bf16", 1),
+        ("mixtral", torch.float32, {}, "fp32", 1),
+        ("olmoe", torch.float32, sharded, "bf16", 1),
+        ("llama", torch.bfloat16, {}, "bf16", 2),
+    ]
+    cases, sizes = [], []
+    for number, (model_type, stored, saving, dtype, hpz_ranks) in enumerate(kinds):
+        folder = save_model(tmp_path / str(number), {"model_type": model_type, "dtype": stored}, **saving)
         files = [load_file(file) for file in folder.glob("*.safetensors")]
-        assert (len(files) > 1) == bool(saving)
-        size = sum(tensor.nbytes for tensors in files for tensor in tensors.values())
-        arguments = [[str(folder), dtype, hpz_ranks]] * 2
-        results = rank_server.values("train_ranks:read_own_parts", arguments, tmp_path / f"ranks-{name}")
-        assert [differing for _, _, differing in results] == [[], []]
-        assert sum(num for num, _, _ in results) == size
-        assert all(abs(num - size / 2) < 16 and largest <= size / 4 for num, largest, _ in results)
+        assert (len(files) > 1) == (saving is sharded)
+        separate = any(".experts.1." in name for tensors in files for name in tensors)
+        assert separate == (model_type != "llama" and saving is not already_fused)
+        expected = tmp_path / f"{number}.safetensors"
+        save_file(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).state_dict(), expected)
+        cases.append([str(folder), str(expected), dtype, hpz_ranks])
+        sizes.append(sum(tensor.nbytes for tensors in files for tensor in tensors.values()))
+    ranks = rank_server.values("weight_ranks:read_own_parts", [[cases]] * 2, tmp_path / "ranks")
+    for kind, size, *results in zip(kinds, sizes, *ranks, strict=True):
+        assert [differing for _, _, differing in results] == [[], []], kind
+        assert sum(num for num, _, _ in results) == size, kind
+        assert all(abs(num - size / 2) < 16 and largest <= size / 4 for num, largest, _ in results), kind
 
 
 def num_bytes(folder: Path) -> int:

@@ -15,7 +15,6 @@ import torch._dynamo  # a lazy import of it inside zero.Init fails
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.llama import modeling_llama
@@ -31,7 +30,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.train.engine import build_engine, import_muon
 from launcher.train.isolation import require_isolation
-from launcher.train.model import DTYPES, build_model
+from launcher.train.model import build_model
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.rank_timing import LayerTimer, OptimizerTimer, representative_layer
 from launcher.train.resume import agree_on_start_point, load_newest_intact
@@ -76,36 +75,6 @@ def build_models(cases: list[tuple[str, bool]]) -> tuple[list[str | None], list[
             refusals.append(None)
     del partitioned
     return refusals, loaded
-
-
-def read_own_parts(folder: str, dtype: str, hpz_ranks: int) -> tuple[int, int, list[str]]:
-    """Load a model under ZeRO-3; return this rank's total bytes read, its largest read, and the parameters that differ."""
-    meet()
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    zero = {"stage": 3, "zero_hpz_partition_size": hpz_ranks}
-    settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-    partitioned = HfDeepSpeedConfig(settings)
-    read: list[int] = []
-    preadv = os.preadv
-
-    def count(*arguments: Any) -> int:
-        read.append(preadv(*arguments))
-        return read[-1]
-
-    os.preadv = count  # type: ignore[assignment]
-    facts = model_facts(json.loads((Path(folder) / "config.json").read_text()), folder, folder, None)
-    model = build_model(ModelSection(path=folder, dtype=dtype), facts, "cpu", 64)
-    os.preadv = preadv  # type: ignore[assignment]
-    del partitioned
-    expected = {name: one for file in Path(folder).glob("*.safetensors") for name, one in load_file(file).items()}
-    differing = []
-    for name, parameter in model.parameters_by_name().items():
-        # As in a pass; GatheredParameters does not read hpZ's second copy.
-        parameter.all_gather_coalesced([parameter]).wait()
-        if not torch.equal(parameter.data, expected[name].to(DTYPES[dtype])):
-            differing.append(name)
-        parameter.partition()
-    return sum(read), max(read), differing
 
 
 def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
