@@ -28,6 +28,15 @@ SMALL = (
     "train.global_batch_size=2",
     "data.max_length=48",
 )
+EXPERTS = (
+    "model.config.model_type=qwen3_moe",
+    "model.config.architectures=[Qwen3MoeForCausalLM]",
+    "+model.config.num_experts=4",
+    "+model.config.num_experts_per_tok=2",
+    "+model.config.moe_intermediate_size=16",
+    "model.config.num_hidden_layers=1",
+    "model.activation_checkpointing=all",
+)
 WHOLE, COMPILED = "deepspeed.whole_layers=true", "model.compile=true"
 
 
@@ -36,7 +45,7 @@ def test_whole_and_compiled_layers_train_as_single_modules_do(
     rank_server: RankServer, plan_of: Callable[..., LaunchPlan], tmp_path: Path
 ) -> None:
     results: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for settings in ((), (WHOLE,), (COMPILED,)):
+    for settings in ((), (WHOLE,), (COMPILED,), EXPERTS, (*EXPERTS, COMPILED)):
         folder = tmp_path / str(len(results))
         folder.mkdir()
         plan = folder / "plan.json"
@@ -46,7 +55,8 @@ def test_whole_and_compiled_layers_train_as_single_modules_do(
             "train_ranks:train_with_layers", [[str(plan)]] * 2, folder, environment=environment, deadline_s=600
         )
     for settings, ranks in results.items():
-        for rank, expected in zip(ranks, results[()], strict=True):
+        model = EXPERTS if settings[: len(EXPERTS)] == EXPERTS else ()
+        for rank, expected in zip(ranks, results[model], strict=True):
             assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5), settings
             assert rank["has_own_speed"]
             if COMPILED not in settings:
