@@ -1,12 +1,15 @@
-"""Bounds the memory that a block of code in this process can take, whatever its input expands to."""
+"""Bounds the memory that a block of code in this process can take, and explains the end of a process that took too much time."""
 
 from __future__ import annotations
 
 import resource
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from launcher.errors import Problem
 
 # The process has one limit: two threads would each restore the value that the other has set.
 _lock = threading.RLock()
@@ -30,3 +33,14 @@ def bounded_memory(num_bytes: int) -> Iterator[None]:
         finally:
             with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def explain_end(exit_code: int | None) -> Problem | None:
+    """Return the problem if a chat template's limit of time ended a process with this code (-N: signal N), else None."""
+    if exit_code != -signal.SIGPROF:
+        return None
+    message = "a chat template does not end, so the process that ran it was stopped"
+    remedy = (
+        "look for operations on very long texts or lists in the template, and set data.chat_template to a file with one that "
+    )
+    return Problem(message, "data.chat_template", remedy=f"{remedy}you trust")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+import resource
+import signal
 import time
 import tracemalloc
 import unicodedata
@@ -18,11 +21,12 @@ import pytest
 from special_files import link_to_device, make_pipe
 from transformers import AutoTokenizer
 
+from launcher.cli import worker_process
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.checks import minhash, patterns
 from launcher.data.checks.unicode_forms import to_nfkc
 from launcher.data.sources import Chat, Message, check_sources, files, json_array, parquet, read_documents
-from launcher.data.tokenization import render_limits
+from launcher.data.tokenization import parallel, render_limits
 from launcher.data.tokenization.chat_template import ChatTemplate
 from launcher.data.tokenization.loss_mask import LossMask
 from launcher.errors import DataError, Problem
@@ -139,6 +143,27 @@ def test_the_time_limit_holds_where_it_is_ignored_once() -> None:
 
     with pytest.raises(render_limits.LimitReached, match=r"takes more than 0\.5 s"):
         render_limits.limited(ignore_once)
+
+
+@pytest.mark.timeout(300)
+def test_a_template_that_python_cannot_interrupt_ends_the_process(tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one step in C compares ten million pairs of long texts."""
+    monkeypatch.setattr(render_limits, "_GRACE_S", 0.5)
+    text = "{% set a = 'a' * 10 ** 6 %}{{ ([a ~ 'b'] * 10 ** 7).count(a ~ 'c') }}"
+    chat_template = ChatTemplate(AutoTokenizer.from_pretrained(str(tokenizer_dir)), text)
+    pid = os.fork()
+    if pid == 0:
+        resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+        with suppress(BaseException):
+            chat_template.render(CHAT)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == -signal.SIGPROF
+    in_pool = parallel._failure([0, -signal.SIGTERM, code], 3)
+    assert isinstance(in_pool, DataError)
+    assert in_pool.problems[0].message.startswith("a chat template does not end")
+    with pytest.raises(DataError, match="a chat template does not end"):
+        worker_process.run_worker(["/bin/sh", "-c", "kill -PROF $$"])
 
 
 @pytest.mark.parametrize("line", [False, True])

@@ -2,6 +2,9 @@
 
 Jinja's sandbox limits neither, and a few lines of tokenizer.json can double a text any number of times. Time is CPU time, so a
 busy machine does not refuse a template. A template's memory is the address space of the process.
+
+Python raises the error for the time between two of its own steps. Some steps in C take hours, such as counting in a long list of
+long texts: they end the process.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ _CALLS_PER_READ = 256
 _calls = itertools.count()
 # CPU seconds between repeated signals: Python ignores exceptions in some places, such as the deletion of an object.
 _REPEAT_S = 0.1
+# CPU seconds of the process and the kernel after MAX_CPU_S until SIGPROF ends the process: nothing handles this signal.
+_GRACE_S = 20.0
 _is_armed = False
 T = TypeVar("T")
 
@@ -38,6 +43,8 @@ class LimitReached(BaseException):
 
 def limited(action: Callable[[], T], max_cpu_s: float | None = None) -> T:
     """Run an action with at most `max_cpu_s` (None: MAX_CPU_S) and MAX_BYTES of additional memory.
+
+    If it is still running _GRACE_S later, SIGPROF ends the process: see security.memory_limit.explain_end.
 
     Only the main thread can be limited. This is not a context manager, because the limit could be reached again while leaving it.
 
@@ -59,6 +66,7 @@ def limited(action: Callable[[], T], max_cpu_s: float | None = None) -> T:
     resource.setrlimit(resource.RLIMIT_AS, (within[0], before[1]))
     try:
         _is_armed = True
+        signal.setitimer(signal.ITIMER_PROF, max_cpu_s + _GRACE_S)
         signal.setitimer(signal.ITIMER_VIRTUAL, max_cpu_s, _REPEAT_S)
         return action()
     except MemoryError:
@@ -67,6 +75,7 @@ def limited(action: Callable[[], T], max_cpu_s: float | None = None) -> T:
         # This comes first and without a call, because Python handles signals at calls.
         _is_armed = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
