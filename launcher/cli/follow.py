@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from launcher import run_records, run_store
@@ -61,13 +62,16 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
         collected = interrupts or own
         collected.defer()
         num_handled, watch = 0, StatusWatch(run, cluster)
-        screen.live(f"starting; logs in {short(run.attempt(attempt))}")
+        shown = ""
         while True:
             # Read the state before the files, so that everything written before the final state is shown.
             status = watch.state()
+            if status.state in RUNNING_STATES and (line := _start_line(run, attempt, status)) != shown:
+                screen.live(line)
+                shown = line
             for line in sorted([*events.poll(), *metrics.poll()], key=lambda line: line["time"]):
                 if line["attempt"] >= attempt:
-                    _show(line, status, screen)
+                    _show(run, line, status, screen)
             if status.state not in RUNNING_STATES:
                 break
             if len(collected.received) > num_handled:
@@ -78,12 +82,21 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
     return _closing(run, attempt, status)
 
 
-def _show(line: dict[str, Any], status: Status, screen: _Screen) -> None:
+def _start_line(run: RunDir, attempt: int, status: Status) -> str:
+    """Return what the run waits for while it is pending, such as its place in a scheduler's queue; else where its logs are."""
+    if status.state == "pending" and status.message:
+        return f"pending: {printable(status.message)}"
+    return f"starting; logs in {short(run.attempt(attempt))}"
+
+
+def _show(run: RunDir, line: dict[str, Any], status: Status, screen: _Screen) -> None:
     if "kind" in line:
+        # Ranks write absolute paths.
+        text = printable(line["text"]).replace(f"{run.root.absolute()}/", f"{short(run.root.absolute())}/")
         if line["kind"] == PROGRESS:
-            screen.live(printable(line["text"]))
+            screen.live(text)
         elif line["kind"] not in _HIDDEN_EVENTS and not line.get("fields", {}).get("is_closing"):
-            screen.say(printable(line["text"]))
+            screen.say(text)
     elif "train/loss" in line:
         screen.live(format_step(line, status.max_steps))
 
@@ -151,7 +164,7 @@ def _closing(run: RunDir, attempt: int, status: Status) -> int:
     if status.state == "completed":
         print("\n".join(_result_lines(run)))
         return 0
-    page = wandb_words(wandb_page(read_events(run.events)))
+    page = wandb_words(wandb_page(run, read_events(run.events)))
     if status.state == "failed":
         _print_failure(run, attempt, status)
         if page:
@@ -168,17 +181,26 @@ def _closing(run: RunDir, attempt: int, status: Status) -> int:
     return EXIT_INTERRUPTED
 
 
-def wandb_page(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def wandb_page(run: RunDir, events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the run's `url` in W&B and the `sync_command` that uploads an offline run, from the last event that has them.
 
-    Either may be None or empty; both are missing before the W&B run has started.
+    Either may be None or empty; both are missing before the W&B run has started. The command names the files where they are now,
+    because the run directory may have been moved.
     """
     page: dict[str, Any] = {}
     for fields in (event["fields"] for event in events):
         # Hub upload events also have a url, but no sync_command.
         if "sync_command" in fields:
             page |= {name: fields[name] for name in ("url", "sync_command") if name in fields}
+    if (command := page.get("sync_command")) and _is_upload(str(command)):
+        page["sync_command"] = shell_command(*(_moved(run, word) for word in shlex.split(str(command))))
     return page
+
+
+def _moved(run: RunDir, path: str) -> str:
+    """Return the present path of a session's folder in the run directory; any other word as it is."""
+    folder = run.root.absolute() / "wandb" / Path(path).name
+    return str(folder) if Path(path).parent.name == "wandb" and folder.is_dir() else path
 
 
 def wandb_words(page: Mapping[str, Any]) -> str:
@@ -203,7 +225,7 @@ def _result_lines(run: RunDir) -> list[str]:
     checkpoints = store.list_checkpoints(run.checkpoints)
     if checkpoints:
         lines.append(f"checkpoint   {short(checkpoints[-1].path)}")
-    if page := wandb_words(wandb_page(read_events(run.events))):
+    if page := wandb_words(wandb_page(run, read_events(run.events))):
         lines.append(f"W&B run      {page}")
     if run.export.is_dir():
         lines.append(_export_line(run, checkpoints[-1].step if checkpoints else None))

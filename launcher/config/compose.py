@@ -171,7 +171,8 @@ def _without_renamed_keys(tokens: Sequence[str]) -> tuple[list[str], list[Proble
 def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
     """Split off overrides with a group option that no config folder contains."""
     folders = [conf_dir(), *extra_dirs(tokens)]
-    if any(t.lstrip("+").startswith("hydra.searchpath") for t in tokens):
+    if any(t.lstrip("+").startswith("hydra.searchpath") for t in tokens) or not all(folder.is_dir() for folder in folders):
+        # Hydra finds the options, or refuses the folder.
         return tokens, []
     remaining, problems = [], []
     for token in tokens:

@@ -164,7 +164,8 @@ def _sentence(
     num_prompts: int,
 ) -> str:
     if not comparisons:
-        return f"No baseline was evaluated: {_words(metric)} {means[TUNED]:.2f}."
+        start = "The run started from random weights, so there is no base model to compare with"
+        return f"{start}: {_words(metric)} {means[TUNED]:.2f}."
     against = " and ".join(f"{means[one.baseline]:.2f} ({one.baseline})" for one in comparisons)
     # The deciding comparison: the one that is lost, else the hardest unclear one, else the hardest.
     deciding = min(

@@ -32,7 +32,7 @@ class Checkpointer:
         """`eval_set` names the evaluation set whose losses are passed to `save`."""
         self._saver, self._tracker, self._is_main, self._beat = saver, tracker, is_main, beat
         self._eval_set = eval_set
-        self._is_unreported, self._saving_step = False, 0
+        self._is_unreported, self._saving_step, self._is_run_complete = False, 0, False
         self._eval_loss: float | None = None
         self.stall_s = 0.0
         self.saved_step: int | None = None
@@ -50,15 +50,20 @@ class Checkpointer:
             self.wait(step)
 
     def save_and_wait(
-        self, step: int, state: Mapping[str, Any], eval_loss: float | None, reference_logits: Mapping[str, torch.Tensor]
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        eval_loss: float | None,
+        reference_logits: Mapping[str, torch.Tensor],
+        is_run_complete: bool = False,
     ) -> None:
-        """Save, and return once the checkpoint is committed. Collective.
+        """Save, and return once the checkpoint is committed. If the run is complete, no later one needs room. Collective.
 
         Raises:
             CheckpointError: if the save failed; committed checkpoints stay.
         """
         self.wait(step)
-        self._is_unreported, self._eval_loss, self._saving_step = True, eval_loss, step
+        self._is_unreported, self._eval_loss, self._saving_step, self._is_run_complete = True, eval_loss, step, is_run_complete
         self._saver.save(step, state, eval_loss=eval_loss, reference_logits=reference_logits, wait=True)
         outcome = self.wait(step)
         if isinstance(outcome, CheckpointError):
@@ -121,7 +126,7 @@ class Checkpointer:
                 **({} if free is None else {"ckpt/disk_free_gib": free / 2**30}),
             },
         )
-        if free is not None and free < outcome.bytes:
+        if free is not None and free < outcome.bytes and not self._is_run_complete:
             sizes = f"{format_size(free)} are free, and it needs {format_size(outcome.bytes)}"
             self._tracker.event("alert", f"the disk has no room for the next checkpoint: {sizes}", step)
         if outcome.not_pruned:

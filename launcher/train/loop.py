@@ -280,7 +280,7 @@ class TrainingLoop:
         parts.checkpointer.save(self.step, self._state(), self.evaluations.best_set_loss(self.step))
         self._after_save()
 
-    def save_and_wait(self) -> Path:
+    def save_and_wait(self, is_run_complete: bool = False) -> Path:
         """Save the current step with its reference logits, unless it is saved already; return the checkpoint. Collective."""
         parts = self.parts
         parts.checkpointer.wait(self.step)
@@ -289,7 +289,8 @@ class TrainingLoop:
             if not torch.isfinite(logits["logits"]).all():
                 raise self.diverged("the logits are not finite")
             parts.status.write_state("saving", self.step)
-            parts.checkpointer.save_and_wait(self.step, self._state(), self.evaluations.best_set_loss(self.step), logits)
+            best_loss = self.evaluations.best_set_loss(self.step)
+            parts.checkpointer.save_and_wait(self.step, self._state(), best_loss, logits, is_run_complete)
         parts.status.write_state("running", self.step)
         self._after_save()
         return self._checkpoint_path(self.step)
@@ -297,7 +298,7 @@ class TrainingLoop:
     def complete(self) -> Outcome:
         """Evaluate and save after the last step. Collective."""
         self.evaluate("after training", is_last=True)
-        checkpoint = self.save_and_wait()
+        checkpoint = self.save_and_wait(is_run_complete=True)
         last_eval = self.evaluations.newest(self.step)
         self.run.tracker.summary({"last_step": self.step, **(last_eval.metrics if last_eval else {})})
         if self.is_last_step():

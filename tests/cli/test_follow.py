@@ -12,14 +12,14 @@ import pytest
 
 from launcher import json_records, run_records, run_store
 from launcher.cli import runs
-from launcher.cli.follow import follow
+from launcher.cli.follow import follow, wandb_page
 from launcher.cli.formatting import short
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import ExitRecord, ExportRecord, FailureRecord, Status
-from launcher.tracking.jsonl import append_event
+from launcher.tracking.jsonl import append_event, read_events
 
 
 def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1, traceback: str = "") -> None:
@@ -66,6 +66,42 @@ def test_follow_shows_the_last_lines_before_the_end(run: RunDir, capsys: pytest.
     assert output.count("wandb sync x") == 1
     assert f"  python -m launcher evaluate {short(run.root)}\n" in output
     assert "init --data YOUR.jsonl" in output, "the run is the demonstration"
+
+
+class QueuedCluster(LocalCluster):
+    """Reports a run that waits in a queue, and on the next query as completed."""
+
+    status_interval_s = 0.0
+    is_queued = True
+
+    def status(self, run: RunDir) -> Status:
+        if self.is_queued:
+            self.is_queued = False
+            return replace(run_store.read_status(run), state="pending", message="waiting for resources (Resources)")
+        return run_store.update_status(run, state="completed")
+
+
+def test_follow_shows_why_a_run_has_not_started(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert follow(run, 1, QueuedCluster()) == 0
+    assert capsys.readouterr().out.startswith("pending: waiting for resources (Resources)\njoined\n")
+
+
+def test_messages_name_the_run_directory_as_the_other_lines_do(
+    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.root.parent)
+    append_event(run, 1, "checkpoint", f"saved {run.root.absolute()}/checkpoints/step-00000002 (1 MiB)")
+    run_store.update_status(run, state="completed")
+    assert follow(run, 1, LocalCluster()) == 0
+    assert f"saved {run.root.name}/checkpoints/step-00000002 (1 MiB)\n" in capsys.readouterr().out
+
+
+def test_the_upload_of_a_moved_run_names_its_present_folder(run: RunDir) -> None:
+    (run.root / "wandb/offline-run-1").mkdir(parents=True)
+    command = shlex.join(["wandb", "sync", "--include-online", "/before/run/wandb/offline-run-1", "/elsewhere/wandb/run-2"])
+    append_event(run, 1, "info", "offline", sync_command=command)
+    words = wandb_page(run, read_events(run.events))["sync_command"].split()
+    assert words[3:] == [str(run.root.absolute() / "wandb/offline-run-1"), "/elsewhere/wandb/run-2"]
 
 
 def test_the_results_of_a_run_fit_into_the_terminal(

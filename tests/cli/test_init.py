@@ -213,6 +213,8 @@ def test_rows_may_be_named_by_overrides(typed: Typed) -> None:
         content = yaml.safe_load(Path(f"{number}.yaml").read_text())
         assert (content["data"]["path"], content["train"]["epochs"]) == ("chats.jsonl", 3)
     assert typed("init", "model=tiny", "data=jsonl", "data.path=chats.jsonl")[1].startswith("wrote chats.yaml\n")
+    code, _, err = typed("init", "model=tiny", "data.sources=[{name: chats, path: chats.jsonl}]", "--out", "sources.yaml")
+    assert (code, yaml.safe_load(Path("sources.yaml").read_text())["train"]["epochs"]) == (0, 3), err
 
 
 def test_a_name_that_reads_as_a_reference_is_a_name(typed: Typed) -> None:

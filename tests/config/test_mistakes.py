@@ -344,8 +344,9 @@ def test_a_wrong_package_of_an_experiment_is_named(refused: Refused, tmp_path: P
 
 
 def test_a_folder_of_config_groups_that_does_not_exist_is_named(refused: Refused) -> None:
-    (problem,) = refused("--config-dir", "/no/such")
-    assert (problem.message, problem.value) == ("--config-dir: there is no such folder", "/no/such")
+    for options in ((), ("experiment=mine",)):
+        (problem,) = refused("--config-dir", "/no/such", *options)
+        assert (problem.message, problem.value) == ("--config-dir: there is no such folder", "/no/such")
 
 
 def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:

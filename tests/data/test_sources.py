@@ -83,6 +83,26 @@ def test_an_unusable_row_is_reported_with_its_place(
     assert problem.remedy
 
 
+@pytest.mark.parametrize(
+    ("row", "format", "own_format"),
+    [
+        ('{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}', "messages", "sharegpt"),
+        ('{"instruction": "a", "output": "b"}', "messages", "alpaca"),
+        ('{"text": "a"}', "alpaca", "text"),
+    ],
+)
+def test_the_remedy_for_a_row_of_another_format_is_a_source_of_its_own(
+    tmp_path: Path, row: str, format: str, own_format: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{row}\n")
+    with pytest.raises(DataError, match="lacks the key") as caught:
+        read(path, format)
+    remedy = caught.value.problems[0].remedy
+    assert f"has the format {own_format}, and its source has the format {format}" in remedy
+    assert f"[{{name: train, path: {path}}}, {{name: {own_format}, path: FILE}}]" in remedy
+
+
 @pytest.mark.parametrize("text", ['[{"text": "a"}]', '[\n{"text": "a"}\n]\n'])
 def test_one_json_array_is_read_from_a_file_of_either_name(tmp_path: Path, text: str) -> None:
     for name in ("a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz"):

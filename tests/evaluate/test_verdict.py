@@ -64,6 +64,10 @@ def test_a_baseline_that_is_not_beaten_leaves_it_open() -> None:
     assert "prompts could tell a difference of 0.05; 400 were used." in verdict.sentence
 
 
+def test_without_a_base_model_the_sentence_says_why() -> None:
+    assert "started from random weights" in judged(binary(100)).sentence
+
+
 def test_the_number_of_prompts_belongs_to_the_difference_that_is_named() -> None:
     """20 wins and 28 losses against 0-shot, ten of each against 8-shot: the smaller difference needs more prompts."""
     tuned = binary(50, 100)

@@ -39,7 +39,7 @@ says "likely mislabeled"
 step "drift" launcher drift first chats.jsonl --no-likelihood
 says "The prompts are like the training prompts"
 step "evaluate" launcher evaluate first evaluate.max_prompts=2 evaluate.max_new_tokens=4
-says "No baseline was evaluated"
+says "there is no base model to compare with"
 refused "drill without a fault" "kill-rank" launcher drill --fault kil first
 
 step "train, detached" launcher train chats.yaml run.name=killed tracking=none export.enabled=false --detach

@@ -31,7 +31,7 @@ class FakeSaver:
         self.wait_for_staging = self.close = lambda: None
         self.drain = lambda seconds: None
 
-    def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
+    def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None, **more: Any) -> None:
         self.outcome = self._next
 
     def wait(self) -> Saved | CheckpointError | None:
@@ -73,6 +73,14 @@ def test_a_disk_without_room_for_the_next_checkpoint_raises_an_alert(
     texts = [text for kind, text in tracker.events if kind == "alert"]
     assert len(texts) == alerts
     assert not texts or texts[0].endswith("3.00 GiB are free, and it needs 4.00 GiB")
+
+
+def test_the_last_checkpoint_of_a_run_needs_no_room_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * GIB))
+    tracker = FakeTracker()
+    checkpointer = Checkpointer(FakeSaver(saved(tmp_path)), tracker, True, no_beat)  # type: ignore[arg-type]
+    checkpointer.save_and_wait(5, {}, None, {}, is_run_complete=True)
+    assert [kind for kind, _ in tracker.events] == ["checkpoint"]
 
 
 def test_training_goes_on_where_free_space_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ class FakeLoop(TrainingLoop):
     def save(self) -> None:
         self.saved.append(self.step)
 
-    def save_and_wait(self) -> Path:
+    def save_and_wait(self, is_run_complete: bool = False) -> Path:
         self.saved.append(self.step)
         return Path()
 

@@ -58,7 +58,7 @@ def inspect(run: RunDir, others: Iterable[RunDir], together_with: Collection[Pat
     status, events = _last_status(run), read_events(run.events)
     exported, mirror = read_export(run), _mirror(run)
     urls = [url for event in events if event["kind"] == "export" and (url := event["fields"].get("url"))]
-    page = wandb_page(events)
+    page = wandb_page(run, events)
     return RemovableRun(
         run=run,
         state=status.state,

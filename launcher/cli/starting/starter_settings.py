@@ -16,6 +16,7 @@ from launcher.config.command_line import override_key
 from launcher.config.compose import Composed
 from launcher.config.introspect import settings
 from launcher.config.schema import RunConfig
+from launcher.config.sections.data import STDLIB_DOCS
 from launcher.errors import ConfigError, raise_reported
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts
@@ -74,12 +75,13 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
         is_measured=sample_report["is_measured"],
     )
     topology = choose_topology(config, gathered)
+    is_demo = not data and all(source.path == STDLIB_DOCS for source in config.data.sources)
     machine = Machine(topology.world_size, topology.device, device_gib(config, gathered))
     chosen = list_chosen(composed)
-    suggestions = suggest(num_params, max_positions, sample, machine, chosen) if data else _of_demo(config)
+    suggestions = _of_demo(config) if is_demo else suggest(num_params, max_positions, sample, machine, chosen)
     changes |= {one.key: one.value for one in suggestions}
     config = apply_changes(config, changes)
-    split = _splits_text(config, sample_report, chosen) if data else []
+    split = [] if is_demo else _splits_text(config, sample_report, chosen)
     config = apply_changes(config, {one.key: one.value for one in split})
     config, offload = _offloaded(config, gathered, machine, composed.overrides)
     # The file may be used on a machine for which `auto` means a different type.
@@ -88,7 +90,7 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
     machines = _machines(machine, node, config)
     reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys of this section; {_backends(config)}"
-    warnings = data_warnings(config, sample_report) if data else []
+    warnings = [] if is_demo else data_warnings(config, sample_report)
     return StarterSettings(config, reasons, _head(sample_report, data), assumptions, warnings, machines)
 
 

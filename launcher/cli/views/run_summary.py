@@ -71,7 +71,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "cost": _cost(tail, spent, placed, None if rest is None else rest.usd),
         "goodput": _goodput(spent or goodput.breakdown_from_metrics(tail.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
-        "wandb": wandb_page(events),
+        "wandb": wandb_page(run, events),
         "progress": _progress(events, number) if status.state in RUNNING_STATES else None,
         "answers": next((e["text"] for e in reversed(events) if e["kind"] == "answers"), None),
         "verdict": _verdict(run),

@@ -22,7 +22,7 @@ from launcher.data.sources.builtin import BUILTINS
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks, split_block
 from launcher.data.sources.files import count_rows as _count_rows
-from launcher.data.sources.formats import FORMATS, detect_format, list_fitting_formats, rename_columns
+from launcher.data.sources.formats import FORMATS, detect_format, explain_other_format, list_fitting_formats, rename_columns
 from launcher.data.sources.keys import RowKeys
 from launcher.data.sources.row_problems import RowProblems
 from launcher.data.sources.row_values import Row, refuse
@@ -182,8 +182,12 @@ class DocumentBatch:
         keys = RowKeys.of(self.format, self.columns, self.ignored_keys)
         with _naming_path(self.path):
             for row, where in parse_block(self.rows):
-                checked = keys.check(row, where, unread_keys)
-                yield parse(rename_columns(checked, self.columns, where), where), False
+                renamed = rename_columns(keys.check(row, where, unread_keys), self.columns, where)
+                try:
+                    document = parse(renamed, where)
+                except DataError as error:
+                    raise explain_other_format(error, renamed, self.format) from error
+                yield document, False
 
 
 def read_batches(source: Source, on_problem: Callable[[DataError], None] | None = None) -> Iterator[DocumentBatch]:

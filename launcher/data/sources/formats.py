@@ -33,6 +33,7 @@ from launcher.data.sources.row_values import (
     require_list,
     safe_excerpt,
 )
+from launcher.errors import DataError
 
 # ShareGPT's names for ROLES, and for an assistant message that calls a tool.
 _SHAREGPT_ROLES = {
@@ -233,6 +234,22 @@ def detect_format(row: Row, where: str) -> str:
         f"question and answer; or name the rows' own keys in the source's columns: {_suggest_columns(row) or COLUMNS_EXAMPLE}"
     )
     refuse(f"the keys of the row match no known format ({list_keys(row)})", where, remedy)
+
+
+def explain_other_format(error: DataError, row: Row, format: str) -> DataError:
+    """Return the error of a row that cannot be read in its source's format, with a remedy for rows of another format."""
+    try:
+        own_format = detect_format(row, "")
+    except DataError:
+        return error
+    if own_format == format:
+        return error
+    remedy = (
+        f"this row has the format {own_format}, and its source has the format {format}: move such rows to a file of their own, and "
+        f"name both: 'data.sources=[{{name: train, {EXAMPLE_PATH}}}, {{name: {own_format}, path: FILE}}]' data.path=null; "
+        f"or, if all rows are like this one, set the source's format to {own_format}"
+    )
+    return DataError(tuple(replace(problem, remedy=remedy) for problem in error.problems))
 
 
 def _suggest_columns(row: Row) -> str | None:
