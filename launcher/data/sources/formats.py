@@ -245,8 +245,8 @@ def explain_other_format(error: DataError, row: Row, format: str) -> DataError:
     if own_format == format:
         return error
     remedy = (
-        f"this row has the format {own_format}, and its source has the format {format}: move such rows to a file of their own, and "
-        f"name both: 'data.sources=[{{name: train, {EXAMPLE_PATH}}}, {{name: {own_format}, path: FILE}}]' data.path=null; "
+        f"this row has the format {own_format}, and its source has the format {format}: move such rows to another file, "
+        f"and name both: 'data.sources=[{{name: train, {EXAMPLE_PATH}}}, {{name: {own_format}, path: FILE}}]' data.path=null; "
         f"or, if all rows are like this one, set the source's format to {own_format}"
     )
     return DataError(tuple(replace(problem, remedy=remedy) for problem in error.problems))
