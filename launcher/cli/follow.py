@@ -66,9 +66,9 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
         while True:
             # Read the state before the files, so that everything written before the final state is shown.
             status = watch.state()
-            if status.state in RUNNING_STATES and (line := _start_line(run, attempt, status)) != shown:
-                screen.live(line)
-                shown = line
+            if status.state in RUNNING_STATES and (start := _start_line(run, attempt, status)) != shown:
+                screen.live(start)
+                shown = start
             for line in sorted([*events.poll(), *metrics.poll()], key=lambda line: line["time"]):
                 if line["attempt"] >= attempt:
                     _show(run, line, status, screen)
