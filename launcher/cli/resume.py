@@ -16,6 +16,7 @@ from launcher.cli.cleanup import run_folders
 from launcher.cli.launch import require_idle
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.starting.resumed_plan import plan_again, resume_command
+from launcher.cli.views.plan_view import remarks
 from launcher.cli.worker_process import worker_environment
 from launcher.clusters.backends import Cluster
 from launcher.clusters.preflight import check_startable, disk_note, push_note
@@ -54,6 +55,7 @@ def resume_run(
     if checkpoint is not None and not run.attempts.is_dir():
         plan = run_store.find_plan(run, checkpoint.manifest.plan_digest) or plan
         print("note: attempts/ is missing; it is created again, and limits of time and cost count from this attempt on")
+    former = plan
     plan = plan_again(plan, run, checkpoint, overrides, cluster, force)
     if checkpoint is not None:
         _require_steps_left(run, plan, checkpoint)
@@ -63,6 +65,8 @@ def resume_run(
     for note in (*wandb_check.check(plan.config, worker_environment()), disk_note(plan), push_note(plan)):
         if note:
             print(f"note: {note}")
+    for line in _changed_remarks(plan, former):
+        print(line)
     # Changes to the run begin here.
     interrupts.defer()
     if checkpoint is not None:
@@ -81,6 +85,12 @@ def resume_run(
     print(f"continuing {plan.run_name} from {start}", flush=True)
     cluster.submit(run, attempt, plan_path)
     return attempt
+
+
+def _changed_remarks(plan: LaunchPlan, former: LaunchPlan) -> list[str]:
+    """Return the warnings and notes of a plan that the former one does not have, such as a warm-up longer than the run."""
+    known = remarks(former)
+    return [line for line in remarks(plan) if line not in known]
 
 
 def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@ from launcher import code_snapshot, json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.export import require_checkpoint
 from launcher.cli.resume import (
+    _changed_remarks,
     _choose_checkpoint,
     _describe_lost_metrics,
     _replace_unusable_code,
@@ -85,6 +86,15 @@ def test_a_changed_batch_size_is_noted_with_the_skipped_or_repeated_rows(run: Ru
     assert ("changes the order" in (describe_moved_rows(saved, grouped, 10) or "")) is (change is not None)
     other = again.model_copy(update={"data": DATA.model_copy(update={"num_rows": 5})})
     assert describe_moved_rows(saved, other, 10) is None, "of other data, other rows"
+
+
+def test_what_the_changed_settings_make_worse_is_noted(run: RunDir) -> None:
+    plan = run_store.load_plan(run)
+    optim = plan.config.optim.model_copy(update={"warmup_steps": plan.batch.max_steps})
+    changed = plan.model_copy(update={"config": plan.config.model_copy(update={"optim": optim})})
+    (note,) = _changed_remarks(changed, plan)
+    assert note.startswith("note: the warm-up of ")
+    assert _changed_remarks(changed, changed) == []
 
 
 def forget_training(run: RunDir) -> None:
