@@ -69,5 +69,8 @@ def make_cache_error(error: OSError, folder: Path) -> DataError:
     written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     free = format_size(shutil.disk_usage(existing).free)
-    value = f"{format_size(written)} were written to this folder, and {free} are free on its disk"
+    # A conversion removes its files before the error is reported.
+    value = f"{free} are free on its disk without the unfinished files"
+    if written:
+        value = f"{format_size(written)} were written to this folder, and {free} are free on its disk"
     return DataError(Problem(message, str(folder), value, f"free more space (or raise the quota), or {elsewhere}"))

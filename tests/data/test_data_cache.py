@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data import cache_lock
+from launcher.data import cache_dir, cache_lock
 from launcher.data.build import build
 from launcher.data.cache import cache_store
 from launcher.data.cache.cache_store import find, read_report, read_samples
@@ -413,6 +414,11 @@ def test_a_full_disk_is_reported_and_leaves_no_partial_cache(section: Section, t
     assert re.search(r"[\d.]+ KiB were written to this folder, and [\d,.]+ GiB are free on its disk", message)
     assert "free more space (or raise the quota), or set LAUNCHER_CACHE to" in message
     assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
+
+
+def test_a_full_cache_whose_files_are_removed_is_reported_without_them(tmp_path: Path) -> None:
+    (problem,) = cache_dir.make_cache_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "models").problems
+    assert re.fullmatch(r"[\d,.]+ \w+ are free on its disk without the unfinished files", problem.value)
 
 
 def test_a_cache_folder_that_cannot_be_written_is_reported(
