@@ -14,7 +14,7 @@ from launcher.config.compose import IN_ENVIRONMENT, leaves
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import schema_problems, shown
 from launcher.config.introspect import settings
-from launcher.config.origin import Origins, short
+from launcher.config.origin import Origins
 from launcher.config.renamed_keys import renamed_override
 from launcher.config.schema import RunConfig
 from launcher.config.suggestions import suggest_setting
@@ -135,9 +135,7 @@ def require_same(changes: Sequence[Difference], force: bool, run: Path, checkpoi
             Problem(
                 f"these settings differ from those that the checkpoint was saved with:\n{table(other_changes)}",
                 where=checkpoint,
-                remedy=remedy
-                or "remove them, start another run with them, or accept the differences: "
-                f"{launcher_command('resume', short(run), '--force')} ...",
+                remedy=remedy or "remove them, start another run with them, or add --force to accept the differences",
             )
         )
     if problems:
