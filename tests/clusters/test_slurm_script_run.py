@@ -188,6 +188,18 @@ def test_a_task_without_access_to_the_plan_reports_it(begun_plan: SlurmPlan, san
     assert sandbox.called("python")[-1][-2:] == ["7", "78"]
 
 
+def test_a_task_refuses_a_run_directory_that_the_first_node_does_not_share(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+    """There another user may have created it, with code, while the job waited or started."""
+    text = rendered(begun_plan(), sandbox.folder)
+    mark = f"{sandbox.folder}/.mark-"
+    assert mark in text
+    done = sandbox.run(text.replace("export LAUNCHER_MARK", 'export LAUNCHER_MARK; rm "$LAUNCHER_MARK"'))
+    assert f"{os.uname().nodename} cannot read {sandbox.folder / 'plan.json'}" in done.stderr
+    assert sandbox.called("python")[-1][-2:] == ["7", "78"]
+    assert sandbox.run(text).returncode == 0
+    assert not list(sandbox.folder.glob(".mark-*"))
+
+
 def test_apptainer_receives_separate_arguments(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
     settings = {"container_image": "/opt/train#1.sif", "container_python": "/venv/bin/python", "container_mounts": ["/a:/b:ro"]}
     plan = begun_plan(container_runtime="apptainer", **settings)

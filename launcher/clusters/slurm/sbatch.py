@@ -27,8 +27,12 @@ _PLAIN_PATH = re.compile(r"/[\w.@+/= -]*")
 # In container mount lists, a comma or a colon ends a path; for enroot, a space does too.
 _MOUNTED_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
 # Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to the task whatever it
-# executes, and would kill a starting Python. A node without access to the plan reports this at once.
-_SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) cannot read $0" >&2; exit 78; }; exec "$@"\' '
+# executes, and would kill a starting Python. A node without access to the plan reports this at once, and so does one that does
+# not share the first node's storage, where another user may have created this path: the name of the mark is random.
+_SIGNAL_SHIELD = (
+    'sh -c \'trap "" USR1 USR2; [ -r "$0" ] && [ -e "$LAUNCHER_MARK" ] || { echo "$(uname -n) cannot read $0" >&2; exit 78; }; '
+    'exec "$@"\' '
+)
 
 
 class UnknownSubmission(SubmitError):
@@ -189,6 +193,7 @@ def python_words(section: SlurmSection, has_gpus: bool, folders: Sequence[str]) 
 def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
     run = RunDir(Path(plan.run_dir))
     code = plain_path(str(run.code))
+    mark = shlex.quote(plain_path(str(plan_path.parent / ".mark-XXXXXXXXXXXXXXXX")))
     # With -c and -m, Python would import from the current folder first, but the submitted snapshot must run.
     environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
     return [
@@ -205,6 +210,9 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
         "# Nothing is left to do, or another job does it.",
         '[ -n "$LAUNCHER_ATTEMPT" ] || exit 0',
         "export LAUNCHER_ATTEMPT",
+        "# A node that sees this file shares the run directory whose owners were checked.",
+        f"LAUNCHER_MARK=$(mktemp {mark}) || exit",
+        "export LAUNCHER_MARK",
     ]
 
 
@@ -248,7 +256,7 @@ def setup_commands(section: SlurmSection) -> list[str]:
 
 
 def _teardown(plan_path: Path) -> list[str]:
-    return ["rc=$?", f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"]
+    return ["rc=$?", 'rm -f "$LAUNCHER_MARK"', f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"]
 
 
 def _job_command(verb: str, plan_path: Path) -> str:
