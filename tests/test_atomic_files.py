@@ -78,7 +78,7 @@ def test_replace_directory_removes_the_previous_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("make", [make_pipe, link_to_device])
 def test_a_pipe_or_a_device_has_no_digest(tmp_path: Path, make: Callable[[Path], None]) -> None:
     """In another user's checkpoint, a shard may be either one, and its manifest may say anything."""

@@ -326,7 +326,7 @@ def test_a_file_that_becomes_a_link_after_the_check_is_not_copied(tmp_path: Path
     assert not target.exists()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("make", [make_pipe, link_to_device])
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "evil.index.json", "config.json"])
 def test_a_pipe_or_a_device_is_not_read(folder: Path, make: Callable[[Path], None], name: str) -> None:

@@ -66,7 +66,7 @@ def test_the_newest_run_of_the_same_model_and_gpu_is_the_measurement(plan_of: Pl
     assert find_measured_mfu(later, "Abacus 3000") is None
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("as_root")
 def test_a_run_of_another_user_is_no_measurement(plan_of: PlanOf, tmp_path: Path) -> None:
     """In a shared folder of runs, reading a pipe in place of metrics.jsonl would block every plan."""

@@ -260,7 +260,7 @@ def test_lines_of_any_number_in_a_run_of_another_user_are_not_read(run: RunDir, 
             read()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_copy_of_a_plan_that_is_a_pipe_is_not_read(launch: Launch, tmp_path: Path) -> None:
     """Without a plan.json, the command searches for copies of the plan to suggest in its remedy."""
     (folder := tmp_path / "runs/demo/plans").mkdir(parents=True)
@@ -305,7 +305,7 @@ def test_a_mirrored_run_is_not_downloaded_to_where_others_could_replace_it(tmp_p
     assert [path.name for path in (root / "b").iterdir()] == [download.MARKER], "nothing was fetched"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_pipe_that_takes_the_place_of_a_file_after_the_run_was_checked_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(pipe := tmp_path / "metrics.jsonl")
     assert (Tail(pipe).poll(), list(iter_lines(pipe)), read_tail(pipe).losses) == ([], [], ())

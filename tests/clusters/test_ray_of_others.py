@@ -82,7 +82,7 @@ def test_the_ray_of_another_user_is_not_joined(
     assert auto_address.find_address() == MINE, "a file of another user names theirs"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_the_newest_of_several_own_rays_is_joined(start_raylet: StartRaylet, tmp_path: Path) -> None:
     start_raylet(MINE)
     start_raylet(other := "127.0.0.1:7003")

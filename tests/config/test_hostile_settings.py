@@ -154,7 +154,7 @@ def test_nothing_is_imported_from_the_working_directory(marker: Path, session_ca
     assert not marker.exists()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("flags", [(), ("-m",)])
 def test_a_file_whose_aliases_expand_without_bound_is_not_read(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple
@@ -169,7 +169,7 @@ def test_a_file_whose_aliases_expand_without_bound_is_not_read(
 
 
 @pytest.mark.rest
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("last", ["x", '""', "[x, x, x, x]"])
 def test_references_that_double_at_each_step_are_refused(
     refused: Refused, shared: Callable[[str], tuple[str, ...]], last: str
@@ -198,7 +198,7 @@ def test_a_pickled_job_of_hydra_is_not_loaded(refused: Refused, tmp_path: Path, 
     assert problem.message == "--experimental-rerun: Hydra would load a pickle, which can run code"
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("pattern", ["((((a{999}){999}){999}){999})", "(" * 3000 + "a" + ")" * 3000, "a|" * 6000])
 def test_a_regular_expression_that_takes_all_memory_is_refused(
     refused: Refused, shared: Callable[[str], tuple[str, ...]], pattern: str

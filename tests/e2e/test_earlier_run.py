@@ -23,7 +23,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 ARCHIVE = Path(__file__).parents[1] / "golden/earlier_run.zip"
 CHECKPOINT_STEP, LAST_STEP = 6, 16
 
-pytestmark = [pytest.mark.rest, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.rest, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_code_that_another_user_could_have_put_into_the_mirror_is_not_resumed(
     assert not (tmp_path / "elsewhere").exists()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("replace", [make_pipe, link_to_device, _make_huge])
 def test_what_is_no_small_file_of_a_mirror_is_not_read(
     shared: Path, mirrored: tuple[LaunchPlan, RunDir, RemoteFolder], replace: Callable[[Path], None]
@@ -105,7 +105,7 @@ def test_what_is_no_small_file_of_a_mirror_is_not_read(
             read(there)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_no_more_of_a_file_is_fetched_than_the_manifest_says(
     tmp_path: Path, shared: Path, mirrored: tuple[LaunchPlan, RunDir, RemoteFolder]
 ) -> None:
