@@ -199,6 +199,22 @@ def planned_step(planned: LaunchPlan, gpu: GpuType | None = None, rates: Rates |
     return combinations.evaluate(situation, combination, is_allowed=True).step
 
 
+def as_run(planned: LaunchPlan, has_liger: bool) -> LaunchPlan:
+    """Return the plan with the speed and the peak predicted for its ranks, which have found out whether Liger works. Pure.
+
+    The ranks may lack a Liger that was planned, and the peak of a plan whose ranks decide is for the case without it.
+    """
+    if planned.peak is None:
+        return planned
+    model = planned.config.model.model_copy(update={"liger": has_liger})
+    train = planned.config.train.model_copy(update={"loss_chunk_tokens": planned.chunk_tokens})
+    config = planned.config.model_copy(update={"model": model, "train": train})
+    decided = planned.model_copy(update={"config": config, "liger": has_liger})
+    situation = situation_of(decided)
+    combination = combinations.as_set(situation, planned.batch.micro_batch_size, planned.activation_checkpointing)
+    return decided.model_copy(update={"peak": combinations.evaluate(situation, combination, is_allowed=True).peak})
+
+
 def tokens_of_step(planned: LaunchPlan) -> int:
     """Return the tokens of an optimizer step over all ranks, without padding if the data are known."""
     return planned.batch.tokens_per_step or planned.batch.max_tokens_per_step

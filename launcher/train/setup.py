@@ -20,6 +20,7 @@ from launcher.data.sources import make_eval_source
 from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import RunError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
+from launcher.plan.planner import as_run
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
@@ -121,8 +122,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)
     # If the optimizer steps on the node's CPUs, its time identifies slow ranks.
     steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
-    # Without Liger, slower steps are expected, and one alert is enough.
-    monitored = plan.model_copy(update={"liger": False}) if model.liger_problem else plan
+    monitored = as_run(plan, has_liger=not model.liger_problem) if plan.uses_liger else plan
     monitor = Monitor(monitored, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
     objective = OBJECTIVES["supervised"]
     scorer = Scorer(engine, model, objective, rank_info, device)

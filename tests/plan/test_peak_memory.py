@@ -17,7 +17,7 @@ from launcher.config.sections.slurm import SlurmSection
 from launcher.config.sections.static import StaticSection
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import plan, planned_tokens_per_sec, situation_of
+from launcher.plan.planner import as_run, plan, planned_tokens_per_sec, situation_of
 from launcher.plan.sizing.activations import Kernels, layer_activations
 from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose, evaluate
@@ -209,9 +209,22 @@ def test_a_run_whose_ranks_decide_about_liger_fits_in_both_cases(plan_of: PlanOf
     speeds = [planned_tokens_per_sec(one) or 0.0 for one in (without, open_, certain)]
     assert speeds == sorted(speeds)
     assert speeds[1] > 1.1 * speeds[0]
-    # What ranks without it compare their speed with.
-    assert planned_tokens_per_sec(open_.model_copy(update={"liger": False})) == speeds[0]
     assert plan_of(*settings, *image, "model.liger=true").peak == certain.peak
+
+
+def test_ranks_compare_themselves_with_the_plan_for_the_kernels_that_they_have(plan_of: PlanOf) -> None:
+    settings = ("model=llama3_1_8b", *H100, "data.max_length=16384")
+    image = ("cluster=slurm", "cluster.container_image=owner/image:tag")
+    without, certain, open_ = (plan_of(*settings, *more) for more in ((), ("model.liger=true",), image))
+    assert as_run(open_, has_liger=False).peak == open_.peak
+    assert planned_tokens_per_sec(as_run(open_, has_liger=False)) == planned_tokens_per_sec(without)
+    with_liger = as_run(open_, has_liger=True)
+    assert planned_tokens_per_sec(with_liger) == planned_tokens_per_sec(open_)
+    assert as_run(certain, has_liger=True).peak == certain.peak
+    for less, more in ((with_liger, open_), (certain, as_run(certain, has_liger=False))):
+        assert less.peak is not None
+        assert more.peak is not None
+        assert less.peak.peak_gib < more.peak.peak_gib
 
 
 def test_a_plan_of_an_earlier_launcher_uses_liger_where_its_settings_say_so(plan_of: PlanOf) -> None:
