@@ -11,6 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
+# The end of the names of the router buffers in DeepSeek-V3's weight files.
+ROUTER_BUFFER = "e_score_correction_bias"
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -24,6 +26,10 @@ SIZES = {
 EXPERTS = {
     "olmoe": {"num_experts": 12, "num_experts_per_tok": 2},  # two digits
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        **{"first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 8},
+        **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    },
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
 }
 

@@ -129,18 +129,44 @@ def _missing_parts(parts: Iterable[StoredTensor], number: int) -> Iterable[str]:
         yield from (name for index in range(number) if (name := f"{before}{index}{after}") not in names)
 
 
+def stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that weight files contain, such as the corrections of a router's scores. They are not partitioned."""
+    stored = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def can_fill_buffers(model: nn.Module, sources: Mapping[str, ParameterSource]) -> bool:
+    """Return whether the files store every buffer that belongs in weight files, with the same shape."""
+    return all(_is_readable(sources.get(name), tuple(buffer.shape)) for name, buffer in stored_buffers(model).items())
+
+
 def can_fill(model: nn.Module, sources: Mapping[str, ParameterSource]) -> bool:
     """Return whether every parameter is partitioned in memory, and stored in the files with the same shape."""
     for name, parameter in model.named_parameters():
-        source, own = sources.get(name), getattr(parameter, "ds_tensor", None)
-        if own is None or source is None or source.shape != _shape(parameter):
-            return False
-        if any(part.dtype not in _DTYPES for part in source.parts):
+        own = getattr(parameter, "ds_tensor", None)
+        if own is None or not _is_readable(sources.get(name), _shape(parameter)):
             return False
         # Weights on NVMe are in files.
         if own.numel() < _own_elements(parameter):
             return False
     return True
+
+
+def _is_readable(source: ParameterSource | None, shape: tuple[int, ...]) -> bool:
+    return source is not None and source.shape == shape and all(part.dtype in _DTYPES for part in source.parts)
+
+
+@torch.no_grad()
+def fill_buffers(model: nn.Module, sources: Mapping[str, ParameterSource]) -> None:
+    """Read the buffers that weight files contain; each rank reads all of them.
+
+    Raises:
+        ConfigError: if a file is shorter than its header says.
+    """
+    for name, buffer in stored_buffers(model).items():
+        values = torch.empty(buffer.numel(), dtype=buffer.dtype)
+        _read(sources[name], 0, buffer.numel(), values)
+        buffer.copy_(values.view(buffer.shape))
 
 
 @torch.no_grad()

@@ -1,19 +1,12 @@
-"""The model under ZeRO-3: built partitioned, with a head that returns the loss.
-
-Under an HfDeepSpeedConfig, each rank reads its own part of the weights if the files store them as the model has them, or in the
-parts that transformers fuses. Otherwise Hugging Face's `from_pretrained` partitions each weight while rank 0 loads it. No rank
-ever holds the whole model.
-"""
+"""The model that is trained: its kernels, its activation checkpointing, and a head that returns the loss."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from launcher import atomic_files
-from launcher.checkpoint.initial_weights import StoredTensor, can_fill, can_fuse, fill, find_sources
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
 from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError
 from launcher.models.private_code import code_option, folder_to_load
 from launcher.models.remote_code import kernel_problems, without_code
-from launcher.models.weight_files import WeightReport, read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
 from launcher.train.kernels import attention, fp8, layers, liger
+from launcher.train.loading import build_with_weights
 from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Name endings of buffers that are filled, in fp32, when a model is built.
-_BUILT_BUFFERS = ("inv_freq", "embed_scale")
-# Prefixes of transformers' errors for weights whose shape does not match the model, or that cannot be fused.
-_MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight conversion")
 
 
 class CausalLMLoss(nn.Module):
@@ -149,7 +137,7 @@ def build_model(
     """
     # A lazy import of dynamo inside zero.Init fails on the patched tensor constructors.
     import torch._dynamo
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = None
     if facts.path is not None:
@@ -173,16 +161,7 @@ def build_model(
         fp8.require_usable(torch.device(device))
     if uses_liger:
         liger_problem = liger.find_problem(model, str(config.model_type), torch.device(device), options["dtype"])
-    hf = _build_empty(config, **options, **remote) if has_checkpoint else None
-    if hf is None and folder is not None and facts.path is not None and model.init == "pretrained" and facts.has_weights:
-        pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
-        advance = make_progress("loading the weights", facts.num_params * options["dtype"].itemsize)
-        hf = _load_own_parts(Path(facts.path), model, config, advance, **options, **remote)
-        if hf is None:
-            with _counted_loading(advance):
-                hf = _load_pretrained(folder, facts.path, model, **options, **remote, **pickled)
-    elif hf is None:
-        hf = AutoModelForCausalLM.from_config(config, **options, **remote)
+    hf = build_with_weights(config, model, facts, folder, make_progress, has_checkpoint, **options, **remote)
     _replace_head(hf, chunk_tokens)
     if uses_liger and not liger_problem:
         liger_problem = liger.apply(hf, model, torch.device(device))
@@ -217,26 +196,6 @@ def read_own_config(folder: Path, trust_remote_code: bool) -> Any:
     return config
 
 
-def _build_empty(config: Any, **options: Any) -> Any:
-    """Build a model whose weights have no values; None if it has buffers that only loading or initialization fills.
-
-    Checkpoints hold no buffers. Rotary frequency tables and the embedding scale get their values when the model is built.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.integrations import deepspeed
-
-    # Under ZeRO-3, transformers would gather and initialize the weights of each module.
-    initialize = deepspeed.initialize_weights_zero3
-    deepspeed.initialize_weights_zero3 = lambda model: None
-    try:
-        hf = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
-    finally:
-        deepspeed.initialize_weights_zero3 = initialize
-    weights = {name for name, _ in hf.named_parameters(remove_duplicate=False)}
-    tables = [name for name, buffer in hf.named_buffers() if buffer.is_floating_point() and not name.endswith(_BUILT_BUFFERS)]
-    return hf if weights.issuperset(hf.state_dict()) and not tables else None
-
-
 def checkpoint_layers(hf: Any, checkpointing: str) -> None:
     """Make the layers that `checkpointing` names (all, none, every N) recompute their activations in the backward pass.
 
@@ -251,76 +210,6 @@ def checkpoint_layers(hf: Any, checkpointing: str) -> None:
     decoder_layers = layers.find_layers(hf, "model.activation_checkpointing", "set model.activation_checkpointing to all or none")
     for layer, is_recomputed in zip(decoder_layers, checkpointed_layers(checkpointing, len(decoder_layers)), strict=True):
         layer.gradient_checkpointing = is_recomputed
-
-
-@contextmanager
-def _counted_loading(on_load: Callable[[int], None]) -> Iterator[None]:
-    """Call `on_load` with the bytes of each module's parameters as transformers fills them; under ZeRO-3, only on rank 0."""
-    fill = nn.Module._load_from_state_dict
-
-    def fill_and_count(module: nn.Module, *arguments: Any) -> None:
-        fill(module, *arguments)
-        on_load(sum(parameter.nbytes for parameter in module.parameters(recurse=False)))
-
-    nn.Module._load_from_state_dict = fill_and_count
-    try:
-        yield
-    finally:
-        nn.Module._load_from_state_dict = fill
-
-
-def _load_own_parts(folder: Path, model: ModelSection, config: Any, on_fill: Callable[[int], None], **options: Any) -> Any:
-    """Load a partitioned model, each rank reading only its own part; None without ZeRO-3, or if the files prevent it.
-
-    Raises:
-        ConfigError: if the files lack a part of a tensor that transformers fuses, or a file is incomplete.
-    """
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    files = weight_files(folder, with_pickled=False)
-    if not is_deepspeed_zero3_enabled() or not files or getattr(config, "quantization_config", None):
-        return None
-    # find_sources decides; this saves the time of building a model that it would not accept.
-    transforms = get_checkpoint_conversion_mapping(config.model_type) or ()
-    if not all(can_fuse(transform) for transform in transforms if isinstance(transform, WeightConverter)):
-        return None
-    headers = ((file, name, tensor) for file in files if file.is_file() for name, tensor in read_header(file).items())
-    stored = {name: StoredTensor(file, name, tensor.dtype, tensor.shape, tensor.offset) for file, name, tensor in headers}
-    hf = _build_empty(config, **options)
-    sources = find_sources(hf, stored) if hf is not None else None
-    if sources is None:
-        return None
-    if sources.missing:
-        raise ConfigError(WeightReport(missing=tuple(sorted(sources.missing))).problems(folder, model))
-    if not can_fill(hf, sources.by_name):
-        return None
-    fill(hf, sources.by_name, on_fill)
-    return hf
-
-
-def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: Any) -> Any:
-    """Load the model with all of its weights from a folder; messages name it by `path`, which the user knows.
-
-    Raises:
-        ConfigError: if weights are missing or have another shape; transformers would initialize them randomly.
-    """
-    from transformers import AutoModelForCausalLM
-
-    try:
-        hf, loading = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
-    except RuntimeError as error:
-        # A GPU that runs out of memory also raises a RuntimeError.
-        if not str(error).startswith(_MISMATCH_ERRORS):
-            raise
-        lines = [line.strip() for line in str(error).splitlines()]
-        message = f"the weight files do not fit the model: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
-        remedy = "compare them before you request a GPU: python -m launcher data, with the settings of the run"
-        raise ConfigError(message, where="model.path", value=path, remedy=remedy) from error
-    if missing := sorted(loading["missing_keys"]):
-        raise ConfigError(WeightReport(missing=tuple(missing)).problems(Path(path), model))
-    return hf
 
 
 def _replace_head(hf: Any, chunk_tokens: int) -> None:

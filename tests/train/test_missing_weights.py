@@ -13,7 +13,7 @@ import torch
 from forked_ranks import RankServer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from weight_tools import SIZES, change_weights, save_model, without
+from weight_tools import ROUTER_BUFFER, SIZES, change_weights, save_model, without
 
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
@@ -68,7 +68,7 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_serve
 
 @pytest.mark.rest
 def test_each_rank_reads_its_own_part_of_the_weights_alone(rank_server: RankServer, tmp_path: Path) -> None:
-    """The weights equal those that transformers loads: two dtypes, shards, experts stored separately and fused, hpZ."""
+    """The weights equal those that transformers loads: two dtypes, shards, experts stored separately and fused, buffers, hpZ."""
     sharded, already_fused = {"max_shard_size": "4KB"}, {"save_original_format": False}
     kinds: list[tuple[str, torch.dtype, dict[str, Any], str, int]] = [
         ("llama", torch.float32, {}, "fp32", 1),
@@ -77,11 +77,14 @@ def test_each_rank_reads_its_own_part_of_the_weights_alone(rank_server: RankServ
         ("qwen3_moe", torch.float32, already_fused, "bf16", 1),
         ("mixtral", torch.float32, {}, "fp32", 1),
         ("olmoe", torch.float32, sharded, "bf16", 1),
+        ("deepseek_v3", torch.bfloat16, {}, "bf16", 1),
         ("llama", torch.bfloat16, {}, "bf16", 2),
     ]
     cases, sizes = [], []
     for number, (model_type, stored, saving, dtype, hpz_ranks) in enumerate(kinds):
         folder = save_model(tmp_path / str(number), {"model_type": model_type, "dtype": stored}, **saving)
+        if model_type == "deepseek_v3":
+            change_weights(folder, lambda tensors: [tensors[name].normal_() for name in tensors if name.endswith(ROUTER_BUFFER)])
         files = [load_file(file) for file in folder.glob("*.safetensors")]
         assert (len(files) > 1) == (saving is sharded)
         separate = any(".experts.1." in name for tensors in files for name in tensors)
@@ -89,7 +92,11 @@ def test_each_rank_reads_its_own_part_of_the_weights_alone(rank_server: RankServ
         expected = tmp_path / f"{number}.safetensors"
         save_file(AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).state_dict(), expected)
         cases.append([str(folder), str(expected), dtype, hpz_ranks])
-        sizes.append(sum(tensor.nbytes for tensors in files for tensor in tensors.values()))
+        # Each rank reads all of a buffer.
+        reads = {
+            name: tensor.nbytes * (1 + name.endswith(ROUTER_BUFFER)) for tensors in files for name, tensor in tensors.items()
+        }
+        sizes.append(sum(reads.values()))
     ranks = rank_server.values("weight_ranks:read_own_parts", [[cases]] * 2, tmp_path / "ranks")
     for kind, size, *results in zip(kinds, sizes, *ranks, strict=True):
         assert [differing for _, _, differing in results] == [[], []], kind
@@ -104,21 +111,18 @@ def num_bytes(folder: Path) -> int:
 
 @pytest.mark.rest
 def test_weights_that_a_checkpoint_replaces_are_not_read(rank_server: RankServer, tmp_path: Path) -> None:
-    """Models with buffers that no checkpoint contains, such as router corrections or position tables, are still read."""
+    """Models with buffers that neither a checkpoint nor a weight file contains, such as position tables, are still read."""
     llama = save_model(tmp_path / "llama", {"model_type": "llama", "tie_word_embeddings": True})
     change_weights(llama, without("model.norm.weight"))
-    own = {"first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
-    experts = {"n_routed_experts": 8, "moe_intermediate_size": 8, "v_head_dim": 8, "n_group": 2, "topk_group": 1}
-    buffered = save_model(tmp_path / "buffered", {"model_type": "deepseek_v3", **own, **experts})
-    assert any(name.endswith("e_score_correction_bias") for name in load_file(buffered / "model.safetensors"))
+    deepseek = save_model(tmp_path / "deepseek", {"model_type": "deepseek_v3"})
+    assert any(name.endswith(ROUTER_BUFFER) for name in load_file(deepseek / "model.safetensors"))
     small = {"n_embd": 16, "n_head": 4, "n_layer": 2, "rotary_dim": 4}
     codegen = save_model(tmp_path / "codegen", {"model_type": "codegen", **small})
     file = codegen / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **SIZES}))
     gemma = save_model(tmp_path / "gemma", {"model_type": "gemma3_text"})
-    cases = [(str(folder), True) for folder in (llama, buffered, codegen, gemma)]
+    cases = [(str(folder), True) for folder in (llama, deepseek, codegen, gemma)]
     (problems, loaded), _ = rank_server.values("train_ranks:build_models", [[cases], [cases]], tmp_path / "ranks")
     assert problems == [None] * 4
-    assert (loaded[0], loaded[3]) == (0, 0)
-    assert loaded[1] > num_bytes(buffered) / 2
+    assert (loaded[0], loaded[1], loaded[3]) == (0, 0, 0)
     assert loaded[2] > num_bytes(codegen) / 2

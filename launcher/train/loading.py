@@ -1,0 +1,210 @@
+"""The Hugging Face model with its initial weights, partitioned by ZeRO-3 while it is built.
+
+Under an HfDeepSpeedConfig, each rank reads its own part of the weights if the files store them as the model has them, or in the
+parts that transformers fuses. Otherwise Hugging Face's `from_pretrained` partitions each weight while rank 0 loads it. No rank
+ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from launcher.checkpoint.initial_weights import (
+    StoredTensor,
+    can_fill,
+    can_fill_buffers,
+    can_fuse,
+    fill,
+    fill_buffers,
+    find_sources,
+    stored_buffers,
+)
+from launcher.config.schema import ModelSection
+from launcher.errors import ConfigError
+from launcher.models.weight_files import WeightReport, read_header, weight_files
+from launcher.plan.launch_plan import ModelFacts
+from launcher.tracking.progress import MakeProgress
+
+# Name endings of buffers that are filled, in fp32, when a model is built.
+_BUILT_BUFFERS = ("inv_freq", "embed_scale")
+# Prefixes of transformers' errors for weights whose shape does not match the model, or that cannot be fused.
+_MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight conversion")
+
+
+@contextmanager
+def _shared_hpz_group() -> Iterator[None]:
+    """Let the models that a process builds share hpZ's process group, which DeepSpeed refuses to create twice."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    from deepspeed.utils import groups
+
+    create = groups._create_zero_param_parallel_group
+
+    def create_once(size: int) -> None:
+        if groups._get_zero_param_intra_parallel_group() is None:
+            create(size)
+
+    groups._create_zero_param_parallel_group = create_once
+    try:
+        yield
+    finally:
+        groups._create_zero_param_parallel_group = create
+
+
+@_shared_hpz_group()
+def build_with_weights(
+    config: Any,
+    model: ModelSection,
+    facts: ModelFacts,
+    folder: Path | None,
+    make_progress: MakeProgress,
+    has_checkpoint: bool,
+    **options: Any,
+) -> Any:
+    """Build the Hugging Face model of a transformers config, with the weights of the plan's model, or random ones.
+
+    `folder` is the one that transformers loads, which may be a private copy of the user's; None without a model folder.
+    `options` go to transformers. With `has_checkpoint`, weights are neither loaded nor initialized.
+
+    Raises:
+        ConfigError: if weights are missing, have another shape, or their files are incomplete.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = Path(facts.path) if facts.path is not None and facts.has_weights and model.init == "pretrained" else None
+    hf = _build_for_checkpoint(source, config, **options) if has_checkpoint else None
+    if hf is not None:
+        return hf
+    if folder is None or source is None:
+        return AutoModelForCausalLM.from_config(config, **options)
+    advance = make_progress("loading the weights", facts.num_params * options["dtype"].itemsize)
+    hf = _load_own_parts(source, model, config, advance, **options)
+    if hf is None:
+        pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
+        with _counted_loading(advance):
+            hf = _load_pretrained(folder, str(source), model, **options, **pickled)
+    return hf
+
+
+def _build_empty(config: Any, **options: Any) -> Any:
+    """Build a model whose weights have no values; None if it has buffers that only initialization fills.
+
+    Rotary frequency tables and the embedding scale get their values when the model is built. Buffers that weight files contain
+    are left to the caller.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import deepspeed
+
+    # Under ZeRO-3, transformers would gather and initialize the weights of each module.
+    initialize = deepspeed.initialize_weights_zero3
+    deepspeed.initialize_weights_zero3 = lambda model: None
+    try:
+        hf = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    finally:
+        deepspeed.initialize_weights_zero3 = initialize
+    tables = {name for name, buffer in hf.named_buffers() if buffer.is_floating_point() and not name.endswith(_BUILT_BUFFERS)}
+    return hf if tables <= stored_buffers(hf).keys() else None
+
+
+def _build_for_checkpoint(folder: Path | None, config: Any, **options: Any) -> Any:
+    """Build a model whose weights a checkpoint replaces; None if it needs buffers that the files in `folder` do not provide.
+
+    Checkpoints hold no buffers, so those that weight files contain are read from the files.
+    """
+    hf = _build_empty(config, **options)
+    if hf is None or not stored_buffers(hf):
+        return hf
+    files = _unquantized_files(folder, config) if folder is not None else []
+    sources = find_sources(hf, _stored_tensors(files)) if files else None
+    if sources is None or not can_fill_buffers(hf, sources.by_name):
+        return None
+    fill_buffers(hf, sources.by_name)
+    return hf
+
+
+@contextmanager
+def _counted_loading(on_load: Callable[[int], None]) -> Iterator[None]:
+    """Call `on_load` with the bytes of each module's parameters as transformers fills them; under ZeRO-3, only on rank 0."""
+    fill = nn.Module._load_from_state_dict
+
+    def fill_and_count(module: nn.Module, *arguments: Any) -> None:
+        fill(module, *arguments)
+        on_load(sum(parameter.nbytes for parameter in module.parameters(recurse=False)))
+
+    nn.Module._load_from_state_dict = fill_and_count
+    try:
+        yield
+    finally:
+        nn.Module._load_from_state_dict = fill
+
+
+def _load_own_parts(folder: Path, model: ModelSection, config: Any, on_fill: Callable[[int], None], **options: Any) -> Any:
+    """Load a partitioned model, each rank reading only its own part; None without ZeRO-3, or if the files prevent it.
+
+    Raises:
+        ConfigError: if the files lack a part of a tensor that transformers fuses, or a file is incomplete.
+    """
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    files = _unquantized_files(folder, config)
+    if not is_deepspeed_zero3_enabled() or not files:
+        return None
+    # find_sources decides; this saves the time of building a model that it would not accept.
+    transforms = get_checkpoint_conversion_mapping(config.model_type) or ()
+    if not all(can_fuse(transform) for transform in transforms if isinstance(transform, WeightConverter)):
+        return None
+    hf = _build_empty(config, **options)
+    sources = find_sources(hf, _stored_tensors(files)) if hf is not None else None
+    if sources is None:
+        return None
+    if sources.missing:
+        raise ConfigError(WeightReport(missing=tuple(sorted(sources.missing))).problems(folder, model))
+    if not can_fill(hf, sources.by_name) or not can_fill_buffers(hf, sources.by_name):
+        return None
+    fill(hf, sources.by_name, on_fill)
+    fill_buffers(hf, sources.by_name)
+    return hf
+
+
+def _unquantized_files(folder: Path, config: Any) -> list[Path]:
+    """Return the safetensors files of a folder; none if their weights are quantized."""
+    return [] if getattr(config, "quantization_config", None) else weight_files(folder, with_pickled=False)
+
+
+def _stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    headers = ((file, name, tensor) for file in files if file.is_file() for name, tensor in read_header(file).items())
+    return {name: StoredTensor(file, name, tensor.dtype, tensor.shape, tensor.offset) for file, name, tensor in headers}
+
+
+def _load_pretrained(folder: Path, path: str, model: ModelSection, **options: Any) -> Any:
+    """Load the model with all of its weights from a folder; messages name it by `path`, which the user knows.
+
+    Raises:
+        ConfigError: if weights are missing or have another shape; transformers would initialize them randomly.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        hf, loading = AutoModelForCausalLM.from_pretrained(folder, **options, output_loading_info=True)
+    except RuntimeError as error:
+        # A GPU that runs out of memory also raises a RuntimeError.
+        if not str(error).startswith(_MISMATCH_ERRORS):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()]
+        message = f"the weight files do not fit the model: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
+        remedy = "compare them before you request a GPU: python -m launcher data, with the settings of the run"
+        raise ConfigError(message, where="model.path", value=path, remedy=remedy) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(WeightReport(missing=tuple(missing)).problems(Path(path), model))
+    return hf
