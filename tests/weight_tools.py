@@ -27,8 +27,9 @@ EXPERTS = {
     "olmoe": {"num_experts": 12, "num_experts_per_tok": 2},  # two digits
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": {
+        **{"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8},
+        **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
         **{"first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 8},
-        **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     },
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
 }

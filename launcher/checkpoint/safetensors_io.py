@@ -26,11 +26,12 @@ from launcher.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1, "BOOL": 1}
 # Keys of a shard's header: the dtype of the compute weights (bf16, fp16 or fp32), and a JSON object that maps each parameter
 # name to the `weight_digest` of this rank's part.
 DTYPE = "dtype"
 WEIGHTS = "weights"
+_BUFFER = "buffer|"
 # Incremental digest of a weight in pieces; its `hexdigest()` equals the `weight_digest` of the complete weight.
 WeightDigest = xxhash.xxh3_64
 
@@ -64,6 +65,16 @@ def weight_digest(tensor_bytes: memoryview) -> str:
 def tensor_key(parameter: str, state: str) -> str:
     """Name in a shard of a parameter's `fp32` weights or of one of its optimizer states."""
     return f"{parameter}|{state}"
+
+
+def buffer_key(name: str) -> str:
+    """Name in rank 0's shard of a buffer of the model, such as the corrections of a router's scores."""
+    return f"{_BUFFER}{name}"
+
+
+def buffer_name(key: str) -> str | None:
+    """Return the buffer that a tensor of rank 0's shard holds, None if it holds something else."""
+    return key.removeprefix(_BUFFER) if key.startswith(_BUFFER) else None
 
 
 def file_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> int:

@@ -50,12 +50,12 @@ class Saved:
 class Saver:
     """Saves one engine's checkpoints under `root`, one at a time.
 
-    `named_parameters` names each parameter of the engine's model once, as in the Hugging Face model. `prune` is called on
-    rank 0 with the path of each checkpoint after its commit. With `background`, this rank's states are staged in host memory
-    at a save; without it, or if a machine lacks that memory, or if states lie on NVMe, training waits for the write. `fence`
-    is called on rank 0 before anything is written and before the commit, and raises if this process must not write any more.
-    The save fails if a rank has written no receipt within `deadline_s` seconds. `eval_set` is the set of the losses that are
-    passed to `save`.
+    `named_parameters` names each parameter of the engine's model once, as in the Hugging Face model, and `named_buffers` the
+    buffers that belong in weight files. `prune` is called on rank 0 with the path of each checkpoint after its commit. With
+    `background`, this rank's states are staged in host memory at a save; without it, or if a machine lacks that memory, or if
+    states lie on NVMe, training waits for the write. `fence` is called on rank 0 before anything is written and before the
+    commit, and raises if this process must not write any more. The save fails if a rank has written no receipt within
+    `deadline_s` seconds. `eval_set` is the set of the losses that are passed to `save`.
     """
 
     def __init__(
@@ -71,13 +71,14 @@ class Saver:
         deadline_s: float,
         fence: Callable[[], None] = lambda: None,
         eval_set: str = HELD_OUT,
+        named_buffers: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         zero3.require_supported_engine(engine, named_parameters)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         self._context = SaveContext(
             engine, named_parameters, root, rank, world_size, plan_digest, attempt, prune, fence, deadline_s, eval_set
         )
-        self._engine, self._is_main = engine, rank == 0
+        self._engine, self._is_main, self._buffers = engine, rank == 0, named_buffers or {}
         self._copy: StagingBuffer | None = None
         if background and zero3.can_stage_in_background(engine):
             num_tensors = 1 + len(zero3.find_optimizer(engine).states)
@@ -191,7 +192,7 @@ class Saver:
         root, parameters = self._context.root, self._context.parameters
 
         def prepare() -> SaveJob:
-            shard = Shard.of(self._engine, parameters)
+            shard = Shard.of(self._engine, parameters, self._buffers)
             state = build_state(self._engine, parameters, extra_state).to_json().encode() if self._is_main else b""
             logits = {name: tensor.clone() for name, tensor in reference_logits.items()} if self._is_main else {}
             num_bytes = shard.num_bytes + len(state) + (reference_logits_bytes(logits) if logits else 0)

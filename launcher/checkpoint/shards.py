@@ -2,8 +2,9 @@
 
 A shard holds the elements of each flattened parameter that `store.partition` assigns to its rank, without padding: under
 `<parameter>|fp32` the weights, and under `<parameter>|<state>` each optimizer state (AdamW: `exp_avg`, `exp_avg_sq`). It also
-holds the rank's random-generator states. Its header names the dtype that the engine computes in, and holds a digest of the
-rank's part of every weight in that dtype, by which an export verifies that it writes the same weights.
+holds the rank's random-generator states, and rank 0's holds the buffers that belong in weight files, under `buffer|<name>`. Its
+header names the dtype that the engine computes in, and holds a digest of the rank's part of every weight in that dtype, by
+which an export verifies that it writes the same weights.
 """
 
 from __future__ import annotations
@@ -21,12 +22,22 @@ from torch.nn import Parameter
 from launcher import atomic_files
 from launcher.checkpoint import safetensors_io, store, zero3
 from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, as_bytes, tensor_key, weight_digest
+from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, as_bytes, buffer_key, tensor_key, weight_digest
 from launcher.checkpoint.state import State, read_state
 from launcher.distributed import run_on_all_ranks
 from launcher.errors import CheckpointError, DamagedCheckpoint
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_STORED_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 MakeProgress = Callable[[str, int], Callable[[int], None]]
 _RNG_CPU = "rng|cpu"
 _RNG_CUDA = "rng|cuda"
@@ -35,28 +46,30 @@ _NO_DIGEST = "0" * 16
 
 @dataclass(frozen=True)
 class Shard:
-    """Content of a rank's shard: fp32 states in the order of `zero3.local_states`, then random-generator states.
+    """Content of a rank's shard: fp32 states in the order of `zero3.local_states`, then buffers and random-generator states.
 
-    Random-generator states come last, so that fp32 stays aligned.
+    The states come first, so that they stay aligned.
     """
 
     specs: tuple[TensorSpec, ...]
-    random_states: Mapping[str, torch.Tensor]
+    whole_tensors: Mapping[str, torch.Tensor]
     dtype: str
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, engine: Any, named_parameters: Mapping[str, Parameter]) -> Shard:
-        """Build this rank's shard for the engine's present state; random-generator states are captured at once."""
-        states = {_RNG_CPU: torch.get_rng_state()}
+    def of(cls, engine: Any, named_parameters: Mapping[str, Parameter], named_buffers: Mapping[str, torch.Tensor]) -> Shard:
+        """Build this rank's shard for the engine's present state; whole tensors are copied at once."""
+        buffers = named_buffers if dist.get_rank() == 0 else {}
+        whole = {buffer_key(name): buffer.detach().cpu().clone() for name, buffer in buffers.items()}
+        whole[_RNG_CPU] = torch.get_rng_state()
         if torch.cuda.is_available():
-            states[_RNG_CUDA] = torch.cuda.get_rng_state()
+            whole[_RNG_CUDA] = torch.cuda.get_rng_state()
         layout = zero3.state_layout(engine, named_parameters)
         specs = [TensorSpec(tensor_key(name, key), "F32", (count,)) for name, key, count in layout]
-        specs += [TensorSpec(name, "U8", tuple(state.shape)) for name, state in states.items()]
+        specs += [TensorSpec(name, _STORED_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in whole.items()]
         # Use the parameter's dtype: a partition that DeepSpeed holds on NVMe has a different one.
         dtype = next(iter(named_parameters.values())).dtype
-        return cls(tuple(specs), states, _DTYPES[dtype], tuple(named_parameters))
+        return cls(tuple(specs), whole, _DTYPES[dtype], tuple(named_parameters))
 
     @property
     def num_bytes(self) -> int:
@@ -69,8 +82,8 @@ class Shard:
 
     def _blocks(self, states: Iterator[memoryview]) -> Iterator[memoryview]:
         yield from states
-        for state in self.random_states.values():
-            yield as_bytes(state)
+        for tensor in self.whole_tensors.values():
+            yield as_bytes(tensor)
 
     def _metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
         return {safetensors_io.DTYPE: self.dtype, safetensors_io.WEIGHTS: json.dumps(dict(digests), separators=(",", ":"))}
@@ -102,14 +115,15 @@ def load(
     named_parameters: Mapping[str, Parameter],
     checkpoint: Path,
     *,
+    named_buffers: Mapping[str, torch.Tensor] | None = None,
     plan_digest: str | None = None,
     make_progress: MakeProgress = _silent,
 ) -> dict[str, Any]:
     """Load a committed checkpoint into the engine and return its `extra_state`. Collective.
 
-    The world size may differ from the save's; weights, optimizer states and step counts are restored bit for bit. Each rank
-    reads only the byte ranges that it needs. Random-generator states are restored only if the world size is the same; otherwise
-    they do not change.
+    The world size may differ from the save's; weights, buffers, optimizer states and step counts are restored bit for bit. Each
+    rank reads only the byte ranges that it needs. Random-generator states are restored only if the world size is the same;
+    otherwise they do not change.
 
     All files are verified first, each by one rank. Errors are raised on every rank, before the engine is changed.
 
@@ -157,12 +171,25 @@ def load(
             "the checkpoint could not be read",
             lambda: zero3.load_states(engine, named_parameters, state.optimizer_step, read),
         )
+        run_on_all_ranks(
+            engine.device, "the checkpoint could not be read", lambda: _restore_buffers(shards.shard(0), named_buffers or {})
+        )
         zero3.publish_weights(engine)
         zero3.set_loss_scale_state(engine, state.loss_scaler)
         zero3.set_counters(engine, state.engine)
         if manifest.world_size == world_size:
             _restore_random_states(shards.shard(rank))
     return state.extra
+
+
+@torch.no_grad()
+def _restore_buffers(shard: safetensors_io.TensorFile, named_buffers: Mapping[str, torch.Tensor]) -> None:
+    for name, buffer in named_buffers.items():
+        # A checkpoint without buffers leaves those that were read with the weights.
+        if (spec := shard.specs.get(buffer_key(name))) is not None:
+            saved = torch.empty(spec.shape, dtype=next(one for one, stored in _STORED_DTYPES.items() if stored == spec.dtype))
+            shard.read_into(spec.name, 0, as_bytes(saved))
+            buffer.copy_(saved)
 
 
 def _restore_random_states(shard: safetensors_io.TensorFile) -> None:

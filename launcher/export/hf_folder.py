@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from launcher import atomic_files, json_records
 from launcher.checkpoint import generation, store
 from launcher.checkpoint.folder_links import copy_file, link_problems
-from launcher.checkpoint.safetensors_io import ShardSet
-from launcher.checkpoint.state import State, read_state
+from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec
+from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.export import weights
 from launcher.models import private_code
+from launcher.models.weight_files import read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.tracking.progress import MakeProgress, silent
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from launcher.export.parity import LogitParity
 
 CARD = "README.md"
+# In the unfinished folder: how the files store the tensors that they store differently from the model.
+_STORED = ".stored.json"
 
 # Memory that loading needs, relative to the bytes of the weights.
 _LOADING_FACTOR = 1.2
@@ -200,14 +203,14 @@ def begin_export(task: ExportTask) -> None:
     shutil.rmtree(task.partial, ignore_errors=True)
     task.partial.mkdir(parents=True)
     _copy_side_files(task, model)
-    _write_config(task, model, state)
+    _write_config(task, model, {**state.parameters, **{buffer.name: buffer.shape for buffer in _read_buffers(task)}})
 
 
 def write_rank_files(task: ExportTask, rank: int, world_size: int, make_progress: MakeProgress = silent) -> None:
     """Write this rank's part of the weight files; call it on every rank after `begin_export`, with the same task."""
     manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _file_layout(task)
     own_files = list(planned.files)[rank::world_size]
-    num_bytes = sum(spec.num_bytes for name in own_files for spec in planned.files[name])
+    num_bytes = sum(spec.num_bytes for name in own_files for spec in planned.tensors(name))
     on_write = make_progress("writing the Hugging Face folder", num_bytes)
     with ShardSet(task.checkpoint, manifest.world_size) as shards:
         weights.write_files(shards, weights.read_engine_weights(shards), planned, own_files, task.partial, on_write)
@@ -217,6 +220,7 @@ def complete_export(task: ExportTask, card: RenderCard | None = None, device: st
     """Add index and card, check the folder on `device`, and rename it into place; call it when all ranks have written."""
     manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _file_layout(task)
     weights.write_index(planned, task.partial)
+    (task.partial / _STORED).unlink()
     with ShardSet(task.checkpoint, manifest.world_size) as shards:
         has_digests = weights.read_engine_weights(shards) is not None
     num_tensors = sum(map(len, planned.files.values()))
@@ -263,7 +267,15 @@ def _checked(task: ExportTask, exported: ExportedFolder, device: str) -> Exporte
 
 
 def _file_layout(task: ExportTask) -> weights.FileLayout:
-    return weights.plan_files(read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes)
+    stored = json.loads((task.partial / _STORED).read_bytes())
+    return weights.plan_files(
+        read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes, _read_buffers(task), stored
+    )
+
+
+def _read_buffers(task: ExportTask) -> list[TensorSpec]:
+    with ShardSet(task.checkpoint, store.open_checkpoint(task.checkpoint).manifest.world_size) as shards:
+        return weights.read_buffers(shards)
 
 
 def _folder_to_load(task: ExportTask, folder: Path) -> Path:
@@ -275,8 +287,12 @@ def _folder_to_load(task: ExportTask, folder: Path) -> Path:
         raise CheckpointError(error.problems) from error
 
 
-def _write_config(task: ExportTask, model: Path | Mapping[str, Any], state: State) -> None:
-    """Write the config.json of a base model and check it against the checkpoint's parameters."""
+def _write_config(task: ExportTask, model: Path | Mapping[str, Any], saved: Mapping[str, tuple[int, ...]]) -> None:
+    """Write the config.json of a base model, and how its weight files store the `saved` tensors if they do it differently.
+
+    Raises:
+        CheckpointError: if the config describes a model with other tensors.
+    """
     config = dict(model) if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
     # The base model may have been quantized, but these weights are not.
     for key in ("quantization_config", "torch_dtype"):
@@ -284,11 +300,28 @@ def _write_config(task: ExportTask, model: Path | Mapping[str, Any], state: Stat
     config["dtype"] = weights.DTYPES[task.dtype][1]
     target = task.partial / "config.json"
     atomic_files.write_json(target, config)
-    if task.check or not config.get("architectures"):
-        from launcher.export.parity import check_config
+    stored: Mapping[str, Any] = {}
+    if task.check or not config.get("architectures") or not _stores_as_is(task.model, saved):
+        # These import torch.
+        from launcher.export.original_format import find_stored_tensors
+        from launcher.export.parity import build_on_meta, require_same_tensors
 
-        built = check_config(_folder_to_load(task, task.partial), state, task.runs_code)
-        atomic_files.write_json(target, config | {"architectures": config.get("architectures") or [built]})
+        built = build_on_meta(_folder_to_load(task, task.partial), task.runs_code)
+        require_same_tensors(built, saved)
+        atomic_files.write_json(target, config | {"architectures": config.get("architectures") or [type(built).__name__]})
+        stored = find_stored_tensors(built, saved)
+    atomic_files.write_json(task.partial / _STORED, stored)
+
+
+def _stores_as_is(model: Path | Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether the base model's own files store all tensors under their names in the model."""
+    if not isinstance(model, Path):
+        return False
+    try:
+        files = [file for file in weight_files(model, with_pickled=False) if file.is_file()]
+        return tensors.keys() <= {name for file in files for name in read_header(file)}
+    except ConfigError:
+        return False
 
 
 def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ import transformers
 from safetensors.torch import load_file
 
 from launcher.checkpoint.manifest import REFERENCE_LOGITS
-from launcher.checkpoint.state import State
 from launcher.errors import CheckpointError
 from launcher.models.private_code import code_option
 
@@ -42,28 +41,31 @@ class LogitParity:
     max_mean_kl: float
 
 
-def check_config(folder: Path, state: State, trust_remote_code: bool = False) -> str:
-    """Build the model of `folder`'s config on the meta device and return the name of its class.
-
-    Raises:
-        CheckpointError: if its parameters differ from the checkpoint's.
-    """
+def build_on_meta(folder: Path, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
+    """Build the model of `folder`'s config on the meta device."""
     remote = code_option(trust_remote_code, folder)
     config = transformers.AutoConfig.from_pretrained(folder, **remote)
     # transformers imports a class on first access, which must not happen on the meta device.
     model_class = transformers.AutoModelForCausalLM
     with torch.device("meta"):
         built: transformers.PreTrainedModel = model_class.from_config(config, **remote)
+    return built
+
+
+def require_same_tensors(built: transformers.PreTrainedModel, saved: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the parameters and buffers of a model with those that a checkpoint holds.
+
+    Raises:
+        CheckpointError: if their names or shapes differ.
+    """
     tied = built.all_tied_weights_keys
     expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
-    saved = state.parameters
     if differing := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
         first = differing[0]
         raise CheckpointError(
             f"the model's config and the checkpoint differ in {len(differing)} tensors",
             value=f"{first}: {saved.get(first, 'absent')} in the checkpoint, {expected.get(first, 'absent')} by the config",
         )
-    return type(built).__name__
 
 
 def read_reference_logits(checkpoint: Path) -> dict[str, torch.Tensor] | None:

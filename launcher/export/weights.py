@@ -5,10 +5,11 @@ Needs only numpy: importing torch would take longer than the work itself, and mo
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from launcher import atomic_files
 from launcher.checkpoint import safetensors_io
-from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, WeightDigest, tensor_key
+from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, WeightDigest, buffer_key, buffer_name, tensor_key
 from launcher.checkpoint.store import partition
 from launcher.errors import CheckpointError
 
+Shape = tuple[int, ...]
 # The launcher's name of a dtype -> its name in safetensors files and in config.json.
 DTYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
 # transformers and the Hub use 5 GB per file.
@@ -32,19 +34,54 @@ _BF16_NAN = 0x7FC0
 
 
 @dataclass(frozen=True)
-class FileLayout:
-    """The tensors of each weight file, in `dtype`."""
+class StoredParameter:
+    """A parameter of the model, and the tensors of a weight file that hold its elements, one tensor after the other."""
 
-    dtype: str
-    files: Mapping[str, Sequence[TensorSpec]]
+    name: str
+    shape: tuple[int, ...]
+    tensors: tuple[TensorSpec, ...]
 
     @property
     def num_bytes(self) -> int:
-        return sum(spec.num_bytes for specs in self.files.values() for spec in specs)
+        return sum(spec.num_bytes for spec in self.tensors)
+
+
+@dataclass(frozen=True)
+class StoredBuffer:
+    """A buffer of the model, and the tensor of a weight file that holds it."""
+
+    name: str
+    tensor: TensorSpec
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """The parameters in each weight file, in `dtype`. The first file also holds the buffers, in their own dtypes."""
+
+    dtype: str
+    files: Mapping[str, Sequence[StoredParameter]]
+    buffers: Sequence[StoredBuffer] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for file in self.files for spec in self.tensors(file))
 
     @property
     def num_parameters(self) -> int:
-        return sum(math.prod(spec.shape) for specs in self.files.values() for spec in specs)
+        return sum(math.prod(parameter.shape) for parameters in self.files.values() for parameter in parameters)
+
+    def buffers_in(self, file: str) -> tuple[list[StoredBuffer], list[StoredBuffer]]:
+        """Return the buffers that a file holds before and after its parameters: tensors with larger elements come first."""
+        own = self.buffers if file == next(iter(self.files)) else ()
+        width = safetensors_io.ITEM_BYTES[DTYPES[self.dtype][0]]
+        before = [buffer for buffer in own if safetensors_io.ITEM_BYTES[buffer.tensor.dtype] > width]
+        return before, [buffer for buffer in own if buffer not in before]
+
+    def tensors(self, file: str) -> list[TensorSpec]:
+        """Return the tensors of a file in their order."""
+        before, after = self.buffers_in(file)
+        parameters = [spec for parameter in self.files[file] for spec in parameter.tensors]
+        return [*(buffer.tensor for buffer in before), *parameters, *(buffer.tensor for buffer in after)]
 
 
 @dataclass(frozen=True)
@@ -55,16 +92,45 @@ class EngineWeights:
     digests: Sequence[Mapping[str, str]]
 
 
-def plan_files(parameters: Mapping[str, tuple[int, ...]], dtype: str, max_file_bytes: int = MAX_FILE_BYTES) -> FileLayout:
-    """Distribute tensors over files of at most `max_file_bytes`, unless one tensor alone is larger."""
-    specs = {name: TensorSpec(name, DTYPES[dtype][0], shape) for name, shape in parameters.items()}
+def plan_files(
+    parameters: Mapping[str, Shape],
+    dtype: str,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    buffers: Sequence[TensorSpec] = (),
+    stored: Mapping[str, Sequence[tuple[str, Shape]]] | None = None,
+) -> FileLayout:
+    """Distribute parameters over files of at most `max_file_bytes`, unless one parameter alone is larger.
+
+    `stored` has the names and shapes of the tensors that hold a parameter or a buffer, for those that files store differently.
+    """
+    known = stored or {}
+    planned = {
+        name: StoredParameter(
+            name, shape, tuple(TensorSpec(part, DTYPES[dtype][0], own) for part, own in known.get(name, [(name, shape)]))
+        )
+        for name, shape in parameters.items()
+    }
     split = split_state_dict_into_shards_factory(
-        {name: spec.num_bytes for name, spec in specs.items()},
+        {name: parameter.num_bytes for name, parameter in planned.items()},
         get_storage_size=lambda num_bytes: num_bytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_file_bytes,
     )
-    return FileLayout(dtype, {file: [specs[name] for name in names] for file, names in split.filename_to_tensors.items()})
+    own_buffers = sorted(buffers, key=lambda spec: -safetensors_io.ITEM_BYTES[spec.dtype])
+    return FileLayout(
+        dtype,
+        {file: [planned[name] for name in names] for file, names in split.filename_to_tensors.items()},
+        [
+            StoredBuffer(spec.name, replace(spec, name=known[spec.name][0][0] if spec.name in known else spec.name))
+            for spec in own_buffers
+        ],
+    )
+
+
+def read_buffers(shards: ShardSet) -> list[TensorSpec]:
+    """Return the buffers that a checkpoint holds, by their names in the model."""
+    named = ((buffer_name(key), spec) for key, spec in shards.shard(0).specs.items())
+    return [replace(spec, name=name) for name, spec in named if name is not None]
 
 
 def read_engine_weights(shards: ShardSet) -> EngineWeights | None:
@@ -103,9 +169,10 @@ def write_files(
         CheckpointError: if a weight differs from the engine's.
     """
     for name in names:
-        specs = planned.files[name]
-        blocks = _counted(_blocks(shards, engine, specs, planned.dtype), on_write)
-        safetensors_io.write(folder / name, specs, blocks, {"format": "pt"})
+        before, after = planned.buffers_in(name)
+        parameters = _blocks(shards, engine, planned.files[name], planned.dtype)
+        blocks = itertools.chain(_buffer_blocks(shards, before), parameters, _buffer_blocks(shards, after))
+        safetensors_io.write(folder / name, planned.tensors(name), _counted(blocks, on_write), {"format": "pt"})
 
 
 def _counted(blocks: Iterable[memoryview], on_write: Callable[[int], None]) -> Iterator[memoryview]:
@@ -117,31 +184,40 @@ def _counted(blocks: Iterable[memoryview], on_write: Callable[[int], None]) -> I
 def write_index(planned: FileLayout, folder: Path) -> None:
     """Write the index of the weight files if there are several."""
     if len(planned.files) > 1:
-        weight_map = {spec.name: file for file, specs in planned.files.items() for spec in specs}
+        weight_map = {spec.name: file for file in planned.files for spec in planned.tensors(file)}
         atomic_files.write_json(folder / INDEX, {"metadata": {"total_size": planned.num_bytes}, "weight_map": weight_map})
 
 
-def _blocks(shards: ShardSet, engine: EngineWeights | None, specs: Sequence[TensorSpec], dtype: str) -> Iterator[memoryview]:
-    """Yield the bytes of all tensors; each rank's part is read once and compared with that rank's digest."""
+def _buffer_blocks(shards: ShardSet, buffers: Iterable[StoredBuffer]) -> Iterator[memoryview]:
+    for buffer in buffers:
+        block = memoryview(bytearray(buffer.tensor.num_bytes))
+        shards.shard(0).read_into(buffer_key(buffer.name), 0, block)
+        yield block
+
+
+def _blocks(
+    shards: ShardSet, engine: EngineWeights | None, parameters: Sequence[StoredParameter], dtype: str
+) -> Iterator[memoryview]:
+    """Yield the bytes of all parameters; each rank's part is read once and compared with that rank's digest."""
     fp32 = np.empty(_BLOCK_ELEMENTS, np.float32)
     casts = {name: _Cast(name) for name in {dtype, engine.dtype if engine else dtype}}
-    for spec in specs:
-        num_elements = math.prod(spec.shape)
+    for parameter in parameters:
+        num_elements = math.prod(parameter.shape)
         for rank in range(shards.world_size):
             first, last = partition(num_elements, shards.world_size, rank)
             digest = WeightDigest()
             for start in range(first, last, _BLOCK_ELEMENTS):
                 block = fp32[: last - start]
-                shards.shard(rank).read_into(tensor_key(spec.name, "fp32"), start - first, _bytes(block))
+                shards.shard(rank).read_into(tensor_key(parameter.name, "fp32"), start - first, _bytes(block))
                 blocks = {name: cast(block) for name, cast in casts.items()}
                 if engine:
                     digest.update(blocks[engine.dtype])
                 yield blocks[dtype]
-            if engine and first < last and digest.hexdigest() != engine.digests[rank].get(spec.name):
+            if engine and first < last and digest.hexdigest() != engine.digests[rank].get(parameter.name):
                 raise CheckpointError(
                     "a weight of the checkpoint differs from the engine's",
-                    where=f"{spec.name}, part of rank {rank}, in {shards.shard(rank).path}",
-                    value=f"digest {digest.hexdigest()}, the engine's is {engine.digests[rank].get(spec.name, 'absent')}",
+                    where=f"{parameter.name}, part of rank {rank}, in {shards.shard(rank).path}",
+                    value=f"digest {digest.hexdigest()}, the engine's is {engine.digests[rank].get(parameter.name, 'absent')}",
                     remedy="export another checkpoint, and check the disk",
                 )
 

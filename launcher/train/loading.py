@@ -118,7 +118,7 @@ def _build_empty(config: Any, **options: Any) -> Any:
 def _build_for_checkpoint(folder: Path | None, config: Any, **options: Any) -> Any:
     """Build a model whose weights a checkpoint replaces; None if it needs buffers that the files in `folder` do not provide.
 
-    Checkpoints hold no buffers, so those that weight files contain are read from the files.
+    A checkpoint may lack the buffers that weight files contain, so they are read from the files.
     """
     hf = _build_empty(config, **options)
     if hf is None or not stored_buffers(hf):

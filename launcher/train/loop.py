@@ -362,13 +362,13 @@ class TrainingLoop:
 
     def _load(self, agreed: Checkpoint) -> None:
         parts, tracker = self.parts, self.run.tracker
-        parameters = parts.model.parameters_by_name()
+        parameters, buffers = parts.model.parameters_by_name(), parts.model.buffers_by_name()
         make_progress = as_events(tracker.event) if self.run.rank_info.is_main else silent
         checkpoint, state = load_newest_intact(
             self.run.run_dir,
             self.run.rank_info,
             agreed,
-            lambda path: shards.load(parts.engine, parameters, path, make_progress=make_progress),
+            lambda path: shards.load(parts.engine, parameters, path, named_buffers=buffers, make_progress=make_progress),
             lambda message: tracker.event("alert", message),
         )
         self.step = parts.checkpointer.saved_step = checkpoint.step

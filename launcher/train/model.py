@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher import atomic_files
+from launcher.checkpoint.initial_weights import stored_buffers
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
 from launcher.distributed import copy_to_device
@@ -95,6 +96,10 @@ class CausalLMLoss(nn.Module):
     def parameters_by_name(self) -> Mapping[str, nn.Parameter]:
         """Return the trainable parameters by their Hugging Face names; tied weights appear once."""
         return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
+
+    def buffers_by_name(self) -> Mapping[str, Tensor]:
+        """Return the buffers that belong in weight files by their Hugging Face names."""
+        return stored_buffers(self.hf)
 
 
 def _find_decoder(model: Any) -> Any:

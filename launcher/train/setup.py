@@ -156,6 +156,7 @@ def _build_saver(run: RunContext, engine: Any, model: CausalLMLoss, fence: Calla
         deadline_s=plan.config.cluster.timeout_minutes * 60,
         fence=fence,
         eval_set=plan.config.checkpoint.best_set,
+        named_buffers=model.buffers_by_name(),
     )
 
 

@@ -1,7 +1,8 @@
-"""A rank that exports at the end of a run, writing its share over gloo; tests/forked_ranks.py runs it."""
+"""Ranks over gloo that save a checkpoint, or export at the end of a run; tests/forked_ranks.py runs them."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -10,15 +11,22 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from transformers.integrations import HfDeepSpeedConfig
 
+from launcher.checkpoint import shards
+from launcher.checkpoint.saver import Saver
+from launcher.config.schema import ModelSection
 from launcher.distributed import RankInfo
 from launcher.errors import ExportError
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train import finish
-from launcher.train.engine import leave_process_group
+from launcher.train.engine import import_muon, leave_process_group
+from launcher.train.model import build_model
 
 
 class Printer:
@@ -26,15 +34,63 @@ class Printer:
         print(f"{kind}: {text}", flush=True)
 
 
+def meet() -> tuple[int, int]:
+    """Join the other ranks and return this rank and the world size."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    return rank, world_size
+
+
+def save_trained(folder: str, root: str) -> list[str]:
+    """Train the model of a folder for a step in bf16, and save it with reference logits.
+
+    Return the names of the buffers that loading the checkpoint restores after they were changed.
+    """
+    meet()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
+    config = {**settings, "zero_optimization": {"stage": 3}}
+    partitioned = HfDeepSpeedConfig(config)
+    facts = model_facts(json.loads((Path(folder) / "config.json").read_text()), folder, folder, None)
+    model = build_model(ModelSection(path=folder, dtype="bf16"), facts, "cpu", 64)
+    del partitioned
+    parameters = model.parameters_by_name()
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, fused=True)
+    import_muon()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    ids, positions = (torch.arange(24) * 7 % 48)[None], torch.arange(24)[None]
+    engine.backward(engine(ids, positions, ids.roll(-1, dims=1)))
+    engine.step()
+    model.eval()
+    logits = {"input_ids": ids, "position_ids": positions, "logits": engine(ids, positions).detach()}
+    buffers = model.buffers_by_name()
+    saver = Saver(
+        engine,
+        parameters,
+        Path(root),
+        plan_digest="digest-of-the-plan",
+        attempt=1,
+        prune=lambda committed: None,
+        background=False,
+        deadline_s=60,
+        named_buffers=buffers,
+    )
+    saver.save(1, {}, reference_logits=logits, wait=True)
+    saved, values = saver.wait(), {name: buffer.clone() for name, buffer in buffers.items()}
+    for buffer in buffers.values():
+        buffer.zero_()
+    shards.load(engine, parameters, saved.path, named_buffers=buffers)
+    return [name for name, buffer in buffers.items() if buffer.any() and torch.equal(buffer, values[name])]
+
+
 def main(plan_path: str, checkpoint: str, limited: int) -> None:
     """Export `checkpoint`. The rank `limited` cannot write files over 16 KiB, as on a disk that fills up; -1 limits no rank.
 
     Rank 0 completes the folder and prints each event. On a failure every rank prints it and exits with 3.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
-    )
+    rank, world_size = meet()
     plan = LaunchPlan.load(plan_path)
     task_of = finish._export_task
     finish._export_task = lambda *parts: replace(task_of(*parts), max_file_bytes=20_000)
