@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
-# The end of the names of the router buffers in DeepSeek-V3's weight files.
+# The end of the names of router corrections, which are not trained: buffers of DeepSeek-V3, frozen parameters of ERNIE 4.5.
 ROUTER_BUFFER = "e_score_correction_bias"
 SIZES = {
     "hidden_size": 16,
@@ -30,6 +30,10 @@ EXPERTS = {
         **{"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8},
         **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
         **{"first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 8},
+    },
+    "ernie4_5_moe": {
+        **{"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
+        **{"moe_intermediate_size": 8, "moe_layer_start_index": 1},
     },
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
 }

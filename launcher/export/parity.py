@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -80,13 +81,11 @@ def load_exported(
     """Load an exported folder with transformers in `dtype`; raise CheckpointError if any weight is missing or left over."""
     # Otherwise transformers' progress bar would appear in a rank's log.
     transformers.utils.logging.disable_progress_bar()
+    remote = code_option(trust_remote_code, folder)
     try:
+        attention = _choose_attention(transformers.AutoConfig.from_pretrained(folder, **remote))
         model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=_DTYPES[dtype],
-            attn_implementation="sdpa",
-            **code_option(trust_remote_code, folder),
-            output_loading_info=True,
+            folder, dtype=_DTYPES[dtype], attn_implementation=attention, **remote, output_loading_info=True
         )
     except Exception as error:  # every user of the folder would get the same error
         message = f"{type(error).__name__}: {error}"
@@ -95,6 +94,12 @@ def load_exported(
         names = "; ".join(f"{kind}: {', '.join(keys[:3])}" for kind, keys in wrong.items())
         raise CheckpointError("transformers does not find the model's weights in the exported folder", value=names)
     return model.to(device).eval()
+
+
+def _choose_attention(config: Any) -> str:
+    """Return SDPA, or eager attention for architectures that do not support it; never a kernel that the config names."""
+    model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 
 from launcher.checkpoint import shards
-from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.saver import Saved, Saver
 from launcher.config.schema import ModelSection
 from launcher.distributed import RankInfo
 from launcher.errors import ExportError
@@ -43,33 +43,36 @@ def meet() -> tuple[int, int]:
     return rank, world_size
 
 
-def save_trained(folder: str, root: str) -> list[str]:
-    """Train the model of a folder for a step in bf16, and save it with reference logits.
+def save_trained(folders: list[str], root: str) -> list[list[str]]:
+    """Train each folder's model for a step in bf16, and save it in a folder of the same name under `root`, with reference logits.
 
-    Return the names of the buffers that loading the checkpoint restores after they were changed.
+    Return for each the names of the buffers that loading the checkpoint restores after they were changed.
     """
     meet()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    import_muon()
+    return [_save_trained(Path(folder), Path(root) / Path(folder).name) for folder in folders]
+
+
+def _save_trained(folder: Path, root: Path) -> list[str]:
     settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}}
     config = {**settings, "zero_optimization": {"stage": 3}}
     partitioned = HfDeepSpeedConfig(config)
-    facts = model_facts(json.loads((Path(folder) / "config.json").read_text()), folder, folder, None)
-    model = build_model(ModelSection(path=folder, dtype="bf16"), facts, "cpu", 64)
+    facts = model_facts(json.loads((folder / "config.json").read_text()), str(folder), str(folder), None)
+    model = build_model(ModelSection(path=str(folder), dtype="bf16"), facts, "cpu", 64)
     del partitioned
-    parameters = model.parameters_by_name()
+    parameters, buffers = model.parameters_by_name(), model.buffers_by_name()
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, fused=True)
-    import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     ids, positions = (torch.arange(24) * 7 % 48)[None], torch.arange(24)[None]
     engine.backward(engine(ids, positions, ids.roll(-1, dims=1)))
     engine.step()
     model.eval()
     logits = {"input_ids": ids, "position_ids": positions, "logits": engine(ids, positions).detach()}
-    buffers = model.buffers_by_name()
     saver = Saver(
         engine,
         parameters,
-        Path(root),
+        root,
         plan_digest="digest-of-the-plan",
         attempt=1,
         prune=lambda committed: None,
@@ -79,9 +82,11 @@ def save_trained(folder: str, root: str) -> list[str]:
     )
     saver.save(1, {}, reference_logits=logits, wait=True)
     saved, values = saver.wait(), {name: buffer.clone() for name, buffer in buffers.items()}
+    assert isinstance(saved, Saved), saved
     for buffer in buffers.values():
         buffer.zero_()
     shards.load(engine, parameters, saved.path, named_buffers=buffers)
+    engine.destroy()
     return [name for name, buffer in buffers.items() if buffer.any() and torch.equal(buffer, values[name])]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,29 +52,46 @@ def test_a_model_whose_conversion_is_not_known_keeps_its_names(monkeypatch: pyte
 
 
 @pytest.mark.rest
-def test_experts_and_buffers_of_a_trained_model_are_exported(rank_server: RankServer, tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base", {"model_type": "deepseek_v3", "dtype": torch.bfloat16})
-    change_weights(base, lambda tensors: [tensors[name].normal_() for name in tensors if name.endswith(ROUTER_BUFFER)])
-    restored = rank_server.values("export_ranks:save_trained", [[str(base), str(tmp_path / "saved")]] * 2, tmp_path / "ranks")
-    (buffer,) = {name for names in restored for name in names}
-    assert restored == [[buffer], [buffer]]
-    checkpoint = store.get_latest(tmp_path / "saved").path
-    task = ExportTask(checkpoint=checkpoint, model=base, tokenizer=None, out=tmp_path / "export")
-    made = export(task)
-    assert made.parity is not None
-    assert made.num_compared == len(read_state(checkpoint).parameters)
-    exported, original = load_file(made.path / "model.safetensors"), load_file(base / "model.safetensors")
-    assert {name: tensor.shape for name, tensor in exported.items()} == {name: tensor.shape for name, tensor in original.items()}
-    assert {name for name, tensor in exported.items() if tensor.dtype != torch.bfloat16} == {buffer}
-    assert [name for name in original if torch.equal(exported[name], original[name])] == [buffer]
-    assert made.num_parameters == sum(tensor.numel() for name, tensor in exported.items() if name != buffer)
-    assert made.num_bytes == sum(tensor.nbytes for tensor in exported.values())
+def test_trained_models_have_the_tensors_of_their_original_files(rank_server: RankServer, tmp_path: Path) -> None:
+    """Experts, buffers, a frozen parameter (ERNIE 4.5), and an architecture that only eager attention computes (gpt-oss)."""
+    with_buffers = ("deepseek_v3", "ernie4_5_moe")
+    folders = [
+        save_model(tmp_path / model_type, {"model_type": model_type, "dtype": torch.bfloat16})
+        for model_type in (*with_buffers, "gpt_oss")
+    ]
+    for name in with_buffers:
+        change_weights(
+            tmp_path / name, lambda tensors: [tensors[one].normal_() for one in tensors if one.endswith(ROUTER_BUFFER)]
+        )
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    arguments = [[[str(folder) for folder in folders], str(saved)]] * 2
+    first, second = rank_server.values("export_ranks:save_trained", arguments, tmp_path / "ranks")
+    assert first == second
+    for base, buffers in zip(folders, first, strict=True):
+        checkpoint = store.get_latest(saved / base.name).path
+        made = export(ExportTask(checkpoint=checkpoint, model=base, tokenizer=None, out=tmp_path / "export" / base.name))
+        assert made.parity is not None
+        assert made.num_compared == len(read_state(checkpoint).parameters)
+        exported, original = load_file(made.path / "model.safetensors"), load_file(base / "model.safetensors")
+        assert {name: one.shape for name, one in exported.items()} == {name: one.shape for name, one in original.items()}
+        assert len(buffers) == (base.name in with_buffers)
+        corrections = {name for name in original if name.endswith(ROUTER_BUFFER)}
+        assert len(corrections) == len(buffers)
+        unchanged = {name for name in original if torch.equal(exported[name], original[name])}
+        assert corrections <= unchanged
+        assert len(unchanged) < len(original) / 2
+        assert made.num_parameters == sum(one.numel() for name, one in exported.items() if name not in corrections)
+        assert made.num_bytes == sum(one.nbytes for one in exported.values())
     # Several files, in a wider and in the same dtype; without a check, the names are the same.
+    base = folders[0]
+    original = load_file(base / "model.safetensors")
+    (buffer,) = first[0]
     for dtype in ("fp32", "bf16"):
-        parts = export(ExportTask(checkpoint, base, None, tmp_path / dtype, dtype=dtype, max_file_bytes=4000, check=False))
+        task = ExportTask(store.get_latest(saved / base.name).path, base, None, tmp_path / dtype, dtype=dtype, check=False)
+        parts = export(replace(task, max_file_bytes=4000))
         assert len(parts.files) > 2
-        names = [name for file in parts.files for name in read_header(parts.path / file)]
-        assert sorted(names) == sorted(original)
+        assert sorted(name for file in parts.files for name in read_header(parts.path / file)) == sorted(original)
         assert torch.equal(load_file(parts.path / parts.files[0])[buffer], original[buffer])
         loaded, info = transformers.AutoModelForCausalLM.from_pretrained(parts.path, output_loading_info=True)
         assert {kind: keys for kind, keys in info.items() if keys} == {}
