@@ -267,7 +267,8 @@ def _checked(task: ExportTask, exported: ExportedFolder, device: str) -> Exporte
 
 
 def _file_layout(task: ExportTask) -> weights.FileLayout:
-    stored = json.loads((task.partial / _STORED).read_bytes())
+    content = json.loads((task.partial / _STORED).read_bytes())
+    stored = {name: [(stored_name, tuple(shape)) for stored_name, shape in tensors] for name, tensors in content.items()}
     return weights.plan_files(
         read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes, _read_buffers(task), stored
     )

@@ -15,8 +15,8 @@ import torch
 from launcher.checkpoint.initial_weights import can_fuse
 
 Shape = tuple[int, ...]
-# More than the elements of any parameter.
-_STRIDE = 2**48
+# More than the blocks of any parameter.
+_STRIDE = 2**32
 
 
 def find_stored_tensors(model: Any, parameters: Mapping[str, Shape]) -> dict[str, list[tuple[str, Shape]]]:
@@ -36,28 +36,29 @@ def find_stored_tensors(model: Any, parameters: Mapping[str, Shape]) -> dict[str
         reversed_converters = [(converter, converter.reverse_transform()) for converter in converters]
     except NotImplementedError:
         return {}
-    # Small stand-ins of the parameters, whose elements say where they are in which parameter.
+    # Small stand-ins of the parameters; their elements say which block of which parameter they stand for.
     stand_ins: dict[str, torch.Tensor] = {}
     for number, (name, shape) in enumerate(parameters.items()):
         converter = next((one for one, undo in reversed_converters if undo.rename_source_key(name)[1] is not None), None)
-        if converter is not None and not can_fuse(converter):
-            return {}
-        # Fused parameters are split along their first two dimensions only.
-        reduced = (*shape[:2], *(1 for _ in shape[2:])) if converter is not None else (1,)
+        reduced: Shape = (1,)
+        if converter is not None:
+            num_sources = len(converter.source_patterns)
+            if not can_fuse(converter) or len(shape) < 2 or shape[1] % num_sources:
+                return {}
+            # An expert's tensors are stacked along dimension 0 and concatenated along dimension 1.
+            reduced = (shape[0], num_sources, *(1 for _ in shape[2:]))
         stand_ins[name] = torch.arange(math.prod(reduced)).view(reduced) + number * _STRIDE
     names = list(parameters)
     parts: dict[str, list[tuple[int, str, Shape]]] = {name: [] for name in names}
     for stored_name, stand_in in revert_weight_conversion(model, stand_ins).items():
-        first = int(stand_in.flatten()[0])
-        name, start = names[first // _STRIDE], first % _STRIDE
-        if stand_ins[name].shape == (1,):
-            parts[name].append((0, stored_name, parameters[name]))
-            continue
-        if not torch.equal(stand_in.flatten(), torch.arange(first, first + stand_in.numel())):
+        number, block = divmod(int(stand_in.flatten()[0]), _STRIDE)
+        name, whole = names[number], stand_ins[names[number]]
+        if not torch.equal(stand_in.flatten(), whole.flatten()[block : block + stand_in.numel()]):
             return {}
-        rest = parameters[name][2:]
-        own = tuple(stand_in.shape[: stand_in.dim() - len(rest)])
-        parts[name].append((start * math.prod(rest), stored_name, (*own, *rest)))
+        shape = parameters[name]
+        if whole.dim() > 1:
+            shape = (stand_in.shape[0] * (shape[1] // whole.shape[1]), *shape[2:])
+        parts[name].append((block, stored_name, shape))
     stored = {name: [(stored_name, shape) for _, stored_name, shape in sorted(found)] for name, found in parts.items()}
     if any(sum(math.prod(shape) for _, shape in stored[name]) != math.prod(parameters[name]) for name in names):
         return {}
