@@ -31,6 +31,8 @@ EXPERTS = {
         **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
         **{"first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 8},
     },
+    # Its buffers have other names in the files.
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "ernie4_5_moe": {
         **{"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1},
         **{"moe_intermediate_size": 8, "moe_layer_start_index": 1},

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 from launcher.checkpoint import store, zero3
 from launcher.checkpoint.manifest import HELD_OUT
 from launcher.checkpoint.save_thread import SaveContext, SaveJob, reference_logits_bytes
-from launcher.checkpoint.shards import Shard, build_state
+from launcher.checkpoint.shards import Shard, build_state, require_known_dtypes
 from launcher.checkpoint.staging import StagingBuffer
 from launcher.distributed import run_on_all_ranks, to_problems
 from launcher.errors import CheckpointError, LauncherError
@@ -74,6 +74,7 @@ class Saver:
         named_buffers: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         zero3.require_supported_engine(engine, named_parameters)
+        require_known_dtypes(named_buffers or {})
         rank, world_size = dist.get_rank(), dist.get_world_size()
         self._context = SaveContext(
             engine, named_parameters, root, rank, world_size, plan_digest, attempt, prune, fence, deadline_s, eval_set

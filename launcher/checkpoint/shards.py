@@ -3,8 +3,8 @@
 A shard holds the elements of each flattened parameter that `store.partition` assigns to its rank, without padding: under
 `<parameter>|fp32` the weights, and under `<parameter>|<state>` each optimizer state (AdamW: `exp_avg`, `exp_avg_sq`). It also
 holds the rank's random-generator states, and rank 0's holds the buffers that belong in weight files, under `buffer|<name>`. Its
-header names the dtype that the engine computes in, and holds a digest of the rank's part of every weight in that dtype, by
-which an export verifies that it writes the same weights.
+header names the dtype that the engine computes in, and holds a digest of each buffer and of the rank's part of every weight in
+that dtype, by which an export verifies that it writes the same values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import Parameter
 from launcher import atomic_files
 from launcher.checkpoint import safetensors_io, store, zero3
 from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, as_bytes, buffer_key, tensor_key, weight_digest
+from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, as_bytes, buffer_key, buffer_name, tensor_key, weight_digest
 from launcher.checkpoint.state import State, read_state
 from launcher.distributed import run_on_all_ranks
 from launcher.errors import CheckpointError, DamagedCheckpoint
@@ -76,6 +76,11 @@ class Shard:
         """Exact size of the file in bytes."""
         return safetensors_io.file_bytes(self.specs, self._metadata(dict.fromkeys(self.names, _NO_DIGEST)))
 
+    @property
+    def _buffer_digests(self) -> dict[str, str]:
+        buffers = {key: tensor for key, tensor in self.whole_tensors.items() if buffer_name(key) is not None}
+        return {key: weight_digest(as_bytes(tensor)) for key, tensor in buffers.items()}
+
     def write(self, path: Path, states: Iterator[memoryview], digests: Mapping[str, str]) -> atomic_files.FileEntry:
         """Write and fsync the file; `states` yields the bytes of all fp32 states, split anywhere, `digests` by weight name."""
         return safetensors_io.write(path, self.specs, self._blocks(states), self._metadata(digests))
@@ -86,7 +91,8 @@ class Shard:
             yield as_bytes(tensor)
 
     def _metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
-        return {safetensors_io.DTYPE: self.dtype, safetensors_io.WEIGHTS: json.dumps(dict(digests), separators=(",", ":"))}
+        all_digests = json.dumps({**digests, **self._buffer_digests}, separators=(",", ":"))
+        return {safetensors_io.DTYPE: self.dtype, safetensors_io.WEIGHTS: all_digests}
 
 
 def weight_digests(named_parameters: Mapping[str, Parameter]) -> dict[str, str]:
@@ -130,7 +136,7 @@ def load(
     Raises:
         DamagedCheckpoint: if files differ from their digests; lists all of them.
         CheckpointError: if a file belongs to another user, if `plan_digest` is given and differs, or if the model's parameters
-        or the optimizer's states are different.
+        or buffers or the optimizer's states are different.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
@@ -153,6 +159,7 @@ def load(
             raise DamagedCheckpoint(problems)
         state = read_state(checkpoint)
         _require_same_parameters(state, named_parameters, checkpoint)
+        _require_same_buffers(checkpoint, manifest.world_size, named_buffers or {})
         _require_same_states(state, zero3.find_optimizer(engine).states, checkpoint)
         return manifest, state
 
@@ -209,6 +216,32 @@ def _require_same_parameters(state: State, named_parameters: Mapping[str, Parame
             where=str(checkpoint),
             value=f"{first}: {saved.get(first, 'absent')} in the checkpoint, {model.get(first, 'absent')} in the model",
         )
+
+
+def _require_same_buffers(checkpoint: Path, world_size: int, named_buffers: Mapping[str, torch.Tensor]) -> None:
+    """Compare the buffers that the checkpoint holds; an earlier launcher's checkpoint holds none."""
+    with ShardSet(checkpoint, world_size) as shards:
+        saved = {key: spec.shape for key, spec in shards.shard(0).specs.items() if buffer_name(key) is not None}
+    model = {buffer_key(name): tuple(buffer.shape) for name, buffer in named_buffers.items()}
+    if saved and (differing := sorted(key for key in saved.keys() | model.keys() if saved.get(key) != model.get(key))):
+        first, *_ = differing
+        shapes = f"{saved.get(first, 'absent')} in the checkpoint, {model.get(first, 'absent')} in the model"
+        raise CheckpointError(
+            f"the model and the checkpoint differ in {len(differing)} buffers",
+            where=str(checkpoint),
+            value=f"{buffer_name(first)}: {shapes}",
+        )
+
+
+def require_known_dtypes(named_buffers: Mapping[str, torch.Tensor]) -> None:
+    """Refuse buffers that a shard cannot hold.
+
+    Raises:
+        CheckpointError: with the name and the dtype of the first one.
+    """
+    for name, buffer in named_buffers.items():
+        if buffer.dtype not in _STORED_DTYPES:
+            raise CheckpointError("checkpoints cannot hold a buffer of this dtype", where=name, value=str(buffer.dtype))
 
 
 def _require_same_states(state: State, states: tuple[str, ...], checkpoint: Path) -> None:

@@ -21,8 +21,8 @@ from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec
 from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.export import weights
+from launcher.export.stored_names import StoredNames, find_stored_names, stores_as_is, try_to_find_stored_names
 from launcher.models import private_code
-from launcher.models.weight_files import read_header, weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.tracking.progress import MakeProgress, silent
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from launcher.export.parity import LogitParity
 
 CARD = "README.md"
-# In the unfinished folder: how the files store the tensors that they store differently from the model.
+# A StoredNames record in the unfinished folder.
 _STORED = ".stored.json"
 
 # Memory that loading needs, relative to the bytes of the weights.
@@ -59,7 +59,7 @@ class ExportTask:
     `model` is the base model's folder, or its config.json as a mapping. `tokenizer` is a folder; `chat_template` is the text of a
     template that replaces the tokenizer's own. With `trust_remote_code`, the Python files of `model` must have `code_digest`, or
     owners whom this user trusts. Generation also stops at `turn_end_ids`. `dtype` is bf16, fp16 or fp32. With `check`,
-    transformers builds the model from its config before the export, and loads the folder afterwards.
+    the model that transformers builds from its config is compared with the checkpoint, and transformers loads the folder.
     """
 
     checkpoint: Path
@@ -96,7 +96,8 @@ class ExportedFolder:
 
     `num_compared` tensors match the engine's weights by digest; 0 if the checkpoint has no digests. `loaded` is true if
     transformers loaded the folder; otherwise `not_loaded` says why. `parity` is None if no logits were compared. Generation stops
-    at `added_stop_ids`, but the base model's does not.
+    at `added_stop_ids`, but the base model's does not. Unless `has_original_names`, its tensors have the names that transformers
+    gives them, not those of the original model's files.
     """
 
     path: Path
@@ -111,6 +112,7 @@ class ExportedFolder:
     not_loaded: str = "not asked for"
     parity: LogitParity | None = None
     added_stop_ids: tuple[int, ...] = ()
+    has_original_names: bool = True
 
 
 RenderCard = Callable[[ExportedFolder], str]
@@ -157,6 +159,13 @@ def find_chat_template(plan: LaunchPlan) -> str | None:
         ) from error
 
 
+def describe_names(exported: ExportedFolder) -> str:
+    """Return a message about tensors that do not have the names of the original model's files; empty if they have them."""
+    if exported.has_original_names:
+        return ""
+    return "the tensors have transformers' names, because it is not known how the original files of this architecture store them"
+
+
 def describe_added_stop_ids(exported: ExportedFolder) -> str:
     """Describe the added stop tokens for the user."""
     ids = ", ".join(map(str, exported.added_stop_ids))
@@ -168,9 +177,8 @@ def describe_added_stop_ids(exported: ExportedFolder) -> str:
 def verify_checkpoint(task: ExportTask, make_progress: MakeProgress = silent) -> None:
     """Verify the checkpoint files whose damage `write_rank_files` would not detect.
 
-    An export in the engine's dtype compares every byte with the digests of the weights. Then the shards, including the optimizer
+    An export in the engine's dtype compares every byte that it writes with digests. Then the shards, including the optimizer
     states, need not be read.
-    states, need not be read then.
 
     Raises:
         CheckpointError: if a file is damaged.
@@ -220,6 +228,7 @@ def complete_export(task: ExportTask, card: RenderCard | None = None, device: st
     """Add index and card, check the folder on `device`, and rename it into place; call it when all ranks have written."""
     manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _file_layout(task)
     weights.write_index(planned, task.partial)
+    has_original_names = _read_stored_names(task).are_original
     (task.partial / _STORED).unlink()
     with ShardSet(task.checkpoint, manifest.world_size) as shards:
         has_digests = weights.read_engine_weights(shards) is not None
@@ -234,6 +243,7 @@ def complete_export(task: ExportTask, card: RenderCard | None = None, device: st
         num_tensors=num_tensors,
         num_compared=num_tensors if has_digests else 0,
         added_stop_ids=task.added_stop_ids,
+        has_original_names=has_original_names,
     )
     exported = _checked(task, exported, device) if task.check else exported
     record = ExportRecord(exported.step, manifest.plan_digest, exported.dtype, exported.num_compared)
@@ -267,11 +277,12 @@ def _checked(task: ExportTask, exported: ExportedFolder, device: str) -> Exporte
 
 
 def _file_layout(task: ExportTask) -> weights.FileLayout:
-    content = json.loads((task.partial / _STORED).read_bytes())
-    stored = {name: [(stored_name, tuple(shape)) for stored_name, shape in tensors] for name, tensors in content.items()}
-    return weights.plan_files(
-        read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes, _read_buffers(task), stored
-    )
+    parameters, stored = read_state(task.checkpoint).parameters, _read_stored_names(task).tensors
+    return weights.plan_files(parameters, task.dtype, task.max_file_bytes, _read_buffers(task), stored)
+
+
+def _read_stored_names(task: ExportTask) -> StoredNames:
+    return json_records.read(StoredNames, task.partial / _STORED)
 
 
 def _read_buffers(task: ExportTask) -> list[TensorSpec]:
@@ -301,28 +312,18 @@ def _write_config(task: ExportTask, model: Path | Mapping[str, Any], saved: Mapp
     config["dtype"] = weights.DTYPES[task.dtype][1]
     target = task.partial / "config.json"
     atomic_files.write_json(target, config)
-    stored: Mapping[str, Any] = {}
-    if task.check or not config.get("architectures") or not _stores_as_is(task.model, saved):
+    names = StoredNames({}, are_original=True)
+    if task.check or not config.get("architectures"):
         # These import torch.
-        from launcher.export.original_format import find_stored_tensors
         from launcher.export.parity import build_on_meta, require_same_tensors
 
         built = build_on_meta(_folder_to_load(task, task.partial), task.runs_code)
         require_same_tensors(built, saved)
         atomic_files.write_json(target, config | {"architectures": config.get("architectures") or [type(built).__name__]})
-        stored = find_stored_tensors(built, saved)
-    atomic_files.write_json(task.partial / _STORED, stored)
-
-
-def _stores_as_is(model: Path | Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether the base model's own files store all tensors under their names in the model."""
-    if not isinstance(model, Path):
-        return False
-    try:
-        files = [file for file in weight_files(model, with_pickled=False) if file.is_file()]
-        return tensors.keys() <= {name for file in files for name in read_header(file)}
-    except ConfigError:
-        return False
+        names = find_stored_names(built, saved)
+    elif not stores_as_is(task.model, saved):
+        names = try_to_find_stored_names(lambda: _folder_to_load(task, task.partial), task.runs_code, saved)
+    json_records.write(task.partial / _STORED, names)
 
 
 def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:

@@ -19,10 +19,10 @@ Shape = tuple[int, ...]
 _STRIDE = 2**32
 
 
-def find_stored_tensors(model: Any, parameters: Mapping[str, Shape]) -> dict[str, list[tuple[str, Shape]]]:
+def find_stored_tensors(model: Any, parameters: Mapping[str, Shape]) -> dict[str, list[tuple[str, Shape]]] | None:
     """Return the stored tensors (name, shape) of each parameter or buffer that files store differently, in the order of elements.
 
-    `model` is a transformers model, also on the meta device. The result is empty if transformers cannot undo its conversions, or
+    `model` is a transformers model, also on the meta device. The result is None if transformers cannot undo its conversions, or
     if the elements of a stored tensor are not consecutive in the parameter.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -35,16 +35,16 @@ def find_stored_tensors(model: Any, parameters: Mapping[str, Shape]) -> dict[str
     try:
         reversed_converters = [(converter, converter.reverse_transform()) for converter in converters]
     except NotImplementedError:
-        return {}
+        return None
     # Small stand-ins of the parameters; their elements say which block of which parameter they stand for.
     stand_ins: dict[str, torch.Tensor] = {}
     for number, (name, shape) in enumerate(parameters.items()):
-        converter = next((one for one, undo in reversed_converters if undo.rename_source_key(name)[1] is not None), None)
+        converter = next((one for one, inverse in reversed_converters if inverse.rename_source_key(name)[1] is not None), None)
         reduced: Shape = (1,)
         if converter is not None:
             num_sources = len(converter.source_patterns)
             if not can_fuse(converter) or len(shape) < 2 or shape[1] % num_sources:
-                return {}
+                return None
             # An expert's tensors are stacked along dimension 0 and concatenated along dimension 1.
             reduced = (shape[0], num_sources, *(1 for _ in shape[2:]))
         stand_ins[name] = torch.arange(math.prod(reduced)).view(reduced) + number * _STRIDE
@@ -54,12 +54,12 @@ def find_stored_tensors(model: Any, parameters: Mapping[str, Shape]) -> dict[str
         number, block = divmod(int(stand_in.flatten()[0]), _STRIDE)
         name, whole = names[number], stand_ins[names[number]]
         if not torch.equal(stand_in.flatten(), whole.flatten()[block : block + stand_in.numel()]):
-            return {}
+            return None
         shape = parameters[name]
         if whole.dim() > 1:
             shape = (stand_in.shape[0] * (shape[1] // whole.shape[1]), *shape[2:])
         parts[name].append((block, stored_name, shape))
-    stored = {name: [(stored_name, shape) for _, stored_name, shape in sorted(found)] for name, found in parts.items()}
+    stored = {name: [(stored_name, shape) for _, stored_name, shape in sorted(tensors)] for name, tensors in parts.items()}
     if any(sum(math.prod(shape) for _, shape in stored[name]) != math.prod(parameters[name]) for name in names):
-        return {}
+        return None
     return {name: tensors for name, tensors in stored.items() if tensors != [(name, parameters[name])]}

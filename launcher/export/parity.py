@@ -43,13 +43,23 @@ class LogitParity:
 
 
 def build_on_meta(folder: Path, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
-    """Build the model of `folder`'s config on the meta device."""
+    """Build the model of `folder`'s config on the meta device.
+
+    Raises:
+        CheckpointError: if transformers cannot build it.
+    """
     remote = code_option(trust_remote_code, folder)
-    config = transformers.AutoConfig.from_pretrained(folder, **remote)
     # transformers imports a class on first access, which must not happen on the meta device.
     model_class = transformers.AutoModelForCausalLM
-    with torch.device("meta"):
-        built: transformers.PreTrainedModel = model_class.from_config(config, **remote)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **remote)
+        with torch.device("meta"):
+            built: transformers.PreTrainedModel = model_class.from_config(
+                config, attn_implementation=_choose_attention(config), **remote
+            )
+    except Exception as error:  # every user of the folder would get the same error
+        message = f"{type(error).__name__}: {error}"
+        raise CheckpointError("transformers cannot build the model", where=str(folder / "config.json"), value=message) from error
     return built
 
 
@@ -61,12 +71,21 @@ def require_same_tensors(built: transformers.PreTrainedModel, saved: Mapping[str
     """
     tied = built.all_tied_weights_keys
     expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
-    if differing := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
-        first = differing[0]
+    differing = sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name))
+    if not differing:
+        return
+    first = differing[0]
+    trained = {name for name, parameter in built.named_parameters() if parameter.requires_grad}
+    if not any(name in trained or name in saved for name in differing):
         raise CheckpointError(
-            f"the model's config and the checkpoint differ in {len(differing)} tensors",
-            value=f"{first}: {saved.get(first, 'absent')} in the checkpoint, {expected.get(first, 'absent')} by the config",
+            "the checkpoint lacks the buffers of the model: an earlier version of the launcher saved it",
+            value=first,
+            remedy="resume the run with a higher train.max_steps: the checkpoints that it saves hold the buffers",
         )
+    raise CheckpointError(
+        f"the model's config and the checkpoint differ in {len(differing)} tensors",
+        value=f"{first}: {saved.get(first, 'absent')} in the checkpoint, {expected.get(first, 'absent')} by the config",
+    )
 
 
 def read_reference_logits(checkpoint: Path) -> dict[str, torch.Tensor] | None:

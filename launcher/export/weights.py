@@ -17,7 +17,15 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from launcher import atomic_files
 from launcher.checkpoint import safetensors_io
-from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, WeightDigest, buffer_key, buffer_name, tensor_key
+from launcher.checkpoint.safetensors_io import (
+    ShardSet,
+    TensorSpec,
+    WeightDigest,
+    buffer_key,
+    buffer_name,
+    tensor_key,
+    weight_digest,
+)
 from launcher.checkpoint.store import partition
 from launcher.errors import CheckpointError
 
@@ -103,10 +111,10 @@ def plan_files(
 
     `stored` has the names and shapes of the tensors that hold a parameter or a buffer, for those that files store differently.
     """
-    known = stored or {}
+    differing = stored or {}
     planned = {
         name: StoredParameter(
-            name, shape, tuple(TensorSpec(part, DTYPES[dtype][0], own) for part, own in known.get(name, [(name, shape)]))
+            name, shape, tuple(TensorSpec(part, DTYPES[dtype][0], own) for part, own in differing.get(name, [(name, shape)]))
         )
         for name, shape in parameters.items()
     }
@@ -121,7 +129,7 @@ def plan_files(
         dtype,
         {file: [planned[name] for name in names] for file, names in split.filename_to_tensors.items()},
         [
-            StoredBuffer(spec.name, replace(spec, name=known[spec.name][0][0] if spec.name in known else spec.name))
+            StoredBuffer(spec.name, replace(spec, name=differing[spec.name][0][0] if spec.name in differing else spec.name))
             for spec in own_buffers
         ],
     )
@@ -166,12 +174,12 @@ def write_files(
     compare.
 
     Raises:
-        CheckpointError: if a weight differs from the engine's.
+        CheckpointError: if a weight or a buffer differs from the engine's.
     """
     for name in names:
         before, after = planned.buffers_in(name)
         parameters = _blocks(shards, engine, planned.files[name], planned.dtype)
-        blocks = itertools.chain(_buffer_blocks(shards, before), parameters, _buffer_blocks(shards, after))
+        blocks = itertools.chain(_buffer_blocks(shards, engine, before), parameters, _buffer_blocks(shards, engine, after))
         safetensors_io.write(folder / name, planned.tensors(name), _counted(blocks, on_write), {"format": "pt"})
 
 
@@ -188,10 +196,13 @@ def write_index(planned: FileLayout, folder: Path) -> None:
         atomic_files.write_json(folder / INDEX, {"metadata": {"total_size": planned.num_bytes}, "weight_map": weight_map})
 
 
-def _buffer_blocks(shards: ShardSet, buffers: Iterable[StoredBuffer]) -> Iterator[memoryview]:
+def _buffer_blocks(shards: ShardSet, engine: EngineWeights | None, buffers: Iterable[StoredBuffer]) -> Iterator[memoryview]:
+    """Yield the bytes of each buffer, compared with its digest."""
     for buffer in buffers:
-        block = memoryview(bytearray(buffer.tensor.num_bytes))
-        shards.shard(0).read_into(buffer_key(buffer.name), 0, block)
+        key, block = buffer_key(buffer.name), memoryview(bytearray(buffer.tensor.num_bytes))
+        shards.shard(0).read_into(key, 0, block)
+        if engine:
+            _require_digest(shards, engine, 0, key, weight_digest(block), buffer.name)
         yield block
 
 
@@ -213,13 +224,20 @@ def _blocks(
                 if engine:
                     digest.update(blocks[engine.dtype])
                 yield blocks[dtype]
-            if engine and first < last and digest.hexdigest() != engine.digests[rank].get(parameter.name):
-                raise CheckpointError(
-                    "a weight of the checkpoint differs from the engine's",
-                    where=f"{parameter.name}, part of rank {rank}, in {shards.shard(rank).path}",
-                    value=f"digest {digest.hexdigest()}, the engine's is {engine.digests[rank].get(parameter.name, 'absent')}",
-                    remedy="export another checkpoint, and check the disk",
-                )
+            if engine and first < last:
+                part = f"{parameter.name}, part of rank {rank}"
+                _require_digest(shards, engine, rank, parameter.name, digest.hexdigest(), part)
+
+
+def _require_digest(shards: ShardSet, engine: EngineWeights, rank: int, key: str, digest: str, part: str) -> None:
+    expected = engine.digests[rank].get(key)
+    if digest != expected:
+        raise CheckpointError(
+            "a weight of the checkpoint differs from the engine's",
+            where=f"{part}, in {shards.shard(rank).path}",
+            value=f"digest {digest}, the engine's is {expected or 'absent'}",
+            remedy="export another checkpoint, and check the disk",
+        )
 
 
 class _Cast:

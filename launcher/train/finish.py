@@ -22,6 +22,7 @@ from launcher.export.hf_folder import (
     begin_export,
     complete_export,
     describe_added_stop_ids,
+    describe_names,
     find_chat_template,
     write_rank_files,
 )
@@ -159,6 +160,8 @@ def _report_export(exported: ExportedFolder, tracker: Composite) -> None:
     )
     if exported.added_stop_ids:
         tracker.event("export", describe_added_stop_ids(exported))
+    if names := describe_names(exported):
+        tracker.event("export", names)
 
 
 def _push(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> None:

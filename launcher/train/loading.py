@@ -85,13 +85,13 @@ def build_with_weights(
     if hf is not None:
         return hf
     if folder is None or source is None:
-        return _with_frozen_as_buffers(AutoModelForCausalLM.from_config(config, **options))
+        return _replace_frozen_parameters(AutoModelForCausalLM.from_config(config, **options))
     advance = make_progress("loading the weights", facts.num_params * options["dtype"].itemsize)
     hf = _load_own_parts(source, model, config, advance, **options)
     if hf is None:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
         with _counted_loading(advance):
-            hf = _with_frozen_as_buffers(_load_pretrained(folder, str(source), model, **options, **pickled))
+            hf = _replace_frozen_parameters(_load_pretrained(folder, str(source), model, **options, **pickled))
     return hf
 
 
@@ -108,14 +108,14 @@ def _build_empty(config: Any, **options: Any) -> Any:
     initialize = deepspeed.initialize_weights_zero3
     deepspeed.initialize_weights_zero3 = lambda model: None
     try:
-        hf = _with_frozen_as_buffers(AutoModelForCausalLM.from_config(copy.deepcopy(config), **options))
+        hf = _replace_frozen_parameters(AutoModelForCausalLM.from_config(copy.deepcopy(config), **options))
     finally:
         deepspeed.initialize_weights_zero3 = initialize
     tables = {name for name, buffer in hf.named_buffers() if buffer.is_floating_point() and not name.endswith(_BUILT_BUFFERS)}
     return hf if tables <= stored_buffers(hf).keys() else None
 
 
-def _with_frozen_as_buffers(hf: Any) -> Any:
+def _replace_frozen_parameters(hf: Any) -> Any:
     """Replace parameters that are not trained, such as the router corrections of ERNIE 4.5, by buffers of the same names.
 
     ZeRO-3 keeps no fp32 weights of them, from which a checkpoint could be written.
@@ -124,13 +124,13 @@ def _with_frozen_as_buffers(hf: Any) -> Any:
     for prefix, module in hf.named_modules():
         for name, parameter in [*module.named_parameters(recurse=False)]:
             if not parameter.requires_grad:
-                value = _whole(parameter)
+                value = _gather_copy(parameter)
                 delattr(module, name)
                 module.register_buffer(name, value.float() if any(part in f"{prefix}.{name}" for part in in_fp32) else value)
     return hf
 
 
-def _whole(parameter: nn.Parameter) -> Tensor:
+def _gather_copy(parameter: nn.Parameter) -> Tensor:
     """Return a copy of a parameter that may be partitioned. Collective."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach().clone()

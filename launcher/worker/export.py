@@ -16,6 +16,7 @@ from launcher.export.hf_folder import (
     ExportedFolder,
     ExportTask,
     describe_added_stop_ids,
+    describe_names,
     export,
     find_chat_template,
     verify_checkpoint,
@@ -77,6 +78,8 @@ def _lines(made: ExportedFolder) -> list[str]:
     lines = [f"exported step {made.step} to {made.path}", f"  {made.num_parameters:,} parameters in {made.dtype}, {size}"]
     if made.added_stop_ids:
         lines.append(f"  {describe_added_stop_ids(made)}")
+    if names := describe_names(made):
+        lines.append(f"  {names}")
     if made.num_compared:
         lines.append(f"  digests: all {made.num_compared} tensors equal the engine's")
     else:
@@ -104,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder to write (default: export/ in the run directory)")
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub that gets the folder")
     parser.add_argument("--push-public", action="store_true", help="push even if everyone can read the repository")
-    parser.add_argument("--no-check", action="store_true", help="do not build and load the model with transformers")
+    parser.add_argument("--no-check", action="store_true", help="do not load the folder with transformers")
     arguments = parser.parse_args(argv)
     # Libraries' progress bars and warnings would break up the plain lines.
     os.environ.setdefault("TQDM_DISABLE", "1")

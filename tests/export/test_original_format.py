@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,18 @@ import torch
 import transformers
 from forked_ranks import RankServer
 from safetensors.torch import load_file
+from shard_tools import flip_bit
+from transformers.core_model_loading import WeightConverter
 from weight_tools import EXPERTS, ROUTER_BUFFER, SIZES, change_weights, save_model
 
 from launcher.checkpoint import store
+from launcher.checkpoint.safetensors_io import buffer_key
 from launcher.checkpoint.state import read_state
+from launcher.errors import CheckpointError
 from launcher.export import original_format
-from launcher.export.hf_folder import ExportTask, export
+from launcher.export.hf_folder import ExportTask, describe_names, export
 from launcher.export.original_format import find_stored_tensors
+from launcher.export.parity import require_same_tensors
 from launcher.models.weight_files import read_header
 
 
@@ -45,10 +51,32 @@ def test_parameters_are_split_and_named_as_transformers_saves_them(tmp_path: Pat
     assert [name for name, tensor in expected.items() if not torch.equal(tensor, stored[name])] == []
 
 
-def test_a_model_whose_conversion_is_not_known_keeps_its_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse(*_: object) -> None:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "place, replacement",
+    [(original_format, {"can_fuse": lambda converter: False}), (WeightConverter, {"reverse_transform": refuse})],
+)
+def test_a_conversion_that_cannot_be_undone_is_none(
+    monkeypatch: pytest.MonkeyPatch, place: object, replacement: dict[str, object]
+) -> None:
     model = build("mixtral")
-    monkeypatch.setattr(original_format, "can_fuse", lambda converter: False)
-    assert find_stored_tensors(model, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}) == {}
+    ((name, value),) = replacement.items()
+    monkeypatch.setattr(place, name, value)
+    assert find_stored_tensors(model, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}) is None
+
+
+def test_a_checkpoint_without_the_buffers_of_the_model_is_refused_with_a_remedy() -> None:
+    model = build("deepseek_v3")
+    saved = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    with pytest.raises(CheckpointError, match="lacks the buffers of the model") as refused:
+        require_same_tensors(model, saved)
+    assert refused.value.problems[0].value == "model.layers.1.mlp.gate.e_score_correction_bias"
+    del saved["model.norm.weight"]
+    with pytest.raises(CheckpointError, match="differ in 2 tensors"):
+        require_same_tensors(model, saved)
 
 
 @pytest.mark.rest
@@ -83,6 +111,12 @@ def test_trained_models_have_the_tensors_of_their_original_files(rank_server: Ra
         assert len(unchanged) < len(original) / 2
         assert made.num_parameters == sum(one.numel() for name, one in exported.items() if name not in corrections)
         assert made.num_bytes == sum(one.nbytes for one in exported.values())
+    # Without a model that transformers can build, the tensors keep their names in the model.
+    task = ExportTask(store.get_latest(saved / "gpt_oss").path, folders[2], None, tmp_path / "unknown", check=False)
+    assert export(task).has_original_names
+    made = export(replace(task, model={"model_type": "unknown", "architectures": ["Unknown"]}, out=tmp_path / "other"))
+    assert not made.has_original_names
+    assert describe_names(made)
     # Several files, in a wider and in the same dtype; without a check, the names are the same.
     base = folders[0]
     original = load_file(base / "model.safetensors")
@@ -96,3 +130,10 @@ def test_trained_models_have_the_tensors_of_their_original_files(rank_server: Ra
         loaded, info = transformers.AutoModelForCausalLM.from_pretrained(parts.path, output_loading_info=True)
         assert {kind: keys for kind, keys in info.items() if keys} == {}
         assert loaded.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    # A damaged buffer, which hardly changes the logits of a random model.
+    damaged = tmp_path / "damaged" / task.checkpoint.name
+    shutil.copytree(task.checkpoint, damaged)
+    flip_bit(damaged, 0, buffer_key(buffer), bit=20)
+    with pytest.raises(CheckpointError, match="differs from the engine's") as refused:
+        export(replace(task, checkpoint=damaged, out=tmp_path / "from-damaged"))
+    assert refused.value.problems[0].where.startswith(f"{buffer}, in ")
