@@ -312,7 +312,7 @@ def _write_config(task: ExportTask, model: Path | Mapping[str, Any], saved: Mapp
     config["dtype"] = weights.DTYPES[task.dtype][1]
     target = task.partial / "config.json"
     atomic_files.write_json(target, config)
-    names = StoredNames({}, are_original=True)
+    stored = task.partial / _STORED
     if task.check or not config.get("architectures"):
         # These import torch.
         from launcher.export.parity import build_on_meta, require_same_tensors
@@ -320,10 +320,11 @@ def _write_config(task: ExportTask, model: Path | Mapping[str, Any], saved: Mapp
         built = build_on_meta(_folder_to_load(task, task.partial), task.runs_code)
         require_same_tensors(built, saved)
         atomic_files.write_json(target, config | {"architectures": config.get("architectures") or [type(built).__name__]})
-        names = find_stored_names(built, saved)
-    elif not stores_as_is(task.model, saved):
-        names = try_to_find_stored_names(lambda: _folder_to_load(task, task.partial), task.runs_code, saved)
-    json_records.write(task.partial / _STORED, names)
+        json_records.write(stored, find_stored_names(built, saved))
+    elif stores_as_is(task.model, saved):
+        json_records.write(stored, StoredNames({}, are_original=True))
+    else:
+        try_to_find_stored_names(_folder_to_load(task, task.partial), task.runs_code, saved, stored)
 
 
 def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:
