@@ -59,12 +59,18 @@ class Faults:
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         limit, usage = (group / name for name in (names if (group / names[0]).exists() else ("memory.max", "memory.current")))
         limit.write_text(str(int(usage.read_text()) + len(_CHUNK)))
-        # Shared memory cannot be reclaimed, unlike the page cache.
-        code = "import sys\nwith open('/dev/shm/' + sys.argv[1], 'wb') as f:\n while True: f.write(b'x' * 2**20); f.flush()"
+        # Shared memory cannot be reclaimed, unlike the page cache. The process fills it slowly, and the kernel kills it before any
+        # other that is left: only the victim must end.
+        code = (
+            "import sys, time\n"
+            "with open('/dev/shm/' + sys.argv[1], 'wb') as f:\n"
+            " while True: f.write(b'x' * 2**20); f.flush(); time.sleep(0.01)"
+        )
         name = f"causes-{os.getpid()}"
         filler = subprocess.Popen([sys.executable, "-c", code, name], preexec_fn=lambda: join(group))
         try:
-            victim.wait(60)
+            Path(f"/proc/{filler.pid}/oom_score_adj").write_text("999")
+            wait_for("the kernel to kill a process", lambda: has_ended(victim), 60)
         finally:
             filler.kill()
             filler.wait()
@@ -102,6 +108,14 @@ class Faults:
 # own faults.
 FAULTS_OF_RANKS = {"stop": "", "memory": "memory", "open_files": "", "processes": "pids"}
 FAULTS_OF_ATTEMPTS = {"disk": "", "agent_memory": "memory"}
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Whether a process has ended, also if nothing has waited for it yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def join(group: Path) -> None:
