@@ -59,8 +59,8 @@ class Faults:
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         limit, usage = (group / name for name in (names if (group / names[0]).exists() else ("memory.max", "memory.current")))
         limit.write_text(str(int(usage.read_text()) + len(_CHUNK)))
-        # Shared memory cannot be reclaimed, unlike the page cache. The process fills it slowly, and the kernel kills it before any
-        # other that is left: only the victim must end.
+        # Shared memory cannot be reclaimed, unlike the page cache. Filled slowly, by a process that the kernel kills before any
+        # other, so that only the victim ends.
         code = (
             "import sys, time\n"
             "with open('/dev/shm/' + sys.argv[1], 'wb') as f:\n"
