@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from live_bytes import LiveBytes
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
 from launcher.plan.sizing.peak_memory import Pass, activation_bytes, head_elements, loss_bytes
@@ -27,11 +28,14 @@ _NAME = "varlen_of_fake_tensors"
 def _varlen(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **given: Any) -> tuple[Tensor, None]:
     from torch.nn.attention.varlen import varlen_attn
 
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    if value_dim < head_dim:
+        value = torch.nn.functional.pad(value, [0, head_dim - value_dim])
     query, key, value = (one.transpose(1, 2).squeeze(0) for one in (query, key, value))
     offsets, longest = given["cu_seq_lens_q"], given["max_length_q"]
     grouped = query.shape[1] != key.shape[1]
     output = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
-    return output.unsqueeze(0), None
+    return output.unsqueeze(0)[..., :value_dim], None
 
 
 def measure(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int) -> int:
@@ -61,7 +65,8 @@ def run_pass(
         checkpoint_layers(model, checkpointing)
         model.train()
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
         ids, trained = torch.zeros(1, tokens, dtype=torch.long), torch.zeros(tokens, dtype=torch.long)
         offsets = torch.zeros(5, dtype=torch.int32)
         documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": tokens, "max_length_k": tokens}

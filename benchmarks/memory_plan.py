@@ -24,7 +24,7 @@ from sides import RESULTS, record
 
 from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.schema import RunConfig
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 

@@ -29,7 +29,7 @@ import sides
 from cpu_sampler import CpuSampler
 from steps import faster_half
 
-from launcher.plan.architecture import train_flops
+from launcher.plan.architecture.flops import train_flops
 from launcher.plan.deepspeed import WIDTHS
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_step, tokens_of_step

@@ -15,7 +15,7 @@ from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.reference import about_file
 from launcher.config.schema import DeepSpeedSection, RunConfig
 from launcher.models.hub_licenses import find_license
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import Memory, ModelFacts, Topology
 from launcher.plan.memory import checkpoint_bytes, estimate_model_states

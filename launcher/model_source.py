@@ -29,7 +29,7 @@ from launcher.errors import ConfigError, Problem
 from launcher.models import gguf_header, weight_files
 from launcher.models.folder_check import file_problems, folder_problems, size_problems
 from launcher.models.remote_code import code_problems
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import ModelFacts
 from launcher.security import ownership
 

@@ -25,7 +25,7 @@ from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
 from launcher.models import private_code, remote_code
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.plan_checks import context_tokens
 from launcher.train.model import build_model, read_own_config
 from launcher.worker.checks import isolation_check, weight_check

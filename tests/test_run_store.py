@@ -23,7 +23,7 @@ from launcher.clusters.local import LocalCluster
 from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError, SubmitError, Superseded
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir

@@ -17,7 +17,8 @@ from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, Problem
 from launcher.models import weight_files
 from launcher.models.remote_code import adapter_problems, code_problems
-from launcher.plan.architecture import config_problems, model_facts
+from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture.problems import config_problems
 from launcher.plan.quantities import format_size
 
 _NUM_NAMED = 3

@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.config.schema import DeepSpeedSection, ModelSection
 from launcher.config.sections.train import TrainSection
-from launcher.plan.architecture import num_experts
+from launcher.plan.architecture.layers import experts_of
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.memory import NVME_SUB_GROUP, layer_elements, max_parameter_elements, num_hpz_ranks, num_nvme_buffers
 from launcher.plan.optimizers import Optimizer
@@ -76,7 +76,7 @@ def render(
     """
     hidden, layer = facts.hidden_size, layer_elements(facts)
     # Two and a half layers of experts would take the memory that activations need.
-    live = _LIVE_ELEMENTS if num_experts(facts.config) else max(_LIVE_ELEMENTS, int(_LIVE_LAYERS * layer))
+    live = _LIVE_ELEMENTS if experts_of(facts.config) else max(_LIVE_ELEMENTS, int(_LIVE_LAYERS * layer))
     zero: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": True,

@@ -6,6 +6,7 @@ launcher/plan/sizing/peak_memory.py adds activations, gathered weights, buffers 
 from __future__ import annotations
 
 from launcher.config.schema import DeepSpeedSection
+from launcher.plan.architecture.layers import largest_weight
 from launcher.plan.launch_plan import Memory, ModelFacts, Saving, Topology
 from launcher.plan.optimizers import FP32_BYTES, Optimizer
 
@@ -24,10 +25,8 @@ def num_hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
 
 
 def max_parameter_elements(facts: ModelFacts) -> int:
-    """Return the number of elements of the largest parameter: the embedding, or the experts' fused gate and up projections."""
-    experts = facts.config.get("num_local_experts") or facts.config.get("num_experts") or 0
-    inside = 2 * experts * (facts.config.get("moe_intermediate_size") or facts.intermediate_size) or facts.intermediate_size
-    return facts.hidden_size * max(facts.vocab_size, inside, facts.num_heads * facts.head_dim)
+    """Return the number of elements of the largest parameter: the embedding, or a weight of a layer."""
+    return max(facts.vocab_size * facts.hidden_size, largest_weight(facts))
 
 
 def layer_elements(facts: ModelFacts) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.plan import batch, deepspeed, memory, plan_checks
-from launcher.plan.architecture import architecture_problems
+from launcher.plan.architecture.problems import architecture_problems
 from launcher.plan.gpu_types import GPUS, GpuType, Price, lookup, typical_price
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.plan.architecture import num_experts, train_flops
+from launcher.plan.architecture.flops import train_flops
+from launcher.plan.architecture.layers import experts_of
 from launcher.plan.gpu_types import GPUS, recognize
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
@@ -163,7 +164,7 @@ def _published_mfu(plan: LaunchPlan, gpu: str) -> tuple[float, float] | str:
         return f"no MFU is published for {plan.config.model.dtype}"
     if (deepspeed.offload_optimizer, deepspeed.offload_params) != ("none", "none"):
         return "with offloaded states the speed depends on the main memory and the buses of a node"
-    if num_experts(plan.model.config):
+    if experts_of(plan.model.config):
         return "no MFU is published for mixtures of experts"
     classes = _PUBLISHED.get(key)
     if classes is None:

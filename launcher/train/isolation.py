@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture import causality_problem, leak_problem, logits_problem
+from launcher.plan.architecture.problems import causality_problem, leak_problem, logits_problem
 from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan
 from launcher.train.kernels.attention import VARLEN
 from launcher.train.model import CausalLMLoss

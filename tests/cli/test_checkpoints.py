@@ -21,7 +21,7 @@ from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.cli.main import main
 from launcher.clusters.detached_process import describe_this_process
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir

@@ -15,7 +15,7 @@ from launcher.config.sections.cluster import ClusterSection, LocalSection
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.config.sections.static import StaticSection
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import as_run, plan, planned_tokens_per_sec, situation_of
 from launcher.plan.sizing.activations import Kernels, layer_activations

@@ -60,4 +60,4 @@ def test_the_plan_notes_unknown_flops(plan_of: PlanOf) -> None:
 
     assert notes() == []
     (note,) = notes("model.config.model_type=deepseek_v3")
-    assert "the launcher does not know the FLOPs of deepseek_v3: perf/tflops_per_gpu and perf/mfu are left out" in note
+    assert "the launcher does not know the layers of deepseek_v3: the peak is that of Llama's layers" in note

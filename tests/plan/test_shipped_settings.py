@@ -19,7 +19,7 @@ from launcher.config.reference import about_file
 from launcher.config.run_file.printing import render, values_to_print
 from launcher.config.schema import RunConfig
 from launcher.models.hub_licenses import find_license
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import plan, situation_of

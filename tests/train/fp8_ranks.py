@@ -13,7 +13,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.train.model import build_model
 
 

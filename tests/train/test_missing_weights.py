@@ -17,7 +17,7 @@ from weight_tools import ROUTER_BUFFER, SIZES, change_weights, save_model, witho
 
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.train.model import DTYPES, build_model
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.1.w1.weight"

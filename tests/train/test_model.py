@@ -15,7 +15,7 @@ import transformers
 from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.train.kernels import attention
 from launcher.train.model import CausalLMLoss, build_model, convert_gguf
 

@@ -18,7 +18,7 @@ from launcher.config.introspect import settings
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import STDLIB_DOCS
 from launcher.errors import ConfigError, raise_reported
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts
 from launcher.plan.planner import choose_topology, device_gib
 from launcher.plan.planner import plan as make_plan

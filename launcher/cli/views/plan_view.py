@@ -14,7 +14,7 @@ from launcher.cli.views.memory_view import hpz_note, peak_line, tight_note, why_
 from launcher.clusters.answers import describe_answers
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
-from launcher.plan.architecture import train_flops
+from launcher.plan.architecture.flops import train_flops
 from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.plan_checks import warnings
@@ -229,7 +229,10 @@ def _notes(plan: LaunchPlan) -> list[str]:
         )
     if train_flops(plan.model) is None:
         architecture = plan.model.config.get("model_type", "a model without model_type")
-        notes.append(f"the launcher does not know the FLOPs of {architecture}: perf/tflops_per_gpu and perf/mfu are left out")
+        notes.append(
+            f"the launcher does not know the layers of {architecture}: the peak is that of Llama's layers, and "
+            "perf/tflops_per_gpu and perf/mfu are left out"
+        )
     return notes
 
 

@@ -17,18 +17,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from launcher.plan.architecture import is_sparse, num_experts
+from launcher.plan.architecture.layers import (
+    CLAMPED_GATES,
+    FOUR_NORMS,
+    FP32_ROUTERS,
+    FP32_ROUTING_WEIGHTS,
+    OWN_ROTARY_TABLES,
+    POST_NORMS,
+    WIDE_NORMS,
+    AttentionSizes,
+    Experts,
+    attention_sizes,
+    query_key_norms,
+    sparse_experts,
+)
 from launcher.plan.launch_plan import ModelFacts
 
 FP32 = 4
 # Elements of 8, 4 and 2 bytes that route a token to one expert: indices, their order and its inverse, weights.
 _ROUTING_BYTES = 38
 FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen")
-# Architectures whose norms multiply by their weight in fp32.
-_WIDE_NORMS = ("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3")
-# Architectures with norms only after attention and MLP, or both before and after.
-_POST_NORMS, _FOUR_NORMS = ("olmo2", "olmo3"), ("gemma2", "gemma3_text")
-_HEAD_NORMS, _QK_NORMS = ("qwen3", "qwen3_moe", "gemma3_text"), ("olmo2", "olmo3", "olmoe")
 # Queries, keys and values are one product, whose memory is kept as long as the values are; dropout copies the output.
 _FUSED_QKV = ("phi3",)
 
@@ -71,18 +79,25 @@ def layer_activations(model: ModelFacts, layer: int, kernels: Kernels) -> LayerA
     """Return the activations of a layer in bytes per token."""
     hidden, width = model.hidden_size, kernels.width
     model_type = str(model.config.get("model_type"))
-    wide, experts = model_type in _WIDE_NORMS, is_sparse(model.config, layer)
-    post_norms = model_type in (*_POST_NORMS, *_FOUR_NORMS)
+    wide, experts = model_type in WIDE_NORMS, sparse_experts(model, layer)
+    post_norms = model_type in (*POST_NORMS, *FOUR_NORMS)
     saved = num_layer_norms(model) * _norm(hidden, 1, wide, kernels)
     # Inputs of the projections of attention and of the MLP. In fp32, without a preceding norm, the input of attention is the
     # layer's.
     saved += 2 * width * hidden
     saved += _attention(model, model_type, wide, kernels)
-    saved += _experts(model, kernels) if experts else _mlp(model.intermediate_size, kernels)
-    if experts and (shared := model.config.get("shared_expert_intermediate_size")):
-        saved += _mlp(shared, kernels) + 2 * width * hidden
+    saved += _experts(hidden, experts, model_type, kernels) if experts else _mlp(model.intermediate_size, kernels)
+    if experts and experts.shared_size:
+        saved += _mlp(experts.shared_size, kernels)
+    if experts and experts.has_shared_gate:
+        saved += width * hidden
     # In fp32 a norm keeps its input itself, which a checkpoint holds too.
     recomputed = saved - (width * hidden if width == FP32 else 0)
+    if experts and model_type in FP32_ROUTING_WEIGHTS and experts.size < hidden:
+        # Unlike saved outputs of narrow experts, recomputed ones are freed at the peak.
+        recomputed -= width * experts.chosen * hidden
+    if model_type in FOUR_NORMS and not wide:
+        recomputed += FP32 * hidden
     backward = _mlp_backward(model, experts, kernels) - (_norm(hidden, 0, wide, kernels) if post_norms else 0)
     if post_norms:
         backward = max(backward, (3 * FP32 + 2 * width) * hidden)
@@ -91,17 +106,12 @@ def layer_activations(model: ModelFacts, layer: int, kernels: Kernels) -> LayerA
 
 def num_layer_norms(model: ModelFacts) -> int:
     """Return the number of a layer's norms over its hidden states."""
-    return 4 if str(model.config.get("model_type")) in _FOUR_NORMS else 2
-
-
-def has_query_key_norms(model: ModelFacts) -> bool:
-    """Return whether queries and keys are normalized."""
-    return str(model.config.get("model_type")) in (*_HEAD_NORMS, *_QK_NORMS)
+    return 4 if str(model.config.get("model_type")) in FOUR_NORMS else 2
 
 
 def has_wide_norms(model: ModelFacts) -> bool:
     """Return whether norms multiply by their weight in fp32."""
-    return str(model.config.get("model_type")) in _WIDE_NORMS
+    return str(model.config.get("model_type")) in WIDE_NORMS
 
 
 def final_norm_bytes(model: ModelFacts, kernels: Kernels) -> tuple[int, int]:
@@ -117,11 +127,6 @@ def shared_bytes(model: ModelFacts, kernels: Kernels) -> int:
     return 2 * kinds * kernels.width * model.head_dim + 16 + mask
 
 
-def expert_size(model: ModelFacts) -> int:
-    """Return the intermediate size of one expert."""
-    return int(model.config.get("moe_intermediate_size") or model.intermediate_size)
-
-
 def _norm(size: int, num_rows: int, wide: bool, kernels: Kernels) -> int:
     if kernels.is_fused:
         return kernels.width * size + FP32 * num_rows
@@ -129,39 +134,60 @@ def _norm(size: int, num_rows: int, wide: bool, kernels: Kernels) -> int:
 
 
 def _attention(model: ModelFacts, model_type: str, wide: bool, kernels: Kernels) -> int:
-    width, heads = kernels.width, model.num_heads
-    query, key_value = heads * model.head_dim, model.num_kv_heads * model.head_dim
+    width, heads, sizes = kernels.width, model.num_heads, attention_sizes(model)
+    query, masked = sizes.query, kernels.packed and kernels.attention not in FLASH_KERNELS
     saved = 0
-    if model_type in _HEAD_NORMS:
-        saved += _norm(query + key_value, heads + model.num_kv_heads, wide, kernels)
-    elif model_type in _QK_NORMS:
-        saved += _norm(query + key_value, 2, wide, kernels)
+    if norms := query_key_norms(model):
+        saved += _norm(query + sizes.key, heads + model.num_kv_heads if norms == "per head" else 2, wide, kernels)
+    for latent in sizes.latents:
+        saved += _norm(latent, 1, wide, kernels) + width * latent
     if model_type in _FUSED_QKV:
-        saved += width * (2 * query + key_value)
-    masked = kernels.packed and kernels.attention not in FLASH_KERNELS
+        saved += width * (2 * query + sizes.key)
     # A mask disables grouped queries: keys and values are repeated for each head.
-    keys_values = 2 * query if masked or kernels.attention == "eager" else 2 * key_value
-    saved += width * (2 * query + keys_values)
+    keys_values = query + sizes.output if masked or kernels.attention == "eager" else sizes.key + sizes.value
+    saved += width * (query + keys_values + sizes.output)
+    if model_type in OWN_ROTARY_TABLES:
+        saved += 2 * FP32 * model.head_dim
+    if sizes.plain:
+        saved += width * _of_partial_rotation(sizes, kernels)
     if kernels.attention == "eager":
         return saved + (FP32 + 2 * width) * heads * kernels.row_tokens
     # SDPA converts the mask to numbers that it adds, in every layer.
     return saved + FP32 * heads + (width * kernels.row_tokens if masked else 0)
 
 
+def _of_partial_rotation(sizes: AttentionSizes, kernels: Kernels) -> int:
+    """Return the additional elements per token where each head is joined from a rotated and a plain part.
+
+    Joining changes the order in memory, which the output of a kernel has too, so the next projection gets a copy of it.
+    """
+    if not sizes.latents:
+        return sizes.output if kernels.attention in FLASH_KERNELS else 0
+    if kernels.attention in FLASH_KERNELS and sizes.query > sizes.output:
+        # Values are padded to the width of queries, and so is the output.
+        return 2 * (sizes.query - sizes.output) + sizes.output
+    # Values are a view of the product that also holds the plain part of the keys.
+    return sizes.plain + sizes.output
+
+
 def _mlp(size: int, kernels: Kernels) -> int:
     return (3 if kernels.is_fused else 4) * kernels.width * size
 
 
-def _experts(model: ModelFacts, kernels: Kernels) -> int:
-    chosen, width = int(model.config.get("num_experts_per_tok") or 1), kernels.width
-    of_one = 2 * width * model.hidden_size + 4 * width * expert_size(model) + _ROUTING_BYTES
-    return chosen * of_one + FP32 * num_experts(model.config) + FP32
+def _experts(hidden: int, experts: Experts, model_type: str, kernels: Kernels) -> int:
+    in_gate = 7 if model_type in CLAMPED_GATES else 4
+    of_one = 2 * kernels.width * hidden + in_gate * kernels.width * experts.size + _ROUTING_BYTES
+    of_router = FP32 * hidden + experts.number if model_type in FP32_ROUTERS else 0
+    return experts.chosen * of_one + FP32 * experts.number + FP32 + of_router
 
 
-def _mlp_backward(model: ModelFacts, experts: bool, kernels: Kernels) -> int:
+def _mlp_backward(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> int:
     """Return the bytes at the peak of the MLP's backward pass: gradients of the output, and of both factors of the product."""
     width, hidden = kernels.width, model.hidden_size
-    if not experts:
+    if experts is None:
         return width * (2 * model.intermediate_size + hidden)
-    chosen, size = int(model.config.get("num_experts_per_tok") or 1), expert_size(model)
-    return width * (chosen * max(3 * hidden, 2 * size - hidden) + hidden) + FP32 * num_experts(model.config)
+    if model.config.get("model_type") in FP32_ROUTING_WEIGHTS:
+        # The gradients of the weighted outputs are in fp32. The shared expert has freed its activations by then.
+        return (2 * FP32 + 3 * width) * experts.chosen * hidden + width * hidden - _mlp(experts.shared_size, kernels)
+    of_chosen = width * experts.chosen * max(3 * hidden, 2 * experts.size - hidden)
+    return of_chosen + FP32 * experts.number + (2 if experts.has_shared_gate else 1) * width * hidden

@@ -12,7 +12,7 @@ from launcher.config.schema import DeepSpeedSection, RunConfig
 from launcher.plan import batch as batches
 from launcher.plan import deepspeed as deepspeed_json
 from launcher.plan import memory
-from launcher.plan.architecture import train_flops
+from launcher.plan.architecture.flops import train_flops
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import LOSS_CHUNK_TOKENS, Batch, DataFacts, ModelFacts, PeakMemory, Topology
 from launcher.plan.optimizers import OPTIMIZERS

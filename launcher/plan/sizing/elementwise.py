@@ -9,7 +9,10 @@ of queries and keys, I the intermediate size, V the vocabulary:
     rotary embedding    23w (q + kv)    halves negated and joined, two products and a sum
     MLP's gate          14w I           activation and product, and their gradients
     sums                21w H           two residuals, and gradients of what several products read
-    experts             14w I + 20w H   for each chosen one, whose tokens are gathered and added up
+    experts             14w I + 20w H   for each chosen one, whose tokens are gathered and added up; 45w H if the weights of
+                                        this sum are in fp32, 60w I more if the gate's values are limited
+    joined heads        8w q            where only a part of each head has a rotary embedding; 30w q if heads are expanded from
+                                        latents, 37w q if the embedding is computed in fp32
     loss                40V             logits and their gradient in fp32, for each trained token
     head's weight       its gradient is filled, read and written for each chunk of tokens, in fp32 if there are several, and
                         scaled; a tied one is added to that of the embedding
@@ -22,9 +25,17 @@ from __future__ import annotations
 
 import math
 
-from launcher.plan.architecture import is_sparse
+from launcher.plan.architecture.layers import (
+    CLAMPED_GATES,
+    FP32_ROUTING_WEIGHTS,
+    OWN_ROTARY_TABLES,
+    AttentionSizes,
+    attention_sizes,
+    query_key_norms,
+    sparse_experts,
+)
 from launcher.plan.launch_plan import ModelFacts
-from launcher.plan.sizing.activations import FP32, Kernels, expert_size, has_query_key_norms, has_wide_norms, num_layer_norms
+from launcher.plan.sizing.activations import FP32, Kernels, has_wide_norms, num_layer_norms
 
 # Share of a layer's bytes that its forward pass moves; a recomputed layer moves them again.
 FORWARD_SHARE = 0.30
@@ -35,24 +46,32 @@ LOGIT_BYTES = 40
 def _bytes_of_layer(model: ModelFacts, layer: int, kernels: Kernels) -> float:
     """Return the bytes per token that a layer's forward and backward pass move, excluding products and attention."""
     width, hidden = kernels.width, model.hidden_size
-    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    attention, model_type = attention_sizes(model), str(model.config.get("model_type"))
     norm = 124 + 2 * width + (28 if has_wide_norms(model) else 0)
-    eager = num_layer_norms(model) * norm * hidden + 23 * width * (query + key)
-    fused = num_layer_norms(model) * 10 * width * hidden + 4 * width * (query + key)
-    if has_query_key_norms(model):
-        eager += norm * (query + key)
-        fused += 10 * width * (query + key)
-    if is_sparse(model.config, layer):
-        chosen = int(model.config.get("num_experts_per_tok") or 1)
-        experts = chosen * width * (14 * expert_size(model) + 20 * hidden)
-        eager, fused = eager + experts, fused + experts
-    else:
-        eager += 14 * width * model.intermediate_size
-        fused += 8 * width * model.intermediate_size
+    eager = num_layer_norms(model) * norm * hidden + 23 * width * attention.rotated
+    fused = num_layer_norms(model) * 10 * width * hidden + 4 * width * attention.rotated
+    normalized = attention.query + attention.key if query_key_norms(model) else sum(attention.latents)
+    eager += norm * normalized
+    fused += 10 * width * normalized
+    joined = width * attention.query * _of_joined_heads(model_type, attention)
+    eager, fused = eager + joined, fused + joined
+    gated = model.intermediate_size
+    if experts := sparse_experts(model, layer):
+        of_gate, of_sum = 74 if model_type in CLAMPED_GATES else 14, 45 if model_type in FP32_ROUTING_WEIGHTS else 20
+        chosen = experts.chosen * width * (of_gate * experts.size + of_sum * hidden)
+        eager, fused, gated = eager + chosen, fused + chosen, experts.shared_size
+    eager += 14 * width * gated
+    fused += 8 * width * gated
     sums = 21 * width * hidden
     if kernels.liger:
         return fused + sums
     return (eager + sums) * (COMPILED_SHARE if kernels.compiled else 1.0)
+
+
+def _of_joined_heads(model_type: str, attention: AttentionSizes) -> int:
+    if model_type in OWN_ROTARY_TABLES:
+        return 37
+    return 30 if attention.latents else 8 if attention.plain else 0
 
 
 def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem
-from launcher.plan.architecture import is_sparse
+from launcher.plan.architecture.layers import attention_sizes, sparse_experts
 from launcher.plan.gpu_types import GPUS, GpuType, lookup
 from launcher.plan.launch_plan import ModelFacts, Topology
 from launcher.plan.sizing.activations import Kernels
@@ -89,7 +89,7 @@ def fp8_bytes(model: ModelFacts, tokens: int, kernels: Kernels) -> int:
     if not kernels.fp8:
         return 0
     columns = model.hidden_size
-    rows = max(model.intermediate_size, model.num_heads * model.head_dim)
+    rows = max(model.intermediate_size, attention_sizes(model).query)
     held = rows * columns + 3 * tokens * rows + 2 * tokens * columns
     if kernels.compiled:
         return held
@@ -103,9 +103,7 @@ def _scales_rows(gpu: GpuType) -> bool:
 
 def _linear_layers(model: ModelFacts, layer: int) -> Iterator[tuple[int, int]]:
     """Yield the sizes of a decoder layer's linear layers."""
-    hidden, query, key_value = model.hidden_size, model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    yield from ((query, hidden), (key_value, hidden), (key_value, hidden), (hidden, query))
-    size = model.intermediate_size
-    if is_sparse(model.config, layer):
-        size = model.config.get("shared_expert_intermediate_size") or 0
+    hidden, experts = model.hidden_size, sparse_experts(model, layer)
+    yield from attention_sizes(model).projections
+    size = experts.shared_size if experts else model.intermediate_size
     yield from ((size, hidden), (size, hidden), (hidden, size))

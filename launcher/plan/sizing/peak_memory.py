@@ -24,14 +24,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.plan.architecture import is_sparse, num_experts
+from launcher.plan.architecture.layers import is_sparse, largest_weight, sparse_experts
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import ModelFacts, PeakMemory, StageMemory
 from launcher.plan.memory import layer_elements
 from launcher.plan.sizing.activations import (
     FP32,
     Kernels,
-    expert_size,
     final_norm_bytes,
     layer_activations,
     shared_bytes,
@@ -100,20 +99,10 @@ def head_elements(model: ModelFacts) -> int:
     return model.vocab_size * model.hidden_size
 
 
-def largest_layer_weight(model: ModelFacts) -> int:
-    """Return the elements of the largest weight inside a layer; experts are fused into two weights."""
-    sizes = [model.hidden_size * max(model.intermediate_size, model.num_heads * model.head_dim)]
-    if any(is_sparse(model.config, layer) for layer in range(model.num_layers)):
-        sizes.append(2 * num_experts(model.config) * expert_size(model) * model.hidden_size)
-    if str(model.config.get("model_type")) == "phi3":
-        sizes.append(2 * model.intermediate_size * model.hidden_size)
-    return max(sizes)
-
-
 def _held_expert_weights(model: ModelFacts, one_pass: Pass) -> int:
     """Return the elements of experts' weights that stay gathered from a layer's forward pass until its backward pass."""
-    layers = sum(not done and is_sparse(model.config, layer) for layer, done in enumerate(one_pass.checkpointed))
-    return layers * 3 * num_experts(model.config) * expert_size(model) * model.hidden_size
+    kept = (sparse_experts(model, layer) for layer, done in enumerate(one_pass.checkpointed) if not done)
+    return sum(3 * experts.number * experts.size * model.hidden_size for experts in kept if experts)
 
 
 def loss_bytes(model: ModelFacts, one_pass: Pass) -> int:
@@ -129,7 +118,7 @@ def loss_bytes(model: ModelFacts, one_pass: Pass) -> int:
 def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: GpuType | None) -> PeakMemory:
     """Estimate the peak memory of a rank in each stage of a step; `gpu` is None for CPUs, which have no CUDA or NCCL."""
     width, zero = one_pass.kernels.width, sharding.zero
-    head, weight = head_elements(model), largest_layer_weight(model)
+    head, weight = head_elements(model), largest_weight(model)
     activations = activation_bytes(model, one_pass)
     ahead = zero["stage3_max_live_parameters"] if zero["stage3_prefetch_bucket_size"] else 0
     held = _held_expert_weights(model, one_pass)

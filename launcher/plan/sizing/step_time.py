@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.plan.architecture import TrainFlops
+from launcher.plan.architecture.flops import TrainFlops
 from launcher.plan.deepspeed import TransferWidths
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology

@@ -178,7 +178,8 @@ def _varlen_on_gpu(
     from torch.nn.attention.varlen import varlen_attn
 
     head_dim, value_dim = query.shape[-1], value.shape[-1]
-    value = pad(value, [0, head_dim - value_dim])
+    if value_dim < head_dim:
+        value = pad(value, [0, head_dim - value_dim])
     grouped = {}
     if query.shape[1] != key.shape[1]:
         if "enable_gqa" in _varlen_parameters():

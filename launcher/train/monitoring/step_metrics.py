@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from launcher.data.loader import StepBatch
-from launcher.plan.architecture import train_flops
+from launcher.plan.architecture.flops import train_flops
 from launcher.plan.launch_plan import LaunchPlan
 
 

@@ -14,7 +14,7 @@ from torchao_folder import find_torchao
 
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.kernels import fp8
 from launcher.train.model import CausalLMLoss, build_model

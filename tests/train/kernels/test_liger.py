@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.distributed import RankInfo
 from launcher.errors import ConfigError
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train.finish import write_weights

@@ -12,7 +12,7 @@ import torch
 
 from launcher.data.cache.split import Split
 from launcher.data.loader import IGNORED, StepBatch, TrainBatches
-from launcher.plan.architecture import train_flops
+from launcher.plan.architecture.flops import train_flops
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.monitoring.step_metrics import Meter, StepTimer, perplexity
 

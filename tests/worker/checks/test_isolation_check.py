@@ -15,7 +15,7 @@ import transformers
 from launcher.config.schema import ModelSection
 from launcher.errors import RunError
 from launcher.models import isolation_verdicts
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import ModelFacts
 from launcher.worker.checks import isolation_check, reduced_model
 

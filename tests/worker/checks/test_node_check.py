@@ -21,7 +21,7 @@ from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem, RunError
 from launcher.nvml import GpuInfo
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir

@@ -1,0 +1,207 @@
+"""Training FLOPs of a decoder-only transformer, from its config.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.plan.architecture.layers import attention_sizes, has_experts, mlp_weights, sparse_experts
+from launcher.plan.launch_plan import ModelFacts
+
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How transformers builds the layers of one `model_type`, as far as it affects FLOPs.
+
+    A config without the keys `needs` is not supported: their defaults in transformers differ from those of ModelFacts. `window`
+    is the default of `sliding_window`; with `switched`, it applies only if `use_sliding_window` is on. `slides` returns whether a
+    layer attends within the window; with `listed`, the config's `layer_types` takes precedence. `sparse` is whether it is a
+    mixture of experts.
+    """
+
+    needs: tuple[str, ...] = ("num_key_value_heads",)
+    window: int | None = None
+    switched: bool = False
+    slides: Callable[[Mapping[str, Any], int], bool] = lambda config, layer: True
+    listed: bool = False
+    sparse: bool = False
+
+
+def _past_the_full_layers(config: Mapping[str, Any], layer: int) -> bool:
+    return layer >= config.get("max_window_layers", 28)
+
+
+def _past_the_last_full_layer(config: Mapping[str, Any], layer: int) -> bool:
+    return layer >= config.get("max_window_layers", 62)
+
+
+def _every_other(config: Mapping[str, Any], layer: int) -> bool:
+    return layer % 2 == 0
+
+
+def _every_other_of_the_first(config: Mapping[str, Any], layer: int) -> bool:
+    return layer % 2 == 0 and layer < config.get("max_window_layers", 28)
+
+
+def _all_but_every_sixth(config: Mapping[str, Any], layer: int) -> bool:
+    return (layer + 1) % config.get("sliding_window_pattern", 6) != 0
+
+
+def _all_but_every_fourth(config: Mapping[str, Any], layer: int) -> bool:
+    return (layer + 1) % 4 != 0
+
+
+def _without_rope(config: Mapping[str, Any], layer: int) -> bool:
+    has_rope = config.get("no_rope_layers")
+    return not has_rope[layer] if has_rope else (layer + 1) % config.get("no_rope_layer_interval", 4) == 0
+
+
+def _all_but_the_first_of_four(config: Mapping[str, Any], layer: int) -> bool:
+    return layer % 4 != 0
+
+
+_OWN_HEAD_DIM = ("num_key_value_heads", "head_dim")
+_ROUTED = ("num_key_value_heads", "num_experts_per_tok")
+_LATENTS = (
+    *("num_experts_per_tok", "n_shared_experts", "moe_intermediate_size"),
+    *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+)
+# From configuration_*.py and modeling_*.py of each in transformers 5.24; tests/plan/test_flops.py counts each of them.
+FAMILIES = {
+    "llama": _Family(needs=()),
+    "mistral": _Family(window=4096),
+    "ministral": _Family(needs=_OWN_HEAD_DIM, window=4096, listed=True),
+    "ministral3": _Family(needs=_OWN_HEAD_DIM),
+    "qwen2": _Family(window=4096, switched=True, slides=_past_the_full_layers, listed=True),
+    "qwen3": _Family(needs=_OWN_HEAD_DIM, window=4096, switched=True, slides=_past_the_full_layers, listed=True),
+    "gemma": _Family(needs=_OWN_HEAD_DIM),
+    "gemma2": _Family(needs=_OWN_HEAD_DIM, window=4096, slides=_every_other, listed=True),
+    "gemma3_text": _Family(needs=_OWN_HEAD_DIM, window=4096, slides=_all_but_every_sixth, listed=True),
+    "olmo2": _Family(needs=()),
+    "olmo3": _Family(needs=(), window=4096, slides=_all_but_every_fourth, listed=True),
+    "phi3": _Family(needs=()),
+    "smollm3": _Family(switched=True, slides=_without_rope, listed=True),
+    "glm": _Family(needs=_OWN_HEAD_DIM),
+    "glm4": _Family(needs=_OWN_HEAD_DIM),
+    "ernie4_5": _Family(needs=_OWN_HEAD_DIM),
+    "exaone4": _Family(window=4096, slides=_all_but_every_fourth, listed=True),
+    "cwm": _Family(needs=_OWN_HEAD_DIM, window=8192, slides=_all_but_the_first_of_four, listed=True),
+    "hunyuan_v1_dense": _Family(needs=()),
+    "internlm3": _Family(needs=_OWN_HEAD_DIM),
+    "seed_oss": _Family(needs=_OWN_HEAD_DIM),
+    "olmoe": _Family(needs=("num_experts_per_tok",), sparse=True),
+    "mixtral": _Family(needs=_ROUTED, sparse=True),
+    "qwen2_moe": _Family(
+        needs=(*_ROUTED, "moe_intermediate_size", "shared_expert_intermediate_size"),
+        window=4096,
+        switched=True,
+        slides=_every_other_of_the_first,
+        listed=True,
+        sparse=True,
+    ),
+    "qwen3_moe": _Family(needs=(*_ROUTED, "moe_intermediate_size"), window=4096, switched=True, sparse=True),
+    "glm4_moe": _Family(
+        needs=(*_ROUTED, "head_dim", "moe_intermediate_size", "n_shared_experts", "first_k_dense_replace"), sparse=True
+    ),
+    "dots1": _Family(
+        needs=("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "first_k_dense_replace"),
+        window=4096,
+        slides=_past_the_last_full_layer,
+        listed=True,
+        sparse=True,
+    ),
+    "minimax_m2": _Family(needs=(*_ROUTED, "head_dim"), sparse=True),
+    "gpt_oss": _Family(needs=(*_ROUTED, "head_dim"), window=128, slides=_every_other, listed=True, sparse=True),
+    "ernie4_5_moe": _Family(
+        needs=("num_key_value_heads", "moe_k", "moe_intermediate_size", "moe_num_shared_experts", "moe_layer_start_index"),
+        sparse=True,
+    ),
+    "deepseek_v3": _Family(needs=(*_LATENTS, "first_k_dense_replace"), sparse=True),
+    "glm4_moe_lite": _Family(needs=(*_LATENTS, "mlp_layer_types"), sparse=True),
+}
+
+
+@dataclass(frozen=True)
+class TrainFlops:
+    """FLOPs of the forward and backward pass of one model: per token, per trained label, and per query-key pair.
+
+    `per_pair` has one entry per attention window, None for the whole document: the FLOPs of one pair in all layers with that
+    window.
+    """
+
+    per_token: float
+    per_label: float
+    per_pair: tuple[tuple[int | None, float], ...]
+
+    def of(self, doc_lengths: Sequence[int], num_labels: int) -> float:
+        """Return the FLOPs for documents with these lengths in tokens and `num_labels` trained labels, without padding."""
+        # A batch has many documents, but few distinct lengths.
+        counts = Counter(doc_lengths)
+        pairs = sum(
+            per_pair * sum(count * _pairs(length, window) for length, count in counts.items())
+            for window, per_pair in self.per_pair
+        )
+        return self.per_token * sum(doc_lengths) + self.per_label * num_labels + pairs
+
+
+def train_flops(model: ModelFacts) -> TrainFlops | None:
+    """Return the FLOPs of training this model, without recomputation; None for an architecture that is not in FAMILIES.
+
+    A multiplication of [m, k] by [k, n] is 2mkn FLOPs, and twice as many in the backward pass, for both gradients. This gives 6
+    for each weight that a token meets (only the experts that it is routed to, and the router), and 6 for each weight of the head
+    that a trained label meets. Embeddings are lookups and do not count, so tying them makes no difference.
+    Attention is 12 x heads x head_dim for each pair of a query and a key (scores and values, each 2 forward and 4 backward) in
+    one document, causal and within the layer's window; queries that are expanded from latents have another width than values.
+    Grouped keys and values are multiplied once per query head. Norms, activations, softmax, rotary embedding, biases and the
+    optimizer do not count.
+    Narayanan et al. 2021, arXiv:2104.04473, appendix; Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for MFU.
+    """
+    family = FAMILIES.get(str(model.config.get("model_type")))
+    if family is None or model.config.get("use_bidirectional_attention"):
+        return None
+    if any(key not in model.config for key in family.needs) or (family.sparse and not has_experts(model)):
+        return None
+    layers = range(model.num_layers)
+    windows = [_window(family, model.config, layer) for layer in layers]
+    if _UNKNOWN in windows:
+        return None
+    attention = attention_sizes(model)
+    weights = sum(attention.num_weights + _mlp_weights(family, model, layer) for layer in layers)
+    per_pair = 6.0 * (attention.query + attention.output)
+    return TrainFlops(
+        per_token=6.0 * weights,
+        per_label=6.0 * model.vocab_size * model.hidden_size,
+        per_pair=tuple((window, per_pair * count) for window, count in Counter(windows).items()),
+    )
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Count query-key pairs in a document: each token attends to itself and to earlier tokens, `window` in total."""
+    span = length if window is None else min(length, window)
+    return span * (span + 1) // 2 + (length - span) * span
+
+
+def _mlp_weights(family: _Family, model: ModelFacts, layer: int) -> int:
+    """Count the MLP weights of a layer that multiply one token: those of the chosen and shared experts, and of the router."""
+    if not family.sparse:
+        return 3 * model.hidden_size * model.intermediate_size
+    experts = sparse_experts(model, layer)
+    return mlp_weights(model, layer, experts.chosen if experts else 0)
+
+
+def _window(family: _Family, config: Mapping[str, Any], layer: int) -> int | None:
+    """Return the number of tokens that a layer's queries attend to, including themselves; None for the whole document."""
+    window = config.get("sliding_window", family.window)
+    if family.switched and not config.get("use_sliding_window", False):
+        window = None
+    listed = config.get("layer_types") if family.listed else None
+    if listed is not None:
+        kind = listed[layer] if layer < len(listed) else ""
+        if kind not in ("full_attention", "sliding_attention"):
+            return _UNKNOWN
+        return window if kind == "sliding_attention" else None
+    return window if family.slides(config, layer) else None
