@@ -13,7 +13,7 @@ import importlib.util
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from launcher.security import ownership
 
 # A commit has 40 digits, but in a shared Hub cache the file may be of any size.
 _MAX_REFERENCE_BYTES = 200
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def read_model_facts(model: ModelSection) -> ModelFacts:
     if weights:
         config = json.loads((weights / "config.json").read_text())
         if model.init == "pretrained":
-            exact = count_parameters(weights, is_tied=bool(config.get("tie_word_embeddings")))
+            exact = count_parameters(weights, config)
     elif is_run(model.path):
         from launcher.models import parent_run
 
@@ -302,14 +303,18 @@ def _gguf_config(model: ModelSection) -> dict[str, Any]:
         ) from error
 
 
-def count_parameters(folder: Path, is_tied: bool = False) -> int | None:
+def count_parameters(folder: Path, config: Mapping[str, Any]) -> int | None:
     """Count the parameters in the safetensors files from their headers; None if there are no such files.
 
-    With `is_tied`, a head that is stored in addition to the embeddings is not counted again, as in the files of Qwen3 0.6B.
+    Tensors that transformers does not load are not counted: a tied head that is stored in addition to the embeddings, as in the
+    files of Qwen3 0.6B, and layers after the last one, which predict further tokens in DeepSeek-V3 and GLM-4.5.
     """
     files = [file for file in weight_files.weight_files(folder, with_pickled=False) if file.suffix == ".safetensors"]
     shapes = {name: tensor.shape for file in files for name, tensor in weight_files.read_header(file).items()}
-    if is_tied:
+    num_layers = config.get("num_hidden_layers")
+    if isinstance(num_layers, int):
+        shapes = {name: s for name, s in shapes.items() if not (match := _LAYER.search(name)) or int(match[1]) < num_layers}
+    if config.get("tie_word_embeddings"):
         embeddings = [shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")]
         shapes = {name: s for name, s in shapes.items() if not (name.endswith("lm_head.weight") and s in embeddings)}
     return sum(math.prod(shape) for shape in shapes.values()) or None

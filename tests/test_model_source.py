@@ -38,7 +38,7 @@ def test_a_hub_model_is_located_once_all_its_weights_are_downloaded(snapshot: Pa
     assert model_source.locate("owner/name", model).folder is None
     save_file({"b": torch.zeros(5)}, snapshot / "model-00002-of-00002.safetensors")
     assert model_source.locate("owner/name", model).folder == snapshot
-    assert model_source.count_parameters(snapshot) == 11
+    assert model_source.count_parameters(snapshot, {}) == 11
 
 
 @pytest.mark.parametrize(("is_tied", "num_params"), [(True, 4 * 3 + 2), (False, 2 * 4 * 3 + 2)])
@@ -49,6 +49,14 @@ def test_a_tied_head_that_is_stored_counts_once(snapshot: Path, is_tied: bool, n
     save_file({**weights, "lm_head.weight": torch.zeros(4, 3)}, snapshot / "model.safetensors")
     facts = model_source.read_model_facts(ModelSection(path="owner/name"))
     assert (facts.num_params, facts.num_params_exact) == (num_params, True)
+
+
+def test_layers_that_predict_further_tokens_do_not_count(snapshot: Path) -> None:
+    """Files of DeepSeek-V3 and GLM-4.5 hold a layer after the last one, which transformers does not load."""
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
+    save_file({name: torch.zeros(4, 3) for name in (*names, "model.layers.2.enorm.weight")}, snapshot / "model.safetensors")
+    assert model_source.count_parameters(snapshot, {"num_hidden_layers": 2}) == 3 * 4 * 3
+    assert model_source.count_parameters(snapshot, {"num_hidden_layers": None}) == 4 * 4 * 3
 
 
 def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: Path) -> None:
