@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +147,19 @@ class ExportError(RunError):
 
 class PushError(LauncherError):
     """The exported folder is complete on this machine, but the Hub did not accept it."""
+
+
+def causes(error: BaseException, suppressed: bool = True) -> Iterator[BaseException]:
+    """Yield an error and the chain of its causes, with those that `raise ... from None` hides if `suppressed`.
+
+    Each is yielded once: an error that is raised again from what happened while it was handled is its own cause.
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or (cause.__context__ if suppressed or not cause.__suppress_context__ else None)
 
 
 def raise_reported(report: Mapping[str, Any]) -> None:

@@ -7,12 +7,22 @@ import pytest
 
 from launcher.config.sections.data import Source
 from launcher.data.sources import read_documents
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError, Problem, causes
 
 
 def test_a_problem_moves_no_cursor_and_hides_nothing() -> None:
     problem = Problem("\x1b[2Jé 日本", "a\udcff.jsonl:1\r", "\u202eb\x9b0m", "a\tb\nc")
     assert str(problem) == ("\\x1b[2Jé 日本\n  where:  a\\udcff.jsonl:1\\r\n  value:  \\u202eb\\x9b0m\n  remedy: a\tb\nc")
+
+
+def test_the_causes_of_an_error_end_if_it_is_among_them() -> None:
+    error, inner = ValueError("outer"), KeyError("inner")
+    error.__cause__, inner.__context__ = inner, error
+    assert list(causes(error)) == [error, inner]
+    inner.__suppress_context__ = True
+    error.__cause__ = None
+    assert list(causes(inner)) == [inner, error]
+    assert list(causes(inner, suppressed=False)) == [inner]
 
 
 @pytest.mark.parametrize(

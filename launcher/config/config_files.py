@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.config.origin import Origins, nodes, short
 from launcher.config.schema import RunConfig
-from launcher.errors import Problem
+from launcher.errors import Problem, causes
 from launcher.security.redaction import looks_secret
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
@@ -97,11 +97,9 @@ def yaml_problems(error: BaseException) -> list[Problem]:
     """Return the problems of a file that is not valid YAML, from the error or its causes; empty for any other error."""
     import yaml
 
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, yaml.MarkedYAMLError):
-        cause = cause.__cause__ or cause.__context__
-    mark = cause.problem_mark if isinstance(cause, yaml.MarkedYAMLError) else None
-    if not isinstance(cause, yaml.MarkedYAMLError) or mark is None or not Path(mark.name).is_file():
+    cause = next((cause for cause in causes(error) if isinstance(cause, yaml.MarkedYAMLError)), None)
+    mark = cause.problem_mark if cause is not None else None
+    if cause is None or mark is None or not Path(mark.name).is_file():
         return []
     file = Path(mark.name)
     lines = file.read_text(errors="replace").splitlines()

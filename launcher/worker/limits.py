@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import resource
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from launcher.clusters.cgroups import LimitEvents
+from launcher.errors import causes
 from launcher.plan.quantities import format_size
 
 _DISK = re.compile(r"No space left on device|Disk quota exceeded|not enough free disk space", re.IGNORECASE)
@@ -24,7 +25,7 @@ def cause_of(error: BaseException, folder: Path) -> str:
 
     `folder` is on the disk to measure if the exception names no path.
     """
-    text = "\n".join(f"{type(link).__name__}: {link}" for link in _chain(error))
+    text = "\n".join(f"{type(link).__name__}: {link}" for link in causes(error, suppressed=False))
     if _DISK.search(text):
         return full_disk(_existing([getattr(error, "filename", None), *_PATH.findall(text)], folder))
     if _FILES.search(text):
@@ -48,14 +49,6 @@ def full_disk(path: Path) -> str:
     except OSError:
         return f"the disk of {path} is full"
     return f"the disk of {path} is full ({format_size(usage.free)} of {format_size(usage.total)} free)"
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield the exception and its chain of causes, as a traceback shows them."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _existing(paths: Iterable[object], otherwise: Path) -> Path:

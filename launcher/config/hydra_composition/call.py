@@ -19,7 +19,7 @@ from launcher.config.printed_settings import redact_settings
 from launcher.config.renamed_keys import COMMAND_LINE
 from launcher.config.run_file.hydra_layer import OVERRIDE, composable
 from launcher.config.run_file.reading import FileContent
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, causes
 from launcher.security.credentials import environment_secrets
 
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
@@ -96,10 +96,7 @@ def _compose_once(task: Callable[[Any], None], overrides: list[str], run_file: P
 
 def _refusal_within(error: BaseException) -> ConfigError | None:
     """Return the guard's refusal that caused an error of Hydra; None without one."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ConfigError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
+    return next((cause for cause in causes(error) if isinstance(cause, ConfigError)), None)
 
 
 def _strip_group_plus(token: str) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.origin import nodes, short
+from launcher.errors import causes
 
 # The group in which Hydra composes a run's file.
 RUN_FILE_GROUP = "run_file"
@@ -33,7 +34,7 @@ def locate_hydra_error(
 
     `tokens` are the overrides, `folders` hold the config files; `run_file` is composed with them.
     """
-    text = "\n".join(str(cause) for cause in _causes(error))
+    text = "\n".join(str(cause) for cause in causes(error))
     if run_file is not None and f"{RUN_FILE_GROUP}/" in text:
         return _location(run_file, _line_of(run_file, error, text))
     chosen = [match for token in tokens if (match := _GROUP_CHOICE.fullmatch(token))]
@@ -54,13 +55,6 @@ def locate_hydra_error(
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
 def _file(name: str, folders: Sequence[Path]) -> Path | None:
     return next((file for folder in folders if (file := folder / f"{name.removesuffix('.yaml')}.yaml").is_file()), None)
 
@@ -73,7 +67,7 @@ def _location(file: Path, line: int, message: str = "", remedy: str = "") -> Loc
 
 def _line_of(file: Path, error: Exception, text: str) -> int:
     """Return the line with a name that the error quotes, or with the key that it is about; otherwise the first content line."""
-    keys = [str(key) for cause in _causes(error) if (key := getattr(cause, "full_key", None))]
+    keys = [str(key) for cause in causes(error) if (key := getattr(cause, "full_key", None))]
     for key, line, _ in nodes(file.read_text(errors="replace"), with_sections=True):
         if key in keys:
             return line
