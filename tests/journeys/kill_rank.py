@@ -1,4 +1,4 @@
-"""Kill a rank of a run with SIGKILL once the run has reached a step: python kill_rank.py RUN_DIR RANK STEP"""
+"""Kill a rank of a run with SIGKILL once the run has reached a step and has a checkpoint: kill_rank.py RUN_DIR RANK STEP"""
 
 import os
 import signal
@@ -23,7 +23,8 @@ def process_id() -> int | None:
 
 until = time.monotonic() + DEADLINE_S
 while time.monotonic() < until:
-    if (run / "metrics.jsonl").is_file() and f'"trainer/step": {step},' in (run / "metrics.jsonl").read_text():
+    has_step = (run / "metrics.jsonl").is_file() and f'"trainer/step": {step},' in (run / "metrics.jsonl").read_text()
+    if has_step and any((run / "checkpoints").glob("step-*")):
         number = process_id()
         if number is None:
             sys.exit(f"rank {rank} of {run} does not run")
