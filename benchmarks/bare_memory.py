@@ -38,19 +38,30 @@ def _varlen(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None,
     return output.unsqueeze(0)[..., :value_dim], None
 
 
-def measure(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int) -> int:
+def measure(
+    config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int, attention: str = "varlen"
+) -> int:
     """Return the peak bytes of a forward and backward pass over `tokens` trained tokens, excluding weights and gradients."""
-    return run_pass(
-        config, tokens, checkpointing, dtype, chunk_tokens, lambda model: LiveBytes((*model.parameters(), *model.buffers()))
-    ).peak
+
+    def watch(model: nn.Module) -> LiveBytes:
+        return LiveBytes((*model.parameters(), *model.buffers()))
+
+    return run_pass(config, tokens, checkpointing, dtype, chunk_tokens, watch, attention).peak
 
 
 def run_pass(
-    config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int, watch: Callable[[nn.Module], Watch]
+    config: dict[str, Any],
+    tokens: int,
+    checkpointing: str,
+    dtype: str,
+    chunk_tokens: int,
+    watch: Callable[[nn.Module], Watch],
+    attention: str = "varlen",
 ) -> Watch:
     """Run one forward and backward pass over `tokens` trained tokens in the context that `watch` returns; return that context.
 
-    Each weight's hook drops its gradient. Attention is torch's varlen_attn, which saves the same tensors as FlashAttention.
+    Each weight's hook drops its gradient. Attention is torch's varlen_attn, which saves the same tensors as FlashAttention, or
+    another kernel of transformers.
     The model is called as CausalLMLoss calls it, without the selection of trained tokens, which fake tensors do not allow.
     """
     import torch._dynamo
@@ -59,7 +70,7 @@ def run_pass(
     AttentionInterface.register(_NAME, _varlen)
     AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        options = {"dtype": DTYPES[dtype], "attn_implementation": _NAME}
+        options = {"dtype": DTYPES[dtype], "attn_implementation": _NAME if attention == "varlen" else attention}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
         _replace_head(model, chunk_tokens)
         checkpoint_layers(model, checkpointing)
@@ -82,10 +93,12 @@ def run_pass(
         return watching
 
 
-def predict(config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int) -> int:
+def predict(
+    config: dict[str, Any], tokens: int, checkpointing: str, dtype: str, chunk_tokens: int, attention: str = "varlen"
+) -> int:
     """Return the plan's estimate of what `measure` returns."""
     model, width = model_facts(config, None, None, None), DTYPES[dtype].itemsize
-    kernels = Kernels(width, "varlen", tokens)
+    kernels = Kernels(width, attention, tokens, packed=attention == "varlen")
     one_pass = Pass(tokens, kernels, checkpointed_layers(checkpointing, model.num_layers), chunk_tokens)
     activations = activation_bytes(model, one_pass)
     tied = width * head_elements(model) if model.tie_word_embeddings else 0

@@ -40,7 +40,7 @@ REAL_LAYERS = {
     ),
     "GLM-4.7-Flash": _config(
         *("glm4_moe_lite", 2048, (20, 20), 10240),
-        **{"mlp_layer_types": ["dense", "sparse", "sparse"], **_routed(64, 4, 1536, 1), **_latents(768, 192, 256)},
+        **{"first_k_dense_replace": 1, **_routed(64, 4, 1536, 1), **_latents(768, 192, 256)},
     ),
     "DeepSeek-V3": _config(
         *("deepseek_v3", 7168, (128, 128), 18432),
@@ -54,9 +54,12 @@ REAL_LAYERS = {
         *("ernie4_5_moe", 2560, (20, 4), 12288),
         **{"moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536, "moe_num_shared_experts": 2},
         moe_layer_start_index=1,
+        moe_layer_end_index=-1,
     ),
     "ERNIE-4.5-0.3B": _config("ernie4_5", 1024, (16, 2), 3072, head_dim=128),
-    "EXAONE-4.0-32B": _config("exaone4", 5120, (40, 8), 27392, layer_types=["full_attention"] * 3),
+    "EXAONE-4.0-32B": _config(
+        "exaone4", 5120, (40, 8), 27392, layer_types=["sliding_attention", "sliding_attention", "full_attention"]
+    ),
     "GLM-4-9B-0414": _config("glm4", 4096, (32, 2), 13696, head_dim=128),
     "glm-4-9b": _config("glm", 4096, (32, 2), 13696, head_dim=128),
     "Hunyuan-7B": _config("hunyuan_v1_dense", 4096, (32, 8), 14336, head_dim=128),
@@ -67,6 +70,11 @@ REAL_LAYERS = {
         *("qwen2_moe", 2048, (16, 16), 5632),
         **{"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
     ),
-    "Seed-OSS-36B": _config("seed_oss", 5120, (80, 8), 27648, head_dim=128, attention_dropout=0.0, residual_dropout=0.0),
+    "Phi-4-mini": _config("phi3", 3072, (24, 8), 8192, partial_rotary_factor=0.75, sliding_window=None),
+    "Seed-OSS-36B": _config("seed_oss", 5120, (80, 8), 27648, head_dim=128),
+    "gpt-oss-20b": _config(
+        *("gpt_oss", 2880, (64, 8), 2880),
+        **{"head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4, "layer_types": ["full_attention"] * 3},
+    ),
     "cwm": _config("cwm", 6144, (48, 8), 21504, head_dim=128, layer_types=["full_attention"] * 3, sliding_window=8192),
 }

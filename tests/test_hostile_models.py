@@ -218,7 +218,13 @@ def test_another_config_file_does_not_take_the_place_of_the_one_that_is_checked(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_hidden_layers", 10**9), ("num_hidden_layers", -5), ("num_attention_heads", 0), ("intermediate_size", 10**400)],
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", -5),
+        ("num_attention_heads", 0),
+        ("intermediate_size", 10**400),
+        ("kv_lora_rank", 10**400),
+    ],
 )
 def test_sizes_that_no_model_has_are_refused_before_anything_counts_to_them(folder: Path, key: str, value: int) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "auto_map": {}, key: value}))

@@ -79,6 +79,11 @@ class ModelFacts(Record):
     config: dict[str, Any]
     isolation: IsolationVerdict | None = None
 
+    @property
+    def model_type(self) -> str:
+        """The name by which transformers finds the architecture."""
+        return str(self.config.get("model_type"))
+
 
 class DataFacts(Record):
     """Counts of a built data cache. Rows are packed rows; tokens exclude padding.

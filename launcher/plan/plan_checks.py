@@ -50,7 +50,7 @@ def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
             remedy="set eval.every to a number of steps",
         )
     length, context = config.data.max_length, context_tokens(model.config)
-    if context is not None and length > context and model.config.get("model_type") in _POSITION_TABLES:
+    if context is not None and length > context and model.model_type in _POSITION_TABLES:
         yield Problem(
             f"data.max_length={length} is more than the {context} positions of this model",
             where="data.max_length",

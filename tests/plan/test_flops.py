@@ -81,7 +81,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "glm": {"model_type": "glm", **HEADS},
     "glm4": {"model_type": "glm4", **HEADS},
     "ernie4_5": {"model_type": "ernie4_5", **HEADS},
-    "exaone4": {"model_type": "exaone4", "sliding_window": 9, "num_hidden_layers": 5},
+    "exaone4": {
+        "model_type": "exaone4",
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "cwm": {"model_type": "cwm", **HEADS, "sliding_window": 9, "num_hidden_layers": 5},
     "hunyuan": {"model_type": "hunyuan_v1_dense", **HEADS},
     "internlm3": {"model_type": "internlm3", **HEADS},

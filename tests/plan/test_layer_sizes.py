@@ -13,18 +13,26 @@ from real_layers import REAL_LAYERS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.plan.architecture.facts import model_facts
-from launcher.plan.architecture.flops import FAMILIES
+from launcher.plan.architecture.flops import FAMILIES, train_flops
 from launcher.plan.architecture.layers import attention_sizes, experts_of, is_sparse, largest_weight
 from launcher.plan.launch_plan import ModelFacts
 from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.elementwise import bytes_of_layers
 
-# Layers that equal those of a preset's model, have no packed rows, or belong to models whose logits the loss does not support.
-NOT_MEASURED = {"mistral", "ministral", "gemma", "gemma2", "olmo3", "gpt_oss"}
+NOT_MEASURED = {
+    "mistral": "layers of Llama",
+    "ministral": "layers of Llama",
+    "olmo3": "layers of OLMo 2",
+    "gemma": "has no published size below 2B that is still in use",
+    "gemma2": "is refused, because it caps its logits",
+}
 # Enough tokens that the weight gradients do not hide the activations.
 TOKENS = 16_384
 NO_LAYERS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "mlp_layer_types": []}
+# gpt-oss has attention sinks, which varlen does not compute.
+PACKED = {name: config for name, config in REAL_LAYERS.items() if name != "gpt-oss-20b"}
 each_model = pytest.mark.parametrize("config", REAL_LAYERS.values(), ids=REAL_LAYERS)
+each_packed_model = pytest.mark.parametrize("config", PACKED.values(), ids=PACKED)
 
 
 def facts(config: dict[str, Any]) -> ModelFacts:
@@ -33,19 +41,23 @@ def facts(config: dict[str, Any]) -> ModelFacts:
 
 def test_every_family_is_measured() -> None:
     measured = {config["model_type"] for config in (*REAL_LAYERS.values(), *(preset(name) for name in KINDS))}
-    assert measured | NOT_MEASURED == set(FAMILIES)
+    assert measured | set(NOT_MEASURED) == set(FAMILIES)
 
 
 @each_model
 def test_parameters_are_those_of_the_model(config: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    assert facts(config).num_params == pytest.approx(sum(one.numel() for one in model.parameters()), rel=1e-4)
-    assert largest_weight(facts(config)) == max(one.numel() for name, one in model.named_parameters() if ".layers." in name)
+    num_params = sum(one.numel() for one in model.parameters())
+    # A config that transformers has saved has more keys than the published one.
+    for known in (facts(config), facts(model.config.to_dict())):
+        assert known.num_params == pytest.approx(num_params, rel=5e-4)
+        assert largest_weight(known) == max(one.numel() for name, one in model.named_parameters() if ".layers." in name)
+        assert train_flops(known) is not None
 
 
 @pytest.mark.rest
-@each_model
+@each_packed_model
 def test_the_activations_of_a_layer_are_those_that_a_pass_keeps(config: dict[str, Any]) -> None:
     pytest.importorskip("torch.nn.attention.varlen")
     for checkpointing in ("none", "every 2"):
@@ -54,7 +66,21 @@ def test_the_activations_of_a_layer_are_those_that_a_pass_keeps(config: dict[str
 
 
 @pytest.mark.rest
-@each_model
+@pytest.mark.parametrize(("name", "dtype"), [("gpt-oss-20b", "bf16"), ("qwen3_0_6b", "bf16"), ("qwen3_0_6b", "fp32")])
+def test_the_eager_kernel_keeps_the_softmax_of_every_layer(name: str, dtype: str) -> None:
+    config = REAL_LAYERS[name] if name in REAL_LAYERS else preset(name, vocab_size=256)
+    tokens = {}
+    for layers in (4, 8):
+        changes = {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers, "pad_token_id": 0}
+        arguments = (config | changes | {"bos_token_id": 0, "eos_token_id": 0}, 2048, "none", dtype, 64, "eager")
+        tokens[layers] = bare_memory.measure(*arguments), bare_memory.predict(*arguments)
+        assert tokens[layers][1] == pytest.approx(tokens[layers][0], rel=0.1)
+    measured, planned = (many - few for few, many in zip(tokens[4], tokens[8], strict=True))
+    assert planned == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.rest
+@each_packed_model
 def test_elementwise_operations_move_what_a_pass_reads_and_writes(config: dict[str, Any]) -> None:
     pytest.importorskip("torch.nn.attention.varlen")
     for checkpointing, share in (("none", 0.0), ("all", 1.0)):
@@ -64,8 +90,36 @@ def test_elementwise_operations_move_what_a_pass_reads_and_writes(config: dict[s
         assert planned == pytest.approx(moved - without_layers, rel=0.15)
 
 
-def test_sizes_of_the_wrong_type_are_ignored() -> None:
-    config = REAL_LAYERS["DeepSeek-V3"] | {"kv_lora_rank": "512", "n_routed_experts": [256], "first_k_dense_replace": None}
-    assert experts_of(config) is None
-    assert not is_sparse(config, 2)
-    assert attention_sizes(facts(config)).latents == ()
+def test_layers_with_experts_are_those_of_each_architecture() -> None:
+    def sparse(name: str, **changes: Any) -> list[bool]:
+        return [is_sparse(REAL_LAYERS[name] | changes, layer) for layer in range(4)]
+
+    assert sparse("DeepSeek-V3", first_k_dense_replace=3) == [False, False, False, True]
+    assert sparse("DeepSeek-V3", first_k_dense_replace=None) == [True] * 4
+    # Its own keys alone count for each architecture.
+    assert sparse("GLM-4.7-Flash", first_k_dense_replace=3) == [False, True, True, True]
+    assert sparse("GLM-4.7-Flash", mlp_layer_types=["sparse", "dense"]) == [True, False, False, False]
+    assert sparse("ERNIE-4.5-21B-A3B", moe_layer_start_index=0, moe_layer_end_index=0) == [True, False, False, False]
+    assert sparse("ERNIE-4.5-21B-A3B", moe_layer_end_index=-1, moe_layer_interval=2) == [False, True, False, True]
+    assert sparse("Qwen1.5-MoE-A2.7B", mlp_only_layers=[2], decoder_sparse_step=1) == [True, True, False, True]
+    assert sparse("Mixtral-8x7B", mlp_only_layers=[2], first_k_dense_replace=2) == [True] * 4
+    assert sparse("Hunyuan-7B", num_experts=1) == [False] * 4
+
+
+def test_keys_of_other_architectures_do_not_change_the_sizes() -> None:
+    config = REAL_LAYERS["Mixtral-8x7B"]
+    stray = config | {"moe_intermediate_size": 64, "n_shared_experts": 2, "shared_expert_intermediate_size": 8}
+    assert experts_of(stray) == experts_of(config)
+    assert train_flops(facts(stray)) == train_flops(facts(config))
+
+
+@pytest.mark.parametrize("value", ["512", [256], {}, 0.5, None, 0, True])
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "ERNIE-4.5-21B-A3B", "Qwen1.5-MoE-A2.7B", "Phi-4-mini", "dots.llm1"])
+def test_values_of_another_type_end_in_no_traceback(name: str, value: object) -> None:
+    optional = ("mlp_layer_types", "mlp_only_layers", "layer_types", "rope_parameters", "partial_rotary_factor", "sliding_window")
+    config = REAL_LAYERS[name] | dict.fromkeys(("max_window_layers", *optional), value)
+    needed = {"model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"}
+    for key in config.keys() - needed - {"num_key_value_heads", "head_dim", "intermediate_size", "pad_token_id"}:
+        changed = facts(config | {key: value})
+        assert attention_sizes(changed).num_weights > 0
+        train_flops(changed)

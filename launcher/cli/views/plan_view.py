@@ -14,9 +14,9 @@ from launcher.cli.views.memory_view import hpz_note, peak_line, tight_note, why_
 from launcher.clusters.answers import describe_answers
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
-from launcher.plan.architecture.flops import train_flops
+from launcher.plan.architecture.flops import FAMILIES, missing_sizes, train_flops
 from launcher.plan.batch import single_step_warning
-from launcher.plan.launch_plan import LaunchPlan, Lineage
+from launcher.plan.launch_plan import LaunchPlan, Lineage, ModelFacts
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
 from launcher.plan.quantities import format_count, format_size
@@ -227,13 +227,21 @@ def _notes(plan: LaunchPlan) -> list[str]:
             f"{format_count(data.truncated_docs, 'document')} cut, losing {lost:.0%} of the tokens: raise data.max_length, "
             "or data.long_documents=split"
         )
-    if train_flops(plan.model) is None:
-        architecture = plan.model.config.get("model_type", "a model without model_type")
-        notes.append(
-            f"the launcher does not know the layers of {architecture}: the peak is that of Llama's layers, and "
-            "perf/tflops_per_gpu and perf/mfu are left out"
-        )
+    notes += _unknown_flops(plan.model)
     return notes
+
+
+def _unknown_flops(model: ModelFacts) -> list[str]:
+    """Return a note on an architecture whose FLOPs cannot be counted."""
+    if train_flops(model) is not None:
+        return []
+    left_out = "perf/tflops_per_gpu and perf/mfu are left out"
+    if model.model_type not in FAMILIES:
+        architecture = model.config.get("model_type", "a model without model_type")
+        return [f"the launcher does not know the layers of {architecture}: the peak is a guess from its sizes, and {left_out}"]
+    if missing := missing_sizes(model):
+        return [f"config.json of this {model.model_type} lacks {', '.join(missing)}, so its FLOPs are not known: {left_out}"]
+    return [f"the FLOPs of this kind of {model.model_type} are not known: {left_out}"]
 
 
 def _unreached(plan: LaunchPlan) -> list[str]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture.layers import FOUR_NORMS, attention_sizes, mlp_weights, query_key_norms
+from launcher.plan.architecture.layers import SIZE_KEYS, attention_sizes, mlp_elements, num_layer_norms, query_key_norms
 from launcher.plan.launch_plan import ModelFacts
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-_OPTIONAL = ("num_key_value_heads", "head_dim", "intermediate_size")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "intermediate_size", *SIZE_KEYS)
 # Far above any model. The plan goes through all layers, which would take all memory if their number had no limit.
 _MAX_LAYERS, _MAX_SIZE, _MAX_DIGITS = 10_000, 1 << 31, 30
 # Keys that transformers maps to the first names above in the configs of GPT-2, GPT-J, GPT-Neo, BLOOM, MPT and others.
 _OTHER_NAMES = ("n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads", "num_layers", "num_heads")
+# Architectures whose embeddings are tied unless config.json says otherwise.
+_TIED = ("gemma", "gemma2", "gemma3_text", "smollm3", "ernie4_5", "ernie4_5_moe")
 _QKV_BIAS = ("qwen2", "qwen2_moe", "seed_oss")
 
 
@@ -58,21 +60,20 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         intermediate_size=config.get("intermediate_size") or 4 * config["hidden_size"],
         vocab_size=config["vocab_size"],
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", config.get("model_type") in _TIED)),
     )
     return facts if num_params else facts.model_copy(update={"num_params": count_params(facts)})
 
 
 def count_params(model: ModelFacts) -> int:
-    """Count the parameters of a decoder with a gated MLP or experts in each layer."""
+    """Count the parameters of a decoder with a gated MLP or experts in each layer; biases only those of Qwen 2 and Seed-OSS."""
     hidden, attention = model.hidden_size, attention_sizes(model)
-    model_type = str(model.config.get("model_type", ""))
     of_attention = attention.num_weights + sum(attention.latents)
-    if model_type in _QKV_BIAS:
+    if model.model_type in _QKV_BIAS:
         of_attention += attention.query + attention.key + attention.value
     if norms := query_key_norms(model):
         of_attention += 2 * model.head_dim if norms == "per head" else attention.query + attention.key
-    of_norms = (4 if model_type in FOUR_NORMS else 2) * hidden
-    layers = sum(of_attention + of_norms + mlp_weights(model, layer) for layer in range(model.num_layers))
+    of_norms = num_layer_norms(model) * hidden
+    layers = sum(of_attention + of_norms + mlp_elements(model, layer) for layer in range(model.num_layers))
     embeddings = model.vocab_size * hidden * (1 if model.tie_word_embeddings else 2)
     return embeddings + layers + hidden

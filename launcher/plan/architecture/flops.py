@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.plan.architecture.layers import attention_sizes, has_experts, mlp_weights, sparse_experts
+from launcher.plan.architecture.layers import MIXTURES, attention_sizes, has_experts, mlp_elements, sparse_experts
 from launcher.plan.launch_plan import ModelFacts
 
 _UNKNOWN = -1
@@ -17,10 +17,10 @@ _UNKNOWN = -1
 class _Family:
     """How transformers builds the layers of one `model_type`, as far as it affects FLOPs.
 
-    A config without the keys `needs` is not supported: their defaults in transformers differ from those of ModelFacts. `window`
+    A config without the keys `needs`, or those of its experts, is not supported: their defaults in transformers differ from
+    those of ModelFacts. `window`
     is the default of `sliding_window`; with `switched`, it applies only if `use_sliding_window` is on. `slides` returns whether a
-    layer attends within the window; with `listed`, the config's `layer_types` takes precedence. `sparse` is whether it is a
-    mixture of experts.
+    layer attends within the window; with `listed`, the config's `layer_types` takes precedence.
     """
 
     needs: tuple[str, ...] = ("num_key_value_heads",)
@@ -28,15 +28,18 @@ class _Family:
     switched: bool = False
     slides: Callable[[Mapping[str, Any], int], bool] = lambda config, layer: True
     listed: bool = False
-    sparse: bool = False
+
+
+def _int(config: Mapping[str, Any], key: str, default: int) -> int:
+    return value if isinstance(value := config.get(key), int) else default
 
 
 def _past_the_full_layers(config: Mapping[str, Any], layer: int) -> bool:
-    return layer >= config.get("max_window_layers", 28)
+    return layer >= _int(config, "max_window_layers", 28)
 
 
 def _past_the_last_full_layer(config: Mapping[str, Any], layer: int) -> bool:
-    return layer >= config.get("max_window_layers", 62)
+    return layer >= _int(config, "max_window_layers", 62)
 
 
 def _every_other(config: Mapping[str, Any], layer: int) -> bool:
@@ -44,11 +47,11 @@ def _every_other(config: Mapping[str, Any], layer: int) -> bool:
 
 
 def _every_other_of_the_first(config: Mapping[str, Any], layer: int) -> bool:
-    return layer % 2 == 0 and layer < config.get("max_window_layers", 28)
+    return layer % 2 == 0 and layer < _int(config, "max_window_layers", 28)
 
 
 def _all_but_every_sixth(config: Mapping[str, Any], layer: int) -> bool:
-    return (layer + 1) % config.get("sliding_window_pattern", 6) != 0
+    return (layer + 1) % (_int(config, "sliding_window_pattern", 6) or 1) != 0
 
 
 def _all_but_every_fourth(config: Mapping[str, Any], layer: int) -> bool:
@@ -57,19 +60,18 @@ def _all_but_every_fourth(config: Mapping[str, Any], layer: int) -> bool:
 
 def _without_rope(config: Mapping[str, Any], layer: int) -> bool:
     has_rope = config.get("no_rope_layers")
-    return not has_rope[layer] if has_rope else (layer + 1) % config.get("no_rope_layer_interval", 4) == 0
+    if isinstance(has_rope, list) and layer < len(has_rope):
+        return not has_rope[layer]
+    return (layer + 1) % (_int(config, "no_rope_layer_interval", 4) or 1) == 0
 
 
 def _all_but_the_first_of_four(config: Mapping[str, Any], layer: int) -> bool:
     return layer % 4 != 0
 
 
+_KV_HEADS = ("num_key_value_heads",)
 _OWN_HEAD_DIM = ("num_key_value_heads", "head_dim")
-_ROUTED = ("num_key_value_heads", "num_experts_per_tok")
-_LATENTS = (
-    *("num_experts_per_tok", "n_shared_experts", "moe_intermediate_size"),
-    *("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-)
+_LATENTS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # From configuration_*.py and modeling_*.py of each in transformers 5.24; tests/plan/test_flops.py counts each of them.
 FAMILIES = {
     "llama": _Family(needs=()),
@@ -88,40 +90,22 @@ FAMILIES = {
     "glm": _Family(needs=_OWN_HEAD_DIM),
     "glm4": _Family(needs=_OWN_HEAD_DIM),
     "ernie4_5": _Family(needs=_OWN_HEAD_DIM),
-    "exaone4": _Family(window=4096, slides=_all_but_every_fourth, listed=True),
+    "exaone4": _Family(needs=(*_KV_HEADS, "layer_types"), window=4096, listed=True),
     "cwm": _Family(needs=_OWN_HEAD_DIM, window=8192, slides=_all_but_the_first_of_four, listed=True),
-    "hunyuan_v1_dense": _Family(needs=()),
+    "hunyuan_v1_dense": _Family(needs=("head_dim",)),
     "internlm3": _Family(needs=_OWN_HEAD_DIM),
     "seed_oss": _Family(needs=_OWN_HEAD_DIM),
-    "olmoe": _Family(needs=("num_experts_per_tok",), sparse=True),
-    "mixtral": _Family(needs=_ROUTED, sparse=True),
-    "qwen2_moe": _Family(
-        needs=(*_ROUTED, "moe_intermediate_size", "shared_expert_intermediate_size"),
-        window=4096,
-        switched=True,
-        slides=_every_other_of_the_first,
-        listed=True,
-        sparse=True,
-    ),
-    "qwen3_moe": _Family(needs=(*_ROUTED, "moe_intermediate_size"), window=4096, switched=True, sparse=True),
-    "glm4_moe": _Family(
-        needs=(*_ROUTED, "head_dim", "moe_intermediate_size", "n_shared_experts", "first_k_dense_replace"), sparse=True
-    ),
-    "dots1": _Family(
-        needs=("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "first_k_dense_replace"),
-        window=4096,
-        slides=_past_the_last_full_layer,
-        listed=True,
-        sparse=True,
-    ),
-    "minimax_m2": _Family(needs=(*_ROUTED, "head_dim"), sparse=True),
-    "gpt_oss": _Family(needs=(*_ROUTED, "head_dim"), window=128, slides=_every_other, listed=True, sparse=True),
-    "ernie4_5_moe": _Family(
-        needs=("num_key_value_heads", "moe_k", "moe_intermediate_size", "moe_num_shared_experts", "moe_layer_start_index"),
-        sparse=True,
-    ),
-    "deepseek_v3": _Family(needs=(*_LATENTS, "first_k_dense_replace"), sparse=True),
-    "glm4_moe_lite": _Family(needs=(*_LATENTS, "mlp_layer_types"), sparse=True),
+    "olmoe": _Family(needs=()),
+    "mixtral": _Family(),
+    "qwen2_moe": _Family(window=4096, switched=True, slides=_every_other_of_the_first, listed=True),
+    "qwen3_moe": _Family(window=4096, switched=True),
+    "glm4_moe": _Family(needs=_OWN_HEAD_DIM),
+    "dots1": _Family(window=4096, slides=_past_the_last_full_layer, listed=True),
+    "minimax_m2": _Family(needs=_OWN_HEAD_DIM),
+    "gpt_oss": _Family(needs=_OWN_HEAD_DIM, window=128, slides=_every_other, listed=True),
+    "ernie4_5_moe": _Family(),
+    "deepseek_v3": _Family(needs=_LATENTS),
+    "glm4_moe_lite": _Family(needs=_LATENTS),
 }
 
 
@@ -148,6 +132,13 @@ class TrainFlops:
         return self.per_token * sum(doc_lengths) + self.per_label * num_labels + pairs
 
 
+def missing_sizes(model: ModelFacts) -> tuple[str, ...]:
+    """Return the keys that FLOPs need and that config.json lacks, for an architecture in FAMILIES."""
+    needs = FAMILIES[model.model_type].needs + (MIXTURES[model.model_type].needed if model.model_type in MIXTURES else ())
+    # With one latent, the queries are not expanded from another.
+    return tuple(key for key in needs if not isinstance(model.config.get(key), int | list) and key != "q_lora_rank")
+
+
 def train_flops(model: ModelFacts) -> TrainFlops | None:
     """Return the FLOPs of training this model, without recomputation; None for an architecture that is not in FAMILIES.
 
@@ -160,17 +151,17 @@ def train_flops(model: ModelFacts) -> TrainFlops | None:
     optimizer do not count.
     Narayanan et al. 2021, arXiv:2104.04473, appendix; Chowdhery et al. 2022, arXiv:2204.02311, appendix B, for MFU.
     """
-    family = FAMILIES.get(str(model.config.get("model_type")))
-    if family is None or model.config.get("use_bidirectional_attention"):
+    family = FAMILIES.get(model.model_type)
+    if family is None or missing_sizes(model) or model.config.get("use_bidirectional_attention"):
         return None
-    if any(key not in model.config for key in family.needs) or (family.sparse and not has_experts(model)):
+    if model.model_type in MIXTURES and not has_experts(model):
         return None
     layers = range(model.num_layers)
     windows = [_window(family, model.config, layer) for layer in layers]
     if _UNKNOWN in windows:
         return None
     attention = attention_sizes(model)
-    weights = sum(attention.num_weights + _mlp_weights(family, model, layer) for layer in layers)
+    weights = sum(attention.num_weights + _chosen_mlp_elements(model, layer) for layer in layers)
     per_pair = 6.0 * (attention.query + attention.output)
     return TrainFlops(
         per_token=6.0 * weights,
@@ -185,23 +176,21 @@ def _pairs(length: int, window: int | None) -> int:
     return span * (span + 1) // 2 + (length - span) * span
 
 
-def _mlp_weights(family: _Family, model: ModelFacts, layer: int) -> int:
+def _chosen_mlp_elements(model: ModelFacts, layer: int) -> int:
     """Count the MLP weights of a layer that multiply one token: those of the chosen and shared experts, and of the router."""
-    if not family.sparse:
-        return 3 * model.hidden_size * model.intermediate_size
     experts = sparse_experts(model, layer)
-    return mlp_weights(model, layer, experts.chosen if experts else 0)
+    return mlp_elements(model, layer, experts.chosen if experts else 0)
 
 
 def _window(family: _Family, config: Mapping[str, Any], layer: int) -> int | None:
     """Return the number of tokens that a layer's queries attend to, including themselves; None for the whole document."""
     window = config.get("sliding_window", family.window)
-    if family.switched and not config.get("use_sliding_window", False):
+    if not isinstance(window, int) or (family.switched and not config.get("use_sliding_window", False)):
         window = None
     listed = config.get("layer_types") if family.listed else None
-    if listed is not None:
+    if isinstance(listed, list):
         kind = listed[layer] if layer < len(listed) else ""
         if kind not in ("full_attention", "sliding_attention"):
             return _UNKNOWN
         return window if kind == "sliding_attention" else None
-    return window if family.slides(config, layer) else None
+    return window if window is not None and family.slides(config, layer) else None

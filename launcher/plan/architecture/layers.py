@@ -7,7 +7,7 @@ and keys that are expanded from latents (multi-head latent attention, DeepSeek-V
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from launcher.plan.launch_plan import ModelFacts
@@ -15,27 +15,69 @@ from launcher.plan.launch_plan import ModelFacts
 # Architectures with norms only after attention and MLP, or both before and after; all others have two norms, before each.
 POST_NORMS, FOUR_NORMS = ("olmo2", "olmo3", "exaone4"), ("gemma2", "gemma3_text", "glm4")
 # Architectures whose norms multiply by their weight in fp32.
-WIDE_NORMS = ("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "gpt_oss")
+FP32_NORMS = ("gemma", "gemma2", "gemma3_text", "olmo2", "olmo3", "gpt_oss")
 # Norms on queries and keys: per head, or over all heads together.
 _HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "exaone4", "hunyuan_v1_dense", "dots1")
 _ALL_HEADS_NORMS = ("olmo2", "olmo3", "olmoe", "minimax_m2")
-# Architectures whose experts limit the values of the gate, in separate operations.
-CLAMPED_GATES = ("gpt_oss",)
-# Architectures whose layers each make rotary tables in fp32.
-OWN_ROTARY_TABLES = ("ernie4_5", "ernie4_5_moe")
+# Architectures that compute queries, keys and values, or the gate and up projections of the MLP, with one weight.
+FUSED_QKV, _FUSED_GATE = ("phi3",), ("phi3", "glm", "glm4")
+# Architectures that rotate half of each head by default.
+_HALF_ROTATED = ("glm", "glm4", "glm4_moe")
+# Architectures whose layers each make rotary tables, in fp32.
+FP32_ROTARY_TABLES = ("ernie4_5", "ernie4_5_moe")
 # Architectures that compute the router in fp32, and those that multiply experts' outputs by weights in fp32.
 FP32_ROUTERS = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "ernie4_5_moe")
 FP32_ROUTING_WEIGHTS = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "minimax_m2", "mixtral")
-# Architectures that rotate half of each head by default.
-_HALF_ROTATED = ("glm", "glm4", "glm4_moe")
-# Architectures that store the gate and up projections of the MLP as one weight.
-FUSED_GATE = ("phi3", "glm", "glm4")
-# The keys of different architectures for the same number.
-_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_NUM_CHOSEN = ("num_experts_per_tok", "moe_k")
-_NUM_SHARED = ("n_shared_experts", "moe_num_shared_experts")
-_FIRST_SPARSE = ("first_k_dense_replace", "moe_layer_start_index")
+# Architectures whose experts limit the values of the gate, which takes more operations.
+LIMITED_GATES = ("gpt_oss",)
+# The dropout of architectures that have one by default.
+_DROPOUT = {"seed_oss": 0.1}
 _HEAD_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True)
+class _ExpertKeys:
+    """The keys of config.json for the numbers of one architecture's experts; an empty one stands for a number that it lacks.
+
+    `shared` is the number of shared experts, `shared_size` the intermediate size of their MLP, which then has a gate. `first` is
+    the first layer with experts, `step` the distance to the next.
+    """
+
+    number: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
+    size: str = "moe_intermediate_size"
+    shared: str = ""
+    shared_size: str = ""
+    first: str = ""
+    step: str = ""
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The keys without which the sizes of a layer are not known."""
+        return tuple(key for key in (self.number, self.chosen, self.size, self.shared, self.shared_size, self.first) if key)
+
+
+_ROUTED = _ExpertKeys("n_routed_experts", shared="n_shared_experts", first="first_k_dense_replace")
+MIXTURES = {
+    "olmoe": _ExpertKeys(size="intermediate_size"),
+    "mixtral": _ExpertKeys("num_local_experts", size="intermediate_size"),
+    "minimax_m2": _ExpertKeys("num_local_experts", size="intermediate_size"),
+    "gpt_oss": _ExpertKeys("num_local_experts", size="intermediate_size"),
+    "qwen2_moe": _ExpertKeys(shared_size="shared_expert_intermediate_size", step="decoder_sparse_step"),
+    "qwen3_moe": _ExpertKeys(step="decoder_sparse_step"),
+    "glm4_moe": _ROUTED,
+    "dots1": _ROUTED,
+    "deepseek_v3": _ROUTED,
+    "glm4_moe_lite": replace(_ROUTED, first=""),
+    "ernie4_5_moe": _ExpertKeys(
+        "moe_num_experts", "moe_k", shared="moe_num_shared_experts", first="moe_layer_start_index", step="moe_layer_interval"
+    ),
+}
+# Config keys of all sizes in this file, which have the same limits as those of a dense layer.
+SIZE_KEYS = (
+    *sorted({key for keys in MIXTURES.values() for key in (*keys.needed, keys.step) if key} - {"intermediate_size"}),
+    *("kv_lora_rank", "q_lora_rank", "rotary_dim", *_HEAD_PARTS),
+)
 
 
 @dataclass(frozen=True)
@@ -81,77 +123,91 @@ def attention_sizes(model: ModelFacts) -> AttentionSizes:
     """Return the sizes of the attention of a model's layers."""
     hidden, config = model.hidden_size, model.config
     latent, query_latent = _number(config, "kv_lora_rank"), _number(config, "q_lora_rank")
-    plain, rotated, value = (_number(config, key) for key in _HEAD_PARTS)
-    if not (latent and rotated and value):
+    plain_dim, rotated_dim, value_dim = (_number(config, key) for key in _HEAD_PARTS)
+    if not (latent and rotated_dim and value_dim):
         query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        plain = model.head_dim - _rotary_size(model)
+        rotated_dim = _rotated_dim(model)
         return AttentionSizes(
             query=query,
             key=key,
             value=key,
             output=query,
-            plain=model.num_heads * plain,
-            rotated=(model.num_heads + model.num_kv_heads) * (model.head_dim - plain),
+            plain=model.num_heads * (model.head_dim - rotated_dim),
+            rotated=(model.num_heads + model.num_kv_heads) * rotated_dim,
             latents=(),
             projections=((query, hidden), (key, hidden), (key, hidden), (hidden, query)),
         )
-    query, output = model.num_heads * (plain + rotated), model.num_heads * value
-    of_query = ((query_latent, hidden), (query, query_latent)) if query_latent else ((query, hidden),)
-    of_key_value = ((latent + rotated, hidden), (model.num_heads * (plain + value), latent))
+    query, output = model.num_heads * (plain_dim + rotated_dim), model.num_heads * value_dim
+    query_projections = ((query_latent, hidden), (query, query_latent)) if query_latent else ((query, hidden),)
+    expanded = model.num_heads * (plain_dim + value_dim)
     return AttentionSizes(
         query=query,
         key=query,
         value=output,
         output=output,
-        plain=model.num_heads * plain,
+        plain=model.num_heads * plain_dim,
         # All heads share the rotated part of the keys.
-        rotated=(model.num_heads + 1) * rotated,
+        rotated=(model.num_heads + 1) * rotated_dim,
         latents=(query_latent, latent) if query_latent else (latent,),
-        projections=(*of_query, *of_key_value, (hidden, output)),
+        projections=(*query_projections, (latent + rotated_dim, hidden), (expanded, latent), (hidden, output)),
     )
 
 
-def _rotary_size(model: ModelFacts) -> int:
+def _rotated_dim(model: ModelFacts) -> int:
     """Return the elements of a head with a rotary embedding."""
     rope = model.config.get("rope_parameters")
     share = model.config.get("partial_rotary_factor") or (rope.get("partial_rotary_factor") if isinstance(rope, dict) else None)
     if not isinstance(share, int | float) or not 0 < share <= 1:
-        share = 0.5 if model.config.get("model_type") in _HALF_ROTATED else 1.0
+        share = 0.5 if model.model_type in _HALF_ROTATED else 1.0
     return min(_number(model.config, "rotary_dim") or int(model.head_dim * share), model.head_dim)
+
+
+def num_layer_norms(model: ModelFacts) -> int:
+    """Return the number of a layer's norms over its hidden states."""
+    return 4 if model.model_type in FOUR_NORMS else 2
 
 
 def query_key_norms(model: ModelFacts) -> Literal["per head", "all heads"] | None:
     """Return what the norms on queries and keys are taken over; None if there are none."""
-    model_type = str(model.config.get("model_type"))
-    if model_type in _HEAD_NORMS or (model_type == "glm4_moe" and model.config.get("use_qk_norm")):
+    if model.model_type in _HEAD_NORMS or (model.model_type == "glm4_moe" and model.config.get("use_qk_norm")):
         return "per head"
-    return "all heads" if model_type in _ALL_HEADS_NORMS else None
+    return "all heads" if model.model_type in _ALL_HEADS_NORMS else None
 
 
 def experts_of(config: Mapping[str, Any]) -> Experts | None:
-    """Return the experts of the layers of a mixture-of-experts model; None for a dense one."""
-    number, size = _number(config, *_NUM_EXPERTS), _number(config, "moe_intermediate_size", "intermediate_size")
-    if not number or not size:
+    """Return the experts of the layers of a mixture-of-experts model; None for a dense one.
+
+    For an architecture that is not in MIXTURES, the keys of most others are tried.
+    """
+    keys = MIXTURES.get(str(config.get("model_type")))
+    if keys is None:
+        number = _number(config, "num_local_experts", "num_experts", "n_routed_experts")
+        size = _number(config, "moe_intermediate_size", "intermediate_size")
+        chosen, shared = _number(config, "num_experts_per_tok"), _number(config, "n_shared_experts")
+        shared_size = _number(config, "shared_expert_intermediate_size")
+    else:
+        number, size, chosen = (_number(config, key) for key in (keys.number, keys.size, keys.chosen))
+        shared, shared_size = _number(config, keys.shared), _number(config, keys.shared_size)
+    # A single expert is a dense MLP, as in Hunyuan's dense models.
+    if number < 2 or not size:
         return None
-    shared = _number(config, "shared_expert_intermediate_size")
-    return Experts(
-        number=number,
-        chosen=_number(config, *_NUM_CHOSEN) or 1,
-        size=size,
-        shared_size=shared or _number(config, *_NUM_SHARED) * size,
-        has_shared_gate=bool(shared),
-    )
+    return Experts(number, chosen or 1, size, shared_size or shared * size, has_shared_gate=shared_size > 0)
 
 
 def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
     """Return whether a layer of a mixture-of-experts model routes its tokens to experts."""
+    model_type = str(config.get("model_type"))
+    keys = MIXTURES.get(model_type, _ExpertKeys(first="first_k_dense_replace", step="decoder_sparse_step"))
     if experts_of(config) is None:
         return False
-    if kinds := config.get("mlp_layer_types"):
-        return layer < len(kinds) and kinds[layer] == "sparse"
-    step, first = _number(config, "decoder_sparse_step", "moe_layer_interval") or 1, _number(config, *_FIRST_SPARSE)
-    last = _number(config, "moe_layer_end_index") or layer
-    return layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % step == 0 and first <= layer <= last
+    if model_type == "glm4_moe_lite":
+        kinds = config.get("mlp_layer_types")
+        return layer < len(kinds) and kinds[layer] == "sparse" if isinstance(kinds, list) else layer > 0
+    first, step, last = _number(config, keys.first), _number(config, keys.step) or 1, config.get("moe_layer_end_index")
+    if keys.step == "moe_layer_interval" and isinstance(last, int) and 0 <= last < layer:
+        return False
+    dense = config.get("mlp_only_layers") if keys.step == "decoder_sparse_step" else None
+    return layer >= first and (layer + 1) % step == 0 and not (isinstance(dense, list) and layer in dense)
 
 
 def sparse_experts(model: ModelFacts, layer: int) -> Experts | None:
@@ -171,18 +227,24 @@ def largest_weight(model: ModelFacts) -> int:
     experts = experts_of(model.config)
     if experts and has_experts(model):
         sizes.append(2 * experts.number * experts.size * model.hidden_size)
-    if model.config.get("model_type") in FUSED_GATE:
+    if model.model_type in _FUSED_GATE:
         sizes.append(2 * model.intermediate_size * model.hidden_size)
     return max(sizes)
 
 
-def mlp_weights(model: ModelFacts, layer: int, num_experts: int | None = None) -> int:
-    """Return the weights of a layer's MLP, with its router and `num_experts` of its experts, all by default."""
+def mlp_elements(model: ModelFacts, layer: int, num_experts: int | None = None) -> int:
+    """Count the weights of a layer's MLP, or of its router, its shared expert and `num_experts` experts (all by default)."""
     hidden, experts = model.hidden_size, sparse_experts(model, layer)
     if experts is None:
         return 3 * hidden * model.intermediate_size
     counted = experts.number if num_experts is None else num_experts
     return 3 * hidden * (counted * experts.size + experts.shared_size) + hidden * (experts.number + experts.has_shared_gate)
+
+
+def dropout(model: ModelFacts, key: Literal["attention_dropout", "residual_dropout"]) -> float:
+    """Return a dropout of the layers, by the model's config or the default of its architecture."""
+    value = model.config.get(key, _DROPOUT.get(model.model_type))
+    return float(value) if isinstance(value, int | float) else 0.0
 
 
 def _number(config: Mapping[str, Any], *keys: str) -> int:

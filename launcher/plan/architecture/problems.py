@@ -14,7 +14,7 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]:
     """Yield the reasons why no device can train this model correctly; `packing` is whether rows hold several documents."""
-    model_type = str(model.config.get("model_type"))
+    model_type = model.model_type
     yield from config_problems(model.config, "model.config")
     for name in _LOGIT_TRANSFORMS:
         if (value := model.config.get(name)) not in (None, 1, 1.0):

@@ -1,12 +1,17 @@
 """Activations of a decoder layer that wait for the backward pass, in bytes per token. Pure.
 
 The tensors that autograd keeps were read from the layers of transformers 5.24 with saved_tensors_hooks; benchmarks/memory_plan.py
-measures them again. H is the hidden size, w the bytes per element; fp32 sums take 4 bytes.
+and tests/plan/test_layer_sizes.py measure them again. H is the hidden size, w the bytes per element, q, kv and o the widths of
+queries, keys or values, and attention's output; fp32 sums take 4 bytes.
 
     norm          its input in fp32 and its output before the weight: 4H + wH, or 8H in architectures that multiply in fp32
-    attention     queries, keys, values, output and the sums of the softmax: w (2q + 2kv) + 4 heads
+    attention     queries, keys, values, output and the sums of the softmax: w (q + 2kv + o) + 4 heads
+    eager kernel  also the softmax, in fp32 and in the type of the weights: (4 + w) heads per token of the row
+    partial rotary embedding, or heads expanded from latents
+                  the output once more, in another order: wo; a norm and a projection's input for each latent
     MLP           gate, activated gate, up and their product: 4wI
-    experts       for each of the k chosen ones: input and output wH, and 4wI
+    experts       for each of the k chosen ones: input and output wH, and 4wI, or 7wI if the gate's values are limited
+    router        4 for each expert; its input in fp32 if it computes in fp32: 4H
     projections   their inputs: wH each, if a norm comes before
 
 Liger's kernels keep only a norm's input and recompute the activated gate; these terms are not measured. A compiled dense layer
@@ -18,16 +23,19 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from launcher.plan.architecture.layers import (
-    CLAMPED_GATES,
     FOUR_NORMS,
+    FP32_NORMS,
+    FP32_ROTARY_TABLES,
     FP32_ROUTERS,
     FP32_ROUTING_WEIGHTS,
-    OWN_ROTARY_TABLES,
+    FUSED_QKV,
+    LIMITED_GATES,
     POST_NORMS,
-    WIDE_NORMS,
     AttentionSizes,
     Experts,
     attention_sizes,
+    dropout,
+    num_layer_norms,
     query_key_norms,
     sparse_experts,
 )
@@ -37,8 +45,8 @@ FP32 = 4
 # Elements of 8, 4 and 2 bytes that route a token to one expert: indices, their order and its inverse, weights.
 _ROUTING_BYTES = 38
 FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen")
-# Queries, keys and values are one product, whose memory is kept as long as the values are; dropout copies the output.
-_FUSED_QKV = ("phi3",)
+# Architectures whose eager kernel computes the softmax in the type of the weights.
+_NARROW_SOFTMAX = ("gpt_oss",)
 
 
 @dataclass(frozen=True)
@@ -78,88 +86,85 @@ class LayerActivations:
 def layer_activations(model: ModelFacts, layer: int, kernels: Kernels) -> LayerActivations:
     """Return the activations of a layer in bytes per token."""
     hidden, width = model.hidden_size, kernels.width
-    model_type = str(model.config.get("model_type"))
-    wide, experts = model_type in WIDE_NORMS, sparse_experts(model, layer)
-    post_norms = model_type in (*POST_NORMS, *FOUR_NORMS)
-    saved = num_layer_norms(model) * _norm(hidden, 1, wide, kernels)
+    has_fp32_norms, experts = model.model_type in FP32_NORMS, sparse_experts(model, layer)
+    saved = num_layer_norms(model) * _norm(hidden, 1, has_fp32_norms, kernels)
     # Inputs of the projections of attention and of the MLP. In fp32, without a preceding norm, the input of attention is the
     # layer's.
     saved += 2 * width * hidden
-    saved += _attention(model, model_type, wide, kernels)
-    saved += _experts(hidden, experts, model_type, kernels) if experts else _mlp(model.intermediate_size, kernels)
-    if experts and experts.shared_size:
-        saved += _mlp(experts.shared_size, kernels)
-    if experts and experts.has_shared_gate:
-        saved += width * hidden
+    saved += _attention(model, has_fp32_norms, kernels)
+    saved += _experts(model, experts, kernels) if experts else _mlp(model.intermediate_size, kernels)
+    has_dropout = dropout(model, "residual_dropout") > 0
+    if has_dropout:
+        # The factors of both outputs that are added to the layer's input.
+        saved += 2 * width * hidden
     # In fp32 a norm keeps its input itself, which a checkpoint holds too.
     recomputed = saved - (width * hidden if width == FP32 else 0)
-    if experts and model_type in FP32_ROUTING_WEIGHTS and experts.size < hidden:
-        # Unlike saved outputs of narrow experts, recomputed ones are freed at the peak.
+    if experts and model.model_type in FP32_ROUTING_WEIGHTS and experts.size < hidden:
+        # A recomputed layer frees the outputs of experts before the peak, which wide experts reach later.
         recomputed -= width * experts.chosen * hidden
-    if model_type in FOUR_NORMS and not wide:
+    if has_dropout:
+        recomputed -= width * hidden
+    if model.model_type in FOUR_NORMS and not has_fp32_norms:
         recomputed += FP32 * hidden
-    backward = _mlp_backward(model, experts, kernels) - (_norm(hidden, 0, wide, kernels) if post_norms else 0)
-    if post_norms:
-        backward = max(backward, (3 * FP32 + 2 * width) * hidden)
-    return LayerActivations(saved, recomputed, backward)
+    backward = _mlp_backward(model, experts, kernels)
+    if model.model_type in (*POST_NORMS, *FOUR_NORMS):
+        backward = max(backward - _norm(hidden, 0, has_fp32_norms, kernels), (3 * FP32 + 2 * width) * hidden)
+    return LayerActivations(saved, recomputed, max(backward, _softmax(model, kernels)))
 
 
-def num_layer_norms(model: ModelFacts) -> int:
-    """Return the number of a layer's norms over its hidden states."""
-    return 4 if str(model.config.get("model_type")) in FOUR_NORMS else 2
-
-
-def has_wide_norms(model: ModelFacts) -> bool:
+def has_fp32_norms(model: ModelFacts) -> bool:
     """Return whether norms multiply by their weight in fp32."""
-    return str(model.config.get("model_type")) in WIDE_NORMS
+    return model.model_type in FP32_NORMS
 
 
 def final_norm_bytes(model: ModelFacts, kernels: Kernels) -> tuple[int, int]:
     """Return the bytes per token of the norm before the head: those that it keeps, and its peak in the backward pass."""
     # This norm is in no layer, so it is not compiled.
-    return _norm(model.hidden_size, 1, has_wide_norms(model), replace(kernels, compiled=False)), 6 * FP32 * model.hidden_size
+    return _norm(model.hidden_size, 1, has_fp32_norms(model), replace(kernels, compiled=False)), 6 * FP32 * model.hidden_size
 
 
 def shared_bytes(model: ModelFacts, kernels: Kernels) -> int:
     """Return the bytes per token that all layers share: rotary tables, token ids, positions, and an attention mask."""
-    kinds = 2 if str(model.config.get("model_type")) == "gemma3_text" else 1
+    kinds = 2 if model.model_type == "gemma3_text" else 1
     mask = kernels.row_tokens if kernels.packed and kernels.attention not in FLASH_KERNELS else 0
     return 2 * kinds * kernels.width * model.head_dim + 16 + mask
 
 
-def _norm(size: int, num_rows: int, wide: bool, kernels: Kernels) -> int:
+def _norm(size: int, num_rows: int, is_fp32: bool, kernels: Kernels) -> int:
     if kernels.is_fused:
         return kernels.width * size + FP32 * num_rows
-    return (FP32 + (FP32 if wide else kernels.width)) * size + FP32 * num_rows
+    return (FP32 + (FP32 if is_fp32 else kernels.width)) * size + FP32 * num_rows
 
 
-def _attention(model: ModelFacts, model_type: str, wide: bool, kernels: Kernels) -> int:
+def _attention(model: ModelFacts, has_fp32_norms: bool, kernels: Kernels) -> int:
     width, heads, sizes = kernels.width, model.num_heads, attention_sizes(model)
-    query, masked = sizes.query, kernels.packed and kernels.attention not in FLASH_KERNELS
     saved = 0
     if norms := query_key_norms(model):
-        saved += _norm(query + sizes.key, heads + model.num_kv_heads if norms == "per head" else 2, wide, kernels)
+        num_rows = heads + model.num_kv_heads if norms == "per head" else 2
+        saved += _norm(sizes.query + sizes.key, num_rows, has_fp32_norms, kernels)
     for latent in sizes.latents:
-        saved += _norm(latent, 1, wide, kernels) + width * latent
-    if model_type in _FUSED_QKV:
-        saved += width * (2 * query + sizes.key)
-    # A mask disables grouped queries: keys and values are repeated for each head.
-    keys_values = query + sizes.output if masked or kernels.attention == "eager" else sizes.key + sizes.value
-    saved += width * (query + keys_values + sizes.output)
-    if model_type in OWN_ROTARY_TABLES:
+        saved += _norm(latent, 1, has_fp32_norms, kernels) + width * latent
+    if model.model_type in FUSED_QKV:
+        # Queries, keys and values are one product, whose memory is kept as long as the values are.
+        saved += width * (2 * sizes.query + sizes.key)
+    elif sizes.plain:
+        saved += width * _joined_elements(sizes, kernels)
+    if model.model_type in FP32_ROTARY_TABLES:
         saved += 2 * FP32 * model.head_dim
-    if sizes.plain:
-        saved += width * _of_partial_rotation(sizes, kernels)
+    is_masked = kernels.packed and kernels.attention not in FLASH_KERNELS
+    # A mask disables grouped queries: keys and values are repeated for each head.
+    is_repeated = is_masked or kernels.attention == "eager"
+    saved += width * (sizes.query + sizes.output + (sizes.query + sizes.output if is_repeated else sizes.key + sizes.value))
     if kernels.attention == "eager":
-        return saved + (FP32 + 2 * width) * heads * kernels.row_tokens
+        return saved + _softmax(model, kernels)
     # SDPA converts the mask to numbers that it adds, in every layer.
-    return saved + FP32 * heads + (width * kernels.row_tokens if masked else 0)
+    return saved + FP32 * heads + (width * kernels.row_tokens if is_masked else 0)
 
 
-def _of_partial_rotation(sizes: AttentionSizes, kernels: Kernels) -> int:
+def _joined_elements(sizes: AttentionSizes, kernels: Kernels) -> int:
     """Return the additional elements per token where each head is joined from a rotated and a plain part.
 
-    Joining changes the order in memory, which the output of a kernel has too, so the next projection gets a copy of it.
+    Joining changes the order in memory. The output of a kernel has the same order, so the next projection gets a copy of it.
     """
     if not sizes.latents:
         return sizes.output if kernels.attention in FLASH_KERNELS else 0
@@ -170,15 +175,25 @@ def _of_partial_rotation(sizes: AttentionSizes, kernels: Kernels) -> int:
     return sizes.plain + sizes.output
 
 
+def _softmax(model: ModelFacts, kernels: Kernels) -> int:
+    """Return the bytes of the softmax of all heads, which its gradients take once more; 0 for kernels that do not keep it."""
+    if kernels.attention != "eager":
+        return 0
+    in_fp32 = 0 if model.model_type in _NARROW_SOFTMAX else FP32
+    return (in_fp32 + (kernels.width if kernels.width < FP32 or not in_fp32 else 0)) * model.num_heads * kernels.row_tokens
+
+
 def _mlp(size: int, kernels: Kernels) -> int:
     return (3 if kernels.is_fused else 4) * kernels.width * size
 
 
-def _experts(hidden: int, experts: Experts, model_type: str, kernels: Kernels) -> int:
-    in_gate = 7 if model_type in CLAMPED_GATES else 4
-    of_one = 2 * kernels.width * hidden + in_gate * kernels.width * experts.size + _ROUTING_BYTES
-    of_router = FP32 * hidden + experts.number if model_type in FP32_ROUTERS else 0
-    return experts.chosen * of_one + FP32 * experts.number + FP32 + of_router
+def _experts(model: ModelFacts, experts: Experts, kernels: Kernels) -> int:
+    width, hidden = kernels.width, model.hidden_size
+    gate_elements = (7 if model.model_type in LIMITED_GATES else 4) * experts.size
+    saved = experts.chosen * (width * (2 * hidden + gate_elements) + _ROUTING_BYTES) + FP32 * (experts.number + 1)
+    if model.model_type in FP32_ROUTERS:
+        saved += FP32 * hidden + experts.number
+    return saved + _mlp(experts.shared_size, kernels) + (width * hidden if experts.has_shared_gate else 0)
 
 
 def _mlp_backward(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> int:
@@ -186,8 +201,9 @@ def _mlp_backward(model: ModelFacts, experts: Experts | None, kernels: Kernels) 
     width, hidden = kernels.width, model.hidden_size
     if experts is None:
         return width * (2 * model.intermediate_size + hidden)
-    if model.config.get("model_type") in FP32_ROUTING_WEIGHTS:
+    in_experts = width * experts.chosen * max(3 * hidden, 2 * experts.size - hidden)
+    if model.model_type in FP32_ROUTING_WEIGHTS:
         # The gradients of the weighted outputs are in fp32. The shared expert has freed its activations by then.
-        return (2 * FP32 + 3 * width) * experts.chosen * hidden + width * hidden - _mlp(experts.shared_size, kernels)
-    of_chosen = width * experts.chosen * max(3 * hidden, 2 * experts.size - hidden)
-    return of_chosen + FP32 * experts.number + (2 if experts.has_shared_gate else 1) * width * hidden
+        in_weighting = (2 * FP32 + 3 * width) * experts.chosen * hidden - _mlp(experts.shared_size, kernels)
+        return width * hidden + max(in_experts, in_weighting)
+    return in_experts + FP32 * experts.number + (2 if experts.has_shared_gate else 1) * width * hidden

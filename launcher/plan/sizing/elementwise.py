@@ -26,16 +26,16 @@ from __future__ import annotations
 import math
 
 from launcher.plan.architecture.layers import (
-    CLAMPED_GATES,
+    FP32_ROTARY_TABLES,
     FP32_ROUTING_WEIGHTS,
-    OWN_ROTARY_TABLES,
-    AttentionSizes,
+    LIMITED_GATES,
     attention_sizes,
+    num_layer_norms,
     query_key_norms,
     sparse_experts,
 )
 from launcher.plan.launch_plan import ModelFacts
-from launcher.plan.sizing.activations import FP32, Kernels, has_wide_norms, num_layer_norms
+from launcher.plan.sizing.activations import FP32, Kernels, has_fp32_norms
 
 # Share of a layer's bytes that its forward pass moves; a recomputed layer moves them again.
 FORWARD_SHARE = 0.30
@@ -46,19 +46,20 @@ LOGIT_BYTES = 40
 def _bytes_of_layer(model: ModelFacts, layer: int, kernels: Kernels) -> float:
     """Return the bytes per token that a layer's forward and backward pass move, excluding products and attention."""
     width, hidden = kernels.width, model.hidden_size
-    attention, model_type = attention_sizes(model), str(model.config.get("model_type"))
-    norm = 124 + 2 * width + (28 if has_wide_norms(model) else 0)
+    attention = attention_sizes(model)
+    norm = 124 + 2 * width + (28 if has_fp32_norms(model) else 0)
     eager = num_layer_norms(model) * norm * hidden + 23 * width * attention.rotated
     fused = num_layer_norms(model) * 10 * width * hidden + 4 * width * attention.rotated
     normalized = attention.query + attention.key if query_key_norms(model) else sum(attention.latents)
     eager += norm * normalized
     fused += 10 * width * normalized
-    joined = width * attention.query * _of_joined_heads(model_type, attention)
+    joined = width * attention.query * _joined_passes(model)
     eager, fused = eager + joined, fused + joined
     gated = model.intermediate_size
     if experts := sparse_experts(model, layer):
-        of_gate, of_sum = 74 if model_type in CLAMPED_GATES else 14, 45 if model_type in FP32_ROUTING_WEIGHTS else 20
-        chosen = experts.chosen * width * (of_gate * experts.size + of_sum * hidden)
+        in_gate = 74 if model.model_type in LIMITED_GATES else 14
+        in_sum = 45 if model.model_type in FP32_ROUTING_WEIGHTS else 20
+        chosen = experts.chosen * width * (in_gate * experts.size + in_sum * hidden)
         eager, fused, gated = eager + chosen, fused + chosen, experts.shared_size
     eager += 14 * width * gated
     fused += 8 * width * gated
@@ -68,8 +69,10 @@ def _bytes_of_layer(model: ModelFacts, layer: int, kernels: Kernels) -> float:
     return (eager + sums) * (COMPILED_SHARE if kernels.compiled else 1.0)
 
 
-def _of_joined_heads(model_type: str, attention: AttentionSizes) -> int:
-    if model_type in OWN_ROTARY_TABLES:
+def _joined_passes(model: ModelFacts) -> int:
+    """Return how often the queries of a layer are read or written to join the parts of heads."""
+    attention = attention_sizes(model)
+    if model.model_type in FP32_ROTARY_TABLES:
         return 37
     return 30 if attention.latents else 8 if attention.plain else 0
 

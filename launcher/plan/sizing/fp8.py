@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem
-from launcher.plan.architecture.layers import attention_sizes, sparse_experts
+from launcher.plan.architecture.layers import attention_sizes, is_sparse, sparse_experts
 from launcher.plan.gpu_types import GPUS, GpuType, lookup
 from launcher.plan.launch_plan import ModelFacts, Topology
 from launcher.plan.sizing.activations import Kernels
@@ -88,10 +88,17 @@ def fp8_bytes(model: ModelFacts, tokens: int, kernels: Kernels) -> int:
     """
     if not kernels.fp8:
         return 0
-    columns = model.hidden_size
-    rows = max(model.intermediate_size, attention_sizes(model).query)
+    kinds = {is_sparse(model.config, layer): layer for layer in range(model.num_layers)}
+    return max(
+        _cast_bytes(rows, columns, tokens, kernels.compiled)
+        for layer in kinds.values()
+        for rows, columns in _linear_layers(model, layer)
+    )
+
+
+def _cast_bytes(rows: int, columns: int, tokens: int, is_compiled: bool) -> int:
     held = rows * columns + 3 * tokens * rows + 2 * tokens * columns
-    if kernels.compiled:
+    if is_compiled:
         return held
     in_fp32 = max(tokens * rows, rows * columns)
     return max(held, rows * columns + 2 * tokens * rows + _EAGER_CAST * in_fp32)

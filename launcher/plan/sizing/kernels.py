@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from launcher.config.schema import ModelSection, RunConfig
+from launcher.plan.architecture.layers import dropout
 from launcher.plan.launch_plan import ModelFacts
 from launcher.plan.sizing.checkpointed_layers import AUTO
 
@@ -25,9 +26,9 @@ def attention_kernel(config: RunConfig, model: ModelFacts, device: str) -> str:
     if chosen != AUTO:
         return chosen
     probed = "varlen" if model.isolation is None else model.isolation.kernel
-    has_dropout = bool(model.config.get("attention_dropout"))
     if probed in (AUTO, "varlen"):
-        return "sdpa" if device == "cuda" and (config.model.dtype == "fp32" or has_dropout) else "varlen"
+        cannot_use_varlen = config.model.dtype == "fp32" or dropout(model, "attention_dropout") > 0
+        return "sdpa" if device == "cuda" and cannot_use_varlen else "varlen"
     return probed
 
 
@@ -51,7 +52,7 @@ def may_lack_liger(config: RunConfig) -> bool:
 
 def has_liger_kernels(section: ModelSection, model: ModelFacts, device: str) -> bool:
     """Return whether Liger can compute this model on this device. It does not know classes in code that comes with a model."""
-    is_known = model.config.get("model_type") in LIGER_ARCHITECTURES and not section.trust_remote_code
+    is_known = model.model_type in LIGER_ARCHITECTURES and not section.trust_remote_code
     return device == "cuda" and is_known
 
 
