@@ -59,7 +59,7 @@ def kept_bytes(preset: str, is_compiled: bool) -> tuple[float, float]:
     kernels = Kernels(2, attention.VARLEN, TOKENS, compiled=is_compiled)
     facts = model_facts(values, None, None, None)
     # On CPUs, the attention outputs of a row's documents are also copied into one array.
-    planned = layer_activations(facts, 0, kernels).saved + 2 * facts.num_heads * facts.head_dim
+    planned = layer_activations(facts, None, kernels).saved + 2 * facts.num_heads * facts.head_dim
     return (many - few) / (LAYERS[1] - LAYERS[0]) / TOKENS, planned
 
 

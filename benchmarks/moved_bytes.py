@@ -40,6 +40,8 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.element_size() * torch.Size(sizes).numel()
 
 
-def measure(config: dict[str, Any], tokens: int, dtype: str = "bf16", checkpointing: str = "none") -> int:
+def measure(
+    config: dict[str, Any], tokens: int, dtype: str = "bf16", checkpointing: str = "none", attention: str = "varlen"
+) -> int:
     """Return the bytes that a forward and backward pass moves, with the logits in one chunk."""
-    return bare_memory.run_pass(config, tokens, checkpointing, dtype, tokens, lambda _: MovedBytes()).total
+    return bare_memory.run_pass(config, tokens, checkpointing, dtype, tokens, lambda _: MovedBytes(), attention).total

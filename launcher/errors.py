@@ -149,8 +149,8 @@ class PushError(LauncherError):
     """The exported folder is complete on this machine, but the Hub did not accept it."""
 
 
-def causes(error: BaseException, suppressed: bool = True) -> Iterator[BaseException]:
-    """Yield an error and the chain of its causes, with those that `raise ... from None` hides if `suppressed`.
+def causes(error: BaseException, with_suppressed: bool = True) -> Iterator[BaseException]:
+    """Yield an error and the chain of its causes; `with_suppressed` includes those that `raise ... from None` hides.
 
     Each is yielded once: an error that is raised again from what happened while it was handled is its own cause.
     """
@@ -159,7 +159,7 @@ def causes(error: BaseException, suppressed: bool = True) -> Iterator[BaseExcept
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
         yield cause
-        cause = cause.__cause__ or (cause.__context__ if suppressed or not cause.__suppress_context__ else None)
+        cause = cause.__cause__ or (cause.__context__ if with_suppressed or not cause.__suppress_context__ else None)
 
 
 def raise_reported(report: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ def test_the_causes_of_an_error_end_if_it_is_among_them() -> None:
     inner.__suppress_context__ = True
     error.__cause__ = None
     assert list(causes(inner)) == [inner, error]
-    assert list(causes(inner, suppressed=False)) == [inner]
+    assert list(causes(inner, with_suppressed=False)) == [inner]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def cause_of(error: BaseException, folder: Path) -> str:
 
     `folder` is on the disk to measure if the exception names no path.
     """
-    text = "\n".join(f"{type(link).__name__}: {link}" for link in causes(error, suppressed=False))
+    text = "\n".join(f"{type(link).__name__}: {link}" for link in causes(error, with_suppressed=False))
     if _DISK.search(text):
         return full_disk(_existing([getattr(error, "filename", None), *_PATH.findall(text)], folder))
     if _FILES.search(text):

@@ -43,7 +43,7 @@ def test_the_activations_of_a_preset_are_those_that_a_pass_keeps(name: str) -> N
 def test_layers_that_recompute_hold_their_input_alone() -> None:
     model = model_facts(preset("llama3_1_8b"), None, None, None)
     kernels = Kernels(width=2, attention="flash_attention_2", row_tokens=4096)
-    layer = layer_activations(model, 0, kernels)
+    layer = layer_activations(model, None, kernels)
     # 16H for both norms and the projections' inputs, then attention, then the MLP.
     assert layer.saved == 16 * 4096 + 8 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 8 * 14336
     held = {
@@ -54,7 +54,7 @@ def test_layers_that_recompute_hold_their_input_alone() -> None:
     assert held["none"] - held["every 2"] == 16 * 4096 * (layer.saved - 2 * 4096)
     assert held["none"] - held["every 4"] == 8 * 4096 * (layer.saved - 2 * 4096)
     # With a mask, SDPA repeats keys and values for all heads and saves the mask in each layer.
-    masked = layer_activations(model, 0, replace(kernels, attention="sdpa"))
+    masked = layer_activations(model, None, replace(kernels, attention="sdpa"))
     assert masked.saved - layer.saved == 2 * 2 * (4096 - 1024) + 2 * 4096
 
 

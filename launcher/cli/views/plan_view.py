@@ -240,7 +240,8 @@ def _unknown_flops(model: ModelFacts) -> list[str]:
         architecture = model.config.get("model_type", "a model without model_type")
         return [f"the launcher does not know the layers of {architecture}: the peak is a guess from its sizes, and {left_out}"]
     if missing := missing_sizes(model):
-        return [f"config.json of this {model.model_type} lacks {', '.join(missing)}, so its FLOPs are not known: {left_out}"]
+        guess = "the peak is a guess" if model.num_params_exact else "its parameters and the peak are a guess"
+        return [f"config.json of this {model.model_type} lacks {', '.join(missing)}: {guess}, and {left_out}"]
     return [f"the FLOPs of this kind of {model.model_type} are not known: {left_out}"]
 
 

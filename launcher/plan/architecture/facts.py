@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture.layers import SIZE_KEYS, attention_sizes, mlp_elements, num_layer_norms, query_key_norms
+from launcher.plan.architecture.layers import (
+    SIZE_KEYS,
+    attention_sizes,
+    experts_by_layer,
+    mlp_elements,
+    num_layer_norms,
+    query_key_norms,
+)
 from launcher.plan.launch_plan import ModelFacts
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -41,6 +49,10 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
             value=f"model_type {config.get('model_type')}",
             remedy="choose a decoder-only language model with attention layers, which mamba and rwkv do not have",
         )
+    for key in ("num_key_value_heads", "head_dim", "intermediate_size"):
+        if not isinstance(value := config.get(key), int | None):
+            message, remedy = f"{key} is not a whole number", "use the config.json that belongs to the model"
+            raise ConfigError(message, where=path or "model.config", value=str(value)[:_MAX_DIGITS], remedy=remedy)
     for key in (*_NEEDED, *_OPTIONAL):
         least, most = int(key in _NEEDED), _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE
         if isinstance(value := config.get(key), int) and not least <= value <= most:
@@ -74,6 +86,7 @@ def count_params(model: ModelFacts) -> int:
     if norms := query_key_norms(model):
         of_attention += 2 * model.head_dim if norms == "per head" else attention.query + attention.key
     of_norms = num_layer_norms(model) * hidden
-    layers = sum(of_attention + of_norms + mlp_elements(model, layer) for layer in range(model.num_layers))
+    kinds = Counter(experts_by_layer(model))
+    layers = sum(count * (of_attention + of_norms + mlp_elements(model, experts)) for experts, count in kinds.items())
     embeddings = model.vocab_size * hidden * (1 if model.tie_word_embeddings else 2)
     return embeddings + layers + hidden

@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.plan.architecture.layers import MIXTURES, attention_sizes, has_experts, mlp_elements, sparse_experts
+from launcher.plan.architecture.layers import MIXTURES, attention_sizes, experts_by_layer, experts_of, mlp_elements
 from launcher.plan.launch_plan import ModelFacts
-
-_UNKNOWN = -1
 
 
 @dataclass(frozen=True)
@@ -18,9 +16,8 @@ class _Family:
     """How transformers builds the layers of one `model_type`, as far as it affects FLOPs.
 
     A config without the keys `needs`, or those of its experts, is not supported: their defaults in transformers differ from
-    those of ModelFacts. `window`
-    is the default of `sliding_window`; with `switched`, it applies only if `use_sliding_window` is on. `slides` returns whether a
-    layer attends within the window; with `listed`, the config's `layer_types` takes precedence.
+    those of ModelFacts. `window` is the default of `sliding_window`; with `switched`, it applies only if `use_sliding_window` is
+    on. `slides` returns whether a layer attends within the window; with `listed`, the config's `layer_types` takes precedence.
     """
 
     needs: tuple[str, ...] = ("num_key_value_heads",)
@@ -35,11 +32,8 @@ def _int(config: Mapping[str, Any], key: str, default: int) -> int:
 
 
 def _past_the_full_layers(config: Mapping[str, Any], layer: int) -> bool:
-    return layer >= _int(config, "max_window_layers", 28)
-
-
-def _past_the_last_full_layer(config: Mapping[str, Any], layer: int) -> bool:
-    return layer >= _int(config, "max_window_layers", 62)
+    default = 62 if config.get("model_type") == "dots1" else 28
+    return layer >= _int(config, "max_window_layers", default)
 
 
 def _every_other(config: Mapping[str, Any], layer: int) -> bool:
@@ -100,7 +94,7 @@ FAMILIES = {
     "qwen2_moe": _Family(window=4096, switched=True, slides=_every_other_of_the_first, listed=True),
     "qwen3_moe": _Family(window=4096, switched=True),
     "glm4_moe": _Family(needs=_OWN_HEAD_DIM),
-    "dots1": _Family(window=4096, slides=_past_the_last_full_layer, listed=True),
+    "dots1": _Family(window=4096, slides=_past_the_full_layers, listed=True),
     "minimax_m2": _Family(needs=_OWN_HEAD_DIM),
     "gpt_oss": _Family(needs=_OWN_HEAD_DIM, window=128, slides=_every_other, listed=True),
     "ernie4_5_moe": _Family(),
@@ -134,9 +128,15 @@ class TrainFlops:
 
 def missing_sizes(model: ModelFacts) -> tuple[str, ...]:
     """Return the keys that FLOPs need and that config.json lacks, for an architecture in FAMILIES."""
-    needs = FAMILIES[model.model_type].needs + (MIXTURES[model.model_type].needed if model.model_type in MIXTURES else ())
-    # With one latent, the queries are not expanded from another.
-    return tuple(key for key in needs if not isinstance(model.config.get(key), int | list) and key != "q_lora_rank")
+    config, missing = model.config, []
+    for key in FAMILIES[model.model_type].needs + (MIXTURES[model.model_type].others if model.model_type in MIXTURES else ()):
+        kind = list if key == "layer_types" else int
+        # Without a latent for queries, they are not expanded.
+        if not isinstance(config.get(key), kind) and not (key == "q_lora_rank" and config.get(key, 0) is None):
+            missing.append(key)
+    if model.model_type in MIXTURES and experts_of(config) is None:
+        missing.append(MIXTURES[model.model_type].number)
+    return tuple(dict.fromkeys(missing))
 
 
 def train_flops(model: ModelFacts) -> TrainFlops | None:
@@ -154,14 +154,14 @@ def train_flops(model: ModelFacts) -> TrainFlops | None:
     family = FAMILIES.get(model.model_type)
     if family is None or missing_sizes(model) or model.config.get("use_bidirectional_attention"):
         return None
-    if model.model_type in MIXTURES and not has_experts(model):
-        return None
-    layers = range(model.num_layers)
-    windows = [_window(family, model.config, layer) for layer in layers]
-    if _UNKNOWN in windows:
+    windows = _windows(family, model)
+    if windows is None:
         return None
     attention = attention_sizes(model)
-    weights = sum(attention.num_weights + _chosen_mlp_elements(model, layer) for layer in layers)
+    # Of the experts, only the chosen ones multiply a token.
+    of_mlps = Counter(experts_by_layer(model))
+    weights = model.num_layers * attention.num_weights
+    weights += sum(count * mlp_elements(model, experts, experts.chosen if experts else 0) for experts, count in of_mlps.items())
     per_pair = 6.0 * (attention.query + attention.output)
     return TrainFlops(
         per_token=6.0 * weights,
@@ -176,21 +176,19 @@ def _pairs(length: int, window: int | None) -> int:
     return span * (span + 1) // 2 + (length - span) * span
 
 
-def _chosen_mlp_elements(model: ModelFacts, layer: int) -> int:
-    """Count the MLP weights of a layer that multiply one token: those of the chosen and shared experts, and of the router."""
-    experts = sparse_experts(model, layer)
-    return mlp_elements(model, layer, experts.chosen if experts else 0)
+def _windows(family: _Family, model: ModelFacts) -> list[int | None] | None:
+    """Return the number of tokens that the queries of each layer attend to, including themselves: None for the whole document.
 
-
-def _window(family: _Family, config: Mapping[str, Any], layer: int) -> int | None:
-    """Return the number of tokens that a layer's queries attend to, including themselves; None for the whole document."""
+    Returns None if a layer is of an unknown kind.
+    """
+    config, layers = model.config, range(model.num_layers)
     window = config.get("sliding_window", family.window)
-    if not isinstance(window, int) or (family.switched and not config.get("use_sliding_window", False)):
+    if not isinstance(window, int) or window < 1 or (family.switched and not config.get("use_sliding_window", False)):
         window = None
-    listed = config.get("layer_types") if family.listed else None
-    if isinstance(listed, list):
-        kind = listed[layer] if layer < len(listed) else ""
-        if kind not in ("full_attention", "sliding_attention"):
-            return _UNKNOWN
-        return window if kind == "sliding_attention" else None
-    return window if window is not None and family.slides(config, layer) else None
+    kinds = config.get("layer_types") if family.listed else None
+    if isinstance(kinds, list):
+        kinds = kinds[: model.num_layers]
+        if len(kinds) < model.num_layers or not all(kind in ("full_attention", "sliding_attention") for kind in kinds):
+            return None
+        return [window if kind == "sliding_attention" else None for kind in kinds]
+    return [window if window is not None and family.slides(config, layer) else None for layer in layers]

@@ -6,7 +6,8 @@ and keys that are expanded from latents (multi-head latent attention, DeepSeek-V
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,8 +31,10 @@ FP32_ROUTERS = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "ernie4_5_m
 FP32_ROUTING_WEIGHTS = ("deepseek_v3", "glm4_moe", "glm4_moe_lite", "dots1", "minimax_m2", "mixtral")
 # Architectures whose experts limit the values of the gate, which takes more operations.
 LIMITED_GATES = ("gpt_oss",)
-# The dropout of architectures that have one by default.
+# Architectures with dropout by default, of attention and of what a layer adds to its input.
 _DROPOUT = {"seed_oss": 0.1}
+# The number of experts in configs that transformers has saved, whatever the original key.
+_ALIASES = ("num_local_experts", "num_experts")
 _HEAD_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -52,9 +55,9 @@ class _ExpertKeys:
     step: str = ""
 
     @property
-    def needed(self) -> tuple[str, ...]:
-        """The keys without which the sizes of a layer are not known."""
-        return tuple(key for key in (self.number, self.chosen, self.size, self.shared, self.shared_size, self.first) if key)
+    def others(self) -> tuple[str, ...]:
+        """All keys but that of the number of experts, without which the sizes of a layer are not known."""
+        return tuple(key for key in (self.chosen, self.size, self.shared, self.shared_size, self.first) if key)
 
 
 _ROUTED = _ExpertKeys("n_routed_experts", shared="n_shared_experts", first="first_k_dense_replace")
@@ -75,7 +78,7 @@ MIXTURES = {
 }
 # Config keys of all sizes in this file, which have the same limits as those of a dense layer.
 SIZE_KEYS = (
-    *sorted({key for keys in MIXTURES.values() for key in (*keys.needed, keys.step) if key} - {"intermediate_size"}),
+    *sorted({key for keys in MIXTURES.values() for key in (keys.number, *keys.others, keys.step) if key} - {"intermediate_size"}),
     *("kv_lora_rank", "q_lora_rank", "rotary_dim", *_HEAD_PARTS),
 )
 
@@ -99,7 +102,7 @@ class Experts:
 class AttentionSizes:
     """The tensors of a layer's attention, in elements per token over all heads, and its linear layers.
 
-    `key` and `value` are what the kernel gets before it repeats them for groups of queries. `plain` are the elements of queries
+    `key` and `value` are what the kernel gets before it repeats them for groups of queries. `unrotated` are elements of queries
     without a rotary embedding, `rotated` those of queries and keys with one. `latents` are the sizes of the vectors that queries,
     keys and values are expanded from, each with a norm. `projections` are the shapes of the weights, as (outputs, inputs).
     """
@@ -108,7 +111,7 @@ class AttentionSizes:
     key: int
     value: int
     output: int
-    plain: int
+    unrotated: int
     rotated: int
     latents: tuple[int, ...]
     projections: tuple[tuple[int, int], ...]
@@ -122,8 +125,8 @@ class AttentionSizes:
 def attention_sizes(model: ModelFacts) -> AttentionSizes:
     """Return the sizes of the attention of a model's layers."""
     hidden, config = model.hidden_size, model.config
-    latent, query_latent = _number(config, "kv_lora_rank"), _number(config, "q_lora_rank")
-    plain_dim, rotated_dim, value_dim = (_number(config, key) for key in _HEAD_PARTS)
+    latent, query_latent = _positive_int(config, "kv_lora_rank"), _positive_int(config, "q_lora_rank")
+    unrotated_dim, rotated_dim, value_dim = (_positive_int(config, key) for key in _HEAD_PARTS)
     if not (latent and rotated_dim and value_dim):
         query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
         rotated_dim = _rotated_dim(model)
@@ -132,20 +135,20 @@ def attention_sizes(model: ModelFacts) -> AttentionSizes:
             key=key,
             value=key,
             output=query,
-            plain=model.num_heads * (model.head_dim - rotated_dim),
+            unrotated=model.num_heads * (model.head_dim - rotated_dim),
             rotated=(model.num_heads + model.num_kv_heads) * rotated_dim,
             latents=(),
             projections=((query, hidden), (key, hidden), (key, hidden), (hidden, query)),
         )
-    query, output = model.num_heads * (plain_dim + rotated_dim), model.num_heads * value_dim
+    query, output = model.num_heads * (unrotated_dim + rotated_dim), model.num_heads * value_dim
     query_projections = ((query_latent, hidden), (query, query_latent)) if query_latent else ((query, hidden),)
-    expanded = model.num_heads * (plain_dim + value_dim)
+    expanded = model.num_heads * (unrotated_dim + value_dim)
     return AttentionSizes(
         query=query,
         key=query,
         value=output,
         output=output,
-        plain=model.num_heads * plain_dim,
+        unrotated=model.num_heads * unrotated_dim,
         # All heads share the rotated part of the keys.
         rotated=(model.num_heads + 1) * rotated_dim,
         latents=(query_latent, latent) if query_latent else (latent,),
@@ -159,7 +162,8 @@ def _rotated_dim(model: ModelFacts) -> int:
     share = model.config.get("partial_rotary_factor") or (rope.get("partial_rotary_factor") if isinstance(rope, dict) else None)
     if not isinstance(share, int | float) or not 0 < share <= 1:
         share = 0.5 if model.model_type in _HALF_ROTATED else 1.0
-    return min(_number(model.config, "rotary_dim") or int(model.head_dim * share), model.head_dim)
+    own = _positive_int(model.config, "rotary_dim") if model.model_type == "minimax_m2" else 0
+    return min(own or int(model.head_dim * share), model.head_dim)
 
 
 def num_layer_norms(model: ModelFacts) -> int:
@@ -181,72 +185,78 @@ def experts_of(config: Mapping[str, Any]) -> Experts | None:
     """
     keys = MIXTURES.get(str(config.get("model_type")))
     if keys is None:
-        number = _number(config, "num_local_experts", "num_experts", "n_routed_experts")
-        size = _number(config, "moe_intermediate_size", "intermediate_size")
-        chosen, shared = _number(config, "num_experts_per_tok"), _number(config, "n_shared_experts")
-        shared_size = _number(config, "shared_expert_intermediate_size")
+        number = _positive_int(config, *_ALIASES, "n_routed_experts")
+        size = _positive_int(config, "moe_intermediate_size", "intermediate_size")
+        chosen, shared = _positive_int(config, "num_experts_per_tok"), _positive_int(config, "n_shared_experts")
+        shared_size = _positive_int(config, "shared_expert_intermediate_size")
     else:
-        number, size, chosen = (_number(config, key) for key in (keys.number, keys.size, keys.chosen))
-        shared, shared_size = _number(config, keys.shared), _number(config, keys.shared_size)
+        number = _positive_int(config, keys.number, *_ALIASES)
+        size, chosen = _positive_int(config, keys.size), _positive_int(config, keys.chosen)
+        shared, shared_size = _positive_int(config, keys.shared), _positive_int(config, keys.shared_size)
     # A single expert is a dense MLP, as in Hunyuan's dense models.
     if number < 2 or not size:
         return None
     return Experts(number, chosen or 1, size, shared_size or shared * size, has_shared_gate=shared_size > 0)
 
 
-def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
-    """Return whether a layer of a mixture-of-experts model routes its tokens to experts."""
+def experts_by_layer(model: ModelFacts) -> tuple[Experts | None, ...]:
+    """Return the experts of each layer; None for a layer that does not route its tokens to experts."""
+    experts = experts_of(model.config)
+    if experts is None:
+        return (None,) * model.num_layers
+    is_sparse = _sparse_layers(model.config)
+    return tuple(experts if is_sparse(layer) else None for layer in range(model.num_layers))
+
+
+def _sparse_layers(config: Mapping[str, Any]) -> Callable[[int], bool]:
+    """Return whether a layer of a mixture of experts routes its tokens to experts, as a function of its number."""
     model_type = str(config.get("model_type"))
     keys = MIXTURES.get(model_type, _ExpertKeys(first="first_k_dense_replace", step="decoder_sparse_step"))
-    if experts_of(config) is None:
-        return False
     if model_type == "glm4_moe_lite":
         kinds = config.get("mlp_layer_types")
-        return layer < len(kinds) and kinds[layer] == "sparse" if isinstance(kinds, list) else layer > 0
-    first, step, last = _number(config, keys.first), _number(config, keys.step) or 1, config.get("moe_layer_end_index")
-    if keys.step == "moe_layer_interval" and isinstance(last, int) and 0 <= last < layer:
-        return False
+        return lambda layer: layer < len(kinds) and kinds[layer] == "sparse" if isinstance(kinds, list) else layer > 0
+    first, step = _positive_int(config, keys.first), _positive_int(config, keys.step) or 1
     dense = config.get("mlp_only_layers") if keys.step == "decoder_sparse_step" else None
-    return layer >= first and (layer + 1) % step == 0 and not (isinstance(dense, list) and layer in dense)
-
-
-def sparse_experts(model: ModelFacts, layer: int) -> Experts | None:
-    """Return the experts of a layer; None if the layer is dense."""
-    return experts_of(model.config) if is_sparse(model.config, layer) else None
-
-
-def has_experts(model: ModelFacts) -> bool:
-    """Return whether any layer of the model has experts."""
-    return any(is_sparse(model.config, layer) for layer in range(model.num_layers))
+    dense = dense if isinstance(dense, list) else []
+    last = config.get("moe_layer_end_index") if keys.step == "moe_layer_interval" else None
+    end = last if isinstance(last, int) and last >= 0 else math.inf
+    return lambda layer: first <= layer <= end and (layer + 1) % step == 0 and layer not in dense
 
 
 def largest_weight(model: ModelFacts) -> int:
     """Return the elements of the largest weight inside a layer; experts are fused into two weights."""
     sizes = [model.hidden_size * model.intermediate_size]
     sizes += [outputs * inputs for outputs, inputs in attention_sizes(model).projections]
-    experts = experts_of(model.config)
-    if experts and has_experts(model):
-        sizes.append(2 * experts.number * experts.size * model.hidden_size)
+    sizes += [2 * experts.number * experts.size * model.hidden_size for experts in set(experts_by_layer(model)) if experts]
     if model.model_type in _FUSED_GATE:
         sizes.append(2 * model.intermediate_size * model.hidden_size)
     return max(sizes)
 
 
-def mlp_elements(model: ModelFacts, layer: int, num_experts: int | None = None) -> int:
+def mlp_elements(model: ModelFacts, experts: Experts | None, num_experts: int | None = None) -> int:
     """Count the weights of a layer's MLP, or of its router, its shared expert and `num_experts` experts (all by default)."""
-    hidden, experts = model.hidden_size, sparse_experts(model, layer)
+    hidden = model.hidden_size
     if experts is None:
         return 3 * hidden * model.intermediate_size
     counted = experts.number if num_experts is None else num_experts
     return 3 * hidden * (counted * experts.size + experts.shared_size) + hidden * (experts.number + experts.has_shared_gate)
 
 
-def dropout(model: ModelFacts, key: Literal["attention_dropout", "residual_dropout"]) -> float:
-    """Return a dropout of the layers, by the model's config or the default of its architecture."""
+def has_attention_dropout(model: ModelFacts) -> bool:
+    """Return whether attention has dropout in training."""
+    return _has_dropout(model, "attention_dropout")
+
+
+def has_residual_dropout(model: ModelFacts) -> bool:
+    """Return whether the outputs of attention and MLP have dropout in training."""
+    return model.model_type in _DROPOUT and _has_dropout(model, "residual_dropout")
+
+
+def _has_dropout(model: ModelFacts, key: str) -> bool:
     value = model.config.get(key, _DROPOUT.get(model.model_type))
-    return float(value) if isinstance(value, int | float) else 0.0
+    return isinstance(value, int | float) and value > 0
 
 
-def _number(config: Mapping[str, Any], *keys: str) -> int:
-    """Return the first positive number under these keys; 0 if there is none."""
+def _positive_int(config: Mapping[str, Any], *keys: str) -> int:
+    """Return the first positive whole number under these keys; 0 if there is none."""
     return next((value for key in keys if isinstance(value := config.get(key), int) and value > 0), 0)

@@ -34,10 +34,10 @@ from launcher.plan.architecture.layers import (
     AttentionSizes,
     Experts,
     attention_sizes,
-    dropout,
+    has_attention_dropout,
+    has_residual_dropout,
     num_layer_norms,
     query_key_norms,
-    sparse_experts,
 )
 from launcher.plan.launch_plan import ModelFacts
 
@@ -83,18 +83,17 @@ class LayerActivations:
     backward: int
 
 
-def layer_activations(model: ModelFacts, layer: int, kernels: Kernels) -> LayerActivations:
-    """Return the activations of a layer in bytes per token."""
-    hidden, width = model.hidden_size, kernels.width
-    has_fp32_norms, experts = model.model_type in FP32_NORMS, sparse_experts(model, layer)
-    saved = num_layer_norms(model) * _norm(hidden, 1, has_fp32_norms, kernels)
+def layer_activations(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> LayerActivations:
+    """Return the activations of a layer with these experts in bytes per token."""
+    hidden, width, is_fp32 = model.hidden_size, kernels.width, has_fp32_norms(model)
+    saved = num_layer_norms(model) * _norm(hidden, 1, is_fp32, kernels)
     # Inputs of the projections of attention and of the MLP. In fp32, without a preceding norm, the input of attention is the
     # layer's.
     saved += 2 * width * hidden
-    saved += _attention(model, has_fp32_norms, kernels)
-    saved += _experts(model, experts, kernels) if experts else _mlp(model.intermediate_size, kernels)
-    has_dropout = dropout(model, "residual_dropout") > 0
-    if has_dropout:
+    saved += _attention(model, kernels)
+    of_mlp = _experts(model, experts, kernels) if experts else _mlp(model.intermediate_size, kernels)
+    saved += of_mlp
+    if has_residual_dropout(model):
         # The factors of both outputs that are added to the layer's input.
         saved += 2 * width * hidden
     # In fp32 a norm keeps its input itself, which a checkpoint holds too.
@@ -102,14 +101,15 @@ def layer_activations(model: ModelFacts, layer: int, kernels: Kernels) -> LayerA
     if experts and model.model_type in FP32_ROUTING_WEIGHTS and experts.size < hidden:
         # A recomputed layer frees the outputs of experts before the peak, which wide experts reach later.
         recomputed -= width * experts.chosen * hidden
-    if has_dropout:
+    if has_residual_dropout(model):
         recomputed -= width * hidden
-    if model.model_type in FOUR_NORMS and not has_fp32_norms:
+    if model.model_type in FOUR_NORMS and not is_fp32:
         recomputed += FP32 * hidden
     backward = _mlp_backward(model, experts, kernels)
     if model.model_type in (*POST_NORMS, *FOUR_NORMS):
-        backward = max(backward - _norm(hidden, 0, has_fp32_norms, kernels), (3 * FP32 + 2 * width) * hidden)
-    return LayerActivations(saved, recomputed, max(backward, _softmax(model, kernels)))
+        backward = max(backward - _norm(hidden, 0, is_fp32, kernels), (3 * FP32 + 2 * width) * hidden)
+    # In the backward pass of attention, the activations of the MLP are already free.
+    return LayerActivations(saved, recomputed, max(backward, _softmax_gradients(model, kernels) - of_mlp))
 
 
 def has_fp32_norms(model: ModelFacts) -> bool:
@@ -136,18 +136,18 @@ def _norm(size: int, num_rows: int, is_fp32: bool, kernels: Kernels) -> int:
     return (FP32 + (FP32 if is_fp32 else kernels.width)) * size + FP32 * num_rows
 
 
-def _attention(model: ModelFacts, has_fp32_norms: bool, kernels: Kernels) -> int:
-    width, heads, sizes = kernels.width, model.num_heads, attention_sizes(model)
+def _attention(model: ModelFacts, kernels: Kernels) -> int:
+    width, heads, sizes, is_fp32 = kernels.width, model.num_heads, attention_sizes(model), has_fp32_norms(model)
     saved = 0
     if norms := query_key_norms(model):
         num_rows = heads + model.num_kv_heads if norms == "per head" else 2
-        saved += _norm(sizes.query + sizes.key, num_rows, has_fp32_norms, kernels)
+        saved += _norm(sizes.query + sizes.key, num_rows, is_fp32, kernels)
     for latent in sizes.latents:
-        saved += _norm(latent, 1, has_fp32_norms, kernels) + width * latent
+        saved += _norm(latent, 1, is_fp32, kernels) + width * latent
     if model.model_type in FUSED_QKV:
         # Queries, keys and values are one product, whose memory is kept as long as the values are.
         saved += width * (2 * sizes.query + sizes.key)
-    elif sizes.plain:
+    elif sizes.unrotated:
         saved += width * _joined_elements(sizes, kernels)
     if model.model_type in FP32_ROTARY_TABLES:
         saved += 2 * FP32 * model.head_dim
@@ -172,15 +172,26 @@ def _joined_elements(sizes: AttentionSizes, kernels: Kernels) -> int:
         # Values are padded to the width of queries, and so is the output.
         return 2 * (sizes.query - sizes.output) + sizes.output
     # Values are a view of the product that also holds the plain part of the keys.
-    return sizes.plain + sizes.output
+    return sizes.unrotated + sizes.output
 
 
 def _softmax(model: ModelFacts, kernels: Kernels) -> int:
-    """Return the bytes of the softmax of all heads, which its gradients take once more; 0 for kernels that do not keep it."""
+    """Return the bytes of the eager kernel's softmax, in its own type and in that of the weights, and of its dropout."""
+    width = kernels.width
+    has_one_type = model.model_type in _NARROW_SOFTMAX or width == FP32
+    of_pair = width if has_one_type else FP32 + width
+    if has_attention_dropout(model):
+        # The mask, and the result if it is not a copy in another type anyway.
+        of_pair += 1 + (width if has_one_type else 0)
+    return of_pair * model.num_heads * kernels.row_tokens
+
+
+def _softmax_gradients(model: ModelFacts, kernels: Kernels) -> int:
+    """Return the bytes of the gradients of the eager kernel's probabilities and softmax; 0 for other kernels."""
     if kernels.attention != "eager":
         return 0
-    in_fp32 = 0 if model.model_type in _NARROW_SOFTMAX else FP32
-    return (in_fp32 + (kernels.width if kernels.width < FP32 or not in_fp32 else 0)) * model.num_heads * kernels.row_tokens
+    of_softmax = kernels.width if model.model_type in _NARROW_SOFTMAX else FP32
+    return (kernels.width + of_softmax) * model.num_heads * kernels.row_tokens
 
 
 def _mlp(size: int, kernels: Kernels) -> int:

@@ -2,8 +2,8 @@
 
 Norms, rotary embedding, the MLP's gate, sums and the loss do little arithmetic, so memory bandwidth determines their time. The
 bytes were counted in the layers of transformers 5.24, where each operation reads its inputs and writes its output
-(tests/plan/test_step_time.py measures them with fake tensors). H is the hidden size, w the bytes per element, q and kv the widths
-of queries and keys, I the intermediate size, V the vocabulary:
+(test_step_time.py and test_layer_sizes.py in tests/plan measure them with fake tensors). H is the hidden size, w the bytes per
+element, q and kv the widths of queries and keys, I the intermediate size, V the vocabulary:
 
     norm                (124 + 2w) H    about ten operations in fp32, most of them backward; 28H more if the weight is in fp32
     rotary embedding    23w (q + kv)    halves negated and joined, two products and a sum
@@ -24,15 +24,17 @@ COMPILED_SHARE. Neither is verified on a GPU.
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 from launcher.plan.architecture.layers import (
     FP32_ROTARY_TABLES,
     FP32_ROUTING_WEIGHTS,
     LIMITED_GATES,
+    Experts,
     attention_sizes,
+    experts_by_layer,
     num_layer_norms,
     query_key_norms,
-    sparse_experts,
 )
 from launcher.plan.launch_plan import ModelFacts
 from launcher.plan.sizing.activations import FP32, Kernels, has_fp32_norms
@@ -43,7 +45,7 @@ COMPILED_SHARE = 0.6
 LOGIT_BYTES = 40
 
 
-def _bytes_of_layer(model: ModelFacts, layer: int, kernels: Kernels) -> float:
+def _bytes_of_layer(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> float:
     """Return the bytes per token that a layer's forward and backward pass move, excluding products and attention."""
     width, hidden = kernels.width, model.hidden_size
     attention = attention_sizes(model)
@@ -56,7 +58,7 @@ def _bytes_of_layer(model: ModelFacts, layer: int, kernels: Kernels) -> float:
     joined = width * attention.query * _joined_passes(model)
     eager, fused = eager + joined, fused + joined
     gated = model.intermediate_size
-    if experts := sparse_experts(model, layer):
+    if experts:
         in_gate = 74 if model.model_type in LIMITED_GATES else 14
         in_sum = 45 if model.model_type in FP32_ROUTING_WEIGHTS else 20
         chosen = experts.chosen * width * (in_gate * experts.size + in_sum * hidden)
@@ -74,12 +76,13 @@ def _joined_passes(model: ModelFacts) -> int:
     attention = attention_sizes(model)
     if model.model_type in FP32_ROTARY_TABLES:
         return 37
-    return 30 if attention.latents else 8 if attention.plain else 0
+    return 30 if attention.latents else 8 if attention.unrotated else 0
 
 
 def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float) -> float:
     """Return the bytes per token that all layers move; `recomputed_share` of them repeat their forward pass."""
-    layers = sum(_bytes_of_layer(model, layer, kernels) for layer in range(model.num_layers))
+    kinds = Counter(experts_by_layer(model))
+    layers = sum(count * _bytes_of_layer(model, experts, kernels) for experts, count in kinds.items())
     return layers * (1 + FORWARD_SHARE * recomputed_share)
 
 

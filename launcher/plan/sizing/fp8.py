@@ -7,11 +7,12 @@ benchmarks/gpu.py measures the rates for the row of a GPU in launcher/plan/gpu_t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem
-from launcher.plan.architecture.layers import attention_sizes, is_sparse, sparse_experts
+from launcher.plan.architecture.layers import Experts, attention_sizes, experts_by_layer
 from launcher.plan.gpu_types import GPUS, GpuType, lookup
 from launcher.plan.launch_plan import ModelFacts, Topology
 from launcher.plan.sizing.activations import Kernels
@@ -66,9 +67,9 @@ def fp8_share(model: ModelFacts, num_weights: float) -> float:
     Experts are not linear layers, and routers are excluded.
     """
     converted = sum(
-        rows * columns
-        for layer in range(model.num_layers)
-        for rows, columns in _linear_layers(model, layer)
+        count * rows * columns
+        for experts, count in Counter(experts_by_layer(model)).items()
+        for rows, columns in _linear_layers(model, experts)
         if rows % MULTIPLE == 0 and columns % MULTIPLE == 0
     )
     return min(1.0, converted / num_weights) if num_weights else 0.0
@@ -88,11 +89,10 @@ def fp8_bytes(model: ModelFacts, tokens: int, kernels: Kernels) -> int:
     """
     if not kernels.fp8:
         return 0
-    kinds = {is_sparse(model.config, layer): layer for layer in range(model.num_layers)}
     return max(
         _cast_bytes(rows, columns, tokens, kernels.compiled)
-        for layer in kinds.values()
-        for rows, columns in _linear_layers(model, layer)
+        for experts in set(experts_by_layer(model))
+        for rows, columns in _linear_layers(model, experts)
     )
 
 
@@ -108,9 +108,9 @@ def _scales_rows(gpu: GpuType) -> bool:
     return gpu.fp8 is not None and gpu not in [GPUS[name] for name in _WITHOUT_ROW_SCALES]
 
 
-def _linear_layers(model: ModelFacts, layer: int) -> Iterator[tuple[int, int]]:
-    """Yield the sizes of a decoder layer's linear layers."""
-    hidden, experts = model.hidden_size, sparse_experts(model, layer)
+def _linear_layers(model: ModelFacts, experts: Experts | None) -> Iterator[tuple[int, int]]:
+    """Yield the sizes of the linear layers of a decoder layer with these experts."""
+    hidden = model.hidden_size
     yield from attention_sizes(model).projections
     size = experts.shared_size if experts else model.intermediate_size
     yield from ((size, hidden), (size, hidden), (hidden, size))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from launcher.config.schema import ModelSection, RunConfig
-from launcher.plan.architecture.layers import dropout
+from launcher.plan.architecture.layers import has_attention_dropout
 from launcher.plan.launch_plan import ModelFacts
 from launcher.plan.sizing.checkpointed_layers import AUTO
 
@@ -27,7 +27,7 @@ def attention_kernel(config: RunConfig, model: ModelFacts, device: str) -> str:
         return chosen
     probed = "varlen" if model.isolation is None else model.isolation.kernel
     if probed in (AUTO, "varlen"):
-        cannot_use_varlen = config.model.dtype == "fp32" or dropout(model, "attention_dropout") > 0
+        cannot_use_varlen = config.model.dtype == "fp32" or has_attention_dropout(model)
         return "sdpa" if device == "cuda" and cannot_use_varlen else "varlen"
     return probed
 

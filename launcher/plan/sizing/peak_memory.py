@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.plan.architecture.layers import is_sparse, largest_weight, sparse_experts
+from launcher.plan.architecture.layers import experts_by_layer, largest_weight
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import ModelFacts, PeakMemory, StageMemory
 from launcher.plan.memory import layer_elements
@@ -83,10 +83,10 @@ def activation_bytes(model: ModelFacts, one_pass: Pass) -> ActivationBytes:
     kernels, tokens = one_pass.kernels, one_pass.tokens
     held, peak = shared_bytes(model, kernels), 0
     # All layers are of one kind, or of two kinds if only some have experts.
-    kinds = {is_sparse(model.config, layer): layer for layer in range(len(one_pass.checkpointed))}
-    by_kind = {kind: layer_activations(model, layer, kernels) for kind, layer in kinds.items()}
-    for layer, is_recomputed in enumerate(one_pass.checkpointed):
-        activations = by_kind[is_sparse(model.config, layer)]
+    layers = experts_by_layer(model)
+    by_kind = {experts: layer_activations(model, experts, kernels) for experts in set(layers)}
+    for experts, is_recomputed in zip(layers, one_pass.checkpointed, strict=True):
+        activations = by_kind[experts]
         held += kernels.width * model.hidden_size if is_recomputed else activations.saved
         # In the backward pass of this layer, the activations of later layers are already free.
         peak = max(peak, held + activations.backward + (activations.recomputed if is_recomputed else 0))
@@ -101,8 +101,9 @@ def head_elements(model: ModelFacts) -> int:
 
 def _held_expert_weights(model: ModelFacts, one_pass: Pass) -> int:
     """Return the elements of experts' weights that stay gathered from a layer's forward pass until its backward pass."""
-    kept = (sparse_experts(model, layer) for layer, done in enumerate(one_pass.checkpointed) if not done)
-    return sum(3 * experts.number * experts.size * model.hidden_size for experts in kept if experts)
+    layers = zip(experts_by_layer(model), one_pass.checkpointed, strict=True)
+    kept = [experts for experts, is_recomputed in layers if experts and not is_recomputed]
+    return sum(3 * experts.number * experts.size * model.hidden_size for experts in kept)
 
 
 def loss_bytes(model: ModelFacts, one_pass: Pass) -> int:
