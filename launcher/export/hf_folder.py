@@ -264,14 +264,14 @@ def _checked(task: ExportTask, exported: ExportedFolder, device: str) -> Exporte
         return replace(
             exported, not_loaded=f"loading needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"
         )
-    model = parity.load_exported(
-        _folder_to_load(task, task.partial), dtype=task.dtype, device=device, trust_remote_code=task.runs_code
-    )
     reference_logits, logit_parity = parity.read_reference_logits(task.checkpoint), None
+    dtype = parity.choose_dtype(reference_logits, task.dtype)
+    folder = _folder_to_load(task, task.partial)
+    model = parity.load_exported(folder, dtype=dtype, device=device, trust_remote_code=task.runs_code)
     if reference_logits is None:
         parity.require_finite(model)
     else:
-        logit_parity = parity.check_parity(model, reference_logits, dtype=task.dtype)
+        logit_parity = parity.check_parity(model, reference_logits, dtype=dtype)
         parity.require_parity(logit_parity)
     return replace(exported, loaded=True, not_loaded="", parity=logit_parity)
 

@@ -94,6 +94,16 @@ def read_reference_logits(checkpoint: Path) -> dict[str, torch.Tensor] | None:
     return load_file(path) if path.exists() else None
 
 
+def choose_dtype(reference_logits: Mapping[str, torch.Tensor] | None, exported: str) -> str:
+    """Return the dtype in which to load an export for the comparison.
+
+    An engine in bf16 or fp16 rounds its fp32 weights, which moves the logits by more than its products do. An export in another
+    dtype rounds less or differently, so it is loaded in the engine's.
+    """
+    engine = None if reference_logits is None else reference_logits["logits"].dtype
+    return next((name for name, dtype in _DTYPES.items() if dtype == engine and name != "fp32"), exported)
+
+
 def load_exported(
     folder: Path, *, dtype: str, device: str = "cpu", trust_remote_code: bool = False
 ) -> transformers.PreTrainedModel:

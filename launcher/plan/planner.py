@@ -13,7 +13,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.plan import batch, deepspeed, memory, plan_checks
 from launcher.plan.architecture.problems import architecture_problems
-from launcher.plan.gpu_types import GPUS, GpuType, Price, lookup, typical_price
+from launcher.plan.gpu_types import GPUS, GpuType, Price, lookup, names_other_memory, typical_price
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.quantities import format_count
@@ -238,7 +238,7 @@ def choose_topology(config: RunConfig, facts: Facts) -> Topology:
 
 def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> Iterator[Problem]:
     gpu_type = config.cluster.gpu_type
-    if gpu_type is not None and lookup(gpu_type) is None:
+    if gpu_type is not None and (lookup(gpu_type) is None or names_other_memory(gpu_type)):
         guess, choices = did_you_mean(gpu_type, list(GPUS)), ", ".join(GPUS)
         yield Problem(
             f"cluster.gpu_type={gpu_type} is not in the table of GPU types",

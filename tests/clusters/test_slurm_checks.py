@@ -269,6 +269,17 @@ def test_a_machine_without_sbatch_is_refused(plan_at: PlanAt, monkeypatch: pytes
         gpus_of()
 
 
+def test_a_machine_without_a_slurm_configuration_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if Path("/etc/slurm/slurm.conf").exists():
+        pytest.skip("this machine belongs to a Slurm cluster")
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    with pytest.raises(SubmitError, match="this machine is not part of a Slurm cluster") as refused:
+        gpus_of()
+    (problem,) = refused.value.problems
+    assert "Could not establish a configuration source" in problem.value
+    assert problem.remedy.startswith("run this command on a login node of the cluster")
+
+
 def test_a_partition_without_gpus_has_its_cpus_as_devices(there: Testbed) -> None:
     assert gpus_of() == DeviceFacts(kind="cpu", name="CPU", count=4, host_memory_gib=3.9)
     assert gpus_of(mem="2G").host_memory_gib == 2.0

@@ -145,6 +145,16 @@ def test_generation_stops_at_the_datas_end_of_turn(runs, tmp_path, of_config, of
     assert loaded.eos_token_id == expected["eos_token_id"]
 
 
+def test_an_export_that_rounds_less_than_the_engine_is_compared_in_the_engines_dtype(runs, tmp_path):
+    """Weights in fp32 have other logits than the trained model, whose weights are rounded to bf16."""
+    result = exported(runs, "bf16", tmp_path / "export", dtype="fp32")
+    assert load_file(result.path / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+    assert result.parity == exported(runs, "bf16", tmp_path / "same").parity
+    in_fp32 = load_exported(result.path, dtype="fp32")
+    reference_logits = read_reference_logits(store.get_latest(runs.checkpoints("bf16")).path)
+    assert check_parity(in_fp32, reference_logits, dtype="fp32").mean_kl > 10 * result.parity.mean_kl
+
+
 def test_missing_architectures_are_added_to_the_config(runs, tmp_path):
     result = exported(runs, "fp32", tmp_path / "export")
     assert json.loads((result.path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

@@ -14,6 +14,8 @@ DEADLINE_S = 30.0
 # Seconds between tries while Slurm does not answer; they double up to the longest pause.
 _FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 15.0
+# What they print on a machine without slurm.conf.
+_NO_CONFIGURATION = re.compile(r"Could not establish a configuration source", re.IGNORECASE)
 # What Slurm's commands print if no controller or database answers: messages from slurm_errno.h and the operating system.
 _NO_ANSWER = re.compile(
     r"Unable to contact slurm|Socket timed out|Connection (refused|timed out|reset)|No route to host|Network is unreachable|"
@@ -76,5 +78,12 @@ def _once(argv: tuple[str, ...], deadline_s: float) -> str:
         message = process.stderr.strip() or process.stdout.strip()
         if _NO_ANSWER.search(message):
             raise SlurmUnreachable(f"{name} got no answer from Slurm", where=" ".join(argv), value=message)
+        if _NO_CONFIGURATION.search(message):
+            raise SlurmError(
+                "this machine is not part of a Slurm cluster: Slurm's commands find no configuration",
+                where=" ".join(argv),
+                value=message.splitlines()[-1],
+                remedy="run this command on a login node of the cluster; `plan --script` works anywhere",
+            )
         raise SlurmError(f"{name} failed", where=" ".join(argv), value=message)
     return process.stdout
