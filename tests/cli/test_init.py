@@ -159,8 +159,8 @@ def test_the_commands_of_the_readme_work_as_they_stand(typed: Typed) -> None:
 def test_what_the_plan_warns_of_is_said_at_once(typed: Typed) -> None:
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "qwen3_8b")
     assert code == 0, err
-    (note,) = [line for line in out.splitlines() if line.startswith("note: model states take")]
-    assert "they do not fit" in note
+    (warning,) = [line for line in out.splitlines() if line.startswith("warning: model states take")]
+    assert "they do not fit" in warning
     code, out, err = typed("init", "--model", "tiny", "--out", "short.yaml", "optim.warmup_steps=20", "train.max_steps=8")
     assert "note: the warm-up of 20 steps does not end within 8: lower optim.warmup_steps" in out, err
 

@@ -102,7 +102,7 @@ def remarks(plan: LaunchPlan, *notes: str | None) -> list[str]:
 
 
 def _all_warnings(plan: LaunchPlan, own_warnings: Sequence[str | None]) -> list[str]:
-    return [*warnings(plan), *(warning for warning in own_warnings if warning)]
+    return [warning for warning in (_overfull(plan), *warnings(plan), *own_warnings) if warning]
 
 
 def _all_notes(plan: LaunchPlan, notes: Sequence[str | None]) -> list[str]:
@@ -201,7 +201,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
     """Return notes to read before paying for the run."""
     config, data, steps = plan.config, plan.data, plan.batch.max_steps
     # If the states do not even fit, the note about saving does not matter.
-    notes = [note for note in (_overfull(plan) or plan.saving.note,) if note]
+    notes = [plan.saving.note] if plan.saving.note and not _overfull(plan) else []
     if (isolation := plan.model.isolation) is not None and isolation.outcome == "unknown":
         condition = "packed documents affect each other" if config.data.packing else "the model sees later tokens"
         notes.append(f"whether {condition} is measured on the loaded model, before step 1 ({isolation.detail})")
@@ -266,13 +266,13 @@ def _smallest(plan: LaunchPlan) -> LaunchPlan | None:
 
 
 def _overfull(plan: LaunchPlan) -> str:
-    """Return a note if the model states do not fit in main memory; empty if they do or if this is unknown."""
+    """Return a warning if the model states do not fit in main memory; empty if they do or if this is unknown."""
     memory = plan.memory
     if memory.node_gib is None or memory.host_per_node_gib <= memory.node_gib:
         return ""
     return (
         f"model states take {memory.host_per_node_gib:.0f} GiB of main memory per node, which has {memory.node_gib:.0f} GiB: "
-        "they do not fit; use more nodes, or a smaller model"
+        "they do not fit; use more nodes or a smaller model, or name the GPUs of the run in cluster.gpu_type"
     )
 
 
