@@ -72,7 +72,7 @@ def plan_lines(
         *([("hosted", _hosted(plan))] if plan.config.costs.hosted else []),
     ]
     rows += [("warning", warning) for warning in _all_warnings(plan, own_warnings)]
-    rows += [("note", note) for note in _all_notes(plan, notes)]
+    rows += [("note", note) for note in _notes(plan, notes)]
     if limits := _limits(plan):
         rows.append(("limit", f"saves and stops after {limits}"))
     return [f"{label:<{LABEL_WIDTH}}{value}" for label, value in rows]
@@ -90,7 +90,7 @@ def plan_json(
         "checkpoint_gib": round(plan.checkpoint_bytes / 2**30, 3),
         "estimate": asdict(speed),
         "warnings": _all_warnings(plan, own_warnings),
-        "notes": _all_notes(plan, notes),
+        "notes": _notes(plan, notes),
         **({"considered": why_values(plan)} if why else {}),
     }
     return json.dumps(shown, indent=2, ensure_ascii=False)
@@ -98,15 +98,11 @@ def plan_json(
 
 def remarks(plan: LaunchPlan, *notes: str | None) -> list[str]:
     """Return a plan's warnings and notes, each prefixed with its kind; `notes` come from this machine."""
-    return [*(f"warning: {line}" for line in _all_warnings(plan, ())), *(f"note: {line}" for line in _all_notes(plan, notes))]
+    return [*(f"warning: {line}" for line in _all_warnings(plan, ())), *(f"note: {line}" for line in _notes(plan, notes))]
 
 
 def _all_warnings(plan: LaunchPlan, own_warnings: Sequence[str | None]) -> list[str]:
     return [warning for warning in (_overfull(plan), *warnings(plan), *own_warnings) if warning]
-
-
-def _all_notes(plan: LaunchPlan, notes: Sequence[str | None]) -> list[str]:
-    return [note for note in (*_notes(plan), *notes) if note]
 
 
 def _limits(plan: LaunchPlan) -> str:
@@ -197,8 +193,8 @@ def _memory(plan: LaunchPlan) -> str:
     return "; ".join(parts)
 
 
-def _notes(plan: LaunchPlan) -> list[str]:
-    """Return notes to read before paying for the run."""
+def _notes(plan: LaunchPlan, own_notes: Sequence[str | None]) -> list[str]:
+    """Return notes to read before paying for the run, `own_notes` last."""
     config, data, steps = plan.config, plan.data, plan.batch.max_steps
     # If the states do not even fit, the note about saving does not matter.
     notes = [plan.saving.note] if plan.saving.note and not _overfull(plan) else []
@@ -227,8 +223,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
             f"{format_count(data.truncated_docs, 'document')} cut, losing {lost:.0%} of the tokens: raise data.max_length, "
             "or data.long_documents=split"
         )
-    notes += _unknown_flops(plan.model)
-    return notes
+    return [*notes, *_unknown_flops(plan.model), *(note for note in own_notes if note)]
 
 
 def _unknown_flops(model: ModelFacts) -> list[str]:
@@ -270,9 +265,10 @@ def _overfull(plan: LaunchPlan) -> str:
     memory = plan.memory
     if memory.node_gib is None or memory.host_per_node_gib <= memory.node_gib:
         return ""
+    gpus = ", or name the GPUs in cluster.gpu_type" if plan.topology.device == "cpu" else ""
     return (
         f"model states take {memory.host_per_node_gib:.0f} GiB of main memory per node, which has {memory.node_gib:.0f} GiB: "
-        "they do not fit; use more nodes or a smaller model, or name the GPUs of the run in cluster.gpu_type"
+        f"they do not fit; use more nodes or a smaller model{gpus}"
     )
 
 
