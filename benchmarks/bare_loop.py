@@ -20,11 +20,10 @@ from typing import Any
 
 import deepspeed
 import numpy as np
-import psutil
 import torch
 import torch._dynamo  # DeepSpeed patches tensor constructors; a later import of dynamo would fail on them.
 import torch.distributed as dist
-from steps import peak_gib, summarize
+from steps import peak_gib, start_of_process, summarize
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -72,7 +71,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         tokens.append(int(rows["lengths"][batch].sum()))
         if args.save_to and (step + 1) % args.save_every == 0:
             saves.append(_save(engine, args.save_to))
-    started = psutil.Process().create_time()
+    started = start_of_process()
     figures = summarize(started, began, times, tokens, args.warmup)
     return {"began": began, "times": times, "tokens": tokens, "saves": saves, "peak_gib": peak_gib(), **figures}
 

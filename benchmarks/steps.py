@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
+
+import psutil
 
 
 def faster_half(values: Sequence[float]) -> float:
     """Return the median of the smaller half, to which other programs on the machine have added the least time."""
     return statistics.median(sorted(values)[: (len(values) + 1) // 2])
+
+
+def start_of_process(pid: int | None = None) -> float:
+    """Return when a process started, by default this one, in seconds since the epoch.
+
+    psutil's own time is up to a second earlier: Linux tells the time of the boot, which psutil adds, in whole seconds.
+    """
+    after_boot = psutil.Process(pid).create_time() - psutil.boot_time()
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + after_boot
 
 
 def peak_gib() -> float | None:

@@ -16,12 +16,11 @@ import warnings
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
 import torch._dynamo  # DeepSpeed patches tensor constructors; a later import of dynamo would fail on them.
 import torch.distributed as dist
 from datasets import load_dataset
-from steps import peak_gib, summarize
+from steps import peak_gib, start_of_process, summarize
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -73,7 +72,7 @@ def main() -> None:
     tokens = torch.stack(trainer.seen).reshape(args.steps, accumulation).sum(1)
     dist.all_reduce(tokens)
     if dist.get_rank() == 0:
-        started = psutil.Process().create_time()
+        started = start_of_process()
         figures = summarize(started, clock.began, clock.times, tokens.tolist(), args.warmup)
         measured = {"began": clock.began, "times": clock.times, "tokens": tokens.tolist(), "peak_gib": peak_gib()}
         print(json.dumps({**measured, **figures}))

@@ -20,6 +20,8 @@ from pathlib import Path
 # A holder writes its identity right after it takes the lock.
 _IDENTITY_WAIT_S = 0.5
 _MAX_IDENTITY_BYTES = 1 << 16
+# The kernel counts starts in ticks of 0.01 s; psutil's conversions round to floats.
+_SAME_START_S = 0.5
 
 
 class LockTimeout(Exception):
@@ -39,9 +41,33 @@ def pid_namespace() -> str:
         return os.uname().nodename
 
 
+def read_start(pid: int) -> float | None:
+    """Return the seconds from the machine's boot to the start of a process, or None if the process has ended.
+
+    Unlike the time of day of its start, they stay the same when the machine's clock is set, as in the minutes after a boot.
+    """
+    # Commands that only read runs need no psutil, and the import takes a while.
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        # psutil adds the time of the boot, which follows the clock.
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time() - psutil.boot_time()
+    except psutil.Error:
+        return None
+
+
+def is_same_start(one: float, other: float) -> bool:
+    """Return whether two starts of a pid are those of one process: the kernel reuses the pids of ended processes."""
+    return abs(one - other) < _SAME_START_S
+
+
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds a lock; `space` is its `pid_namespace`, `started` and `since` are seconds since the epoch."""
+    """The process that holds a lock.
+
+    `space` is its `pid_namespace`, `started` is in seconds after the machine's boot, `since` in seconds since the epoch.
+    """
 
     host: str
     space: str
@@ -54,16 +80,15 @@ class Holder:
     @classmethod
     def this_process(cls, command: str) -> Holder:
         pid = os.getpid()
-        return cls(os.uname().nodename, pid_namespace(), pid, _start_time(pid) or 0.0, _user(), time.time(), command)
+        return cls(os.uname().nodename, pid_namespace(), pid, read_start(pid) or 0.0, _user(), time.time(), command)
 
     @property
     def has_ended(self) -> bool:
         """True if the process is known to have ended; never true for a process on another machine or in another container."""
         if self.space != pid_namespace():
             return False
-        started = _start_time(self.pid)
-        # The kernel reuses the pids of ended processes.
-        return started is None or abs(started - self.started) >= 1
+        started = read_start(self.pid)
+        return started is None or not is_same_start(started, self.started)
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
@@ -140,16 +165,6 @@ def _published_identity(path: Path, command: str) -> Iterator[None]:
 
 def _identity_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
-
-
-def _start_time(pid: int) -> float | None:
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
-        return None
 
 
 def _user() -> str:

@@ -360,7 +360,7 @@ def test_read_only_storage_is_named_in_place_of_a_missing_record(
     config: RunConfig, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    job = detached_process.describe_this_process() | {"pid": 1, "started": 1.0}
+    job = detached_process.describe_this_process() | {"pid": 1, "started_after_boot": 1e9}
     run_store.update_status(run, state="running", attempt=1, job=job)
     status = LocalCluster().status(run)
     assert (status.state, "cannot be written" in status.message) == ("failed", False)

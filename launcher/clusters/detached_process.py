@@ -17,7 +17,7 @@ import psutil
 
 from launcher import atomic_files, json_records, run_store
 from launcher.errors import RunError, SubmitError
-from launcher.locks import pid_namespace
+from launcher.locks import is_same_start, pid_namespace, read_start
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Liveness, Status
 from launcher.security import ownership
@@ -79,14 +79,18 @@ def start_module(
 
 
 def describe_this_process() -> dict[str, Any]:
-    """Return the `job` entry of a status that this process writes: host, PID namespace (`space`), process id and start time."""
+    """Return the `job` entry of a status that this process writes: host, PID namespace (`space`), process id and start.
+
+    The start is `started`, in seconds since the epoch, and `started_after_boot`, in seconds after the machine's boot.
+    """
     return describe_process(os.getpid())
 
 
 def describe_process(pid: int) -> dict[str, Any]:
     """Return the same entry for another process on this machine."""
     started = psutil.Process(pid).create_time()
-    return {"host": os.uname().nodename, "space": pid_namespace(), "pid": pid, "started": started}
+    identity = {"host": os.uname().nodename, "space": pid_namespace(), "pid": pid}
+    return {**identity, "started": started, "started_after_boot": read_start(pid)}
 
 
 def start_liveness_file(run: RunDir) -> None:
@@ -151,8 +155,10 @@ def find_process(status: Status) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(int(job["pid"]))
-        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-        return process if alive and abs(process.create_time() - float(job["started"])) < 1 else None
+        started = read_start(process.pid)
+        # Records of earlier versions have no `started_after_boot`.
+        recorded = job.get("started_after_boot") or job["started"] - psutil.boot_time()
+        return process if started is not None and is_same_start(started, recorded) else None
     except (KeyError, psutil.NoSuchProcess):
         return None
 

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 from e2e_tools import agent_of, by_rank
 from pace import slowness
+from steps import start_of_process
 
 from launcher.tracking.jsonl import Tail, iter_lines, read_events
 from launcher.train.previous_failure import RESTART
@@ -100,7 +101,7 @@ class Killer:
             AssertionError: If the run ends first, or the moment does not come.
         """
         ranks = self._await(f"ranks that start, to kill one while {kill.moment}", self._new_ranks)
-        began = min(process.create_time() for process in ranks.values())
+        began = min(start_of_process(process.pid) for process in ranks.values())
         if kill.moment in ("started", "loading"):
             self._pass(kill.fraction * (_STARTED_S if kill.moment == "started" else self._loading_s))
         else:

@@ -83,6 +83,8 @@ class RayCluster:
         own |= {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
         # The first driver on a node would get a worker that its run, which sets variables, cannot use.
         own["RAY_prestart_worker_first_driver"] = "0"
+        # Beside other tests Ray's control service may need longer than Ray's default of 20 s.
+        own["RAY_gcs_server_port_wait_time_s"] = "120"
         # Overwrite the log of an earlier node of that name: `_await` searches this file.
         with open(self.folder / f"{name}.log", "wb") as log:
             self._nodes[name] = subprocess.Popen(

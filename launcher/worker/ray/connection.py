@@ -22,6 +22,7 @@ from launcher.worker.ray.raylet_loss import LocalRaylet
 _MAX_FOLDER_CHARS = 28
 _MEET_S = 300
 _PLACE_S = 20
+_CONTROL_SERVICE_S = 120
 # Nothing goes through Ray's object store, which by default takes a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 # Settings of a Ray without a dashboard: its agent measures nothing, and its workers report no tasks.
@@ -166,6 +167,8 @@ def _start(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) ->
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray would start a worker for each core of this machine in advance. The run needs few, most with other variables.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    # On a busy machine Ray's control service may need longer than Ray's default of 20 s.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(_CONTROL_SERVICE_S))
     if not section.dashboard:
         for name, value in _UNWATCHED.items():
             os.environ.setdefault(name, value)

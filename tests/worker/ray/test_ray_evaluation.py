@@ -35,6 +35,7 @@ def test_an_evaluation_waits_for_gpus_only_as_long_as_it_may(monkeypatch: pytest
     monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_prestart_worker_first_driver", "0")
+    monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", "120")
     ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
     try:
         monkeypatch.setattr(evaluation, "_RECOUNT_S", 1)
