@@ -2,6 +2,11 @@ import os
 import sys
 from contextlib import suppress
 
+if sys.version_info < (3, 11):  # noqa: UP036, in a clone nothing else refuses
+    version = ".".join(map(str, sys.version_info[:2]))
+    sys.stderr.write(f"Python 3.11 or newer is needed\n  where:  {sys.executable}\n  value:  {version}\n")
+    sys.exit(2)
+
 # `python -m` searches the working directory first, which may belong to another user. A checkout is found there.
 # A deleted working directory is not searched.
 with suppress(OSError):

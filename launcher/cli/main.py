@@ -200,6 +200,13 @@ def _main(argv: Sequence[str] | None) -> int:
         for problem in error.problems:
             print(problem, file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if debug or name in ("", "launcher"):
+            raise
+        remedy = "install the launcher with its packages (in its clone: pip install .), or use the Python that has them"
+        print(Problem(f"the package {name} is not installed", where=sys.executable, remedy=remedy), file=sys.stderr)
+        return EXIT_REFUSED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -32,6 +32,8 @@ _LENGTHS = {"cuda": (2048, 32768), "cpu": (256, 4096)}
 # Counting tokens by characters may underestimate them.
 _ESTIMATE_MARGIN = 1.25
 _NUM_EVALUATIONS, _NUM_CHECKPOINTS = 10, 5
+# Held-out documents for an evaluation, and the largest share of the data that they may take.
+_HELD_OUT_DOCUMENTS, _MAX_HELD_OUT_SHARE = 100, 0.1
 # Share of a GPU that model states may take; activations and gathered weights need the rest.
 _MAX_STATES_SHARE = 0.7
 
@@ -92,6 +94,16 @@ def suggest(
     if "train.max_steps" in chosen:
         suggestions = [one for one in suggestions if one.key != "train.epochs"]
     return [one for one in suggestions if one.key not in chosen]
+
+
+def suggest_held_out(num_documents: int, share: float) -> Suggestion | None:
+    """Return a larger share of held-out documents if `share` of the documents is too few for an evaluation, otherwise None."""
+    wanted = min(_MAX_HELD_OUT_SHARE, math.ceil(100 * _HELD_OUT_DOCUMENTS / max(1, num_documents)) / 100)
+    if wanted <= share:
+        return None
+    count = format_count(round(wanted * num_documents), "document")
+    reason = f"{count} for the held-out loss and for evaluate, which cannot tell from a few answers whether training helped"
+    return Suggestion("data.eval_fraction", wanted, reason)
 
 
 def learning_rate(num_params: int) -> float:

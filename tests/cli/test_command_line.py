@@ -383,3 +383,23 @@ def test_a_password_in_an_address_is_refused_and_never_shown(forked: Run, tmp_pa
     assert "without keys or passwords" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_clone_whose_packages_are_not_installed_says_how_to_install_them() -> None:
+    """Without site-packages, Python finds none of them."""
+    command = [sys.executable, "-S", "-m", "launcher", "init"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == [
+        f"  where:  {sys.executable}",
+        "  remedy: install the launcher with its packages (in its clone: pip install .), or use the Python that has them",
+    ]
+    assert done.stderr.splitlines()[0].startswith("the package ")
+
+
+def test_an_older_python_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13))
+    with pytest.raises(SystemExit) as refusal:
+        runpy.run_module("launcher", run_name="__main__")
+    assert refusal.value.code == 2
+    assert capsys.readouterr().err.startswith("Python 3.11 or newer is needed")

@@ -71,11 +71,11 @@ def test_the_file_fits_data_model_and_machine_and_plans_as_it_is(typed: Typed) -
     assert "# chats.jsonl: 3,000 rows in the messages format." in text
     content = yaml.safe_load(text)
     assert content["model"] == "tiny"
-    assert content["data"] == {"base": "jsonl", "path": "chats.jsonl", "max_length": 256}
+    assert content["data"] == {"base": "jsonl", "path": "chats.jsonl", "max_length": 256, "eval_fraction": 0.04}
     assert (content["train"]["epochs"], content["cluster"], content["tracking"]) == (3, "local", "none")
     # Each suggestion follows its reason.
     lines = text.splitlines()
-    for key in ("max_length", "epochs", "global_batch_size", "lr", "warmup_steps", "every", "save_every"):
+    for key in ("max_length", "eval_fraction", "epochs", "global_batch_size", "lr", "warmup_steps", "every", "save_every"):
         number = next(i for i, line in enumerate(lines) if line.strip().startswith(f"{key}:"))
         assert lines[number - 1].startswith("  # "), key
     code, out, err = typed("plan", "chats.yaml", "--json")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.plan.suggested_settings import DataSample, Machine, learning_rate, needs_offload, suggest
+from launcher.plan.suggested_settings import DataSample, Machine, learning_rate, needs_offload, suggest, suggest_held_out
 
 GPUS = Machine(world_size=16, device="cuda", memory_gib=79.1)
 
@@ -48,6 +48,18 @@ def test_a_rate_beyond_the_published_sizes_is_called_extrapolated() -> None:
     assert "SmolLM2 135M and 360M were fine-tuned with 1e-3" in reason(134_515_008)
     assert "extrapolated" in reason(235_000_000_000)
     assert "SmolLM2" not in reason(235_000_000_000)
+
+
+@pytest.mark.parametrize(("num_documents", "share"), [(1, 0.1), (300, 0.1), (1_000, 0.1), (1_100, 0.1), (2_500, 0.04)])
+def test_an_evaluation_gets_a_hundred_documents_of_small_data_but_at_most_a_tenth(num_documents: int, share: float) -> None:
+    suggestion = suggest_held_out(num_documents, 0.02)
+    assert suggestion is not None
+    assert (suggestion.key, suggestion.value) == ("data.eval_fraction", share)
+
+
+def test_a_share_that_holds_out_enough_documents_stays() -> None:
+    assert suggest_held_out(5_000, 0.02) is None
+    assert suggest_held_out(300, 0.2) is None
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6, 8, 24, 64])

@@ -23,7 +23,7 @@ from launcher.plan.launch_plan import DeviceFacts, Facts
 from launcher.plan.planner import choose_topology, device_gib
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.quantities import format_count
-from launcher.plan.suggested_settings import DataSample, Machine, Suggestion, needs_offload, suggest
+from launcher.plan.suggested_settings import DataSample, Machine, Suggestion, needs_offload, suggest, suggest_held_out
 
 _OFFLOAD = "zero3_offload"
 # Longer than inspecting the largest data takes: all rows are counted.
@@ -81,12 +81,12 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     suggestions = _of_demo(config) if is_demo else suggest(num_params, max_positions, sample, machine, chosen)
     changes |= {one.key: one.value for one in suggestions}
     config = apply_changes(config, changes)
-    split = [] if is_demo else _splits_text(config, sample_report, chosen)
-    config = apply_changes(config, {one.key: one.value for one in split})
+    of_data = [] if is_demo else [*_splits_text(config, sample_report, chosen), *_holds_out(config, sample, chosen)]
+    config = apply_changes(config, {one.key: one.value for one in of_data})
     config, offload = _offloaded(config, gathered, machine, composed.overrides)
     # The file may be used on a machine for which `auto` means a different type.
     config = apply_changes(config, {"model.dtype": composed.config.model.dtype})
-    reasons = {one.key: one.reason for one in (*suggestions, *split, *offload)}
+    reasons = {one.key: one.reason for one in (*suggestions, *of_data, *offload)}
     reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
     machines = _machines(machine, node, config)
     reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys of this section; {_backends(config)}"
@@ -124,6 +124,13 @@ def _splits_text(config: RunConfig, sample_report: dict[str, Any], chosen: dict[
             "data.long_documents", "split", "all of a text that is longer than a row is trained; truncate cuts its end off"
         )
     ]
+
+
+def _holds_out(config: RunConfig, sample: DataSample, chosen: dict[str, Any]) -> list[Suggestion]:
+    """Return the setting that holds out enough documents of small data for an evaluation."""
+    share = config.data.eval_fraction
+    larger = suggest_held_out(sample.num_documents, share) if share and "data.eval_fraction" not in chosen else None
+    return [] if larger is None else [larger]
 
 
 def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:
