@@ -22,6 +22,7 @@ from launcher.data.loader import StepBatch
 from launcher.distributed import RankInfo, StepReduction, all_reduce_step
 from launcher.errors import CheckpointError, DivergedError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.learning_rate import compute_learning_rate
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.progress import as_events, silent
@@ -33,7 +34,7 @@ from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.isolation import require_isolation
 from launcher.train.monitoring.largest_batch import run_largest_batch
 from launcher.train.monitoring.skipped_steps import SkippedSteps
-from launcher.train.optim import compute_learning_rate, set_learning_rate
+from launcher.train.optim import set_learning_rate
 from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components, report_ranks
 from launcher.train.stop import Outcome, Stop, has_time_to_save

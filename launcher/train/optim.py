@@ -1,8 +1,7 @@
-"""Builders for the optimizers in launcher/plan/optimizers.py, and the learning-rate schedule."""
+"""Builders for the optimizers in launcher/plan/optimizers.py."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from pkgutil import resolve_name
 from typing import Any
@@ -15,26 +14,6 @@ from launcher.plan.optimizers import OPTIMIZERS
 
 # Builds an optimizer for parameter groups, each with its `weight_decay`; the loop sets the learning rate before each step.
 Builder = Callable[[list[dict[str, Any]], OptimSection, DeepSpeedSection], torch.optim.Optimizer]
-
-
-def compute_learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 0: linear warm-up, then the schedule down to min_lr_ratio.
-
-    wsd holds the peak and decays linearly over the last `decay_fraction` of all steps
-    (Hu et al. 2024, arXiv:2404.06395).
-    """
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return optim.lr
-    last = max(max_steps - 1, optim.warmup_steps)
-    if optim.schedule == "wsd":
-        start = max(optim.warmup_steps, round(max_steps * (1 - optim.decay_fraction)) - 1)
-    else:
-        start = optim.warmup_steps
-    done = min(1.0, max(0.0, (step - start) / max(1, last - start)))
-    shape = 0.5 * (1 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1 - done
-    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape)
 
 
 def build_optimizer(

@@ -20,6 +20,7 @@ from launcher.data import sources
 from launcher.data.cache import cache_store
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
+from launcher.plan.learning_rate import describe_changed_rate
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
@@ -86,8 +87,10 @@ def plan_again(
     )
     identity = {"run_name": plan.run_name, "run_dir": str(run.root), "wandb_id": plan.wandb_id}
     next_plan = make_plan(config, facts_of_run).model_copy(update=identity)
-    if checkpoint is not None and (note := describe_moved_rows(saved_plan, next_plan, checkpoint.step)):
-        print(f"note: {note}", flush=True)
+    if checkpoint is not None:
+        for describe in (describe_moved_rows, describe_changed_rate):
+            if note := describe(saved_plan, next_plan, checkpoint.step):
+                print(f"note: {note}", flush=True)
     return next_plan
 
 

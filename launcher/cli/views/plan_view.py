@@ -166,7 +166,9 @@ def _saving(plan: LaunchPlan) -> str:
 
 def _ranks(plan: LaunchPlan) -> str:
     topology = plan.topology
-    nodes = f"{format_count(topology.nodes, 'node')} x {topology.ranks_per_node}"
+    # GPUs of unknown type have the name "gpu".
+    gpu = f" {plan.gpu_name}" if plan.gpu_name not in ("", "gpu") else ""
+    nodes = f"{format_count(topology.nodes, 'node')} x {topology.ranks_per_node}{gpu}"
     return f"{topology.world_size} on {topology.device} ({nodes}), {topology.backend}, DeepSpeed {plan.config.deepspeed.name}"
 
 
