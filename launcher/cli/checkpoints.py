@@ -19,6 +19,7 @@ from launcher.checkpoint.manifest import HELD_OUT, MANIFEST, Checkpoint, describ
 from launcher.checkpoint.retention import Retention, retention_reasons
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
+from launcher.cli.liveness import require_ended
 from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
@@ -86,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
     status = cluster_for(plan.config.cluster.kind).status(run)
-    if status.state in RUNNING_STATES:
+    if status.state not in RUNNING_STATES:
+        require_ended(run)
+    else:
         raise SubmitError(
             f"the run is {status.state} and prunes its checkpoints itself",
             where=str(run.root),

@@ -17,6 +17,7 @@ from launcher.cli.cleanup import run_folders
 from launcher.cli.cost_question import require_consent
 from launcher.cli.follow import follow, interrupted_start
 from launcher.cli.formatting import wrap
+from launcher.cli.liveness import require_ended
 from launcher.cli.starting import earlier_runs
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views.memory_view import why_lines
@@ -234,6 +235,7 @@ def require_idle(run: RunDir, backend: StatusReader) -> None:
     """
     status = backend.status(run)
     if status.state not in RUNNING_STATES:
+        require_ended(run)
         return
     name = formatting.short(run.root)
     starter = run_store.start_lock_holder(run) if status.job is None else None

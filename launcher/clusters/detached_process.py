@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from launcher import atomic_files, json_records, run_store
 from launcher.errors import RunError, SubmitError
 from launcher.locks import is_same_start, pid_namespace, read_start
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Liveness, Status
+from launcher.run_records import RUNNING_STATES, Liveness, Status
 from launcher.security import ownership
 from launcher.shell_commands import launcher_command
 
@@ -27,6 +27,9 @@ START_DEADLINE_S = 60.0
 # Seconds between refreshes of the liveness file, and seconds without a refresh after which the process counts as lost. A network
 # file system may show a refresh a minute late.
 LIVENESS_INTERVAL_S, LIVENESS_TIMEOUT_S = 20.0, 180.0
+# How long to watch for a refresh, and the silence that no difference between two machines' clocks explains.
+_WATCH_S, _CERTAIN_S = 30.0, 3600.0
+_LOOK_S = 1.0
 
 
 def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log: Path, name: str) -> None:
@@ -146,6 +149,39 @@ def is_alive(run: RunDir, status: Status) -> bool:
         recorder = replace(status, job=(status.job or {}).get("recorder"))
         return find_process(status) is not None or find_process(recorder) is not None
     return not _has_rebooted(status) and seconds_silent(run) < LIVENESS_TIMEOUT_S
+
+
+def is_alive_after_all(run: RunDir, say: Callable[[str], None]) -> bool:
+    """Return whether a run on another machine that is judged to have ended refreshes its files; watches them for half a minute.
+
+    Backends compare the time of the last refresh with that of a file written now. Some network file systems store the clock of
+    the machine that wrote a file, so the times may differ by minutes. Starting or removing a run needs more certainty. `say`
+    announces the wait.
+    """
+    status = run_store.read_status(run)
+    job = status.job or {}
+    if status.state not in RUNNING_STATES or "pid" not in job or is_visible(status) or _has_rebooted(status):
+        return False
+    if seconds_silent(run) > _CERTAIN_S:
+        return False
+    say(f"watching for {_WATCH_S:.0f} seconds whether the run still lives on {job.get('host')}")
+    before, until = _heartbeats(run), time.monotonic() + _WATCH_S
+    while time.monotonic() < until:
+        time.sleep(_LOOK_S)
+        if _heartbeats(run) != before:
+            return True
+    return False
+
+
+def _heartbeats(run: RunDir) -> list[bytes]:
+    """Return the content of all files that a run refreshes while it lives."""
+    contents = []
+    attempt = run.attempt(run_store.newest_attempt(run))
+    for file in (run.status, run.alive, *sorted(attempt.glob("alive-*.json"))):
+        with suppress(OSError):
+            atomic_files.refresh_directory(file.parent)
+            contents.append(file.read_bytes())
+    return contents
 
 
 def find_process(status: Status) -> psutil.Process | None:

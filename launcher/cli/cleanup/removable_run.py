@@ -13,9 +13,10 @@ from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import disk_bytes
 from launcher.cli.follow import wandb_page
+from launcher.cli.liveness import require_ended
 from launcher.clusters import detached_process
 from launcher.clusters.backends import cluster_for
-from launcher.errors import LauncherError, Problem
+from launcher.errors import LauncherError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, MirrorRecord, Status, read_export
 from launcher.shell_commands import launcher_command
@@ -149,6 +150,10 @@ def _living(run: RunDir) -> Problem | None:
         return Problem(message, first.where or str(run.root), first.value, remedy)
     if status.state in RUNNING_STATES:
         return Problem(f"the run {run.root.name} is {status.state}", str(run.root), status.message, cancel)
+    try:
+        require_ended(run)
+    except SubmitError as error:
+        return error.problems[0]
     if (process := detached_process.find_process(recorded)) is not None:
         message = f"the run {run.root.name} is {status.state}, but its process is still uploading or closing files"
         return Problem(message, str(run.root), f"process {process.pid}", "wait until it has ended")

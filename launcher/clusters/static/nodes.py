@@ -5,7 +5,9 @@ All machines write to the run directory, so every machine, and any command elsew
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,21 +82,69 @@ def write_lost(run: RunDir, attempt: int, node: int, message: str) -> None:
     json_records.write(lost_file(run, attempt, node), LostNode(node, message, time.time()))
 
 
+class HeartbeatWatch:
+    """Watches the machines of an attempt over time, for decisions that end ranks; any thread may look.
+
+    Silence counts from the last change of a machine's file, on this process's own clock: some network file systems store the
+    time of the machine that wrote a file. It counts only while this process can look at least every two intervals. During an
+    outage of the storage, or while this machine is suspended, the other machines cannot write either.
+    """
+
+    def __init__(self, run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> None:
+        self._run, self._attempt, self._record, self._lost_node_s = run, attempt, record, lost_node_s
+        self._longest_gap_s = 2 * interval_s(lost_node_s)
+        self._contents: dict[int, bytes] = {}
+        self._silent_s: dict[int, float] = {}
+        self._looked_at = time.monotonic()
+        self._lock = threading.Lock()
+
+    def look(self) -> list[NodeState]:
+        """Return the state of every machine, in order.
+
+        Raises:
+            OSError: if the storage does not answer.
+        """
+        with self._lock:
+            passed_s = time.monotonic() - self._looked_at
+            try:
+                atomic_files.refresh_directory(self._run.attempt(self._attempt))
+                for node in range(len(self._record.nodes)):
+                    self._count(node, passed_s if passed_s <= self._longest_gap_s else 0.0)
+            finally:
+                self._looked_at = time.monotonic()
+            return [
+                _judge(self._run, self._attempt, node, name, self._silent_s.get(node), self._lost_node_s)
+                for node, name in enumerate(self._record.nodes)
+            ]
+
+    def _count(self, node: int, passed_s: float) -> None:
+        try:
+            content = alive_file(self._run, self._attempt, node).read_bytes()
+        except FileNotFoundError:
+            return
+        is_changed = content != self._contents.get(node)
+        self._contents[node] = content
+        self._silent_s[node] = 0.0 if is_changed else self._silent_s[node] + passed_s
+
+
 def read_states(run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> list[NodeState]:
-    """Return the state of every machine of an attempt, in order.
+    """Return the state of every machine of an attempt at a glance, in order.
 
     Times come from the file system, because machine clocks differ.
     """
     now = time.time()
     with suppress(OSError):
         now = atomic_files.refresh_directory(run.attempt(attempt))
-    return [_read_state(run, attempt, node, name, now, lost_node_s) for node, name in enumerate(record.nodes)]
+    states = []
+    for node, name in enumerate(record.nodes):
+        silent_s: float | None = None
+        with suppress(OSError):
+            silent_s = max(0.0, now - alive_file(run, attempt, node).stat().st_mtime)
+        states.append(_judge(run, attempt, node, name, silent_s, lost_node_s))
+    return states
 
 
-def _read_state(run: RunDir, attempt: int, node: int, name: str, now: float, lost_node_s: float) -> NodeState:
-    silent_s: float | None = None
-    with suppress(OSError):
-        silent_s = max(0.0, now - alive_file(run, attempt, node).stat().st_mtime)
+def _judge(run: RunDir, attempt: int, node: int, name: str, silent_s: float | None, lost_node_s: float) -> NodeState:
     if node_file(run, attempt, node).is_file():
         return NodeState(name, silent_s, True)
     with suppress(LauncherError):
@@ -105,9 +155,8 @@ def _read_state(run: RunDir, attempt: int, node: int, name: str, now: float, los
     return NodeState(name, silent_s, False)
 
 
-def describe_silence(run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> dict[str, str]:
+def describe_silence(states: Iterable[NodeState]) -> dict[str, str]:
     """Return why machines left no record, keyed by name, for the postmortem of an ended attempt."""
-    states = read_states(run, attempt, record, lost_node_s)
     return {
         state.name: state.lost or f"{state.name} left no record: its agent was killed, or the machine was lost"
         for state in states

@@ -59,18 +59,18 @@ def main(plan_path: str, attempt: int, number: int) -> int:
     agent.close()
     node_agents.write_record(agent, number, record.nodes[number], result)
     if number == 0:
-        _await_records(agent, record, section)
+        _await_records(peers.heartbeats, section)
 
         def finish(state: str) -> None:
             # A machine that is taken back has no time for answers.
             stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)
             stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
 
-        return _conclude(agent, record, section, finish)
+        return _conclude(agent, record, section, peers.heartbeats, finish)
     return result.exit_code
 
 
-def _await_records(agent: NodeAgent, record: Attempt, section: StaticSection) -> None:
+def _await_records(heartbeats: nodes.HeartbeatWatch, section: StaticSection) -> None:
     """Wait until every other machine has left its record or is lost, for as long as their ranks need to end.
 
     A machine whose ranks hang still sends heartbeats: its agent kills them once this machine's record shows a failure.
@@ -78,16 +78,19 @@ def _await_records(agent: NodeAgent, record: Attempt, section: StaticSection) ->
     until = time.monotonic() + section.stop_grace_seconds + section.lost_node_seconds
     while time.monotonic() < until:
         with suppress(OSError):
-            states = nodes.read_states(agent.run, agent.attempt, record, section.lost_node_seconds)
-            if not any(not state.ended and not state.lost for state in states):
+            if not any(not state.ended and not state.lost for state in heartbeats.look()):
                 return
         time.sleep(_LOOK_S)
 
 
-def _conclude(agent: NodeAgent, record: Attempt, section: StaticSection, finish: Callable[[str], None]) -> int:
+def _conclude(
+    agent: NodeAgent, record: Attempt, section: StaticSection, heartbeats: nodes.HeartbeatWatch, finish: Callable[[str], None]
+) -> int:
     """Judge the attempt and record how it ended; returns the exit code. Nothing restarts it automatically."""
     run, number = agent.run, agent.attempt
-    silence = nodes.describe_silence(run, number, record, section.lost_node_seconds)
+    silence: dict[str, str] = {}
+    with suppress(OSError):
+        silence = nodes.describe_silence(heartbeats.look())
     judged = postmortem.conclude(run, number, record, section, silence=silence)
     run_store.fence(run, number, refresh=True)
     conclusion = replace(judged, decision=_without_successor(judged.ending.cause, judged.decision))

@@ -25,14 +25,16 @@ _FAILED_S, _LOST_S = 30.0, 10.0
 class Peers:
     """Watches the run directory from a thread, and writes this machine's heartbeat to it.
 
-    Once the ranks cannot go on, `kill_ranks` is called repeatedly until `stop`; `why_ended` then returns why.
+    Once the ranks cannot go on, `kill_ranks` is called repeatedly until `stop`; `why_ended` then returns why. `heartbeats` is the
+    watch over all machines of the attempt.
     """
 
     def __init__(
         self, run: RunDir, attempt: int, record: Attempt, node: int, lost_node_s: float, kill_ranks: Callable[[int], None]
     ) -> None:
         self._run, self._attempt, self._record, self._node = run, attempt, record, node
-        self._lost_node_s, self._kill_ranks = lost_node_s, kill_ranks
+        self._kill_ranks = kill_ranks
+        self.heartbeats = nodes.HeartbeatWatch(run, attempt, record, lost_node_s)
         self._interval_s = nodes.interval_s(lost_node_s)
         self._num_cancels = 0
         self._reason = ""
@@ -89,8 +91,9 @@ class Peers:
         if time.monotonic() - self._written_at > 2 * self._interval_s + _LOOK_S:
             # Storage did not accept this machine's own heartbeat, so the other machines may not be able to write theirs.
             return
+        states = self.heartbeats.look()
         now = time.monotonic()
-        for node, state in enumerate(nodes.read_states(self._run, self._attempt, self._record, self._lost_node_s)):
+        for node, state in enumerate(states):
             if node == self._node:
                 continue
             reason, patience_s = state.lost, _LOST_S
@@ -99,6 +102,7 @@ class Peers:
                 failure = None if record is None else record.first_failure
                 reason = f"{state.name}: {failure.line}" if failure is not None else ""
             if not reason:
+                self._failed_at.pop(node, None)
                 continue
             # Worded so that failure_record.PEER_LOST matches: the failure of this machine's ranks is a consequence.
             if now - self._failed_at.setdefault(node, now) > patience_s:

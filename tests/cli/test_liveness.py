@@ -1,0 +1,95 @@
+"""Commands that start or remove a run do not rely on the times of another machine's files."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hand_made
+import pytest
+
+from launcher import run_store
+from launcher.cli.cleanup.removable_run import _living
+from launcher.cli.launch import require_idle
+from launcher.cli.liveness import require_ended
+from launcher.clusters import detached_process
+from launcher.clusters.local import LocalCluster
+from launcher.errors import SubmitError
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = run_store.create(hand_made.plan(tmp_path / "a", hand_made.SETTINGS))
+    run_store.create_attempt(run, Attempt(resume_step=None))
+    elsewhere = {**detached_process.describe_this_process(), "host": "another", "space": "another-boot pid:[1]"}
+    run_store.update_status(run, state="running", attempt=1, job=elsewhere)
+    detached_process.write_liveness(run)
+    set_age(run, 400)
+    return run
+
+
+def set_age(run: RunDir, seconds: float) -> None:
+    at = time.time() - seconds
+    for file in (run.status, run.alive):
+        os.utime(file, (at, at))
+
+
+@pytest.fixture(autouse=True)
+def short_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detached_process, "_LOOK_S", 0.05)
+    monkeypatch.setattr(detached_process, "_WATCH_S", 0.5)
+
+
+@contextmanager
+def refreshed(run: RunDir) -> Iterator[None]:
+    """Refresh the run's file as a machine whose clock is 400 seconds behind, on storage that keeps the writer's clock."""
+    ended = threading.Event()
+
+    def refresh() -> None:
+        while not ended.wait(0.02):
+            detached_process.write_liveness(run)
+            set_age(run, 400)
+
+    thread = threading.Thread(target=refresh)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(10)
+
+
+def test_a_run_whose_machine_has_another_clock_is_neither_started_nor_removed(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(detached_process, "_WATCH_S", 30.0)
+    with refreshed(run):
+        assert LocalCluster().status(run).state == "failed", "its last sign of life seems to be 400 seconds old"
+        with pytest.raises(SubmitError, match="the run is still alive") as refusal:
+            require_idle(run, LocalCluster())
+        assert "on another" in str(refusal.value.problems[0].value)
+        assert "the clocks of two machines differ" in str(refusal.value)
+        problem = _living(run)
+    assert problem is not None
+    assert problem.message.startswith("the run is still alive")
+    assert "watching for 30 seconds whether the run still lives on another" in capsys.readouterr().err
+
+
+def test_a_run_that_nobody_refreshes_has_ended(run: RunDir) -> None:
+    require_ended(run)
+    assert _living(run) is None
+
+
+def test_nobody_waits_for_a_run_that_is_silent_for_hours_or_has_ended(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detached_process, "_WATCH_S", 600.0)
+    set_age(run, 7200)
+    require_ended(run)
+    run_store.update_status(run, state="completed")
+    set_age(run, 400)
+    require_ended(run)
