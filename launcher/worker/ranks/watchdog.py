@@ -26,7 +26,7 @@ from launcher.worker.ranks.load_progress import LoadProgress, SharedProgress
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_SLOWEST_STEPS = 10
+_SLOW_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0
 # Seconds between the request for a rank's stacks and collectives and its kill. Other nodes notice the request within two seconds,
 # torch checks for it once a second, and looking up the stacks of the calls takes another second.
@@ -72,7 +72,7 @@ class StallLimits:
             return math.inf
         if is_loading(beat):
             return self.load_s
-        limit_s = max(self.stall_s, _SLOWEST_STEPS * beat.slowest_step_s)
+        limit_s = max(self.stall_s, _SLOW_STEPS * beat.slow_step_s)
         if is_halted:
             return limit_s
         return max(limit_s, self.rare_s) if beat.phase == "saving" else limit_s
