@@ -17,7 +17,7 @@ _RESEND_S = 0.5
 class Stopper:
     """The first signal asks the ranks to save and stop; a person's second signal, or the end of the grace period, kills them.
 
-    `signals` maps the agent's signals to the ranks' signals. At `kill_at`, in seconds since the epoch, ranks that were asked to
+    `signals` maps the agent's signals to the ranks' signals. At `kill_at`, a time.monotonic() time, ranks that were asked to
     stop are killed in any case. The signal is repeated until `disarm`, because ranks may still be starting; a rank that has
     received it ignores repetitions. `requested` is whether a stop was requested, `killed` whether the ranks were killed after it.
     """
@@ -59,14 +59,14 @@ class Stopper:
         """
         if sidecar is None:
             return
-        now, num_cancels = time.time(), self._num_cancels
+        now, num_cancels = time.monotonic(), self._num_cancels
         stop_by = math.inf if self._requested_at is None else self._requested_at + self._grace_s
         until = min(stop_by, self.kill_at or math.inf, now + deadline_s)
 
         def unwanted() -> bool:
             if not uses_grace and self.requested:
                 return True
-            is_late = self._requested_at is not None and time.time() > self._requested_at + self._grace_s
+            is_late = self._requested_at is not None and time.monotonic() > self._requested_at + self._grace_s
             return is_late or self._num_cancels > num_cancels
 
         sidecar.finish(now if self.killed else until, unwanted)
@@ -74,7 +74,7 @@ class Stopper:
     def request(self, stop_signal: signal.Signals) -> None:
         """Ask the ranks to save and stop, unless they were asked before."""
         if not self.requested:
-            self._signal, self.requested, self._requested_at = stop_signal, True, time.time()
+            self._signal, self.requested, self._requested_at = stop_signal, True, time.monotonic()
             threading.Thread(target=self._repeat, name="stopper", daemon=True).start()
 
     def _listen(self) -> None:
@@ -89,7 +89,7 @@ class Stopper:
     def _repeat(self) -> None:
         deadline = time.monotonic() + self._grace_s
         while not self._disarmed.is_set():
-            if time.monotonic() > deadline or (self.kill_at is not None and time.time() > self.kill_at):
+            if time.monotonic() > deadline or (self.kill_at is not None and time.monotonic() > self.kill_at):
                 self._signal, self.killed = signal.SIGKILL, True
             if self._signal is not None:
                 self._signal_ranks(self._signal)

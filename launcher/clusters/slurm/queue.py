@@ -25,6 +25,8 @@ _SACCT_FIELDS = ("JobID", "JobName", "State", "Reason", "End", "NodeList", "Exit
 _CLOCK_SLACK_S = 86400.0
 # Slurm checks time limits about twice a minute.
 _NEAR_END_S = 60.0
+# MUNGE, which Slurm authenticates with, refuses nodes whose clocks differ more.
+_CLOCK_TOLERANCE_S = 300.0
 # Maximum number of drained nodes to name.
 _MOST_DRAINED = 3
 # States of a node that Slurm cannot reach, as in DOWN+NOT_RESPONDING; older versions mark it with an asterisk.
@@ -237,11 +239,13 @@ def _state_from_details(fields: Mapping[str, str], restarts: int, ends_at: float
     # slurmctld counts a requeue when it accepts the requeue.
     if fields.get("Restarts", "").isdigit() and int(fields["Restarts"]) > restarts:
         return "PENDING"
-    now, end = time.time(), _time(fields.get("EndTime", ""))
-    has_ended = state in ("RUNNING", "COMPLETING") and end is not None and end <= now
-    is_preempted = fields.get("PreemptTime") != "None"
+    end = _time(fields.get("EndTime", ""))
+    # EndTime is in the future until the job is ended. The controller's clock may be ahead of this node's.
+    has_ended = state in ("RUNNING", "COMPLETING") and end is not None and end <= time.time() + _CLOCK_TOLERANCE_S
+    if has_ended and ends_at is not None and end is not None:
+        has_ended = end < ends_at - _NEAR_END_S
     # A lost node or the time limit appears as the reason; scancel sets no reason.
-    has_cause = is_preempted or fields.get("Reason") != "None" or (ends_at is not None and now > ends_at - _NEAR_END_S)
+    has_cause = fields.get("PreemptTime") != "None" or fields.get("Reason") != "None"
     return "CANCELLED" if has_ended and not has_cause else ""
 
 

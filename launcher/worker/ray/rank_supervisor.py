@@ -268,7 +268,7 @@ class _Worker:
         if mirror is not None:
             # The last checkpoint may take as long as it needs, unless another attempt waits or a person cancels again.
             is_urgent = failure is not None or {"TERM", "USR2"} & watched.sent_at.keys()
-            until = time.time() + AFTER_FAILURE_S if is_urgent else float("inf")
+            until = time.monotonic() + AFTER_FAILURE_S if is_urgent else float("inf")
             mirror.finish(until, lambda: self._is_wanted_elsewhere(failure is not None))
         # Otherwise the offloaded states would keep filling the disk of a node that the run no longer uses.
         with suppress(OSError):

@@ -100,7 +100,7 @@ class AnswersProcess(Sidecar):
 
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
         """Wait until the process has answered what is left; `until` in the past means that training is not complete."""
-        if time.time() < until:
+        if time.monotonic() < until:
             self._send(_COMPLETE)
         self._wait(until, unwanted)
         self._end(_END, _END_S, unwanted)

@@ -1,8 +1,8 @@
 """The process that copies checkpoints to the mirror: `python -m launcher.worker.sidecars.mirror_process PLAN ATTEMPT`.
 
 The head node's agent starts it beside the ranks. It uploads committed checkpoints until a line or EOF on standard input
-announces the end of the attempt, and then completes the uploads. A line with a time in seconds since the epoch sets a
-deadline. If you run it by hand with `< /dev/null`, it uploads what the mirror lacks and exits.
+announces the end of the attempt, and then completes the uploads. A line with a time.monotonic() time sets a deadline. If you run
+it by hand with `< /dev/null`, it uploads what the mirror lacks and exits.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _End:
             line = source.readline()
             self.come.set()
             if deadline := line.strip():
-                time.sleep(max(0.0, float(deadline) - time.time()))
+                time.sleep(max(0.0, float(deadline) - time.monotonic()))
                 # The uploading thread may be in the middle of a file for minutes.
                 os._exit(sender.conclude())
             more = bool(line)
@@ -165,8 +165,8 @@ class Sender:
         self._record(self._behind())
 
     def _send(self, mirror: Mirror, checkpoint: Checkpoint) -> None:
-        began = time.time()
-        committed_at = (checkpoint.path / MANIFEST).stat().st_mtime if checkpoint.path.is_dir() else began
+        began, began_at = time.monotonic(), time.time()
+        committed_at = (checkpoint.path / MANIFEST).stat().st_mtime if checkpoint.path.is_dir() else began_at
         try:
             sent = mirror.send(checkpoint)
         except CheckpointGone:
@@ -182,7 +182,9 @@ class Sender:
             kind = "alert" if self._alerts.admit("a checkpoint is not sent") else "mirror"
             self._event(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].message}", checkpoint.step)
             return
-        seconds, self._lag_s = time.time() - began, time.time() - committed_at
+        seconds = time.monotonic() - began
+        # The clocks of the storage and of this machine may differ.
+        self._lag_s = seconds + max(0.0, began_at - committed_at)
         self._bytes, self._seconds = self._bytes + sent.bytes, self._seconds + seconds
         text = f"step {sent.step} is in the mirror: {sent.bytes / 2**30:.2f} GiB in {seconds:.1f} s"
         self._event("mirror", text, sent.step, bytes=sent.bytes, seconds=seconds, lag_s=self._lag_s)
@@ -235,7 +237,7 @@ class MirrorProcess(Sidecar):
         """Wait until the process has completed its uploads; it names what the mirror lacks at `until`."""
         self._send("")
         self._wait(until - _REPORT_S, unwanted)
-        self._end(f"{time.time()}", min(_REPORT_S, max(0.0, until - time.time())), unwanted)
+        self._end(f"{time.monotonic()}", min(_REPORT_S, max(0.0, until - time.monotonic())), unwanted)
 
 
 def _identity(checkpoint: Checkpoint) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class Sidecar(ABC):
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
         """Wait for the process to complete its work; end it at `until`, or as soon as `unwanted` returns True.
 
-        `until` is in seconds since the epoch and may be infinite.
+        `until` is a time.monotonic() time and may be infinite.
         """
 
     def _send(self, order: str) -> None:
@@ -63,7 +63,7 @@ class Sidecar(ABC):
 
     def _wait(self, until: float, unwanted: Callable[[], bool]) -> None:
         """Wait until the process has ended, `until` has passed, or `unwanted` returns True."""
-        while self._process.poll() is None and time.time() < until and not unwanted():
+        while self._process.poll() is None and time.monotonic() < until and not unwanted():
             time.sleep(_POLL_S)
 
     def _end(self, order: str, seconds: float, unwanted: Callable[[], bool]) -> None:

@@ -27,10 +27,11 @@ def save_before_end(record: Attempt, plan: LaunchPlan, stop: Callable[[Signals],
 
 
 def kill_at(record: Attempt, plan: LaunchPlan) -> float | None:
-    """Return when ranks that do not stop are killed, in seconds since the epoch, or None if there is no time limit.
+    """Return when ranks that do not stop are killed, as a time.monotonic() time, or None if there is no time limit.
 
     The job must conclude before Slurm ends it; otherwise nothing would run it again.
     """
     if record.ends_at is None:
         return None
-    return record.ends_at - min(_CONCLUDE_S, SlurmSection.of(plan.config.cluster).signal_lead_seconds / 4)
+    margin_s = min(_CONCLUDE_S, SlurmSection.of(plan.config.cluster).signal_lead_seconds / 4)
+    return time.monotonic() + record.ends_at - margin_s - time.time()

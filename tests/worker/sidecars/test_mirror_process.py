@@ -57,7 +57,7 @@ def record(run: RunDir) -> dict[str, Any]:
 
 
 def end(process: ForkedProcess, in_s: float = 60) -> int:
-    process.communicate(f"{time.time() + in_s}\n".encode(), timeout=60)
+    process.communicate(f"{time.monotonic() + in_s}\n".encode(), timeout=60)
     return process.returncode
 
 
@@ -182,7 +182,7 @@ def test_without_a_stop_request_the_upload_has_no_deadline(
         wait_for("the others", lambda: len(list(folder.glob("rank-*"))) == 3)
         if late_wish == "the time is over":
             # Leave time for the first report of what is pending and for the final report.
-            stopper.kill_at = time.time() + 4 + mirror_process._REPORT_S
+            stopper.kill_at = time.monotonic() + 4 + mirror_process._REPORT_S
         waiting = threading.Thread(target=stopper.finish, args=(MirrorProcess(process),))
         waiting.start()
         wait_for("the reason", lambda: said(run, "mirror"))
@@ -212,7 +212,7 @@ def test_a_stopped_run_waits_for_the_mirror_within_its_grace_period(tmp_path: Pa
 
     class Mirror:
         def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-            told.append(until - time.time())
+            told.append(until - time.monotonic())
 
     stopper.finish(Mirror())  # type: ignore[arg-type]
     assert 0 < told[0] <= 1

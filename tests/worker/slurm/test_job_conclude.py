@@ -323,23 +323,31 @@ def test_a_full_disk_does_not_prevent_the_requeue(
 
 
 @pytest.mark.parametrize(
-    ("said", "restart", "ends_in_s", "state"),
+    ("said", "ended_s", "restart", "ends_in_s", "state"),
     [
-        ({"state": "CANCELLED"}, 0, 3600, "CANCELLED"),
-        ({"state": "COMPLETING", "ends": "1000"}, 0, 3600, "CANCELLED"),
-        ({"state": "RUNNING", "ends": "1000", "restarts": 1}, 1, None, "CANCELLED"),
-        ({"state": "COMPLETING", "ends": "1000", "restarts": 1}, 0, 3600, "PENDING"),
-        ({"state": "COMPLETING", "ends": "1000"}, 0, 30, ""),
-        ({"state": "COMPLETING", "ends": "1000", "preempted": "990"}, 0, 3600, ""),
-        ({"state": "COMPLETING", "ends": "1000", "reason": "NodeDown"}, 0, 3600, ""),
-        ({"state": "RUNNING", "ends": "9999999999"}, 0, 3600, ""),
+        ({"state": "CANCELLED"}, 0, 0, 3600, "CANCELLED"),
+        ({"state": "COMPLETING"}, 5, 0, 3600, "CANCELLED"),
+        ({"state": "COMPLETING"}, 5, 0, 65, "CANCELLED"),
+        ({"state": "RUNNING", "restarts": 1}, 5, 1, None, "CANCELLED"),
+        # The controller's clock is ahead of this node's.
+        ({"state": "COMPLETING"}, -120, 0, 3600, "CANCELLED"),
+        ({"state": "RUNNING", "restarts": 1}, -120, 1, None, "CANCELLED"),
+        ({"state": "COMPLETING", "restarts": 1}, 5, 0, 3600, "PENDING"),
+        ({"state": "COMPLETING"}, 5, 0, 30, ""),
+        ({"state": "COMPLETING", "preempted": "990"}, 5, 0, 3600, ""),
+        ({"state": "COMPLETING", "reason": "NodeDown"}, 5, 0, 3600, ""),
+        ({"state": "RUNNING"}, -3600, 0, 3600, ""),
+        # An administrator has shortened the time limit.
+        ({"state": "RUNNING"}, -1800, 0, 3600, ""),
     ],
 )
 def test_the_job_state_is_known_without_json_output(
-    fake_slurm: FakeSlurm, said: dict[str, Any], restart: int, ends_in_s: float | None, state: str
+    fake_slurm: FakeSlurm, said: dict[str, Any], ended_s: float, restart: int, ends_in_s: float | None, state: str
 ) -> None:
+    """The job's end is `ended_s` seconds ago on the controller's clock."""
+    ends = str(int(time.time() - ended_s))
     fake_slurm.refuse("scontrol", "show", "job", "41", "--json", said=slurm_said.NO_JSON)
-    fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(**said))
+    fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(ends=ends, **said))
     ends_at = None if ends_in_s is None else time.time() + ends_in_s
     assert queue.state_beneath("41", restart, ends_at) == state
 
