@@ -36,8 +36,8 @@ KINDS: Mapping[str, str] = {
     "extensions": "C++ extensions of DeepSpeed that runs compile, which other programs with DeepSpeed share",
 }
 _CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks", "completion")
-# A command that found an entry may not have started its run yet.
-_JUST_USED_S = 600.0
+# A command that found an entry may not have started its run yet. The clock of the storage may differ by minutes.
+_JUST_USED_S = 1800.0
 # A build takes less time than this; anything older was left by a killed process.
 _LONGEST_BUILD_S = 24 * 3600.0
 # Extensions that DeepSpeed compiles for runs: collectives between CPU ranks, offloaded optimizers, NVMe. Everything else in
