@@ -22,8 +22,8 @@ from launcher.worker.checks import node_check
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import job_output
 
-# Slurm sends its signal up to a minute before the lead begins. The clocks of the controller and of the storage may differ by up to
-# five minutes, which MUNGE tolerates.
+# Slurm sends its signal up to a minute before the lead begins. The clocks of the controller and of the storage may differ by
+# five minutes, as MUNGE tolerates.
 _SIGNAL_SPREAD_S = 90.0 + 300.0
 _FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
 # Errors that an agent raises before it starts its ranks because its node lacks something.
