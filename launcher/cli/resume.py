@@ -94,28 +94,38 @@ def _changed_remarks(plan: LaunchPlan, former: LaunchPlan) -> list[str]:
 
 
 def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -> None:
-    """Reject a checkpoint at or after the last step, unless that step's export is missing.
+    """Reject a checkpoint at or after the last step, unless the run has ended there without its export.
 
     Raises:
         SubmitError: with what to do instead.
     """
     max_steps = plan.batch.max_steps
+    export = launcher_command("export", formatting.short(run.root), "--step", str(checkpoint.step))
     if max_steps is not None and checkpoint.step > max_steps:
+        key = "train.epochs" if plan.config.train.max_steps is None else "train.max_steps"
         raise SubmitError(
-            f"the checkpoint is of step {checkpoint.step}, beyond train.max_steps",
-            where="train.max_steps",
-            value=str(max_steps),
-            remedy="raise it, go back with --step, or export this step with: "
-            f"{launcher_command('export', formatting.short(run.root), '--step', str(checkpoint.step))}",
+            f"the checkpoint is of step {checkpoint.step}, and {key} ends the run at step {max_steps}",
+            where=key,
+            value=str(plan.config.train.epochs if key == "train.epochs" else max_steps),
+            remedy=f"raise it, go back with --step, or export this step with: {export}",
+        )
+    if checkpoint.step == max_steps and (store.newest_step(run.checkpoints) or 0) > checkpoint.step:
+        raise SubmitError(
+            f"no step is left to train: the run would end at step {max_steps}, where it would begin",
+            where="--step",
+            value=str(checkpoint.step),
+            remedy=f"raise train.max_steps, or export this step with: {export}",
         )
     exported = read_export(run)
-    if checkpoint.step == max_steps and exported is not None and exported.step == checkpoint.step:
+    is_completed = run_store.read_status(run).state == "completed"
+    has_result = exported.step == checkpoint.step if exported is not None else is_completed and not plan.config.export.enabled
+    if checkpoint.step == max_steps and has_result:
         raise SubmitError(
             f"the run is complete: step {checkpoint.step} of {max_steps}",
             where=str(run.root),
             remedy=f"train further with: {resume_command(run)} train.max_steps=...",
         )
-    if exported is not None and run_store.read_status(run).state == "completed" and _ended_early(checkpoint, plan):
+    if exported is not None and is_completed and _ended_early(checkpoint, plan):
         raise SubmitError(
             f"the run is complete: it ended at step {checkpoint.step} because of eval.stop_after",
             where=str(run.root),

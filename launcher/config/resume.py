@@ -185,7 +185,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
                 if key == "data.path":
                     _follow_data_path(values["data"], value)
                 values[section][name] = value
-            if key in ("train.max_steps", "train.epochs"):
+            if key in ("train.max_steps", "train.epochs") and value is not None:
                 values["train"]["epochs" if key == "train.max_steps" else "max_steps"] = None
     origins = Origins(overrides=tuple(overrides), choices={}, folders=())
     if any(override.lstrip("+").startswith("deepspeed.") for override in overrides):
@@ -204,6 +204,9 @@ def _group_problem(group: str, option: str, run_name: str) -> Problem:
     if group == "model":
         message = "the model of a run cannot change, because its checkpoints hold the parameters of this model"
         remedy = f"leave it out, or start another run with these weights: {launcher_command(f'model.path=run:{run_name}')} ..."
+    elif group == "cluster":
+        message = "the backend of a run cannot change, because its records belong to one backend"
+        remedy = "write each setting of the cluster that changes, such as cluster.nodes=..."
     else:
         examples = [
             key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from launcher.config.resume import differing
 from launcher.config.schema import OptimSection
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -37,7 +38,7 @@ def describe_changed_rate(saved: LaunchPlan, following: LaunchPlan, step: int) -
     Returns:
         None if the rate of the next step is the same under both plans, or if the number of steps is not known.
     """
-    if step == 0 or saved.batch.max_steps is None or following.batch.max_steps is None:
+    if step == 0 or saved.batch.max_steps is None or following.batch.max_steps is None or step >= following.batch.max_steps:
         return None
     planned = compute_learning_rate(saved.config.optim, step, saved.batch.max_steps)
     rate = compute_learning_rate(following.config.optim, step, following.batch.max_steps)
@@ -45,6 +46,10 @@ def describe_changed_rate(saved: LaunchPlan, following: LaunchPlan, step: int) -
         return None
     last = compute_learning_rate(saved.config.optim, max(0, step - 1), saved.batch.max_steps)
     change = f"the learning rate is {rate:.3g} in step {step + 1:,}, after {last:.3g} in step {step:,}"
-    if saved.config.optim != following.config.optim:
-        return f"{change}, because of the changed settings"
-    return f"{change}, because its schedule now ends at step {following.batch.max_steps:,} instead of {saved.batch.max_steps:,}"
+    if changed := differing(saved.config.optim.model_dump(), following.config.optim.model_dump(), "optim"):
+        settings = ", ".join(f"{one.key}={one.requested} ({one.saved} in the checkpoint)" for one in changed)
+        return f"{change}, because of {settings}"
+    change += f", because its schedule now ends at step {following.batch.max_steps:,} instead of {saved.batch.max_steps:,}"
+    if following.config.optim.schedule == "wsd":
+        change += "; the rate does not rise if you go back with --step to a checkpoint before the decay"
+    return change

@@ -85,7 +85,11 @@ def test_a_changed_batch_size_is_noted_with_the_skipped_or_repeated_rows(run: Ru
     grouped = again.model_copy(update={"config": again.config.model_copy(update={"data": data})})
     assert ("changes the order" in (describe_moved_rows(saved, grouped, 10) or "")) is (change is not None)
     other = again.model_copy(update={"data": DATA.model_copy(update={"num_rows": 5})})
-    assert describe_moved_rows(saved, other, 10) is None, "of other data, other rows"
+    assert describe_moved_rows(saved, other, 10) is None, "an epoch begins, so all rows are trained"
+    other = again.model_copy(update={"data": DATA.model_copy(update={"num_rows": 7})})
+    assert "the data differ, so the rows have another order: step 11 begins at row " in (
+        describe_moved_rows(saved, other, 10) or ""
+    )
 
 
 def test_what_the_changed_settings_make_worse_is_noted(run: RunDir) -> None:

@@ -108,7 +108,18 @@ def test_differences_to_the_plan_are_shown_and_refused(launch_here: Launch, run:
 
 def test_a_last_step_before_the_current_step_is_refused(launch_here: Launch, run: Path) -> None:
     (run / "export").mkdir(exist_ok=True)
-    assert "the checkpoint is of step 2, beyond train.max_steps" in refused(launch_here, run, "train.max_steps=1")
+    assert "the checkpoint is of step 2, and train.max_steps ends the run at step 1" in refused(
+        launch_here, run, "train.max_steps=1"
+    )
+    text = refused(launch_here, run, "train.max_steps=null", "train.epochs=0.01")
+    assert "the checkpoint is of step 2, and train.epochs ends the run at step 1" in text
+
+
+def test_a_resume_that_would_train_nothing_is_refused(launch_here: Launch, run: Path) -> None:
+    """It would replace the result of the run by that of an earlier step."""
+    assert "the run is complete: step 2 of 2" in refused(launch_here, run)
+    text = refused(launch_here, run, "--step", "1", "train.max_steps=1")
+    assert "no step is left to train: the run would end at step 1, where it would begin" in text
 
 
 def test_changes_that_cannot_work_are_refused_even_with_force(launch_here: Launch, run: Path) -> None:
@@ -202,6 +213,7 @@ def test_force_trains_on_changed_data_in_another_dtype_and_records_it(
     more = ("train.max_steps=3", "checkpoint.keep_last=9")
     text = refused(launch_here, run, f"data.path={other}", *more)
     assert "data.sources[0].path" in text
+    assert "or start another run with these weights" in text
     dtype = plan(run)["config"]["model"]["dtype"]
     other_dtype = "fp32" if dtype == "bf16" else "bf16"
     changes = (f"data.path={other}", "optim.weight_decay=0.1", f"model.dtype={other_dtype}")
@@ -225,3 +237,29 @@ def test_force_trains_on_changed_data_in_another_dtype_and_records_it(
     back = launch_here("resume", str(run), "--step", "2")
     assert back.returncode == 2
     assert "data.path" in back.stderr
+
+
+def test_what_force_accepted_needs_no_force_before_the_next_checkpoint(launch_here: Launch, run: Path) -> None:
+    """The attempt that --force started may fail before it saves: resume continues it as it was started."""
+    forced = LaunchPlan.load(run / "plan.json")
+    section = forced.config.run.model_copy(update={"seed": 7})
+    provenance = forced.provenance.model_copy(update={"overrides": (*forced.provenance.overrides, "run.seed=7")})
+    config = forced.config.model_copy(update={"run": section})
+    (run / "attempts/002").mkdir()
+    forced = forced.model_copy(update={"config": config, "provenance": provenance})
+    (run / "attempts/002/plan.json").write_text(forced.to_json())
+    text = refused(launch_here, run, "train.max_steps=3", "data.max_length=32", attempts=2)
+    assert "data.max_length" in text
+    assert "run.seed" not in text
+    assert "run.seed" in refused(launch_here, run, "--step", "1", "train.max_steps=3", attempts=2)
+
+
+def test_settings_without_effect_on_the_rows_do_not_build_them_again(launch_here: Launch, run: Path, trained: Path) -> None:
+    source = trained.parent.parent / "rows.jsonl"
+    before = source.read_bytes()
+    source.unlink()
+    try:
+        text = refused(launch_here, run, "data.workers=1", "train.max_steps=1")
+    finally:
+        source.write_bytes(before)
+    assert "and train.max_steps ends the run at step 1" in text

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import facts, model_source, run_store
+from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.cli import formatting
 from launcher.cli.starting import eval_set_caches
@@ -60,15 +61,17 @@ def plan_again(
         *differences(saved_plan.config, config),
         *_data_differences(saved_plan.data, plan.data),
     ]
-    require_same(changes, accepts, run.root, where)
-    model = _restore_model(plan, config)
+    is_newest = checkpoint is not None and checkpoint.step == store.newest_step(run.checkpoints)
+    known = _accepted_before(saved_plan, plan) if is_newest else []
     asks_for_data = any(override.lstrip("+").startswith(_SOURCE_KEYS) for override in overrides)
+    remedy = _NEW_ROWS.format(command=resume_command(run)) if asks_for_data else ""
+    require_same([one for one in changes if one not in known], accepts, run.root, where, remedy)
+    model = _restore_model(plan, config)
     data = _restore_data(plan, config, model, asks_for_data)
     # Source files may have changed, so a rebuilt cache may contain different rows.
     data_changes = _data_differences(saved_plan.data, data)
     changes = [*differences(saved_plan.config, config), *data_changes]
-    remedy = _NEW_ROWS.format(command=resume_command(run)) if asks_for_data and changes == data_changes else ""
-    require_same(changes, accepts, run.root, where, remedy)
+    require_same([one for one in changes if one not in known], accepts, run.root, where, remedy)
     if changes:
         print(
             f"continuing with differences from the {'plan' if checkpoint is None else 'checkpoint'}:\n{table(changes)}",
@@ -94,13 +97,32 @@ def plan_again(
     return next_plan
 
 
-def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int) -> str | None:
-    """Describe which rows a changed batch size skips or repeats; None if the rows continue without a gap.
+def _accepted_before(saved_plan: LaunchPlan, plan: LaunchPlan) -> list[Difference]:
+    """Return the differences from the checkpoint that --force accepted for an attempt that has not saved since."""
+    accepted = plan.provenance.overrides[len(saved_plan.provenance.overrides) :]
+    keys = tuple(override.lstrip("+").partition("=")[0] for override in accepted)
+    changes = [*differences(saved_plan.config, plan.config), *_data_differences(saved_plan.data, plan.data)]
+    asked_for_data = any(override.lstrip("+").startswith(_SOURCE_KEYS) for override in accepted)
+    return [one for one in changes if one.key.startswith((*keys, *(("plan.data", "data.") if asked_for_data else ())))]
 
-    A step's rows depend only on its number and the global batch size.
+
+def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int) -> str | None:
+    """Describe which rows a changed batch size or other data skip or repeat; None if the rows continue without a gap.
+
+    A step's rows depend only on its number, the global batch size and the data.
     """
     num_trained, next_row = (step * plan.batch.global_batch_size for plan in (saved_plan, next_plan))
-    if num_trained == next_row or _data_differences(saved_plan.data, next_plan.data):
+    if next_plan.data is not None and _data_differences(saved_plan.data, next_plan.data):
+        begins = next_row % max(1, next_plan.data.num_rows)
+        if begins == 0:
+            return None
+        with_all = launcher_command(f"model.path=run:{next_plan.run_name}", "data.path=...")
+        return (
+            f"the data differ, so the rows have another order: step {step + 1} begins at row {begins:,} of "
+            f"{next_plan.data.num_rows:,}, and this epoch trains on no row before it; to train on all rows, start another run "
+            f"with these weights: {with_all}"
+        )
+    if num_trained == next_row:
         return None
     data = next_plan.config.data
     if data.group_by_length and not data.packing:
@@ -108,6 +130,8 @@ def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int
     change = f"{format_count(next_row - num_trained, 'row')} skipped"
     if next_row < num_trained:
         change = f"{format_count(num_trained - next_row, 'row')} repeated"
+    if next_plan.config.train.max_steps is None and saved_plan.batch.max_steps != next_plan.batch.max_steps:
+        change += f"; train.epochs now ends the run at step {next_plan.batch.max_steps} instead of {saved_plan.batch.max_steps}"
     return f"step {step} starts at row {next_row:,} of the order after {format_count(num_trained, 'trained row')}: {change}"
 
 
@@ -175,7 +199,7 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
         DataError: if the sources are gone too.
     """
     recorded = plan.data
-    if recorded is not None and config.data == plan.config.data:
+    if recorded is not None and _is_same_data(config, plan.config):
         if cache_store.read(Path(recorded.cache_dir), config.data.cache_group) != recorded:
             print("the data cache differs from the one in the plan; building it again from the sources", flush=True)
         elif changed := _changed_sources(recorded, config):
@@ -190,6 +214,12 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
     if built is None:
         raise DataError(Problem("the data cache is missing or damaged right after it was built", "data", remedy="try again"))
     return built
+
+
+def _is_same_data(one: RunConfig, other: RunConfig) -> bool:
+    """Return whether the settings describe the same rows; the number of workers and the group of the cache do not matter."""
+    free = {"workers", "cache_group"}
+    return one.data.model_dump(exclude=free) == other.data.model_dump(exclude=free)
 
 
 def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> dict[str, DataFacts]:
@@ -210,7 +240,7 @@ def _is_recorded(eval_set: EvalSet, plan: LaunchPlan, config: RunConfig) -> bool
     """Return whether the plan has this set's cache, built with the same settings, and the cache exists."""
     recorded = plan.eval_sets.get(eval_set.name)
     before = next((one for one in plan.config.eval.all_sets if one.name == eval_set.name), None)
-    if recorded is None or before is None or config.data != plan.config.data or before.rows != eval_set.rows:
+    if recorded is None or before is None or not _is_same_data(config, plan.config) or before.rows != eval_set.rows:
         return False
     return cache_store.read(Path(recorded.cache_dir), config.data.cache_group) == recorded
 
