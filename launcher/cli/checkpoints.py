@@ -17,6 +17,7 @@ from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, find_leftovers, has_unfinished_saves, remove
 from launcher.checkpoint.manifest import HELD_OUT, MANIFEST, Checkpoint, describe_loss
 from launcher.checkpoint.retention import Retention, retention_reasons
+from launcher.checkpoint.run_retention import retention_of
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.liveness import require_ended
@@ -69,7 +70,7 @@ def run(verb: str, tokens: list[str]) -> int:
         _require_ended(run_dir, plan)
         verified = _verify_all(run_dir) if arguments.verify else _verify_until_intact(run_dir)
         with _plain_storage_errors(run_dir):
-            removed = _prune(run_dir, Retention.of(plan.config.checkpoint), verified)
+            removed = _prune(run_dir, retention_of(run_dir, plan), verified)
     return _show(run_dir, plan, verified, removed, arguments.json)
 
 
@@ -215,7 +216,7 @@ def _describe(error: CheckpointError) -> tuple[str, ...]:
 def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[Leftover], as_json: bool) -> int:
     """Print the table, or JSON; returns 1 if a checkpoint is or was damaged, even if --prune has removed it."""
     with _plain_storage_errors(run):
-        rows = _rows(run, Retention.of(plan.config.checkpoint), verified)
+        rows = _rows(run, retention_of(run, plan), verified)
         left = find_leftovers(run.checkpoints, _saving_attempt(run, plan))
     has_damage = any(verified.values()) or (bool(verified) and any(row.state in ("damaged", "cannot be read") for row in rows))
     num_freed_bytes = sum(leftover.bytes for leftover in removed)

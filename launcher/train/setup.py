@@ -11,6 +11,7 @@ import torch
 
 from launcher import run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.run_retention import retention_of
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.cache.split import Split
@@ -144,7 +145,8 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
 
 def _build_saver(run: RunContext, engine: Any, model: CausalLMLoss, fence: Callable[[], None]) -> Saver:
     plan, folder = run.plan, run.run_dir.checkpoints
-    retention = store.Retention.of(plan.config.checkpoint)
+    # Rank 0 prunes.
+    retention = retention_of(run.run_dir, plan) if run.rank_info.is_main else store.Retention.of(plan.config.checkpoint)
     return Saver(
         engine,
         model.parameters_by_name(),

@@ -5,11 +5,17 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import hand_made
+import plan_fixtures
 import pytest
 
-from launcher.checkpoint.manifest import HELD_OUT, Checkpoint, Manifest
+from launcher import run_store
+from launcher.checkpoint.manifest import HELD_OUT, Checkpoint, LaterEvaluation, Manifest
 from launcher.checkpoint.retention import Retention, retention_reasons, select_outdated
+from launcher.checkpoint.run_retention import retention_of
 from launcher.config.sections import evaluation
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.run_records import Attempt
 
 
 def checkpoints(losses: dict[int, float | None]) -> list[Checkpoint]:
@@ -111,3 +117,27 @@ def test_a_manifest_names_its_set_unless_that_is_the_held_out_rows() -> None:
     assert Manifest.from_json(checkpoint.manifest.to_json().encode()).eval_set == HELD_OUT == evaluation.HELD_OUT
     other = replace(checkpoint.manifest, eval_set="general")
     assert Manifest.from_json(other.to_json().encode()) == other
+
+
+def test_losses_on_other_rows_are_not_compared() -> None:
+    made = checkpoints({10: 1.0, 20: 4.0, 30: 3.0, 40: 5.0})
+    before = replace(made[0], manifest=replace(made[0].manifest, plan_digest="earlier"))
+    rules = Retention(keep_last=1, keep_best=1, other_rows=frozenset({"earlier"}))
+    assert retention_reasons([before, *made[1:]], rules) == {10: (), 20: (), 30: ("best",), 40: ("newest",)}
+    # Its loss on today's rows was computed after a resume.
+    evaluated = replace(before, later_evaluation=LaterEvaluation(HELD_OUT, 2.0))
+    assert retention_reasons([evaluated, *made[1:]], rules)[10] == ("best",)
+
+
+def test_the_plans_of_a_run_say_which_losses_are_on_other_rows(tmp_path: Path) -> None:
+    def plan_with(digest: str, **settings: object) -> LaunchPlan:
+        values = {**hand_made.SETTINGS, "checkpoint": {"keep_best": 1, **settings}}
+        return hand_made.plan(tmp_path / "a", values, data=plan_fixtures.DATA.model_copy(update={"digest": digest}))
+
+    first, same, other = plan_with("1"), plan_with("1", keep_last=3), plan_with("2")
+    run = run_store.create(first)
+    for plan in (same, other):
+        run_store.write_plan(run, run_store.create_attempt(run, Attempt(resume_step=4)), plan)
+    assert retention_of(run, first).other_rows == {other.digest()}
+    assert retention_of(run, other).other_rows == {first.digest(), same.digest()}
+    assert retention_of(run, plan_with("2", keep_best=0)).other_rows == frozenset()

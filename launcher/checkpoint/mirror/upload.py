@@ -42,7 +42,8 @@ from launcher.checkpoint.mirror.layout import (
 )
 from launcher.checkpoint.mirror.mirrored_files import CODE, build_code_archive, list_model_files, list_run_files, report_unsent
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, convert_storage_errors, require_writable
-from launcher.checkpoint.retention import Retention, select_outdated
+from launcher.checkpoint.retention import select_outdated
+from launcher.checkpoint.run_retention import retention_of
 from launcher.errors import CheckpointError, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -204,7 +205,7 @@ class Mirror:
             for step, manifest in self._complete.items()
             if step <= newest and step not in abandoned
         ]
-        dropped = {c.step for c in select_outdated(going_on, Retention.of(self._plan.config.checkpoint))}
+        dropped = {c.step for c in select_outdated(going_on, retention_of(self._run, self._plan))}
         needed = here | ({c.step for c in going_on} - dropped)
         removed = []
         for name in self._remote.names(CHECKPOINTS):

@@ -20,7 +20,7 @@ class RunEvaluations:
         """`run_dir` is None on all ranks except the one that logs."""
         self._plan, self._evaluator, self._tracker = plan, evaluator, tracker
         self._newest: Evaluation | None = None
-        self._forgetting = ForgettingCheck(run_dir, plan.config.eval)
+        self._forgetting = ForgettingCheck(run_dir, plan)
         best_set = plan.config.checkpoint.best_set
         self.early_stopping = EarlyStopping(plan.config.eval.stop_after, best_set, plan.eval_rows_digest(best_set))
         self.is_missing = False
