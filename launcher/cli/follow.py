@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.cli.formatting import short, wrap
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.clusters.backends import Cluster, StatusReader
@@ -228,14 +229,17 @@ def _result_lines(run: RunDir) -> list[str]:
     if page := wandb_words(wandb_page(run, read_events(run.events))):
         lines.append(f"W&B run      {page}")
     if run.export.is_dir():
-        lines.append(_export_line(run, checkpoints[-1].step if checkpoints else None))
+        lines.append(_export_line(run, checkpoints[-1] if checkpoints else None))
+    status = run_store.read_status(run)
+    # With fewer steps than planned, a run is complete because of eval.stop_after.
+    ended_early = status.max_steps is not None and status.step < status.max_steps
     return [
         *wrap(lines, _LABEL_WIDTH),
         "",
         "next:",
         f"  {launcher_command('status', name)}",
         *([f"  {launcher_command('evaluate', name)}"] if has_held_out(run) else []),
-        f"  {launcher_command('resume', name, 'train.max_steps=...')}",
+        f"  {launcher_command('resume', name, 'eval.stop_after=0' if ended_early else 'train.max_steps=...')}",
         *(["  python -m launcher init --data YOUR.jsonl --model qwen3_8b"] if is_demonstration(run) else []),
     ]
 
@@ -254,14 +258,17 @@ def is_demonstration(run: RunDir) -> bool:
     return all(source.path == STDLIB_DOCS for source in run_store.load_plan(run).config.data.sources)
 
 
-def _export_line(run: RunDir, newest_step: int | None) -> str:
-    """Name the export; if its step differs from the newest checkpoint's, add the step and age."""
+def _export_line(run: RunDir, newest: Checkpoint | None) -> str:
+    """Name the export, with its step if that differs from the newest checkpoint's; name an export that is older than that."""
     record = run_records.read_export(run)
-    if record is None or record.step == newest_step:
+    if record is None or newest is None or record.step == newest.step:
         return f"exported to  {short(run.export)}"
-    age = format_duration(max(0.0, time.time() - run_records.export_file(run).stat().st_mtime))
+    exported_at = run_records.export_file(run).stat().st_mtime
+    if exported_at >= (newest.path / MANIFEST).stat().st_mtime:
+        return f"exported to  {short(run.export)}, which holds step {record.step}"
+    age = format_duration(max(0.0, time.time() - exported_at))
     command = launcher_command("export", short(run.root))
-    return f"old export   {short(run.export)} is of step {record.step} and {age} old; export step {newest_step} with: {command}"
+    return f"old export   {short(run.export)} is of step {record.step} and {age} old; export step {newest.step} with: {command}"
 
 
 def _print_failure(run: RunDir, attempt: int, status: Status) -> None:

@@ -104,7 +104,8 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher logs RUN [-f] [--rank N]  the output of a rank
   python -m launcher cancel RUN                save and stop; a second cancel kills the run
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint; RUN may be an address in a mirror;
-                                               --force accepts data and settings that differ from the checkpoint's
+                                               --force accepts data and settings that differ from the checkpoint's,
+                                               --yes a cost above run.confirm_usd
   python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR] [--replace]
                                                write the Hugging Face folder of a checkpoint
   python -m launcher evaluate RUN [--step N] [--min-gain METRIC:BASELINE:GAIN] [overrides]

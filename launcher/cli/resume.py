@@ -13,7 +13,7 @@ from launcher.cli import formatting
 from launcher.cli.accounts import wandb_check
 from launcher.cli.checkpoints import verify
 from launcher.cli.cleanup import run_folders
-from launcher.cli.launch import require_idle
+from launcher.cli.launch import may_start, require_idle
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.starting.resumed_plan import plan_again, resume_command
 from launcher.cli.views.plan_view import remarks
@@ -38,8 +38,11 @@ def resume_run(
     interrupts: Interrupts,
     force: bool = False,
     automatic: bool = False,
+    accepts_cost: bool = False,
 ) -> int:
     """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest one; returns its number.
+
+    Before a run gets more steps than it had, run.confirm_usd applies as at its start, unless `accepts_cost`.
 
     A run that has trained no step, for example because it was cancelled in the queue, begins with its initial weights. An
     `automatic` attempt counts toward the retry budgets with the attempts before it, and starts over if no checkpoint was ever
@@ -67,6 +70,11 @@ def resume_run(
             print(f"note: {note}")
     for line in _changed_remarks(plan, former):
         print(line)
+    if checkpoint is not None and (note := _describe_replaced_export(run, plan, checkpoint.step)):
+        print(f"note: {note}")
+    is_longer = (plan.batch.max_steps or 0) > (former.batch.max_steps or 0)
+    if is_longer and not automatic and not may_start([plan], accepts_cost):
+        raise SubmitError("the run was not continued, as you answered", where=str(run.root), remedy="answer y to continue it")
     # Changes to the run begin here.
     interrupts.defer()
     if checkpoint is not None:
@@ -139,6 +147,15 @@ def _ended_early(checkpoint: Checkpoint, plan: LaunchPlan) -> bool:
         return False
     kept = read_state(checkpoint.path).extra.get("early_stopping") or {}
     return plan.config.eval.stop_after <= int(kept.get("num_without_improvement", 0))
+
+
+def _describe_replaced_export(run: RunDir, plan: LaunchPlan, step: int) -> str | None:
+    """Say that the model of the step from which a run continues will be replaced; None if the run has not exported it."""
+    exported = read_export(run)
+    if exported is None or exported.step != step or not plan.config.export.enabled:
+        return None
+    folder = formatting.short(run.export)
+    return f"{folder} holds step {step} and is replaced when the run ends; to keep this model, copy the folder before then"
 
 
 def _describe_lost_metrics(run: RunDir, plan: LaunchPlan, step: int) -> str | None:

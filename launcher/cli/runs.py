@@ -74,6 +74,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--detach", dest="follow", action="store_false", help="return at once (default on a cluster)")
         force = "continue with data and settings that differ from those of the checkpoint; without --force they are listed"
         parser.add_argument("--force", action="store_true", help=force)
+        cost = "do not ask before the run gets more steps, whatever run.confirm_usd says"
+        parser.add_argument("--yes", action="store_true", help=cost)
         parser.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
     return parser
 
@@ -205,7 +207,16 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     cluster = cluster_for(plan.config.cluster.kind)
     with Interrupts() as interrupts:
         with run_store.start_lock(run):
-            attempt = resume_run(run, plan, cluster, arguments.overrides, arguments.step, interrupts, arguments.force)
+            attempt = resume_run(
+                run,
+                plan,
+                cluster,
+                arguments.overrides,
+                arguments.step,
+                interrupts,
+                arguments.force,
+                accepts_cost=arguments.yes,
+            )
         if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
             return follow(run, attempt, cluster, interrupts)
         print("\n".join(started_lines(run.root, cluster.submission_details(run, attempt))))

@@ -213,7 +213,9 @@ def _lines(values: dict[str, Any]) -> list[str]:
     if values["checkpoints"]:
         rows.append(("checkpoints", _checkpoints(values["checkpoints"])))
     if values["export"] is not None:
-        rows.append(("export", formatting.short(Path(values["export"]))))
+        of_step = values["export_step"]
+        is_newest = of_step is None or of_step in values["checkpoints"][-1:]
+        rows.append(("export", formatting.short(Path(values["export"])) + ("" if is_newest else f" (step {of_step:,})")))
     if page := wandb_words(values["wandb"]):
         rows.append(("W&B", page))
     if values["verdict"] is not None:

@@ -69,9 +69,9 @@ class RunSection(Section):
     confirm_usd: Positive | None = Field(
         None,
         description=(
-            "Cost in US dollars above which `train` asks before it starts. It compares the highest cost that is expected or that "
-            "a limit allows, for all runs of the command together, and also asks if a cost is unknown. Without a terminal, it "
-            "refuses to start unless --yes is given. Unset: `train` never asks."
+            "Cost in US dollars above which `train` asks before it starts, and `resume` before the run gets more steps. They "
+            "compare the highest cost that is expected or that a limit allows, for all runs of the command together, and also "
+            "ask if a cost is unknown. Without a terminal, they refuse to start unless --yes is given. Unset: they never ask."
         ),
     )
 

@@ -161,6 +161,18 @@ def test_an_export_of_an_earlier_step_is_shown_with_step_and_age(run: RunDir, ca
     assert "is of step 5 and 2h00m old; export step 10 with: python -m launcher export " in output
 
 
+def test_the_best_weights_of_a_run_that_ended_early_are_its_result(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    run_store.update_status(run, state="completed", step=10, max_steps=40)
+    write_export(run, 5)
+    assert follow(run, 2, LocalCluster()) == 0
+    output = capsys.readouterr().out
+    assert "export, which holds step 5" in output
+    assert f"resume {short(run.root)} eval.stop_after=0" in output
+    run_store.update_status(run, step=40)
+    assert follow(run, 2, LocalCluster()) == 0
+    assert "train.max_steps=..." in capsys.readouterr().out
+
+
 def test_a_run_that_was_cancelled_before_its_first_step_can_be_resumed(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(run.checkpoints)
     run.metrics.unlink()

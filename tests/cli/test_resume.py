@@ -17,6 +17,7 @@ from launcher.cli.resume import (
     _changed_remarks,
     _choose_checkpoint,
     _describe_lost_metrics,
+    _describe_replaced_export,
     _replace_unusable_code,
     _require_budget,
     _require_steps_left,
@@ -191,3 +192,17 @@ def test_resume_and_export_refuse_a_missing_step_in_the_same_way(
         choose(run, 77)
     assert "choose one of: 5, 10" in str(refused.value)
     assert refused.value.exit_code == EXIT_REFUSED
+
+
+def test_a_result_that_will_be_replaced_is_noted(run: RunDir) -> None:
+    plan = run_store.load_plan(run)
+    assert _describe_replaced_export(run, plan, 10) is None
+    run.export.mkdir()
+    json_records.write(run.export / "export.json", ExportRecord(10, "d", "bf16"))
+    assert _describe_replaced_export(run, plan, 5) is None
+    note = _describe_replaced_export(run, plan, 10)
+    assert note is not None
+    assert "export holds step 10 and is replaced when the run ends" in note
+    without = plan.config.export.model_copy(update={"enabled": False})
+    plan = plan.model_copy(update={"config": plan.config.model_copy(update={"export": without})})
+    assert _describe_replaced_export(run, plan, 10) is None

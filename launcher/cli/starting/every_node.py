@@ -153,7 +153,9 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
         overrides = _for_plan(arguments.overrides, plan, here)
         with run_store.start_lock(run):
             _await_idle(run)
-            return resume_run(run, plan, cluster, overrides, arguments.step, interrupts, arguments.force)
+            return resume_run(
+                run, plan, cluster, overrides, arguments.step, interrupts, arguments.force, accepts_cost=arguments.yes
+            )
 
     return _lead(start, begin, arguments.follow is not False)
 

@@ -15,7 +15,7 @@ from launcher.checkpoint import store
 from launcher.cli.follow import wandb_page
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
+from launcher.run_records import RUNNING_STATES, Status, read_export
 from launcher.run_store import Placement
 from launcher.tracking import goodput, progress
 from launcher.tracking.goodput import Breakdown
@@ -67,6 +67,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "asked_to_stop": status.state in RUNNING_STATES and run.cancel(number).is_file(),
         "checkpoints": checkpoints,
         "export": str(run.export) if run.export.is_dir() else None,
+        "export_step": exported.step if run.export.is_dir() and (exported := read_export(run)) is not None else None,
         "device": placed.device if placed is not None else "cuda",
         "cost": _cost(tail, spent, placed, None if rest is None else rest.usd),
         "goodput": _goodput(spent or goodput.breakdown_from_metrics(tail.last)),
