@@ -65,7 +65,7 @@ def test_the_file_fits_data_model_and_machine_and_plans_as_it_is(typed: Typed) -
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "tiny", "tracking=none")
     assert (code, out.splitlines()[0]) == (0, "wrote chats.yaml"), err
     assert "assumed" not in out
-    for command in ("data chats.yaml --show 3", "plan chats.yaml", "train chats.yaml"):
+    for command in ("data chats.yaml", "plan chats.yaml", "train chats.yaml"):
         assert f"  python -m launcher {command}\n" in out
     text = Path("chats.yaml").read_text()
     assert "# chats.jsonl: 3,000 rows in the messages format." in text

@@ -93,7 +93,7 @@ class HeartbeatWatch:
     def __init__(self, run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> None:
         self._run, self._attempt, self._record, self._lost_node_s = run, attempt, record, lost_node_s
         self._longest_gap_s = 2 * interval_s(lost_node_s)
-        self._contents: dict[int, bytes] = {}
+        self._versions: dict[int, tuple[int, int]] = {}
         self._silent_s: dict[int, float] = {}
         self._looked_at = time.monotonic()
         self._lock = threading.Lock()
@@ -119,11 +119,13 @@ class HeartbeatWatch:
 
     def _count(self, node: int, passed_s: float) -> None:
         try:
-            content = alive_file(self._run, self._attempt, node).read_bytes()
+            status = alive_file(self._run, self._attempt, node).stat()
         except FileNotFoundError:
             return
-        is_changed = content != self._contents.get(node)
-        self._contents[node] = content
+        # Each heartbeat is another file that takes the name; looking at its content would cost the storage more.
+        version = (status.st_ino, status.st_mtime_ns)
+        is_changed = version != self._versions.get(node)
+        self._versions[node] = version
         self._silent_s[node] = 0.0 if is_changed else self._silent_s[node] + passed_s
 
 
