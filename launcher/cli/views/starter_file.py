@@ -85,7 +85,7 @@ def next_lines(
     if plan is not None:
         notes += remarks(plan, disk_note(plan))
     lines = [*wrap(notes, _INDENT), "next:"]
-    commands = [("data", str(out)), ("plan", str(out))]
+    commands: list[tuple[str, ...]] = [("data", str(out)), ("plan", str(out))]
     is_on_every_node = config.cluster.runs_on_every_node and config.cluster.nodes > 1
     if not is_on_every_node:
         commands.append(("train", str(out)))
