@@ -193,8 +193,16 @@ def digest_checkpoint(run: RunDir, step: int) -> str:
 
 
 def is_current(verdict: EvaluationVerdict, run: RunDir, step: int) -> bool:
-    """Return whether a verdict is about its step's current checkpoint: a resume from an earlier step may have replaced that."""
-    return not verdict.checkpoint or digest_checkpoint(run, step) in ("", verdict.checkpoint)
+    """Return whether a verdict is about its step's current checkpoint.
+
+    A resume from an earlier step may have replaced the checkpoint, or set it aside. One that retention removed stays current.
+    """
+    if not verdict.checkpoint:
+        return True
+    digest = digest_checkpoint(run, step)
+    if not digest:
+        return not any(run.checkpoints.glob(f"aside-step-{step:08d}*"))
+    return digest == verdict.checkpoint
 
 
 def read_newest_verdict(run: RunDir) -> SetVerdict | None:

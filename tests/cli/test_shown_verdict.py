@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from made_verdict import made_verdict
 
@@ -29,3 +31,13 @@ def test_the_newest_verdict_and_what_is_still_to_be_answered_are_shown(run: RunD
     assert "answers     the answers of step 30 come from job 77" in out
     (run.root / "evaluations/step-00000030/verdict.json").write_text("{")
     assert summary(run, status)["verdict"] is None, "a damaged one hides nothing else"
+
+
+def test_the_verdict_of_a_step_that_was_set_aside_is_not_shown(run: RunDir) -> None:
+    folder = run.root / "evaluations/step-00000020"
+    folder.mkdir(parents=True)
+    replace(made_verdict(), checkpoint="d" * 32).write(folder)
+    status = run_store.read_status(run)
+    assert summary(run, status)["verdict"]["step"] == 20, "retention has removed its checkpoint"
+    (run.checkpoints / "aside-step-00000020").mkdir()
+    assert summary(run, status)["verdict"] is None
