@@ -22,6 +22,8 @@ _IDENTITY_WAIT_S = 0.5
 _MAX_IDENTITY_BYTES = 1 << 16
 # The kernel counts starts in ticks of 0.01 s; psutil's conversions round to floats.
 _SAME_START_S = 0.5
+# No machine runs for 30 years, and no clock shows a time before 2001.
+_EPOCH_S = 1e9
 
 
 class LockTimeout(Exception):
@@ -50,9 +52,10 @@ def read_start(pid: int) -> float | None:
     import psutil
 
     try:
+        # psutil adds the time of the boot, which follows the clock. Some versions add the one that boot_time has read last.
+        booted_at = psutil.boot_time()
         process = psutil.Process(pid)
-        # psutil adds the time of the boot, which follows the clock.
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time() - psutil.boot_time()
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time() - booted_at
     except psutil.Error:
         return None
 
@@ -87,8 +90,13 @@ class Holder:
         """True if the process is known to have ended; never true for a process on another machine or in another container."""
         if self.space != pid_namespace():
             return False
-        started = read_start(self.pid)
-        return started is None or not is_same_start(started, self.started)
+        started, recorded = read_start(self.pid), self.started
+        if recorded > _EPOCH_S:
+            import psutil
+
+            # Earlier versions recorded the time of day.
+            recorded -= psutil.boot_time()
+        return started is None or not is_same_start(started, recorded)
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))

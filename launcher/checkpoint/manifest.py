@@ -111,10 +111,14 @@ def describe_loss(loss: float | None, eval_set: str) -> str:
 
 @dataclass(frozen=True)
 class LaterEvaluation:
-    """Content of evaluation.json: the loss of a set at the checkpoint's step, if it was computed after the commit."""
+    """Content of evaluation.json: the loss of a set at the checkpoint's step, if it was computed after the commit.
+
+    `eval_rows` is the digest of the set's rows, empty in files of earlier versions.
+    """
 
     eval_set: str
     eval_loss: float
+    eval_rows: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -193,8 +197,10 @@ def parse_later_evaluation(content: bytes) -> LaterEvaluation | None:
         return None
     if not isinstance(values, dict):
         return None
-    eval_set, loss = values.get("eval_set"), _as_float(values.get("eval_loss"))
-    return LaterEvaluation(eval_set, loss) if isinstance(eval_set, str) and isinstance(loss, float) else None
+    eval_set, loss, rows = values.get("eval_set"), _as_float(values.get("eval_loss")), values.get("eval_rows", "")
+    if isinstance(eval_set, str) and isinstance(loss, float) and isinstance(rows, str):
+        return LaterEvaluation(eval_set, loss, rows)
+    return None
 
 
 def record_evaluation(path: Path, evaluation: LaterEvaluation) -> bool:

@@ -18,20 +18,28 @@ if TYPE_CHECKING:
 class Retention:
     """The newest `keep_last`, every step that `keep_every` divides, and the `keep_best` with the lowest loss of `best_set`.
 
-    0 turns a rule off, except that the newest checkpoint is always kept. `other_rows` are the digests of plans in which the set
-    has other rows: losses in the manifests of their checkpoints are not compared.
+    0 turns a rule off, except that the newest checkpoint is always kept. `rows` is the digest of the set's rows, and `other_rows`
+    are the digests of plans in which the set has other rows: losses on those count only where too few are on these rows.
     """
 
     keep_last: int = 1
     keep_every: int = 0
     keep_best: int = 0
     best_set: str = HELD_OUT
+    rows: str = ""
     other_rows: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, checkpoint: CheckpointSection, other_rows: frozenset[str] = frozenset()) -> Retention:
+    def of(cls, checkpoint: CheckpointSection, rows: str = "", other_rows: frozenset[str] = frozenset()) -> Retention:
         """Build the rules from a run's settings."""
-        return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best, checkpoint.best_set, other_rows)
+        return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best, checkpoint.best_set, rows, other_rows)
+
+    def is_on_other_rows(self, checkpoint: Checkpoint) -> bool:
+        """Return whether the loss of a checkpoint is of other rows of `best_set`."""
+        later = checkpoint.later_evaluation
+        if later is not None and later.eval_rows:
+            return later.eval_rows != self.rows
+        return checkpoint.manifest.plan_digest in self.other_rows
 
 
 def retention_reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int, tuple[str, ...]]:
@@ -58,13 +66,9 @@ def select_outdated(checkpoints: Sequence[Checkpoint], retention: Retention) -> 
 
 def _best(checkpoints: Sequence[Checkpoint], retention: Retention) -> set[int]:
     """Return the steps with the lowest losses; of equal losses, the later. Ignores steps at which the set was not evaluated."""
-    of_set = [
-        checkpoint
+    ranked = sorted(
+        (retention.is_on_other_rows(checkpoint), checkpoint.eval_loss, -checkpoint.step)
         for checkpoint in checkpoints
-        if checkpoint.eval_set == retention.best_set
-        # A later evaluation is of today's rows.
-        and (checkpoint.later_evaluation is not None or checkpoint.manifest.plan_digest not in retention.other_rows)
-    ]
-    losses = [(checkpoint.eval_loss, -checkpoint.step) for checkpoint in of_set]
-    evaluated = [(loss, step) for loss, step in losses if loss is not None and math.isfinite(loss)]
-    return {-step for _, step in sorted(evaluated)[: retention.keep_best]}
+        if checkpoint.eval_set == retention.best_set and checkpoint.eval_loss is not None and math.isfinite(checkpoint.eval_loss)
+    )
+    return {-step for _, _, step in ranked[: retention.keep_best]}

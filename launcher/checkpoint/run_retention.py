@@ -9,14 +9,17 @@ from launcher.plan.run_dir import RunDir
 
 
 def retention_of(run: RunDir, plan: LaunchPlan) -> Retention:
-    """Return the rules of a plan of the run. Losses on other rows than the plan's do not count for `keep_best`."""
+    """Return the rules of a plan of the run; `keep_best` prefers losses on the plan's evaluation rows."""
     section = plan.config.checkpoint
-    return Retention.of(section, _plans_with_other_rows(run, plan, section.best_set) if section.keep_best else frozenset())
+    if not section.keep_best:
+        return Retention.of(section)
+    rows = plan.eval_rows_digest(section.best_set)
+    return Retention.of(section, rows, _plans_with_other_rows(run, rows, section.best_set))
 
 
-def _plans_with_other_rows(run: RunDir, plan: LaunchPlan, set_name: str) -> frozenset[str]:
-    """Return the digests of the run's plans in which an evaluation set has other rows than in `plan`."""
-    rows, others = plan.eval_rows_digest(set_name), set()
+def _plans_with_other_rows(run: RunDir, rows: str, set_name: str) -> frozenset[str]:
+    """Return the digests of the run's plans in which an evaluation set has other rows than those with the digest `rows`."""
+    others = set()
     for path in (run.plan, *run_store.changed_plan_paths(run), *run.plans.glob("*.json")):
         try:
             text = json_records.read_bytes(path).decode()

@@ -17,13 +17,13 @@ def require_ended(run: RunDir) -> None:
     Raises:
         SubmitError: with the process that runs it.
     """
-    if not detached_process.is_alive_after_all(run, _say):
+    if not detached_process.is_still_refreshed(run, _say):
         return
     raise SubmitError(
         "the run is still alive, although its last sign of life seems to be minutes old: the clocks of two machines differ",
         where=str(run.root),
         value=formatting.whereabouts(run, run_store.read_status(run), run_store.newest_attempt(run)),
-        remedy="compare `date` on both machines, and set the wrong clock; to stop the run, type cancel on its own machine",
+        remedy="compare `date` on both machines, and correct the wrong clock; to stop the run, type cancel on its own machine",
     )
 
 

@@ -126,7 +126,9 @@ def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -
         )
     exported = read_export(run)
     is_completed = run_store.read_status(run).state == "completed"
-    has_result = exported.step == checkpoint.step if exported is not None else is_completed and not plan.config.export.enabled
+    has_result = is_completed and not plan.config.export.enabled
+    if exported is not None:
+        has_result = is_completed or exported.step == checkpoint.step
     if checkpoint.step == max_steps and has_result:
         raise SubmitError(
             f"the run is complete: step {checkpoint.step} of {max_steps}",
@@ -150,12 +152,14 @@ def _ended_early(checkpoint: Checkpoint, plan: LaunchPlan) -> bool:
 
 
 def _describe_replaced_export(run: RunDir, plan: LaunchPlan, step: int) -> str | None:
-    """Say that the model of the step from which a run continues will be replaced; None if the run has not exported it."""
+    """Say that a run's result will be replaced; None unless it is completed, or has exported the step that it continues from."""
     exported = read_export(run)
-    if exported is None or exported.step != step or not plan.config.export.enabled:
+    if exported is None or not plan.config.export.enabled:
         return None
-    folder = formatting.short(run.export)
-    return f"{folder} holds step {step} and is replaced when the run ends; to keep this model, copy the folder before then"
+    if exported.step != step and run_store.read_status(run).state != "completed":
+        return None
+    holds = f"{formatting.short(run.export)} holds step {exported.step}"
+    return f"{holds} and is replaced when the run ends; to keep this model, copy the folder before then"
 
 
 def _describe_lost_metrics(run: RunDir, plan: LaunchPlan, step: int) -> str | None:

@@ -151,8 +151,8 @@ def is_alive(run: RunDir, status: Status) -> bool:
     return not _has_rebooted(status) and seconds_silent(run) < LIVENESS_TIMEOUT_S
 
 
-def is_alive_after_all(run: RunDir, say: Callable[[str], None]) -> bool:
-    """Return whether a run on another machine that is judged to have ended refreshes its files; watches them for half a minute.
+def is_still_refreshed(run: RunDir, say: Callable[[str], None]) -> bool:
+    """Return whether a run on another machine refreshes its files although it seems to have ended; watches for half a minute.
 
     Backends compare the time of the last refresh with that of a file written now. Some network file systems store the clock of
     the machine that wrote a file, so the times may differ by minutes. Starting or removing a run needs more certainty. `say`
@@ -162,25 +162,26 @@ def is_alive_after_all(run: RunDir, say: Callable[[str], None]) -> bool:
     job = status.job or {}
     if status.state not in RUNNING_STATES or "pid" not in job or is_visible(status) or _has_rebooted(status):
         return False
-    if seconds_silent(run) > _CERTAIN_S:
+    files = (run.status, run.alive, *run.attempt(run_store.newest_attempt(run)).glob("alive-*.json"))
+    if _seconds_unchanged(run, files) > _CERTAIN_S:
         return False
-    say(f"watching for {_WATCH_S:.0f} seconds whether the run still lives on {job.get('host')}")
-    before, until = _heartbeats(run), time.monotonic() + _WATCH_S
+    say(f"checking for {_WATCH_S:.0f} seconds whether the run {run.root.name} is still alive on {job.get('host')}")
+    before, until = _read_all(files), time.monotonic() + _WATCH_S
     while time.monotonic() < until:
         time.sleep(_LOOK_S)
-        if _heartbeats(run) != before:
+        if _read_all(files) != before:
             return True
     return False
 
 
-def _heartbeats(run: RunDir) -> list[bytes]:
-    """Return the content of all files that a run refreshes while it lives."""
-    contents = []
-    attempt = run.attempt(run_store.newest_attempt(run))
-    for file in (run.status, run.alive, *sorted(attempt.glob("alive-*.json"))):
+def _read_all(files: Iterable[Path]) -> dict[Path, bytes]:
+    """Return the content of the files that can be read."""
+    contents = {}
+    for file in files:
         with suppress(OSError):
             atomic_files.refresh_directory(file.parent)
-            contents.append(file.read_bytes())
+        with suppress(OSError):
+            contents[file] = file.read_bytes()
     return contents
 
 

@@ -328,8 +328,9 @@ class LaunchPlan(Record):
 
     def eval_rows_digest(self, name: str) -> str:
         """Return the digest of the rows of an evaluation set, empty if the plan has no set with that name."""
-        facts = self.data if name == HELD_OUT else self.eval_sets.get(name)
-        return "" if facts is None else facts.digest
+        if name == HELD_OUT:
+            return "" if self.data is None else self.data.digest.rpartition("-")[2]
+        return self.eval_sets[name].digest if name in self.eval_sets else ""
 
     def eval_sets_at(self, step: int) -> tuple[str, ...]:
         """Return the names of the sets whose loss is due after `step`; a run that stops there skips them before the last step."""

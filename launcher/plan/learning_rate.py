@@ -10,6 +10,8 @@ from launcher.plan.launch_plan import LaunchPlan
 
 # A smaller relative change is not worth a note.
 _NOTED_CHANGE = 0.01
+# The settings of optim that the learning rate depends on.
+_SETTINGS = ("lr", "warmup_steps", "schedule", "decay_fraction", "min_lr_ratio")
 
 
 def compute_learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
@@ -46,10 +48,14 @@ def describe_changed_rate(saved: LaunchPlan, following: LaunchPlan, step: int) -
         return None
     last = compute_learning_rate(saved.config.optim, max(0, step - 1), saved.batch.max_steps)
     change = f"the learning rate is {rate:.3g} in step {step + 1:,}, after {last:.3g} in step {step:,}"
-    if changed := differing(saved.config.optim.model_dump(), following.config.optim.model_dump(), "optim"):
-        settings = ", ".join(f"{one.key}={one.requested} ({one.saved} in the checkpoint)" for one in changed)
-        return f"{change}, because of {settings}"
-    change += f", because its schedule now ends at step {following.batch.max_steps:,} instead of {saved.batch.max_steps:,}"
-    if following.config.optim.schedule == "wsd":
+    causes = [
+        f"{one.key}={one.requested} ({one.saved} in the checkpoint)"
+        for one in differing(saved.config.optim.model_dump(), following.config.optim.model_dump(), "optim")
+        if one.key.removeprefix("optim.") in _SETTINGS
+    ]
+    if saved.batch.max_steps != following.batch.max_steps:
+        causes.append(f"its schedule now ends at step {following.batch.max_steps:,} instead of {saved.batch.max_steps:,}")
+    change += f": {', and '.join(causes)}"
+    if following.config.optim.schedule == "wsd" and rate > last:
         change += "; the rate does not rise if you go back with --step to a checkpoint before the decay"
     return change

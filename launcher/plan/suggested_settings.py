@@ -99,7 +99,7 @@ def suggest(
 def suggest_held_out(num_documents: int, share: float) -> Suggestion | None:
     """Return a larger share of held-out documents if `share` of the documents is too few for an evaluation, otherwise None."""
     wanted = min(_MAX_HELD_OUT_SHARE, math.ceil(100 * _HELD_OUT_DOCUMENTS / max(1, num_documents)) / 100)
-    if wanted <= share:
+    if wanted <= share or wanted * num_documents < 1:
         return None
     count = format_count(round(wanted * num_documents), "document")
     reason = f"{count} for the held-out loss and for evaluate, which cannot tell from a few answers whether training helped"

@@ -186,8 +186,12 @@ def remove_verdicts(folder: Path) -> None:
 
 def digest_checkpoint(run: RunDir, step: int) -> str:
     """Return a digest of the manifest of a step's checkpoint, which contains its files' digests; empty if there is none."""
+    return _digest_manifest(run.checkpoints / f"step-{step:08d}")
+
+
+def _digest_manifest(checkpoint: Path) -> str:
     try:
-        return atomic_files.digest_file(run.checkpoints / f"step-{step:08d}" / "manifest.json").xxh3_128
+        return atomic_files.digest_file(checkpoint / "manifest.json").xxh3_128
     except OSError:
         return ""
 
@@ -200,9 +204,9 @@ def is_current(verdict: EvaluationVerdict, run: RunDir, step: int) -> bool:
     if not verdict.checkpoint:
         return True
     digest = digest_checkpoint(run, step)
-    if not digest:
-        return not any(run.checkpoints.glob(f"aside-step-{step:08d}*"))
-    return digest == verdict.checkpoint
+    if digest:
+        return digest == verdict.checkpoint
+    return all(_digest_manifest(folder) != verdict.checkpoint for folder in run.checkpoints.glob(f"aside-step-{step:08d}*"))
 
 
 def read_newest_verdict(run: RunDir) -> SetVerdict | None:

@@ -27,11 +27,17 @@ class Checkpointer:
     """
 
     def __init__(
-        self, saver: Saver, tracker: Composite, is_main: bool, beat: Callable[[str, int], None], eval_set: str = HELD_OUT
+        self,
+        saver: Saver,
+        tracker: Composite,
+        is_main: bool,
+        beat: Callable[[str, int], None],
+        eval_set: str = HELD_OUT,
+        eval_rows: str = "",
     ) -> None:
-        """`eval_set` names the evaluation set whose losses are passed to `save`."""
+        """`eval_set` names the evaluation set whose losses are passed to `save`, `eval_rows` is the digest of its rows."""
         self._saver, self._tracker, self._is_main, self._beat = saver, tracker, is_main, beat
-        self._eval_set = eval_set
+        self._eval_set, self._eval_rows = eval_set, eval_rows
         self._is_unreported, self._saving_step, self._is_run_complete = False, 0, False
         self._eval_loss: float | None = None
         self.stall_s = 0.0
@@ -93,7 +99,7 @@ class Checkpointer:
         if not self._is_main or step is None:
             return
         try:
-            is_recorded = record_evaluation(path, LaterEvaluation(self._eval_set, loss))
+            is_recorded = record_evaluation(path, LaterEvaluation(self._eval_set, loss, self._eval_rows))
         except (OSError, CheckpointError) as error:
             self._tracker.event("alert", f"the loss of a checkpoint could not be recorded: {error}", step)
             return

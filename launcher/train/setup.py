@@ -127,13 +127,14 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     monitor = Monitor(monitored, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
     objective = OBJECTIVES["supervised"]
     scorer = Scorer(engine, model, objective, rank_info, device)
+    best_set = plan.config.checkpoint.best_set
     return Components(
         engine=engine,
         model=model,
         objective=objective,
         batches=batches,
         evaluator=Evaluator(scorer, eval_rows, monitor.beat),
-        checkpointer=Checkpointer(saver, tracker, rank_info.is_main, monitor.beat, plan.config.checkpoint.best_set),
+        checkpointer=Checkpointer(saver, tracker, rank_info.is_main, monitor.beat, best_set, plan.eval_rows_digest(best_set)),
         meter=Meter(plan, max_steps, rank_info.attempt, start.num_restarts, peak),
         timer=StepTimer(device),
         monitor=monitor,

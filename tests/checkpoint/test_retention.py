@@ -119,14 +119,23 @@ def test_a_manifest_names_its_set_unless_that_is_the_held_out_rows() -> None:
     assert Manifest.from_json(other.to_json().encode()) == other
 
 
-def test_losses_on_other_rows_are_not_compared() -> None:
+def test_losses_on_other_rows_count_only_where_too_few_are_on_these_rows() -> None:
     made = checkpoints({10: 1.0, 20: 4.0, 30: 3.0, 40: 5.0})
     before = replace(made[0], manifest=replace(made[0].manifest, plan_digest="earlier"))
-    rules = Retention(keep_last=1, keep_best=1, other_rows=frozenset({"earlier"}))
+    rules = Retention(keep_last=1, keep_best=1, rows="these", other_rows=frozenset({"earlier"}))
     assert retention_reasons([before, *made[1:]], rules) == {10: (), 20: (), 30: ("best",), 40: ("newest",)}
-    # Its loss on today's rows was computed after a resume.
-    evaluated = replace(before, later_evaluation=LaterEvaluation(HELD_OUT, 2.0))
-    assert retention_reasons([evaluated, *made[1:]], rules)[10] == ("best",)
+    unevaluated = checkpoints({40: None})
+    assert retention_reasons([before, *unevaluated], rules) == {10: ("best",), 40: ("newest",)}, "nothing better is known"
+    assert retention_reasons([before, *made[1:]], replace(rules, keep_best=4))[10] == ("best",)
+
+
+@pytest.mark.parametrize(("rows", "is_best"), [("these", True), ("others", False), ("", False)])
+def test_a_later_evaluation_names_its_rows(rows: str, is_best: bool) -> None:
+    made = checkpoints({10: None, 20: 4.0})
+    manifest = replace(made[0].manifest, plan_digest="earlier")
+    later = replace(made[0], manifest=manifest, later_evaluation=LaterEvaluation(HELD_OUT, 2.0, rows))
+    rules = Retention(keep_last=1, keep_best=1, rows="these", other_rows=frozenset({"earlier"}))
+    assert ("best" in retention_reasons([later, made[1]], rules)[10]) is is_best
 
 
 def test_the_plans_of_a_run_say_which_losses_are_on_other_rows(tmp_path: Path) -> None:
@@ -134,10 +143,11 @@ def test_the_plans_of_a_run_say_which_losses_are_on_other_rows(tmp_path: Path) -
         values = {**hand_made.SETTINGS, "checkpoint": {"keep_best": 1, **settings}}
         return hand_made.plan(tmp_path / "a", values, data=plan_fixtures.DATA.model_copy(update={"digest": digest}))
 
-    first, same, other = plan_with("1"), plan_with("1", keep_last=3), plan_with("2")
+    # The first part is the digest of the training rows.
+    first, same, other = plan_with("a-1"), plan_with("b-1", keep_last=3), plan_with("a-2")
     run = run_store.create(first)
     for plan in (same, other):
         run_store.write_plan(run, run_store.create_attempt(run, Attempt(resume_step=4)), plan)
-    assert retention_of(run, first).other_rows == {other.digest()}
+    assert (retention_of(run, first).rows, retention_of(run, first).other_rows) == ("1", {other.digest()})
     assert retention_of(run, other).other_rows == {first.digest(), same.digest()}
-    assert retention_of(run, plan_with("2", keep_best=0)).other_rows == frozenset()
+    assert retention_of(run, plan_with("a-2", keep_best=0)).other_rows == frozenset()

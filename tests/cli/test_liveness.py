@@ -12,7 +12,7 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.cli.cleanup.removable_run import _living
 from launcher.cli.launch import require_idle
 from launcher.cli.liveness import require_ended
@@ -20,7 +20,7 @@ from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, Liveness
 
 
 @pytest.fixture
@@ -52,9 +52,13 @@ def refreshed(run: RunDir) -> Iterator[None]:
     ended = threading.Event()
 
     def refresh() -> None:
+        at = time.time() - 400
         while not ended.wait(0.02):
-            detached_process.write_liveness(run)
-            set_age(run, 400)
+            # At no moment does the file have today's time.
+            partial = run.root / ".partial"
+            json_records.write(partial, Liveness(time.time(), "another"))
+            os.utime(partial, (at, at))
+            os.replace(partial, run.alive)
 
     thread = threading.Thread(target=refresh)
     thread.start()
@@ -78,7 +82,7 @@ def test_a_run_whose_machine_has_another_clock_is_neither_started_nor_removed(
         problem = _living(run)
     assert problem is not None
     assert problem.message.startswith("the run is still alive")
-    assert "watching for 30 seconds whether the run still lives on another" in capsys.readouterr().err
+    assert "checking for 30 seconds whether the run a is still alive on another" in capsys.readouterr().err
 
 
 def test_a_run_that_nobody_refreshes_has_ended(run: RunDir) -> None:

@@ -173,8 +173,20 @@ def test_damaged_code_is_replaced(run: RunDir, capsys: pytest.CaptureFixture[str
     assert code_snapshot.find_damage(run) is None
 
 
-@pytest.mark.parametrize(("exported", "is_complete"), [(None, False), (5, False), (10, True)])
-def test_a_run_is_complete_with_the_export_of_its_last_step(run: RunDir, exported: int | None, is_complete: bool) -> None:
+@pytest.mark.parametrize(
+    ("state", "exported", "is_complete"),
+    [
+        ("completed", None, False),
+        # A person has exported this step in place of the last one.
+        ("completed", 5, True),
+        ("completed", 10, True),
+        # An earlier end of the run has exported this step.
+        ("failed", 5, False),
+        ("failed", 10, True),
+    ],
+)
+def test_a_run_is_complete_with_its_export(run: RunDir, state: str, exported: int | None, is_complete: bool) -> None:
+    run_store.update_status(run, state=state)
     plan = run_store.load_plan(run)
     plan = plan.model_copy(update={"batch": plan.batch.model_copy(update={"max_steps": 10})})
     if exported is not None:
@@ -199,7 +211,10 @@ def test_a_result_that_will_be_replaced_is_noted(run: RunDir) -> None:
     assert _describe_replaced_export(run, plan, 10) is None
     run.export.mkdir()
     json_records.write(run.export / "export.json", ExportRecord(10, "d", "bf16"))
+    run_store.update_status(run, state="failed")
     assert _describe_replaced_export(run, plan, 5) is None
+    run_store.update_status(run, state="completed")
+    assert "holds step 10" in (_describe_replaced_export(run, plan, 5) or "")
     note = _describe_replaced_export(run, plan, 10)
     assert note is not None
     assert "export holds step 10 and is replaced when the run ends" in note

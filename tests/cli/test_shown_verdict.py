@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from made_verdict import made_verdict
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.cli.main import main
 from launcher.cli.views.run_summary import summary
 from launcher.plan.run_dir import RunDir
@@ -36,8 +36,12 @@ def test_the_newest_verdict_and_what_is_still_to_be_answered_are_shown(run: RunD
 def test_the_verdict_of_a_step_that_was_set_aside_is_not_shown(run: RunDir) -> None:
     folder = run.root / "evaluations/step-00000020"
     folder.mkdir(parents=True)
+    aside = run.checkpoints / "aside-step-00000020"
+    aside.mkdir()
+    (aside / "manifest.json").write_text("{}")
+    evaluated = atomic_files.digest_file(aside / "manifest.json").xxh3_128
     replace(made_verdict(), checkpoint="d" * 32).write(folder)
     status = run_store.read_status(run)
     assert summary(run, status)["verdict"]["step"] == 20, "retention has removed its checkpoint"
-    (run.checkpoints / "aside-step-00000020").mkdir()
+    replace(made_verdict(), checkpoint=evaluated).write(folder)
     assert summary(run, status)["verdict"] is None

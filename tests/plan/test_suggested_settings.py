@@ -50,7 +50,7 @@ def test_a_rate_beyond_the_published_sizes_is_called_extrapolated() -> None:
     assert "SmolLM2" not in reason(235_000_000_000)
 
 
-@pytest.mark.parametrize(("num_documents", "share"), [(1, 0.1), (300, 0.1), (1_000, 0.1), (1_100, 0.1), (2_500, 0.04)])
+@pytest.mark.parametrize(("num_documents", "share"), [(10, 0.1), (300, 0.1), (1_000, 0.1), (1_100, 0.1), (2_500, 0.04)])
 def test_an_evaluation_gets_a_hundred_documents_of_small_data_but_at_most_a_tenth(num_documents: int, share: float) -> None:
     suggestion = suggest_held_out(num_documents, 0.02)
     assert suggestion is not None
@@ -60,6 +60,7 @@ def test_an_evaluation_gets_a_hundred_documents_of_small_data_but_at_most_a_tent
 def test_a_share_that_holds_out_enough_documents_stays() -> None:
     assert suggest_held_out(5_000, 0.02) is None
     assert suggest_held_out(300, 0.2) is None
+    assert suggest_held_out(9, 0.02) is None, "a tenth is less than a document"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6, 8, 24, 64])

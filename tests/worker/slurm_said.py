@@ -48,10 +48,10 @@ JobId=41 JobName=tried
    Priority=1 Nice=0 Account=research QOS=normal
    JobState={state} Reason={reason} Dependency=(null)
    Requeue={requeue} Restarts={restarts} BatchFlag=1 Reboot=0 ExitCode=0:0
-   RunTime=00:00:00 TimeLimit=00:10:00 TimeMin=N/A
+   RunTime=00:00:00 TimeLimit={limit} TimeMin=N/A
    SubmitTime=1795553497 EligibleTime=1795553497
    AccrueTime=1795553497
-   StartTime=1795553498 EndTime={ends} Deadline=N/A
+   StartTime={begins} EndTime={ends} Deadline=N/A
    PreemptEligibleTime=1795553498 PreemptTime={preempted}
    SuspendTime=None SecsPreSuspend=0 LastSchedEval=1795553498 Scheduler=Main
    Partition={partition} AllocNode:Sid=login:5472
@@ -86,7 +86,9 @@ def node(name: str, address: str, state: str = "MIXED", booted: int = 1795535983
 
 def job(
     *,
+    begins: str = "1795553498",
     ends: str = "1795554098",
+    limit: str = "00:10:00",
     preempted: str = "None",
     requeue: int = 1,
     partition: str = "main",
@@ -96,7 +98,15 @@ def job(
 ) -> str:
     """`scontrol show job 41` while it runs; `preempted` is the time at which Slurm began to preempt it."""
     return _JOB.format(
-        ends=ends, preempted=preempted, requeue=requeue, partition=partition, state=state, reason=reason, restarts=restarts
+        begins=begins,
+        ends=ends,
+        limit=limit,
+        preempted=preempted,
+        requeue=requeue,
+        partition=partition,
+        state=state,
+        reason=reason,
+        restarts=restarts,
     )
 
 

@@ -239,11 +239,17 @@ def _state_from_details(fields: Mapping[str, str], restarts: int, ends_at: float
     # slurmctld counts a requeue when it accepts the requeue.
     if fields.get("Restarts", "").isdigit() and int(fields["Restarts"]) > restarts:
         return "PENDING"
-    end = _time(fields.get("EndTime", ""))
-    # EndTime is in the future until the job is ended. The controller's clock may be ahead of this node's.
-    has_ended = state in ("RUNNING", "COMPLETING") and end is not None and end <= time.time() + _CLOCK_TOLERANCE_S
-    if has_ended and ends_at is not None and end is not None:
-        has_ended = end < ends_at - _NEAR_END_S
+    start, end, limit_s = (
+        _time(fields.get("StartTime", "")),
+        _time(fields.get("EndTime", "")),
+        _duration(fields.get("TimeLimit", "")),
+    )
+    # Until the job is ended, EndTime is its start plus the time limit, which an administrator may change.
+    latest = start + limit_s if start is not None and limit_s is not None else ends_at
+    has_ended = state in ("RUNNING", "COMPLETING") and end is not None
+    if has_ended and end is not None:
+        # The controller's clock may be ahead of this node's.
+        has_ended = end <= time.time() + _CLOCK_TOLERANCE_S if latest is None else end < latest - _NEAR_END_S
     # A lost node or the time limit appears as the reason; scancel sets no reason.
     has_cause = fields.get("PreemptTime") != "None" or fields.get("Reason") != "None"
     return "CANCELLED" if has_ended and not has_cause else ""
@@ -267,6 +273,18 @@ def _rows(output: str, num_columns: int) -> Iterator[list[str]]:
 
 def _time(text: str) -> float | None:
     return float(text) if text.isdigit() else None
+
+
+def _duration(text: str) -> float | None:
+    """Return the seconds of a duration such as 1-02:30:00 or 10:00; None for UNLIMITED."""
+    days, _, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in (days or "0", *parts)):
+        return None
+    seconds = 0.0
+    for part in parts:
+        seconds = 60 * seconds + int(part)
+    return 86400 * int(days or 0) + seconds
 
 
 def _exit_signal(exit_code: str) -> int:

@@ -105,13 +105,11 @@ class HeartbeatWatch:
             OSError: if the storage does not answer.
         """
         with self._lock:
-            passed_s = time.monotonic() - self._looked_at
-            try:
-                atomic_files.refresh_directory(self._run.attempt(self._attempt))
-                for node in range(len(self._record.nodes)):
-                    self._count(node, passed_s if passed_s <= self._longest_gap_s else 0.0)
-            finally:
-                self._looked_at = time.monotonic()
+            began = time.monotonic()
+            passed_s, self._looked_at = began - self._looked_at, began
+            atomic_files.refresh_directory(self._run.attempt(self._attempt))
+            for node in range(len(self._record.nodes)):
+                self._count(node, passed_s if passed_s <= self._longest_gap_s else 0.0)
             return [
                 _judge(self._run, self._attempt, node, name, self._silent_s.get(node), self._lost_node_s)
                 for node, name in enumerate(self._record.nodes)

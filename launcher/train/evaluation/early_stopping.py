@@ -55,7 +55,11 @@ class EarlyStopping:
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Restore the state from a checkpoint, unless it is for other rows; None if the checkpoint has no state."""
-        if state is None or (state["set"], state["rows"]) != (self.set_name, self.rows_digest):
+        if state is None or state["set"] != self.set_name:
+            return
+        rows = str(state["rows"])
+        # Earlier versions stored the digest of the training rows before that of the held-out rows.
+        if self.rows_digest not in (rows, rows.rpartition("-")[2]):
             return
         self.best_loss = math.inf if state["best_loss"] is None else float(state["best_loss"])
         self.best_step, self.num_without_improvement = int(state["best_step"]), int(state["num_without_improvement"])

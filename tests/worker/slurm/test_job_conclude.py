@@ -323,33 +323,33 @@ def test_a_full_disk_does_not_prevent_the_requeue(
 
 
 @pytest.mark.parametrize(
-    ("said", "ended_s", "restart", "ends_in_s", "state"),
+    ("said", "lasted_s", "restart", "state"),
     [
-        ({"state": "CANCELLED"}, 0, 0, 3600, "CANCELLED"),
-        ({"state": "COMPLETING"}, 5, 0, 3600, "CANCELLED"),
-        ({"state": "COMPLETING"}, 5, 0, 65, "CANCELLED"),
-        ({"state": "RUNNING", "restarts": 1}, 5, 1, None, "CANCELLED"),
-        # The controller's clock is ahead of this node's.
-        ({"state": "COMPLETING"}, -120, 0, 3600, "CANCELLED"),
-        ({"state": "RUNNING", "restarts": 1}, -120, 1, None, "CANCELLED"),
-        ({"state": "COMPLETING", "restarts": 1}, 5, 0, 3600, "PENDING"),
-        ({"state": "COMPLETING"}, 5, 0, 30, ""),
-        ({"state": "COMPLETING", "preempted": "990"}, 5, 0, 3600, ""),
-        ({"state": "COMPLETING", "reason": "NodeDown"}, 5, 0, 3600, ""),
-        ({"state": "RUNNING"}, -3600, 0, 3600, ""),
+        ({"state": "CANCELLED"}, 95, 0, "CANCELLED"),
+        ({"state": "COMPLETING"}, 95, 0, "CANCELLED"),
+        ({"state": "RUNNING", "restarts": 1}, 95, 1, "CANCELLED"),
+        ({"state": "COMPLETING", "limit": "1-00:10:00"}, 600, 0, "CANCELLED"),
+        # It has no time limit. The controller's clock is ahead of this node's.
+        ({"state": "RUNNING", "limit": "UNLIMITED"}, 220, 0, "CANCELLED"),
+        ({"state": "RUNNING", "limit": "UNLIMITED"}, 86400, 0, ""),
+        ({"state": "COMPLETING", "restarts": 1}, 95, 0, "PENDING"),
+        ({"state": "COMPLETING"}, 580, 0, ""),
+        ({"state": "RUNNING"}, 600, 0, ""),
         # An administrator has shortened the time limit.
-        ({"state": "RUNNING"}, -1800, 0, 3600, ""),
+        ({"state": "RUNNING", "limit": "00:02:30"}, 150, 0, ""),
+        ({"state": "COMPLETING", "preempted": "990"}, 95, 0, ""),
+        ({"state": "COMPLETING", "reason": "NodeDown"}, 95, 0, ""),
     ],
 )
 def test_the_job_state_is_known_without_json_output(
-    fake_slurm: FakeSlurm, said: dict[str, Any], ended_s: float, restart: int, ends_in_s: float | None, state: str
+    fake_slurm: FakeSlurm, said: dict[str, Any], lasted_s: int, restart: int, state: str
 ) -> None:
-    """The job's end is `ended_s` seconds ago on the controller's clock."""
-    ends = str(int(time.time() - ended_s))
+    """The job began 100 seconds ago, and its end is `lasted_s` seconds after that, on the controller's clock."""
+    began = int(time.time()) - 100
     fake_slurm.refuse("scontrol", "show", "job", "41", "--json", said=slurm_said.NO_JSON)
-    fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(ends=ends, **said))
-    ends_at = None if ends_in_s is None else time.time() + ends_in_s
-    assert queue.state_beneath("41", restart, ends_at) == state
+    job_said = slurm_said.job(begins=str(began), ends=str(began + lasted_s), **said)
+    fake_slurm.answer("scontrol", "show", "job", "41", out=job_said)
+    assert queue.state_beneath("41", restart, None) == state
 
 
 def test_a_refusal_of_slurm_is_final_and_silence_is_retried(fake_slurm: FakeSlurm) -> None:
