@@ -82,8 +82,12 @@ def run(verb: str, tokens: list[str]) -> int:
     priced = plan.model_copy(update={"config": config, "price": price_of_evaluation(plan, config)})
     for name, verdict in verdicts.items():
         shown["sets"][name] |= {"costs": request_cost_table(verdict, priced), "saved_tokens": saved_tokens(verdict)}
-    primary = next(iter(verdicts.values()))
-    failed = [reason for gain in gains if (reason := gain.failure(primary)) is not None]
+    failed = [
+        f"{name}: {reason}" if len(verdicts) > 1 else reason
+        for name, verdict in verdicts.items()
+        for gain in gains
+        if (reason := gain.failure(verdict)) is not None
+    ]
     if arguments.json:
         print(json.dumps({**shown, "not_held": failed}, indent=2))
     else:

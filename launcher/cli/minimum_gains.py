@@ -47,7 +47,7 @@ class MinimumGain:
             return f"--min-gain {self} did not hold: there are too few prompts for a lower bound"
         if one.low < self.gain:
             return f"--min-gain {self} did not hold: {shown}, its lower bound is below {self.gain:g}"
-        # If few pairs differ, the bounds are too optimistic.
+        # If few pairs differ, the exact test decides too.
         if self.gain > 0 and one.p_value is not None and one.outcome != ComparisonOutcome.BETTER:
             return (
                 f"--min-gain {self} did not hold: {shown}, but with {one.wins + one.losses} answers that differ it may be chance"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from launcher.data.checks.unicode_forms import to_nfkc
@@ -14,15 +15,41 @@ from launcher.data.checks.unicode_forms import to_nfkc
 _ARTICLES = frozenset({"a", "an", "the"})
 # Removed only at the edges of words: 3.5, C++ and -5 stay unchanged.
 _EDGES = ".,;:!?\"'()[]{}<>«»“”‘’`*_…"
-# The sign in "5-3" is not part of a number, nor is the point in "...5". Digits are ASCII only.
+# The sign in "5-3" is not part of a number, nor is the point in "...5", nor are the digits in "m^2" and "H2O".
 _NUMBER = re.compile(
-    r"(?:(?<!\w)[-−+])?"
+    r"(?:(?<!\w)[-+] ?[$€£¥]?)?(?<![A-Za-z_^])"
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
-    r"(?:[eE][-−+]?[0-9]{1,4}(?!\w))?"
+    r"(?:[eE][-+]?[0-9]{1,4}(?!\w))?"
+    # A fraction, unless it is part of a date.
+    r"(?:(?<![/.,][0-9])(?<![/.,][0-9]{2})(?<![/.,][0-9]{4}) ?/ ?[1-9][0-9]{0,8}(?![0-9./,]*[/][0-9])(?![.,]?[0-9]))?"
 )
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
+# Such as 3 1/2.
+_MIXED = re.compile(r"(?<![0-9.,:/-])([0-9]{1,9}) +([0-9]{1,9})/([1-9][0-9]{0,8})(?![0-9./,])")
+_POWER_OF_TEN = re.compile(r"\s*(?:[x×*·]|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*\{?\s*([-+]?[0-9]{1,4})\s*\}?(?![0-9])")
+_JOINED_BEFORE, _JOINED_AFTER = re.compile(r"[0-9][:/,-]\Z"), re.compile(r"[:/-][0-9]|,[0-9]{1,2}(?![0-9])")
+_DIGITS = str.maketrans("０１２３４５６７８９−–－．，／", "0123456789---.,/")
+# Signs that separate words, as in {"label":"positive"}, but not the point in 3.5.
+_SEPARATORS = re.compile(r"(?<![0-9])[.,]|[.,](?![0-9])|[^\w\s'’+#.,-]|—")
 _FINAL = re.compile(r"####|\banswer\s*(?:is|:|=)", re.IGNORECASE)
-_FENCE = re.compile(r"```[\w-]*\n(.*?)```", re.DOTALL)
-_WORD = re.compile(r"\w+")
+_FENCE = re.compile(r"```[\w-]*\r?\n(.*?)```", re.DOTALL)
+# Chinese and Japanese have no spaces: each character counts as a word.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_SPLIT = re.compile(rf"[{_UNSPACED}]|[^{_UNSPACED}]+")
+# What a reasoning model writes before its answer. Some templates end a prompt with the opening mark.
+_THOUGHT_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+
+def without_thoughts(text: str) -> str:
+    """Return what follows the thoughts of a reasoning model; empty if they do not end."""
+    for opening, closing in _THOUGHT_MARKS:
+        _, found, answer = text.rpartition(closing)
+        if found:
+            return answer.lstrip()
+        if text.lstrip().startswith(opening):
+            return ""
+    return text
 
 
 def normalized_words(text: str) -> list[str]:
@@ -31,20 +58,63 @@ def normalized_words(text: str) -> list[str]:
     Close to the normalization of SQuAD (Rajpurkar et al., arXiv:1606.05250), except that punctuation inside a word stays.
     """
     parts = to_nfkc(text).casefold().split()
-    words = [word for part in parts if (word := part.strip(_EDGES))]
+    words = [word for part in parts if (word := _strip(part))]
     # An answer that is just the letter A keeps it, and so does one that is only punctuation.
     return [word for word in words if word not in _ARTICLES] or words or parts
 
 
-def final_number(text: str) -> Decimal | None:
+def split_words(text: str) -> list[str]:
+    """Return `normalized_words`, with Chinese and Japanese words split into characters."""
+    return [part for word in normalized_words(text) for part in _SPLIT.findall(word)]
+
+
+def _strip(word: str) -> str:
+    """Return a word without punctuation at its edges, of ASCII only where it cannot belong to the word."""
+    start, end = 0, len(word)
+    while start < end and _is_edge(word[start]):
+        start += 1
+    while start < end and _is_edge(word[end - 1]):
+        end -= 1
+    return word[start:end]
+
+
+def _is_edge(character: str) -> bool:
+    if character in _EDGES:
+        return True
+    # Dashes may be signs of numbers.
+    return not character.isascii() and unicodedata.category(character) in ("Po", "Ps", "Pe", "Pi", "Pf")
+
+
+def final_number(text: str) -> Fraction | None:
     """Return the number that an answer ends with, as in GSM8K; None if it has none.
 
-    This is the first number after the last `####` or `answer is`, or else the last number.
+    This is the first number after the last `####`, `answer is` or `answer:`, or else the last number. Fractions and powers of ten
+    are numbers too, such as 3/4, \\frac{3}{4} and 3 x 10^8.
     """
+    found = _find_final(_plain_numbers(text))
+    if found is None:
+        return None
+    number, _, divisor = re.sub(r"[ ,$€£¥]", "", found[0]).partition("/")
+    return Fraction(number) / int(divisor or 1)
+
+
+def is_joined_number(text: str) -> bool:
+    """Return whether the final number belongs to a time, a date, a range or a number with a decimal comma."""
+    plain = _plain_numbers(text)
+    found = _find_final(plain)
+    return found is not None and bool(_JOINED_BEFORE.search(plain, 0, found.start()) or _JOINED_AFTER.match(plain, found.end()))
+
+
+def _plain_numbers(text: str) -> str:
+    text = _FRACTION.sub(r" \1/\2", text.translate(_DIGITS))
+    text = _MIXED.sub(lambda match: f"{int(match[1]) * int(match[3]) + int(match[2])}/{match[3]}", text)
+    return _POWER_OF_TEN.sub(r"e\1", text)
+
+
+def _find_final(text: str) -> re.Match[str] | None:
     ends = [match.end() for match in _FINAL.finditer(text)]
     after = _NUMBER.search(text, ends[-1]) if ends else None
-    numbers = [after[0]] if after else _NUMBER.findall(text)
-    return Decimal(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
+    return after or max(_NUMBER.finditer(text), key=lambda match: match.start(), default=None)
 
 
 class NotJson(ValueError):
@@ -146,6 +216,8 @@ def first_label(text: str, labels: Sequence[str]) -> str | None:
     """
     own_words = {label: normalized_words(label) for label in labels}
     articles = [label.strip(f"{_EDGES} ") for label, words in own_words.items() if len(words) == 1 and words[0] in _ARTICLES]
+    if not articles and not any(_SEPARATORS.search(word) for words in own_words.values() for word in words):
+        text = _SEPARATORS.sub(" ", text)
     words = normalized_words(text) if not articles else _words_with_articles(text, articles)
     best: tuple[int, int, str] | None = None
     for label, wanted in own_words.items():

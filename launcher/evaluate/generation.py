@@ -85,7 +85,8 @@ class AnswerGeneration:
         self._selection = training[self.task.num_examples :]
         self._tokenizer = load_tokenizer(self.task.tokenizer)
         examples = training[: self.task.num_examples]
-        self._base_prompts = BasePrompts(self._tokenizer, self._config.data, examples, self._selection)
+        others = [*self._selection, *(one for several in self._questions.values() for one in several)]
+        self._base_prompts = BasePrompts(self._tokenizer, self._config.data, examples, others)
         self._tuned_prompts = TunedPrompts(self._tokenizer, self._config.data)
 
     def run(self, make_engine: MakeEngine) -> None:

@@ -63,7 +63,7 @@ def _exact_match(answer: GeneratedAnswer, reference: str, options: MetricOptions
 
 
 def _token_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
-    counts = (Counter(answer_text.normalized_words(text)) for text in (answer.text, reference))
+    counts = (Counter(answer_text.split_words(text)) for text in (answer.text, reference))
     return answer_text.multiset_f1(*counts)
 
 
@@ -73,7 +73,11 @@ def _numeric(answer: GeneratedAnswer, reference: str, options: MetricOptions) ->
 
 
 def _no_number(reference: str, options: MetricOptions) -> str:
-    return "has no number" if answer_text.final_number(reference) is None else ""
+    if answer_text.final_number(reference) is None:
+        return "has no number"
+    if answer_text.is_joined_number(reference):
+        return "ends with a time, a date, a range or a decimal comma, which are not compared as numbers"
+    return ""
 
 
 def _regex(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:

@@ -171,7 +171,9 @@ def _render_chat(encoder: Encoder, chat: Chat, messages: Sequence[Message], answ
         rendered = encoder.render(Chat(chat.where, (*messages, Message("assistant", answer)), chat.tools))
         span = rendered.spans[-1]
         end = span.end if span.turn_end is None else span.turn_end
-        documents.append(RenderedDocument(chat.where, rendered.text[:end], (TrainedSpan(span.start, end),), raw=False))
+        # Templates of reasoning models write an empty thought before the answer, which is the same for every answer.
+        start = max(span.start, rendered.text.rfind(answer.strip(), span.start, end))
+        documents.append(RenderedDocument(chat.where, rendered.text[:end], (TrainedSpan(start, end),), raw=False))
     return documents
 
 

@@ -215,5 +215,5 @@ def describe_left_out(question_set: QuestionSet, num_questions: int, num_too_lon
     if question_set.num_without_answer:
         lines.append(f"{question_set.num_without_answer} documents left out: no prompt with an answer in text")
     if num_too_long:
-        lines.append(f"{num_too_long} prompts left out: together with their answers, they do not fit the model's context")
+        lines.append(f"{num_too_long} prompts left out: with evaluate.max_new_tokens, they do not fit the model's context")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from launcher import atomic_files, json_records
 from launcher.config.sections.answer_metrics import AnswerMetrics, split_function
 from launcher.errors import ConfigError, DamagedRun, DataError, Problem
+from launcher.evaluate.answer_text import without_thoughts
 from launcher.evaluate.json_schema import schema_validator
 from launcher.evaluate.metric_process import MetricProcess
 from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
@@ -95,7 +96,7 @@ class AnswerScorer:
         for metric in self.metrics:
             if metric not in METRICS:
                 continue
-            reasons = [METRICS[metric].reference_problem(one, self._options) for one in references]
+            reasons = [METRICS[metric].reference_problem(without_thoughts(one), self._options) for one in references]
             bad = [(place, reason) for place, reason in zip(places, reasons, strict=True) if reason]
             if bad:
                 shown = ", ".join(place for place, _ in bad[:_MAX_SHOWN])
@@ -110,11 +111,13 @@ class AnswerScorer:
             raise DataError(problems)
 
     def score(self, metric: str, answers: Sequence[GeneratedAnswer], references: Sequence[str], places: Sequence[str]) -> Scores:
-        """Return the score of each answer by a configured metric.
+        """Return the score of each answer by a configured metric, without the thoughts that precede answers and references.
 
         Raises:
             DataError: if a user's function fails or takes too long, or a regular expression takes too long; with the row.
         """
+        answers = [replace(answer, text=without_thoughts(answer.text)) for answer in answers]
+        references = [without_thoughts(one) for one in references]
         if metric in METRICS:
             table = METRICS[metric]
             scores = []

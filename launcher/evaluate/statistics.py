@@ -3,7 +3,9 @@
 The interval is the percentile bootstrap over prompts (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13), with
 the percentiles moved outwards for small samples as in Hesterberg, "What Teachers Should Know about the Bootstrap" (2015,
 section 3.3.1): the plain percentiles of n prompts are too narrow by about sqrt((n - 1) / n), and by the difference between the
-normal and the t distribution. The exact test is McNemar's, in the binomial form, on the pairs whose scores differ.
+normal and the t distribution. The exact test is McNemar's, in the binomial form, on the pairs whose scores differ. If few pairs
+differ, the bootstrap knows too few of them: its bounds are replaced by those of Tango's score interval ("Equivalence test and
+confidence interval for the difference in proportions for the paired-sample design", Statistics in Medicine 17, 1998).
 """
 
 from __future__ import annotations
@@ -72,6 +74,38 @@ def interval(sorted_means: Scores, num_prompts: int, confidence: float = 0.95) -
     return round(float(low), _DECIMALS), round(float(high), _DECIMALS)
 
 
+def score_interval(wins: int, losses: int, num_prompts: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Tango's bounds of the difference between two paired proportions, from the counts of pairs that differ.
+
+    They hold for few pairs too: without any that differ, they are z^2 / (n + z^2) below and above zero.
+    """
+    z = _NORMAL.inv_cdf(1 - (1 - confidence) / 2)
+    return -_upper_score_bound(losses, wins, num_prompts, z), _upper_score_bound(wins, losses, num_prompts, z)
+
+
+def _upper_score_bound(wins: int, losses: int, num_prompts: int, z: float) -> float:
+    """Return the largest difference from which the observed one is less than z standard errors away, by bisection."""
+    low, high = (wins - losses) / num_prompts, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        b = -wins - losses + (2 * num_prompts - wins + losses) * middle
+        c = -losses * middle * (1 - middle)
+        # The likeliest share of losses if the difference is `middle`.
+        share = (math.sqrt(max(0.0, b * b - 8 * num_prompts * c)) - b) / (4 * num_prompts)
+        variance = num_prompts * (2 * share + middle * (1 - middle))
+        is_within = num_prompts * middle - (wins - losses) <= z * math.sqrt(max(0.0, variance))
+        low, high = (middle, high) if is_within else (low, middle)
+    return round((low + high) / 2, _DECIMALS)
+
+
+def upper_share(count: int, num_prompts: int) -> float:
+    """Return the upper bound of the 95% interval of a share (Wilson, 1927)."""
+    z, share = _NORMAL.inv_cdf(0.975), count / num_prompts
+    center = share + z * z / (2 * num_prompts)
+    spread = z * math.sqrt(share * (1 - share) / num_prompts + z * z / (4 * num_prompts**2))
+    return min(1.0, (center + spread) / (1 + z * z / num_prompts))
+
+
 def exact_mcnemar(wins: int, losses: int) -> float:
     """Return the two-sided p-value of McNemar's exact test: a binomial test of wins among the pairs that differ."""
     discordant = wins + losses
@@ -79,18 +113,18 @@ def exact_mcnemar(wins: int, losses: int) -> float:
     return min(1.0, 2 * tail / 2**discordant)
 
 
-def prompts_needed(differences: Scores, smallest_difference: float) -> int:
+def prompts_needed(differences: Scores, smallest_difference: float, differing_share: float = 0.0) -> int:
     """Return how many prompts would show the observed difference with a probability of 80%.
 
     The formula is that of a paired z-test, two-sided at 5%: ((z_0.975 + z_0.8) * s / d)^2, with the spread s of the differences.
     If the difference d is below `smallest_difference` in absolute value, `smallest_difference` is used. The spread is at least
     that of scores of 0 and 1 that differ on a share d of the prompts, all in one direction: no sample with such a mean difference
-    has less.
+    has less. `differing_share` raises it to that of scores of 0 and 1 that differ on this share of the prompts.
     """
     mean = float(differences.mean()) if len(differences) else 0.0
     difference = max(abs(mean), smallest_difference)
     variance = float(differences.var(ddof=1)) if len(differences) > 1 else 0.0
-    variance = max(variance, difference * (1 - difference) if difference < 1 else 0.0)
+    variance = max(variance, difference * (1 - difference) if difference < 1 else 0.0, differing_share - difference**2)
     factor = _NORMAL.inv_cdf(0.975) + _NORMAL.inv_cdf(0.8)
     return math.ceil(factor**2 * variance / difference**2)
 

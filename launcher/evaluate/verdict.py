@@ -10,7 +10,7 @@ import numpy as np
 
 from launcher.data.checks import patterns
 from launcher.evaluate import statistics
-from launcher.evaluate.statistics import Scores
+from launcher.evaluate.statistics import PairedCounts, Scores
 from launcher.tracking.verdicts import (
     TUNED,
     AnswerExample,
@@ -109,18 +109,21 @@ def _compare_with(metric: str, baseline: str, tuned: Scores, base: Scores, num_b
     counts = statistics.count_pairs(differences)
     mean = float(differences.mean()) if len(differences) else 0.0
     low, high, worst_high = _bounds(differences, num_baselines)
-    p_value = None
+    p_value, differing_share = None, 0.0
+    if counts.discordant < MIN_DISCORDANT and len(differences) > 1:
+        low, high = _bounds_if_few_differ(differences, counts, mean, low, high)
+        differing_share = statistics.upper_share(counts.discordant, len(differences))
     if counts.discordant < MIN_DISCORDANT:
         p_value = statistics.exact_mcnemar(counts.wins, counts.losses)
-        is_better = p_value < SIGNIFICANCE and counts.wins > counts.losses and mean > 0
-        is_worse = p_value < SIGNIFICANCE / num_baselines and counts.losses > counts.wins and mean < 0
+        is_better = p_value < SIGNIFICANCE and counts.wins > counts.losses and low > 0
+        is_worse = p_value < SIGNIFICANCE / num_baselines and counts.losses > counts.wins and high < 0
     else:
         is_better, is_worse = low > 0, worst_high < 0
     outcome = ComparisonOutcome.BETTER if is_better else ComparisonOutcome.WORSE if is_worse else ComparisonOutcome.UNCLEAR
     needed = None
     if outcome == ComparisonOutcome.UNCLEAR:
         # The formula assumes a large sample; this sample has shown that its own size is not sufficient.
-        needed = max(statistics.prompts_needed(differences, SMALLEST_DIFFERENCE), len(differences) + 1)
+        needed = max(statistics.prompts_needed(differences, SMALLEST_DIFFERENCE, differing_share), len(differences) + 1)
     order = np.argsort(-np.abs(differences), kind="stable")
     rounded = np.round(differences, 12)
     return BaselineComparison(
@@ -147,6 +150,17 @@ def _bounds(differences: Scores, num_baselines: int) -> tuple[float, float, floa
     low, high = statistics.interval(means, len(differences))
     _, worst_high = statistics.interval(means, len(differences), 1 - SIGNIFICANCE / num_baselines)
     return low, high, worst_high
+
+
+def _bounds_if_few_differ(differences: Scores, counts: PairedCounts, mean: float, low: float, high: float) -> tuple[float, float]:
+    """Return the bounds of the 95% interval if few pairs differ; `low` and `high` are those of the bootstrap.
+
+    For scores of 0 and 1 they are Tango's. Graded scores may differ by 1 on as many further prompts as such scores may.
+    """
+    if np.isin(np.round(np.abs(differences), 12), (0.0, 1.0)).all():
+        return statistics.score_interval(counts.wins, counts.losses, len(differences))
+    _, unseen = statistics.score_interval(0, 0, len(differences))
+    return min(low, mean - unseen), max(high, mean + unseen)
 
 
 def _overall(comparisons: Sequence[BaselineComparison]) -> ComparisonOutcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -94,6 +95,20 @@ def test_the_choice_alone_is_scored(tokenizer: PreTrainedTokenizerBase) -> None:
     turns = [chat[0], {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "two"}, chat[1]]
     with_example = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert scored(tokenizer, base, PromptStyle(CHAT, 1))[1] == (with_example, "sixty six")
+
+
+@pytest.mark.rest
+def test_the_empty_thought_before_a_choice_is_not_scored(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As in Qwen3's template: it would cost each choice the same, and a short one more of its normalized score."""
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    before, choice = zip(*scored(thinking, TunedPrompts(thinking, DATA)), strict=True)
+    assert choice == ("six", "sixty six")
+    assert all(text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") for text in before)
 
 
 def test_the_normalized_choice_does_not_favor_short_ones() -> None:

@@ -8,7 +8,7 @@ from time import monotonic
 import pytest
 
 from launcher.errors import DataError
-from launcher.evaluate.answer_text import first_label
+from launcher.evaluate.answer_text import first_label, without_thoughts
 from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
 
 PERSON = json.dumps(
@@ -50,6 +50,21 @@ def score(metric: str, text: str, reference: str = "", **options: object) -> flo
         ("numeric", "about 1e3", "1000", 1),
         ("numeric", "about 2.5E-3 m", "0.0025", 1),
         ("numeric", "1e99999999999999999999", "7", 0),
+        ("numeric", "1/4", "3/4", 0),
+        ("numeric", "0.5", "1/2", 1),
+        ("numeric", "it is \\frac{3}{4}", "3/4", 1),
+        ("numeric", "3 1/2 cups", "3.5", 1),
+        ("numeric", "3 x 10^8", "5 x 10^8", 0),
+        ("numeric", "3 \\times 10^{8}", "300,000,000", 1),
+        ("numeric", "12 m^2 of H2O", "12", 1),
+        ("numeric", "-$5", "5", 0),
+        ("numeric", "–$5", "$-5", 1),
+        ("numeric", "答案是４２", "42", 1),
+        ("exact_match", "东京。", "东京", 1),
+        ("exact_match", "C#", "C", 0),
+        ("token_f1", "东京是日本的首都", "东京是日本首都", 14 / 15),
+        ("rouge_l", "东京是日本的首都", "东京是日本首都", 14 / 15),
+        ("valid_json", '```json\r\n{"a": 1}\r\n```', "", 1),
         ("valid_json", 'Here:\n```json\n{"a": 1}\n```', "", 1),
         ("valid_json", '{"a": NaN}', "", 0),
         ("valid_json", "[" * 100_000, "", 0),
@@ -74,7 +89,16 @@ def test_an_answer_that_was_cut_has_not_stopped() -> None:
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("I think it is very bad", 1), ("Very bad", 1), ("good, not very bad", 0), ("badly", 0), ("bad", 0)],
+    [
+        ("I think it is very bad", 1),
+        ("Very bad", 1),
+        ('{"label":"very bad"}', 1),
+        ("Label:very bad", 1),
+        ("Very bad—do not see it", 1),
+        ("good, not very bad", 0),
+        ("badly", 0),
+        ("bad", 0),
+    ],
 )
 def test_the_first_label_that_is_named_counts(text: str, expected: float) -> None:
     assert score("label_accuracy", text, "very bad", labels=("good", "bad", "very bad")) == expected
@@ -140,6 +164,10 @@ def test_a_regular_expression_that_takes_too_long_is_ended_and_named() -> None:
     "metric, reference, part",
     [
         ("numeric", "none", "no number"),
+        ("numeric", "at 10:30", "a time, a date, a range or a decimal comma"),
+        ("numeric", "2024-01-05", "a time, a date"),
+        ("numeric", "3/4/2024", "a time, a date"),
+        ("numeric", "4,5", "a decimal comma"),
         ("field_f1", "x", "not JSON"),
         ("label_accuracy", "neutral", "none of the labels good, bad"),
     ],
@@ -148,3 +176,18 @@ def test_references_that_a_metric_cannot_use(metric: str, reference: str, part: 
     options = MetricOptions(labels=("good", "bad"))
     assert part in METRICS[metric].reference_problem(reference, options)
     assert METRICS[metric].reference_problem('{"good": 1}', options) == ""
+    assert METRICS["numeric"].reference_problem("3, 4/5", options) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>\n\n</think>\n\nBlue 42", "Blue 42"),
+        ("Is it 7? No.\n</think>\n42", "42"),
+        ("[THINK]It is 7.[/THINK]42", "42"),
+        ("<think>It is", ""),
+        ("I think it is 42", "I think it is 42"),
+    ],
+)
+def test_thoughts_are_not_part_of_an_answer(text: str, answer: str) -> None:
+    assert without_thoughts(text) == answer

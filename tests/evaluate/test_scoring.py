@@ -76,6 +76,17 @@ def test_metrics_of_the_table_and_own_functions(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr().out == ""
 
 
+def test_answers_are_scored_without_the_thoughts_before_them(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(LENGTH)
+    settings = AnswerMetrics(metrics=("exact_match", "valid_json", f"{file}:length"))
+    scorer = make_scorer(settings, tmp_path / "copies")
+    answers = [GeneratedAnswer(f"<think>\n\n</think>\n\n{text}", True, 2) for text in ("12", "[1]")]
+    references = ["12", "<think>\nlet me see\n</think>\n\n1"]
+    scores = [list(scorer.score(metric, answers, references, PLACES[:2])) for metric in settings.metrics]
+    assert scores == [[1, 1], [1, 1], [pytest.approx(2 / 12), 3]]
+
+
 @pytest.mark.parametrize(
     ("body", "part"),
     [

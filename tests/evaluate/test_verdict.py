@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_helped_against_each_baseline() -> None:
     assert verdict.sentence.endswith(" General loss rose by 0.01: no sign of forgetting.")
     header, rows = verdict.table
     assert header == ["metric", "0-shot", "8-shot", "tuned", "difference to 0-shot", "difference to 8-shot"]
-    assert rows[1] == ["stopped", "0.250", "1.000", "1.000", "+0.75 (0.71 to 0.79)", "+0.00 (0.00 to 0.00)"]
+    assert rows[1] == ["stopped", "0.250", "1.000", "1.000", "+0.75 (0.71 to 0.79)", "+0.00 (-0.01 to 0.01)"]
     (_, few_shot) = verdict.primary
     assert (few_shot.wins, few_shot.losses, few_shot.ties, few_shot.p_value) == (48, 0, 352, None)
     assert few_shot.win_examples == (76, 77, 78, 79, 80)
@@ -197,3 +198,61 @@ def test_a_verdict_about_weights_that_were_replaced_is_not_shown(tmp_path: Path)
     remove_verdicts(folder)
     assert read_verdicts(run) == []
     assert read_verdict(folder) is None
+
+
+@pytest.mark.parametrize(("wins", "losses", "num_prompts"), [(0, 0, 30), (6, 0, 6), (0, 5, 30), (3, 1, 30), (9, 0, 200)])
+def test_the_score_interval_ends_where_the_difference_is_two_standard_errors_away(
+    wins: int, losses: int, num_prompts: int
+) -> None:
+    """The likeliest shares for a given difference are found by searching, not by Tango's formula."""
+
+    def distance(difference: float) -> float:
+        """Standard errors from the observed difference to a given one."""
+        shares = np.linspace(max(0.0, -difference), (1 - difference) / 2, 20_001)[1:-1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            likelihood = (
+                np.where(wins > 0, wins * np.log(shares + difference), 0)
+                + np.where(losses > 0, losses * np.log(shares), 0)
+                + (num_prompts - wins - losses) * np.log(1 - 2 * shares - difference)
+            )
+        share = shares[np.nanargmax(likelihood)]
+        variance = num_prompts * (2 * share + difference - difference**2)
+        return abs(wins - losses - num_prompts * difference) / np.sqrt(variance)
+
+    for bound in statistics.score_interval(wins, losses, num_prompts):
+        if abs(bound) < 1:
+            assert distance(bound) == pytest.approx(1.96, abs=0.01)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0.0, 0.05), (0.02, 0.07), (0.1, 0.1)])
+@pytest.mark.parametrize("num_prompts", [5, 30])
+def test_the_interval_covers_the_truth_if_few_answers_differ(num_prompts: int, better: float, worse: float) -> None:
+    covered = 0.0
+    for wins, losses in itertools.product(range(num_prompts + 1), repeat=2):
+        rest = num_prompts - wins - losses
+        if rest >= 0:
+            ways = math.comb(num_prompts, wins) * math.comb(num_prompts - wins, losses)
+            low, high = statistics.score_interval(wins, losses, num_prompts)
+            is_covered = low <= better - worse <= high
+            covered += is_covered * ways * better**wins * worse**losses * (1 - better - worse) ** rest
+    assert covered > 0.94
+
+
+def test_few_equal_answers_show_little() -> None:
+    """No answer of five differs: each second one may."""
+    (one,) = judge("exact_match", {"0-shot": np.ones(5), "tuned": np.ones(5)}).primary
+    assert (one.low, one.high) == pytest.approx((-0.434, 0.434), abs=1e-3)
+    assert one.outcome == UNCLEAR
+    assert (one.prompts_needed or 0) > 1000
+    (one,) = judge("exact_match", {"0-shot": np.zeros(5), "tuned": np.ones(5)}).primary
+    assert (one.low, one.high) == pytest.approx((0.131, 1.0), abs=1e-3)
+
+
+def test_small_gains_on_few_prompts_do_not_outweigh_a_rare_large_loss() -> None:
+    base = np.full(20, 0.5)
+    tuned = base + 0.1 * (np.arange(20) < 8)
+    (one,) = judge("token_f1", {"0-shot": base, "tuned": tuned}).primary
+    assert one.p_value == pytest.approx(2 / 2**8)
+    assert one.low is not None
+    assert one.low < 0 < one.difference
+    assert one.outcome == UNCLEAR

@@ -131,8 +131,9 @@ class TransformersEngine:
 
 
 def cut_at(text: str, stop_strings: Sequence[str]) -> str:
-    """Return the text up to the first stop string."""
-    ends = [position for stop in stop_strings if (position := text.find(stop)) >= 0]
+    """Return the text up to the first stop string. White space before the answer does not stop it."""
+    begin = len(text) - len(text.lstrip())
+    ends = [position for stop in stop_strings if (position := text.find(stop, begin)) >= 0]
     return text[: min(ends)] if ends else text
 
 
@@ -149,6 +150,7 @@ class _StopStrings(StoppingCriteria):
         with bounded_tokenizer(sum(map(len, tails))):
             texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
         self._has_ended = [
-            ended or any(stop in text for stop in self._stop_strings) for ended, text in zip(self._has_ended, texts, strict=True)
+            ended or any(stop in text.lstrip() for stop in self._stop_strings)
+            for ended, text in zip(self._has_ended, texts, strict=True)
         ]
         return torch.tensor(self._has_ended, device=input_ids.device)

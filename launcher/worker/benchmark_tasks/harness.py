@@ -198,7 +198,9 @@ def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> 
                 remedy = "look for endless loops in the template of the model"
                 raise DataError(f"the chat template {error}", where=_WHERE, remedy=remedy) from None
 
-    return ScoredModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    sizes = {"batch_size": batch_size, "max_length": max_length}
+    # The harness removes what a reasoning model writes before its answer.
+    return ScoredModel(pretrained=model, tokenizer=tokenizer, **sizes, think_end_token="</think>")  # noqa: S106
 
 
 def digest(*parts: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,10 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
             "verdict": json_records.encode(verdict),
             "header": header,
             "rows": rows,
-            "left_out": task.left_out.get(name, ()),
+            "left_out": [
+                *task.left_out.get(name, ()),
+                *_describe_cut_answers(folder, sides, task.settings.evaluate.max_new_tokens),
+            ],
             "training_copies": list(map(str, copies)),
             "styles": {side.name: side.style for side in sides},
         }
@@ -79,6 +83,20 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
     }
 
 
+def _read_answers(folder: EvaluationFolder, side: SideAnswers) -> list[StoredAnswer]:
+    # Split bytes: on str, splitlines also splits at U+2028 and other characters that answers may contain.
+    return [StoredAnswer(**json.loads(line)) for line in (folder.root / side.file).read_bytes().splitlines()]
+
+
+def _describe_cut_answers(folder: EvaluationFolder, sides: Sequence[SideAnswers], max_new_tokens: int) -> Iterator[str]:
+    """Yield a line for each side with answers that the maximum length cut off."""
+    for side in sides:
+        stored = _read_answers(folder, side)
+        if cut := sum(not answer.is_stopped for answer in stored):
+            limit = f"evaluate.max_new_tokens={max_new_tokens}"
+            yield f"{cut} of {len(stored)} answers of {side.name} were cut off at {limit}, and are scored as far as they go"
+
+
 def _judge(
     folder: EvaluationFolder,
     scorer: AnswerScorer,
@@ -91,9 +109,7 @@ def _judge(
     texts: dict[str, list[str]] = {}
     usage: dict[str, SideUsage] = {}
     for side in sides:
-        # Split bytes: on str, splitlines also splits at U+2028 and other characters that answers may contain.
-        lines = (folder.root / side.file).read_bytes().splitlines()
-        stored = [StoredAnswer(**json.loads(line)) for line in lines]
+        stored = _read_answers(folder, side)
         generated = [answer.as_generated() for answer in stored]
         if len(generated) != len(questions):
             message = f"{side.name} has {len(generated)} answers to {len(questions)} prompts"

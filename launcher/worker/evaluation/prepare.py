@@ -20,6 +20,7 @@ from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
+from launcher.data.tokenization.render_limits import bounded_tokenizer
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
 from launcher.evaluate import questions as reading
 from launcher.evaluate.answers import reuse_base_answers
@@ -74,23 +75,40 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     sets, training = _read_questions(plan, encoder, names, max_shots + config.evaluate.selection_prompts if base else 0)
     with live_line() as (say, make_pace):
         overlap = find_training_copies(plan, encoder, sets, _count(say, make_pace, "comparing prompts with training documents"))
+    context = count_context(plan)
+    room = context - config.evaluate.max_new_tokens
+    tuned_prompts = TunedPrompts(tokenizer, plan.config.data)
+    read = [question for one in sets for question in one.questions]
+    training = _fitting(training, tuned_prompts, BasePrompts(tokenizer, plan.config.data, (), [*training, *read]), room)
     # Rows that serve to choose the prompt style are not used as examples; if there are few rows, examples take precedence.
     num_examples = min(max_shots, max(0, len(training) - config.evaluate.selection_prompts)) or min(max_shots, len(training))
-    context = count_context(plan)
-    tuned_prompts = TunedPrompts(tokenizer, plan.config.data)
-    base_prompts = BasePrompts(tokenizer, plan.config.data, training[:num_examples], training[num_examples:])
+
+    def base_prompts_of(rows: Sequence[EvalQuestion]) -> BasePrompts:
+        return BasePrompts(tokenizer, plan.config.data, rows[:num_examples], [*rows[num_examples:], *read])
+
+    base_prompts = base_prompts_of(training)
     left_out: dict[str, tuple[str, ...]] = {}
     asked: dict[str, list[EvalQuestion]] = {}
     for one in sets:
-        fitting = _fitting(one.questions, tuned_prompts, base_prompts, context - config.evaluate.max_new_tokens)
+        fitting = _fitting(one.questions, tuned_prompts, base_prompts, room)
         left_out[one.name] = tuple(reading.describe_left_out(one, len(fitting), len(one.questions) - len(fitting)))
         asked[one.name] = fitting
     _require_questions(config, asked, left_out, context)
+    for name, several in asked.items():
+        left_out[name] += _describe_long_references(several, encoder, config.evaluate.max_new_tokens)
     asked = {name: several for name, several in asked.items() if several}
     everything = [question for several in asked.values() for question in several]
     scored = [*everything, *training[num_examples:]]
     scorer.check_references([one.reference for one in scored], [one.where for one in scored])
-    shots = _fitting_shots(config, everything, base_prompts, context) if base else ()
+    shots = _fitting_shots(config, scored, base_prompts, context) if base else ()
+    if base is not None and config.evaluate.shots == "auto" and not shots:
+        # Short examples may fit where these do not.
+        training = sorted(training, key=lambda one: len(str(one.document)) + len(one.reference))
+        base_prompts = base_prompts_of(training)
+        shots = _fitting_shots(config, [*everything, *training[num_examples:]], base_prompts, context)
+        if not shots:
+            few = f"{min(list_shots('auto'))} training rows with an answer in text do not fit before the prompts"
+            left_out = {name: (*lines, f"no baseline with examples: {few}") for name, lines in left_out.items()}
     if base is not None:
         # The model's own settings may only name the end of a text; each side also stops where its template ends a turn.
         base = replace(base, stop_ids=tuple(dict.fromkeys((*base.stop_ids, *base_prompts.turn_end_ids))))
@@ -210,6 +228,19 @@ def _fitting(questions: Sequence[EvalQuestion], tuned: TunedPrompts, base: BaseP
     batches = [tuned.write(questions)]
     batches += [base.write(questions, PromptStyle(form, 0)) for form in base.forms(questions)]
     return [question for i, question in enumerate(questions) if max(len(batch.prompts[i]) for batch in batches) <= room]
+
+
+def _describe_long_references(questions: Sequence[EvalQuestion], encoder: Encoder, max_new_tokens: int) -> tuple[str, ...]:
+    """Return a line on the references that no answer of `max_new_tokens` tokens can contain, or nothing."""
+    references = [one.reference for one in questions]
+    if not references:
+        return ()
+    with bounded_tokenizer(sum(map(len, references))):
+        encoded = encoder.tokenizer(references, add_special_tokens=False, verbose=False).input_ids
+    long = sum(len(ids) > max_new_tokens for ids in encoded)
+    if not long:
+        return ()
+    return (f"{long} of {len(questions)} references are longer than evaluate.max_new_tokens={max_new_tokens}: raise it",)
 
 
 def _require_questions(
