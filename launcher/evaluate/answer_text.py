@@ -15,19 +15,26 @@ from launcher.data.checks.unicode_forms import to_nfkc
 _ARTICLES = frozenset({"a", "an", "the"})
 # Removed only at the edges of words: 3.5, C++ and -5 stay unchanged.
 _EDGES = ".,;:!?\"'()[]{}<>«»“”‘’`*_…"
+# Of other scripts: categories of Unicode without dashes, which may be signs of numbers; and punctuation that is a unit.
+_PUNCTUATION, _UNITS = ("Po", "Ps", "Pe", "Pi", "Pf"), "‰‱′″٪"
 # The sign in "5-3" is not part of a number, nor is the point in "...5", nor are the digits in "m^2" and "H2O".
 _NUMBER = re.compile(
-    r"(?:(?<!\w)[-+] ?[$€£¥]?)?(?<![A-Za-z_^])"
+    r"(?:(?<!\w)[-+][$€£¥]?)?(?<![A-Za-z_^0-9])"
     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
     r"(?:[eE][-+]?[0-9]{1,4}(?!\w))?"
     # A fraction, unless it is part of a date.
     r"(?:(?<![/.,][0-9])(?<![/.,][0-9]{2})(?<![/.,][0-9]{4}) ?/ ?[1-9][0-9]{0,8}(?![0-9./,]*[/][0-9])(?![.,]?[0-9]))?"
 )
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}")
+_FRACTION = re.compile(r"\\[dt]?frac\s?(?:\{\s?(-?[0-9]+)\s?\}\s?\{\s?([0-9]+)\s?\}|([0-9])\s?([0-9]))")
 # Such as 3 1/2.
-_MIXED = re.compile(r"(?<![0-9.,:/-])([0-9]{1,9}) +([0-9]{1,9})/([1-9][0-9]{0,8})(?![0-9./,])")
-_POWER_OF_TEN = re.compile(r"\s*(?:[x×*·]|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*\{?\s*([-+]?[0-9]{1,4})\s*\}?(?![0-9])")
-_JOINED_BEFORE, _JOINED_AFTER = re.compile(r"[0-9][:/,-]\Z"), re.compile(r"[:/-][0-9]|,[0-9]{1,2}(?![0-9])")
+_MIXED = re.compile(r"(?<![0-9.,:/])(?<![0-9]-)([0-9]{1,9}) {1,3}([0-9]{1,9})/([1-9][0-9]{0,8})(?![0-9./,])")
+_POWER_OF_TEN = re.compile(r"\s?(?:[x×*·]|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?([-+]?[0-9]{1,4})\}?(?![0-9])")
+_CURRENCY_CODE = re.compile(r"(?<![A-Za-z])(?:[A-Z]{3}|Rs\.?)(?=[0-9])")
+# Around a number that is part of a time, a date, a number with a decimal comma, or a power; and around one that ends a range.
+_JOINED_BEFORE, _JOINED_AFTER = re.compile(r"[0-9][:/,]\Z"), re.compile(r"[:/][0-9]|,[0-9]{1,2}(?![0-9])| ?(?:\^|\*\*)")
+_RANGE_BEFORE, _RANGE_AFTER = re.compile(r"[0-9] ?- ?\Z"), re.compile(r"-[0-9]")
+# Longer numbers are repetitions, and Python refuses to convert them.
+_MAX_NUMBER_CHARS = 400
 _DIGITS = str.maketrans("０１２３４５６７８９−–－．，／", "0123456789---.,/")
 # Signs that separate words, as in {"label":"positive"}, but not the point in 3.5.
 _SEPARATORS = re.compile(r"(?<![0-9])[.,]|[.,](?![0-9])|[^\w\s'’+#.,-]|—")
@@ -81,8 +88,7 @@ def _strip(word: str) -> str:
 def _is_edge(character: str) -> bool:
     if character in _EDGES:
         return True
-    # Dashes may be signs of numbers.
-    return not character.isascii() and unicodedata.category(character) in ("Po", "Ps", "Pe", "Pi", "Pf")
+    return not character.isascii() and character not in _UNITS and unicodedata.category(character) in _PUNCTUATION
 
 
 def final_number(text: str) -> Fraction | None:
@@ -94,21 +100,36 @@ def final_number(text: str) -> Fraction | None:
     found = _find_final(_plain_numbers(text))
     if found is None:
         return None
+    if len(found[0]) > _MAX_NUMBER_CHARS:
+        return None
     number, _, divisor = re.sub(r"[ ,$€£¥]", "", found[0]).partition("/")
     return Fraction(number) / int(divisor or 1)
 
 
-def is_joined_number(text: str) -> bool:
-    """Return whether the final number belongs to a time, a date, a range or a number with a decimal comma."""
+def is_joined_number(text: str, with_ranges: bool) -> bool:
+    """Return whether the final number belongs to a time, a date, a number with a decimal comma or a power.
+
+    `with_ranges`: or whether it ends a range, such as 3-5, which may also be a subtraction.
+    """
     plain = _plain_numbers(text)
     found = _find_final(plain)
-    return found is not None and bool(_JOINED_BEFORE.search(plain, 0, found.start()) or _JOINED_AFTER.match(plain, found.end()))
+    if found is None:
+        return False
+    if with_ranges and (_RANGE_BEFORE.search(plain, 0, found.start()) or _RANGE_AFTER.match(plain, found.end())):
+        return True
+    return bool(_JOINED_BEFORE.search(plain, 0, found.start()) or _JOINED_AFTER.match(plain, found.end()))
 
 
 def _plain_numbers(text: str) -> str:
-    text = _FRACTION.sub(r" \1/\2", text.translate(_DIGITS))
+    """Return the text with fractions as 3/4, powers of ten as 3e8, and a space after codes of currencies."""
+
+    def fraction(match: re.Match[str]) -> str:
+        whole = " " if match.start() and match.string[match.start() - 1].isdigit() else ""
+        return f"{whole}{match[1] or match[3]}/{match[2] or match[4]}"
+
+    text = _FRACTION.sub(fraction, text.translate(_DIGITS))
     text = _MIXED.sub(lambda match: f"{int(match[1]) * int(match[3]) + int(match[2])}/{match[3]}", text)
-    return _POWER_OF_TEN.sub(r"e\1", text)
+    return _CURRENCY_CODE.sub(r"\g<0> ", _POWER_OF_TEN.sub(r"e\1", text))
 
 
 def _find_final(text: str) -> re.Match[str] | None:
@@ -216,8 +237,9 @@ def first_label(text: str, labels: Sequence[str]) -> str | None:
     """
     own_words = {label: normalized_words(label) for label in labels}
     articles = [label.strip(f"{_EDGES} ") for label, words in own_words.items() if len(words) == 1 and words[0] in _ARTICLES]
-    if not articles and not any(_SEPARATORS.search(word) for words in own_words.values() for word in words):
-        text = _SEPARATORS.sub(" ", text)
+    if not any(_SEPARATORS.search(word) for words in own_words.values() for word in words):
+        # A sign after the letter A shows that it is not an article.
+        text = _SEPARATORS.sub(r"\g<0> " if articles else " ", text)
     words = normalized_words(text) if not articles else _words_with_articles(text, articles)
     best: tuple[int, int, str] | None = None
     for label, wanted in own_words.items():

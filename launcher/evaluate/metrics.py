@@ -48,10 +48,12 @@ class AnswerMetric:
     Attributes:
         compute: returns the score of an answer, given the reference and the options.
         reference_problem: returns why a reference is unsuitable for comparison; empty if it is suitable.
+        with_thoughts: whether it scores what a reasoning model writes before its answer, too.
     """
 
     compute: _Score
     reference_problem: Callable[[str, MetricOptions], str] = lambda reference, options: ""
+    with_thoughts: bool = False
 
     def score(self, answer: GeneratedAnswer, reference: str, options: MetricOptions = _NO_OPTIONS) -> float:
         """Return the score of one answer, from 0 to 1; higher is better."""
@@ -69,14 +71,16 @@ def _token_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -
 
 def _numeric(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     number = answer_text.final_number(answer.text)
+    if answer_text.is_joined_number(answer.text, with_ranges=False):
+        return False
     return number is not None and number == answer_text.final_number(reference)
 
 
 def _no_number(reference: str, options: MetricOptions) -> str:
     if answer_text.final_number(reference) is None:
         return "has no number"
-    if answer_text.is_joined_number(reference):
-        return "ends with a time, a date, a range or a decimal comma, which are not compared as numbers"
+    if answer_text.is_joined_number(reference, with_ranges=True):
+        return "ends with a time, a date, a range, a power or a decimal comma, which are not compared as numbers"
     return ""
 
 
@@ -163,5 +167,7 @@ METRICS: dict[str, AnswerMetric] = {
     "field_f1": AnswerMetric(_field_f1, _no_json),
     "label_accuracy": AnswerMetric(_label_accuracy, _no_label),
     "stopped": AnswerMetric(lambda answer, reference, options: answer.is_stopped),
-    "no_repetition": AnswerMetric(lambda answer, reference, options: 1 - answer_text.repeated_share(answer.text)),
+    "no_repetition": AnswerMetric(
+        lambda answer, reference, options: 1 - answer_text.repeated_share(answer.text), with_thoughts=True
+    ),
 }

@@ -116,8 +116,9 @@ class AnswerScorer:
         Raises:
             DataError: if a user's function fails or takes too long, or a regular expression takes too long; with the row.
         """
-        answers = [replace(answer, text=without_thoughts(answer.text)) for answer in answers]
-        references = [without_thoughts(one) for one in references]
+        if metric not in METRICS or not METRICS[metric].with_thoughts:
+            answers = [replace(answer, text=without_thoughts(answer.text)) for answer in answers]
+            references = [without_thoughts(one) for one in references]
         if metric in METRICS:
             table = METRICS[metric]
             scores = []

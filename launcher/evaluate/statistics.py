@@ -1,11 +1,14 @@
 """Statistics of paired scores: whether one side is better than the other on the same prompts. Pure, and without torch.
 
-The interval is the percentile bootstrap over prompts (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13), with
-the percentiles moved outwards for small samples as in Hesterberg, "What Teachers Should Know about the Bootstrap" (2015,
-section 3.3.1): the plain percentiles of n prompts are too narrow by about sqrt((n - 1) / n), and by the difference between the
-normal and the t distribution. The exact test is McNemar's, in the binomial form, on the pairs whose scores differ. If few pairs
-differ, the bootstrap knows too few of them: its bounds are replaced by those of Tango's score interval ("Equivalence test and
-confidence interval for the difference in proportions for the paired-sample design", Statistics in Medicine 17, 1998).
+For scores of 0 and 1, the interval is Tango's score interval ("Equivalence test and confidence interval for the difference in
+proportions for the paired-sample design", Statistics in Medicine 17, 1998), which also holds if no answers differ, or all do.
+
+For graded scores it is the percentile bootstrap over prompts (Efron and Tibshirani, An Introduction to the Bootstrap, chapter
+13), with the percentiles moved outwards for small samples as in Hesterberg, "What Teachers Should Know about the Bootstrap"
+(2015, section 3.3.1): the plain percentiles of n prompts are too narrow by about sqrt((n - 1) / n), and by the difference between
+the normal and the t distribution.
+
+The exact test is McNemar's, in the binomial form, on the pairs whose scores differ.
 """
 
 from __future__ import annotations

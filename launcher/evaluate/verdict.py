@@ -10,7 +10,7 @@ import numpy as np
 
 from launcher.data.checks import patterns
 from launcher.evaluate import statistics
-from launcher.evaluate.statistics import PairedCounts, Scores
+from launcher.evaluate.statistics import Scores
 from launcher.tracking.verdicts import (
     TUNED,
     AnswerExample,
@@ -108,10 +108,13 @@ def _compare_with(metric: str, baseline: str, tuned: Scores, base: Scores, num_b
     differences = np.asarray(tuned, np.float64) - np.asarray(base, np.float64)
     counts = statistics.count_pairs(differences)
     mean = float(differences.mean()) if len(differences) else 0.0
-    low, high, worst_high = _bounds(differences, num_baselines)
+    is_binary = bool(np.isin(np.round(np.abs(differences), 12), (0.0, 1.0)).all())
+    low, high, worst_high = _bounds(differences, is_binary, num_baselines)
     p_value, differing_share = None, 0.0
     if counts.discordant < MIN_DISCORDANT and len(differences) > 1:
-        low, high = _bounds_if_few_differ(differences, counts, mean, low, high)
+        # Of graded scores, as many may differ by 1 that this sample does not contain.
+        _, unseen = statistics.score_interval(0, 0, len(differences))
+        low, high = (low, high) if is_binary else (min(low, mean - unseen), max(high, mean + unseen))
         differing_share = statistics.upper_share(counts.discordant, len(differences))
     if counts.discordant < MIN_DISCORDANT:
         p_value = statistics.exact_mcnemar(counts.wins, counts.losses)
@@ -142,25 +145,22 @@ def _compare_with(metric: str, baseline: str, tuned: Scores, base: Scores, num_b
     )
 
 
-def _bounds(differences: Scores, num_baselines: int) -> tuple[float, float, float]:
-    """Return the bounds of the 95% interval, and the upper bound of the wider one that decides whether the model is worse."""
+def _bounds(differences: Scores, is_binary: bool, num_baselines: int) -> tuple[float, float, float]:
+    """Return the bounds of the 95% interval, and the upper bound of the wider one that decides whether the model is worse.
+
+    For scores of 0 and 1 they are those of the score interval, for graded scores those of the bootstrap.
+    """
     if len(differences) < 2:
         return -math.inf, math.inf, math.inf
+    if is_binary:
+        counts = statistics.count_pairs(differences)
+        low, high = statistics.score_interval(counts.wins, counts.losses, len(differences))
+        wider = 1 - SIGNIFICANCE / num_baselines
+        return low, high, statistics.score_interval(counts.wins, counts.losses, len(differences), wider)[1]
     means = statistics.bootstrap_means(differences)
     low, high = statistics.interval(means, len(differences))
     _, worst_high = statistics.interval(means, len(differences), 1 - SIGNIFICANCE / num_baselines)
     return low, high, worst_high
-
-
-def _bounds_if_few_differ(differences: Scores, counts: PairedCounts, mean: float, low: float, high: float) -> tuple[float, float]:
-    """Return the bounds of the 95% interval if few pairs differ; `low` and `high` are those of the bootstrap.
-
-    For scores of 0 and 1 they are Tango's. Graded scores may differ by 1 on as many further prompts as such scores may.
-    """
-    if np.isin(np.round(np.abs(differences), 12), (0.0, 1.0)).all():
-        return statistics.score_interval(counts.wins, counts.losses, len(differences))
-    _, unseen = statistics.score_interval(0, 0, len(differences))
-    return min(low, mean - unseen), max(high, mean + unseen)
 
 
 def _overall(comparisons: Sequence[BaselineComparison]) -> ComparisonOutcome:

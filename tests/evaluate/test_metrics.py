@@ -43,7 +43,20 @@ def score(metric: str, text: str, reference: str = "", **options: object) -> flo
         ("numeric", "It is 9-7", "7", 1),
         ("numeric", "minus: −7", "-7", 1),
         ("numeric", "none", "7", 0),
-        ("numeric", "about 1,23", "23", 1),
+        ("numeric", "about 1,23", "23", 0),
+        ("numeric", "at 10:30", "30", 0),
+        ("numeric", "So it is:\n\n- 42", "42", 1),
+        ("numeric", "Total – 42", "42", 1),
+        ("numeric", "USD500", "USD 500", 1),
+        ("numeric", "USD500", "EUR100", 0),
+        ("numeric", "A42", "2", 0),
+        ("numeric", "2^10", "2", 0),
+        ("numeric", "-3 1/2", "-3.5", 1),
+        ("numeric", "-3\\frac{1}{2}", "-3.5", 1),
+        ("numeric", "\\frac{-3}{4}", "-3/4", 1),
+        ("numeric", "\\frac34", "0.75", 1),
+        ("numeric", "9" * 5000, "9", 0),
+        ("numeric", "1" + ",000" * 1440, "1", 0),
         ("numeric", "a probability of .5", "0.5", 1),
         ("numeric", "a probability of -.5", "5", 0),
         ("numeric", "well ...5", "5", 1),
@@ -94,6 +107,7 @@ def test_an_answer_that_was_cut_has_not_stopped() -> None:
         ("Very bad", 1),
         ('{"label":"very bad"}', 1),
         ("Label:very bad", 1),
+        ("Label: 3.5", 0),
         ("Very bad—do not see it", 1),
         ("good, not very bad", 0),
         ("badly", 0),
@@ -164,7 +178,9 @@ def test_a_regular_expression_that_takes_too_long_is_ended_and_named() -> None:
     "metric, reference, part",
     [
         ("numeric", "none", "no number"),
-        ("numeric", "at 10:30", "a time, a date, a range or a decimal comma"),
+        ("numeric", "at 10:30", "a time, a date, a range, a power or a decimal comma"),
+        ("numeric", "10 - 12 days", "a range"),
+        ("numeric", "10^12", "a power"),
         ("numeric", "2024-01-05", "a time, a date"),
         ("numeric", "3/4/2024", "a time, a date"),
         ("numeric", "4,5", "a decimal comma"),
@@ -191,3 +207,16 @@ def test_references_that_a_metric_cannot_use(metric: str, reference: str, part: 
 )
 def test_thoughts_are_not_part_of_an_answer(text: str, answer: str) -> None:
     assert without_thoughts(text) == answer
+
+
+def test_endless_thoughts_are_repetitions() -> None:
+    text = "<think>" + "wait no, let me think. " * 200
+    assert METRICS["no_repetition"].with_thoughts
+    assert score("no_repetition", text) < 0.02
+
+
+@pytest.mark.parametrize("text", [" " * 60_000, "9" * 60_000, "1/" * 30_000, "1 " * 30_000, "\\frac" * 10_000, "- " * 30_000])
+def test_long_answers_are_read_at_once(text: str) -> None:
+    began = monotonic()
+    score("numeric", f"{text}x 10", "10")
+    assert monotonic() - began < 10

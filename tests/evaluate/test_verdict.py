@@ -46,7 +46,7 @@ def test_helped_against_each_baseline() -> None:
     )
     assert verdict.outcome == BETTER
     assert verdict.sentence.startswith(
-        "Fine-tuning helped: exact match 0.31 against 0.12 (0-shot) and 0.19 (8-shot); difference to 8-shot +0.12 (0.09 to 0.15)."
+        "Fine-tuning helped: exact match 0.31 against 0.12 (0-shot) and 0.19 (8-shot); difference to 8-shot +0.12 (0.09 to 0.16)."
     )
     assert verdict.sentence.endswith(" General loss rose by 0.01: no sign of forgetting.")
     header, rows = verdict.table

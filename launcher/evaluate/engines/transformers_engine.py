@@ -131,9 +131,9 @@ class TransformersEngine:
 
 
 def cut_at(text: str, stop_strings: Sequence[str]) -> str:
-    """Return the text up to the first stop string. White space before the answer does not stop it."""
+    """Return the text up to the first stop string. Blank lines before the answer do not stop it."""
     begin = len(text) - len(text.lstrip())
-    ends = [position for stop in stop_strings if (position := text.find(stop, begin)) >= 0]
+    ends = [position for stop in stop_strings if (position := text.find(stop, begin if stop.isspace() else 0)) >= 0]
     return text[: min(ends)] if ends else text
 
 
@@ -149,8 +149,6 @@ class _StopStrings(StoppingCriteria):
         self._has_ended = self._has_ended or [False] * len(tails)
         with bounded_tokenizer(sum(map(len, tails))):
             texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
-        self._has_ended = [
-            ended or any(stop in text.lstrip() for stop in self._stop_strings)
-            for ended, text in zip(self._has_ended, texts, strict=True)
-        ]
+        found = [cut_at(text, self._stop_strings) != text for text in texts]
+        self._has_ended = [ended or is_found for ended, is_found in zip(self._has_ended, found, strict=True)]
         return torch.tensor(self._has_ended, device=input_ids.device)

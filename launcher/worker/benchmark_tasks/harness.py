@@ -30,6 +30,8 @@ INSTALL = 'install it with: pip install "launcher[evals]"'
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
 _REPOSITORY = re.compile(r"'([\w.-]+/[\w.-]+)'")
 _WHERE = "--tasks"
+# What ends the thoughts of a reasoning model; the harness scores what follows.
+THOUGHT_END = "</think>"
 # Tolerance within which an aggregate counts as the mean of the per-question scores.
 _SAME = 1e-6
 _SEED = 1234
@@ -177,7 +179,7 @@ def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> 
     """Wrap a transformers model as a harness model."""
     from lm_eval.models.huggingface import HFLM
 
-    hides_bars = not sys.stderr.isatty()
+    hides_bars, thinks = not sys.stderr.isatty(), THOUGHT_END in str(tokenizer.chat_template or "")
 
     class ScoredModel(HFLM):  # type: ignore[misc, unused-ignore]
         """Shows progress bars only on terminals, and limits the time and memory of chat templates."""
@@ -191,6 +193,12 @@ def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().generate_until(requests, disable_tqdm=hides_bars)
 
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
+            if thinks:
+                # The line breaks in the thoughts would end the answer. The harness cuts answers at these texts afterwards.
+                stop = [text for text in stop if not text.isspace()]
+            return super()._model_generate(context, max_length, stop, **options)
+
         def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
             try:
                 return limited(lambda: HFLM.apply_chat_template(self, chat_history, add_generation_prompt))
@@ -199,8 +207,7 @@ def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> 
                 raise DataError(f"the chat template {error}", where=_WHERE, remedy=remedy) from None
 
     sizes = {"batch_size": batch_size, "max_length": max_length}
-    # The harness removes what a reasoning model writes before its answer.
-    return ScoredModel(pretrained=model, tokenizer=tokenizer, **sizes, think_end_token="</think>")  # noqa: S106
+    return ScoredModel(pretrained=model, tokenizer=tokenizer, **sizes, think_end_token=THOUGHT_END)
 
 
 def digest(*parts: str) -> str:

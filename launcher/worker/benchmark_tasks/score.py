@@ -35,7 +35,7 @@ from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.verdicts import TUNED
 from launcher.train.model import DTYPES, read_own_config
-from launcher.worker.benchmark_tasks.harness import Harness, TaskScores, digest, make_model
+from launcher.worker.benchmark_tasks.harness import THOUGHT_END, Harness, TaskScores, digest, make_model
 from launcher.worker.benchmark_tasks.prepare import prepare
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder, BenchmarkRequest
 from launcher.worker.benchmark_tasks.task_files import TASK_FOLDER, require_own
@@ -104,7 +104,8 @@ def _load(request: BenchmarkRequest, weights: Weights, side: str) -> Any:
 def _surroundings(request: BenchmarkRequest) -> tuple[str, ...]:
     """Return what determines the scores apart from the task and the weights."""
     device = _device()
-    return (str(request.limit), choose_dtype(request.config, device), device, torch.__version__, transformers.__version__)
+    versions = torch.__version__, transformers.__version__
+    return (str(request.limit), choose_dtype(request.config, device), device, *versions, THOUGHT_END)
 
 
 def _device() -> str:

@@ -33,6 +33,7 @@ from launcher.evaluate.selection import NUM_LONGEST, list_shots
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
@@ -104,10 +105,13 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
     if base is not None and config.evaluate.shots == "auto" and not shots:
         # Short examples may fit where these do not.
         training = sorted(training, key=lambda one: len(str(one.document)) + len(one.reference))
-        base_prompts = base_prompts_of(training)
-        shots = _fitting_shots(config, [*everything, *training[num_examples:]], base_prompts, context)
+        base_prompts, chosen_by = base_prompts_of(training), training[num_examples:]
+        scorer.check_references([one.reference for one in chosen_by], [one.where for one in chosen_by])
+        shots, fewest = _fitting_shots(config, [*everything, *chosen_by], base_prompts, context), min(list_shots("auto"))
         if not shots:
-            few = f"{min(list_shots('auto'))} training rows with an answer in text do not fit before the prompts"
+            few = f"{fewest} of them do not fit before the prompts"
+            if num_examples < fewest:
+                few = f"{format_count(len(training), 'training row')} with an answer in text fit the model's context"
             left_out = {name: (*lines, f"no baseline with examples: {few}") for name, lines in left_out.items()}
     if base is not None:
         # The model's own settings may only name the end of a text; each side also stops where its template ends a turn.
