@@ -85,6 +85,10 @@ def test_a_damaged_tokenizer_is_named(folder: Path, name: str, content: bytes, m
     "changes, message",
     [
         ({"is_encoder_decoder": True, "model_type": "t5"}, "this is an encoder-decoder model"),
+        (
+            {"vision_config": {"depth": 2}, "model_type": "qwen3_5"},
+            "this model also takes images, video or sound (vision_config)",
+        ),
         ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized (awq)"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "m.C"}}, "the model needs its own Python code (auto_map)"),
         ({"model_type": "mine"}, "does not know the architecture mine"),

@@ -45,7 +45,8 @@ def run(verb: str, tokens: list[str]) -> int:
     if arguments.out is not None:
         ownership.require_export_location(out)
     existing = _read_export(out)
-    dtype = arguments.dtype or (existing.dtype if existing is not None else _DTYPES[0])
+    trained = plan.config.model.dtype if plan.config.model.dtype in _DTYPES else _DTYPES[0]
+    dtype = arguments.dtype or (existing.dtype if existing is not None else trained)
     if existing is not None:
         _require_replaceable(run_dir, out, existing, step, dtype, arguments.replace)
     _require_room(out, plan.model.num_params * _BYTES[dtype])
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_root()
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
-    dtype = "type of the weights (default: that of the export in the folder, else bf16)"
+    dtype = "type of the weights (default: that of the export in the folder, else of the training)"
     parser.add_argument("--dtype", choices=_DTYPES, help=dtype)
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: export/ in the run directory)")
     replace = "replace an export of another type or of a later step in the folder"

@@ -10,6 +10,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -306,9 +307,13 @@ def _write_config(task: ExportTask, model: Path | Mapping[str, Any], saved: Mapp
         CheckpointError: if the config describes a model with other tensors.
     """
     config = dict(model) if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
-    # The base model may have been quantized, but these weights are not.
-    for key in ("quantization_config", "torch_dtype"):
+    # The base model may have been quantized, but these weights are not; nor do they have the base model's file names.
+    for key in ("quantization_config", "torch_dtype", "transformers_weights", *(() if task.runs_code else ("auto_map",))):
         config.pop(key, None)
+    further = f".layers.{config.get('num_hidden_layers')}."
+    if config.get("num_nextn_predict_layers") and not any(further in name for name in saved):
+        # The layers that only predict further tokens are not trained.
+        config["num_nextn_predict_layers"] = 0
     config["dtype"] = weights.DTYPES[task.dtype][1]
     target = task.partial / "config.json"
     atomic_files.write_json(target, config)
@@ -319,7 +324,7 @@ def _write_config(task: ExportTask, model: Path | Mapping[str, Any], saved: Mapp
 
         built = build_on_meta(_folder_to_load(task, task.partial), task.runs_code)
         require_same_tensors(built, saved)
-        atomic_files.write_json(target, config | {"architectures": config.get("architectures") or [type(built).__name__]})
+        atomic_files.write_json(target, config | {"architectures": [type(built).__name__]})
         json_records.write(stored, find_stored_names(built, saved))
     elif stores_as_is(task.model, saved):
         json_records.write(stored, StoredNames({}, are_original=True))
@@ -348,19 +353,28 @@ def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:
             shutil.copytree(path, task.partial / path.name, copy_function=copy)
         else:
             copy(path, task.partial / path.name)
+    if (task.partial / "tokenizer.json").is_file():
+        # Where mistral-common is installed, this file would replace the chat template of the run.
+        (task.partial / "tekken.json").unlink(missing_ok=True)
+    if not task.runs_code:
+        _remove_key(task.partial / "tokenizer_config.json", "auto_map")
     if task.chat_template is not None:
-        _write_chat_template(task.partial, task.chat_template)
+        atomic_files.write_text(task.partial / "chat_template.jinja", task.chat_template)
+        _remove_key(task.partial / "tokenizer_config.json", "chat_template")
     if task.added_stop_ids:
         settings = {
             **generation.read_generation_config(task.model),
             "eos_token_id": [*generation.read_stop_ids(task.model), *task.added_stop_ids],
         }
+        # With this key, transformers 4 replaces the settings by those of config.json.
+        settings.pop("_from_model_config", None)
         atomic_files.write_json(task.partial / generation.FILE, settings)
 
 
-def _write_chat_template(folder: Path, text: str) -> None:
-    atomic_files.write_text(folder / "chat_template.jinja", text)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file() and "chat_template" in (content := json.loads(settings.read_bytes())):
-        del content["chat_template"]
-        atomic_files.write_json(settings, content)
+def _remove_key(settings: Path, key: str) -> None:
+    # A damaged file is copied as it is.
+    with suppress(OSError, ValueError):
+        content = json.loads(settings.read_bytes())
+        if isinstance(content, dict) and key in content:
+            del content[key]
+            atomic_files.write_json(settings, content)

@@ -135,6 +135,9 @@ def _base_rows(plan: LaunchPlan, base: Mapping[str, Any]) -> Rows:
 def _data_rows(plan: LaunchPlan) -> Rows:
     config, data = plan.config.data, plan.data
     rows = [("sources", ", ".join(f"{source.name} ({_public(source.path)})" for source in config.sources))]
+    if config.system:
+        # The exported template does not contain it.
+        rows.append(("system message of all chats", config.system))
     if data is not None:
         rows += [
             ("documents", f"{data.num_docs:,}, of which {data.truncated_docs:,} were cut"),

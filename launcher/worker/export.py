@@ -45,10 +45,12 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
     # A resume may have changed settings; later automatic attempts keep the changes.
     plans = run_store.load_plans_until(run, checkpoint.manifest.attempt)
     plan = plans[-1] if plans else first
+    base = Path(plan.model.path or "")
     task = ExportTask(
         checkpoint=checkpoint.path,
-        model=Path(plan.model.path) if plan.model.path else plan.model.config,
-        tokenizer=Path(plan.model.tokenizer_path) if plan.model.tokenizer_path else None,
+        # Files in the cache may have been removed since.
+        model=base if plan.model.path and (base / "config.json").is_file() else plan.model.config,
+        tokenizer=_tokenizer_of(plan),
         out=(out or run.export).absolute(),
         dtype=dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
@@ -63,6 +65,16 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         return export(
             task, lambda made: model_card.render_model_card(plan, checkpoint.manifest, metrics, made, plans), make_progress
         )
+
+
+def _tokenizer_of(plan: LaunchPlan) -> Path | None:
+    folder = plan.model.tokenizer_path
+    if folder is None or Path(folder).is_dir():
+        return None if folder is None else Path(folder)
+    # Imports transformers, which an export without a check does not need.
+    from launcher.worker.prepare import tokenizer_of
+
+    return tokenizer_of(plan)
 
 
 def _load(plan_path: Path) -> LaunchPlan:

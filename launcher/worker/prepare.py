@@ -160,7 +160,7 @@ def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Pa
     task = ExportTask(
         checkpoint=parent.checkpoint.path,
         model=base if parent.plan.model.path and (base / "config.json").is_file() else parent.plan.model.config,
-        tokenizer=_tokenizer_of(parent.plan),
+        tokenizer=tokenizer_of(parent.plan),
         out=folder,
         dtype=model.dtype,
         trust_remote_code=model.trust_remote_code,
@@ -176,7 +176,7 @@ def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Pa
         export(task, lambda made: model_card.render_model_card(plan, manifest, metrics, made, plans), make_progress)
 
 
-def _tokenizer_of(plan: LaunchPlan) -> Path | None:
+def tokenizer_of(plan: LaunchPlan) -> Path | None:
     """Return the folder of a run's tokenizer; fetch it again if the cache that held it was removed."""
     if plan.model.tokenizer_path and Path(plan.model.tokenizer_path).is_dir():
         return Path(plan.model.tokenizer_path)

@@ -108,6 +108,31 @@ def test_config_and_tokenizer_files_are_exported(runs, tmp_path):
     assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "compute"))
 
 
+def test_what_does_not_apply_to_the_exported_files_is_left_out(runs, tmp_path):
+    base, tokenizer = tmp_path / "base", tmp_path / "tokenizer"
+    base.mkdir()
+    tokenizer.mkdir()
+    of_files = {
+        "transformers_weights": "weights-hf.safetensors",
+        "auto_map": {"AutoModelForCausalLM": "modeling.LlamaForCausalLM"},
+        "architectures": ["LlamaForSequenceClassification"],
+        "num_nextn_predict_layers": 1,
+    }
+    (base / "config.json").write_text(json.dumps(llama_config("bf16") | of_files))
+    (base / "generation_config.json").write_text('{"eos_token_id": 0, "_from_model_config": true}')
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "tekken.json").write_text("{}")
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<s>", "auto_map": {"AutoTokenizer": ["code.T", null]}}')
+    result = exported(runs, "bf16", tmp_path / "export", model=base, tokenizer=tokenizer, turn_end_ids=(3,))
+    config = json.loads((result.path / "config.json").read_text())
+    assert not {"transformers_weights", "auto_map"} & config.keys()
+    assert (config["architectures"], config["num_nextn_predict_layers"]) == (["LlamaForCausalLM"], 0)
+    assert json.loads((result.path / "generation_config.json").read_text()) == {"eos_token_id": [0, 3]}
+    assert json.loads((result.path / "tokenizer_config.json").read_text()) == {"eos_token": "<s>"}
+    # Where mistral-common is installed, it takes precedence over tokenizer.json and the chat template.
+    assert not (result.path / "tekken.json").exists()
+
+
 def test_a_chat_template_replaces_the_tokenizers_own(runs, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     (tokenizer / "additional_chat_templates").mkdir(parents=True)

@@ -38,6 +38,11 @@ def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
     if config.get("is_encoder_decoder"):
         remedy = "choose a decoder-only language model"
         yield Problem("model.path: this is an encoder-decoder model (is_encoder_decoder)", where, model_type, remedy)
+    for part in ("vision_config", "audio_config"):
+        if isinstance(config.get(part), dict):
+            message = f"model.path: this model also takes images, video or sound ({part}), and only text models can be trained"
+            yield Problem(message, where, model_type, "choose a language model, such as a preset (docs/presets.md)")
+            break
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
         method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else str(quantization)
