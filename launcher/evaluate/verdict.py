@@ -50,7 +50,7 @@ def judge(
 
     The outcome is `better` only if the lower bound of the paired 95% interval is above zero against each baseline. It is `worse`
     if the upper bound is below zero against one of them. With several baselines that interval is wider (Bonferroni), so that
-    without a difference at most 5% of all evaluations have an outcome.
+    without a difference about 5% of all evaluations have an outcome.
     """
     by_metric = {metric: scores, **(others or {})}
     comparisons = tuple(_compare(name, sides) for name, sides in by_metric.items())
