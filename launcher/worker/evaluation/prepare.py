@@ -111,7 +111,7 @@ def prepare(config: RunConfig, run: RunDir, step: int) -> EvaluationFolder:
         if not shots:
             few = f"{fewest} of them do not fit before the prompts"
             if num_examples < fewest:
-                few = f"{format_count(len(training), 'training row')} with an answer in text fit the model's context"
+                few = f"only {format_count(len(training), 'training row')} with an answer in text can be shown in the context"
             left_out = {name: (*lines, f"no baseline with examples: {few}") for name, lines in left_out.items()}
     if base is not None:
         # The model's own settings may only name the end of a text; each side also stops where its template ends a turn.
