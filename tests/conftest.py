@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from forked import ForkedProcess, ForkingWorkers, ForkServer
 from forked_ranks import VARIABLES as RANK_VARIABLES
 from forked_ranks import RankServer
 from forked_stack import ForkingAgents
-from missing_program import skip_or_fail
+from missing_program import PROGRAMS, path_of_a_bare_machine, skip_or_fail
 from pace import slowness
 from testbed_cluster import SlotTaken, Testbed
 from testbed_config import NUM_SLOTS, Settings, install_command, missing_commands
@@ -74,6 +75,22 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("launcher")
 
 
+_PATH = os.environ.get("PATH", os.defpath)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hide Slurm, browsers and compilers from tests without their marker, which must pass on a machine that has none."""
+    os.environ["PATH"] = _PATH if any(map(item.get_closest_marker, PROGRAMS)) else _bare_path(item.config)
+
+
+@functools.cache
+def _bare_path(config: pytest.Config) -> str:
+    folder = tempfile.mkdtemp(prefix="launcher-programs-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return path_of_a_bare_machine(_PATH, Path(folder))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first, so that none runs alone at the end, and tests that need compiled extensions last."""
 
@@ -84,6 +101,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
 
     items.sort(key=position)
+    for item in items:
+        if "extensions" in getattr(item, "fixturenames", ()):
+            item.add_marker("compiler")
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -133,11 +153,11 @@ module_whole_code = pytest.fixture(_copied_whole, scope="module")
 
 
 @pytest.fixture(scope="session")
-def launcher_env(launcher_cache: Path) -> dict[str, str]:
-    """The environment of launcher processes: no keys, no Hub, a separate cache."""
+def launcher_env(launcher_cache: Path, pytestconfig: pytest.Config) -> dict[str, str]:
+    """The environment of launcher processes: no keys, no Hub, a separate cache, and only programs that every machine has."""
     dropped = ("WANDB_", "HF_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_", "COLUMNS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    cache_only = {"LAUNCHER_CACHE": str(launcher_cache), "HF_HUB_OFFLINE": "1", "NETRC": os.devnull}
+    cache_only = {"LAUNCHER_CACHE": str(launcher_cache), "HF_HUB_OFFLINE": "1", "NETRC": os.devnull, "PATH": _bare_path(pytestconfig)}
     # With several threads, fp32 matrix products are not bitwise reproducible.
     return kept | cache_only | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
 
@@ -154,7 +174,7 @@ def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Complete
             capture_output=True,
             text=True,
             cwd=cwd or REPO,
-            env={**launcher_env, **env},
+            env={**launcher_env, "PATH": os.environ["PATH"], **env},
             timeout=timeout * slowness(),
         )
 
@@ -216,7 +236,7 @@ def _called_here(launcher_env: Mapping[str, str], starters: Mapping[str, Any]) -
             kept = os.dup(1), os.dup(2)
             try:
                 os.environ.clear()
-                os.environ.update({**launcher_env, **env})
+                os.environ.update({**launcher_env, "PATH": before["PATH"], **env})
                 os.chdir(cwd or REPO)
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
@@ -311,7 +331,7 @@ def start(launcher_env: Mapping[str, str]) -> Callable[..., object]:
             stderr=subprocess.STDOUT,
             text=True,
             cwd=cwd or REPO,
-            env={**launcher_env, **env},
+            env={**launcher_env, "PATH": os.environ["PATH"], **env},
         )
         try:
             yield process
@@ -331,7 +351,7 @@ def start_here(launcher_env: Mapping[str, str], torch_server: Callable[[], ForkS
 
     @contextmanager
     def begin(*arguments: str, cwd: Path | None = None, **env: str) -> Iterator[ForkedProcess]:
-        options: dict[str, Any] = {"cwd": cwd or REPO, "env": {**launcher_env, **env}, "text": True}
+        options: dict[str, Any] = {"cwd": cwd or REPO, "env": {**launcher_env, "PATH": os.environ["PATH"], **env}, "text": True}
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with torch_server().popen("forked_stack", "launcher", *arguments, **options) as process:
             try:

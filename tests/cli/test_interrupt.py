@@ -99,12 +99,12 @@ print(run_store.read_status(RunDir(Path(plan.run_dir))).message)
 
 @pytest.fixture
 def submit(tmp_path: Path) -> Callable[[str, str], list[str]]:
-    """Submit a run in its own session with the given sbatch and squeue scripts; return the output lines."""
+    """Submit a run in its own session with the given sbatch and squeue scripts in place of Slurm's; return the output lines."""
     plan = hand_made.plan(tmp_path / "runs/demo", {**hand_made.SETTINGS, "cluster": {"kind": "slurm"}})
     atomic_files.write_json(tmp_path / "plan.json", plan.model_dump(mode="json"))
 
     def run(sbatch: str, squeue: str) -> list[str]:
-        for name, lines in (("sbatch", sbatch), ("squeue", squeue)):
+        for name, lines in (("sbatch", sbatch), ("squeue", squeue), ("srun", "exit 1")):
             (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
             (tmp_path / name).chmod(0o700)
         command = [sys.executable, "-c", SUBMIT, str(tmp_path / "plan.json")]

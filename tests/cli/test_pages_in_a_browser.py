@@ -33,6 +33,7 @@ def assert_drawn(shown: Shown, num_charts: int) -> None:
         assert all(inside(part, chart.box) for part in (*chart.marks, *chart.texts))
 
 
+@pytest.mark.browser
 @pytest.mark.rest
 def test_the_charts_of_the_report_are_visible(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
     folder = run.root / "evaluations/step-00000010"
@@ -43,6 +44,7 @@ def test_the_charts_of_the_report_are_visible(launch_here: Launch, run: RunDir, 
     assert_drawn(show(run.root / "report.html", tmp_path), num_charts=5)
 
 
+@pytest.mark.browser
 @pytest.mark.rest
 def test_two_runs_are_drawn_over_each_other(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
     """The runs have the same steps, and their losses differ by 0.5."""
@@ -64,6 +66,7 @@ def test_two_runs_are_drawn_over_each_other(launch_here: Launch, run: RunDir, tm
     assert rates[0] == rates[1]
 
 
+@pytest.mark.browser
 @pytest.mark.rest
 def test_the_charts_of_the_data_page_are_visible(launch_here: Launch, tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}. " * (1 + n % 7)} for n in range(60)]

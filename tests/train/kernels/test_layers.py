@@ -40,6 +40,7 @@ EXPERTS = (
 WHOLE, COMPILED = "deepspeed.whole_layers=true", "model.compile=true"
 
 
+@pytest.mark.compiler
 @pytest.mark.rest
 def test_whole_and_compiled_layers_train_as_single_modules_do(
     rank_server: RankServer, plan_of: Callable[..., LaunchPlan], tmp_path: Path
