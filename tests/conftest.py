@@ -157,9 +157,9 @@ def launcher_env(launcher_cache: Path, pytestconfig: pytest.Config) -> dict[str,
     """The environment of launcher processes: no keys, no Hub, a separate cache, and only programs that every machine has."""
     dropped = ("WANDB_", "HF_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC_", "COLUMNS")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    cache_only = {"LAUNCHER_CACHE": str(launcher_cache), "HF_HUB_OFFLINE": "1", "NETRC": os.devnull, "PATH": _bare_path(pytestconfig)}
+    cache_only = {"LAUNCHER_CACHE": str(launcher_cache), "HF_HUB_OFFLINE": "1", "NETRC": os.devnull}
     # With several threads, fp32 matrix products are not bitwise reproducible.
-    return kept | cache_only | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    return kept | cache_only | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "PATH": _bare_path(pytestconfig)}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 
 # Markers, and the programs that only tests with the marker may find.
 PROGRAMS = {
-    "slurm": ("srun", "sbatch", "sbcast", "salloc", "squeue", "sacct*", "scancel", "scontrol", "sinfo", "slurm*", "munge*", "mariadb*"),
+    "slurm": ("srun", "sbatch", "salloc", "squeue", "sacct*", "scancel", "scontrol", "sinfo", "slurm*", "munge*", "mariadb*"),
     "browser": ("chromium*", "google-chrome*"),
     "compiler": ("gcc*", "g++*", "cc", "c++", "c[89][0-9]", "clang*", "*-linux-gnu-g[c+]*", "nvcc", "ninja"),
 }
