@@ -15,10 +15,9 @@ from typing import Any
 from launcher import facts
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
-from launcher.errors import ConfigError, DataError, Problem, RunError, raise_reported
+from launcher.errors import ConfigError, Problem, RunError, raise_reported
 from launcher.security.folders import make_own_folder
 from launcher.security.library_caches import find_usable_caches
-from launcher.security.memory_limit import explain_end
 
 # A worker that is ended removes what it has written so far.
 _TERMINATION_S = 10.0
@@ -121,7 +120,6 @@ def run_worker(
     Ctrl-C reaches only this process, which ends the other one: otherwise each of its workers would print a traceback.
 
     Raises:
-        DataError: if a chat template that does not end was the end of the process.
         KeyboardInterrupt: after the process has ended.
         subprocess.TimeoutExpired: if it has not ended after `timeout_s`, after it was ended.
     """
@@ -141,8 +139,6 @@ def run_worker(
             except BaseException:
                 process.kill()
             raise
-    if problem := explain_end(process.returncode):
-        raise DataError(problem)
     return process.returncode, output or ""
 
 

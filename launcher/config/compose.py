@@ -28,7 +28,7 @@ from launcher.config.config_files import cycle_problem, missing_keys, package_pr
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import missing, no_such_option, schema_problems
 from launcher.config.hydra_composition.call import call_hydra, extra_dirs
-from launcher.config.hydra_composition.guard import READS_CREDENTIAL, UNBOUNDED, read_credentials
+from launcher.config.hydra_composition.guard import READS_CREDENTIAL, read_credentials
 from launcher.config.hydra_composition.location import RUN_FILE_GROUP
 from launcher.config.introspect import leaves
 from launcher.config.origin import Origins, located_problem, short
@@ -46,7 +46,7 @@ from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, has_secret_
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
 # The remedies for refused references, by the error's reason.
-_ADVICE = {UNBOUNDED: "write the values out", READS_CREDENTIAL: f"write the value out if it is not a secret; {IN_ENVIRONMENT}"}
+_ADVICE = {READS_CREDENTIAL: f"write the value out if it is not a secret; {IN_ENVIRONMENT}"}
 
 
 @dataclass(frozen=True)

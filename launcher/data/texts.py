@@ -18,7 +18,6 @@ import numpy as np
 import xxhash
 
 from launcher import atomic_files
-from launcher.data.tokenization.render_limits import decode
 from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
 from launcher.security import ownership
@@ -105,7 +104,7 @@ class DecodedTexts:
 def _decoded(tokenizer: Tokenizer, tokens: np.ndarray, first: int, end: int) -> str:
     """Return the text of tokens first:end, decoded after the previous token: some tokenizers drop the first space of a text."""
     before = max(0, first - 1)
-    text, prefix = (decode(tokenizer, tokens[before:stop].tolist(), clean_up_tokenization_spaces=False) for stop in (end, first))
+    text, prefix = (tokenizer.decode(tokens[before:stop].tolist(), clean_up_tokenization_spaces=False) for stop in (end, first))
     return str(text[len(prefix) :])
 
 

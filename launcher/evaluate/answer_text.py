@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
-from launcher.data.checks.unicode_forms import to_nfkc
-
 _ARTICLES = frozenset({"a", "an", "the"})
 # Removed only at the edges of words: 3.5, C++ and -5 stay unchanged.
 _EDGES = ".,;:!?\"'()[]{}<>«»“”‘’`*_…"
@@ -64,7 +62,7 @@ def normalized_words(text: str) -> list[str]:
 
     Close to the normalization of SQuAD (Rajpurkar et al., arXiv:1606.05250), except that punctuation inside a word stays.
     """
-    parts = to_nfkc(text).casefold().split()
+    parts = unicodedata.normalize("NFKC", text).casefold().split()
     words = [word for part in parts if (word := _strip(part))]
     # An answer that is just the letter A keeps it, and so does one that is only punctuation.
     return [word for word in words if word not in _ARTICLES] or words or parts
@@ -200,7 +198,7 @@ def multiset_f1(answer: Counter[Any], reference: Counter[Any]) -> float:
 
 def rouge_l(answer: str, reference: str) -> float:
     """Return the F-measure of ROUGE-L: the longest common subsequence of words (Lin, 2004), without stemming."""
-    first, second = (_WORD.findall(to_nfkc(text).casefold()) for text in (answer, reference))
+    first, second = (_WORD.findall(unicodedata.normalize("NFKC", text).casefold()) for text in (answer, reference))
     if not first and not second:
         return float(normalized_words(answer) == normalized_words(reference))
     return 2 * _common_length(first, second) / (len(first) + len(second))
@@ -253,7 +251,7 @@ def first_label(text: str, labels: Sequence[str]) -> str | None:
 
 def _words_with_articles(text: str, labels: Sequence[str]) -> list[str]:
     """Return normalized words, keeping articles that are one of `labels`."""
-    parts = to_nfkc(text).split()
+    parts = unicodedata.normalize("NFKC", text).split()
     words = []
     for number, part in enumerate(parts, start=1):
         word = part.strip(_EDGES)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from launcher.errors import DataError
-from launcher.security.regular_expressions import compile_bounded
 
 # Maximum number of a pattern's characters in a message.
 _MAX_CHARS = 200
@@ -54,9 +53,11 @@ def is_match(pattern: str, text: str, time_limit_s: float) -> bool:
     Raises:
         DataError: if it takes too long, or is not a valid pattern.
     """
+    import regex
+
     try:
-        return compile_bounded(pattern).search(text, timeout=time_limit_s) is not None
-    except ValueError as error:
+        return regex.compile(pattern).search(text, timeout=time_limit_s) is not None
+    except regex.error as error:
         message = f"a regular expression of the JSON schema cannot be used: {error}"
         raise DataError(message, where="evaluate.json_schema", value=pattern[:_MAX_CHARS], remedy="correct it") from None
     except TimeoutError:

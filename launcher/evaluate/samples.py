@@ -9,7 +9,6 @@ import torch
 from launcher.data.cache import cache_store
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
-from launcher.data.tokenization.render_limits import decode
 from launcher.models.private_code import code_option, folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
@@ -65,4 +64,4 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     )
     prompt = torch.tensor([prompt_ids], device=device)
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
-    return " ".join(decode(tokenizer, output[0, prompt.shape[1] :].tolist(), skip_special_tokens=True).split())
+    return " ".join(tokenizer.decode(output[0, prompt.shape[1] :].tolist(), skip_special_tokens=True).split())

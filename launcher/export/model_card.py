@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.checkpoint.manifest import Manifest
-from launcher.config import bounded_yaml
 from launcher.config.schema import is_local_path
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.export.hf_folder import CARD, ExportedFolder
@@ -30,6 +29,8 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 Rows = Sequence[tuple[str, str]]
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
+# The lines of a README between a first line `---` and the next `---`.
+_FRONT_MATTER = re.compile(r"---[ \t\r]*\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 _EVAL_LOSS = re.compile(r"eval/(.+)/loss")
 # Name prefixes of the metrics that a card shows.
 METRICS = ("train/loss", "eval/")
@@ -75,8 +76,8 @@ def base_front_matter(folder: Path) -> dict[str, Any]:
     """Read the front matter of a model folder's card; empty if there is none that can be parsed."""
     try:
         with open(folder / CARD, encoding="utf-8") as file:
-            front_matter = bounded_yaml.front_matter(file.read(bounded_yaml.MAX_CHARS))
-        content = bounded_yaml.safe_load(front_matter) if front_matter else None
+            front_matter = _FRONT_MATTER.match(file.read())
+        content = yaml.safe_load(front_matter[1]) if front_matter else None
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -26,7 +26,6 @@ from launcher.data.sources.files import read_lines
 from launcher.data.sources.formats import FORMATS, detect_format
 from launcher.data.sources.json_array import read_array
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.data.tokenization.render_limits import decode
 from launcher.errors import DataError, Problem
 from launcher.evaluate.drift.comparison import DriftReport, Prompt, compare
 from launcher.evaluate.drift.likelihood import PromptLikelihoods
@@ -195,7 +194,7 @@ def _encode(
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return decode(tokenizer, tokens, skip_special_tokens=True)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def main(argv: Sequence[str]) -> int:

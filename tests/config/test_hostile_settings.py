@@ -154,34 +154,6 @@ def test_nothing_is_imported_from_the_working_directory(marker: Path, session_ca
     assert not marker.exists()
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("flags", [(), ("-m",)])
-def test_a_file_whose_aliases_expand_without_bound_is_not_read(
-    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple
-) -> None:
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
-    (tmp_path / "shared/model").mkdir(parents=True)
-    (tmp_path / "shared/model/mine.yaml").write_text("\n".join(lines))
-    (problem,) = refused(*flags, f"hydra.searchpath=[file://{tmp_path}/shared]", "model=mine")
-    assert problem.message == "the file is not read: it has more than 200,000 values, with its aliases expanded"
-    assert problem.where == f"{tmp_path}/shared/model/mine.yaml"
-
-
-@pytest.mark.rest
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("last", ["x", '""', "[x, x, x, x]"])
-def test_references_that_double_at_each_step_are_refused(
-    refused: Refused, shared: Callable[[str], tuple[str, ...]], last: str
-) -> None:
-    """Forty doublings of a text, of an empty text and of a list."""
-    pair = '["${{run.x{0}}}", "${{run.x{0}}}"]' if last.startswith("[") else "${{run.x{0}}}${{run.x{0}}}"
-    lines = [f"  x{step}: {pair.format(step + 1)}" for step in range(40)]
-    problems = refused(*shared("\n".join(["run:", *lines, f"  x40: {last}"])))
-    assert "the references between the settings expand to too much" in problems[0].message
-    assert problems[0].remedy == "write the values out"
-
-
 def test_references_within_each_other_are_refused_with_their_line(
     refused: Refused, shared: Callable[[str], tuple[str, ...]]
 ) -> None:
@@ -196,12 +168,3 @@ def test_references_within_each_other_are_refused_with_their_line(
 def test_a_pickled_job_of_hydra_is_not_loaded(refused: Refused, tmp_path: Path, written: tuple[str, ...]) -> None:
     (problem,) = refused(*written)
     assert problem.message == "--experimental-rerun: Hydra would load a pickle, which can run code"
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("pattern", ["((((a{999}){999}){999}){999})", "(" * 3000 + "a" + ")" * 3000, "a|" * 6000])
-def test_a_regular_expression_that_takes_all_memory_is_refused(
-    refused: Refused, shared: Callable[[str], tuple[str, ...]], pattern: str
-) -> None:
-    (problem,) = refused(*shared(f"evaluate:\n  metrics: [regex]\n  pattern: '{pattern}'\n"))
-    assert problem.message.startswith("evaluate.pattern: is not a regular expression (it ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from launcher.cli.benchmark_tasks import BenchmarkOptions
 from launcher.errors import ConfigError
-from launcher.worker.benchmark_tasks import harness, prepare, task_files
+from launcher.worker.benchmark_tasks import harness, prepare
 from launcher.worker.benchmark_tasks.harness import Harness
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder
 
@@ -63,25 +62,13 @@ def test_without_the_harness_its_package_is_named(monkeypatch: pytest.MonkeyPatc
     # The harness changes the working directory.
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:
-        Harness(tmp_path / "caches")
+        Harness()
     assert error.value.exit_code == 2
     assert 'pip install "launcher[evals]"' in str(error.value)
     assert Path.cwd() == Path("/"), "a data set or metric in the working directory may be somebody else's"
     # Tasks with addresses such as hf://datasets/... read them with the Hub's client alone, which is imported already.
     with pytest.raises(OfflineModeIsEnabled):
         HfApi(endpoint="http://127.0.0.1:9").dataset_info("owner/rows")
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_a_task_of_another_user_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "task.yaml").write_text("task: mine")
-    (tmp_path / "utils.py").write_text("")
-    task_files.require_own(tmp_path)
-    os.chown(tmp_path / "utils.py", 12345, 12345)
-    with pytest.raises(ConfigError, match=r"utils\.py"):
-        task_files.require_own(tmp_path)
-    with pytest.raises(ConfigError, match="there is no such folder"):
-        task_files.require_own(tmp_path / "missing")
 
 
 def test_code_that_the_model_has_written_is_not_run() -> None:

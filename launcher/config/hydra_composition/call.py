@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ from typing import Any
 from launcher.config.command_line import GROUPS, flags_first
 from launcher.config.error_messages import hydra_problems
 from launcher.config.hydra_composition.guard import guarded, require_composing_only
-from launcher.config.printed_settings import redact_settings
 from launcher.config.renamed_keys import COMMAND_LINE
 from launcher.config.run_file.hydra_layer import OVERRIDE, composable
 from launcher.config.run_file.reading import FileContent
 from launcher.errors import ConfigError, causes
 from launcher.security.credentials import environment_secrets
+from launcher.security.redaction import REDACTED, looks_secret, redact
 
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
+# A key before its value in YAML or in an override, the first line of a value, and how the line of a value ends.
+_NAMED_VALUE = re.compile(r"(?P<key>[\w.-]+)(?:: ?|=)(?=[^\s=:])")
+_NEW_ENTRY = re.compile(r"\S|\s+(?:- |[\w.-]+:(?: |$))")
+_VALUE_END = re.compile(r"'?\n?\Z")
 _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
 
@@ -73,6 +77,24 @@ def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: 
         if saved_state[1] is not None:
             os.environ["HYDRA_FULL_ERROR"] = saved_state[1]
         print(redact_settings(printed.getvalue(), environment_secrets(os.environ)), end="")
+
+
+def redact_settings(text: str, secrets: Mapping[str, str]) -> str:
+    """Return what Hydra prints for --cfg and --info, with `<redacted>` for each value that looks like a credential."""
+    lines, is_cut = list[str](), False
+    for line in text.splitlines(keepends=True):
+        if is_cut and not _NEW_ENTRY.match(line):
+            continue
+        match = next((match for match in _NAMED_VALUE.finditer(line) if _names_secret(match["key"])), None)
+        is_cut = match is not None
+        lines.append(f"{line[: match.end()]}{REDACTED}{_VALUE_END.findall(line)[0]}" if match else line)
+    return redact("".join(lines), secrets)
+
+
+def _names_secret(key: str) -> bool:
+    # Hydra joins all overrides in override_dirname. Names in capitals are those of a job's variables.
+    names = (key, f"cluster.env.{key}") if key.isupper() else (key,)
+    return key.endswith("override_dirname") or any(looks_secret(name, "?") for name in names)
 
 
 def _compose_once(task: Callable[[Any], None], overrides: list[str], run_file: Path | None, conf: Path) -> None:

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from launcher.config.bounded_yaml import UnboundedYaml, require_bounded
 from launcher.config.introspect import leaves
-from launcher.errors import ConfigError, Problem
+from launcher.errors import ConfigError
 from launcher.security.credentials import environment_secrets, is_short_secret
 
 # Values from conf/config.yaml and from Hydra. Other values would change the environment, or make Hydra write its own files.
@@ -28,10 +27,6 @@ _PLUGINS = {
     "hydra.launcher": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra.sweeper": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 }
-# Limits for the references of one composition: characters and values that they expand to, and their number. With `a: ${b}${b}`,
-# `b: ${c}${c}` and so on, the text or the work doubles at each step.
-_MAX_EXPANDED, _MAX_REFERENCES = 1_000_000, 5_000
-UNBOUNDED = "the references between the settings expand to too much"
 # For a credential that is too short to be found within a text, such as an address.
 READS_CREDENTIAL = "a setting must not read this variable, which looks like a secret"
 # The reference to an environment variable, as in ${oc.env:USER}.
@@ -48,8 +43,7 @@ _JOBS = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher")
 def guarded() -> Iterator[None]:
     """Guard the composition within this block. Hydra's errors about refused settings become ConfigErrors."""
     from hydra._internal import hydra
-    from hydra._internal.core_plugins.file_config_source import FileConfigSource
-    from omegaconf import Container, OmegaConf
+    from omegaconf import OmegaConf
     from omegaconf.resolvers import oc
 
     class RefusedCallbacks(hydra.Callbacks):
@@ -62,8 +56,6 @@ def guarded() -> Iterator[None]:
         (hydra, "Callbacks", RefusedCallbacks),
         *((importlib.import_module(module), "configure_log", lambda *_, **__: None) for module in _LOGGING),
         *((module, "run_job", _checked_job(module.run_job)) for module in map(importlib.import_module, _JOBS)),
-        (FileConfigSource, "load_config", _bounded(FileConfigSource.load_config)),
-        (Container, "resolve_parse_tree", _bounded_references(Container.resolve_parse_tree)),
     ]
     originals = [getattr(owner, name) for owner, name, _ in replacements]
     _read_credentials.clear()
@@ -148,57 +140,3 @@ def _checked_job(run_job: Callable[..., Any]) -> Callable[..., Any]:
         return run_job(*args, **kwargs)
 
     return run_checked
-
-
-def _bounded(load: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-    @functools.wraps(load)
-    def load_bounded(source: Any, config_path: str) -> Any:
-        path = os.path.join(source.path, source._normalize_file_name(config_path))
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                text = file.read()
-            try:
-                require_bounded(text)
-            except UnboundedYaml as error:
-                problem = Problem(f"the file is not read: {error}", path, remedy="write the values out, or use another file")
-                raise ConfigError(problem) from None
-        return load(source, config_path)
-
-    return load_bounded
-
-
-def _bounded_references(resolve: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a `Container.resolve_parse_tree` that raises an OmegaConf error if references expand too far."""
-    from omegaconf.errors import InterpolationResolutionError
-
-    # Of the configuration whose references were resolved last; each job of a sweep has its own.
-    root: Any = None
-    num_references = num_expanded = 0
-
-    @functools.wraps(resolve)
-    def resolve_bounded(container: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal root, num_references, num_expanded
-        if root is not container._get_root():
-            root, num_references, num_expanded = container._get_root(), 0, 0
-        num_references += 1
-        if num_references > _MAX_REFERENCES:
-            raise InterpolationResolutionError(UNBOUNDED)
-        resolved = resolve(container, *args, **kwargs)
-        for size in _sizes(resolved):
-            num_expanded += size
-            if num_expanded > _MAX_EXPANDED:
-                raise InterpolationResolutionError(UNBOUNDED)
-        return resolved
-
-    return resolve_bounded
-
-
-def _sizes(value: Any) -> Iterator[int]:
-    """Yield the size of each value within a value: its length for a text, otherwise one."""
-    from omegaconf import Node
-
-    content = value._value() if isinstance(value, Node) else value
-    yield len(content) if isinstance(content, str) else 1
-    if isinstance(content, dict | list):
-        for inner in content.values() if isinstance(content, dict) else content:
-            yield from _sizes(inner)

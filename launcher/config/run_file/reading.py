@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config.bounded_yaml import MAX_CHARS, UnboundedYaml, require_bounded
 from launcher.config.command_line import GROUPS
 from launcher.config.config_files import yaml_problems
 from launcher.config.error_messages import no_such_option
@@ -147,7 +146,7 @@ def _load(path: Path) -> dict[Any, Any]:
     """Return the mapping in a file, which is read as Hydra reads its own files.
 
     Raises:
-        ConfigError: if there is no such file, or it is not readable, not YAML, not within bounds or not a mapping.
+        ConfigError: if there is no such file, or it is not readable, not YAML or not a mapping.
     """
     import yaml
     from omegaconf._utils import get_yaml_loader
@@ -157,14 +156,8 @@ def _load(path: Path) -> dict[Any, Any]:
     if not path.is_file():
         raise ConfigError(_no_file(path))
     try:
-        if path.stat().st_size > MAX_CHARS:
-            raise UnboundedYaml(f"it is longer than {MAX_CHARS >> 20} MiB")
-        require_bounded(path.read_text(encoding="utf-8"))
         with path.open(encoding="utf-8") as stream:
             root = yaml.load(stream, Loader=get_yaml_loader())  # noqa: S506
-    except UnboundedYaml as error:
-        remedy = "write the values out, or use another file"
-        raise ConfigError(Problem(f"the file is not read: {error}", short(path), remedy=remedy)) from None
     except UnicodeDecodeError:
         raise ConfigError("the file is not text in UTF-8", where=short(path), remedy="save it as UTF-8") from None
     except OSError as error:

@@ -8,13 +8,12 @@ equal slots then estimates the Jaccard similarity of the two sets, with a standa
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import rensa
 import xxhash
-
-from launcher.data.checks.unicode_forms import to_nfkc
 
 NUM_SLOTS = 128
 WINDOW_BYTES = 16
@@ -61,7 +60,7 @@ def make_comparable(text: str) -> bytes:
     if not text:
         return b""
     if not text.isascii():
-        text = to_nfkc(text).casefold()
+        text = unicodedata.normalize("NFKC", text).casefold()
         text = _OTHER_PUNCTUATION.sub(" ", _INVISIBLE.sub("", text))
     data = text.encode().translate(_WITHOUT_PUNCTUATION)
     while b"  " in data:

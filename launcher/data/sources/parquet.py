@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from launcher.data.sources.row_values import HARMLESS_BYTES, MAX_EXPANSION, MAX_ROW_BYTES, Row, refuse
-from launcher.security.memory_limit import bounded_memory
 
-_MAX_BATCH_BYTES = 1 << 30
 # Limits of the blocks of rows that are parsed together.
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 256
-_FEWER_ROWS = 32
 _WITHOUT_COMPRESSION = "if you trust the file, write it without compression or dictionaries"
 
 
@@ -37,7 +34,7 @@ def read_parts(file: io.BufferedReader, name: str) -> Iterator[tuple[int, bytes]
     table, num_file_bytes = _open(file, name)
     first, num_bytes = 1, 0
     try:
-        for batch in _batches(table, name):
+        for batch in _batches(table):
             num_bytes += batch.nbytes
             _require_in_proportion(num_bytes, num_file_bytes, name)
             num_rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES * batch.num_rows // max(1, batch.nbytes)))
@@ -91,41 +88,13 @@ def _require_in_proportion(num_bytes: int, num_file_bytes: int, name: str) -> No
         refuse(f"the table expands to more than {MAX_EXPANSION} times the size of its file", name, _WITHOUT_COMPRESSION)
 
 
-def _batches(table: Any, name: str) -> Iterator[Any]:
-    """Yield the rows of a table in batches of some MiB, or of fewer rows if they take more memory than expected."""
+def _batches(table: Any) -> Iterator[Any]:
+    """Yield the rows of a table in batches of some MiB, with plain values."""
     import pyarrow
 
-    num_rows, num_before = _batch_size(table), 0
-    for group in range(table.metadata.num_row_groups):
-        num_done, is_read = 0, False
-        while not is_read:
-            batches, num_skipped = table.iter_batches(batch_size=num_rows, row_groups=[group]), 0
-            try:
-                while (batch := _next_batch(batches)) is not None:
-                    num_known = min(num_done - num_skipped, batch.num_rows)
-                    num_skipped += batch.num_rows
-                    if num_known < batch.num_rows:
-                        num_done = num_skipped
-                        yield batch.slice(num_known)
-                is_read = True
-            except pyarrow.ArrowMemoryError:
-                if num_rows == 1:
-                    message = f"the row expands to more than {_MAX_BATCH_BYTES >> 30} GiB, or this machine is out of memory"
-                    refuse(message, f"{name}:row {num_before + num_done + 1}", _WITHOUT_COMPRESSION)
-                num_rows = max(1, num_rows // _FEWER_ROWS)
-        num_before += num_done
-
-
-def _next_batch(batches: Iterator[Any]) -> Any:
-    """Return the next batch with plain values, None after the last. Raises ArrowMemoryError if it takes too much memory."""
-    import pyarrow
-
-    with bounded_memory(_MAX_BATCH_BYTES):
-        batch = next(batches, None)
-        if batch is None:
-            return None
+    for batch in table.iter_batches(batch_size=_batch_size(table)):
         plain = pyarrow.schema([field.with_type(_plain(field.type)) for field in batch.schema])
-        return batch if plain.equals(batch.schema) else batch.cast(plain)
+        yield batch if plain.equals(batch.schema) else batch.cast(plain)
 
 
 def _plain(kind: Any) -> Any:

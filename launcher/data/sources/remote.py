@@ -14,7 +14,6 @@ from typing import Any
 from launcher.config.sections.data import RowSource
 from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, mark_used, source_folder
 from launcher.data.cache_lock import wait_and_hold
-from launcher.data.sources.download_limit import DownloadLimit
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, require_short_readme
@@ -143,13 +142,10 @@ class RemoteFiles:
         partial = folder / f".{secrets.token_hex(4)}"
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as private_folder:
             download = Path(private_folder, "rows")
-            limit = DownloadLimit(self._name(path), size, folder)
-            # With a callback, the Hub's client would read block by block, and without Xet. It compares the size itself.
-            options = {} if self._fs.protocol == "hf" else {"callback": limit}
 
             def get() -> None:
                 try:
-                    self._fs.get_file(path, str(download), **options)
+                    self._fs.get_file(path, str(download))
                 except OSError as error:
                     if is_full(error):
                         raise make_cache_error(error, folder) from error

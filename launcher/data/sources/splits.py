@@ -27,6 +27,8 @@ _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in wor
 # Unsupported compression and archives.
 _UNSUPPORTED = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tar.zst", ".tgz")
 # Files that accompany data in such folders.
+# The lines of a README between a first line `---` and the next `---`.
+_FRONT_MATTER = re.compile(r"---[ \t\r]*\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 _NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
 
 
@@ -135,15 +137,11 @@ def _configs(readme: bytes, where: str) -> list[dict[str, Any]]:
     """Return the `configs` of a dataset's README."""
     import yaml
 
-    from launcher.config import bounded_yaml
-
-    front_matter = bounded_yaml.front_matter(readme.decode(errors="replace"))
+    front_matter = _FRONT_MATTER.match(readme.decode(errors="replace"))
     if front_matter is None:
         return []
     try:
-        head = bounded_yaml.safe_load(front_matter)
-    except bounded_yaml.UnboundedYaml as error:
-        refuse(f"the head of {README} is not read: {error}", where, "name the files in the source's path")
+        head = yaml.safe_load(front_matter[1])
     except yaml.YAMLError as error:
         refuse(f"the head of {README} is not YAML: {str(error).splitlines()[0]}", where, "name the files in the source's path")
     configs = head.get("configs") if isinstance(head, dict) else None

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -15,8 +13,6 @@ import jinja2
 from transformers.utils import chat_template_utils
 
 from launcher.data.sources import Chat, Message
-from launcher.data.tokenization import render_limits
-from launcher.data.tokenization.render_limits import LimitReached, limited
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -49,27 +45,11 @@ class ChatTemplate:
         self._text = text
         self.name = name or str(tokenizer.name_or_path)
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
-        # The time that is left for the renderings of the present conversation; None outside of `one_conversation`.
-        self._left_s: float | None = None
 
     @property
     def is_given(self) -> bool:
         """True if there is a template to render chats with."""
         return self._text is not None or bool(self._tokenizer.chat_template)
-
-    @contextmanager
-    def one_conversation(self) -> Iterator[None]:
-        """Bound the time of all renderings in this block together: there may be one for each message of a conversation."""
-        self._left_s = render_limits.MAX_CPU_S
-        try:
-            yield
-        finally:
-            self._left_s = None
-
-    @property
-    def is_out_of_time(self) -> bool:
-        """True if the renderings of the present conversation have taken all of their time."""
-        return self._left_s is not None and self._left_s <= 0
 
     def list_split_tokens(self) -> tuple[str, ...]:
         """Return the control tokens in the template's source that the tokenizer splits into several tokens."""
@@ -169,11 +149,11 @@ class ChatTemplate:
     def _render(
         self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
-        begun, source = time.process_time(), self._source(chat)
+        source = self._source(chat)
         rows, tools = [_to_template_row(message) for message in messages], (list(chat.tools) if with_tools else []) or None
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
 
-        def render() -> tuple[str, list[tuple[int, int]]]:
+        try:
             compiled = _compiled(source)
             if not marks:
                 return compiled.render(messages=rows, tools=tools, documents=None, **values), []
@@ -181,13 +161,6 @@ class ChatTemplate:
                 conversations=[rows], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
             )
             return texts[0], [tuple(span) for span in spans[0]]
-
-        try:
-            return limited(render, self._left_s)
-        except LimitReached as error:
-            remedy = "split a conversation of thousands of messages; or look for endless loops in the template, and set "
-            remedy += "data.chat_template to a file with one that you trust"
-            raise DataError(Problem(f"the chat template {error}", chat.where, self.name, remedy)) from None
         except jinja2.TemplateSyntaxError as error:
             problem = f"the chat template is not valid Jinja: {error.message} (line {error.lineno})"
             remedy = "repair it, or set data.chat_template to a file with another template"
@@ -199,9 +172,6 @@ class ChatTemplate:
             )
             remedy += "roles are out of order with data.checks.role_order=drop"
             raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
-        finally:
-            if self._left_s is not None:
-                self._left_s -= time.process_time() - begun
 
 
 @functools.lru_cache(maxsize=8)

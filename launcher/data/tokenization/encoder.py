@@ -18,7 +18,6 @@ from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization import fast_tokenizer
 from launcher.data.tokenization.chat_template import ChatTemplate, with_system
 from launcher.data.tokenization.loss_mask import LossMask, TrainedSpan
-from launcher.data.tokenization.render_limits import bounded_tokenizer
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -173,10 +172,6 @@ class Encoder:
 
     def encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
         """Tokenize; if a boundary of the mask is inside a token, split the text there, as in generation."""
-        with bounded_tokenizer(sum(len(text.text) for text in batch)):
-            return self._encode(batch)
-
-    def _encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
         boundaries = [sorted({boundary for span in text.spans for boundary in _list_boundaries(span)}) for text in batch]
         texts = [text.text for text in batch]
         cuts: list[list[int] | None] = [None] * len(batch)
@@ -200,9 +195,8 @@ class Encoder:
         return RenderedDocument(where, text, (span,), raw=True)
 
     def _encode_prompt(self, text: str) -> list[int]:
-        with bounded_tokenizer(len(text)):
-            ids: list[int] = self._encode_ids([text])[0].tolist()
-            return ids
+        ids: list[int] = self._encode_ids([text])[0].tolist()
+        return ids
 
     def _encode_ids(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:

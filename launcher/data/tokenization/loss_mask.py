@@ -50,10 +50,9 @@ class LossMask:
 
         `last_turn` trains the assistant's messages after the last user message. A message's own weight overrides `train_on`.
         """
-        with self._template.one_conversation():
-            if train_on == "all":
-                return self._find_all(chat)
-            return self._find_answers(chat, find_trained_messages(chat, train_on))
+        if train_on == "all":
+            return self._find_all(chat)
+        return self._find_answers(chat, find_trained_messages(chat, train_on))
 
     def _find_all(self, chat: Chat) -> tuple[str, tuple[TrainedSpan, ...]]:
         """Return the text, and spans of everything except the messages of weight 0."""
@@ -150,8 +149,6 @@ class LossMask:
             before, prompt = (self._template.render(chat, i, generation_prompt=prompted) for prompted in (False, True))
             turn = self._template.render(chat, i + 1)
         except DataError:
-            if self._template.is_out_of_time:
-                raise
             # The template refuses a conversation that ends here.
             return
         where = f"{chat.where}, messages[{i}]"

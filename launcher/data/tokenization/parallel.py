@@ -21,7 +21,6 @@ from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedTask, EncodeTask
 from launcher.errors import DataError, LauncherError, Problem, RunError
-from launcher.security.memory_limit import explain_end
 
 # Worker processes start 1.7 s after the builder could begin encoding, because they repeat its imports. Two workers finish as
 # early as the builder alone if that takes 3.4 s, about the time for this size.
@@ -114,8 +113,6 @@ def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
     """Return the error for the workers' exit codes. When one worker ends, the pool sends SIGTERM to the others."""
     failures = [code for code in exit_codes if code]
     causes = [code for code in failures if code != -signal.SIGTERM] or failures
-    if problem := next(filter(None, map(explain_end, causes)), None):
-        return DataError(problem)
     if -signal.SIGKILL in causes:
         message = "a process that builds the data cache was killed, probably because the memory ran out"
         remedy = f"set data.workers below {workers}, or give the machine more memory, and try again"

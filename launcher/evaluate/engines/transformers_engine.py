@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from launcher.config.schema import ModelSection
-from launcher.data.tokenization.render_limits import bounded_tokenizer, decode
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.engines.shared_prefix import SharedPrefix, attend_to, compute_prefix
 from launcher.models.private_code import code_option, folder_to_load
@@ -125,7 +124,7 @@ class TransformersEngine:
         while kept and kept[-1] == self._pad_id:
             # Remove the padding of an answer that ended before others.
             kept.pop()
-        text = decode(self._tokenizer, kept, skip_special_tokens=True)
+        text = self._tokenizer.decode(kept, skip_special_tokens=True)
         cut = cut_at(text, stop_strings)
         return GeneratedIds(tuple(kept), cut, end is not None or len(cut) < len(text))
 
@@ -147,8 +146,7 @@ class _StopStrings(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         tails = input_ids[:, max(self._width, input_ids.shape[1] - _TAIL_TOKENS) :].tolist()
         self._has_ended = self._has_ended or [False] * len(tails)
-        with bounded_tokenizer(sum(map(len, tails))):
-            texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
         found = [cut_at(text, self._stop_strings) != text for text in texts]
         self._has_ended = [ended or is_found for ended, is_found in zip(self._has_ended, found, strict=True)]
         return torch.tensor(self._has_ended, device=input_ids.device)

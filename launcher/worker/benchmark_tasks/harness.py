@@ -21,10 +21,7 @@ import numpy as np
 import xxhash
 from huggingface_hub import constants
 
-from launcher.data.tokenization.render_limits import LimitReached, limited
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
-from launcher.worker.benchmark_tasks.library_caches import leave_caches_of_others
-from launcher.worker.benchmark_tasks.task_files import find_running_call
 
 INSTALL = 'install it with: pip install "launcher[evals]"'
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
@@ -55,8 +52,8 @@ class TaskScores:
 class Harness:
     """The known tasks: those of lm-evaluation-harness and those in the user's own folder."""
 
-    def __init__(self, caches: Path, folder: Path | None = None) -> None:
-        """Read the names of all tasks, which takes seconds. `caches` is for replacements of caches that other users can write.
+    def __init__(self, folder: Path | None = None) -> None:
+        """Read the names of all tasks, which takes seconds.
 
         Raises:
             ConfigError: if lm-evaluation-harness is not installed.
@@ -66,7 +63,6 @@ class Harness:
         constants.HF_HUB_OFFLINE = True
         # Data sets and metrics are looked up in the working directory first, which may belong to another user.
         os.chdir("/")
-        self._unused_caches = leave_caches_of_others(caches)
         try:
             import lm_eval
             from lm_eval.tasks import TaskManager
@@ -106,9 +102,6 @@ class Harness:
             else:
                 problems += [problem for task in tasks if (problem := _unsafe_problem(task, tasks[task])) is not None]
                 metrics |= {task: _metrics(loaded) for task, loaded in tasks.items()}
-        if problems or missing:
-            # The missing data may be in one of the unused caches.
-            missing += self._unused_caches
         if problems:
             raise ConfigError([*problems, *missing])
         if missing:
@@ -182,7 +175,7 @@ def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> 
     hides_bars, thinks = not sys.stderr.isatty(), THOUGHT_END in str(tokenizer.chat_template or "")
 
     class ScoredModel(HFLM):  # type: ignore[misc, unused-ignore]
-        """Shows progress bars only on terminals, and limits the time and memory of chat templates."""
+        """Shows progress bars only on terminals, and keeps the thoughts of a reasoning model."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=hides_bars)
@@ -199,13 +192,6 @@ def make_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> 
                 stop = [text for text in stop if not text.isspace()]
             return super()._model_generate(context, max_length, stop, **options)
 
-        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> Any:
-            try:
-                return limited(lambda: HFLM.apply_chat_template(self, chat_history, add_generation_prompt))
-            except LimitReached as error:
-                remedy = "look for endless loops in the template of the model"
-                raise DataError(f"the chat template {error}", where=_WHERE, remedy=remedy) from None
-
     sizes = {"batch_size": batch_size, "max_length": max_length}
     return ScoredModel(pretrained=model, tokenizer=tokenizer, **sizes, think_end_token=THOUGHT_END)
 
@@ -215,12 +201,9 @@ def digest(*parts: str) -> str:
 
 
 def _unsafe_problem(name: str, task: Any) -> Problem | None:
-    """Return the problem of a task that runs answers: it declares so, or its code could."""
+    """Return the problem of a task that declares that it runs answers."""
     if getattr(task, "UNSAFE_CODE", False) or getattr(task.config, "unsafe_code", False):
         message = "a task runs code that the model has written, which nothing here isolates"
-        return Problem(message, _WHERE, name, "leave it out")
-    if (call := find_running_call(task)) is not None:
-        message = f"a task can run code of a model, or what it has written, which nothing here isolates: {call}"
         return Problem(message, _WHERE, name, "leave it out")
     return None
 

@@ -10,10 +10,10 @@ from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.evaluate.task import EvaluationFolder
 from launcher.plan.run_dir import RunDir
+from launcher.security import ownership
 from launcher.tracking.verdicts import TUNED, digest_checkpoint
 from launcher.worker.benchmark_tasks.harness import Harness
 from launcher.worker.benchmark_tasks.request import BASE, BenchmarkFolder, BenchmarkRequest
-from launcher.worker.benchmark_tasks.task_files import require_own
 from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
 
 
@@ -37,12 +37,16 @@ def prepare(
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     if task_folder is not None:
-        require_own(task_folder)
+        if not task_folder.is_dir():
+            raise ConfigError("there is no such folder", where="--task-folder", value=str(task_folder))
+        # A task names functions to run, and its templates are not sandboxed.
+        if problem := ownership.folder_problem("the folder of tasks", task_folder, ()):
+            raise ConfigError(problem)
     evaluation = EvaluationFolder.of(run.root, step)
     evaluation.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = BenchmarkFolder(evaluation.benchmarks)
     folder.root.mkdir(mode=0o700, exist_ok=True)
-    harness = Harness(folder.caches, task_folder)
+    harness = Harness(task_folder)
     metrics = harness.find(names)
     _require_metrics(gains, metrics)
     base = find_base(plan)

@@ -39,11 +39,6 @@ class BenchmarkFolder:
 
     root: Path
 
-    @property
-    def caches(self) -> Path:
-        """Replacements for caches that other users could have written; removed when the evaluation ends."""
-        return self.root / ".caches"
-
     def scores(self, task: str, side: str) -> Path:
         """The scores of a side; the verdict is beside them. A task may have any name."""
         return self.root / _NOT_PLAIN.sub("_", task) / f"{side}.json"

@@ -38,7 +38,6 @@ from launcher.train.model import DTYPES, read_own_config
 from launcher.worker.benchmark_tasks.harness import THOUGHT_END, Harness, TaskScores, digest, make_model
 from launcher.worker.benchmark_tasks.prepare import prepare
 from launcher.worker.benchmark_tasks.request import BenchmarkFolder, BenchmarkRequest
-from launcher.worker.benchmark_tasks.task_files import TASK_FOLDER, require_own
 from launcher.worker.evaluation.answer import choose_dtype
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
@@ -48,12 +47,9 @@ def score(folder: BenchmarkFolder, harness: Harness, request: BenchmarkRequest) 
     """Score what has no scores yet, write each task's verdict, and return what the command shows.
 
     Raises:
-        ConfigError, DataError: if a task was removed in the meantime, or other users could have written it.
+        ConfigError, DataError: if a task was removed in the meantime.
         RunError: if a task fails.
     """
-    # Exporting the weights may have taken long.
-    if request.task_folder is not None:
-        require_own(request.task_folder)
     scores: dict[str, dict[str, TaskScores]] = {task: {} for task in request.tasks}
     total = len(request.tasks) * len(request.weights)
     for side, weights in request.weights.items():
@@ -148,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--tasks", required=True)
-    parser.add_argument(TASK_FOLDER, type=Path)
+    parser.add_argument("--task-folder", type=Path)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--min-gain", action="append", default=[])
     arguments = parser.parse_args(argv)
@@ -168,7 +164,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluation = EvaluationFolder(folder.root.parent)
     evaluation.weights_record.unlink(missing_ok=True)
     shutil.rmtree(evaluation.weights, ignore_errors=True)
-    shutil.rmtree(folder.caches, ignore_errors=True)
     print(json.dumps(shown))
     return 0
 

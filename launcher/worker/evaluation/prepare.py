@@ -20,7 +20,6 @@ from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.data.tokenization.render_limits import bounded_tokenizer
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
 from launcher.evaluate import questions as reading
 from launcher.evaluate.answers import reuse_base_answers
@@ -239,8 +238,7 @@ def _describe_long_references(questions: Sequence[EvalQuestion], encoder: Encode
     references = [one.reference for one in questions]
     if not references:
         return ()
-    with bounded_tokenizer(sum(map(len, references))):
-        encoded = encoder.tokenizer(references, add_special_tokens=False, verbose=False).input_ids
+    encoded = encoder.tokenizer(references, add_special_tokens=False, verbose=False).input_ids
     long = sum(len(ids) > max_new_tokens for ids in encoded)
     if not long:
         return ()

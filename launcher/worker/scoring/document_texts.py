@@ -10,7 +10,6 @@ import numpy as np
 from launcher.data.cache.split import Split
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
-from launcher.data.tokenization.render_limits import decode
 from launcher.plan.launch_plan import LaunchPlan
 
 # Number of tokens from the prompt's end and from the answer's beginning.
@@ -33,5 +32,5 @@ class DocumentTexts:
         tokens, trained = self._split.tokens[span], self._split.trained[span]
         begin = int(np.argmax(trained)) if trained.any() else len(tokens)
         parts = (tokens[max(0, begin - _NUM_TOKENS) : begin], tokens[begin : begin + _NUM_TOKENS])
-        prompt, answer = patterns.redact([decode(self._tokenizer, part.tolist(), skip_special_tokens=True) for part in parts])
+        prompt, answer = patterns.redact([self._tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in parts])
         return {"prompt": prompt.strip(), "answer": answer.strip()}

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,7 +17,7 @@ from http_server import serving
 from missing_program import skip_or_fail
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import check_sources, compute_source_digest, download_limit, read_documents, remote
+from launcher.data.sources import check_sources, compute_source_digest, read_documents, remote
 from launcher.errors import DataError
 from launcher.security import storage_addresses
 
@@ -119,39 +118,6 @@ def test_a_download_with_another_size_than_announced_is_refused(cache_home: Path
     with pytest.raises(DataError, match="the download is incomplete: 14 of 1,000 bytes"):
         texts(Source(path="memory://data/a.jsonl"))
     assert files(cache_home) == []
-
-
-@pytest.mark.parametrize("said", [None, 10**15])
-def test_a_file_that_does_not_fit_on_the_disk_is_not_downloaded(
-    web: Web, cache_home: Path, monkeypatch: pytest.MonkeyPatch, said: int | None
-) -> None:
-    """A web server may send data forever, or claim any size."""
-    web.content, web.headers, web.says_length, web.length = ROW * 100, {"ETag": "one"}, said is not None, said
-    monkeypatch.setattr(download_limit, "_LOOK_BYTES", 100)
-    monkeypatch.setattr(download_limit.shutil, "disk_usage", lambda folder: SimpleNamespace(total=10**12, free=2**29))
-    with pytest.raises(DataError, match=r"the file does not fit on the disk of the cache: .*, and 512\.00 MiB are free"):
-        texts(Source(path=f"{web.address}/a.jsonl"))
-    assert files(cache_home) == []
-
-
-def test_a_download_ends_where_it_is_longer_than_announced(
-    cache_home: Path, memory_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(MemoryFileSystem, "blocksize", 100)
-    memory_of("/data/a.jsonl", ROW * 1000, claimed=100)
-    with pytest.raises(DataError, match="the download is longer than announced: more than 100 bytes"):
-        texts(Source(path="memory://data/a.jsonl"))
-    assert files(cache_home) == []
-
-
-def test_a_download_that_starts_over_is_counted_anew(tmp_path: Path) -> None:
-    """gcsfs restarts a download after a network failure."""
-    limit = download_limit.DownloadLimit("a.jsonl", 100, tmp_path)
-    for _ in range(2):
-        limit.set_size(100)
-        limit.relative_update(80)
-    with pytest.raises(DataError, match="the download is longer than announced: more than 100 bytes"):
-        limit.relative_update(80)
 
 
 def test_the_hubs_client_is_left_its_fast_way(memory_of: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
