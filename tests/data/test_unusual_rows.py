@@ -20,6 +20,7 @@ from launcher.data.tokenization.chat_template import ChatTemplate
 from launcher.data.tokenization.loss_mask import LossMask
 from launcher.errors import DataError, Problem
 
+
 def refusal(source: Source) -> Problem:
     with pytest.raises(DataError) as error:
         list(read_documents(source))
