@@ -253,7 +253,6 @@ class DeepSpeedSection(Section):
         ),
     )
     quantized_weights: Flag = Field(False, description="ZeRO++ qwZ: gather weights in int8 (lossy).")
-    quantized_gradients: Flag = Field(False, description="ZeRO++ qgZ: reduce gradients in int4 (lossy).")
     whole_layers: Flag = Field(
         False,
         description=(

@@ -33,8 +33,8 @@ _NO_PREFETCH = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 
 
 # Bytes per element.
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Bytes per parameter in the formats of ZeRO++ (arXiv:2306.10209): int8 for weights, int4 for gradients between nodes.
-_QUANTIZED_WEIGHT, _QUANTIZED_GRADIENT = 1.0, 0.5
+# Bytes per parameter of int8 weights (ZeRO++, arXiv:2306.10209).
+_QUANTIZED_WEIGHT = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,12 @@ class TransferWidths:
     gradient: float
 
 
-def transfer_widths(rendered: Mapping[str, Any], dtype: str, nodes: int) -> TransferWidths:
-    """Return the widths under DeepSpeed's configuration; gradients are quantized only between nodes."""
+def transfer_widths(rendered: Mapping[str, Any], dtype: str) -> TransferWidths:
+    """Return the widths under DeepSpeed's configuration."""
     zero = rendered["zero_optimization"]
-    is_quantized = zero.get("zero_quantized_gradients", False) and nodes > 1
     return TransferWidths(
         weight=_QUANTIZED_WEIGHT if zero.get("zero_quantized_weights", False) else WIDTHS[dtype],
-        gradient=_QUANTIZED_GRADIENT if is_quantized else reduced_width(rendered, dtype),
+        gradient=reduced_width(rendered, dtype),
     )
 
 
@@ -105,8 +104,6 @@ def render(
         zero["zero_hpz_partition_size"] = hpz
     if deepspeed.quantized_weights:
         zero["zero_quantized_weights"] = True
-    if deepspeed.quantized_gradients:
-        zero["zero_quantized_gradients"] = True
     config: dict[str, Any] = {
         "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
@@ -121,7 +118,7 @@ def render(
         config["zero_allow_untested_optimizer"] = True
     if model.dtype != "fp32":
         config[model.dtype] = {"enabled": True}
-        if topology.world_size >= _WIDE_SUM_FROM_RANKS and not deepspeed.quantized_gradients:
+        if topology.world_size >= _WIDE_SUM_FROM_RANKS:
             config["communication_data_type"] = "fp32"
         if batch.accumulation > 1:
             config["data_types"] = {"grad_accum_dtype": "fp32"}

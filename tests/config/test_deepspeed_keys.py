@@ -80,6 +80,12 @@ def test_every_setting_that_is_named_exists() -> None:
         ("data_types.grad_accum_dtype=bf16", "data_types: the memory plan counts gradients", "", "remove it"),
         ("amp.enabled=true", "amp: DeepSpeed has removed this feature", "", "remove it"),
         ("zero_optimization.stage=2", "zero_optimization.stage: only ZeRO stage 3 is supported", "2", "remove it"),
+        (
+            "zero_optimization.zero_quantized_gradients=true",
+            "zero_optimization.zero_quantized_gradients: DeepSpeed 0.19.8 sums quantized gradients (qgZ) wrongly",
+            "true",
+            "remove it",
+        ),
         ("zero_optimization=null", "zero_optimization: is not a mapping", "null", "write its keys one by one"),
         ("fp16=true", "fp16: is not a mapping", "true", "write its keys one by one"),
         (

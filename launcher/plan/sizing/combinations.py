@@ -214,7 +214,7 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         one_pass, peak = _with_largest_chunk(model, one_pass, sharding, gpu, situation.device_gib)
     fits = situation.device_gib is None or peak.peak_gib <= USABLE_SHARE * situation.device_gib
     transfers = Transfers(
-        deepspeed_json.transfer_widths(rendered, dtype, topology.nodes),
+        deepspeed_json.transfer_widths(rendered, dtype),
         combination.hpz_ranks,
         rendered["zero_optimization"]["stage3_max_reuse_distance"],
         sharding.gradient_width,

@@ -51,7 +51,7 @@ def needed_gb_per_s(plan: LaunchPlan) -> float:
     if gpu is None:
         return _SLOW_GB_PER_S
     dtype, topology = plan.config.model.dtype, plan.topology
-    widths = transfer_widths(plan.deepspeed, dtype, topology.nodes)
+    widths = transfer_widths(plan.deepspeed, dtype)
     is_copied = 1 < plan.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) <= topology.ranks_per_node
     num_bytes = widths.weight * (1 if is_copied else 2) + widths.gradient
     flops = _PEAK_SHARE * (gpu.peak_tflops("fp32" if dtype == "fp32" else "bf16") or gpu.bf16) * 1e12
