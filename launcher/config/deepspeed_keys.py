@@ -87,8 +87,8 @@ _MEAN = "ZeRO stage 3 with reduce-scatter averages gradients in one way only"
 _WHOLE_STATES = "the memory plan and checkpoints rely on all states being where deepspeed.offload_optimizer puts them"
 _SIZED_BUFFERS = "the plan sizes the buffers for weights on NVMe"
 _WRONG_SUMS = (
-    "DeepSpeed 0.19.8 sums quantized gradients (qgZ) wrongly: it divides by the number of nodes instead of ranks, and reads bf16 as "
-    "fp16, so that a run trains on wrong gradients without an error"
+    "DeepSpeed 0.19.8 sums quantized gradients (qgZ) wrongly: it divides by the number of nodes instead of ranks, and reads bf16 "
+    "as fp16, so that a run trains on wrong gradients without an error"
 )
 _NO_PIPELINE = "checkpoints of states on NVMe are not tested with pipelined transfers"
 REFUSED: Mapping[str, str] = {
