@@ -117,7 +117,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher clean [--older-than 30d] [--max-size 200GiB] [--dry-run]
                                                remove parts of the cache that no unfinished run uses, after a question
 
-  python -m launcher drill --fault FAULT [RUN] [overrides]
+  python -m launcher drill --fault FAULT [overrides]
                                                rehearse a fault on a short run: does it save and continue, what is lost
   python -m launcher schema                    the JSON Schema of a run's file, for editors
   python -m launcher completion bash|zsh|fish  completion of commands, groups, settings and names of runs

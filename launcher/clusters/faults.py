@@ -15,18 +15,17 @@ DEADLINE_S = 60.0
 
 @dataclass(frozen=True)
 class InjectedFault:
-    """What was done, to which processes of which host, and when, in seconds since the epoch."""
+    """What was done, when (in seconds since the epoch), and on which host."""
 
     description: str
     at: float
     host: str
-    pids: tuple[int, ...] = ()
 
 
 def command(run: RunDir, attempt: int, fault: str) -> list[str]:
     """Build the command that injects `fault` into the processes of an attempt on the node where it is started."""
     path = os.pathsep.join(filter(None, (str(run.code), os.environ.get("PYTHONPATH"))))
-    module = [sys.executable, "-m", "launcher.worker.fault_injection", fault, str(run.plan), str(attempt)]
+    module = [sys.executable, "-m", "launcher.worker.fault_injection", fault, str(run.root), str(attempt)]
     return ["env", f"PYTHONPATH={path}", "PYTHONSAFEPATH=1", *module]
 
 

@@ -77,7 +77,6 @@ VERBS = (
     ("cancel", "RUN"),
     ("export", "RUN"),
     ("checkpoints", "RUN", "--prune"),
-    ("drill", "RUN", "--fault", "kill-rank"),
     ("plan", "model.path=run:RUN", "model.name=m"),
 )
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -37,21 +35,12 @@ def drill(launch_here: Launch, fault: str, *settings: str, **env: str) -> dict:
     return report
 
 
-def test_drills_preempt_this_machine_and_fill_its_disk(launch_here: Launch, runs: Path) -> None:
+def test_a_drill_preempts_this_machine(launch_here: Launch, runs: Path) -> None:
     preempted = drill(launch_here, "preempt", *TINY, f"run.root={runs}")
     assert preempted["happened"].startswith("preempted: the machine was asked to stop; saved at step")
     assert "as a user would" in preempted["continued"]
     assert preempted["lost_steps"] == preempted["replayed_steps"] == 0
     assert 0 < preempted["trains_again_s"] <= preempted["caught_up_s"]
-
-    # The drill uses the settings of the run before and leaves that run unchanged.
-    before = sorted((file, file.stat().st_mtime_ns) for file in Path(preempted["run"]).rglob("*"))
-    full = drill(launch_here, "fill-disk", preempted["run"])
-    assert os.strerror(errno.EFBIG) in full["happened"]
-    assert str(Path(full["run"]) / "checkpoints") in full["happened"]
-    assert "saved once there was space again" in full["continued"]
-    assert Path(full["run"]).parent == runs
-    assert sorted((file, file.stat().st_mtime_ns) for file in Path(preempted["run"]).rglob("*")) == before
 
 
 @pytest.mark.slurm

@@ -129,10 +129,6 @@ class ClusterSection(Section):
         """
         return self
 
-    def for_another_run(self) -> Self:
-        """Return the settings for another run on the same cluster, without those that apply to only one submission."""
-        return self
-
     @property
     def num_workers(self) -> int | None:
         """The total number of ranks, if they are not counted by nodes."""

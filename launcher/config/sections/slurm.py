@@ -7,7 +7,7 @@ or a quotation.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -195,10 +195,6 @@ class SlurmSection(ManagedSection):
     @property
     def save_lead_s(self) -> float:
         return self.signal_lead_seconds
-
-    def for_another_run(self) -> Self:
-        # The jobs that this job depended on have ended.
-        return self.model_copy(update={"dependency": None})
 
     @property
     def leaves_out_bad_nodes(self) -> bool:
