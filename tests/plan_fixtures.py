@@ -104,7 +104,10 @@ def plan_of(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
 def slurm_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
     """The plan of a small run on Slurm with these cluster settings; `device` is the device of one node."""
 
-    def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, **settings: Any) -> LaunchPlan:
+    def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, workers: int = 0, **settings: Any) -> LaunchPlan:
+        if workers:
+            ranks = settings.setdefault("ranks_per_node", workers)
+            settings["nodes"] = workers // ranks
         config = config_of("cluster=slurm", "run.name=tried", "train.global_batch_size=144")
         config = config.model_copy(update={"cluster": SlurmSection.model_validate({"kind": "slurm", **settings})})
         return plan(config, facts_for(config, device, working_dir=working_dir))
@@ -114,9 +117,12 @@ def slurm_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]
 
 @pytest.fixture
 def ray_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
-    """The plan of a small run on Ray with these cluster settings; `device` is the device of one node."""
+    """The plan of a small run on Ray with these cluster settings; `workers` are all its ranks, `device` is one node's."""
 
-    def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, **settings: Any) -> LaunchPlan:
+    def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, workers: int = 0, **settings: Any) -> LaunchPlan:
+        if workers:
+            ranks = settings.setdefault("ranks_per_node", workers)
+            settings["nodes"] = workers // ranks
         config = config_of("cluster=ray", "run.name=tried", "train.global_batch_size=4", "train.micro_batch_size=1")
         config = config.model_copy(update={"cluster": RaySection.model_validate({"kind": "ray", **settings})})
         return plan(config, facts_for(config, device, working_dir=working_dir))

@@ -76,7 +76,7 @@ def test_the_kubernetes_job_is_complete() -> None:
     worker = workers["template"]["spec"]["containers"][0]
     gpus = int(worker["resources"]["limits"]["nvidia.com/gpu"])
     assert_reaches_adapters(worker)
-    assert f"cluster.workers={gpus * workers['replicas']} " in job["spec"]["entrypoint"]
+    assert f"cluster.nodes={workers['replicas']} cluster.ranks_per_node={gpus} " in job["spec"]["entrypoint"]
 
 
 def test_the_pods_of_the_pytorchjob_run_one_command() -> None:
@@ -159,7 +159,7 @@ def test_the_commands_in_the_files_are_settings_of_the_launcher(name: str) -> No
     configs: list[Any] = []
     run_hydra([word for word in command if "=" in word], lambda done: configs.append(done.config))
     (config,) = configs
-    assert (config.cluster.kind, config.cluster.workers, config.cluster.gpu_type) == ("ray", 16, "H100-80GB")
+    assert (config.cluster.kind, config.cluster.nodes, config.cluster.gpu_type) == ("ray", 2, "H100-80GB")
     assert config.run.root == "/shared/runs"
 
 

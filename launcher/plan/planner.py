@@ -225,7 +225,7 @@ def choose_topology(config: RunConfig, facts: Facts) -> Topology:
     cluster, device = config.cluster, facts.device
     on_gpu = cluster.gpu_type is not None or device.kind == "cuda"
     ranks = cluster.ranks_per_node or (device.count if device.kind == "cuda" else CPU_RANKS)
-    world_size = cluster.num_workers or cluster.nodes * ranks
+    world_size = cluster.nodes * ranks
     ranks = min(ranks, world_size)
     return Topology(
         nodes=-(-world_size // ranks),
@@ -259,7 +259,7 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             f"cluster.min_workers={fewest_workers} is more than the {topology.world_size} workers of the run",
             where="cluster.min_workers",
             value=str(fewest_workers),
-            remedy="lower it, or raise cluster.workers",
+            remedy="lower it, or raise cluster.nodes",
         )
     if problem := config.cluster.topology_problem(topology.world_size):
         yield problem

@@ -87,8 +87,7 @@ class NodeAgent:
         cores = len(os.sched_getaffinity(0))
         os.environ.update(allocator_defaults(os.environ, plan.topology.device))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))
-        if plan.config.cluster.fork_ranks:
-            ranks.warm_up(plan_path, os.environ)
+        ranks.warm_up(plan_path, os.environ)
         return cls(plan, plan_path, RunDir(Path(plan.run_dir)), attempt, stopper, ranks, started_at)
 
     def start_mirror(self) -> MirrorProcess | None:

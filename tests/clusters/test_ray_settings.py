@@ -43,56 +43,30 @@ def test_the_preview_shows_rays_defaults(ray_plan: Callable[..., LaunchPlan], go
         "accelerator_type": "H100",
         "resources_per_worker": {"CPU": 8.0},
         "env": {"NCCL_IB_HCA": "mlx5"},
-        "pass_env": ("NCCL_DEBUG",),
         "max_preemptions": 5,
     }
-    labeled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}, "placement_strategy": "STRICT_SPREAD"}
+    labeled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}}
     previews = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labeled)]
-    previews.append(
-        RayCluster().preview(ray_plan(device=H100, workers=4, storage_path="s3://bucket/ray", stop_grace_seconds=120.0))
-    )
+    previews.append(RayCluster().preview(ray_plan(device=H100, workers=4, stop_grace_seconds=120.0)))
     golden("ray_requests.txt", "\n".join(text or "" for text in previews))
-
-
-@pytest.mark.parametrize("path", ["/shared/ray", "s3://bucket/ray?endpoint_override=10.0.0.9%3A9000", "abfs://box@account/ray"])
-def test_storage_is_an_absolute_path_or_a_url(path: str) -> None:
-    assert section(storage_path=path).storage_path == path
-
-
-@pytest.mark.parametrize(
-    "path, message",
-    [
-        ("ray", "neither an absolute path nor a URL"),
-        ("~/ray", "neither an absolute path nor a URL"),
-        ("s3:/bucket/ray", "neither an absolute path nor a URL"),
-        ("s3://key:word@bucket/ray", "a user or a password"),
-        ("s3://bucket/ray?secret_key=abc", "a key or a signature"),
-    ],
-)
-def test_an_invalid_storage_path_or_one_with_credentials_is_refused(path: str, message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        section(storage_path=path)
-
-
-@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.local:6379", "[fd00::1]:6379", "http://127.0.0.1:8265"])
-def test_valid_addresses_are_accepted(address: str) -> None:
-    assert section(address=address).address == address
 
 
 @pytest.mark.parametrize(
     "address",
-    ["local", "10.0.0.1", "http://user:password@host:8265", "ray://host:10001", "host:6379; rm -rf /", "host:63\n79", ""],
+    [
+        "local",
+        "10.0.0.1",
+        "http://user:password@host:8265",
+        "ray://host:10001",
+        "host:6379; rm -rf /",
+        "8.8.8.8:6379",
+        "http://0.0.0.0:8265",
+    ],
 )
 def test_invalid_addresses_are_refused(address: str) -> None:
-    with pytest.raises(ValidationError, match=r"is not the address of a Ray cluster|control character"):
+    assert section(address="[fd00::1]:6379").host == "fd00::1"
+    with pytest.raises(ValidationError):
         section(address=address)
-
-
-@pytest.mark.parametrize("address", ["0.0.0.0:6379", "8.8.8.8:6379", "http://8.8.8.8:8265", "[2001:4860:4860::8888]:6379"])
-def test_a_public_address_needs_allow_public_address(address: str) -> None:
-    with pytest.raises(ValidationError, match="allow_public_address"):
-        section(address=address)
-    assert section(address=address, allow_public_address=True).address == address
 
 
 def test_a_name_that_resolves_to_a_public_address_is_refused(
@@ -103,45 +77,18 @@ def test_a_name_that_resolves_to_a_public_address_is_refused(
         RayCluster().check(ray_plan(address="head.example:6379"))
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"env": {"MASTER_ADDR": "x"}}, "Ray or the launcher sets"),
-        ({"env": {"A B": "x"}}, "is not the name of a variable"),
-        ({"pass_env": ["RAY_ADDRESS"]}, "Ray or the launcher sets"),
-        ({"placement_strategy": "pack"}, "PACK"),
-        ({"gpus_per_worker": 2}, "less than or equal to 1"),
-    ],
-)
-def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        section(**settings)
-
-
-@pytest.mark.parametrize(
-    "settings, remedy",
-    [
-        ({"label_selector": {"gpu": "h100"}}, "choose the nodes with cluster.accelerator_type"),
-        ({"placement_strategy": "STRICT_PACK"}, "set it to PACK, or remove"),
-        ({"placement_strategy": "STRICT_SPREAD"}, "set it to SPREAD, or remove"),
-    ],
-)
-def test_min_workers_with_labels_or_strict_placement_is_refused(
-    ray_plan: Callable[..., LaunchPlan], settings: dict[str, Any], remedy: str
-) -> None:
-    with pytest.raises(ConfigError, match=remedy):
-        ray_plan(workers=4, min_workers=2, **settings)
-    assert section(workers=4, min_workers=2, **settings).min_workers == 2, "a plan of such a run can be read"
-    ray_plan(workers=4, **settings)
-    ray_plan(workers=4, min_workers=4, **settings)
-    ray_plan(nodes=2, ranks_per_node=2, min_workers=4, **settings)
+def test_min_workers_with_labels_is_refused(ray_plan: Callable[..., LaunchPlan]) -> None:
+    labels = {"label_selector": {"gpu": "h100"}}
+    with pytest.raises(ConfigError) as error:
+        ray_plan(workers=4, min_workers=2, **labels)
+    assert error.value.problems[0].where == "cluster.label_selector"
+    ray_plan(workers=4, min_workers=4, **labels)
 
 
 def test_only_an_elastic_run_excludes_bad_nodes() -> None:
-    assert section(workers=2, min_workers=1).leaves_out_bad_nodes
     assert section(nodes=2, ranks_per_node=1, min_workers=1).leaves_out_bad_nodes
-    for settings in ({"workers": 2}, {"workers": 2, "min_workers": 2}, {"nodes": 2, "ranks_per_node": 1, "min_workers": 2}):
-        assert not section(**settings).leaves_out_bad_nodes
+    for settings in ({}, {"min_workers": 2}):
+        assert not section(nodes=2, ranks_per_node=1, **settings).leaves_out_bad_nodes
 
 
 def test_ray_without_an_address_refuses_several_nodes(ray_plan: Callable[..., LaunchPlan]) -> None:
@@ -231,14 +178,6 @@ def test_a_local_run_is_failed_after_a_reboot_or_without_sign_of_life(run: RunDi
     assert LocalCluster().status(run).state == "running"
 
 
-def test_a_status_of_an_earlier_version_is_judged_by_its_host_and_the_time_of_its_start(run: RunDir) -> None:
-    mine = {name: value for name, value in detached_process.describe_this_process().items() if name in ("host", "pid", "started")}
-    run_store.update_status(run, state="running", attempt=1, job=mine)
-    assert LocalCluster().status(run).state == "running"
-    run_store.update_status(run, state="running", attempt=1, job={**mine, "started": 1.0})
-    assert LocalCluster().status(run).state == "failed"
-
-
 def test_a_local_run_may_end_before_it_is_asked_a_second_time_to_stop_at_once(run: RunDir) -> None:
     with subprocess.Popen(["sleep", "60"]) as agent:
         run_store.update_status(run, state="running", attempt=1, job=identity_of(agent))
@@ -288,19 +227,6 @@ def test_an_unreachable_jobs_api_is_refused_by_the_check(ray_plan: Callable[...,
         RayCluster().check(ray_plan(address="http://127.0.0.1:1"))
 
 
-@pytest.mark.parametrize(
-    "name", ["MY_API_KEY", "AWS_ACCESS_KEY_ID", "AZURE_STORAGE_CONNECTION_STRING", "LOOKS_HARMLESS", "HARMLESS_TOO"]
-)
-def test_api_keys_in_pass_env_are_refused(
-    ray_plan: Callable[..., LaunchPlan], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LOOKS_HARMLESS", "hf_" + "aB3" * 11)
-    monkeypatch.setenv("HARMLESS_TOO", "0123456789" * 4)
-    with pytest.raises(SubmitError, match="API keys must not be sent") as error:
-        RayCluster().check(ray_plan(address="http://127.0.0.1:1", pass_env=("NCCL_DEBUG", name)))
-    assert error.value.problems[0].value == name
-
-
 def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(auto_address.psutil, "process_iter", lambda attrs: iter(()))
@@ -312,7 +238,6 @@ def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], m
     with pytest.raises(SubmitError, match="the whole internet can reach") as error:
         RayCluster().check(ray_plan(address="auto"))
     assert "RAY_ADDRESS=8.8.8.8:6379" in str(error.value)
-    RayCluster().check(ray_plan(address="auto", allow_public_address=True))
     for other in ("ray://10.0.0.1:10001", "http://10.0.0.1:8265", "local"):
         monkeypatch.setenv("RAY_ADDRESS", other)
         with pytest.raises(SubmitError, match="is not the address of a cluster that a driver can join"):

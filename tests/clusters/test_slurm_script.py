@@ -95,7 +95,6 @@ def test_every_setting_occurs_in_a_golden_file() -> None:
         name for name in SlurmSection.model_fields if name.startswith("max_")
     }
     of_all = {"ranks_per_node", "gpu_type", "price_per_gpu_hour", "timeout_minutes", "stall_seconds", "stop_grace_seconds"}
-    of_all |= {"fork_ranks"}
     set_somewhere = {name for case in CASES.values() for name in case}
     # Excluded by gres; tested below.
     assert SlurmSection.model_fields.keys() - no_part - of_all - set_somewhere == {"gpus_per_node"}

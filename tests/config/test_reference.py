@@ -28,8 +28,7 @@ def test_an_outdated_page_gives_one_line(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_a_setting_of_two_clusters_is_described_for_each() -> None:
     ray, static = render().split("\n### cluster=ray\n")[1].split("\n### cluster=static\n")
-    assert "`cluster.allow_public_address` | `true \\| false` | `false` | Accept a cluster.address that is public" in ray
-    assert "`cluster.allow_public_address` | `true \\| false` | `false` | Allow the machines to connect" in static
+    assert "`cluster.nodes` | " in ray
     assert "Unset: NNODES or the provider's variable" in static
 
 

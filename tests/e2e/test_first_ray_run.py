@@ -41,7 +41,7 @@ def test_a_run_on_ray_has_the_losses_of_a_local_run(
 ) -> None:
     """The command and Ray's workers, which get the command's path, import nothing from the working directory."""
     env = {"TMPDIR": str(temporary), "PYTHONSAFEPATH": "1"}
-    own = ("+cluster=ray", "cluster.workers=2", "checkpoint.save_every=6", "export.enabled=false")
+    own = ("+cluster=ray", "cluster.ranks_per_node=2", "checkpoint.save_every=6", "export.enabled=false")
     done = launch(*FIRST_RUN, *own, f"run.root={root}", "run.name=alone", cwd=working_dir, timeout=DEADLINE_S, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     run = root / "alone"

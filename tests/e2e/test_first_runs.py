@@ -49,7 +49,6 @@ def test_a_stopped_and_resumed_run_has_the_same_losses(launch: Launch, start: Ca
     assert status(run)["state"] == "cancelled"
     assert last_step(run) == stopped_at < FIRST_STEPS
     assert (run / f"checkpoints/step-{stopped_at:08d}/manifest.json").is_file()
-    # Forked ranks and ranks started as new processes must compute the same.
-    done = launch("resume", str(run), "cluster.fork_ranks=false")
+    done = launch("resume", str(run))
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == losses(first_run)

@@ -74,7 +74,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_the_same_losses(
-    launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path, tmp_path: Path
+    launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path
 ) -> None:
     """Four faults hit the first driver, then it is killed; the second loses Ray.
 
@@ -83,12 +83,11 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
     """
     run, env = root / "faulty", {"TMPDIR": str(temporary), **slow_steps()}
     # Use as many threads as the run on cluster=local does.
-    one = ("cluster.workers=1", "cluster.env={OMP_NUM_THREADS: '1'}", f"cluster.storage_path={tmp_path / 'storage'}")
+    one = ("cluster.ranks_per_node=1", "cluster.env={OMP_NUM_THREADS: '1'}")
     own = (
         "+cluster=ray",
         *one,
         "cluster.stall_seconds=10",
-        "cluster.dashboard=true",
         f"run.root={root}",
         f"run.name={run.name}",
         "--detach",
@@ -133,7 +132,7 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
 
     # By default Ray needs 15 s to notice the loss; this run would train many steps meanwhile.
     quickly = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "8"}
-    resume_and_close_the_terminal(start, run, "cluster.dashboard=false", **env, **quickly)
+    resume_and_close_the_terminal(start, run, **env, **quickly)
     require_few_processes(run)
     (raylet,) = [process for process in started_by(run) if process.name() == "raylet"]
     raylet.kill()
@@ -152,7 +151,7 @@ def step_times(run: Path, attempt: int) -> list[float]:
     return [line["time"] for line in metrics(run) if line["attempt"] == attempt and "train/loss" in line]
 
 
-def resume_and_close_the_terminal(start: Callable, run: Path, *overrides: str, **env: str) -> None:
+def resume_and_close_the_terminal(start: Callable, run: Path, **env: str) -> None:
     """Resume, and train some steps, most of them after the terminal has closed."""
     # The status may show an older step if the driver was killed.
     first_step = last_step(run)
@@ -160,7 +159,7 @@ def resume_and_close_the_terminal(start: Callable, run: Path, *overrides: str, *
         # The tests may run with SIGHUP ignored (as under nohup), and child processes inherit that.
         before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
         try:
-            terminal = stack.enter_context(start("resume", str(run), *overrides, **env))
+            terminal = stack.enter_context(start("resume", str(run), **env))
         finally:
             signal.signal(signal.SIGHUP, before)
         wait_for("further steps", lambda: last_step(run) >= first_step + 2)
@@ -192,7 +191,7 @@ def kill_coordinator(run: Path, ranks: Ranks) -> None:
 
 def end_controller(run: Path, ranks: Ranks) -> None:
     """Ray Train's controller exits if it cannot write its own state, although nothing is wrong with the run."""
-    storage, log = Path(json.loads((run / "plan.json").read_text())["config"]["cluster"]["storage_path"]), agent_log(run)
+    storage, log = run / "ray", agent_log(run)
     num_before = log.read_text().count("Traceback")
     away = storage.with_name("away")
     storage.rename(away)
@@ -218,7 +217,7 @@ def require_few_processes(run: Path) -> None:
 
 
 def require_closed(run: Path, folder: Path) -> None:
-    """Check that the run's own Ray requires its token, and that Ray and its dashboard listen only on loopback."""
+    """Check that the run's own Ray requires its token, and that Ray listens only on loopback."""
     (raylet,) = [process for process in started_by(run) if process.name() == "raylet"]
     (address,) = set(re.findall(r"--gcs[-_]address=([\d.]+:\d+)", " ".join(raylet.cmdline())))
     (folder / "wrong").write_text("0" * 64)
@@ -241,6 +240,5 @@ def require_closed(run: Path, folder: Path) -> None:
             if "launcher rank " in title:
                 continue
             listening[title] = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    assert any(ips for title, ips in listening.items() if "dashboard/dashboard.py" in title)
     assert any(ips for title, ips in listening.items() if title.startswith("gcs_server"))
     assert set().union(*listening.values()) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening

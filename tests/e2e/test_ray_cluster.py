@@ -36,6 +36,7 @@ from ray_tools import (
 
 from launcher import json_records, run_store
 from launcher.plan.run_dir import RunDir
+from launcher.worker.ray.trainer import RESIZE_VARIABLE
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -51,7 +52,6 @@ SETTINGS = (
     "eval.at_start=false",
     "export.enabled=false",
 )
-PASS_PACE = "cluster.pass_env=[SECONDS_PER_STEP]"
 # For runs on nodes that nobody takes away: Ray Train starts no process per group of workers that watches for that.
 UNTAKEN = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # Tolerance for the same global batch on another number of ranks, which sums in a different order.
@@ -105,8 +105,13 @@ def ray(cluster: RayCluster, root: Path, name: str, *more: str) -> list[str]:
 
     By default, ranks that share no node use more threads. Where an elastic run shrinks to one, its fork server cannot be used.
     """
-    places = (f"cluster.address={cluster.address}", f"run.root={root}", f"run.name={name}")
-    return [*SETTINGS, "+cluster=ray", *places, "cluster.env={OMP_NUM_THREADS: '1'}", *more]
+    places = (f"cluster.address={cluster.address}", "cluster.ranks_per_node=1", f"run.root={root}", f"run.name={name}")
+    return [*SETTINGS, "+cluster=ray", *places, environment(), *more]
+
+
+def environment(**variables: str) -> str:
+    """The setting of the ranks' variables."""
+    return f"cluster.env={{{', '.join(f'{name}: {value!r}' for name, value in {'OMP_NUM_THREADS': '1', **variables}.items())}}}"
 
 
 def by_job(cluster: RayCluster) -> tuple[str, str]:
@@ -174,9 +179,7 @@ def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch_here
 
 def test_an_unmet_request_fails_at_its_deadline(launch_here: Launch, cluster: RayCluster, root: Path) -> None:
     cluster.have_only()
-    done = launch_here(
-        *ray(cluster, root, "many", "cluster.workers=3", "cluster.placement_minutes=0.1", "--follow"), **cluster.env
-    )
+    done = launch_here(*ray(cluster, root, "many", "cluster.nodes=3", "cluster.placement_minutes=0.1", "--follow"), **cluster.env)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "asked for 3 workers with CPU: 1 each; it has CPU: 1 on 1 node" in status(root / "many")["message"]
     await_no_launcher(root / "many")
@@ -185,7 +188,7 @@ def test_an_unmet_request_fails_at_its_deadline(launch_here: Launch, cluster: Ra
 def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
     launch_here: Launch, cluster: RayCluster, unseen: Path
 ) -> None:
-    done = launch_here(*ray(cluster, unseen, "unseen", *by_job(cluster), "cluster.workers=1"), **cluster.env)
+    done = launch_here(*ray(cluster, unseen, "unseen", *by_job(cluster), "cluster.nodes=1"), **cluster.env)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Ray's job ended before it could write to the run directory" in done.stderr
     assert "does not see the run directory" in done.stderr
@@ -196,24 +199,20 @@ def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
 def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_on_a_permanent_error(
     launch_here: Launch, cluster: RayCluster, root: Path, tmp_path: Path
 ) -> None:
-    """A node differs from the head in its package versions, another in its folders for runs and for Ray Train's state."""
-    hidden, state, other = tmp_path / "hidden", tmp_path / "state", tmp_path / "METADATA"
+    """A node differs from the head in its package versions, another in its folder for runs."""
+    hidden, other = tmp_path / "hidden", tmp_path / "METADATA"
     hidden.mkdir()
-    state.mkdir()
     package = distribution("transformers")
     (file,) = [package.locate_file(path) for path in package.files or () if path.match("transformers-*/METADATA")]
     other.write_text(Path(str(file)).read_text().replace(f"Version: {package.version}", "Version: 4.0.0"))
     cluster.have_only()
-    cluster.start("apart", prefix=hiding(hidden, state))
+    cluster.start("apart", prefix=hiding(hidden))
     cluster.start("older", prefix=hiding(replaced={Path(str(file)): other}))
 
-    # This run starts no rank, so a fork server that preloads modules would be wasted.
-    fixed = ("cluster.workers=3", f"cluster.storage_path={state}", "cluster.fork_ranks=false", "--follow")
+    fixed = ("cluster.nodes=3", "--follow")
     done = launch_here(*ray(cluster, root, "fixed", *fixed), **cluster.env, **UNTAKEN)
     assert done.returncode == 1, done.stdout + done.stderr
     message = str(status(root / "fixed")["message"])
-    assert "apart: Ray Train's storage differs from the head node's" in message
-    assert "n1: Ray Train's storage" not in message
     expected = f"older: the version of transformers differs from the head node's older: 4.0.0; n1: {package.version}"
     reversed_order = f"n1: the version of transformers differs from the head node's n1: {package.version}; older: 4.0.0"
     assert expected in message or reversed_order in message
@@ -221,7 +220,7 @@ def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_
     cluster.remove("older")
     # The loss of the second or third step is not finite.
     diverging = ("optim.lr=1e30", "optim.warmup_steps=0")
-    elastic = ("cluster.workers=2", "cluster.min_workers=1", *diverging, "--follow")
+    elastic = ("cluster.nodes=2", "cluster.min_workers=1", *diverging, "--follow")
     done = launch_here(*ray(cluster, hidden, "without", *elastic), **cluster.env, **UNTAKEN)
     assert done.returncode == 1, done.stdout + done.stderr
     run = RunDir(hidden / "without")
@@ -284,7 +283,8 @@ def test_a_run_of_fixed_size_survives_a_hang_and_a_preemption_and_has_the_same_l
     """A worker hangs, then a node is about to be preempted: each time a new attempt continues; then a signal ends the driver."""
     cluster.have_only(n2=1)
     run = root / "hung"
-    settings = ("cluster.address=auto", "cluster.workers=2", "cluster.stall_seconds=10", PASS_PACE, "--follow")
+    pace = environment(SECONDS_PER_STEP="0.5")
+    settings = ("cluster.address=auto", "cluster.nodes=2", "cluster.stall_seconds=10", pace, "--follow")
     # With address=auto, Ray uses the newest cluster recorded in this folder; this machine may run several clusters.
     env = {**cluster.env, **slow_steps(), "RAY_TMPDIR": str(cluster.folder)}
     with start(*ray(cluster, root, run.name, *settings), **env) as process:
@@ -320,7 +320,7 @@ def test_a_run_through_the_jobs_api_is_cancelled_and_completed(
     run, mirror = root / "job", tmp_path / "mirror"
     canary = "canary-0123456789abcdef"
     env = {**cluster.env, "WANDB_API_KEY": canary}
-    own = ("cluster.workers=1", f"checkpoint.mirror=file://{mirror}", "--follow")
+    own = ("cluster.nodes=1", f"checkpoint.mirror=file://{mirror}", "--follow")
     arguments = ray(cluster, root, "job", *by_job(cluster), *own)
     with start(*arguments, **env) as process:
         wait_for("step 7", lambda: last_step(run) >= 7)
@@ -373,13 +373,12 @@ def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ra
     run, rows = root / "elastic", tmp_path / "rows"
     canary = "canary-fedcba9876543210"
     elastic = (
-        "cluster.workers=3",
+        "cluster.nodes=3",
         "cluster.min_workers=1",
-        "cluster.resize_seconds=2",
-        "cluster.pass_env=[ROWS_SEEN,SECONDS_PER_STEP]",
+        environment(SECONDS_PER_STEP="0.5", ROWS_SEEN=str(rows)),
         "--follow",
     )
-    env = {**cluster.env, **rows_environment(rows), **slow_steps(), **UNTAKEN, "WANDB_API_KEY": canary}
+    env = {**cluster.env, **rows_environment(rows), **UNTAKEN, "WANDB_API_KEY": canary, RESIZE_VARIABLE: "2"}
     with start(*ray(cluster, root, "elastic", *elastic), **env) as process:
         await_training(run, num_ranks=3)
         assert sorted(ranks_of(run)) == [0, 1, 2]

@@ -181,9 +181,8 @@ def test_resizing_to_ranks_that_do_not_divide_is_refused(plan_of: Callable[..., 
 def test_min_workers_above_the_world_size_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster=ray", "cluster.min_workers=3")
     assert problem.message == "cluster.min_workers=3 is more than the 2 workers of the run"
-    assert (
-        plan_of("cluster=ray", "cluster.workers=3", "cluster.min_workers=3", "train.global_batch_size=6").topology.world_size == 3
-    )
+    settings = ("cluster=ray", "cluster.ranks_per_node=3", "cluster.min_workers=3", "train.global_batch_size=6")
+    assert plan_of(*settings).topology.world_size == 3
 
 
 def test_all_problems_of_a_plan_come_in_one_pass(plan_of: Callable[..., LaunchPlan]) -> None:
@@ -220,7 +219,7 @@ def test_model_states_that_exceed_a_gpu_are_refused(plan_of: Callable[..., Launc
 
 
 def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_room(plan_of: Callable[..., LaunchPlan]) -> None:
-    settings = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.min_workers=16", *H200)
+    settings = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.ranks_per_node=8", "cluster.min_workers=16", *H200)
     planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 300.0}))
     assert planned.saving.background
     smallest = fewest(planned)
@@ -229,7 +228,7 @@ def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_roo
 
 
 def test_a_run_that_saves_while_training_waits_does_so_on_fewer_ranks(plan_of: Callable[..., LaunchPlan]) -> None:
-    settings = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.min_workers=16", *H200)
+    settings = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.ranks_per_node=8", "cluster.min_workers=16", *H200)
     planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 100.0}))
     assert not planned.saving.background
     # Plans of earlier launchers do not record a node's main memory.
@@ -245,7 +244,7 @@ def test_unknown_gpus_of_a_ray_cluster_are_not_refused(plan_of: Callable[..., La
 
 
 def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., LaunchPlan]) -> None:
-    elastic = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
+    elastic = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=8")
     assert problem.where == "cluster.min_workers"
     assert "cluster.min_workers=8: model states over 8 ranks need 148 GiB per GPU, and a GPU has 79" in problem.message

@@ -15,7 +15,6 @@ from plan_fixtures import config_of
 
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.cli.accounts import account_results
-from launcher.clusters.ray import storage
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import Source
 from launcher.data.sources import locate
@@ -248,26 +247,3 @@ def test_the_tables_of_the_system_are_read() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         listening = port_owners.users_listening(server.getsockname()[1])
     assert listening == {ip_address("127.0.0.1"): {os.geteuid()}}
-
-
-@pytest.mark.parametrize(
-    "environ, address",
-    [
-        ({"AWS_ENDPOINT_URL": f"http://127.0.0.1:{PORT}"}, "s3://bucket/ray"),
-        ({}, f"s3://bucket/ray?endpoint_override=127.0.0.1%3A{PORT}&scheme=http"),
-        ({"CLOUD_STORAGE_EMULATOR_ENDPOINT": f"127.0.0.1:{PORT}"}, "gs://bucket/ray"),
-    ],
-)
-def test_ray_train_keeps_no_state_at_a_server_of_another_user(
-    listen: Listen, monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], address: str
-) -> None:
-    """Its requests contain the session token, and what it reads there is another run's state."""
-    # It needs no package s3fs, whose client the check of other storage asks.
-    monkeypatch.setattr(storage, "listener_problem", lambda *_: None)
-    for variable, value in environ.items():
-        monkeypatch.setenv(variable, value)
-    listen(("127.0.0.1", os.geteuid()))
-    storage.require_own_storage(address)
-    listen(("127.0.0.1", MALLORY))
-    with pytest.raises(SubmitError, match="would get what is written there"):
-        storage.require_own_storage(address)

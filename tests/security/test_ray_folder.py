@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import stat
 import subprocess
 import tempfile
@@ -11,12 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from file_owners import MALLORY, as_root, give
+from file_owners import MALLORY, as_root
 
 from launcher import run_store
-from launcher.clusters.ray.storage import require_own_storage
 from launcher.config.sections.ray import RaySection
-from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.worker.ray import connection
 
@@ -72,41 +69,3 @@ def test_the_token_is_not_in_the_run_which_a_group_may_read(monkeypatch: pytest.
         assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
     assert not token.exists()
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.usefixtures("as_root")
-@pytest.mark.parametrize("scheme", ["", "file://"])
-def test_ray_train_keeps_its_state_where_others_can_put_no_links(scheme: str) -> None:
-    """It empties `attempt-001/.validate_storage_marker` at the start of a run, whatever that leads to."""
-    with tempfile.TemporaryDirectory(dir="/tmp", suffix=" ") as name:
-        Path(name).chmod(0o755)
-        storage = Path(name) / "ray"
-        address = f"{scheme}{storage}".replace(" ", "%20" if scheme else " ")
-        require_own_storage(address)
-        # Others could create it first, but not replace it.
-        Path(name).chmod(0o1777)
-        with pytest.raises(SubmitError, match="create it first: mkdir -p -m 700 ") as missing:
-            require_own_storage(address)
-        assert missing.value.problems[0].where == name
-        subprocess.run(shlex.split(missing.value.problems[0].remedy.partition(": ")[2]), check=True)
-        require_own_storage(address)
-        Path(name).chmod(0o777)
-        with pytest.raises(SubmitError, match="to a folder that only you can write to"):
-            require_own_storage(address)
-        Path(name).chmod(0o755)
-        attempt = storage / "attempt-001"
-        attempt.mkdir()
-        require_own_storage(address)
-        for where, mode, others in ((storage, 0o1777, False), (attempt, 0o777, False), (attempt, 0o755, True)):
-            where.chmod(mode)
-            give(attempt, MALLORY if others else 0)
-            with pytest.raises(SubmitError, match="to a folder that only you can write to") as error:
-                require_own_storage(address)
-            assert error.value.problems[0].where == str(where)
-            where.chmod(0o755)
-        give(attempt, 0)
-        attempt.chmod(0o700)
-        # Ray's controller has the umask of the cluster.
-        (attempt / "checkpoint_manager_snapshot.json").touch()
-        (attempt / "checkpoint_manager_snapshot.json").chmod(0o666)
-        require_own_storage(address)

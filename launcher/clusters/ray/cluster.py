@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +17,11 @@ from launcher.clusters import detached_process, local
 from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.cgroups import limit_that_killed_agents
 from launcher.clusters.faults import InjectedFault
-from launcher.clusters.ray import auto_address, jobs, storage
+from launcher.clusters.ray import auto_address, jobs
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest, Status
-from launcher.security.redaction import looks_secret
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection
@@ -71,9 +69,6 @@ class RayCluster:
             local.check_here(plan)
         else:
             require_usable(section)
-        if not section.is_http:
-            # The nodes of another cluster may have other folders under the same paths; the driver looks there.
-            storage.require_own_storage(section.storage_path)
 
     def preview(self, plan: LaunchPlan) -> str | None:
         return "\n".join(f"{label:<11}{value}" for label, value in _request(plan)) + "\n"
@@ -169,11 +164,9 @@ def _require_own_cluster(run: RunDir, submission: JobsApiSubmission) -> None:
 
     from launcher.config.sections.ray import RaySection
 
-    values = run_store.read_plan_values(run_store.newest_plan_path(run))
-    allowed = values.get("config", {}).get("cluster", {}).get("allow_public_address") is True
     remedy = "restore the file from a backup, or start another run from this run's newest checkpoint"
     try:
-        section = RaySection.model_validate({"kind": "ray", "address": submission.address, "allow_public_address": allowed})
+        section = RaySection.model_validate({"kind": "ray", "address": submission.address})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ").partition(";")[0]
         message = f"the address in the run's files is not used: it {reason}"
@@ -181,7 +174,7 @@ def _require_own_cluster(run: RunDir, submission: JobsApiSubmission) -> None:
     if not section.is_http or section.host is None or not _JOB.fullmatch(submission.job):
         message = "the run's files name no job of a Jobs API"
         raise SubmitError(message, where=str(run.root), value=f"{submission.job} at {submission.address}", remedy=remedy)
-    _require_private(submission.address, section.host, allowed)
+    _require_private(submission.address, section.host)
 
 
 def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> Status:
@@ -216,12 +209,8 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
 
     section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
 
-    def or_default(value: object, default: str) -> str:
-        return f"{default} (Ray's default)" if value is None else str(value)
-
     elastic = section.min_workers is not None and section.min_workers < workers
-    sizes = f"{section.min_workers} to {workers}, resized at most every " if elastic else str(workers)
-    sizes += or_default(section.resize_seconds and f"{section.resize_seconds:g} s", "60 s") if elastic else ""
+    sizes = f"{section.min_workers} to {workers}" if elastic else str(workers)
     resources = ", ".join(f"{name}: {amount:g}" for name, amount in section.resources(plan.topology.device).items())
     resources += "" if section.resources_per_worker else " (Ray's default)"
     nodes = [f"accelerator {section.accelerator_type}"] if section.accelerator_type else []
@@ -235,11 +224,10 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
     return [
         ("Ray", section.address or "started for this run, on this machine"),
         ("workers", f"{sizes}, each with {resources}, within {section.placement_minutes:g} minutes"),
-        ("nodes", f"{', '.join(nodes) or 'any'}; placement {or_default(section.placement_strategy, 'PACK')}"),
+        ("nodes", ", ".join(nodes) or "any"),
         ("retries", ", ".join(f"{kind} {number}" for kind, number in budgets.items())),
         ("grace", f"{section.stop_grace_seconds:g} s to save after a stop request or a drain notice"),
-        ("storage", section.storage_path or str(RunDir(Path(plan.run_dir)).root / "ray")),
-        ("variables", ", ".join((*section.env, *section.pass_env)) or "API keys only"),
+        ("variables", ", ".join(section.env) or "API keys only"),
     ]
 
 
@@ -323,33 +311,19 @@ def require_usable(section: RaySection) -> None:
     """
     address = section.address or ""
     if section.host is not None:
-        _require_private(address, section.host, section.allow_public_address)
+        _require_private(address, section.host)
     if section.is_http:
-        _require_no_keys(section.pass_env)
         jobs.require_answer(address)
     elif address == "auto":
-        _require_member(section.allow_public_address)
+        _require_member()
     else:
         _require_reachable(address)
 
 
-def _require_no_keys(names: Sequence[str]) -> None:
-    """Reject forwarded variables that look like keys: everyone with the cluster's token can read a job's environment."""
-    if keys := [name for name in names if looks_secret(f"cluster.env.{name}", os.environ.get(name) or "unknown")]:
-        raise SubmitError(
-            "API keys must not be sent with a job: everyone with the cluster's token could read them",
-            where="cluster.pass_env",
-            value=", ".join(keys),
-            remedy="remove them, and set them in the environment in which the cluster's Ray is started",
-        )
-
-
-def _require_private(address: str, host: str, allowed: bool) -> None:
+def _require_private(address: str, host: str) -> None:
     """Reject a host name that resolves to a public address; the settings reject public IP addresses."""
     from launcher.config.sections.ray import is_exposed
 
-    if allowed:
-        return
     try:
         addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
     except OSError as error:
@@ -364,11 +338,11 @@ def _require_private(address: str, host: str, allowed: bool) -> None:
             "the address of the cluster is public: the whole internet can reach it",
             where="cluster.address",
             value=f"{address} resolves to {', '.join(exposed)}",
-            remedy="use a private address or an ssh tunnel, or set cluster.allow_public_address=true",
+            remedy="use a private address or an ssh tunnel",
         )
 
 
-def _require_member(allowed: bool) -> None:
+def _require_member() -> None:
     """Reject cluster.address=auto without a trusted user's Ray here; an address in RAY_ADDRESS is checked like the setting."""
     address = os.environ.get("RAY_ADDRESS", "auto")
     if address != "auto":
@@ -380,7 +354,7 @@ def _require_member(allowed: bool) -> None:
                 value=address,
                 remedy="write it as host:port, unset it, or use the Jobs API: cluster.address=http://host:8265",
             )
-        _require_private(f"auto, RAY_ADDRESS={address}", host, allowed)
+        _require_private(f"auto, RAY_ADDRESS={address}", host)
         auto_address.require_own_listener(address)
         return
     auto_address.find_address()

@@ -67,9 +67,8 @@ def submit_module(
     # The Jobs API accepts only a shell string; every word in it is quoted.
     address = section.address or ""
     entrypoint = shlex.join([section.python, "-m", module, *arguments])
-    # Everyone with the token can read these: only variables of cluster.pass_env, and no keys.
-    passed = {variable: os.environ[variable] for variable in section.pass_env if variable in os.environ}
-    variables = {**passed, "PYTHONPATH": build_pythonpath(code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    # Everyone with the token can read these.
+    variables = {"PYTHONPATH": build_pythonpath(code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     # The driver checks the run again, possibly as another user, and accepts the same owners as this command.
     variables |= environ or {}
     variables[trust.VARIABLE] = f"{trust.Trust.from_environ(os.environ).as_numbers()},${{{trust.VARIABLE}}}"

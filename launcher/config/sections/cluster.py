@@ -32,13 +32,6 @@ class ClusterSection(Section):
     max_restarts: Count = Field(
         0, description="How often the node agents restart all ranks on the same machines after a rank fails."
     )
-    fork_ranks: Flag = Field(
-        True,
-        description=(
-            "Import torch, transformers and DeepSpeed once per node, and fork the ranks from that process at each start and "
-            "restart. false: start every rank as a new Python process."
-        ),
-    )
     timeout_minutes: Positive = Field(30.0, description="Minutes after which a collective that has not completed fails the run.")
     stall_seconds: Count = Field(
         600,
@@ -128,11 +121,6 @@ class ClusterSection(Section):
             ConfigError: if the environment contradicts the settings.
         """
         return self
-
-    @property
-    def num_workers(self) -> int | None:
-        """The total number of ranks, if they are not counted by nodes."""
-        return None
 
     @property
     def fewest_workers(self) -> int | None:

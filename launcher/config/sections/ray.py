@@ -6,11 +6,10 @@ import ipaddress
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.config.sections.cluster import ManagedSection
-from launcher.config.sections.data import without_credentials
-from launcher.config.sections.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching, number_as_text
+from launcher.config.sections.fields import Name, Positive, PositiveInt, Text, matching, number_as_text
 from launcher.errors import Problem
 
 # Variables that Ray or the launcher sets for each rank.
@@ -35,11 +34,6 @@ VariableName = Annotated[
     matching(r"[A-Za-z_]\w*", "is not the name of a variable; use letters, digits and _, a letter first"),
     matching(rf"(?!({_OWN_VARIABLE})$).*", "is a variable that Ray or the launcher sets; remove it"),
 ]
-StoragePath = Annotated[
-    str,
-    matching(r"/.*|[a-z][a-z0-9+.-]*://.+", "is neither an absolute path nor a URL; write /shared/ray or s3://bucket/ray"),
-    AfterValidator(without_credentials),
-]
 VariableValue = Annotated[str, BeforeValidator(number_as_text), Text]
 
 
@@ -55,22 +49,14 @@ class RaySection(ManagedSection):
         ),
     )
     python: Python = Field("python", description="Python that runs the driver on a cluster with an HTTP address.")
-    allow_public_address: Flag = Field(False, description="Accept a cluster.address that is public or stands for all interfaces.")
-    workers: PositiveInt | None = Field(None, description="Total number of ranks. Unset: nodes times ranks_per_node.")
     min_workers: PositiveInt | None = Field(
         None,
         description=(
             "Minimum number of workers with which the run continues when nodes are lost or unfit; it trains on the largest "
             "number that divides the batch, and grows again when workers return. No other job may use the cluster, because Ray "
-            "counts all resources of a node, used or not. Cannot be combined with label_selector or a STRICT_ "
-            "placement_strategy. Unset: all workers."
+            "counts all resources of a node, used or not. Cannot be combined with label_selector. "
+            "Unset: all workers."
         ),
-    )
-    resize_seconds: Positive | None = Field(
-        None, description="Seconds between checks for more workers in an elastic run. Unset: Ray's default, 60."
-    )
-    gpus_per_worker: Annotated[Count, Field(le=1)] | None = Field(
-        None, description="GPUs per rank, 0 or 1. Unset: 1 if the plan is for GPUs, else 0."
     )
     resources_per_worker: dict[Resource, Positive] = Field(
         default_factory=dict,
@@ -80,28 +66,14 @@ class RaySection(ManagedSection):
     label_selector: dict[Label, LabelValue] = Field(
         default_factory=dict, description="Labels that nodes must have, such as {ray.io/market-type: spot}."
     )
-    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = Field(
-        None, description="How Ray spreads the workers over nodes. Unset: Ray's default, PACK."
-    )
     placement_minutes: Positive = Field(
         30.0, description="Minutes that the cluster may take to provide the workers, at the start and after a loss."
     )
-    storage_path: StoragePath | None = Field(
-        None, description="Shared folder or URL for Ray Train's own state. Unset: ray/ in the run directory."
-    )
     env: dict[VariableName, VariableValue] = Field(
-        default_factory=dict, description="Environment variables of the job, such as NCCL_IB_HCA. Never secrets."
+        default_factory=dict, description="Environment variables of the ranks, such as NCCL_IB_HCA. Never secrets."
     )
-    pass_env: tuple[VariableName, ...] = Field(
-        (), description="Names of variables that the ranks inherit from the submitting shell, such as NCCL_DEBUG. Never secrets."
-    )
-    dashboard: Flag = Field(False, description="Start Ray's dashboard on loopback if the run starts its own Ray cluster.")
 
     gpu_kind_remedy: ClassVar[str] = "choose the nodes with cluster.accelerator_type"
-
-    @property
-    def num_workers(self) -> int | None:
-        return self.workers
 
     @property
     def fewest_workers(self) -> int | None:
@@ -131,13 +103,12 @@ class RaySection(ManagedSection):
     @property
     def leaves_out_bad_nodes(self) -> bool:
         """True for an elastic run: it continues with the workers of the other nodes, and the bad node's workers stay idle."""
-        workers = self.workers or self.nodes * (self.ranks_per_node or 0)
+        workers = self.nodes * (self.ranks_per_node or 0)
         return self.min_workers is not None and (not workers or self.min_workers < workers)
 
     def resources(self, device: str) -> dict[str, float]:
         """Return the resources of each worker on `device` (cuda or cpu), completed as in Ray Train's ScalingConfig."""
-        gpus = self.gpus_per_worker if self.gpus_per_worker is not None else int(device == "cuda")
-        return {**({"GPU": 1.0} if gpus else {}), **self.resources_per_worker} or {"CPU": 1.0}
+        return {**({"GPU": 1.0} if device == "cuda" else {}), **self.resources_per_worker} or {"CPU": 1.0}
 
     @property
     def is_http(self) -> bool:
@@ -153,41 +124,26 @@ class RaySection(ManagedSection):
 
     @model_validator(mode="after")
     def _consistent(self) -> RaySection:
-        if self.host is not None and not self.allow_public_address and is_exposed(self.host):
+        if self.host is not None and is_exposed(self.host):
             raise ValueError(
                 f"cluster.address names {self.host}, which is public or stands for all interfaces; use a private address or an "
-                "ssh tunnel, or set cluster.allow_public_address=true"
+                "ssh tunnel"
             )
         return self
 
     def topology_problem(self, world_size: int) -> Problem | None:
-        """Refuse an elastic run for which Ray would count workers that it cannot place.
+        """Refuse an elastic run with labels: Ray Train counts the workers that fit by resources only (Ray 2.60).
 
-        Ray Train counts the workers that fit by resources only, packed tightly: see `_compute_reservations` in ray.data's
-        autoscaling coordinator, which gets no strategy from Ray Train (Ray 2.60). It would stop a worker group in training to
-        start a larger one that can never be placed.
+        It would stop a worker group in training to start a larger one that can never be placed.
         """
-        if self.min_workers is None or self.min_workers >= world_size:
+        if self.min_workers is None or self.min_workers >= world_size or not self.label_selector:
             return None
-        unplaceable = "Ray would start more workers than it can place"
-        if self.label_selector:
-            return Problem(
-                "cluster.min_workers cannot be combined with cluster.label_selector: Ray counts nodes without the labels too, so "
-                f"{unplaceable}",
-                where="cluster.label_selector",
-                value=str(self.label_selector),
-                remedy="choose the nodes with cluster.accelerator_type, or with a custom resource in "
-                "cluster.resources_per_worker, or remove cluster.min_workers",
-            )
-        if self.placement_strategy in ("STRICT_PACK", "STRICT_SPREAD"):
-            return Problem(
-                "cluster.min_workers cannot be combined with a STRICT_ placement strategy: Ray ignores it when it counts, so "
-                f"{unplaceable}",
-                where="cluster.placement_strategy",
-                value=self.placement_strategy,
-                remedy=f"set it to {self.placement_strategy.removeprefix('STRICT_')}, or remove cluster.min_workers",
-            )
-        return None
+        return Problem(
+            "cluster.min_workers cannot be combined with cluster.label_selector: Ray counts nodes without the labels too",
+            where="cluster.label_selector",
+            value=str(self.label_selector),
+            remedy="choose the nodes with cluster.accelerator_type or a custom resource in cluster.resources_per_worker",
+        )
 
 
 def is_exposed(host: str) -> bool:

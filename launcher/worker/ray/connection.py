@@ -169,9 +169,8 @@ def _start(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) ->
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     # On a busy machine Ray's control service may need longer than Ray's default of 20 s.
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", str(_CONTROL_SERVICE_S))
-    if not section.dashboard:
-        for name, value in _UNWATCHED.items():
-            os.environ.setdefault(name, value)
+    for name, value in _UNWATCHED.items():
+        os.environ.setdefault(name, value)
     os.environ.pop("RAY_AUTH_TOKEN", None)
     import ray
 
@@ -179,8 +178,7 @@ def _start(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) ->
     ray.init(
         num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
         _temp_dir=str(folder),
-        include_dashboard=section.dashboard,
-        dashboard_host="127.0.0.1",
+        include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         _node_ip_address="127.0.0.1",
         job_config=config_without_search_path(),

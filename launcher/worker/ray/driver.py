@@ -19,7 +19,6 @@ from pathlib import Path
 from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
-from launcher.clusters.ray.storage import require_own_storage
 from launcher.config.sections.ray import RaySection
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
@@ -130,7 +129,6 @@ class _Driver:
 
     def run(self) -> int:
         self._cancel_signals.install()
-        require_own_storage(self._section.storage_path)
         with connected(self._plan, self._run):
             self._cancel_signals.install()
             raylet = self._raylet = raylet_of_this_node()
@@ -149,8 +147,7 @@ class _Driver:
         return self._exit_code()
 
     def _train(self) -> None:
-        passed = (*_SECRETS, *self._section.pass_env)
-        environment = {name: os.environ[name] for name in passed if name in os.environ}
+        environment = {name: os.environ[name] for name in _SECRETS if name in os.environ}
         coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
         # This takes as long as the coordinator's start.
         threading.Thread(target=import_ray_train, name="import", daemon=True).start()

@@ -55,7 +55,8 @@ def main(folder: str) -> int:
     address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
     ray.init(address=address, log_to_driver=True, logging_level="WARNING", job_config=config_without_search_path(), **runtime)
     try:
-        options = task_options(ray, section.workers, section.placement_minutes * 60, settings.evaluate.vllm_gpus)
+        num_workers = section.nodes * section.ranks_per_node if section.ranks_per_node else None
+        options = task_options(ray, num_workers, section.placement_minutes * 60, settings.evaluate.vllm_gpus)
         if not options:
             message = f"the cluster has not provided a GPU for every process within {section.placement_minutes:g} minutes"
             print(f"{message} (cluster.placement_minutes); see: ray status", flush=True)

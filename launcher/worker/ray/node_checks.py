@@ -10,8 +10,7 @@ from pathlib import Path
 
 from launcher import json_records
 from launcher.clusters import network
-from launcher.config.sections.ray import RaySection
-from launcher.errors import Problem, describe
+from launcher.errors import Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import NodeRecord, node_file
@@ -75,8 +74,6 @@ def check_node(node: str, orders: Check) -> NodeReport:
     if not problems and (not marker.is_file() or marker.read_text() != assignment.marker):
         what = "the run directory differs from the head node's: it lacks a file of this attempt"
         problems.append(Problem(what, where=node, value=str(run.root), remedy=_SHARED_REMEDY))
-    if (storage_problem := _storage_problem(plan)) is not None:
-        problems.append(replace(storage_problem, where=node))
     problems += unreachable(node, orders.others, _REACH_S)
     return replace(report, host=node, problems=tuple(problems))
 
@@ -99,19 +96,3 @@ def unreachable(node: str, others: Sequence[tuple[str, str, int]], deadline_s: f
     return [
         Problem(f"cannot be reached from {node} at {address}:{port}", where=name, remedy=remedy) for name, address, port in lost
     ]
-
-
-def _storage_problem(plan: LaunchPlan) -> Problem | None:
-    """Return a problem if this node does not see Ray Train's storage. Storage in the run directory is checked with that."""
-    from ray import train
-
-    storage_path = RaySection.of(plan.config.cluster).storage_path
-    if storage_path is None:
-        return None
-    try:
-        train.get_context().get_storage()._check_validation_file()
-    except Exception as error:
-        what = "Ray Train's storage differs from the head node's"
-        remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or remove it"
-        return Problem(what, value=f"{storage_path}: {describe(error).splitlines()[0]}", remedy=remedy)
-    return None

@@ -336,9 +336,8 @@ class _Worker:
             # The node check reports that this node does not see the run directory.
             return
         self.ranks = RankProcesses(Path(planned.run_dir))
-        if planned.config.cluster.fork_ranks:
-            with _blocked_signals():
-                self.ranks.warm_up(setup.plan_path, _node_environment(planned, setup.environment))
+        with _blocked_signals():
+            self.ranks.warm_up(setup.plan_path, _node_environment(planned, setup.environment))
 
     def _rank_environment(
         self, plan: LaunchPlan, orders: Train, error_file: Path, table: heartbeat.HeartbeatTable, errors: ErrorMemory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.worker.ray.messages import ResizeProgress
 from launcher.worker.ray.rank_supervisor import supervise
 
+# Seconds between checks for more workers in an elastic run, for tests; Ray's default is 60.
+RESIZE_VARIABLE = "LAUNCHER_RAY_RESIZE_SECONDS"
 _CALL_S = 30.0
 _POLL_S = 0.2
 
@@ -48,10 +51,8 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
         "accelerator_type": section.accelerator_type,
         "label_selector": section.label_selector or None,
     }
-    if section.placement_strategy is not None:
-        scaling["placement_strategy"] = section.placement_strategy
-    if section.resize_seconds is not None:
-        scaling["elastic_resize_monitor_interval_s"] = section.resize_seconds
+    if seconds := os.environ.get(RESIZE_VARIABLE):
+        scaling["elastic_resize_monitor_interval_s"] = float(seconds)
     grace_s = plan.config.cluster.stop_grace_seconds
     callbacks = [save_before_resize(coordinator, grace_s)] if elastic else []
     return _trainer_class(section.address is None)(
@@ -62,7 +63,7 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
         run_config=RunConfig(
             name=name,
             callbacks=callbacks,
-            storage_path=section.storage_path or str(run.root / "ray"),
+            storage_path=str(run.root / "ray"),
             # The coordinator ends the run: its workers then return as if training were complete.
             failure_config=FailureConfig(
                 max_failures=-1,

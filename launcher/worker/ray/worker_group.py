@@ -154,12 +154,12 @@ class Group:
         return set(self.training_ranks) - self.ended
 
 
-def require_private(head: Member, allowed: bool) -> None:
-    """Reject a public address for the ranks' rendezvous unless it is `allowed`.
+def require_private(head: Member) -> None:
+    """Reject a public address for the ranks' rendezvous.
 
     Raises:
         ConfigError: with the node and its address.
     """
-    if network.is_public(head.address) and not allowed:
+    if network.is_public(head.address):
         endpoint = f"{head.node} at {head.address}"
         raise ConfigError(f"the ranks would connect to each other over a public address: {endpoint}; set cluster.interface")

@@ -88,9 +88,9 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
 
 
 @pytest.fixture
-def run(config_of: Callable[..., RunConfig], tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
-    """A run on two local ranks whose attempt 1 is about to start. The parameter is cluster.fork_ranks, by default true."""
-    cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2", f"cluster.fork_ranks={getattr(request, 'param', 'true')}")
+def run(config_of: Callable[..., RunConfig], tmp_path: Path) -> RunDir:
+    """A run on two local ranks whose attempt 1 is about to start."""
+    cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2")
     config = config_of("tracking=none", "run.name=tried", *cluster)
     run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
     run_store.update_status(run, attempt=run_store.create_attempt(run, Attempt(resume_step=None)))
@@ -109,7 +109,6 @@ def alerts(run: RunDir) -> list[str]:
     return [event["text"] for event in read_events(run.events) if event["kind"] == "alert"]
 
 
-@pytest.mark.parametrize("run", ["true", "false"], ids=["forked", "new processes"], indirect=True)
 def test_killed_ranks_and_damaged_error_records_each_cost_one_restart(run: RunDir, tmp_path: Path) -> None:
     """First the agent terminates rank 1 while it writes its error record; then a rank leaves an empty record."""
     done = run_agent(run, tmp_path, LOCK=str(tmp_path / "lock"))

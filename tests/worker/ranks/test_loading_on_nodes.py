@@ -60,7 +60,7 @@ def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
         time.sleep(200)
     return types.SimpleNamespace(state="completed", reason="completed", step=1, message="trained", checkpoint="")
 
-if "launcher.worker.ranks.rank_main" in sys.orig_argv:
+if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*sys.orig_argv}:
     names = ("distributed", "train.loop", "train.preload", "evaluate.samples", "train.monitoring.largest_batch")
     distributed, loop, preload, samples, largest_batch = modules = [types.ModuleType(name) for name in names]
     preload.import_stack = lambda plan, tracks: None
@@ -75,7 +75,7 @@ if "launcher.worker.ranks.rank_main" in sys.orig_argv:
 
 @pytest.mark.rest
 def test_a_rank_waits_for_one_of_another_node_as_long_as_that_reads(config_of: Callable[..., RunConfig], tmp_path: Path) -> None:
-    cluster = ("cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.max_restarts=1", "cluster.fork_ranks=false")
+    cluster = ("cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.max_restarts=1")
     config = config_of("tracking=none", "run.name=tried", "cluster.stall_seconds=2", *cluster)
     run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
     run_store.update_status(run, attempt=run_store.create_attempt(run, Attempt(resume_step=None)))

@@ -18,11 +18,9 @@ from typing import Any
 
 import psutil
 import pytest
-from file_owners import as_root, give
+from file_owners import as_root
 
 from launcher import atomic_files, json_records, run_records, run_store
-from launcher.clusters.ray.cluster import RayCluster
-from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -205,26 +203,6 @@ def test_a_connection_that_is_closed_at_once_is_named(run: RunDir, monkeypatch: 
     monkeypatch.setattr(driver, "close_wandb_run", lambda *_: None)
     assert driver.main(str(run.plan), 1) == 1
     assert run_store.read_status(run).message.startswith("Ray cannot be used: the connection was closed as soon as it was made")
-
-
-@pytest.mark.usefixtures("own_signals", "as_root")
-def test_the_driver_lets_ray_train_write_to_no_folder_of_others(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a job of the cluster, it is the first that sees the folder; otherwise, the command is."""
-    storage = tmp_path / "storage"
-    storage.mkdir()
-    give(storage)
-    plan = ray_plan(working_dir=str(tmp_path), storage_path=str(storage))
-    with pytest.raises(SubmitError, match="Ray Train's storage is not trusted"):
-        RayCluster().check(plan)
-    run = run_store.create(plan)
-    run_store.create_attempt(run, Attempt(resume_step=None))
-    monkeypatch.setattr(driver, "connected", lambda *_: pytest.fail("it has started Ray"))
-    monkeypatch.setattr(driver, "close_wandb_run", lambda *_: None)
-    assert driver.main(str(run.plan), 1) == 1
-    reason = f"Ray cannot be used: Ray Train's storage is not trusted: {storage} belongs"
-    assert run_store.read_status(run).message.startswith(reason)
 
 
 def test_the_coordinator_writes_nothing_that_others_can_read(

@@ -12,7 +12,7 @@ from plan_fixtures import CPU, H100
 from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ray.trainer import build_trainer
+from launcher.worker.ray.trainer import RESIZE_VARIABLE, build_trainer
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,6 @@ from launcher.worker.ray.trainer import build_trainer
         (CPU, {"resources_per_worker": {"memory": 1e9}}),
         (H100, {}),
         (H100, {"resources_per_worker": {"CPU": 8.0}}),
-        (H100, {"gpus_per_worker": 0}),
     ],
 )
 def test_workers_get_what_ray_train_gives_by_default(
@@ -32,24 +31,25 @@ def test_workers_get_what_ray_train_gives_by_default(
     from ray.train import ScalingConfig
 
     plan = ray_plan(device=device, workers=4, **settings)
-    gpus = device is H100 and settings.get("gpus_per_worker") != 0
+    gpus = device is H100
     by_ray = ScalingConfig(num_workers=4, use_gpu=gpus, resources_per_worker=settings.get("resources_per_worker"))
     wanted = by_ray._resources_per_worker_not_none
     asked = build_trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
     assert RaySection.of(plan.config.cluster).resources(device.kind) == wanted
     assert (asked._resources_per_worker_not_none, asked.use_gpu, asked.num_workers) == (wanted, gpus, 4)
-    assert by_ray.placement_strategy == asked.placement_strategy
 
 
-def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> None:
-    settings = {"accelerator_type": "H100", "placement_strategy": "SPREAD", "resize_seconds": 5.0, "stop_grace_seconds": 90.0}
-    elastic = ray_plan(device=H100, workers=4, min_workers=2, storage_path="s3://bucket/ray", **settings)
+def test_the_settings_of_placement_reach_ray_train(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RESIZE_VARIABLE, "5")
+    settings = {"accelerator_type": "H100", "stop_grace_seconds": 90.0}
+    elastic = ray_plan(device=H100, workers=4, min_workers=2, **settings)
     trainer = build_trainer(elastic, RunDir(tmp_path), "attempt-001", None)
     scaling, running = trainer.scaling_config, trainer.run_config
     assert scaling.num_workers == (2, 4)
-    assert (scaling.accelerator_type, scaling.placement_strategy) == ("H100", "SPREAD")
+    assert scaling.accelerator_type == "H100"
     assert scaling.elastic_resize_monitor_interval_s == 5.0
-    assert running.storage_path == "s3://bucket/ray"
     assert running.failure_config.preemption_grace_s == 90.0
     spot = ray_plan(device=H100, workers=4, label_selector={"ray.io/market-type": "spot"})
     trainer = build_trainer(spot, RunDir(tmp_path), "attempt-001", None)
