@@ -29,7 +29,7 @@ LOST_S = 12
 SETTINGS = (*FIRST_RUN, "export.enabled=false")
 # Seconds per step: all attempts but the last together train fewer steps than FIRST_RUN has.
 SLOW_S = 3.0
-ONE_RANK = ("cluster.ranks_per_node=1", f"cluster.lost_node_seconds={LOST_S}")
+ONE_RANK = ("cluster.ranks_per_node=1",)
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -48,6 +48,7 @@ class Machine:
     ) -> None:
         variables = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        variables["LAUNCHER_LOST_NODE_SECONDS"] = str(LOST_S)
         options |= {"env": {**env, **slow_steps(step_s), **variables}, "cwd": env["PYTHONPATH"]}
         if wrapper:
             self.process: Any = subprocess.Popen([*wrapper, sys.executable, "-m", "launcher", *words], **options)

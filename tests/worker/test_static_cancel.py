@@ -20,7 +20,7 @@ from launcher.worker.signals import CANCEL
 from launcher.worker.static.peers import Peers
 
 signal.pthread_sigmask(signal.SIG_BLOCK, {CANCEL})
-peers = Peers(RunDir(Path(sys.argv[1])), 1, Attempt(None), 0, 12.0, print)
+peers = Peers(RunDir(Path(sys.argv[1])), 1, Attempt(None), 0, print)
 threading.Thread(target=peers._look_for_cancel, daemon=True).start()
 time.sleep(1)
 sys.exit(not all(signal.sigtimedwait({CANCEL}, 5) for _ in range(2)))

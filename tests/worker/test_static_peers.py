@@ -60,7 +60,7 @@ def watch_for(watch: nodes.HeartbeatWatch, clock: Clock, seconds: float, step_s:
 
 
 def test_a_machine_is_lost_when_its_file_has_not_changed_for_long_enough(run: RunDir, clock: Clock) -> None:
-    watch = nodes.HeartbeatWatch(run, 1, RECORD, LOST_S)
+    watch = nodes.HeartbeatWatch(run, 1, RECORD)
     assert watch_for(watch, clock, LOST_S).is_alive
     state = watch_for(watch, clock, 1.0)
     assert not state.is_alive
@@ -72,7 +72,7 @@ def test_a_machine_is_lost_when_its_file_has_not_changed_for_long_enough(run: Ru
 
 def test_the_times_of_files_do_not_count(run: RunDir, clock: Clock) -> None:
     """Lustre and CephFS store the time of the machine that wrote the file, whose clock may be behind."""
-    watch = nodes.HeartbeatWatch(run, 1, RECORD, LOST_S)
+    watch = nodes.HeartbeatWatch(run, 1, RECORD)
     for _ in range(30):
         nodes.write_alive(run, 1, 1, "b")
         os.utime(nodes.alive_file(run, 1, 1), (1e9, 1e9))
@@ -80,7 +80,7 @@ def test_the_times_of_files_do_not_count(run: RunDir, clock: Clock) -> None:
 
 
 def test_an_outage_of_the_storage_counts_as_nobodys_silence(run: RunDir, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = nodes.HeartbeatWatch(run, 1, RECORD, LOST_S)
+    watch = nodes.HeartbeatWatch(run, 1, RECORD)
     assert watch_for(watch, clock, 5.0).is_alive
     # A hard NFS mount blocks during an outage.
     refresh = nodes.atomic_files.refresh_directory
@@ -108,7 +108,7 @@ def test_an_outage_of_the_storage_counts_as_nobodys_silence(run: RunDir, clock: 
 
 
 def test_time_in_which_this_machine_was_suspended_does_not_count(run: RunDir, clock: Clock) -> None:
-    watch = nodes.HeartbeatWatch(run, 1, RECORD, LOST_S)
+    watch = nodes.HeartbeatWatch(run, 1, RECORD)
     watch.look()
     clock.now += 3600
     assert watch.look()[1].is_alive
@@ -116,7 +116,7 @@ def test_time_in_which_this_machine_was_suspended_does_not_count(run: RunDir, cl
 
 def test_a_machine_that_comes_back_gets_the_whole_patience_the_next_time(run: RunDir, clock: Clock) -> None:
     killed: list[int] = []
-    watcher = Peers(run, 1, RECORD, 0, LOST_S, killed.append)
+    watcher = Peers(run, 1, RECORD, 0, killed.append)
     alive, lost = nodes.NodeState("b", 1.0, False), nodes.NodeState("b", 200.0, False, "b was lost")
     for state, after_s in ((lost, 0), (alive, 5), (lost, 60), (lost, 9)):
         clock.now += after_s

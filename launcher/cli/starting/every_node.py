@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,10 +29,8 @@ from launcher.cli.resume import resume_run
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.worker_process import run_worker
 from launcher.clusters.static import nodes
-from launcher.clusters.static.cluster import StaticCluster, is_idle, lost_node_s
-from launcher.clusters.static.meeting import JoiningNode, Meeting, head_endpoint
-from launcher.clusters.static.messages import OVER
-from launcher.clusters.static.node_process import NodeProcess
+from launcher.clusters.static.cluster import StaticCluster, is_idle
+from launcher.clusters.static.meeting import OVER, REFUSED, Meeting, await_plan, head_endpoint
 from launcher.config.compose import Composed, leaves
 from launcher.config.resume import differing, table, with_overrides
 from launcher.config.schema import RunConfig, is_run
@@ -45,7 +44,6 @@ from launcher.errors import (
     Problem,
     RunError,
     SubmitError,
-    describe,
     printable,
 )
 from launcher.hardware import device
@@ -82,13 +80,13 @@ class _Signals:
     """TERM, HUP and USR2 end a waiting command; once this machine's agent runs, they ask the ranks to save and stop."""
 
     def __init__(self) -> None:
-        self.process: NodeProcess | None = None
+        self.process: nodes.NodeProcess | None = None
 
     def install(self) -> None:
         for number in _FORWARDED:
             signal.signal(number, self._receive)
 
-    def watch(self, process: NodeProcess | None, interrupts: Interrupts) -> None:
+    def watch(self, process: nodes.NodeProcess | None, interrupts: Interrupts) -> None:
         """Forward signals to this machine's agent, including one that arrived while the agent was starting."""
         self.process = process
         self.install()
@@ -195,7 +193,7 @@ def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str]
     """Run node 0's part: `begin` returns the attempt that it started, or why nothing is left to do."""
     here, signals = start.here, _Signals()
     signals.install()
-    endpoint = head_endpoint(here, start.section.interface, start.section.allow_public_address)
+    endpoint = head_endpoint(here, start.section.interface)
     meeting = Meeting(here, start.run.root, start.command, endpoint).open()
     cluster = StaticCluster(meeting)
     with Interrupts() as interrupts:
@@ -204,11 +202,11 @@ def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str]
                 print(f"{here.label}: the others find it at {endpoint.address}:{here.port} ({endpoint.interface})", flush=True)
             attempt = begin(cluster, interrupts)
             if isinstance(attempt, str):
-                meeting.end(attempt)
+                meeting.tell(attempt, OVER)
                 print(attempt)
                 return 0
         except BaseException as error:
-            meeting.refuse(describe(error) if isinstance(error, Exception) else "the command on node 0 was interrupted")
+            meeting.tell(str(error) if isinstance(error, Exception) else "the command on node 0 was interrupted", REFUSED)
             if cluster.process is not None:
                 cluster.process.send_signal(signal.SIGTERM)
             raise
@@ -218,18 +216,11 @@ def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str]
         threading.Thread(target=meeting.close, name="meeting-end", daemon=True).start()
         signals.watch(cluster.process, interrupts)
         try:
-            if not shows_steps:
-                return _follow_quietly(start, attempt, cluster)
-            return follow(start.run, attempt, cluster, interrupts)
+            if shows_steps:
+                return follow(start.run, attempt, cluster, interrupts)
+            return _await_conclusion(start, attempt, cluster)
         finally:
             _record_silent_end(start.run, attempt, cluster)
-
-
-def _follow_quietly(start: _Start, attempt: int, cluster: StaticCluster) -> int:
-    while cluster.status(start.run).state in RUNNING_STATES:
-        time.sleep(_POLL_S)
-    cluster.await_end(start.run)
-    return _closing(start, attempt)
 
 
 def _record_silent_end(run: RunDir, attempt: int, cluster: StaticCluster) -> None:
@@ -245,8 +236,7 @@ def _join(start: _Start) -> int:
     """Run the part of a machine other than node 0."""
     here, run, signals = start.here, start.run, _Signals()
     signals.install()
-    node = JoiningNode(here, run.root, start.command, start.describe_end)
-    answer = node.await_plan(start.section.wait_minutes * 60)
+    answer = await_plan(here, run.root, start.command, start.describe_end)
     if answer.state == OVER:
         print(printable(answer.message))
         return 0
@@ -257,7 +247,7 @@ def _join(start: _Start) -> int:
     _await_visible(run, attempt)
     ownership.require_run(run)
     plan_path = run.attempt(attempt) / "plan.json" if answer.own_plan else run.plan
-    process = NodeProcess.start(run, attempt, plan_path, here.node, name)
+    process = nodes.NodeProcess(run, attempt, plan_path, here.node, name)
     log = nodes.agent_log(run, attempt, here.node)
     print(f"{here.label}: attempt {attempt} of {run.root.name} runs here as {name}; its output is in {log}", flush=True)
     with Interrupts() as interrupts:
@@ -270,7 +260,7 @@ def _join(start: _Start) -> int:
                 with suppress(SubmitError, RunError):
                     StaticCluster().cancel(run)
             time.sleep(_POLL_S)
-        return _await_conclusion(start, attempt)
+        return _await_conclusion(start, attempt, StaticCluster(), start.section.stop_grace_seconds + 2 * nodes.LOST_S)
 
 
 def _describe_end(config: RunConfig, run: RunDir) -> str | None:
@@ -304,25 +294,22 @@ def _await_visible(run: RunDir, attempt: int) -> None:
     raise SubmitError(f"attempt {attempt} did not appear on this machine", where=str(run.attempt(attempt)), remedy=remedy)
 
 
-def _await_conclusion(start: _Start, attempt: int) -> int:
-    """Wait until node 0 has judged the attempt or is lost; returns the exit code."""
-    run, cluster = start.run, StaticCluster()
-    until = time.monotonic() + start.section.stop_grace_seconds + 2 * lost_node_s(run)
+def _await_conclusion(start: _Start, attempt: int, cluster: StaticCluster, deadline_s: float = math.inf) -> int:
+    """Wait until node 0 has judged the attempt or is lost, and print how it ended.
+
+    Returns the exit code, which is the same on every machine.
+    """
+    run, until, status = start.run, time.monotonic() + deadline_s, cluster.status(start.run)
     while time.monotonic() < until:
         with suppress(OSError, LauncherError):
-            if run_store.newest_attempt(run) != attempt or cluster.status(run).state not in RUNNING_STATES:
+            if run_store.newest_attempt(run) != attempt:
+                print(f"{start.here.label}: another start of the run has taken over", file=sys.stderr)
+                return EXIT_FAILED
+            status = cluster.status(run)
+            if status.state not in RUNNING_STATES:
                 break
         time.sleep(_POLL_S)
-    return _closing(start, attempt)
-
-
-def _closing(start: _Start, attempt: int) -> int:
-    """Print how the attempt ended; returns the exit code, which is the same on every machine."""
-    run = start.run
-    status = StaticCluster().status(run)
-    if run_store.newest_attempt(run) != attempt:
-        print(f"{start.here.label}: another start of the run has taken over", file=sys.stderr)
-        return EXIT_FAILED
+    cluster.await_end(run)
     words = f"{status.state}: {status.message}" if status.message else status.state
     print(f"{start.here.label}: {words}", file=sys.stderr if status.state == "failed" else sys.stdout, flush=True)
     return 0 if status.state == "completed" else EXIT_INTERRUPTED if status.state in ("cancelled", "preempted") else EXIT_FAILED
@@ -358,7 +345,7 @@ def _await_idle(run: RunDir) -> None:
 
     Also returns if they have not ended: starting the attempt then fails.
     """
-    until, is_announced = time.monotonic() + lost_node_s(run) + _LEAVE_S, False
+    until, is_announced = time.monotonic() + nodes.LOST_S + _LEAVE_S, False
     while time.monotonic() < until:
         status = StaticCluster().status(run)
         if status.state not in RUNNING_STATES and is_idle(run):

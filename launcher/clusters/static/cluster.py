@@ -15,7 +15,6 @@ from launcher.clusters import detached_process, network
 from launcher.clusters.backends import NEVER_SUBMITTED
 from launcher.clusters.faults import InjectedFault
 from launcher.clusters.static import nodes
-from launcher.clusters.static.node_process import NodeProcess
 from launcher.errors import SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
@@ -40,7 +39,7 @@ class StaticCluster:
 
     def __init__(self, meeting: Meeting | None = None) -> None:
         self._meeting = meeting
-        self.process: NodeProcess | None = None
+        self.process: nodes.NodeProcess | None = None
 
     def device(self, section: ClusterSection) -> DeviceFacts:
         return device()
@@ -54,16 +53,10 @@ class StaticCluster:
         here = device()
         num_gpus = here.count if here.kind == "cuda" else 0
         if plan.topology.device == "cuda" and plan.topology.ranks_per_node > num_gpus:
-            raise SubmitError(
-                f"the plan asks for {plan.topology.ranks_per_node} GPUs on each machine and this one has {num_gpus or 'none'}",
-                where="cluster.ranks_per_node",
-                value=str(plan.topology.ranks_per_node),
-                remedy="set cluster.ranks_per_node and cluster.gpu_type to what the machines have",
-            )
+            message, value = f"this machine has {num_gpus or 'no'} GPUs", str(plan.topology.ranks_per_node)
+            raise SubmitError(message, where="cluster.ranks_per_node", value=value)
         if self._meeting is not None:
-            from launcher.config.sections.static import StaticSection
-
-            self._meeting.await_everyone(StaticSection.of(plan.config.cluster).wait_minutes * 60)
+            self._meeting.await_everyone()
 
     def preview(self, plan: LaunchPlan) -> str | None:
         count = plan.topology.nodes
@@ -92,7 +85,7 @@ class StaticCluster:
         )
         run_store.write_attempt(run, attempt, record)
         meeting.announce(attempt, plan_path.parent != run.root, names)
-        self.process = NodeProcess.start(run, attempt, plan_path, 0, names[0])
+        self.process = nodes.NodeProcess(run, attempt, plan_path, 0, names[0])
         deadline = time.monotonic() + detached_process.START_DEADLINE_S
         while run_store.read_status(run).attempt != attempt:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -113,8 +106,7 @@ class StaticCluster:
         if record is None or not record.nodes:
             late = time.time() - status.updated_at > _START_S
             return replace(status, state="failed", message=NEVER_SUBMITTED) if late else status
-        limit_s = lost_node_s(run)
-        states = nodes.read_states(run, number, record, limit_s)
+        states = nodes.read_states(run, number, record)
         if self.process is not None and self.process.poll() is None:
             return _with_nodes(status, states)
         # The record may have been written after the status was read.
@@ -124,7 +116,7 @@ class StaticCluster:
         head = states[0]
         never = head.silent_s is None and time.time() - (record.begun_at or 0.0) > _START_S
         # The agent continues after its record, until the attempt is concluded and mirrored.
-        gone = head.ended and (self.process is not None or head.silent_s is None or head.silent_s > limit_s)
+        gone = head.ended and (self.process is not None or head.silent_s is None or head.silent_s > nodes.LOST_S)
         if head.lost or never or gone:
             reason = head.lost or (f"the agent of {head.name} has ended without recording a result" if head.ended else "")
             others = [state.lost for state in states[1:] if state.lost]
@@ -149,20 +141,13 @@ class StaticCluster:
         raise NotImplementedError
 
 
-def lost_node_s(run: RunDir) -> float:
-    """Return cluster.lost_node_seconds of the newest attempt, without importing the plan models."""
-    values = run_store.read_plan_values(run_store.newest_plan_path(run))
-    value = values.get("config", {}).get("cluster", {}).get("lost_node_seconds")
-    return float(value) if isinstance(value, int | float) else detached_process.LIVENESS_TIMEOUT_S
-
-
 def is_idle(run: RunDir) -> bool:
     """Return whether no machine writes to the newest attempt any more."""
     number = run_store.newest_attempt(run)
     if not number:
         return True
     record = run_store.read_attempt(run, number)
-    return not any(state.is_alive for state in nodes.read_states(run, number, record, lost_node_s(run)))
+    return not any(state.is_alive for state in nodes.read_states(run, number, record))
 
 
 def _with_nodes(status: Status, states: list[nodes.NodeState]) -> Status:

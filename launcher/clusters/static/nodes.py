@@ -1,10 +1,13 @@
-"""Heartbeats of an attempt's machines: a file that each machine refreshes, and a record if its agent ended without one.
+"""The agents of an attempt's machines: their processes, and the files by which every machine judges which ones are alive.
 
-All machines write to the run directory, so every machine, and any command elsewhere, judges by the same files.
+Each machine refreshes a file in the run directory, and its command writes another if the agent ended without a record.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterable
@@ -13,13 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import atomic_files, json_records
+from launcher.clusters import detached_process, network
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Liveness, node_file
 from launcher.tracking.metrics import format_duration
 
+# Seconds without a sign of life after which a machine counts as lost, and the others end the attempt; tests shorten it.
+LOST_S = float(os.environ.get("LAUNCHER_LOST_NODE_SECONDS", "180"))
 # How often a machine refreshes its file: often enough for a loss to be noticed in time.
-_LONGEST_INTERVAL_S, _REFRESHES = 10.0, 6.0
+INTERVAL_S = min(10.0, LOST_S / 6)
+_AGENT = "launcher.worker.static.agent"
 
 
 @dataclass(frozen=True)
@@ -70,16 +77,8 @@ def agent_log(run: RunDir, attempt: int, node: int) -> Path:
     return run.agent_log(attempt) if node == 0 else run.attempt(attempt) / f"agent-{node:05d}.log"
 
 
-def interval_s(lost_node_s: float) -> float:
-    return min(_LONGEST_INTERVAL_S, lost_node_s / _REFRESHES)
-
-
 def write_alive(run: RunDir, attempt: int, node: int, name: str) -> None:
     json_records.write(alive_file(run, attempt, node), Liveness(time.time(), name))
-
-
-def write_lost(run: RunDir, attempt: int, node: int, message: str) -> None:
-    json_records.write(lost_file(run, attempt, node), LostNode(node, message, time.time()))
 
 
 class HeartbeatWatch:
@@ -90,9 +89,8 @@ class HeartbeatWatch:
     outage of the storage, or while this machine is suspended, the other machines cannot write either.
     """
 
-    def __init__(self, run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> None:
-        self._run, self._attempt, self._record, self._lost_node_s = run, attempt, record, lost_node_s
-        self._longest_gap_s = 2 * interval_s(lost_node_s)
+    def __init__(self, run: RunDir, attempt: int, record: Attempt) -> None:
+        self._run, self._attempt, self._record = run, attempt, record
         self._versions: dict[int, tuple[int, int]] = {}
         self._silent_s: dict[int, float] = {}
         self._looked_at = time.monotonic()
@@ -109,9 +107,9 @@ class HeartbeatWatch:
             passed_s, self._looked_at = began - self._looked_at, began
             atomic_files.refresh_directory(self._run.attempt(self._attempt))
             for node in range(len(self._record.nodes)):
-                self._count(node, passed_s if passed_s <= self._longest_gap_s else 0.0)
+                self._count(node, passed_s if passed_s <= 2 * INTERVAL_S else 0.0)
             return [
-                _judge(self._run, self._attempt, node, name, self._silent_s.get(node), self._lost_node_s)
+                _judge(self._run, self._attempt, node, name, self._silent_s.get(node))
                 for node, name in enumerate(self._record.nodes)
             ]
 
@@ -127,7 +125,7 @@ class HeartbeatWatch:
         self._silent_s[node] = 0.0 if is_changed else self._silent_s[node] + passed_s
 
 
-def read_states(run: RunDir, attempt: int, record: Attempt, lost_node_s: float) -> list[NodeState]:
+def read_states(run: RunDir, attempt: int, record: Attempt) -> list[NodeState]:
     """Return the state of every machine of an attempt at a glance, in order.
 
     Times come from the file system, because machine clocks differ.
@@ -140,17 +138,17 @@ def read_states(run: RunDir, attempt: int, record: Attempt, lost_node_s: float) 
         silent_s: float | None = None
         with suppress(OSError):
             silent_s = max(0.0, now - alive_file(run, attempt, node).stat().st_mtime)
-        states.append(_judge(run, attempt, node, name, silent_s, lost_node_s))
+        states.append(_judge(run, attempt, node, name, silent_s))
     return states
 
 
-def _judge(run: RunDir, attempt: int, node: int, name: str, silent_s: float | None, lost_node_s: float) -> NodeState:
+def _judge(run: RunDir, attempt: int, node: int, name: str, silent_s: float | None) -> NodeState:
     if node_file(run, attempt, node).is_file():
         return NodeState(name, silent_s, True)
     with suppress(LauncherError):
         if (lost := json_records.read_if_present(LostNode, lost_file(run, attempt, node))) is not None:
             return NodeState(name, silent_s, False, lost.message)
-    if silent_s is not None and silent_s > lost_node_s:
+    if silent_s is not None and silent_s > LOST_S:
         return NodeState(name, silent_s, False, f"{name} was lost: no sign of life for {format_duration(silent_s)}")
     return NodeState(name, silent_s, False)
 
@@ -162,3 +160,40 @@ def describe_silence(states: Iterable[NodeState]) -> dict[str, str]:
         for state in states
         if not state.ended
     }
+
+
+class NodeProcess:
+    """The agent of machine `node`, which ends with this process; that machine's command starts and watches it."""
+
+    def __init__(self, run: RunDir, attempt: int, plan_path: Path, node: int, name: str) -> None:
+        """Start the agent from the run's code; its output goes to its log in the attempt's folder."""
+        self._run, self._attempt, self._node, self._name = run, attempt, node, name
+        arguments = [str(plan_path), str(attempt), str(node)]
+        variables = {network.NODE_NAME_VARIABLE: name}
+        # Ctrl-C reaches only this process, which decides what it means.
+        self._process = detached_process.start_module(run, _AGENT, arguments, agent_log(run, attempt, node), variables)
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while the agent runs. If it left no record, record its end for the other machines."""
+        code = self._process.poll()
+        lost, folder = lost_file(self._run, self._attempt, self._node), self._run.attempt(self._attempt)
+        if code is None or lost.is_file() or node_file(self._run, self._attempt, self._node).is_file() or not folder.is_dir():
+            return code
+        names = {-number: number.name for number in signal.Signals}
+        how = f"was killed by {names[code]}" if code in names else f"ended with exit code {code} and left no record"
+        with suppress(OSError):
+            json_records.write(lost, LostNode(self._node, f"the agent of {self._name} {how}", time.time()))
+        return code
+
+    def wait(self, deadline_s: float) -> None:
+        """Wait for the agent to end; kill it after `deadline_s` seconds."""
+        try:
+            self._process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self.poll()
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; do nothing if the agent has ended."""
+        self._process.send_signal(number)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from launcher.config.sections.cluster import ManagedSection
-from launcher.config.sections.fields import Count, Flag, Positive, PositiveInt, matching, number_as_text
+from launcher.config.sections.fields import Count, PositiveInt, matching, number_as_text
 from launcher.config.sections.static_identity import count_nodes
 
 # Settings that differ between the machines of a run, or that apply to a single start; they are not part of a plan.
@@ -36,17 +36,6 @@ class StaticSection(ManagedSection):
     master_port: Port | None = Field(
         None,
         description="Port of node 0 that the others connect to. Unset: MASTER_PORT or the provider's variable, else 29500.",
-    )
-    allow_public_address: Flag = Field(False, description="Allow the machines to connect over a public address.")
-    wait_minutes: Positive = Field(
-        60.0,
-        description=(
-            "Minutes that a machine waits for node 0 to start, and then for its plan, including data preparation. Node 0 waits "
-            "equally long for the others."
-        ),
-    )
-    lost_node_seconds: Positive = Field(
-        180.0, description="Seconds without a sign of life after which a machine counts as lost, and the others end the attempt."
     )
 
     unnamed_node: ClassVar[str] = "this machine"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 # torchrun's default.
 DEFAULT_PORT = 29500
 NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT = "nodes", "node_rank", "master_addr", "master_port"
-_WHERE = "environment"
 
 
 @dataclass(frozen=True)
@@ -40,126 +39,77 @@ class NodeIdentity:
         return f"node {self.node} of {self.nodes}"
 
 
-Reader = Callable[[str, Mapping[str, str]], str | int]
-
-
 @dataclass(frozen=True)
 class Variable:
-    """A variable that provides one of the four values. `docs` is the page that describes it.
+    """A variable that gives one of the four values; `read` gets its text and the environment, and raises ValueError.
 
-    A `fallback` counts only if nothing else provides the value: it may mean something else, or name a machine in another way.
+    A `fallback` counts only if nothing else gives the value: it may mean something else, or name a machine in another way.
     """
 
     gives: str
     name: str
-    read: Reader
-    docs: str
+    read: Callable[[str, Mapping[str, str]], str | int]
     fallback: bool = False
 
 
 def _number(text: str, _: Mapping[str, str]) -> int:
-    if not text.strip().isdecimal():
-        raise ValueError("is not a whole number")
-    return int(text)
-
-
-def _fixed_number(text: str, environ: Mapping[str, str]) -> int:
-    """Parse a number of machines; torchrun's PET_NNODES may be a range MIN:MAX, which must not vary."""
-    low, colon, high = text.partition(":")
-    if colon and low != high:
-        raise ValueError("is a range; the number of machines must be fixed")
-    return _number(low, environ)
+    # torchrun's PET_NNODES may be a range MIN:MAX, which must not vary.
+    low, _colon, high = text.partition(":")
+    if not low.strip().isdecimal() or high not in ("", low):
+        raise ValueError
+    return int(low)
 
 
 def _text(text: str, _: Mapping[str, str]) -> str:
     return text.strip()
 
 
-def _host_of_endpoint(text: str, _: Mapping[str, str]) -> str:
-    """Return the host of an endpoint such as 10.0.0.4:6000."""
-    return text.strip().rpartition(":")[0] or text.strip()
-
-
-def _json_hosts(text: str) -> list[str]:
-    try:
-        hosts = json.loads(text)
-    except ValueError:
-        raise ValueError("is not a JSON list of hosts") from None
-    if not isinstance(hosts, list) or not hosts or not all(isinstance(host, str) for host in hosts):
-        raise ValueError("is not a JSON list of hosts")
-    return hosts
-
-
-def _index_in_hosts(text: str, environ: Mapping[str, str]) -> int:
-    hosts = _json_hosts(environ.get("SM_HOSTS", ""))
-    if text not in hosts:
-        raise ValueError(f"is not one of SM_HOSTS ({', '.join(hosts)})")
-    return hosts.index(text)
-
-
-def _first_line(text: str, _: Mapping[str, str]) -> str:
-    return text.split()[0]
-
-
 def _first_of_node_list(text: str, _: Mapping[str, str]) -> str:
     """Return the first host of a Slurm list, such as n1 in n[1-3,7],m2."""
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?", text.strip())
-    if match is None:
-        raise ValueError("is not a list of hosts")
-    return "".join(part or "" for part in match.groups())
+    return "".join(part or "" for part in match.groups()) if match else text
 
 
-_TORCH = "https://docs.pytorch.org/docs/stable/elastic/run.html"
-_KUBEFLOW = "https://github.com/kubeflow/training-operator/blob/v1.8.1/pkg/controller.v1/pytorch/envvar.go"
-_SAGEMAKER = "https://github.com/aws/sagemaker-training-toolkit/blob/master/ENVIRONMENT_VARIABLES.md"
-_AZURE = "https://learn.microsoft.com/azure/machine-learning/how-to-train-distributed-gpu"
-_RUNPOD = "https://docs.runpod.io/instant-clusters/configuration"
-_SKYPILOT = "https://docs.skypilot.co/en/stable/running-jobs/environment-variables.html"
-_OPEN_MPI = "https://docs.open-mpi.org/en/v5.0.x/tuning-apps/environment-var.html"
-_SLURM = "https://slurm.schedmd.com/srun.html"
-
-# The first fallback that is set is used.
+# The first fallback that is set is used. The variables' documentation is linked in docs/static.md.
 VARIABLES: tuple[Variable, ...] = (
     # Used by scripts around torchrun; RunPod, Azure ML and Kubeflow set them too.
-    Variable(NODES, "NNODES", _fixed_number, _TORCH),
-    Variable(NODE_RANK, "NODE_RANK", _number, _TORCH),
-    Variable(MASTER_ADDR, "MASTER_ADDR", _text, _TORCH),
-    Variable(MASTER_PORT, "MASTER_PORT", _number, _TORCH),
+    Variable(NODES, "NNODES", _number),
+    Variable(NODE_RANK, "NODE_RANK", _number),
+    Variable(MASTER_ADDR, "MASTER_ADDR", _text),
+    Variable(MASTER_PORT, "MASTER_PORT", _number),
     # torchrun's own options as variables; Kubeflow's Trainer sets them, and PyTorchJob with nprocPerNode or an elastic policy.
-    Variable(NODES, "PET_NNODES", _fixed_number, _TORCH),
-    Variable(NODE_RANK, "PET_NODE_RANK", _number, _TORCH),
-    Variable(MASTER_ADDR, "PET_MASTER_ADDR", _text, _TORCH),
-    Variable(MASTER_PORT, "PET_MASTER_PORT", _number, _TORCH),
-    Variable(NODES, "SM_HOSTS", lambda text, _: len(_json_hosts(text)), _SAGEMAKER),
-    Variable(NODE_RANK, "SM_CURRENT_HOST", _index_in_hosts, _SAGEMAKER),
-    Variable(MASTER_ADDR, "SM_HOSTS", lambda text, _: _json_hosts(text)[0], _SAGEMAKER, fallback=True),
-    Variable(NODES, "AZUREML_NODE_COUNT", _number, _AZURE),
-    Variable(MASTER_ADDR, "AZ_BATCHAI_MPI_MASTER_NODE", _text, _AZURE, fallback=True),
-    Variable(MASTER_ADDR, "AZ_BATCH_MASTER_NODE", _host_of_endpoint, _AZURE, fallback=True),
-    Variable(NODES, "NUM_NODES", _number, _RUNPOD),
-    Variable(MASTER_ADDR, "PRIMARY_ADDR", _text, _RUNPOD),
-    Variable(MASTER_PORT, "PRIMARY_PORT", _number, _RUNPOD),
-    Variable(NODES, "SKYPILOT_NUM_NODES", _number, _SKYPILOT),
-    Variable(NODE_RANK, "SKYPILOT_NODE_RANK", _number, _SKYPILOT),
-    Variable(MASTER_ADDR, "SKYPILOT_NODE_IPS", _first_line, _SKYPILOT, fallback=True),
-    # With one process per node, as ONE_PER_NODE requires. Both may be left over from the program that started a provider's agent.
-    Variable(NODES, "OMPI_COMM_WORLD_SIZE", _number, _OPEN_MPI, fallback=True),
-    Variable(NODE_RANK, "OMPI_COMM_WORLD_RANK", _number, _OPEN_MPI, fallback=True),
-    Variable(NODES, "SLURM_STEP_NUM_NODES", _number, _SLURM, fallback=True),
-    Variable(NODE_RANK, "SLURM_NODEID", _number, _SLURM, fallback=True),
-    Variable(MASTER_ADDR, "SLURM_STEP_NODELIST", _first_of_node_list, _SLURM, fallback=True),
+    Variable(NODES, "PET_NNODES", _number),
+    Variable(NODE_RANK, "PET_NODE_RANK", _number),
+    Variable(MASTER_ADDR, "PET_MASTER_ADDR", _text),
+    Variable(MASTER_PORT, "PET_MASTER_PORT", _number),
+    # SageMaker: a JSON list of host names.
+    Variable(NODES, "SM_HOSTS", lambda text, _: len(json.loads(text))),
+    Variable(NODE_RANK, "SM_CURRENT_HOST", lambda text, environ: json.loads(environ.get("SM_HOSTS", "")).index(text)),
+    Variable(MASTER_ADDR, "SM_HOSTS", lambda text, _: str(json.loads(text)[0]), fallback=True),
+    # Azure ML; the second address is an endpoint such as 10.0.0.4:6000.
+    Variable(NODES, "AZUREML_NODE_COUNT", _number),
+    Variable(MASTER_ADDR, "AZ_BATCHAI_MPI_MASTER_NODE", _text, fallback=True),
+    Variable(MASTER_ADDR, "AZ_BATCH_MASTER_NODE", lambda text, _: text.strip().partition(":")[0], fallback=True),
+    # RunPod.
+    Variable(NODES, "NUM_NODES", _number),
+    Variable(MASTER_ADDR, "PRIMARY_ADDR", _text),
+    Variable(MASTER_PORT, "PRIMARY_PORT", _number),
+    Variable(NODES, "SKYPILOT_NUM_NODES", _number),
+    Variable(NODE_RANK, "SKYPILOT_NODE_RANK", _number),
+    Variable(MASTER_ADDR, "SKYPILOT_NODE_IPS", lambda text, _: text.split()[0], fallback=True),
+    # With one process per node. Both may be left over from the program that started a provider's agent.
+    Variable(NODES, "OMPI_COMM_WORLD_SIZE", _number, fallback=True),
+    Variable(NODE_RANK, "OMPI_COMM_WORLD_RANK", _number, fallback=True),
+    Variable(NODES, "SLURM_STEP_NUM_NODES", _number, fallback=True),
+    Variable(NODE_RANK, "SLURM_NODEID", _number, fallback=True),
+    Variable(MASTER_ADDR, "SLURM_STEP_NODELIST", _first_of_node_list, fallback=True),
     # Set in a PyTorchJob's pods. Elsewhere they count processes, so they come last and never contradict other values.
-    Variable(NODES, "WORLD_SIZE", _number, _KUBEFLOW, fallback=True),
-    Variable(NODE_RANK, "RANK", _number, _KUBEFLOW, fallback=True),
+    Variable(NODES, "WORLD_SIZE", _number, fallback=True),
+    Variable(NODE_RANK, "RANK", _number, fallback=True),
 )
 
-# Variables that reveal several processes on one machine: the largest allowed value, and how to start only one process.
-ONE_PER_NODE: tuple[tuple[str, int, str], ...] = (
-    ("LOCAL_WORLD_SIZE", 1, "start it without torchrun, or with --nproc-per-node=1: the launcher starts a rank for each GPU"),
-    ("LOCAL_RANK", 0, "start it once on each machine, in Azure ML with process_count_per_instance=1"),
-    ("OMPI_COMM_WORLD_LOCAL_SIZE", 1, "write: mpirun --map-by ppr:1:node ..."),
-    ("SLURM_LOCALID", 0, "write: srun --ntasks-per-node=1 ..."),
-)
+# Variables that reveal several processes on one machine, and the largest value with one process.
+ONE_PER_NODE = {"LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "OMPI_COMM_WORLD_LOCAL_SIZE": 1, "SLURM_LOCALID": 0}
 
 
 def count_nodes(section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> int:
@@ -178,90 +128,56 @@ def count_nodes(section: StaticSection, environ: Mapping[str, str], chosen: Coll
 def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> NodeIdentity:
     """Return which machine this is; `chosen` are the names of the settings that the command sets.
 
-    If nothing provides the number of machines, `section` does, for example that of a continued plan.
+    If nothing gives the number of machines, `section` does, for example that of a continued plan.
 
     Raises:
         ConfigError: with everything that is missing, contradictory or unreadable.
     """
-    problems = [*_several_processes(environ)]
+    problems = [
+        Problem("this command was started several times on one machine", name, value, "start it once on each machine")
+        for name, most in ONE_PER_NODE.items()
+        if (value := environ.get(name, "")).isdecimal() and int(value) > most
+    ]
     values = _values((NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT), section, environ, chosen, problems)
-    nodes, node = int(values.get(NODES, section.nodes)), values.get(NODE_RANK)
+    nodes, node, address = int(values.get(NODES, section.nodes)), values.get(NODE_RANK), values.get(MASTER_ADDR)
     if NODES not in values and nodes == 1 and node:
-        remedy = "set NNODES or cluster.nodes"
-        problems.append(Problem("the number of machines is unknown", "cluster.nodes", f"this is node {node}", remedy))
-        nodes = int(node) + 1
-    if node is None and nodes > 1:
-        remedy = f"set NODE_RANK or cluster.node_rank on each machine, from 0 to {nodes - 1}"
+        problems.append(Problem("the number of machines is unknown", "cluster.nodes", f"this is node {node}", "set NNODES"))
+    elif node is None and nodes > 1:
+        remedy = f"set NODE_RANK on each machine, from 0 to {nodes - 1}"
         problems.append(Problem("the index of this machine is unknown", "cluster.node_rank", f"{nodes} machines", remedy))
-    if node is not None and int(node) >= nodes:
+    elif node is not None and int(node) >= nodes:
         remedy = f"number the machines from 0 to {nodes - 1}"
         problems.append(Problem(f"there is no node {node} among {nodes}", "cluster.node_rank", str(node), remedy))
-    if nodes > 1 and not values.get(MASTER_ADDR):
-        remedy = "set MASTER_ADDR or cluster.master_addr on each machine to the private address of node 0"
+    if nodes > 1 and not address:
+        remedy = "set MASTER_ADDR on each machine to the private address of node 0"
         problems.append(Problem("the address of node 0 is unknown", "cluster.master_addr", remedy=remedy))
-    port = int(values.get(MASTER_PORT, DEFAULT_PORT))
-    if not 1 <= port <= 65535:
-        problems.append(Problem("this is not a port", "cluster.master_port", str(port), "choose one from 1024 to 65535"))
     if problems:
         raise ConfigError(problems)
-    address = values.get(MASTER_ADDR)
+    port = int(values.get(MASTER_PORT, DEFAULT_PORT))
     return NodeIdentity(int(node or 0), nodes, None if address is None else str(address), port)
 
 
 def _values(
-    keys: Sequence[str],
-    section: StaticSection,
-    environ: Mapping[str, str],
-    chosen: Collection[str],
-    problems: list[Problem],
+    keys: Iterable[str], section: StaticSection, environ: Mapping[str, str], chosen: Collection[str], problems: list[Problem]
 ) -> dict[str, str | int]:
-    """Return the provided values of `keys`; add contradictions and unreadable values to `problems`."""
+    """Return the given values of `keys`, settings first; add contradictions and unreadable values to `problems`."""
     values: dict[str, str | int] = {}
     for key in keys:
-        sources = _sources(key, section, environ, chosen, problems)
-        if not sources:
-            continue
-        (name, value), *others = sources
-        values[key] = value
-        for other, different in others:
-            if different != value:
-                remedy = f"unset {other}, or make both equal"
-                problems.append(Problem(_disagreement(key, name, other), _WHERE, f"{name}={value}, {other}={different}", remedy))
-    return values
-
-
-def _sources(
-    key: str, section: StaticSection, environ: Mapping[str, str], chosen: Collection[str], problems: list[Problem]
-) -> list[tuple[str, str | int]]:
-    """Return names and values of everything that provides `key`, settings first; fallbacks only if there is nothing else."""
-    found: list[tuple[str, str | int]] = []
-    if key in chosen and (value := getattr(section, key)) is not None:
-        found.append((f"cluster.{key}", value))
-    for fallback in (False, True):
-        for variable in VARIABLES:
+        sources: list[tuple[str, str | int]] = []
+        if key in chosen and (value := getattr(section, key)) is not None:
+            sources.append((f"cluster.{key}", value))
+        for variable in sorted((one for one in VARIABLES if one.gives == key), key=lambda one: one.fallback):
             text = environ.get(variable.name, "")
-            if variable.gives != key or variable.fallback is not fallback or not text.strip() or (fallback and found):
+            if not text.strip() or (variable.fallback and sources):
                 continue
             try:
-                found.append((variable.name, variable.read(text, environ)))
-            except ValueError as error:
-                remedy = f"correct or unset it; it is described at {variable.docs}"
-                problems.append(Problem(f"{variable.name} {error}", _WHERE, text, remedy))
-    return found
-
-
-def _disagreement(key: str, first: str, second: str) -> str:
-    what = {
-        NODES: "how many machines there are",
-        NODE_RANK: "which of the machines this is",
-        MASTER_ADDR: "the address of node 0",
-        MASTER_PORT: "the port of node 0",
-    }[key]
-    return f"{first} and {second} contradict each other on {what}"
-
-
-def _several_processes(environ: Mapping[str, str]) -> Iterator[Problem]:
-    for name, most, remedy in ONE_PER_NODE:
-        value = environ.get(name, "")
-        if value.isdecimal() and int(value) > most:
-            yield Problem("this command was started several times on one machine", _WHERE, f"{name}={value}", remedy)
+                sources.append((variable.name, variable.read(text, environ)))
+            except (ValueError, LookupError, TypeError):
+                problems.append(Problem(f"{variable.name} cannot be read", variable.name, text, "correct or unset it"))
+        for name, value in sources:
+            if value != sources[0][1]:
+                pair = f"{sources[0][0]}={sources[0][1]}, {name}={value}"
+                problems.append(Problem(f"two values for {key} contradict each other", f"cluster.{key}", pair, f"unset {name}"))
+        if sources:
+            values[key] = sources[0][1]
+    return values

@@ -46,7 +46,7 @@ def main(plan_path: str, attempt: int, number: int) -> int:
         return 1
     plan, run, stopper = agent.plan, agent.run, agent.stopper
     section, record = StaticSection.of(plan.config.cluster), run_store.read_attempt(run, attempt)
-    peers = Peers(run, attempt, record, number, section.lost_node_seconds, agent.ranks.send_signal).start()
+    peers = Peers(run, attempt, record, number, agent.ranks.send_signal).start()
     if number == 0:
         job = {**detached_process.describe_this_process(), "nodes": record.nodes}
         run_store.update_status(run, state="running", attempt=attempt, job=job, message="starting")
@@ -75,7 +75,7 @@ def _await_records(heartbeats: nodes.HeartbeatWatch, section: StaticSection) -> 
 
     A machine whose ranks hang still sends heartbeats: its agent kills them once this machine's record shows a failure.
     """
-    until = time.monotonic() + section.stop_grace_seconds + section.lost_node_seconds
+    until = time.monotonic() + section.stop_grace_seconds + nodes.LOST_S
     while time.monotonic() < until:
         with suppress(OSError):
             if not any(not state.ended and not state.lost for state in heartbeats.look()):

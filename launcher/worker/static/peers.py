@@ -29,13 +29,10 @@ class Peers:
     watch over all machines of the attempt.
     """
 
-    def __init__(
-        self, run: RunDir, attempt: int, record: Attempt, node: int, lost_node_s: float, kill_ranks: Callable[[int], None]
-    ) -> None:
+    def __init__(self, run: RunDir, attempt: int, record: Attempt, node: int, kill_ranks: Callable[[int], None]) -> None:
         self._run, self._attempt, self._record, self._node = run, attempt, record, node
         self._kill_ranks = kill_ranks
-        self.heartbeats = nodes.HeartbeatWatch(run, attempt, record, lost_node_s)
-        self._interval_s = nodes.interval_s(lost_node_s)
+        self.heartbeats = nodes.HeartbeatWatch(run, attempt, record)
         self._num_cancels = 0
         self._reason = ""
         self._failed_at: dict[int, float] = {}
@@ -61,7 +58,7 @@ class Peers:
 
     def _watch(self) -> None:
         while not self._ended.wait(_LOOK_S):
-            if time.monotonic() - self._written_at > self._interval_s:
+            if time.monotonic() - self._written_at > nodes.INTERVAL_S:
                 self._write_alive()
             # Storage may fail for a while; no machine is judged by unreadable files.
             with suppress(OSError, LauncherError):
@@ -88,7 +85,7 @@ class Peers:
             self._num_cancels += 1
 
     def _look_at_peers(self) -> None:
-        if time.monotonic() - self._written_at > 2 * self._interval_s + _LOOK_S:
+        if time.monotonic() - self._written_at > 2 * nodes.INTERVAL_S + _LOOK_S:
             # Storage did not accept this machine's own heartbeat, so the other machines may not be able to write theirs.
             return
         states = self.heartbeats.look()

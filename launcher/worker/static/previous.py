@@ -44,7 +44,7 @@ def judge_previous(plan: LaunchPlan) -> Continuation:
         with suppress(OSError):
             append_event(run, number, "alert", text)
 
-    silence = nodes.describe_silence(nodes.read_states(run, number, record, section.lost_node_seconds))
+    silence = nodes.describe_silence(nodes.read_states(run, number, record))
     end = postmortem.end_of_attempt(run, number, section, on_alert=alert, silence=silence)
     if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
         return Continuation(True, False, f"{plan.run_name} is {end.cause}: {end.message}")
