@@ -14,12 +14,11 @@ import xxhash
 import launcher
 from launcher import atomic_files, json_records
 from launcher.errors import RunError
-from launcher.plan.migrations import SCHEMA_VERSION
-from launcher.plan.run_dir import RunDir
+from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
 
 # The package to copy.
 _PACKAGE = Path(launcher.__file__).resolve().parent
-# In the code's folder: which plans this code reads. Earlier launchers wrote no such file, or only their schema version.
+# In the code's folder: which plans this code reads.
 _PLAN_SCHEMA = "plan_schema_version"
 # In the same folder: the digest of every file of the package, keyed by its path in the folder.
 DIGESTS = "digests.json"
@@ -66,10 +65,8 @@ def replace(run: RunDir, newest_attempt: int) -> Path:
 def find_damage(run: RunDir) -> str | None:
     """Return which files of the run's code are missing or differ from their digests, or None if all are as submitted.
 
-    Code without digests, from earlier launchers, is accepted unchecked. For bytecode see `remove_changed_bytecode`.
+    For bytecode see `remove_changed_bytecode`.
     """
-    if not (run.code / DIGESTS).is_file():
-        return None
     try:
         digests = json_records.read_json(run.code / DIGESTS)
     except RunError:

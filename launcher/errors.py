@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 EXIT_FAILED = 1
@@ -31,8 +31,7 @@ def printable(text: str) -> str:
 class Problem:
     """One mistake: `where` is a key, a file:line or the command line; `value` is as the user wrote it."""
 
-    # Records of runs from earlier versions have the former name.
-    message: str = field(metadata={"former_name": "what"})
+    message: str
     where: str = ""
     value: str = ""
     remedy: str = ""

@@ -1,8 +1,7 @@
 """JSON objects as dataclasses: the field types define what the decoder accepts.
 
 Supported types: bool, int, float, str, None, Any, enumerations, nested dataclasses, dictionaries with text keys, tuples, and
-unions. An integer is accepted for a float; a boolean is not a number. A field whose metadata has a `former_name` is also read
-under that name.
+unions. An integer is accepted for a float; a boolean is not a number.
 """
 
 from __future__ import annotations
@@ -152,14 +151,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 @functools.cache
-def _fields(record_type: type) -> tuple[tuple[str, str, Any, bool], ...]:
-    """Name, former name and type of each field that a constructor takes, and whether the field has a default."""
+def _fields(record_type: type) -> tuple[tuple[str, Any, bool], ...]:
+    """Name and type of each field that a constructor takes, and whether the field has a default."""
     hints = get_type_hints(record_type)
     missing = dataclasses.MISSING
     return tuple(
         (
             field.name,
-            field.metadata.get("former_name", field.name),
             hints[field.name],
             field.default is not missing or field.default_factory is not missing,
         )
@@ -172,11 +170,10 @@ def _decode_object(record_type: Any, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
         raise _mismatch(path, "an object", values)
     arguments = {}
-    for name, former_name, kind, has_default in _fields(record_type):
+    for name, kind, has_default in _fields(record_type):
         field = f"{path}.{name}" if path else name
-        key = name if name in values else former_name
-        if key in values:
-            arguments[name] = _decode_value(kind, values[key], field)
+        if name in values:
+            arguments[name] = _decode_value(kind, values[name], field)
         elif not has_default:
             raise _FieldError(field, "this field is missing", "")
     return record_type(**arguments)

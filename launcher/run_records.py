@@ -1,6 +1,6 @@
 """The JSON records that the processes of a run exchange, one dataclass each.
 
-Times are seconds since the epoch. Keys are never renamed, because runs from older launchers must stay readable.
+Times are seconds since the epoch.
 """
 
 from __future__ import annotations

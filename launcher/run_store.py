@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from launcher import atomic_files, code_snapshot, json_records, locks
 from launcher.errors import DamagedRun, NoSuchRun, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
-from launcher.plan.migrations import migrate
-from launcher.plan.run_dir import RunDir
+from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
 from launcher.run_damage import looks_like_run, plan_remedy, record_remedy, unreadable_plan
 from launcher.run_records import Attempt, Status
 from launcher.security import ownership
@@ -247,17 +246,18 @@ def load_plan(run: RunDir) -> LaunchPlan:
 
 
 def read_plan_values(path: Path) -> dict[str, Any]:
-    """Read a plan's JSON object in the current schema, without importing the plan models.
+    """Read a plan's JSON object without importing the plan models.
 
     Raises:
         DamagedRun: if the file is missing or damaged, or its schema version is unknown.
     """
     try:
-        return migrate(json_records.read_json(path))
+        values = json_records.read_json(path)
     except DamagedRun as error:
         raise DamagedRun(replace(problem, remedy=problem.remedy or plan_remedy(path)) for problem in error.problems) from None
-    except ValueError as error:
-        raise unreadable_plan(path, str(error)) from None
+    if (version := values.get("schema_version")) != SCHEMA_VERSION:
+        raise unreadable_plan(path, f"schema_version is {version!r}, and this launcher reads {SCHEMA_VERSION}")
+    return values
 
 
 class Placement(NamedTuple):

@@ -10,7 +10,6 @@ import pytest
 
 from launcher import code_snapshot
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.migrations import SCHEMA_VERSION
 from launcher.plan.run_dir import RunDir
 
 
@@ -41,9 +40,6 @@ def test_code_that_does_not_know_a_setting_of_today_is_replaced(run: RunDir, mon
     assert not code_snapshot.is_current(run)
     code_snapshot.replace(run, 1)
     assert code_snapshot.is_current(run)
-    # The format of earlier launchers.
-    (run.code / "plan_schema_version").write_text(f"{SCHEMA_VERSION}\n")
-    assert not code_snapshot.is_current(run)
 
 
 def test_replacing_code_continues_after_an_interruption(run: RunDir) -> None:
@@ -76,11 +72,6 @@ def test_damaged_code_is_named(run: RunDir) -> None:
     (run.code / "digests.json").write_bytes(b"")
     assert code_snapshot.find_damage(run) == "digests.json"
     code_snapshot.replace(run, 1)
-    assert code_snapshot.find_damage(run) is None
-
-
-def test_code_without_digests_is_taken_as_it_is(run: RunDir) -> None:
-    (run.code / "digests.json").unlink()
     assert code_snapshot.find_damage(run) is None
 
 

@@ -98,13 +98,6 @@ def test_unknown_keys_are_ignored_and_absent_ones_get_their_defaults(run: RunDir
     assert run_records.read_exit(run, 1) == ExitRecord("completed")
 
 
-def test_a_field_is_read_under_its_former_name(run: RunDir) -> None:
-    path = run.root / "node.json"
-    path.write_text(json.dumps({"node": 0, "ended_at": 1.0, "problems": [{"what": "has no GPU", "where": "n2"}]}))
-    record = json_records.read(NodeRecord, path)
-    assert record.problems == (Problem("has no GPU", "n2"),)
-
-
 def test_a_long_value_is_cut_in_the_message(run: RunDir) -> None:
     run.status.write_text(json.dumps({"state": "running", "attempt": "x" * 1000}))
     with pytest.raises(RunError) as refused:

@@ -113,7 +113,7 @@ def describe_loss(loss: float | None, eval_set: str) -> str:
 class LaterEvaluation:
     """Content of evaluation.json: the loss of a set at the checkpoint's step, if it was computed after the commit.
 
-    `eval_rows` is the digest of the set's rows, empty in files of earlier versions.
+    `eval_rows` is the digest of the set's rows.
     """
 
     eval_set: str

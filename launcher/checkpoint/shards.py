@@ -219,11 +219,11 @@ def _require_same_parameters(state: State, named_parameters: Mapping[str, Parame
 
 
 def _require_same_buffers(checkpoint: Path, world_size: int, named_buffers: Mapping[str, torch.Tensor]) -> None:
-    """Compare the buffers that the checkpoint holds; an earlier launcher's checkpoint holds none."""
+    """Compare the buffers of the checkpoint and the model."""
     with ShardSet(checkpoint, world_size) as shards:
         saved = {key: spec.shape for key, spec in shards.shard(0).specs.items() if buffer_name(key) is not None}
     model = {buffer_key(name): tuple(buffer.shape) for name, buffer in named_buffers.items()}
-    if saved and (differing := sorted(key for key in saved.keys() | model.keys() if saved.get(key) != model.get(key))):
+    if differing := sorted(key for key in saved.keys() | model.keys() if saved.get(key) != model.get(key)):
         first, *_ = differing
         shapes = f"{saved.get(first, 'absent')} in the checkpoint, {model.get(first, 'absent')} in the model"
         raise CheckpointError(

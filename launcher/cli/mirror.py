@@ -175,8 +175,7 @@ def _find_or_build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     if (local := cache_store.find(Path(trained.cache_dir).name)) is None:
         local = _build_data(plan, model)
     expected, actual = trained.contents(), local.contents()
-    # Plans of older runs have no digest; their counts are compared.
-    if differing := [name for name in expected if expected[name] != actual[name] and expected[name] != ""]:
+    if differing := [name for name in expected if expected[name] != actual[name]]:
         first = differing[0]
         raise DataError(
             Problem(

@@ -177,7 +177,7 @@ def _replace_unusable_code(run: RunDir) -> None:
     damage = code_snapshot.find_damage(run)
     if damage is None and code_snapshot.is_current(run):
         return
-    reason = "is from an earlier launcher" if damage is None else f"is damaged ({damage})"
+    reason = "reads other plans than this launcher writes" if damage is None else f"is damaged ({damage})"
     earlier = code_snapshot.replace(run, run_store.newest_attempt(run))
     print(f"the code of this run {reason}: the current code replaces it, {earlier.name} keeps it")
 

@@ -193,9 +193,7 @@ def find_process(status: Status) -> psutil.Process | None:
     try:
         process = psutil.Process(int(job["pid"]))
         started = read_start(process.pid)
-        # Records of earlier versions have no `started_after_boot`.
-        recorded = job.get("started_after_boot") or job["started"] - psutil.boot_time()
-        return process if started is not None and is_same_start(started, recorded) else None
+        return process if started is not None and is_same_start(started, job["started_after_boot"]) else None
     except (KeyError, psutil.NoSuchProcess):
         return None
 

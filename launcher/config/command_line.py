@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from launcher.config.introspect import settings
-from launcher.config.renamed_keys import COMMAND_LINE
+from launcher.config.origin import COMMAND_LINE
 from launcher.config.run_file.tokens import SUFFIXES
 from launcher.config.suggestions import conversion, meant_setting, suggest_setting
 from launcher.errors import Problem

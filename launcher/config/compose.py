@@ -31,8 +31,7 @@ from launcher.config.hydra_composition.call import call_hydra, extra_dirs
 from launcher.config.hydra_composition.guard import READS_CREDENTIAL, read_credentials
 from launcher.config.hydra_composition.location import RUN_FILE_GROUP
 from launcher.config.introspect import leaves
-from launcher.config.origin import Origins, located_problem, short
-from launcher.config.renamed_keys import COMMAND_LINE, RENAMED, renamed_override, renamed_reference
+from launcher.config.origin import COMMAND_LINE, Origins, located_problem, short
 from launcher.config.run_file import reading
 from launcher.config.run_file.hydra_layer import OVERRIDE
 from launcher.config.run_file.implied_settings import name_model_after_path, needs_own_rows, unset_other_length
@@ -88,8 +87,6 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     os.getcwd()
     files, words = split_run_files(tokens, FLAGS_WITH_VALUE)
     remaining, problems = without_unknown_flags(words, own_flags)
-    remaining, renamed = _without_renamed_keys(remaining)
-    problems += renamed
     remaining, unknown_options = _known_group_options(remaining)
     problems += unknown_options
     try:
@@ -160,12 +157,6 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
 
 def _without_secrets(problem: Problem, held: Mapping[str, str]) -> Problem:
     return replace(problem, **{field.name: redact(getattr(problem, field.name), held) for field in fields(problem)})
-
-
-def _without_renamed_keys(tokens: Sequence[str]) -> tuple[list[str], list[Problem]]:
-    """Split off overrides of settings under an old key, so that a sweep over one is refused once, with all of its values."""
-    renamed = {token: problem for token in tokens if (problem := renamed_override(token)) is not None}
-    return [token for token in tokens if token not in renamed], list(renamed.values())
 
 
 def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
@@ -300,14 +291,13 @@ def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict
         if isinstance(error, RecursionError):
             raise
         key = str(error.full_key or "")
-        old = renamed_reference(str(error).splitlines()[0])
         advice = next(
             (text for mark, text in _ADVICE.items() if mark in str(error)), "write the key of a setting between ${ and }"
         )
         raise ConfigError(
             f"{key}: the reference in this value cannot be resolved: {str(error).splitlines()[0]}",
             where=origins.written_at(key),
-            remedy=f"write ${{{RENAMED[old]}}}" if old else advice,
+            remedy=advice,
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")

@@ -14,7 +14,6 @@ from launcher.config.config_files import yaml_problems
 from launcher.config.hydra_composition.location import locate_hydra_error
 from launcher.config.introspect import Setting, as_yaml, settings, type_in_words
 from launcher.config.origin import Origins, short
-from launcher.config.renamed_keys import renamed_override, renamed_setting
 from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.config.suggestions import suggest_setting
 from launcher.errors import Problem, did_you_mean
@@ -108,8 +107,6 @@ def _give(key: str) -> str:
 
 
 def _unknown(key: str, value: Any, origins: Origins) -> Problem:
-    if renamed := renamed_setting(key, value, origins.of(key)):
-        return renamed
     uniform = _UNIFORM_KEY.sub("[]", key)
     elsewhere = settings().get(uniform)
     if elsewhere is not None and elsewhere.kinds:
@@ -292,8 +289,6 @@ def _hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Pa
     culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] not in ("", t) and t in text), "")
     if redact(culprit) != culprit:
         message = "this override cannot be parsed"
-    if renamed := renamed_override(culprit):
-        return renamed
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
     location = locate_hydra_error(error, tokens, folders, run_file)
     if option and (options := getattr(error, "options", None)):

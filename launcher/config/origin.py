@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.introspect import settings
-from launcher.config.renamed_keys import COMMAND_LINE
 from launcher.errors import Problem
 
 if TYPE_CHECKING:
     import yaml
+
+COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import schema_problems, shown
 from launcher.config.introspect import settings
 from launcher.config.origin import Origins
-from launcher.config.renamed_keys import renamed_override
 from launcher.config.schema import RunConfig
 from launcher.config.suggestions import suggest_setting
 from launcher.errors import ConfigError, Problem
@@ -159,9 +158,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
     problems: list[Problem] = []
     for override in overrides:
         key, equals, raw = override.lstrip("+").partition("=")
-        if renamed := renamed_override(override):
-            problems.append(renamed)
-        elif equals and key in (*RunConfig.model_fields, _EXPERIMENT):
+        if equals and key in (*RunConfig.model_fields, _EXPERIMENT):
             problems.append(_group_problem(key, raw, run_name))
         elif not equals or key not in settings():
             guess = suggest_setting(key)

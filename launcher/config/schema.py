@@ -273,8 +273,8 @@ class DeepSpeedSection(Section):
     extra: dict[str, Any] = Field(
         default_factory=dict,
         description=(
-            "Raw DeepSpeed keys, merged last. Unknown keys, keys that another setting controls, and unsupported features "
-            "are refused."
+            "Raw DeepSpeed keys that tune communication or report, merged last. Keys that the plan or another setting "
+            "decides are refused."
         ),
     )
 

@@ -138,26 +138,8 @@ def export(task: ExportTask, card: RenderCard | None = None, make_progress: Make
 
 
 def find_chat_template(plan: LaunchPlan) -> str | None:
-    """Return the text of the chat template that rendered the run's data, None if it was the tokenizer's own.
-
-    Raises:
-        CheckpointError: if the plan holds no copy and the file cannot be read.
-    """
-    if plan.data is not None and plan.data.chat_template is not None:
-        return plan.data.chat_template
-    file = plan.config.data.chat_template
-    if file is None:
-        return None
-    # Plans of earlier launchers hold only the name of the file.
-    try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            "the chat template that the run was trained with cannot be read, and its plan holds no copy",
-            where="data.chat_template",
-            value=file,
-            remedy="restore the file: without it the exported folder would render conversations differently",
-        ) from error
+    """Return the text of the chat template that rendered the run's data, None if it was the tokenizer's own."""
+    return None if plan.data is None else plan.data.chat_template
 
 
 def describe_names(exported: ExportedFolder) -> str:

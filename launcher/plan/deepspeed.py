@@ -122,7 +122,7 @@ def render(
             config["communication_data_type"] = "fp32"
         if batch.accumulation > 1:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return _merged(config, deepspeed.extra)
+    return merge_keys(config, deepspeed.extra)
 
 
 def _offload(device: str, nvme_folder: str | None) -> dict[str, Any]:
@@ -132,9 +132,9 @@ def _offload(device: str, nvme_folder: str | None) -> dict[str, Any]:
     return offload
 
 
-def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+def merge_keys(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
         below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = merge_keys(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.plan.gpu_types import Price
-from launcher.plan.migrations import SCHEMA_VERSION, migrate
+from launcher.plan.run_dir import SCHEMA_VERSION
 
 # Number of trained tokens whose logits exist at a time, unless the settings or a GPU's memory decide otherwise.
 LOSS_CHUNK_TOKENS = 1024
@@ -273,7 +272,7 @@ class LaunchPlan(Record):
     model.liger. They and `peak` are None in a plan of an earlier launcher.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[4] = SCHEMA_VERSION
     run_name: str
     run_dir: str
     wandb_id: str
@@ -356,16 +355,13 @@ class LaunchPlan(Record):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> LaunchPlan:
-        """Parse a plan of this schema version or an earlier one.
+        """Parse a plan of this schema version.
 
         Raises:
             ValueError: if it is not a plan, in one line that names the field.
         """
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError("the text holds no JSON object")
         try:
-            return cls.model_validate_json(json.dumps(migrate(values)))
+            return cls.model_validate_json(text)
         except ValidationError as error:
             problem, *_ = error.errors(include_url=False, include_input=False)
             raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
 
+# The version of a plan's JSON.
+SCHEMA_VERSION: Final = 4
 _EVALUATION = re.compile(r"step-(\d{8,})")
 
 

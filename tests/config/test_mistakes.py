@@ -98,7 +98,6 @@ Shown = Callable[..., str]
         ("data.checks.secrets=drpo", "data.checks.secrets: is not one of its choices", "'drpo'", "did you mean drop?"),
         ("data.checks=drop", "data.checks: is a section of settings, not one value", "'drop'", "data.checks.empty_answer"),
         ("tracking.tags=[1]", "tracking.tags[0]: must be text", "1", "set tracking.tags to a list, each entry a name."),
-        ("deepspeed.extra={1: 2}", "deepspeed.extra[1]: must be text", "1", "set deepspeed.extra to a mapping."),
         ("run=3", "run: is a section of settings, not one value", "3", "run.name, run.root"),
         ("deepspeed.stage=2", "deepspeed.stage: only ZeRO stage 3 is supported: lower stages", "2", "remove deepspeed.stage"),
         ("model.path=foo", "model.path: is neither a folder, a hub id, a file of a package nor a run", "'foo'", "owner/name"),

@@ -68,15 +68,10 @@ def test_a_conversion_that_cannot_be_undone_is_none(
     assert find_stored_tensors(model, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}) is None
 
 
-def test_a_checkpoint_without_the_buffers_of_the_model_is_refused_with_a_remedy() -> None:
+def test_a_checkpoint_without_the_buffers_of_the_model_is_refused() -> None:
     model = build("deepseek_v3")
-    saved = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    with pytest.raises(CheckpointError, match="lacks the buffers of the model") as refused:
-        require_same_tensors(model, saved)
-    assert refused.value.problems[0].value == "model.layers.1.mlp.gate.e_score_correction_bias"
-    del saved["model.norm.weight"]
-    with pytest.raises(CheckpointError, match="differ in 2 tensors"):
-        require_same_tensors(model, saved)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.gate\.e_score_correction_bias"):
+        require_same_tensors(model, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
 
 
 @pytest.mark.rest

@@ -15,7 +15,7 @@ from typing import Any
 from launcher.config.command_line import GROUPS, flags_first
 from launcher.config.error_messages import hydra_problems
 from launcher.config.hydra_composition.guard import guarded, require_composing_only
-from launcher.config.renamed_keys import COMMAND_LINE
+from launcher.config.origin import COMMAND_LINE
 from launcher.config.run_file.hydra_layer import OVERRIDE, composable
 from launcher.config.run_file.reading import FileContent
 from launcher.errors import ConfigError, causes

@@ -20,8 +20,7 @@ from launcher.config.config_files import yaml_problems
 from launcher.config.error_messages import no_such_option
 from launcher.config.hydra_composition.location import broken_reference
 from launcher.config.introspect import settings
-from launcher.config.origin import RunFile, nodes, short
-from launcher.config.renamed_keys import COMMAND_LINE
+from launcher.config.origin import COMMAND_LINE, RunFile, nodes, short
 from launcher.config.run_file.tokens import ROW_SUFFIXES, SUFFIXES
 from launcher.config.suggestions import suggest_setting
 from launcher.errors import ConfigError, Problem

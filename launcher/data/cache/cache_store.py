@@ -43,9 +43,6 @@ from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 from launcher.security import folders, ownership
 
-# Formats whose arrays match the current format, so a run that recorded such a cache can continue with it.
-_READABLE_FORMATS = (9, 10, 11, FORMAT_VERSION)
-
 
 def cache_dir(key: str, group: str | None = None) -> Path:
     """Return the folder of the cache with this key, among the caches that `group` shares if it is given."""
@@ -92,7 +89,7 @@ def read(folder: Path, group: str | None = None) -> DataFacts | None:
         ownership.require_cache(folder, group)
         try:
             meta = _verified_meta((folder / "meta.json").read_bytes())
-            if meta is None or meta["format"] not in _READABLE_FORMATS:
+            if meta is None or meta["format"] != FORMAT_VERSION:
                 return None
             sizes = all((folder / name).stat().st_size == size for name, size in meta["files"].items())
             intact = sizes and all(compute_file_digest(folder / name) == digest for name, digest in meta["digests"].items())

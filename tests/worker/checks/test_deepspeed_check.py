@@ -1,4 +1,4 @@
-"""DeepSpeed checks `deepspeed.extra` before anything starts."""
+"""DeepSpeed checks the values of `deepspeed.extra` before anything starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from launcher import facts
-from launcher.config.deepspeed_keys import SECTIONS
 from launcher.config.schema import RunConfig
 from launcher.worker.checks import deepspeed_check
 
@@ -24,62 +23,17 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "key", "what", "remedy"),
+    ("extra", "start"),
     [
-        (
-            "zero_optimization: {overlap_com: true}",
-            "zero_optimization.overlap_com",
-            "has no such key",
-            "did you mean overlap_comm?",
-        ),
-        (
-            # The plan sets this option under its alias, which would take precedence.
-            "zero_optimization: {max_reuse_distance: 5}",
-            "zero_optimization.max_reuse_distance",
-            "has no such key",
-            "did you mean stage3_max_reuse_distance?",
-        ),
-        ("zero_optimization: {reduce_scatter: 3.5}", "zero_optimization.reduce_scatter", "valid boolean", "a valid value"),
-        (
-            "zero_optimization: {compute_grad_norm: false}",
-            "zero_optimization",
-            "only with ZeRO Stage 1 or 2",
-            "a valid value",
-        ),
-        (
-            "zero_optimization: {leaf_module: {clases: [a.B]}}",
-            "zero_optimization.leaf_module.clases",
-            "has no such key",
-            "did you mean classes?",
-        ),
-        ("tensorboard: {output_pth: x}", "tensorboard.output_pth", "has no such key", "did you mean output_path?"),
-        ("flops_profiler: {enabled: 'yes'}", "flops_profiler.enabled", "is not true or false", "default is false"),
-        ("flops_profiler: {module_dept: 2}", "flops_profiler.module_dept", "has no such key", "did you mean module_depth?"),
-        ("aio: {queue_depth: deep}", "aio.queue_depth", "is not a whole number", "default is 8"),
-        ("wall_clock_breakdown: 'on'", "wall_clock_breakdown", "is not true or false", "default is false"),
-        ("communication_data_type: bf61", "communication_data_type", "Invalid communication_data_type", "deepspeed.ai"),
-        ("log_level: loud", "log_level", "loud is not one of the valid logging levels", "deepspeed.ai"),
-        ("comet: {enabled: true}", "comet", "the Python package comet_ml is not installed", "pip install comet_ml"),
+        ("zero_optimization: {reduce_scatter: 3.5}", "deepspeed.extra.reduce_scatter: "),
+        ("tensorboard: {output_pth: x}", "deepspeed.extra.tensorboard.output_pth: "),
+        ("communication_data_type: bf61", "DeepSpeed refuses these keys: "),
     ],
 )
-def test_a_key_that_deepspeed_refuses_or_ignores(config_of: ConfigOf, tokens: str, key: str, what: str, remedy: str) -> None:
-    (problem,) = deepspeed_check.problems_of(config_of(f"deepspeed.extra={{{tokens}}}"))
-    assert problem.message.startswith(f"deepspeed.extra.{key}: ")
-    assert what in problem.message
+def test_a_value_that_deepspeed_refuses(config_of: ConfigOf, extra: str, start: str) -> None:
+    (problem,) = deepspeed_check.check(config_of(f"deepspeed.extra={{{extra}}}"))
+    assert problem.message.startswith(start)
     assert problem.where == "deepspeed.extra"
-    assert remedy in problem.remedy
-
-
-@pytest.mark.parametrize("section", sorted(SECTIONS))
-def test_a_misspelled_key_is_refused_in_every_section(config_of: ConfigOf, section: str) -> None:
-    tokens = ("deepspeed=zero3_offload", "model.dtype=bf16" if section == "bf16" else "model.dtype=fp16")
-    (problem,) = deepspeed_check.problems_of(config_of(*tokens, f"deepspeed.extra.{section}.enbled=true"))
-    assert problem.message == f"deepspeed.extra.{section}.enbled: DeepSpeed has no such key"
-
-
-def test_all_problems_come_in_one_pass(config_of: ConfigOf) -> None:
-    extra = "{zero_optimization: {overlap_com: true, reduce_scatter: 3.5}, aio: {block: 1}, log_level: loud}"
-    assert len(deepspeed_check.problems_of(config_of(f"deepspeed.extra={extra}"))) == 4
 
 
 def test_keys_that_are_accepted_once_need_no_process_again(
@@ -95,7 +49,7 @@ def test_keys_that_are_accepted_once_need_no_process_again(
     assert not facts.is_extra_accepted(good)
     assert answer(good) == {"problems": []}
     assert facts.is_extra_accepted(good)
-    bad = config_of("deepspeed.extra={zero_optimization: {round_robin: true}}")
+    bad = config_of("deepspeed.extra={zero_optimization: {reduce_scatter: 3.5}}")
     assert answer(bad) != {"problems": []}
     assert not facts.is_extra_accepted(bad)
     # Another version may have other keys.
@@ -104,17 +58,12 @@ def test_keys_that_are_accepted_once_need_no_process_again(
 
 
 @pytest.mark.rest
-def test_a_run_with_a_misspelled_key_is_refused_and_leaves_nothing(
+def test_a_run_with_a_value_that_deepspeed_refuses_leaves_nothing(
     launch_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    extra = "deepspeed.extra={zero_optimization: {overlap_com: true}}"
+    extra = "deepspeed.extra={zero_optimization: {reduce_scatter: 3.5}}"
     done = launch_here("model=tiny", "tracking=none", f"run.root={tmp_path}/runs", extra)
     assert done.returncode == 2, done.stderr
-    assert done.stderr == (
-        "deepspeed.extra.zero_optimization.overlap_com: DeepSpeed has no such key\n"
-        "  where:  deepspeed.extra (command line)\n"
-        "  value:  true\n"
-        "  remedy: did you mean overlap_comm?\n"
-    )
+    assert "deepspeed.extra" in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "runs").exists()

@@ -1,23 +1,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import pytest
-from doc_tools import GUIDES, README, REPO, name_of
-
-LONGEST_README, LONGEST_README_LINE, LONGEST_GUIDE = 120, 100, 150
-
-
-def test_the_readme_is_one_screen() -> None:
-    lines = README.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= LONGEST_README
-    assert [line for line in lines if len(line) > LONGEST_README_LINE] == []
-
-
-@pytest.mark.parametrize("page", GUIDES, ids=name_of)
-def test_a_guide_is_short(page: Path) -> None:
-    assert len(page.read_text(encoding="utf-8").splitlines()) <= LONGEST_GUIDE
+from doc_tools import README, REPO
 
 
 def test_every_number_in_the_readmes_bullets_was_measured() -> None:
