@@ -98,14 +98,6 @@ class SubmitError(LauncherError):
     exit_code = EXIT_REFUSED
 
 
-class NoSuchRun(SubmitError):
-    """No run of this name is in the folder of runs that was searched; `name` is as the user wrote it."""
-
-    def __init__(self, problem: Problem | str | Iterable[Problem], name: str = "", **parts: str) -> None:
-        super().__init__(problem, **parts)
-        self.name = name
-
-
 class CheckpointError(LauncherError):
     """A checkpoint is missing, damaged, or belongs to another plan."""
 

@@ -183,18 +183,12 @@ class ExitRecord:
 class MirrorRecord:
     """mirror.json: which parts of a run the mirror at `url` holds.
 
-    `steps` are the complete checkpoints there, `missing_steps` the others. `bytes` and `seconds` are totals over this attempt's
-    uploads; `lag_s` is the time from the last checkpoint's commit to its upload. `failure` is the last error, None after a
-    success.
+    `steps` are the complete checkpoints there, `missing_steps` the others. `failure` is the last error, None after a success.
     """
 
     url: str
-    last_step: int | None
     steps: tuple[int, ...]
     missing_steps: tuple[int, ...]
-    bytes: int
-    seconds: float
-    lag_s: float | None
     failure: str | None
     at: float
 

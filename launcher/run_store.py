@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launcher import atomic_files, code_snapshot, json_records, locks
-from launcher.errors import DamagedRun, NoSuchRun, SubmitError, Superseded
+from launcher.errors import DamagedRun, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
 from launcher.run_damage import looks_like_run, plan_remedy, record_remedy, unreadable_plan
@@ -371,12 +371,12 @@ def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
     if not root.is_dir():
         remedy = f"name the folder of runs with --root, or start a run with: {launcher_command('train')}"
         message = f"there is no run named {name}"
-        return NoSuchRun(message, name, where=str(root), value="the folder does not exist", remedy=remedy)
+        return SubmitError(message, where=str(root), value="the folder does not exist", remedy=remedy)
     names = [run.root.name for run in list_runs(root)]
     close = difflib.get_close_matches(name, names, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     remedy = f"{guess}choose one of: {', '.join(names[:_NUM_NAMES])}" if names else f"start one with: {launcher_command('train')}"
-    return NoSuchRun(f"there is no run named {name}", name, where=str(root), remedy=remedy)
+    return SubmitError(f"there is no run named {name}", where=str(root), remedy=f"{remedy}; --root names another folder of runs")
 
 
 def list_runs(root: Path) -> Iterator[RunDir]:

@@ -23,7 +23,7 @@ def modules(*folders: str) -> list[str]:
 
 
 SUBMIT_SIDE = [
-    *modules("cli", "cli/accounts", "cli/cleanup", "cli/starting", "cli/views"),
+    *modules("cli", "cli/accounts", "cli/starting", "cli/views"),
     *modules("config", "config/hydra_composition", "config/sections", "config/run_file", "plan", "clusters"),
     *(
         "launcher.errors",

@@ -11,7 +11,6 @@ from launcher.cli.arguments import VerbParser
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
-from launcher.tracking.wandb import local_settings
 from launcher.tracking.wandb.workspace import Target, as_json, publish
 
 _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
@@ -31,9 +30,6 @@ def run(verb: str, tokens: list[str]) -> int:
         return 0
     # Keep W&B's own lines out of the output.
     os.environ.setdefault("WANDB_SILENT", "true")
-    if problem := local_settings.find_problem():
-        raise ConfigError(problem)
-    local_settings.leave_folder_of_others()
     try:
         address = publish(target)
     except LookupError as error:

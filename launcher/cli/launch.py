@@ -13,7 +13,6 @@ from launcher import facts, model_source, run_store
 from launcher.cli import data, formatting
 from launcher.cli.accounts import hub_access, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
-from launcher.cli.cleanup import run_folders
 from launcher.cli.cost_question import require_consent
 from launcher.cli.follow import follow, interrupted_start
 from launcher.cli.formatting import wrap
@@ -212,7 +211,6 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
     """
     _require_new(RunDir(Path(plan.run_dir)))
     run_dir = run_store.create(plan)
-    run_folders.remember(run_dir.root.parent)
     with run_store.start_lock(run_dir):
         attempt = run_store.create_attempt(run_dir, Attempt(resume_step=None))
         cluster.submit(run_dir, attempt, run_dir.plan)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from launcher import collect_garbage_rarely
 from launcher.config.run_file.tokens import is_run_file
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, LauncherError, NoSuchRun, Problem
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, LauncherError, Problem
 from launcher.security.printable_stream import printable_output, raw
 from launcher.shell_commands import launcher_command
 
@@ -267,10 +267,6 @@ def _run(verb: str, tokens: list[str]) -> int:
     module: _VerbModule = importlib.import_module(f"launcher.cli.{VERBS[verb]}")
     try:
         return module.run(verb, tokens)
-    except NoSuchRun as error:
-        from launcher.cli.cleanup import run_folders
-
-        raise run_folders.with_root(error) from error
     except FileNotFoundError as error:
         # os.getcwd reports a deleted folder this way, without a path.
         if error.filename is None:

@@ -49,7 +49,8 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
     with convert_storage_errors(remote, "read"):
         mirrored = read_run(remote)
         if mirrored is None:
-            raise _no_such_run(remote)
+            remedy = f"list the runs in a mirror with: {launcher_command('ls', remote.url.rpartition('/')[0])}"
+            raise SubmitError("there is no run at this address", where=remote.url, remedy=remedy)
         remote.require_trusted()
     run = RunDir((root / mirrored.run_name).absolute())
     download.claim_run_dir(run, remote.url)
@@ -122,17 +123,6 @@ def _summary(remote: RemoteFolder, name: str) -> dict[str, Any] | None:
     status = json_records.loads(Status, content, f"{remote.url}/status.json")
     state = {key: getattr(status, key) for key in ("state", "step", "max_steps", "updated_at")}
     return {"name": name, "url": remote.url, **state, "checkpoints": list(read_complete_checkpoints(remote))}
-
-
-def _no_such_run(remote: RemoteFolder) -> SubmitError:
-    address = remote.url.rpartition("/")[0]
-    # The run's name may be missing in the address, or wrong.
-    folders = [remote, RemoteFolder(address, origin=_ORIGIN)] if address.count("/") > 2 else [remote]
-    runs = [f"{folder.url}/{name}" for folder in folders for name in folder.names() if read_run(folder.under(name)) is not None]
-    remedy = f"list the mirror with: {launcher_command('ls', folders[-1].url)}"
-    if runs:
-        remedy = f"choose one of: {', '.join(runs[:10])}"
-    return SubmitError("there is no run at this address", where=remote.url, remedy=remedy)
 
 
 def _settle_status(run: RunDir, mirrored: MirroredRun, url: str, step: int) -> None:

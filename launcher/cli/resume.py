@@ -12,7 +12,6 @@ from launcher.checkpoint.state import read_state
 from launcher.cli import formatting
 from launcher.cli.accounts import wandb_check
 from launcher.cli.checkpoints import verify
-from launcher.cli.cleanup import run_folders
 from launcher.cli.launch import may_start, require_idle
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.starting.resumed_plan import plan_again, resume_command
@@ -84,7 +83,6 @@ def resume_run(
             print(f"note: {note}")
     _replace_unusable_code(run)
     resume_step = None if checkpoint is None else checkpoint.step
-    run_folders.remember(run.root.parent)
     attempt = run_store.create_attempt(run, Attempt(resume_step, automatic=automatic, pinned=step is not None))
     plan_path = run_store.write_plan(run, attempt, plan)
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")

@@ -5,60 +5,77 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
+from launcher.checkpoint import store
+from launcher.checkpoint.cleanup import disk_bytes
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.cli.cleanup.removable_run import RemovableRun, aside, inspect, problems_of
-from launcher.cli.cleanup.removal import add_flags, is_confirmed, remove_tree
+from launcher.cli.follow import wandb_page
+from launcher.cli.liveness import require_ended
+from launcher.cli.removal import add_flags, is_confirmed, remove_path
+from launcher.clusters import detached_process
+from launcher.clusters.backends import cluster_for
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError, printable
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import RUNNING_STATES, MirrorRecord
 from launcher.security import ownership
-from launcher.security.trust import Trust
 from launcher.shell_commands import launcher_command
+from launcher.tracking.jsonl import read_events
 
 _LABEL_WIDTH = 12
 _STEPS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class RemovableRun:
+    """What is removed with a run, in bytes, its copies elsewhere, and the runs that start from its weights."""
+
+    name: str
+    dir: str
+    state: str
+    bytes: int
+    steps: tuple[int, ...]
+    has_export: bool
+    copies: tuple[str, ...]
+    wandb: str | None
+    needed_by: tuple[str, ...]
 
 
 def run(verb: str, tokens: list[str]) -> int:
     """Remove runs; returns 1 if any files could not be removed."""
     arguments = _parser().parse_args(tokens)
     root = Path(arguments.root)
-    runs, interrupted = _find(arguments.runs, root)
-    removable = _inspect(runs, root)
-    _refuse(removable, arguments.even_if_needed)
+    runs = _find(arguments.runs, root)
+    removable = [_inspect(one, root, {run.root for run in runs}) for one in runs]
+    problems = [problem for one in runs if (problem := living_problem(one))]
+    problems += [_need(one) for one in removable if one.needed_by and not arguments.even_if_needed]
+    if problems:
+        raise SubmitError(problems)
     if not arguments.json:
         for one in removable:
             print("\n".join(_lines(one)) + "\n")
-    total = format_size(sum(one.bytes for one in removable))
-    count = format_count(len(removable), "run")
-    if removable and not is_confirmed(arguments, f"remove {count}, {total}?", (verb, *tokens)):
+    total = f"{format_count(len(removable), 'run')}, {format_size(sum(one.bytes for one in removable))}"
+    if not is_confirmed(arguments, f"remove {total}?", (verb, *tokens)):
         return EXIT_REFUSED
-    left = [] if arguments.dry_run else _remove(removable, interrupted, arguments.runs, root)
+    left = [] if arguments.dry_run else [path for one in runs for path in _remove(one)]
+    for link in () if arguments.dry_run else (path for name in arguments.runs for path in (root / name, Path(name))):
+        # A run was named by a link to its directory.
+        if link.is_symlink() and os.path.realpath(link) in {one.dir for one in removable}:
+            link.unlink()
     if arguments.json:
-        values = {
-            "runs": [one.as_json() for one in removable],
-            "continued": [str(folder) for folder in interrupted],
-            "removed": not arguments.dry_run,
-            "left": left,
-        }
-        print(formatting.as_json(values))
+        print(formatting.as_json({"runs": [asdict(one) for one in removable], "removed": not arguments.dry_run, "left": left}))
     elif arguments.dry_run:
-        print(f"{count}, {total}: nothing was removed, because of --dry-run")
+        print(f"{total}: nothing was removed, because of --dry-run")
     elif not left:
-        for folder in interrupted:
-            print(f"finished the removal of {formatting.short(folder)}")
-        if removable:
-            print(f"removed {count}, {total}; data and models stay in the cache: {launcher_command('clean')}")
+        print(f"removed {total}; data and models stay in the cache: {launcher_command('clean')}")
     for path in left:
         print(printable(f"not removed: {path}"), file=sys.stderr)
-    if left:
-        print("run the command again when these files can be removed", file=sys.stderr)
     return EXIT_FAILED if left else 0
 
 
@@ -76,161 +93,139 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _find(names: Sequence[str], root: Path) -> tuple[list[RunDir], list[Path]]:
-    """Return the runs with these names, and the folders of interrupted removals.
+def _find(names: list[str], root: Path) -> list[RunDir]:
+    """Return the runs with these names; each has a plan or a status, and either may be damaged.
 
     Raises:
-        SubmitError: with every name that is not a run.
+        SubmitError: with every name that is not a run, or is the run of another user.
     """
     runs: dict[Path, RunDir] = {}
-    interrupted: list[Path] = []
     problems: list[Problem] = []
     for name in names:
-        leftovers = [folder for path in _candidates(name, root) if _is_leftover(folder := aside(Path(os.path.realpath(path))))]
-        interrupted += leftovers[:1]
-        if link_problem := _link_problem(name, root):
-            problems.append(link_problem)
-            continue
         try:
-            run = _find_run(name, root)
+            try:
+                run = run_store.find_run(name, root)
+            except LauncherError as error:
+                try:
+                    run = run_store.find_run(name, root, marker="status.json")
+                except LauncherError:
+                    raise error from None
         except LauncherError as error:
-            problems += [] if leftovers else error.problems
+            problems += error.problems
             continue
-        if problem := ownership.records_problem(run):
-            problems.append(problem)
-        runs.setdefault(run.root, run)
+        problems += filter(None, [ownership.records_problem(run)])
+        runs[run.root] = run
     if problems:
         raise SubmitError(problems)
-    return list(runs.values()), interrupted
+    return list(runs.values())
 
 
-def _candidates(name: str, root: Path) -> tuple[Path, Path]:
-    return root / name, Path(name).expanduser().absolute()
+def _inspect(run: RunDir, root: Path, together: Collection[Path]) -> RemovableRun:
+    """Describe a run; `together` are the directories of the runs that the same command removes."""
+    state, events = "unknown", read_events(run.events)
+    with suppress(LauncherError):
+        status = run_store.read_status(run)
+        state = f"{status.state}, at step {status.step:,}" + (f" of {status.max_steps:,}" if status.max_steps else "")
+    copies = []
+    for number in reversed(run_store.attempt_numbers(run)):
+        mirror = None
+        with suppress(LauncherError):
+            mirror = json_records.read_if_present(MirrorRecord, run.attempt(number) / "mirror.json")
+        if mirror is not None:
+            steps = ", ".join(map(str, mirror.steps[-_STEPS_SHOWN:]))
+            copies.append(f"the mirror {mirror.url} has " + (f"steps {steps}" if steps else "no complete checkpoint"))
+            break
+    urls = [url for event in events if event["kind"] == "export" and (url := event["fields"].get("url"))]
+    copies += [f"the Hub has the export: {url}" for url in urls[-1:]]
+    folders = {folder.resolve(): folder for folder in (root, run.root.parent)}
+    others = {other.root.resolve(): other for folder in folders.values() for other in run_store.list_runs(folder)}
+    needed_by = (str(other.root) for path, other in others.items() if path not in together and _starts_from(other, run.root))
+    return RemovableRun(
+        name=run.root.name,
+        dir=str(run.root),
+        state=state,
+        bytes=disk_bytes(run.root),
+        steps=tuple(checkpoint.step for checkpoint in store.list_checkpoints(run.checkpoints)),
+        has_export=run.export.is_dir(),
+        copies=tuple(copies),
+        wandb=wandb_page(run, events).get("url") or None,
+        needed_by=tuple(needed_by),
+    )
 
 
-def _link_problem(name: str, root: Path) -> Problem | None:
-    """Return why a name is not followed, whichever of its paths has the run, or None if it may be followed."""
-    return next(filter(None, (ownership.link_problem(path, root) for path in _candidates(name, root))), None)
+def _starts_from(other: RunDir, folder: Path) -> bool:
+    """Return whether a run's initial weights or tokenizer come from the run in `folder`."""
+    # The plan of another user's run may contain anything, even values that are not paths.
+    with suppress(LauncherError, OSError, ValueError, TypeError, AttributeError):
+        plan = run_store.read_plan_values(run_store.newest_plan_path(other))
+        paths = ((plan.get("lineage") or {}).get("run_dir"), plan["model"].get("path"), plan["model"].get("tokenizer_path"))
+        return any(Path(os.path.realpath(path)).is_relative_to(folder) for path in paths if path)
+    return False
 
 
-def _find_run(name: str, root: Path) -> RunDir:
-    """Find a run that has a plan or a status; either may be damaged."""
+def living_problem(run: RunDir) -> Problem | None:
+    """Return why a run counts as live, or None if its backend knows that it has ended."""
     try:
-        return run_store.find_run(name, root)
+        recorded = run_store.read_status(run)
+        # A final state is the same on every backend, so a damaged plan need not be read.
+        status = recorded
+        if recorded.state in RUNNING_STATES:
+            status = cluster_for(run_store.read_placement(run).kind).status(run)
     except LauncherError as error:
-        try:
-            return run_store.find_run(name, root, marker="status.json")
-        except LauncherError:
-            raise error from None
-
-
-def _is_leftover(folder: Path) -> bool:
-    """Return whether a removal by this user was interrupted and left this folder."""
+        first = error.problems[0]
+        message = f"it is unknown whether the run {run.root.name} has ended: {first.message}"
+        remedy = f"{first.remedy}; or, if no process of it lives, remove its folder yourself".removeprefix("; or, ")
+        return Problem(message, first.where or str(run.root), first.value, remedy)
+    if status.state in RUNNING_STATES:
+        cancel = f"stop it first: {launcher_command('cancel', run.root)}"
+        return Problem(f"the run {run.root.name} is {status.state}", str(run.root), status.message, cancel)
     try:
-        status = folder.lstat()
-    except OSError:
-        return False
-    trusted = Trust.from_environ(os.environ)
-    return folder.is_dir() and not folder.is_symlink() and trusted.accepts_owner(status.st_uid)
+        require_ended(run)
+    except SubmitError as error:
+        return error.problems[0]
+    if (process := detached_process.find_process(recorded)) is not None:
+        message = f"the run {run.root.name} is {status.state}, but its process is still uploading or closing files"
+        return Problem(message, str(run.root), f"process {process.pid}", "wait until it has ended")
+    return None
 
 
-def _inspect(runs: Sequence[RunDir], root: Path) -> list[RemovableRun]:
-    folders = dict.fromkeys(folder.resolve() for folder in (root, *(run.root.parent for run in runs)))
-    others = [other for folder in folders for other in run_store.list_runs(folder)]
-    together = {run.root for run in runs}
-    return [inspect(run, others, together) for run in runs]
-
-
-def _refuse(removable: Sequence[RemovableRun], even_if_needed: bool) -> None:
-    """Reject the whole command if one of its runs may not be removed.
-
-    Raises:
-        SubmitError: with every reason.
-    """
-    if problems := [problem for one in removable for problem in problems_of(one, even_if_needed)]:
-        raise SubmitError(problems)
+def _need(one: RemovableRun) -> Problem:
+    return Problem(
+        f"other runs start from the weights of the run {one.name}",
+        where=one.dir,
+        value=", ".join(one.needed_by),
+        remedy="remove them first, or name them in the same command; --even-if-needed removes this run anyway: "
+        "they can then be resumed only from their own checkpoints",
+    )
 
 
 def _lines(one: RemovableRun) -> list[str]:
     """Return what is removed and what stays, as lines of a label and a value."""
-    of = f" of {one.max_steps:,}" if one.max_steps else ""
-    shown = ", ".join(map(str, one.steps[-_STEPS_SHOWN:]))
     more = f" and {len(one.steps) - _STEPS_SHOWN} older" if len(one.steps) > _STEPS_SHOWN else ""
     rows = [
-        ("run", f"{one.run.root.name} in {formatting.short(one.run.root)}"),
-        ("state", f"{one.state}, at step {one.step:,}{of}"),
+        ("run", f"{one.name} in {formatting.short(Path(one.dir))}"),
+        ("state", one.state),
         ("size", format_size(one.bytes)),
-        (
-            "checkpoints",
-            f"at {'step' if len(one.steps) == 1 else 'steps'} {shown}{more}: {format_size(one.checkpoint_bytes)}"
-            if one.steps
-            else "none",
-        ),
-        ("export", one.export or "none"),
-        ("copies", "; ".join(_copies(one)) or "none known: what is removed is gone"),
+        ("checkpoints", f"{', '.join(map(str, one.steps[-_STEPS_SHOWN:])) or 'none'}{more}"),
+        ("export", "yes" if one.has_export else "none"),
+        ("copies", "; ".join(one.copies) or "none known: what is removed is gone"),
+        *([("W&B", f"{one.wandb} stays")] if one.wandb else []),
+        *([("needed by", ", ".join(one.needed_by))] if one.needed_by else []),
     ]
-    if one.wandb:
-        rows.append(("W&B", f"{one.wandb} stays"))
-    if one.needed_by:
-        rows.append(("needed by", ", ".join(one.needed_by)))
-    if links := _links(one.run):
-        rows.append(("links", f"{', '.join(links)}: what they point to stays"))
     return formatting.wrap([printable(f"{label:<{_LABEL_WIDTH}}{value}") for label, value in rows], _LABEL_WIDTH)
 
 
-def _copies(one: RemovableRun) -> list[str]:
-    copies = []
-    if one.mirror:
-        steps = ", ".join(map(str, one.mirrored_steps[-_STEPS_SHOWN:]))
-        copies.append(f"the mirror {one.mirror} has " + (f"steps {steps}" if steps else "no complete checkpoint"))
-    if one.pushed_to:
-        copies.append(f"the Hub has the export: {one.pushed_to}")
-    return copies
-
-
-def _links(run: RunDir) -> list[str]:
-    return sorted(path.name for path in run.root.iterdir() if path.is_symlink())
-
-
-def _remove_run(one: RemovableRun) -> list[str]:
-    """Remove a run; returns the files that could not be removed.
+def _remove(run: RunDir) -> Iterator[str]:
+    """Remove a run, and what interrupted removals left beside it; yields the files that could not be removed.
 
     Raises:
         SubmitError: if it was resumed after it was shown, or is being started.
     """
-    run, removing = one.run, aside(one.run.root)
-    left = remove_tree(removing)
-    with ExitStack() as stack:
-        stack.enter_context(run_store.start_lock(run))
-        if problems := problems_of(one, even_if_needed=True):
-            raise SubmitError(problems)
+    removing = run.root.with_name(f"{atomic_files.REMOVING_PREFIX}{run.root.name}")
+    # The rename is under the lock with which attempts are started.
+    with run_store.start_lock(run):
+        if problem := living_problem(run):
+            raise SubmitError(problem)
+        yield from remove_path(removing)
         atomic_files.rename(run.root, removing)
-    return left + remove_tree(removing)
-
-
-def _remove(removable: Sequence[RemovableRun], interrupted: Sequence[Path], names: Sequence[str], root: Path) -> list[str]:
-    """Remove runs, leftovers of interrupted removals, and the links by which the runs were named.
-
-    A directory is renamed first, under the lock with which attempts are started. Returns the files that could not be removed.
-    """
-    links = _own_links(removable, interrupted, names, root)
-    left = [path for folder in interrupted for path in remove_tree(folder)]
-    for number, one in enumerate(removable):
-        try:
-            left += _remove_run(one)
-        except (LauncherError, OSError):
-            if number:
-                names_before = ", ".join(before.run.root.name for before in removable[:number])
-                print(printable(f"removed before this error: {names_before}"), file=sys.stderr)
-            raise
-    for path in links:
-        if path.is_symlink() and not path.exists():
-            path.unlink()
-    return left
-
-
-def _own_links(removable: Sequence[RemovableRun], interrupted: Sequence[Path], names: Sequence[str], root: Path) -> list[Path]:
-    """Return the links to remove by which runs were named; another link of that name may lead to unavailable storage."""
-    removed = {*(one.run.root for one in removable), *interrupted}
-    links = [path for name in names for path in _candidates(name, root) if path.is_symlink()]
-    return [path for path in links if not removed.isdisjoint((target := Path(os.path.realpath(path)), aside(target)))]
+        yield from remove_path(removing)

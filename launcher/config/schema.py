@@ -319,7 +319,6 @@ class TrackingSection(Section):
     )
     group: Name | None = Field(None, description="W&B group.")
     tags: tuple[Tag, ...] = Field((), description="W&B tags, of at most 64 characters.")
-    log_export: bool = Field(False, description="Upload the exported Hugging Face folder to W&B as an artifact.")
 
 
 class RunConfig(Section):

@@ -43,7 +43,7 @@ _CACHES = (
 # of compilation: launcher/train/kernels/layers.py turns them on again if nobody else can have written to that folder.
 _WITHOUT_FOLDER = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_ENABLE_CACHING_MODULE": "0"}
 # W&B settings there may name the server, so another folder could lead to a different server. Where W&B starts, other users'
-# settings are refused (launcher.tracking.wandb.local_settings).
+# settings are refused.
 _NOT_REPLACED = "WANDB_CONFIG_DIR"
 _INDUCTOR, _EXTENSIONS = "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR"
 # How many levels of a cache are checked, if more than one. Compilers keep each kernel in a folder of the first level, torch each

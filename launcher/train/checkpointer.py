@@ -12,6 +12,7 @@ import torch
 from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.data.cache.split import Split
+from launcher.data.cache_dir import mark_used
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.disk import REFERENCE_TOKENS
 from launcher.plan.quantities import format_size
@@ -34,10 +35,14 @@ class Checkpointer:
         beat: Callable[[str, int], None],
         eval_set: str = HELD_OUT,
         eval_rows: str = "",
+        data_cache: str = "",
     ) -> None:
-        """`eval_set` names the evaluation set whose losses are passed to `save`, `eval_rows` is the digest of its rows."""
+        """`eval_set` names the evaluation set whose losses are passed to `save`, `eval_rows` is the digest of its rows.
+
+        `data_cache` is the folder of the rows, which each save marks as used.
+        """
         self._saver, self._tracker, self._is_main, self._beat = saver, tracker, is_main, beat
-        self._eval_set, self._eval_rows = eval_set, eval_rows
+        self._eval_set, self._eval_rows, self._data_cache = eval_set, eval_rows, data_cache
         self._is_unreported, self._saving_step, self._is_run_complete = False, 0, False
         self._eval_loss: float | None = None
         self.stall_s = 0.0
@@ -120,6 +125,9 @@ class Checkpointer:
             self._tracker.event("alert", f"step {self._saving_step} was not saved: {reason}", step)
             return
         self.stall_s += outcome.stall_s
+        if self._data_cache:
+            # `clean` may not know of the folder of this run.
+            mark_used(Path(self._data_cache))
         free = _free_bytes(outcome.path.parent)
         self._tracker.log(
             step,

@@ -134,7 +134,9 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         objective=objective,
         batches=batches,
         evaluator=Evaluator(scorer, eval_rows, monitor.beat),
-        checkpointer=Checkpointer(saver, tracker, rank_info.is_main, monitor.beat, best_set, plan.eval_rows_digest(best_set)),
+        checkpointer=Checkpointer(
+            saver, tracker, rank_info.is_main, monitor.beat, best_set, plan.eval_rows_digest(best_set), data.cache_dir
+        ),
         meter=Meter(plan, max_steps, rank_info.attempt, start.num_restarts, peak),
         timer=StepTimer(device),
         monitor=monitor,

@@ -19,7 +19,6 @@ from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event, read_events
 from launcher.tracking.verdicts import read_newest_verdict
-from launcher.tracking.wandb.local_settings import leave_folder_of_others
 from launcher.train.previous_failure import describe_gpu_faults
 
 # The run may hold its nodes meanwhile.
@@ -63,7 +62,6 @@ def main(plan_path: str, attempt: int) -> None:
 
     plan = LaunchPlan.load(plan_path)
     run = RunDir(Path(plan.run_dir))
-    leave_folder_of_others()
     if not _has_sessions(run) and not is_online(plan.config.tracking.mode):
         return
     status = run_store.read_status(run)

@@ -41,7 +41,7 @@ class FaultyFileSystem(LocalFileSystem):
 
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         path = self._strip_protocol(path)
-        type(self).hook("read" if "r" in mode else "write", _real(path))
+        type(self).hook("read" if "r" in mode else "write", path)
         return super().open(path, mode, **kwargs)
 
     def cat_file(self, path: str, *args: Any, **kwargs: Any) -> Any:
@@ -49,17 +49,12 @@ class FaultyFileSystem(LocalFileSystem):
         return super().cat_file(path, *args, **kwargs)
 
     def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
-        type(self).hook("finish", _real(path2))
+        type(self).hook("finish", path2)
         super().mv(path1, path2, **kwargs)
 
     def rm_file(self, path: str) -> None:
-        type(self).hook("remove", _real(path))
+        type(self).hook("remove", path)
         super().rm_file(path)
-
-
-def _real(path: str) -> str:
-    """Return the path of an entry that was reached through the descriptor of its folder."""
-    return str(Path(path).parent.resolve() / Path(path).name)
 
 
 fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
@@ -189,7 +184,7 @@ def begun(plan: LaunchPlan, run: RunDir, attempt: int = 1) -> Mirror:
 def send_all(mirror: Mirror) -> int:
     sent = 0
     while waiting := mirror.behind():
-        sent += mirror.send(waiting[0]).bytes
+        sent += mirror.send(waiting[0])
         mirror.prune()
     return sent
 

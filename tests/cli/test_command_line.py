@@ -16,7 +16,6 @@ import pytest
 from forked import preloaded
 
 from launcher import __version__
-from launcher.cli.cleanup import run_folders
 from launcher.cli.main import _VERBS_ELSEWHERE, VERBS, main
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -284,21 +283,6 @@ def test_a_command_line_without_words_starts_nothing(
     for words in ("init --data rows.jsonl", "plan rows.yaml", "launcher train  ", "--help"):
         assert words in shown.out
     assert list(empty.iterdir()) == []
-
-
-def test_a_run_in_another_folder_is_named_with_it(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    elsewhere = tmp_path / "my runs"
-    (elsewhere / "a").mkdir(parents=True)
-    (elsewhere / "a" / "plan.json").write_text("{}")
-    run_folders.remember(elsewhere)
-    assert main(["status", "a"]) == 2
-    assert f"a run of this name is in {elsewhere}: add --root '{elsewhere}'" in capsys.readouterr().err
-    assert main(["status", "b"]) == 2
-    assert "name the folder of runs with --root" in capsys.readouterr().err
 
 
 def test_an_empty_root_lists_nothing(forked: Run, empty: Path) -> None:

@@ -13,9 +13,9 @@ import hand_made
 import pytest
 
 from launcher import json_records, run_store
-from launcher.cli.cleanup.removable_run import _living
 from launcher.cli.launch import require_idle
 from launcher.cli.liveness import require_ended
+from launcher.cli.rm import living_problem
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.errors import SubmitError
@@ -79,7 +79,7 @@ def test_a_run_whose_machine_has_another_clock_is_neither_started_nor_removed(
             require_idle(run, LocalCluster())
         assert "on another" in str(refusal.value.problems[0].value)
         assert "the clocks of two machines differ" in str(refusal.value)
-        problem = _living(run)
+        problem = living_problem(run)
     assert problem is not None
     assert problem.message.startswith("the run is still alive")
     assert "checking for 30 seconds whether the run a is still alive on another" in capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_a_run_whose_machine_has_another_clock_is_neither_started_nor_removed(
 
 def test_a_run_that_nobody_refreshes_has_ended(run: RunDir) -> None:
     require_ended(run)
-    assert _living(run) is None
+    assert living_problem(run) is None
 
 
 def test_nobody_waits_for_a_run_that_is_silent_for_hours_or_has_ended(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
     assert status(restored)["state"] == "completed"
     resumed = json.loads((restored / "attempts/002/plan.json").read_text())
     assert (resumed["wandb_id"], resumed["run_dir"]) == (plan["wandb_id"], str(restored))
-    assert mirrored(restored, 2)["last_step"] == STEPS
+    assert mirrored(restored, 2)["steps"][-1] == STEPS
     assert f"python -m launcher resume {address}" in done.stdout
     again = launch_here("resume", address, "--root", str(elsewhere), **other)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)

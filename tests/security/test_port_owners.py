@@ -13,7 +13,6 @@ import pytest
 from fsspec.config import set_conf_env
 from plan_fixtures import config_of
 
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.cli.accounts import account_results
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import Source
@@ -23,7 +22,6 @@ from launcher.export import hub
 from launcher.security import port_owners, storage_addresses
 from launcher.security.hub_answers import guard_hub_client
 from launcher.security.storage_addresses import listener_problem
-from launcher.tracking.wandb import local_settings
 
 __all__ = ["config_of"]
 
@@ -144,15 +142,11 @@ def test_other_servers_are_accepted(listen: Listen, monkeypatch: pytest.MonkeyPa
     assert port_owners.server_problem("", "127.0.0.1:8265") is None
 
 
-def test_the_hub_and_wandb_get_no_key_there(
+def test_the_hub_gets_no_key_there(
     listen: Listen, config_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     listen(("127.0.0.1", MALLORY))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://localhost:{PORT}")
-    problem = local_settings.find_problem()
-    assert problem is not None
-    assert problem.where == "WANDB_BASE_URL"
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{PORT}")
     monkeypatch.setenv("HF_TOKEN", "hf_" + "canaryCANARY0123")
     with pytest.raises(DataError, match="would get your token or key"):
@@ -161,7 +155,6 @@ def test_the_hub_and_wandb_get_no_key_there(
         hub.push(tmp_path, "owner/name", again="")
     results = {result.name: result for result in account_results.check_accounts(config_of())}
     assert "would get your token or key" in results["Hub"].seen
-    assert "would get your token or key" in results["W&B"].seen
 
 
 def test_what_a_proxy_of_another_user_could_read_is_refused(listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,25 +169,6 @@ def test_what_a_proxy_of_another_user_could_read_is_refused(listen: Listen, monk
     # For https, the proxy sees only encrypted data; the other addresses do not use the proxy.
     for address in ("https://10.0.0.1:8000", "http://10.0.0.2:8000", "10.0.0.1:8000"):
         assert port_owners.server_problem("", address) is None, address
-
-
-@pytest.mark.parametrize("name", ["own", "working directory"])
-def test_a_server_that_wandb_login_has_written_gets_no_key(
-    listen: Listen, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
-) -> None:
-    listen(("127.0.0.1", MALLORY))
-    own, here = tmp_path / "own", tmp_path / "wandb"
-    file = (own if name == "own" else here) / "settings"
-    file.parent.mkdir()
-    file.write_text(f"[default]\nbase_url = http://localhost:{PORT}\nentity = 100%\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WANDB_BASE_URL", raising=False)
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(own))
-    problem = local_settings.find_problem()
-    assert problem is not None
-    assert (problem.where, problem.value) == (str(file), f"http://localhost:{PORT}")
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com")
-    assert local_settings.find_problem() is None, "the variable comes first"
 
 
 @pytest.fixture
@@ -226,21 +200,9 @@ def test_storage_of_another_user_on_this_machine_is_refused(
     listen(("127.0.0.1", os.geteuid()))
     assert listener_problem("checkpoint.mirror", address) is None
     listen(("127.0.0.1", MALLORY))
-    for read in (lambda: RemoteFolder(address), lambda: locate.fetch_files(Source(path=address))):
-        with pytest.raises((SubmitError, DataError), match="would get what is written there, and choose what is read") as error:
-            read()
-        assert "AccountKey" not in str(error.value)
-
-
-@pytest.mark.usefixtures("without_cloud")
-def test_a_mirror_notices_that_another_user_has_taken_its_port(listen: Listen, tmp_path: Path) -> None:
-    """An ssh tunnel may close during training."""
-    (tmp_path / "aws").write_text(f"[default]\nendpoint_url = http://127.0.0.1:{PORT}\n")
-    listen(("127.0.0.1", os.geteuid()))
-    mirror = RemoteFolder("s3://bucket/runs", waits_s=())
-    listen(("127.0.0.1", MALLORY))
-    with pytest.raises(SubmitError, match="would get what is written there"):
-        mirror.write("code.zip", b"code")
+    with pytest.raises(DataError, match="would get what is written there, and choose what is read") as error:
+        locate.fetch_files(Source(path=address))
+    assert "AccountKey" not in str(error.value)
 
 
 def test_the_tables_of_the_system_are_read() -> None:

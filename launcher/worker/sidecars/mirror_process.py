@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from launcher import json_records
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import MANIFEST, Checkpoint
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder
-from launcher.checkpoint.mirror.storage_connection import describe_error
+from launcher.checkpoint.manifest import Checkpoint
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder, describe_error
 from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, mirror_url
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
@@ -84,9 +83,6 @@ class Sender:
         self._last_error = ""
         self._unsendable: set[tuple[int, int]] = set()
         self._alerts = RateLimit()
-        self._bytes = 0
-        self._seconds = 0.0
-        self._lag_s: float | None = None
         self._concluding = threading.Lock()
 
     def work(self, ended: threading.Event) -> None:
@@ -111,11 +107,12 @@ class Sender:
         ended.wait()
         time.sleep(_FIRST_PROGRESS_S)
         while (missing := self._behind()) and not self._concluding.locked():
-            done, total = self._mirror.progress(missing) if self._mirror is not None else (0, 0)
+            done = self._mirror.num_arrived if self._mirror is not None else 0
+            total = sum(entry.size for c in missing for entry in c.manifest.files.values())
             names = ", ".join(str(c.step) for c in missing)
             text = f"training has ended, and the run waits for the mirror: step {names} is not complete there"
-            text += f", {done / 2**30:.2f} of {total / 2**30:.2f} GiB are there" if total else ""
-            self._event("mirror", f"{text}; cancel the run to end it without the upload", missing[0].step, done=done, total=total)
+            text += f", {done / 2**30:.2f} of {total / 2**30:.2f} GiB are there"
+            self._event("mirror", f"{text}; cancel the run to end it without the upload", missing[0].step)
             time.sleep(_PROGRESS_EVERY_S)
 
     def conclude(self) -> int:
@@ -134,7 +131,7 @@ class Sender:
             return 1
         if steps:
             text = f"the mirror holds step {steps[-1]}; continue it anywhere with: {launcher_command('resume', self._url)}"
-            self._event("mirror", text, steps[-1], mirror=self._url, steps=steps)
+            self._event("mirror", text, steps[-1])
         return 0
 
     def _round(self) -> None:
@@ -160,15 +157,14 @@ class Sender:
             # One outage causes many different errors; mirror.json has the last one.
             if self._alerts.admit("the mirror cannot be written"):
                 text = f"the mirror cannot be written; training continues and the next checkpoint retries: {message}"
-                self._event("alert", text, mirror=self._url)
+                self._event("alert", text)
             self._last_error = message
         self._record(self._behind())
 
     def _send(self, mirror: Mirror, checkpoint: Checkpoint) -> None:
-        began, began_at = time.monotonic(), time.time()
-        committed_at = (checkpoint.path / MANIFEST).stat().st_mtime if checkpoint.path.is_dir() else began_at
+        began = time.monotonic()
         try:
-            sent = mirror.send(checkpoint)
+            num_bytes = mirror.send(checkpoint)
         except CheckpointGone:
             text = (
                 f"step {checkpoint.step} was removed before it was in the mirror; "
@@ -183,11 +179,8 @@ class Sender:
             self._event(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].message}", checkpoint.step)
             return
         seconds = time.monotonic() - began
-        # The clocks of the storage and of this machine may differ.
-        self._lag_s = seconds + max(0.0, began_at - committed_at)
-        self._bytes, self._seconds = self._bytes + sent.bytes, self._seconds + seconds
-        text = f"step {sent.step} is in the mirror: {sent.bytes / 2**30:.2f} GiB in {seconds:.1f} s"
-        self._event("mirror", text, sent.step, bytes=sent.bytes, seconds=seconds, lag_s=self._lag_s)
+        text = f"step {checkpoint.step} is in the mirror: {num_bytes / 2**30:.2f} GiB in {seconds:.1f} s"
+        self._event("mirror", text, checkpoint.step)
         mirror.prune()
 
     def _behind(self) -> list[Checkpoint]:
@@ -199,12 +192,8 @@ class Sender:
         steps = self._mirror.steps if self._mirror is not None else []
         record = MirrorRecord(
             url=self._url,
-            last_step=steps[-1] if steps else None,
             steps=tuple(steps),
             missing_steps=tuple(c.step for c in missing),
-            bytes=self._bytes,
-            seconds=self._seconds,
-            lag_s=self._lag_s,
             failure=self._last_error or None,
             at=time.time(),
         )
@@ -213,8 +202,8 @@ class Sender:
         except OSError as error:
             print_to_log(f"mirror.json cannot be written: {error}")
 
-    def _event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        record_event(self._run, self._attempt, kind, text, step, **fields)
+    def _event(self, kind: str, text: str, step: int | None = None) -> None:
+        record_event(self._run, self._attempt, kind, text, step)
 
 
 # After a failure the run soon restarts, and its next attempt continues the uploads.
