@@ -158,7 +158,7 @@ def _users(roots: Iterable[Path]) -> Iterator[tuple[str, str, set[str]]]:
                     message = "the plan of a run cannot be read, so what it uses is unknown"
                     remedy = f"{plan_remedy(path)}, or remove the run: {launcher_command('rm', run.root)}"
                     raise SubmitError(Problem(message, str(path), remedy=remedy)) from None
-        yield str(run.root), state, paths
+        yield str(run.root.absolute()), state, paths
 
 
 def _paths_of(part: Any) -> Iterator[str]:
