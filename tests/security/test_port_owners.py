@@ -17,7 +17,7 @@ from launcher.cli.accounts import account_results
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import Source
 from launcher.data.sources import locate
-from launcher.errors import DataError, PushError, SubmitError
+from launcher.errors import DataError, PushError
 from launcher.export import hub
 from launcher.security import port_owners, storage_addresses
 from launcher.security.hub_answers import guard_hub_client
