@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher import json_records, locks, run_store
-from launcher.cli import benchmark_tasks, choice_sets
 from launcher.cli.arguments import VerbParser
-from launcher.cli.benchmark_tasks import BenchmarkOptions
 from launcher.cli.export import require_checkpoint
 from launcher.cli.formatting import short, wrap
 from launcher.cli.minimum_gains import parse_minimum_gains
@@ -38,7 +36,7 @@ from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.verdicts import EvaluationVerdict
 
-_PREPARE, _NODE, _CONCLUDE = (f"launcher.worker.evaluation.{name}" for name in ("prepare", "node", "conclude"))
+_PREPARE, _NODE, _CONCLUDE, _TASKS = (f"launcher.worker.evaluation.{name}" for name in ("prepare", "node", "conclude", "tasks"))
 _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
 # W&B's own limits for startup and shutdown are shorter.
 _WANDB_S = 300.0
@@ -54,60 +52,67 @@ def run(verb: str, tokens: list[str]) -> int:
     ownership.require_run(run_dir)
     plan = run_store.load_plan(run_dir)
     config = _with_overrides(plan.config, arguments.overrides, plan.run_name)
-    _require_matching_options(arguments)
-    metrics = None if arguments.tasks is not None else choice_sets.METRICS if arguments.choices else config.evaluate.metrics
-    gains = parse_minimum_gains(arguments.min_gain, metrics)
+    if arguments.tasks is None and (arguments.task_folder is not None or arguments.limit is not None):
+        message = "--task-folder and --limit apply to tasks, but none are named"
+        remedy = "add --tasks NAMES; evaluate.max_prompts=N is the number of held-out prompts"
+        raise ConfigError(message, where="command line", remedy=remedy)
+    gains = parse_minimum_gains(arguments.min_gain, config.evaluate.metrics if arguments.tasks is None else None)
     step = _step(run_dir, arguments.step)
     folder = run_dir.evaluation(step)
     with private_files():
         folder.mkdir(parents=True, exist_ok=True)
-    if arguments.tasks is not None or arguments.choices:
-        with ended_by_signals(), _alone(folder):
-            if arguments.choices:
-                files, limit = arguments.choices, arguments.limit
-                code = choice_sets.run(config, run_dir, step, files, limit, gains, arguments.json)
-            else:
-                options = BenchmarkOptions(arguments.tasks, arguments.task_folder, arguments.limit)
-                code = benchmark_tasks.run(config, run_dir, step, options, gains, arguments.json)
-        _send_to_wandb(plan, run_dir, step)
-        return code
     with ended_by_signals(), _alone(folder), alive_file(folder / "alive"):
-        with private_files():
-            run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step))
-        _answer(config, folder, run_dir, is_here=arguments.here)
-        shown = run_reporting(_CONCLUDE, config, str(folder))
+        if arguments.tasks is not None:
+            _require_gpu(config)
+            words = ["--step", str(step), "--tasks", arguments.tasks, *(f"--min-gain={gain}" for gain in gains)]
+            words += [] if arguments.task_folder is None else ["--task-folder", str(arguments.task_folder)]
+            words += [] if arguments.limit is None else ["--limit", str(arguments.limit)]
+            shown = run_reporting(_TASKS, config, str(run_dir.plan), *words)
+        else:
+            with private_files():
+                run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step))
+            _answer(config, folder, run_dir, is_here=arguments.here)
+            shown = run_reporting(_CONCLUDE, config, str(folder))
+    results = shown["sets" if arguments.tasks is None else "tasks"]
     verdicts = {
-        name: json_records.decode(EvaluationVerdict, result["verdict"], "the verdict") for name, result in shown["sets"].items()
+        name: json_records.decode(EvaluationVerdict, result["verdict"], "the verdict")
+        for name, result in results.items()
+        if "verdict" in result
     }
-    priced = plan.model_copy(update={"config": config, "price": price_of_evaluation(plan, config)})
-    for name, verdict in verdicts.items():
-        shown["sets"][name] |= {"costs": request_cost_table(verdict, priced), "saved_tokens": saved_tokens(verdict)}
-    failed = [
-        f"{name}: {reason}" if len(verdicts) > 1 else reason
-        for name, verdict in verdicts.items()
-        for gain in gains
-        if (reason := gain.failure(verdict)) is not None
-    ]
+    if arguments.tasks is None:
+        priced = plan.model_copy(update={"config": config, "price": price_of_evaluation(plan, config)})
+        for name, verdict in verdicts.items():
+            results[name] |= {"costs": request_cost_table(verdict, priced), "saved_tokens": saved_tokens(verdict)}
+    failed = list[str]()
+    for gain in gains:
+        about = {name: verdict for name, verdict in verdicts.items() if gain.metric in verdict.means}
+        failed += [
+            f"{name}: {reason}" if len(results) > 1 else reason
+            for name, verdict in about.items()
+            if (reason := gain.failure(verdict)) is not None
+        ]
+        if not about:
+            failed.append(f"--min-gain {gain} did not hold: no task has this metric")
     if arguments.json:
         print(json.dumps({**shown, "not_held": failed}, indent=2))
     else:
-        print("\n".join([*evaluation_view.to_lines(shown), *failed]), flush=True)
+        to_lines = evaluation_view.to_lines if arguments.tasks is None else evaluation_view.task_lines
+        print("\n".join([*to_lines(shown), *failed]), flush=True)
     _send_to_wandb(plan, run_dir, step)
     return EXIT_CHECK_FAILED if failed else 0
 
 
-def _require_matching_options(arguments: argparse.Namespace) -> None:
-    """Reject options that contradict each other, and unusable question files."""
-    where = "command line"
-    if arguments.tasks is not None and arguments.choices:
-        message = f"--tasks and {choice_sets.OPTION} are separate evaluations"
-        raise ConfigError(message, where=where, remedy="give one of them, then the other")
-    if arguments.tasks is None and arguments.task_folder is not None:
-        raise ConfigError("--task-folder applies to tasks, but --tasks names none", where=where, remedy="add --tasks NAMES")
-    if arguments.tasks is None and not arguments.choices and arguments.limit is not None:
-        remedy = f"add --tasks NAMES or {choice_sets.OPTION} FILE; evaluate.max_prompts=N is the number of held-out prompts"
-        raise ConfigError("--limit applies to tasks and choices, but none are named", where=where, remedy=remedy)
-    choice_sets.require_files(arguments.choices)
+def _require_gpu(config: RunConfig) -> None:
+    """Refuse to load a model that was trained on a cluster on a login node's CPU."""
+    nodes = evaluation_nodes_for(config.cluster.kind)
+    if nodes is not None and nodes.runs_elsewhere(config) and device().kind != "cuda":
+        raise SubmitError(
+            "tasks are scored on this machine, which has no GPU",
+            where="--tasks",
+            value=f"the run's cluster is {config.cluster.kind}",
+            remedy="start the command on a machine with a GPU, such as: srun --gpus 1 python -m launcher evaluate ...; or add "
+            "cluster=local to use this machine's CPU",
+        )
 
 
 def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
@@ -126,8 +131,7 @@ def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = VerbParser(
         prog="python -m launcher evaluate",
-        usage="%(prog)s RUN [--step N] [--tasks NAMES | --choices FILE] [--here] [--json] [--min-gain METRIC:BASELINE:GAIN] "
-        "[overrides]",
+        usage="%(prog)s RUN [--step N] [--tasks NAMES] [--here] [--json] [--min-gain METRIC:BASELINE:GAIN] [overrides]",
         description=(
             "Answer held-out prompts with the base model, without and with examples, and with the tuned model;\n"
             "score the answers, and say whether fine-tuning helped. On a cluster, in an allocation with the run's settings."
@@ -145,13 +149,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: that of the run's export, else the newest)")
     parser.add_argument("--here", action="store_true", help="answer on this machine, such as a node of an allocation")
     parser.add_argument("--json", action="store_true", help="print verdicts, scores and the prompt forms that were compared")
-    parser.add_argument(
-        "--tasks", metavar="NAMES", help="score tasks of lm-evaluation-harness instead, on this machine, such as arc_easy,ifeval"
-    )
+    tasks = "score tasks of lm-evaluation-harness instead, on this machine: arc_easy,ifeval or FILE.jsonl with choices"
+    parser.add_argument("--tasks", metavar="NAMES", help=tasks)
     parser.add_argument("--task-folder", type=Path, help="folder with tasks of your own, as YAML files")
-    choices = "score multiple-choice questions by likelihood instead, on this machine; one JSON object per line (repeatable)"
-    parser.add_argument("--choices", type=Path, action="append", default=[], metavar="FILE", help=choices)
-    parser.add_argument("--limit", type=_positive, help="maximum questions per task or file, from its beginning (default: all)")
+    parser.add_argument("--limit", type=_positive, help="maximum questions per task, from its beginning (default: all)")
     gain = (
         "exit with code 3 unless the lower bound of the difference to BASELINE (0-shot, few-shot) is at least GAIN (repeatable)"
     )

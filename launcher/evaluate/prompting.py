@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from launcher.config.sections.data import DataSection
 from launcher.data.sources import Chat, Completion, Message
-from launcher.data.tokenization.encoder import Encoder, RenderedDocument
-from launcher.data.tokenization.loss_mask import TrainedSpan
+from launcher.data.tokenization.encoder import Encoder
 from launcher.errors import DataError
 from launcher.evaluate.questions import EvalQuestion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_Written = TypeVar("_Written")
 
 CHAT, TEXT = "chat", "text"
 # Separators between examples in text. The chosen one occurs in no example and also ends an answer.
@@ -56,13 +53,6 @@ class TunedPrompts:
 
     def write(self, questions: Sequence[EvalQuestion]) -> PromptBatch:
         return _batch([_encode(self._encoder, question) for question in questions], ())
-
-    def render(self, question: EvalQuestion, answers: Sequence[str]) -> list[RenderedDocument]:
-        """Return the prompt followed by each of `answers`; only the answer is trained."""
-        document = question.document
-        if isinstance(document, Chat):
-            return _render_chat(self._encoder, document, document.messages, answers)
-        return [_render_text(question.where, document.prompt, answer) for answer in answers]
 
 
 class BasePrompts:
@@ -120,30 +110,14 @@ class BasePrompts:
         has_labels = any(isinstance(question.document, Chat) for question in questions)
         return _batch(prompts, (self._separator, *((f"\n{_QUESTION}", "\nUser:") if has_labels else ())))
 
-    def render(self, question: EvalQuestion, answers: Sequence[str], style: PromptStyle) -> list[RenderedDocument]:
-        """Return the prompt in one style followed by each of `answers`; only the answer is trained."""
-        examples, chat = self._examples[: style.shots], question.document
-        if style.form == CHAT:
-            assert isinstance(chat, Chat)
-            return self._with_instruction(
-                chat, examples, style.instruction, lambda messages: _render_chat(self._encoder, chat, messages, answers)
-            )
-        text = self._make_text(question, examples, style.instruction)
-        return [_render_text(question.where, text, answer) for answer in answers]
-
     def _write_chat(self, question: EvalQuestion, examples: Sequence[EvalQuestion], instruction: str) -> list[int]:
+        """Return a chat after examples, with an instruction as the template supports it."""
         chat = question.document
         assert isinstance(chat, Chat)
 
         def write(messages: Sequence[Message]) -> list[int]:
             return _encode(self._encoder, replace(question, document=Chat(chat.where, tuple(messages), chat.tools)))
 
-        return self._with_instruction(chat, examples, instruction, write)
-
-    def _with_instruction(
-        self, chat: Chat, examples: Sequence[EvalQuestion], instruction: str, write: Callable[[Sequence[Message]], _Written]
-    ) -> _Written:
-        """Return the result of `write` for a chat's messages after examples, with an instruction as the template supports it."""
         shown = [message for example in examples for message in _turns(example)]
         system = [message for message in chat.messages if message.role == "system"]
         rest = [message for message in chat.messages if message.role != "system"]
@@ -162,25 +136,6 @@ class BasePrompts:
         parts = [*filter(None, (system, instruction))]
         parts += [f"{_text_of(example)}{_spaced(example)}{example.reference.strip()}" for example in examples]
         return self._separator.join([*parts, _text_of(question)])
-
-
-def _render_chat(encoder: Encoder, chat: Chat, messages: Sequence[Message], answers: Sequence[str]) -> list[RenderedDocument]:
-    """Return a chat with each answer as its last message, without the end of the turn."""
-    documents = []
-    for answer in answers:
-        rendered = encoder.render(Chat(chat.where, (*messages, Message("assistant", answer)), chat.tools))
-        span = rendered.spans[-1]
-        end = span.end if span.turn_end is None else span.turn_end
-        # Templates of reasoning models write an empty thought before the answer, which is the same for every answer.
-        start = max(span.start, rendered.text.rfind(answer.strip(), span.start, end))
-        documents.append(RenderedDocument(chat.where, rendered.text[:end], (TrainedSpan(start, end),), raw=False))
-    return documents
-
-
-def _render_text(where: str, prompt: str, answer: str) -> RenderedDocument:
-    space = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
-    text = f"{prompt}{space}{answer}"
-    return RenderedDocument(where, text, (TrainedSpan(len(prompt), len(text)),), raw=True)
 
 
 def _encode(encoder: Encoder, question: EvalQuestion) -> list[int]:

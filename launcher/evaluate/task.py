@@ -23,7 +23,7 @@ from launcher.evaluate.prompting import PromptStyle
 from launcher.evaluate.questions import EvalQuestion
 from launcher.models.weight_files import weight_files
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.verdicts import BENCHMARKS, CHOICES
+from launcher.tracking.verdicts import BENCHMARKS
 
 TUNED = "tuned"
 _TRAINING = "training"
@@ -167,11 +167,6 @@ class EvaluationFolder:
     def benchmarks(self) -> Path:
         """Scores on the tasks of lm-evaluation-harness."""
         return self.root / BENCHMARKS
-
-    @property
-    def choices(self) -> Path:
-        """Scores on questions with choices, one folder per question file."""
-        return self.root / CHOICES
 
     @property
     def processes(self) -> Path:

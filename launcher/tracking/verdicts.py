@@ -12,8 +12,8 @@ from launcher.plan.run_dir import RunDir, evaluated_step
 
 FILE_NAME = "verdict.json"
 TUNED = "tuned"
-# Folders of an evaluation: verdicts per lm-evaluation-harness task, and per file of multiple-choice questions.
-BENCHMARKS, CHOICES = "benchmarks", "choices"
+# The folder of an evaluation with a verdict per lm-evaluation-harness task.
+BENCHMARKS = "benchmarks"
 
 
 class ComparisonOutcome(StrEnum):
@@ -269,11 +269,9 @@ def read_verdicts(run: RunDir) -> list[SetVerdict]:
     """
     verdicts = []
     for step, folder in _evaluated_folders(run):
-        sets, *others = (
-            sorted(file.parent for file in folder.glob(f"{way}*/{FILE_NAME}")) for way in ("", f"{BENCHMARKS}/", f"{CHOICES}/")
-        )
+        sets, tasks = (sorted(file.parent for file in folder.glob(f"{way}*/{FILE_NAME}")) for way in ("", f"{BENCHMARKS}/"))
         # The verdict beside the sets repeats the first set's.
-        for one in [*(sets or [folder]), *(task for several in others for task in several)]:
+        for one in [*(sets or [folder]), *tasks]:
             verdict = read_verdict(one)
             if verdict is not None and is_current(verdict, run, step):
                 verdicts.append(SetVerdict(step, "" if one == folder else one.name, verdict))

@@ -7,47 +7,46 @@ standard error and one JSON object (the report or the problems) to standard outp
 from __future__ import annotations
 
 import argparse
-import codecs
-import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launcher import json_records, run_store
+from launcher import hardware, json_records, run_store
+from launcher.checkpoint import store
 from launcher.config.schema import RunConfig
+from launcher.data import row_layout
 from launcher.data.cache.split import Split
 from launcher.data.checks import patterns
-from launcher.data.sources import Document, find_shared_completions
-from launcher.data.sources.files import read_lines
+from launcher.data.sources import Document, files, find_shared_completions
 from launcher.data.sources.formats import FORMATS, detect_format
-from launcher.data.sources.json_array import read_array
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.errors import DataError, Problem
-from launcher.evaluate.drift.comparison import DriftReport, Prompt, compare
-from launcher.evaluate.drift.likelihood import PromptLikelihoods
+from launcher.data.triage.ranking import mean_losses
+from launcher.errors import DataError, LauncherError, Problem
+from launcher.evaluate.drift import DriftReport, Numbers, Prompt, compare
 from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import read_export
 from launcher.worker.scoring.command_process import answer, run_process
-from launcher.worker.scoring.passes import Progress
-from launcher.worker.scoring.prompt_losses import compare_likelihoods, find_obstacle
+from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary_folder
+from launcher.worker.scoring.weights import find_weights
 
-# Number of prompts to compare from each side, sampled at random.
-MAX_PROMPTS = 2_000
-# With fewer, no test finds anything.
-MIN_PROMPTS = 10
-_MAX_SHOWN = 80
-# Leading white space and a byte order mark are shorter than this.
-_HEAD_BYTES = 256
+# Number of prompts to compare from each side, sampled at random; with fewer than the second, no test finds anything.
+MAX_PROMPTS, MIN_PROMPTS = 2_000, 10
+# Prompts and tokens per side that models score: enough for the test to find relevant differences.
+_MAX_SCORED, _MAX_TOKENS = 200, {"cpu": 12_288, "cuda": 131_072}
+BASE, TUNED = "base", "tuned"
+# Unrequested scoring may take at most a few minutes on a CPU. The operations per second and core are a low estimate.
+_MAX_CPU_S, _FLOPS_OF_CORE = 180.0, 5e10
+# A factor for the memory that scoring needs beyond the weights.
+_MEMORY_FACTOR = 1.2
 # Maps the prompt's key to the answer's: a row with both is a training row.
 _ANSWER_KEYS = {"prompt": "completion", "question": "answer", "instruction": "output"}
-_CHAT_KEYS = ("messages", "conversations")
 _ANSWERING_ROLES = ("assistant", "gpt", "model")
-_FORM = 'write lines such as {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
 # A made-up answer: formats and chat templates require one.
 _ANSWER = "answer"
 
@@ -58,7 +57,8 @@ def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool
     `with_likelihood` is whether both models score the prompts; None means only if this machine can do it quickly.
 
     Raises:
-        DataError: for lines that are not prompts, and for data without prompts.
+        DataError: for rows that are not prompts, and for data without prompts.
+        LauncherError: if a score pass fails, or if the run has no weights of the tuned model that `with_likelihood` requires.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     require_caches(plan)
@@ -66,25 +66,78 @@ def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool
     if obstacle:
         import_tokenizers_without_torch()
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
-    encoder = Encoder(tokenizer, plan.config.data)
     generator = np.random.default_rng(plan.config.run.seed)
-    training = _training_prompts(plan, tokenizer, generator)
-    prompts = _encode(list(_read(path)), find_shared_completions(plan.config.data), encoder, tokenizer, generator)
+    training = read_training_prompts(plan, generator)
+    documents = [parse(row, where) for block in files.read_blocks(path, str(path)) for row, where in files.parse_block(block)]
+    prompts = encode(documents, find_shared_completions(plan.config.data), Encoder(tokenizer, plan.config.data), generator)
     if min(len(training), len(prompts)) < MIN_PROMPTS:
-        few = Problem(
-            f"too few prompts to compare: {len(prompts)} in the file, {len(training)} in the training data",
-            where=str(path),
-            remedy=f"compare at least {MIN_PROMPTS}",
-        )
-        raise DataError(few)
+        few = f"too few prompts to compare: {len(prompts)} in the file, {len(training)} in the training data"
+        raise DataError(few, where=str(path), remedy=f"compare at least {MIN_PROMPTS}; data without prompts has none")
     if obstacle:
-        likelihoods = PromptLikelihoods({}, (obstacle,))
-    else:
-        likelihoods = compare_likelihoods(plan, run, prompts, training, with_likelihood is True, on_progress)
-    return compare(prompts, training, likelihoods)
+        return compare(prompts, training, gaps=[obstacle])
+    gaps, losses = list[str](), dict[str, tuple[Numbers, Numbers]]()
+    # A model that was trained on the training prompts finds them likely because it has seen them.
+    for name in (BASE,) if plan.config.data.train_on == "all" else (BASE, TUNED):
+        try:
+            weights = find_weights(run, plan, 0 if name == BASE else _exported_step(run))
+        except LauncherError as error:
+            if with_likelihood and name == TUNED:
+                raise
+            gaps.append(f"{name} model: {error.problems[0].message}")
+            continue
+        with ExitStack() as stack:
+            passes = list(_passes(plan, name, prompts, training, stack))
+            scored = score(plan, weights, passes, on_progress).log_probs
+            now, before = (mean_losses(one.open(), part)[1] for one, part in zip(passes, scored, strict=True))
+        losses[name] = now[~np.isnan(now)], before[~np.isnan(before)]
+    return compare(prompts, training, losses, gaps)
 
 
-def _training_prompts(plan: LaunchPlan, tokenizer: Any, generator: np.random.Generator) -> list[Prompt]:
+def find_obstacle(plan: LaunchPlan) -> str:
+    """Return why this machine does not score prompts unless requested; empty if it does."""
+    device, num_params = hardware.device(), plan.model.num_params
+    num_gib = num_params * (4 if plan.config.model.dtype == "fp32" else 2) * _MEMORY_FACTOR / 2**30
+    is_gpu = device.kind == "cuda"
+    available = (device.memory_gib or 0) * device.count if is_gpu else (device.host_memory_gib or 0) / 2
+    # Two models, each with current and training prompts.
+    seconds = 0 if is_gpu else 2 * 2 * _MAX_TOKENS["cpu"] * 2 * num_params / (device.count * _FLOPS_OF_CORE)
+    if seconds > _MAX_CPU_S or (num_gib > available and "offload_param" not in plan.deepspeed["zero_optimization"]):
+        what = f"the GPUs have {available:.0f} GiB" if is_gpu else f"this CPU takes up to {seconds / 60:.0f} minutes"
+        return f"the models need {num_gib:.0f} GiB each, and {what}; --likelihood scores prompts anyway"
+    return ""
+
+
+def _exported_step(run: RunDir) -> int | None:
+    """Return the step whose weights are the run's result, or None for the newest step."""
+    record = read_export(run)
+    steps = [one.step for one in store.list_checkpoints(run.checkpoints)]
+    return record.step if record is not None and record.step in steps else None
+
+
+def _passes(
+    plan: LaunchPlan, model: str, prompts: Sequence[Prompt], training: Sequence[Prompt], stack: ExitStack
+) -> Iterator[ScorePass]:
+    """Yield the passes over prompts and training prompts, without losses of tokens that all share, such as the template's."""
+    data, max_tokens = plan.config.data, _MAX_TOKENS[hardware.device().kind]
+    everything = [one.tokens for one in (*prompts, *training)]
+    begin, end = (
+        next((i for i, one in enumerate(zip(*several, strict=False)) if len({*one}) > 1), min(map(len, several)))
+        for several in (everything, [tokens[::-1] for tokens in everything])
+    )
+    for title, side in (("prompts", prompts), ("training prompts", training)):
+        tokens = [np.asarray(one.tokens[: data.max_length], np.uint32) for one in side[:_MAX_SCORED]]
+        tokens = [one for one, total in zip(tokens, np.cumsum([len(one) for one in tokens]), strict=True) if total <= max_tokens]
+        # Nothing precedes a first token.
+        masks = [np.arange(len(one)) >= max(1, begin) for one in tokens]
+        masks = [mask & (np.arange(len(mask)) < len(mask) - end) for mask in masks]
+        lengths = np.array([len(one) for one in tokens], np.int64)
+        folder = stack.enter_context(temporary_folder())
+        trained = np.concatenate(masks).astype(np.uint8)
+        facts, _ = row_layout.write_documents(folder, np.concatenate(tokens), trained, lengths, np.zeros_like(lengths), data)
+        yield ScorePass(title=f"{model} model, {title}", facts=facts)
+
+
+def read_training_prompts(plan: LaunchPlan, generator: np.random.Generator) -> list[Prompt]:
     """Return a sample of the training documents, each up to its last answer."""
     if plan.data is None:
         raise DataError(Problem("the run has no data cache", where=plan.run_dir, remedy="name a run that was trained"))
@@ -96,105 +149,40 @@ def _training_prompts(plan: LaunchPlan, tokenizer: Any, generator: np.random.Gen
         starts = np.flatnonzero(np.diff(np.asarray(split.trained[document]).astype(np.int8), prepend=0) == 1)
         tokens = np.asarray(split.tokens[document])[: starts[-1] if len(starts) else 0].tolist()
         if tokens:
-            prompts.append(Prompt(f"training document {number}", _decode(tokenizer, tokens), tuple(tokens)))
-    if not prompts:
-        raise DataError(
-            Problem(
-                "the training data has no prompts: every token of its documents is trained",
-                where="data",
-                remedy="compare prompts with a run on chats, or on prompts with completions",
-            )
-        )
+            prompts.append(Prompt(f"training document {number}", tuple(tokens)))
     return prompts
 
 
-def _read(path: Path) -> Iterator[Document]:
-    """Yield the prompt of each line, or of each entry of one JSON array.
-
-    Raises:
-        DataError: with every kind of line that has no prompt.
-    """
-    problems: dict[str, Problem] = {}
-    try:
-        with path.open("rb") as file:
-            if _is_array(file):
-                for row, where, _ in read_array(file, str(path)):
-                    try:
-                        yield _parse(row, where)
-                    except DataError as error:
-                        for problem in error.problems:
-                            problems.setdefault(problem.message, problem)
-            for number, line in enumerate(read_lines(file, str(path)), 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield _parse(json.loads(line), f"{path}:{number}")
-                except (ValueError, RecursionError):
-                    value = line[:_MAX_SHOWN].decode(errors="replace").strip()
-                    problems.setdefault("json", Problem("the line is not JSON", f"{path}:{number}", value, _FORM))
-                except DataError as error:
-                    for problem in error.problems:
-                        problems.setdefault(problem.message, problem)
-    except OSError as error:
-        raise DataError(Problem(f"the prompts cannot be read: {error.strerror}", where=str(path))) from error
-    if problems:
-        raise DataError([*problems.values()])
-
-
-def _is_array(file: io.BufferedReader) -> bool:
-    """Return True if the file is one JSON array: a JSON Lines file with prompts never begins with a bracket."""
-    head = file.peek(_HEAD_BYTES)[:_HEAD_BYTES].removeprefix(codecs.BOM_UTF8).lstrip()
-    return head.startswith(b"[")
-
-
-def _parse(row: Any, where: str) -> Document:
+def parse(row: dict[str, Any], where: str) -> Document:
     """Return a row's prompt with a made-up answer. For a chat, the prompt is everything before the last answer.
 
     Raises:
         DataError: if the row has no prompt.
     """
-    if isinstance(row, str):
-        row = {"prompt": row}
-    if not isinstance(row, dict):
-        raise DataError(Problem("the line is not an object", where=where, remedy=_FORM))
-    for prompt_key, answer_key in _ANSWER_KEYS.items():
-        if prompt_key in row:
-            row = {**row, answer_key: _ANSWER}
-    for key in _CHAT_KEYS:
-        if isinstance(row.get(key), list):
-            row = {**row, key: _with_unknown_answer(row[key])}
-    if "text" in row and not {*_ANSWER_KEYS, *_CHAT_KEYS} & row.keys():
+    row = {**row, **{answer_key: _ANSWER for key, answer_key in _ANSWER_KEYS.items() if key in row}}
+    for key, role_key, turn in (
+        ("messages", "role", {"role": "assistant", "content": _ANSWER}),
+        ("conversations", "from", {"from": "gpt", "value": _ANSWER}),
+    ):
+        if isinstance(turns := row.get(key), list):
+            while turns and isinstance(turns[-1], dict) and turns[-1].get(role_key) in _ANSWERING_ROLES:
+                turns = turns[:-1]
+            row[key] = [*turns, turn]
+    if list(row) == ["text"]:
         row = {"prompt": row["text"], "completion": _ANSWER}
     return FORMATS[detect_format(row, where)].parse(row, where)
 
 
-def _with_unknown_answer(turns: list[Any]) -> list[Any]:
-    """Return the turns of a chat up to its last answer, which a made-up one replaces."""
-    turns = list(turns)
-    while turns and isinstance(turns[-1], dict) and turns[-1].get("role", turns[-1].get("from")) in _ANSWERING_ROLES:
-        turns.pop()
-    if turns and isinstance(turns[-1], dict) and "from" in turns[-1]:
-        return [*turns, {"from": "gpt", "value": _ANSWER}]
-    return [*turns, {"role": "assistant", "content": _ANSWER}]
-
-
-def _encode(
-    documents: Sequence[Document], completions: str, encoder: Encoder, tokenizer: Any, generator: np.random.Generator
-) -> list[Prompt]:
+def encode(documents: Sequence[Document], completions: str, encoder: Encoder, generator: np.random.Generator) -> list[Prompt]:
     """Return a sample of the prompts, formatted as in training."""
     prompts = []
     for number in generator.permutation(len(documents))[:MAX_PROMPTS]:
         written = encoder.prompt(encoder.write_as_chat(documents[number], completions))
         if written is not None:
-            shown, tokens, _ = written
             # Redact before shortening: a truncated credential has no recognizable form.
-            (shown,) = patterns.redact([shown])
-            prompts.append(Prompt(documents[number].where, _decode(tokenizer, tokens), tuple(tokens), shown))
+            (shown,) = patterns.redact([written[0]])
+            prompts.append(Prompt(documents[number].where, tuple(written[1]), shown))
     return prompts
-
-
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -207,8 +195,7 @@ def main(argv: Sequence[str]) -> int:
     run = RunDir(arguments.plan.absolute().parent)
 
     def describe(on_progress: Progress) -> dict[str, Any]:
-        report = find_drift(config, run, arguments.prompts, arguments.likelihood, on_progress)
-        return dict(json_records.encode(report))
+        return dict(json_records.encode(find_drift(config, run, arguments.prompts, arguments.likelihood, on_progress)))
 
     return answer(describe)
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from e2e_tools import TINY, held, json_lines, processes_of, slow_steps, status
 from pace import wait_for
 
-from launcher.data.sources import Chat, read_documents
 from launcher.evaluate.answer_text import normalized_words
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -151,13 +148,9 @@ def test_checkpoints_are_answered_while_the_run_goes_on(
         (("--step", "7"), "there is no committed checkpoint of step 7"),
         (("optim.lr=1",), "optim.lr cannot change in an evaluation"),
         (("--min-gain", "rouge_l:0-shot:0"), "--min-gain names rouge_l"),
-        (("--limit", "5"), "--limit applies to tasks and choices, but none are named"),
-        (("--choices", "/missing/choices.jsonl"), "there is no such file"),
-        (("--choices", __file__, "--tasks", "arc_easy"), "--tasks and --choices are separate evaluations"),
-        (("--choices", __file__, "--min-gain", "exact_match:0-shot:0"), "--min-gain names exact_match"),
-        (("--choices", __file__), "the line is not JSON"),
+        (("--limit", "5"), "--task-folder and --limit apply to tasks, but none are named"),
+        (("--tasks", "/missing/questions.jsonl"), "the questions cannot be read"),
         (("--tasks", "arc_easy", "cluster=slurm"), "tasks are scored on this machine, which has no GPU"),
-        (("--choices", __file__, "cluster=slurm"), "choices are scored on this machine, which has no GPU"),
         (("evaluate.metrics=[numeric]", "evaluate.max_prompts=50"), "numeric cannot score"),
     ],
 )
@@ -184,14 +177,10 @@ def test_a_run_without_checkpoint_and_export_is_refused(launch_here: Launch, run
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> Path:
-    """A folder of tasks: one multiple-choice, one with generated answers, and one with its data on the Hub."""
+    """A folder of tasks: one with generated answers, one that runs them, one with its data on the Hub; and rows.jsonl."""
     rows = [{"question": f"What follows {number}?", "choices": ["a", "b c"], "answer": number % 2} for number in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     local = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\ntest_split: test\n"
-    (tmp_path / "choices.yaml").write_text(
-        f"task: own_choices\n{local}output_type: multiple_choice\ndoc_to_text: '{{{{question}}}}'\n"
-        "doc_to_choice: '{{choices}}'\ndoc_to_target: answer\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
-    )
     (tmp_path / "answers.yaml").write_text(
         f"task: own_answers\n{local}output_type: generate_until\ndoc_to_text: '{{{{question}}}}'\n"
         "doc_to_target: '{{choices[0]}}'\ngeneration_kwargs: {until: ['.'], max_gen_toks: 4, do_sample: false}\n"
@@ -199,111 +188,64 @@ def tasks(tmp_path: Path) -> Path:
     )
     hub = local.replace("dataset_path: json", "dataset_path: someone/missing_data")
     (tmp_path / "hub.yaml").write_text(f"task: own_hub\n{hub}output_type: multiple_choice\ndoc_to_text: x\n")
+    unsafe = f"task: own_code\n{local}output_type: multiple_choice\ndoc_to_text: x\nunsafe_code: true\n"
+    (tmp_path / "code.yaml").write_text(f"{unsafe}doc_to_choice: '{{{{choices}}}}'\ndoc_to_target: answer\n")
     return tmp_path
 
 
-def test_tasks_of_the_harness_compare_both_models(launch_here: Launch, run: Path, tasks: Path) -> None:
-    command = ("evaluate", str(run), "--task-folder", str(tasks), "--limit", "10", "--json", "evaluate.prompts_per_batch=4")
-    done = launch_here(*command, "--tasks", "own_choices,own_answers", "--min-gain", "acc:base:0.9")
-    assert done.returncode == 3, done.stdout + done.stderr
-    shown = json.loads(done.stdout)
-    assert list(shown["tasks"]) == ["own_choices", "own_answers"]
-    assert [task["num_questions"] for task in shown["tasks"].values()] == [10, 10]
-    assert shown["not_held"][0].startswith("own_choices: --min-gain acc:base:0.9 did not hold")
-    assert "bleu" in shown["tasks"]["own_answers"]["whole"], "of all answers together, so that it has no interval"
-    folder = run / "evaluations/step-00000001/benchmarks/own_choices"
-    verdict = json.loads((folder / "verdict.json").read_text())
-    for side in ("base", "tuned"):
-        scores = json.loads((folder / f"{side}.json").read_text())
-        assert verdict["means"]["acc"][side] == pytest.approx(sum(scores["samples"]["acc,none"]) / 10)
-    assert launch_here("report", str(run)).returncode == 0
-    assert "own_choices" in (run / "report.html").read_text()
-    before = {file: file.stat().st_mtime_ns for file in folder.parent.glob("*/*.json") if file.name != "verdict.json"}
-    again = launch_here(*command, "--tasks", "own_choices")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert all(file.stat().st_mtime_ns == before[file] for file in before), "scores that exist are used"
-    refused = launch_here(*command, "--tasks", "own_choice,own_hub")
-    assert refused.returncode == 2
-    assert "did you mean own_choices?" in refused.stderr
-    assert "hf download --repo-type dataset someone/missing_data" in refused.stderr
-    assert "datasets--someone--missing_data" in refused.stderr
-
-
-def choice_texts(shown: str, rows: list[dict], examples: list[dict], index: int, tokenizer: Any) -> tuple[str, str]:
-    """The prompt in the documented format, and the separator between a prompt and a choice."""
-    form, count = shown.partition(", ")[0], int(shown.split(", ")[1].split()[0]) if "examples" in shown else 0
-    asked = [*((one["question"], one["choices"][one["answer"]]) for one in examples[:count]), (rows[index]["question"], "")]
-    if form == "plain text":
-        return "\n\n".join(f"Question: {question}\nAnswer:{f' {answer}' if answer else ''}" for question, answer in asked), " "
-    turns = [
-        {"role": role, "content": text} for pair in asked for role, text in zip(("user", "assistant"), pair, strict=True) if text
-    ]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True), ""
-
-
-def test_choices_are_scored_as_plain_transformers_scores_them(launch_here: Launch, run: Path, tmp_path: Path) -> None:
+def accuracies(model_folder: Path, tokenizer_folder: str, rows: list[dict]) -> list[float]:
+    """Whether plain transformers finds each right choice the likeliest, after the question in the chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    rows = [
-        {"question": f"What is {n} plus {n + 1}?", "choices": [f"{2 * n}", f"{2 * n + 1} it is", "none"], "answer": n % 3}
-        for n in range(20)
-    ]
-    plan = LaunchPlan.load(run / "plan.json")
-    # Most of these prompts were in the training data.
-    documents = [one for one, _ in islice(read_documents(plan.config.data.sources[0]), 4)]
-    prompts = [one.messages[0].content for one in documents if isinstance(one, Chat) and len(one.messages) == 2]
-    assert len(prompts) == 4
-    rows += [{"question": prompt, "choices": ["yes", "no"], "answer": 0} for prompt in prompts]
-    file = tmp_path / "sums.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = ("evaluate.shots=2", "evaluate.instructions=['']", "--choices", str(file), "--json")
-    done = launch_here("evaluate", str(run), *settings, "--min-gain", "acc:few-shot:0.9")
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    right = []
+    for row in rows:
+        chat = [{"role": "user", "content": row["question"]}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        values = []
+        for choice in row["choices"]:
+            begin, end = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, choice))
+            with torch.no_grad():
+                logits = model(torch.tensor([begin + end])).logits[0, len(begin) - 1 : -1]
+            values.append(float(logits.log_softmax(-1).gather(1, torch.tensor(end)[:, None]).sum()))
+        right.append(float(values.index(max(values)) == row["answer"]))
+    return right
+
+
+def test_tasks_of_the_harness_compare_both_models(launch_here: Launch, run: Path, tasks: Path) -> None:
+    """A file of multiple-choice questions is a task, too."""
+    command = ("evaluate", str(run), "--task-folder", str(tasks), "--limit", "10", "--json", "evaluate.prompts_per_batch=4")
+    done = launch_here(*command, "--tasks", f"{tasks}/rows.jsonl,own_answers", "--min-gain", "acc:base:0.9")
     assert done.returncode == 3, done.stdout + done.stderr
-    shown = json.loads(done.stdout)["sets"]["sums"]
-    assert [*shown["styles"]] == ["0-shot", "2-shot", "tuned"]
-    assert (shown["num_reserved"], shown["num_left_out"], shown["verdict"]["num_prompts"]) == (6, 0, 18)
-    assert shown["training_copies"]
-    assert f"{len(shown['training_copies'])} of the 18 prompts are in the training data" in shown["verdict"]["sentence"]
-    assert shown["overlap_gap"] == ""
-    tokenizer = AutoTokenizer.from_pretrained(plan.model.tokenizer_path)
-    model = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32).eval()
-    examples = [rows[i] for i in np.random.default_rng(plan.config.run.seed).permutation(len(rows))[:2]]
-    folder = run / "evaluations/step-00000001/choices/sums"
-    for side, style in shown["styles"].items():
-        right = []
-        for line in (folder / f"{side}.jsonl").read_text().splitlines():
-            one = json.loads(line)
-            index = int(one["where"].rpartition(":")[2]) - 1
-            prompt, space = choice_texts(style, rows, examples, index, tokenizer)
-            expected = []
-            for choice in rows[index]["choices"]:
-                begin, end = (tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, space + choice))
-                with torch.no_grad():
-                    logits = model(torch.tensor([begin + end])).logits[0, len(begin) - 1 : -1]
-                expected.append(float(logits.log_softmax(-1).gather(1, torch.tensor(end)[:, None]).sum()))
-            assert one["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
-            lengths = [len(choice) for choice in rows[index]["choices"]]
-            by_length = [value / length for value, length in zip(expected, lengths, strict=True)]
-            right.append(
-                [max(range(len(lengths)), key=values.__getitem__) == rows[index]["answer"] for values in (expected, by_length)]
-            )
-        for number, metric in enumerate(("acc", "acc_norm")):
-            assert shown["verdict"]["means"][metric][side] == pytest.approx(np.mean([pair[number] for pair in right]))
-    again = launch_here("evaluate", str(run), *settings[:-1])
-    assert again.returncode == 0, again.stderr
-    assert "sums: The data cannot tell whether fine-tuning helped: acc " in again.stdout
-    assert "tuned model:" in done.stderr
-    assert "tuned model:" not in again.stderr, "the scores are stored"
-    refused = launch_here("evaluate", str(run), "evaluate.shots=24", "--choices", str(file))
-    assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert "the file has 24 rows, and examples are rows that are not scored" in refused.stderr
+    shown = json.loads(done.stdout)
+    assert list(shown["tasks"]) == ["rows", "own_answers"]
+    assert [task["num_questions"] for task in shown["tasks"].values()] == [10, 10]
+    assert shown["not_held"][0].startswith("rows: --min-gain acc:base:0.9 did not hold")
+    assert "bleu" in shown["tasks"]["own_answers"]["whole"], "of all answers together, so that it has no interval"
+    folder = run / "evaluations/step-00000001/benchmarks/rows"
+    model = LaunchPlan.load(run / "plan.json").model
+    expected = accuracies(Path(model.path or ""), model.tokenizer_path or "", json_lines(tasks / "rows.jsonl")[:10])
+    for side in ("base", "tuned"):
+        assert json.loads((folder / f"{side}.json").read_text())["samples"]["acc,none"] == expected
+    assert json.loads((folder / "verdict.json").read_text())["means"]["acc"]["tuned"] == pytest.approx(sum(expected) / 10)
     assert launch_here("report", str(run)).returncode == 0
-    assert "step 1, set sums" in (run / "report.html").read_text()
+    assert "step 1, set rows" in (run / "report.html").read_text()
+    before = {file: file.stat().st_mtime_ns for file in folder.parent.glob("*/*.json") if file.name != "verdict.json"}
+    again = launch_here(*[word for word in command if word != "--json"], "--tasks", f"{tasks}/rows.jsonl")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "rows, 10 questions: The data cannot tell" in again.stdout
+    assert all(file.stat().st_mtime_ns == before[file] for file in before), "scores that exist are used"
+    refused = launch_here(*command, "--tasks", "own_answer,own_hub,own_code")
+    assert refused.returncode == 2
+    assert "did you mean own_answers?" in refused.stderr
+    assert "hf download --repo-type dataset someone/missing_data" in refused.stderr
+    assert "runs code that the model has written" in refused.stderr
 
 
-def largest_prompt_loss(run: Path, rows: list[dict]) -> float:
-    """The highest mean loss over the user's tokens of any prompt, computed with plain transformers."""
+def median_prompt_loss(run: Path, rows: list[dict]) -> float:
+    """The median of the prompts' mean losses over the user's tokens, computed with plain transformers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -324,7 +266,7 @@ def largest_prompt_loss(run: Path, rows: list[dict]) -> float:
         with torch.no_grad():
             log_probs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         losses.append(-float(log_probs[begin - 1 : len(ids[0]) - end - 1].mean()))
-    return max(losses)
+    return statistics.median(losses)
 
 
 def test_prompts_of_today_are_compared_with_those_of_training(launch_here: Launch, run: Path, tmp_path: Path) -> None:
@@ -343,15 +285,12 @@ def test_prompts_of_today_are_compared_with_those_of_training(launch_here: Launc
     assert "training prompts:" not in again.stderr, "the scores are stored"
     shown = json.loads(again.stdout)
     assert shown["sentence"] == done.stdout.splitlines()[0]
-    assert (shown["num_prompts"], shown["near_duplicates"]) == (40, 0.0)
-    models = shown["likelihoods"]["models"]
-    assert [*models] == ["base", "tuned"]
-    assert models["base"] == {**models["tuned"], "step": 0}, "the base model against itself"
-    assert (models["base"]["num_prompts"], models["base"]["num_training"]) == (40, 200)
-    assert shown["likelihoods"]["least_likely"][0]["loss"] == pytest.approx(largest_prompt_loss(run, rows), abs=1e-4)
+    assert shown["num_prompts"] == 40
+    words, lengths, base, tuned = shown["measures"]
+    assert base == {**tuned, "name": base["name"], "title": base["title"]}, "the base model against itself"
+    assert base["now"] == pytest.approx(median_prompt_loss(run, rows), abs=1e-4)
     quick = json.loads(launch_here("drift", str(run), str(other), "--no-likelihood", "--json").stdout)
-    assert quick["likelihoods"] == {"models": {}, "gaps": ["left out with --no-likelihood"], "least_likely": []}
+    assert (quick["measures"], quick["gaps"]) == ([words, lengths], ["left out with --no-likelihood"])
     refused = launch_here("drift", str(run), str(wrong))
     assert refused.returncode == 2
     assert f"{wrong}:1" in refused.stderr
-    assert f"{wrong}:2" in refused.stderr

@@ -37,3 +37,18 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
         f"{shown['engine']}, {shown['dtype']}, {format_duration(shown['seconds'])}; answers in {short(shown['folder'])}",
     ]
     return lines
+
+
+def task_lines(shown: dict[str, Any]) -> list[str]:
+    """Return the page of `launcher evaluate --tasks` from what launcher.worker.evaluation.tasks prints."""
+    lines = [f"{shown['run']}, step {shown['step']}"]
+    for task, result in shown["tasks"].items():
+        sentence = f" {result['verdict']['sentence']}" if "verdict" in result else ""
+        lines += ["", f"{task}, {result['num_questions']:,} questions:{sentence}"]
+        if "verdict" in result:
+            lines += ["", *(f"  {line}" for line in table(result["header"], result["rows"]))]
+        # For example BLEU: computed from all answers together, so its spread is unknown.
+        for metric, values in result["whole"].items():
+            means = ", ".join(f"{side} {value:.4g}" for side, value in values.items())
+            lines.append(f"  {metric}, of all questions together: {means}")
+    return [*lines, "", f"scores in {short(shown['folder'])}"]

@@ -9,12 +9,11 @@ import xxhash
 
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
-from launcher.errors import CheckpointError, SubmitError
+from launcher.errors import SubmitError
 from launcher.models import parent_run
 from launcher.models.parent_run import ParentCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import read_export
 from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.worker.prepare import copy_parent_weights
@@ -68,23 +67,6 @@ def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeigh
     checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
     digest = xxhash.xxh3_128_hexdigest((checkpoint.path / MANIFEST).read_bytes())
     return ScoredWeights(checkpoint.step, digest, ParentCheckpoint(run, plan, checkpoint), None)
-
-
-def find_result(run: RunDir, plan: LaunchPlan, step: int) -> ScoredWeights:
-    """Find the weights after `step` steps in a checkpoint or, if the run keeps none of that step, in its export.
-
-    Raises:
-        CheckpointError: if neither has them; lists the existing steps.
-    """
-    try:
-        return find_weights(run, plan, step)
-    except CheckpointError:
-        record = read_export(run)
-        if record is None or record.step != step:
-            raise
-        if problem := ownership.export_problem(run):
-            raise SubmitError(problem) from None
-        return ScoredWeights(step, _digest_files(run.export), None, run.export)
 
 
 def _digest_files(folder: Path) -> str:
