@@ -11,17 +11,14 @@ if TYPE_CHECKING:
     from launcher.config.schema import RunConfig
     from launcher.plan.launch_plan import LaunchPlan
 
-# Prompt styles for the base model are compared on a few rows; it is then asked without and with examples.
-_SIDES = "by the tuned model, and by the base model once for all steps"
-
 
 class AnswerSource(StrEnum):
     """Which machines answer, and when."""
 
-    BESIDE_TRAINING = "beside training"
-    AFTER_TRAINING = "after training"
-    JOBS = "jobs"
-    NODES = "nodes"
+    BESIDE_TRAINING = "on this machine at low priority beside training; what is left, before the run ends"
+    AFTER_TRAINING = "on the GPUs of this machine after the last step, before the run ends"
+    JOBS = "in a job of one node for each of these steps, one after another"
+    NODES = "on idle GPUs of the cluster during training; no more after the last step"
 
 
 def answer_source(config: RunConfig, device: str) -> AnswerSource:
@@ -32,19 +29,10 @@ def answer_source(config: RunConfig, device: str) -> AnswerSource:
     return AnswerSource.AFTER_TRAINING if device == "cuda" else AnswerSource.BESIDE_TRAINING
 
 
-_PLACES = {
-    AnswerSource.BESIDE_TRAINING: "on this machine at low priority beside training; what is left, before the run ends",
-    AnswerSource.AFTER_TRAINING: "on the GPUs of this machine after the last step, before the run ends",
-    AnswerSource.JOBS: "in a job of one node for each of these steps, one after another",
-    AnswerSource.NODES: "on idle GPUs of the cluster during training; no more after the last step",
-}
-
-
 def describe_answers(plan: LaunchPlan) -> str:
     """Describe how often prompts are answered, how many, and where."""
     config, steps = plan.config, plan.batch.max_steps
     every = config.eval.answers_every
     times = f" ({steps // every} times)" if steps is not None else ""
-    prompts = f"up to {config.evaluate.max_prompts:,} prompts of {', '.join(config.evaluate.sets) or 'each set'}"
-    lengths = f"of up to {config.evaluate.max_new_tokens:,} tokens"
-    return f"every {every} steps{times}: {prompts}, {lengths}, {_SIDES}; {_PLACES[answer_source(config, plan.topology.device)]}"
+    prompts = f"up to {config.evaluate.max_prompts:,} prompts of each set, of up to {config.evaluate.max_new_tokens:,} tokens"
+    return f"every {every} steps{times}: {prompts}; {answer_source(config, plan.topology.device)}"

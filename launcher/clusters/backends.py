@@ -6,7 +6,7 @@ A backend imports the settings and plan models only where it starts runs, so tha
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -167,15 +167,8 @@ class EvaluationJobs(EvaluationNodes, Protocol):
             RunError, SubmitError: if that is not possible.
         """
 
-    def ended_jobs(self, plan: LaunchPlan, jobs: Sequence[str]) -> dict[str, str]:
-        """Return the jobs that have ended, each with its state.
-
-        Raises:
-            RunError: if the scheduler does not answer.
-        """
-
-    def cancel_jobs(self, jobs: Sequence[str]) -> None:
-        """Cancel the jobs; if the scheduler does not answer, they continue."""
+    def cancel_jobs(self, plan: LaunchPlan) -> None:
+        """Cancel all such jobs of the run; if the scheduler does not answer, they continue."""
 
 
 def evaluation_nodes_for(kind: str) -> EvaluationNodes | None:

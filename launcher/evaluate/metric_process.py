@@ -1,124 +1,97 @@
-"""Runs a user's own metric in a separate process, which is killed if it hangs. Without torch."""
+"""Runs metrics that may take forever, such as a user's own function, in a process that is ended after a time limit.
+
+Without torch. The process is started once and ends with this one.
+"""
 
 from __future__ import annotations
 
-import json
+import ctypes
+import functools
+import importlib.util
+import math
+import multiprocessing
 import os
-import selectors
 import signal
-import subprocess
 import sys
-from pathlib import Path
-from time import monotonic
-from types import TracebackType
-from typing import Any, Self
+import traceback
+from collections.abc import Callable
+from multiprocessing.pool import Pool
+from typing import Any
 
-from launcher.errors import DataError, Problem
-from launcher.evaluate.metrics import GeneratedAnswer
+from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
 
-# The file may import large packages.
+TIME_LIMIT_S = 10.0
+# The file of a function may import large packages.
 _IMPORT_S = 120.0
-_MAX_REPLY_BYTES = 2**16
-_SIGNATURE = "it takes an answer and its reference, both texts, and returns a number"
+_MAX_REASON_CHARS = 500
 
 
-class MetricProcess:
-    """A process that runs one function, on one answer at a time, with a time limit per answer.
+def score_in_process(metric: str, file: str, answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float | str:
+    """Return the score of an answer, or why there is none.
 
-    Raises:
-        DataError: if the file cannot be imported.
+    `metric` is a metric of the table or, if `file` is not empty, the name of a function in this file.
     """
+    if file and (problem := _call(_import, _IMPORT_S, file, metric)):
+        return f"its file cannot be imported: {problem}"
+    return _call(_compute, TIME_LIMIT_S, metric, file, answer, reference, options)
 
-    def __init__(self, metric: str, file: Path, function: str, limit_s: float) -> None:
-        self._metric, self._limit_s = metric, limit_s
-        package = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "launcher.evaluate.metric_worker", str(file), function, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # Import nothing from the working directory, which another user may own.
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-            # So that it can be killed together with the processes that it has started.
-            start_new_session=True,
-        )
-        self._selector = selectors.DefaultSelector()
-        assert self._process.stdout is not None
-        self._selector.register(self._process.stdout, selectors.EVENT_READ)
-        try:
-            reply = self._read_reply(_IMPORT_S)
-            if reply is None or "error" in reply:
-                raise self._failure("could not be imported", str(file), reply, _IMPORT_S)
-        except BaseException:
-            self.close()
-            raise
 
-    def score(self, answer: GeneratedAnswer, reference: str, place: str) -> float:
-        """Return the score of an answer; `place` names the row.
+def _call(function: Callable[..., Any], limit_s: float, *arguments: object) -> Any:
+    try:
+        return _pool().apply_async(function, arguments).get(limit_s)
+    except multiprocessing.TimeoutError:
+        _pool().terminate()
+        _pool.cache_clear()
+        return f"it took more than {limit_s:g} s for one answer, or ended its process"
 
-        Raises:
-            DataError: if the function fails, hangs, ends its process, or does not return a number.
-        """
-        row = json.dumps({"answer": answer.text, "reference": reference})
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(row.encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._failure("failed", place, None, self._limit_s) from None
-        reply = self._read_reply(self._limit_s)
-        if reply is None or "score" not in reply:
-            raise self._failure("failed", place, reply, self._limit_s)
-        return float(reply["score"])
 
-    def _read_reply(self, limit_s: float) -> dict[str, Any] | None:
-        """Return the reply of the process; None if it has ended or does not reply in time."""
-        assert self._process.stdout is not None
-        deadline, content = monotonic() + limit_s, b""
-        while not content.endswith(b"\n") and len(content) <= _MAX_REPLY_BYTES:
-            if not self._selector.select(max(0.0, deadline - monotonic())):
-                return None
-            if not (piece := os.read(self._process.stdout.fileno(), _MAX_REPLY_BYTES)):
-                return None
-            content += piece
-        try:
-            reply = json.loads(content)
-        except ValueError:
-            return None
-        return reply if isinstance(reply, dict) else None
+@functools.cache
+def _pool() -> Pool:
+    return multiprocessing.get_context("spawn").Pool(1, _begin, (os.getpid(),))
 
-    def _failure(self, verb: str, where: str, reply: dict[str, Any] | None, limit_s: float) -> DataError:
-        """Return the error for a missing score: an exception, the end of the process, or a timeout."""
-        if reply is not None:
-            reason, remedy = str(reply.get("error", reply)), f"correct the function; {_SIGNATURE}"
-        elif (code := self._wait_briefly()) is not None:
-            ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            reason, remedy = f"its process ended with {ended}", f"correct the function; {_SIGNATURE}"
-        else:
-            reason = f"it took more than {limit_s:g} s and was ended"
-            remedy = "correct the function, or allow more time for each answer with evaluate.metric_time_limit_s"
-        return DataError(Problem(f"a metric of your own {verb}: {reason}", where, self._metric, remedy))
 
-    def _wait_briefly(self) -> int | None:
-        try:
-            # Its output ends before the process does.
-            return self._process.wait(0.5)
-        except subprocess.TimeoutExpired:
-            return None
+def _begin(parent: int) -> None:
+    """Let this process end with its parent, even if a function hangs, and print to standard error."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    os.dup2(2, 1)
 
-    def close(self) -> None:
-        """Kill the process and the processes that it has started."""
-        self._selector.close()
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        # Leaving the block closes the pipes and waits.
-        with self._process:
-            pass
 
-    def __enter__(self) -> Self:
-        return self
+@functools.cache
+def _load(file: str, function: str) -> Callable[[str, str], Any]:
+    spec = importlib.util.spec_from_file_location("user_metric", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    # The file lies in the folder of the evaluation, which needs no bytecode.
+    sys.dont_write_bytecode = True
+    spec.loader.exec_module(module)
+    loaded: Callable[[str, str], Any] = getattr(module, function)
+    return loaded
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+
+def _import(file: str, function: str) -> str:
+    try:
+        _load(file, function)
+    except BaseException as error:
+        return _describe(error, file)
+    return ""
+
+
+def _compute(metric: str, file: str, answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float | str:
+    try:
+        value = _load(file, metric)(answer.text, reference) if file else METRICS[metric].score(answer, reference, options)
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
+            return f"it returned {value!r:.60}, which is not a finite number"
+        return float(value)
+    except BaseException as error:
+        return _describe(error, file)
+
+
+def _describe(error: BaseException, file: str) -> str:
+    """Return the exception, with the line of the user's file that raised it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS] + (f" (line {lines[-1]})" if lines else "")

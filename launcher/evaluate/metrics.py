@@ -6,15 +6,16 @@ in launcher/config/sections/answer_metrics.py.
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.errors import DataError
 from launcher.evaluate import answer_text
 from launcher.evaluate.answer_text import NotJson
-from launcher.evaluate.json_schema import schema_validator
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,11 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True)
 class MetricOptions:
-    """Settings for the metrics that need them. `schema` is a JSON schema as JSON text; `time_limit_s` is per answer."""
+    """Settings for the metrics that need them. `schema` is a JSON schema as JSON text."""
 
     pattern: str = ""
     schema: str = ""
     labels: tuple[str, ...] = ()
-    time_limit_s: float = 5.0
 
 
 _Score = Callable[[GeneratedAnswer, str, MetricOptions], float]
@@ -48,11 +48,13 @@ class AnswerMetric:
         compute: returns the score of an answer, given the reference and the options.
         reference_problem: returns why a reference is unsuitable for comparison; empty if it is suitable.
         with_thoughts: whether it scores what a reasoning model writes before its answer, too.
+        may_hang: whether an answer may make it take forever, so that it runs in a process with a time limit.
     """
 
     compute: _Score
     reference_problem: Callable[[str, MetricOptions], str] = lambda reference, options: ""
     with_thoughts: bool = False
+    may_hang: bool = False
 
     def score(self, answer: GeneratedAnswer, reference: str, options: MetricOptions = _NO_OPTIONS) -> float:
         """Return the score of one answer, from 0 to 1; higher is better."""
@@ -93,20 +95,8 @@ def _regex(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> f
     return answer_text.normalized_words(words[0] or "") == answer_text.normalized_words(words[1] or "")
 
 
-def _last_match(text: str, options: MetricOptions) -> Any:
-    import regex
-
-    try:
-        return max(
-            regex.compile(options.pattern).finditer(text, timeout=options.time_limit_s), key=lambda one: one.end(), default=None
-        )
-    except TimeoutError:
-        raise DataError(
-            f"the regular expression takes more than {options.time_limit_s:g} s for one answer",
-            where="evaluate.pattern",
-            value=options.pattern,
-            remedy="nested repetitions such as (a+)+ take very long; write them without nesting, or use *+ and ++",
-        ) from None
+def _last_match(text: str, options: MetricOptions) -> re.Match[str] | None:
+    return max(re.finditer(options.pattern, text), key=lambda one: one.end(), default=None)
 
 
 def _valid_json(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
@@ -117,13 +107,24 @@ def _valid_json(answer: GeneratedAnswer, reference: str, options: MetricOptions)
     return True
 
 
+@functools.cache
+def schema_validator(schema: str) -> Any:
+    """Return the validator for a JSON schema, given as JSON text."""
+    from jsonschema.validators import validator_for
+    from jsonschema_specifications import REGISTRY
+
+    parsed = json.loads(schema)
+    # Without its own registry, the validator downloads what $ref names.
+    return validator_for(parsed)(parsed, registry=REGISTRY)
+
+
 def _json_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     try:
         value = answer_text.parse_json(answer.text)
     except NotJson:
         return False
     try:
-        return bool(schema_validator(options.schema, options.time_limit_s).is_valid(value))
+        return bool(schema_validator(options.schema).is_valid(value))
     except (RecursionError, OverflowError):
         # The answer is nested too deeply, or contains a number that `multipleOf` cannot divide.
         return False
@@ -162,9 +163,9 @@ METRICS: dict[str, AnswerMetric] = {
     "token_f1": AnswerMetric(_token_f1),
     "rouge_l": AnswerMetric(lambda answer, reference, options: answer_text.rouge_l(answer.text, reference)),
     "numeric": AnswerMetric(_numeric, _no_number),
-    "regex": AnswerMetric(_regex),
+    "regex": AnswerMetric(_regex, may_hang=True),
     "valid_json": AnswerMetric(_valid_json),
-    "json_schema": AnswerMetric(_json_schema),
+    "json_schema": AnswerMetric(_json_schema, may_hang=True),
     "field_f1": AnswerMetric(_field_f1, _no_json),
     "label_accuracy": AnswerMetric(_label_accuracy, _no_label),
     "stopped": AnswerMetric(lambda answer, reference, options: answer.is_stopped),

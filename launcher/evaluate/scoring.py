@@ -2,46 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from launcher import atomic_files, json_records
+from launcher import atomic_files
 from launcher.config.sections.answer_metrics import AnswerMetrics, split_function
-from launcher.errors import ConfigError, DamagedRun, DataError, Problem
+from launcher.errors import ConfigError, DataError, Problem
 from launcher.evaluate.answer_text import without_thoughts
-from launcher.evaluate.json_schema import schema_validator
-from launcher.evaluate.metric_process import MetricProcess
-from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
+from launcher.evaluate.metric_process import score_in_process
+from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions, schema_validator
 from launcher.evaluate.statistics import Scores
 from launcher.security import ownership
 
-_FILES = "metric-files.json"
+_SCHEMA = "metric-schema.json"
 _MAX_SHOWN = 3
-_MAX_FILE_BYTES = 2**20
 _MAX_VALUE_CHARS = 80
-
-
-@dataclass(frozen=True)
-class CopiedFunction:
-    """A user's function: the file of its copy in the folder of the evaluation, the file's SHA-256, and the function's name."""
-
-    file: str
-    sha256: str
-    function: str
-
-
-@dataclass(frozen=True)
-class MetricFiles:
-    """metric-files.json: files that an evaluation's metrics use, as at its start: a JSON schema, functions by metric."""
-
-    schema: str = ""
-    functions: dict[str, CopiedFunction] = field(default_factory=dict)
 
 
 def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
@@ -52,39 +32,29 @@ def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
     Raises:
         ConfigError: if a file is missing or invalid, or another user could have changed it.
     """
-    schema = _read_schema(settings.json_schema, settings.metric_time_limit_s) if "json_schema" in settings.metrics else ""
-    functions, contents = {}, {}
+    contents = {}
     for metric in settings.metrics:
-        if metric not in METRICS and (parts := split_function(metric)):
-            content = _read_function(metric, Path(parts[0]).expanduser(), parts[1])
-            digest = hashlib.sha256(content).hexdigest()
-            functions[metric] = CopiedFunction(f"{Path(parts[0]).stem}-{digest[:16]}.py", digest, parts[1])
-            contents[functions[metric].file] = content
+        if metric == "json_schema":
+            contents[_SCHEMA] = _read_schema(Path(settings.json_schema or "").expanduser())
+        elif parts := split_function(metric):
+            contents[_copy_name(settings, metric)] = _read_function(metric, Path(parts[0]).expanduser(), parts[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         atomic_files.write_bytes(folder / name, content)
-    json_records.write(folder / _FILES, MetricFiles(schema, functions))
+
+
+def _copy_name(settings: AnswerMetrics, metric: str) -> str:
+    return f"metric-{settings.metrics.index(metric)}.py"
 
 
 class AnswerScorer:
-    """Scores answers by each configured metric, with the files that `copy_metric_files` has put into `folder`.
-
-    Raises:
-        DamagedRun: if they are missing, or a function's copy has changed.
-    """
+    """Scores answers by each configured metric, with the files that `copy_metric_files` has put into `folder`."""
 
     def __init__(self, settings: AnswerMetrics, folder: Path) -> None:
         self.metrics = settings.metrics
-        self._limit_s = settings.metric_time_limit_s
-        self._folder = folder
-        needs_files = any(metric not in METRICS or metric == "json_schema" for metric in settings.metrics)
-        remedy = "start the evaluation again"
-        self._files = json_records.read(MetricFiles, folder / _FILES, remedy) if needs_files else MetricFiles()
-        self._options = MetricOptions(settings.pattern or "", self._files.schema, settings.labels, self._limit_s)
-        for one in self._files.functions.values():
-            copy = folder / one.file
-            if not copy.is_file() or hashlib.sha256(copy.read_bytes()).hexdigest() != one.sha256:
-                raise DamagedRun("the copy of a metric has changed", where=str(copy), remedy=remedy)
+        self._settings, self._folder = settings, folder
+        schema = (folder / _SCHEMA).read_text(encoding="utf-8") if "json_schema" in settings.metrics else ""
+        self._options = MetricOptions(settings.pattern or "", schema, settings.labels)
 
     def check_references(self, references: Sequence[str], places: Sequence[str]) -> None:
         """Refuse references that a metric cannot be computed with; `places` names the row of each, as file and line.
@@ -114,103 +84,52 @@ class AnswerScorer:
         """Return the score of each answer by a configured metric, without the thoughts that precede answers and references.
 
         Raises:
-            DataError: if a user's function fails or takes too long, or a regular expression takes too long; with the row.
+            DataError: with the row, if a user's function fails, or a metric takes too long.
         """
-        if metric not in METRICS or not METRICS[metric].with_thoughts:
+        known, function = METRICS.get(metric), split_function(metric)
+        if known is None or not known.with_thoughts:
             answers = [replace(answer, text=without_thoughts(answer.text)) for answer in answers]
             references = [without_thoughts(one) for one in references]
-        if metric in METRICS:
-            table = METRICS[metric]
-            scores = []
-            for answer, reference, place in zip(answers, references, places, strict=True):
-                try:
-                    scores.append(table.score(answer, reference, self._options))
-                except DataError as error:
-                    raise DataError(f"{error.problems[0].message}, in row {place}", **_parts(error.problems[0])) from None
+        if known is not None and not known.may_hang:
+            scores = [known.score(answer, one, self._options) for answer, one in zip(answers, references, strict=True)]
             return np.array(scores, np.float64)
-        copied = self._files.functions[metric]
-        with MetricProcess(metric, self._folder / copied.file, copied.function, self._limit_s) as process:
-            rows = zip(answers, references, places, strict=True)
-            return np.array([process.score(answer, reference, place) for answer, reference, place in rows], np.float64)
+        name, file = (metric, "") if function is None else (function[1], str(self._folder / _copy_name(self._settings, metric)))
+        scores = []
+        for answer, reference, place in zip(answers, references, places, strict=True):
+            score = score_in_process(name, file, answer, reference, self._options)
+            if isinstance(score, str):
+                remedy = "correct what it names; nested repetitions such as (a+)+ in a pattern take very long"
+                if function is not None:
+                    remedy = "correct the function; it takes an answer and its reference, both texts, and returns a number"
+                raise DataError(f"a metric failed: {score}", where=place, value=metric, remedy=remedy)
+            scores.append(score)
+        return np.array(scores, np.float64)
 
 
-def _parts(problem: Problem) -> dict[str, str]:
-    return {"where": problem.where, "value": problem.value, "remedy": problem.remedy}
-
-
-def _read_schema(path: str | None, time_limit_s: float) -> str:
-    """Return the text of a JSON schema file that the validator accepts and whose references all lead to a schema."""
+def _read_schema(file: Path) -> bytes:
+    """Return the content of a JSON schema file that the validator accepts."""
     from jsonschema.exceptions import SchemaError
     from jsonschema.validators import validator_for
-    from referencing.exceptions import Unresolvable
 
-    where, file = "evaluate.json_schema", Path(path or "").expanduser()
-    # It decides the scores, and a relative path may lead into another user's working directory.
-    if problem := ownership.file_problem("the JSON schema", file):
-        raise ConfigError(problem)
+    where = "evaluate.json_schema"
     try:
-        text = atomic_files.read_short_text(file, _MAX_FILE_BYTES + 1)
-        schema: Any = json.loads(text)
+        content = file.read_bytes()
+        schema: Any = json.loads(content)
         validator_for(schema).check_schema(schema)
-        _check_references(schema)
+        # Finds references that lead nowhere, or only to themselves.
+        schema_validator(content.decode()).is_valid({})
     except OSError as error:
-        problem = Problem(f"the JSON schema cannot be read: {error.strerror}", where, str(path), "check the path")
+        problem = Problem(f"the JSON schema cannot be read: {error.strerror}", where, str(file), "check the path")
         raise ConfigError(problem) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"the JSON schema is not JSON: {error}", where=where, value=str(path), remedy="correct it") from None
     except SchemaError as error:
         place = "/".join(map(str, error.absolute_path)) or "the root"
         message = f"the JSON schema is wrong at {place}: {error.message[:_MAX_VALUE_CHARS]}"
-        raise ConfigError(message, where=where, value=str(path), remedy="correct it; see json-schema.org/learn") from None
-    except Unresolvable as error:
-        message = f"the JSON schema has a reference that cannot be resolved: {error.ref[:_MAX_VALUE_CHARS]}"
-        remedy = "move the schema that it names into $defs of this file: other files and addresses are not read"
-        raise ConfigError(message, where=where, value=str(path), remedy=remedy) from None
-    try:
-        for example in ("{}", "[]", '""', "0", "null"):
-            schema_validator(text, time_limit_s).is_valid(json.loads(example))
-    except RecursionError:
-        message = "the JSON schema has circular references"
-        raise ConfigError(message, where=where, value=str(path), remedy="correct it; see json-schema.org/learn") from None
-    return text
-
-
-def _check_references(schema: Any) -> None:
-    """Check every schema that a JSON schema's references lead to.
-
-    Raises:
-        Unresolvable: if a reference leads nowhere.
-        SchemaError: if a reference leads to something that is not a schema.
-    """
-    from jsonschema.validators import validator_for
-    from jsonschema_specifications import REGISTRY
-    from referencing.exceptions import Unresolvable
-    from referencing.jsonschema import DRAFT202012, specification_with
-
-    dialect = schema.get("$schema", "") if isinstance(schema, dict) else ""
-    specification = specification_with(dialect, default=DRAFT202012)
-    root = specification.create_resource(schema)
-    resolver = REGISTRY.with_resource(root.id() or "", root).resolver(root.id() or "")
-    waiting = [(root, resolver)]
-    # Compared by identity, because a schema may refer to itself.
-    checked: set[int] = set()
-    while waiting:
-        part, resolver = waiting.pop()
-        if id(part.contents) in checked or not isinstance(part.contents, dict):
-            continue
-        checked.add(id(part.contents))
-        for key in ("$ref", "$dynamicRef"):
-            if isinstance(reference := part.contents.get(key), str):
-                try:
-                    named = resolver.lookup(reference)
-                except (Unresolvable, ValueError):
-                    # The error may name only a part of the reference.
-                    raise Unresolvable(ref=reference) from None
-                if not isinstance(named.contents, dict | bool):
-                    raise Unresolvable(ref=reference)
-                validator_for(schema).check_schema(named.contents)
-                waiting.append((specification.create_resource(named.contents), named.resolver))
-        waiting += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
+        raise ConfigError(message, where=where, value=str(file), remedy="correct it; see json-schema.org/learn") from None
+    # An unresolvable reference is an exception of its own kind.
+    except Exception as error:
+        message = f"the JSON schema cannot be used: {error}"
+        raise ConfigError(message, where=where, value=str(file), remedy="correct it; other files are not read") from None
+    return content
 
 
 def _read_function(metric: str, file: Path, function: str) -> bytes:
@@ -225,15 +144,10 @@ def _read_function(metric: str, file: Path, function: str) -> bytes:
         raise ConfigError(problem)
     try:
         content = file.read_bytes()
-        tree = ast.parse(content, str(file))
-    except OSError as error:
-        message = f"the file of a metric cannot be read: {error.strerror}"
-        raise ConfigError(message, where=where, value=metric, remedy="check its permissions") from None
-    except (SyntaxError, ValueError, RecursionError) as error:
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise ConfigError(f"the file of a metric is not Python: {error}", where=f"{file}{line}", remedy="correct it") from None
-    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        names = [node.name for node in ast.parse(content, str(file)).body if isinstance(node, ast.FunctionDef)]
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the file of a metric cannot be read: {error}", where=str(file), remedy="correct it") from None
     if function not in names:
-        shown = f"functions there are {', '.join(names)}" if names else "the file defines no function at its top level"
-        raise ConfigError(f"{file} defines no function {function}", where=where, value=metric, remedy=shown)
+        remedy = f"functions there are: {', '.join(names) or 'none'}"
+        raise ConfigError(f"{file} defines no function {function}", where=where, value=metric, remedy=remedy)
     return content

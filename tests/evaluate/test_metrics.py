@@ -7,7 +7,6 @@ from time import monotonic
 
 import pytest
 
-from launcher.errors import DataError
 from launcher.evaluate.answer_text import first_label, without_thoughts
 from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
 
@@ -164,14 +163,6 @@ def test_a_regular_expression() -> None:
     assert score("regex", r"first \boxed{3}, then \boxed{4}", r"\boxed{4}", pattern=boxed) == 1
     assert score("regex", r"\boxed{4}", "4", pattern=boxed) == 1
     assert score("regex", "4", "4", pattern=boxed) == 0
-
-
-def test_a_regular_expression_that_takes_too_long_is_ended_and_named() -> None:
-    began = monotonic()
-    with pytest.raises(DataError, match=r"more than 0\.2 s for one answer") as error:
-        score("regex", "a" * 40, pattern="(a|aa)+$b", time_limit_s=0.2)
-    assert "evaluate.pattern" in str(error.value)
-    assert monotonic() - began < 60
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.clusters.node_command import NodeCommand, show_lines, uninterrupted
-from launcher.clusters.slurm import allocation, queue, sbatch
+from launcher.clusters.slurm import allocation, sbatch
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
@@ -93,24 +92,10 @@ def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:
     return answer.strip().partition(";")[0]
 
 
-def ended_jobs(plan: LaunchPlan, jobs: Sequence[str]) -> dict[str, str]:
-    """Return the jobs that have ended, each with its state; the state is `unknown` if Slurm has forgotten the job.
-
-    Raises:
-        SlurmError: if Slurm does not answer.
-    """
-    known = queue.jobs(dict.fromkeys(jobs, _job_name(plan)), _PATIENCE_S)
-    return {
-        number: known[number].state if number in known else "unknown"
-        for number in jobs
-        if number not in known or not known[number].queued
-    }
-
-
-def cancel_jobs(jobs: Sequence[str]) -> None:
-    """Cancel the jobs; if Slurm does not answer, they continue."""
+def cancel_jobs(plan: LaunchPlan) -> None:
+    """Cancel the run's jobs; if Slurm does not answer, they continue."""
     with suppress(SlurmError):
-        slurm("scancel", *jobs)
+        slurm("scancel", f"--name={_job_name(plan)}")
 
 
 def _job_name(plan: LaunchPlan) -> str:

@@ -7,7 +7,7 @@ from typing import Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from launcher.config.sections.fields import Positive, Section, Text
+from launcher.config.sections.fields import Section, Text
 from launcher.errors import did_you_mean
 
 MetricName = Literal[
@@ -58,9 +58,6 @@ class AnswerMetrics(Section):
     labels: tuple[Text, ...] = Field(
         (), description="Labels for the metric label_accuracy: the first one that an answer names counts."
     )
-    metric_time_limit_s: Positive = Field(
-        10.0, description="Seconds that your own function, or a regular expression, may take per answer."
-    )
 
     @field_validator("metrics")
     @classmethod
@@ -74,12 +71,9 @@ class AnswerMetrics(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, value: str | None) -> str | None:
-        # The module with a time limit, which matches the answers, accepts more than `re`.
-        import regex
-
         try:
-            regex.compile(value or "")
-        except regex.error as error:
+            re.compile(value or "")
+        except re.error as error:
             raise ValueError(f"is not a regular expression ({error}); see docs.python.org/3/library/re.html") from None
         return value
 

@@ -103,11 +103,13 @@ def score_tasks(
     sides[TUNED] = export_tuned(plan, run, folder, step)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = [torch.__version__, transformers.__version__, sys.modules["lm_eval"].__version__, _THOUGHT_END]
+    # Scoring changes the tasks' settings.
+    settings = {name: task.dump_config() for name, task in tasks.items()}
     scores: dict[str, dict[str, TaskScores]] = {task: {} for task in tasks}
     for side, weights in sides.items():
         model = None
         for name, task in tasks.items():
-            parts = [weights.digest, weights.config, task.dump_config(), limit, choose_dtype(config, device), device, versions]
+            parts = [weights.digest, weights.config, settings[name], limit, choose_dtype(config, device), device, versions]
             belongs_to = xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode())
             path = scores_path(folder, name, side)
             task_scores = json_records.read_if_present(TaskScores, path)

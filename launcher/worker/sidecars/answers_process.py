@@ -7,13 +7,11 @@ process then answers the remaining checkpoints. Any other line, or EOF, ends the
 
 from __future__ import annotations
 
-import io
+import select
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -28,28 +26,8 @@ _KILLED_FIRST = "1000"
 _LOOK_S = 1.0
 # Seconds from the request to end to SIGKILL, in which an evaluation ends its own processes.
 _END_S = 20.0
-# How long storage may fail while a run waits for answers.
-_STORAGE_S = 300.0
 # Seconds to submit jobs in when a run gives its nodes back.
 SUBMISSION_S = 60.0
-
-
-@dataclass
-class _Orders:
-    """The agent's orders. `news` is set with each order."""
-
-    complete: threading.Event = field(default_factory=threading.Event)
-    end: threading.Event = field(default_factory=threading.Event)
-    news: threading.Event = field(default_factory=threading.Event)
-
-    def listen(self, source: io.RawIOBase) -> None:
-        line = source.readline() or b""
-        if line.strip() == _COMPLETE.encode():
-            self.complete.set()
-            self.news.set()
-            source.readline()
-        self.end.set()
-        self.news.set()
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -62,27 +40,25 @@ def main(plan_path: str, attempt: int) -> int:
 
     plan = LaunchPlan.load(plan_path)
     answers = CheckpointAnswers(RunDir(Path(plan.run_dir)), plan, attempt)
-    orders = _Orders()
-    threading.Thread(target=orders.listen, args=(source,), name="orders", daemon=True).start()
-    succeeded_at, last_failure = time.monotonic(), ""
+    is_complete, last_failure = False, ""
     try:
-        while not orders.end.is_set():
-            # Read this first: a checkpoint that is committed in between belongs to the next round.
-            is_complete = orders.complete.is_set()
+        while True:
             try:
                 if answers.work(is_complete):
                     break
-                succeeded_at, last_failure = time.monotonic(), ""
+                last_failure = ""
             except (OSError, LauncherError) as error:
                 if (failure := describe(error)) != last_failure:
                     last_failure = failure
                     print_to_log(f"storage fails: {failure}")
-                if is_complete and time.monotonic() - succeeded_at > _STORAGE_S:
+                if is_complete:
                     break
-            orders.news.wait(_LOOK_S)
-            orders.news.clear()
+            if select.select([source], [], [], _LOOK_S)[0]:
+                if (source.readline() or b"").strip() != _COMPLETE.encode():
+                    break
+                is_complete = True
     finally:
-        answers.conclude(orders.complete.is_set())
+        answers.conclude(is_complete)
     return 0
 
 

@@ -110,7 +110,7 @@ def print_to_log(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def checkpoints_state(folder: Path) -> object:
+def checkpoints_state(folder: Path) -> list[tuple[str, str, int]]:
     """Return a value that changes when a checkpoint comes or goes, or is evaluated after its save.
 
     It is cheap enough for frequent calls on a network file system.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 import pytest
@@ -21,7 +20,6 @@ from pace import wait_for
 from plan_fixtures import DATA, facts_for
 
 from launcher import json_records, run_store
-from launcher.checkpoint import store
 from launcher.clusters.answers import describe_answers
 from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -30,7 +28,6 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.verdicts import digest_checkpoint
-from launcher.worker.sidecars import step_process
 from launcher.worker.sidecars.answers_process import AnswersProcess
 from launcher.worker.sidecars.checkpoint_answers import CheckpointAnswers
 
@@ -90,7 +87,7 @@ def test_on_gpus_weights_are_exported_while_training_and_nothing_else(make: Call
         answers.work(False)
         time.sleep(0.1)
     (alert,) = said(run, "alert")
-    assert alert.startswith("no answers of step 8, training continues: its weights could not be exported: ")
+    assert alert.startswith("no answers of step 8: its weights could not be exported: ")
     assert [path.parent.name for path in run.root.glob("evaluations/*/*.log")] == ["step-00000008"], "of no other step"
     answers.conclude(False)
     (left,) = said(run, "answers")
@@ -112,7 +109,7 @@ def test_a_checkpoint_that_is_gone_is_skipped_with_the_reason_unless_its_weights
     answers.conclude(False)
     (alert,) = said(run, "alert")
     reason = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
-    assert alert == f"no answers of step 4, training continues: {reason}"
+    assert alert == f"no answers of step 4: {reason}"
     (left,) = said(run, "answers")
     assert left.startswith(f"no answers yet: step 4, step 8 ({reason}); ")
     assert left.endswith(f"answer them with: {command(run, 8)}"), "step 4 cannot be answered any more"
@@ -166,38 +163,32 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     assert f"launcher evaluate {run.root} --step 4 --here" in script
     assert "not run, because other users own or can write to" in script
     assert "SLURM_JOB_ID" not in fake_slurm.variables_of("sbatch"), "that of the run's own job"
-    # While the job is pending, a resumed run does not submit another one.
-    name = f"launcher-answers-{planned.wandb_id}"
-    waiting = ["77", name, "PENDING", "Dependency", "N/A", "N/A", "0", "", "0"]
-    fake_slurm.answer("squeue", out="\x1f".join([*waiting, "\n"]))
-    later = CheckpointAnswers(run, planned, 1)
-    assert later.work(True)
-    later.conclude(True)
-    assert len([call for call in fake_slurm.calls if call[0] == "sbatch"]) == 1
+    # The attempt ends before the job. A resumed run cancels it and submits another one, and cancelling the run cancels that.
+    answers.conclude(True)
     assert said(run, "answers")[-1].startswith("answers are still pending in separate jobs: step 4 (job 77); ")
-    # Cancelling the run also cancels the jobs.
-    run.cancel(1).write_text("{}")
-    third = CheckpointAnswers(run, planned, 1)
-    third.work(False)
-    third.conclude(False)
-    assert fake_slurm.calls[-1] == ["scancel", "77"]
+    run_store.create_attempt(run, Attempt(resume_step=4))
+    fake_slurm.answer("sbatch", out="78\n", times=1)
+    later = CheckpointAnswers(run, planned, 2)
+    later.work(False)
+    cancelled = ["scancel", f"--name=launcher-answers-{planned.wandb_id}"]
+    assert [call[0] if call[0] == "sbatch" else call for call in fake_slurm.calls] == ["sbatch", cancelled, "sbatch"]
+    run.cancel(2).write_text("{}")
+    later.conclude(False)
+    assert fake_slurm.calls[-1] == cancelled
     assert said(run, "answers")[-1].endswith(f"answer them with: {command(run, 4)}")
 
 
-def test_a_job_that_ends_without_a_verdict_is_reported(
-    on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_verdict_of_a_job_is_reported(on_slurm: tuple[LaunchPlan, RunDir]) -> None:
     planned, run = on_slurm
     commit(run, 4)
     answers = CheckpointAnswers(run, planned, 1)
     # When training has ended, the checkpoint stays, so the job exports it.
     assert answers.work(True)
-    fake_slurm.refuse("squeue", said="slurm_load_jobs error: Invalid job id specified")
-    monkeypatch.setattr("launcher.worker.sidecars.checkpoint_answers._JOBS_S", -1.0)
+    answer_by_hand(run, 4)
     answers.work(True)
-    (alert,) = said(run, "alert")
-    log = run.root / "evaluations/step-00000004/job-77.log"
-    assert alert == f"no answers of step 4: job 77 is unknown; its output is {log}"
+    assert said(run, "answers")[-1].startswith("answers of step 4: ")
+    answers.conclude(True)
+    assert len(said(run, "answers")) == 2
 
 
 def test_a_node_without_sbatch_says_so_once(
@@ -216,51 +207,22 @@ def test_a_node_without_sbatch_says_so_once(
     answers.conclude(True)
     first, left = said(run, "alert")
     reason = "the command sbatch is not on this machine"
-    assert first == f"no job for the answers of step 4 now, training continues: {reason}"
+    assert first == f"no job for the answers of step 4 now: {reason}"
     assert left == f"no answers yet: step 4, step 8 ({reason}); answer them with: {command(run, 4)} ; {command(run, 8)}"
 
 
-def test_a_refusal_of_the_scheduler_is_no_reason_for_a_later_step(
-    on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planned, run = on_slurm
-    fake_slurm.refuse("sbatch", said="sbatch: error: Job violates accounting/QOS policy", times=1)
-    monkeypatch.setattr("launcher.worker.sidecars.checkpoint_answers._RETRY_S", -1.0)
+def test_storage_that_fails_for_a_moment_loses_no_step(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, run = make(device=GPUS)
     commit(run, 4)
-    export_by_hand(run, 4)
-    answers = CheckpointAnswers(run, planned, 1)
-    for _ in range(2):
-        answers.work(False)
-    assert ["QOS policy" in text for text in said(run, "alert")] == [True]
-    commit(run, 8)
-    answers.conclude(False)
-    assert said(run, "answers")[-1].startswith("no answers yet: step 8; ")
-
-
-def test_storage_that_fails_for_a_moment_loses_no_step(
-    on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planned, run = on_slurm
-    commit(run, 4)
-    damaged = commit(run, 8).path
-    commit(run, 10)
-    (damaged / "manifest.json").write_text("{}")
-    # A copy made by a user must not be used.
+    # A copy made by a user is not used.
     export_by_hand(run, 4)
     shutil.copytree(run.root / "evaluations/step-00000004", run.root / "evaluations/step-00000004-first")
     answers = CheckpointAnswers(run, planned, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "list_checkpoints", fail_to_read)
-        with pytest.raises(OSError, match="Input"):
-            answers.work(False)
-    assert said(run, "answers") == []
-    with monkeypatch.context() as patch:
-        read = json_records.read_bytes
-        patch.setattr(json_records, "read_bytes", lambda file: fail_to_read() if "00000004/manifest" in str(file) else read(file))
+        patch.setattr(json_records, "read_bytes", fail_to_read)
         answers.work(False)
-    assert said(run, "answers") == ["the answers of step 4 come from job 77"]
-    (alert,) = said(run, "alert")
-    assert alert.startswith("no answers of step 8, training continues: its checkpoint cannot be used: a checkpoint's manifest ")
+    answers.conclude(False)
+    assert said(run, "answers")[-1].startswith("no answers yet: step 4; ")
 
 
 def fail_to_read(*_: object) -> NoReturn:
@@ -304,30 +266,6 @@ def test_what_it_has_started_ends_with_a_process_that_is_killed(make: Callable) 
     answers._process.kill()
     answers._process.wait()
     wait_for("their end", lambda: not any(one.is_running() for one in children))
-
-
-def test_an_evaluation_beside_training_has_the_lowest_priority(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, str]] = []
-    real = subprocess.Popen
-
-    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        given.append(options["env"])
-        return real(command, **options)
-
-    monkeypatch.setattr(step_process.subprocess, "Popen", start)
-    planned, run = make()
-    commit(run, 4)
-    export_by_hand(run, 4)
-    answers = CheckpointAnswers(run, planned, 1)
-    before = os.nice(0)
-    assert not answers.work(False)
-    (child,) = [one for one in psutil.Process().children() if "evaluate" in one.cmdline()]
-    try:
-        wait_for("its priority", lambda: child.nice() == min(19, before + 9))
-        assert [{environ[name] for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")} for environ in given] == [{"1"}]
-    finally:
-        answers.conclude(False)
-    assert not child.is_running()
 
 
 def test_no_process_is_started_where_no_answers_are_wanted(make: Callable) -> None:
