@@ -70,7 +70,9 @@ def run(verb: str, tokens: list[str]) -> int:
             shown = run_reporting(_TASKS, config, str(run_dir.plan), *words)
         else:
             with private_files():
-                run_reporting(_PREPARE, config, str(run_dir.plan), "--step", str(step))
+                run_reporting(
+                    _PREPARE, config, str(run_dir.plan), "--step", str(step), *(f"--set={name}" for name in arguments.set)
+                )
             _answer(config, folder, run_dir, is_here=arguments.here)
             shown = run_reporting(_CONCLUDE, config, str(folder))
     results = shown["sets" if arguments.tasks is None else "tasks"]
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("overrides", nargs="*", metavar="overrides", help="settings of this evaluation, as key=value")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: that of the run's export, else the newest)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME", help="evaluate only this set (repeatable)")
     parser.add_argument("--here", action="store_true", help="answer on this machine, such as a node of an allocation")
     parser.add_argument("--json", action="store_true", help="print verdicts, scores and the prompt forms that were compared")
     tasks = "score tasks of lm-evaluation-harness instead, on this machine: arc_easy,ifeval or FILE.jsonl with choices"

@@ -22,9 +22,11 @@ from launcher.data.sources.eval_set import make_set_data
 from launcher.data.tokenization.chat_template import with_system
 from launcher.data.tokenization.encoder import Encoder, RenderedDocument
 from launcher.errors import DataError, Problem
-from launcher.plan.launch_plan import DataFacts, LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.progress import Advance
 
+TRAINING = "training"
+"""Name of the questions from training documents: examples for the base model, and rows for choosing its prompt."""
 # Extra documents to read, because those without a prompt are replaced by others.
 _SPARE = 1.5
 _ENCODED_AT_ONCE = 256
@@ -90,54 +92,28 @@ def split_question(document: Document, system: str | None) -> EvalQuestion | Non
     return None
 
 
-def read_held_out(plan: LaunchPlan, encoder: Encoder, max_prompts: int, advance: Advance) -> QuestionSet:
-    """Return questions of the run's held-out documents.
+def read_set(plan: LaunchPlan, name: str, encoder: Encoder, max_questions: int, advance: Advance) -> QuestionSet:
+    """Return questions of the run's held-out documents, of one of eval.sets, or of its training documents, in a random order.
 
     Raises:
         DataError: if the data files no longer contain these documents.
     """
-    facts = _facts(plan)
-    split = Split.open(facts, held_out=True)
-    return _read(HELD_OUT, plan.config.data, split, encoder, max_prompts, plan.config.run.seed, advance)
-
-
-def read_eval_set(plan: LaunchPlan, name: str, encoder: Encoder, max_prompts: int, advance: Advance) -> QuestionSet:
-    """Return questions of one of eval.sets.
-
-    Raises:
-        DataError: if the set's files no longer contain its documents.
-    """
-    eval_set = next(one for one in plan.config.eval.all_sets if one.name == name)
-    data = make_set_data(eval_set, plan.config.data)
-    split = Split.open(plan.eval_sets[name])
-    return _read(name, data, split, encoder, max_prompts, plan.config.run.seed, advance)
-
-
-def read_training(plan: LaunchPlan, encoder: Encoder, num_questions: int, advance: Advance) -> QuestionSet:
-    """Return questions from training documents: examples for the base model, and rows for choosing its prompt.
-
-    Raises:
-        DataError: if the data files no longer contain these documents.
-    """
-    split = Split.open(_facts(plan))
-    return _read("training", plan.config.data, split, encoder, num_questions, plan.config.run.seed, advance)
-
-
-def _facts(plan: LaunchPlan) -> DataFacts:
-    if plan.data is None:
-        raise DataError(Problem("the run has no data cache", where=plan.run_dir, remedy="evaluate a run that was trained"))
-    return plan.data
-
-
-def _read(
-    name: str, data: DataSection, split: Split, encoder: Encoder, max_questions: int, seed: int, advance: Advance
-) -> QuestionSet:
-    order = np.random.default_rng(seed).permutation(split.num_docs)
+    data = plan.config.data
+    if name in (HELD_OUT, TRAINING):
+        if plan.data is None:
+            raise DataError(Problem("the run has no data cache", where=plan.run_dir, remedy="evaluate a run that was trained"))
+        split = Split.open(plan.data, held_out=name == HELD_OUT)
+    else:
+        data = make_set_data(next(one for one in plan.config.eval.all_sets if one.name == name), data)
+        split = Split.open(plan.eval_sets[name])
+    order = np.random.default_rng(plan.config.run.seed).permutation(split.num_docs)
     chosen = order[: int(max_questions * _SPARE) + 16]
     keys = [digest_tokens(np.asarray(split.tokens[split.docs[i] : split.docs[i + 1]])) for i in chosen]
     documents = _find(data, encoder, set(keys), advance)
     if len(documents) < len({*keys}) and data.long_documents != "split":
-        raise _changed(name, data, len(documents), len({*keys}))
+        message = f"the data files no longer contain the documents of {name}: {len(documents)} of {len({*keys})} were found"
+        remedy = "restore the files that the run was trained on, or choose another set with --set"
+        raise DataError(message, where=", ".join(source.path for source in list_inputs(data)), remedy=remedy)
     questions = [split_question(documents[key], data.system) for key in dict.fromkeys(keys) if key in documents]
     usable = [question for question in questions if question is not None]
     return QuestionSet(name, tuple(usable[:max_questions]), split.num_docs, len(questions) - len(usable))
@@ -196,24 +172,3 @@ def read_documents(inputs: Sequence[Source], encoder: Encoder, checks: ChecksSec
                 raise DataError(problem)
             for document, _ in sources.read_usable_documents(source, checks):
                 yield encoder.write_as_chat(document, source.completions)
-
-
-def _changed(name: str, data: DataSection, num_found: int, num_chosen: int) -> DataError:
-    paths = ", ".join(source.path for source in list_inputs(data))
-    return DataError(
-        Problem(
-            f"the data files no longer contain the documents of {name}: {num_found} of {num_chosen} were found",
-            where=paths,
-            remedy="restore the files that the run was trained on, or name another set with evaluate.sets",
-        )
-    )
-
-
-def describe_left_out(question_set: QuestionSet, num_questions: int, num_too_long: int) -> Sequence[str]:
-    """Return which documents of a set are not used as questions, and why, as lines of text."""
-    lines = [f"{num_questions} prompts of {question_set.num_documents:,} documents"]
-    if question_set.num_without_answer:
-        lines.append(f"{question_set.num_without_answer} documents left out: no prompt with an answer in text")
-    if num_too_long:
-        lines.append(f"{num_too_long} prompts left out: with evaluate.max_new_tokens, they do not fit the model's context")
-    return lines

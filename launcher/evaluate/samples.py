@@ -16,6 +16,7 @@ from launcher.train.model import DTYPES, read_own_config, weights_gib
 
 # Largest model that one process loads completely for a sampled answer.
 _MAX_SAMPLED_GIB = 20
+_MAX_TOKENS = 48
 
 
 def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Composite) -> None:
@@ -57,7 +58,7 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     model.generation_config = GenerationConfig()
     stop_ids = [i for i in (tokenizer.eos_token_id, *(plan.data.turn_end_ids if plan.data else ())) if i is not None]
     generation = GenerationConfig(
-        max_new_tokens=plan.config.eval.sample_max_tokens,
+        max_new_tokens=_MAX_TOKENS,
         do_sample=False,
         eos_token_id=stop_ids or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

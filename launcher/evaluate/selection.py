@@ -14,6 +14,8 @@ from launcher.evaluate.prompting import PromptStyle
 
 # The numbers of examples that evaluate.shots=auto chooses from.
 AUTO_SHOTS = (2, 4, 8)
+# Training rows on which the number of examples and the instruction are compared.
+SELECTION_PROMPTS = 8
 # Number of questions to render to check whether examples fit: those with the most characters.
 NUM_LONGEST = 3
 

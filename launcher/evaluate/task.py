@@ -20,13 +20,12 @@ from launcher.config.schema import RunConfig
 from launcher.errors import RunError
 from launcher.evaluate.overlap import TrainingCopy
 from launcher.evaluate.prompting import PromptStyle
-from launcher.evaluate.questions import EvalQuestion
+from launcher.evaluate.questions import TRAINING, EvalQuestion
 from launcher.models.weight_files import weight_files
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import BENCHMARKS
 
 TUNED = "tuned"
-_TRAINING = "training"
 # The command counts up in this file; if it was killed or its machine is gone, the count stops.
 ALIVE = "alive"
 _ALIVE_TIMEOUT_S, _ALIVE_POLL_S, _END_S = 120.0, 5.0, 60.0
@@ -196,7 +195,7 @@ class EvaluationFolder:
                     remedy="install the same packages on all nodes, and check their GPUs with: python -m launcher doctor",
                 )
 
-    def questions(self, name: str = _TRAINING) -> Path:
+    def questions(self, name: str = TRAINING) -> Path:
         return self.root / f"{name}.questions.jsonl"
 
     def set_folder(self, name: str) -> Path:
@@ -208,11 +207,11 @@ class EvaluationFolder:
     def read_answers(self) -> EvaluationAnswers:
         return json_records.read(EvaluationAnswers, self.answers, "start the evaluation again: existing answers are used")
 
-    def write_questions(self, questions: Sequence[EvalQuestion], name: str = _TRAINING) -> None:
+    def write_questions(self, questions: Sequence[EvalQuestion], name: str = TRAINING) -> None:
         lines = "".join(json.dumps(question.to_json()) + "\n" for question in questions)
         atomic_files.write_bytes(self.questions(name), lines.encode(), mode=0o600)
 
-    def read_questions(self, name: str = _TRAINING) -> list[EvalQuestion]:
+    def read_questions(self, name: str = TRAINING) -> list[EvalQuestion]:
         lines = self.questions(name).read_text(encoding="utf-8").splitlines()
         return [EvalQuestion.from_json(json.loads(line)) for line in lines]
 

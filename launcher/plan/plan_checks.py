@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
-from launcher.errors import Problem, did_you_mean
+from launcher.errors import Problem
 from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, ModelFacts
 from launcher.plan.optimizers import OPTIMIZERS
@@ -84,16 +84,6 @@ def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Prob
             value=value,
             remedy="hold out documents with prompts (data.eval_fraction=0.05), name a file of them in eval.sets, or remove it",
         )
-        return
-    for name in config.evaluate.sets:
-        if name not in known:
-            guess = did_you_mean(name, known)
-            yield Problem(
-                f"the run has no evaluation set {name}, whose prompts eval.answers_every would answer",
-                where="evaluate.sets",
-                value=name,
-                remedy=f"{guess} its sets are {', '.join(known)}".strip(),
-            )
 
 
 def _may_hold_out(config: RunConfig, data: DataFacts | None) -> bool:

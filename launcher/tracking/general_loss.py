@@ -12,7 +12,7 @@ from launcher.tracking.verdicts import GeneralLoss
 GENERAL_SETS = (FORGETTING, "general")
 
 
-def read_general_loss(run: RunDir, step: int, max_rise_frac: float) -> GeneralLoss | None:
+def read_general_loss(run: RunDir, step: int) -> GeneralLoss | None:
     """Return the loss on general text before training and at the last evaluation up to `step`, or None unless both exist."""
     names = {name: f"eval/{name}/loss" for name in GENERAL_SETS}
     lines = [line for line in continued_lines(iter_lines(run.metrics, tuple(names.values()))) if line[STEP] <= step]
@@ -20,7 +20,7 @@ def read_general_loss(run: RunDir, step: int, max_rise_frac: float) -> GeneralLo
         losses = [(line[STEP], line[metric]) for line in lines if metric in line]
         if len(losses) > 1 and losses[0][0] == 0:
             measured_at = None if losses[-1][0] == step else losses[-1][0]
-            return GeneralLoss(name, losses[0][1], losses[-1][1], max_rise_frac, measured_at)
+            return GeneralLoss(name, losses[0][1], losses[-1][1], measured_at)
     return None
 
 

@@ -119,7 +119,7 @@ def _read(run: RunDir, plan: LaunchPlan, step: int) -> Generation:
         step=step,
         data=_describe_data(plan),
         held_out=(losses.get(0), None if last is None else losses[last]),
-        general_loss=read_general_loss(run, step, plan.config.eval.forgetting_max_rise),
+        general_loss=read_general_loss(run, step),
         verdicts=tuple(shown),
     )
 

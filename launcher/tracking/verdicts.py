@@ -14,6 +14,8 @@ FILE_NAME = "verdict.json"
 TUNED = "tuned"
 # The folder of an evaluation with a verdict per lm-evaluation-harness task.
 BENCHMARKS = "benchmarks"
+# The loss on general text may rise by this share of its value before training.
+_MAX_RISE = 0.05
 
 
 class ComparisonOutcome(StrEnum):
@@ -84,12 +86,11 @@ class GeneralLoss:
     set_name: str
     before: float
     after: float
-    max_rise_frac: float
     measured_at: int | None = None
 
     @property
     def is_forgetting(self) -> bool:
-        return self.after > self.before * (1 + self.max_rise_frac)
+        return self.after > self.before * (1 + _MAX_RISE)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ NUM_PROMPTS = 6
 SMALL = (
     f"evaluate.max_prompts={NUM_PROMPTS}",
     "evaluate.max_new_tokens=5",
-    "evaluate.selection_prompts=2",
     "evaluate.prompts_per_batch=2",
     "evaluate.metrics=[exact_match,token_f1]",
 )
@@ -140,7 +139,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("evaluate.sets=[held_outt]",), "the run has no evaluation set held_outt"),
+        (("--set", "held_outt"), "the run has no evaluation set held_outt"),
         (("evaluate.metrics=[exact_mach]",), "exact_mach"),
         (("evaluate.shots=900",), "900 examples cannot be shown to the base model"),
         (("evaluate.vllm_python=/missing/python",), "this is not the Python interpreter of an environment with vLLM"),

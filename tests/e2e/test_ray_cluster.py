@@ -264,7 +264,7 @@ def test_prompts_are_answered_on_every_node(
     """Evaluate from a driver, then again through the Jobs API, which finds all answers already there."""
     cluster.have_only(n2=1)
     run = undisturbed(1)
-    few = ("evaluate.shots=2", "evaluate.instructions=['']", "evaluate.selection_prompts=2", "evaluate.max_prompts=4")
+    few = ("evaluate.shots=2", "evaluate.instructions=['']", "evaluate.max_prompts=4")
     settings = (*few, "evaluate.max_new_tokens=4", "evaluate.prompts_per_batch=2", "--json", "+cluster=ray")
     command = ("evaluate", run.name, "--root", str(run.parent), *settings, f"cluster.python={sys.executable}")
     for address in (cluster.address, cluster.http):

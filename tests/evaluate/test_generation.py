@@ -79,9 +79,7 @@ def tokenizer(model_folder: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def folder(tmp_path: Path, model_folder: Path, config_of: Callable[..., RunConfig]) -> EvaluationFolder:
-    config = config_of(
-        "model=tiny", "evaluate.prompts_per_batch=2", "evaluate.selection_prompts=3", "evaluate.instructions=['','Go.']"
-    )
+    config = config_of("model=tiny", "evaluate.prompts_per_batch=2", "evaluate.instructions=['','Go.']")
     folder = EvaluationFolder.of(tmp_path, 3)
     folder.root.mkdir(parents=True)
     folder.write_questions([question(i) for i in range(NUM_QUESTIONS)], "held_out")

@@ -17,7 +17,7 @@ from launcher.data.cache.split import Split
 from launcher.data.sources import Chat, Message
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.evaluate.overlap import MAX_CANDIDATES, _find_documents, _Prompts, describe_copies, find_training_copies
-from launcher.evaluate.questions import EvalQuestion, QuestionSet, digest_tokens, read_held_out
+from launcher.evaluate.questions import EvalQuestion, QuestionSet, digest_tokens, read_set
 from launcher.plan.launch_plan import LaunchPlan
 
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu")
@@ -42,7 +42,7 @@ def test_prompts_of_training_rows_are_found(
     config = config_of(*settings)
     plan = plan_of(*settings, data=build(config.data, str(model_folder)))
     encoder = Encoder(load_tokenizer(str(model_folder)), config.data)
-    held_out = read_held_out(plan, encoder, 100, lambda num_documents: None)
+    held_out = read_set(plan, "held_out", encoder, 100, lambda num_documents: None)
     asked = {one.prompt for one in held_out.questions}
     trained = [i for i in range(40) if ask(i) not in asked]
     assert 0 < len(asked) < 20

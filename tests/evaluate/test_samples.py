@@ -44,8 +44,9 @@ def test_settings_in_the_folder_of_the_model_do_not_change_an_answer(
 ) -> None:
     """`penalty_alpha` selects contrastive search, which transformers refuses because it would run code from the Hub."""
     folder = save_model(tmp_path / "model", {"model_type": "llama"})
-    plan = plan_of("model=tiny", "model.dtype=fp32", "eval.sample_max_tokens=4")
+    plan = plan_of("model=tiny", "model.dtype=fp32")
     tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0, decode=lambda ids, **_: " ".join(map(str, ids)))
+    monkeypatch.setattr(samples, "_MAX_TOKENS", 4)
     monkeypatch.setattr(samples, "load_tokenizer", lambda path: tokenizer)
     plain = samples._answer(plan, folder, [1, 5], "cpu")
     (folder / "generation_config.json").write_text(json.dumps({"penalty_alpha": 0.6, "top_k": 4}))

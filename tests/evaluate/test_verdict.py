@@ -42,7 +42,7 @@ def test_helped_against_each_baseline() -> None:
         "exact_match",
         {"0-shot": binary(48), "8-shot": binary(76), "tuned": binary(124)},
         others={"stopped": {"0-shot": binary(100), "8-shot": binary(400), "tuned": binary(400)}},
-        general_loss=GeneralLoss("general", 2.50, 2.51, 0.05),
+        general_loss=GeneralLoss("general", 2.50, 2.51),
     )
     assert verdict.outcome == BETTER
     assert verdict.sentence.startswith(
@@ -164,13 +164,11 @@ def test_intervals_equal_those_of_references() -> None:
 )
 def test_the_loss_of_general_text_joins_the_sentence(after: float, words: str) -> None:
     scores = {"0-shot": binary(1), "tuned": binary(100)}
-    assert judge("numeric", scores, general_loss=GeneralLoss("general", 2.5, after, 0.05)).sentence.endswith(words)
+    assert judge("numeric", scores, general_loss=GeneralLoss("general", 2.5, after)).sentence.endswith(words)
 
 
 def test_a_verdict_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    verdict = judge(
-        "numeric", {"0-shot": binary(1, 1), "tuned": binary(1, 1)}, general_loss=GeneralLoss("general", 2.0, 2.0, 0.1)
-    )
+    verdict = judge("numeric", {"0-shot": binary(1, 1), "tuned": binary(1, 1)}, general_loss=GeneralLoss("general", 2.0, 2.0))
     assert verdict.primary[0].low is None
     verdict.write(tmp_path)
     assert read_verdict(tmp_path) == verdict

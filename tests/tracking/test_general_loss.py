@@ -23,7 +23,7 @@ def evaluated(folder: Path, losses: dict[int, float], name: str) -> RunDir:
 @pytest.mark.parametrize("name", ["general", "forgetting"])
 def test_the_last_evaluation_up_to_the_step_counts(tmp_path: Path, name: str) -> None:
     run = evaluated(tmp_path, {0: 2.0, 10: 2.05, 20: 2.3, 30: 9.0}, name)
-    at_20, at_15 = read_general_loss(run, 20, 0.05), read_general_loss(run, 15, 0.05)
+    at_20, at_15 = read_general_loss(run, 20), read_general_loss(run, 15)
     assert at_20 is not None
     assert at_15 is not None
     assert (at_20.set_name, at_20.before, at_20.after, at_20.is_forgetting) == (name, 2.0, 2.3, True)
@@ -37,4 +37,4 @@ def test_the_last_evaluation_up_to_the_step_counts(tmp_path: Path, name: str) ->
     ("losses", "name"), [({0: 2.0}, "general"), ({10: 2.0, 20: 2.1}, "general"), ({0: 2.0, 20: 2.1}, "support"), ({}, "general")]
 )
 def test_without_a_loss_before_and_after_there_is_none(tmp_path: Path, losses: dict[int, float], name: str) -> None:
-    assert read_general_loss(evaluated(tmp_path, losses, name), 20, 0.05) is None
+    assert read_general_loss(evaluated(tmp_path, losses, name), 20) is None

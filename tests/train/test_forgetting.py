@@ -25,9 +25,9 @@ def plan_of(folder: Path, rows: str = "1", **settings: object) -> LaunchPlan:
 
 
 def test_a_loss_far_above_that_before_training_is_an_alert(tmp_path: Path) -> None:
-    check = ForgettingCheck(RunDir(tmp_path), plan_of(tmp_path, forgetting_max_rise=0.1))
+    check = ForgettingCheck(RunDir(tmp_path), plan_of(tmp_path))
     assert check.find_rise(evaluation(0, 2.0)) is None
-    assert check.find_rise(evaluation(10, 2.19)) is None
+    assert check.find_rise(evaluation(10, 2.09)) is None
     assert check.find_rise(evaluation(20, 9.0, "support")) is None
     alert = check.find_rise(evaluation(20, 2.5))
     assert alert is not None

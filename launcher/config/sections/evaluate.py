@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from launcher.config.sections.answer_metrics import AnswerMetrics
-from launcher.config.sections.fields import Count, Name, PositiveInt, Text
+from launcher.config.sections.fields import Count, PositiveInt, Text
 
 # The empty instruction comes first, so it is kept unless another one scores higher on training rows.
 DEFAULT_INSTRUCTIONS = (
@@ -19,9 +19,6 @@ DEFAULT_INSTRUCTIONS = (
 class EvaluateSection(AnswerMetrics):
     """`launcher evaluate`: which prompts are answered, how the base model is prompted, and how answers are scored."""
 
-    sets: tuple[Name, ...] = Field(
-        (), description="Sets to evaluate: held_out, and names of eval.sets. Empty: all sets that have prompts."
-    )
     max_prompts: PositiveInt = Field(200, description="Maximum prompts per set, sampled with run.seed.")
     max_new_tokens: PositiveInt = Field(
         256, description="Maximum tokens per answer. Prompts that leave less room in the model's context are skipped."
@@ -41,13 +38,7 @@ class EvaluateSection(AnswerMetrics):
             "used. An empty text means no instruction. The tuned model gets its prompts as in training."
         ),
     )
-    selection_prompts: PositiveInt = Field(
-        8, description="Training rows used to choose the number of examples and the instruction."
-    )
     prompts_per_batch: PositiveInt = Field(32, description="Prompts answered together on each GPU.")
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="Type of the weights that generate the answers. auto: fp32 on CPUs, model.dtype on GPUs."
-    )
     vllm_python: Text | None = Field(
         None,
         description=(
@@ -63,7 +54,7 @@ class EvaluateSection(AnswerMetrics):
         ),
     )
 
-    @field_validator("metrics", "sets", "instructions")
+    @field_validator("metrics", "instructions")
     @classmethod
     def _no_repetition(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len({*value}) < len(value):

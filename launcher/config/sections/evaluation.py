@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from launcher.config.sections.data import GENERAL_TEXT, RowSource, without_credentials
-from launcher.config.sections.fields import Count, Flag, Fraction, Name, PositiveInt, Section, Text
+from launcher.config.sections.fields import Count, Flag, Name, PositiveInt, Section, Text
 
 HELD_OUT = "held_out"
 """Name of the held-out rows of the training data among the evaluation sets."""
@@ -74,13 +74,9 @@ class EvalSection(Section):
             "comes with the launcher. It becomes an evaluation set named forgetting."
         ),
     )
-    forgetting_max_rise: Fraction = Field(
-        0.05, description="The loss of eval.forgetting may rise by this share of its value before training without an alert."
-    )
     sample: Flag = Field(
         False, description="Answer one held-out question before and after training (models that fit on one device)."
     )
-    sample_max_tokens: PositiveInt = Field(48, description="Maximum length of the answer of eval.sample, in tokens.")
 
     @property
     def sets_by_setting(self) -> dict[str, EvalSet]:

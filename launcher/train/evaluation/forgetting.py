@@ -16,7 +16,7 @@ class ForgettingCheck:
     """Compares each loss of the set eval.forgetting with the loss before training; without a run directory, does nothing."""
 
     def __init__(self, run: RunDir | None, plan: LaunchPlan) -> None:
-        self._run, self._max_rise = run, plan.config.eval.forgetting_max_rise
+        self._run = run
         self._rows = plan.eval_rows_digest(FORGETTING)
         self._before: float | None = None
 
@@ -29,7 +29,7 @@ class ForgettingCheck:
             self._before = loss
         elif self._before is None and self._has_first_rows(self._run):
             self._before = read_loss_before(self._run, FORGETTING)
-        if self._before is None or not GeneralLoss(FORGETTING, self._before, loss, self._max_rise).is_forgetting:
+        if self._before is None or not GeneralLoss(FORGETTING, self._before, loss).is_forgetting:
             return None
         rise = f"{loss:.4f}, {loss / self._before - 1:.0%} above its value before training ({self._before:.4f})"
         remedy = "lower optim.lr, train fewer steps, or add general rows to data.sources"

@@ -68,9 +68,6 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
 
 def choose_dtype(config: RunConfig, device: str) -> str:
     """Return the dtype of the weights for answering on a device."""
-    chosen = config.evaluate.dtype
-    if chosen != "auto":
-        return chosen
     return config.model.dtype if device == "cuda" and config.model.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
 
 

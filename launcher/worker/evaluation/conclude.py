@@ -40,7 +40,7 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
     task, answers = folder.read_task(), folder.read_answers()
     scorer = AnswerScorer(task.settings.evaluate, folder.root)
     run = RunDir(folder.root.parents[1])
-    general_loss = read_general_loss(run, task.step, task.settings.eval.forgetting_max_rise)
+    general_loss = read_general_loss(run, task.step)
     # The checkpoint may have been removed after its weights were exported.
     exported = json_records.read_if_present(EvaluatedExport, folder.weights_record)
     checkpoint = digest_checkpoint(run, task.step) or ("" if exported is None else exported.checkpoint)

@@ -91,14 +91,16 @@ class CheckpointAnswers:
                 if is_complete:
                     text = f"training is complete, and the run waits for the answers of step {step} ({len(self._waiting)} left)"
                     self._event(EVENT, f"{text}; cancel the run to end it without them", step)
-                words = ("-m", "launcher", "evaluate", str(self._run.root), "--step", str(step))
-                self._evaluation = self._start(step, "evaluate", words, not is_complete, 0 if is_complete else _EVALUATION_NICE)
+                evaluate = ["-m", "launcher", "evaluate", str(self._run.root), "--step", str(step)]
+                self._evaluation = self._start(
+                    step, "evaluate", evaluate, not is_complete, 0 if is_complete else _EVALUATION_NICE
+                )
         if not is_complete and self._export is None:
             # A checkpoint may be removed before its turn to be evaluated comes.
             step = next((step for step in self._waiting if not self._is_exported(step)), None)
             if step is not None:
-                words = ("-m", "launcher.worker.evaluation.weights", str(self._run.plan), str(step))
-                self._export = self._start(step, "export", words, True, 0)
+                export = ["-m", "launcher.worker.evaluation.weights", str(self._run.plan), str(step)]
+                self._export = self._start(step, "export", export, True, 0)
         has_ended = self._source in (AnswerSource.JOBS, AnswerSource.NODES) or not (self._waiting or self._evaluation)
         return is_complete and has_ended
 
@@ -196,7 +198,7 @@ class CheckpointAnswers:
         self._failures[step] = reason
         self._event("alert", f"no answers of step {step}: {reason}", step)
 
-    def _start(self, step: int, name: str, words: tuple[str, ...], is_beside_training: bool, niceness: int) -> _StepProcess:
+    def _start(self, step: int, name: str, words: list[str], is_beside_training: bool, niceness: int) -> _StepProcess:
         """Start this Python interpreter with the arguments `words`; during training, with one thread and without GPUs."""
         # The ranks' thread settings divide a node's cores.
         environ = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")}
