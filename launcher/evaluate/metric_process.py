@@ -15,7 +15,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.pool import Pool
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
@@ -31,32 +32,50 @@ def score_in_process(metric: str, file: str, answer: GeneratedAnswer, reference:
 
     `metric` is a metric of the table or, if `file` is not empty, the name of a function in this file.
     """
-    if file and (problem := _call(_import, _IMPORT_S, file, metric)):
+    if file and (problem := _call(_IMPORT_S, _import, file, metric)):
         return f"its file cannot be imported: {problem}"
-    return _call(_compute, TIME_LIMIT_S, metric, file, answer, reference, options)
+    return _call(TIME_LIMIT_S, _compute, metric, file, answer, reference, options)
 
 
-def _call(function: Callable[..., Any], limit_s: float, *arguments: object) -> Any:
+def _call(limit_s: float, function: Callable[..., Any], *arguments: object) -> Any:
+    """Return the result of a function in the process, or why there is none."""
+    process, connection = _start()
     try:
-        return _pool().apply_async(function, arguments).get(limit_s)
-    except multiprocessing.TimeoutError:
-        _pool().terminate()
-        _pool.cache_clear()
-        return f"it took more than {limit_s:g} s for one answer, or ended its process"
+        connection.send((function, arguments))
+        if connection.poll(limit_s):
+            return connection.recv()
+        problem = f"it took more than {limit_s:g} s for one answer"
+    except (EOFError, OSError):
+        problem = "it ended its process"
+    process.kill()
+    process.join()
+    connection.close()
+    _start.cache_clear()
+    return problem
 
 
 @functools.cache
-def _pool() -> Pool:
-    return multiprocessing.get_context("spawn").Pool(1, _begin, (os.getpid(),))
+def _start() -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=_serve, args=(other_end, os.getpid()), daemon=True)
+    process.start()
+    other_end.close()
+    return process, connection
 
 
-def _begin(parent: int) -> None:
-    """Let this process end with its parent, even if a function hangs, and print to standard error."""
+def _serve(connection: Connection, parent: int) -> None:
+    # Otherwise a function that hangs would outlive a parent that is killed.
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    # Standard output is for the result of the command.
     os.dup2(2, 1)
+    while os.getppid() == parent:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        connection.send(function(*arguments))
 
 
 @functools.cache

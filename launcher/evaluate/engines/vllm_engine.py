@@ -19,10 +19,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from launcher.errors import RunError
+from launcher.errors import ConfigError, RunError
 from launcher.evaluate.answers import GeneratedIds
-from launcher.evaluate.engines.vllm_environment import require_own_environment
 from launcher.evaluate.task import Weights
+from launcher.security import ownership
 from launcher.security.port_owners import users_listening
 
 if TYPE_CHECKING:
@@ -186,9 +186,11 @@ def read_version(python: Path) -> str | None:
     """Return the version of vLLM in the environment of an interpreter; None if there is none.
 
     Raises:
-        ConfigError: if another user could have changed the interpreter or its packages; checked before it is run.
+        ConfigError: if another user could have changed the interpreter; checked before it is run.
     """
-    require_own_environment(python.absolute())
+    # A relative path may lead to another user's file, and each node may have its own.
+    if problem := ownership.file_problem("the Python interpreter of vLLM", python.absolute()):
+        raise ConfigError(problem)
     if not os.access(python, os.X_OK) or not python.is_file():
         return None
     code = "from importlib.metadata import version; print(version('vllm'))"
