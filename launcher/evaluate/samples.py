@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from launcher.data.cache import cache_store
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
-from launcher.models.private_code import code_option, folder_to_load
+from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
-from launcher.train.model import DTYPES, read_own_config, weights_gib
+from launcher.train.model import weights_gib
 
 # Largest model that one process loads completely for a sampled answer.
 _MAX_SAMPLED_GIB = 20
@@ -41,28 +39,13 @@ def _report(tracker: Composite, text: str) -> None:
     tracker.event("sample", redacted)
 
 
-@torch.no_grad()
 def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) -> str:
     """Continue a prompt greedily with the model in `folder`; the answer is on one line."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
-    settings = plan.config.model
-    code = Path(plan.model.path) if plan.model.path else None
-    path = folder_to_load(folder, settings.trust_remote_code, settings.code_digest, code)
-    remote = code_option(settings.trust_remote_code, path)
-    config = read_own_config(path, **remote)
-    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[settings.dtype], **remote)
-    model.to(device).eval()
-    # `generate` takes missing values, such as num_beams, from the model's folder, which would not be greedy decoding.
-    model.generation_config = GenerationConfig()
-    stop_ids = [i for i in (tokenizer.eos_token_id, *(plan.data.turn_end_ids if plan.data else ())) if i is not None]
-    generation = GenerationConfig(
-        max_new_tokens=_MAX_TOKENS,
-        do_sample=False,
-        eos_token_id=stop_ids or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    prompt = torch.tensor([prompt_ids], device=device)
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=generation)
-    return " ".join(tokenizer.decode(output[0, prompt.shape[1] :].tolist(), skip_special_tokens=True).split())
+    tokenizer, settings = load_tokenizer(plan.model.tokenizer_path or ""), plan.config.model
+    code = Path(plan.model.path) if plan.model.path and settings.trust_remote_code else None
+    turn_ends = plan.data.turn_end_ids if plan.data else ()
+    stop_ids = [i for i in (tokenizer.eos_token_id, *turn_ends) if i is not None]
+    engine = TransformersEngine(folder, settings, tokenizer, dtype=settings.dtype, device=device, stop_ids=stop_ids, code=code)
+    (answer,) = engine.generate([prompt_ids], num_shared=0, stop_strings=(), max_new_tokens=_MAX_TOKENS)
+    engine.close()
+    return " ".join(answer.text.split())

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from plan_fixtures import DATA
-from weight_tools import save_model
 
 from launcher.data.cache import cache_store
 from launcher.evaluate import samples
@@ -37,17 +35,3 @@ def test_secrets_in_questions_and_answers_are_redacted(
     assert "eve@" not in texts
     for text in ("held-out question: Is it [API key: s…, 44 characters]?", "answer after:      Yes, [API key"):
         assert text in texts
-
-
-def test_settings_in_the_folder_of_the_model_do_not_change_an_answer(
-    plan_of: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`penalty_alpha` selects contrastive search, which transformers refuses because it would run code from the Hub."""
-    folder = save_model(tmp_path / "model", {"model_type": "llama"})
-    plan = plan_of("model=tiny", "model.dtype=fp32")
-    tokenizer = SimpleNamespace(eos_token_id=2, pad_token_id=0, decode=lambda ids, **_: " ".join(map(str, ids)))
-    monkeypatch.setattr(samples, "_MAX_TOKENS", 4)
-    monkeypatch.setattr(samples, "load_tokenizer", lambda path: tokenizer)
-    plain = samples._answer(plan, folder, [1, 5], "cpu")
-    (folder / "generation_config.json").write_text(json.dumps({"penalty_alpha": 0.6, "top_k": 4}))
-    assert samples._answer(plan, folder, [1, 5], "cpu") == plain

@@ -5,7 +5,6 @@ NUM_GPUS is the number of GPUs assigned to this process; 0 means the CPU.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import socket
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from launcher import hardware
 from launcher.config.schema import RunConfig
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import LauncherError, RunError, printable
@@ -54,13 +52,9 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
 
         python = Path(config.evaluate.vllm_python).expanduser()
         name = f"{NAME} {read_version(python) or ''}".strip()
-        tokenizer, count = load_tokenizer(task.tokenizer), max(1, num_gpus)
-
-        def start(weights: Weights) -> Engine:
-            _require_memory(Path(weights.folder), count)
-            return VllmEngine(python, weights, tokenizer, dtype=dtype, context=task.context, num_gpus=count)
-
-        AnswerGeneration(folder, share, name, device, dtype).run(start)
+        options = {"dtype": dtype, "context": task.context, "num_gpus": max(1, num_gpus)}
+        tokenizer, evaluation = load_tokenizer(task.tokenizer), AnswerGeneration(folder, share, name, device, dtype)
+        evaluation.run(lambda weights: VllmEngine(python, weights, tokenizer, **options))
         return
     evaluation = AnswerGeneration(folder, share, TransformersEngine.name, device, dtype)
     evaluation.run(lambda weights: _load(task, config, weights, device, dtype))
@@ -91,20 +85,6 @@ def _load(task: EvaluationTask, config: RunConfig, weights: Weights, device: str
         stop_ids=weights.stop_ids,
         code=Path(task.code) if task.code is not None and config.model.trust_remote_code else None,
     )
-
-
-def _require_memory(folder: Path, num_gpus: int) -> None:
-    """Reject weights that do not fit a server's GPUs, before the server takes minutes to find out."""
-    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    here = hardware.device()
-    if here.kind == "cuda" and here.memory_gib and num_bytes * _LOADING_FACTOR > num_gpus * here.memory_gib * 2**30:
-        needed = math.ceil(num_bytes * _LOADING_FACTOR / (here.memory_gib * 2**30))
-        raise RunError(
-            f"the model does not fit {num_gpus} GPU{'s' if num_gpus > 1 else ''} of this machine",
-            where="evaluate.vllm_gpus",
-            value=f"its weights take {format_size(num_bytes)}, and a GPU has {here.memory_gib:g} GiB",
-            remedy=f"set evaluate.vllm_gpus to {1 << (needed - 1).bit_length()}: vLLM then divides the model over as many GPUs",
-        )
 
 
 def main(argv: Sequence[str]) -> int:
