@@ -52,9 +52,10 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
 
         python = Path(config.evaluate.vllm_python).expanduser()
         name = f"{NAME} {read_version(python) or ''}".strip()
-        options = {"dtype": dtype, "context": task.context, "num_gpus": max(1, num_gpus)}
-        tokenizer, evaluation = load_tokenizer(task.tokenizer), AnswerGeneration(folder, share, name, device, dtype)
-        evaluation.run(lambda weights: VllmEngine(python, weights, tokenizer, **options))
+        tokenizer, count = load_tokenizer(task.tokenizer), max(1, num_gpus)
+        AnswerGeneration(folder, share, name, device, dtype).run(
+            lambda weights: VllmEngine(python, weights, tokenizer, dtype=dtype, context=task.context, num_gpus=count)
+        )
         return
     evaluation = AnswerGeneration(folder, share, TransformersEngine.name, device, dtype)
     evaluation.run(lambda weights: _load(task, config, weights, device, dtype))
