@@ -231,7 +231,7 @@ class ForkingWorkers:
         "transformers.models.llama.modeling_llama",
     )
 
-    _WITH_TORCH = tuple(f"launcher.worker.{name}" for name in ("export", "drift", "evaluation.", "scoring.", "benchmark_tasks."))
+    _WITH_TORCH = tuple(f"launcher.worker.{name}" for name in ("export", "drift", "evaluation.", "scoring."))
 
     def __init__(self, variables: Mapping[str, str], stack: Callable[[], ForkServer] | None = None) -> None:
         self._variables, self._stack = variables, stack
