@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
-from time import monotonic
 
 import psutil
 import pytest
@@ -114,21 +112,16 @@ def is_running(pid: int) -> bool:
 
 
 def test_an_own_function_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    pids = tmp_path / "pids"
-    if (parent := os.fork()) == 0:
-        # It has a metric process of its own.
-        metric_process._start.cache_clear()
-        own(tmp_path, f"open({str(pids)!r}, 'w').write(str(os.getpid())), time.sleep(900)")
-        os._exit(0)
-    deadline = monotonic() + 120
-    while not (pids.exists() and pids.read_text()):
-        assert monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(parent, signal.SIGKILL)
-    os.waitpid(parent, 0)
-    while is_running(int(pids.read_text())):
-        assert monotonic() < deadline
-        time.sleep(0.1)
+    pid, file = tmp_path / "pid", tmp_path / "own.py"
+    file.write_text(f"import os, time\ndef score(*_): open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(900)\n")
+    code = (
+        "import sys; from launcher.evaluate import metric_process as p\n"
+        "p.score_in_process('score', sys.argv[1], p.GeneratedAnswer('', True, 1), '', p.MetricOptions())"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(file)]) as parent:
+        wait_for("the function to be called", lambda: pid.exists() and pid.read_text(), 120)
+        parent.kill()
+    wait_for("the process to end", lambda: not is_running(int(pid.read_text())))
 
 
 def test_a_file_that_fails_on_import(tmp_path: Path) -> None:
