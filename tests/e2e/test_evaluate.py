@@ -140,13 +140,10 @@ def test_checkpoints_are_answered_while_the_run_goes_on(
     "words, message",
     [
         (("--set", "held_outt"), "the run has no evaluation set held_outt"),
-        (("evaluate.metrics=[exact_mach]",), "exact_mach"),
         (("evaluate.shots=900",), "900 examples cannot be shown to the base model"),
         (("evaluate.vllm_python=/missing/python",), "this is not the Python interpreter of an environment with vLLM"),
-        (("evaluate.vllm_gpus=2",), "only vLLM can divide a model over GPUs"),
         (("--step", "7"), "there is no committed checkpoint of step 7"),
         (("optim.lr=1",), "optim.lr cannot change in an evaluation"),
-        (("--min-gain", "rouge_l:0-shot:0"), "--min-gain names rouge_l"),
         (("--limit", "5"), "--task-folder and --limit apply to tasks, but none are named"),
         (("--tasks", "/missing/questions.jsonl"), "the questions cannot be read"),
         (("--tasks", "arc_easy", "cluster=slurm"), "tasks are scored on this machine, which has no GPU"),

@@ -7,17 +7,13 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
-from launcher.data.cache.split import Split
 from launcher.data.sources import Chat, Message
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
-from launcher.evaluate.overlap import MAX_CANDIDATES, _find_documents, _Prompts, describe_copies, find_training_copies
-from launcher.evaluate.questions import EvalQuestion, QuestionSet, digest_tokens, read_set
+from launcher.evaluate.overlap import MAX_CANDIDATES, _Prompts, describe_copies, find_training_copies
+from launcher.evaluate.questions import EvalQuestion, QuestionSet, read_set
 from launcher.plan.launch_plan import LaunchPlan
 
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu")
@@ -70,22 +66,6 @@ def test_prompts_of_training_rows_are_found(
     assert gone.copies == {}
     assert gone.gap.startswith("prompts were not compared with the training documents: ")
     assert str(file) in gone.gap
-
-
-def test_documents_of_a_cache_are_read_until_all_are_known() -> None:
-    tokens, docs = np.arange(100, dtype=np.uint32), np.array([0, 10, 30, 40, 50, 100])
-    num_read: list[int] = []
-
-    class Counted(np.ndarray):
-        def __getitem__(self, index: Any) -> Any:
-            num_read.append(index.start)
-            return np.asarray(self)[index]
-
-    split = Split(tokens.view(Counted), tokens, docs, docs, docs, docs, docs)
-    assert _find_documents(split, [tokens[30:40], tokens[:10]]) == {digest_tokens(tokens[30:40]), digest_tokens(tokens[:10])}
-    # Documents of other lengths, and those after the last match, are not read.
-    assert num_read == [0, 30]
-    assert _find_documents(split, [tokens[1:11]]) == set()
 
 
 def test_rows_with_one_prompt_for_all_take_no_time_and_memory_for_each_question() -> None:
