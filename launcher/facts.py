@@ -23,7 +23,6 @@ from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.data import GENERAL_TEXT, DataSection
 from launcher.config.sections.evaluation import FORGETTING
-from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data import sources
 from launcher.data.cache import cache_store
 from launcher.data.cache_dir import cache_root
@@ -49,12 +48,9 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
     the devices of one of the job's nodes; its CPUs are assumed to be like this machine's.
 
     Raises:
-        ConfigError: if there is no such run or checkpoint, or another user created a folder with a Hub repository's name.
+        ConfigError: if there is no such run or checkpoint.
     """
     sources = {"path": config.model.path, "tokenizer": config.model.tokenizer}
-    of_hub = {key: value for key, value in sources.items() if value and HUB_ID_PATTERN.fullmatch(value)}
-    if problems := [problem for key, value in of_hub.items() if (problem := ownership.hub_name_problem(f"model.{key}", value))]:
-        raise ConfigError(problems)
     changes = {key: local for key, value in sources.items() if value and (local := model_source.local_folder(value)) != value}
     if is_run(config.model.path):
         from launcher.models import parent_run

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.checkpoint.folder_links import link_problems
-from launcher.errors import DataError, Problem, PushError
-from launcher.security.hub_answers import guard_hub_client
+from launcher.errors import Problem, PushError
 from launcher.security.redaction import redact
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ def is_public(repo_id: str) -> bool | None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    guard_hub_client()
     try:
         info = HfApi(token=os.environ.get(TOKEN_VARIABLE)).model_info(repo_id, timeout=_QUERY_TIMEOUT_S)
     except RepositoryNotFoundError:
@@ -85,10 +83,6 @@ def push(folder: Path, repo_id: str, *, again: str, public: bool = False) -> str
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    try:
-        guard_hub_client()
-    except DataError as error:
-        raise PushError(error.problems) from None
     api = HfApi(token=os.environ[TOKEN_VARIABLE])
     try:
         # `exist_ok` does not tell who can read an existing repository.

@@ -116,44 +116,10 @@ def folder_problem(subject: str, folder: Path, content: Iterable[Path], may_be_h
     return first_problem(subject, folder, content, _own_trust(), with_parents=True, may_be_hidden=may_be_hidden)
 
 
-def named_file_problem(variables: Iterable[str]) -> Problem | None:
-    """Return the problem with the first of these variables that names a file or folder which other users could have written.
-
-    Its author chooses a client's server, its account, or a command that it runs. Returns None if there is no such variable.
-    """
-    for variable in variables:
-        value, content = os.environ.get(variable), list[Path]()
-        # /dev/null stands for no file, and everyone can write to it.
-        if not value or value == os.devnull:
-            continue
-        path = Path(os.path.expanduser(value))
-        with suppress(OSError):
-            content = list(path.iterdir()) if path.is_dir() else []
-        problem = first_problem(f"what {variable} names", path, content, _own_trust(), with_parents=True, may_be_hidden=True)
-        if problem is not None:
-            return replace(problem, remedy=f"set {variable} to a path of your own, or unset it; or {problem.remedy}")
-    return None
-
-
 def accepts_owner(uid: int) -> bool:
     """Return whether this user trusts files that a given user owns."""
     trust = _own_trust()
     return trust.anyone or trust.accepts_owner(uid)
-
-
-def hub_name_problem(key: str, name: str) -> Problem | None:
-    """Return the problem with a Hub name, owner/name, for which another user created a folder or file here.
-
-    It would be used instead of the repository. Returns None if there is no such folder or file.
-    """
-    path = Path(name)
-    for part in (path.parent, path):
-        with suppress(OSError):
-            if os.path.lexists(path) and not accepts_owner(owner := part.lstat().st_uid):
-                message = f"{key}: {name} names a repository of the Hub, and {user_name(owner)} has made a path of that name here"
-                remedy = f"write ./{name} if that path is meant; for the repository, start from another folder (cd)"
-                return Problem(message, str(part.absolute()), name, remedy)
-    return None
 
 
 def follow_own_links(file: Path) -> Path:

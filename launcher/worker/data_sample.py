@@ -25,7 +25,6 @@ from launcher.data.sources.files import Block
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, LauncherError, Problem
 from launcher.models import parent_run
-from launcher.security.hub_answers import guard_hub_client
 from launcher.security.printable_stream import printable_output
 from launcher.worker.prepare import convert_local, hub_reason
 from launcher.worker.signals import exit_on_termination
@@ -131,7 +130,6 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
         return folder, None, "" if folder is not None else f"{name} is not on this machine"
     from huggingface_hub import snapshot_download
 
-    guard_hub_client()
     revision = model.revision if name == model.path else None
     try:
         cache = hub_cache.download_cache(name)

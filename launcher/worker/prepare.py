@@ -32,7 +32,6 @@ from launcher.export.hf_folder import ExportTask, export, find_chat_template, ve
 from launcher.models import parent_run
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.security import folders, ownership
-from launcher.security.hub_answers import guard_hub_client
 from launcher.security.printable_stream import printable_output
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.jsonl import read_metrics
@@ -219,7 +218,6 @@ def _download(repo_id: str, model: ModelSection) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
 
-    guard_hub_client()
     # model.revision pins code, and only in the model's own repository.
     with_code = model.trust_remote_code and repo_id == model.path
     patterns = [*_HUB_FILES, *(["*.bin"] if model.allow_pickled_weights else []), *(["*.py"] if with_code else [])]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,8 +17,7 @@ from missing_program import skip_or_fail
 from pace import wait_for
 from special_files import make_pipe
 
-from launcher.clusters.ray import auto_address, doctor, jobs
-from launcher.clusters.ray.cluster import require_usable
+from launcher.clusters.ray import auto_address, doctor
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.errors import SubmitError
@@ -154,57 +152,3 @@ def test_the_driver_of_doctor_gets_no_settings_as_arguments(tmp_path: Path, monk
 
     doctor._run_here(RaySection(kind="ray", address="auto"), '{"environ": {}}', "60", time.monotonic() + 60, Reader())
     assert Reader.lines == ["['-', '60']", '{"environ": {}}']
-
-
-@pytest.fixture
-def taken() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """Another user's process that prints what it receives; its ports listen on one address, on all IPv4, and on both families."""
-    if os.geteuid() != 0:
-        skip_or_fail("only root can act as another user: run pytest as root")
-    code = (
-        "import os, selectors, socket; os.setuid(1)\n"
-        "addresses = ['127.0.0.1', '', *(['::'] if socket.has_dualstack_ipv6() else [])]\n"
-        "families = [socket.AF_INET6 if ':' in one else socket.AF_INET for one in addresses]\n"
-        "servers = [socket.create_server((one, 0), family=family, dualstack_ipv6=one == '::')\n"
-        "           for one, family in zip(addresses, families)]\n"
-        "print(*(server.getsockname()[1] for server in servers), flush=True)\n"
-        "ready = selectors.DefaultSelector()\n"
-        "for server in servers: ready.register(server, selectors.EVENT_READ)\n"
-        "while True:\n"
-        "    for key, _ in ready.select():\n"
-        "        client, _ = key.fileobj.accept(); print(client.recv(9999), flush=True); client.close()"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        try:
-            yield other, [int(port) for port in other.stdout.readline().split()]
-        finally:
-            other.kill()
-
-
-def test_an_address_of_this_machine_that_another_user_has_taken_gets_no_token(
-    taken: tuple[subprocess.Popen[str], list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other user binds the port of an ssh tunnel before it is set up or after it has ended."""
-    other, ports = taken
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "canary")
-    monkeypatch.delenv("LAUNCHER_TRUST_OWNERS", raising=False)
-    section = RaySection(kind="ray", address=f"http://127.0.0.1:{ports[0]}")
-    with pytest.raises(SubmitError, match="a process of daemon listens at this address, and would get your token") as error:
-        require_usable(section)
-    assert "--trust-owner daemon" in error.value.problems[0].remedy
-    for port in ports:
-        with pytest.raises(SubmitError, match="a process of daemon listens"):
-            jobs.state(f"http://localhost:{port}", "raysubmit_1")
-        with pytest.raises(SubmitError, match="a process of daemon listens"):
-            auto_address.address_to_join(f"127.0.0.1:{port}")
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        with pytest.raises(SubmitError, match="a process of daemon listens"):
-            auto_address.address_to_join("auto")
-        monkeypatch.delenv("RAY_ADDRESS")
-    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon")
-    assert auto_address.address_to_join(f"127.0.0.1:{ports[0]}")
-    other.kill()
-    assert other.stdout is not None
-    assert other.stdout.read() == "", "nothing was sent there"

@@ -12,15 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from missing_program import skip_or_fail
 
 from launcher.errors import RunError
 from launcher.evaluate.engines import vllm_engine
 from launcher.evaluate.engines.vllm_engine import VllmEngine
 from launcher.evaluate.task import Weights
-from launcher.security import port_owners
-
-free_port = vllm_engine._free_port
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 REPO = Path(__file__).resolve().parents[2]
@@ -124,50 +120,6 @@ def test_the_server_ends_with_a_process_that_is_killed(python: Path, weights: We
         assert servers(weights)
         process.send_signal(signal.SIGKILL)
     await_no_server(weights)
-
-
-def test_a_port_that_another_user_has_taken_is_not_asked(
-    python: Path, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    listeners = tmp_path / "tcp"
-    row = "0: 0100007F:{port:04X} 00000000:0000 0A 00000000:00000000 00:00000000 00000000 {user} 0 1"
-    monkeypatch.setattr(port_owners, "_TABLES", (listeners,))
-    monkeypatch.setattr(vllm_engine, "_free_port", lambda: port)
-    for user, is_accepted in ((os.geteuid() + 1, False), (os.geteuid(), True)):
-        port = free_port()
-        listeners.write_text("sl local_address\n" + row.format(port=port, user=user) + "\n")
-        if is_accepted:
-            engine_of(python, weights).close()
-        else:
-            with pytest.raises(RunError, match="belongs to another user"):
-                engine_of(python, weights)
-    await_no_server(weights)
-
-
-def test_a_port_that_another_user_has_taken_on_all_addresses_gets_no_prompt(
-    python: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another user can read the port from the command line and take it before vLLM has started."""
-    if os.geteuid() != 0:
-        skip_or_fail("only root can act as another user: run pytest as root")
-    code = (
-        "import os, socket; os.setuid(54321); server = socket.create_server(('', 0))\n"
-        "print(server.getsockname()[1], flush=True)\n"
-        "while True:\n"
-        "    client, _ = server.accept(); print(client.recv(9999), flush=True)\n"
-        "    client.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\n{}'); client.close()"
-    )
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as other:
-        try:
-            assert other.stdout is not None
-            port = int(other.stdout.readline())
-            monkeypatch.setattr(vllm_engine, "_free_port", lambda: port)
-            with pytest.raises(RunError, match="vLLM ended with exit code 1 before it answered"):
-                engine_of(python, weights)
-        finally:
-            other.kill()
-        assert other.stdout.read() == "", "nobody else gets the key"
 
 
 def test_a_server_that_ends_later_gets_no_further_prompt(python: Path, weights: Weights) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -12,8 +11,6 @@ import pytest
 from http_server import serving
 
 from launcher.config.schema import TrackingSection
-from launcher.security import key_requests
-from launcher.security.key_requests import read_json
 from launcher.tracking.wandb import account
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -42,31 +39,6 @@ class Named(Elsewhere):
     target: str
 
     def do_GET(self) -> None:
-        if self.path.startswith("/slow"):
-            self.send_response(200)
-            self.end_headers()
-            try:
-                while True:
-                    self.wfile.write(b" ")
-                    self.wfile.flush()
-                    time.sleep(0.1)
-            except OSError:
-                self.close_connection = True
-            return
-        if self.path.startswith("/long"):
-            self.send_response(200)
-            self.end_headers()
-            try:
-                while True:
-                    self.wfile.write(b" " * 65536)
-            except OSError:
-                self.close_connection = True
-            return
-        if self.path.startswith("/deep"):
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"[" * 200_000 + b"]" * 200_000)
-            return
         self.send_response(302)
         self.send_header("Location", f"{self.target}/stolen")
         self.send_header("Content-Length", "0")
@@ -90,19 +62,8 @@ def request(address: str) -> urllib.request.Request:
 def test_a_key_does_not_follow_a_redirect(servers: tuple[str, type[Elsewhere]], monkeypatch: pytest.MonkeyPatch) -> None:
     address, other = servers
     with pytest.raises(urllib.error.HTTPError) as refused:
-        read_json(request(f"{address}/api/whoami-v2"), 60)
+        account.request_json(request(f"{address}/api/whoami-v2"), 60)
     assert refused.value.code == 302
     found = account._answer(address, KEY, account.Account("environment"), TrackingSection().project)
     assert "answers with HTTP 302" in found.unknown
     assert other.received == []
-
-
-def test_an_answer_has_bounds_in_time_and_size(servers: tuple[str, type[Elsewhere]], monkeypatch: pytest.MonkeyPatch) -> None:
-    address, _ = servers
-    with pytest.raises(TimeoutError):
-        read_json(request(f"{address}/slow"), 1)
-    monkeypatch.setattr(key_requests, "_MAX_BYTES", 1 << 20)
-    with pytest.raises(ValueError, match="more than 1 MiB"):
-        read_json(request(f"{address}/long"), 60)
-    with pytest.raises(ValueError, match="nested too deeply"):
-        read_json(request(f"{address}/deep"), 60)

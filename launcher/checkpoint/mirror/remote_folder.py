@@ -23,7 +23,7 @@ from launcher.atomic_files import FileEntry
 from launcher.errors import LauncherError, SubmitError
 from launcher.security import ownership
 from launcher.security.permissions import tree
-from launcher.security.storage_addresses import access_remedy, address_problem, guard_clients
+from launcher.security.storage_addresses import access_remedy, require_known_hosts
 from launcher.security.trust import FLAG, user_name
 
 T = TypeVar("T")
@@ -55,9 +55,7 @@ class RemoteFolder:
     def __init__(self, url: str, waits_s: tuple[float, ...] = _WAITS_S, origin: str = "checkpoint.mirror") -> None:
         self.url, self.origin = url.rstrip("/"), origin
         self._waits_s = waits_s
-        if problem := address_problem(origin, url):
-            raise SubmitError(problem)
-        guard_clients(url)
+        require_known_hosts(url)
         with convert_storage_errors(self, "reached"):
             self._connect()
         protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else tuple(self._fs.protocol)

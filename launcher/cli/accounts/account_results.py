@@ -13,8 +13,7 @@ from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult, f
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.export import hub
-from launcher.security.key_requests import read_json
-from launcher.security.port_owners import server_problem
+from launcher.tracking.wandb.account import request_json
 
 _ANSWER_DEADLINE_S = 10.0
 _MAX_NAME_CHARS = 100
@@ -63,13 +62,10 @@ def _check_hub(config: RunConfig) -> Iterator[CheckResult]:
         yield CheckResult(_HUB, OK, f"a token from {source}, not checked because HF_HUB_OFFLINE is set")
         return
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if problem := server_problem("HF_ENDPOINT", endpoint):
-        yield from_problem(problem, name=_HUB)
-        return
     remedy = f"set {hub.TOKEN_VARIABLE} to a valid token from {_TOKEN_PAGE}"
     try:
         request = urllib.request.Request(f"{endpoint}/api/whoami-v2", headers={"Authorization": f"Bearer {token}"})  # noqa: S310
-        user = str(read_json(request, _ANSWER_DEADLINE_S)["name"])[:_MAX_NAME_CHARS]
+        user = str(request_json(request, _ANSWER_DEADLINE_S)["name"])[:_MAX_NAME_CHARS]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             yield CheckResult(_HUB, FAILURE, f"{endpoint} does not accept the token from {source}", remedy)

@@ -16,7 +16,6 @@ import psutil
 
 from launcher import atomic_files
 from launcher.errors import SubmitError
-from launcher.security import port_owners
 from launcher.security.trust import FLAG, Trust, user_name
 
 _WHERE, _AUTO = "cluster.address", "auto"
@@ -36,24 +35,13 @@ def address_to_join(address: str) -> str:
     """Return the address for ray.init for a value of cluster.address, so that Ray never searches for a cluster itself.
 
     Raises:
-        SubmitError: as find_address does, and if another user listens at the named address of this machine.
+        SubmitError: as find_address does.
     """
     if address == _AUTO:
         address = os.environ.get("RAY_ADDRESS") or _AUTO
     if address == _AUTO:
         return find_address()
-    require_own_listener(address)
     return address
-
-
-def require_own_listener(address: str) -> None:
-    """Reject a host:port of this machine that another user has taken: the driver sends the token there and unpickles answers.
-
-    Raises:
-        SubmitError: with the user.
-    """
-    if problem := port_owners.server_problem(_WHERE, address):
-        raise SubmitError(problem)
 
 
 def find_address() -> str:

@@ -29,8 +29,6 @@ from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, read_readme
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
-from launcher.security.hub_answers import guard_hub_client
-from launcher.security.storage_addresses import address_problem
 
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
@@ -108,8 +106,6 @@ def url_problem(key: str, url: str) -> Problem | None:
     """Return the problem of an address with an unknown protocol; `key` is its setting."""
     from fsspec.registry import available_protocols
 
-    if problem := address_problem(key, url):
-        return problem
     protocol = url.split("://")[0]
     if protocol in available_protocols():
         return None
@@ -120,9 +116,6 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
     """Check a local path on disk and return its problem; `key` is its setting."""
     value, path = source.path, Path(source.path).expanduser()
     remedy = f"set {key} to a data file, a folder, a pattern, a Hub dataset (owner/name) or an address (s3://...)"
-    is_name = HUB_ID_PATTERN.fullmatch(value) is not None and detect_kind(value) is None
-    if is_name and (problem := ownership.hub_name_problem(key, value)):
-        return problem
     is_pattern = glob.has_magic(value) and not path.exists()
     if is_pattern and not _match_pattern(value):
         return Problem("no file matches the pattern", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
@@ -227,7 +220,6 @@ def _match_pattern(pattern: str) -> list[str]:
 
 
 def _hub_files(source: RowSource) -> tuple[DataFile, ...]:
-    guard_hub_client()
     commit, names, _ = _hub_listing(source)
     files = []
     for name in names:
@@ -251,7 +243,6 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    guard_hub_client()
     record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
     if len(source.revision or "") == _COMMIT_DIGITS and (stored := _read_listing(record)):
         return stored

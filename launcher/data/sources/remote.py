@@ -19,7 +19,7 @@ from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, require_short_readme
 from launcher.errors import DataError, Problem
 from launcher.security import ownership
-from launcher.security.storage_addresses import access_remedy, address_problem, guard_clients, listener_problem
+from launcher.security.storage_addresses import access_remedy, require_known_hosts
 
 # File metadata that changes with the content, by its names in various storages.
 _VERSION_KEYS = (
@@ -187,11 +187,6 @@ def _missing_package(error: ImportError) -> str:
 def _connect(url: str) -> tuple[Any, str]:
     from fsspec.core import url_to_fs
 
-    where = "the address of the data"
-    if problem := address_problem(where, url):
-        raise DataError(problem)
-    guard_clients(url)
-    if problem := listener_problem(where, url):
-        raise DataError(problem)
+    require_known_hosts(url)
     fs, path = url_to_fs(url)
     return fs, str(path)

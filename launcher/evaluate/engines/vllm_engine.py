@@ -15,7 +15,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from ipaddress import ip_address
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from launcher.errors import ConfigError, RunError
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.task import Weights
 from launcher.security import ownership
-from launcher.security.port_owners import users_listening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,15 +134,12 @@ class VllmEngine:
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 raise self._failed(f"vLLM ended with exit code {self._process.returncode} before it answered")
-            # Only the server may get the key.
-            if self._is_listening():
-                with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
-                    return
+            with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
+                return
             time.sleep(_POLL_S)
         raise self._failed(f"vLLM did not answer within {start_s:.0f} s")
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        # The server may have ended, and another user's process may use its port.
         self._require_server()
         try:
             with self._opener.open(self._request(path, body), timeout=_REQUEST_S) as response:
@@ -158,17 +153,8 @@ class VllmEngine:
 
     def _require_server(self) -> None:
         """Raise RunError if the server has ended."""
-        if (code := self._process.poll()) is not None or not self._is_listening():
-            raise self._failed("vLLM has ended" if code is None else f"vLLM ended with exit code {code}")
-
-    def _is_listening(self) -> bool:
-        """Return whether a process of this user listens on the port; raises RunError if another user's process does."""
-        listening = users_listening(self._port)
-        # The system gives connections to a process that listens at the exact address before one that listens at all addresses.
-        users = None if listening is None else listening.get(ip_address(_HOST), set())
-        if users is not None and users - {os.geteuid()}:
-            raise self._failed(f"port {self._port}, which was chosen for vLLM, belongs to another user")
-        return users != set()
+        if (code := self._process.poll()) is not None:
+            raise self._failed(f"vLLM ended with exit code {code}")
 
     def _request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}

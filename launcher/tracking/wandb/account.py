@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.config.schema import TrackingSection
-from launcher.security.key_requests import read_json
 
 ANSWER_DEADLINE_S = 10.0
 _VIEWER = "query Viewer { viewer { entity username admin teams { edges { node { name } } } } }"
@@ -102,12 +101,30 @@ def _answer(address: str, key: str, account: Account, project: str) -> Account:
     return replace(account, unknown=f"{user} is not a member of {entity}; {permissions}")
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """By default, urllib sends a request's headers, including the key, to whatever server a redirect names."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def request_json(request: urllib.request.Request, timeout_s: float) -> Any:
+    """Return the JSON of the answer to a request that carries a key, which goes to no other server.
+
+    Raises:
+        OSError: if there is no answer; HTTPError for a status other than 200, including redirects.
+        ValueError: if it is not JSON.
+    """
+    with urllib.request.build_opener(_NoRedirects).open(request, timeout=timeout_s) as answer:
+        return json.load(answer)
+
+
 def _ask(address: str, key: str, query: str, **variables: str) -> dict[str, Any]:
     credentials = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
     body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{address.rstrip('/')}/graphql", body, headers)  # noqa: S310
-    data: dict[str, Any] = read_json(request, ANSWER_DEADLINE_S)["data"]
+    data: dict[str, Any] = request_json(request, ANSWER_DEADLINE_S)["data"]
     return data
 
 

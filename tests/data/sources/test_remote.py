@@ -19,7 +19,6 @@ from missing_program import skip_or_fail
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources import check_sources, compute_source_digest, read_documents, remote
 from launcher.errors import DataError
-from launcher.security import storage_addresses
 
 # In fsspec, a mapping of the same name hides this module.
 REGISTRY = sys.modules["fsspec.registry"]
@@ -134,16 +133,6 @@ def test_the_hubs_client_is_left_its_fast_way(memory_of: Callable[..., None], mo
     monkeypatch.setattr(MemoryFileSystem, "protocol", "hf")
     assert texts(Source(path="memory://data/a.jsonl")) == ["a"]
     assert options == []
-
-
-def test_the_page_that_lists_a_folder_is_read_up_to_a_bound(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A web server may send data forever."""
-    page = b"".join(b'<a href="rows-%d.jsonl">rows</a>' % number for number in range(100))
-    web.content, web.headers = page, {"Content-Type": "text/html", "ETag": "one"}
-    source = Source(path=f"{web.address}/rows/")
-    assert len(remote.RemoteFiles(source).names) == 100
-    monkeypatch.setattr(storage_addresses, "MAX_ANSWER_BYTES", 1000)
-    assert len(remote.RemoteFiles(source).names) == 1, "it counts as a file, which has bounds of its own"
 
 
 def test_a_client_that_writes_through_links_gets_a_folder_that_nobody_else_can_enter(
