@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from urllib.request import Request
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,24 @@ def hide_secrets(text: str, secrets: Mapping[str, str]) -> str:
         if text == value or _is_part(value, text):
             text = text.replace(value, "<redacted>")
     return text
+
+
+def request_json(request: Request, timeout_s: float) -> Any:
+    """Return the JSON of the answer to a request that carries a key, which follows no redirect to another server.
+
+    Raises:
+        OSError: if there is no answer; HTTPError for a status other than 200, including redirects.
+        ValueError: if it is not JSON.
+    """
+    # Imported here because it loads slowly.
+    from urllib.request import HTTPRedirectHandler, build_opener
+
+    class NoRedirects(HTTPRedirectHandler):
+        def redirect_request(self, *_: Any) -> None:
+            return None
+
+    with build_opener(NoRedirects).open(request, timeout=timeout_s) as answer:
+        return json.load(answer)
 
 
 def _is_part(value: str, text: str) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from http_server import serving
 
 from launcher.config.schema import TrackingSection
+from launcher.security.credentials import request_json
 from launcher.tracking.wandb import account
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -62,7 +63,7 @@ def request(address: str) -> urllib.request.Request:
 def test_a_key_does_not_follow_a_redirect(servers: tuple[str, type[Elsewhere]], monkeypatch: pytest.MonkeyPatch) -> None:
     address, other = servers
     with pytest.raises(urllib.error.HTTPError) as refused:
-        account.request_json(request(f"{address}/api/whoami-v2"), 60)
+        request_json(request(f"{address}/api/whoami-v2"), 60)
     assert refused.value.code == 302
     found = account._answer(address, KEY, account.Account("environment"), TrackingSection().project)
     assert "answers with HTTP 302" in found.unknown

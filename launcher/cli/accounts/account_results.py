@@ -13,7 +13,7 @@ from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult, f
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.export import hub
-from launcher.tracking.wandb.account import request_json
+from launcher.security.credentials import request_json
 
 _ANSWER_DEADLINE_S = 10.0
 _MAX_NAME_CHARS = 100

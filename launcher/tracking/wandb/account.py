@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.config.schema import TrackingSection
+from launcher.security.credentials import request_json
 
 ANSWER_DEADLINE_S = 10.0
 _VIEWER = "query Viewer { viewer { entity username admin teams { edges { node { name } } } } }"
@@ -99,24 +100,6 @@ def _answer(address: str, key: str, account: Account, project: str) -> Account:
         return replace(account, refused=f"there is no entity {entity} that {user} may see; {permissions}")
     # Service accounts and organization administrators may write where they are not members.
     return replace(account, unknown=f"{user} is not a member of {entity}; {permissions}")
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """By default, urllib sends a request's headers, including the key, to whatever server a redirect names."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def request_json(request: urllib.request.Request, timeout_s: float) -> Any:
-    """Return the JSON of the answer to a request that carries a key, which goes to no other server.
-
-    Raises:
-        OSError: if there is no answer; HTTPError for a status other than 200, including redirects.
-        ValueError: if it is not JSON.
-    """
-    with urllib.request.build_opener(_NoRedirects).open(request, timeout=timeout_s) as answer:
-        return json.load(answer)
 
 
 def _ask(address: str, key: str, query: str, **variables: str) -> dict[str, Any]:
