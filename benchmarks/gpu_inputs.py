@@ -34,7 +34,7 @@ def main() -> None:
     write_chats(args.folder / "chats.jsonl", args.row_tokens, args.tokens)
     if not (args.folder / "model").is_dir():
         write_model(args.folder / "model", json.loads(args.config.read_text()), args.dtype)
-    print(json.dumps({"free_gib": _free_gib(), "capability": _capability()}), flush=True)
+    print(json.dumps({"free_gib": _free_gib()}), flush=True)
 
 
 def _free_gib() -> float | None:
@@ -46,13 +46,6 @@ def _free_gib() -> float | None:
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     return (free + torch.cuda.memory_reserved()) / 2**30
-
-
-def _capability() -> tuple[int, int] | None:
-    """Return the compute capability of the first GPU; None without a GPU."""
-    import torch
-
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def write_chats(file: Path, row_tokens: int, num_tokens: int) -> None:

@@ -188,8 +188,10 @@ def _isolation(kernel: str, device: Any, dtype: Any) -> dict[str, Any]:
         flatten=kernel != "sdpa",
     )
     boundaries = torch.arange(0, 3 * DOCUMENT_TOKENS + 1, DOCUMENT_TOKENS, dtype=torch.int32)
-    measured = measure_isolation(lambda ids, positions: model(ids, positions, cu_seqlens=boundaries), config.vocab_size, device)
-    return {"is_isolated": measured.is_isolated, "isolation": measured.describe()}
+    outcome, detail = measure_isolation(
+        lambda ids, positions: model(ids, positions, cu_seqlens=boundaries), config.vocab_size, device
+    )
+    return {"is_isolated": outcome == "isolated", "isolation": detail}
 
 
 if __name__ == "__main__":

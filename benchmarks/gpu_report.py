@@ -11,12 +11,10 @@ from launcher.plan.architecture.flops import train_flops
 from launcher.plan.gpu_types import GPUS, GpuType, recognize
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_tokens_per_sec, situation_of
-from launcher.plan.sizing.activations import Kernels
-from launcher.plan.sizing.fp8 import fp8_speed
 
 LAUNCHER = "launcher"
-# Settings measured in addition to the defaults. A side with such settings is named after them, separated by spaces.
-FP8, COMPILE = "model.fp8=true", "model.compile=true"
+# A setting measured in addition to the defaults. Such a side is named after it.
+COMPILE = "model.compile=true"
 # Deviations from the plan beyond which a run sends an alert: launcher/train/monitoring/anomalies.py.
 SPEED_LIMIT, MEMORY_LIMIT = 0.20, 0.05
 
@@ -47,7 +45,7 @@ def lines(measured: Measured) -> list[str]:
     """Return the body of a section of RESULTS.md."""
     parts = [measured.tests, *_kernel_table(measured.kernels)]
     for case, sides in measured.cases.items():
-        parts += ["", f"**{case}**", "", *_side_table(sides), "", *_against_plan(sides, measured.card), *_fp8_lines(sides)]
+        parts += ["", f"**{case}**", "", *_side_table(sides), "", *_against_plan(sides, measured.card)]
     if row := fitted_row(measured):
         parts += ["", "Rows for `launcher/plan/gpu_types.py`:", "", "```python", row, "```"]
     if measured.notes:
@@ -97,16 +95,6 @@ def _against_plan(sides: list[Side], card: str) -> Iterator[str]:
             yield f"{card} is not in launcher/plan/gpu_types.py: no MFU and no planned speed"
 
 
-def _fp8_lines(sides: list[Side]) -> Iterator[str]:
-    """Yield the measured speedup of FP8 products over bf16, and the plan's assumption."""
-    for name, speed in _fp8_speeds(sides):
-        kernels = Kernels(2, "varlen", 1, compiled=name == "fp8_speed")
-        gpu = situation_of(sides[0].plan).gpu
-        if gpu is not None:
-            how = "compiled" if kernels.compiled else "not compiled"
-            yield f"products in FP8, {how}: {speed:.2f} times as fast as in bf16, planned {fp8_speed(gpu, kernels):.2f}"
-
-
 def _deviation(measured: float, planned: float, unit: str, limit: float) -> str:
     deviation = measured / planned - 1
     verdict = "within" if abs(deviation) <= limit else "NOT within"
@@ -148,11 +136,6 @@ def fitted_row(measured: Measured) -> str:
     of_launcher = [side for sides in measured.cases.values() for side in sides if side.name.startswith(LAUNCHER)]
     on_one = [side for side in of_launcher if side.plan.topology.world_size == 1]
     values = {name: value for name, fit in _FITS.items() if (value := _median_of(fit, on_one)) is not None}
-    speeds: dict[str, list[float]] = {}
-    for sides in measured.cases.values():
-        for name, speed in _fp8_speeds([side for side in sides if side.plan.topology.world_size == 1]):
-            speeds.setdefault(name, []).append(speed)
-    values |= {name: statistics.median(of_cases) for name, of_cases in speeds.items()}
     if not values:
         return ""
     key = recognize(measured.card) or measured.card
@@ -183,17 +166,6 @@ def gemm_share(side: Side) -> float | None:
     return _fit(side, lambda gpu, share: replace(gpu, gemm_share=share), 0.02, 1.0)
 
 
-def measured_fp8_speed(in_fp8: Side, in_bf16: Side) -> float | None:
-    """Return the speed of FP8 products relative to bf16, including casts; None if no factor fits.
-
-    `in_bf16` is the same run in bf16. Its share of the peak absorbs all errors of the time model.
-    """
-    share = gemm_share(in_bf16)
-    if share is None:
-        return None
-    return _fit(in_fp8, lambda gpu, speed: replace(gpu, gemm_share=share, fp8_speed=speed, fp8_eager_speed=speed), 0.05, 4.0)
-
-
 def _fit(side: Side, changed: Callable[[GpuType, float], GpuType], low: float, high: float) -> float | None:
     """Return the value for which the row from `changed` gives the measured speed; None if there is none."""
     gpu, lowest, highest = situation_of(side.plan).gpu, 1.01 * low, 0.99 * high
@@ -206,17 +178,6 @@ def _fit(side: Side, changed: Callable[[GpuType, float], GpuType], low: float, h
             return None
         low, high = (value, high) if planned < side.figures["tokens_per_sec"] else (low, value)
     return value if lowest < value < highest else None
-
-
-def _fp8_speeds(sides: list[Side]) -> Iterator[tuple[str, float]]:
-    """Yield name and value of each measured FP8 speed for a GPU's row; `sides` are those of a case."""
-    by_settings = {frozenset(side.name.split()): side for side in sides if not side.name.startswith(LAUNCHER)}
-    plain = next((side for side in sides if side.name.startswith(LAUNCHER)), None)
-    for name, settings in (("fp8_speed", {COMPILE}), ("fp8_eager_speed", set[str]())):
-        in_bf16 = by_settings.get(frozenset(settings)) if settings else plain
-        in_fp8 = by_settings.get(frozenset(settings | {FP8}))
-        if in_bf16 is not None and in_fp8 is not None and (speed := measured_fp8_speed(in_fp8, in_bf16)) is not None:
-            yield name, speed
 
 
 _FITS = {"runtime_gib": _runtime_gib, "fragmentation": _fragmentation, "gemm_share": gemm_share}

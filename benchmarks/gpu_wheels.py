@@ -23,8 +23,6 @@ _IN_THE_IMAGE = re.compile(r"torch|triton|nvidia-.*|cuda-.*")
 _NOT_NEEDED = ("ray", "wandb", "wandb-workspaces")
 _FOR_TESTS = ("pytest", "pytest-timeout", "hypothesis")
 _TO_COMPARE = ("trl", "datasets", "liger-kernel")
-# Gets its own folder: if it were in the environment, transformers would import it in every process.
-_FP8 = "torchao"
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
@@ -43,7 +41,7 @@ def main(image: str, folder: str, python_version: str) -> None:
             if canonicalize_name(requirement.name) not in collected
         }
         collected |= needed.keys()
-        wheels = [fetch(requirement, folder_of(requirement, out), target) for requirement in needed.values()]
+        wheels = [fetch(requirement, out, target) for requirement in needed.values()]
         due = [requirement for wheel in wheels for requirement in requirements_of(wheel, target)]
     total = sum(wheel.stat().st_size for wheel in out.rglob("*.whl"))
     print(f"{len(collected)} packages, {total / 2**20:.0f} MiB in {out}")
@@ -61,16 +59,9 @@ def first_requirements(environment: os._Environ[str] | dict[str, str]) -> Iterat
     with open(REPO / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     extra = {Requirement(one).name: one for group in project["optional-dependencies"].values() for one in group}
-    names = [*_FOR_TESTS, _FP8, *(_TO_COMPARE if environment.get("COMPARE") else ()), *environment.get("PACKAGES", "").split()]
+    names = [*_FOR_TESTS, *(_TO_COMPARE if environment.get("COMPARE") else ()), *environment.get("PACKAGES", "").split()]
     for text in (*project["dependencies"], *(extra.get(name, name) for name in names)):
         yield Requirement(text)
-
-
-def folder_of(requirement: Requirement, out: Path) -> Path:
-    """Create and return the folder for the wheel of a requirement."""
-    folder = out / "fp8" if canonicalize_name(requirement.name) == _FP8 else out
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 def lacking(requirements: Iterable[Requirement], installed: dict[str, str], without: set[str]) -> Iterator[Requirement]:

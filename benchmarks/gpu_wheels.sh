@@ -7,14 +7,13 @@
 # On the machine, with a copy of this checkout and of the folder:
 #
 #     python -m venv --system-site-packages venv && venv/bin/pip install --no-index --no-deps wheels/*.whl
-#     venv/bin/pip install --no-index --no-deps --target venv/fp8 wheels/fp8/*.whl      # torchao, for FP8
 #     PYTHONPATH=. venv/bin/python benchmarks/gpu.py
 #
 # Omits Ray and W&B. COMPARE=1 adds TRL, its datasets and Liger; PACKAGES="flash-attn-4 ..." adds others; WITHOUT="pyarrow ..."
 # omits more. The image must contain torch and its dependencies. Versions come from constraints.txt if it lists the package.
 set -euo pipefail
 if [ $# -lt 2 ]; then
-  sed -n '2,16p' "$0" | sed 's/^# \{0,1\}//'
+  sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//'
   exit 2
 fi
 cd "$(dirname "$0")/.."

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bare_memory
@@ -26,11 +26,14 @@ from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
-from launcher.plan.planner import plan
+from launcher.plan.planner import plan, situation_of
+from launcher.plan.sizing.combinations import as_set, evaluate
 
 HERE = Path(__file__).resolve().parent
 _TIMEOUT_S = 600
 _MIB = 2**20
+# Small chunks of the loss, so that the other parts of the memory matter.
+_CHUNK_TOKENS = 64
 _SOURCE = (
     "From the functions of `launcher/plan/sizing` and `launcher.train.engine.build_engine`, called from Python. Tensors only: "
     "Liger's kernels and the memory that CUDA, NCCL and fragmentation add are not measured here."
@@ -107,21 +110,18 @@ ENGINE = (
     _engine("4 ranks, wider", "cluster.ranks_per_node=4", "model.config.hidden_size=768", "model.config.intermediate_size=2304"),
     _engine("2 ranks, fp32", "model.dtype=fp32", "data.max_length=512", fit=True),
     _engine("2 ranks, deeper, large vocabulary", "model.config.num_hidden_layers=10", "model.config.vocab_size=24576"),
-    _engine("2 ranks, whole layers", "deepspeed.whole_layers=true"),
-    _engine(
-        "2 ranks, whole layers recomputed",
-        *("deepspeed.whole_layers=true", "model.activation_checkpointing=all", "data.max_length=1024"),
-    ),
     _engine("2 ranks, experts", "model.config.model_type=qwen3_moe", *(f"++model.config.{one}" for one in _MOE), fit=True),
 )
 # Small buckets, so that the other parts of the memory matter.
 _SHARED = (
     *("model=tiny", "data=jsonl", "data.path=rows.jsonl", "train.epochs=null", "train.max_steps=3", "model.dtype=bf16"),
-    *("data.max_length=256", "train.global_batch_size=8", "train.micro_batch_size=1", "train.loss_chunk_tokens=64"),
+    *("data.max_length=256", "train.global_batch_size=8", "train.micro_batch_size=1"),
     *("cluster.ranks_per_node=2", "model.attention=sdpa", "model.activation_checkpointing=none", "model.config.vocab_size=8192"),
     *("model.config.hidden_size=512", "model.config.head_dim=64", "model.config.num_attention_heads=8"),
     *("model.config.num_key_value_heads=4", "model.config.intermediate_size=1536", "model.config.num_hidden_layers=6"),
-    *("model.config.tie_word_embeddings=false", "deepspeed.reduce_bucket_size=1000000", "deepspeed.prefetch_bucket_size=1000000"),
+    "model.config.tie_word_embeddings=false",
+    "+deepspeed.extra.zero_optimization.reduce_bucket_size=1000000",
+    "+deepspeed.extra.zero_optimization.stage3_prefetch_bucket_size=1000000",
     "+deepspeed.extra.zero_optimization.stage3_max_live_parameters=4000000",
     "+deepspeed.extra.zero_optimization.stage3_max_reuse_distance=4000000",
 )
@@ -178,9 +178,7 @@ def _measure_engine(case: Case) -> Measured:
     if done.returncode or not lines:
         raise SystemExit(f"{case.name}: {done.stderr[-2000:]}")
     measured = json.loads(lines[-1])
-    peak = planned.peak
-    assert peak is not None
-    return Measured(case, max(measured.values()), peak.tensors_gib * 2**30)
+    return Measured(case, max(measured.values()), planned.peak.tensors_gib * 2**30)
 
 
 def _plan(overrides: tuple[str, ...]) -> LaunchPlan:
@@ -197,7 +195,10 @@ def _plan(overrides: tuple[str, ...]) -> LaunchPlan:
         data=None,
         provenance=Provenance(created_at="2026-01-01T00:00:00Z", launcher_version="", python="", packages={}),
     )
-    return plan(config, facts)
+    planned = plan(config, facts)
+    situation = replace(situation_of(planned), chunk_tokens=_CHUNK_TOKENS)
+    combination = as_set(situation, planned.batch.micro_batch_size, planned.checkpointing)
+    return planned.model_copy(update={"loss_chunk_tokens": _CHUNK_TOKENS, "peak": evaluate(situation, combination).peak})
 
 
 def _row(result: Measured) -> str:

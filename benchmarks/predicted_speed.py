@@ -33,10 +33,9 @@ from launcher.plan.architecture.flops import train_flops
 from launcher.plan.deepspeed import WIDTHS
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_step, tokens_of_step
-from launcher.plan.sizing import elementwise
 from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
-from launcher.plan.sizing.step_time import Rates, StepTime
+from launcher.plan.sizing.step_time import Rates, StepTime, bytes_of_layers, bytes_of_loss
 
 HERE = Path(__file__).resolve().parent
 # Deviation from the plan beyond which a run sends an alert: launcher/train/monitoring/anomalies.py.
@@ -85,9 +84,7 @@ class Outcome:
         return fixed + sum(factor * self.part_s(name) for name, factor in zip(FACTORS, factors, strict=True))
 
 
-def _case(
-    width: str, ranks: int, row: int, micro: int, batch: int, recomputed: str = "none", *more: str, fit: bool = False
-) -> Case:
+def _case(width: str, ranks: int, row: int, micro: int, batch: int, recomputed: str = "none", fit: bool = False) -> Case:
     hidden, inner, layers = _WIDTHS[width]
     config = {
         "hidden_size": hidden,
@@ -98,9 +95,8 @@ def _case(
         "num_key_value_heads": max(1, hidden // 128),
     }
     words = [f"model.config.{key}={value}" for key, value in config.items()]
-    words += [*_batch(ranks, row, micro, batch, recomputed), *more]
-    settings = "".join(f", {one.partition('=')[0].rpartition('.')[2]}" for one in more)
-    return Case(_name(width, ranks, row, micro, batch, recomputed) + settings, fit, row, tuple(words))
+    words += _batch(ranks, row, micro, batch, recomputed)
+    return Case(_name(width, ranks, row, micro, batch, recomputed), fit, row, tuple(words))
 
 
 def _batch(ranks: int, row: int, micro: int, batch: int, recomputed: str) -> tuple[str, ...]:
@@ -115,7 +111,6 @@ def _name(width: str, ranks: int, row: int, micro: int, batch: int, recomputed: 
     return f"{width}, {ranks} x {micro} x {accumulation} rows of {row}, recomputed: {recomputed}"
 
 
-_WHOLE = "deepspeed.whole_layers=true"
 CASES = (
     _case("narrow", 1, 256, 1, 4, fit=True),
     _case("small", 1, 256, 1, 4, fit=True),
@@ -124,7 +119,7 @@ CASES = (
     _case("middle", 2, 256, 2, 8, "every 2", fit=True),
     _case("wide", 1, 256, 4, 4, fit=True),
     _case("wide", 2, 512, 1, 2, fit=True),
-    _case("narrow", 2, 512, 1, 4, "none", _WHOLE, fit=True),
+    _case("narrow", 2, 512, 1, 4, fit=True),
     _case("small", 2, 1024, 1, 2, "all"),
     _case("middle", 1, 512, 1, 4),
     _case("middle", 2, 1024, 1, 2),
@@ -240,14 +235,14 @@ def rates_of(plan: LaunchPlan, measured: dict[str, float]) -> Rates:
     assert flops is not None
     tokens, length = plan.batch.micro_batch_size * plan.config.data.max_length, _doc_tokens(plan)
     trained, width = _trained_tokens(plan), WIDTHS[plan.config.model.dtype]
-    recomputed = checkpointed_layers(plan.activation_checkpointing, model.num_layers)
+    recomputed = checkpointed_layers(plan.checkpointing, model.num_layers)
     share = sum(recomputed) / len(recomputed)
     again = 1 + share / 3
     products_s = model.num_layers * measured["layer_s"] * again + trained / _chunk_tokens(plan) * measured["head_s"]
     attention = (flops.of([length], 0) - flops.per_token * length) / (model.num_layers * measured["attention_s"])
     kernels = Kernels(width, plan.config.model.attention, plan.config.data.max_length)
-    in_layers = tokens * elementwise.bytes_of_layers(model, kernels, share)
-    in_loss = elementwise.bytes_of_loss(model, width, trained, plan.loss_chunk_tokens)
+    in_layers = tokens * bytes_of_layers(model, kernels, share)
+    in_loss = bytes_of_loss(model, width, trained, plan.loss_chunk_tokens)
     elementwise_s = in_layers / measured["layer_bytes_per_s"] + in_loss / measured["loss_bytes_per_s"]
     return Rates(
         products=(tokens * flops.per_token * again + trained * flops.per_label) / products_s,

@@ -100,20 +100,15 @@ def read_plan(output: str) -> LaunchPlan:
     return LaunchPlan.model_validate({key: value for key, value in values.items() if key in LaunchPlan.model_fields})
 
 
-def launcher_side(
-    prepared: Prepared, extra: tuple[str, ...] = (), without_last_save: bool = False, python_path: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Run `python -m launcher train`, measured from its metrics.jsonl; `without_last_save` ends it after the last step.
-
-    `python_path` adds folders to Python's search path.
-    """
+def launcher_side(prepared: Prepared, extra: tuple[str, ...] = (), without_last_save: bool = False) -> dict[str, Any]:
+    """Run `python -m launcher train`, measured from its metrics.jsonl; `without_last_save` ends it after the last step."""
     root = Path(tempfile.mkdtemp(dir=prepared.folder))
     started = time.time()
     metrics = root / "bench" / "metrics.jsonl"
     run(
         [sys.executable, "-m", "launcher", "train", *prepared.overrides, f"run.root={root}", "run.name=bench", *extra],
         root / "log",
-        one_thread_environment(*python_path),
+        one_thread_environment(),
         timeout_s=prepared.timeout_s,
         is_done=(lambda: len(_step_lines(metrics)) >= prepared.steps) if without_last_save else None,
     )
@@ -206,13 +201,9 @@ def user_environment(folder: Path, **variables: str) -> dict[str, str]:
     return environment
 
 
-def one_thread_environment(*python_path: str) -> dict[str, str]:
-    """Return the environment of ranks that share this machine's cores; Python writes its bytecode, as it does for users.
-
-    `python_path` are folders of packages.
-    """
+def one_thread_environment() -> dict[str, str]:
+    """Return the environment of ranks that share this machine's cores; Python writes its bytecode, as it does for users."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (*python_path, environment.get("PYTHONPATH"))))
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     return environment
 

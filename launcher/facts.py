@@ -36,7 +36,7 @@ from launcher.security import ownership
 
 _PACKAGES = (
     *("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors"),
-    *("liger-kernel", "torchao"),
+    "liger-kernel",
 )
 
 

@@ -227,7 +227,6 @@ class ForkingWorkers:
         "launcher.train.isolation",
         "launcher.train.model",
         "launcher.worker.checks.isolation_check",
-        "launcher.worker.checks.reduced_model",
         "transformers.models.llama.modeling_llama",
     )
 

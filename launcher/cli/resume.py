@@ -79,7 +79,7 @@ def resume_run(
     if checkpoint is not None:
         for path in store.set_aside_after(run.checkpoints, checkpoint.step):
             print(f"set aside: {formatting.short(path)}")
-        if note := _describe_lost_metrics(run, plan, checkpoint.step):
+        if note := _describe_lost_metrics(run, checkpoint.step):
             print(f"note: {note}")
     _replace_unusable_code(run)
     resume_step = None if checkpoint is None else checkpoint.step
@@ -160,10 +160,10 @@ def _describe_replaced_export(run: RunDir, plan: LaunchPlan, step: int) -> str |
     return f"{holds} and is replaced when the run ends; to keep this model, copy the folder before then"
 
 
-def _describe_lost_metrics(run: RunDir, plan: LaunchPlan, step: int) -> str | None:
+def _describe_lost_metrics(run: RunDir, step: int) -> str | None:
     """Describe metrics that end before the checkpoint, as after a power loss; None if they reach it."""
     last = int(read_tail(run.metrics).last.get("trainer/step", 0))
-    if last + plan.config.train.log_every > step:
+    if last >= step:
         return None
     end = f"ends at step {last}" if last else "has no steps"
     return f"metrics.jsonl {end}, and the checkpoint is of step {step}: the lines between are lost; training does not need them"

@@ -26,11 +26,17 @@ _ALLOWED = (
     *(f"fp16.{name}" for name in ("loss_scale_window", "min_loss_scale")),
     *(f"zero_optimization.{name}" for name in ("contiguous_gradients", "ignore_unused_parameters", "leaf_module")),
     *(f"zero_optimization.{name}" for name in ("memory_efficient_linear", "overlap_comm", "reduce_scatter")),
-    *(f"zero_optimization.{name}" for name in ("round_robin_gradients", "stage3_max_live_parameters", "sub_group_size")),
-    *(f"zero_optimization.{name}" for name in ("stage3_max_reuse_distance", "stage3_module_granularity_threshold")),
+    *(f"zero_optimization.{name}" for name in ("reduce_bucket_size", "round_robin_gradients", "sub_group_size")),
+    *(f"zero_optimization.stage3_{name}" for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size")),
+    *(f"zero_optimization.stage3_{name}" for name in ("module_granularity_threshold", "param_persistence_threshold")),
     *("zero_optimization.stage3_use_all_reduce_for_fetch_params", "zero_optimization.use_multi_rank_bucket_allreduce"),
     *(f"zero_optimization.offload_optimizer.{name}" for name in ("buffer_count", "fast_init", "pin_memory")),
     *(f"zero_optimization.offload_param.{name}" for name in ("buffer_count", "pin_memory")),
+)
+_QGZ, _WRONG_SUMS = (
+    "zero_optimization.zero_quantized_gradients",
+    "DeepSpeed 0.19.8 sums quantized gradients (qgZ) wrongly: it divides by the number of nodes instead of ranks, and reads bf16 "
+    "as fp16, so that a run trains on wrong gradients without an error",
 )
 
 
@@ -43,5 +49,5 @@ def extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] =
         if key not in skip and not re.match(rf"({'|'.join(_ALLOWED)})($|[.\[])", name):
             close = difflib.get_close_matches(name, _ALLOWED, n=1, cutoff=0.9)
             remedy = f"did you mean {close[0]}?" if close else f"remove it; these are accepted: {', '.join(_ALLOWED)}"
-            message = f"{key}: not accepted, because the plan or another setting decides it, or DeepSpeed has no such key"
-            yield Problem(message, origins.of(key), shown(key, value), remedy)
+            reason = "not accepted, because the plan or another setting decides it, or DeepSpeed has no such key"
+            yield Problem(f"{key}: {_WRONG_SUMS if name == _QGZ else reason}", origins.of(key), shown(key, value), remedy)

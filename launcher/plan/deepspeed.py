@@ -8,7 +8,6 @@ weights may stay until the next two and a half layers have been gathered.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from launcher.config.schema import DeepSpeedSection, ModelSection
@@ -33,25 +32,11 @@ _NO_PREFETCH = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 
 
 # Bytes per element.
 WIDTHS = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Bytes per parameter of int8 weights (ZeRO++, arXiv:2306.10209).
-_QUANTIZED_WEIGHT = 1.0
 
 
-@dataclass(frozen=True)
-class TransferWidths:
-    """Bytes per transferred parameter: its gathered weight, and its gradient on the way to other ranks."""
-
-    weight: float
-    gradient: float
-
-
-def transfer_widths(rendered: Mapping[str, Any], dtype: str) -> TransferWidths:
-    """Return the widths under DeepSpeed's configuration."""
-    zero = rendered["zero_optimization"]
-    return TransferWidths(
-        weight=_QUANTIZED_WEIGHT if zero.get("zero_quantized_weights", False) else WIDTHS[dtype],
-        gradient=reduced_width(rendered, dtype),
-    )
+def gathered_width(rendered: Mapping[str, Any], dtype: str) -> int:
+    """Return the bytes per element of a weight on its way to other ranks: int8 if quantized (ZeRO++, arXiv:2306.10209)."""
+    return 1 if rendered["zero_optimization"].get("zero_quantized_weights", False) else WIDTHS[dtype]
 
 
 def reduced_width(rendered: Mapping[str, Any], dtype: str) -> int:
@@ -81,11 +66,9 @@ def render(
         "overlap_comm": True,
         "contiguous_gradients": True,
         "sub_group_size": NVME_SUB_GROUP if deepspeed.offload_optimizer == "nvme" else 1_000_000_000,
-        "reduce_bucket_size": deepspeed.reduce_bucket_size or max(hidden * hidden, _SMALLEST_BUCKET),
-        "stage3_prefetch_bucket_size": deepspeed.prefetch_bucket_size or max(layer, _SMALLEST_BUCKET),
-        "stage3_param_persistence_threshold": (
-            10 * hidden if deepspeed.param_persistence_threshold is None else deepspeed.param_persistence_threshold
-        ),
+        "reduce_bucket_size": max(hidden * hidden, _SMALLEST_BUCKET),
+        "stage3_prefetch_bucket_size": max(layer, _SMALLEST_BUCKET),
+        "stage3_param_persistence_threshold": 10 * hidden,
         "stage3_max_live_parameters": live,
         "stage3_max_reuse_distance": live,
         "stage3_gather_16bit_weights_on_model_save": False,

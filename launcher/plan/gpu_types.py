@@ -46,8 +46,7 @@ class GpuType:
 
     The other numbers are None until a GPU has been measured; benchmarks/gpu.py measures them. `runtime_gib` is the memory that
     CUDA and NCCL use. `fragmentation` is the factor by which the allocator's peak exceeds that of the tensors. `gemm_share` is
-    the share of the peak that the matrix products of a step reach. `fp8_speed` (compiled) and `fp8_eager_speed` (not compiled)
-    are the speeds of products in FP8, casts included, relative to bf16.
+    the share of the peak that the matrix products of a step reach.
     """
 
     memory_gib: float
@@ -56,17 +55,14 @@ class GpuType:
     fp32: float
     names: str
     memory_tbs: float | None = None
-    fp8: float | None = None
     usd_per_hour: float | None = None
     runtime_gib: float | None = None
     fragmentation: float | None = None
     gemm_share: float | None = None
-    fp8_speed: float | None = None
-    fp8_eager_speed: float | None = None
 
     def peak_tflops(self, dtype: str) -> float | None:
-        """Return the peak of matrix products in bf16, fp16, tf32 (fp32 rounded on input), fp32 or fp8."""
-        return {"bf16": self.bf16, "fp16": self.bf16, "tf32": self.tf32, "fp32": self.fp32, "fp8": self.fp8}[dtype]
+        """Return the peak of matrix products in bf16, fp16, tf32 (fp32 rounded on input) or fp32."""
+        return {"bf16": self.bf16, "fp16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}[dtype]
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,6 @@ GPUS = {
         tf32=494.5,
         fp32=67,
         memory_tbs=3.35,
-        fp8=1979,
         usd_per_hour=2.95,
         names=r"\bh100(?!\d)(?!.*\b(nvl|pcie)\b)",
     ),
@@ -116,34 +111,27 @@ GPUS = {
         tf32=378,
         fp32=51,
         memory_tbs=2,
-        fp8=1513,
         usd_per_hour=2.80,
         names=r"\bh100(?!\d)(?!.*\bnvl\b).*\bpcie\b",
     ),
-    "H100-NVL": GpuType(
-        93.1, bf16=835.5, tf32=417.5, fp32=60, memory_tbs=3.9, fp8=1670.5, usd_per_hour=3.05, names=r"\bh100(?!\d).*\bnvl\b"
-    ),
-    "H200": GpuType(
-        139.8, bf16=989, tf32=494.5, fp32=67, memory_tbs=4.8, fp8=1979, usd_per_hour=3.80, names=r"\bh200(?!\d)(?!.*\bnvl\b)"
-    ),
+    "H100-NVL": GpuType(93.1, bf16=835.5, tf32=417.5, fp32=60, memory_tbs=3.9, usd_per_hour=3.05, names=r"\bh100(?!\d).*\bnvl\b"),
+    "H200": GpuType(139.8, bf16=989, tf32=494.5, fp32=67, memory_tbs=4.8, usd_per_hour=3.80, names=r"\bh200(?!\d)(?!.*\bnvl\b)"),
     "H200-NVL": GpuType(
-        139.8, bf16=835.5, tf32=417.5, fp32=60, memory_tbs=4.8, fp8=1670.5, usd_per_hour=3.50, names=r"\bh200(?!\d).*\bnvl\b"
+        139.8, bf16=835.5, tf32=417.5, fp32=60, memory_tbs=4.8, usd_per_hour=3.50, names=r"\bh200(?!\d).*\bnvl\b"
     ),
-    "GH200": GpuType(94.5, bf16=989, tf32=494.5, fp32=67, memory_tbs=4, fp8=1979, usd_per_hour=3.50, names=r"\bgh200(?!\d)"),
-    "B200": GpuType(178.4, bf16=2250, tf32=1100, fp32=75, memory_tbs=8, fp8=4500, usd_per_hour=6.00, names=r"\bb200(?!\d)"),
-    "GB200": GpuType(184.3, bf16=2500, tf32=1250, fp32=80, memory_tbs=8, fp8=5000, usd_per_hour=7.00, names=r"\bgb200(?!\d)"),
-    "B300": GpuType(267.7, bf16=2250, tf32=1125, fp32=75, memory_tbs=8, fp8=4500, usd_per_hour=7.20, names=r"\bb300(?!\d)"),
-    "GB300": GpuType(276.6, bf16=2500, tf32=1250, fp32=80, memory_tbs=8, fp8=5000, names=r"\bgb300(?!\d)"),
-    "L4": GpuType(22.0, bf16=121, tf32=60, fp32=30.3, memory_tbs=0.3, fp8=242.5, usd_per_hour=0.75, names=r"\bl4\b"),
-    "L40S": GpuType(44.5, bf16=362, tf32=183, fp32=91.6, memory_tbs=0.864, fp8=733, usd_per_hour=1.40, names=r"\bl40s\b"),
+    "GH200": GpuType(94.5, bf16=989, tf32=494.5, fp32=67, memory_tbs=4, usd_per_hour=3.50, names=r"\bgh200(?!\d)"),
+    "B200": GpuType(178.4, bf16=2250, tf32=1100, fp32=75, memory_tbs=8, usd_per_hour=6.00, names=r"\bb200(?!\d)"),
+    "GB200": GpuType(184.3, bf16=2500, tf32=1250, fp32=80, memory_tbs=8, usd_per_hour=7.00, names=r"\bgb200(?!\d)"),
+    "B300": GpuType(267.7, bf16=2250, tf32=1125, fp32=75, memory_tbs=8, usd_per_hour=7.20, names=r"\bb300(?!\d)"),
+    "GB300": GpuType(276.6, bf16=2500, tf32=1250, fp32=80, memory_tbs=8, names=r"\bgb300(?!\d)"),
+    "L4": GpuType(22.0, bf16=121, tf32=60, fp32=30.3, memory_tbs=0.3, usd_per_hour=0.75, names=r"\bl4\b"),
+    "L40S": GpuType(44.5, bf16=362, tf32=183, fp32=91.6, memory_tbs=0.864, usd_per_hour=1.40, names=r"\bl40s\b"),
     "A10": GpuType(22.1, bf16=125, tf32=62.5, fp32=31.2, memory_tbs=0.6, usd_per_hour=0.85, names=r"\ba10\b"),
     "A10G": GpuType(22.1, bf16=70, tf32=35, fp32=35, memory_tbs=0.6, usd_per_hour=1.00, names=r"\ba10g\b"),
-    "RTX-4090": GpuType(23.6, bf16=165.2, tf32=82.6, fp32=82.6, memory_tbs=1.008, fp8=330.3, usd_per_hour=0.60, names=r"4090\b"),
-    "RTX-5090": GpuType(31.3, bf16=209.5, tf32=104.8, fp32=104.8, memory_tbs=1.792, fp8=419, usd_per_hour=0.90, names=r"5090\b"),
-    "MI300X": GpuType(
-        191.7, bf16=1307.4, tf32=653.7, fp32=163.4, memory_tbs=5.3, fp8=2614.9, usd_per_hour=2.00, names=r"\bmi300x"
-    ),
-    "MI325X": GpuType(255.7, bf16=1307.4, tf32=653.7, fp32=163.4, memory_tbs=6, fp8=2614.9, usd_per_hour=2.15, names=r"\bmi325x"),
+    "RTX-4090": GpuType(23.6, bf16=165.2, tf32=82.6, fp32=82.6, memory_tbs=1.008, usd_per_hour=0.60, names=r"4090\b"),
+    "RTX-5090": GpuType(31.3, bf16=209.5, tf32=104.8, fp32=104.8, memory_tbs=1.792, usd_per_hour=0.90, names=r"5090\b"),
+    "MI300X": GpuType(191.7, bf16=1307.4, tf32=653.7, fp32=163.4, memory_tbs=5.3, usd_per_hour=2.00, names=r"\bmi300x"),
+    "MI325X": GpuType(255.7, bf16=1307.4, tf32=653.7, fp32=163.4, memory_tbs=6, usd_per_hour=2.15, names=r"\bmi325x"),
 }
 
 _STATED_GB = re.compile(r"(?<![a-zA-Z0-9])(\d{1,5}) ?G(?:i?B)?\b", re.IGNORECASE)

@@ -16,6 +16,7 @@ from launcher.config.sections.evaluation import HELD_OUT
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import SCHEMA_VERSION
 
+Outcome = Literal["isolated", "leaks", "not_causal", "other_logits", "unsupported", "unknown"]
 # Number of trained tokens whose logits exist at a time, unless the settings or a GPU's memory decide otherwise.
 LOSS_CHUNK_TOKENS = 1024
 
@@ -49,7 +50,7 @@ class IsolationVerdict(Record):
     the measured numbers.
     """
 
-    outcome: Literal["isolated", "leaks", "not_causal", "other_logits", "unsupported", "unknown"]
+    outcome: Outcome
     kernel: str
     transformers: str
     detail: str = ""
@@ -267,9 +268,9 @@ class Limits(Record):
 class LaunchPlan(Record):
     """All decisions of a run. Workers read nothing else. `eval_sets` has the data of eval.sets by name.
 
-    `gpu_name` is the name or type of the GPUs, empty on CPUs. Three fields hold decided settings: `checkpointing` holds
-    model.activation_checkpointing (all, none or every N), `loss_chunk_tokens` holds train.loss_chunk_tokens, and `liger` holds
-    model.liger. They and `peak` are None in a plan of an earlier launcher.
+    `gpu_name` is the name or type of the GPUs, empty on CPUs. Three fields hold decisions:
+    `checkpointing` the layers that recompute their activations (all, none or every N), `loss_chunk_tokens` the trained tokens
+    whose logits exist at a time, and `liger` whether the ranks try Liger's kernels.
     """
 
     schema_version: Literal[4] = SCHEMA_VERSION
@@ -282,10 +283,10 @@ class LaunchPlan(Record):
     batch: Batch
     deepspeed: dict[str, Any]
     memory: Memory
-    checkpointing: str | None = None
-    loss_chunk_tokens: int | None = None
-    liger: bool | None = None
-    peak: PeakMemory | None = None
+    checkpointing: str
+    loss_chunk_tokens: int
+    liger: bool
+    peak: PeakMemory
     checkpoint_bytes: int
     saving: Saving
     limits: Limits
@@ -295,22 +296,6 @@ class LaunchPlan(Record):
     eval_sets: dict[str, DataFacts] = {}
     provenance: Provenance
     lineage: Lineage | None = None
-
-    @property
-    def activation_checkpointing(self) -> str:
-        """The layers that recompute their activations: all, none or every N."""
-        return self.checkpointing or self.config.model.activation_checkpointing.replace("auto", "none")
-
-    @property
-    def uses_liger(self) -> bool:
-        """Whether the ranks should compute with Liger's kernels, which exist only on GPUs."""
-        liger = self.config.model.liger is True if self.liger is None else self.liger
-        return liger and self.topology.device == "cuda"
-
-    @property
-    def chunk_tokens(self) -> int:
-        """The number of trained tokens whose logits exist at a time."""
-        return self.loss_chunk_tokens or self.config.train.loss_chunk_tokens or LOSS_CHUNK_TOKENS
 
     @property
     def nvme_folder(self) -> Path | None:

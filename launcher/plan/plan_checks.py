@@ -14,7 +14,6 @@ from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, ModelFacts
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
-from launcher.plan.sizing.fp8 import fp8_warning
 
 # transformers looks up positions in a table of fixed length, so a longer document fails with an index error.
 _POSITION_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
@@ -138,8 +137,6 @@ def warnings(plan: LaunchPlan) -> Iterator[str]:
         )
         rows = format_count(data.num_rows, "row")
         yield f"a batch of {format_count(batch, 'row')} is more than the {rows} of the data, so each step repeats rows: {fitting}"
-    if slow := fp8_warning(config):
-        yield slow
     yield from _short_saves(plan)
 
 

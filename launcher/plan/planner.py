@@ -19,7 +19,6 @@ from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
 from launcher.plan.sizing import combinations, kernels
-from launcher.plan.sizing.fp8 import fp8_problems
 from launcher.plan.sizing.remedies import CHOSEN_BY_PLAN, nearest_fits
 from launcher.plan.sizing.step_time import Rates, StepTime
 
@@ -40,7 +39,6 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     problems += [*optimizer_problems(config), *plan_checks.refusals(config, facts.model)]
     problems += plan_checks.answers_problems(config, facts.data)
     gpu_name = config.cluster.gpu_type or facts.device.name
-    problems += fp8_problems(config, facts.model, topology, gpu_name)
     try:
         batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
     except ConfigError as error:
@@ -121,7 +119,7 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
     nvme_folder = _nvme_folder(config, planned.run_name, Path(planned.run_dir))
     device_gib, node_gib = planned.memory.device_gib, planned.memory.node_gib
     parts = _parts_by_ranks(
-        config, planned.model, planned.data, topology, planned.gpu_name, nvme_folder, device_gib, node_gib, planned.uses_liger
+        config, planned.model, planned.data, topology, planned.gpu_name, nvme_folder, device_gib, node_gib, planned.liger
     )
     if not planned.saving.background:
         parts["saving"] = planned.saving
@@ -169,9 +167,7 @@ def _parts_by_ranks(
 def situation_of(planned: LaunchPlan) -> combinations.Situation:
     """Return the situation for which combinations of a plan's settings are tried."""
     gpu, device_gib = lookup(planned.gpu_name), planned.memory.device_gib
-    return combinations.Situation(
-        planned.config, planned.model, planned.data, planned.topology, gpu, device_gib, planned.uses_liger
-    )
+    return combinations.Situation(planned.config, planned.model, planned.data, planned.topology, gpu, device_gib, planned.liger)
 
 
 def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> float | None:
@@ -192,11 +188,10 @@ def planned_step(planned: LaunchPlan, gpu: GpuType | None = None, rates: Rates |
     """
     if not planned.config.data.packing:
         return None
-    situation = replace(situation_of(planned), rates=rates)
-    if gpu is not None:
-        situation = replace(situation, gpu=gpu)
-    combination = combinations.as_set(situation, planned.batch.micro_batch_size, planned.activation_checkpointing)
-    return combinations.evaluate(situation, combination, is_allowed=True).step
+    situation = replace(situation_of(planned), chunk_tokens=planned.loss_chunk_tokens, rates=rates)
+    situation = situation if gpu is None else replace(situation, gpu=gpu)
+    combination = combinations.as_set(situation, planned.batch.micro_batch_size, planned.checkpointing)
+    return combinations.evaluate(situation, combination).step
 
 
 def as_run(planned: LaunchPlan, has_liger: bool) -> LaunchPlan:
@@ -204,15 +199,11 @@ def as_run(planned: LaunchPlan, has_liger: bool) -> LaunchPlan:
 
     The ranks may lack a Liger that was planned, and the peak of a plan whose ranks decide is for the case without it.
     """
-    if planned.peak is None:
-        return planned
-    model = planned.config.model.model_copy(update={"liger": has_liger})
-    train = planned.config.train.model_copy(update={"loss_chunk_tokens": planned.chunk_tokens})
-    config = planned.config.model_copy(update={"model": model, "train": train})
+    config = planned.config.model_copy(update={"model": planned.config.model.model_copy(update={"liger": has_liger})})
     decided = planned.model_copy(update={"config": config, "liger": has_liger})
-    situation = situation_of(decided)
-    combination = combinations.as_set(situation, planned.batch.micro_batch_size, planned.activation_checkpointing)
-    return decided.model_copy(update={"peak": combinations.evaluate(situation, combination, is_allowed=True).peak})
+    situation = replace(situation_of(decided), chunk_tokens=planned.loss_chunk_tokens)
+    combination = combinations.as_set(situation, planned.batch.micro_batch_size, planned.checkpointing)
+    return decided.model_copy(update={"peak": combinations.evaluate(situation, combination).peak})
 
 
 def tokens_of_step(planned: LaunchPlan) -> int:
@@ -308,7 +299,7 @@ def _too_large(planned: LaunchPlan) -> str:
     over = f"over {format_count(ranks, 'rank')}"
     if states.per_rank_gib > states.device_gib:
         return f"model states {over} need {states.per_rank_gib:.0f} GiB per GPU, and a GPU has {states.device_gib:.0f}"
-    if peak is None or peak.tensors_gib <= states.device_gib:
+    if peak.tensors_gib <= states.device_gib:
         return ""
     stage = peak.largest
     return (

@@ -103,7 +103,7 @@ def _partitioned_model(
     # transformers holds only a weak reference to this object; weights are partitioned as they load while it is alive.
     partitioning = HfDeepSpeedConfig(plan.deepspeed)
     config = plan.config
-    device, chunk_tokens = plan.topology.device, plan.chunk_tokens
+    device, chunk_tokens = plan.topology.device, plan.loss_chunk_tokens
     yield build_model(
         config.model,
         plan.model,
@@ -112,11 +112,9 @@ def _partitioned_model(
         packing=config.data.packing,
         make_progress=make_progress,
         has_checkpoint=has_checkpoint,
-        checkpointing=plan.activation_checkpointing,
-        uses_liger=plan.uses_liger,
-        whole_layers=trains and config.deepspeed.whole_layers,
+        checkpointing=plan.checkpointing,
+        uses_liger=plan.liger,
         compiles=trains and config.model.compile,
-        uses_fp8=trains and config.model.fp8,
     )
     del partitioning
 

@@ -219,9 +219,8 @@ class TrainingLoop:
         grad_norm = float(parts.engine.get_global_grad_norm() or 0.0)
         metrics = parts.meter.step(self.step, batch, reduction.loss, grad_norm, lr, times)
         parts.monitor.update_ranks(reduction.stats)
-        if self.step % run.plan.config.train.log_every == 0 or self.is_last_step():
-            run_store.fence(run.run_dir, run.rank_info.attempt)
-            run.tracker.log(self.step, metrics | parts.monitor.metrics(parts.meter.tokens))
+        run_store.fence(run.run_dir, run.rank_info.attempt)
+        run.tracker.log(self.step, metrics | parts.monitor.metrics(parts.meter.tokens))
         parts.status.update_step(self.step)
         parts.monitor.alert(self.step, reduction.loss, parts.meter.overall_tokens_per_sec)
 

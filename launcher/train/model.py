@@ -24,7 +24,7 @@ from launcher.models.remote_code import kernel_problems, without_code
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
-from launcher.train.kernels import attention, fp8, layers, liger
+from launcher.train.kernels import attention, layers, liger
 from launcher.train.loading import build_with_weights
 from launcher.train.loss import LossHead
 
@@ -34,13 +34,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class CausalLMLoss(nn.Module):
     """A Hugging Face model with a forward pass that returns the loss over trained labels."""
 
-    def __init__(self, model: nn.Module, flatten: bool, liger_problem: str = "", fp8_use: str = "") -> None:
+    def __init__(self, model: nn.Module, flatten: bool, liger_problem: str = "") -> None:
         super().__init__()
         self.hf = model
         # Why Liger is not used although the plan assumes it.
         self.liger_problem = liger_problem
-        # Which layers compute in FP8; empty if none does.
-        self.fp8_use = fp8_use
         # FlashAttention and varlen keep documents apart only in a batch of one row.
         self.flatten = flatten
         # In a tuple, so that torch does not register the module twice.
@@ -128,17 +126,14 @@ def build_model(
     has_checkpoint: bool = False,
     checkpointing: str = NONE,
     uses_liger: bool = False,
-    whole_layers: bool = False,
     compiles: bool = False,
-    uses_fp8: bool = False,
 ) -> CausalLMLoss:
     """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
 
     With `has_checkpoint`, weights are neither loaded nor initialized, because a checkpoint replaces them all.
 
     Raises:
-        ConfigError: if the architecture is not a causal language model that can be trained here, weights are missing, or a
-            rank cannot compute in FP8.
+        ConfigError: if the architecture is not a causal language model that can be trained here, or weights are missing.
     """
     # A lazy import of dynamo inside zero.Init fails on the patched tensor constructors.
     import torch._dynamo
@@ -161,28 +156,20 @@ def build_model(
         message = "packed documents would affect each other in the FlashAttention of this architecture"
         raise ConfigError(message, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
-    liger_problem = fp8_use = ""
-    if uses_fp8:
-        fp8.require_usable(torch.device(device))
+    liger_problem = ""
     if uses_liger:
         liger_problem = liger.find_problem(model, str(config.model_type), torch.device(device), options["dtype"])
     hf = build_with_weights(config, model, facts, folder, make_progress, has_checkpoint, **options, **remote)
     _replace_head(hf, chunk_tokens)
     if uses_liger and not liger_problem:
         liger_problem = liger.apply(hf, model, torch.device(device))
-    if uses_fp8:
-        fp8_use = fp8.convert(hf, layers.find_layers(hf, "model.fp8", "set model.fp8=false"), compiles)
     checkpoint_layers(hf, checkpointing)
-    if whole_layers or compiles:
-        setting = "model.compile" if compiles else "deepspeed.whole_layers"
-        decoder_layers = layers.find_layers(hf, setting, f"set {setting}=false")
-        layers.gather_whole(decoder_layers)
-        if compiles:
-            layers.compile_layers(hf, decoder_layers, torch.device(device))
+    if compiles:
+        layers.compile_layers(hf, torch.device(device))
     hf.train()
     # Models that cannot isolate documents train without packing. If their batches were flattened, rows would affect each other.
     flatten = packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention"))
-    return CausalLMLoss(hf, flatten, liger_problem, fp8_use)
+    return CausalLMLoss(hf, flatten, liger_problem)
 
 
 def read_own_config(folder: Path, trust_remote_code: bool) -> Any:

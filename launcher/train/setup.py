@@ -113,17 +113,15 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     engine, model = build_engine(plan, rank_info, make_progress, has_checkpoint=start.checkpoint is not None)
     if device.type == "cuda":
         tracker.event("info", attention.describe(plan.config.model, model.hf.config, plan.config.data.packing), 0)
-    if plan.uses_liger:
+    if plan.liger:
         problem = model.liger_problem
         tracker.event("alert" if problem else "info", liger.describe_use(problem, plan.config, run.run_dir.root), 0)
-    if model.fp8_use:
-        tracker.event("info", model.fp8_use, 0)
     # Refuse an engine that cannot be saved here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
     batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)
     # If the optimizer steps on the node's CPUs, its time identifies slow ranks.
     steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
-    monitored = as_run(plan, has_liger=not model.liger_problem) if plan.uses_liger else plan
+    monitored = as_run(plan, has_liger=not model.liger_problem) if plan.liger else plan
     monitor = Monitor(monitored, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
     objective = OBJECTIVES["supervised"]
     scorer = Scorer(engine, model, objective, rank_info, device)

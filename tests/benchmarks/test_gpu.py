@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gpu
 import gpu_kernel
 import gpu_report
 import pytest
 from forked import ForkServer
-from gpu_report import COMPILE, FP8, Measured, Side
-from gpu_wheels import first_requirements, folder_of, is_satisfied, lacking, read_freeze
+from gpu_report import COMPILE, Measured, Side
+from gpu_wheels import first_requirements, is_satisfied, lacking, read_freeze
 from pace import slowness
 from packaging.requirements import Requirement
 from plan_fixtures import H100, config_of, plan_of
@@ -48,7 +47,6 @@ def replace_count(count: int):
 
 def measured(plan: LaunchPlan, tokens_per_sec: float, reserved_gib: float) -> Measured:
     """Return figures of a launcher run with 1 GiB for CUDA, and of a bare loop at half its speed."""
-    assert plan.peak is not None
     last = {
         "perf/mfu": 0.47,
         "memory/planned_gib": plan.peak.peak_gib - plan.peak.runtime_gib,
@@ -73,7 +71,6 @@ def measured(plan: LaunchPlan, tokens_per_sec: float, reserved_gib: float) -> Me
 def test_the_report_compares_with_the_plan_and_with_the_other_sides(plan: LaunchPlan) -> None:
     planned = planned_tokens_per_sec(plan)
     assert planned is not None
-    assert plan.peak is not None
     memory_gib = plan.peak.peak_gib - plan.peak.runtime_gib
     text = "\n".join(gpu_report.lines(measured(plan, 1.1 * planned, 0.9 * memory_gib)))
     assert "| flash_attention_2 | not here: flash-attn is not installed |" in text
@@ -95,39 +92,6 @@ def test_the_row_of_a_measured_gpu_gives_its_speed_and_memory(plan: LaunchPlan) 
     assert planned_tokens_per_sec(plan, replace(GPUS["H100-80GB"], gemm_share=share)) == pytest.approx(1.1 * planned, rel=1e-3)
 
 
-def test_the_row_of_a_measured_gpu_gives_its_speed_in_fp8(plan_of: Callable[..., LaunchPlan]) -> None:
-    """FP8 is compared with bf16 with the same kernels, so an underestimated share of the peak is no FP8 gain."""
-    real = replace(GPUS["H100-80GB"], gemm_share=0.7, fp8_speed=1.3, fp8_eager_speed=0.6)
-    found = Measured("NVIDIA H100 80GB HBM3")
-    for name in ("launcher", COMPILE, f"{COMPILE} {FP8}", FP8):
-        planned = plan_of(*CASE, *(name.split() if name != "launcher" else ()), device=replace_count(1))
-        figures = {"tokens_per_sec": planned_tokens_per_sec(planned, real), "step_s": 1.0}
-        found.cases.setdefault("qwen3_1_7b", []).append(Side(name, "varlen", "none", planned, figures))
-    assert gpu_report.fitted_row(found) == '"H100-80GB": gemm_share=0.7, fp8_speed=1.3, fp8_eager_speed=0.6'
-    text = "\n".join(gpu_report.lines(found))
-    assert "products in FP8, compiled: 1.30 times as fast as in bf16, planned 1.10" in text
-    assert "products in FP8, not compiled: 0.60 times as fast as in bf16, planned 0.50" in text
-    del found.cases["qwen3_1_7b"][1:3]
-    assert gpu_report.fitted_row(found) == '"H100-80GB": gemm_share=0.7, fp8_eager_speed=0.6'
-
-
-def test_fp8_is_left_out_where_it_cannot_be_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    proof = gpu.Proof(tmp_path, 60.0, is_full=False, on_cpu=True, results_file=None)
-    monkeypatch.setattr(gpu, "_FP8_FOLDER", tmp_path)
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
-    for capability, reason in (
-        ((8, 9), "FP8 needs a GPU of compute capability 9.0 or more, and this one has 8.9"),
-        ((9, 0), "torchao is not installed"),
-    ):
-        proof.capability = capability
-        assert proof.missing_fp8() == reason
-    (module := tmp_path / "torchao/float8/float8_linear.py").parent.mkdir(parents=True)
-    module.write_text("from torch_of_another_version import ScalingType")
-    assert proof.missing_fp8() == ("torchao cannot be imported: ModuleNotFoundError: No module named 'torch_of_another_version'")
-    module.write_text("")
-    assert proof.missing_fp8() == ""
-
-
 def test_a_run_on_cpus_has_neither_planned_speed_nor_a_row(plan_of: Callable[..., LaunchPlan]) -> None:
     on_cpus = plan_of()
     found = Measured(
@@ -146,19 +110,15 @@ def test_a_kernel_that_cannot_be_imported_is_missing(monkeypatch: pytest.MonkeyP
     assert gpu_kernel.missing("varlen") == gpu_kernel.missing("sdpa") == {}
 
 
-def test_the_wheels_are_those_that_the_image_lacks(tmp_path: Path) -> None:
+def test_the_wheels_are_those_that_the_image_lacks() -> None:
     image = read_freeze(FREEZE)
     assert image == {"torch": "2.9.0a0+git1234", "numpy": "2.2.0", "psutil": "5.9.8", "triton": "file:///wheels/triton-3.5.0.whl"}
     needed = {requirement.name for requirement in lacking(first_requirements({}), image, {"ray", "wandb", "wandb-workspaces"})}
-    assert {"deepspeed", "psutil", "pytest", "torchao"} <= needed
+    assert {"deepspeed", "psutil", "pytest"} <= needed
     assert needed.isdisjoint({"torch", "numpy", "ray", "wandb", "wandb-workspaces", "trl"})
     assert not is_satisfied(Requirement("psutil>=7"), image["psutil"])
     compared = {requirement.name for requirement in first_requirements({"COMPARE": "1", "PACKAGES": "flash-attn"})}
     assert {"trl", "datasets", "liger-kernel", "flash-attn"} <= compared
-    # torchao gets its own folder, because transformers would import it in every process.
-    folders = [folder_of(Requirement(name), tmp_path) for name in ("torchao>=0.18", "psutil")]
-    assert folders == [tmp_path / "fp8", tmp_path]
-    assert folders[0].is_dir()
     with pytest.raises(SystemExit, match=r"the image has torch 2\.8\.0, and torch>=2\.9 is needed"):
         list(lacking(first_requirements({}), {**image, "torch": "2.8.0"}, set()))
 
@@ -186,6 +146,5 @@ def test_everything_runs_on_a_cpu_with_tiny_sizes(
         line.split("|")[1].strip(): line.split("|") for line in text.splitlines() if line.startswith(("| launcher", "| bare"))
     }
     assert [*sides] == ["launcher", "bare DeepSpeed loop"]
-    for settings in (COMPILE, FP8, f"{COMPILE} {FP8}", "deepspeed.whole_layers=true"):
-        assert f": {settings}: left out: not run, because a rehearsal on CPUs cannot show what it is worth on a GPU" in text
+    assert f": {COMPILE}: left out: not run, because a rehearsal on CPUs cannot show what it is worth on a GPU" in text
     assert all(float(cells[5].replace(",", "")) > 0 for cells in sides.values())

@@ -22,6 +22,7 @@ Refused = Callable[..., list[Problem]]
         ("zero_optimization.stage=2", "zero_optimization.stage", "2", "remove it"),
         ("bf16.enabled=false", "bf16.enabled", "false", "remove it"),
         ("train_batch_size=4", "train_batch_size", "4", "remove it"),
+        ("zero_optimization.zero_quantized_gradients=true", "zero_optimization.zero_quantized_gradients", "true", "remove it"),
         ("zero_optimization=null", "zero_optimization", "null", "remove it"),
         ("zero_optimization.offload_optimizer.device=cpu", "zero_optimization.offload_optimizer.device", "'cpu'", "remove it"),
         ("aio.use_gds=true", "aio.use_gds", "true", "remove it"),

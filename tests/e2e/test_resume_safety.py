@@ -191,7 +191,6 @@ def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(
     free = (
         "train.max_steps=3",
         "cluster.ranks_per_node=1",
-        "train.log_every=1",
         "checkpoint.save_every=0",
         "cluster.max_restarts=2",
     )

@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import Any
 
 import bare_memory
-import moved_bytes
 import pytest
 import torch
 from plan_fixtures import KINDS, preset
@@ -20,8 +19,6 @@ from launcher.plan.architecture.flops import FAMILIES, train_flops
 from launcher.plan.architecture.layers import experts_by_layer, experts_of, largest_weight
 from launcher.plan.launch_plan import ModelFacts
 from launcher.plan.sizing.activations import Kernels
-from launcher.plan.sizing.elementwise import bytes_of_layers
-from launcher.plan.sizing.fp8 import fp8_bytes
 from launcher.plan.sizing.peak_memory import Pass, activation_bytes
 
 NOT_MEASURED = {
@@ -33,7 +30,6 @@ NOT_MEASURED = {
 }
 # Enough tokens that the weight gradients do not hide the activations.
 TOKENS = 16_384
-NO_LAYERS: dict[str, Any] = {"num_hidden_layers": 0, "layer_types": [], "mlp_layer_types": []}
 # gpt-oss has attention sinks, which varlen does not compute.
 PACKED = {name: config for name, config in REAL_LAYERS.items() if name != "gpt-oss-20b"}
 PUBLISHED = REAL_LAYERS
@@ -84,26 +80,6 @@ def test_the_eager_kernel_keeps_the_softmax_of_every_layer(name: str, dtype: str
         assert bare_memory.predict(*arguments) == pytest.approx(bare_memory.measure(*arguments), rel=0.05)
 
 
-@pytest.mark.rest
-@each_packed_model
-def test_elementwise_operations_move_what_a_pass_reads_and_writes(config: dict[str, Any]) -> None:
-    pytest.importorskip("torch.nn.attention.varlen")
-    for checkpointing, share in (("none", 0.0), ("all", 1.0)):
-        moved = moved_bytes.measure(config, 512, "bf16", checkpointing)
-        without_layers = moved_bytes.measure(config | NO_LAYERS, 512, "bf16")
-        planned = 512 * bytes_of_layers(facts(config), Kernels(2, "varlen", 512), share)
-        assert planned == pytest.approx(moved - without_layers, rel=0.15)
-
-
-@pytest.mark.rest
-def test_experts_that_limit_their_gates_move_more() -> None:
-    config = {**REAL_LAYERS["gpt-oss-20b"], "num_local_experts": 8}
-    moved = [moved_bytes.measure(config | {"num_experts_per_tok": chosen}, 512, "bf16", attention="eager") for chosen in (4, 8)]
-    models = [facts(config | {"num_experts_per_tok": chosen}) for chosen in (4, 8)]
-    planned = [512 * bytes_of_layers(model, Kernels(2, "eager", 512), 0.0) for model in models]
-    assert planned[1] - planned[0] == pytest.approx(moved[1] - moved[0], rel=0.15)
-
-
 def test_layers_with_experts_are_those_of_each_architecture() -> None:
     def sparse(name: str, **changes: Any) -> list[bool]:
         model = facts(REAL_LAYERS[name] | {"num_hidden_layers": 4} | changes)
@@ -133,11 +109,9 @@ def test_keys_of_other_architectures_do_not_change_the_sizes() -> None:
 def test_values_of_another_type_end_in_no_traceback(name: str, value: object) -> None:
     optional = ("mlp_layer_types", "mlp_only_layers", "layer_types", "rope_parameters", "partial_rotary_factor", "sliding_window")
     config = REAL_LAYERS[name] | dict.fromkeys(("max_window_layers", *optional), value)
-    kernels = Kernels(2, "eager", 64, fp8=True)
+    kernels = Kernels(2, "eager", 64)
     for key in config.keys() - {"model_type", "pad_token_id"}:
         with suppress(ConfigError):
             changed = facts(config | {key: value})
             train_flops(changed)
-            bytes_of_layers(changed, kernels, 0.0)
-            fp8_bytes(changed, 64, kernels)
             assert activation_bytes(changed, Pass(64, kernels, (False,) * changed.num_layers, 64)).saved > 0

@@ -41,15 +41,6 @@ def test_shorter_rows_are_offered_where_only_activations_do_not_fit(plan_of: Pla
     assert any(change.startswith("data.max_length=") for change in changes)
 
 
-def test_memory_planned_for_liger_is_offered_where_only_the_ranks_know_about_it(plan_of: PlanOf) -> None:
-    settings = ("model=llama3_1_8b", "data.max_length=16384", "model.activation_checkpointing='every 3'")
-    image = ("cluster=slurm", "cluster.container_image=owner/image:tag")
-    _, changes = remedy(plan_of, *settings, *image)
-    assert any(change.startswith("model.liger=true (") for change in changes), changes
-    _, changes = remedy(plan_of, *settings)
-    assert not any("liger" in change for change in changes)
-
-
 @pytest.mark.parametrize(
     ("settings", "offered"),
     [

@@ -51,7 +51,8 @@ def test_sizes_follow_the_model_and_can_be_set(plan_of: Callable[..., LaunchPlan
     zero = plan_of("model=llama3_3_70b", "deepspeed.offload_optimizer=cpu", device=GPUS).deepspeed["zero_optimization"]
     assert zero["reduce_bucket_size"] == 8192 * 8192
     assert zero["stage3_param_persistence_threshold"] == 81920
-    own = plan_of("deepspeed.reduce_bucket_size=7", "deepspeed.prefetch_bucket_size=8", "deepspeed.param_persistence_threshold=0")
+    keys = "reduce_bucket_size: 7, stage3_prefetch_bucket_size: 8, stage3_param_persistence_threshold: 0"
+    own = plan_of(f"deepspeed.extra={{zero_optimization: {{{keys}}}}}")
     zero = own.deepspeed["zero_optimization"]
     assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (7, 8)
     assert zero["stage3_param_persistence_threshold"] == 0

@@ -31,7 +31,7 @@ def test_steps_after_a_return_come_after_all_earlier_steps(
     [
         ([], True),
         (
-            ["cluster.ranks_per_node=1", "tracking.project=x", "train.log_every=5", "model.activation_checkpointing=true"],
+            ["cluster.ranks_per_node=1", "tracking.project=x", "model.activation_checkpointing=true"],
             True,
         ),
         (["optim.lr=5e-6"], False),

@@ -338,7 +338,6 @@ def train_with_layers(plan_path: str, packages: str = "") -> dict[str, Any]:
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": [str(reason) for reason in counters["graph_break"]],
         "has_own_speed": timer.read() > 0,
-        "fp8_use": model.fp8_use,
         "weights": {name: [str(one.dtype), list(one.ds_shape)] for name, one in model.parameters_by_name().items()},
     }
 

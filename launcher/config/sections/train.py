@@ -21,11 +21,6 @@ class TrainSection(Section):
     grad_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         1.0, description="Maximum gradient norm; 0 turns clipping off."
     )
-    log_every: PositiveInt = Field(1, description="Steps between logged metrics.")
-    loss_chunk_tokens: PositiveInt | None = Field(
-        None,
-        description="Trained tokens whose logits exist at the same time. Unset: 1024; on GPUs, what fits, from 256 to 4096.",
-    )
     largest_batch_first: Flag | None = Field(
         None,
         description="Before the first step, run the batch that needs most memory, without training on it. Unset: only on GPUs.",

@@ -103,7 +103,7 @@ class AttentionSizes:
     """The tensors of a layer's attention, in elements per token over all heads, and its linear layers.
 
     `key` and `value` are what the kernel gets before it repeats them for groups of queries. `unrotated` are elements of queries
-    without a rotary embedding, `rotated` those of queries and keys with one. `latents` are the sizes of the vectors that queries,
+    without a rotary embedding. `latents` are the sizes of the vectors that queries,
     keys and values are expanded from, each with a norm. `projections` are the shapes of the weights, as (outputs, inputs).
     """
 
@@ -112,7 +112,6 @@ class AttentionSizes:
     value: int
     output: int
     unrotated: int
-    rotated: int
     latents: tuple[int, ...]
     projections: tuple[tuple[int, int], ...]
 
@@ -136,7 +135,6 @@ def attention_sizes(model: ModelFacts) -> AttentionSizes:
             value=key,
             output=query,
             unrotated=model.num_heads * (model.head_dim - rotated_dim),
-            rotated=(model.num_heads + model.num_kv_heads) * rotated_dim,
             latents=(),
             projections=((query, hidden), (key, hidden), (key, hidden), (hidden, query)),
         )
@@ -149,8 +147,6 @@ def attention_sizes(model: ModelFacts) -> AttentionSizes:
         value=output,
         output=output,
         unrotated=model.num_heads * unrotated_dim,
-        # All heads share the rotated part of the keys.
-        rotated=(model.num_heads + 1) * rotated_dim,
         latents=(query_latent, latent) if query_latent else (latent,),
         projections=(*query_projections, (latent + rotated_dim, hidden), (expanded, latent), (hidden, output)),
     )

@@ -51,7 +51,7 @@ _NARROW_SOFTMAX = ("gpt_oss",)
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a layer computes: bytes per element, attention kernel, tokens per row, whether rows are packed, Liger, FP8.
+    """How a layer computes: bytes per element, attention kernel, tokens per row, whether rows are packed, Liger.
 
     `compiled` is whether torch.compile makes its kernels.
     """
@@ -61,7 +61,6 @@ class Kernels:
     row_tokens: int
     packed: bool = True
     liger: bool = False
-    fp8: bool = False
     compiled: bool = False
 
     @property

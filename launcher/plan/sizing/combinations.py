@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from launcher.config.schema import DeepSpeedSection, RunConfig
+from launcher.config.schema import RunConfig
 from launcher.plan import batch as batches
 from launcher.plan import deepspeed as deepspeed_json
 from launcher.plan import memory
-from launcher.plan.architecture.flops import train_flops
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import LOSS_CHUNK_TOKENS, Batch, DataFacts, ModelFacts, PeakMemory, Topology
 from launcher.plan.optimizers import OPTIMIZERS
@@ -20,7 +19,7 @@ from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.checkpointed_layers import ALL, AUTO, NONE, checkpointed_layers, interval
 from launcher.plan.sizing.kernels import attention_kernel, has_liger_kernels, may_lack_liger
 from launcher.plan.sizing.peak_memory import Pass, Sharding, estimate_peak
-from launcher.plan.sizing.step_time import Documents, Rates, StepTime, Transfers, gpu_rates, predict_step
+from launcher.plan.sizing.step_time import Rates, StepTime, gpu_rates, predict_step
 
 # A combination fits up to USABLE_SHARE of a GPU's memory; up to PREFERRED_SHARE is preferred until a GPU of the type is measured.
 USABLE_SHARE, PREFERRED_SHARE = 0.95, 0.90
@@ -31,36 +30,21 @@ _MOST_TOKENS = 32_768
 _CHECKPOINTING = (NONE, "every 4", "every 3", "every 2", ALL)
 # From this many tokens per forward pass, or FLOPs per forward and backward pass, a GPU does not wait for Python.
 _BUSY_TOKENS, _MOST_BUSY_TOKENS, _BUSY_FLOPS = 8192, 131_072, 1.4e14
-# How decoder layers are gathered: module by module, as a whole (deepspeed.whole_layers), or whole and compiled (model.compile).
-LAYERS = BY_MODULE, WHOLE, COMPILED = ("by module", "whole", "compiled")
 # Numbers of tokens per chunk of logits to try.
 _CHUNK_TOKENS = (4096, 2048, 1024, 512, 256)
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Settings that decide memory and speed and that the user can override with `overrides`.
-
-    `layers` is how decoder layers are gathered and computed: one of LAYERS.
-    """
+    """Settings that decide memory and speed. Layers that are `compiled` are also gathered as a whole."""
 
     micro_batch_size: int
     checkpointing: str
     liger: bool
+    compiled: bool
     hpz_ranks: int
     offload_optimizer: str
     offload_params: str
-    layers: str = BY_MODULE
-
-    def overrides(self) -> str:
-        """Return the settings as words of a command line."""
-        words = [f"train.micro_batch_size={self.micro_batch_size}", f"model.activation_checkpointing='{self.checkpointing}'"]
-        words += ["model.liger=true"] if self.liger else []
-        words += {BY_MODULE: [], WHOLE: ["deepspeed.whole_layers=true"], COMPILED: ["model.compile=true"]}[self.layers]
-        words += [f"deepspeed.hpz_partition_size={self.hpz_ranks}"] if self.hpz_ranks > 1 else []
-        words += [f"deepspeed.offload_optimizer={self.offload_optimizer}"] if self.offload_optimizer != "none" else []
-        words += [f"deepspeed.offload_params={self.offload_params}"] if self.offload_params != "none" else []
-        return " ".join(words)
 
 
 @dataclass(frozen=True)
@@ -78,15 +62,16 @@ class Considered:
     fits: bool
     is_allowed: bool
     host_gib: float
-    chunk_tokens: int = LOSS_CHUNK_TOKENS
-    step: StepTime | None = None
+    chunk_tokens: int
+    step: StepTime | None
 
 
 @dataclass(frozen=True)
 class Situation:
     """The inputs for trying combinations: settings, model, data, ranks, and the GPU's type and memory, None if unknown.
 
-    `liger` is the decided model.liger: whether the ranks try Liger. `rates` replace those of the GPU.
+    `liger` is the decided model.liger: whether the ranks try Liger. `chunk_tokens` is a decided chunk of the loss, None to choose
+    the largest that fits. `rates` replace those of the GPU.
     """
 
     config: RunConfig
@@ -96,6 +81,7 @@ class Situation:
     gpu: GpuType | None
     device_gib: float | None
     liger: bool = False
+    chunk_tokens: int | None = None
     rates: Rates | None = None
 
 
@@ -110,11 +96,14 @@ def choose(situation: Situation) -> Considered:
     """
     config, topology = situation.config, situation.topology
     split = batches.split(config.train, config.data, topology.world_size, topology.device, situation.data)
-    usual = as_set(situation, split.micro_batch_size, _usual_checkpointing(situation))
-    first = evaluate(situation, usual, is_allowed=True)
+    layers = config.model.activation_checkpointing
+    if layers == AUTO:
+        layers = ALL if topology.device == "cuda" and situation.model.num_params >= memory.RECOMPUTED_FROM else NONE
+    usual = as_set(situation, split.micro_batch_size, layers)
+    first = evaluate(situation, usual)
     if topology.device != "cuda" or situation.device_gib is None:
         return first
-    tried = [first, *(evaluate(situation, one, is_allowed=True) for one in _allowed(situation, usual) if one != usual)]
+    tried = [first, *(evaluate(situation, one) for one in _allowed(situation, usual) if one != usual)]
     fitting = [one for one in tried if one.fits]
     if not fitting:
         return min(tried, key=lambda one: one.peak.peak_gib)
@@ -132,36 +121,33 @@ def choose(situation: Situation) -> Considered:
 
 def as_set(situation: Situation, micro_batch_size: int, checkpointing: str) -> Combination:
     """Return the combination with this micro-batch and these recomputed layers, and everything else as configured."""
-    config = situation.config
+    deepspeed = situation.config.deepspeed
     return Combination(
         micro_batch_size,
         checkpointing,
         situation.liger,
-        memory.num_hpz_ranks(config.deepspeed, situation.topology.ranks_per_node),
-        config.deepspeed.offload_optimizer,
-        config.deepspeed.offload_params,
-        COMPILED if config.model.compile else WHOLE if config.deepspeed.whole_layers else BY_MODULE,
+        situation.config.model.compile,
+        memory.num_hpz_ranks(deepspeed, situation.topology.ranks_per_node),
+        deepspeed.offload_optimizer,
+        deepspeed.offload_params,
     )
 
 
 def considered(situation: Situation) -> list[Considered]:
     """Return the chosen combination and its alternatives, including those that the settings exclude, fastest first."""
     chosen = choose(situation)
-    base = chosen.combination
-    config, ranks = situation.config, situation.topology.ranks_per_node
+    base, ranks = chosen.combination, situation.topology.ranks_per_node
     tried = {base: chosen}
     for one in _allowed(situation, base):
-        tried.setdefault(one, evaluate(situation, one, is_allowed=True))
+        tried.setdefault(one, evaluate(situation, one))
     variants = []
-    if base.liger or has_liger_kernels(config.model, situation.model, situation.topology.device):
+    if base.liger or has_liger_kernels(situation.config.model, situation.model, situation.topology.device):
         variants.append(replace(base, liger=not base.liger))
     if situation.topology.device == "cuda":
-        variants += [replace(base, layers=layers) for layers in LAYERS if layers != base.layers]
-    if situation.topology.nodes > 1 and base.hpz_ranks == 1:
-        variants.append(replace(base, hpz_ranks=ranks))
-    if base.hpz_ranks > 1:
-        variants.append(replace(base, hpz_ranks=1))
-    if OPTIMIZERS[config.optim.name].can_offload:
+        variants.append(replace(base, compiled=not base.compiled))
+    if situation.topology.nodes > 1 or base.hpz_ranks > 1:
+        variants.append(replace(base, hpz_ranks=1 if base.hpz_ranks > 1 else ranks))
+    if OPTIMIZERS[situation.config.optim.name].can_offload:
         variants += [replace(base, offload_optimizer="cpu"), replace(base, offload_optimizer="cpu", offload_params="cpu")]
     if base.offload_optimizer != "none":
         variants.append(replace(base, offload_optimizer="none", offload_params="none"))
@@ -174,10 +160,12 @@ def considered(situation: Situation) -> list[Considered]:
     return sorted(tried.values(), key=lambda one: (not one.fits, -(one.tokens_per_sec or 0.0), one.peak.peak_gib))
 
 
-def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -> Considered:
+def evaluate(situation: Situation, combination: Combination, is_allowed: bool = True) -> Considered:
     """Return a combination together with its peak memory and speed."""
     config, model, topology = situation.config, situation.model, situation.topology
-    deepspeed = _section(config.deepspeed, combination)
+    states_of = ("offload_optimizer", "offload_params")
+    changes = {"hpz_partition_size": combination.hpz_ranks, **{key: getattr(combination, key) for key in states_of}}
+    deepspeed = config.deepspeed.model_copy(update=changes)
     train = config.train.model_copy(update={"micro_batch_size": combination.micro_batch_size})
     split = batches.split(train, config.data, topology.world_size, topology.device, situation.data)
     optimizer, dtype = OPTIMIZERS[config.optim.name], config.model.dtype
@@ -191,13 +179,13 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         config.data.max_length,
         config.data.packing,
         combination.liger,
-        config.model.fp8,
-        combination.layers == COMPILED,
+        combination.compiled,
     )
-    recomputed = checkpointed_layers(combination.checkpointing, model.num_layers)
-    in_memory = replace(kernels, liger=combination.liger and not may_lack_liger(config))
     one_pass = Pass(
-        split.micro_batch_size * config.data.max_length, in_memory, recomputed, train.loss_chunk_tokens or LOSS_CHUNK_TOKENS
+        split.micro_batch_size * config.data.max_length,
+        kernels,
+        checkpointed_layers(combination.checkpointing, model.num_layers),
+        situation.chunk_tokens or LOSS_CHUNK_TOKENS,
     )
     sharding = Sharding(
         rendered["zero_optimization"],
@@ -205,43 +193,36 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool) -
         round(states.per_rank_gib * memory.GIB),
         4 if split.accumulation > 1 else kernels.width,
         deepspeed_json.reduced_width(rendered, dtype),
-        deepspeed.offload_optimizer == "none",
-        combination.layers != BY_MODULE,
+        deepspeed_json.gathered_width(rendered, dtype),
+        combination.hpz_ranks,
+        combination.offload_optimizer,
+        combination.offload_params,
+        whole_layers=combination.compiled,
     )
     gpu = (situation.gpu or GpuType(0, 0, 0, 0, "")) if topology.device == "cuda" else None
-    peak = estimate_peak(model, one_pass, sharding, gpu)
-    if gpu is not None and situation.device_gib is not None and train.loss_chunk_tokens is None:
-        one_pass, peak = _with_largest_chunk(model, one_pass, sharding, gpu, situation.device_gib)
-    fits = situation.device_gib is None or peak.peak_gib <= USABLE_SHARE * situation.device_gib
-    transfers = Transfers(
-        deepspeed_json.transfer_widths(rendered, dtype),
-        combination.hpz_ranks,
-        rendered["zero_optimization"]["stage3_max_reuse_distance"],
-        sharding.gradient_width,
-        sharding.whole_layers,
-        deepspeed.offload_optimizer,
-        deepspeed.offload_params,
+    in_memory = replace(one_pass, kernels=replace(kernels, liger=combination.liger and not may_lack_liger(config)))
+    peak = estimate_peak(model, in_memory, sharding, gpu)
+    if gpu is not None and situation.device_gib is not None and situation.chunk_tokens is None:
+        # The largest chunk that fits: the sum of the head's gradient is read and written once per chunk, which on an H100 takes
+        # a fourth of the head's time with chunks of 1024 tokens, and a sixteenth with chunks of 4096 tokens.
+        sizes = [(size, estimate_peak(model, replace(in_memory, chunk_tokens=size), sharding, gpu)) for size in _CHUNK_TOKENS]
+        limits = (share * situation.device_gib for share in (PREFERRED_SHARE, USABLE_SHARE))
+        fitting = ((size, one) for limit in limits for size, one in sizes if one.peak_gib <= limit)
+        chunk_tokens, peak = next(fitting, sizes[-1])
+        one_pass = replace(one_pass, chunk_tokens=chunk_tokens)
+    rates = situation.rates or (gpu_rates(situation.gpu, kernels) if situation.gpu is not None else None)
+    step = None if rates is None else predict_step(model, situation.data, split, topology, sharding, one_pass, rates)
+    return Considered(
+        combination,
+        split,
+        peak,
+        tokens_per_sec=None if step is None else split.max_tokens_per_step / step.total_s,
+        fits=situation.device_gib is None or peak.peak_gib <= USABLE_SHARE * situation.device_gib,
+        is_allowed=is_allowed,
+        host_gib=states.host_per_node_gib,
+        chunk_tokens=one_pass.chunk_tokens,
+        step=step,
     )
-    step = _predict(situation, split, transfers, replace(one_pass, kernels=kernels))
-    speed, host_gib = None if step is None else split.max_tokens_per_step / step.total_s, states.host_per_node_gib
-    return Considered(combination, split, peak, speed, fits, is_allowed, host_gib, one_pass.chunk_tokens, step)
-
-
-def _with_largest_chunk(
-    model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: GpuType, device_gib: float
-) -> tuple[Pass, PeakMemory]:
-    """Return the pass with the largest chunk of the loss that fits, and its peak; if none fits, the smallest chunk.
-
-    The sum of the head's gradient is read and written once per chunk. On an H100 this takes a fourth of the head's time with
-    chunks of 1024 tokens, and a sixteenth with chunks of 4096 tokens.
-    """
-    tried = [replace(one_pass, chunk_tokens=size) for size in _CHUNK_TOKENS]
-    peaks = [estimate_peak(model, one, sharding, gpu) for one in tried]
-    for share in (PREFERRED_SHARE, USABLE_SHARE):
-        for one, peak in zip(tried, peaks, strict=True):
-            if peak.peak_gib <= share * device_gib:
-                return one, peak
-    return tried[-1], peaks[-1]
 
 
 def _allowed(situation: Situation, base: Combination) -> Iterator[Combination]:
@@ -260,40 +241,7 @@ def _busy_tokens(num_params: int) -> int:
     return min(_MOST_BUSY_TOKENS, max(_BUSY_TOKENS, round(_BUSY_FLOPS / (6 * max(1, num_params)))))
 
 
-def _usual_checkpointing(situation: Situation) -> str:
-    setting = situation.config.model.activation_checkpointing
-    if setting != AUTO:
-        return setting
-    return ALL if situation.topology.device == "cuda" and situation.model.num_params >= memory.RECOMPUTED_FROM else NONE
-
-
 def _preference(one: Considered) -> tuple[float, int]:
     """Return the sort key without a prediction: less recomputation first, then more tokens per forward pass."""
     every = interval(one.combination.checkpointing)
     return 1 / every if every else 0.0, -one.combination.micro_batch_size
-
-
-def _section(section: DeepSpeedSection, combination: Combination) -> DeepSpeedSection:
-    changed = {
-        "hpz_partition_size": combination.hpz_ranks,
-        "offload_optimizer": combination.offload_optimizer,
-        "offload_params": combination.offload_params,
-    }
-    return section.model_copy(update=changed)
-
-
-def _predict(situation: Situation, split: Batch, transfers: Transfers, one_pass: Pass) -> StepTime | None:
-    flops, rates = train_flops(situation.model), situation.rates
-    if rates is None and situation.gpu is not None:
-        rates = gpu_rates(situation.gpu, one_pass.kernels)
-    if flops is None or rates is None or "nvme" in (transfers.offload_optimizer, transfers.offload_params):
-        return None
-    documents = _documents(situation.data, one_pass.kernels.row_tokens)
-    return predict_step(situation.model, flops, documents, split, situation.topology, transfers, one_pass, rates)
-
-
-def _documents(data: DataFacts | None, row_tokens: int) -> Documents:
-    """Return the mean document of the data; without data, a fully trained document that fills a row."""
-    if data is None or not data.num_docs or not data.num_tokens:
-        return Documents(row_tokens)
-    return Documents(max(1, round(data.num_tokens / data.num_docs)), data.num_trained_tokens / data.num_tokens)

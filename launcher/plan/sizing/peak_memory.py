@@ -7,8 +7,7 @@ C the tokens per chunk of logits, and w the bytes per element:
     loss           all activations, the hidden states and their gradients 2wTH, the head's gradient and the logits of a chunk:
                    4VH for the sum over chunks in fp32 (wVH with one chunk), with it 4CV for logits, in narrower types wCV more
                    for their gradient, or wVH for the sum in the type of the weights
-    backward       all activations, one layer a second time if it is recomputed, the gradients inside it and of two weights, and
-                   the FP8 copies of a linear layer
+    backward       all activations, one layer a second time if it is recomputed, the gradients inside it and of two weights
     optimizer step one sub-group's gradients in fp32, twice if they accumulate in another type
     gathered       DeepSpeed prefetches weights until stage3_max_live_parameters of them are gathered, and in addition those of
                    one module, or of a layer that is gathered as a whole; experts' weights stay until the backward pass of a
@@ -35,7 +34,6 @@ from launcher.plan.sizing.activations import (
     layer_activations,
     shared_bytes,
 )
-from launcher.plan.sizing.fp8 import fp8_bytes
 
 GIB = 2**30
 # Memory for CUDA and NCCL, and the fragmentation factor with expandable segments, for GPU types that were not measured.
@@ -54,10 +52,11 @@ class Pass:
 
 @dataclass(frozen=True)
 class Sharding:
-    """What determines the memory of weights and gradients: DeepSpeed's section zero_optimization, ranks, and where states are.
+    """How ZeRO-3 holds and moves weights and gradients: DeepSpeed's section zero_optimization, ranks, and where states are.
 
     `states_bytes` are a rank's model states on its device, `gradient_width` the bytes per element of an accumulated gradient,
-    `reduced_width` those of a gradient on its way to other ranks. With `whole_layers`, a layer's weights are gathered as a whole.
+    `reduced_width` and `gathered_width` those of a gradient and a weight on their way to other ranks. `hpz_ranks` share a second
+    copy of the weights. With `whole_layers`, a layer's weights are gathered as a whole.
     """
 
     zero: Mapping[str, Any]
@@ -65,7 +64,10 @@ class Sharding:
     states_bytes: int
     gradient_width: int
     reduced_width: int
-    optimizer_on_device: bool = True
+    gathered_width: int
+    hpz_ranks: int = 1
+    offload_optimizer: str = "none"
+    offload_params: str = "none"
     whole_layers: bool = False
 
 
@@ -142,14 +144,14 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     if not model.tie_word_embeddings:
         converted += _reduction_copies(head, width, sharding)
     norm_temporary = max(converted, activations.final_norm - activations.saved)
-    in_layer = activations.backward - activations.saved + fp8_bytes(model, one_pass.tokens, one_pass.kernels)
+    in_layer = activations.backward - activations.saved
     sub_group = min(zero["sub_group_size"], model.num_params / sharding.world_size)
     copies = FP32 + (sharding.gradient_width if sharding.gradient_width != FP32 else 0)
     stages = (
         _stage("loss", activations.saved, in_loss, 0, loss_bytes(model, one_pass)),
         _stage("final norm", activations.saved, in_backward, head_gradient, norm_temporary),
         _stage("backward", activations.saved, in_backward, pending, in_layer),
-        _stage("optimizer step", 0, 0, 0, copies * sub_group if sharding.optimizer_on_device else 0),
+        _stage("optimizer step", 0, 0, 0, copies * sub_group if sharding.offload_optimizer == "none" else 0),
     )
     buckets = sharding.reduced_width * zero["reduce_bucket_size"]
     tensors = (sharding.states_bytes + buckets) / GIB + max(stage.total_gib for stage in stages)

@@ -1,8 +1,8 @@
 """Decoder layers as units of ZeRO-3 and of the compiler.
 
-By default DeepSpeed gathers and releases the weights of each module, in Python hooks. If a decoder layer is gathered as a whole,
-as a leaf module of ZeRO-3, only the layer itself has hooks. The compiler needs this too: it cannot trace DeepSpeed's hooks, so
-each module with hooks would break the graph, and the compiler gives up after a few breaks.
+DeepSpeed gathers and releases the weights of each module, in Python hooks. The compiler cannot trace these, so each module with
+hooks would break the graph, and the compiler gives up after a few breaks. A layer that is compiled is therefore gathered as a
+whole, as a leaf module of ZeRO-3: only the layer itself has hooks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from launcher.train.kernels.build_tools import missing_build_tools
 
 # Maximum variants of a compiled layer: training and evaluation, shapes, and kinds of layers.
 _MOST_VARIANTS = 64
+_SETTING = "model.compile"
 
 
 def find_layers(hf: Any, setting: str, remedy: str) -> list[nn.Module]:
@@ -34,37 +35,32 @@ def find_layers(hf: Any, setting: str, remedy: str) -> list[nn.Module]:
     layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
     if len(layers) == hf.config.get_text_config().num_hidden_layers:
         return layers
-    raise ConfigError(
-        "the layers of this architecture cannot be distinguished from its other modules",
-        where=setting,
-        value=str(hf.config.model_type),
-        remedy=remedy,
-    )
+    message = "the layers of this architecture cannot be distinguished from its other modules"
+    raise ConfigError(message, where=setting, value=str(hf.config.model_type), remedy=remedy)
 
 
-def gather_whole(layers: list[nn.Module]) -> None:
-    """Make ZeRO-3 gather and release each layer as a whole. Call it before the engine is built."""
-    from deepspeed.utils import set_z3_leaf_module
+def compile_layers(hf: Any, device: torch.device) -> None:
+    """Compile the forward pass, and with it the backward pass, of each decoder layer; attention stays a separate kernel.
 
-    for layer in layers:
-        set_z3_leaf_module(layer, True)
-
-
-def compile_layers(hf: Any, layers: list[nn.Module], device: torch.device) -> None:
-    """Compile the forward pass, and with it the backward pass, of each layer; attention stays a separate kernel.
-
-    Compilation takes about a minute, in the first step and in the first evaluation. The layers must be gathered as a whole.
+    Call it before the engine is built. Compilation takes about a minute, in the first step and in the first evaluation.
 
     Raises:
-        ConfigError: if this machine lacks the build tools that torch's compiler needs.
+        ConfigError: if the architecture's layers cannot be distinguished from its other modules, or this machine lacks the build
+            tools that torch's compiler needs.
     """
     import torch._dynamo
     import torch._inductor.config
+    from deepspeed.utils import set_z3_leaf_module
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    _require_build_tools(device)
+    layers = find_layers(hf, _SETTING, f"set {_SETTING}=false")
+    if problems := missing_build_tools(device.type):
+        raise ConfigError(
+            replace(one, message=f"{_SETTING}: {one.message}", where=_SETTING, remedy=f"{one.remedy}, or set {_SETTING}=false")
+            for one in problems
+        )
     # There are only a few graphs, so use no helper processes. This applies only to this thread; autograd's threads use the value
     # that torch's compiler read from the variable when launcher/train/preload.py imported it.
     torch._inductor.config.compile_threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
@@ -76,13 +72,5 @@ def compile_layers(hf: Any, layers: list[nn.Module], device: torch.device) -> No
     if kernel in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(kernel, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[kernel]))
     for layer in layers:
+        set_z3_leaf_module(layer, True)
         layer.forward = torch.compile(layer.forward)
-
-
-def _require_build_tools(device: torch.device) -> None:
-    if problems := missing_build_tools(device.type):
-        key = "model.compile"
-        raise ConfigError(
-            replace(problem, message=f"{key}: {problem.message}", where=key, remedy=f"{problem.remedy}, or set {key}=false")
-            for problem in problems
-        )

@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from launcher.plan.deepspeed import transfer_widths
+from launcher.plan.deepspeed import gathered_width, reduced_width
 from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -51,9 +51,8 @@ def needed_gb_per_s(plan: LaunchPlan) -> float:
     if gpu is None:
         return _SLOW_GB_PER_S
     dtype, topology = plan.config.model.dtype, plan.topology
-    widths = transfer_widths(plan.deepspeed, dtype)
     is_copied = 1 < plan.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) <= topology.ranks_per_node
-    num_bytes = widths.weight * (1 if is_copied else 2) + widths.gradient
+    num_bytes = gathered_width(plan.deepspeed, dtype) * (1 if is_copied else 2) + reduced_width(plan.deepspeed, dtype)
     flops = _PEAK_SHARE * (gpu.peak_tflops("fp32" if dtype == "fp32" else "bf16") or gpu.bf16) * 1e12
     return max(_SLOW_GB_PER_S, num_bytes / _FLOPS * flops / tokens / 1e9)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -167,8 +167,6 @@ def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float |
     first = reason.split(". ")[0].strip()
     message = f"the GPU ran out of memory before the first step was completed: {first}"
     peak = plan.peak
-    if peak is None:
-        return message
     stage = peak.largest
     message += (
         f". Planned were {peak.tensors_gib:.1f} GiB of tensors: states {peak.states_gib:.1f}, activations "
@@ -195,8 +193,8 @@ def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float |
 
 
 def _remedy(plan: LaunchPlan) -> str:
-    situation = situation_of(plan)
-    savings = memory_savings(situation, plan.batch.micro_batch_size, plan.activation_checkpointing)
+    situation = replace(situation_of(plan), chunk_tokens=plan.loss_chunk_tokens)
+    savings = memory_savings(situation, plan.batch.micro_batch_size, plan.checkpointing)
     return f"set one of {'; '.join(savings)}" if savings else "use more GPUs, or larger ones"
 
 
@@ -206,8 +204,7 @@ def _allocated_gib() -> float | None:
 
 def _runtime_gib(plan: LaunchPlan) -> float:
     """Return the GiB of a GPU that CUDA and NCCL use according to the plan."""
-    planned = 0.0 if plan.peak is None else plan.peak.runtime_gib
-    return planned or DEFAULT_RUNTIME_GIB
+    return plan.peak.runtime_gib or DEFAULT_RUNTIME_GIB
 
 
 def _gib_of_others() -> float:

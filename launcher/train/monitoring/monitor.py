@@ -64,10 +64,9 @@ class Monitor:
         self._stall_alarm = StallAlarm(partial(tracker.event, "alert")).start() if rank_info.is_main else None
 
     @property
-    def _planned_gib(self) -> float | None:
-        """Return the planned peak that a GPU's allocator should reserve; None in a plan of an earlier launcher."""
-        peak = self._plan.peak
-        return None if peak is None else peak.peak_gib - peak.runtime_gib
+    def _planned_gib(self) -> float:
+        """Return the planned peak that a GPU's allocator should reserve."""
+        return self._plan.peak.peak_gib - self._plan.peak.runtime_gib
 
     def beat(self, phase: str, step: int) -> None:
         """Report progress to the node's agent and to the stall alarm."""

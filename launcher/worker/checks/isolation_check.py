@@ -1,14 +1,17 @@
 """Probes whether a model sees later tokens or neighboring documents: `python -m launcher.worker.checks.isolation_check`.
 
 Reads a RunConfig as JSON from standard input, stores the verdict (launcher.models.isolation_verdicts) and prints it as JSON.
-The probe uses a small random model of the same architecture, so it needs no weights and no GPU.
+The probe uses a small random model with the same kinds of layers, attention and windows, so it needs no weights and no GPU. An
+architecture that cannot be reduced by these rules gets no verdict; the ranks then probe the loaded model.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +22,27 @@ from launcher.errors import LauncherError, RunError
 from launcher.models import isolation_verdicts
 from launcher.models.private_code import code_option, folder_to_load
 from launcher.models.remote_code import without_code
-from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
+from launcher.plan.launch_plan import IsolationVerdict, ModelFacts, Outcome
 from launcher.worker import limits
 
 if TYPE_CHECKING:
-    from launcher.train.model import CausalLMLoss
+    from torch import Tensor
 
 # transformers' message for a kernel that an architecture does not support.
 _UNSUPPORTED = "does not support an attention implementation"
 _CPU_KERNELS = ("auto", "varlen", "sdpa", "eager")
+_VOCABULARY, _WIDTH, _NUM_EXPERTS = 256, 64, 16
+# More layers than the period of any known layer layout; the fewest layers are enough to find one that leaks.
+_NUM_LAYERS, _FEWEST_LAYERS = 16, 2
+_MAX_PARAMETERS = 300_000_000
+_NOISE = 0.04
+# Keys of transformers configs with the width of an MLP or of a latent, and with the number of experts.
+_MLP_WIDTHS = (
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp"),
+    *("ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "moe_shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"),
+)
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id")
 
 
 def check(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
@@ -44,26 +59,23 @@ def check(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
     return verdict
 
 
-def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
+def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Outcome, str]:
     """Return a verdict's attention kernel, outcome and detail."""
     if model.attention not in _CPU_KERNELS:
         return model.attention, "unknown", f"{model.attention} needs a GPU"
     import torch
     from transformers import AutoConfig
 
-    from launcher.train.isolation import NotMeasurable, measure_isolation
+    from launcher.train.isolation import probe
     from launcher.train.kernels import attention
     from launcher.train.model import CausalLMLoss
-    from launcher.worker.checks import reduced_model
 
     folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest) if facts.path else None
     remote = code_option(model.trust_remote_code, folder)
-    reasons, differences, is_measured = [], [], False
     try:
         config = AutoConfig.from_pretrained(folder, **remote) if folder else AutoConfig.for_model(**without_code(facts.config))
-        candidates = list(reduced_model.reductions(config))
+        candidates = list(reductions(config))
     except Exception as error:
-        _require_resources(error)
         return model.attention, "unknown", _describe(error)
     device = torch.device("cpu")
     kernel = attention.choose_kernel(model, device, config)
@@ -71,87 +83,143 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Any, str]:
         if not attention.can_varlen(model, config, device):
             return kernel, "unsupported", ""
         attention.register_varlen()
-    for reduced in candidates:
-        hf = None
+    reason = ""
+    for reduced, is_complete in candidates:
         try:
-            hf = reduced_model.build(reduced.config, kernel, **remote)
+            hf = build(reduced, kernel, **remote)
             trained = CausalLMLoss(hf, flatten=kernel == attention.VARLEN).eval()
-            isolation = measure_isolation(trained, _num_embeddings(hf), device)
-            difference = _logits_difference(hf, trained)
+
+            def own_logits(ids: Tensor, positions: Tensor, hf: Any = hf) -> Tensor | None:
+                # varlen needs document boundaries, which the model's own forward pass does not get.
+                hf.set_attn_implementation("sdpa" if kernel == attention.VARLEN else kernel)
+                try:
+                    logits: Tensor = hf(input_ids=ids, use_cache=False).logits
+                except Exception as error:
+                    _describe(error)
+                    return None
+                finally:
+                    hf.set_attn_implementation(kernel)
+                return logits
+
+            outcome, detail = probe(trained, own_logits, int(hf.get_input_embeddings().num_embeddings), device)
         except Exception as error:
-            _require_resources(error)
             if _UNSUPPORTED in str(error):
                 return kernel, "unsupported", ""
-            if hf is not None and not isinstance(error, NotMeasurable) and _own_logits(hf) is not None:
-                differences.append(f"it fails with {_describe(error)}")
             # Not every architecture can be built or run at every reduced size.
-            if reduced.is_complete:
-                reasons.append(_describe(error))
+            reason = reason or _describe(error)
             continue
-        is_measured = True
-        if not isolation.is_causal:
-            return kernel, "not_causal", isolation.describe()
-        if difference:
-            return kernel, "other_logits", difference
-        if not isolation.is_isolated:
-            return kernel, "leaks", isolation.describe()
-        if reduced.is_complete:
-            return kernel, "isolated", ""
-    if differences and not is_measured:
-        return kernel, "other_logits", differences[0]
-    return kernel, "unknown", reasons[0]
-
-
-def _require_resources(error: Exception) -> None:
-    """Raise RunError if a limit of this machine caused `error`, which then says nothing about the architecture."""
-    if limit := limits.cause_of(error, cache_dir.cache_root()):
-        raise RunError(f"{limit}: {_describe(error)}") from error
-
-
-def _own_logits(hf: Any) -> Any:
-    """Return the model's own logits for a few tokens, or None if they cannot be computed from ids alone.
-
-    Instead of `varlen`, they are computed with one of transformers' attention implementations.
-    """
-    import torch
-
-    from launcher.train.isolation import few_tokens
-    from launcher.train.kernels import attention
-
-    kernel = hf.config._attn_implementation
-    try:
-        if kernel == attention.VARLEN:
-            hf.set_attn_implementation("sdpa")
-        with torch.no_grad():
-            return hf(input_ids=few_tokens(_num_embeddings(hf))[0], use_cache=False).logits
-    except Exception as error:
-        _require_resources(error)
-        return None
-    finally:
-        hf.set_attn_implementation(kernel)
-
-
-def _num_embeddings(hf: Any) -> int:
-    return int(hf.get_input_embeddings().num_embeddings)
-
-
-def _logits_difference(hf: Any, model: CausalLMLoss) -> str:
-    """Return how the model's own logits differ from training's; empty if they do not differ, or if the model has none."""
-    import torch
-
-    from launcher.train.isolation import describe_logits_difference, few_tokens
-
-    own = _own_logits(hf)
-    if own is None:
-        return ""
-    with torch.no_grad():
-        return describe_logits_difference(own, model(*few_tokens(_num_embeddings(hf))))
+        if outcome != "isolated":
+            return kernel, outcome, detail
+        if is_complete:
+            return kernel, outcome, ""
+    return kernel, "unknown", reason
 
 
 def _describe(error: Exception) -> str:
+    """Return an error as one line. Raises RunError if a limit of this machine caused it: it says nothing about the model."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     # A first line with this ending announces the reason.
-    return f"{type(error).__name__}: {lines[-1] if lines[0].endswith(':') else lines[0]}"[:200]
+    described = f"{type(error).__name__}: {lines[-1] if lines[0].endswith(':') else lines[0]}"[:200]
+    if limit := limits.cause_of(error, cache_dir.cache_root()):
+        raise RunError(f"{limit}: {described}") from error
+    return described
+
+
+def reductions(config: Any) -> Iterator[tuple[Any, bool]]:
+    """Yield smaller copies of a transformers config, smallest first, and whether each can prove isolation.
+
+    All copies keep the order and kinds of layers, the attention and its windows. Few layers may hide a neighbor.
+    """
+    for num_layers, is_narrow, is_complete in (
+        (_FEWEST_LAYERS, True, False),
+        (_NUM_LAYERS, True, True),
+        (_NUM_LAYERS, False, True),
+    ):
+        reduced = copy.deepcopy(config)
+        for part in _parts(reduced):
+            if isinstance(_get(part, "num_hidden_layers"), int):
+                _cut_layers(part, num_layers)
+                if is_narrow:
+                    _narrow(part)
+                _shrink(part)
+        yield reduced, is_complete
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield a config and its nested configs, such as those of a text model and an image encoder."""
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "get_text_config"):
+            yield from _parts(value)
+
+
+def _narrow(config: Any) -> None:
+    """Shrink all widths except the head dimension, which rotary embeddings depend on."""
+    heads, kv_heads, hidden = (_get(config, key) for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+    if not isinstance(hidden, int) or not isinstance(heads, int):
+        return
+    few = 4 if kv_heads not in (None, heads) and heads > 1 else 2
+    narrow = few * (_get(config, "head_dim") or hidden // heads)
+    config.num_attention_heads = few
+    if isinstance(kv_heads, int):
+        config.num_key_value_heads = few if kv_heads == heads else min(kv_heads, 2)
+    # Some configs give other widths as multiples of the stream's.
+    for key, value in list(vars(config).items()):
+        if type(value) is int and value % hidden == 0 and any(word in key for word in ("size", "dim", "width")):
+            setattr(config, key, value // hidden * narrow)
+
+
+def _cut_layers(config: Any, fewest: int) -> None:
+    """Cut layers from the end, down to `fewest`, as long as every kind of layer remains."""
+    num_layers = config.num_hidden_layers
+    values = config.to_dict().items()
+    per_layer = {key: value for key, value in values if isinstance(value, list | tuple) and len(value) == num_layers}
+    # If every layer has a different value, as in a list of layer indices, the values do not denote kinds.
+    of_kinds = [value for value in per_layer.values() if len({str(kind) for kind in value}) < num_layers]
+    kinds = [str(kind) for kind in zip(*of_kinds, strict=True)] if of_kinds else [""] * num_layers
+    kept = min(num_layers, max(fewest, 1 + max(kinds.index(kind) for kind in set(kinds))))
+    for key, value in per_layer.items():
+        setattr(config, key, value[:kept])
+    config.num_hidden_layers = kept
+
+
+def _shrink(config: Any) -> None:
+    """Shrink MLPs, experts and the vocabulary."""
+    for keys, limit in ((_MLP_WIDTHS, _WIDTH), (_EXPERTS, _NUM_EXPERTS)):
+        for key in keys:
+            if isinstance(value := _get(config, key), int):
+                setattr(config, key, min(value, limit))
+    for key in ("vocab_size", "vocab_size_per_layer_input"):
+        if _get(config, key) is not None:
+            setattr(config, key, _VOCABULARY)
+    for i, key in enumerate(_SPECIAL_IDS):
+        if _get(config, key) is not None:
+            setattr(config, key, i)
+
+
+def _get(config: Any, key: str) -> Any:
+    try:
+        return getattr(config, key, None)
+    except Exception:
+        # transformers raises its own error for values that differ between layers.
+        return None
+
+
+def build(config: Any, kernel: str, **remote: bool) -> Any:
+    """Build a model in fp32 on the CPU; weights that are initialized to zero also get noise."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=kernel, **remote)
+    if (size := sum(p.numel() for p in blank.parameters())) > _MAX_PARAMETERS:
+        raise ValueError(f"the reduced model has {size:,} parameters")
+    torch.manual_seed(0)
+    hf = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel, **remote)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=_NOISE)
+    return hf.eval()
 
 
 def main() -> int:

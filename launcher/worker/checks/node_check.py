@@ -50,7 +50,7 @@ CGROUP_MEMORY = {
 }
 _PACKAGES = (
     *("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "numpy", "safetensors", "liger-kernel"),
-    *("huggingface-hub", "ray", "flash-attn", "flash-attn-3", "flash-attn-4", "torchao"),
+    *("huggingface-hub", "ray", "flash-attn", "flash-attn-3", "flash-attn-4"),
 )
 _CHECKPOINT_MARGIN = 1.2
 # Problems with this prefix concern the disk that all nodes share, whichever node reports them.
@@ -337,7 +337,7 @@ def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float, num_ranks: in
 
 def _check_kernels(plan: LaunchPlan) -> list[Problem]:
     """Check the requirements of kernels that the settings request; the ranks try kernels that `auto` chooses."""
-    asked = {"model.compile": plan.config.model.compile, "model.liger": plan.uses_liger and plan.config.model.liger is True}
+    asked = {"model.compile": plan.config.model.compile, "model.liger": plan.liger and plan.config.model.liger is True}
     settings = [setting for setting, is_asked in asked.items() if is_asked]
     problems = []
     if settings:
@@ -346,11 +346,6 @@ def _check_kernels(plan: LaunchPlan) -> list[Problem]:
             replace(problem, message=f"{problem.message}, for {needed}", remedy=f"{problem.remedy}, or set {without}")
             for problem in missing_build_tools(plan.topology.device)
         ]
-    if plan.config.model.fp8 and importlib.util.find_spec("torchao") is None:
-        remedy = "pip install 'launcher[fp8]', or set model.fp8=false"
-        problems.append(
-            Problem("torchao, which computes linear layers in FP8, is not installed", value="model.fp8=true", remedy=remedy)
-        )
     if asked["model.liger"] and importlib.util.find_spec("liger_kernel") is None:
         remedy = "pip install 'launcher[gpu]', or set model.liger=auto"
         problems.append(Problem("Liger is not installed", value="model.liger=true", remedy=remedy))

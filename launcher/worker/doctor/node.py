@@ -35,7 +35,6 @@ CHECKS: dict[str, tuple[Check, float]] = {
     "compiler": (toolchain.check_compiler, _LONG_S),
     "flash-attn": (toolchain.check_flash_attention, _LONG_S),
     "Liger": (toolchain.check_liger, _LONG_S),
-    "FP8": (toolchain.check_fp8, _LONG_S),
     "all-reduce": (all_reduce.check_all_reduce, _LONG_S),
     "/dev/shm": (  # noqa: S108
         storage.check_shared_memory,

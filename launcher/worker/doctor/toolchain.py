@@ -36,11 +36,6 @@ _TRY_LIGER = (
 )
 
 
-_TORCHAO = "torchao"
-_IMPORT_TORCHAO = "from torchao.float8.float8_linear import matmul_with_hp_or_float8_args"
-_TRY_FP8 = "import torch; from launcher.train.kernels.fp8 import try_product; try_product(torch.device('cuda'))"
-
-
 def check_compiler(config: RunConfig) -> Iterator[CheckResult]:
     """Check the programs with which DeepSpeed compiles CPU Adam and asynchronous I/O: g++, ninja, and, with GPUs, nvcc.
 
@@ -133,17 +128,6 @@ def check_liger(config: RunConfig) -> Iterator[CheckResult]:
     else:
         statement, outcomes = _IMPORT_LIGER, ("can be imported", "cannot be imported")
     yield from _try(_LIGER, statement, outcomes, asked, remedy, "model.liger=false")
-
-
-def check_fp8(config: RunConfig) -> Iterator[CheckResult]:
-    """Compute in FP8, if the settings request it, as the ranks do when they try it."""
-    if not config.model.fp8:
-        return
-    if may_use_gpus():
-        statement, outcomes = _TRY_FP8, ("computes in FP8 on this machine's GPU", "cannot be used")
-    else:
-        statement, outcomes = _IMPORT_TORCHAO, ("can be imported", "cannot be imported")
-    yield from _try(_TORCHAO, statement, outcomes, "model.fp8=true", "pip install --upgrade torchao", "model.fp8=false")
 
 
 def _try(package: str, statement: str, outcomes: tuple[str, str], asked: str, remedy: str, without: str) -> Iterator[CheckResult]:

@@ -113,7 +113,7 @@ def make_key(plan: LaunchPlan, weights_digest: str, one: ScorePass, device: str)
 
 def _list_kernels(plan: LaunchPlan) -> Iterator[str]:
     """Yield the packages with kernels that a pass may use, with their versions."""
-    packages = ("flash-attn", "flash-attn-3", "flash-attn-4", *(("liger-kernel",) if plan.uses_liger else ()))
+    packages = ("flash-attn", "flash-attn-3", "flash-attn-4", *(("liger-kernel",) if plan.liger else ()))
     for package in packages:
         with suppress(importlib.metadata.PackageNotFoundError):
             yield f"{package} {importlib.metadata.version(package)}"

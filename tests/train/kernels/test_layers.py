@@ -1,4 +1,4 @@
-"""Decoder layers gathered as a whole by ZeRO-3, and compiled layers: real ranks get the same training results."""
+"""Compiled decoder layers, which ZeRO-3 gathers as a whole: real ranks get the same training results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forked_ranks import RankServer
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.kernels import layers, liger
-from launcher.train.model import build_model, checkpoint_layers
+from launcher.train.model import build_model
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 
@@ -24,7 +24,7 @@ SMALL = (
     "model.activation_checkpointing=every 2",
     "model.config.num_hidden_layers=3",
     "model.config.vocab_size=512",
-    "deepspeed.param_persistence_threshold=0",
+    "+deepspeed.extra.zero_optimization.stage3_param_persistence_threshold=0",
     "train.global_batch_size=2",
     "data.max_length=48",
 )
@@ -37,16 +37,16 @@ EXPERTS = (
     "model.config.num_hidden_layers=1",
     "model.activation_checkpointing=all",
 )
-WHOLE, COMPILED = "deepspeed.whole_layers=true", "model.compile=true"
+COMPILED = "model.compile=true"
 
 
 @pytest.mark.compiler
 @pytest.mark.rest
-def test_whole_and_compiled_layers_train_as_single_modules_do(
+def test_compiled_layers_train_as_single_modules_do(
     rank_server: RankServer, plan_of: Callable[..., LaunchPlan], tmp_path: Path
 ) -> None:
     results: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for settings in ((), (WHOLE,), (COMPILED,), EXPERTS, (*EXPERTS, COMPILED)):
+    for settings in ((), (COMPILED,), EXPERTS, (*EXPERTS, COMPILED)):
         folder = tmp_path / str(len(results))
         folder.mkdir()
         plan = folder / "plan.json"
@@ -93,22 +93,21 @@ def test_on_a_gpu_compiled_layers_compute_what_others_do(plan_of: Callable[..., 
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def without_layers(num_layers: int) -> Any:
+    model: Any = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    model.config = SimpleNamespace(model_type="mine", get_text_config=lambda: SimpleNamespace(num_hidden_layers=num_layers))
+    return model
+
+
 def test_a_machine_without_a_compiler_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ConfigError, match=r"model\.compile: no C\+\+ compiler is found") as raised:
-        layers.compile_layers(None, [], torch.device("cpu"))
+    with pytest.raises(ConfigError) as raised:
+        layers.compile_layers(without_layers(0), torch.device("cpu"))
     assert "model.compile=false" in raised.value.problems[0].remedy
 
 
 def test_layers_that_cannot_be_told_from_other_modules_are_refused() -> None:
-    model: Any = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
-    model.config = SimpleNamespace(model_type="mine", get_text_config=lambda: SimpleNamespace(num_hidden_layers=2))
-    model.gradient_checkpointing_enable = lambda **_: None
-    with pytest.raises(ConfigError, match="layers of this architecture") as raised:
-        layers.find_layers(model, "deepspeed.whole_layers", "set deepspeed.whole_layers=false")
-    assert raised.value.problems[0].remedy == "set deepspeed.whole_layers=false"
-    # Activation checkpointing identifies layers in the same way.
-    with pytest.raises(ConfigError, match="layers of this architecture") as raised:
-        checkpoint_layers(model, "every 2")
-    assert raised.value.problems[0].where == "model.activation_checkpointing"
+    with pytest.raises(ConfigError) as raised:
+        layers.compile_layers(without_layers(2), torch.device("cpu"))
+    assert raised.value.problems[0].where == "model.compile"

@@ -255,11 +255,6 @@ def test_what_the_settings_need_to_build_kernels_is_looked_for_on_every_node(
     settings = made.config.model.model_copy(update={"compile": False, "liger": "auto"})
     made = made.model_copy(update={"config": made.config.model_copy(update={"model": settings})})
     assert check_node(made, run, 1, 1).problems == ()
-    monkeypatch.setitem(sys.modules, "torchao", None)
-    in_fp8 = made.config.model_copy(update={"model": settings.model_copy(update={"fp8": True})})
-    missing = only(check_node(made.model_copy(update={"config": in_fp8}), run, 1, 1))
-    assert missing.message == "torchao, which computes linear layers in FP8, is not installed"
-    assert missing.remedy == "pip install 'launcher[fp8]', or set model.fp8=false"
 
 
 def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
@@ -298,12 +293,12 @@ def test_adapters_need_their_devices_and_memory_that_may_be_locked(
 
 
 def test_kernels_that_ranks_may_choose_must_be_the_same_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("flash_attn", "flash_attn_3", "flash_attn_4", "torchao"):
+    for name in ("flash_attn", "flash_attn_3", "flash_attn_4"):
         (tmp_path / f"{name}-1.2.dist-info").mkdir()
         (tmp_path / f"{name}-1.2.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
     monkeypatch.syspath_prepend(tmp_path)
     versions = node_check._packages()
-    assert [versions[name] for name in ("flash-attn", "flash-attn-3", "flash-attn-4", "torchao")] == ["1.2"] * 4
+    assert [versions[name] for name in ("flash-attn", "flash-attn-3", "flash-attn-4")] == ["1.2"] * 3
 
 
 def test_a_gpu_problem_is_a_problem_of_its_node(

@@ -212,18 +212,6 @@ def test_liger_is_tried_on_the_gpu_as_ranks_do(
     assert verdicts(toolchain.check_liger, config("model.liger=true")) == [FAILURE]
 
 
-def test_fp8_is_tried_on_the_gpu_where_the_settings_ask_for_it(
-    gpu_machine: Callable[..., None], config: Callable[..., RunConfig]
-) -> None:
-    gpu_machine()
-    assert verdicts(toolchain.check_fp8, config()) == []
-    tried = only(toolchain.check_fp8(config("model.fp8=true")))
-    assert tried.verdict == FAILURE
-    # torch's message when it computes on a GPU that does not exist, or the message that torchao is not installed.
-    assert tried.seen.startswith("torchao ")
-    assert "set model.fp8=false" in tried.remedy
-
-
 def install_liger(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_package(folder)
     (folder / "liger_kernel-0.8.5.dist-info").mkdir()
