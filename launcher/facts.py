@@ -30,7 +30,7 @@ from launcher.data.checks import findings
 from launcher.data.sources.eval_set import make_set_data
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
-from launcher.models import isolation_verdicts
+from launcher.models import stored_checks
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, Lineage, ModelFacts, Provenance
 from launcher.security import ownership
 
@@ -76,7 +76,7 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
     """
     check(config)
     model = model_source.read_model_facts(config.model)
-    model = model.model_copy(update={"isolation": isolation_verdicts.load(model, config.model)})
+    model = model.model_copy(update={"isolation": stored_checks.load_verdict(model, config.model)})
     data = data_facts(config, model.tokenizer_path)
     eval_sets = eval_set_facts(config, model.tokenizer_path)
     caches = [*([data] if data is not None else []), *eval_sets.values()]
@@ -100,7 +100,9 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind, and with the tensors missing from the weights.
     """
-    problems = model_source.check_model(config.model) or model_source.weights_problems(config.model)
+    problems, folder = model_source.check_model(config.model), model_source.pretrained_folder(config.model)
+    if not problems and folder is not None and (report := model_source.weight_report(config.model)) is not None:
+        problems += report.problems(folder, config.model)
     problems += sources.check_sources(config.data)
     for i, source in enumerate(config.data.sources):
         if source.path == GENERAL_TEXT:
@@ -120,7 +122,7 @@ def is_prepared(config: RunConfig, facts: Facts) -> bool:
     has_data = facts.data is not None and len(facts.eval_sets) == len(config.eval.all_sets)
     if not has_data or facts.model.tokenizer_path is None or (model.path is not None and facts.model.path is None):
         return False
-    return model_source.are_weights_compared(model)
+    return model_source.weight_report(model) is not None
 
 
 def prepared_data(config: RunConfig) -> tuple[DataFacts, dict[str, DataFacts]] | None:
@@ -130,7 +132,7 @@ def prepared_data(config: RunConfig) -> tuple[DataFacts, dict[str, DataFacts]] |
     """
     model = config.model
     folders = [model_source.locate(name, model).folder for name in (model.path, model.tokenizer) if name]
-    if not folders or None in folders or not model_source.are_weights_compared(model):
+    if not folders or None in folders or model_source.weight_report(model) is None:
         return None
     data, eval_sets = data_facts(config, str(folders[-1])), eval_set_facts(config, str(folders[-1]))
     return (data, eval_sets) if data is not None and len(eval_sets) == len(config.eval.all_sets) else None

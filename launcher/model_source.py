@@ -27,7 +27,7 @@ from launcher.data import hub_cache
 from launcher.data.cache_dir import cache_root, mark_used
 from launcher.errors import ConfigError, Problem
 from launcher.models import gguf_header, weight_files
-from launcher.models.folder_check import file_problems, folder_problems, size_problems
+from launcher.models.folder_check import file_problems, folder_problems
 from launcher.models.remote_code import code_problems
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import ModelFacts
@@ -65,29 +65,20 @@ def pretrained_folder(model: ModelSection) -> Path | None:
     return None if model.path is None or model.init == "random" else locate(model.path, model).folder
 
 
-def are_weights_compared(model: ModelSection) -> bool:
-    """Return True if the weight files were compared with the model, or if none are loaded (random weights)."""
-    folder = pretrained_folder(model)
-    return folder is None or weight_files.load_report(folder, model) is not None
+def weight_report(model: ModelSection) -> weight_files.WeightReport | None:
+    """Return how the weight files differ from the model; None if they were not compared yet.
 
-
-def weights_problems(model: ModelSection) -> list[Problem]:
-    """Return why a run cannot start from these weights: damaged files, or a failed comparison with the model."""
+    Raises:
+        ConfigError: if a weight file is damaged.
+    """
     folder = pretrained_folder(model)
-    if folder is None:
-        return []
-    try:
-        report = weight_files.load_report(folder, model)
-    except ConfigError as error:
-        return list(error.problems)
-    return report.problems(folder, model) if report is not None else []
+    return weight_files.WeightReport() if folder is None else weight_files.load_report(folder, model)
 
 
 def weights_note(model: ModelSection) -> str | None:
     """Return one line about tensors in the weight files that the model lacks, or None if there are none or no comparison."""
-    folder = pretrained_folder(model)
-    report = weight_files.load_report(folder, model) if folder is not None else None
-    return report.note if report is not None else None
+    report = weight_report(model)
+    return None if report is None else report.note
 
 
 def check_model(model: ModelSection) -> list[Problem]:
@@ -100,17 +91,18 @@ def check_model(model: ModelSection) -> list[Problem]:
             if package_file(value) is None:
                 problems.append(_missing_package(key, value))
         elif is_local_path(value):
-            folder = Path(value).expanduser()
-            if not folder.is_dir():
-                problems.append(_missing_folder(key, value, folder))
+            local = Path(value).expanduser()
+            if not local.is_dir():
+                problems.append(_missing_folder(key, value, local))
             elif key == "model.path":
-                problems += folder_problems(folder, model)
+                problems += folder_problems(local, model)
             else:
-                problems += [*link_problems(folder), *size_problems(folder, key), *file_problems(folder, key=key)]
+                problems += list(link_problems(local)) or file_problems(local, key=key)
         elif key == "model.path" and is_run(value):
             problems += _check_code_of_run(value, model)
         elif key == "model.path":
-            problems += _check_hub_model(value, model)
+            folder = locate(value, model).folder
+            problems += folder_problems(folder, model) if folder is not None else []
     if model.config is not None:
         problems += code_problems(model, model.config, None, "model.config")
     return problems
@@ -134,45 +126,12 @@ def local_folder(value: str) -> str:
 
 
 def _missing_folder(key: str, value: str, folder: Path) -> Problem:
-    absent = [folder, *(parent for parent in folder.parents if not parent.exists())]
-    is_in_model = folder.is_file() and (folder.parent / "config.json").is_file()
-    similar = [str(folder.parent)] if is_in_model else _similar_folders(absent[-1], cutoff=0.5)
+    beside = {path.name.casefold(): path for path in folder.parent.iterdir() if path.is_dir()} if folder.parent.is_dir() else {}
+    similar = [str(beside[name]) for name in difflib.get_close_matches(folder.name.casefold(), beside, n=3, cutoff=0.5)]
     guess = f"did you mean {' or '.join(similar)}? " if similar else ""
-    remedy = f"{guess}check the path; relative ones start at {Path.cwd()}"
     reason = "this is a file, not a folder" if folder.exists() else "there is no such folder"
+    remedy = f"{guess}check the path; relative ones start at {Path.cwd()}"
     return Problem(f"{key}: {reason}", where=key, value=value, remedy=remedy)
-
-
-def _similar_folders(folder: Path, cutoff: float) -> list[str]:
-    """Return up to three folders beside a missing one whose names are closest to its name."""
-    try:
-        beside = {path.name.casefold(): path for path in folder.parent.iterdir() if path.is_dir()}
-    except OSError:
-        return []
-    return [str(beside[name]) for name in difflib.get_close_matches(folder.name.casefold(), beside, n=3, cutoff=cutoff)]
-
-
-def _check_hub_model(value: str, model: ModelSection) -> list[Problem]:
-    """Check a downloaded model's files; a model that is not downloaded may be a misspelled local folder."""
-    if any(_hub_snapshots(value, model.revision)):
-        folder = locate(value, model).folder
-        return folder_problems(folder, model) if folder is not None else []
-    # The name of a model of another size has different digits.
-    folder = Path(value)
-    beside = _similar_folders(folder, cutoff=0.7)
-    if not folder.parent.exists():
-        # The name is right, but its parent folder is not.
-        above = _similar_folders(folder.parent, cutoff=0.7)
-        beside = [path for name in above if (path := f"{name}/{folder.name}") and Path(path).is_dir()]
-    similar = [path for path in beside if _digits(path) == _digits(value)]
-    if not similar:
-        return []
-    remedy = f"did you mean ./{similar[0]}? For a model from the hub, start in a folder without {Path(similar[0]).parent}/"
-    return [Problem("model.path: there is no such folder, but a similar one", where="model.path", value=value, remedy=remedy)]
-
-
-def _digits(text: str) -> list[str]:
-    return re.findall(r"\d+", text)
 
 
 def _missing_package(key: str, value: str) -> Problem:

@@ -10,7 +10,18 @@ from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Manifest
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
-from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
+from launcher.plan.launch_plan import (
+    Batch,
+    LaunchPlan,
+    Limits,
+    Memory,
+    ModelFacts,
+    PeakMemory,
+    Provenance,
+    Saving,
+    StageMemory,
+    Topology,
+)
 from launcher.plan.run_dir import RunDir
 
 # The minimal settings of a run.
@@ -53,6 +64,18 @@ def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None =
         deepspeed={"zero_optimization": {"stage": 3}},
         memory=Memory(
             weights_gib=0.3, gradients_gib=0.3, optimizer_gib=1.5, per_rank_gib=1.0, host_per_node_gib=0.0, device_gib=None
+        ),
+        checkpointing="none",
+        loss_chunk_tokens=1024,
+        liger=False,
+        peak=PeakMemory(
+            states_gib=1.0,
+            buckets_gib=0.1,
+            stages=(StageMemory(name="loss", activations_gib=0.1, gathered_gib=0.1, gradients_gib=0.1, temporary_gib=0.1),),
+            fragmentation_gib=0.0,
+            runtime_gib=0.0,
+            peak_gib=1.5,
+            is_measured=False,
         ),
         checkpoint_bytes=10,
         saving=Saving(background=False, host_gib_per_node=0.0),

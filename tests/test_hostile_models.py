@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
 from launcher.models import private_code, remote_code
 from launcher.plan.architecture.facts import model_facts
-from launcher.plan.plan_checks import context_tokens
 from launcher.train.model import build_model, read_own_config
 from launcher.worker.checks import isolation_check, weight_check
 
@@ -233,14 +231,6 @@ def test_sizes_that_no_model_has_are_refused_before_anything_counts_to_them(fold
         model_source.read_model_facts(section(folder, init="random"))
 
 
-def test_numbers_that_python_does_not_read_or_convert_end_in_a_message(folder: Path) -> None:
-    (folder / "config.json").write_text(f'{{"model_type": "llama", "vocab_size": {"9" * 5000}}}')
-    (problem,) = checked(folder, init="random")
-    assert problem.message == "model.path: config.json holds a number of too many digits"
-    scaled = {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", "factor": 1e308}}
-    assert context_tokens(scaled) == 64
-
-
 def test_flash_attention_in_config_json_fetches_nothing_from_the_hub(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,29 +332,10 @@ def test_a_pipe_or_a_device_is_not_read(folder: Path, make: Callable[[Path], Non
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", "below/x.safetensors"])
 def test_weights_outside_of_the_folder_are_refused(folder: Path, name: str) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "transformers_weights": name}))
-    assert "names a file outside the folder" in checked(folder)[0].message
+    (problem,) = checked(folder)
+    assert "transformers_weights" in problem.message
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama"}))
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"t": name}}))
-    assert [problem.message for problem in checked(folder)] == [
-        "model.path: model.safetensors.index.json names no file for the tensor t"
-    ]
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_a_description_of_any_size_is_not_read(folder: Path, name: str) -> None:
-    """A sparse file can have any size, and takes a few kilobytes in an archive."""
-    (folder / name).touch()
-    os.truncate(folder / name, 2**40)
-    problems = [problem for problem in checked(folder) if "is larger than 100 MB" in problem.message]
-    assert [problem.where for problem in problems] == [str(folder / name)]
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
-@pytest.mark.parametrize("key", ["path", "tokenizer"])
-def test_files_that_transformers_reads_whole_have_a_largest_size(folder: Path, name: str, key: str) -> None:
-    (folder / name).touch()
-    os.truncate(folder / name, 2**40)
-    problems = model_source.check_model(ModelSection(**{"path": "someone/model", key: str(folder)}))
-    (problem,) = [problem for problem in problems if "is larger than" in problem.message]
-    assert (problem.message.partition(":")[0], problem.where) == (f"model.{key}", str(folder / name))
+    (problem,) = checked(folder)
+    assert "weight_map" in problem.message

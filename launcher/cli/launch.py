@@ -27,7 +27,7 @@ from launcher.clusters.preflight import check_startable, disk_note, folder_probl
 from launcher.config.compose import Composed, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_REFUSED, DataError, Problem, RunError, SubmitError, describe
-from launcher.models import isolation_verdicts
+from launcher.models import stored_checks
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
@@ -339,7 +339,7 @@ def _checked_facts(
     if not facts.needs_isolation_check(config, collected.model):
         return collected
     if config.model.trust_remote_code and not runs_code:
-        unknown = isolation_verdicts.unknown(config.model, "plan does not run the code of a model")
+        unknown = stored_checks.unknown_verdict(config.model, "plan does not run the code of a model")
         return collected.model_copy(update={"model": collected.model.model_copy(update={"isolation": unknown})})
     condition = (
         "packed documents do not affect each other in this model" if config.data.packing else "this model sees no later tokens"
@@ -349,7 +349,7 @@ def _checked_facts(
         run_worker_module("launcher.worker.checks.isolation_check", config, timeout_s=_ISOLATION_CHECK_S)
     except RunError as error:
         # The ranks then measure it on the loaded model.
-        unknown = isolation_verdicts.unknown(config.model, describe(error))
+        unknown = stored_checks.unknown_verdict(config.model, describe(error))
         return collected.model_copy(update={"model": collected.model.model_copy(update={"isolation": unknown})})
     return facts.gather(config, composed.overrides, node())
 

@@ -200,7 +200,8 @@ def _lines(values: dict[str, Any]) -> list[str]:
         if "loss" in shown:
             shown["loss"] += f"  {sparkline(values['losses'])}"
         rows += shown.items()
-        if values["left_s"] is not None and not stop_note:
+        # After the last step, the progress of evaluation, save and export shows what is left.
+        if values["left_s"] and not stop_note:
             after = " of training once it has machines" if values["state"] == "pending" else ""
             limit = f", until {values['limit']} stops it early" if values["limit"] else ""
             rows.append(("time left", f"{format_duration(values['left_s'])}{after}{limit}"))

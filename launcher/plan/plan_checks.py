@@ -15,8 +15,6 @@ from launcher.plan.launch_plan import DataFacts, LaunchPlan, ModelFacts
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
 
-# transformers looks up positions in a table of fixed length, so a longer document fails with an index error.
-_POSITION_TABLES = ("biogpt", "codegen", "ctrl", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "openai-gpt", "opt")
 # Multiples of the usual learning rate that cause a warning; random weights take larger rates than trained weights.
 _HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
 _MAX_LR = 1.0
@@ -49,12 +47,12 @@ def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
             remedy="set eval.every to a number of steps",
         )
     length, context = config.data.max_length, context_tokens(model.config)
-    if context is not None and length > context and model.model_type in _POSITION_TABLES:
+    if context is not None and length > context:
         yield Problem(
             f"data.max_length={length} is more than the {context} positions of this model",
             where="data.max_length",
             value=str(length),
-            remedy=f"set data.max_length to {context} or less",
+            remedy=f"set data.max_length to {context} or less, or scale RoPE in the model's config.json (rope_parameters)",
         )
 
 
@@ -113,12 +111,6 @@ def warnings(plan: LaunchPlan) -> Iterator[str]:
     allowed = _HIGH_LR if config.model.init == "pretrained" else _HIGH_LR_RANDOM
     if usual is not None and lr > allowed * usual[1]:
         yield f"optim.lr={lr:g} is high: fine-tuning with {config.optim.name} usually takes {_range(usual)}"
-    length, context = config.data.max_length, context_tokens(plan.model.config)
-    if context is not None and length > context:
-        yield (
-            f"data.max_length={length:,} is more than the model's context of {context:,} tokens, and it has not seen later "
-            f"positions: set data.max_length={context}"
-        )
     settings = {"eval.stop_after": config.eval.stop_after, "checkpoint.keep_best": config.checkpoint.keep_best}
     uses_best = [name for name, value in settings.items() if value]
     if uses_best and config.checkpoint.best_set == HELD_OUT and data is not None and not data.num_eval_rows:

@@ -252,6 +252,13 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             value=str(fewest_workers),
             remedy="lower it, or raise cluster.nodes",
         )
+    if topology.device == "cpu" and config.model.attention.startswith("flash_attention"):
+        yield Problem(
+            f"model.attention={config.model.attention} needs GPUs, and this run computes on CPUs",
+            where="model.attention",
+            value=config.model.attention,
+            remedy="set model.attention=auto",
+        )
     if problem := config.cluster.topology_problem(topology.world_size):
         yield problem
     yield from _hpz_problems(config, topology)

@@ -72,6 +72,18 @@ class LivePace(Pace):
         return is_due
 
 
+class CountProgress:
+    """Says how many items of an activity are done when a line is due."""
+
+    def __init__(self, activity: str, noun: str, say: Say, pace: Pace | None = None) -> None:
+        self._activity, self._noun, self._say, self._pace = activity, noun, say, pace or Pace()
+
+    def show(self, done: int, total: int) -> None:
+        if self._pace.is_due():
+            left = time_left(done, total, self._pace.elapsed_s)
+            self._say(f"{self._activity}: {done:,} of {total:,} {self._noun}{left}")
+
+
 class ByteProgress:
     """Counts the bytes of an activity, from any thread, and reports progress when a line is due.
 

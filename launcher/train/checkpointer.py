@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from launcher.data.cache_dir import mark_used
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.disk import REFERENCE_TOKENS
 from launcher.plan.quantities import format_size
+from launcher.tracking.progress import EVENT, Pace, say_that_it_works
 from launcher.tracking.tracker import Composite
 from launcher.train.model import CausalLMLoss
 
@@ -56,7 +59,8 @@ class Checkpointer:
         """Begin a save, in the background where possible; its outcome is reported as soon as it is known. Collective."""
         self.wait(step)
         self._is_unreported, self._eval_loss, self._saving_step = True, eval_loss, step
-        self._saver.save(step, state, eval_loss=eval_loss)
+        with self._shown():
+            self._saver.save(step, state, eval_loss=eval_loss)
         if not self._saver.is_saving:
             self.wait(step)
 
@@ -75,7 +79,8 @@ class Checkpointer:
         """
         self.wait(step)
         self._is_unreported, self._eval_loss, self._saving_step, self._is_run_complete = True, eval_loss, step, is_run_complete
-        self._saver.save(step, state, eval_loss=eval_loss, reference_logits=reference_logits, wait=True)
+        with self._shown():
+            self._saver.save(step, state, eval_loss=eval_loss, reference_logits=reference_logits, wait=True)
         outcome = self.wait(step)
         if isinstance(outcome, CheckpointError):
             raise outcome
@@ -84,11 +89,18 @@ class Checkpointer:
         """Wait for the in-flight save and return its outcome; a failed one is reported, and training continues. Collective."""
         # Otherwise the watchdog would take this wait for a stalled step.
         self._beat("saving", step)
-        outcome = self._saver.wait()
+        with self._shown():
+            outcome = self._saver.wait()
         if isinstance(outcome, Saved):
             self.saved_step, self.save_s = outcome.step, outcome.seconds
         self._report(outcome, step)
         return outcome
+
+    def _shown(self) -> AbstractContextManager[None]:
+        """Say on rank 0 how long training has waited for a save."""
+        if not self._is_main or not self._is_unreported:
+            return nullcontext()
+        return say_that_it_works(f"saving step {self._saving_step}", partial(self._tracker.event, EVENT), Pace())
 
     def poll(self, step: int) -> None:
         """Report the outcome of the in-flight save if it is known. Does not wait.

@@ -25,7 +25,7 @@ from launcher.plan.planner import as_run
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
-from launcher.tracking.progress import as_events, silent
+from launcher.tracking.progress import EVENT, as_events, silent
 from launcher.tracking.tracker import Composite
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
@@ -110,6 +110,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)
     start = agree_on_start_point(run.run_dir, rank_info, device)
     make_progress = as_events(tracker.event) if rank_info.is_main else silent
+    say = partial(tracker.event, EVENT) if rank_info.is_main else lambda text: None
     engine, model = build_engine(plan, rank_info, make_progress, has_checkpoint=start.checkpoint is not None)
     if device.type == "cuda":
         tracker.event("info", attention.describe(plan.config.model, model.hf.config, plan.config.data.packing), 0)
@@ -131,7 +132,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         model=model,
         objective=objective,
         batches=batches,
-        evaluator=Evaluator(scorer, eval_rows, monitor.beat),
+        evaluator=Evaluator(scorer, eval_rows, monitor.beat, say),
         checkpointer=Checkpointer(
             saver, tracker, rank_info.is_main, monitor.beat, best_set, plan.eval_rows_digest(best_set), data.cache_dir
         ),

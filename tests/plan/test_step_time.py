@@ -176,7 +176,6 @@ def test_why_marks_the_chosen_combination_and_shows_what_other_settings_would_do
     assert any(one.offload_optimizer == "cpu" for one in others)
     for more, is_compiled in (((), False), (("model.compile=true",), True)):
         planned = plan_of(*H100, *more)
-        marked = [line.split()[1] for line in why_lines(planned) if line.startswith("* ")]
-        assert marked == ["1", "chosen:"]
+        assert sum(line.startswith("* ") and "chosen:" not in line for line in why_lines(planned)) == 1
         assert [one["compiled"] for one in why_values(planned) if one["is_chosen"]] == [is_compiled]
         assert ("layers are compiled (model.compile)" in peak_line(planned)) is is_compiled

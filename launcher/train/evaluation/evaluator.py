@@ -13,6 +13,7 @@ import torch.distributed as dist
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import RowBatches
 from launcher.distributed import copy_to_device
+from launcher.tracking.progress import CountProgress, Say
 from launcher.tracking.tracker import Composite
 from launcher.train.evaluation.score import Scorer
 from launcher.train.monitoring.step_metrics import perplexity
@@ -90,9 +91,11 @@ def log_evaluation(
 class Evaluator:
     """Computes the loss of sets of rows with the training engine. `total_s` is the total seconds of all evaluations so far."""
 
-    def __init__(self, scorer: Scorer, sets: Sequence[EvalRows], beat: Callable[[str, int], None]) -> None:
-        """`beat` receives the phase and the number of completed steps before each micro-batch."""
-        self._scorer, self._beat = scorer, beat
+    def __init__(
+        self, scorer: Scorer, sets: Sequence[EvalRows], beat: Callable[[str, int], None], say: Say = lambda text: None
+    ) -> None:
+        """`beat` receives the phase and the number of completed steps before each micro-batch, `say` lines on the progress."""
+        self._scorer, self._beat, self._say = scorer, beat, say
         self._sets = [rows for rows in sets if len(rows.batches)]
         self.total_s = 0.0
 
@@ -125,9 +128,11 @@ class Evaluator:
         numbers = range(rank_info.rank, num_rounds * rank_info.world_size, rank_info.world_size)
         # Sums and token counts by source; in fp64, so their order affects no digit that is shown.
         totals = torch.zeros(2, max(1, len(rows.sources)), dtype=torch.float64, device=device)
+        counter = CountProgress(f"evaluating {rows.name.replace('_', '-')}", "micro-batches", self._say)
         for number, losses in zip(numbers, self._scorer.score(batches, numbers, local_stop_reason), strict=False):
             if losses is None:
                 return None
+            counter.show(numbers.index(number) + 1, len(numbers))
             source = copy_to_device(torch.from_numpy(batches.label_sources(number)), device)
             totals[0].index_add_(0, source, losses.double())
             totals[1].index_add_(0, source, torch.ones_like(losses, dtype=torch.float64))

@@ -1,6 +1,6 @@
 """Probes whether a model sees later tokens or neighboring documents: `python -m launcher.worker.checks.isolation_check`.
 
-Reads a RunConfig as JSON from standard input, stores the verdict (launcher.models.isolation_verdicts) and prints it as JSON.
+Reads a RunConfig as JSON from standard input, stores the verdict (launcher.models.stored_checks) and prints it as JSON.
 The probe uses a small random model with the same kinds of layers, attention and windows, so it needs no weights and no GPU. An
 architecture that cannot be reduced by these rules gets no verdict; the ranks then probe the loaded model.
 """
@@ -8,6 +8,7 @@ architecture that cannot be reduced by these rules gets no verdict; the ranks th
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import os
 import sys
 import traceback
@@ -19,7 +20,7 @@ from launcher import model_source
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.data import cache_dir
 from launcher.errors import LauncherError, RunError
-from launcher.models import isolation_verdicts
+from launcher.models import stored_checks
 from launcher.models.private_code import code_option, folder_to_load
 from launcher.models.remote_code import without_code
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts, Outcome
@@ -53,9 +54,9 @@ def check(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
         RunError: if this machine has no memory, processes, files or disk space left for the probe; then nothing is stored.
     """
     kernel, outcome, detail = _probe(model, facts)
-    version = isolation_verdicts.transformers_version()
+    version = importlib.metadata.version("transformers")
     verdict = IsolationVerdict(outcome=outcome, kernel=kernel, transformers=version, detail=detail)
-    isolation_verdicts.save(facts, model, verdict)
+    stored_checks.save_verdict(facts, model, verdict)
     return verdict
 
 

@@ -13,7 +13,7 @@ import transformers
 
 from launcher.config.schema import ModelSection
 from launcher.errors import RunError
-from launcher.models import isolation_verdicts
+from launcher.models import stored_checks
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import ModelFacts
 from launcher.worker.checks import isolation_check
@@ -60,12 +60,12 @@ def facts(model_type: str, **own: Any) -> ModelFacts:
 def test_a_verdict_is_stored_for_config_and_kernel(model_type: str, attention: Any, kernel: str, outcome: str) -> None:
     own = {"num_hidden_layers": 2}
     model, model_of_run = section(attention=attention), facts(model_type, **own)
-    assert isolation_verdicts.load(model_of_run, model) is None
+    assert stored_checks.load_verdict(model_of_run, model) is None
     verdict = isolation_check.check(model, model_of_run)
     assert (verdict.outcome, verdict.kernel, verdict.transformers) == (outcome, kernel, transformers.__version__)
-    assert isolation_verdicts.load(model_of_run, model) == verdict
-    assert isolation_verdicts.load(facts(model_type, num_hidden_layers=3), model) is None
-    assert isolation_verdicts.load(model_of_run, section(attention="eager")) is None
+    assert stored_checks.load_verdict(model_of_run, model) == verdict
+    assert stored_checks.load_verdict(facts(model_type, num_hidden_layers=3), model) is None
+    assert stored_checks.load_verdict(model_of_run, section(attention="eager")) is None
     details = {
         "leaks": "changing a document moves the logits of the next one",
         "not_causal": "changing tokens moves the logits before",
@@ -124,7 +124,7 @@ def test_a_probe_without_memory_has_no_verdict(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(isolation_check, "build", build)
     with pytest.raises(RunError):
         isolation_check.check(section(), facts("llama"))
-    assert isolation_verdicts.load(facts("llama"), section()) is None
+    assert stored_checks.load_verdict(facts("llama"), section()) is None
 
 
 @pytest.mark.rest

@@ -16,7 +16,7 @@ from launcher.config.compose import conf_dir
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
 from launcher.models import weight_files
-from launcher.models.weight_files import ShapeMismatch, WeightReport
+from launcher.models.weight_files import WeightReport
 from launcher.worker.checks import weight_check
 
 PRESETS = {
@@ -49,28 +49,21 @@ def test_weights_of_every_preset_pass_and_a_missing_tensor_is_refused(preset: st
     folder = save_model(tmp_path / "model", PRESETS[preset])
     assert compared(folder) == WeightReport()
     change_weights(folder, without("model.layers.1.self_attn.o_proj.weight"))
-    assert "the weight files lack 1 tensor of the model: model.layers.1.self_attn.o_proj.weight" in refused(folder)
+    assert "model.layers.1.self_attn.o_proj.weight" in refused(folder)
 
 
 @pytest.mark.parametrize(
-    "model_type, part",
+    ("model_type", "part"),
     [
-        ("mixtral", "model.layers.1.block_sparse_moe.experts.1.{}.weight"),
-        ("qwen3_moe", "model.layers.1.mlp.experts.1.{}.weight"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.1.w1.weight"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.1.gate_proj.weight"),
     ],
 )
-def test_parts_of_fused_tensors_are_named_as_the_files_name_them(model_type: str, part: str, tmp_path: Path) -> None:
+def test_a_missing_part_of_a_fused_tensor_is_refused(model_type: str, part: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", {"model_type": model_type})
-    whole = load_file(folder / "model.safetensors")
     assert compared(folder) == WeightReport()
-    parts = ("w1", "w2", "w3") if model_type == "mixtral" else ("gate_proj", "down_proj", "up_proj")
-    for name in map(part.format, parts):
-        assert name in whole
-        # The norm is not part of the tensors that transformers cannot fuse, and must still be reported.
-        change_weights(folder, lambda tensors, name=name: (tensors.update(whole), without(name, "model.norm.weight")(tensors)))
-        assert compared(folder) == WeightReport(missing=tuple(sorted((name, "model.norm.weight"))))
-        change_weights(folder, lambda tensors, name=name: tensors.update({**whole, name: torch.zeros(3, 5)}))
-        assert compared(folder) == WeightReport(mismatched=(ShapeMismatch(name, (3, 5), tuple(whole[name].shape)),))
+    change_weights(folder, without(part))
+    assert "layers.1" in refused(folder)
 
 
 def test_fused_tensors_may_be_stored_as_the_model_has_them(tmp_path: Path) -> None:
@@ -96,7 +89,7 @@ def test_names_may_lack_the_prefix_of_the_body(tmp_path: Path) -> None:
     assert "norm.weight" in load_file(folder / "model.safetensors")
     assert compared(folder) == WeightReport()
     change_weights(folder, lambda tensors: tensors.update({"norm.weight": torch.zeros(3)}))
-    assert compared(folder).mismatched == (ShapeMismatch("norm.weight", (3,), (16,)),)
+    assert "[3] in the files and [16] in the model" in str(compared(folder).mismatched)
 
 
 def test_every_shard_of_the_index_counts(tmp_path: Path) -> None:
@@ -111,9 +104,7 @@ def test_every_shard_of_the_index_counts(tmp_path: Path) -> None:
 def test_a_shape_mismatch_reports_both_shapes(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", LLAMA)
     change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(40, 16)}))
-    said = refused(folder)
-    assert "in another shape than the model: lm_head.weight is [40, 16] in the files and [48, 16] in the model" in said
-    assert "config.json" in said
+    assert "lm_head.weight is [40, 16] in the files and [48, 16] in the model" in refused(folder)
 
 
 def test_unexpected_tensors_are_listed_and_accepted(tmp_path: Path) -> None:
@@ -124,8 +115,7 @@ def test_unexpected_tensors_are_listed_and_accepted(tmp_path: Path) -> None:
     report = weight_files.load_report(folder, model)
     assert report is not None
     assert report.problems(folder, model) == []
-    assert "does not have 7 tensors of the weight files; they are not loaded: vision.0, vision.1" in str(report.note)
-    assert str(report.note).endswith("vision.4 and 2 more")
+    assert "7 tensors" in str(report.note)
 
 
 def test_pickled_weights_are_compared_where_they_are_allowed(tmp_path: Path) -> None:
@@ -168,27 +158,31 @@ def test_a_comparison_is_made_once_for_the_same_headers(tmp_path: Path) -> None:
         assert "model.norm.weight" in refused(folder)
 
 
-def test_a_failed_comparison_is_reported_and_not_cached(tmp_path: Path) -> None:
+def test_a_failed_comparison_is_reported_and_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> WeightReport:
+        raise ImportError("no such kernel")
+
+    monkeypatch.setattr(weight_check, "compare", fail)
     folder = save_model(tmp_path / "model", LLAMA)
-    (folder / "config.json").write_text('{"model_type": "clip"}')
     model, lines = ModelSection(path=str(folder)), []
     weight_check.require_weights(model, lines.append)
-    assert lines[1].startswith("note: the weight files could not be compared with the model: ValueError")
+    assert "ImportError: no such kernel" in lines[1]
     assert weight_files.load_report(folder, model) is None
 
 
 @pytest.mark.parametrize(
-    "changes, reason",
+    ("changes", "reason"),
     [
-        ({"model_type": "from_the_future"}, "The checkpoint you are trying to load has model type `from_the_future`"),
-        ({"hidden_size": 21, "num_attention_heads": 2}, "ValueError: The hidden size (21) is not a multiple of the number of"),
+        ({"model_type": "from_the_future"}, "from_the_future"),
+        ({"model_type": "clip"}, "Unrecognized configuration class"),
+        ({"hidden_size": 21, "num_attention_heads": 2}, "hidden size (21)"),
     ],
 )
 def test_a_config_that_transformers_does_not_accept_is_refused(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
     folder = save_model(tmp_path / "model", LLAMA)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    assert f"transformers does not accept config.json: {reason}" in refused(folder)
+    assert reason in refused(folder)
 
 
 def test_random_weights_need_no_files(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Results of checks that need torch, stored in the launcher's cache under a digest of everything that they depend on.
+
+So the submit side reads them without starting a process: whether packed documents affect each other in a model
+(launcher.worker.checks.isolation_check), and how weight files differ from their model (launcher.worker.checks.weight_check).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from launcher import atomic_files
+from launcher.config.schema import ModelSection
+from launcher.data import cache_dir
+from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
+from launcher.security import ownership
+
+_ISOLATION = "isolation-checks"
+# Increase this when the probe changes, so that stored verdicts are not used.
+_FORMAT = 6
+
+
+def load(kind: str, key: Any) -> dict[str, Any] | None:
+    """Read the stored result of a kind of check; None if there is none.
+
+    Raises:
+        DataError: if another user could have written it.
+    """
+    file = _file(kind, key)
+    ownership.require_cache(file)
+    try:
+        values = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def save(kind: str, key: Any, values: Mapping[str, Any]) -> None:
+    """Store the result of a check.
+
+    Raises:
+        DataError: if the launcher's cache cannot be written.
+    """
+    file = _file(kind, key)
+    with cache_dir.convert_os_errors(file.parent):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        atomic_files.write_json(file, values)
+
+
+def _file(kind: str, key: Any) -> Path:
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())
+    return cache_dir.cache_root() / kind / f"{digest}.json"
+
+
+def load_verdict(facts: ModelFacts, model: ModelSection) -> IsolationVerdict | None:
+    """Read the stored verdict on this architecture and attention kernel; None if it was not probed."""
+    values = load(_ISOLATION, _isolation_key(facts, model))
+    return None if values is None else IsolationVerdict.model_validate(values)
+
+
+def save_verdict(facts: ModelFacts, model: ModelSection, verdict: IsolationVerdict) -> None:
+    """Store a verdict. Raises DataError if the launcher's cache cannot be written."""
+    save(_ISOLATION, _isolation_key(facts, model), verdict.model_dump())
+
+
+def unknown_verdict(model: ModelSection, reason: str) -> IsolationVerdict:
+    """Return the verdict for a probe without a result; the ranks measure the loaded model."""
+    version = importlib.metadata.version("transformers")
+    return IsolationVerdict(outcome="unknown", kernel=model.attention, transformers=version, detail=reason)
+
+
+def _isolation_key(facts: ModelFacts, model: ModelSection) -> list[Any]:
+    code = sorted(Path(facts.path).glob("*.py")) if model.trust_remote_code and facts.path else []
+    digests = [[file.name, xxhash.xxh3_64_hexdigest(file.read_bytes())] for file in code]
+    return [_FORMAT, importlib.metadata.version("transformers"), model.attention, facts.config, digests]
