@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def run(verb: str, tokens: list[str]) -> int:
     around = _steps_around(run_dir, arguments.step)
     plan_path = _plan_of_attempt(run_dir, around[1]["attempt"])
     options = [str(arguments.step), *(["--no-scores"] if arguments.no_scores else [])]
+    if not arguments.no_scores:
+        print(f"computing the losses of the rows of step {arguments.step}, for which the model is loaded", file=sys.stderr)
     report = run_scoring("launcher.worker.scoring.step", plan_path, *options)
     report |= {"run": run_dir.root.name, "steps": around[0], "events": _events_near(run_dir, around[1]["time"])}
     print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report)))

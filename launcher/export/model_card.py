@@ -29,8 +29,6 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 Rows = Sequence[tuple[str, str]]
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
-# The lines of a README between a first line `---` and the next `---`.
-_FRONT_MATTER = re.compile(r"---[ \t\r]*\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 _EVAL_LOSS = re.compile(r"eval/(.+)/loss")
 # Name prefixes of the metrics that a card shows.
 METRICS = ("train/loss", "eval/")
@@ -74,13 +72,12 @@ def render_model_card(
 
 def base_front_matter(folder: Path) -> dict[str, Any]:
     """Read the front matter of a model folder's card; empty if there is none that can be parsed."""
+    from huggingface_hub.repocard import metadata_load
+
     try:
-        with open(folder / CARD, encoding="utf-8") as file:
-            front_matter = _FRONT_MATTER.match(file.read())
-        content = yaml.safe_load(front_matter[1]) if front_matter else None
+        return metadata_load(folder / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _lineage_rows(plan: LaunchPlan, manifest: Manifest) -> Rows:

@@ -46,22 +46,19 @@ def test_a_high_learning_rate_is_warned_about(plan_of: PlanOf) -> None:
     assert warnings_of(plan_of("optim.lr=1e-2")) == []
 
 
-def test_rows_longer_than_the_context_are_warned_about_with_the_context(plan_of: PlanOf) -> None:
-    (warning,) = warnings_of(plan_of("data.max_length=2049"))
-    assert warning == (
-        "data.max_length=2,049 is more than the model's context of 2,048 tokens, and it has not seen later positions: "
-        "set data.max_length=2048"
-    )
-    assert warnings_of(plan_of("data.max_length=2048")) == []
-
-
-def test_rows_longer_than_a_table_of_positions_are_refused(config_of: ConfigOf) -> None:
-    config = config_of("data.max_length=4096")
+def test_rows_longer_than_the_positions_are_refused(plan_of: PlanOf) -> None:
+    assert plan_of("data.max_length=2048").config.data.max_length == 2048
     with pytest.raises(ConfigError) as error:
-        plan(config, facts_for(config, model_type="gpt_neo"))
+        plan_of("data.max_length=2049")
     (problem,) = error.value.problems
-    assert problem.message == "data.max_length=4096 is more than the 2048 positions of this model"
-    assert problem.remedy == "set data.max_length to 2048 or less"
+    assert (problem.where, problem.value) == ("data.max_length", "2049")
+
+
+def test_a_kernel_that_needs_gpus_is_refused_on_cpus(plan_of: PlanOf) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of("model.attention=flash_attention_2")
+    assert [problem.where for problem in error.value.problems] == ["model.attention"]
+    assert plan_of(*LLAMA_8B, "model.attention=flash_attention_2", device=H100).config.model.attention == "flash_attention_2"
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}

@@ -36,7 +36,8 @@ def test_states_that_do_not_fit_need_other_machines_or_offload(plan_of: PlanOf) 
 
 
 def test_shorter_rows_are_offered_where_only_activations_do_not_fit(plan_of: PlanOf) -> None:
-    settings = ("model=llama3_1_8b", "data.max_length=262144", "train.global_batch_size=8")
+    long = ("data.max_length=262144", "model.config.max_position_embeddings=262144")
+    settings = ("model=llama3_1_8b", *long, "train.global_batch_size=8")
     _, changes = remedy(plan_of, *settings)
     assert any(change.startswith("data.max_length=") for change in changes)
 

@@ -24,6 +24,7 @@ from launcher.plan.planner import choose_topology, device_gib
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.quantities import format_count
 from launcher.plan.suggested_settings import DataSample, Machine, Suggestion, needs_offload, suggest, suggest_held_out
+from launcher.tracking.progress import show_waiting
 
 _OFFLOAD = "zero3_offload"
 # Longer than inspecting the largest data takes: all rows are counted.
@@ -56,7 +57,8 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     node = cluster.device(config.cluster)
     config = facts.resolve(config, lambda: node)
     facts.check(config)
-    sample_report = run_worker_module("launcher.worker.data_sample", config, timeout_s=_LOOK_TIMEOUT_S)
+    with show_waiting("reading a sample of the data"):
+        sample_report = run_worker_module("launcher.worker.data_sample", config, timeout_s=_LOOK_TIMEOUT_S)
     raise_reported(sample_report)
     changes: dict[str, Any] = {}
     assumptions = []
