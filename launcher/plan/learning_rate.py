@@ -55,7 +55,4 @@ def describe_changed_rate(saved: LaunchPlan, following: LaunchPlan, step: int) -
     ]
     if saved.batch.max_steps != following.batch.max_steps:
         causes.append(f"its schedule now ends at step {following.batch.max_steps:,} instead of {saved.batch.max_steps:,}")
-    change += f": {', and '.join(causes)}"
-    if following.config.optim.schedule == "wsd" and rate > last:
-        change += "; the rate does not rise if you go back with --step to a checkpoint before the decay"
-    return change
+    return f"{change}: {', and '.join(causes)}"

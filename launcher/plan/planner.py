@@ -139,7 +139,9 @@ def _parts_by_ranks(
 ) -> dict[str, Any]:
     """Return the parts of a plan that depend on the number of ranks."""
     optimizer = OPTIMIZERS[config.optim.name]
-    situation = combinations.Situation(config, model, data, topology, lookup(gpu_name), device_gib, liger)
+    situation = combinations.Situation(
+        config, model, data, topology, lookup(gpu_name), device_gib, liger and not kernels.may_lack_liger(config)
+    )
     chosen = combinations.choose(situation)
     split = chosen.batch
     states = memory.estimate_model_states(

@@ -113,7 +113,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     say = partial(tracker.event, EVENT) if rank_info.is_main else lambda text: None
     engine, model = build_engine(plan, rank_info, make_progress, has_checkpoint=start.checkpoint is not None)
     if device.type == "cuda":
-        tracker.event("info", attention.describe(plan.config.model, model.hf.config, plan.config.data.packing), 0)
+        tracker.event("info", attention.describe(model.hf.config, plan.config.data.packing), 0)
     if plan.liger:
         problem = model.liger_problem
         tracker.event("alert" if problem else "info", liger.describe_use(problem, plan.config, run.run_dir.root), 0)

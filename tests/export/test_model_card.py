@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from huggingface_hub import ModelCard
 from plan_fixtures import composed, facts_for
 
 from launcher.checkpoint.manifest import Manifest
 from launcher.export.hf_folder import ExportedFolder
-from launcher.export.model_card import base_front_matter, render_model_card
+from launcher.export.model_card import render_model_card
 from launcher.export.parity import LogitParity
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.planner import plan as make_plan
@@ -125,15 +124,6 @@ def test_a_custom_license_keeps_its_name_and_link(tmp_path: Path) -> None:
     assert "| revision | v2 |" in card
 
 
-def test_a_run_from_another_runs_weights_keeps_license_and_base_model(tmp_path: Path) -> None:
-    base = base_folder(tmp_path, "license: apache-2.0\nbase_model: owner/original\n")
-    plan = plan_of("model.path=run:/home/me/runs/second@7", "model.init=pretrained", base=base)
-    card = render_model_card(plan, MANIFEST, METRICS, MADE)
-    assert "| model | second@7 |" in card
-    assert ModelCard(card).data.to_dict()["base_model"] == "owner/original"
-    assert "/home" not in card
-
-
 def test_random_weights_have_no_base_model(tmp_path: Path) -> None:
     card = render_model_card(plan_of(), MANIFEST, METRICS, MADE)
     assert "from random weights" in card
@@ -143,13 +133,6 @@ def test_random_weights_have_no_base_model(tmp_path: Path) -> None:
 def test_names_are_escaped_in_tables() -> None:
     card = render_model_card(plan_of("data=jsonl", "data.path='./a|b<i>`.jsonl'"), MANIFEST, METRICS, MADE)
     assert r"| sources | train (a\|b\<i\>\`.jsonl) |" in card
-
-
-@pytest.mark.parametrize("text", ["", "no front matter", "---\n: : [\n---\n", "---\n- a\n---\n", "---\nlicense: mit\n"])
-def test_an_unreadable_base_card_has_no_front_matter(tmp_path: Path, text: str) -> None:
-    (tmp_path / "README.md").write_text(text)
-    assert base_front_matter(tmp_path) == {}
-    assert base_front_matter(tmp_path / "none") == {}
 
 
 def test_the_card_of_an_unfinished_run_shows_its_progress() -> None:

@@ -227,37 +227,8 @@ def test_flops_equal_those_that_torch_counts(config: dict[str, Any], rows: list[
     assert abs(deviation(config, rows)) < 1e-4
 
 
-@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_the_counted_kernel_computes_the_models_attention(config: dict[str, Any]) -> None:
-    model, _ = build(config)
-    positions = torch.cat([torch.arange(length) for length in ROWS["packed"][0]])[None]
-    ids = torch.randint(1, SMALL["vocab_size"], positions.shape)
-    logits = []
-    with torch.no_grad():
-        for kernel in ("pairs", "eager"):
-            model.hf.set_attn_implementation(kernel)
-            logits.append(model(ids, positions))
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
-
-
 def test_every_family_is_counted() -> None:
     assert {config["model_type"] for config in MODELS.values()} == set(FAMILIES)
-
-
-def test_torch_counts_unmasked_attention() -> None:
-    """torch counts all pairs for the eager kernel and none for the fused CPU kernel; the formula counts causal pairs."""
-    length, heads, width, layers = 64, 4, 16, 3
-    counts = {}
-    for kernel in ("eager", "sdpa"):
-        model, facts = build({"model_type": "llama"})
-        model.hf.set_attn_implementation(kernel)
-        counts[kernel] = counted(model, [[length]], some_labels([[length]])[0])
-    flops = train_flops(facts)
-    assert flops is not None
-    square = 12 * layers * heads * width * length**2
-    formula, pairs = flops.of([length], length // 2), 12 * layers * heads * width * length * (length + 1) // 2
-    assert counts["eager"] - counts["sdpa"] == square
-    assert formula - pairs == pytest.approx(counts["sdpa"], rel=1e-4)
 
 
 def of(**config: Any) -> TrainFlops | None:

@@ -183,7 +183,7 @@ def test_packages_of_this_python_count_only_where_the_ranks_run_in_it(
     assert planned.liger is not is_own
     line = peak_line(planned)
     assert ("without Liger, which is not installed here" in line) is is_own
-    assert (", Liger's kernels if the ranks have liger-kernel, with memory for the case without" in line) is not is_own
+    assert (", Liger's kernels if the ranks have liger-kernel" in line) is not is_own
 
 
 def test_a_run_whose_ranks_decide_about_liger_fits_in_both_cases(plan_of: PlanOf) -> None:
@@ -193,9 +193,8 @@ def test_a_run_whose_ranks_decide_about_liger_fits_in_both_cases(plan_of: PlanOf
     without, certain, open_ = (plan_of(*settings, *more) for more in ((), ("model.liger=true",), image))
     assert (open_.checkpointing, open_.batch, open_.peak) == (without.checkpointing, without.batch, without.peak)
     assert certain.checkpointing != open_.checkpointing
-    speeds = [planned_tokens_per_sec(one) or 0.0 for one in (without, open_, certain)]
-    assert speeds == sorted(speeds)
-    assert speeds[1] > 1.1 * speeds[0]
+    assert planned_tokens_per_sec(open_) == planned_tokens_per_sec(without)
+    assert (planned_tokens_per_sec(certain) or 0.0) > (planned_tokens_per_sec(without) or 0.0)
     assert plan_of(*settings, *image, "model.liger=true").peak == certain.peak
 
 
@@ -206,7 +205,7 @@ def test_ranks_compare_themselves_with_the_plan_for_the_kernels_that_they_have(p
     assert as_run(open_, has_liger=False).peak == open_.peak
     assert planned_tokens_per_sec(as_run(open_, has_liger=False)) == planned_tokens_per_sec(without)
     with_liger = as_run(open_, has_liger=True)
-    assert planned_tokens_per_sec(with_liger) == planned_tokens_per_sec(open_)
+    assert (planned_tokens_per_sec(with_liger) or 0.0) > (planned_tokens_per_sec(open_) or 0.0)
     assert as_run(certain, has_liger=True).peak == certain.peak
     for less, more in ((with_liger, open_), (certain, as_run(certain, has_liger=False))):
         assert less.peak.peak_gib < more.peak.peak_gib

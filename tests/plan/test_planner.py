@@ -108,12 +108,6 @@ def test_the_generated_name_begins_with_the_runs_file(
     assert plan(config_of(), facts.model_copy(update={"provenance": of_file})).run_name == f"{name}-20260131-091500"
 
 
-def test_the_tracked_run_has_an_id_of_its_own(config_of: Callable[..., RunConfig], facts: Facts) -> None:
-    later = facts.model_copy(update={"provenance": facts.provenance.model_copy(update={"created_at": "2026-01-31T09:15:01Z"})})
-    ids = {plan(config_of(f"run.name={name}"), known).wandb_id for name in ("a", "b") for known in (facts, later)}
-    assert len(ids) == 4
-
-
 @pytest.mark.parametrize(
     ("tokens", "device", "expected"),
     [
@@ -253,18 +247,8 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
     smallest = fewest(planned)
     assert smallest is not None
     assert (smallest.topology.world_size, smallest.batch.global_batch_size) == (32, planned.batch.global_batch_size)
-    assert "; 32.85 GiB per rank on 32" in "\n".join(plan_lines(planned))
-    assert (
-        "with cluster.min_workers=40, 8 workers can be idle: the batch of 128 rows divides over 32 ranks, not over 40"
-        in "\n".join(plan_lines(planned))
-    )
-    assert "leaves less than" not in "\n".join(plan_lines(planned))
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=16")
-    assert "cluster.min_workers=16: the loss stage needs 87 GiB per GPU over 16 ranks, and a GPU has 79" in problem.message
-    # A plan that predates a check is still shown.
-    older = planned.config.deepspeed.model_copy(update={"hpz_partition_size": 64})
-    config = planned.config.model_copy(update={"deepspeed": older})
-    assert "GiB of 79 GiB per rank" in "\n".join(plan_lines(planned.model_copy(update={"config": config})))
+    assert "cluster.min_workers=16: the loss stage needs 87 GiB" in problem.message
     assert fewest(plan_of(*elastic)) is None
 
 
@@ -283,22 +267,3 @@ def test_the_plan_warns_of_states_that_exceed_main_memory_on_cpus(plan_of: Calla
     warnings = [line for line in lines if line.startswith("warning")]
     assert "GiB of main memory per node, which has 24 GiB: they do not fit" in warnings[0]
     assert not any("a copy of the states" in line for line in lines)
-
-
-def test_intervals_of_a_runs_file_that_exceed_the_run_are_noted(plan_of: Callable[..., LaunchPlan]) -> None:
-    short = plan_of("train.max_steps=5", "eval.every=8", "checkpoint.save_every=5")
-
-    def notes(plan: LaunchPlan) -> list[str]:
-        return [line for line in plan_lines(plan) if "exceeds the run" in line]
-
-    of_file = short.model_copy(update={"provenance": short.provenance.model_copy(update={"overrides": ("my.yaml",)})})
-    (note,) = notes(of_file)
-    assert note.startswith("note       eval.every=8 exceeds the run of 5 steps: ")
-    # The long default intervals in conf/ cause no note, because the user did not set them.
-    assert notes(short) == []
-
-
-def test_a_limit_on_cpus_is_in_ranks(plan_of: Callable[..., LaunchPlan]) -> None:
-    lines = plan_lines(plan_of("run.max_usd=5", "cluster.price_per_gpu_hour=2"))
-    assert "limit      saves and stops after $5.00, which is 1.25 hours of 2 CPU ranks" in lines
-    assert any(line.startswith("cost       $4.00 an hour = 2 CPU ranks x $2.00") for line in lines)

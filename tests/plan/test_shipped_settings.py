@@ -15,10 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher import facts as facts_module
 from launcher.cli.views.plan_view import plan_lines
 from launcher.config.compose import conf_dir, leaves, run_hydra
-from launcher.config.reference import about_file
 from launcher.config.run_file.printing import render, values_to_print
 from launcher.config.schema import RunConfig
-from launcher.models.hub_licenses import find_license
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.plan_checks import warnings
@@ -130,15 +128,6 @@ def test_the_plan_and_transformers_count_the_published_parameters(config_of: Cal
         configs = {name: AutoConfig.for_model(**model.config) for name, model in sections.items()}
         models = {name: AutoModelForCausalLM.from_config(config) for name, config in configs.items()}
     assert {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()} == PARAMETERS
-
-
-def test_each_preset_cites_its_source(config_of: Callable[..., RunConfig]) -> None:
-    for name in PARAMETERS:
-        about, path = about_file(conf_dir() / "model" / f"{name}.yaml"), config_of(f"model={name}").model.path
-        assert about.startswith(f"https://huggingface.co/{path}"), name
-        known = find_license(str(path))
-        assert known is not None, name
-        assert ("set HF_TOKEN" in about) == known.is_gated, name
 
 
 def test_experiments_fit_the_gpus_that_they_name(plan_of: Callable[..., LaunchPlan]) -> None:

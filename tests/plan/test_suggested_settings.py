@@ -37,19 +37,6 @@ def test_the_learning_rate_falls_with_the_size_and_is_a_round_number() -> None:
     assert (learning_rate(1_000_000_000), learning_rate(70_000_000_000)) == (3e-5, 2e-6)
 
 
-def test_a_rate_beyond_the_published_sizes_is_called_extrapolated() -> None:
-    def reason(num_params: int) -> str:
-        (rate,) = [one for one in suggest(num_params, None, sample(), GPUS) if one.key == "optim.lr"]
-        return rate.reason
-
-    assert reason(8_190_735_360).startswith("for 8.19 billion parameters: between those of OLMo 2 1B")
-    assert reason(999_900_000).startswith("for 1.00 billion parameters: between")
-    assert "for 135 million parameters: extrapolated from" in reason(134_515_008)
-    assert "SmolLM2 135M and 360M were fine-tuned with 1e-3" in reason(134_515_008)
-    assert "extrapolated" in reason(235_000_000_000)
-    assert "SmolLM2" not in reason(235_000_000_000)
-
-
 @pytest.mark.parametrize(("num_documents", "share"), [(10, 0.1), (300, 0.1), (1_000, 0.1), (1_100, 0.1), (2_500, 0.04)])
 def test_an_evaluation_gets_a_hundred_documents_of_small_data_but_at_most_a_tenth(num_documents: int, share: float) -> None:
     suggestion = suggest_held_out(num_documents, 0.02)
@@ -94,20 +81,6 @@ def test_memory_decides_about_offload() -> None:
     assert needs_offload(60.0, GPUS)
     assert not needs_offload(40.0, GPUS)
     assert not needs_offload(60.0, Machine(2, "cpu", None))
-
-
-def test_reasons_are_those_of_the_value() -> None:
-    def reasons(num_documents: int) -> dict[str, str]:
-        return {one.key: one.reason for one in suggest(8_000_000_000, None, sample(num_documents), GPUS)}
-
-    few, many = reasons(2), reasons(20_000)
-    assert few["eval.every"] == "0: only before and after training, which has about 1 step"
-    assert few["checkpoint.save_every"].startswith("0: only at the end")
-    assert "at least one" in few["optim.warmup_steps"]
-    assert many["eval.every"] == "about 10 times, in addition to before and after training"
-    assert many["checkpoint.save_every"].startswith("a fifth of the run")
-    assert many["optim.warmup_steps"].startswith("3% of about ")
-    assert "at least one" not in many["optim.warmup_steps"]
 
 
 def test_what_is_chosen_is_not_suggested_and_the_rest_follows_it() -> None:

@@ -10,7 +10,6 @@ from plan_fixtures import CPU, DATA, H100
 
 from launcher.cli.views.plan_view import plan_lines
 from launcher.plan import throughput
-from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.throughput import MeasuredMfu, estimate_speed
 
@@ -128,9 +127,3 @@ def test_a_plan_shows_ranges_in_two_digits(plan_of: PlanOf) -> None:
     minutes = shown(hours=(0.1, 0.5), usd=(0.5, 2.5))
     assert (minutes["time"], minutes["cost"][:38]) == (f"6.0 to 30 minutes {rest}", "$0.50 to $2.50 for the training steps;")
     assert shown(hours=(0.005, 0.01))["time"] == f"18 to 36 seconds {rest}"
-
-
-def test_each_gpu_with_published_figures_is_a_known_type() -> None:
-    assert set(throughput._PUBLISHED) <= set(GPUS)
-    for classes in throughput._PUBLISHED.values():
-        assert all(0 < low < high < 1 for low, high in filter(None, classes))

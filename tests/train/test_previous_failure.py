@@ -11,7 +11,6 @@ from launcher import atomic_files, run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
-from launcher.train.monitoring.xids import LOST
 from launcher.train.previous_failure import RESTART, PreviousFailure, find_previous_failure
 
 KILLED = {"rank": 3, "kind": "killed", "message": "killed by SIGKILL", "log": "/run/rank-00003.log"}
@@ -91,24 +90,6 @@ def test_unreported_gpu_faults_are_named(run: RunDir) -> None:
         "this attempt continues the run; GPU faults: Xid 79 on GPU 3: fallen off the bus (rank 3 on n1); Xid 45 on GPU 0: work "
         "was taken off the GPU (rank 0 on n1); Xid 45 on GPU 1: work was taken off the GPU (rank 1 on n1); 1 more"
     )
-
-
-def test_a_gpu_that_was_lost_without_an_xid_is_named(run: RunDir) -> None:
-    write_exit(run, "infrastructure", None)
-    append_event(run, 1, "alert", "Xid 45 on GPU 0: work was taken off the GPU (rank 0 on n1)")
-    append_event(run, 1, "alert", f"{LOST} (GPU 3); restart the node, or reset the GPU (rank 3 on n1)")
-    failure = find_previous_failure(run, 2)
-    assert failure is not None
-    assert "; GPU faults: a GPU is lost (GPU 3); restart the node" in failure.message
-
-
-def test_gpu_faults_before_a_restart_are_named_once(run: RunDir) -> None:
-    for count in (1, 2):
-        append_event(run, 2, "alert", f"Xid 48 on GPU {count}: uncorrectable memory error (rank {count} on n1)")
-        append_event(run, 2, "alert", f"restart {count}", **{RESTART: count})
-    append_event(run, 2, "alert", "Xid 31 on GPU 7: of the ranks that run now")
-    message = "restart 2; GPU faults: Xid 48 on GPU 2: uncorrectable memory error (rank 2 on n1)"
-    assert find_previous_failure(run, 2) == PreviousFailure(message, is_recorded=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])

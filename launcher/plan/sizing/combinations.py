@@ -17,7 +17,7 @@ from launcher.plan.launch_plan import LOSS_CHUNK_TOKENS, Batch, DataFacts, Model
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.checkpointed_layers import ALL, AUTO, NONE, checkpointed_layers, interval
-from launcher.plan.sizing.kernels import attention_kernel, has_liger_kernels, may_lack_liger
+from launcher.plan.sizing.kernels import attention_kernel, has_liger_kernels
 from launcher.plan.sizing.peak_memory import Pass, Sharding, estimate_peak
 from launcher.plan.sizing.step_time import Rates, StepTime, gpu_rates, predict_step
 
@@ -70,7 +70,7 @@ class Considered:
 class Situation:
     """The inputs for trying combinations: settings, model, data, ranks, and the GPU's type and memory, None if unknown.
 
-    `liger` is the decided model.liger: whether the ranks try Liger. `chunk_tokens` is a decided chunk of the loss, None to choose
+    `liger` is whether the ranks are sure to try Liger. `chunk_tokens` is a decided chunk of the loss, None to choose
     the largest that fits. `rates` replace those of the GPU.
     """
 
@@ -200,12 +200,11 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool = 
         whole_layers=combination.compiled,
     )
     gpu = (situation.gpu or GpuType(0, 0, 0, 0, "")) if topology.device == "cuda" else None
-    in_memory = replace(one_pass, kernels=replace(kernels, liger=combination.liger and not may_lack_liger(config)))
-    peak = estimate_peak(model, in_memory, sharding, gpu)
+    peak = estimate_peak(model, one_pass, sharding, gpu)
     if gpu is not None and situation.device_gib is not None and situation.chunk_tokens is None:
         # The largest chunk that fits: the sum of the head's gradient is read and written once per chunk, which on an H100 takes
         # a fourth of the head's time with chunks of 1024 tokens, and a sixteenth with chunks of 4096 tokens.
-        sizes = [(size, estimate_peak(model, replace(in_memory, chunk_tokens=size), sharding, gpu)) for size in _CHUNK_TOKENS]
+        sizes = [(size, estimate_peak(model, replace(one_pass, chunk_tokens=size), sharding, gpu)) for size in _CHUNK_TOKENS]
         limits = (share * situation.device_gib for share in (PREFERRED_SHARE, USABLE_SHARE))
         fitting = ((size, one) for limit in limits for size, one in sizes if one.peak_gib <= limit)
         chunk_tokens, peak = next(fitting, sizes[-1])

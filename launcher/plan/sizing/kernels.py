@@ -43,9 +43,9 @@ def uses_liger(config: RunConfig, model: ModelFacts, device: str, packages: Mapp
 def may_lack_liger(config: RunConfig) -> bool:
     """Return whether only the ranks can tell if Liger is installed: `auto`, and they run in another Python than this one.
 
-    The plan then predicts the speed with Liger, but the memory without it, so that the run fits in both cases. Planned for Liger,
-    a run whose image lacks the package would be out of memory after its model has loaded on rented GPUs. The price is at most one
-    step of micro-batch or recomputation, which model.liger=true takes back.
+    The plan is then for the case without it. Planned for Liger, a run whose image lacks the package would be out of memory after
+    its model has loaded on rented GPUs. The price is at most one step of micro-batch or recomputation, which model.liger=true
+    takes back.
     """
     return config.model.liger == AUTO and not config.cluster.uses_own_python
 
@@ -62,9 +62,7 @@ def describe_liger(config: RunConfig, model: ModelFacts, device: str, is_used: b
     if device != "cuda":
         return ""
     if is_used and may_lack_liger(config):
-        return (
-            "Liger's kernels if the ranks have liger-kernel, with memory for the case without (model.liger=true plans with them)"
-        )
+        return "Liger's kernels if the ranks have liger-kernel, and planned without them (model.liger=true plans with them)"
     if is_used:
         return "Liger's kernels"
     if section.liger == AUTO and has_liger_kernels(section, model, device):

@@ -61,17 +61,12 @@ def _require_package(kernel: str) -> None:
     raise ConfigError(message, where="model.attention", value=kernel, remedy=remedy)
 
 
-def describe(model: ModelSection, config: Any, packing: bool) -> str:
-    """Return a message that names the attention kernel and, if it is slow for packed documents, the reason or the remedy."""
+def describe(config: Any, packing: bool) -> str:
+    """Return a message that names the attention kernel, and whether it is slow for packed documents."""
     kernel = config._attn_implementation
-    if not packing or kernel not in ("sdpa", "eager"):
-        return f"attention is computed by {kernel}"
-    message = f"attention is computed by {kernel}, which is slow for packed documents (it computes all pairs of a row)"
-    if model.attention != "auto":
-        return f"{message}: model.attention={model.attention} asks for it"
-    if can_flash(model, config):
-        return f"{message}: install flash-attn"
-    return f"{message}: no faster kernel computes this architecture ({config.model_type}) in {model.dtype}"
+    is_slow = packing and kernel in ("sdpa", "eager")
+    slow = ", which computes all pairs of a row: packed documents are slow; model.attention=auto and flash-attn may help"
+    return f"attention is computed by {kernel}{slow if is_slow else ''}"
 
 
 def can_flash(model: ModelSection, config: Any) -> bool:

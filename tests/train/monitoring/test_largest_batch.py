@@ -129,14 +129,6 @@ def test_out_of_memory_after_a_step_or_the_largest_batch_is_none_of_the_plans(pl
         raise torch.OutOfMemoryError(REASON)
 
 
-def test_the_largest_batch_of_another_plan_does_not_count(plan_of: PlanOf, tmp_path: Path) -> None:
-    plan = plan_of(*H100)
-    run_dir = created(plan, tmp_path)
-    json_records.write(run_dir.largest_batch, LargestBatchRecord("of a smaller micro-batch", "NVIDIA H100"))
-    with pytest.raises(OutOfMemory), explained_out_of_memory(plan, run_dir, lambda: False):
-        raise torch.OutOfMemoryError(REASON)
-
-
 @pytest.mark.parametrize(("reserved_gib", "error"), [(74.5, OutOfMemory), (70.0, torch.OutOfMemoryError)])
 def test_other_processes_are_the_reason_where_they_hold_more_than_cuda_and_nccl_may_take(
     plan_of: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserved_gib: float, error: type[Exception]
