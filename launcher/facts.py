@@ -7,32 +7,29 @@ launcher.worker.prepare` downloads or converts a missing model and builds a miss
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import launcher
 from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
-from launcher.config.sections.data import GENERAL_TEXT, DataSection
+from launcher.config.sections.data import GENERAL_TEXT
 from launcher.config.sections.evaluation import FORGETTING
 from launcher.data import sources
 from launcher.data.cache import cache_store
-from launcher.data.cache_dir import cache_root
 from launcher.data.checks import findings
 from launcher.data.sources.eval_set import make_set_data
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
 from launcher.models import stored_checks
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, Lineage, ModelFacts, Provenance
-from launcher.security import ownership
 
 _PACKAGES = (
     *("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors"),
@@ -116,15 +113,6 @@ def check(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def is_prepared(config: RunConfig, facts: Facts) -> bool:
-    """Return True if workers can start without any download, conversion, comparison or build."""
-    model = config.model
-    has_data = facts.data is not None and len(facts.eval_sets) == len(config.eval.all_sets)
-    if not has_data or facts.model.tokenizer_path is None or (model.path is not None and facts.model.path is None):
-        return False
-    return model_source.weight_report(model) is not None
-
-
 def prepared_data(config: RunConfig) -> tuple[DataFacts, dict[str, DataFacts]] | None:
     """Return the data cache for these settings, and the evaluation sets' caches by name.
 
@@ -147,35 +135,30 @@ def needs_isolation_check(config: RunConfig, model: ModelFacts) -> bool:
 
 def is_extra_accepted(config: RunConfig) -> bool:
     """Return True if `deepspeed.extra` is empty, or the installed DeepSpeed accepted it on this machine."""
-    if not config.deepspeed.extra:
-        return True
-    marker = accepted_extra(config)
-    ownership.require_cache(marker)
-    return marker.is_file()
+    return not config.deepspeed.extra or stored_checks.load(*_extra_key(config)) is not None
 
 
-def accepted_extra(config: RunConfig) -> Path:
-    """Return the path of the marker file that worker.checks.deepspeed_check writes once DeepSpeed has accepted these settings."""
-    checked = [_version("deepspeed"), launcher.__version__, config.model.dtype, config.deepspeed.model_dump(mode="json")]
-    digest = hashlib.blake2b(json.dumps(checked, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return cache_root() / "deepspeed-checks" / digest
+def accept_extra(config: RunConfig) -> None:
+    """Store that DeepSpeed has accepted these settings. Raises DataError if the launcher's cache cannot be written."""
+    stored_checks.save(*_extra_key(config), {})
+
+
+def _extra_key(config: RunConfig) -> tuple[str, Any]:
+    settings = [config.model.dtype, config.deepspeed.model_dump(mode="json")]
+    return "deepspeed-checks", [_version("deepspeed"), launcher.__version__, *settings]
 
 
 def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:
     """Return the counts of the data cache for these sources and this tokenizer, or None if it is not built."""
-    return None if tokenizer_path is None else _find_cache(config.data, tokenizer_path)
+    return None if tokenizer_path is None else cache_store.find_built(config.data, tokenizer_path)
 
 
 def eval_set_facts(config: RunConfig, tokenizer_path: str | None) -> dict[str, DataFacts]:
     """Return the counts of the evaluation sets' data caches by name, except caches that are not built."""
     if tokenizer_path is None:
         return {}
-    built = {one.name: _find_cache(make_set_data(one, config.data), tokenizer_path) for one in config.eval.all_sets}
+    built = {one.name: cache_store.find_built(make_set_data(one, config.data), tokenizer_path) for one in config.eval.all_sets}
     return {name: counts for name, counts in built.items() if counts is not None}
-
-
-def _find_cache(section: DataSection, tokenizer_path: str) -> DataFacts | None:
-    return cache_store.find_built(section, tokenizer_path)
 
 
 def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:

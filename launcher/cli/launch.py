@@ -281,7 +281,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
         cluster.check(plan)
 
     collected = _checked_facts(config, composed, node, check)
-    if not facts.is_prepared(config, collected):
+    if facts.prepared_data(config) is None:
         prepare(config)
         collected = _checked_facts(config, composed, node, check)
         if collected.data is None:

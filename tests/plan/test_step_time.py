@@ -9,8 +9,7 @@ import moved_bytes
 import pytest
 from plan_fixtures import DATA, preset
 
-from launcher.cli.views.memory_view import hpz_note, peak_line, why_lines, why_values
-from launcher.cli.views.plan_view import plan_lines
+from launcher.cli.views.memory_view import peak_line, why_lines, why_values
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.architecture.flops import train_flops
 from launcher.plan.gpu_types import GPUS
@@ -142,22 +141,6 @@ def test_a_device_that_does_one_thing_at_a_time_takes_the_sum_of_all(plan_of: Pl
     ahead = replace(step, runs_ahead=True, overlap=1.0)
     computing_s = max(step.products_s + step.attention_s + step.elementwise_s, step.hooks_s)
     assert ahead.total_s == pytest.approx(max(computing_s, step.communication_s) + step.optimizer_s)
-
-
-def test_a_second_copy_of_the_weights_is_noted_where_it_fits_and_saves_much_traffic(plan_of: PlanOf) -> None:
-    eight_nodes = ("model=llama3_3_70b", "cluster=slurm", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
-    eight_nodes = (*eight_nodes, "cluster.nodes=8", "data.max_length=4096", "train.global_batch_size=128")
-    note = hpz_note(plan_of(*eight_nodes, data=None))
-    assert note.startswith("deepspeed.hpz_partition_size=node")
-    assert f"note       {note}" in plan_lines(plan_of(*eight_nodes, data=None))
-    # It is used, does not fit, would save little beside that much computing, or there is one node.
-    for others in (
-        ("deepspeed.hpz_partition_size=node",),
-        ("cluster.nodes=4",),
-        ("model=llama3_1_8b", "data.max_length=16384"),
-        ("model=llama3_1_8b", "cluster.nodes=1"),
-    ):
-        assert hpz_note(plan_of(*eight_nodes, *others, data=None)) == ""
 
 
 def test_the_combinations_fit_a_terminal_of_80_columns(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:

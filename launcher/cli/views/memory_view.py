@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from launcher.cli.formatting import table, wrap
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
 from launcher.plan.quantities import format_count
-from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, as_set, considered, evaluate
+from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, considered
 from launcher.plan.sizing.kernels import describe_liger
-from launcher.plan.sizing.step_time import NETWORK
 
 _MOST_ROWS = 16
-# From this gain, a setting that the plan does not choose by itself is worth a note.
-_CLEARLY_FASTER = 0.1
 _STAGE_LEGEND = (
     "Rows are stages of a step, with the memory of one rank; the peak is the largest sum. buckets: what DeepSpeed communicates "
     "at once. activations: kept for the backward pass. gathered: weights of the layers that compute. gradients: those of a layer "
@@ -63,32 +60,6 @@ def tight_note(plan: LaunchPlan) -> str:
         f"on {format_count(plan.topology.world_size, 'rank')} the estimated peak of {peak_gib:.0f} GiB leaves less than "
         f"{1 - USABLE_SHARE:.0%} of a GPU's {device_gib:.0f} GiB: use more ranks, deepspeed=zero3_offload, or a smaller "
         "data.max_length"
-    )
-
-
-def hpz_note(plan: LaunchPlan) -> str:
-    """Return a note if a second copy of the weights in each node fits and is predicted to be clearly faster; else empty.
-
-    The plan does not choose it, because the prediction depends on the network, whose speed it assumes.
-    """
-    topology, device_gib = plan.topology, plan.memory.device_gib
-    ranks = topology.ranks_per_node
-    if topology.device != "cuda" or device_gib is None or topology.nodes == 1 or topology.world_size % ranks or ranks == 1:
-        return ""
-    situation = situation_of(plan)
-    chosen = as_set(situation, plan.batch.micro_batch_size, plan.checkpointing)
-    if chosen.hpz_ranks > 1:
-        return ""
-    now, with_hpz = (evaluate(situation, one) for one in (chosen, replace(chosen, hpz_ranks=ranks)))
-    if not now.tokens_per_sec or not with_hpz.tokens_per_sec or with_hpz.peak.peak_gib > PREFERRED_SHARE * device_gib:
-        return ""
-    gain = with_hpz.tokens_per_sec / now.tokens_per_sec - 1
-    if gain < _CLEARLY_FASTER:
-        return ""
-    return (
-        f"deepspeed.hpz_partition_size=node, a second copy of the weights in each node, is predicted to be {gain:.0%} faster "
-        f"with {NETWORK * 8 / 1e9:.0f} Gbit/s between nodes, and needs {with_hpz.peak.peak_gib:.0f} of {device_gib:.0f} GiB per "
-        "GPU: compare a few steps of both"
     )
 
 

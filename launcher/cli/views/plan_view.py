@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launcher.cli.formatting import short, table
-from launcher.cli.views.memory_view import hpz_note, peak_line, tight_note, why_values
+from launcher.cli.views.memory_view import peak_line, tight_note, why_values
 from launcher.clusters.answers import describe_answers
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
@@ -62,7 +62,7 @@ def plan_lines(
             f"{format_count(config.optim.warmup_steps, 'warm-up step')}",
         ),
         ("memory", _memory(plan)),
-        *([("peak", peak)] if (peak := peak_line(plan)) is not None else []),
+        ("peak", peak_line(plan)),
         ("checkpoint", f"{format_size(plan.checkpoint_bytes)} each, {_retention(config.checkpoint)}; {_saving(plan)}"),
         *([("mirror", f"every checkpoint is copied to {config.checkpoint.mirror}")] if config.checkpoint.mirror else []),
         *([("export", f"the Hugging Face folder is pushed to {config.export.push_to_hub}")] if config.export.push_to_hub else []),
@@ -205,7 +205,6 @@ def _notes(plan: LaunchPlan, own_notes: Sequence[str | None]) -> list[str]:
         notes.append(f"whether {condition} is measured on the loaded model, before step 1 ({isolation.detail})")
     smallest, min_workers = _smallest(plan), config.cluster.fewest_workers
     notes += [note for sized in (plan, smallest) if sized is not None and (note := tight_note(sized))]
-    notes += [note for note in (hpz_note(plan),) if note]
     if smallest is not None and min_workers is not None and (least := smallest.topology.world_size) < min_workers:
         idle, of = min_workers - least, format_count(least, "rank")
         notes.append(

@@ -18,16 +18,18 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from launcher.config.schema import ModelSection, RunConfig
-from launcher.errors import ConfigError
+from launcher.distributed import gather_json
+from launcher.errors import ConfigError, describe
 from launcher.plan.sizing.kernels import may_lack_liger
 from launcher.shell_commands import launcher_command
 from launcher.train.kernels.build_tools import missing_build_tools
-from launcher.train.kernels.trial import run_on_each_rank
 
 # Sizes of the trial; heads have 16 dimensions.
 _WIDTH, _MLP_WIDTH, _TOKENS = 64, 128, 8
+_MOST_CHARACTERS = 300
 # What Liger replaced in this process: module, name, and original value.
 _replaced: list[tuple[ModuleType, str, Any]] = []
 
@@ -119,7 +121,17 @@ def _require_finite_gradients(inputs: Sequence[torch.Tensor], outputs: Sequence[
 
 def _agree(section: ModelSection, device: torch.device, action: Callable[[], None]) -> str:
     """Run an action; return the problem, the same on all ranks, if it fails on any. Collective."""
-    reason, remedy = run_on_each_rank(action, lambda: _remedy(device), device)
+    reason = remedy = ""
+    try:
+        action()
+    # A build for another torch, transformers or Triton may raise any exception.
+    except Exception as error:
+        reason, remedy = describe(error).strip().splitlines()[0][:_MOST_CHARACTERS], _remedy(device)
+    if dist.is_initialized():
+        failed = torch.tensor(int(bool(reason)), device=device)
+        dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+        answers = enumerate(gather_json([reason, remedy])) if failed else ()
+        reason, remedy = next(((f"rank {rank}: {one}", other) for rank, (one, other) in answers if one), ("", ""))
     if not reason:
         return ""
     if section.liger is True:

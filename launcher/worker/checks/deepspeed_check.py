@@ -1,7 +1,7 @@
 """DeepSpeed's own check of `deepspeed.extra`, before anything is started: `python -m launcher.worker.checks.deepspeed_check`.
 
 Reads a RunConfig as JSON from standard input; prints the problems as one JSON object. Importing DeepSpeed takes seconds, so a
-result without problems is cached (facts.accepted_extra).
+result without problems is cached (facts.accept_extra).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from launcher import facts
 from launcher.config.deepspeed_keys import EXTRA
 from launcher.config.error_messages import shown
 from launcher.config.schema import RunConfig
-from launcher.data import cache_dir
 from launcher.errors import DataError, Problem
 from launcher.plan.deepspeed import merge_keys
 from launcher.security.printable_stream import printable_output
@@ -37,10 +36,7 @@ def check(config: RunConfig) -> list[Problem]:
     # DeepSpeed's parser raises many types of exceptions.
     except Exception as error:
         return [Problem(f"DeepSpeed refuses these keys: {str(error).strip() or type(error).__name__}", EXTRA)]
-    accepted = facts.accepted_extra(config)
-    with cache_dir.convert_os_errors(accepted.parent):
-        accepted.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        accepted.touch()
+    facts.accept_extra(config)
     return []
 
 
