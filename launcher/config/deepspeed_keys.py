@@ -49,5 +49,7 @@ def extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] =
         if key not in skip and not re.match(rf"({'|'.join(_ALLOWED)})($|[.\[])", name):
             close = difflib.get_close_matches(name, _ALLOWED, n=1, cutoff=0.9)
             remedy = f"did you mean {close[0]}?" if close else f"remove it; these are accepted: {', '.join(_ALLOWED)}"
-            reason = "not accepted, because the plan or another setting decides it, or DeepSpeed has no such key"
-            yield Problem(f"{key}: {_WRONG_SUMS if name == _QGZ else reason}", origins.of(key), shown(key, value), remedy)
+            message = f"{key}: not accepted, because the plan or another setting decides it, or DeepSpeed has no such key"
+            if name == _QGZ:
+                message = f"{key}: {_WRONG_SUMS}"
+            yield Problem(message, origins.of(key), shown(key, value), remedy)
