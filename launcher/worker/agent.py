@@ -134,7 +134,7 @@ class NodeAgent:
         os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), error_memory.VARIABLE: str(errors.path)}
         shared = store if len(node.hosts) > 1 else None
         recorder = FlightRecorder(self.run, self.attempt, topology.world_size, cluster.stall_seconds)
-        recorder.set_variables(os.environ)
+        os.environ.update(recorder.variables)
         limits = cluster.stall_seconds, cluster.timeout_minutes * 60
         watchdog = Watchdog(heartbeats, *limits, failures.add_stall, shared, recorder.request, recorder.explain).start()
         try:

@@ -234,7 +234,7 @@ class _Worker:
         answers = self._start_answers(plan, orders, run)
         environment = self._rank_environment(plan, orders, error_file, table, errors)
         recorder = FlightRecorder(run, attempt, plan.topology.world_size, plan.config.cluster.stall_seconds)
-        recorder.set_variables(environment)
+        environment.update(recorder.variables)
         rank = self._start_rank(orders, environment)
         try:
             observer = Observer(table, self.local_rank, plan.config.cluster.stall_seconds)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from forked_ranks import RankServer
+from launcher.worker.ranks.flight_dump import summarize_dump
 from pace import wait_for
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
-from launcher.worker.ranks.flight_dump import summarize_dump
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.fork_server import differing
 
@@ -31,31 +31,6 @@ def run(tmp_path: Path) -> RunDir:
     run.attempts.mkdir()
     run_store.create_attempt(run, Attempt(None, nodes=("n1", "n2", "n3")))
     return run
-
-
-def test_a_request_arrives_in_the_pipe_that_torch_reads(run: RunDir) -> None:
-    environ = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "7"}
-    recorder = FlightRecorder(run, 1, 4, STALL_S)
-    recorder.set_variables(environ)
-    assert environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7", "the user's own"
-    assert "TORCH_FR_BUFFER_SIZE" not in environ, "of the same meaning"
-    # As DumpPipe in torch's ProcessGroupNCCL does.
-    pipe = Path(environ["TORCH_NCCL_DEBUG_INFO_PIPE_FILE"] + "3.pipe")
-    os.mkfifo(pipe)
-    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    # Rank 2 has no pipe yet.
-    recorder.request([3, 2])
-    assert os.read(reading, 16) == b"1\n"
-    os.close(reading)
-    # The pipe has no reader, so the request must not block.
-    other = FlightRecorder(run, 1, 4, STALL_S)
-    other.set_variables(environ)
-    other.request([3])
-    other.close({})
-    assert recorder.explain() == ""
-    recorder.close(environ)
-    assert not pipe.parent.exists()
-    assert list(environ) == ["TORCH_NCCL_TRACE_BUFFER_SIZE"]
 
 
 def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
@@ -140,17 +115,6 @@ def test_storage_that_does_not_answer_keeps_no_watchdog_waiting(run: RunDir, mon
     assert time.monotonic() - began < 60
     answers.set()
     monkeypatch.undo()
-    recorder.close({})
-
-
-def test_where_no_thread_can_be_started_nothing_is_known(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    recorder = FlightRecorder(run, 1, 1, STALL_S)
-    recorder.request([0])
-    assert recorder.explain() == ""
     recorder.close({})
 
 
