@@ -37,8 +37,8 @@ from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import disk_reserve, failure_record, postmortem
 from launcher.worker.limits import cause_of
-from launcher.worker.ranks import error_memory, heartbeat
-from launcher.worker.ranks.error_memory import ErrorMemory
+from launcher.worker.ranks import error_record, heartbeat
+from launcher.worker.ranks.error_record import ErrorMemory
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import NodeInfo, allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcesses
@@ -119,10 +119,6 @@ class NodeAgent:
 
         topology, cluster = self.plan.topology, self.plan.config.cluster
         _set_network_interface(node.interface)
-        folder = self.run.attempt(self.attempt) / "elastic" / f"node-{node.node:05d}"
-        # Do not create the attempt's own folder: the run directory may have been moved since.
-        folder.parent.mkdir(exist_ok=True)
-        folder.mkdir(exist_ok=True)
         store = store or open_store(node.address, 0, is_server=True)
         run_id = f"{self.plan.wandb_id}-{self.attempt}"
         failures = _FailureLog(self.run, self.attempt, node, self.run.agent_log(self.attempt, job), why_ended)
@@ -131,7 +127,7 @@ class NodeAgent:
         )
         heartbeats = heartbeat.HeartbeatTable(topology.ranks_per_node)
         errors = ErrorMemory(topology.ranks_per_node)
-        os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), error_memory.VARIABLE: str(errors.path)}
+        os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), error_record.VARIABLE: str(errors.path)}
         shared = store if len(node.hosts) > 1 else None
         recorder = FlightRecorder(self.run, self.attempt, topology.world_size, cluster.stall_seconds)
         os.environ.update(recorder.variables)
@@ -144,7 +140,6 @@ class NodeAgent:
                 num_ranks=topology.ranks_per_node,
                 max_restarts=cluster.max_restarts,
                 address=node.address,
-                folder=folder,
                 on_failure=failures.set_exits,
                 errors=errors,
             )

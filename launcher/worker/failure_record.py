@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import json_records
-from launcher.error_record import ErrorRecord
 from launcher.errors import WOULD_REPEAT, CheckpointError, DamagedRun, LauncherError, RunError, Superseded, describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, FinalFailure, final_file
+from launcher.worker.ranks.error_record import ErrorRecord
 from launcher.worker.signals import DISMISSED
 
 _TRACEBACK_LINES = 40
@@ -29,10 +29,6 @@ _CULPRIT = re.compile(r"^  where:  rank (\d+)\b", re.MULTILINE)
 _HINTS: dict[int, str] = {
     signal.SIGSEGV: "a segmentation fault; its log ends with the stacks",
     signal.SIGBUS: "memory that is backed by a file was not there: a full disk, a full /dev/shm, or failing storage",
-    signal.SIGABRT: "a library gave up; its log says why",
-    signal.SIGILL: "an instruction that this CPU lacks",
-    signal.SIGXCPU: "the limit on CPU time, ulimit -t",
-    signal.SIGXFSZ: "the limit on file sizes, ulimit -f",
 }
 # What CUDA and the driver report for a broken GPU, and the kernel for broken shared storage. A full disk is not included.
 _HARDWARE = re.compile(

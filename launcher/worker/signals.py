@@ -8,8 +8,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 # USR1: a person asks to stop (cancel, Ctrl-C). USR2 and TERM: the machines are about to be taken back.
 CANCEL = signal.SIGUSR1
@@ -17,8 +15,6 @@ PREEMPT = signal.SIGUSR2
 _REASONS = {CANCEL: "cancelled", PREEMPT: "preempted", signal.SIGTERM: "preempted"}
 # The exit code of a rank that the agent ends because another rank failed; it says nothing about the cause.
 DISMISSED = 128 + signal.SIGTERM
-# Hung storage must not hold the machines: torch's elastic agent would wait 30 s before it kills the rank.
-_MAX_DELAY_S = 1.0
 
 
 def exit_on_termination() -> None:
@@ -48,8 +44,6 @@ class StopFlag:
         self.at: float | None = None
         self._reason: str | None = None
         self._loading = loading
-        self._protected = threading.Lock()
-        self._dismissed = False
 
     def __call__(self) -> str | None:
         return self._reason
@@ -60,15 +54,6 @@ class StopFlag:
     def begin_training(self) -> None:
         """From here on, a cancel sets the flag."""
         self._loading = False
-
-    @contextmanager
-    def delay_dismissal(self) -> Iterator[None]:
-        """Delay an exit on the agent's request to the end of this block, for at most a second."""
-        with self._protected:
-            yield
-        if self._dismissed:
-            # Continuing would race with the listening thread.
-            os._exit(DISMISSED)
 
     def install(self) -> StopFlag:
         """Start listening; call it from the main thread before any other thread exists."""
@@ -86,8 +71,6 @@ class StopFlag:
             if received.si_signo == signal.SIGTERM and received.si_pid == agent_pid:
                 # torch's elastic agent stops all ranks after one has failed: a collective would never complete without that rank.
                 # Flushing could block and is not needed: the agent starts ranks with unbuffered output.
-                self._dismissed = True
-                self._protected.acquire(timeout=_MAX_DELAY_S)
                 os._exit(DISMISSED)
             if received.si_signo == CANCEL and self._loading:
                 # The agent sends the signal to all ranks, so none waits for another. Waiting for the end of a phase could take

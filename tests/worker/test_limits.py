@@ -17,7 +17,6 @@ from launcher import json_records, run_records, run_store
 from launcher.clusters import cgroups
 from launcher.clusters.cgroups import LimitEvents
 from launcher.clusters.local import LocalCluster
-from launcher.error_record import ErrorRecord
 from launcher.errors import CheckpointError
 from launcher.locks import pid_namespace
 from launcher.plan.run_dir import RunDir
@@ -25,8 +24,7 @@ from launcher.run_records import Attempt, NodeRecord, Status
 from launcher.worker import disk_reserve, failure_record, postmortem
 from launcher.worker.failure_record import RankExit
 from launcher.worker.limits import cause_of
-from launcher.worker.ranks import error_memory
-from launcher.worker.ranks.error_memory import ErrorMemory, ErrorSlot
+from launcher.worker.ranks.error_record import ErrorRecord
 
 KILLED = "and the kernel killed a process"
 
@@ -274,22 +272,6 @@ def test_exceptions_that_come_from_a_limit_name_it(tmp_path: Path, error: Except
     wrapped = RuntimeError("as it says")
     wrapped.__cause__ = error
     assert re.fullmatch(cause, cause_of(wrapped, tmp_path))
-
-
-def test_a_rank_that_can_write_no_file_leaves_its_record_in_memory(tmp_path: Path) -> None:
-    memory = ErrorMemory(2)
-    slot = ErrorSlot.from_environ({error_memory.VARIABLE: str(memory.path), "LOCAL_RANK": "1"})
-    assert memory.read(1, os.getpid()) is None
-    record = ErrorRecord("OSError: [Errno 24] Too many open files", "x" * 50_000 + "the end", 12.5, "the limit")
-    slot.write(record)
-    found = memory.read(1, os.getpid())
-    assert found is not None
-    assert (found.message, found.at, found.cause) == (record.message, 12.5, "the limit")
-    assert found.traceback.endswith("the end")
-    assert memory.read(1, os.getpid() + 1) is None, "of another start of the rank"
-    assert memory.read(0, os.getpid()) is None
-    memory.close()
-    ErrorSlot.from_environ({}).write(record)
 
 
 def test_the_rank_that_could_not_write_is_named_by_whichever_rank_reports_it(tmp_path: Path) -> None:

@@ -7,17 +7,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, Worker
 from torch.distributed.elastic.multiprocessing import ProcessFailure
 
-from launcher import error_record
-from launcher.error_record import ErrorRecord
 from launcher.worker.failure_record import RankExit
-from launcher.worker.ranks.error_memory import ErrorMemory
+from launcher.worker.ranks.error_record import ErrorMemory
 from launcher.worker.ranks.rank_process import RankProcess, StartRank
 from launcher.worker.rendezvous import NodeRendezvous
 from launcher.worker.signals import DISMISSED
@@ -36,14 +32,13 @@ def run_ranks(
     num_ranks: int,
     max_restarts: int,
     address: str,
-    folder: Path,
     on_failure: Callable[[list[RankExit]], None],
     errors: ErrorMemory,
 ) -> bool:
     """Run `num_ranks` processes to their end; returns whether all succeeded. `start` receives a rank's environment variables.
 
     At each failure, `on_failure` receives the exits of this node's failed ranks; it is called again with the exits that are found
-    while the ranks are stopped. `folder` and `errors` hold the ranks' error records.
+    while the ranks are stopped. `errors` holds the ranks' error records.
 
     Raises:
         RendezvousClosedError: if a restart would repeat the failure.
@@ -58,7 +53,7 @@ def run_ranks(
         monitor_interval=_POLL_S,
         local_addr=address,
     )
-    return not _Agent(spec, rendezvous, start, folder, on_failure, errors).run().is_failed()
+    return not _Agent(spec, rendezvous, start, on_failure, errors).run().is_failed()
 
 
 class _Agent(SimpleElasticAgent):
@@ -73,20 +68,17 @@ class _Agent(SimpleElasticAgent):
         spec: WorkerSpec,
         rendezvous: NodeRendezvous,
         start: StartRank,
-        folder: Path,
         on_failure: Callable[[list[RankExit]], None],
         errors: ErrorMemory,
     ) -> None:
         super().__init__(spec)
         self._rendezvous_handler = rendezvous
-        self._start, self._folder, self._on_failure, self._errors = start, folder, on_failure, errors
+        self._start, self._on_failure, self._errors = start, on_failure, errors
         self._processes: dict[int, RankProcess] = {}
         # Exits of the ranks that have failed since the last start.
         self._exits: dict[int, RankExit] = {}
-        self._num_starts = 0
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
-        self._num_starts += 1
         # On each node, torch counts only the failures of that node's ranks. A node with a lower count would wait for one that
         # gave up.
         self._remaining_restarts = worker_group.spec.max_restarts - self._rendezvous_handler.num_restarts
@@ -142,10 +134,8 @@ class _Agent(SimpleElasticAgent):
             process.wait()
 
     def _environment(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
-        """Return torchrun's variables (see "Environment Variables" in its documentation) and the path of the error record."""
-        spec, record = worker_group.spec, self._record(worker)
-        with suppress(FileNotFoundError):
-            record.unlink()
+        """Return torchrun's variables; see "Environment Variables" in its documentation."""
+        spec = worker_group.spec
         return {
             **os.environ,
             "RANK": str(worker.global_rank),
@@ -164,13 +154,8 @@ class _Agent(SimpleElasticAgent):
             "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
             "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
-            error_record.VARIABLE: str(record),
         }
 
     def _exit(self, worker: Worker, code: int, now: float) -> RankExit:
-        error = ErrorRecord.read(self._record(worker))
-        error = error or self._errors.read(worker.local_rank, self._processes[worker.local_rank].pid)
+        error = self._errors.read(worker.local_rank, self._processes[worker.local_rank].pid)
         return RankExit(worker.global_rank, code, now if error is None or error.at is None else error.at, error)
-
-    def _record(self, worker: Worker) -> Path:
-        return self._folder / f"start-{self._num_starts:03d}-rank-{worker.global_rank:05d}.json"

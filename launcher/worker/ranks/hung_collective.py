@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.plan.quantities import format_size
+
 # Completed collectives that are kept. A rank whose calls diverged from its peers' has completed only a few since then.
 _NUM_COMPLETED = 8
 _MAX_NODES = 4
@@ -155,7 +157,7 @@ def describe(hung: HungCollective, hosts: Sequence[str] = (), world_size: int = 
 
 
 def _call(collective: Collective) -> str:
-    return collective.name if collective.num_bytes is None else f"{collective.name} of {collective.num_bytes / 2**20:.3g} MiB"
+    return collective.name if collective.num_bytes is None else f"{collective.name} of {format_size(collective.num_bytes)}"
 
 
 def _describe_ranks(ranks: Sequence[int], hosts: Sequence[str], world_size: int) -> str:

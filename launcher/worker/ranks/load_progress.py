@@ -1,20 +1,19 @@
 """The progress of ranks that are loading the model, which takes seconds to an hour and sends no heartbeats.
 
-A loading rank reads files, touches memory for the first time, or waits for compilers that it started, which touch memory too.
-The kernel counts bytes read and page faults for each process. Most ranks wait for one that progresses, possibly on another
-node, so the nodes of a job share a counter of the progress that they see.
+A loading rank reads files or touches memory for the first time; the kernel counts both for each process. Most ranks wait for one
+that progresses, possibly on another node, so the nodes of a job share a counter of the progress that they see.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +24,6 @@ if TYPE_CHECKING:
 
 # A rank that only waits logs or allocates less than this.
 _MIN_BYTES = 1 << 20
-# The least memory that a compiler touches. A rank's helper processes, such as the one that sends metrics, touch less over minutes
-# but read all the time, so reads by a rank's descendants do not count.
-_MIN_COMPILER_BYTES = 16 << 20
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _COUNTER = "load_progress"
 _HANGS = "hangs"
@@ -36,48 +32,23 @@ _JOIN_S = 5.0
 _UNANSWERED_S = 5.0
 # Seconds between a failed request and the next one.
 _RETRY_S = 5.0
-# Fields of /proc/PID/stat, counted from the field after the name (proc_pid_stat(5)): the parent; minflt and majflt; and cminflt
-# and cmajflt, the same counts for descendants that have ended.
-_PARENT, _FAULTS, _ENDED_FAULTS = 1, (7, 9), (8, 10)
-
-
-@dataclass(frozen=True)
-class _Mark:
-    num_bytes: int
-    at: float
 
 
 class LoadProgress:
     """Remembers when each rank last progressed."""
 
     def __init__(self) -> None:
-        self._own, self._compilers = _Marks(_MIN_BYTES), _Marks(_MIN_COMPILER_BYTES)
+        # The bytes of each process when it last progressed, and that time.
+        self._marks: dict[int, tuple[int, float]] = {}
 
     def update(self, beats: Mapping[int, Beat], now: float) -> dict[int, Beat]:
         """For ranks that have not begun to train, replace the heartbeats' times with the times of their last progress."""
-        loading = {beat.pid for beat in beats.values() if not beat.trained}
-        seen = {pid: self._own.seen(pid, count_bytes(pid), now, at_first=now) for pid in loading}
-        # Scanning all processes of a machine takes a while.
-        waiting = [pid for pid, at in seen.items() if at < now]
-        for pid, num_bytes in _count_descendants(waiting).items():
-            seen[pid] = max(seen[pid], self._compilers.seen(pid, num_bytes, now, at_first=-math.inf))
-        return {rank: beat if beat.trained else replace(beat, at=max(beat.at, seen[beat.pid])) for rank, beat in beats.items()}
-
-
-class _Marks:
-    """Remembers when the counts of processes last grew by `min_bytes`."""
-
-    def __init__(self, min_bytes: int) -> None:
-        self._min_bytes = min_bytes
-        self._marks: dict[int, _Mark] = {}
-
-    def seen(self, pid: int, num_bytes: int, now: float, at_first: float) -> float:
-        mark = self._marks.get(pid, _Mark(num_bytes, at_first))
-        if num_bytes - mark.num_bytes >= self._min_bytes:
-            mark = _Mark(num_bytes, now)
-        # Counts of processes that outlive their parent are lost.
-        self._marks[pid] = _Mark(min(mark.num_bytes, num_bytes), mark.at)
-        return mark.at
+        for pid in (beat.pid for beat in beats.values() if not beat.trained):
+            num_bytes = count_bytes(pid)
+            if pid not in self._marks or num_bytes - self._marks[pid][0] >= _MIN_BYTES:
+                self._marks[pid] = num_bytes, now
+        loading = {rank: beat for rank, beat in beats.items() if not beat.trained}
+        return {**beats, **{rank: replace(beat, at=max(beat.at, self._marks[beat.pid][1])) for rank, beat in loading.items()}}
 
 
 class SharedProgress:
@@ -146,40 +117,9 @@ class SharedProgress:
 
 def count_bytes(pid: int) -> int:
     """Return the bytes that a process has read plus the bytes of the pages that it has touched; 0 if it cannot be seen."""
-    stat = _stat(pid)
-    if not stat:
-        return 0
-    try:
-        read = next((int(line.split()[1]) for line in Path(f"/proc/{pid}/io").read_text().splitlines() if "rchar" in line), 0)
-    except (OSError, ValueError):
-        read = 0
-    return read + _touched(stat, _FAULTS)
-
-
-def _count_descendants(pids: Collection[int]) -> dict[int, int]:
-    """Return the bytes of the pages that each process's descendants have touched, including descendants that have ended."""
-    if not pids:
-        return {}
-    stats: dict[int, list[str]] = {}
-    children = defaultdict(list)
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and (stat := _stat(int(entry))):
-            stats[int(entry)] = stat
-            children[int(stat[_PARENT])].append(int(entry))
-
-    def count(pid: int) -> int:
-        living = sum(_touched(stats[child], _FAULTS) + count(child) for child in children[pid])
-        return living + _touched(stats[pid], _ENDED_FAULTS)
-
-    return {pid: count(pid) for pid in pids if pid in stats}
-
-
-def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the name; no fields if the process cannot be seen."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return []
-
-
-def _touched(stat: list[str], fields: tuple[int, ...]) -> int:
-    return sum(int(stat[field]) for field in fields) * _PAGE_BYTES
+    with suppress(OSError, ValueError):
+        read = re.search(r"rchar: (\d+)", Path(f"/proc/{pid}/io").read_text())
+        # minflt and majflt, counted from the field after the name (proc_pid_stat(5)).
+        stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(read[1] if read else 0) + (int(stat[7]) + int(stat[9])) * _PAGE_BYTES
+    return 0

@@ -16,8 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import error_record, json_records
-from launcher.error_record import ErrorRecord
+from launcher import json_records
 from launcher.errors import WOULD_REPEAT
 from launcher.models.private_code import remove_copies
 from launcher.plan.launch_plan import LaunchPlan
@@ -25,7 +24,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file
 from launcher.worker import limits
 from launcher.worker.ranks import flight_recorder
-from launcher.worker.ranks.error_memory import ErrorSlot
+from launcher.worker.ranks.error_record import ErrorRecord, ErrorSlot
 from launcher.worker.ranks.heartbeat import Heartbeat
 from launcher.worker.ranks.numa import bind_to_gpu, num_busy_threads
 from launcher.worker.ranks.rank_env import RankEnv, die_with_parent, exit_without_shutdown, redirect_output, set_title
@@ -57,11 +56,7 @@ def main(plan_path: str, attempt: int) -> None:
     try:
         _run(plan_path, attempt, stop, progress)
     except Exception as error:
-        record = ErrorRecord.of(error, limits.cause_of(error, Path(plan_path).parent), progress.step)
-        slot.write(record)
-        # After another rank fails, the agent may end this one while it writes.
-        with stop.delay_dismissal():
-            error_record.write_error_record(record, os.environ)
+        slot.write(ErrorRecord.of(error, limits.cause_of(error, Path(plan_path).parent), progress.step))
         raise
     remove_copies()
     # Everything is on disk.

@@ -17,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import error_record, json_records, run_store
+from launcher import json_records, run_store
 from launcher.clusters import detached_process, network
 from launcher.clusters.cgroups import LimitEvents, record_limits
 from launcher.config.sections.ray import RaySection
-from launcher.error_record import ErrorRecord
 from launcher.errors import describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -29,8 +28,8 @@ from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.security.library_caches import find_usable_caches
 from launcher.worker import failure_record
 from launcher.worker.limits import cause_of
-from launcher.worker.ranks import error_memory, heartbeat
-from launcher.worker.ranks.error_memory import ErrorMemory
+from launcher.worker.ranks import error_record, heartbeat
+from launcher.worker.ranks.error_record import ErrorMemory, ErrorRecord
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
@@ -225,14 +224,12 @@ class _Worker:
         plan = LaunchPlan.load(assignment.plan_path)
         run, attempt = RunDir(Path(plan.run_dir)), assignment.attempt
         started_at = time.time()
-        error_file = run.attempt(attempt) / "elastic" / f"rank-{assignment.rank:05d}.json"
-        error_file.parent.mkdir(exist_ok=True)
         table, errors = heartbeat.HeartbeatTable(self.local_rank + 1), ErrorMemory(self.local_rank + 1)
         record_limits(run, attempt, assignment.rank)
         limits = LimitEvents.read()
         mirror = self._start_mirror(plan, orders, run)
         answers = self._start_answers(plan, orders, run)
-        environment = self._rank_environment(plan, orders, error_file, table, errors)
+        environment = self._rank_environment(plan, orders, table, errors)
         recorder = FlightRecorder(run, attempt, plan.topology.world_size, plan.config.cluster.stall_seconds)
         environment.update(recorder.variables)
         rank = self._start_rank(orders, environment)
@@ -245,7 +242,7 @@ class _Worker:
                 rank.wait()
             table.close()
             recorder.close(environment)
-        error = ErrorRecord.read(error_file) or errors.read(self.local_rank, rank.pid)
+        error = errors.read(self.local_rank, rank.pid)
         errors.close()
         watched.limit = LimitEvents.read().cause_since(limits)
         failure = _find_failure(run, assignment, rank.returncode, watched, error)
@@ -340,7 +337,7 @@ class _Worker:
             self.ranks.warm_up(setup.plan_path, _node_environment(planned, setup.environment))
 
     def _rank_environment(
-        self, plan: LaunchPlan, orders: Train, error_file: Path, table: heartbeat.HeartbeatTable, errors: ErrorMemory
+        self, plan: LaunchPlan, orders: Train, table: heartbeat.HeartbeatTable, errors: ErrorMemory
     ) -> dict[str, str]:
         section, assignment = RaySection.of(plan.config.cluster), orders.assignment
         environment = {
@@ -351,9 +348,8 @@ class _Worker:
             "LOCAL_WORLD_SIZE": str(assignment.local_world_size),
             "MASTER_ADDR": assignment.address if len(assignment.peers) > 1 else network.LOOPBACK.address,
             "MASTER_PORT": str(assignment.port),
-            error_record.VARIABLE: str(error_file),
             heartbeat.VARIABLE: str(table.path),
-            error_memory.VARIABLE: str(errors.path),
+            error_record.VARIABLE: str(errors.path),
         }
         endpoint = network.LOOPBACK
         if len(assignment.peers) > 1:

@@ -57,7 +57,7 @@ def explain(dumps: dict[int, tuple[Calls, Members]], hosts: Sequence[str] = HOST
     return "" if hung is None else describe(hung, hosts, 4)
 
 
-TITLE = "in collective 8 of process group 0 (default_pg), all_gather of 2 MiB"
+TITLE = "in collective 8 of process group 0 (default_pg), all_gather of 2.00 MiB"
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,11 @@ TITLE = "in collective 8 of process group 0 (default_pg), all_gather of 2 MiB"
         (None, f"ranks 0-1 on n1, rank 2 on n2 wait {TITLE}; rank 3 on n2 left no record"),
         (
             dump(DONE, entry(8, REDUCE, "started")),
-            f"ranks 0-1 on n1, rank 2 on n2 wait {TITLE}; rank 3 on n2 has called reduce_scatter of 2 MiB instead",
+            f"ranks 0-1 on n1, rank 2 on n2 wait {TITLE}; rank 3 on n2 has called reduce_scatter of 2.00 MiB instead",
         ),
         (
             dump(DONE, entry(8, ("nccl:_all_gather_base", "BFloat16", (1024, 2)), "started")),
-            f"ranks 0-1 on n1, rank 2 on n2 wait {TITLE}; rank 3 on n2 has called all_gather of 0.00391 MiB instead",
+            f"ranks 0-1 on n1, rank 2 on n2 wait {TITLE}; rank 3 on n2 has called all_gather of 4.00 KiB instead",
         ),
         (
             WAITS,
@@ -95,7 +95,7 @@ def test_of_groups_that_wait_for_each_other_the_one_is_named_that_holds_the_culp
     """Rank 2 is missing in the global group because it waits for rank 3 in its node's group."""
     waits_in_node = dump(DONE, entry(3, REDUCE, "started", NODE, at=99))
     assert explain({0: WAITS, 1: WAITS, 2: waits_in_node, 3: dump(DONE, entry(2, REDUCE, "completed", NODE))}) == (
-        "rank 2 on n2 waits in collective 3 of process group 1, reduce_scatter of 2 MiB; rank 3 on n2 has not called it"
+        "rank 2 on n2 waits in collective 3 of process group 1, reduce_scatter of 2.00 MiB; rank 3 on n2 has not called it"
     )
 
 

@@ -15,14 +15,13 @@ from torch.distributed import HashStore
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from launcher import json_records, run_store
-from launcher.error_record import ErrorRecord
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, FailureRecord
 from launcher.tracking.jsonl import read_events
 from launcher.worker.agent import _FailureLog
 from launcher.worker.failure_record import RankExit
 from launcher.worker.ranks import elastic
-from launcher.worker.ranks.error_memory import ErrorMemory
+from launcher.worker.ranks.error_record import ErrorMemory, ErrorRecord
 from launcher.worker.ranks.rank_env import NodeInfo
 from launcher.worker.rendezvous import NodeRendezvous
 
@@ -63,15 +62,12 @@ def test_all_nodes_count_the_same_restarts_and_give_up_together(tmp_path: Path) 
             command = "exec sleep 60" if node == 1 and len(counts[node]) == 1 else "exit 7"
             return subprocess.Popen(["sh", "-c", command])
 
-        folder = tmp_path / f"node-{node}"
-        folder.mkdir()
         return elastic.run_ranks(
             start,
             meetings[node],
             num_ranks=1,
             max_restarts=1,
             address="127.0.0.1",
-            folder=folder,
             on_failure=lambda exits: None,
             errors=ErrorMemory(1),
         )

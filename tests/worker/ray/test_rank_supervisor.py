@@ -72,14 +72,14 @@ def test_a_failed_rank_is_reported_before_the_wait_for_the_mirror(
     assert worker.told[worker.told.index("failed") :] == ["failed", "mirrors", None]
 
 
-def test_a_damaged_error_record_does_not_fail_the_worker(
+def test_a_damaged_final_record_does_not_fail_the_worker(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeWorkers(ray_plan(working_dir=str(tmp_path), workers=1, device=H100, ranks_per_node=1))
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     rank = tmp_path / "rank"
-    lines = ("#!/bin/sh", "env > $0.env", 'printf "{" > $TORCHELASTIC_ERROR_FILE', 'printf "{" > $0.final', "kill -KILL $$")
+    lines = ("#!/bin/sh", "env > $0.env", 'printf "{" > $0.final', "kill -KILL $$")
     rank.write_text("\n".join(lines))
     rank.chmod(0o700)
     (fake.run.attempt(1) / "final.json").symlink_to(f"{rank}.final")
