@@ -28,8 +28,6 @@ _DRAINED = "drained.json"
 # The status message until the ranks write their own.
 _STARTING = "starting"
 _LOCK_WAIT_S = 60.0
-# From a node's second exclusion on, the time until it is tried again, for which the run restarts.
-_TRIAL_S = 6 * 3600.0
 
 
 class Attempts:
@@ -47,9 +45,6 @@ class Attempts:
         self._lost_nodes = lost_nodes
         # Nodes that made an attempt fail; later attempts exclude them if possible.
         self._unfit: tuple[str, ...] = ()
-        # Nodes whose exclusion reduced the last group's ranks, and when each node excluded at that cost is tried again.
-        self._missed: set[str] = set()
-        self._trial_at: dict[str, float] = {}
         # The last group that trained: its number of workers, and the workers that train.
         self._size = 0
         self._trained: list[Member] = []
@@ -101,10 +96,6 @@ class Attempts:
             run_store.update_status(run, state="running", attempt=self.number, message=_STARTING)
         self.report(*group.composition(self.number))
         group.opened_at, self._size, self._trained = time.monotonic(), group.size, group.training
-        for node in group.missed - self._missed:
-            # A failed check may pass seconds later, but a broken node must not cost a restart at every checkpoint.
-            self._trial_at[node] = group.opened_at + (_TRIAL_S if node in self._trial_at else 0.0)
-        self._missed = group.missed
 
     def conclude(self, group: Group) -> None:
         """Judge the attempt of a group whose ranks have ended, and set the verdict: whether Ray Train starts another group."""
@@ -152,10 +143,6 @@ class Attempts:
         self.report("alert", f"Ray is about to lose {', '.join(nodes)}: the run saves")
         with suppress(OSError):
             json_records.write(self._run.attempt(self.number) / _DRAINED, DrainRecord(tuple(nodes), time.time()))
-
-    def due_for_trial(self, group: Group, now: float) -> list[str]:
-        """Return a group's excluded nodes that are due for another try."""
-        return sorted(node for node in group.missed if self._trial_at[node] <= now)
 
     def lost(self) -> list[str] | None:
         """Return the names of training nodes that Ray has lost since the attempt began, or None if unknown."""

@@ -21,7 +21,6 @@ from launcher.worker.checks.node_check import NodeReport
 from launcher.worker.ranks.watchdog import StallLimits
 from launcher.worker.ray import node_checks
 from launcher.worker.ray.attempts import Attempts
-from launcher.worker.ray.checkpoint_reports import CommittedCheckpoints
 from launcher.worker.ray.messages import (
     Assignment,
     BeatReply,
@@ -76,7 +75,6 @@ class Coordinator:
         self._environment: dict[str, str] = {}
         cluster = self._plan.config.cluster
         self._limits = StallLimits(cluster.stall_seconds, cluster.timeout_minutes * 60)
-        self._checkpoints = CommittedCheckpoints(self._run)
         self._group: Group | None = None
         # Groups whose workers have not all entered yet, and the ids of groups that another group replaced.
         self._incomplete: dict[str, Group] = {}
@@ -191,13 +189,8 @@ class Coordinator:
         if group.checks.problems:
             self._conclude_unfit(group)
 
-    def beat(
-        self, group_id: str, rank: int, result: RankResult | None, sign: RankSign | None = None, num_saved: int = 0
-    ) -> BeatReply:
-        """Accept a worker's heartbeat, with its rank's result once that has ended, and return what the worker must do.
-
-        `num_saved` is the number of the attempt's checkpoints that the worker knows.
-        """
+    def beat(self, group_id: str, rank: int, result: RankResult | None, sign: RankSign | None = None) -> BeatReply:
+        """Accept a worker's heartbeat, with its rank's result once that has ended, and return what the worker must do."""
         group = self._group
         if group is None or group.id != group_id:
             return BeatReply(signal="KILL", verdict=Verdict(False, _REPLACED))
@@ -210,15 +203,11 @@ class Coordinator:
         if group.verdict is None and group.opened_at is not None:
             late = group.failed_at is not None and time.monotonic() - group.failed_at > _FAILURE_GRACE_S
             if late or group.is_over:
-                with suppress(OSError, LauncherError):
-                    group.saved += self._checkpoints.find(self._attempts.number)
                 self._conclude(group)
         return BeatReply(
             signal=self._signal(group),
             dump_stacks=group.liveness.wants_stacks(rank),
             hang=group.hung.get(rank),
-            # While Ray Train waits for the ranks to end, it does not accept reports from them.
-            saved=() if group.resizing else tuple(group.saved[num_saved:]),
             verdict=group.verdict,
         )
 
@@ -285,7 +274,7 @@ class Coordinator:
         self._conclude(group)
 
     def _look(self, group: Group) -> None:
-        """Look for cancel requests, checkpoints, hung ranks, and nodes that Ray is about to lose.
+        """Look for cancel requests, hung ranks, and nodes that Ray is about to lose.
 
         If storage or Ray does not answer, the next call tries again.
         """
@@ -298,8 +287,6 @@ class Coordinator:
             if request is not None:
                 group.saves = request.save
                 group.cancelled_at = group.cancelled_at or now
-            group.saved += self._checkpoints.find(self._attempts.number)
-        self._look_for_trials(group, now)
         # The node checks have their own deadline, and workers of a group that is ending may fall silent.
         if group.failed_at is None and not self._unchecked(group):
             for text in group.look_for_hangs():
@@ -316,16 +303,6 @@ class Coordinator:
             group.draining = True
             names = sorted({member.node for member in group.members.values() if member.node_id in draining})
             self._attempts.record_drain(names)
-
-    def _look_for_trials(self, group: Group, now: float) -> None:
-        """Restart with excluded nodes that are due for another try, once there is a checkpoint to restart from."""
-        due = self._attempts.due_for_trial(group, now)
-        is_ending = group.failed_at is not None or group.cancelled_at is not None or group.draining or "finishing" in group.phases
-        if due and group.saved and not group.resizing and not is_ending:
-            group.resizing = True
-            self._attempts.report(
-                "info", f"{', '.join(due)} failed the node checks before and is tried again: the run saves and restarts"
-            )
 
     def _signal(self, group: Group) -> str | None:
         """Return the signal for the ranks that are still running."""

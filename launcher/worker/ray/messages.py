@@ -102,15 +102,6 @@ class RankSign:
 
 
 @dataclass(frozen=True)
-class CommittedCheckpoint:
-    """A checkpoint to report to Ray Train, with the metrics that were logged at its step."""
-
-    step: int
-    path: str
-    metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class Verdict:
     """What follows an attempt: whether Ray Train starts new workers, and why."""
 
@@ -123,14 +114,12 @@ class BeatReply:
     """The answer to a worker's heartbeat.
 
     `signal` is the signal for its rank, without SIG, such as `TERM`. `dump_stacks` requests the rank's stacks, and `hang` is why
-    the rank must be killed. `saved` are the attempt's checkpoints that the worker does not know yet. `verdict` is None until the
-    attempt has ended.
+    the rank must be killed. `verdict` is None until the attempt has ended.
     """
 
     signal: str | None = None
     dump_stacks: bool = False
     hang: str | None = None
-    saved: tuple[CommittedCheckpoint, ...] = ()
     verdict: Verdict | None = None
 
 

@@ -34,7 +34,6 @@ from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
 from launcher.worker.ray import node_checks
-from launcher.worker.ray.checkpoint_reports import Reporter
 from launcher.worker.ray.coordinator_actor import WORKER_CALL_S, CoordinatorLost, call_coordinator
 from launcher.worker.ray.messages import (
     Assignment,
@@ -57,8 +56,6 @@ from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 _POLL_S = 0.2
 # Seconds from TERM to KILL, if a rank does not end by itself.
 _KILL_AFTER_S = 5.0
-# Seconds for the reports to Ray Train that are still queued at the end.
-_REPORT_S = 30.0
 
 
 class AttemptEnded(Exception):
@@ -157,7 +154,6 @@ class _Worker:
         self.port = network.free_port(self.address)
         # Once it knows who trains, the coordinator chooses the worker at whose port the ranks meet.
         self.listener = network.Listener(self.address, self.port)
-        self.reporter = Reporter(self.rank)
         self.ranks = RankProcesses()
         # None until orders arrive.
         self.assignment: Assignment | None = None
@@ -183,8 +179,6 @@ class _Worker:
         result = self._train(orders) if isinstance(orders, Train) else None
         while (verdict := self._beat(result).verdict) is None:
             time.sleep(_POLL_S)
-        if not verdict.again:
-            self.reporter.finish(_REPORT_S)
         return verdict
 
     def record_failure(self, error: Exception) -> None:
@@ -211,11 +205,8 @@ class _Worker:
         return next_orders
 
     def _beat(self, result: RankResult | None, sign: RankSign | None = None) -> BeatReply:
-        """Send a heartbeat to the coordinator, and pass the checkpoints in its reply on to Ray Train."""
-        reply: BeatReply = call_coordinator(
-            self._coordinator, "beat", self.group_id, self.rank, result, sign, self.reporter.num_given
-        )
-        self.reporter.give(reply.saved)
+        """Send a heartbeat to the coordinator."""
+        reply: BeatReply = call_coordinator(self._coordinator, "beat", self.group_id, self.rank, result, sign)
         return reply
 
     def _train(self, orders: Train) -> RankResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from launcher.clusters import network
@@ -14,7 +14,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import fit_workers
 from launcher.plan.quantities import format_count
 from launcher.worker.ranks.watchdog import describe
-from launcher.worker.ray.messages import CommittedCheckpoint, Member, Verdict
+from launcher.worker.ray.messages import Member, Verdict
 from launcher.worker.ray.node_checks import Checks
 from launcher.worker.ray.watchdog import GroupLiveness
 
@@ -34,9 +34,8 @@ class Group:
     liveness: GroupLiveness
     members: dict[int, Member] = field(default_factory=dict)
     training_ranks: tuple[int, ...] = ()
-    # The group's nodes that failed a check in an earlier attempt, and the subset whose exclusion costs ranks.
+    # The group's nodes that failed a check in an earlier attempt.
     unfit: set[str] = field(default_factory=set)
-    missed: set[str] = field(default_factory=set)
     plan_path: str = ""
     marker: str = ""
     tried_at: float = -math.inf
@@ -51,7 +50,6 @@ class Group:
     resizing: bool = False
     cancelled_at: float | None = None
     saves: bool = True
-    saved: list[CommittedCheckpoint] = field(default_factory=list)
     verdict: Verdict | None = None
     created_at: float = field(default_factory=time.monotonic)
     heard_at: float = field(default_factory=time.monotonic)
@@ -86,15 +84,10 @@ class Group:
         fit = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
         has_enough = len(fit) >= (planned.config.cluster.fewest_workers or 1)
         candidates = fit if has_enough else [*fit, *sorted(self.members.keys() - set(fit))]
-        plan = self._fitted(planned, candidates)
+        per_node = Counter(self.members[rank].node_id for rank in candidates)
+        plan = fit_workers(planned, per_node.total(), max(per_node.values()))
         self.training_ranks = tuple(sorted(candidates[: plan.topology.world_size]))
-        if self.unfit and has_enough and self._fitted(planned, self.members).topology.world_size > len(self.training_ranks):
-            self.missed = self.unfit
         return plan
-
-    def _fitted(self, planned: LaunchPlan, ranks: Iterable[int]) -> LaunchPlan:
-        per_node = Counter(self.members[rank].node_id for rank in ranks)
-        return fit_workers(planned, per_node.total(), max(per_node.values()))
 
     def look_for_hangs(self) -> list[str]:
         """Find workers that send no heartbeats, and ranks that stopped training; return the alerts."""
@@ -146,7 +139,6 @@ class Group:
                 text += f", {how} {', '.join(sorted(nodes))}, which failed the node checks before: "
                 text += "repair it, or remove it with `ray drain-node`"
         text += "; the run saves first" if self.unfit else ""
-        text += "; it is tried again later" if self.missed else ""
         return "alert" if self.unfit else "info", text
 
     @property

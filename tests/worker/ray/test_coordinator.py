@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,6 @@ from stale_directory import stale
 
 from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import MANIFEST
 from launcher.errors import UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -91,7 +89,6 @@ def test_a_completed_run_ends_with_a_final_verdict(make_fake: Callable[..., Fake
     assert fake.coordinator.beat("a", 0, "done").verdict is None
     answer = fake.coordinator.beat("a", 1, "done")
     assert answer.verdict == Verdict(False, "completed")
-    assert [saved.step for saved in answer.saved] == [5], "all workers are told of it, and tell Ray"
     assert run_store.read_status(fake.run).state == "completed"
 
 
@@ -384,32 +381,6 @@ def test_ranks_do_not_meet_at_a_public_address(make_fake: Callable[..., FakeWork
     assert orders is not None
     assert kind(orders) == "leave"
     assert "a public address: n1 at 8.8.8.8" in orders.reason
-
-
-def test_metrics_of_a_checkpoints_step_are_reported_to_ray_with_it(make_fake: Callable[..., FakeWorkers]) -> None:
-    """Training is a few steps ahead when a checkpoint is committed, and evaluations are separate lines."""
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
-    lines = [{"trainer/step": step, "attempt": 1, "train/loss": float(step), "time": 0.0} for step in range(1, 12)]
-    lines.insert(5, {"trainer/step": 5, "attempt": 1, "eval/held_out/loss": 9.0, "time": 0.0})
-    fake.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for step in (5, 10):
-        fake.save(step)
-        saved = fake.coordinator.beat("a", 0, None).saved[-1]
-        assert (saved.step, saved.metrics["train/loss"]) == (step, step)
-    first = fake.coordinator.beat("a", 1, None).saved[0]
-    assert first.metrics["eval/held_out/loss"] == 9.0
-    assert first.path == str(fake.run.checkpoints / "step-00000005")
-    assert [saved.step for saved in fake.coordinator.beat("a", 1, None, num_saved=1).saved] == [10], "one is known"
-
-
-def test_a_damaged_checkpoint_does_not_hide_later_ones_from_ray(make_fake: Callable[..., FakeWorkers]) -> None:
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
-    fake.save(5)
-    (fake.run.checkpoints / "step-00000005" / MANIFEST).write_text("{")
-    fake.save(10)
-    assert [saved.step for saved in fake.coordinator.beat("a", 0, None).saved] == [10]
 
 
 def test_a_cancel_request_between_two_groups_ends_the_run(make_fake: Callable[..., FakeWorkers]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from fake_workers import KILLED, FakeWorkers, kind, sign
+from fake_workers import KILLED, FakeWorkers, kind
 
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking import goodput
-from launcher.worker.ray import attempts as module
 from launcher.worker.ray.messages import ResizeProgress
 
 BAD = ["bad", "bad", "n2", "n2"]
@@ -90,7 +89,7 @@ def test_a_run_saves_before_it_gets_more_workers(make_fake: Callable[..., FakeWo
     assert "another number of workers" in fake.run.events.read_text()
     fake.save(7)
     answer = fake.coordinator.beat("a", 0, None)
-    assert (answer.signal, answer.saved, answer.verdict) == ("USR2", (), None)
+    assert (answer.signal, answer.verdict) == ("USR2", None)
     assert fake.coordinator.prepare_resize() is ResizeProgress.REQUESTED
     fake.outcome("preempted", 7)
     fake.end(0, stopped=True)
@@ -144,72 +143,6 @@ def test_an_elastic_run_continues_without_an_unfit_node(make_fake: Callable[...,
     assert [kind(o) for o in again] == ["wait", "wait", "train", "train"], "it stays out until there is a newer checkpoint"
 
 
-def trial(fake: FakeWorkers, group: str, step: int) -> None:
-    """The two ranks of the healthy nodes save; once signalled, they save again and leave."""
-    fake.save(step)
-    for rank in (2, 3):
-        # What one heartbeat finds is answered with the next.
-        fake.coordinator.beat(group, rank, None)
-    assert fake.coordinator.beat(group, 2, None).signal == "USR2"
-    fake.save(step + 1)
-    fake.outcome("preempted", step + 1)
-    for rank in range(2):
-        fake.end(rank, stopped=True)
-        verdict = fake.coordinator.beat(group, 2 + rank, "done").verdict
-    assert verdict.again
-
-
-def without_the_bad_node(make_fake: Callable[..., FakeWorkers]) -> FakeWorkers:
-    """A run of four workers whose group b trains only on the two workers of the healthy node."""
-    fake = make_fake(workers=4, min_workers=2, max_infrastructure_failures=1, max_preemptions=0)
-    fake.enter("a", BAD)
-    fake.check("a", BAD, {"bad": "the run directory is not visible"})
-    assert fake.coordinator.beat("a", 0, None).verdict.again
-    assert [kind(o) for o in fake.begin("b", *BAD)] == ["wait", "wait", "train", "train"]
-    assert fake.coordinator.beat("b", 2, None).signal is None, "what is trained would be lost"
-    return fake
-
-
-def test_an_excluded_node_is_tried_again_after_a_checkpoint(make_fake: Callable[..., FakeWorkers]) -> None:
-    """A late mount made the node unfit: without another try, it would stay excluded."""
-    fake = without_the_bad_node(make_fake)
-    trial(fake, "b", 5)
-    assert "bad failed the node checks before and is tried again: the run saves and restarts" in fake.run.events.read_text()
-    assert [kind(o) for o in fake.begin("c", *BAD)] == ["train"] * 4
-    assert run_store.read_attempt(fake.run, 3).resume_step == 6
-    fake.save(10)
-    assert fake.coordinator.beat("c", 0, None).signal is None
-    assert fake.causes == ["bad_node", "resized"]
-
-
-def test_a_node_that_stays_unfit_is_tried_again_hours_later(make_fake: Callable[..., FakeWorkers], clock: list[float]) -> None:
-    fake = without_the_bad_node(make_fake)
-    trial(fake, "b", 5)
-    for trained, tried, step in (("d", "c", 10), ("f", "e", 20)):
-        fake.enter(tried, BAD)
-        fake.check(tried, BAD, {"bad": "the run directory is not visible"})
-        assert fake.coordinator.beat(tried, 0, None).verdict.again
-        assert [kind(o) for o in fake.begin(trained, *BAD)] == ["wait", "wait", "train", "train"]
-        for _ in range(2):
-            fake.coordinator.beat(trained, 2, None)
-        fake.save(step)
-        clock[0] += module._TRIAL_S - 60
-        for _ in range(2):
-            assert fake.coordinator.beat(trained, 2, None).signal is None
-        clock[0] += 120
-        trial(fake, trained, step + 5)
-    assert fake.causes == ["bad_node", "resized"] * 3
-
-
-@pytest.mark.parametrize("phase", ["finishing", "saving"])
-def test_a_finishing_run_does_not_restart_to_try_an_excluded_node(make_fake: Callable[..., FakeWorkers], phase: str) -> None:
-    fake = without_the_bad_node(make_fake)
-    fake.save(5)
-    for _ in range(2):
-        answer = fake.coordinator.beat("b", 2, None, sign(2, 0.0, phase=phase))
-    assert answer.signal == (None if phase == "finishing" else "USR2")
-
-
 def test_a_bad_node_is_used_again_where_too_few_workers_remain_without_it(make_fake: Callable[..., FakeWorkers]) -> None:
     fake = make_fake(workers=4, min_workers=3, max_infrastructure_failures=1)
     nodes = ["n1", "n1", "bad", "bad"]
@@ -223,24 +156,6 @@ def test_a_bad_node_is_used_again_where_too_few_workers_remain_without_it(make_f
     over = fake.coordinator.state().over
     assert "bad: GPU 1 computes wrong numbers" in over
     assert "cluster.max_infrastructure_failures=1 is used up" in over
-
-
-@pytest.mark.parametrize("min_workers", [2, 3])
-def test_an_unfit_node_is_not_tried_again_where_its_exclusion_costs_no_rank(
-    make_fake: Callable[..., FakeWorkers], min_workers: int
-) -> None:
-    """Two of three workers train, because three ranks cannot share a batch of four rows evenly."""
-    fake = make_fake(workers=4, min_workers=min_workers)
-    nodes = ["bad", "n1", "n2"]
-    fake.enter("a", nodes)
-    fake.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
-    assert fake.coordinator.beat("a", 0, None).verdict.again
-    orders = fake.begin("b", *nodes)
-    assert [kind(o) for o in orders] == ["wait", "train", "train"]
-    assert "without bad, which failed the node checks before" in fake.run.events.read_text()
-    fake.save(5)
-    for _ in range(2):
-        assert fake.coordinator.beat("b", 1, None).signal is None
 
 
 def test_after_a_run_has_shrunk_and_grown_its_plan_is_that_of_the_newest_attempt(make_fake: Callable[..., FakeWorkers]) -> None:

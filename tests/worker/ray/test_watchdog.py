@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,8 +21,7 @@ from launcher import run_store
 from launcher.worker.ranks.heartbeat import Heartbeat, HeartbeatTable
 from launcher.worker.ranks.watchdog import StallLimits
 from launcher.worker.ray import node_checks, trainer, watchdog
-from launcher.worker.ray.checkpoint_reports import Reporter
-from launcher.worker.ray.messages import BeatReply, CommittedCheckpoint, Leave, Member, RankSign, ResizeProgress, Verdict
+from launcher.worker.ray.messages import BeatReply, Leave, Member, RankSign, ResizeProgress, Verdict
 from launcher.worker.ray.watchdog import GroupLiveness, Observer
 
 
@@ -340,40 +338,6 @@ def test_a_worker_reports_a_stopped_rank(table: HeartbeatTable) -> None:
                 time.sleep(0.02)
         finally:
             process.kill()
-
-
-def test_a_hanging_report_to_ray_train_does_not_block_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    met, reported = threading.Event(), []
-
-    def report(self: Reporter, checkpoint: CommittedCheckpoint) -> None:
-        met.wait(30)
-        reported.append(checkpoint.step)
-
-    monkeypatch.setattr(Reporter, "_report", report)
-    reporter = Reporter(1)
-    began = time.monotonic()
-    reporter.give([CommittedCheckpoint(5, "/step-5", {})])
-    assert reporter.num_given == 1
-    reporter.give([CommittedCheckpoint(10, "/step-10", {})])
-    reporter.finish(0.05)
-    assert time.monotonic() - began < 5
-    assert reported == []
-    met.set()
-    reporter.finish(20)
-    assert reported == [5, 10]
-
-
-def test_a_failed_report_to_ray_train_ends_the_reports_and_not_the_worker(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def report(self: Reporter, checkpoint: CommittedCheckpoint) -> None:
-        raise TimeoutError("the others did not come")
-
-    monkeypatch.setattr(Reporter, "_report", report)
-    reporter = Reporter(0)
-    reporter.give([CommittedCheckpoint(5, "/step-5", {})])
-    reporter.finish(20)
-    assert "TimeoutError: the others did not come" in capfd.readouterr().err
 
 
 def test_a_late_worker_of_a_replaced_group_is_refused(make_fake: Callable[..., FakeWorkers]) -> None:
