@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +140,9 @@ def _seconds_unchanged(run: RunDir, files: Iterable[Path]) -> float:
 
 
 def is_alive(run: RunDir, status: Status) -> bool:
-    """Return whether the process that wrote the status still runs; on another machine, it is judged by its liveness file.
-
-    Its `recorder`, if it has one, briefly outlives it to record how the run ended.
-    """
+    """Return whether the process that wrote the status still runs; on another machine, it is judged by its liveness file."""
     if is_visible(status):
-        recorder = replace(status, job=(status.job or {}).get("recorder"))
-        return find_process(status) is not None or find_process(recorder) is not None
+        return find_process(status) is not None
     return not _has_rebooted(status) and seconds_silent(run) < LIVENESS_TIMEOUT_S
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ from launcher.clusters.ray import auto_address
 from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ray.raylet_loss import LocalRaylet
 
 _MAX_FOLDER_CHARS = 28
 _MEET_S = 300
+_CONNECT_S = 5.0
 _PLACE_S = 20
 _CONTROL_SERVICE_S = 120
 # Nothing goes through Ray's object store, which by default takes a third of the machine's memory.
@@ -95,6 +97,30 @@ def remove_placement_groups() -> None:
     for number, group in placement_group_table().items():
         if group["state"] != "REMOVED":
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
+
+
+RAYLET_LOST = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
+
+
+@dataclass(frozen=True)
+class LocalRaylet:
+    """This node's raylet, which listens at `socket_name`."""
+
+    socket_name: str
+
+    @property
+    def has_ended(self) -> bool:
+        """Return whether nothing listens at its socket any more. Everything that Ray runs on this node ends with the raylet."""
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(_CONNECT_S)
+                connection.connect(self.socket_name)
+                return False
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except OSError:
+            # A live raylet may have a full connection queue, or this process may have no descriptor left.
+            return False
 
 
 def raylet_of_this_node() -> LocalRaylet | None:

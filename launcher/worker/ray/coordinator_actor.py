@@ -16,8 +16,7 @@ from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, LostCoordinator
 from launcher.tracking.jsonl import append_event
-from launcher.worker.ray import raylet_loss
-from launcher.worker.ray.connection import raylet_of_this_node
+from launcher.worker.ray.connection import RAYLET_LOST, raylet_of_this_node
 from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.messages import CoordinatorState
 from launcher.worker.ray.run_end import newest_own_attempt
@@ -118,7 +117,7 @@ class CoordinatorActor:
         from ray.exceptions import RayError
 
         if (raylet := raylet_of_this_node()) is not None and raylet.has_ended:
-            raise RayletLost(raylet_loss.MESSAGE)
+            raise RayletLost(RAYLET_LOST)
         self._lost_at = min(self._lost_at, time.monotonic())
         if self._num_lost >= _MAX_LOST:
             raise error

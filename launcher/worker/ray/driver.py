@@ -26,8 +26,15 @@ from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
 from launcher.security import ownership
-from launcher.worker.ray import raylet_loss
-from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes, raylet_of_this_node, remove_placement_groups
+from launcher.worker.ray.connection import (
+    RAYLET_LOST,
+    LocalRaylet,
+    connected,
+    draining_nodes,
+    lost_nodes,
+    raylet_of_this_node,
+    remove_placement_groups,
+)
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, RayletLost, shorten
 from launcher.worker.ray.messages import CoordinatorState
 from launcher.worker.ray.run_end import record_end, retry
@@ -123,7 +130,7 @@ class _Driver:
         # The newest attempt of this driver.
         self._number = attempt
         self._failure: Exception | None = None
-        self._raylet: raylet_loss.LocalRaylet | None = None
+        self._raylet: LocalRaylet | None = None
         # Whether any workers have started since this driver started.
         self.has_begun = False
 
@@ -134,16 +141,15 @@ class _Driver:
             raylet = self._raylet = raylet_of_this_node()
             if raylet is None:
                 raise RunError("the connection was closed as soon as it was made", remedy="see Ray's own logs on this node")
-            with raylet_loss.recorded(self._plan_path, self._attempt, raylet) as recorder:
-                job = {**detached_process.describe_this_process(), "recorder": recorder}
-                run_store.update_status(self._run, state="pending", job=job, message="waiting for workers")
-                try:
-                    self._train()
-                except Exception as error:
-                    # Ray reports it through different errors, depending on the call.
-                    if raylet.has_ended:
-                        raise RayletLost(raylet_loss.MESSAGE) from error
-                    raise
+            job = detached_process.describe_this_process()
+            run_store.update_status(self._run, state="pending", job=job, message="waiting for workers")
+            try:
+                self._train()
+            except Exception as error:
+                # Ray reports it through different errors, depending on the call.
+                if raylet.has_ended:
+                    raise RayletLost(RAYLET_LOST) from error
+                raise
         return self._exit_code()
 
     def _train(self) -> None:
@@ -223,7 +229,7 @@ class _Driver:
             reason = "its workers ended and left no record" if self._failure is None else shorten(self._failure)
             # Ray Train may notice a lost raylet before the coordinator is asked again.
             lost = self._raylet is not None and self._raylet.has_ended
-            self.end("failed", raylet_loss.MESSAGE if lost else f"Ray Train ended the run: {reason}")
+            self.end("failed", RAYLET_LOST if lost else f"Ray Train ended the run: {reason}")
         return None
 
     def _is_cancelled(self) -> bool:

@@ -1,4 +1,4 @@
-"""Records how a run on Ray ended: from the driver or, if Ray ended the driver, from the process that outlives it."""
+"""Records how a run on Ray ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
-from launcher.tracking.jsonl import append_event, read_events
+from launcher.tracking.jsonl import append_event
 
 T = TypeVar("T")
 
@@ -37,20 +37,15 @@ def retry(read: Callable[[], T]) -> T:
 def record_end(run: RunDir, attempt: int, state: str, message: str) -> None:
     """Write the state of a run, preceded by an alert for a failure, unless the state is final or another command has restarted
     the run.
-
-    Ray may end this process at any point: another process then does what is missing, and repeats nothing.
     """
 
     def write() -> None:
         run_store.fence(run, attempt, refresh=True)
         if run_store.read_status(run).state not in RUNNING_STATES:
             return
-        text = f"the run ends: {message}"
         with suppress(OSError):
-            if state == "failed" and (attempt, text) not in [
-                (event["attempt"], event["text"]) for event in read_events(run.events)
-            ]:
-                append_event(run, attempt, "alert", text)
+            if state == "failed":
+                append_event(run, attempt, "alert", f"the run ends: {message}")
         run_store.update_status(run, state=state, message=message)
 
     with suppress(OSError, LauncherError):

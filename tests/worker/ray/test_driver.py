@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 from file_owners import as_root
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import json_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
-from launcher.worker.ray import coordinator_actor, driver, raylet_loss
+from launcher.worker.ray import coordinator_actor, driver
+from launcher.worker.ray.connection import LocalRaylet
 from launcher.worker.ray.messages import CoordinatorState
-from launcher.worker.ray.raylet_loss import LocalRaylet, recorded
 
 __all__ = ["as_root"]
 
@@ -69,129 +64,13 @@ def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
     return made
 
 
-_RAYLET = """
-import socket, sys, time
-listening = socket.socket(socket.AF_UNIX)
-listening.bind(sys.argv[1])
-listening.listen()
-print(flush=True)
-time.sleep(600)
-"""
-_DRIVER = """
-import sys, time
-from launcher.worker.ray.raylet_loss import LocalRaylet, recorded
-with recorded(sys.argv[1], 1, LocalRaylet(sys.argv[2])) as recorder:
-    print(recorder["pid"], flush=True)
-    time.sleep(600)
-"""
-
-
-@pytest.mark.parametrize(
-    ("killed", "follows", "is_lost"),
-    [
-        (("raylet", "driver"), None, True),
-        # When the driver of a run's own Ray ends, the raylet ends with it.
-        (("driver", "raylet"), None, False),
-        (("raylet", "driver"), Attempt(5, automatic=True), True),
-        (("raylet", "driver"), Attempt(5), False),
-    ],
-)
-def test_the_loss_of_the_raylet_is_recorded_though_ray_ends_the_driver(
-    run: RunDir, tmp_path: Path, killed: tuple[str, str], follows: Attempt | None, is_lost: bool
-) -> None:
-    """An automatic attempt `follows` is the driver's own; any other means that another command started the run again."""
-
-    number = 1 if follows is None else run_store.create_attempt(run, follows)
-    socket_name = str(tmp_path / "raylet")
-    with ExitStack() as stack:
-
-        def start(code: str, *arguments: str) -> tuple[subprocess.Popen[str], str]:
-            command = [sys.executable, "-c", code, *arguments]
-            process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-            stack.callback(process.kill)
-            assert process.stdout is not None
-            return process, process.stdout.readline()
-
-        raylet, _ = start(_RAYLET, socket_name)
-        process, recorder_pid = start(_DRIVER, str(run.plan), socket_name)
-        recorder = psutil.Process(int(recorder_pid))
-        stack.callback(kill_if_alive, recorder)
-        # Suspend it before its first check.
-        recorder.suspend()
-        for name in killed:
-            {"raylet": raylet, "driver": process}[name].kill()
-            {"raylet": raylet, "driver": process}[name].wait(60)
-        recorder.resume()
-        recorder.wait(60)
-    message = run_store.read_status(run).message
-    assert run_store.read_status(run).state == ("failed" if is_lost else "running")
-    # It also checks after the driver has ended.
-    assert message.startswith("the run's driver or the raylet of ") is is_lost
-    alerts = [(event["attempt"], event["text"]) for event in read_events(run.events)]
-    assert alerts == ([(number, f"the run ends: {message}")] if is_lost else [])
-
-
-def kill_if_alive(process: psutil.Process) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process.kill()
-
-
-@pytest.fixture
-def raylet(tmp_path: Path) -> Iterator[tuple[LocalRaylet, socket.socket]]:
-    """A raylet and its listening socket."""
+def test_the_end_of_the_raylet_is_noticed_at_its_socket(tmp_path: Path) -> None:
+    raylet = LocalRaylet(str(tmp_path / "raylet"))
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(tmp_path / "raylet"))
+        listening.bind(raylet.socket_name)
         listening.listen()
-        yield LocalRaylet(str(tmp_path / "raylet")), listening
-
-
-def test_a_raylet_with_a_full_queue_of_connections_is_alive(raylet: tuple[LocalRaylet, socket.socket]) -> None:
-    local, listening = raylet
-    listening.listen(0)
-    with ExitStack() as stack:
-        # The second or third connection reaches the limit.
-        with suppress(BlockingIOError):
-            for _ in range(10):
-                stack.enter_context(local.connect())
-        with pytest.raises(BlockingIOError):
-            local.connect()
-        assert not local.has_ended
-    listening.close()
-    assert local.has_ended, "its socket is a file that nobody listens to"
-    Path(local.socket_name).unlink()
-    assert local.has_ended
-
-
-def test_a_process_without_descriptors_does_not_report_the_loss_of_its_raylet(raylet: tuple[LocalRaylet, socket.socket]) -> None:
-    local, _ = raylet
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
-        has_ended = local.has_ended
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert not has_ended
-
-
-def test_the_end_of_the_recorder_does_not_hide_the_error_of_the_run(
-    run: RunDir, raylet: tuple[LocalRaylet, socket.socket], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SIGKILL does not end this process immediately, as when it waits for storage."""
-    monkeypatch.setattr(raylet_loss, "_END_S", 0.0)
-    recorders = list[psutil.Process]()
-
-    def fail() -> None:
-        with recorded(str(run.plan), 1, raylet[0]) as job:
-            recorders.append(psutil.Process(int(str(job["pid"]))))
-            monkeypatch.setattr(subprocess.Popen, "kill", lambda _: None)
-            raise ValueError("the error of the run")
-
-    with pytest.raises(ValueError, match="the error of the run"):
-        fail()
-    monkeypatch.undo()
-    (recorder,) = recorders
-    kill_if_alive(recorder)
-    recorder.wait(60)
+        assert not raylet.has_ended
+    assert raylet.has_ended, "its socket is a file that nobody listens to"
 
 
 @pytest.mark.usefixtures("own_signals")
@@ -290,21 +169,6 @@ def test_coordinators_that_die_one_after_the_other_end_the_run(run: RunDir, monk
 
 
 @pytest.mark.usefixtures("rays_answer")
-def test_a_coordinator_is_replaced_when_storage_answers_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.exceptions import ActorDiedError
-
-    run_store.create_attempt(run, Attempt(resume_step=5, automatic=True))
-    coordinator = FakeCoordinator(run, raising(ActorDiedError()))
-    with monkeypatch.context() as patched:
-        stale = raising(OSError(errno.ESTALE, "Stale file handle"))
-        patched.setattr(run_store, "read_attempt", lambda *_: stale())
-        assert coordinator.state() is None
-        assert coordinator.began_with == [1]
-    assert coordinator.state() is None
-    assert coordinator.began_with == [1, 2]
-
-
-@pytest.mark.usefixtures("rays_answer")
 def test_ray_train_restarts_with_the_replacement_coordinator(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that lost their coordinator return as if they had finished."""
     from ray.exceptions import ActorDiedError
@@ -346,35 +210,6 @@ class Fitting:
 
 def driver_of(run: RunDir) -> Any:
     return driver._Driver(LaunchPlan.load(run.plan), str(run.plan), run, 1)
-
-
-@pytest.mark.usefixtures("rays_answer")
-def test_unreadable_storage_does_not_end_the_wait_for_workers(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "_STATE_EVERY_S", 0.0)
-    atomic_files.write_json(run.cancel(1), {"asked_at": time.time(), "save": True})
-    stale = iter(range(6))
-    is_file, read_status = Path.is_file, run_store.read_status
-
-    def asked(path: Path) -> bool:
-        if path == run.cancel(1) and next(stale, None) is not None:
-            raise OSError(errno.ESTALE, "Stale file handle")
-        return is_file(path)
-
-    monkeypatch.setattr(Path, "is_file", asked)
-    driver_of(run)._watch(Fitting(), FakeCoordinator(run, lambda: state(idle_s=1.0)))
-    assert next(stale, None) is None
-    assert read_status(run).message == "cancelled while it waited for workers"
-    stale = iter(range(3))
-
-    def read(found: RunDir) -> run_records.Status:
-        if next(stale, None) is not None:
-            raise OSError(errno.EIO, "Input/output error")
-        return read_status(found)
-
-    run_store.update_status(run, state="running", message="")
-    monkeypatch.setattr(run_store, "read_status", read)
-    driver_of(run)._watch(Fitting(0), FakeCoordinator(run, state))
-    assert read_status(run).state == "failed", "that Ray Train has ended is told as soon as it can be"
 
 
 @pytest.mark.usefixtures("rays_answer")
