@@ -149,17 +149,6 @@ def test_a_driver_on_another_machine_counts_as_alive_while_it_writes_files(run: 
     assert RayCluster().status(run).state == "running"
 
 
-def test_a_run_in_another_container_is_running_and_cannot_be_cancelled_here(run: RunDir) -> None:
-    # A container of this machine has the same host name and another PID namespace.
-    boot = detached_process.describe_this_process()["space"].split(" ")[0]
-    elsewhere = {**detached_process.describe_this_process(), "space": f"{boot} pid:[1]"}
-    run_store.update_status(run, state="running", attempt=1, job=elsewhere)
-    assert LocalCluster().status(run).state == "running"
-    with pytest.raises(SubmitError, match="on another machine or in another container") as error:
-        LocalCluster().cancel(run)
-    assert "in the same container" in str(error.value)
-
-
 def test_a_local_run_is_failed_after_a_reboot_or_without_sign_of_life(run: RunDir) -> None:
     here = detached_process.describe_this_process()
     boot, namespace = here["space"].split(" ", 1)

@@ -158,25 +158,6 @@ def test_a_wrong_token_and_a_wrong_address_are_refused_with_a_remedy(
     assert not (root / "http").exists()
 
 
-def test_a_cluster_with_another_ray_version_is_refused_with_a_remedy(launch_here: Launch, root: Path, tmp_path: Path) -> None:
-    package = distribution("ray")
-    (file,) = [package.locate_file(path) for path in package.files or () if path.match("ray/_version.py")]
-    other = tmp_path / "_version.py"
-    other.write_text(Path(str(file)).read_text().replace(package.version, "2.1.0"))
-    older = RayCluster()
-    try:
-        prefix = hiding(replaced={Path(str(file)): other})
-        older.start("head", "--include-dashboard=false", prefix=prefix, env={"PYTHONDONTWRITEBYTECODE": "1"})
-        done = launch_here(*ray(older, root, "older"), **older.env)
-    finally:
-        older.stop()
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "Ray cannot be used" in done.stderr
-    assert "2.1.0" in done.stderr
-    assert package.version in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_an_unmet_request_fails_at_its_deadline(launch_here: Launch, cluster: RayCluster, root: Path) -> None:
     cluster.have_only()
     done = launch_here(*ray(cluster, root, "many", "cluster.nodes=3", "cluster.placement_minutes=0.1", "--follow"), **cluster.env)

@@ -350,15 +350,6 @@ def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge:
     assert (said.cause, said.bad_nodes) == (Cause.INFRASTRUCTURE, ())
 
 
-@pytest.mark.parametrize("nodes", [("n1",), NODES])
-def test_a_full_shared_disk_blames_no_node(run: RunDir, judge: Judge, nodes: tuple[str, ...]) -> None:
-    full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in nodes]
-    node(run, 0, problems=tuple(full))
-    said = judge(nodes=nodes)
-    assert (said.cause, said.bad_nodes) == (Cause.FAILURE, ())
-    assert f"n1: {node_check.NO_ROOM}" in said.message
-
-
 def test_a_node_is_blamed_for_its_own_problem_beside_a_full_disk(run: RunDir, judge: Judge) -> None:
     full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in NODES]
     node(
@@ -410,29 +401,6 @@ def test_an_exceeded_memory_limit_is_named_first(run: RunDir, judge: Judge) -> N
     output(run, NOW, "slurmstepd: error: Detected 1 oom_kill event in StepId=41.0")
     all_nodes(run, failure("killed", message="killed by SIGKILL"))
     assert judge(code=1).message == "a memory limit was exceeded (raise cluster.mem): rank 3 on n1: killed by SIGKILL"
-
-
-@pytest.mark.parametrize("state", ["PENDING", "REQUEUED"])
-def test_an_operators_requeue_during_the_start_is_no_fault_of_the_machines(run: RunDir, judge: Judge, state: str) -> None:
-    """Slurm sends the tasks SIGTERM and later SIGKILL, so agents leave no record or one of interrupted ranks."""
-    requeued = (Cause.PREEMPTED, "the job was requeued at step 40 without saving")
-
-    def said() -> tuple[Cause, str]:
-        ended = judge(state=state, code=None)
-        return ended.cause, ended.message
-
-    assert said() == requeued
-    node(run, 0, replace(failure("killed", message="killed by SIGUSR2"), exit_code=-12), stopped=True)
-    assert said() == requeued
-    node(run, 0, LOST_PEER)
-    node(run, 1, LOST_PEER)
-    assert said() == requeued
-    # A failure of its own before the requeue is still the cause; so is a lost node, for which Slurm requeues the job.
-    node(run, 2, failure("ValueError"))
-    assert said()[0] is Cause.FAILURE
-    (run.attempt(1) / "node-00002.json").unlink()
-    output(run, NOW, "srun: error: Node failure on n3")
-    assert said()[0] is Cause.INFRASTRUCTURE
 
 
 def test_a_lost_coordinator_is_named_instead_of_the_workers_that_left_no_record(run: RunDir) -> None:

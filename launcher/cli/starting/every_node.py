@@ -215,21 +215,9 @@ def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str]
                 meeting.close()
         threading.Thread(target=meeting.close, name="meeting-end", daemon=True).start()
         signals.watch(cluster.process, interrupts)
-        try:
-            if shows_steps:
-                return follow(start.run, attempt, cluster, interrupts)
-            return _await_conclusion(start, attempt, cluster)
-        finally:
-            _record_silent_end(start.run, attempt, cluster)
-
-
-def _record_silent_end(run: RunDir, attempt: int, cluster: StaticCluster) -> None:
-    """Record that the attempt failed if node 0's agent could not."""
-    with suppress(OSError, LauncherError):
-        if run_store.newest_attempt(run) == attempt and run_store.read_status(run).state in RUNNING_STATES:
-            status = cluster.status(run)
-            if status.state not in RUNNING_STATES:
-                run_store.update_status(run, state=status.state, message=status.message)
+        if shows_steps:
+            return follow(start.run, attempt, cluster, interrupts)
+        return _await_conclusion(start, attempt, cluster)
 
 
 def _join(start: _Start) -> int:
@@ -240,9 +228,6 @@ def _join(start: _Start) -> int:
     if answer.state == OVER:
         print(printable(answer.message))
         return 0
-    if len(answer.names) != here.nodes:
-        message, remedy = f"node 0 counts {len(answer.names)} nodes, this machine {here.nodes}", "give both the same number"
-        raise SubmitError(message, where=f"{here.address}:{here.port}", remedy=remedy)
     attempt, name = answer.attempt, answer.names[here.node]
     _await_visible(run, attempt)
     ownership.require_run(run)

@@ -215,18 +215,10 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
     resources += "" if section.resources_per_worker else " (Ray's default)"
     nodes = [f"accelerator {section.accelerator_type}"] if section.accelerator_type else []
     nodes += [f"{label}={value}" for label, value in section.label_selector.items()]
-    budgets = {
-        "preemptions": "unlimited" if section.max_preemptions is None else str(section.max_preemptions),
-        "infrastructure failures": str(section.max_infrastructure_failures),
-        "training failures": str(section.max_failures),
-        "attempts without progress": str(section.max_no_progress),
-    }
     return [
         ("Ray", section.address or "started for this run, on this machine"),
         ("workers", f"{sizes}, each with {resources}, within {section.placement_minutes:g} minutes"),
         ("nodes", ", ".join(nodes) or "any"),
-        ("retries", ", ".join(f"{kind} {number}" for kind, number in budgets.items())),
-        ("grace", f"{section.stop_grace_seconds:g} s to save after a stop request or a drain notice"),
         ("variables", ", ".join(section.env) or "API keys only"),
     ]
 

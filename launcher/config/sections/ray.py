@@ -12,12 +12,6 @@ from launcher.config.sections.cluster import ManagedSection
 from launcher.config.sections.fields import Name, Positive, PositiveInt, Text, matching, number_as_text
 from launcher.errors import Problem
 
-# Variables that Ray or the launcher sets for each rank.
-_OWN_VARIABLE = (
-    r"PATH|PYTHONPATH|PYTHONSAFEPATH|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES"
-    r"|RAY_\w+|TORCHELASTIC_\w+|LAUNCHER_\w+"
-)
-
 Address = Annotated[
     str,
     matching(
@@ -25,15 +19,7 @@ Address = Annotated[
         "is not the address of a Ray cluster; write auto, host:port, or http://host:8265 for its Jobs API, without credentials",
     ),
 ]
-Resource = Annotated[str, matching(r"[A-Za-z][\w.:/-]*", "is not a resource; write it as in CPU, memory or special_hardware")]
-Label = Annotated[str, matching(r"[A-Za-z0-9][\w./-]*", "is not a label; write it as in ray.io/market-type")]
-LabelValue = Annotated[str, matching(r"[!\w.(), /-]+", "is not a label's value; write it as in spot, !spot or in(a,b)")]
-Python = Annotated[str, matching(r"[A-Za-z0-9/][\w.+/-]*", "is not a program; write python3 or /path/of/python")]
-VariableName = Annotated[
-    str,
-    matching(r"[A-Za-z_]\w*", "is not the name of a variable; use letters, digits and _, a letter first"),
-    matching(rf"(?!({_OWN_VARIABLE})$).*", "is a variable that Ray or the launcher sets; remove it"),
-]
+VariableName = Annotated[str, matching(r"[A-Za-z_]\w*", "is not the name of a variable")]
 VariableValue = Annotated[str, BeforeValidator(number_as_text), Text]
 
 
@@ -48,7 +34,7 @@ class RaySection(ManagedSection):
             "runs the driver on the cluster. Unset: start a Ray cluster on this machine for this run only."
         ),
     )
-    python: Python = Field("python", description="Python that runs the driver on a cluster with an HTTP address.")
+    python: Text = Field("python", description="Python that runs the driver on a cluster with an HTTP address.")
     min_workers: PositiveInt | None = Field(
         None,
         description=(
@@ -58,12 +44,12 @@ class RaySection(ManagedSection):
             "Unset: all workers."
         ),
     )
-    resources_per_worker: dict[Resource, Positive] = Field(
+    resources_per_worker: dict[Text, Positive] = Field(
         default_factory=dict,
         description="Additional resources per rank, such as {CPU: 8}. Unset: Ray's default, only the GPU or one CPU.",
     )
     accelerator_type: Name | None = Field(None, description="Ray's name for the GPU model that nodes must have, such as H100.")
-    label_selector: dict[Label, LabelValue] = Field(
+    label_selector: dict[Text, Text] = Field(
         default_factory=dict, description="Labels that nodes must have, such as {ray.io/market-type: spot}."
     )
     placement_minutes: Positive = Field(

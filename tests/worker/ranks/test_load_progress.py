@@ -6,9 +6,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import signal
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -59,38 +57,3 @@ def test_a_head_node_that_is_gone_says_nothing_of_the_other_ranks_until_it_answe
         time.sleep(0.01)
     assert again.check(["load_progress"])
     shared.stop()
-
-
-def keep_store(port: Connection) -> None:
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    port.send(store.port)
-    time.sleep(120)
-
-
-def test_a_head_node_that_does_not_answer_says_nothing_of_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed import TCPStore
-
-    monkeypatch.setattr(load_progress, "_UNANSWERED_S", 1.0)
-    ours, theirs = FORK.Pipe()
-    head = FORK.Process(target=keep_store, args=(theirs,))
-    head.start()
-    try:
-        assert ours.poll(20)
-        shared, until = SharedProgress(TCPStore("127.0.0.1", ours.recv(), None, False), 0.01), time.monotonic() + 30
-        assert shared.changed_at < math.inf
-        os.kill(head.pid or 0, signal.SIGSTOP)
-        while shared.changed_at < math.inf:
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        resumed_at = time.monotonic()
-        os.kill(head.pid or 0, signal.SIGCONT)
-        while shared.changed_at == math.inf:
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        assert shared.changed_at >= resumed_at, "the silence of the head node is not one of the other ranks"
-        shared.stop()
-    finally:
-        head.kill()
-        head.join(10)

@@ -67,26 +67,6 @@ def test_step_times_exclude_evaluations_and_saves(table: HeartbeatTable, monkeyp
         assert table.read()[0].trained
 
 
-def test_a_single_long_pause_is_not_a_slow_step(table: HeartbeatTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    heart, now = Heartbeat(table.path, 0, 0), 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-
-    def train(step: int, seconds: float) -> float:
-        nonlocal now
-        now += seconds
-        heart.beat("training", step)
-        return table.read()[0].slow_step_s
-
-    train(0, 0)
-    assert train(1, 6) == 6
-    assert train(2, 5) == 5
-    assert train(3, 3600) == 6, "the machine was suspended"
-    assert train(4, 500) == 500, "a second long step may be one of many"
-    for step in range(5, 200):
-        last = train(step, 5)
-    assert last == 5, "long ago"
-
-
 def test_heartbeats_need_no_table_and_a_missing_table_is_refused() -> None:
     env = RankEnv(rank=0, local_rank=0, world_size=1, restart=0)
     Heartbeat.from_environ({}, env).beat("training", 1)
@@ -236,14 +216,6 @@ def test_a_hang_is_ended_although_nothing_can_be_learned_of_it(start: Start, tab
     watchdog.stop()
 
 
-def test_a_rank_that_is_stopped_while_it_loads_is_killed(start: Start, reports: list[str]) -> None:
-    (stopped,) = start("stopped while loading")
-    report = wait_for_report(reports)
-    assert report.startswith(f"rank 10 (pid {stopped.pid}) is stopped by a signal (SIGSTOP): no progress for ")
-    assert report.endswith(" s while the model is loaded; killed it")
-    assert exit_code(stopped) == -signal.SIGKILL
-
-
 def test_ranks_wait_as_long_as_one_of_another_node_reads(
     start: Start, table: HeartbeatTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,14 +264,6 @@ def test_ranks_without_a_culprit_on_their_node_are_killed_together_last(start: S
     assert [exit_code(rank) for rank in ranks] == [-signal.SIGKILL] * 2
 
 
-def test_the_successor_of_a_killed_rank_is_watched_as_well(start: Start, reports: list[str]) -> None:
-    exit_code(start("stopped")[0], 20)
-    wait_for_report(reports)
-    reports.clear()
-    second = start("stopped")[1]
-    assert f"(pid {second.pid}) is stopped" in wait_for_report(reports)
-
-
 def test_the_time_in_which_the_agent_was_stopped_is_no_silence(start: Start, table: HeartbeatTable, reports: list[str]) -> None:
     start("waits", "waits")
     end = time.monotonic() + 20
@@ -311,31 +275,6 @@ def test_the_time_in_which_the_agent_was_stopped_is_no_silence(start: Start, tab
     silent_s = re.search(r"no progress for (\d+) s", wait_for_report(reports))
     assert silent_s is not None
     assert int(silent_s[1]) < 4
-
-
-def test_ranks_with_heartbeats_and_foreign_processes_are_left_alone(
-    start: Start, table: HeartbeatTable, reports: list[str], tmp_path: Path
-) -> None:
-    lively = start("lively")[0]
-    reader, writer = FORK.Pipe()
-
-    def parent() -> None:
-        child = FORK.Process(target=rank, args=(table.path, 1, "waits", tmp_path / "1.log"))
-        child.start()
-        writer.send(child.pid)
-        child.join()
-
-    other = FORK.Process(target=parent)
-    other.start()
-    grandchild = psutil.Process(reader.recv())
-    try:
-        time.sleep(2.5 * STALL_S)
-        assert grandchild.is_running()
-        assert lively.is_alive()
-        assert reports == []
-    finally:
-        grandchild.kill()
-        other.join(10)
 
 
 def test_stall_seconds_zero_turns_the_watchdog_off(table: HeartbeatTable, start: Start) -> None:

@@ -93,23 +93,6 @@ def test_a_damaged_final_record_does_not_fail_the_worker(
     assert expected <= {*Path(f"{rank}.env").read_text().splitlines()}
 
 
-@pytest.mark.parametrize(
-    "answer, failed, others_wait",
-    [
-        (BeatReply(), False, False),
-        (BeatReply("TERM"), False, True),
-        (BeatReply("TERM"), True, False),
-        (BeatReply("TERM", verdict=Verdict(False, "")), True, False),
-        (BeatReply("TERM", verdict=Verdict(True, "")), True, True),
-        (BeatReply("KILL"), True, True),
-    ],
-)
-def test_the_wait_for_the_mirror_ends_where_another_attempt_or_a_person_waits(
-    answer: BeatReply, failed: bool, others_wait: bool
-) -> None:
-    assert Told(answer)._is_wanted_elsewhere(failed) is others_wait
-
-
 def test_a_node_with_another_run_directory_than_the_head_node_is_refused(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path
 ) -> None:
@@ -196,7 +179,7 @@ def test_ranks_and_sidecars_load_no_code_from_folders_of_others_that_cluster_env
         orders, table = Train(assignment(RunDir(Path(plan.run_dir))), {}), SimpleNamespace(path="")
         made: list[Mapping[str, str]] = [
             rank_supervisor._node_environment(plan, {}),
-            Told(BeatReply())._rank_environment(plan, orders, tmp_path, cast(Any, table), cast(Any, table)),
+            Told(BeatReply())._rank_environment(plan, orders, cast(Any, table), cast(Any, table)),
             rank_supervisor._sidecar_environment(plan, orders),
         ]
     for environment in made:

@@ -21,7 +21,7 @@ from launcher import run_store
 from launcher.worker.ranks.heartbeat import Heartbeat, HeartbeatTable
 from launcher.worker.ranks.watchdog import StallLimits
 from launcher.worker.ray import node_checks, trainer, watchdog
-from launcher.worker.ray.messages import BeatReply, Leave, Member, RankSign, ResizeProgress, Verdict
+from launcher.worker.ray.messages import BeatReply, Leave, Member, RankSign, ResizeProgress
 from launcher.worker.ray.watchdog import GroupLiveness, Observer
 
 
@@ -74,22 +74,6 @@ def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(make_
     answers = beats(fake, sign(0, 61, count=499), sign(1, 61, state=psutil.STATUS_STOPPED))
     assert answers[0].hang is None
     assert "rank 1 on n2 (pid 4001) is stopped" in answers[1].hang
-
-
-def test_ranks_without_a_culprit_are_killed_together_last(make_fake: Callable[..., FakeWorkers]) -> None:
-    fake = make_fake(workers=2, stall_seconds=60)
-    fake.begin("a", "n1", "n2")
-    assert [answer.hang for answer in beats(fake, sign(0, 89), sign(1, 89))] == [None, None]
-    answers = beats(fake, sign(0, 91), sign(1, 91))
-    assert all("neither does any other rank of the run" in answer.hang for answer in answers)
-
-
-def test_unwatched_ranks_are_left_alone(make_fake: Callable[..., FakeWorkers]) -> None:
-    fake = make_fake(workers=2, stall_seconds=0)
-    fake.begin("a", "n1", "n2")
-    for told in ({}, {"trained": False, "phase": "joined"}):
-        answers = beats(fake, sign(0, 9000, **told), sign(1, 9000, count=3, **told))
-        assert [(answer.hang, answer.dump_stacks) for answer in answers] == [(None, False)] * 2
 
 
 LOADING = {"trained": False, "phase": "joined"}
@@ -162,34 +146,6 @@ def test_a_silent_worker_does_not_end_an_attempt_that_loads_saves_or_progresses(
     beats(fake, sign(0, 0), sign(1, 0))
     assert alone(fake, clock, 1000, **told) is None
     assert "from the worker of rank 1 on n2" in fake.run.events.read_text()
-
-
-def test_ranks_that_load_wait_for_a_silent_worker_until_none_of_them_reads(
-    make_fake: Callable[..., FakeWorkers], clock: list[float]
-) -> None:
-    fake = make_fake(workers=2, min_workers=1, stall_seconds=200)
-    fake.begin("a", "n1", "n2")
-    beats(fake, sign(0, 0, **LOADING), sign(1, 0, **LOADING))
-    assert alone(fake, clock, 295, **LOADING) is None
-    assert alone(fake, clock, 310, **LOADING) == "TERM"
-    assert "the other ranks wait for the worker of rank 1 on n2: the attempt ends" in fake.run.events.read_text()
-
-
-@pytest.mark.parametrize("phase, over", [("training", True), ("finishing", False)])
-def test_a_silent_worker_is_awaited_at_the_end_only_while_its_rank_exports(
-    make_fake: Callable[..., FakeWorkers], clock: list[float], phase: str, over: bool
-) -> None:
-    fake = make_fake(workers=2, stall_seconds=200)
-    fake.begin("a", "n1", "n2")
-    fake.outcome("completed", 5)
-    fake.end(0)
-    beats(fake, sign(0, 0), sign(1, 0, phase=phase))
-    assert alone(fake, clock, 150, goes_on=True) is None
-    assert fake.coordinator.beat("a", 0, "done").verdict is None
-    for _ in range(100):
-        clock[0] += 5
-        verdict = fake.coordinator.beat("a", 0, "done").verdict
-    assert verdict == (Verdict(False, "completed") if over else None)
 
 
 def test_the_run_continues_without_a_rank_that_cannot_be_killed(
