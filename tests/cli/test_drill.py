@@ -51,16 +51,24 @@ def test_a_restart_of_the_ranks_is_a_recovery() -> None:
     report = judge(RESTARTED)
     assert report["has_recovered"]
     assert json.loads(json.dumps(report)) == report
-    assert lines(report) == [
-        "fault      kill-rank: SIGKILL to rank 1 on n2",
-        "happened   the node agents restarted all ranks",
-        "continued  in the same allocation (job 7), restart 1 of its ranks",
-        "steps      reached 9, continued from 5: 4 lost",
-        "seconds    20.0 from the fault to the next step, 24.0 until it was past step 9",
-        "kept       checkpoints of step 5",
-        "losses     4 steps repeated, all with the same loss",
-        "verdict    recovered",
-    ]
+    shown = dict(line.split("  ", 1) for line in lines(report) if line)
+    assert {name: value.strip() for name, value in shown.items()} == {
+        "fault": "kill-rank",
+        "run": "runs/drill",
+        "action": "SIGKILL to rank 1",
+        "host": "n2",
+        "happened": "the node agents restarted all ranks",
+        "continued": "in the same allocation (job 7), restart 1 of its ranks",
+        "reached step": "9",
+        "resumed step": "5",
+        "lost steps": "4",
+        "trains again": "20.0 s",
+        "caught up": "24.0 s",
+        "checkpoints kept": "5",
+        "replayed steps": "4",
+        "differing steps": "0",
+        "has recovered": "True",
+    }
 
 
 @pytest.mark.parametrize(
@@ -110,7 +118,6 @@ def test_a_run_that_loses_more_than_it_may_has_not_recovered(records: Records, c
     report = judge(replace(records, **changes))
     assert problem in "; ".join(report["problems"])
     assert report["has_recovered"] is (problem == "")
-    assert ("did NOT recover" in lines(report)[-1]) is bool(problem)
 
 
 @pytest.mark.parametrize(

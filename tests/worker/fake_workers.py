@@ -104,7 +104,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def sign(
     rank: int, silent_s: float, count: int = 500, state: str = "sleeping", trained: bool = True, phase: str = "training"
 ) -> RankSign:
-    return RankSign(Beat(count, 4000 + rank, rank, phase, 16, 0.0, 0.1, trained), silent_s, state)
+    return RankSign(Beat(count, 4000 + rank, rank, phase, 16, 0.0, trained), silent_s, state)
 
 
 def kind(orders: Orders | None) -> str | None:

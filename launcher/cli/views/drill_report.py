@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.clusters.faults import InjectedFault
-from launcher.plan.quantities import format_count
 from launcher.run_records import Attempt, ExitRecord
 
 # An attempt and the number of restarts of its ranks by the node agents: one life of all ranks.
@@ -102,7 +101,6 @@ def judge(records: Records) -> dict[str, Any]:
         "checkpoints_lost": lost,
         "replayed_steps": len(replayed),
         "differing_steps": num_differing,
-        "largest_difference": max(replayed, default=0.0),
         "problems": problems,
         "has_recovered": not problems,
     }
@@ -129,26 +127,7 @@ def _describe(records: Records, again: Sequence[Step]) -> tuple[str, str]:
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
-    """Return the report as lines for the terminal."""
-    steps, seconds, losses = f"reached {report['reached_step']}", "-", "no step was repeated"
-    if report["resumed_step"] is not None:
-        steps += f", continued from {report['resumed_step']}: {report['lost_steps']} lost"
-        seconds = f"{report['trains_again_s']:.1f} from the fault to the next step"
-    if report["caught_up_s"] is not None:
-        seconds += f", {report['caught_up_s']:.1f} until it was past step {report['reached_step']}"
-    if report["replayed_steps"]:
-        losses = f"{format_count(report['replayed_steps'], 'step')} repeated, "
-        differing = f"{report['differing_steps']} with a different loss (by at most {report['largest_difference']:.2g})"
-        losses += differing if report["differing_steps"] else "all with the same loss"
-    rows = [
-        ("fault", f"{report['fault']}: {report['action']} on {report['host']}"),
-        ("happened", report["happened"]),
-        ("continued", report["continued"]),
-        ("steps", steps),
-        ("seconds", seconds),
-        ("kept", f"checkpoints of step {', '.join(map(str, report['checkpoints_kept'])) or 'none'}"),
-        ("losses", losses),
-        *(("problem", problem) for problem in report["problems"]),
-        ("verdict", "recovered" if report["has_recovered"] else "did NOT recover"),
-    ]
-    return [f"{label:<11}{value}" for label, value in rows]
+    """Return the report as lines for the terminal, without what did not happen."""
+    shown = {name.removesuffix("_s").replace("_", " "): value for name, value in report.items() if value not in (None, [])}
+    values = {name: f"{value:.1f} s" if isinstance(value, float) else value for name, value in shown.items()}
+    return [f"{name:<18}{', '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in values.items()]

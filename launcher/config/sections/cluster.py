@@ -37,10 +37,10 @@ class ClusterSection(Section):
         600,
         description=(
             "Seconds without progress after which the node agent records a rank's stacks and kills the rank; 0 turns this "
-            "off. The limit is higher in some phases: in training, at least ten times the second slowest of the last 100 "
-            "steps; while a checkpoint is saved, at least cluster.timeout_minutes, unless the process is stopped. While the "
-            "model loads, a rank that is stopped or hangs in the kernel must read nothing for this long; other ranks count as "
-            "stalled only if no rank of any node reads or compiles for this long, and at least 300 seconds."
+            "off. In training, each micro-batch is progress. While a checkpoint is saved, the limit is at least "
+            "cluster.timeout_minutes, unless the process is stopped. While the model loads, a rank that is stopped or hangs in "
+            "the kernel must read nothing for this long; other ranks count as stalled only if no rank of any node reads for "
+            "this long, and at least 300 seconds."
         ),
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds that a stopped run may take to save before it is killed.")

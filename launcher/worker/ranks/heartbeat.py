@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 import mmap
 import os
 import struct
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,8 @@ VARIABLE = "LAUNCHER_HEARTBEATS"
 PHASES = ("starting", "joined", "loaded", "training", "evaluating", "saving", "finishing")
 _CODES = {phase: code for code, phase in enumerate(PHASES)}
 # The count is at both ends, so that a reader can detect a partly written record.
-_RECORD = struct.Struct("=Qqqqqdd?7xQ")
+_RECORD = struct.Struct("=Qqqqqd?7xQ")
 _READ_TRIES = 5
-_RECENT_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,7 @@ class Beat:
     """The last heartbeat of a rank.
 
     `count` is the number of heartbeats from process `pid`, `step` its completed optimizer steps. `at` is a time.monotonic() time;
-    all processes of a machine share this clock. `slow_step_s` is the time of the second slowest of the recent steps, because the
-    slowest may have been suspended with its machine, or have waited for failed storage. `trained` is whether the rank has begun
+    all processes of a machine share this clock. `trained` is whether the rank has begun
     to train.
     """
 
@@ -41,7 +37,6 @@ class Beat:
     phase: str
     step: int
     at: float
-    slow_step_s: float
     trained: bool
 
 
@@ -68,9 +63,9 @@ class HeartbeatTable:
     def _read(self, local_rank: int) -> Beat | None:
         for _ in range(_READ_TRIES):
             record = os.pread(self._descriptor, _RECORD.size, local_rank * _RECORD.size)
-            count, pid, rank, code, step, at, slow_step_s, trained, count_again = _RECORD.unpack(record)
+            count, pid, rank, code, step, at, trained, count_again = _RECORD.unpack(record)
             if count == count_again:
-                return Beat(count, pid, rank, PHASES[code], step, at, slow_step_s, trained) if count else None
+                return Beat(count, pid, rank, PHASES[code], step, at, trained) if count else None
         return None
 
 
@@ -86,10 +81,7 @@ class Heartbeat:
         self._table: mmap.mmap | None = None
         self._offset = local_rank * _RECORD.size
         self._pid, self._rank = os.getpid(), rank
-        self._count, self._phase, self._step = 0, "", 0
-        self._step_began = self._slow_step_s = 0.0
-        self._step_times_s: deque[float] = deque(maxlen=_RECENT_STEPS)
-        self._trained = False
+        self._count, self._trained = 0, False
         if table is not None:
             try:
                 with open(table, "r+b", buffering=0) as file:
@@ -111,15 +103,7 @@ class Heartbeat:
         """Send one of PHASES and the number of completed optimizer steps; takes about a microsecond and cannot fail."""
         if self._table is None:
             return
-        now = time.monotonic()
-        if phase == "training":
-            # Time spent on an evaluation or a save between two steps belongs to neither step.
-            if self._phase != "training":
-                self._step_began, self._trained = now, True
-            elif step != self._step:
-                self._step_times_s.append(now - self._step_began)
-                self._slow_step_s, self._step_began = heapq.nlargest(2, self._step_times_s)[-1], now
-        self._phase, self._step = phase, step
+        self._trained |= phase == "training"
         self._count += 1
         _RECORD.pack_into(
             self._table,
@@ -129,8 +113,7 @@ class Heartbeat:
             self._rank,
             _CODES[phase],
             step,
-            now,
-            self._slow_step_s,
+            time.monotonic(),
             self._trained,
             self._count,
         )

@@ -26,7 +26,6 @@ from launcher.worker.ranks.load_progress import LoadProgress, SharedProgress
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_SLOW_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0
 # Seconds between the request for a rank's stacks and collectives and its kill. Other nodes notice the request within two seconds,
 # torch checks for it once a second, and looking up the stacks of the calls takes another second.
@@ -49,7 +48,7 @@ _UNABLE = {**_HALTED, psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or
 
 @dataclass(frozen=True)
 class StallLimits:
-    """Seconds without a heartbeat: `stall_s` while training, `rare_s` while saving, where heartbeats are rare.
+    """Seconds without a heartbeat: `stall_s` while training, with one for each micro-batch, and `rare_s` while saving.
 
     A halted rank cannot save, so `stall_s` applies to it while saving too.
 
@@ -72,10 +71,7 @@ class StallLimits:
             return math.inf
         if is_loading(beat):
             return self.load_s
-        limit_s = max(self.stall_s, _SLOW_STEPS * beat.slow_step_s)
-        if is_halted:
-            return limit_s
-        return max(limit_s, self.rare_s) if beat.phase == "saving" else limit_s
+        return max(self.stall_s, self.rare_s) if beat.phase == "saving" and not is_halted else self.stall_s
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ FORK = multiprocessing.get_context("fork")
 
 def rank(pid: int) -> Beat:
     """A rank that joined long ago and has not started to train."""
-    return Beat(500, pid, 0, "joined", 0, NOW - 500, 0.0, False)
+    return Beat(500, pid, 0, "joined", 0, NOW - 500, False)
 
 
 def test_reading_and_touching_memory_are_progress(tmp_path: Path) -> None:
