@@ -6,11 +6,9 @@ On each machine, the command runs as long as the attempt; it ends with the same 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import launcher
 from launcher import atomic_files, facts, run_store
@@ -27,7 +24,7 @@ from launcher.cli import launch
 from launcher.cli.follow import follow
 from launcher.cli.resume import resume_run
 from launcher.cli.starting.interrupts import Interrupts
-from launcher.cli.worker_process import run_worker
+from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.static import nodes
 from launcher.clusters.static.cluster import StaticCluster, is_idle
 from launcher.clusters.static.meeting import OVER, REFUSED, Meeting, await_plan, head_endpoint
@@ -313,7 +310,8 @@ def _continue(composed: Composed, run: RunDir, cluster: StaticCluster, interrupt
         with composed.located():
             _require_same_command(composed.config, LaunchPlan.load(run.plan), run)
         plan = run_store.load_plan(run)
-        previous = _judge_previous(run)
+        module, newest = "launcher.worker.static.previous", run_store.newest_plan_path(run)
+        previous = run_worker_module(module, composed.config, str(newest))
         if previous["over"]:
             return f"{previous['reason']}; nothing is left to do"
         if not previous["again"]:
@@ -359,15 +357,3 @@ def _require_same_command(config: RunConfig, plan: LaunchPlan, run: RunDir) -> N
             remedy="repeat the first command, change settings on every machine with: "
             f"{launcher_command('resume', run.root)} KEY=VALUE, or choose another run.name",
         )
-
-
-def _judge_previous(run: RunDir) -> dict[str, Any]:
-    """Have the worker side judge the newest attempt, see launcher.worker.static.previous."""
-    command = [sys.executable, "-m", "launcher.worker.static.previous", str(run_store.newest_plan_path(run))]
-    code, output = run_worker(command, stdout=subprocess.PIPE)
-    try:
-        answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        message = f"the previous attempt cannot be judged: exit code {code}; the message is above"
-        raise RunError(message, where=str(run.root)) from None
-    return answer

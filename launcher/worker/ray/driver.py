@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -256,22 +257,16 @@ class _Driver:
             limit = f"within {waited_s / 60:.1f} minutes (cluster.placement_minutes)"
             return f"the workers that Ray started {limit} could not start their ranks: {early_failure}"
         section, requested = self._section, self._section.resources(self._plan.topology.device)
-        request = f"{self._plan.topology.world_size} workers"
-        if section.min_workers is not None:
-            request = f"{section.min_workers} to {request}"
-        request += f" with {', '.join(f'{name}: {amount:g}' for name, amount in requested.items())} each"
-        if section.accelerator_type:
-            request += f" on {section.accelerator_type}"
-        if section.label_selector:
-            request += f" on nodes with {section.label_selector}"
-        total, free = ray.cluster_resources(), ray.available_resources()
-        existing = ", ".join(f"{name}: {amount:g}" for name, amount in sorted(total.items()) if name in requested)
-        available = ", ".join(f"{name}: {free.get(name, 0):g}" for name in sorted(total) if name in requested)
-        alive = sum(node["Alive"] for node in ray.nodes())
+
+        def describe(resources: Mapping[str, float]) -> str:
+            return ", ".join(f"{name}: {resources.get(name, 0):g}" for name in requested)
+
+        num_nodes = sum(node["Alive"] for node in ray.nodes())
         return (
             f"the cluster did not provide the workers within {waited_s / 60:.1f} minutes (cluster.placement_minutes): asked for "
-            f"{request}; it has {existing or 'none of these'} on {format_count(alive, 'node')}"
-            + (f", of these free: {available}" if available else "")
+            f"{section.min_workers or self._plan.topology.world_size} workers with {describe(requested)} each; it has "
+            f"{describe(ray.cluster_resources())} on {format_count(num_nodes, 'node')}, of these free: "
+            f"{describe(ray.available_resources())}"
         )
 
     def _exit_code(self) -> int:

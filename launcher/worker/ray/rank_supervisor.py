@@ -218,8 +218,13 @@ class _Worker:
         table, errors = heartbeat.HeartbeatTable(self.local_rank + 1), ErrorMemory(self.local_rank + 1)
         record_limits(run, attempt, assignment.rank)
         limits = LimitEvents.read()
-        mirror = self._start_mirror(plan, orders, run)
-        answers = self._start_answers(plan, orders, run)
+        mirror: MirrorProcess | None = None
+        answers: AnswersProcess | None = None
+        if assignment.rank == 0:
+            environ = {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
+            environ |= find_usable_caches(environ)
+            mirror = MirrorProcess.start(plan, assignment.plan_path, run, attempt, environ)
+            answers = AnswersProcess.start(plan, assignment.plan_path, run, attempt, environ)
         environment = self._rank_environment(plan, orders, table, errors)
         recorder = FlightRecorder(run, attempt, plan.topology.world_size, plan.config.cluster.stall_seconds)
         environment.update(recorder.variables)
@@ -263,20 +268,6 @@ class _Worker:
             if plan.nvme_folder is not None and self.local_rank == 0 and run_store.newest_attempt(run) == attempt:
                 shutil.rmtree(plan.nvme_folder, ignore_errors=True)
         return RankResult.DONE if failure is None else RankResult.FAILED
-
-    def _start_mirror(self, plan: LaunchPlan, orders: Train, run: RunDir) -> MirrorProcess | None:
-        """Start the mirror process beside rank 0; return None on other ranks, or if the run has no mirror."""
-        if orders.assignment.rank != 0:
-            return None
-        keys = _sidecar_environment(plan, orders)
-        return MirrorProcess.start(plan, orders.assignment.plan_path, run, orders.assignment.attempt, keys)
-
-    def _start_answers(self, plan: LaunchPlan, orders: Train, run: RunDir) -> AnswersProcess | None:
-        """Start the process that answers prompts beside rank 0; return None on other ranks, or if no answers are requested."""
-        if orders.assignment.rank != 0:
-            return None
-        environ = _sidecar_environment(plan, orders)
-        return AnswersProcess.start(plan, orders.assignment.plan_path, run, orders.assignment.attempt, environ)
 
     def _start_rank(self, orders: Train, environment: Mapping[str, str]) -> RankProcess:
         while self.ranks.is_warming_up():
@@ -349,11 +340,6 @@ class _Worker:
         # NCCL treats a bare name as a prefix.
         environment.setdefault("NCCL_SOCKET_IFNAME", f"={endpoint.interface}")
         return environment
-
-
-def _sidecar_environment(plan: LaunchPlan, orders: Train) -> dict[str, str]:
-    environment = {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
-    return {**environment, **find_usable_caches(environment)}
 
 
 def _find_failure(

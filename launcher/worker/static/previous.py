@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launcher import run_store
 from launcher.clusters.static import nodes
@@ -23,21 +24,15 @@ from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """`over` means that nothing is left to do. Otherwise `again` is whether the run continues, and `reason` why it does not."""
+def judge_previous(plan: LaunchPlan) -> dict[str, Any]:
+    """Judge the newest attempt of a run whose machines have all ended.
 
-    over: bool
-    again: bool
-    reason: str
-
-
-def judge_previous(plan: LaunchPlan) -> Continuation:
-    """Judge the newest attempt of a run whose machines have all ended."""
+    `over` means that nothing is left to do. Otherwise `again` is whether the run continues, and `reason` why it does not.
+    """
     run, section = RunDir(Path(plan.run_dir)), StaticSection.of(plan.config.cluster)
     number = run_store.newest_attempt(run)
     if not number:
-        return Continuation(False, True, "")
+        return {"over": False, "again": True, "reason": ""}
     record = run_store.read_attempt(run, number)
 
     def alert(text: str) -> None:
@@ -47,11 +42,12 @@ def judge_previous(plan: LaunchPlan) -> Continuation:
     silence = nodes.describe_silence(nodes.read_states(run, number, record))
     end = postmortem.end_of_attempt(run, number, section, on_alert=alert, silence=silence)
     if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
-        return Continuation(True, False, f"{plan.run_name} is {end.cause}: {end.message}")
-    decision = decide(_correctable(end), [_correctable(end) for end in postmortem.history(run, number)], section)
+        return {"over": True, "again": False, "reason": f"{plan.run_name} is {end.cause}: {end.message}"}
+    history = postmortem.history(run, number)
+    decision = decide(_correctable(end), [_correctable(earlier) for earlier in history], section)
     # A machine that failed its check may since have been replaced.
-    again = decision.again or (end.cause is Cause.BAD_NODE and len(postmortem.history(run, number)) < section.max_failures)
-    return Continuation(False, again, decision.reason)
+    again = decision.again or (end.cause is Cause.BAD_NODE and len(history) < section.max_failures)
+    return {"over": False, "again": again, "reason": decision.reason}
 
 
 def _correctable(end: AttemptEnd) -> AttemptEnd:
@@ -59,4 +55,4 @@ def _correctable(end: AttemptEnd) -> AttemptEnd:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(judge_previous(LaunchPlan.load(sys.argv[1])))))
+    print(json.dumps(judge_previous(LaunchPlan.load(sys.argv[1]))))

@@ -163,7 +163,7 @@ def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monk
     rank_supervisor.supervise({"coordinator": None, "interface": None})
 
 
-def test_ranks_and_sidecars_load_no_code_from_folders_of_others_that_cluster_env_names(
+def test_ranks_load_no_code_from_folders_of_others_that_cluster_env_names(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_root: None
 ) -> None:
     """Every other backend sets these variables before its agent looks for such folders."""
@@ -180,7 +180,6 @@ def test_ranks_and_sidecars_load_no_code_from_folders_of_others_that_cluster_env
         made: list[Mapping[str, str]] = [
             rank_supervisor._node_environment(plan, {}),
             Told(BeatReply())._rank_environment(plan, orders, cast(Any, table), cast(Any, table)),
-            rank_supervisor._sidecar_environment(plan, orders),
         ]
     for environment in made:
         assert Path(environment["TRITON_CACHE_DIR"]).parent.parent == tmp_path
