@@ -235,17 +235,3 @@ def _is_address(text: str) -> bool:
 
 def _family(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-class Listener:
-    """Listens on a possible master port, so that other nodes can test the connection before anything is loaded."""
-
-    def __init__(self, address: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind((address, port))
-        self._socket.listen(128)
-
-    def close(self) -> None:
-        self._socket.close()

@@ -168,29 +168,6 @@ def test_the_log_of_another_users_slurm_run_is_followed_as_long_as_it_has_output
     assert "no output" not in _state_reader(run)().message
 
 
-@pytest.mark.parametrize(
-    ("address", "reason"),
-    [
-        ("module://payload", "is not the address of a Ray cluster"),
-        ("payload://127.0.0.1:1", "is not the address of a Ray cluster"),
-        ("http://8.8.8.8:8265", "which is public"),
-        ("http://0.0.0.0:8265", "stands for all interfaces"),
-        ("http://user:secret@127.0.0.1:8265", "is not the address of a Ray cluster"),
-        ("127.0.0.1:6379", "name no job of a Jobs API"),
-    ],
-)
-def test_an_address_in_a_file_passes_the_check_of_the_setting(
-    ray_run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str, reason: str
-) -> None:
-    """Ray's client imports the module named by the address's scheme, even from the working directory."""
-    (tmp_path / "payload.py").write_text(f"open({str(tmp_path / 'was-imported')!r}, 'w')\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    run = ray_run(address)
-    assert reason in _state_reader(run)().message
-    assert not (tmp_path / "was-imported").exists()
-
-
 def _make_huge(file: Path) -> None:
     file.touch()
     os.truncate(file, 2**40)

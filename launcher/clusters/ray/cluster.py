@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import time
 from contextlib import suppress
@@ -37,8 +36,6 @@ _CONNECT_S = 5.0
 _JOIN_POLL_S, _JOB_POLL_S = 0.1, 1.0
 # How long a submission waits for the driver to set the run's status.
 _DRIVER_START_DEADLINE_S = 60.0
-# The id of a Jobs API job; it is part of a request's URL.
-_JOB = re.compile(r"[A-Za-z0-9][\w-]*")
 _NO_STATUS = "Ray's job ended before it could write to the run directory"
 _LOST = "the driver ended without recording a result: it was killed, or its machine or the head node was lost"
 
@@ -136,7 +133,6 @@ class RayCluster:
         # The driver did not act on the last request, which was to stop without saving.
         if file.is_file():
             submission = json_records.read(JobsApiSubmission, file)
-            _require_own_cluster(run, submission)
             jobs.stop(submission.address, submission.job)
         elif (driver := detached_process.find_process(status)) is not None:
             driver.kill()
@@ -154,34 +150,10 @@ class RayCluster:
         raise NotImplementedError
 
 
-def _require_own_cluster(run: RunDir, submission: JobsApiSubmission) -> None:
-    """Reject an address in a run's files that the settings would reject: requests carry the cluster's token.
-
-    Raises:
-        SubmitError: with the address.
-    """
-    from pydantic import ValidationError
-
-    from launcher.config.sections.ray import RaySection
-
-    remedy = "restore the file from a backup, or start another run from this run's newest checkpoint"
-    try:
-        section = RaySection.model_validate({"kind": "ray", "address": submission.address})
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ").partition(";")[0]
-        message = f"the address in the run's files is not used: it {reason}"
-        raise SubmitError(message, where=str(run.root), value=submission.address, remedy=remedy) from None
-    if not section.is_http or section.host is None or not _JOB.fullmatch(submission.job):
-        message = "the run's files name no job of a Jobs API"
-        raise SubmitError(message, where=str(run.root), value=f"{submission.job} at {submission.address}", remedy=remedy)
-    _require_private(submission.address, section.host)
-
-
 def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> Status:
     """Correct the status of a run whose driver is a job of the cluster."""
     known = replace(status, job={**(status.job or {}), "id": submission.job})
     try:
-        _require_own_cluster(run, submission)
         state, message = jobs.state(submission.address, submission.job)
     except SubmitError as error:
         # An SSH tunnel may be broken or lead to another cluster, so the liveness file in the run directory decides.

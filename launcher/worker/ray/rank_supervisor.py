@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -153,7 +154,8 @@ class _Worker:
         self.address = network.own_endpoint([], interface).address if interface else ray.util.get_node_ip_address()
         self.port = network.free_port(self.address)
         # Once it knows who trains, the coordinator chooses the worker at whose port the ranks meet.
-        self.listener = network.Listener(self.address, self.port)
+        family = socket.AF_INET6 if ":" in self.address else socket.AF_INET
+        self.listener = socket.create_server((self.address, self.port), family=family, backlog=128)
         self.ranks = RankProcesses()
         # None until orders arrive.
         self.assignment: Assignment | None = None
