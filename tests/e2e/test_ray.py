@@ -76,7 +76,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_the_same_losses(
     launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path
 ) -> None:
-    """Four faults hit the first driver, then it is killed; the second loses Ray.
+    """Three faults hit the first driver, then it is killed; the second loses Ray.
 
     One worker is enough here. test_ray_cluster.py has the faults that need several workers or nodes, and a driver that ends by a
     signal.
@@ -101,7 +101,7 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
     assert re.search(r"^faulty +running ", launch_here("ls", "--root", str(root)).stdout, re.MULTILINE)
     require_closed(run, temporary)
 
-    faults = (kill_rank, hang_rank, kill_coordinator, end_controller)
+    faults = (kill_rank, hang_rank, kill_coordinator)
     with start("logs", str(run), "-f", "--rank", "0") as terminal:
         for attempt, fault in enumerate(faults, 1):
             hit = assert_survived(run, attempt, fault)
@@ -194,24 +194,8 @@ def kill_coordinator(run: Path, ranks: Ranks) -> None:
     coordinator.kill()
 
 
-def end_controller(run: Path, ranks: Ranks) -> None:
-    """Ray Train's controller exits if it cannot write its own state, although nothing is wrong with the run."""
-    storage, log = run / "ray", agent_log(run)
-    num_before = log.read_text().count("Traceback")
-    away = storage.with_name("away")
-    storage.rename(away)
-    storage.touch()
-    wait_for("Ray's controller to give up", lambda: log.read_text().count("Traceback") > num_before)
-    storage.unlink()
-    away.rename(storage)
-
-
 # The faults whose message causes.py checks.
 NAMED: dict[Fault, str] = {kill_rank: "ray_rank", kill_coordinator: "ray_coordinator"}
-
-
-def agent_log(run: Path) -> Path:
-    return run / "attempts/001/agent.log"
 
 
 def require_few_processes(run: Path) -> None:
