@@ -113,7 +113,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(
     wait_for("its processes to end", lambda: not processes_of(going), 30)
     left = said()[-1]
     assert left.startswith("no answers yet: step 40")
-    assert f"a resumed run continues with them; answer them with: python -m launcher evaluate {going} --step 40" in left
+    assert f"a resumed run continues with them; answer them with: python -m launcher evaluate {going} --step STEP" in left
     assert not [text for text in said("alert") if "answers" in text]
     last = status(going)["step"] + 1
     done = train_here("resume", str(going), f"train.max_steps={last}")

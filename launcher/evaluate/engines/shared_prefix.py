@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,6 @@ from transformers.masking_utils import sdpa_mask
 _NAME, _SDPA = "shared_prefix", "sdpa"
 # Arguments that some models pass to attention, and that a plain softmax of scaled products does not support.
 _SPECIAL = ("position_bias", "softcap", "s_aux", "sinks", "sliding_window")
-# Maximum number of key elements, with a copy for each head, at a time: 128 MiB in fp32.
-_MAX_COPIED = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,8 @@ class SharedPrefix:
         return DynamicCache([tuple(one.repeat_interleave(num_prompts, 0) for one in layer) for layer in self.layers])
 
 
-@dataclass
-class _Attention:
-    """The state of the attention function: it uses the layers of a prefix, or records a model's suitable layers."""
-
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
-    plain_calls: list[int] = field(default_factory=list)
-
-
-_active: ContextVar[_Attention | None] = ContextVar("shared_prefix", default=None)
+# The layers of the prefix that attention uses, or a list to which it adds the indices of the layers that support one.
+_active: ContextVar[tuple[tuple[torch.Tensor, torch.Tensor], ...] | list[int] | None] = ContextVar("shared_prefix", default=None)
 
 
 class _SuffixLayer(DynamicLayer):
@@ -73,32 +64,24 @@ def compute_prefix(model: PreTrainedModel, ids: torch.Tensor) -> SharedPrefix | 
     """
     if model.config._attn_implementation != _SDPA:
         return None
-    noted = _Attention()
-    with _attention(model, noted) as is_used:
-        if not is_used:
-            return None
+    plain_calls: list[int] = []
+    with attend_to(model, plain_calls):
         cache = model(ids, use_cache=True, logits_to_keep=1).cache
     layers: Sequence[Any] = getattr(cache, "layers", ())
-    if sorted(noted.plain_calls) != list(range(len(layers))) or not all(type(layer) is DynamicLayer for layer in layers):
+    if sorted(plain_calls) != list(range(len(layers))) or not all(type(layer) is DynamicLayer for layer in layers):
         return None
     return SharedPrefix(tuple((layer.keys, layer.values) for layer in layers))
 
 
 @contextmanager
-def attend_to(model: PreTrainedModel, prefix: SharedPrefix) -> Iterator[None]:
-    """Make the model attend to a prefix and to the contents of a cache from that prefix."""
-    with _attention(model, _Attention(prefix.layers)):
-        yield
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, attention: _Attention) -> Iterator[bool]:
+def attend_to(model: PreTrainedModel, active: SharedPrefix | list[int]) -> Iterator[None]:
+    """Make the model attend to a prefix and to the contents of a cache from that prefix; a list records suitable layers."""
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     model.set_attn_implementation(_NAME)
-    token = _active.set(attention)
+    token = _active.set(active.layers if isinstance(active, SharedPrefix) else active)
     try:
-        yield model.config._attn_implementation == _NAME
+        yield
     finally:
         _active.reset(token)
         model.set_attn_implementation(_SDPA)
@@ -115,62 +98,39 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Compute a layer's attention, through transformers' attention interface."""
     active = _active.get()
-    if active is None or not active.layers:
+    if not isinstance(active, tuple):
         is_plain = attention_mask is None and all(settings.get(name) is None for name in _SPECIAL)
         if active is not None and is_plain and isinstance(index := getattr(module, "layer_idx", None), int):
-            active.plain_calls.append(index)
+            active.append(index)
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **settings)
         return output, None
-    shared_keys, shared_values = active.layers[int(module.layer_idx)]
-    rows, heads, length, _ = query.shape
-    if length == 1:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _attend_token(query * scale, key, value, shared_keys, shared_values, attention_mask), None
-    # For a whole prompt, the kernel is faster than products. Process a few prompts at a time, because it needs a copy for each.
-    if attention_mask is None:
-        # Without padding, transformers omits the mask: the prompts are causal among themselves.
-        attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - length)
-        attention_mask = attention_mask.expand(rows, 1, length, key.shape[2])
-    whole_mask = torch.nn.functional.pad(attention_mask, (shared_keys.shape[2], 0), value=attention_mask.dtype == torch.bool)
-    rows_at_once = max(1, _MAX_COPIED // (heads * (shared_keys.shape[2] + key.shape[2]) * key.shape[3]))
-    parts = []
-    for start in range(0, rows, rows_at_once):
-        chosen = slice(start, start + rows_at_once)
-        own_keys, own_values = key[chosen], value[chosen]
-        keys = torch.cat([shared_keys.expand(len(own_keys), -1, -1, -1), own_keys], dim=2)
-        values = torch.cat([shared_values.expand(len(own_values), -1, -1, -1), own_values], dim=2)
-        part, _ = sdpa_attention_forward(module, query[chosen], keys, values, whole_mask[chosen], scaling=scaling, **settings)
-        parts.append(part)
-    return torch.cat(parts), None
-
-
-def _attend_token(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    shared_keys: torch.Tensor,
-    shared_values: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return the output for one scaled query per row, of shape [rows, heads, 1, dim], as [rows, 1, heads, dim]."""
-    rows, heads, _, dim = query.shape
-    kv_heads = key.shape[1]
-    # The heads of a group are consecutive and see the same keys.
-    grouped = query.reshape(rows, kv_heads, heads // kv_heads, dim)
-    own = torch.matmul(grouped, key.transpose(-1, -2)).float().view(rows, heads, 1, -1)
-    if mask is not None:
-        own = own.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else own + mask
-    own = own.view(rows, kv_heads, heads // kv_heads, -1)
+    shared_keys, shared_values = active[int(module.layer_idx)]
+    (rows, heads, length, dim), num_shared = query.shape, shared_keys.shape[2]
+    if length > 1:
+        # For a whole prompt, the kernel with a copy for each prompt is faster than products.
+        if attention_mask is None:
+            # Without padding, transformers omits the mask: the prompts are causal among themselves.
+            attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - length)
+            attention_mask = attention_mask.expand(rows, 1, length, key.shape[2])
+        mask = torch.nn.functional.pad(attention_mask, (num_shared, 0), value=attention_mask.dtype == torch.bool)
+        keys, values = (
+            torch.cat([shared.expand(rows, -1, -1, -1), own], dim=2)
+            for shared, own in ((shared_keys, key), (shared_values, value))
+        )
+        output, _ = sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling, **settings)
+        return output, None
+    # The heads of a group are consecutive and see the same keys: [rows, kv_heads, group, dim].
+    kv_heads, group = key.shape[1], heads // key.shape[1]
+    grouped = query.reshape(rows, kv_heads, group, dim) * (dim**-0.5 if scaling is None else scaling)
+    own = torch.matmul(grouped, key.transpose(-1, -2))
+    if attention_mask is not None:
+        is_bool = attention_mask.dtype == torch.bool
+        own = own.masked_fill(~attention_mask, -torch.inf) if is_bool else own + attention_mask
     # All rows see the same shared keys, so one product covers all of them: [kv_heads, rows * group, tokens].
     together = grouped.transpose(0, 1).reshape(kv_heads, -1, dim)
-    shared = torch.matmul(together, shared_keys[0].transpose(-1, -2)).float()
-    own_largest = own.amax(-1).transpose(0, 1).reshape(kv_heads, -1)
-    largest = torch.maximum(shared.amax(-1), own_largest)
-    shared = shared.sub_(largest[..., None]).exp_()
-    by_row = largest.view(kv_heads, rows, -1).transpose(0, 1)
-    own = (own - by_row[..., None]).exp_()
-    total = shared.sum(-1).view(kv_heads, rows, -1).transpose(0, 1) + own.sum(-1)
-    from_shared = torch.matmul(shared.to(value.dtype), shared_values[0]).view(kv_heads, rows, -1, value.shape[-1]).transpose(0, 1)
-    from_own = torch.matmul(own.to(value.dtype), value)
-    output = (from_shared + from_own) / total[..., None].to(value.dtype)
-    return output.reshape(rows, 1, heads, value.shape[-1])
+    shared = torch.matmul(together, shared_keys[0].transpose(-1, -2)).view(kv_heads, rows, group, num_shared).transpose(0, 1)
+    weights = torch.cat([shared, own], dim=-1).softmax(-1, dtype=torch.float32).to(value.dtype)
+    of_shared = weights[..., :num_shared].transpose(0, 1).reshape(kv_heads, -1, num_shared)
+    from_shared = torch.matmul(of_shared, shared_values[0]).view(kv_heads, rows, group, -1).transpose(0, 1)
+    output = from_shared + torch.matmul(weights[..., num_shared:], value)
+    return output.reshape(rows, 1, heads, value.shape[-1]), None

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from launcher import run_store
-from launcher.checkpoint import store
 from launcher.clusters.answers import AnswerSource, answer_source
 from launcher.clusters.backends import evaluation_nodes_for
 from launcher.errors import LauncherError, describe, printable
@@ -32,8 +30,6 @@ _STARTER = "launcher.worker.evaluation.end_with_parent"
 _EVALUATION_NICE = 9
 # Seconds from TERM to KILL. An evaluation first ends its own processes. Two such waits are shorter than the agent's.
 _END_S = 8.0
-# Seconds between a refused submission and the next one.
-_RETRY_S = 600.0
 _REMOVED = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
 
 
@@ -62,10 +58,9 @@ class CheckpointAnswers:
         self._source = answer_source(plan.config, plan.topology.device)
         self._evaluation: _StepProcess | None = None
         self._export: _StepProcess | None = None
-        # Steps that this attempt does not try again, with the reason, and those that have a job, with its number.
+        # Steps that this attempt does not try again, with the reason, and those that have a job.
         self._failures: dict[int, str] = {}
         self._jobs: dict[int, str] = {}
-        self._refused, self._retry_at = "", 0.0
         # Checkpoints up to this step belong to earlier attempts, which have reported any that were removed too early.
         self._from_step = run_store.read_attempt(run, attempt).resume_step or 0
         # The state of the checkpoint folder when the waiting steps were last listed.
@@ -86,7 +81,8 @@ class CheckpointAnswers:
             AnswerSource.NODES if is_complete else AnswerSource.AFTER_TRAINING
         ):
             # During training, export the weights first: an evaluation spends a while on finding its questions.
-            ready = (one for one in self._waiting if is_complete or (self._is_exported(one) and not self._is_exporting(one)))
+            exporting = None if self._export is None else self._export.step
+            ready = (one for one in self._waiting if one != exporting and (is_complete or self._is_exported(one)))
             if (step := next(ready, None)) is not None:
                 if is_complete:
                     text = f"training is complete, and the run waits for the answers of step {step} ({len(self._waiting)} left)"
@@ -114,30 +110,19 @@ class CheckpointAnswers:
                 process.wait(_END_S)
             process.kill()
             process.wait()
-        self._evaluation = self._export = None
+        self._evaluation = self._export = self._contents = None
         if not is_complete and self._jobs and self._run.cancel(self._attempt).is_file():
             self._scheduler.cancel_jobs(self._plan)
-            self._failures |= dict.fromkeys(self._jobs, "")
-            self._jobs = {}
-        self._contents = None
+            self._jobs = dict.fromkeys(self._jobs, "its job was cancelled")
         with suppress(OSError, LauncherError):
             self._list_steps()
-        if jobs := {step: job for step, job in self._jobs.items() if self._verdict(step) is None}:
-            numbers = ", ".join(f"step {step} (job {number})" for step, number in sorted(jobs.items()))
-            status = launcher_command("status", self._run.root)
-            self._event(EVENT, f"answers are still pending in separate jobs: {numbers}; see them with {status}")
-        left = {step: self._failures.get(step, self._refused) for step in sorted({*self._waiting, *self._failures})}
-        left = {step: reason for step, reason in left.items() if self._verdict(step) is None}
-        if left:
-            text = f"no answers yet: {', '.join(f'step {step}' for step in left)}"
-            if reasons := list(dict.fromkeys(filter(None, left.values()))):
-                text += f" ({'; '.join(reasons)})"
-            checkpoints = {step: self._run.checkpoints / store.step_name(step) for step in left}
-            usable = [step for step, folder in checkpoints.items() if os.path.isdir(folder) or self._is_exported(step)]
-            if commands := [launcher_command("evaluate", self._run.root, "--step", str(step)) for step in usable]:
-                again = "" if is_complete else "a resumed run continues with them; "
-                text += f"; {again}answer them with: {' ; '.join(commands)}"
-            self._event("alert" if is_complete else EVENT, text)
+        left = {**dict.fromkeys(self._waiting, ""), **self._jobs, **self._failures}
+        steps = [f"step {step}{left[step] and f' ({left[step]})'}" for step in sorted(left) if self._verdict(step) is None]
+        if steps:
+            command = launcher_command("evaluate", self._run.root, "--step", "STEP")
+            again = "" if is_complete else "a resumed run continues with them; "
+            text = f"no answers yet: {', '.join(steps)}; {again}answer them with: {command}"
+            self._event("alert" if is_complete and self._failures else EVENT, text)
 
     @property
     def _scheduler(self) -> EvaluationJobs:
@@ -166,9 +151,6 @@ class CheckpointAnswers:
             if verdict is not None and is_current(verdict, self._run, step):
                 return verdict
         return None
-
-    def _is_exporting(self, step: int) -> bool:
-        return self._export is not None and self._export.step == step
 
     def _is_exported(self, step: int) -> bool:
         with suppress(OSError, LauncherError):
@@ -220,21 +202,15 @@ class CheckpointAnswers:
             self._export.process.kill()
             self._export.process.wait()
             self._export = None
-        if not is_complete and time.monotonic() < self._retry_at:
-            return
         for step in [step for step in self._waiting if is_complete or self._is_exported(step)]:
+            self._waiting.remove(step)
             try:
-                self._jobs[step] = self._scheduler.submit_job(self._plan, self._run, step)
+                self._jobs[step] = f"job {self._scheduler.submit_job(self._plan, self._run, step)}"
             except (OSError, LauncherError) as error:
                 value = error.problems[0].value if isinstance(error, LauncherError) else ""
-                reason = ": ".join(filter(None, (describe(error), " ".join(value.split()))))
-                if reason != self._refused:
-                    self._event("alert", f"no job for the answers of step {step} now: {reason}", step)
-                self._refused, self._retry_at = reason, time.monotonic() + _RETRY_S
-                return
-            self._refused = ""
-            self._waiting.remove(step)
-            self._event(EVENT, f"the answers of step {step} come from job {self._jobs[step]}", step)
+                self._fail(step, " ".join(f"no job could be submitted: {describe(error)} {value}".split()))
+            else:
+                self._event(EVENT, f"the answers of step {step} come from {self._jobs[step]}", step)
 
     def _folder(self, step: int) -> EvaluationFolder:
         return EvaluationFolder.of(self._run.root, step)
