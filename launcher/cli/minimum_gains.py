@@ -66,21 +66,15 @@ def parse_minimum_gains(texts: Iterable[str], metrics: Sequence[str] | None) -> 
         # The metric may be path/to/file.py:function.
         metric, baseline, number = ([""] * 3 + text.rsplit(":", 2))[-3:]
         gain = _parse_number(number)
-        if not metric or gain is None:
-            problems.append(Problem("--min-gain cannot be parsed", _WHERE, text, _FORM))
-        elif metrics is None:
-            if baseline == BASE:
-                gains.append(MinimumGain(metric, baseline, gain))
-            else:
-                remedy = f"the baseline of tasks is {BASE}: --min-gain {metric}:{BASE}:{gain:g}"
-                problems.append(Problem(f"--min-gain names {baseline}, which is not a baseline of tasks", _WHERE, text, remedy))
-        elif metric not in metrics:
-            guess = f"{did_you_mean(metric, metrics)} " if did_you_mean(metric, metrics) else ""
-            remedy = f"{guess}metrics of this evaluation are {', '.join(metrics)}; evaluate.metrics sets them"
+        is_baseline = baseline == BASE if metrics is None else baseline == FEW_SHOT or _BASELINE.fullmatch(baseline)
+        if not metric or gain is None or not is_baseline:
+            baselines = (
+                f"of tasks is {BASE}" if metrics is None else f"is 0-shot, {FEW_SHOT}, or a number of examples such as 8-shot"
+            )
+            problems.append(Problem("--min-gain cannot be parsed", _WHERE, text, f"{_FORM}; a baseline {baselines}"))
+        elif metrics is not None and metric not in metrics:
+            remedy = f"{did_you_mean(metric, metrics)} metrics of this evaluation are {', '.join(metrics)}".strip()
             problems.append(Problem(f"--min-gain names {metric}, which is not computed", _WHERE, text, remedy))
-        elif baseline != FEW_SHOT and not _BASELINE.fullmatch(baseline):
-            remedy = f"baselines are 0-shot, {FEW_SHOT}, and a number of examples such as 8-shot"
-            problems.append(Problem(f"--min-gain names {baseline}, which is not a baseline", _WHERE, text, remedy))
         else:
             gains.append(MinimumGain(metric, baseline, gain))
     if problems:

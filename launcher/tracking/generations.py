@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from launcher import run_store
@@ -20,7 +18,6 @@ from launcher.tracking.metrics import STEP
 from launcher.tracking.verdicts import ComparisonOutcome, EvaluationVerdict, GeneralLoss, SetVerdict, read_verdicts
 
 HEADER = ["run", "step", "training data", "held-out loss", "general loss", "evaluation"]
-MAX_ANCESTORS = 50
 _OUTCOMES = {
     ComparisonOutcome.BETTER: "helped",
     ComparisonOutcome.WORSE: "did not help",
@@ -63,28 +60,14 @@ class Generation:
 def read_generations(run: RunDir, plan: LaunchPlan) -> list[Generation]:
     """Return a run's generations, oldest first; empty for a run that did not start from another run's weights.
 
-    A run in the chain that is gone, replaced or another user's is named with the reason, and none of its files are read. Another
-    user's plan may name any number of runs: only the nearest MAX_ANCESTORS are read.
+    A run in the chain that is gone, replaced or another user's is named with the reason, and none of its files are read.
     """
     if plan.lineage is None:
         return []
     result = read_export(run)
     step = result.step if result is not None else run_store.read_status(run).step or 0
-    chain = [_read(run, plan, step)]
-    origins = islice(_without_repeats(plan.lineage, *plan.lineage.ancestors), MAX_ANCESTORS)
-    chain += [_read_ancestor(origin, run.root.parent) for origin in origins]
-    return chain[::-1]
-
-
-def _without_repeats(*origins: Origin) -> Iterator[Origin]:
-    """Yield origins until one repeats: a chain that leads back to itself is damaged."""
-    seen = set()
-    for origin in origins:
-        key = (origin.wandb_id, origin.step)
-        if key in seen:
-            return
-        seen.add(key)
-        yield origin
+    origins = (plan.lineage, *plan.lineage.ancestors)
+    return [*(_read_ancestor(origin, run.root.parent) for origin in reversed(origins)), _read(run, plan, step)]
 
 
 def _read_ancestor(origin: Origin, root: Path) -> Generation:

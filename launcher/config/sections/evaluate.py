@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from launcher.config.sections.answer_metrics import AnswerMetrics
 from launcher.config.sections.fields import Count, PositiveInt, Text
@@ -53,10 +53,3 @@ class EvaluateSection(AnswerMetrics):
             "prompts."
         ),
     )
-
-    @field_validator("metrics", "instructions")
-    @classmethod
-    def _no_repetition(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len({*value}) < len(value):
-            raise ValueError("names something twice; write each entry once")
-        return value

@@ -276,14 +276,13 @@ def _no_code_of_models() -> Iterator[None]:
 
 def _missing_data(name: str, error: Exception) -> Problem:
     text = _one_line(error)
-    if match := _REPOSITORY.search(text):
-        folder = f"datasets--{match[1].replace('/', '--')}"
-        remedy = (
-            f"on a machine that reaches the Hub: hf download --repo-type dataset {match[1]}; then copy {folder} from its cache "
-            f"(~/.cache/huggingface/hub) to {constants.HF_HUB_CACHE}"
-        )
-        return Problem(f"the data of a task is not on this machine: {match[1]}", where=_WHERE, value=name, remedy=remedy)
-    return Problem(f"the data of a task is not on this machine: {text}", _WHERE, name, "put it where the task looks for it")
+    match = _REPOSITORY.search(text)
+    repository = match[1] if match else "OWNER/NAME"
+    remedy = (
+        f"on a machine that reaches the Hub: hf download --repo-type dataset {repository}; then copy "
+        f"datasets--{repository.replace('/', '--')} from its cache (~/.cache/huggingface/hub) to {constants.HF_HUB_CACHE}"
+    )
+    return Problem(f"the data of a task is not on this machine: {text}", where=_WHERE, value=name, remedy=remedy)
 
 
 def _one_line(error: Exception) -> str:
