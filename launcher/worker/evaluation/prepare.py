@@ -18,6 +18,7 @@ from pathlib import Path
 
 from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
+from launcher.config.sections.evaluate import EvaluateSection
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
@@ -53,16 +54,7 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
     settings, plan = config.evaluate, run_store.load_plan(run).model_copy(update={"config": config})
     require_caches(plan)
     names = _require_sets(plan, sets)
-    if settings.vllm_python is not None and read_version(Path(settings.vllm_python).expanduser()) is None:
-        raise ConfigError(
-            "this is not the Python interpreter of an environment with vLLM",
-            where="evaluate.vllm_python",
-            value=settings.vllm_python,
-            remedy="make one with: python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, or remove the setting",
-        )
-    if settings.vllm_python is None and settings.vllm_gpus > 1:
-        remedy = "set evaluate.vllm_python, or remove the setting"
-        raise ConfigError("only vLLM can divide a model over GPUs", where="evaluate.vllm_gpus", remedy=remedy)
+    _require_engine(settings)
     folder = EvaluationFolder.of(run.root, step)
     folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy_metric_files(settings, folder.root)
@@ -102,27 +94,24 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
     asked = {one.name: fitting(one.questions, base_prompts) for one in read}
     left_out = {one.name: describe_left_out(one, len(asked[one.name])) for one in read}
     if empty := [name for name, several in asked.items() if not several and (sets or not any(asked.values()))]:
-        raise DataError(
-            [
-                Problem(
-                    f"no prompt of {name} can be used: {'; '.join(left_out[name])}",
-                    where=str(run.root),
-                    value=f"the model takes {context:,} tokens, evaluate.max_new_tokens is {settings.max_new_tokens}",
-                    remedy="evaluate sets with prompts and answers, such as chats, or lower evaluate.max_new_tokens",
-                )
-                for name in empty
-            ]
-        )
+        value = f"the model takes {context:,} tokens, evaluate.max_new_tokens is {settings.max_new_tokens}"
+        remedy = "evaluate sets with prompts and answers, such as chats, or lower evaluate.max_new_tokens"
+        texts = {name: f"no prompt of {name} can be used: {'; '.join(left_out[name])}" for name in empty}
+        raise DataError([Problem(text, where=name, value=value, remedy=remedy) for name, text in texts.items()])
     asked = {name: several for name, several in asked.items() if several}
     everything = [question for several in asked.values() for question in several]
-    scored = [*everything, *training]
-    scorer.check_references([one.reference for one in scored], [one.where for one in scored])
-    shots = _fitting_shots(config, [*everything, *training[num_examples:]], base_prompts, context) if base else ()
+
+    def check(rows: Sequence[EvalQuestion]) -> tuple[int, ...]:
+        """Check the references that answers are compared with, and return the numbers of examples that fit."""
+        scored = [*everything, *rows[num_examples:]]
+        scorer.check_references([one.reference for one in scored], [one.where for one in scored])
+        return _fitting_shots(config, scored, base_prompts_of(rows, num_examples), context) if base else ()
+
+    shots = check(training)
     if base is not None and settings.shots == "auto" and not shots:
         # Short examples may fit where these do not.
         training = sorted(training, key=lambda one: len(str(one.document)) + len(one.reference))
-        base_prompts = base_prompts_of(training, num_examples)
-        shots = _fitting_shots(config, [*everything, *training[num_examples:]], base_prompts, context)
+        shots = check(training)
         if not shots:
             rows = format_count(len(training), "training row")
             few = f"no baseline with examples: {min(AUTO_SHOTS)} of {rows} do not fit before the prompts"
@@ -158,6 +147,19 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
     shutil.rmtree(folder.processes, ignore_errors=True)
     json_records.write(folder.task, task)
     return folder
+
+
+def _require_engine(settings: EvaluateSection) -> None:
+    if settings.vllm_python is not None and read_version(Path(settings.vllm_python).expanduser()) is None:
+        raise ConfigError(
+            "this is not the Python interpreter of an environment with vLLM",
+            where="evaluate.vllm_python",
+            value=settings.vllm_python,
+            remedy="make one with: python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, or remove the setting",
+        )
+    if settings.vllm_python is None and settings.vllm_gpus > 1:
+        remedy = "set evaluate.vllm_python, or remove the setting"
+        raise ConfigError("only vLLM can divide a model over GPUs", where="evaluate.vllm_gpus", remedy=remedy)
 
 
 def _require_sets(plan: LaunchPlan, chosen: Sequence[str]) -> list[str]:
