@@ -51,7 +51,6 @@ class VllmEngine:
         dtype: str,
         context: int,
         num_gpus: int = 1,
-        start_s: float = _START_S,
     ) -> None:
         """Start the server and wait until it answers.
 
@@ -79,7 +78,7 @@ class VllmEngine:
             start_new_session=True,
         )
         try:
-            self._await_ready(start_s)
+            self._await_ready()
         except BaseException:
             self.close()
             raise
@@ -129,32 +128,25 @@ class VllmEngine:
         kept = [token for token in ids if token not in self._weights.stop_ids]
         return GeneratedIds(tuple(kept), text, choice["finish_reason"] == "stop")
 
-    def _await_ready(self, start_s: float) -> None:
-        until = time.monotonic() + start_s
+    def _await_ready(self) -> None:
+        until = time.monotonic() + _START_S
         while time.monotonic() < until:
             if self._process.poll() is not None:
                 raise self._failed(f"vLLM ended with exit code {self._process.returncode} before it answered")
             with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
                 return
             time.sleep(_POLL_S)
-        raise self._failed(f"vLLM did not answer within {start_s:.0f} s")
+        raise self._failed(f"vLLM did not answer within {_START_S:.0f} s")
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        self._require_server()
         try:
             with self._opener.open(self._request(path, body), timeout=_REQUEST_S) as response:
                 answer: dict[str, Any] = json.loads(response.read())
+                return answer
         except urllib.error.HTTPError as error:
             raise self._failed(f"vLLM refused the prompts: {error.read(500).decode(errors='replace')}") from None
         except (OSError, ValueError) as error:
             raise self._failed(f"vLLM gave no answer: {error}") from None
-        self._require_server()
-        return answer
-
-    def _require_server(self) -> None:
-        """Raise RunError if the server has ended."""
-        if (code := self._process.poll()) is not None:
-            raise self._failed(f"vLLM ended with exit code {code}")
 
     def _request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
