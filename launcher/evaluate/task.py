@@ -186,12 +186,10 @@ class EvaluationFolder:
         for file in files:
             other = json_records.read_if_present(ProcessFacts, file)
             if other is not None and other != facts:
-                first, second = vars(facts if rank == 0 else other), vars(other if rank == 0 else facts)
-                differing = [f"{key}: {first[key]} and {second[key]}" for key in first if first[key] != second[key]]
                 raise RunError(
                     f"process {rank or int(file.stem)} of the evaluation differs from the first one",
                     where=str(self.root),
-                    value=", ".join(differing),
+                    value=f"{facts} and {other}",
                     remedy="install the same packages on all nodes, and check their GPUs with: python -m launcher doctor",
                 )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from launcher import json_records
-from launcher.errors import LauncherError, RunError
+from launcher.errors import RunError
 from launcher.evaluate.answers import StoredAnswer
 from launcher.evaluate.overlap import describe_copies
 from launcher.evaluate.questions import EvalQuestion
@@ -28,6 +27,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.tracking.general_loss import read_general_loss
 from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage, digest_checkpoint
+from launcher.worker.scoring.command_process import answer, run_process
 
 
 def conclude(folder: EvaluationFolder) -> dict[str, Any]:
@@ -124,15 +124,10 @@ def _judge(
     return replace(with_examples(verdict, [one.text for one in questions], references, texts), usage=usage)
 
 
-def main(folder: str) -> int:
-    try:
-        with private_files():
-            print(json.dumps(conclude(EvaluationFolder(Path(folder)))))
-    except LauncherError as error:
-        print(json.dumps(error.to_report()))
-        return error.exit_code
-    return 0
+def main(argv: Sequence[str]) -> int:
+    with private_files():
+        return answer(lambda _: conclude(EvaluationFolder(Path(argv[0]))))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    run_process(main)

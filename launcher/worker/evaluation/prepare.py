@@ -7,10 +7,8 @@ run's export holds a different one, and writes task.json. Prints one JSON object
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +19,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluate import EvaluateSection
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.errors import ConfigError, DataError, LauncherError, Problem, did_you_mean
+from launcher.errors import ConfigError, DataError, Problem, did_you_mean
 from launcher.evaluate import questions as reading
 from launcher.evaluate.answers import reuse_base_answers
 from launcher.evaluate.engines.vllm_engine import read_version
@@ -36,12 +34,10 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
-from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import Advance, Pace, live_line
 from launcher.tracking.verdicts import remove_verdicts
 from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
-from launcher.worker.ranks.rank_env import die_with_parent
-from launcher.worker.signals import exit_on_termination
+from launcher.worker.scoring.command_process import answer, run_process
 
 
 def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ()) -> EvaluationFolder:
@@ -233,31 +229,19 @@ def _fitting_shots(config: RunConfig, questions: Sequence[EvalQuestion], base: B
     return tuple(fitting)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.worker.evaluation.prepare")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--set", action="append", default=[])
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     config = RunConfig.model_validate_json(sys.stdin.read())
     # Use plan.json's folder, because the run may have been moved.
     run = RunDir(arguments.plan.absolute().parent)
-    try:
-        folder = prepare(config, run, arguments.step, arguments.set)
-    except LauncherError as error:
-        print(json.dumps(error.to_report()))
-        return error.exit_code
-    print(json.dumps({"folder": str(folder.root)}))
-    return 0
+    return answer(lambda _: {"folder": str(prepare(config, run, arguments.step, arguments.set).root)})
 
 
 if __name__ == "__main__":
-    exit_on_termination()
-    die_with_parent(signal.SIGTERM)
-    # Libraries log names from other users' files to the command's terminal.
-    with printable_output():
-        code = main()
-    sys.exit(code)
+    run_process(main)

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,13 +39,11 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.security import ownership
 from launcher.security.folders import private_files
-from launcher.security.printable_stream import printable_output
 from launcher.tracking.verdicts import TUNED, digest_checkpoint
 from launcher.train.model import DTYPES, read_own_config
 from launcher.worker.evaluation.answer import choose_dtype
 from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
-from launcher.worker.ranks.rank_env import die_with_parent
-from launcher.worker.signals import exit_on_termination
+from launcher.worker.scoring.command_process import answer, run_process
 
 BASE = "base"
 _WHERE = "--tasks"
@@ -396,25 +393,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--min-gain", action="append", default=[])
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = RunConfig.model_validate_json(sys.stdin.read())
     # Use plan.json's folder, because the run may have been moved. It must be absolute: the working directory changes.
     run = RunDir(arguments.plan.absolute().parent)
     folder = None if arguments.task_folder is None else arguments.task_folder.absolute()
     names = arguments.tasks.split(",")
-    try:
-        shown = score_tasks(config, run, arguments.step, names, folder, arguments.limit, arguments.min_gain)
-    except LauncherError as error:
-        print(json.dumps(error.to_report()))
-        return error.exit_code
-    print(json.dumps(shown))
-    return 0
+    # The harness keeps tasks' rows in the cache of `datasets`.
+    with private_files():
+        return answer(lambda _: score_tasks(config, run, arguments.step, names, folder, arguments.limit, arguments.min_gain))
 
 
 if __name__ == "__main__":
-    exit_on_termination()
-    die_with_parent(signal.SIGTERM)
-    # The harness keeps tasks' rows in the cache of `datasets`.
-    with private_files(), printable_output():
-        code = main(sys.argv[1:])
-    sys.exit(code)
+    run_process(main)
