@@ -10,21 +10,27 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launcher.cli.accounts.account_results import check_accounts
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
+from launcher.cli.formatting import as_json, wrap
 from launcher.cli.starting.interrupts import ended_by_signals
-from launcher.cli.views import doctor_view
-from launcher.cli.views.doctor_view import DoctorReport
 from launcher.cli.worker_process import worker_environment
 from launcher.clusters.backends import doctor_for
 from launcher.clusters.check_results import (
     FAILURE,
     NODE_MODULE,
+    OK,
     SHARED_FILE_VARIABLE,
+    VERDICTS,
+    WARNING,
+    CheckResult,
+    MachineReport,
     ReportReader,
     from_problem,
     with_differences,
@@ -35,8 +41,22 @@ from launcher.clusters.storage import existing_folder
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, RunError, SubmitError
+from launcher.plan.quantities import format_count
 
 _TIMEOUT_MINUTES = 15.0
+_VERDICT_WIDTH, _NAME_WIDTH = 9, 14
+
+
+@dataclass(frozen=True)
+class DoctorReport:
+    """All results: `here` for this machine as the submitting one, `nodes` for the machines that train."""
+
+    here: tuple[CheckResult, ...]
+    nodes: tuple[MachineReport, ...]
+
+    @property
+    def results(self) -> tuple[CheckResult, ...]:
+        return (*self.here, *(result for report in self.nodes for result in report.results))
 
 
 def run(verb: str, tokens: list[str]) -> int:
@@ -49,7 +69,7 @@ def run(verb: str, tokens: list[str]) -> int:
     if len(jobs) > 1:
         raise ConfigError("doctor checks one set of settings", where="command line", value="-m", remedy="leave out -m")
     report = examine(jobs[0].config, time.monotonic() + arguments.timeout * 60)
-    print(doctor_view.to_json(report) if arguments.json else "\n".join(doctor_view.to_lines(report)))
+    print(to_json(report) if arguments.json else "\n".join(to_lines(report)))
     return EXIT_FAILED if worst(report.results) == FAILURE else 0
 
 
@@ -82,45 +102,35 @@ def _minutes(value: str) -> float:
 def examine(config: RunConfig, deadline: float) -> DoctorReport:
     """Check this machine and a cluster's nodes until `deadline`, a time.monotonic() time."""
     # Nodes have different working directories.
-    root = str(Path(config.run.root).expanduser().absolute())
-    config = config.model_copy(update={"run": config.run.model_copy(update={"root": root})})
+    root = Path(config.run.root).expanduser().absolute()
+    config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(root)})})
     doctor, reader, here = doctor_for(config.cluster.kind), ReportReader(), check_accounts(config)
-    is_local = doctor is None or not doctor.runs_elsewhere(config)
     with ended_by_signals():
         try:
             submission = doctor.check_submission(config) if doctor is not None else []
             here = [*submission, *here]
-            if doctor is None or is_local:
-                _check_this_machine(config, deadline, reader)
+            if doctor is None or not doctor.runs_elsewhere(config):
+                _say("checking this machine")
+                command = [sys.executable, "-m", NODE_MODULE]
+                with NodeCommand(command, config.model_dump_json(), worker_environment()) as checks:
+                    reader.read(checks.lines(deadline))
+                if not reader.reports:
+                    messages = " / ".join(line.strip() for line in list(checks.errors)[-2:])
+                    remedy = "give them more time with --timeout"
+                    raise RunError("the checks of this machine did not end", value=messages, remedy=remedy)
             elif worst(submission) != FAILURE:
                 _say("checking the nodes; this may wait in a queue, and Ctrl-C cancels it")
-                with _shared_file(Path(root)) as environ:
+                with _shared_file(root) as environ:
                     here += doctor.run_on_nodes(config, environ, deadline, reader)
         except (RunError, SubmitError) as error:
             here += [from_problem(problem, name="nodes") for problem in error.problems]
-    nodes = with_differences([*reader.reports.values()], reader.clock_offsets)
-    return DoctorReport(tuple(here), tuple(nodes), is_local)
-
-
-def _check_this_machine(config: RunConfig, deadline: float, reader: ReportReader) -> None:
-    _say("checking this machine")
-    checks = NodeCommand([sys.executable, "-m", NODE_MODULE], config.model_dump_json(), worker_environment())
-    try:
-        for line in checks.lines(deadline):
-            reader.feed(line)
-    finally:
-        with uninterrupted():
-            checks.close()
-    if not reader.reports:
-        messages = " / ".join(line.strip() for line in list(checks.errors)[-2:])
-        raise RunError("the checks of this machine did not end", value=messages, remedy="give them more time with --timeout")
+    return DoctorReport(tuple(here), tuple(with_differences([*reader.reports.values()], reader.clock_offsets)))
 
 
 @contextmanager
 def _shared_file(root: Path) -> Iterator[dict[str, str]]:
     """Write a file beside the runs, by which nodes recognize the folder; yields their variable, or nothing if this fails."""
-    folder = existing_folder(root)
-    file, content = folder / f".launcher-doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
+    file, content = existing_folder(root) / f".launcher-doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
     try:
         file.write_text(content)
     except OSError:
@@ -136,3 +146,37 @@ def _shared_file(root: Path) -> Iterator[dict[str, str]]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def to_json(report: DoctorReport) -> str:
+    """Return the report as JSON, with the worst verdict of all results."""
+    nodes = {node.machine: {"verdict": worst(node.results), "results": list(map(asdict, node.results))} for node in report.nodes}
+    return as_json({"verdict": worst(report.results), "here": list(map(asdict, report.here)), "nodes": nodes})
+
+
+def to_lines(report: DoctorReport) -> list[str]:
+    """Return the page: each result once with the nodes that share it, worst first; one node's measurements stand for all."""
+    num_nodes = len(report.nodes)
+    shown: dict[CheckResult, tuple[CheckResult, list[str]]] = {}
+    for node in report.nodes:
+        for result in node.results:
+            is_measured = num_nodes > 1 and result.verdict == OK and not result.must_match
+            key = replace(result, seen="") if is_measured else result
+            shown.setdefault(key, (result, []))[1].append(node.machine)
+    lines = [line for result in report.here for line in _result_lines(result, "")]
+    for result, machines in sorted(shown.values(), key=lambda item: VERDICTS.index(item[0].verdict) if num_nodes > 1 else 0):
+        prefix = ""
+        if num_nodes > 1:
+            prefix = "all nodes: " if len(machines) == num_nodes else f"{', '.join(machines)}: "
+            if result.verdict == OK and not result.must_match:
+                prefix = f"{len(machines)} of {num_nodes} nodes, such as {machines[0]}: "
+        lines += _result_lines(result, prefix)
+    counts = Counter(result.verdict for result in report.results)
+    parts = [format_count(counts[verdict], verdict) for verdict in (FAILURE, WARNING) if counts[verdict]]
+    return [*lines, "", f"{', '.join(parts) or 'everything is ok'}; {format_count(num_nodes, 'node')} reported"]
+
+
+def _result_lines(result: CheckResult, prefix: str) -> Sequence[str]:
+    indent = _VERDICT_WIDTH + _NAME_WIDTH
+    lines = [f"{result.verdict:<{_VERDICT_WIDTH}}{result.name:<{_NAME_WIDTH}}{prefix}{result.seen}"]
+    return wrap([*lines, *([f"{'':{indent}}fix: {result.remedy}"] if result.remedy else [])], indent)

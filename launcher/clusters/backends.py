@@ -128,7 +128,7 @@ class ClusterDoctor(Protocol):
     def run_on_nodes(
         self, config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader
     ) -> list[CheckResult]:
-        """Run launcher.worker.doctor.node on every node, and pass its output to `reader`; leaves nothing running.
+        """Run launcher.worker.checks.node_check on every node, and pass its output to `reader`; leaves nothing running.
 
         Returns the results found on the way to the nodes. `environ` holds the environment variables that the processes need;
         `deadline` is a time.monotonic() time.

@@ -1,4 +1,4 @@
-"""The findings of `launcher doctor`: the result of a check, the report of a machine, and the lines in which it is sent."""
+"""The findings of checks: the result of one, a machine's report, and the lines in which `doctor` receives reports."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from launcher import json_records
 from launcher.errors import DamagedRun, Problem
@@ -17,7 +17,7 @@ OK, WARNING, FAILURE = "ok", "warning", "failure"
 VERDICTS = (FAILURE, WARNING, OK)
 
 # This module runs the checks on one machine and prints the report.
-NODE_MODULE = "launcher.worker.doctor.node"
+NODE_MODULE = "launcher.worker.checks.node_check"
 # The file that the submitting machine wrote beside the runs, as PATH=CONTENT: machines that can read it see the same storage.
 SHARED_FILE_VARIABLE = "LAUNCHER_DOCTOR_FILE"
 
@@ -32,7 +32,8 @@ _CLOCK_WARNING_S = 5.0
 class CheckResult:
     """The result of one check. Warnings and failures have a remedy: a command or a setting.
 
-    With `must_match`, all nodes of a run must show the same text in `seen`.
+    With `must_match`, all nodes of a run must show the same text in `seen`. `machine` is the one that is to blame, if that is not
+    the one that reports.
     """
 
     name: str
@@ -40,6 +41,7 @@ class CheckResult:
     seen: str
     remedy: str = ""
     must_match: bool = False
+    machine: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,14 @@ class MachineReport:
     """One machine's results; `clock` is its time, in seconds since the epoch, when it sent them."""
 
     machine: str
-    results: tuple[CheckResult, ...]
-    clock: float
+    results: tuple[CheckResult, ...] = ()
+    clock: float = field(default_factory=time.time)
 
     @property
-    def verdict(self) -> str:
-        """The worst verdict of its results."""
-        return worst(self.results)
+    def problems(self) -> tuple[Problem, ...]:
+        """The failures, each with the machine in `where`."""
+        failures = (result for result in self.results if result.verdict == FAILURE)
+        return tuple(Problem(result.seen, where=result.machine or self.machine, remedy=result.remedy) for result in failures)
 
 
 def ok(seen: str, *, must_match: bool = False) -> CheckResult:
@@ -61,9 +64,9 @@ def ok(seen: str, *, must_match: bool = False) -> CheckResult:
     return CheckResult("", OK, seen, must_match=must_match)
 
 
-def warning(seen: str, remedy: str, *, must_match: bool = False) -> CheckResult:
+def warning(seen: str, remedy: str) -> CheckResult:
     """Return a warning without a name."""
-    return CheckResult("", WARNING, seen, remedy, must_match)
+    return CheckResult("", WARNING, seen, remedy)
 
 
 def failure(seen: str, remedy: str) -> CheckResult:
@@ -80,8 +83,7 @@ def from_problem(problem: Problem, verdict: str = FAILURE, name: str = "") -> Ch
 
 def worst(results: Iterable[CheckResult]) -> str:
     """Return the worst verdict, ok for no results."""
-    verdicts = {result.verdict for result in results}
-    return next((verdict for verdict in VERDICTS if verdict in verdicts), OK)
+    return min((result.verdict for result in results), key=VERDICTS.index, default=OK)
 
 
 def to_lines(report: MachineReport) -> list[str]:
@@ -106,15 +108,19 @@ class ReportReader:
         self.clock_offsets: dict[str, float] = {}
         self._chunks: dict[str, dict[int, str]] = {}
 
+    def read(self, lines: Iterable[str]) -> None:
+        """Feed all lines."""
+        for line in lines:
+            self.feed(line)
+
     def feed(self, line: str) -> None:
         """Add this line's part of a report; ignores other lines and lines of a complete report."""
         match = _LINE.search(line.rstrip("\n"))
         if match is None or match[1] in self.reports:
             return
-        machine, index, count = match[1], int(match[2]), int(match[3])
-        chunks = self._chunks.setdefault(machine, {})
-        chunks[index] = match[4]
-        if len(chunks) < count:
+        machine, chunks = match[1], self._chunks.setdefault(match[1], {})
+        chunks[int(match[2])] = match[4]
+        if len(chunks) < int(match[3]):
             return
         text = "".join(chunk for _, chunk in sorted(chunks.items()))
         try:
@@ -126,40 +132,36 @@ class ReportReader:
         self.reports[machine] = report
 
 
-def with_differences(reports: Sequence[MachineReport], clock_offsets: Mapping[str, float]) -> list[MachineReport]:
-    """Return the reports, with failures added for what differs from most nodes and warnings for clocks that are off."""
-    usual = {
-        name: Counter(result.seen for report in reports for result in report.results if _matches(result, name)).most_common(1)
-        for name in dict.fromkeys(result.name for report in reports for result in report.results if result.must_match)
-    }
-    return [
-        replace(report, results=(*_compared(report, usual), *_clock_results(report.machine, clock_offsets))) for report in reports
-    ]
+def with_differences(reports: Sequence[MachineReport], clock_offsets: Mapping[str, float] | None = None) -> list[MachineReport]:
+    """Return the reports with failures for what differs from most nodes and, given offsets, a result for each clock.
+
+    Where no value is the most common, the first report counts.
+    """
+    texts: dict[str, Counter[str]] = {}
+    for result in (result for report in reports for result in report.results if result.must_match):
+        texts.setdefault(result.name, Counter())[result.seen] += 1
+    usual = {name: counter.most_common(1)[0][0] for name, counter in texts.items()}
+    compared = []
+    for report in reports:
+        results = [_compared(result, usual[result.name]) if result.must_match else result for result in report.results]
+        # Reports arrive one after the other within seconds: an offset that all share comes from the transfer, not from clocks.
+        offset = (clock_offsets or {}).get(report.machine)
+        if offset is not None and len(reports) > 1:
+            remedy = "start time synchronization on the node: systemctl enable --now chronyd (or systemd-timesyncd)"
+            result = ok(f"within {_CLOCK_WARNING_S:g} s of this machine's")
+            if abs(offset) >= _CLOCK_WARNING_S:
+                result = warning(f"{abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} this machine's", remedy)
+            results.append(replace(result, name="clock"))
+        compared.append(replace(report, results=tuple(results)))
+    return compared
 
 
-def _matches(result: CheckResult, name: str) -> bool:
-    return result.must_match and result.name == name
-
-
-def _compared(report: MachineReport, usual: Mapping[str, list[tuple[str, int]]]) -> Iterator[CheckResult]:
-    for result in report.results:
-        most_common = usual.get(result.name) if result.must_match else None
-        if most_common and result.seen != most_common[0][0]:
-            seen = f"{result.seen}; most nodes: {most_common[0][0]}"
-            remedy = "use nodes of one kind, and start all of them from one environment or container on shared storage"
-            yield CheckResult(result.name, FAILURE, seen, remedy)
-        else:
-            yield result
-
-
-def _clock_results(machine: str, clock_offsets: Mapping[str, float]) -> Iterator[CheckResult]:
-    # Reports arrive one after the other within seconds: an offset that all share comes from the transfer, not from the clocks.
-    offset = clock_offsets.get(machine)
-    if offset is None or len(clock_offsets) < 2:
-        return
-    if abs(offset) < _CLOCK_WARNING_S:
-        yield CheckResult("clock", OK, f"within {_CLOCK_WARNING_S:g} s of this machine's")
-    else:
-        seen = f"{abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} this machine's"
-        remedy = "start time synchronization on the node: systemctl enable --now chronyd (or systemd-timesyncd)"
-        yield CheckResult("clock", WARNING, seen, remedy)
+def _compared(result: CheckResult, usual: str) -> CheckResult:
+    """Return a failure that shows only the parts between commas that differ, or the result itself if none does."""
+    if result.seen == usual:
+        return result
+    own, others = result.seen.split(", "), usual.split(", ")
+    here, there = (", ".join(part for part in parts if part not in rest) for parts, rest in ((own, others), (others, own)))
+    seen = f"nodes differ in {result.name}: {here or 'none'}; most nodes: {there or 'none'}"
+    remedy = "use nodes of one kind, and start all of them from one environment or container on shared storage"
+    return CheckResult(result.name, FAILURE, seen, remedy)

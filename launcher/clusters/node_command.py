@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import IO
+from typing import IO, Self
 
 from launcher.errors import printable
 
@@ -23,7 +23,7 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class NodeCommand:
-    """A running command in its own session, so that Ctrl-C reaches only the command that started it.
+    """A running command in its own session, so that Ctrl-C reaches only the command that started it; a context that ends it.
 
     Attributes:
         errors: the last lines of its standard error.
@@ -54,6 +54,13 @@ class NodeCommand:
             thread.start()
         self._errors_thread = threads[-1]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with uninterrupted():
+            self.close()
+
     def lines(self, deadline: float) -> Iterator[str]:
         """Yield the lines of its standard output until it closes it, or until `deadline`, a time.monotonic() time."""
         while (left := deadline - time.monotonic()) > 0:
@@ -66,10 +73,6 @@ class NodeCommand:
                 self._errors_thread.join(1.0)
                 return
             yield line
-
-    @property
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
 
     def close(self) -> None:
         """End the command and everything that it started; TERM comes first, so that it can clean up."""

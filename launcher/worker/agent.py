@@ -252,7 +252,7 @@ def main(plan_path: str, attempt: int) -> int:
         return 1
     run, stopper = agent.run, agent.stopper
     if agent.plan.topology.device == "cuda":
-        threading.Thread(target=_check_gpus, args=(agent.plan, run, attempt), name="gpu-check", daemon=True).start()
+        threading.Thread(target=_check_gpus, args=(agent.plan, attempt), name="gpu-check", daemon=True).start()
     run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=agent.started_at))
     run_store.update_status(run, state="running", attempt=attempt, job=detached_process.describe_this_process(), message="")
     detached_process.start_liveness_file(run)
@@ -267,11 +267,11 @@ def main(plan_path: str, attempt: int) -> int:
     return _conclude(agent, mirror, answers, replace(exit_record, host=os.uname().nodename, started_at=agent.started_at))
 
 
-def _check_gpus(plan: LaunchPlan, run: RunDir, attempt: int) -> None:
+def _check_gpus(plan: LaunchPlan, attempt: int) -> None:
     # Runs on CPUs do not need it.
     from launcher.worker.checks import node_check
 
-    node_check.report_gpu_findings(plan, run, attempt)
+    node_check.report_gpu_findings(plan, attempt)
 
 
 def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, answers: AnswersProcess | None, record: ExitRecord) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import launcher
 from launcher import json_records
 from launcher.clusters import network
+from launcher.clusters.check_results import failure
 from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
@@ -136,14 +137,10 @@ def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, record: Attem
     """
     if not ManagedSection.of(plan.config.cluster).node_checks:
         return []
-    report = node_check.check_node(plan, run, attempt)
+    report = node_check.check_node(plan, attempt)
     imported = Path(launcher.__file__).resolve()
     if not imported.is_relative_to(run.code.resolve()):
-        foreign = Problem(
-            "runs a different launcher from the one submitted",
-            where=report.host,
-            value=str(imported.parent),
-            remedy="unset PYTHONPATH in the container or in the environment of the node",
-        )
-        report = replace(report, problems=(*report.problems, foreign))
+        seen = f"runs a different launcher from the one submitted: {imported.parent}"
+        foreign = failure(seen, "unset PYTHONPATH in the container or in the environment of the node")
+        report = replace(report, results=(*report.results, foreign))
     return node_check.exchange(store, report, record.nodes, here.node, _MEET_DEADLINE_S)

@@ -18,7 +18,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, ExitRecord, FailureRecord, OutcomeRecord
 from launcher.tracking.metrics_tail import newest_trained_step
 from launcher.worker import failure_record
-from launcher.worker.checks import node_check
+from launcher.worker.checks.storage import NO_ROOM
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import job_output
 
@@ -310,7 +310,7 @@ def _interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
 
 def _from_problems(problems: Sequence[Problem], attempt: Attempt, step: int) -> Ending:
     messages = [f"{problem.where}: {problem.message} {problem.value}".strip() for problem in problems]
-    unfit = {problem.where for problem in problems if not problem.message.startswith(node_check.NO_ROOM)}
+    unfit = {problem.where for problem in problems if not problem.message.startswith(NO_ROOM)}
     if not unfit:
         return Ending(Cause.FAILURE, step, "; ".join(dict.fromkeys(messages)))
     return _from_unfit_nodes(unfit, messages, attempt, step)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from testbed_cluster import Testbed
 
-from launcher.cli.views import doctor_view
+from launcher.cli import doctor as doctor_verb
 
 pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
@@ -54,21 +54,17 @@ def test_every_node_of_the_allocation_reports_and_one_that_sees_other_storage_co
         pytest.skip("this machine may not make network namespaces")
     slurm.private_mount("n2", tmp_path)
     reports = []
-    to_lines = doctor_view.to_lines
-    monkeypatch.setattr(doctor_view, "to_lines", lambda report: reports.append(report) or to_lines(report))
+    to_lines = doctor_verb.to_lines
+    monkeypatch.setattr(doctor_verb, "to_lines", lambda report: reports.append(report) or to_lines(report))
     command = (*DOCTOR, "cluster.nodes=2", "cluster.time=10:00", f"run.root={tmp_path}/runs", "cluster.setup=[ls /missing]")
     done = launch_here(*command, **slurm.variables)
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    (head,) = [i for i, line in enumerate(lines) if line.startswith("node ")]
-    assert lines[head + 1].startswith("n2    failure  run.root: ")
-    assert lines[head + 2].startswith("n1 ")
-    (failed,) = [i for i, line in enumerate(lines) if line.startswith("failure")]
-    assert "n2: " in lines[failed]
-    assert "is not the folder that the submitting machine sees" in lines[failed]
-    assert lines[failed + 1].strip() == "fix: set run.root to a folder on storage that all nodes share"
+    (failed,) = [line for line in lines if line.startswith("failure")]
+    assert "n2: " in failed
+    assert "is not the folder that the submitting machine sees" in failed
 
-    report = json.loads(doctor_view.to_json(*reports))
+    report = json.loads(doctor_verb.to_json(*reports))
     assert report["verdict"] == "failure"
     assert sorted(report["nodes"]) == ["n1", "n2"]
     assert report["here"][0]["name"] == "Slurm"

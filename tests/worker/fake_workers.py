@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,15 @@ import pytest
 from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Manifest
-from launcher.errors import Problem
+from launcher.clusters.check_results import OK, CheckResult, MachineReport, failure
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
-from launcher.worker.checks.node_check import NodeReport
 from launcher.worker.ranks.heartbeat import Beat
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.messages import Check, Member, Orders, RankSign
 
-FIT = NodeReport("n", "code", {"torch": "2"}, "3.11", (), 8.0, ())
+FIT = MachineReport("n", (CheckResult("packages", OK, "launcher 1, torch 2", must_match=True),))
 KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
 
 
@@ -50,8 +48,8 @@ class FakeWorkers:
             orders = self.coordinator.orders(group, rank)
             if isinstance(orders, Check):
                 said = (problems or {}).get(node)
-                found = (Problem(said, where=node),) if said else ()
-                self.coordinator.report_check(group, rank, replace(FIT, host=node, problems=found))
+                found = (failure(said, "repair it"),) if said else ()
+                self.coordinator.report_check(group, rank, MachineReport(node, (*FIT.results, *found)))
 
     def begin(self, group: str, *nodes: str) -> list[Orders | None]:
         """A new group enters, passes its checks and trains; returns the orders of all its workers."""

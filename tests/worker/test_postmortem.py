@@ -17,7 +17,7 @@ from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord, Status
 from launcher.worker import postmortem
-from launcher.worker.checks import node_check
+from launcher.worker.checks.storage import NO_ROOM
 from launcher.worker.postmortem import Ending
 from launcher.worker.slurm import job_output
 
@@ -351,7 +351,7 @@ def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge:
 
 
 def test_a_node_is_blamed_for_its_own_problem_beside_a_full_disk(run: RunDir, judge: Judge) -> None:
-    full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in NODES]
+    full = [problem(name, f"{NO_ROOM} for a checkpoint", "1 GiB free") for name in NODES]
     node(
         run,
         0,

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import hand_made
 import pytest
-from fake_nvml import driver
+from fake_nvml import H100, OTHER, driver
 
-from launcher import json_records, nvml, run_records, run_store
+from launcher import json_records, run_records, run_store
 from launcher.errors import RunError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
@@ -23,7 +23,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker import agent, node_agents
-from launcher.worker.checks import gpu_check, node_check
+from launcher.worker.checks import gpus, machine
 from launcher.worker.ranks.rank_env import NodeInfo, RankEnv
 
 __all__ = ["driver"]
@@ -119,11 +119,9 @@ def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Callable[..., None]
 ) -> None:
     """It refuses nothing: the alerts tell why such a run is slow, or about to fail."""
-    gpu = {"uuid": "GPU-a", "name": "NVIDIA H100 80GB HBM3", "bus": "00000000:3B:00.0"}
-    lost = {"lanes": (8, 16), "fabric": (nvml.FABRIC_READY, 1, 0)}
-    driver(gpus=[gpu, {**gpu, "uuid": "GPU-b", **lost}], processes=[("GPU-a", 1, 70000, "stale")])
-    monkeypatch.setattr(gpu_check, "GRACE_S", 0.0)
-    monkeypatch.setattr(node_check, "SHARED_MEMORY", tmp_path / "nowhere")
+    driver({**H100, "processes": [(1, 70000, "stale")]}, {**OTHER, "lanes": (8, 16), "fabric": (3, 1, 0)})
+    monkeypatch.setattr(gpus, "GRACE_S", 0.0)
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "nowhere")
     for name in ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         # Removed again at the end.
         monkeypatch.setenv(name, "")
@@ -147,7 +145,7 @@ def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_
     assert agent.main(str(run.plan), 1) == 1
     assert of_server["PYTORCH_ALLOC_CONF"] == of_ranks["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     texts = [event["text"].partition(": ")[2] for event in read_events(run.events) if event["kind"] == "alert"]
-    expected = ("too little shared memory", "PCIe link has fewer lanes", "NVLink fabric of GPUs is not ready", "process outside")
+    expected = ("too little shared memory", "NVLink fabric of GPUs is not ready", "PCIe link has fewer lanes", "process outside")
     assert len(texts) == 5
     for part, text in zip(expected, texts, strict=False):
         assert part in text

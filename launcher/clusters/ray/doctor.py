@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import RunError, SubmitError
 
 _MODULE = "launcher.worker.ray.doctor"
-# Stands for the request: the driver reads it from standard input or, as a job, in base64 from this variable.
-FROM_INPUT, FROM_VARIABLE = "-", "LAUNCHER_DOCTOR_REQUEST"
+# The request for the driver, in base64: everyone on a machine can read a process's arguments.
+REQUEST_VARIABLE = "LAUNCHER_DOCTOR_REQUEST"
 _POLL_S = 1.0
 _MANY_CHARS = 300
 
@@ -51,58 +51,49 @@ def check_submission(config: RunConfig) -> list[CheckResult]:
 
 
 def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> list[CheckResult]:
-    """Run the checks as a task on every node of the cluster.
+    """Run the checks as a task on every node of the cluster, started by a driver here, or by one that is a job there.
 
     Raises:
         RunError: if the driver ended without a report, or did not end in time.
     """
-    section = RaySection.of(config.cluster)
+    section, code = RaySection.of(config.cluster), Path(launcher.__file__).resolve().parents[1]
     request = json.dumps({"config": config.model_dump(mode="json"), "environ": {**section.env, **environ}})
+    variables = {REQUEST_VARIABLE: base64.b64encode(request.encode()).decode()}
     # The driver ends before the command gives up, so that it can report nodes that do not answer.
     seconds = f"{max(1.0, (deadline - time.monotonic()) * 0.9):.0f}"
-    output = (_run_as_job if section.is_http else _run_here)(section, request, seconds, deadline, reader)
+    messages: list[str] = []
+    if section.is_http:
+        reader.read(_run_job(section, code, seconds, variables, deadline, messages))
+    else:
+        path = {"PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
+        with NodeCommand([sys.executable, "-m", _MODULE, seconds], "", {**os.environ, **path, **variables}) as driver:
+            reader.read(driver.lines(deadline))
+        messages = [line.strip() for line in driver.errors]
     if not reader.reports:
-        is_late = time.monotonic() >= deadline
         raise RunError(
-            "no node of the cluster reported" + (" in time" if is_late else ""),
+            "no node of the cluster reported" + (" in time" if time.monotonic() >= deadline else ""),
             where=section.address or "",
-            value=output,
+            value=" / ".join(messages[-3:])[-_MANY_CHARS:],
             remedy="look at the cluster with: ray status; the launcher must be installed on its nodes, on the same path",
         )
     return []
 
 
-def _run_here(section: RaySection, request: str, seconds: str, deadline: float, reader: ReportReader) -> str:
-    """Run the driver on this machine; returns the end of its messages."""
-    code = Path(launcher.__file__).resolve().parents[1]
-    environ = {**os.environ, "PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
-    # Everyone on the machine can read a process's arguments.
-    driver = NodeCommand([sys.executable, "-m", _MODULE, FROM_INPUT, seconds], request, environ)
+def _run_job(
+    section: RaySection, code: Path, seconds: str, environ: Mapping[str, str], deadline: float, messages: list[str]
+) -> Iterator[str]:
+    """Run the driver as a job on the cluster; yields its lines, again at each poll; stops and removes the job at the end."""
+    address, name = section.address or "", f"launcher-doctor-{secrets.token_hex(4)}"
+    job = jobs.submit_module(section, code, name, _MODULE, [seconds], environ)
     try:
-        for line in driver.lines(deadline):
-            reader.feed(line)
-    finally:
-        with uninterrupted():
-            driver.close()
-    return " / ".join(line.strip() for line in list(driver.errors)[-3:])[-_MANY_CHARS:]
-
-
-def _run_as_job(section: RaySection, request: str, seconds: str, deadline: float, reader: ReportReader) -> str:
-    """Run the driver as a job on the cluster; stop and remove the job at the end; returns the end of its log."""
-    address, code = section.address or "", Path(launcher.__file__).resolve().parents[1]
-    name, environ = f"launcher-doctor-{secrets.token_hex(4)}", {FROM_VARIABLE: base64.b64encode(request.encode()).decode()}
-    job = jobs.submit_module(section, code, name, _MODULE, [FROM_VARIABLE, seconds], environ)
-    try:
-        while True:
+        state = ""
+        while state not in jobs.FINAL_JOB_STATES and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
             state, message = jobs.state(address, job)
             log = jobs.read_log(address, job)
+            messages[:] = [log.strip() or message]
             # A line that is still being written does not end in a newline.
-            for line in log.splitlines(keepends=True):
-                if line.endswith("\n"):
-                    reader.feed(line)
-            if state in jobs.FINAL_JOB_STATES or time.monotonic() >= deadline:
-                return (log.strip() or message)[-_MANY_CHARS:]
-            time.sleep(_POLL_S)
+            yield from (line for line in log.splitlines(keepends=True) if line.endswith("\n"))
     finally:
         with uninterrupted():
             jobs.end(address, job, 20 * _POLL_S)

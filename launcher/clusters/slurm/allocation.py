@@ -85,11 +85,6 @@ def outside_of_a_job() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(dropped) or name == "SLURM_CONF"}
 
 
-def last_lines(command: NodeCommand) -> str:
-    """Return the last lines of a command's standard error, for a message."""
-    return " / ".join(line.strip() for line in list(command.errors)[-3:] if line.strip())
-
-
 def refusal(command: NodeCommand) -> str:
     """Return the error message of salloc, srun or Python; empty if they only reported progress."""
     lines = [line.strip() for line in command.errors if line.strip() and not _PROGRESS.match(line)]
@@ -103,15 +98,6 @@ def remedy(refused: str) -> str:
     if "No module named" in refused or "execve" in refused or "No such file" in refused:
         return "install the launcher and its environment on storage that all nodes share, under the same path"
     return "check cluster.partition, account, qos and time; the same request with: salloc --nodes=1 true"
-
-
-def queue_state(name: str) -> str:
-    """Return Slurm's state and reason of the job, for a message."""
-    with suppress(SlurmError):
-        state = slurm("squeue", "--me", f"--name={name}", "--noheader", "--format=%T (%r)").strip()
-        if state:
-            return f"the job is {state}"
-    return "the allocation"
 
 
 def cancel(name: str) -> None:

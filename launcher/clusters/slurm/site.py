@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -55,28 +55,20 @@ class Node:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition with its nodes. For limits, None means unlimited; for names, None means that all are allowed."""
+    """A partition with its nodes; `max_minutes` is None if it has no time limit."""
 
     name: str
     default: bool
     state: str
     max_minutes: int | None
-    max_nodes: int | None
-    preempt_mode: str
-    grace_seconds: int
-    accounts: tuple[str, ...] | None
-    denied_accounts: tuple[str, ...]
-    qos: tuple[str, ...] | None
-    denied_qos: tuple[str, ...]
     nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A Slurm cluster. `enforced` holds what accounting enforces, such as associations and qos."""
+    """A Slurm cluster."""
 
     cluster: str
-    enforced: frozenset[str]
     partitions: tuple[Partition, ...]
 
     def chosen(self, section: SlurmSection) -> tuple[Partition, ...]:
@@ -121,13 +113,24 @@ def read() -> Site:
     )
     with ThreadPoolExecutor(len(commands)) as pool:
         config, partitions, nodes = pool.map(lambda argv: slurm(*argv), commands)
-    settings = dict(re.findall(r"^(\w+) *= (.*?) *$", config, re.MULTILINE))
-    nodes_of = _nodes_by_partition(nodes)
+    cluster = re.search(r"^ClusterName *= *(.*?) *$", config, re.MULTILINE)
+    nodes_of: dict[str, list[Node]] = {}
+    for line in nodes.splitlines():
+        name, partition, state, cpus, memory, gres = line.split(_SEPARATOR)[: len(_NODE_FIELDS)]
+        nodes_of.setdefault(partition, []).append(Node(name, state, int(cpus), int(memory), _gpus(gres)))
     records = [dict(word.partition("=")[::2] for word in line.split()) for line in partitions.splitlines() if "=" in line]
     return Site(
-        cluster=settings.get("ClusterName", ""),
-        enforced=frozenset(settings.get("AccountingStorageEnforce", "").split(",")),
-        partitions=tuple(_partition(record, tuple(nodes_of.get(record["PartitionName"], ()))) for record in records),
+        cluster[1] if cluster else "",
+        tuple(
+            Partition(
+                name=record["PartitionName"],
+                default=record.get("Default") == "YES",
+                state=record.get("State", "UP"),
+                max_minutes=None if record.get("MaxTime", "UNLIMITED") == "UNLIMITED" else minutes(record["MaxTime"]),
+                nodes=tuple(nodes_of.get(record["PartitionName"], ())),
+            )
+            for record in records
+        ),
     )
 
 
@@ -152,7 +155,8 @@ def gpus_of(section: SlurmSection) -> DeviceFacts:
             ) from None
         partitions = ()
     nodes = [node for partition in partitions for node in partition.nodes]
-    fitting = [node for node in nodes if has_gpus(node, requested or Gpus(None, 1))]
+    wanted = requested or Gpus(None, 1)
+    fitting = [node for node in nodes if node.num_gpus(wanted.type) >= wanted.count]
     node = _most_common(fitting or nodes)
     host_gib = round((requested_memory_mib(section) or node.memory_mib) / 1024, 1) if node else None
     gpus = requested or Gpus(None, node.num_gpus() if node else 0)
@@ -162,11 +166,6 @@ def gpus_of(section: SlurmSection) -> DeviceFacts:
     gpu_type = lookup(name) if name else None
     memory_gib = gpu_type.memory_gib if gpu_type else None
     return DeviceFacts(kind="cuda", name=name or "gpu", count=gpus.count, memory_gib=memory_gib, host_memory_gib=host_gib)
-
-
-def has_gpus(node: Node, gpus: Gpus) -> bool:
-    """Return whether the node has at least these GPUs."""
-    return node.num_gpus(gpus.type) >= gpus.count
 
 
 def requested_gpus(section: SlurmSection) -> Gpus | None:
@@ -196,14 +195,6 @@ def _most_common(nodes: Sequence[Node]) -> Node | None:
     return max(candidates, key=lambda node: (frequency[str(node)], node.num_gpus(), node.cpus), default=None)
 
 
-def _nodes_by_partition(output: str) -> dict[str, list[Node]]:
-    by_partition: dict[str, list[Node]] = {}
-    for line in output.splitlines():
-        name, partition, state, cpus, memory, gres = line.split(_SEPARATOR)[: len(_NODE_FIELDS)]
-        by_partition.setdefault(partition, []).append(Node(name, state, int(cpus), int(memory), _gpus(gres)))
-    return by_partition
-
-
 def _gpus(gres: str) -> tuple[Gpus, ...]:
     """Parse the GPUs of a generic resource list such as `gpu:h100:8(S:0-1),nvme:1`."""
     gpus = []
@@ -213,28 +204,3 @@ def _gpus(gres: str) -> tuple[Gpus, ...]:
             count = int(parts.pop()) if parts and parts[-1].isdigit() else 1
             gpus.append(Gpus(parts[0] if parts else None, count))
     return tuple(gpus)
-
-
-def _partition(record: dict[str, str], nodes: tuple[Node, ...]) -> Partition:
-    def limit(key: str, read: Callable[[str], int]) -> int | None:
-        value = record.get(key, "UNLIMITED")
-        return None if value == "UNLIMITED" else read(value)
-
-    def names(key: str) -> tuple[str, ...] | None:
-        value = record.get(key, "ALL")
-        return None if value == "ALL" else tuple(value.lower().split(","))
-
-    return Partition(
-        name=record["PartitionName"],
-        default=record.get("Default") == "YES",
-        state=record.get("State", "UP"),
-        max_minutes=limit("MaxTime", minutes),
-        max_nodes=limit("MaxNodes", int),
-        preempt_mode=record.get("PreemptMode", ""),
-        grace_seconds=int(record.get("GraceTime", "0")),
-        accounts=names("AllowAccounts"),
-        denied_accounts=names("DenyAccounts") or (),
-        qos=names("AllowQos"),
-        denied_qos=names("DenyQos") or (),
-        nodes=nodes,
-    )

@@ -13,11 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher import run_records, run_store
+from launcher.clusters.check_results import MachineReport
 from launcher.config.sections.ray import RaySection
 from launcher.errors import ConfigError, LauncherError, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.checks.node_check import NodeReport
 from launcher.worker.ranks.watchdog import StallLimits
 from launcher.worker.ray import node_checks
 from launcher.worker.ray.attempts import Attempts
@@ -179,7 +179,7 @@ class Coordinator:
             peers=tuple(sorted({member.address for member in training})),
         )
 
-    def report_check(self, group_id: str, rank: int, report: NodeReport) -> None:
+    def report_check(self, group_id: str, rank: int, report: MachineReport) -> None:
         """Accept a node's report on itself; if any node is unfit, the attempt ends before anything is loaded."""
         group = self._group
         if group is None or group.id != group_id or group.verdict is not None:

@@ -1,9 +1,7 @@
-"""The driver of `launcher doctor` on Ray: `python -m launcher.worker.ray.doctor SOURCE SECONDS`.
+"""The driver of `launcher doctor` on Ray: `python -m launcher.worker.ray.doctor SECONDS`.
 
-SOURCE is where the request is: `-` for standard input, or the name of an environment variable that holds it in base64.
-
-Runs launcher.worker.doctor.node as a task on every node, with all of its GPUs, and prints the reports. If other work holds a
-node's GPUs, the driver reports this instead of waiting.
+Runs launcher.worker.checks.node_check as a task on every node, with all of its GPUs, and prints the reports. If other work holds
+a node's GPUs, the driver reports this instead of waiting.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import launcher
 from launcher.clusters.check_results import FAILURE, WARNING, CheckResult, MachineReport, to_lines
 from launcher.clusters.detached_process import build_pythonpath
 from launcher.clusters.ray import auto_address
-from launcher.clusters.ray.doctor import FROM_INPUT
+from launcher.clusters.ray.doctor import REQUEST_VARIABLE
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.worker.ray import connection
@@ -32,7 +30,7 @@ def check_here(config: str, node: str, environ: dict[str, str]) -> str:
     import subprocess
     import sys
 
-    command = [sys.executable, "-P", "-m", "launcher.worker.doctor.node", node]
+    command = [sys.executable, "-P", "-m", "launcher.worker.checks.node_check", node]
     done = subprocess.run(command, input=config, capture_output=True, text=True, errors="replace", env={**os.environ, **environ})
     return done.stdout or (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
@@ -57,23 +55,20 @@ def main(request: str, seconds: float) -> None:
         **runtime,
     )
     try:
-        tasks = {_start(ray, node, config, environ): node for node in _nodes_of_ranks(ray)}
-        waiting = [task for task in tasks if task is not None]
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        # Ranks may run on those with GPUs, or on all nodes if none has a GPU.
+        nodes = [node for node in nodes if node["Resources"].get("GPU")] or nodes
+        tasks = {task: node["NodeName"] for node in nodes if (task := _start(ray, node, config, environ)) is not None}
+        waiting = list(tasks)
         while waiting and time.monotonic() < until:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.1, until - time.monotonic()))
             for task in done:
-                _print_output(ray, task, tasks[task]["NodeName"])
+                _print_output(ray, task, tasks[task])
         for task in waiting:
             result = CheckResult("node", FAILURE, f"no answer within {seconds:.0f} s", "look at the node with: ray status")
-            _print_report(tasks[task]["NodeName"], result)
+            _print_report(tasks[task], result)
     finally:
         ray.shutdown()
-
-
-def _nodes_of_ranks(ray: Any) -> list[dict[str, Any]]:
-    """Return the nodes that ranks may run on: those with GPUs, or all nodes if none has a GPU."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    return [node for node in nodes if node["Resources"].get("GPU")] or nodes
 
 
 def _start(ray: Any, node: dict[str, Any], config: RunConfig, environ: dict[str, str]) -> Any:
@@ -107,12 +102,8 @@ def _print_output(ray: Any, task: Any, node: str) -> None:
 
 
 def _print_report(node: str, result: CheckResult) -> None:
-    print("\n".join(to_lines(MachineReport(node, (result,), time.time()))), flush=True)
-
-
-def read_request(source: str) -> str:
-    return sys.stdin.read() if source == FROM_INPUT else base64.b64decode(os.environ.pop(source)).decode()
+    print("\n".join(to_lines(MachineReport(node, (result,)))), flush=True)
 
 
 if __name__ == "__main__":
-    main(read_request(sys.argv[1]), float(sys.argv[2]))
+    main(base64.b64decode(os.environ.pop(REQUEST_VARIABLE)).decode(), float(sys.argv[1]))

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from launcher import json_records
 from launcher.clusters import network
+from launcher.clusters.check_results import CheckResult, MachineReport, failure, with_differences
 from launcher.errors import Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import NodeRecord, node_file
 from launcher.worker.checks import node_check
-from launcher.worker.checks.node_check import NodeReport
 from launcher.worker.ray.messages import Check
 
 # Checks of GPUs and of a busy file system take seconds; without a deadline, a hung node would hold all others forever.
@@ -29,10 +29,10 @@ _SHARED_REMEDY = "set run.root to a folder on storage that all nodes share"
 class Checks:
     """Reports, keyed by the group rank of the worker that checks its node, and the problems of all nodes."""
 
-    reports: dict[int, NodeReport] = field(default_factory=dict)
+    reports: dict[int, MachineReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def add(self, rank: int, report: NodeReport, num_nodes: int) -> None:
+    def add(self, rank: int, report: MachineReport, num_nodes: int) -> None:
         """Add a report; the last of `num_nodes` completes the problems of all nodes and their differences."""
         self.reports[rank] = report
         if len(self.reports) < num_nodes:
@@ -40,8 +40,8 @@ class Checks:
         reports = [report for _, report in sorted(self.reports.items())]
         self.problems = [problem for report in reports for problem in report.problems]
         # A node without the run directory would differ in everything.
-        fit = [report for report in reports if not report.problems]
-        self.problems += [problem for report in fit for problem in node_check.differences(report, fit[0])]
+        fit = with_differences([report for report in reports if not report.problems])
+        self.problems += [problem for report in fit for problem in report.problems]
 
     def add_missing(self, nodes: Sequence[str]) -> None:
         """Add a problem for each node that did not report in time."""
@@ -56,43 +56,37 @@ class Checks:
                 json_records.write(node_file(run, attempt, rank), record)
 
 
-def check_node(node: str, orders: Check) -> NodeReport:
-    """Check this node, whose Ray name is `node`; each problem names it in `where`."""
+def check_node(node: str, orders: Check) -> MachineReport:
+    """Check this node, whose Ray name is `node`, and whether it can reach the others."""
     assignment = orders.assignment
     plan_path, attempt = Path(assignment.plan_path), assignment.attempt
-    problems: list[Problem] = []
     try:
         plan = LaunchPlan.load(plan_path)
     except OSError as error:
-        what = "the run directory is not visible"
-        problem = Problem(what, where=node, value=f"{plan_path}: {error.strerror}", remedy=_SHARED_REMEDY)
-        return NodeReport(node, "", {}, "", (), 0.0, (problem,))
+        seen = f"the run directory is not visible: {plan_path}: {error.strerror}"
+        return MachineReport(node, (failure(seen, _SHARED_REMEDY),))
     run = RunDir(Path(plan.run_dir))
-    report = node_check.check_node(plan, run, attempt, num_ranks=assignment.local_world_size)
-    problems += [replace(problem, where=node) for problem in report.problems]
+    report = node_check.check_node(plan, attempt, assignment.local_world_size)
+    results = [*report.results]
     marker = run.attempt(attempt) / "marker"
-    if not problems and (not marker.is_file() or marker.read_text() != assignment.marker):
-        what = "the run directory differs from the head node's: it lacks a file of this attempt"
-        problems.append(Problem(what, where=node, value=str(run.root), remedy=_SHARED_REMEDY))
-    problems += unreachable(node, orders.others, _REACH_S)
-    return replace(report, host=node, problems=tuple(problems))
+    if not report.problems and (not marker.is_file() or marker.read_text() != assignment.marker):
+        seen = f"the run directory differs from the head node's: it lacks a file of this attempt: {run.root}"
+        results.append(failure(seen, _SHARED_REMEDY))
+    return MachineReport(node, (*results, *unreachable(node, orders.others, _REACH_S)))
 
 
-def unreachable(node: str, others: Sequence[tuple[str, str, int]], deadline_s: float) -> list[Problem]:
-    """Return a problem for each of the `others` (node, address and port) that `node` cannot connect to.
+def unreachable(node: str, others: Sequence[tuple[str, str, int]], deadline_s: float) -> list[CheckResult]:
+    """Return a failure for each of the `others` (node, address and port) that `node` cannot connect to.
 
-    If it can reach none of them, the problem is its own.
+    If it can reach none of them, it is to blame itself.
     """
     until = time.monotonic() + deadline_s
     lost = [
-        (name, address, port)
+        (name, f"{address}:{port}")
         for name, address, port in others
         if network.await_reachable(address, port, max(_MIN_REACH_S, until - time.monotonic())) is None
     ]
     remedy = "open all ports between the nodes, or set cluster.interface to the network that joins them"
     if lost and len(lost) == len(others):
-        listed = ", ".join(f"{name} at {address}:{port}" for name, address, port in lost)
-        return [Problem(f"cannot reach {listed}", where=node, remedy=remedy)]
-    return [
-        Problem(f"cannot be reached from {node} at {address}:{port}", where=name, remedy=remedy) for name, address, port in lost
-    ]
+        return [failure(f"cannot reach {', '.join(f'{name} at {address}' for name, address in lost)}", remedy)]
+    return [replace(failure(f"cannot be reached from {node} at {address}", remedy), machine=name) for name, address in lost]

@@ -11,8 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from fake_nvml import Nvml
-from fake_pynvml import NVMLError, NVMLError_GpuIsLost, NVMLError_ResetRequired
+from fake_nvml import Nvml, NVMLError, NVMLError_GpuIsLost, NVMLError_ResetRequired
 
 from launcher.train.monitoring import gpu_stats
 from launcher.train.monitoring.gpu_stats import DeviceMonitor, DeviceReadings
@@ -39,7 +38,7 @@ def test_the_gpu_of_this_process_is_read(nvml: Nvml) -> None:
     read = watch.latest
     assert (read.gpu_index, read.gpu_util, read.gpu_memory, read.gpu_power_w, read.gpu_temp_c) == (5, 0.9, 0.75, 650, 71)
     assert (read.xids, math.isnan(read.last_xid), math.isnan(read.host_cpu_util)) == (0, True, True)
-    assert nvml.handles == ["GPU-8f1c"], "by its UUID, independent of CUDA_VISIBLE_DEVICES"
+    assert nvml.opened == ["GPU-8f1c"], "by its UUID, independent of CUDA_VISIBLE_DEVICES"
 
 
 @pytest.mark.gpu
@@ -64,7 +63,7 @@ def test_a_gpu_without_a_known_uuid_is_opened_by_its_pci_address(nvml: Nvml) -> 
     watch = watched(GPU)
     await_that(lambda: watch.latest.gpu_util > 0, "a reading")
     watch.stop()
-    assert nvml.handles == ["00000000:3B:00.0"]
+    assert nvml.opened == ["00000000:3B:00.0"]
     assert math.isnan(watch.latest.gpu_power_w), "one missing reading leaves the others"
     assert watch.latest.gpu_temp_c == 71
 
@@ -85,12 +84,12 @@ def test_an_xid_is_reported_at_once_and_counted(nvml: Nvml) -> None:
 def test_clocks_that_the_hardware_keeps_low_are_reported_once(nvml: Nvml) -> None:
     faults: list[str] = []
     # A power limit, and the driver's own thermal limit.
-    nvml.slowdowns = 0x4 | 0x20
+    nvml.gpus[0]["slowdowns"] = 0x4 | 0x20
     watch = watched(GPU, faults=faults)
     await_that(lambda: watch.latest.gpu_util > 0, "a reading")
     time.sleep(0.3)
     assert faults == []
-    nvml.slowdowns = 0x8 | 0x80
+    nvml.gpus[0]["slowdowns"] = 0x8 | 0x80
     await_that(lambda: bool(faults), "the report")
     time.sleep(0.3)
     watch.stop()

@@ -1,72 +1,69 @@
+"""The checks of a node, before a start and for doctor; fakes replace only devices that are missing here."""
+
 from __future__ import annotations
 
-import importlib.util
+import fcntl
+import importlib.metadata
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from fake_nvml import H100, OTHER, driver
+from plan_fixtures import config_of
 from torch.distributed import TCPStore
 
-from launcher import nvml, run_store
-from launcher.config.compose import run_hydra
+from launcher import json_records, run_store
+from launcher.clusters.check_results import FAILURE, OK, SHARED_FILE_VARIABLE, WARNING, CheckResult, MachineReport, ok
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem, RunError
-from launcher.nvml import GpuInfo
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
-from launcher.worker.checks import node_check
-from launcher.worker.checks.node_check import NodeReport, check_node, differences, exchange
+from launcher.worker.checks import gpus, machine, storage
+from launcher.worker.checks.checked_node import CheckedNode
+from launcher.worker.checks.node_check import CHECKS, Check, check_node, exchange, run_check, run_checks
+
+__all__ = ["config_of", "driver"]
 
 HOST = "slurm-calls-it-n7"
-CPU = DeviceFacts(kind="cpu", name="a CPU", count=2, host_memory_gib=24.0)
-H100 = "NVIDIA H100 80GB HBM3"
-REPORT = NodeReport("n1", "c0de", {"launcher": "1.0", "torch": "2.13.0"}, "3.11.9", (H100, H100), 900.0, ())
+REPORT = MachineReport("n1", (CheckResult("packages", OK, "launcher 1.0, torch 2.13.0", must_match=True),))
+Planned = Callable[..., tuple[LaunchPlan, RunDir]]
+OfConfig = Callable[..., CheckedNode]
 
 
 @pytest.fixture(autouse=True)
-def node(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node with a Slurm node name of its own and no GPU selection."""
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node with a Slurm node name of its own, no GPU selection, and no wait for processes that end."""
     monkeypatch.setenv("SLURMD_NODENAME", HOST)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(gpus, "GRACE_S", 0.0)
 
 
 @pytest.fixture
-def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Set the network adapters, whether their devices exist, the limit on locked memory, and the effective capabilities."""
-    kernel, devices, own = tmp_path / "infiniband", tmp_path / "devices", tmp_path / "status"
-    for name, path in (("ADAPTERS", kernel), ("ADAPTER_DEVICES", devices), ("OWN_STATUS", own)):
-        monkeypatch.setattr(node_check, name, path)
-
-    def install(has_devices: bool, locked_bytes: int, capabilities: int = 0) -> None:
-        for folder in (kernel / "mlx5_0", devices):
-            folder.mkdir(parents=True, exist_ok=True)
-        if has_devices:
-            (devices / "uverbs0").touch()
-        own.write_text(f"Name:\tpython\nCapEff:\t{capabilities:016x}\n")
-        monkeypatch.setattr(resource, "getrlimit", lambda kind: (locked_bytes, locked_bytes))
-
-    return install
+def node_of(config_of: Callable[..., RunConfig], tmp_path: Path) -> OfConfig:
+    """The node that doctor checks, with one rank on this device."""
+    return lambda *tokens, device="cpu": CheckedNode(config_of(f"run.root={tmp_path}/runs", *tokens), device, 1)
 
 
 @pytest.fixture
-def planned(tmp_path: Path) -> Callable[..., tuple[LaunchPlan, RunDir]]:
+def planned(config_of: Callable[..., RunConfig], tmp_path: Path) -> Planned:
     """A plan whose data cache and tokenizer exist, with attempt 1 started in its run directory."""
 
     def make(*tokens: str) -> tuple[LaunchPlan, RunDir]:
-        found: list[RunConfig] = []
-        run_hydra(("model=tiny", f"run.root={tmp_path}/runs", *tokens), lambda done: found.append(done.config))
+        config = config_of(f"run.root={tmp_path}/runs", *tokens)
         cache, tokenizer = tmp_path / "cache", tmp_path / "tokenizer"
         for folder in (cache, tokenizer):
             folder.mkdir()
@@ -74,12 +71,12 @@ def planned(tmp_path: Path) -> Callable[..., tuple[LaunchPlan, RunDir]]:
         counts = {name: 1000 for name, field in DataFacts.model_fields.items() if field.annotation is int}
         facts = Facts(
             working_dir=str(tmp_path),
-            device=CPU,
-            model=model_facts(found[0].model.config or {}, None, str(tokenizer), None),
+            device=DeviceFacts(kind="cpu", name="a CPU", count=2, host_memory_gib=24.0),
+            model=model_facts(config.model.config or {}, None, str(tokenizer), None),
             data=DataFacts(cache_dir=str(cache), padding_frac=0.0, **counts),
             provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0.1.0", python="3.11.9", packages={}),
         )
-        made = plan(found[0], facts)
+        made = plan(config, facts)
         run = run_store.create(made)
         run.attempt(1).mkdir()
         (run.attempt(1) / "attempt.json").write_text("{}")
@@ -88,26 +85,28 @@ def planned(tmp_path: Path) -> Callable[..., tuple[LaunchPlan, RunDir]]:
     return make
 
 
-def only(report: NodeReport) -> Problem:
-    (problem,) = report.problems
-    assert problem.where == HOST
-    assert problem.remedy
-    return problem
+def on_gpus(made: LaunchPlan, **topology: object) -> LaunchPlan:
+    return made.model_copy(update={"topology": made.topology.model_copy(update={"device": "cuda", **topology})})
 
 
-def test_a_sound_node_has_no_problems_and_leaves_nothing_behind(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
+def failures(results: Iterator[CheckResult]) -> list[str]:
+    shown = [*results]
+    assert all(result.remedy for result in shown if result.verdict != OK)
+    return [result.seen for result in shown if result.verdict == FAILURE]
+
+
+def test_a_sound_node_has_no_problems_and_leaves_nothing_behind(planned: Planned) -> None:
     made, run = planned()
-    report = check_node(made, run, 1)
-    assert report.problems == ()
-    assert (report.host, report.gpus) == (HOST, ())
-    assert {"launcher", "torch", "deepspeed", "transformers", "accelerate", "tokenizers", "ray"} <= set(report.packages)
-    assert 0 < report.memory_gib < 1e5
+    report = check_node(made, 1)
+    assert (report.machine, report.problems) == (HOST, ())
+    (packages,) = [result for result in report.results if result.must_match]
+    assert f"torch {importlib.metadata.version('torch')}" in packages.seen
     assert [file.name for file in run.attempt(1).iterdir()] == ["attempt.json"]
-    assert NodeReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert json_records.decode(MachineReport, json.loads(json.dumps(json_records.encode(report))), "") == report
 
 
-def test_all_problems_of_a_node_are_reported_at_once(planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path) -> None:
-    made, run = planned()
+def test_all_problems_of_a_node_are_reported_at_once(planned: Planned, tmp_path: Path) -> None:
+    made, _ = planned()
     (tmp_path / "cache/meta.json").unlink()
     (tmp_path / "tokenizer").rmdir()
     made = made.model_copy(
@@ -117,46 +116,32 @@ def test_all_problems_of_a_node_are_reported_at_once(planned: Callable[..., tupl
             "checkpoint_bytes": 1 << 60,
         }
     )
-    report = check_node(made, run, 2)
-    said = [problem.message for problem in report.problems]
-    expected = (
-        "differs from that of the other nodes",
-        "data cache",
-        "model is not",
-        "tokenizer",
-        "room for a check",
-        "main memory",
-    )
-    assert len(said) == len(expected), said
-    for what, words in zip(said, expected, strict=True):
-        assert words in what
-    assert {problem.where for problem in report.problems} == {HOST}
-    assert all(problem.remedy and problem.value for problem in report.problems)
-    snapshot = "/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/b968826d"
-    of_the_hub = made.model_copy(update={"model": made.model.model_copy(update={"path": snapshot})})
-    (unseen,) = [problem for problem in node_check._check_inputs(of_the_hub) if problem.value == snapshot]
-    assert unseen.remedy.startswith("set HF_HOME to a folder on shared storage")
-    assert NodeReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    problems = check_node(made, 1).problems
+    expected = ("main memory", "room for a checkpoint", "data cache is not", "model is not", "tokenizer is not")
+    assert len(problems) == len(expected), problems
+    for problem, words in zip(problems, expected, strict=True):
+        assert words in problem.message
+        assert problem.where == HOST
+        assert problem.remedy
 
 
-def test_a_run_directory_that_is_not_mounted_is_reported(
-    planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path
-) -> None:
+def test_a_run_directory_of_other_storage_is_a_problem(planned: Planned, tmp_path: Path) -> None:
     made, run = planned()
+    (problem,) = check_node(made, 2).problems
+    assert "lacks the attempt" in problem.message
     run.root.rename(tmp_path / "elsewhere")
-    said = [problem.message for problem in check_node(made, run, 1).problems]
-    assert said[0] == "the run directory is not visible"
+    assert any("the run directory is not visible" in problem.message for problem in check_node(made, 1).problems)
 
 
-def test_a_run_directory_that_cannot_be_written_is_reported(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
+def test_a_run_directory_that_cannot_be_written_is_a_problem(planned: Planned) -> None:
     made, run = planned()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
-        report = check_node(made, run, 1)
+        (problem,) = check_node(made, 1).problems
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert only(report).message == "the run directory cannot be written: File too large"
+    assert "File too large" in problem.message
     assert [file.name for file in run.attempt(1).iterdir()] == ["attempt.json"]
 
 
@@ -164,7 +149,6 @@ def test_a_run_directory_that_cannot_be_written_is_reported(planned: Callable[..
     "own, limits, gib",
     [
         ("0::/slurm/job_7/step_0/task_0\n", {"v2/slurm/job_7/memory.max": 2 << 30, "v2/slurm/memory.max": "max"}, 2.0),
-        ("0::/\n", {"v2/memory.max": 3 << 30}, 3.0),
         (
             "9:pids:/x\n4:memory:/slurm/uid_0/job_7\n0::/\n",
             {"v1/slurm/uid_0/job_7/memory.limit_in_bytes": 1 << 30, "v1/memory.limit_in_bytes": (1 << 63) - 4096},
@@ -173,103 +157,31 @@ def test_a_run_directory_that_cannot_be_written_is_reported(planned: Callable[..
     ],
 )
 def test_available_memory_is_limited_by_the_control_groups(
-    planned: Callable[..., tuple[LaunchPlan, RunDir]],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    own: str,
-    limits: dict[str, int | str],
-    gib: float,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, limits: dict[str, int | str], gib: float
 ) -> None:
-    made, run = planned()
     (tmp_path / "own").write_text(own)
     for file, limit in limits.items():
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(f"{limit}\n")
     roots = {"": (tmp_path / "v2", "memory.max"), "memory": (tmp_path / "v1", "memory.limit_in_bytes")}
-    monkeypatch.setattr(node_check, "OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(node_check, "CGROUP_MEMORY", roots)
-    enough, more = (made.memory.model_copy(update={"host_per_node_gib": needed}) for needed in (gib, gib + 0.1))
-    report = check_node(made.model_copy(update={"memory": enough}), run, 1)
-    assert (report.memory_gib, report.problems) == (gib, ())
-    problem = only(check_node(made.model_copy(update={"memory": more}), run, 1))
-    assert f"{gib:.1f} GiB available, {gib + 0.1:.1f} GiB needed" in problem.value
-
-
-def may_mount() -> bool:
-    command = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
-    return bool(shutil.which("unshare")) and subprocess.run(command, capture_output=True, timeout=20).returncode == 0
-
-
-@pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
-def test_too_little_shared_memory_is_reported(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
-    _, run = planned()
-    code = (
-        "import json, sys; from pathlib import Path; from launcher.plan.launch_plan import LaunchPlan;"
-        "from launcher.plan.run_dir import RunDir; from launcher.worker.checks.node_check import check_node;"
-        f"run = RunDir(Path({str(run.root)!r}));"
-        "print(json.dumps(check_node(LaunchPlan.load(run.plan), run, 1).to_json()));"
-        "assert 'torch' not in sys.modules"
-    )
-    shell = f'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "{sys.executable}" -c "$0"'
-    done = subprocess.run(["unshare", "-m", "sh", "-c", shell, code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    problem = only(NodeReport.from_json(json.loads(done.stdout)))
-    assert problem.value == "/dev/shm: 1 MiB free, 64 MiB needed"
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "CGROUP_MEMORY", roots)
+    assert machine.available_memory_bytes() == gib * 2**30
 
 
 @pytest.mark.parametrize(("device", "num_ranks", "is_enough"), [("cuda", 8, False), ("cuda", 1, True), ("cpu", 8, True)])
 def test_gpus_of_one_node_need_more_shared_memory_than_a_container_gets(
-    planned: Callable[..., tuple[LaunchPlan, RunDir]],
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    num_ranks: int,
-    is_enough: bool,
+    node_of: OfConfig, monkeypatch: pytest.MonkeyPatch, device: str, num_ranks: int, is_enough: bool
 ) -> None:
-    made, run = planned()
-    made = made.model_copy(update={"topology": made.topology.model_copy(update={"device": device})})
-    monkeypatch.setattr(node_check, "_free_bytes", lambda folder: 64 << 20 if folder == node_check.SHARED_MEMORY else 1 << 50)
-    monkeypatch.setattr(node_check.gpu_check, "check_gpus", lambda needed, section: ((H100,) * needed, []))
-    report = check_node(made, run, 1, num_ranks)
-    assert is_enough == (not report.problems)
-    if not is_enough:
-        assert only(report).value == "/dev/shm: 64 MiB free, 1024 MiB needed"
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=64 << 20, total=64 << 20))
+    assert (failures(machine.check_shared_memory(replace(node_of(device=device), num_ranks=num_ranks))) == []) is is_enough
 
 
-@pytest.mark.parametrize(("device", "package"), [("cpu", "g++"), ("cuda", "gcc")])
-def test_what_the_settings_need_to_build_kernels_is_looked_for_on_every_node(
-    planned: Callable[..., tuple[LaunchPlan, RunDir]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, package: str
-) -> None:
-    made, run = planned("model.compile=true", "model.liger=true")
-    made = made.model_copy(update={"topology": made.topology.model_copy(update={"device": device}), "liger": device == "cuda"})
-    monkeypatch.setattr(node_check.gpu_check, "check_gpus", lambda needed, section: ((H100,) * needed, []))
-    monkeypatch.setenv("PATH", str(tmp_path))
-    for variable in ("CC", "CXX"):
-        monkeypatch.delenv(variable, raising=False)
-    compiler, *others = check_node(made, run, 1, 1).problems
-    needed = "model.compile=true and model.liger=true" if device == "cuda" else "model.compile=true"
-    assert compiler.message.endswith(f"compiler is found, for {needed}")
-    assert compiler.remedy == f"apt-get install {package}, or set {needed.replace('true', 'false')}"
-    if importlib.util.find_spec("liger_kernel") is None:
-        assert [problem.message for problem in others] == (["Liger is not installed"] if device == "cuda" else [])
-    # With `auto`, each rank tries for itself, so the node check reports nothing.
-    settings = made.config.model.model_copy(update={"compile": False, "liger": "auto"})
-    made = made.model_copy(update={"config": made.config.model_copy(update={"model": settings})})
-    assert check_node(made, run, 1, 1).problems == ()
-
-
-def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
-    made, run = planned()
-    file = run.code / "launcher/errors.py"
-    first, content = check_node(made, run, 1).code, file.read_bytes()
-    (run.code / "launcher/errors.pyc").write_bytes(b"compiled")
-    assert check_node(made, run, 1).code == first
-    file.write_bytes(content + b"\n")
-    assert check_node(made, run, 1).code != first
-    file.write_bytes(content)
-    assert check_node(made, run, 1).code == first
-    # The new name leaves the order of the files unchanged.
-    file.rename(run.code / "launcher/errorz.py")
-    assert check_node(made, run, 1).code != first
+def test_low_limits_are_warnings(node_of: OfConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
+    assert [result.verdict for result in machine.check_limits(node_of()) if "ulimit" in result.seen] == []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (512, 512))
+    assert [result.verdict for result in machine.check_limits(node_of()) if "ulimit" in result.seen] == [WARNING] * 2
 
 
 @pytest.mark.parametrize(
@@ -278,68 +190,301 @@ def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callabl
         (True, resource.RLIM_INFINITY, 0, []),
         # CAP_IPC_LOCK
         (True, 8 << 20, 1 << 14, []),
-        (True, 8 << 20, 1 << 13, ["locked memory is limited"]),
-        (False, 8 << 20, 0, ["the network adapters cannot be opened here, so NCCL uses TCP", "locked memory is limited"]),
+        (False, 8 << 20, 1 << 13, ["the network adapters cannot be opened here", "locked memory is limited"]),
     ],
 )
 def test_adapters_need_their_devices_and_memory_that_may_be_locked(
-    adapters: Callable[..., None], has_devices: bool, locked_bytes: int, capabilities: int, expected: list[str]
+    node_of: OfConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    has_devices: bool,
+    locked_bytes: int,
+    capabilities: int,
+    expected: list[str],
 ) -> None:
-    assert node_check.adapter_problems() == []
-    adapters(has_devices, locked_bytes, capabilities)
-    problems = node_check.adapter_problems()
-    assert [problem.message.partition(", so NCCL may")[0] for problem in problems] == expected
-    assert all(problem.remedy for problem in problems)
+    kernel, devices, own = tmp_path / "infiniband", tmp_path / "devices", tmp_path / "status"
+    for name, path in (("ADAPTERS", kernel), ("ADAPTER_DEVICES", devices), ("OWN_STATUS", own)):
+        monkeypatch.setattr(machine, name, path)
+    assert [*machine.check_adapters(node_of())] == []
+    for folder in (kernel / "mlx5_0", devices):
+        folder.mkdir(parents=True)
+    if has_devices:
+        (devices / "uverbs0").touch()
+    own.write_text(f"Name:\tpython\nCapEff:\t{capabilities:016x}\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (locked_bytes, locked_bytes))
+    results = [*machine.check_adapters(node_of())]
+    assert [(result.verdict, result.seen.partition(", so NCCL")[0]) for result in results] == [
+        (WARNING, text) for text in expected
+    ]
 
 
-def test_kernels_that_ranks_may_choose_must_be_the_same_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("flash_attn", "flash_attn_3", "flash_attn_4"):
-        (tmp_path / f"{name}-1.2.dist-info").mkdir()
-        (tmp_path / f"{name}-1.2.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    versions = node_check._packages()
-    assert [versions[name] for name in ("flash-attn", "flash-attn-3", "flash-attn-4")] == ["1.2"] * 3
+def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Planned) -> None:
+    made, run = planned()
 
+    def packages() -> str:
+        return next(machine.check_packages(CheckedNode(made.config, "cpu", 1, made, 1))).seen
 
-def test_a_gpu_problem_is_a_problem_of_its_node(
-    planned: Callable[..., tuple[LaunchPlan, RunDir]], monkeypatch: pytest.MonkeyPatch, adapters: Callable[..., None]
-) -> None:
-    made, run = planned("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=4")
-    made = made.model_copy(update={"topology": made.topology.model_copy(update={"nodes": 2})})
-    adapters(has_devices=False, locked_bytes=resource.RLIM_INFINITY)
-    slow = GpuInfo("GPU-aaaa", H100, "0000:3b:00", 80.0, 0, pcie_lanes=4, most_pcie_lanes=16)
-    monkeypatch.setattr(nvml, "list_gpus", lambda deadline_s: [slow])
-    monkeypatch.setattr(nvml, "list_processes", lambda deadline_s: [])
-    report = check_node(made, run, 1)
-    assert report.gpus == (H100,)
-    assert "1 found, 4 needed" in only(report).value
-    # A slow GPU is no reason to refuse the node, but an alert.
-    alert, of_network = read_events(run.events)
-    assert alert["kind"] == of_network["kind"] == "alert"
-    assert "the network adapters cannot be opened here, so NCCL uses TCP (mlx5_0)" in of_network["text"]
-    assert alert["text"].startswith(f"{HOST}: a GPU's PCIe link has fewer lanes")
-    assert f"{H100} GPU-aaaa: 4 of 16 lanes" in alert["text"]
+    file = run.code / "launcher/errors.py"
+    first, content = packages(), file.read_bytes()
+    (run.code / "launcher/errors.pyc").write_bytes(b"compiled")
+    assert packages() == first
+    file.write_bytes(content + b"\n")
+    assert packages() != first
+    file.write_bytes(content)
+    # The new name leaves the order of the files unchanged.
+    file.rename(run.code / "launcher/errorz.py")
+    assert packages() != first
 
 
 @pytest.mark.parametrize(
-    "change, what, value",
+    ("tokens", "device", "missing"),
     [
-        ({"code": "beef"}, "the code of the run", "n2: beef; n1: c0de"),
-        ({"packages": {"launcher": "1.0", "torch": "2.12.0"}}, "the version of torch", "n2: 2.12.0; n1: 2.13.0"),
-        ({"packages": {"launcher": "1.0"}}, "the version of torch", "n2: none; n1: 2.13.0"),
-        ({"python": "3.12.1"}, "the version of Python", "n2: 3.12.1; n1: 3.11.9"),
-        ({"gpus": (H100, "NVIDIA A100-SXM4-80GB")}, "the GPU model", f"n2: NVIDIA A100-SXM4-80GB, {H100}; n1: {H100}"),
+        ((), "cuda", []),
+        (("model.compile=true",), "cpu", ["no C++ compiler"]),
+        (("model.compile=true", "model.liger=true"), "cuda", ["no C compiler"]),
+        (("deepspeed=zero3_offload",), "cuda", ["a C++ compiler", "ninja", "nvcc"]),
     ],
 )
-def test_a_difference_from_the_head_node_is_reported_with_both_values(change: dict[str, object], what: str, value: str) -> None:
-    (problem,) = differences(replace(REPORT, host="n2", **change), REPORT)
-    assert problem.message == f"{what} differs from the head node's"
-    assert (problem.where, problem.value) == ("n2", value)
-    assert problem.remedy
+def test_compilers_that_the_settings_need_are_looked_for(
+    node_of: OfConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tokens: tuple[str, ...], device: str, missing: list[str]
+) -> None:
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    seen = failures(machine.check_build_tools(node_of(*tokens, device=device)))
+    assert len(seen) == len(missing)
+    for text, words in zip(seen, missing, strict=True):
+        assert text.startswith(words)
 
 
-def test_equal_nodes_do_not_differ() -> None:
-    assert differences(replace(REPORT, host="n2", memory_gib=1.0, gpus=(H100,), problems=(Problem("x"),)), REPORT) == []
+def test_a_kernel_for_another_torch_fails_with_the_last_line_of_its_traceback(
+    node_of: OfConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('flash_attn_2_cuda.so: undefined symbol')\n")
+    (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
+    (tmp_path / "flash_attn-2.8.3.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+
+    def of_flash_attention(*tokens: str) -> CheckResult:
+        (result,) = [each for each in machine.check_kernels(node_of(*tokens)) if each.seen.startswith("flash-attn ")]
+        return result
+
+    found = of_flash_attention("model.attention=flash_attention_2")
+    assert found.verdict == FAILURE
+    assert found.seen.endswith("ImportError: flash_attn_2_cuda.so: undefined symbol")
+    # With model.attention=auto, ranks use only a kernel that they can import.
+    assert of_flash_attention().verdict == WARNING
+    (package / "__init__.py").write_text("flash_attn_func = flash_attn_varlen_func = None\n")
+    assert of_flash_attention().verdict == OK
+    assert "flash-attn-3 is not installed" in failures(machine.check_kernels(node_of("model.attention=flash_attention_3")))[0]
+
+
+@pytest.fixture
+def dmesg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The kernel's log, which `dmesg` prints."""
+    log, program = tmp_path / "kernel.log", tmp_path / "bin/dmesg"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncat {log}\n")
+    program.chmod(0o700)
+    log.touch()
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return log
+
+
+def test_sound_gpus_of_the_planned_kind_pass(
+    driver: Callable[..., None], planned: Planned, node_of: OfConfig, dmesg: Path
+) -> None:
+    driver({**H100, "processes": [(os.getpid(), 500, "python")]}, OTHER)
+    dmesg.write_text(
+        "NVRM: Xid (PCI:0000:3b:00): 13, pid=99, Graphics Exception\nNVRM: Xid (PCI:0000:d8:00): 79, another job's GPU\n"
+    )
+    node = replace(node_of("cluster.gpu_type=H100-80GB", device="cuda"), num_ranks=2)
+    first, memory = gpus.check_gpus(node)
+    assert (first.verdict, first.seen, first.must_match) == (OK, f"2 x {H100['name']}", True)
+    assert memory.seen == "79.0 of 80.0 GiB free on the GPU with the least"
+    made, _ = planned("cluster.ranks_per_node=2")
+    (of_run,) = gpus.check_gpus(CheckedNode(made.config, "cuda", 2, made, 1))
+    assert of_run.seen == H100["name"], "ranks of one run may be on some GPUs of a node only"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "log", "verdict", "words"),
+    [
+        ({"name": "NVIDIA A100-SXM4-80GB"}, "", FAILURE, "NVIDIA A100-SXM4-80GB found, H100-80GB planned"),
+        ({"ecc": 3}, "", FAILURE, "GPU-bbbb: 3 errors"),
+        ({"fabric": (2, 0, 0)}, "", FAILURE, "GPU-bbbb: still starting"),
+        ({"fabric": (3, 0, 1)}, "", WARNING, "GPU-bbbb: degraded"),
+        ({"lanes": (8, 16)}, "", WARNING, "GPU-bbbb: 8 of 16 lanes"),
+        ({"slowdowns": 0x80}, "", WARNING, "GPU-bbbb: power brake"),
+        ({"free_gib": 20}, "", WARNING, "GPU-bbbb: 20.0 of 80.0 GiB free"),
+        (
+            {"processes": [(999999999, 700, "stale")]},
+            "",
+            FAILURE,
+            "process 999999999 (stale) of an unknown user: 700 MiB of GPU-bbbb",
+        ),
+        ({"processes": [(1, None, "")]}, "", FAILURE, "process 1 (unknown name) of root: memory of GPU-bbbb"),
+        ({}, "[9.1] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.", FAILURE, "Xid 79: fallen off the bus"),
+        ({}, "[9.1] [ T77] NVRM: Xid (PCI:0000:AF:00 GPU-I:05): 48, DBE", FAILURE, "Xid 48: uncorrectable"),
+    ],
+)
+def test_an_unfit_or_slow_gpu_is_reported(
+    driver: Callable[..., None], node_of: OfConfig, dmesg: Path, gpu: dict[str, object], log: str, verdict: str, words: str
+) -> None:
+    driver(H100, {**OTHER, **gpu})
+    dmesg.write_text(log)
+    results = gpus.check_gpus(replace(node_of("cluster.gpu_type=H100-80GB", device="cuda"), num_ranks=2))
+    (found,) = [result for result in results if result.verdict != OK]
+    assert found.verdict == verdict
+    assert words in found.seen
+    assert found.remedy
+
+
+def test_the_name_of_a_users_program_is_no_fault(driver: Callable[..., None], node_of: OfConfig, dmesg: Path) -> None:
+    """The kernel logs the names of crashed processes and files, which may look like a fault."""
+    driver(H100)
+    dmesg.write_text(
+        "[9.1] traps: \rNVRM: Xid (PCI:0000:3b:00): 79, x[77] trap divide error in \u2028NVRM: Xid (PCI:0000:3b:00): 79, x\n"
+    )
+    assert failures(gpus.check_gpus(node_of(device="cuda"))) == []
+
+
+def test_a_missing_gpu_is_explained_by_any_fault_in_the_log(driver: Callable[..., None], node_of: OfConfig, dmesg: Path) -> None:
+    driver(H100)
+    dmesg.write_text("NVRM: Xid (PCI:0000:d8:00): 79, GPU has fallen off the bus.\n")
+    fewer, fault = failures(gpus.check_gpus(replace(node_of(device="cuda"), num_ranks=2)))
+    assert "1 found, 2 needed" in fewer
+    assert "Xid 79" in fault
+
+
+def test_a_driver_that_fails_or_is_missing_is_a_failure_for_runs_on_gpus(
+    driver: Callable[..., None], node_of: OfConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver(init="Driver Not Loaded")
+    assert "Driver Not Loaded" in failures(gpus.check_gpus(node_of(device="cuda")))[0]
+    monkeypatch.setattr("launcher.nvml.has_driver", lambda: False)
+    assert [result.verdict for result in gpus.check_gpus(node_of())] == [WARNING]
+    assert len(failures(gpus.check_gpus(node_of(device="cuda")))) == 1
+
+
+def test_the_check_waits_for_a_process_that_is_ending(
+    driver: Callable[..., None], node_of: OfConfig, dmesg: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "GRACE_S", 60.0)
+    driver({**H100, "processes": [(999999998, 5, "python")]})
+    # A later process may be a rank of a local run, which does not wait for its check.
+    threading.Timer(1.0, driver, ({**H100, "processes": [(999999999, 5, "python")]},)).start()
+    assert failures(gpus.check_gpus(node_of(device="cuda"))) == []
+
+
+def test_a_slow_gpu_is_an_alert_and_a_missing_one_a_problem(driver: Callable[..., None], planned: Planned, dmesg: Path) -> None:
+    made, run = planned("cluster.ranks_per_node=4")
+    driver({**H100, "lanes": (4, 16)})
+    (problem,) = [each for each in check_node(on_gpus(made), 1).problems if "GPU" in each.message]
+    assert "1 found, 4 needed" in problem.message
+    (alert,) = read_events(run.events)
+    assert alert["kind"] == "alert"
+    assert alert["text"].startswith(f"{HOST}: a GPU's PCIe link has fewer lanes")
+
+
+@pytest.mark.rest
+def test_torch_and_an_all_reduce_are_tried_in_processes_of_their_own(node_of: OfConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [result.verdict for result in gpus.check_torch(node_of())] == [OK]
+    (result,) = gpus.check_all_reduce(node_of())
+    assert (result.verdict, result.seen.partition(":")[0]) == (OK, "gloo over 2 processes on the CPU")
+    monkeypatch.setattr(gpus, "COMPUTE_DEADLINE_S", 0.5)
+    assert "did not end" in failures(gpus.check_all_reduce(node_of()))[0]
+    # Either this torch has no CUDA or the machine has no GPU.
+    monkeypatch.setattr("launcher.nvml.has_driver", lambda: True)
+    monkeypatch.setattr(gpus, "COMPUTE_DEADLINE_S", 100.0)
+    if not Path("/dev/nvidiactl").exists():
+        assert len(failures(gpus.check_torch(node_of()))) == 1
+
+
+def test_storage_is_measured_and_left_as_it_was(node_of: OfConfig, tmp_path: Path) -> None:
+    speed, room = storage.check_run_storage(node_of())
+    assert speed.verdict in (OK, WARNING)
+    assert "MB/s" in speed.seen
+    assert "inodes free" in room.seen
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_storage_that_is_another_than_the_submitting_machines_is_a_failure(
+    node_of: OfConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "known"
+    monkeypatch.setenv(SHARED_FILE_VARIABLE, f"{file}=12ab")
+    assert len(failures(storage.check_run_storage(node_of()))) == 1
+    file.write_text("other")
+    assert len(failures(storage.check_run_storage(node_of()))) == 1
+    file.write_text("12ab")
+    assert failures(storage.check_run_storage(node_of())) == []
+
+
+def test_locks_without_effect_are_a_failure(node_of: OfConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)
+    assert ["locks have no effect" in text for text in failures(storage.check_run_storage(node_of()))] == [True]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+@pytest.mark.parametrize(("options", "message"), [("size=16m", "has no room"), ("ro", "cannot be written")])
+def test_full_and_read_only_storage_are_failures(tmp_path: Path, options: str, message: str) -> None:
+    code = (
+        "from plan_fixtures import composed; from launcher.worker.checks import storage, checked_node;"
+        f"node = checked_node.CheckedNode(composed(('model=tiny', 'run.root={tmp_path}/runs')), 'cpu', 1);"
+        "[print(r.verdict, r.seen) for r in storage.check_run_storage(node)]"
+    )
+    command = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        f'mount -t tmpfs -o {options} tmpfs {tmp_path} && exec "{sys.executable}" -c "$0"',
+        code,
+    ]
+    tests = Path(__file__).resolve().parents[2]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests, tests.parent / "slurm")))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("failure ")
+    assert message in line
+
+
+def test_a_cache_without_room_is_a_warning(node_of: OfConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(storage, "_LITTLE_BYTES", 1 << 62)
+    assert [result.verdict for result in storage.check_caches(node_of())] == [WARNING] * 2
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert [result.verdict for result in storage.check_caches(node_of())] == [FAILURE, WARNING]
+
+
+def test_a_check_that_hangs_or_raises_does_not_keep_the_others(node_of: OfConfig) -> None:
+    def hanging(_: CheckedNode) -> Iterator[CheckResult]:
+        yield ok("the first part")
+        time.sleep(60)
+
+    def raising(_: CheckedNode) -> Iterator[CheckResult]:
+        yield ok("the first part")
+        raise ValueError("broken")
+
+    for function, message in ((hanging, "no answer within 0 s"), (raising, "ValueError: broken")):
+        first, second = run_check(Check("name", function, 0.2), node_of())
+        assert (first.name, first.verdict) == ("name", OK)
+        assert (second.name, second.verdict) == ("name", FAILURE)
+        assert message in second.seen
+
+
+def test_a_start_runs_its_checks_only_and_imports_no_torch(planned: Planned) -> None:
+    made, _ = planned()
+    names = {result.name for result in run_checks(CheckedNode(made.config, "cpu", 1, made, 1))}
+    assert names.isdisjoint({"torch", "all-reduce", "kernels", "caches", "limits"})
+    assert all(0 < check.deadline_s <= 300 for check in CHECKS)
+    code = "import sys; from launcher.worker.checks import node_check; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.fixture
@@ -351,47 +496,45 @@ def client(store: TCPStore) -> TCPStore:
     return TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20))
 
 
-def gather(store: TCPStore, reports: dict[int, NodeReport], hosts: list[str], deadline_s: float) -> dict[int, list[Problem]]:
+def gather(store: TCPStore, reports: dict[int, MachineReport], hosts: list[str], deadline_s: float) -> dict[int, list[Problem]]:
     """The problems that each participating node receives; each node is a thread with its own connection."""
-    told: dict[int, list[Problem]] = {}
+    received: dict[int, list[Problem]] = {}
 
-    def take_part(place: int, report: NodeReport) -> None:
-        told[place] = exchange(client(store), report, hosts, place, deadline_s, "try-1")
+    def take_part(index: int, report: MachineReport) -> None:
+        received[index] = exchange(client(store), report, hosts, index, deadline_s, "try-1")
 
     threads = [threading.Thread(target=take_part, args=item) for item in reports.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    return told
+    return received
 
 
 def test_every_node_gets_the_problems_of_all_nodes(store: TCPStore) -> None:
-    broken = Problem("a disk is full", where="n2", value="/", remedy="clear it")
+    full = CheckResult("run.root", FAILURE, "a disk is full", "clear it")
+    other = CheckResult("packages", OK, "launcher 1.0, torch 2.12.0", must_match=True)
     reports = {
         0: REPORT,
-        1: replace(REPORT, host="n2", problems=(broken,)),
-        2: replace(REPORT, host="n3", python="3.12.1"),
-        3: replace(REPORT, host="n4"),
+        1: replace(REPORT, machine="n2", results=(*REPORT.results, full)),
+        2: replace(REPORT, machine="n3", results=(other,)),
+        3: replace(REPORT, machine="n4"),
     }
-    told = gather(store, reports, ["n1", "n2", "n3", "n4"], 30)
-    assert told.keys() == reports.keys()
-    assert told[0] == [broken, *differences(reports[2], REPORT)]
-    assert all(problems == told[0] for problems in told.values())
+    received = gather(store, reports, ["n1", "n2", "n3", "n4"], 30)
+    assert received.keys() == reports.keys()
+    assert [(problem.where, problem.message) for problem in received[0]] == [
+        ("n2", "a disk is full"),
+        ("n3", "nodes differ in packages: torch 2.12.0; most nodes: torch 2.13.0"),
+    ]
+    assert all(problems == received[0] for problems in received.values())
 
 
 def test_nodes_that_do_not_report_are_named_at_the_deadline(store: TCPStore) -> None:
     started = time.monotonic()
-    told = gather(store, {0: REPORT, 2: replace(REPORT, host="n3")}, ["n1", "n2", "n3", "n4"], 1.0)
+    received = gather(store, {0: REPORT, 2: replace(REPORT, machine="n3")}, ["n1", "n2", "n3", "n4"], 1.0)
     assert 1.0 <= time.monotonic() - started < 10
-    assert [problem.where for problem in told[0]] == ["n2", "n4"]
-    assert all("did not report within 1 s" in problem.message and problem.where in problem.remedy for problem in told[0])
-    assert told[2] == told[0]
-
-
-def test_the_other_nodes_report_a_missing_head_node(store: TCPStore) -> None:
-    told = gather(store, {1: replace(REPORT, host="n2", python="3.12.1")}, ["n1", "n2"], 0.5)
-    assert [(problem.where, problem.message) for problem in told[1]] == [("n1", "the node did not report within 0.5 s")]
+    assert [problem.where for problem in received[0]] == ["n2", "n4"]
+    assert received[2] == received[0]
 
 
 def test_the_head_node_stays_until_the_slowest_has_read(store: TCPStore) -> None:
@@ -413,7 +556,7 @@ def test_the_head_node_stays_until_the_slowest_has_read(store: TCPStore) -> None
             return self.connection.get(key)
 
     slow, hosts = Slow(), ["n1", "n2"]
-    thread = threading.Thread(target=exchange, args=(slow, replace(REPORT, host="n2"), hosts, 1, 30.0), daemon=True)
+    thread = threading.Thread(target=exchange, args=(slow, replace(REPORT, machine="n2"), hosts, 1, 30.0), daemon=True)
     thread.start()
     assert exchange(store, REPORT, hosts, 0, 30.0) == []
     ended = time.monotonic()
@@ -426,13 +569,6 @@ def test_a_lost_connection_to_the_store_is_reported_as_a_run_error() -> None:
     connection = client(server)
     # The server stops when its last reference is gone.
     del server
-    with pytest.raises(RunError, match="connection to the head node broke") as caught:
-        exchange(connection, replace(REPORT, host="n2"), ["n1", "n2"], 1, 5.0)
+    with pytest.raises(RunError) as caught:
+        exchange(connection, replace(REPORT, machine="n2"), ["n1", "n2"], 1, 5.0)
     assert caught.value.problems[0].where == "n2"
-
-
-def test_rounds_with_other_prefixes_do_not_meet(store: TCPStore) -> None:
-    hosts = ["n1", "n2"]
-    assert len(exchange(store, REPORT, hosts, 0, 0.2, "try-1")) == 1
-    (problem,) = exchange(store, replace(REPORT, host="n2"), hosts, 1, 0.2, "try-2")
-    assert problem.where == "n1"

@@ -14,6 +14,7 @@ from stale_directory import stale
 
 from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
+from launcher.clusters.check_results import OK, CheckResult, MachineReport
 from launcher.errors import UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -73,9 +74,10 @@ def test_a_package_version_that_differs_on_a_node_is_named(make_fake: Callable[.
     fake = make_fake()
     fake.enter("a", ["n1", "n2"])
     assert fake.coordinator.orders("a", 0) is not None
-    fake.coordinator.report_check("a", 0, replace(FIT, host="n1"))
-    fake.coordinator.report_check("a", 1, replace(FIT, host="n2", packages={"torch": "1"}))
-    assert "n2: the version of torch differs from the head node's n2: 1; n1: 2" in fake.coordinator.state().over
+    fake.coordinator.report_check("a", 0, replace(FIT, machine="n1"))
+    other = CheckResult("packages", OK, "launcher 1, torch 1", must_match=True)
+    fake.coordinator.report_check("a", 1, MachineReport("n2", (other,)))
+    assert "n2: nodes differ in packages: torch 1; most nodes: torch 2" in fake.coordinator.state().over
 
 
 def test_a_completed_run_ends_with_a_final_verdict(make_fake: Callable[..., FakeWorkers]) -> None:

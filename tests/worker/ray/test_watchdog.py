@@ -326,6 +326,6 @@ def test_an_unreachable_node_is_named_and_so_is_a_node_that_reaches_no_other(
         assert node_checks.unreachable("n1", [there], 0.1) == []
         assert node_checks.unreachable("n1", [], 0.1) == []
         (one,) = node_checks.unreachable("n1", [there, away], 0.1)
-        assert (one.where, one.message) == ("n3", f"cannot be reached from n1 at 127.0.0.1:{closed_port}")
+        assert (one.machine, one.seen) == ("n3", f"cannot be reached from n1 at 127.0.0.1:{closed_port}")
         (own,) = node_checks.unreachable("n1", [away], 0.1)
-        assert (own.where, own.message) == ("n1", f"cannot reach n3 at 127.0.0.1:{closed_port}")
+        assert (own.machine, own.seen) == ("", f"cannot reach n3 at 127.0.0.1:{closed_port}")

@@ -1,0 +1,281 @@
+"""Checks of a node's GPUs: by the driver without using them, with torch, and an all-reduce over all of them.
+
+`python -m launcher.worker.checks.gpus torch|all-reduce DEVICE [FOLDER]` computes in a process of its own, because importing torch
+takes seconds, may crash, and the first CUDA call may hang.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import psutil
+
+from launcher import nvml
+from launcher.clusters.check_results import CheckResult, failure, ok, warning
+from launcher.clusters.network import LOOPBACK
+from launcher.errors import describe
+from launcher.hardware import may_use_gpus
+from launcher.nvml import GpuInfo, NvmlError
+from launcher.plan.gpu_types import lookup, recognize
+from launcher.train.monitoring.xids import BROKEN
+from launcher.worker.checks.checked_node import CheckedNode, run_python
+
+COMMAND_DEADLINE_S = 20.0
+# The processes of an attempt that just ended need a while to free their memory.
+GRACE_S = 10.0
+_PAUSE_S = 0.5
+# Seconds for an import of torch, and for an all-reduce.
+COMPUTE_DEADLINE_S = 180.0
+_RANKS_ON_CPU = 2
+# PCIe 3.0 reaches twice this between two GPUs.
+_SLOW_GB_PER_S = 5.0
+# The driver itself and a display take less than this.
+_MAX_USED_FRACTION = 0.05
+# System services, which may hold memory on any GPU.
+_SERVICES = re.compile(r"nvidia-cuda-mps|dcgm|nv-hostengine")
+# Users choose the process and file names in other log lines; in the driver's lines, its name follows the time.
+_XID_LINE = re.compile(r"(?:\[[^]]*\] *){0,2}(NVRM: Xid \(PCI:([0-9a-fA-F:]+)(?:\.[0-9a-fA-F]+)?(?: GPU-I:\d+)?\): (\d+),.*)")
+_EXCLUDE = "exclude this node and tell the administrators"
+
+
+def _lacking_lanes(gpu: GpuInfo) -> str:
+    used, most = gpu.pcie_lanes, gpu.most_pcie_lanes
+    return f"{used} of {most} lanes" if used and most and used < most else ""
+
+
+# A GPU that computes wrongly or not at all is a failure, a slow one a warning: the message, the remedy, and what is wrong with a
+# GPU, empty if nothing is.
+_STATES: tuple[tuple[Callable[[str, str], CheckResult], str, str, Callable[[GpuInfo], str]], ...] = (
+    (
+        failure,
+        "GPUs had memory errors that could not be corrected",
+        "exclude this node and ask the administrators to reset the GPU",
+        lambda gpu: f"{gpu.ecc_errors} errors" if gpu.ecc_errors else "",
+    ),
+    (
+        failure,
+        "the NVLink fabric of GPUs is not ready, and CUDA cannot start without it",
+        "restart the fabric manager on the node (systemctl restart nvidia-fabricmanager), or exclude this node",
+        lambda gpu: gpu.fabric_problem,
+    ),
+    (
+        warning,
+        "the NVLink fabric of GPUs has less bandwidth than it should",
+        "ask the administrators to check NVLink and its switches, or exclude this node",
+        lambda gpu: "degraded" if gpu.is_fabric_degraded else "",
+    ),
+    (
+        warning,
+        "a GPU's PCIe link has fewer lanes than the GPU and its slot",
+        "ask the administrators to reseat the GPU, or exclude this node",
+        _lacking_lanes,
+    ),
+    (
+        warning,
+        "the clocks of GPUs are lowered before the run uses them",
+        "check the node's cooling and power supply, or exclude this node",
+        lambda gpu: " and ".join(gpu.slowdowns),
+    ),
+)
+
+
+def check_gpus(node: CheckedNode) -> Iterator[CheckResult]:
+    """Check number, type, memory errors, faults in the kernel log, NVLink, PCIe, clocks, and who holds their memory."""
+    section = node.config.cluster
+    if not may_use_gpus():
+        seen = "CUDA_VISIBLE_DEVICES hides all GPUs" if nvml.has_driver() else "no NVIDIA driver is loaded"
+        remedy = "unset CUDA_VISIBLE_DEVICES; on a new machine, install the driver; start a container with --gpus all"
+        yield (failure if node.device == "cuda" else warning)(f"{seen}: runs here train on the CPU", remedy)
+        return
+    try:
+        gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
+    except NvmlError as error:
+        yield failure(f"the GPUs cannot be used: {error}", _EXCLUDE)
+        yield from _check_kernel_log(None)
+        return
+    names = Counter(gpu.name for gpu in gpus)
+    # Ranks of a run may be on some GPUs of a node only.
+    counts = "; ".join(f"{'' if node.plan else f'{count} x '}{name}" for name, count in sorted(names.items()))
+    yield ok(counts, must_match=True)
+    if len(gpus) < node.num_ranks:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+        seen = f"there are fewer GPUs than ranks: {len(gpus)} found, {node.num_ranks} needed; CUDA_VISIBLE_DEVICES={visible}"
+        yield failure(seen, f"{section.gpus_remedy}, or set cluster.ranks_per_node to the number of GPUs")
+    planned = section.gpu_type
+    if others := sorted(name for name in names if planned and lookup(name) != lookup(planned)):
+        remedy = f"set cluster.gpu_type to the actual type, or {section.gpu_kind_remedy}"
+        yield failure(f"the GPUs are not of the planned kind: {', '.join(others)} found, {planned} planned", remedy)
+    if unknown := sorted(name for name in names if node.plan is None and recognize(name) is None):
+        remedy = "set cluster.gpu_type to the closest type, or add a row: docs/extending.md, A GPU type"
+        yield warning(f"memory, peak and price are not known for {', '.join(unknown)}", remedy)
+    for result, message, state_remedy, describe_state in _STATES:
+        if bad := [f"{gpu.name} {gpu.uuid}: {text}" for gpu in gpus if (text := describe_state(gpu))]:
+            yield result(f"{message}: {', '.join(bad)}", state_remedy)
+    # A lost GPU has no entry: if some are missing, any fault in the log may be the reason.
+    yield from _check_kernel_log({gpu.bus_id for gpu in gpus} if len(gpus) >= node.num_ranks else None)
+    yield from _check_memory(gpus, node)
+
+
+def _check_kernel_log(buses: set[str] | None) -> Iterator[CheckResult]:
+    """Yield the faults since boot of the GPUs at `buses` (None for all GPUs); none if the log is unreadable."""
+    try:
+        process = subprocess.Popen(["dmesg"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        output = process.communicate(timeout=COMMAND_DEADLINE_S)[0].decode(errors="replace")
+    except OSError:
+        return
+    except subprocess.TimeoutExpired:
+        # A process that hangs in the driver cannot be killed, nor waited for.
+        process.kill()
+        return
+    # splitlines() would also split at characters that may occur in a name.
+    matches = [match for match in map(_XID_LINE.match, output.split("\n")) if match]
+    faults = {(match[2].lower(), int(match[3])): match[1] for match in matches if int(match[3]) in BROKEN}
+    for (bus, number), line in faults.items():
+        if buses is None or bus in buses:
+            remedy = "exclude this node, and ask the administrators to reset or replace the GPU and then to clear the kernel's "
+            remedy += "log (dmesg --clear)"
+            yield failure(f"a GPU has a fault, Xid {number}: {BROKEN[number]}: {line}", remedy)
+
+
+def _check_memory(gpus: list[GpuInfo], node: CheckedNode) -> Iterator[CheckResult]:
+    """Yield a failure for each foreign process that holds GPU memory, such as leftovers of an earlier job."""
+    this, deadline = psutil.Process(), time.monotonic() + GRACE_S
+    own_pids = {process.pid for process in (this, *this.children(recursive=True))}
+    at_first: set[int] | None = None
+    while True:
+        others = [
+            (gpu.uuid, process)
+            for gpu in gpus
+            for process in gpu.processes
+            if process.pid not in own_pids and not _SERVICES.search(process.name)
+        ]
+        # A local run does not wait for its check: others that appear meanwhile may be its ranks.
+        at_first = at_first if at_first is not None else {process.pid for _, process in others}
+        others = [(uuid, process) for uuid, process in others if process.pid in at_first]
+        if not others or time.monotonic() >= deadline:
+            break
+        time.sleep(_PAUSE_S)
+        try:
+            gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
+        except NvmlError as error:
+            yield failure(f"the processes on the GPUs cannot be listed: {error}", _EXCLUDE)
+            return
+    for uuid, process in others:
+        try:
+            owner = psutil.Process(process.pid).username()
+        except psutil.Error:
+            owner = "an unknown user"
+        name = f"process {process.pid} ({process.name or 'unknown name'}) of {owner}"
+        held = "memory" if process.used_mib is None else f"{process.used_mib} MiB"
+        seen = f"a process outside this run holds GPU memory: {name}: {held} of {uuid}"
+        yield failure(seen, f"end it on the node with: kill {process.pid}; or exclude this node")
+    known = [gpu for gpu in gpus if gpu.free_gib is not None and gpu.memory_gib]
+    if node.plan is not None or not known:
+        return
+    for gpu in known:
+        if not gpu.processes and 1 - (gpu.free_gib or 0) / (gpu.memory_gib or 1) > _MAX_USED_FRACTION:
+            seen = "GPU memory is held, but the driver lists no process, which may be in another container: "
+            seen += f"{gpu.uuid}: {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free"
+            yield warning(seen, "find it on the host with nvidia-smi, and end it")
+    least = min(known, key=lambda gpu: gpu.free_gib or 0)
+    yield ok(f"{least.free_gib:.1f} of {least.memory_gib:.1f} GiB free on the GPU with the least")
+
+
+def check_torch(node: CheckedNode) -> Iterator[CheckResult]:
+    """Import torch, and run a kernel on every GPU that the driver lists."""
+    output, problem = run_python(["-m", __spec__.name, "torch", _computing_device()], COMPUTE_DEADLINE_S)
+    if problem:
+        remedy = (
+            "compare nvidia-smi's CUDA version with torch's, and install the build that fits: https://pytorch.org/get-started"
+        )
+        yield failure(f"torch cannot be used: {problem}", remedy)
+    else:
+        yield ok(output, must_match=True)
+
+
+def check_all_reduce(node: CheckedNode) -> Iterator[CheckResult]:
+    """All-reduce over all GPUs of this machine with NCCL, or over two processes with gloo if there is no GPU."""
+    device = _computing_device()
+    loopback = {"GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory(prefix="launcher-doctor-") as folder:
+        arguments = ["-m", __spec__.name, "all-reduce", device, folder]
+        output, problem = run_python(arguments, COMPUTE_DEADLINE_S, {**os.environ, **loopback})
+    if problem:
+        remedy = "repeat it with NCCL_DEBUG=INFO; check /dev/shm, nvidia-smi topo -m, and that no firewall closes loopback"
+        yield failure(f"it failed: {problem}", remedy)
+        return
+    num_ranks, bandwidth = int(output.split()[0]), float(output.split()[1])
+    seen = f"NCCL over {num_ranks} GPUs" if device == "cuda" else f"gloo over {num_ranks} processes on the CPU"
+    if device == "cuda" and num_ranks > 1 and bandwidth < _SLOW_GB_PER_S:
+        remedy = "look at nvidia-smi topo -m: GPUs without NVLink should share a PCIe switch; unset NCCL_P2P_DISABLE"
+        yield warning(f"{seen}: {bandwidth:.2f} GB/s, which is slow: training will wait for it", remedy)
+    else:
+        yield ok(f"{seen}: {bandwidth:.2f} GB/s" if num_ranks > 1 else "NCCL starts on the GPU")
+
+
+def _computing_device() -> str:
+    return "cuda" if may_use_gpus() else "cpu"
+
+
+# The code below runs in the separate process.
+
+
+def _try_torch(device: str) -> str:
+    import torch
+
+    if device == "cpu":
+        return f"torch {torch.__version__}"
+    # Says why, if torch cannot use the driver.
+    torch.cuda.init()
+    for i in range(torch.cuda.device_count()):
+        # The first kernel fails if torch has none for this GPU's compute capability.
+        torch.ones(2, device=f"cuda:{i}").sum().item()
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    version = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, NCCL {nccl}"
+    return f"{version}, a kernel ran on each of {torch.cuda.device_count()} GPUs"
+
+
+def _all_reduce(device: str, folder: str) -> str:
+    import torch
+
+    num_ranks = torch.cuda.device_count() if device == "cuda" else _RANKS_ON_CPU
+    torch.multiprocessing.spawn(_run_rank, (device, num_ranks, folder), nprocs=num_ranks)
+    with open(f"{folder}/bandwidth") as file:
+        return f"{num_ranks} {file.read()}"
+
+
+def _run_rank(rank: int, device: str, num_ranks: int, folder: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from launcher.train.monitoring.bandwidth import measure_bus_bandwidth
+
+    of_rank = torch.device("cpu") if device == "cpu" else torch.device("cuda", rank)
+    if device == "cuda":
+        torch.cuda.set_device(of_rank)
+    store, timeout = dist.FileStore(f"{folder}/store", num_ranks), timedelta(seconds=COMPUTE_DEADLINE_S)
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+    bandwidth = measure_bus_bandwidth(of_rank)
+    if rank == 0:
+        with open(f"{folder}/bandwidth", "w") as file:
+            file.write(str(bandwidth))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        print(_try_torch(sys.argv[2]) if sys.argv[1] == "torch" else _all_reduce(*sys.argv[2:]))
+    # torch raises many types of exceptions; the first line of a message, or the last of a rank's traceback, names the problem.
+    except Exception as error:
+        lines = describe(error).strip().splitlines()
+        sys.exit(lines[-1 if sys.argv[1] == "all-reduce" else 0])
