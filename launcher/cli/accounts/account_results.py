@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
@@ -66,16 +65,11 @@ def _check_hub(config: RunConfig) -> Iterator[CheckResult]:
     try:
         request = urllib.request.Request(f"{endpoint}/api/whoami-v2", headers={"Authorization": f"Bearer {token}"})  # noqa: S310
         user = str(request_json(request, _ANSWER_DEADLINE_S)["name"])[:_MAX_NAME_CHARS]
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            yield CheckResult(_HUB, FAILURE, f"{endpoint} does not accept the token from {source}", remedy)
-        else:
-            yield CheckResult(
-                _HUB, WARNING, f"{endpoint} answers with HTTP {error.code}: the token was not checked", "try again later"
-            )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = getattr(error, "reason", error)
-        seen = f"{endpoint} does not answer, so the token from {source} was not checked: {reason}"
+        if getattr(error, "code", None) in (401, 403):
+            yield CheckResult(_HUB, FAILURE, f"{endpoint} does not accept the token from {source}", remedy)
+            return
+        seen = f"{endpoint} does not answer, so the token from {source} was not checked: {error}"
         yield CheckResult(_HUB, WARNING, seen, "check the network, or export HF_HUB_OFFLINE=1 on a machine without one")
     else:
         yield CheckResult(_HUB, OK, f"the token from {source} belongs to {user}")

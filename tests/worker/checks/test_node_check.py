@@ -327,7 +327,6 @@ def test_sound_gpus_of_the_planned_kind_pass(
             FAILURE,
             "process 999999999 (stale) of an unknown user: 700 MiB of GPU-bbbb",
         ),
-        ({"processes": [(1, None, "")]}, "", FAILURE, "process 1 (unknown name) of root: memory of GPU-bbbb"),
         ({}, "[9.1] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.", FAILURE, "Xid 79: fallen off the bus"),
         ({}, "[9.1] [ T77] NVRM: Xid (PCI:0000:AF:00 GPU-I:05): 48, DBE", FAILURE, "Xid 48: uncorrectable"),
     ],
