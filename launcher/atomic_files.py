@@ -45,21 +45,6 @@ class FileEntry:
     size: int
     xxh3_128: str
 
-    def __post_init__(self) -> None:
-        if type(self.size) is not int or self.size < 0 or not isinstance(self.xxh3_128, str):
-            raise ValueError("needs a number of bytes and a digest as text")
-
-    @classmethod
-    def of(cls, values: Any) -> FileEntry:
-        """Build an entry from its JSON object.
-
-        Raises:
-            ValueError: if it is not a size and a digest.
-        """
-        if not isinstance(values, dict) or values.keys() != {"size", "xxh3_128"}:
-            raise ValueError("needs a size and a digest")
-        return cls(**values)
-
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` with a value as indented JSON; see `write_bytes`.

@@ -6,22 +6,18 @@ import fnmatch
 import json
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 import xxhash
 
 import launcher
-from launcher import atomic_files, json_records
-from launcher.errors import RunError
+from launcher import atomic_files
 from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
 
 # The package to copy.
 _PACKAGE = Path(launcher.__file__).resolve().parent
 # In the code's folder: which plans this code reads.
 _PLAN_SCHEMA = "plan_schema_version"
-# In the same folder: the digest of every file of the package, keyed by its path in the folder.
-DIGESTS = "digests.json"
 
 
 def create(run: RunDir) -> None:
@@ -62,38 +58,6 @@ def replace(run: RunDir, newest_attempt: int) -> Path:
     return earlier
 
 
-def find_damage(run: RunDir) -> str | None:
-    """Return which files of the run's code are missing or differ from their digests, or None if all are as submitted.
-
-    For bytecode see `remove_changed_bytecode`.
-    """
-    try:
-        digests = json_records.read_json(run.code / DIGESTS)
-    except RunError:
-        return DIGESTS
-    damaged = [name for name, digest in digests.items() if not name.endswith(".pyc") and not _is_intact(run.code / name, digest)]
-    others = f" and {len(damaged) - 1:,} more" if len(damaged) > 1 else ""
-    return f"{damaged[0]}{others}" if damaged else None
-
-
-def remove_changed_bytecode(run: RunDir) -> None:
-    """Remove bytecode that differs from its digest: nodes compile it again.
-
-    Python itself rewrites it in a copy of a run with different file times; after a power loss it may be truncated.
-    """
-    with suppress(RunError, FileNotFoundError):
-        for name, digest in json_records.read_json(run.code / DIGESTS).items():
-            if name.endswith(".pyc") and not _is_intact(run.code / name, digest):
-                (run.code / name).unlink(missing_ok=True)
-
-
-def _is_intact(file: Path, digest: str) -> bool:
-    try:
-        return xxhash.xxh3_128_hexdigest(file.read_bytes()) == digest
-    except OSError:
-        return False
-
-
 def _list_left_out(folder: str, names: list[str]) -> set[str]:
     """Return what not to copy: settings (plans hold them), files being written, and bytecode that this user may not read."""
     bytecode = [name for name in names if name == "__pycache__" or name.endswith(".pyc")]
@@ -102,11 +66,8 @@ def _list_left_out(folder: str, names: list[str]) -> set[str]:
 
 
 def _copy_package(folder: Path) -> None:
-    """Copy the package, with its digests, to a folder that does not exist yet, and make everything durable."""
+    """Copy the package to a folder that does not exist yet, and make everything durable."""
     shutil.copytree(_PACKAGE, folder / "launcher", ignore=_list_left_out)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    digests = {str(path.relative_to(folder)): xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in files}
-    (folder / DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
     (folder / _PLAN_SCHEMA).write_text(f"{plan_schema()}\n", encoding="utf-8")
     # Without this, files may be empty after a power loss, and every later attempt runs them.
     atomic_files.fsync_tree(folder)

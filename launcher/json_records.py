@@ -10,8 +10,6 @@ import dataclasses
 import errno
 import functools
 import json
-import os
-import stat
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -27,10 +25,6 @@ _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "tex
 _MAX_VALUE_CHARS = 80
 # The maximum size of a record: manifests and plans for thousands of ranks have several MiB.
 MAX_BYTES = 64 * 2**20
-
-
-class NoRecord(OSError):
-    """A file cannot be a record, whatever its content: it is a pipe or a device, or too large."""
 
 
 class _FieldError(Exception):
@@ -91,8 +85,6 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
         content = read_bytes(path)
     except FileNotFoundError:
         raise DamagedRun("a file of the run is missing", where=str(path), remedy=remedy) from None
-    except NoRecord as error:
-        raise DamagedRun(f"a file of the run is damaged: it {error.strerror}", where=str(path), remedy=remedy) from None
     except OSError as error:
         remedy = "check the storage and the permissions, then try again"
         raise DamagedRun(f"a file of the run cannot be read: {error.strerror}", where=str(path), remedy=remedy) from None
@@ -107,7 +99,7 @@ def loads(record_type: type[T], content: bytes, where: str, remedy: str = "") ->
 def _parse(content: bytes, where: str, remedy: str) -> dict[str, Any]:
     try:
         value = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedRun(f"a file of the run is damaged: {error}", where=where, remedy=remedy) from None
     if not isinstance(value, dict):
         raise DamagedRun("a file of the run is damaged: it is not a JSON object", where=where, remedy=remedy)
@@ -115,39 +107,14 @@ def _parse(content: bytes, where: str, remedy: str) -> dict[str, Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Read a file that should be a record: in another user's run, it may be anything, of any size.
-
-    Raises:
-        NoRecord: if it is a pipe or a device, or larger than any record.
-        OSError: if it cannot be read.
-    """
-
-    def read() -> bytes:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-            if not stat.S_ISREG(status.st_mode):
-                # Reading a pipe or a device might never end.
-                raise NoRecord(errno.EINVAL, "is not a regular file", str(path))
-            with open(descriptor, "rb", closefd=False) as file:
-                # A read allocates as much as it requests.
-                content = file.read(min(MAX_BYTES, status.st_size) + 1)
-            if len(content) > MAX_BYTES:
-                message = f"has more than the {MAX_BYTES / 2**20:.0f} MiB of the largest record"
-                raise NoRecord(errno.EFBIG, message, str(path))
-            return content
-        finally:
-            os.close(descriptor)
-
+    """Read a file that other processes replace."""
     try:
-        return read()
+        return path.read_bytes()
     except OSError as error:
         if error.errno != errno.ESTALE:
             raise
         # On NFS, another machine replaced the file after it was opened.
-        return read()
+        return path.read_bytes()
 
 
 @functools.cache

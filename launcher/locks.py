@@ -9,21 +9,23 @@ from __future__ import annotations
 import functools
 import getpass
 import json
+import logging
 import os
-import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 # A holder writes its identity right after it takes the lock.
 _IDENTITY_WAIT_S = 0.5
-_MAX_IDENTITY_BYTES = 1 << 16
 # The kernel counts starts in ticks of 0.01 s; psutil's conversions round to floats.
 _SAME_START_S = 0.5
-# No machine runs for 30 years, and no clock shows a time before 2001.
-_EPOCH_S = 1e9
+# A waiting process warns at this interval.
+WARN_EVERY_S = 600.0
+
+# A logger without a handler writes warnings unformatted to standard error.
+_LOG = logging.getLogger(__name__)
 
 
 class LockTimeout(Exception):
@@ -90,13 +92,8 @@ class Holder:
         """True if the process is known to have ended; never true for a process on another machine or in another container."""
         if self.space != pid_namespace():
             return False
-        started, recorded = read_start(self.pid), self.started
-        if recorded > _EPOCH_S:
-            import psutil
-
-            # Earlier versions recorded the time of day.
-            recorded -= psutil.boot_time()
-        return started is None or not is_same_start(started, recorded)
+        started = read_start(self.pid)
+        return started is None or not is_same_start(started, self.started)
 
     def __str__(self) -> str:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
@@ -117,31 +114,51 @@ def hold(path: Path, timeout_s: float, command: str, mode: int = -1) -> Iterator
     # Commands that only read runs take no lock, and the import takes a while.
     from filelock import FileLock, Timeout
 
-    lock = FileLock(path, timeout=timeout_s, mode=mode)
+    lock, identity = FileLock(path, timeout=timeout_s, mode=mode), _identity_path(path)
     try:
         lock.acquire()
     except Timeout:
         raise LockTimeout(str(path)) from None
     try:
-        with _published_identity(path, command):
-            yield
+        # The lock also holds without an identity.
+        with suppress(OSError):
+            identity.write_text(json.dumps(asdict(Holder.this_process(command))))
+        yield
     finally:
+        # An identity file that cannot be removed names a process that has ended.
+        with suppress(OSError):
+            identity.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def wait_and_hold(path: Path, activity: str, command: str) -> Iterator[None]:
+    """Hold the lock file `path` of a part of the cache once no other process does; until then, warn every WARN_EVERY_S seconds.
+
+    `activity` describes in the warning what the other process does, as in "builds this data cache".
+
+    Raises:
+        OSError: if the file cannot be created.
+    """
+    timeout_s = 0.0
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold(path, timeout_s, command, mode=0o600))
+                break
+            except LockTimeout:
+                _LOG.warning("waiting for another process that %s (%s)", activity, read_holder(path) or path)
+                timeout_s = WARN_EVERY_S
+        yield
 
 
 def read_holder(path: Path) -> Holder | None:
     """Return the process that holds the lock file `path`, or None if no process does or its identity is not published."""
     try:
-        holder = Holder(**json.loads(_read_identity(_identity_path(path))))
+        holder = Holder(**json.loads(_identity_path(path).read_text()))
     except (OSError, ValueError, TypeError):
         return None
     return None if holder.has_ended else holder
-
-
-def _read_identity(path: Path) -> bytes:
-    """Read an identity file; another user may have left a pipe in its place, and reading it would never end."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-        return file.read(_MAX_IDENTITY_BYTES) or b""
 
 
 def wait_for_holder(path: Path) -> Holder | None:
@@ -150,25 +167,6 @@ def wait_for_holder(path: Path) -> Holder | None:
     while (holder := read_holder(path)) is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return holder
-
-
-@contextmanager
-def _published_identity(path: Path, command: str) -> Iterator[None]:
-    identity = _identity_path(path)
-    # Other users may write to a shared cache's folder: use a name that they cannot guess, and follow none of their links.
-    partial = identity.with_name(f".{identity.name}.{secrets.token_hex(8)}")
-    try:
-        # The lock also holds without an identity. The identity need not survive a crash of the machine: its process does not.
-        with suppress(OSError), open(partial, "x") as file:
-            json.dump(asdict(Holder.this_process(command)), file)
-            file.flush()
-            os.replace(partial, identity)
-        yield
-    finally:
-        # An identity file that cannot be removed names a process that has ended.
-        for left in (partial, identity):
-            with suppress(OSError):
-                left.unlink(missing_ok=True)
 
 
 def _identity_path(path: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import os
 import shutil
 import stat
@@ -348,11 +347,7 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
                 ownership.require_own_links(candidate, root, run)
                 return run
         except OSError as error:
-            remedy = "check the storage, then try again"
-            if isinstance(error, PermissionError):
-                remedy = "only the run's owner can read this folder: ask them for access"
-            elif error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-                remedy = "use another name"
+            remedy = "check the storage and your access to it, then try again"
             message = f"the run {name} cannot be read: {error.strerror}"
             raise SubmitError(message, where=str(candidate), remedy=remedy) from None
     raise _no_such_run(name, root, marker)

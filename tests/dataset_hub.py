@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from http_server import serving
+from http_server import Answer, Request, serving
 
 
 @dataclass
@@ -50,48 +48,30 @@ class DatasetHub:
                 entries[name] = {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": name}
         return list(entries.values())
 
-    def answer(self, path: str, query: str) -> tuple[int, dict[str, str], bytes]:
+    def answer(self, request: Request) -> Answer:
+        path, query = request.path, request.query
+        self.requests.append(path)
         if self.fails_with is not None:
-            return self.fails_with, {}, b"{}"
+            return self.fails_with, {}
         if match := re.fullmatch(r"/api/datasets/owner/name/tree/(\w+)(?:/(.+))?", path):
-            return 200, {}, json.dumps(self._tree(self.revisions[match[1]], match[2], "recursive=true" in query)).encode()
+            return 200, self._tree(self.revisions[match[1]], match[2], "recursive=true" in query)
         if match := re.fullmatch(r"/api/datasets/owner/name(?:/revision/(\w+))?", path):
             sha = self.revisions.get(match[1] or "main")
             if sha is not None:
                 siblings = [{"rfilename": name} for name in self.commits[sha]]
-                return 200, {}, json.dumps({"id": "owner/name", "sha": sha, "siblings": siblings}).encode()
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+                return 200, {"id": "owner/name", "sha": sha, "siblings": siblings}
+            return 404, {}, {"X-Error-Code": "RevisionNotFound"}
         if (match := re.fullmatch(r"/datasets/owner/name/resolve/(\w+)/(.+)", path)) and match[1] in self.revisions:
             sha = self.revisions[match[1]]
             content = self.commits[sha].get(match[2])
             if content is not None:
-                return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": sha}, content
-            return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
-        return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
+                return 200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": sha}
+            return 404, {}, {"X-Error-Code": "EntryNotFound"}
+        return 401, {}, {"X-Error-Code": "RepoNotFound"}
 
 
 @contextmanager
 def running_dataset_hub() -> Iterator[DatasetHub]:
     hub = DatasetHub()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _serve(self) -> None:
-            path = self.path.partition("?")[0]
-            hub.requests.append(path)
-            status, headers, content = hub.answer(path, self.path.partition("?")[2])
-            self.send_response(status)
-            for key, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        do_GET = do_HEAD = _serve
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with serving(Handler) as hub.address:
+    with serving(hub.answer) as hub.address:
         yield hub

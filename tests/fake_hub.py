@@ -11,10 +11,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from http_server import serving
+from http_server import Answer, Request, serving
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -33,15 +32,15 @@ class FakeHub:
     stored: dict[str, bytes] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
-        path, _, _ = path.partition("?")
+    def answer(self, request: Request) -> tuple[int, Any]:
+        method, path, body = request.method, request.path, request.body
         for end, status in self.refuse.items():
             if path.endswith(end):
                 return status, {"error": "refused by the test"}
         if path == "/api/repos/create":
-            request = json.loads(body)
+            asked = json.loads(body)
             if not self.exists:
-                self.private = request.get("private", request.get("visibility") == "private")
+                self.private = asked.get("private", asked.get("visibility") == "private")
             self.exists = True
             return 200, {"url": f"{self.address}/owner/name", "name": "owner/name", "id": "owner/name"}
         if path == "/api/validate-yaml":
@@ -101,26 +100,10 @@ def running_hub(token: str) -> Iterator[FakeHub]:
     """A Hub that knows one user, by `token`, and answers 401 to everyone else."""
     hub = FakeHub(token)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def answer(request: Request) -> Answer:
+        is_known = request.headers.get("Authorization") == f"Bearer {hub.token}" or request.path.startswith("/lfs/")
+        status, content = hub.answer(request) if is_known else (401, {"error": "Invalid credentials"})
+        return status, content, {"X-Error-Code": "RepoNotFound"} if status == 404 and not hub.exists else {}
 
-        def _serve(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            known = self.headers.get("Authorization") == f"Bearer {hub.token}" or self.path.startswith("/lfs/")
-            status, content = hub.answer(self.command, self.path, body) if known else (401, {"error": "Invalid credentials"})
-            raw = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            if status == 404 and not hub.exists:
-                self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
-
-        do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = _serve
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with serving(Handler) as hub.address:
+    with serving(answer) as hub.address:
         yield hub

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from special_files import link_to_device, make_pipe
 
 from launcher import atomic_files
 
@@ -76,20 +74,3 @@ def test_replace_directory_removes_the_previous_one(tmp_path: Path) -> None:
     atomic_files.replace_directory(tmp_path / "source", tmp_path / "target")
     assert (tmp_path / "target/file").read_text() == "source"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("make", [make_pipe, link_to_device])
-def test_a_pipe_or_a_device_has_no_digest(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    """In another user's checkpoint, a shard may be either one, and its manifest may say anything."""
-    make(tmp_path / "shard")
-    with pytest.raises(OSError, match="is not a regular file"):
-        atomic_files.digest_file(tmp_path / "shard")
-
-
-def test_a_folder_in_place_of_a_file_is_named_and_leaves_no_descriptor_open(tmp_path: Path) -> None:
-    num_open = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(IsADirectoryError) as caught:
-        atomic_files.digest_file(tmp_path)
-    assert caught.value.filename == str(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == num_open

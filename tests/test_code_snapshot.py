@@ -51,30 +51,6 @@ def test_replacing_code_continues_after_an_interruption(run: RunDir) -> None:
     assert (run.earlier_code(1) / "launcher/run_store.py").is_file()
 
 
-def test_damaged_code_is_named(run: RunDir) -> None:
-    assert code_snapshot.find_damage(run) is None
-    compiled = [*run.code.rglob("*.pyc")]
-    assert compiled
-    code_snapshot.remove_changed_bytecode(run)
-    assert [*run.code.rglob("*.pyc")] == compiled
-    # Python rewrites bytecode in a copy of the run, and a power loss may truncate it.
-    compiled[0].write_bytes(b"")
-    assert code_snapshot.find_damage(run) is None
-    code_snapshot.remove_changed_bytecode(run)
-    assert not compiled.pop(0).exists()
-    for bytecode in compiled:
-        bytecode.unlink()
-    assert code_snapshot.find_damage(run) is None, "a copy from a mirror has no bytecode"
-    (run.code / "launcher/train/loop.py").write_bytes(b"")
-    assert code_snapshot.find_damage(run) == "launcher/train/loop.py"
-    (run.code / "launcher/errors.py").unlink()
-    assert code_snapshot.find_damage(run) == "launcher/errors.py and 1 more"
-    (run.code / "digests.json").write_bytes(b"")
-    assert code_snapshot.find_damage(run) == "digests.json"
-    code_snapshot.replace(run, 1)
-    assert code_snapshot.find_damage(run) is None
-
-
 def test_code_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[str] = set()
     fsync = os.fsync

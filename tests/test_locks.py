@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import secrets
 import subprocess
 import sys
 import time
@@ -131,22 +130,6 @@ def test_credentials_on_the_command_line_are_redacted(tmp_path: Path) -> None:
     with another(tmp_path, token):
         assert token not in refusal(tmp_path)
         assert token not in (tmp_path / ".lock.json").read_text()
-
-
-def test_no_planted_link_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other users may be able to write to the folder, and can guess every name except the random one."""
-    keys = tmp_path / "authorized_keys"
-    keys.write_text("of the user")
-    names = [".lock.json", "..lock.json.partial", "..lock.json.planted"]
-    for name in names:
-        (tmp_path / name).symlink_to(keys)
-    monkeypatch.setattr(secrets, "token_hex", lambda num_bytes: "planted")
-    with hold(tmp_path / ".lock", 0, "pytest"):
-        pass
-    monkeypatch.undo()
-    with hold(tmp_path / ".lock", 0, "pytest"):
-        assert read_holder(tmp_path / ".lock") is not None
-    assert keys.read_text() == "of the user"
 
 
 def test_hold_waits_until_the_holder_ends(tmp_path: Path) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher import atomic_files, json_records
-from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
+from launcher.errors import CheckpointError, DamagedCheckpoint, DamagedRun, UnreadableCheckpoint
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -42,16 +41,6 @@ class Manifest:
     files: dict[str, atomic_files.FileEntry]
 
     def __post_init__(self) -> None:
-        minima = {"step": 0, "world_size": 1, "attempt": 0, "format_version": 0}
-        for name, lowest in minima.items():
-            if type(value := getattr(self, name)) is not int or value < lowest:
-                raise ValueError(f"{name}: is not a whole number of at least {lowest}")
-        if not isinstance(self.plan_digest, str):
-            raise ValueError("plan_digest: is not text")
-        if not isinstance(self.eval_loss, float | int | None):
-            raise ValueError("eval_loss: is not a number")
-        if not isinstance(self.eval_set, str):
-            raise ValueError("eval_set: is not text")
         for name in self.files:
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"files: {name!r} is not the name of a file")
@@ -61,9 +50,6 @@ class Manifest:
         if self.eval_loss is not None and not math.isfinite(self.eval_loss):
             # JSON cannot represent it.
             values["eval_loss"] = None
-        if self.eval_set == HELD_OUT:
-            # Earlier launchers do not know this key.
-            del values["eval_set"]
         return json.dumps(values, indent=2) + "\n"
 
     @classmethod
@@ -74,32 +60,10 @@ class Manifest:
             ValueError: if the content is anything else; says which field is wrong.
         """
         try:
-            values: Any = json.loads(content)
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        known = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
-            raise ValueError("not an object with files")
-        if missing := known - {"eval_loss", "eval_set", "format_version"} - values.keys():
-            raise ValueError(f"{min(missing)}: is missing")
-        if unknown := values.keys() - known:
-            raise ValueError(f"{min(unknown)!r}: is unknown")
-        files = {}
-        for name, entry in values["files"].items():
-            try:
-                files[name] = atomic_files.FileEntry.of(entry)
-            except ValueError as error:
-                raise ValueError(f"files: {name!r} {error}") from None
-        loss = values.get("eval_loss")
-        return cls(**{**values, "eval_loss": _as_float(loss), "files": files})
-
-
-def _as_float(loss: Any) -> Any:
-    """Convert an integer, which JSON allows at any length, to a float."""
-    try:
-        return float(loss) if type(loss) is int else loss
-    except OverflowError:
-        return math.inf
+            return json_records.loads(cls, content, MANIFEST)
+        except DamagedRun as error:
+            problem = error.problems[0]
+            raise ValueError(f"{problem.message} ({problem.where})") from None
 
 
 def describe_loss(loss: float | None, eval_set: str) -> str:
@@ -157,7 +121,7 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
         manifest = Manifest.from_json(json_records.read_bytes(file))
-    except (FileNotFoundError, json_records.NoRecord) as error:
+    except FileNotFoundError as error:
         raise DamagedCheckpoint("a checkpoint has no readable manifest", where=str(file), value=str(error.strerror)) from error
     except OSError as error:
         raise unreadable_error(file, error) from error
@@ -182,7 +146,7 @@ def read_later_evaluation(path: Path) -> LaterEvaluation | None:
     file = path / LATER_EVALUATION
     try:
         content = json_records.read_bytes(file)
-    except (FileNotFoundError, json_records.NoRecord):
+    except FileNotFoundError:
         return None
     except OSError as error:
         raise unreadable_error(file, error) from error
@@ -192,15 +156,9 @@ def read_later_evaluation(path: Path) -> LaterEvaluation | None:
 def parse_later_evaluation(content: bytes) -> LaterEvaluation | None:
     """Parse the content of an evaluation.json, or None if it is damaged."""
     try:
-        values: Any = json.loads(content)
-    except (ValueError, RecursionError):
+        return json_records.loads(LaterEvaluation, content, LATER_EVALUATION)
+    except DamagedRun:
         return None
-    if not isinstance(values, dict):
-        return None
-    eval_set, loss, rows = values.get("eval_set"), _as_float(values.get("eval_loss")), values.get("eval_rows", "")
-    if isinstance(eval_set, str) and isinstance(loss, float) and isinstance(rows, str):
-        return LaterEvaluation(eval_set, loss, rows)
-    return None
 
 
 def record_evaluation(path: Path, evaluation: LaterEvaluation) -> bool:

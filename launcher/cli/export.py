@@ -38,7 +38,7 @@ def run(verb: str, tokens: list[str]) -> int:
     ownership.require_run(run_dir)
     plan = run_store.load_plan(run_dir)
     if arguments.push is not None:
-        _require_pushable(arguments.push, arguments.push_public or plan.config.export.push_public)
+        _require_pushable(arguments.push, run_dir.export)
     step = require_checkpoint(run_dir, arguments.step)
     out = run_dir.export if arguments.out is None else Path(arguments.out).expanduser().absolute()
     _require_writable(out)
@@ -53,7 +53,7 @@ def run(verb: str, tokens: list[str]) -> int:
     command = [sys.executable, "-m", "launcher.worker.export", str(run_dir.plan), "--step", str(step), "--dtype", dtype]
     command += ["--out", str(out)] if arguments.out is not None else []
     command += ["--push", arguments.push] if arguments.push is not None else []
-    command += [flag for flag, is_set in (("--no-check", arguments.no_check), ("--push-public", arguments.push_public)) if is_set]
+    command += ["--no-check"] if arguments.no_check else []
     code, _ = run_worker(command)
     return code
 
@@ -70,7 +70,6 @@ def _parser() -> argparse.ArgumentParser:
     replace = "replace an export of another type or of a later step in the folder"
     parser.add_argument("--replace", action="store_true", help=replace)
     parser.add_argument("--no-check", action="store_true", help="skip the parity check, which loads the folder with transformers")
-    parser.add_argument("--push-public", action="store_true", help="with --push: upload even if everyone can read the repository")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub; needs HF_TOKEN")
     return parser
 
@@ -164,11 +163,11 @@ def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: i
         print(f"replacing the export of {held}", flush=True)
 
 
-def _require_pushable(repo_id: str, allow_public: bool) -> None:
+def _require_pushable(repo_id: str, folder: Path) -> None:
     """Reject a push that cannot succeed, before the export."""
     if not HUB_ID_PATTERN.fullmatch(repo_id):
         raise SubmitError("this is not the name of a Hub repository", where="--push", value=repo_id, remedy="write owner/name")
     if problem := hub.token_problem("--push", repo_id):
         raise SubmitError(problem)
-    if not allow_public and (problem := hub.public_problem("--push", repo_id, "--push-public")):
-        raise SubmitError(problem)
+    if hub.is_public(repo_id):
+        raise SubmitError(hub.public_problem("--push", repo_id, folder))

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def wandb_page(run: RunDir, events: Iterable[Mapping[str, Any]]) -> dict[str, An
         # Hub upload events also have a url, but no sync_command.
         if "sync_command" in fields:
             page |= {name: fields[name] for name in ("url", "sync_command") if name in fields}
-    if (command := page.get("sync_command")) and _is_upload(str(command)):
+    if command := page.get("sync_command"):
         page["sync_command"] = shell_command(*(_moved(run, word) for word in shlex.split(str(command))))
     return page
 
@@ -207,17 +207,9 @@ def _moved(run: RunDir, path: str) -> str:
 def wandb_words(page: Mapping[str, Any]) -> str:
     """Format the result of `wandb_page`; empty if there is neither."""
     url, command = page.get("url") or "", page.get("sync_command")
-    if not command or not _is_upload(str(command)):
+    if not command:
         return url
     return f"{url}; upload the missing part with: {command}" if url else f"offline; upload it with: {command}"
-
-
-def _is_upload(command: str) -> bool:
-    """Return whether a command is an upload: another user's run may name any command, and the user is told to type it."""
-    with suppress(ValueError):
-        words = shlex.split(command)
-        return words[:2] == ["wandb", "sync"] and shell_command(*words) == command
-    return False
 
 
 def _result_lines(run: RunDir) -> list[str]:

@@ -170,14 +170,11 @@ def _describe_lost_metrics(run: RunDir, step: int) -> str | None:
 
 
 def _replace_unusable_code(run: RunDir) -> None:
-    """If the run's code is damaged or reads other plans, copy the current code into the run and report it."""
-    code_snapshot.remove_changed_bytecode(run)
-    damage = code_snapshot.find_damage(run)
-    if damage is None and code_snapshot.is_current(run):
-        return
-    reason = "reads other plans than this launcher writes" if damage is None else f"is damaged ({damage})"
-    earlier = code_snapshot.replace(run, run_store.newest_attempt(run))
-    print(f"the code of this run {reason}: the current code replaces it, {earlier.name} keeps it")
+    """If the run's code reads other plans, copy the current code into the run and report it."""
+    if not code_snapshot.is_current(run):
+        earlier = code_snapshot.replace(run, run_store.newest_attempt(run))
+        message = "the code of this run reads other plans than this launcher writes: the current code replaces it"
+        print(f"{message}, {earlier.name} keeps it")
 
 
 def _require_budget(run: RunDir, plan: LaunchPlan) -> None:

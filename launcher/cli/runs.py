@@ -17,14 +17,13 @@ from launcher.cli.resume import resume_run
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views.plan_view import started_lines
 from launcher.clusters.backends import FilesOnly, StatusReader, cluster_for, status_reader_for
-from launcher.errors import DamagedRun, SubmitError, printable
+from launcher.errors import SubmitError, printable
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import ownership
 from launcher.security.printable_stream import as_plain_lines
 from launcher.shell_commands import launcher_command
-from launcher.tracking.jsonl import open_lines
 
 _LOG_POLL_S = 0.3
 # A line may be of any length.
@@ -83,18 +82,6 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
     attempt = run_store.newest_attempt(run) if arguments.attempt is None else arguments.attempt
     output = _RankOutput(run, arguments.rank, attempt)
-    try:
-        return _show(output, run, arguments)
-    except DamagedRun:
-        # The output does not need the run's records; an error follows the output.
-        output.print_more()
-        output.print_agent_log()
-        sys.stdout.flush()
-        print(file=sys.stderr)
-        raise
-
-
-def _show(output: _RankOutput, run: RunDir, arguments: argparse.Namespace) -> int:
     _require_in_run(run, arguments.attempt, arguments.rank)
     reader = _reader(run)
     if not output.log.is_file() and not arguments.follow:
@@ -145,7 +132,7 @@ class _RankOutput:
         """Print new output."""
         if not self.log.is_file():
             return
-        with suppress(FileNotFoundError), open_lines(self.log) as file:
+        with suppress(FileNotFoundError), open(self.log, "rb") as file:
             file.seek(self.offset)
             for data in iter(lambda: file.readline(_LOG_BLOCK_BYTES), b""):
                 sys.stdout.write(as_plain_lines(data.decode(errors="replace")))

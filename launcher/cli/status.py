@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,7 @@ def run(verb: str, tokens: list[str]) -> int:
     """Execute `status` or `ls`."""
     arguments = _parser(verb).parse_args(tokens)
     if verb == "status":
-        run_dir = run_store.find_run(arguments.run, Path(arguments.root), marker="status.json")
-        return _status(run_dir, arguments.json, arguments.watch)
+        return _status(run_store.find_run(arguments.run, Path(arguments.root)), arguments.json, arguments.watch)
     if arguments.mirror:
         if "://" not in arguments.mirror:
             raise _folder_error(arguments.mirror)
@@ -118,13 +116,8 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
             print()
 
 
-def _reason(error: OSError | LauncherError) -> str:
+def _reason(error: Exception) -> str:
     return error.problems[0].message if isinstance(error, LauncherError) else str(error)
-
-
-def _one_line(text: str) -> str:
-    """Return a text that names a folder, possibly another user's, as one line."""
-    return printable(text).replace("\n", "\\n")
 
 
 def _ask_backend(run: RunDir) -> Status:
@@ -134,9 +127,7 @@ def _ask_backend(run: RunDir) -> Status:
 
 
 def _state_reader(run: RunDir) -> Callable[[], Status]:
-    """Return a function that reads the run's state, from status.json alone if no plan names a backend, as with copied files."""
-    if not run.plan.is_file():
-        return partial(run_store.read_status, run)
+    """Return a function that reads the run's state."""
     return StatusWatch(run, status_reader_for(run, run_store.read_placement(run).kind)).state
 
 
@@ -156,11 +147,9 @@ def _ls(root: Path, as_json: bool) -> int:
                 summaries.append(textwrap.indent(formatting.as_json(values), "  "))
             else:
                 rows.append(_row(values))
-        except (OSError, LauncherError) as error:
-            print(_one_line(f"{run.root.name}: {_reason(error)}"), file=sys.stderr)
-        except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
-            # Records, metrics and events of another user's run may hold anything.
-            print(_one_line(f"{run.root.name}: its files cannot be interpreted: {type(error).__name__}"), file=sys.stderr)
+        except Exception as error:
+            # One run must not hide the others.
+            print(printable(f"{run.root.name}: {_reason(error)}").replace("\n", "\\n"), file=sys.stderr)
     if as_json:
         print("[\n{}\n]".format(",\n".join(summaries)) if summaries else "[]")
     elif not rows:
@@ -225,7 +214,9 @@ def _lines(values: dict[str, Any]) -> list[str]:
         rows.append(("answers", values["answers"]))
     if values["mirror"] is not None:
         rows.append(("mirror", values["mirror"]))
-    rows += [("alert", _alert(alert, values["message"])) for alert in values["alerts"][-_ALERTS_SHOWN:]]
+    for alert in values["alerts"][-_ALERTS_SHOWN:]:
+        at = "" if alert["step"] is None else f", step {alert['step']}"
+        rows.append(("alert", f"{alert['text']} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"))
     # Texts from other programs may contain line breaks and control characters.
     lines = [f"{label:<{_LABEL_WIDTH}}{printable(value).replace(chr(10), chr(10) + ' ' * _LABEL_WIDTH)}" for label, value in rows]
     return formatting.wrap([line for text in lines for line in text.split("\n")], _LABEL_WIDTH)
@@ -268,13 +259,6 @@ def _money(cost: dict[str, Any], device: str) -> str:
     end = f", about ${cost['expected_usd']:,.2f} at the end" if cost["expected_usd"] is not None else ""
     of = "; at a typical price; set yours with cluster.price_per_gpu_hour" if cost["at_typical_price"] else ""
     return f"${cost['usd']:,.2f} so far ({hours}){end}{of}"
-
-
-def _alert(alert: dict[str, Any], message: str) -> str:
-    """Return an alert's text and age; the message of the state is not repeated if it has several lines."""
-    text = alert["text"].replace(message, "the message above") if "\n" in message else alert["text"]
-    at = "" if alert["step"] is None else f", step {alert['step']}"
-    return f"{text} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"
 
 
 def _row(values: dict[str, Any]) -> tuple[str, ...]:

@@ -29,10 +29,8 @@ def check_startable(plan: LaunchPlan) -> None:
     repo_id = plan.config.export.push_to_hub
     if repo_id and (problem := hub.token_problem("export.push_to_hub", repo_id)):
         raise SubmitError(problem)
-    if repo_id and not plan.config.export.push_public:
-        problem = hub.public_problem("export.push_to_hub", repo_id, "export.push_public=true")
-        if problem is not None:
-            raise SubmitError(problem)
+    if repo_id and hub.is_public(repo_id):
+        raise SubmitError(hub.public_problem("export.push_to_hub", repo_id, RunDir(Path(plan.run_dir)).export))
     num_free_bytes = _free_bytes(plan)
     if num_free_bytes is not None and (problem := disk.refusal(plan, num_free_bytes)):
         raise SubmitError(problem)
@@ -58,11 +56,10 @@ def folder_problem(run_dir: Path) -> Problem | None:
 
 def push_note(plan: LaunchPlan) -> str | None:
     """Return a note if the Hub could not be asked whether the run's repository is public; None if it was, or need not be."""
-    repo_id, is_allowed = plan.config.export.push_to_hub, plan.config.export.push_public
-    if repo_id is None or is_allowed or hub.is_public(repo_id) is not None:
+    repo_id = plan.config.export.push_to_hub
+    if repo_id is None or hub.is_public(repo_id) is not None:
         return None
-    allow = "set export.push_public=true to allow it"
-    return f"the Hub did not say whether {repo_id} is public; if it is, nothing is pushed at the end: {allow}"
+    return f"the Hub did not say whether {repo_id} is public; if it is, nothing is pushed at the end"
 
 
 def disk_note(plan: LaunchPlan) -> str | None:

@@ -83,7 +83,7 @@ class ScoreStore:
         ownership.require_cache(self.folder)
         try:
             meta = json.loads((self.folder / META).read_bytes())
-            entry = atomic_files.FileEntry.of(meta["log_probs"])
+            entry = atomic_files.FileEntry(**meta["log_probs"])
             path = self.folder / LOG_PROBS
             if meta["key"] != asdict(self.key) or path.stat().st_size != entry.size:
                 return None

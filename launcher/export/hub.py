@@ -7,14 +7,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.checkpoint.folder_links import link_problems
 from launcher.errors import Problem, PushError
 from launcher.security.redaction import redact
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+from launcher.shell_commands import shell_command
 
 TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105
 
@@ -58,18 +55,10 @@ def is_public(repo_id: str) -> bool | None:
     return not info.private
 
 
-def public_problem(where: str, repo_id: str, remedy: str) -> Problem | None:
-    """Return the problem with a push to a public `repo_id` that was not explicitly allowed; None if it is private or unknown."""
-    if not is_public(repo_id):
-        return None
-    message = "the repository is public, so everyone could download the model"
-    return Problem(message, where=where, value=repo_id, remedy=f"choose a private repository, or allow it with {remedy}")
-
-
-def push(folder: Path, repo_id: str, *, again: str, public: bool = False) -> str:
+def push(folder: Path, repo_id: str, *, again: str) -> str:
     """Upload an exported folder in one commit and return its address; a repository created for it is private.
 
-    `again` is the command that repeats the push. A public repository is refused unless `public` allows it.
+    `again` is the command that repeats the push.
 
     Raises:
         PushError: if the token is missing, the repository is public, a link leaves the folder, or the upload fails; the folder
@@ -86,10 +75,9 @@ def push(folder: Path, repo_id: str, *, again: str, public: bool = False) -> str
     api = HfApi(token=os.environ[TOKEN_VARIABLE])
     try:
         # `exist_ok` does not tell who can read an existing repository.
-        is_there = _require_private(api, repo_id, again, public)
         address = api.create_repo(repo_id, private=True, exist_ok=True)
-        if not is_there:
-            _require_private(api, repo_id, again, public)
+        if not api.model_info(repo_id).private:
+            raise PushError(public_problem(str(api.endpoint), repo_id, folder))
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="Upload an exported checkpoint", delete_patterns=_REPLACED
         )
@@ -105,24 +93,11 @@ def push(folder: Path, repo_id: str, *, again: str, public: bool = False) -> str
     return str(address)
 
 
-def _require_private(api: HfApi, repo_id: str, again: str, allow_public: bool) -> bool:
-    """Return whether the repository exists.
-
-    Raises:
-        PushError: if anyone can read it and that is not allowed.
-    """
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        is_private = api.model_info(repo_id).private
-    except RepositoryNotFoundError:
-        return False
-    if not is_private and not allow_public:
-        raise PushError(
-            "the repository is public, so everyone could download the model; nothing was uploaded",
-            where=str(api.endpoint),
-            value=repo_id,
-            remedy="choose a private repository; or allow it with export.push_public=true, or for a finished run with: "
-            f"{again} --push-public",
-        )
-    return True
+def public_problem(where: str, repo_id: str, folder: Path) -> Problem:
+    """Return the problem with a push of `folder` to a repository that everyone can read."""
+    return Problem(
+        "the repository is public, so everyone could download the model; nothing was uploaded",
+        where=where,
+        value=repo_id,
+        remedy=f"choose a private repository, or upload by hand: {shell_command('hf', 'upload', repo_id, folder)}",
+    )

@@ -86,17 +86,6 @@ def find_usable_caches(environ: Mapping[str, str], alert: Callable[[str], None] 
     return {**_WITHOUT_FOLDER, **moved, **_replacements(replaced)}
 
 
-def find_usable_folders(variables: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """Return which of these variables to set in this process, as `find_usable_caches` does for a worker process."""
-    trust, folders = Trust.from_environ(environ), cache_folders(environ)
-    replaced = [
-        variable
-        for variable in variables
-        if _problem(variable, folders[variable], trust) is not None or _is_closed(variable, folders[variable], environ)
-    ]
-    return _replacements(replaced)
-
-
 def _replacements(variables: Sequence[str]) -> dict[str, str]:
     if not variables:
         return {}

@@ -5,7 +5,6 @@ Whoever can replace such a file controls what the command does with this user's 
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import stat
@@ -18,7 +17,6 @@ from launcher import json_records
 from launcher.errors import DataError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import CACHE_PART, shared_group
-from launcher.security.path_steps import MAX_LINKS
 from launcher.security.permissions import first_problem, first_problem_above, is_private, tree
 from launcher.security.trust import Trust, user_name
 
@@ -120,26 +118,6 @@ def accepts_owner(uid: int) -> bool:
     """Return whether this user trusts files that a given user owns."""
     trust = _own_trust()
     return trust.anyone or trust.accepts_owner(uid)
-
-
-def follow_own_links(file: Path) -> Path:
-    """Return the file that a path leads to, before it is replaced; it need not exist.
-
-    Raises:
-        PermissionError: if a link in its place belongs to another user, who would choose the file.
-        OSError: if links go in a circle.
-    """
-    for _ in range(MAX_LINKS):
-        # The folder may be reached through any link: the file in it has the name that this user gave.
-        file = file.absolute().parent.resolve() / file.name
-        try:
-            target, owner = os.readlink(file), file.lstat().st_uid
-        except OSError:
-            return file
-        if not accepts_owner(owner):
-            raise PermissionError(errno.EPERM, f"it is a link of {user_name(owner)} to {target}", str(file))
-        file = file.parent / target
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(file))
 
 
 def link_problem(path: Path, root: Path, run: Path | None = None) -> Problem | None:

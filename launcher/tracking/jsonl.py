@@ -6,7 +6,6 @@ JSON has no NaN or infinity: such a metric is written as null, with its value as
 from __future__ import annotations
 
 import errno
-import io
 import json
 import math
 import os
@@ -19,21 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files
 from launcher.plan.run_dir import RunDir
 
 # The final state of an attempt that was replaced while it was still running.
 SUPERSEDED = "superseded"
 # Fields of a line of metrics.jsonl that are not metrics.
 NON_METRIC_FIELDS = ("trainer/step", "time", "attempt")
-# The fields that every line of metrics.jsonl, and of events.jsonl, has.
-_OF_METRICS: dict[str, Any] = {"attempt": 0, "time": 0.0}
-_OF_EVENTS: dict[str, Any] = {"attempt": 0, "time": 0.0, "step": None, "kind": "", "text": "", "fields": {}}
-_INTEGERS = ("trainer/step", "attempt")
-_TYPES: dict[str, type] = {"kind": str, "text": str, "fields": dict}
-_MOST_BITS = 63
-# Longer than any line of a run: content from other users may have no line ends.
-MAX_LINE_BYTES = 16 << 20
 # Lines kept in memory while storage fails: hours of steps, about ten MiB.
 _MOST_PENDING = 10_000
 _CHUNK = 1 << 16
@@ -121,20 +111,6 @@ class _Appender:
                 os.close(descriptor)
 
 
-def open_lines(path: str | Path) -> io.BufferedReader:
-    """Open a file that grows by lines. In another user's run, a pipe may replace it at any time: it then counts as missing.
-
-    Raises:
-        FileNotFoundError: if there is no file.
-    """
-    try:
-        return io.BufferedReader(atomic_files.open_regular(Path(path)))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
-
-
 class Tail:
     """Follows a file of JSON lines from its beginning; the file need not exist yet."""
 
@@ -145,7 +121,7 @@ class Tail:
     def poll(self) -> list[dict[str, Any]]:
         """Return the complete lines written since the last call, without waiting."""
         try:
-            with open_lines(self._path) as file:
+            with open(self._path, "rb") as file:
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
@@ -160,9 +136,8 @@ def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dic
 
     Each has only the metrics whose names begin with one of `names`: all metrics of a long run are gigabytes.
     """
-    with suppress(FileNotFoundError), open_lines(path) as file:
-        # A longer line yields pieces, which are not JSON.
-        for raw in iter(lambda: file.readline(MAX_LINE_BYTES), b""):
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        for raw in file:
             for line in decode_lines(raw):
                 # One string per name, not one per line.
                 yield {sys.intern(name): line[name] for name in line if name in NON_METRIC_FIELDS or name.startswith(names)}
@@ -239,39 +214,17 @@ def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Ma
 
 
 def decode_lines(data: bytes) -> list[dict[str, Any]]:
-    """Decode JSON lines; skip torn lines, values other than objects, and lines with values that no run writes."""
+    """Decode JSON lines; skip torn lines, whose rest may be another JSON value."""
     lines = []
     for raw in data.splitlines():
         try:
             line = json.loads(raw)
-            if not isinstance(line, dict):
-                continue
             for name, kind in line.pop("nonfinite", {}).items():
                 line[name] = float(kind)
-        except (ValueError, RecursionError, AttributeError, TypeError):
-            # A machine died during a write, or another user wrote the line.
+        except (ValueError, AttributeError, TypeError):
             continue
-        if all(_can_be_written(name, value) for name, value in line.items()):
-            lines.append(_with_all_fields(line))
+        lines.append(line)
     return lines
-
-
-def _can_be_written(name: str, value: Any) -> bool:
-    """Return whether a field of a line has a value of its type."""
-    if name in _TYPES:
-        return isinstance(value, _TYPES[name])
-    is_number = isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= _MOST_BITS)
-    if name in _INTEGERS or (name == "step" and value is not None):
-        return is_number and type(value) is int
-    if name == "time":
-        return is_number and math.isfinite(value)
-    return is_number or value is None
-
-
-def _with_all_fields(line: dict[str, Any]) -> dict[str, Any]:
-    if "trainer/step" in line:
-        return _OF_METRICS | line
-    return _OF_EVENTS | line if line.keys() & _OF_EVENTS.keys() else line
 
 
 def _open_for_append(path: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,19 +13,13 @@ from typing import Any
 
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
-from launcher.security import ownership
-from launcher.tracking.jsonl import MAX_LINE_BYTES, decode_lines, open_lines
+from launcher.tracking.jsonl import decode_lines
 
 # Steps to take medians over: single steps vary.
 _NUM_RECENT = 20
 _TRAINED = b'"train/loss"'
 # Patterns of lines that record a wait between steps.
 _WAITS = (b'"time/eval_s"', b'"ckpt/stall_s"')
-# An upper bound: no run has more, and another user's file must not make a reader handle more.
-_MOST_WAITS = 1_000_000
-# The part of another user's metrics that is read: several hundred thousand steps.
-_MOST_COPIED_BYTES = 64 << 20
-_Content = mmap.mmap | bytes
 
 
 @dataclass(frozen=True)
@@ -111,7 +104,7 @@ def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[
         with _mapped(path) as data:
             ends = [*(_after(data, at) for at in boundaries), data.rfind(b"\n") + 1]
             offsets = {data.rfind(_TRAINED, 0, end) for end in ends}
-            offsets |= {offset for pattern in _WAITS for offset in islice(_offsets(data, pattern), _MOST_WAITS)}
+            offsets |= {offset for pattern in _WAITS for offset in _offsets(data, pattern)}
             begins = sorted({data.rfind(b"\n", 0, offset) + 1 for offset in offsets - {-1}})
             return [line for begin in begins for line in decode_lines(_line(data, begin))]
     except (FileNotFoundError, ValueError):
@@ -119,21 +112,13 @@ def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[
 
 
 @contextmanager
-def _mapped(path: str | Path) -> Iterator[_Content]:
-    """Map a file. Raises ValueError for an empty one.
-
-    The end of another user's file is read instead: if they truncated a mapped file, the system would kill this process.
-    """
-    with open_lines(path) as file:
-        status = os.fstat(file.fileno())
-        if not ownership.accepts_owner(status.st_uid):
-            yield os.pread(file.fileno(), _MOST_COPIED_BYTES, max(0, status.st_size - _MOST_COPIED_BYTES))
-            return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield data
+def _mapped(path: str | Path) -> Iterator[mmap.mmap]:
+    """Map a file. Raises ValueError for an empty one."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
 
 
-def _after(data: _Content, at: float) -> int:
+def _after(data: mmap.mmap, at: float) -> int:
     """Return the offset of the first line written after a time; lines are in time order."""
     low, high = 0, len(data)
     while low < high:
@@ -145,7 +130,7 @@ def _after(data: _Content, at: float) -> int:
     return low
 
 
-def _offsets(data: _Content, pattern: bytes) -> Iterator[int]:
+def _offsets(data: mmap.mmap, pattern: bytes) -> Iterator[int]:
     """Yield the offset of the first occurrence of `pattern` in each line that contains it."""
     offset = data.find(pattern)
     while offset >= 0:
@@ -154,7 +139,7 @@ def _offsets(data: _Content, pattern: bytes) -> Iterator[int]:
         offset = data.find(pattern, end) if end >= 0 else -1
 
 
-def _backwards(data: _Content, pattern: bytes) -> Iterator[dict[str, Any]]:
+def _backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:
     """Yield the lines that contain `pattern`, newest first; skip torn lines."""
     end = len(data)
     while (offset := data.rfind(pattern, 0, end)) >= 0:
@@ -162,12 +147,12 @@ def _backwards(data: _Content, pattern: bytes) -> Iterator[dict[str, Any]]:
         yield from decode_lines(_line(data, end))
 
 
-def _line(data: _Content, start: int) -> bytes:
+def _line(data: mmap.mmap, start: int) -> bytes:
     end = data.find(b"\n", start)
-    return data[start : min(end if end >= 0 else len(data), start + MAX_LINE_BYTES)]
+    return data[start : end if end >= 0 else len(data)]
 
 
-def _sampled(data: _Content, num_points: int) -> Iterator[dict[str, Any]]:
+def _sampled(data: mmap.mmap, num_points: int) -> Iterator[dict[str, Any]]:
     """Yield the training steps that follow evenly spaced offsets."""
     before = -1
     for i in range(num_points):

@@ -5,12 +5,12 @@ Nothing here is called during a training step.
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TextIO
 
 from launcher.plan.quantities import format_size
@@ -38,10 +38,12 @@ def time_left(done: int, total: int, elapsed_s: float) -> str:
 
 
 class Pace:
-    """Decides when the next log line is due: after 5 seconds, then at growing intervals."""
+    """Decides when the next line is due: at growing intervals of at least `first_s` and at most `longest_s`."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, first_s: float = _FIRST_S, longest_s: float = _LONGEST_S
+    ) -> None:
+        self._clock, self._first_s, self._longest_s = clock, first_s, longest_s
         self._began = self._last = clock()
 
     @property
@@ -51,22 +53,7 @@ class Pace:
     def is_due(self) -> bool:
         """Return whether a line is due; if so, count it as written."""
         now = self._clock()
-        is_due = now - self._last >= min(_LONGEST_S, max(_FIRST_S, (now - self._began) * _GROWTH))
-        if is_due:
-            self._last = now
-        return is_due
-
-
-class LivePace(Pace):
-    """The pace of a line that is continually rewritten: at once, then ten times a second."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(clock)
-        self._last = -math.inf
-
-    def is_due(self) -> bool:
-        now = self._clock()
-        is_due = now - self._last >= _LIVE_S
+        is_due = now - self._last >= min(self._longest_s, max(self._first_s, (now - self._began) * _GROWTH))
         if is_due:
             self._last = now
         return is_due
@@ -131,7 +118,10 @@ def live_line(stream: TextIO | None = None) -> Iterator[tuple[Say, Callable[[], 
     # A command's stream shows escape sequences as text, but rich's own must take effect.
     console = Console(file=getattr(stream, "rich_proxied_file", stream))
     with Live("", console=console, refresh_per_second=8, transient=True) as live:
-        yield lambda text: live.update(Text(text, overflow="ellipsis", no_wrap=True)), LivePace
+        yield (
+            lambda text: live.update(Text(text, overflow="ellipsis", no_wrap=True)),
+            partial(Pace, first_s=0.0, longest_s=_LIVE_S),
+        )
 
 
 def silent(activity: str, total: int) -> Advance:
@@ -189,7 +179,7 @@ def say_that_it_works(activity: str, say: Say, pace: Pace) -> Iterator[None]:
     ended = threading.Event()
 
     def watch() -> None:
-        while not ended.wait(_LIVE_S if isinstance(pace, LivePace) else 1.0):
+        while not ended.wait(_LIVE_S):
             if pace.is_due():
                 say(f"{activity}: {format_duration(pace.elapsed_s)} so far")
 

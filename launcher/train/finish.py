@@ -173,7 +173,7 @@ def _push(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> Non
         again = launcher_command("export", plan.run_dir, "--push", repo_id)
         activity = f"pushing {exported.num_bytes / 2**30:.2f} GiB to {repo_id}"
         with say_that_it_works(activity, lambda text: tracker.event(EVENT, text), Pace()):
-            address = hub.push(exported.path, repo_id, again=again, public=plan.config.export.push_public)
+            address = hub.push(exported.path, repo_id, again=again)
     except PushError as error:
         problem, *_ = error.problems
         tracker.event("alert", f"{problem.message}: {problem.value or problem.where}; {problem.remedy}")

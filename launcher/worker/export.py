@@ -118,7 +118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=sorted(weights.DTYPES), default="bf16", help="type of the written weights")
     parser.add_argument("--out", type=Path, help="folder to write (default: export/ in the run directory)")
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub that gets the folder")
-    parser.add_argument("--push-public", action="store_true", help="push even if everyone can read the repository")
     parser.add_argument("--no-check", action="store_true", help="do not load the folder with transformers")
     arguments = parser.parse_args(argv)
     # Libraries' progress bars and warnings would break up the plain lines.
@@ -135,9 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print("\n".join(_lines(made)), flush=True)
         if arguments.push:
-            public = arguments.push_public or _load(arguments.plan).config.export.push_public
             with show_waiting(f"pushing {format_size(made.num_bytes)} to {arguments.push}"):
-                address = hub.push(made.path, arguments.push, again=_again(arguments), public=public)
+                address = hub.push(made.path, arguments.push, again=_again(arguments))
             print(f"  pushed to {address}")
     except LauncherError as error:
         print(error, file=sys.stderr)

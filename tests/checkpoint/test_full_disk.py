@@ -87,14 +87,6 @@ def test_checkpoints_to_be_pruned_do_not_count_as_free_space(root: Path) -> None
     assert store.verify(save(root, 3, SHARD * 2, needed_bytes=len(SHARD) * 2)) == []
 
 
-def test_a_full_disk_can_still_be_pruned(root: Path) -> None:
-    for step in (1, 2):
-        save(root, step)
-    fill(root)
-    assert store.prune(root, store.Retention(1)) == [root / "step-00000001"]
-    assert store.verify(store.get_latest(root).path) == []
-
-
 def test_a_read_only_disk_is_readable(root: Path) -> None:
     first = save(root, 1)
     subprocess.run(["mount", "-o", "remount,ro", root.parent], check=True, capture_output=True, timeout=10)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import itertools
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from launcher import run_store
 from launcher.checkpoint.manifest import HELD_OUT, Checkpoint, LaterEvaluation, Manifest
 from launcher.checkpoint.retention import Retention, retention_reasons, select_outdated
 from launcher.checkpoint.run_retention import retention_of
-from launcher.config.sections import evaluation
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
 
@@ -62,45 +59,6 @@ def test_each_rule_names_the_steps_that_it_keeps():
     assert kept == {100: ("every 100", "best"), 150: (), 200: ("every 100",), 250: ("newest",)}
 
 
-def test_the_rules_hold_for_any_set_of_checkpoints():
-    """Ten thousand random sets of checkpoints, checked against each rule stated independently."""
-    chance = random.Random(5)
-    for _ in range(10_000):
-        steps = chance.sample(range(60), chance.randint(0, 9))
-        losses = {step: chance.choice((None, 0.5, 1.0, 1.5, 2.0)) for step in steps}
-        last, every, best = chance.randint(0, 4), chance.randint(0, 8), chance.randint(0, 4)
-        removed = set(gone(losses, keep_last=last, keep_every=every, keep_best=best))
-        kept = sorted(losses.keys() - removed)
-        assert not steps or max(steps) in kept
-        for step in removed:
-            assert sum(other > step for other in steps) >= max(1, last)
-            assert not every or step % every
-            assert losses[step] is None or sum(better(losses, other, step) for other in steps) >= best
-        for step in kept:
-            newest = sum(other > step for other in steps) < max(1, last)
-            lowest = losses[step] is not None and sum(better(losses, other, step) for other in steps) < best
-            assert newest or (every and step % every == 0) or lowest
-
-
-def better(losses: dict[int, float | None], one: int, other: int) -> bool:
-    """Whether `one` has a lower loss, or the same loss at a later step."""
-    ours, theirs = losses[one], losses[other]
-    return ours is not None and theirs is not None and (ours, -one) < (theirs, -other)
-
-
-def test_pruning_again_removes_nothing_more():
-    """Pruning after every save keeps what a single pruning at the end keeps; this may not hold with keep_best."""
-    for last, every in itertools.product(range(1, 4), range(4)):
-        rule = Retention(last, every)
-        kept: list[Checkpoint] = []
-        for checkpoint in checkpoints(dict.fromkeys(range(1, 20))):
-            kept.append(checkpoint)
-            kept = [c for c in kept if c not in select_outdated(kept, rule)]
-        assert select_outdated(kept, rule) == []
-        everything = checkpoints(dict.fromkeys(range(1, 20)))
-        assert [c.step for c in kept] == [c.step for c in everything if c not in select_outdated(everything, rule)]
-
-
 def test_only_losses_of_the_chosen_set_are_compared() -> None:
     made = checkpoints({10: 3.0, 20: 1.0, 30: 2.0})
     of_other = [replace(one, manifest=replace(one.manifest, eval_set="general")) for one in made[1:2]]
@@ -109,14 +67,6 @@ def test_only_losses_of_the_chosen_set_are_compared() -> None:
     assert retention_reasons(mixed, Retention(keep_last=1, keep_best=1))[steps[2]] == ("newest", "best")
     kept = retention_reasons(mixed, Retention(keep_last=1, keep_best=1, best_set="general"))
     assert kept == {steps[0]: (), steps[1]: ("best",), steps[2]: ("newest",)}
-
-
-def test_a_manifest_names_its_set_unless_that_is_the_held_out_rows() -> None:
-    (checkpoint,) = checkpoints({10: 3.0})
-    assert "eval_set" not in checkpoint.manifest.to_json()
-    assert Manifest.from_json(checkpoint.manifest.to_json().encode()).eval_set == HELD_OUT == evaluation.HELD_OUT
-    other = replace(checkpoint.manifest, eval_set="general")
-    assert Manifest.from_json(other.to_json().encode()) == other
 
 
 def test_losses_on_other_rows_count_only_where_too_few_are_on_these_rows() -> None:

@@ -49,12 +49,6 @@ def test_committed_checkpoints_are_listed_by_step(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000100", "step-00000200", "step-123456789"}
 
 
-def test_directories_are_private(tmp_path):
-    saving = store.begin_save(tmp_path / "checkpoints", step=1, attempt=1, needed_bytes=1)
-    assert saving.stat().st_mode & 0o777 == 0o700
-    assert saving.parent.stat().st_mode & 0o777 == 0o700
-
-
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 from forked import ForkingSubprocess, preloaded
-from http_server import serving
+from http_server import Answer, Request, serving
 from pace import wait_for
 from plan_fixtures import config_of
 from wandb_server import KEY, FakeWandb, fake_wandb
@@ -154,17 +153,10 @@ def test_the_gated_repositories_are_those_that_the_presets_call_gated() -> None:
         assert is_gated(path) == ("gated" in head), file.name
 
 
-class Hub(BaseHTTPRequestHandler):
+def answer_one_token(request: Request) -> Answer:
     """A Hub that accepts a single token."""
-
-    def do_GET(self) -> None:
-        is_known = self.path == "/api/whoami-v2" and self.headers["Authorization"] == f"Bearer {TOKEN}"
-        self.send_response(200 if is_known else 401)
-        self.end_headers()
-        self.wfile.write(b'{"name": "somebody"}' if is_known else b"{}")
-
-    def log_message(self, *_: object) -> None:
-        pass
+    is_known = request.path == "/api/whoami-v2" and request.headers["Authorization"] == f"Bearer {TOKEN}"
+    return (200, {"name": "somebody"}) if is_known else (401, {})
 
 
 def test_a_hub_token_is_missing_refused_accepted_or_not_checked(
@@ -178,7 +170,7 @@ def test_a_hub_token_is_missing_refused_accepted_or_not_checked(
     assert of("Hub", gated).verdict == FAILURE
     assert "meta-llama/Llama-3.1-8B-Instruct is gated and not on this machine, and there is no HF_TOKEN" in of("Hub", gated).seen
     assert "https://huggingface.co/meta-llama/Llama-3.1-8B-Instruct" in of("Hub", gated).remedy
-    with serving(Hub) as address:
+    with serving(answer_one_token) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         accepted = of("Hub", config)

@@ -86,16 +86,6 @@ def test_follow_shows_why_a_run_has_not_started(run: RunDir, capsys: pytest.Capt
     assert capsys.readouterr().out.startswith("pending: waiting for resources (Resources)\njoined\n")
 
 
-def test_messages_name_the_run_directory_as_the_other_lines_do(
-    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(run.root.parent)
-    append_event(run, 1, "checkpoint", f"saved {run.root.absolute()}/checkpoints/step-00000002 (1 MiB)")
-    run_store.update_status(run, state="completed")
-    assert follow(run, 1, LocalCluster()) == 0
-    assert f"saved {run.root.name}/checkpoints/step-00000002 (1 MiB)\n" in capsys.readouterr().out
-
-
 def test_the_upload_of_a_moved_run_names_its_present_folder(run: RunDir) -> None:
     (run.root / "wandb/offline-run-1").mkdir(parents=True)
     command = shlex.join(["wandb", "sync", "--include-online", "/before/run/wandb/offline-run-1", "/elsewhere/wandb/run-2"])
@@ -104,29 +94,11 @@ def test_the_upload_of_a_moved_run_names_its_present_folder(run: RunDir) -> None
     assert words[3:] == [str(run.root.absolute() / "wandb/offline-run-1"), "/elsewhere/wandb/run-2"]
 
 
-def test_the_results_of_a_run_fit_into_the_terminal(
-    run: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each session of W&B has a folder; all in one line would fill the screen."""
-    folders = [f"/runs/first/wandb/offline-run-{number}" for number in range(4)]
-    append_event(run, 1, "info", "offline", sync_command=shlex.join(["wandb", "sync", *folders]))
-    run_store.update_status(run, state="completed")
-    monkeypatch.setenv("COLUMNS", "60")
-    assert follow(run, 1, LocalCluster()) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "offline-run" in line] == [f"{'':13}{folder}" for folder in folders]
-
-
 def test_follow_reports_why_the_run_does_not_continue(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     fail(run, 2, "killed by SIGKILL")
     output = closing(run, "the cluster did not provide the workers within 10 minutes", capsys)
     assert "rank 1 failed first: killed by SIGKILL" in output
     assert "failed: the cluster did not provide the workers within 10 minutes" in output
-
-
-def test_follow_reports_the_same_reason_once(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    fail(run, 2, "killed by SIGKILL")
-    assert closing(run, "rank 1: killed by SIGKILL", capsys).count("killed by SIGKILL") == 1
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from http_server import serving
+from http_server import Answer, Request, serving
 from weight_tools import change_weights, save_model, without
 
 
@@ -44,34 +43,20 @@ def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(
     assert sorted(path.name for path in cache.iterdir()) == ["isolation-checks", "weight-checks"], "no data was built"
 
 
-class GatedModel(BaseHTTPRequestHandler):
+def answer_without_token(request: Request) -> Answer:
     """The Hub as seen without a token: it lists the files of a gated model but refuses to send them."""
-
-    def do_GET(self) -> None:
-        is_listing = self.path.startswith("/api/models/")
-        names = ("config.json", "model.safetensors")
-        body: object = {"id": "meta-llama/Llama-3.2-1B-Instruct", "sha": "1" * 40, "siblings": [{"rfilename": n} for n in names]}
-        if "/tree/" in self.path:
-            body = [{"type": "file", "path": name, "size": 1, "oid": "1" * 40} for name in names]
-        self.send_response(200 if is_listing else 401)
-        self.send_header("Content-Type", "application/json")
-        if not is_listing:
-            self.send_header("X-Error-Code", "GatedRepo")
-        content = json.dumps(body).encode() if is_listing else b""
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args: object) -> None:
-        pass
+    names = ("config.json", "model.safetensors")
+    if not request.path.startswith("/api/models/"):
+        return 401, b"", {"X-Error-Code": "GatedRepo"}
+    if "/tree/" in request.path:
+        return 200, [{"type": "file", "path": name, "size": 1, "oid": "1" * 40} for name in names]
+    return 200, {"id": "meta-llama/Llama-3.2-1B-Instruct", "sha": "1" * 40, "siblings": [{"rfilename": n} for n in names]}
 
 
 @pytest.mark.rest
 def test_a_gated_preset_names_license_and_token(launch_here: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
     folders = {"LAUNCHER_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
-    with serving(GatedModel) as address:
+    with serving(answer_without_token) as address:
         done = launch_here("data", "model=llama3_2_1b", HF_ENDPOINT=address, **folders)
     assert (done.returncode, done.stdout) == (2, "")
     repository = "meta-llama/Llama-3.2-1B-Instruct"

@@ -49,19 +49,6 @@ def test_the_report_of_one_run_has_all_sections(launch: Launch, run: RunDir) -> 
     assert told["steps"].startswith("40")
 
 
-def test_the_cost_counts_all_time_with_machines(launch_here: Launch, run: RunDir) -> None:
-    """The time of the export, after the last line of metrics, also counts."""
-    atomic_files.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": time.time()})
-    second = run_store.read_attempt(run, 2)
-    run_store.write_attempt(run, 2, replace(second, begun_at=time.time() - 30 * 60))
-    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time() - 31 * 60})
-    assert launch_here("report", str(run.root)).returncode == 0
-    page = (run.root / "report.html").read_text()
-    # 20 and 30 minutes on two GPUs, at two dollars per GPU hour.
-    assert "$3.33" in page
-    assert "1.67" in page
-
-
 @pytest.mark.parametrize(
     ("state", "begun", "words"),
     [
@@ -127,19 +114,6 @@ def test_several_runs_share_their_charts(launch_here: Launch, run: RunDir, tmp_p
     assert not (run.root / "report.html").exists()
 
 
-def test_runs_of_one_name_are_distinguished_and_a_run_is_drawn_once(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
-    shutil.copytree(run.root, tmp_path / "elsewhere/demo")
-    file = tmp_path / "both.html"
-    again, other = str(run.root / "../demo"), str(tmp_path / "elsewhere/demo")
-    done = launch_here("report", "demo", again, other, "--root", str(run.root.parent), "--html", str(file))
-    assert done.returncode == 0, done.stderr
-    page = file.read_text()
-    assert "2 runs" in page
-    for name in ("runs/demo", "elsewhere/demo"):
-        assert page.count(f"<title>{name}</title></polyline>") == 6
-        assert f"<h2>{name}</h2>" in page
-
-
 def test_half_a_surrogate_pair_is_written_as_its_number(launch_here: Launch, run: RunDir) -> None:
     """Python decodes a file name that is not UTF-8 into lone surrogates."""
     JsonlTracker(run, 2).event("alert", "the file \udcff.jsonl is damaged")
@@ -157,11 +131,6 @@ def test_a_page_that_cannot_be_written_is_an_error(launch_here: Launch, run: Run
         assert "--html" in done.stderr
         assert "Traceback" not in done.stderr
     assert notes.read_text() == "<p>mine</p>"
-
-
-def test_a_page_replaces_an_earlier_one(launch_here: Launch, run: RunDir) -> None:
-    for _ in range(2):
-        assert launch_here("report", str(run.root)).returncode == 0
 
 
 def test_a_run_that_has_not_started_has_a_page(launch_here: Launch, run: RunDir) -> None:

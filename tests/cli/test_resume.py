@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from plan_fixtures import DATA
 
-from launcher import code_snapshot, json_records, run_records, run_store
+from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.export import require_checkpoint
 from launcher.cli.resume import (
@@ -18,7 +18,6 @@ from launcher.cli.resume import (
     _choose_checkpoint,
     _describe_lost_metrics,
     _describe_replaced_export,
-    _replace_unusable_code,
     _require_budget,
     _require_steps_left,
 )
@@ -157,16 +156,6 @@ def test_sources_that_changed_since_the_cache_was_built_are_named(
     assert changed.startswith(f"{rows} (digest {built['sources'][0]['digest'][:8]} then, ")
     rows.unlink()
     assert _changed_sources(DATA, config) == [], "the rows do not depend on the file"
-
-
-@pytest.mark.parametrize("damage", ["", "x"], ids=["emptied", "changed"])
-def test_damaged_code_is_replaced(run: RunDir, capsys: pytest.CaptureFixture[str], damage: str) -> None:
-    _replace_unusable_code(run)
-    assert capsys.readouterr().out == ""
-    (run.code / "launcher/errors.py").write_text(damage)
-    _replace_unusable_code(run)
-    assert "the code of this run is damaged (launcher/errors.py): the current code replaces it" in capsys.readouterr().out
-    assert code_snapshot.find_damage(run) is None
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
-import hand_made
 import pytest
 
 from launcher import atomic_files, json_records, run_records, run_store
@@ -56,34 +54,6 @@ def test_the_step_is_the_newest_of_metrics_and_status(run: RunDir) -> None:
     assert summary(run, before)["step"] == 10
     assert summary(run, replace(before, attempt=3))["step"] == 8, "what the attempt before has logged may be done anew"
     assert summary(run, status)["step"] == 8, "as where the ranks have gone back since"
-
-
-def test_status_works_with_metrics_and_status_json_alone(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
-    """The two files may have been copied from another machine."""
-    run_store.update_status(run, state="running")
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(run.metrics, alone)
-    shutil.copy(run.status, alone)
-    done = launch_here("status", str(alone))
-    assert done.returncode == 0, done.stderr
-    assert dict(line.split(maxsplit=1) for line in done.stdout.splitlines()) == {
-        "run": f"alone in {short(alone)}",
-        "state": "running",
-        "attempt": "2",
-        "step": "10 of 40 (25%)",
-        "loss": "3.0000  █▇▆▆▅▄▃▄▃▃▂▁",
-        "pace": "1,234 tokens/s, 2.00 s a step, MFU 41.0%",
-        "memory": "1.5 GiB of main memory in rank 0",
-        "time": "left   1h00m",
-        "cost": "$3.40 so far (1.70 GPU hours), about $7.40 at the end",
-    }
-    found = json.loads(launch_here("status", "alone", "--root", str(tmp_path), "--json").stdout)
-    assert (found["checkpoints"], found["alerts"], found["cost"]["expected_usd"]) == ([], [], pytest.approx(7.4))
-    (alone / "metrics.jsonl").unlink()
-    assert "10 of 40" in launch_here("status", str(alone)).stdout
-    (alone / "status.json").unlink()
-    assert launch_here("status", str(alone)).returncode == 2
 
 
 def test_a_run_that_was_asked_to_stop_shows_no_time_left(launch_here: Launch, run: RunDir) -> None:
@@ -169,38 +139,12 @@ def test_discarded_steps_are_not_shown(run: RunDir) -> None:
     assert max(found["losses"]) < 5
 
 
-def test_many_checkpoints_are_shown_in_one_line(launch_here: Launch, run: RunDir) -> None:
-    for step in range(11, 15):
-        hand_made.checkpoint(run, step, None, attempt=2)
-    assert "checkpoints step 10, step 11, step 12, step 13, step 14, and 1 older\n" in launch_here("status", str(run.root)).stdout
-
-
 def test_control_characters_of_messages_do_not_reach_the_terminal(launch_here: Launch, run: RunDir) -> None:
     run_store.update_status(run, state="failed", message="CUDA error: assert\nCompile with TORCH_USE_CUDA_DSA")
     JsonlTracker(run, 2).event("alert", "x\nstate       completed\x1b[2J \udcff")
     done = launch_here("status", str(run.root))
     assert "\n            Compile with TORCH_USE_CUDA_DSA\n" in done.stdout
     assert "\n            state       completed\\x1b[2J \\udcff (" in done.stdout
-
-
-def test_an_alert_does_not_repeat_a_long_message_of_the_state(launch_here: Launch, run: RunDir) -> None:
-    run_store.update_status(run, state="failed", message="no space left\nwhere: /data")
-    JsonlTracker(run, 2).event("alert", "rank 0: no space left\nwhere: /data", 7)
-    shown = launch_here("status", str(run.root)).stdout
-    assert shown.count("no space left") == 1
-    assert "alert       rank 0: the message above (" in shown
-    run_store.update_status(run, message="no space left")
-    assert "alert       rank 0: no space left\n" in launch_here("status", str(run.root)).stdout
-
-
-def test_status_shows_a_slurm_run_with_an_interrupted_submission(launch_here: Launch, run: RunDir) -> None:
-    plan = json_records.read_json(run.plan)
-    atomic_files.write_json(run.plan, plan | {"config": plan["config"] | {"cluster": {"kind": "slurm"}}})
-    shutil.rmtree(run.attempts)
-    run_store.update_status(run, state="pending", attempt=0, step=0)
-    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
-    assert lines["state"].startswith("pending")
-    assert "demo" in launch_here("ls", "--root", str(run.root.parent)).stdout
 
 
 def test_an_unreadable_run_does_not_hide_the_others(launch_here: Launch, run: RunDir) -> None:
@@ -319,24 +263,6 @@ def test_a_watched_run_is_shown_until_it_ends(start: Callable, run: RunDir) -> N
         rest, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert json.loads(rest.splitlines()[-1])["step"] == 40
-
-
-def test_a_watched_run_is_printed_repeatedly(start: Callable, run: RunDir) -> None:
-    run_store.update_status(run, state="running", job=describe_this_process())
-    with start("status", str(run.root), "--watch", "0.2") as process:
-        assert process.stdout is not None
-        first = list(iter(process.stdout.readline, "\n"))
-        run_store.update_status(run, state="completed", step=40)
-        rest, _ = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert "state       running\n" in first
-    assert "time left   1h00m\n" in first
-    assert any("about $7.40 at the end" in line for line in first)
-    last = rest.split("\n\n")[-1]
-    assert "state       completed\n" in last
-    assert "step        40 of 40 (100%)\n" in last
-    assert "time left" not in last
-    assert "\x1b" not in rest, "no terminal, no escape sequences"
 
 
 def test_watching_survives_a_storage_failure(start: Callable, run: RunDir) -> None:

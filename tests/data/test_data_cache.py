@@ -9,19 +9,20 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from launcher import locks
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data import cache_dir, cache_lock
+from launcher.data import cache_dir
 from launcher.data.build import build
 from launcher.data.cache import cache_store
 from launcher.data.cache.cache_store import find, read_report, read_samples
@@ -377,29 +378,25 @@ def test_a_source_that_grows_during_the_build_is_refused(section: Callable[..., 
 def test_waiting_for_another_builder_is_logged_repeatedly(
     cache_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache_lock, "WARN_EVERY_S", 0.1)
-    monkeypatch.setattr(cache_lock, "MAX_WAIT_S", 0.5)
-    second = cache_store.building("key")
-    with cache_store.building("key"), pytest.raises(DataError, match="builds this data cache and takes too long") as caught:
-        second.__enter__()
-    holder = f"process {os.getpid()} on {os.uname().nodename}"
-    messages = cache_messages(caplog)
-    assert len(messages) > 2
-    prefix = f"waiting for another process that builds this data cache ({holder}"
-    assert all(message.startswith(prefix) for message in messages)
-    (problem,) = caught.value.problems
-    assert (problem.where, problem.value.startswith(holder)) == (str(cache_home / "data" / "key.lock"), True)
-    # If the holder of the lock is unknown, the message names the lock file.
-    caplog.clear()
-    path = cache_home / "data" / "other.lock"
-    with filelock.FileLock(path), pytest.raises(DataError), cache_lock.wait_and_hold(path, "builds this data cache"):
+    monkeypatch.setattr(locks, "WARN_EVERY_S", 0.1)
+    held = threading.Event()
+
+    def build_too() -> None:
+        with cache_store.building("key"):
+            held.set()
+            time.sleep(0.5)
+
+    other = threading.Thread(target=build_too)
+    other.start()
+    held.wait()
+    with cache_store.building("key"):
         pass
-    assert cache_messages(caplog)[0] == f"waiting for another process that builds this data cache ({path})"
-
-
-def cache_messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Return only the messages of cache_lock: filelock logs too if an earlier test lowered the level."""
-    return [record.getMessage() for record in caplog.records if record.name == cache_lock.__name__]
+    other.join()
+    # filelock logs too if an earlier test lowered the level.
+    messages = [record.getMessage() for record in caplog.records if record.name == locks.__name__]
+    assert len(messages) > 2
+    prefix = f"waiting for another process that builds this data cache (process {os.getpid()} on {os.uname().nodename}"
+    assert all(message.startswith(prefix) for message in messages)
 
 
 @pytest.mark.rest

@@ -108,5 +108,4 @@ def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
     assert "the run has failed: rank 1: killed by SIGKILL" in alert["text"]
     assert "rank-00001.log" in alert["text"]
     assert not processes_of(run)
-    assert {artifact["artifactTypeName"] for artifact in server.artifacts} == {"checkpoint"}
     assert_run_named_first(launch_here, run, "kill")

@@ -23,7 +23,7 @@ from pathlib import Path
 from launcher.export.hub import push
 from launcher.errors import PushError
 try:
-    print(push(Path(sys.argv[1]), "owner/name", again="the same command", public="public" in sys.argv))
+    print(push(Path(sys.argv[1]), "owner/name", again="the same command"))
 except PushError as error:
     print(error)
     sys.exit(1)
@@ -44,13 +44,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def push(
-    hub: FakeHub, folder: Path, token: str = TOKEN, address: str | None = None, *flags: str
-) -> subprocess.CompletedProcess[str]:
+def push(hub: FakeHub, folder: Path, token: str = TOKEN, address: str | None = None) -> subprocess.CompletedProcess[str]:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     settings = {"HF_ENDPOINT": address or hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder.parent / "hf")}
     return subprocess.run(
-        [sys.executable, "-c", CODE, str(folder), *flags],
+        [sys.executable, "-c", CODE, str(folder)],
         env={**environ, **settings, "HF_TOKEN": token},
         capture_output=True,
         text=True,
@@ -75,16 +73,12 @@ def test_a_push_replaces_the_files_of_an_earlier_export(hub: FakeHub, folder: Pa
     assert hub.files == kept | {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_public_repository_gets_nothing_unless_that_is_allowed(hub: FakeHub, folder: Path) -> None:
+def test_a_public_repository_gets_nothing(hub: FakeHub, folder: Path) -> None:
     hub.exists, hub.private = True, False
     refused = push(hub, folder)
     assert refused.returncode == 1, refused.stdout + refused.stderr
-    assert refused.stdout.startswith("the repository is public, so everyone could download the model; nothing was uploaded")
-    assert "export.push_public=true" in refused.stdout
+    assert f"hf upload owner/name {folder}" in refused.stdout
     assert (hub.commits, hub.stored, hub.files) == ([], {}, {})
-    allowed = push(hub, folder, TOKEN, None, "public")
-    assert allowed.returncode == 0, allowed.stdout + allowed.stderr
-    assert len(hub.commits) == 1
 
 
 def test_a_link_to_a_file_outside_of_the_folder_is_not_pushed(hub: FakeHub, folder: Path, tmp_path_factory: Any) -> None:
@@ -131,7 +125,6 @@ def test_a_run_that_would_be_pushed_to_a_public_repository_is_refused_before_it_
     refused = launch("train", *settings, **access)
     assert (refused.returncode, refused.stdout) == (2, ""), refused.stdout + refused.stderr
     assert "the repository is public, so everyone could download the model" in refused.stderr
-    assert "choose a private repository, or allow it with export.push_public=true" in refused.stderr
     assert not (tmp_path / "runs").exists()
     assert hub.commits == []
 
@@ -139,8 +132,8 @@ def test_a_run_that_would_be_pushed_to_a_public_repository_is_refused_before_it_
 NOTE_CODE = """
 from types import SimpleNamespace as Namespace
 from launcher.clusters.preflight import push_note
-for name, public in (("owner/name", False), ("owner/name", True), (None, False)):
-    print(push_note(Namespace(config=Namespace(export=Namespace(push_to_hub=name, push_public=public)))))
+for name in ("owner/name", None):
+    print(push_note(Namespace(config=Namespace(export=Namespace(push_to_hub=name)))))
 """
 
 
@@ -150,8 +143,8 @@ def test_a_hub_that_cannot_be_asked_is_a_note(hub: FakeHub, tmp_path: Path, stat
     address = "http://127.0.0.1:9" if state == "unreachable" else hub.address
     env = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", NOTE_CODE], env=env, capture_output=True, text=True, check=True, timeout=100)
-    first, *others = done.stdout.splitlines()
-    assert others == ["None", "None"]
+    first, without = done.stdout.splitlines()
+    assert without == "None"
     assert first.startswith("the Hub did not say whether owner/name is public" if is_noted else "None")
 
 

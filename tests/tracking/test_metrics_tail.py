@@ -3,15 +3,14 @@ from __future__ import annotations
 import json
 import math
 import time
-import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from launcher.plan.run_dir import RunDir
-from launcher.tracking import goodput, jsonl, metrics_tail
+from launcher.tracking import goodput
 from launcher.tracking.goodput import JOINED, LOADED, PHASE, AttemptTimes
-from launcher.tracking.jsonl import JsonlTracker, Tail, iter_lines
+from launcher.tracking.jsonl import JsonlTracker, Tail
 from launcher.tracking.metrics_tail import CostSoFar, MetricsTail, read_tail, read_time_lines
 
 
@@ -80,13 +79,6 @@ def test_the_cost_is_that_of_the_last_line_with_a_cost(tmp_path: Path) -> None:
     assert read_tail(tmp_path / "metrics.jsonl").spent == CostSoFar(gpu_hours=3.5, usd=7.0, at=pytest.approx(time.time(), abs=60))
 
 
-def test_gpu_hours_are_counted_without_a_price(tmp_path: Path) -> None:
-    JsonlTracker(RunDir(tmp_path), attempt=1).log(1, {"train/loss": 3.0, "cost/gpu_hours": 0.25})
-    assert read_tail(tmp_path / "metrics.jsonl").spent == CostSoFar(
-        gpu_hours=0.25, usd=None, at=pytest.approx(time.time(), abs=60)
-    )
-
-
 def test_the_time_lines_give_the_same_breakdown_as_all_lines(tmp_path: Path) -> None:
     """The first attempt has two starts, each later one has one; the last trains nothing, and the file ends in a torn line."""
     file, at = tmp_path / "metrics.jsonl", 1000.0
@@ -130,21 +122,3 @@ def test_a_step_logged_after_the_end_of_an_attempt_hides_no_earlier_step(tmp_pat
     found = goodput.breakdown(read_time_lines(file, [5.0, 120.0, 0.0, 101.0, 102.0]), events, attempts, 130.0)
     assert found == goodput.breakdown(lines, events, attempts, 130.0)
     assert found.kept_s == 90
-
-
-def test_a_line_without_an_end_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another user may have written it, and `ls` reads the metrics of all runs in a folder."""
-    for module in (jsonl, metrics_tail):
-        monkeypatch.setattr(module, "MAX_LINE_BYTES", 1 << 20)
-    path = tmp_path / "metrics.jsonl"
-    JsonlTracker(RunDir(tmp_path), attempt=1).log(1, {"train/loss": 1.0})
-    with open(path, "ab") as file:
-        file.write(b'{"train/loss": 2.0, "time/eval_s": 1.0, ' * 2**19)
-    tracemalloc.start()
-    try:
-        assert read_tail(path).losses == (1.0,)
-        assert [line["train/loss"] for line in read_time_lines(path, [time.time()])] == [1.0]
-        assert [line["train/loss"] for line in iter_lines(path)] == [1.0]
-        assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    finally:
-        tracemalloc.stop()

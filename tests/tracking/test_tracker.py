@@ -100,13 +100,6 @@ def test_alerts_of_one_kind_are_rate_limited(run_dir: Path) -> None:
     assert told == [("alert", 1), ("alert", 1), ("info", 1), ("info", 2), ("end", None)]
 
 
-def test_a_keyboard_interrupt_passes_through() -> None:
-    broken = Broken(4, io.StringIO())
-    broken.error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        Composite([broken]).log(2, {"train/loss": 1.0})
-
-
 def test_without_wandb_files_and_console_lines_are_written(
     make_plan: PlanMaker, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

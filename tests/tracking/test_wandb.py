@@ -24,7 +24,6 @@ from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
-from launcher.tracking.metrics import wandb_names
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb import tracker as module
 from launcher.tracking.wandb.session import Session, is_online, redacted
@@ -86,50 +85,6 @@ def run_script(code: str, plan_file: Path, run_dir: Path, forked: bool = True) -
                 child.kill()
             process.kill()
             return process.wait(timeout=10)
-
-
-@pytest.mark.rest
-def test_metrics_are_logged_over_the_steps_under_the_plans_id(make_plan: PlanMaker, run_dir: Path) -> None:
-    trackers = start_trackers(make_plan(project="demo", group="sweep", tags=["tagged"]), run_dir, attempt=1, on_stop=no_stop)
-    trackers.log(0, {"eval/held_out/loss": 3.0})
-    trackers.log(1, {"train/loss": 2.5, "perf/tokens_per_sec": 200.0})
-    trackers.log(2, {"train/loss": 2.0})
-    trackers.log(2, {"eval/held_out/loss": 1.5})
-    trackers.summary({"final/loss": 1.5})
-    trackers.finish("completed")
-
-    steps = [{key: value for key, value in item.items() if key not in ("_runtime", "_timestamp")} for item in history(run_dir)]
-    assert steps == [
-        {"_step": 0, "trainer/step": 0, "eval/held_out/loss": 3},
-        {"_step": 1, "trainer/step": 1, "train/loss": 2.5, "perf/tokens_per_sec": 200},
-        {"_step": 2, "trainer/step": 2, "train/loss": 2, "eval/held_out/loss": 1.5},
-    ]
-    found = records(run_dir)
-    metrics = [record["metric"] for record in found if record["type"] == "metric"]
-    step_metrics = {metric.get("name", metric.get("glob_name")): metric.get("step_metric") for metric in metrics}
-    assert step_metrics == {"trainer/step": None, **dict.fromkeys((*wandb_names(), "*"), "trainer/step")}
-    (run,) = (record["run"] for record in found if record["type"] == "run")
-    assert (run["run_id"], run["display_name"], run["project"]) == ("abcd1234", "demo-run", "demo")
-    assert (run["run_group"], run["tags"]) == ("sweep", ["tagged"])
-    assert run["config"]["update"]["config"]["train"]["max_steps"] == 40
-    assert run["config"]["update"]["batch"]["global_batch_size"] == 8
-    assert {"final/loss": 1.5} in [record["summary"]["update"] for record in found if record["type"] == "summary"]
-    assert [record["exit"]["exit_code"] for record in found if record["type"] == "exit"] == [0]
-
-
-def test_alerts_are_sent_to_wandb_and_other_events_are_not(make_plan: PlanMaker, run_dir: Path) -> None:
-    trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
-    trackers.log(7, {"train/loss": 2.0})
-    trackers.event("alert", "the loss jumped", step=7)
-    trackers.event("info", "nothing to wake anyone for", step=7)
-    trackers.log(8, {"train/loss": 2.0})
-    trackers.event("alert", "the machine was asked to stop")
-    trackers.finish("completed")
-    alerts = [record["alert"] for record in records(run_dir) if record["type"] == "alert"]
-    assert [(alert["title"], alert["text"], alert["level"]) for alert in alerts] == [
-        ("demo-run at step 7: the loss jumped", "the loss jumped", "WARN"),
-        ("demo-run at step 8: the machine was asked to stop", "the machine was asked to stop", "WARN"),
-    ]
 
 
 def test_rows_of_short_steps_are_sent_together_and_alerts_and_the_end_at_once(

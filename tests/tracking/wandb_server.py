@@ -13,12 +13,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from http_server import serving
+from http_server import Answer, Request, serving
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 ENTITY = "team"
@@ -76,7 +75,10 @@ class FakeWandb:
     def run(self, name: str = "abcd1234") -> Run:
         return self.runs[name]
 
-    def answer(self, method: str, path: str, key: str | None, body: bytes) -> tuple[int, Any]:
+    def answer(self, request: Request) -> Answer:
+        path, body = request.path, request.body
+        kind, _, code = request.headers.get("Authorization", "").partition(" ")
+        key = base64.b64decode(code).decode().removeprefix("api:") if kind == "Basic" else None
         self.received.append(f"{path} {body.decode(errors='replace')}")
         while self.fault == "hang" and not self.freed.is_set():
             time.sleep(0.05)
@@ -93,7 +95,7 @@ class FakeWandb:
             return self._graphql(asked["query"], asked.get("variables") or {})
         found = re.fullmatch(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream", path)
         if found is None:
-            self.unknown.append(f"{method} {path}")
+            self.unknown.append(f"{request.method} {path}")
             return 404, {"error": "the fake server has nothing here"}
         return self._stream(self.runs[found[3]], json.loads(body))
 
@@ -222,34 +224,8 @@ _OPERATIONS = {
 def fake_wandb(**settings: Any) -> Iterator[FakeWandb]:
     """A server that has answered or dropped all requests at the end of the block."""
     server = FakeWandb(**settings)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def handle(self) -> None:
-            # The client may be gone, for example a killed process.
-            with suppress(ConnectionError):
-                super().handle()
-
-        def answer_any(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            kind, _, code = self.headers.get("Authorization", "").partition(" ")
-            key = base64.b64decode(code).decode().removeprefix("api:") if kind == "Basic" else None
-            status, value = server.answer(self.command, self.path.partition("?")[0], key, body)
-            content = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_GET = do_POST = do_PUT = answer_any
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            """Log nothing: tests read `received`."""
-
     with ExitStack() as port:
-        server.address = port.enter_context(serving(Handler))
+        server.address = port.enter_context(serving(server.answer))
         server.close = port.close
         try:
             yield server

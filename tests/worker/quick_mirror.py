@@ -13,11 +13,10 @@ from launcher.worker.sidecars import mirror_process
 
 
 class HangingFileSystem(LocalFileSystem):
-    """A file system that hangs when state.json is written in a folder with the pipe `never-read`."""
+    """A file system that hangs when state.json of a checkpoint is written in a mirror with the pipe `never-read`."""
 
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
-        pipe = Path(path).with_name("never-read")
-        if "r" not in mode and path.endswith("-state.json") and pipe.exists():
+        if "r" not in mode and path.endswith("-state.json") and (pipe := Path(path).parents[2] / "never-read").exists():
             pipe.open("wb")
         return super().open(path, mode, **kwargs)
 

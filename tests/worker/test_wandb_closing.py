@@ -75,10 +75,7 @@ def test_a_failure_and_the_missing_steps_are_sent_to_wandb(tmp_path: Path, monke
         ]
 
 
-@pytest.mark.parametrize("numbered", [True, False], ids=["an attempt was numbered", "none was"])
-def test_a_limit_reached_between_attempts_is_sent_to_wandb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbered: bool
-) -> None:
+def test_a_limit_reached_between_attempts_is_sent_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     with fake_wandb() as server:
         with rank(plan, base_url=server.address) as it:
@@ -90,7 +87,7 @@ def test_a_limit_reached_between_attempts_is_sent_to_wandb(
         run.attempt(2).mkdir()
         run_store.write_status(run, Status("preempted", 1, 4, 40, message="run.max_usd=100 is reached"))
         use(monkeypatch, server.address)
-        wandb_closing.close_wandb_run(plan, run.plan, run, 2 if numbered else 1)
+        wandb_closing.close_wandb_run(plan, run.plan, run, 2)
         assert (server.run().exits, server.run().summary["state"]) == ([1, 1], "preempted")
         assert server.run().steps == [1, 2, 3, 4]
         assert [alert["text"] for alert in server.alerts] == ["the run ends: run.max_usd=100 is reached"]

@@ -6,7 +6,6 @@ Colors and fonts come from templates/page.css.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +16,9 @@ _RIGHT, _TOP, _BOTTOM = 20, 28, 44
 # Width of a character in a label, in page.css's font.
 _CHARACTER = 7.4
 _COLORS = 8
-# Floating-point numbers end at 1.8e308.
-_LARGEST = 1e300
 _MOST_LABELS = 7
 # Values whose relative range is smaller than this are drawn as a constant.
 _CONSTANT = 1e-5
-# Length of one dash of curves that coincide.
-_DASH = 14
-# Curves coincide if they are within this distance of each other at this fraction of their points.
-_COINCIDE, _COINCIDING_FRAC = 1.5, 0.5
 # Units of tick labels: the largest label from which a unit is used, its factor, and its letter.
 _UNITS = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
 # Labels that need more decimal places are written without a unit.
@@ -94,78 +87,29 @@ def _percent(value: float, most: float) -> float:
 def lines(
     title: str, x: Sequence[Sequence[float]], series: Sequence[Series], x_label: str, y_label: str, log_x: bool = False
 ) -> Markup:
-    """Draw curves; `x` has the positions of each series. A logarithmic axis requires positions above 0.
-
-    Curves that coincide are drawn in alternating dashes, so that each is visible.
-    """
+    """Draw curves; `x` has the positions of each series. A logarithmic axis requires positions above 0."""
     points = [value for one in x for value in one]
-    values = [value for one in series for value in one.values if _can_be_drawn(value)]
+    values = [value for one in series for value in one.values if math.isfinite(value)]
     if not points or not values:
         return Markup('<p class="soft">{}: nothing to draw</p>').format(title)
     y_axis = _linear_axis(values, HEIGHT - _BOTTOM, _TOP)
     left = _left_margin(y_axis)
     x_axis = (_log_axis if log_x else _linear_axis)(points, left, WIDTH - _RIGHT)
     shapes = [_x_label(at, label) for at, label in x_axis.ticks]
-    curves = [
-        [(x_axis.position(a), y_axis.position(b)) for a, b in zip(xs, one.values, strict=True) if _can_be_drawn(b)]
-        for xs, one in zip(x, series, strict=True)
-    ]
-    groups = _coinciding(curves)
-    for number, (curve, one) in enumerate(zip(curves, series, strict=True)):
-        group = groups[number]
-        shapes.append(_curve(curve, one.name, _color(number), group.index(number), len(group)))
+    for number, (xs, one) in enumerate(zip(x, series, strict=True)):
+        curve = [(x_axis.position(a), y_axis.position(b)) for a, b in zip(xs, one.values, strict=True) if math.isfinite(b)]
+        shapes.append(_curve(curve, one.name, _color(number)))
     return _figure(title, left, _grid(y_axis, left) + shapes, x_label, y_label, [one.name for one in series])
 
 
-def _can_be_drawn(value: float) -> bool:
-    """Return whether a value, and its distance to other values, is a finite number: another user's file may contain any value."""
-    return math.isfinite(value) and abs(value) < _LARGEST
-
-
-def _curve(points: Points, name: str, color: str, place: int, num_coinciding: int) -> str:
-    """Draw the curve with index `place` among `num_coinciding` curves that are drawn over each other."""
+def _curve(points: Points, name: str, color: str) -> str:
     tip = f"<title>{escape(name)}</title>"
     if len(points) == 1:
-        # A line with one point would be invisible. Points of other curves below it are rings.
-        (a, b), radius = points[0], 4 + 3 * (num_coinciding - 1 - place)
-        return f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}" fill="{color}">{tip}</circle>'
-    dashes = ""
-    if place:
-        # The curves below are visible in the gaps.
-        dash, gap = _DASH * (num_coinciding - place), _DASH * place
-        dashes = f' stroke-dasharray="{dash} {gap}" stroke-dashoffset="{-gap}"'
+        # A line with one point would be invisible.
+        (a, b), *_ = points
+        return f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{color}">{tip}</circle>'
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    return f'<polyline class="line" stroke="{color}"{dashes} points="{path}">{tip}</polyline>'
-
-
-def _coinciding(curves: Sequence[Points]) -> list[list[int]]:
-    """Return for each curve the indices of the curves that coincide with it, in order, including its own."""
-    groups: list[list[int]] = []
-    for number, curve in enumerate(curves):
-        group = next((group for group in groups if _is_over(curve, curves[group[0]])), None)
-        if group is None:
-            groups.append([number])
-        else:
-            group.append(number)
-    return [next(group for group in groups if number in group) for number in range(len(curves))]
-
-
-def _is_over(curve: Points, other: Points) -> bool:
-    """Return whether a curve coincides with another over most of the shorter one's range."""
-    if not curve or not other:
-        return False
-    shorter, longer = sorted((curve, other), key=lambda points: points[-1][0] - points[0][0])
-    num_close = sum(abs(y - _interpolate(longer, x)) <= _COINCIDE for x, y in shorter)
-    return num_close >= _COINCIDING_FRAC * len(shorter)
-
-
-def _interpolate(points: Points, x: float) -> float:
-    """Return the height of a curve at `x`; NaN outside its range."""
-    after = bisect_right(points, x, key=lambda point: point[0])
-    (x0, y0), (x1, y1) = points[max(0, after - 1)], points[min(after, len(points) - 1)]
-    if not x0 <= x <= x1:
-        return y0 if x == x0 else math.nan
-    return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return f'<polyline class="line" stroke="{color}" points="{path}">{tip}</polyline>'
 
 
 def _figure(title: str, left: float, shapes: list[str], x_label: str, y_label: str, names: Sequence[str]) -> Markup:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import re
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,6 @@ from markupsafe import Markup, escape
 
 from launcher import atomic_files
 from launcher.errors import ConfigError
-from launcher.security import ownership
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -29,21 +26,15 @@ _LONG_WORD = 16
 
 
 def require_writable_page(file: Path) -> Path:
-    """Reject an unwritable path, another user's link, or a file that is not one of the launcher's pages.
+    """Reject an unwritable path, or a file that is not one of the launcher's pages.
 
     Raises:
         ConfigError: about `--html`.
     """
-    _follow(file)
-    try:
-        is_writable = not file.is_dir() and os.access(file if file.exists() else file.absolute().parent, os.W_OK)
-        is_foreign = is_writable and file.exists() and file.stat().st_size > 0 and _POLICY not in _beginning(file)
-    except OSError:
-        is_writable = is_foreign = False
-    if not is_writable:
+    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
         what, remedy = "the page cannot be written to this path", "choose a file in a folder that you can write to"
         raise ConfigError(what, where="--html", value=str(file), remedy=remedy)
-    if is_foreign:
+    if file.is_file() and (content := file.read_text(errors="replace")) and _POLICY not in content:
         what = "the file is not a page of the launcher, so it is not overwritten"
         raise ConfigError(what, where="--html", value=str(file), remedy="name another file")
     return file
@@ -55,44 +46,17 @@ def write(file: Path, content: str) -> None:
     Raises:
         ConfigError: if it does not, or if writing fails.
     """
+    # UTF-8 cannot encode lone surrogates, which occur in some file names.
+    encoded = content.encode(errors="xmlcharrefreplace")
     try:
-        # UTF-8 cannot encode lone surrogates, which occur in some file names. Encode before the old page is removed.
-        encoded = content.encode(errors="xmlcharrefreplace")
         if require_writable_page(file).exists() and not file.is_file():
-            _write_to_device(file, encoded)
+            file.write_bytes(encoded)
         else:
-            # Only this user can read it, because pages show data rows. A link that another user creates now is replaced.
-            atomic_files.write_bytes(_follow(file), encoded, mode=0o600)
+            # Only this user can read it, because pages show data rows.
+            atomic_files.write_bytes(file.resolve(), encoded, mode=0o600)
     except OSError as error:
         what = f"the page cannot be written: {error.strerror}"
         raise ConfigError(what, where="--html", value=str(file), remedy="name a file on another disk") from None
-
-
-def _follow(file: Path) -> Path:
-    """Return the file that a path leads to; the file need not exist.
-
-    Raises:
-        ConfigError: if a link of another user, for example in their run's directory, chooses it.
-    """
-    try:
-        return ownership.follow_own_links(file)
-    except OSError as error:
-        message, remedy = f"the page cannot be written: {error.strerror}", "name a file in a folder of your own with --html"
-        raise ConfigError(message, where="--html", value=str(file), remedy=remedy) from None
-
-
-def _write_to_device(file: Path, content: bytes) -> None:
-    """Write to a pipe or a terminal, unless it is another user's."""
-    # Opening a pipe waits for its reader.
-    _require_own_device(file.stat())
-    with open(os.open(file, os.O_WRONLY), "wb") as device:
-        _require_own_device(os.fstat(device.fileno()))
-        device.write(content)
-
-
-def _require_own_device(status: os.stat_result) -> None:
-    if stat.S_ISREG(status.st_mode) or not ownership.accepts_owner(status.st_uid):
-        raise PermissionError(errno.EPERM, "it is a pipe or a device of another user")
 
 
 def render(template: str, **context: Any) -> str:
@@ -130,8 +94,3 @@ def _cell(text: object) -> Markup:
 
 def _breakable(word: str) -> Markup:
     return escape(word) if len(word) <= _LONG_WORD else Markup("<wbr>").join(re.split(r"(?<=[/.,:;=_&?-])", word))
-
-
-def _beginning(file: Path) -> str:
-    with open(file, encoding="utf-8", errors="replace") as opened:
-        return opened.read(1000)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher import json_records, run_store
+from launcher.atomic_files import digest_file
 from launcher.cli.views.run_summary import summary
 from launcher.clusters.backends import status_reader_for
-from launcher.code_snapshot import DIGESTS
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
@@ -135,10 +135,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 def _files(run: RunDir) -> dict[str, str]:
     """Return the digest of each source file in the run's code."""
-    with suppress(LauncherError, OSError):
-        digests = json_records.read_json(run.code / DIGESTS)
-        return {name: str(digest) for name, digest in digests.items() if name.endswith(".py")}
-    return {}
+    return {str(file.relative_to(run.code)): digest_file(file).xxh3_128 for file in sorted(run.code.rglob("*.py"))}
 
 
 def _results(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _SILENT_S, _SILENT_STEPS = 600.0, 10
 
 
 def summary(run: RunDir, status: Status) -> dict[str, Any]:
-    """Return the state, the metrics of the last training step, and values derived from both; files may be missing.
+    """Return the state, the metrics of the last training step, and values derived from both.
 
     `attempt` is the newest attempt, which may still be waiting for machines. `age_s` is the time since the last step was
     reported.
@@ -37,8 +37,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
     number = max(status.attempt, run_store.newest_attempt(run))
     resumed = _resumed(run)
     tail = read_tail(run.metrics, resumed=resumed)
-    # Copied files may lack the plan.
-    placed = run_store.read_placement(run) if run.plan.is_file() else None
+    placed = run_store.read_placement(run)
     checkpoints = [checkpoint.step for checkpoint in store.list_checkpoints(run.checkpoints)]
     events = read_events(run.events)
     spent = _spent(run, status)
@@ -68,7 +67,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "export": str(run.export) if run.export.is_dir() else None,
         "export_step": exported.step if run.export.is_dir() and (exported := read_export(run)) is not None else None,
-        "device": placed.device if placed is not None else "cuda",
+        "device": placed.device,
         "cost": _cost(tail, spent, placed, None if rest is None else rest.usd),
         "goodput": _goodput(spent or goodput.breakdown_from_metrics(tail.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
@@ -135,18 +134,12 @@ class _Costs:
     max_hours: float | None
 
     @classmethod
-    def of(cls, tail: MetricsTail, spent: Breakdown | None, placed: Placement | None) -> _Costs:
-        counted = tail.spent
-        logged = None if counted is None else counted.usd
-        usd = spent.usd if spent is not None and spent.gpu_s and placed is not None else logged
-        num_gpus = _num_ranks(tail.last)
-        price = counted.usd / counted.gpu_hours if counted is not None and counted.usd and counted.gpu_hours else None
-        if placed is not None:
-            num_gpus = max(placed.num_ranks, 0 if spent is None else spent.num_workers)
-            price = None if placed.price is None else placed.price.usd_per_gpu_hour
-        usd_per_s = None if num_gpus is None or price is None else num_gpus * price / 3600
-        limits = (None, None) if placed is None else (placed.max_usd, placed.max_hours)
-        return cls(usd, usd_per_s, 0.0 if spent is None else spent.held_s, logged, *limits)
+    def of(cls, tail: MetricsTail, spent: Breakdown | None, placed: Placement) -> _Costs:
+        logged = None if tail.spent is None else tail.spent.usd
+        usd = spent.usd if spent is not None and spent.gpu_s else logged
+        num_gpus = max(placed.num_ranks, 0 if spent is None else spent.num_workers)
+        usd_per_s = None if placed.price is None else num_gpus * placed.price.usd_per_gpu_hour / 3600
+        return cls(usd, usd_per_s, 0.0 if spent is None else spent.held_s, logged, placed.max_usd, placed.max_hours)
 
     def limit(self) -> tuple[str, float] | None:
         """Return the limit that will be reached first and the seconds with machines until then, or None if there is no limit."""
@@ -191,12 +184,6 @@ def _remaining(
     return _Remaining(left_s, usd, limit)
 
 
-def _num_ranks(line: dict[str, Any]) -> int | None:
-    """Return the number of ranks behind a metrics line, or None if the line has no pace."""
-    whole, each = line.get("perf/tokens_per_sec"), line.get("perf/tokens_per_sec_per_gpu")
-    return round(whole / each) if whole and each else None
-
-
 def _medians(recent: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return medians over the last steps of metrics that vary from step to step."""
     values = {name: [line[name] for line in recent if name in line] for name in median_names()}
@@ -218,17 +205,15 @@ def _goodput(spent: Breakdown | None) -> dict[str, float] | None:
     return {"fraction": spent.goodput, "wall_s": spent.wall_s, "kept_s": spent.kept_s, **lost, "lost_steps": spent.lost_steps}
 
 
-def _cost(
-    tail: MetricsTail, spent: Breakdown | None, placed: Placement | None, expected_usd: float | None
-) -> dict[str, Any] | None:
+def _cost(tail: MetricsTail, spent: Breakdown | None, placed: Placement, expected_usd: float | None) -> dict[str, Any] | None:
     """Return GPU hours and US dollars so far, plus estimated dollars at the end if possible; None if nothing is counted.
 
-    Without the attempts' files, the last metrics line with a cost counts. `at_typical_price` is None without a plan.
+    Without the attempts' files, the last metrics line with a cost counts.
     """
-    counted, price = tail.spent, None if placed is None else placed.price
-    typical = None if placed is None else price is not None and price.assumption is not None
-    if spent is not None and spent.gpu_s and placed is not None:
-        if placed.device == "cpu" and price is None:
+    counted = tail.spent
+    typical = placed.price is not None and placed.price.assumption is not None
+    if spent is not None and spent.gpu_s:
+        if placed.device == "cpu" and placed.price is None:
             return None
         hours, usd, typical = spent.gpu_s / 3600, spent.usd, spent.assumed_usd > 0
     elif counted is not None:

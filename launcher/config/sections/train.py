@@ -68,7 +68,6 @@ class ExportSection(Section):
     push_to_hub: HubId | None = Field(
         None, description="Hub repository that receives the exported folder at the end; it is created as private. Needs HF_TOKEN."
     )
-    push_public: Flag = Field(False, description="Allow a push to an existing public repository, which is refused otherwise.")
 
     @model_validator(mode="after")
     def _something_to_push(self) -> ExportSection:

@@ -38,10 +38,11 @@ from launcher import atomic_files
 from launcher.config.sections.data import DataSection
 from launcher.data.cache.keys import FORMAT_VERSION, cache_keys, compute_file_digest
 from launcher.data.cache_dir import SHARED_CACHE_VARIABLE, cache_root, convert_os_errors, mark_used, shared_cache_root
-from launcher.data.cache_lock import wait_and_hold
 from launcher.errors import DataError, Problem
+from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
 from launcher.security import folders, ownership
+from launcher.security.redaction import redacted_command_line
 
 
 def cache_dir(key: str, group: str | None = None) -> Path:
@@ -191,7 +192,7 @@ def building(key: str, group: str | None = None) -> Iterator[Path | None]:
             folders.make_shared_folder(final.parent, group)
     with contextlib.ExitStack() as stack:
         with convert_os_errors(final.parent):
-            stack.enter_context(wait_and_hold(final.with_name(f"{own}.lock"), "builds this data cache"))
+            stack.enter_context(wait_and_hold(final.with_name(f"{own}.lock"), "builds this data cache", redacted_command_line()))
         if find(key, group) is not None:
             yield None
             return

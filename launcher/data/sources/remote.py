@@ -13,12 +13,13 @@ from typing import Any
 
 from launcher.config.sections.data import RowSource
 from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, mark_used, source_folder
-from launcher.data.cache_lock import wait_and_hold
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, require_short_readme
 from launcher.errors import DataError, Problem
+from launcher.locks import wait_and_hold
 from launcher.security import ownership
+from launcher.security.redaction import redacted_command_line
 from launcher.security.storage_addresses import access_remedy, require_known_hosts
 
 # File metadata that changes with the content, by its names in various storages.
@@ -108,7 +109,7 @@ class RemoteFiles:
                 mark_used(target.parent)
                 return DataFile(target, self._name(path))
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with wait_and_hold(target.parent / ".lock", f"fetches {self._name(path)}"):
+            with wait_and_hold(target.parent / ".lock", f"fetches {self._name(path)}", redacted_command_line()):
                 if not target.exists():
                     self._download(path, state.size, target.parent).replace(target)
         return DataFile(target, self._name(path))

@@ -9,14 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import filelock
 import fsspec
 import pytest
 from file_owners import MALLORY, as_root
 from source_folders import CARD, SPLITS, SUBSETS, Files, row
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data import cache_lock
 from launcher.data.cache_dir import source_folder
 from launcher.data.sources import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents
 from launcher.errors import DataError, Problem
@@ -224,18 +222,6 @@ def test_an_address_is_downloaded_once_and_again_after_a_change(memory: Any, cac
     memory.pipe("/data/train.jsonl", row("b").encode())
     assert compute_source_digest(source) != first
     assert texts(source) == ["b"]
-
-
-def test_a_download_by_another_process_is_waited_for(memory: Any, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_lock, "MAX_WAIT_S", 0.1)
-    memory.pipe("/data/train.jsonl", row("a").encode())
-    source = Source(path="memory://data/train.jsonl")
-    assert texts(source) == ["a"]
-    (rows,) = cache_home.rglob("rows")
-    rows.unlink()
-    with filelock.FileLock(rows.with_name(".lock")):
-        assert "process fetches memory:///data/train.jsonl and takes too long" in problem_of(source).message
-    assert texts(source) == ["a"]
 
 
 def test_a_full_disk_is_reported_during_a_download(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:

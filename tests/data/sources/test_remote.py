@@ -6,14 +6,13 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from file_owners import MALLORY
 from fsspec.implementations.memory import MemoryFileSystem
-from http_server import serving
+from http_server import Answer, Request, serving
 from missing_program import skip_or_fail
 
 from launcher.config.sections.data import DataSection, Source
@@ -41,24 +40,14 @@ class Web:
 def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     web = Web()
 
-    class Handler(BaseHTTPRequestHandler):
-        def _serve(self) -> None:
-            self.send_response(200)
-            length = {"Content-Length": str(web.length or len(web.content))} if web.says_length else {}
-            for key, value in {**web.headers, **length}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command == "GET":
-                web.read.append(self.path)
-                self.wfile.write(web.content)
-
-        do_GET = do_HEAD = _serve
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
+    def answer(request: Request) -> Answer:
+        if request.method == "GET":
+            web.read.append(request.path)
+        length = str(web.length or len(web.content)) if web.says_length else ""
+        return 200, web.content, {"Content-Type": "", "Content-Length": length, **web.headers}
 
     monkeypatch.setattr(remote, "_downloaded", {})
-    with serving(Handler) as web.address:
+    with serving(answer) as web.address:
         yield web
 
 

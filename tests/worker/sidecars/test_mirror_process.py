@@ -122,9 +122,9 @@ def no_room(*_: object, **__: object) -> None:
 
 def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
-    # With this pipe, quick_mirror hangs when it writes state.json next to it.
-    (tmp_path / "mirror/a/checkpoints/step-00000005").mkdir(parents=True)
-    os.mkfifo(tmp_path / "mirror/a/checkpoints/step-00000005/never-read")
+    # With this pipe, quick_mirror hangs when it writes state.json.
+    (tmp_path / "mirror/a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "mirror/a/never-read")
     commit(run, 5)
     with sending(run) as process:
         wait_for("the others", lambda: len(list((tmp_path / "mirror/a/checkpoints/step-00000005").glob("rank-*"))) == 3)
@@ -135,7 +135,7 @@ def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: 
     assert "not in the mirror: step 5" in alert
     assert record(run)["missing_steps"] == [5]
     # The command in the alert uploads the rest.
-    (tmp_path / "mirror/a/checkpoints/step-00000005/never-read").unlink()
+    (tmp_path / "mirror/a/never-read").unlink()
     with sending(run) as process:
         process.communicate(b"", timeout=60)
         assert process.returncode == 0
@@ -149,9 +149,9 @@ def test_without_a_stop_request_the_upload_has_no_deadline(
     monkeypatch.setattr(mirror_process, "_REPORT_S", 2.0)
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     folder = tmp_path / "mirror/a/checkpoints/step-00000005"
-    folder.mkdir(parents=True)
-    # With this pipe, quick_mirror hangs when it writes state.json next to it.
-    os.mkfifo(folder / "never-read")
+    # With this pipe, quick_mirror hangs when it writes state.json.
+    (tmp_path / "mirror/a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "mirror/a/never-read")
     commit(run, 5)
     grace_s = 0.2
     stopper = Stopper(grace_s, {}, lambda number: None)
