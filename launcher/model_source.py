@@ -31,7 +31,6 @@ from launcher.models.folder_check import file_problems, folder_problems
 from launcher.models.remote_code import code_problems
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import ModelFacts
-from launcher.security import ownership
 
 # A commit has 40 digits, but in a shared Hub cache the file may be of any size.
 _MAX_REFERENCE_BYTES = 200
@@ -186,7 +185,6 @@ def _finished(folder: Path) -> Path | None:
     """Return a model's folder in the launcher's cache, or None; reject one that other users could have written."""
     if not (folder / "config.json").is_file():
         return None
-    ownership.require_cache(folder)
     mark_used(folder)
     return folder
 

@@ -19,7 +19,7 @@ from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
 from launcher.run_damage import looks_like_run, plan_remedy, record_remedy, unreadable_plan
 from launcher.run_records import Attempt, Status
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.security.folders import make_own_folder
 from launcher.security.redaction import redacted_command_line
 from launcher.shell_commands import launcher_command, shell_command
@@ -50,11 +50,10 @@ def create(plan: LaunchPlan) -> RunDir:
         require_new(run)
         raise
     try:
-        if problem := ownership.records_problem(run):
-            # Storage may assign what root writes to nobody; later commands would then show this run from its files only.
-            raise SubmitError(replace(problem, remedy=f"set run.root to storage that keeps file owners; {problem.remedy}"))
-        # The parent folders may have been created with this run.
-        ownership.require_location(run)
+        if problem := owners.run_problem(run.root):
+            raise SubmitError(
+                replace(problem, remedy=f"set run.root to a folder that only you can write to; or {problem.remedy}")
+            )
         atomic_files.fsync_directory(run.root.parent)
         run.attempts.mkdir()
         code_snapshot.create(run)
@@ -343,8 +342,6 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
         try:
             if (candidate / marker).is_file():
                 run = RunDir(candidate.resolve())
-                ownership.require_plain_files(run)
-                ownership.require_own_links(candidate, root, run)
                 return run
         except OSError as error:
             remedy = "check the storage and your access to it, then try again"

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from launcher.config.compose import run_hydra
 from launcher.config.sections.static_identity import NodeIdentity, identify
-from launcher.security.trust import Trust
+from launcher.security.owners import Trust
 
 DOCKER = Path(__file__).resolve().parents[1] / "docker"
 

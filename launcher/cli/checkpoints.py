@@ -27,7 +27,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.progress import show_progress
@@ -65,7 +65,7 @@ def run(verb: str, tokens: list[str]) -> int:
     if not arguments.prune:
         return _show(run_dir, plan, _verify_all(run_dir) if arguments.verify else {}, [], arguments.json)
     # While this holds the lock, no other command starts an attempt.
-    ownership.require_run(run_dir)
+    owners.require_run(run_dir.root)
     with run_store.start_lock(run_dir):
         _require_ended(run_dir, plan)
         verified = _verify_all(run_dir) if arguments.verify else _verify_until_intact(run_dir)

@@ -23,7 +23,7 @@ from launcher.data.hub_cache import own_folder
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError, printable
 from launcher.plan.quantities import format_count, format_size
 from launcher.run_damage import plan_remedy
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 
@@ -145,7 +145,7 @@ def _users(roots: Iterable[Path]) -> Iterator[tuple[str, str, set[str]]]:
     """Yield the directory, the state and the absolute paths in the plans of each run of this user."""
     for run in {run.root.resolve(): run for root in roots for run in run_store.list_runs(root)}.values():
         # Other users' runs use their own caches, or a group's, which are kept.
-        if not ownership.accepts_owner(run.root.stat().st_uid):
+        if not owners.accepts_owner(run.root.stat().st_uid):
             continue
         state, paths = "unknown", set[str]()
         with suppress(LauncherError):

@@ -21,7 +21,7 @@ from launcher import atomic_files
 from launcher.cli.arguments import VerbParser
 from launcher.cli.main import COMPOSING, VERBS
 from launcher.data.cache_dir import cache_root
-from launcher.security.folders import usable_part
+from launcher.errors import LauncherError
 
 # The words of the command line so far, one per line; the last one is to be completed.
 WORDS_VARIABLE = "LAUNCHER_COMPLETION_WORDS"
@@ -178,9 +178,11 @@ def _runs(before: Sequence[str]) -> Iterator[str]:
 
 def vocabulary() -> Vocabulary:
     """Return the keys and flags of this launcher version: from the cache, or else built and stored there."""
-    folder = usable_part(cache_root() / "completion", make=True)
-    # If the cache is not writable, every answer is slow.
-    if folder is None:
+    try:
+        folder = cache_root() / "completion"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, LauncherError):
+        # Every answer is slow.
         return _build_vocabulary()
     file = folder / f"{launcher.__version__}-{_newest_source():x}.json"
     with suppress(OSError, ValueError, TypeError):

@@ -10,7 +10,7 @@ from launcher import run_store
 from launcher.cli.arguments import VerbParser
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.tracking.wandb.workspace import Target, as_json, publish
 
 _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
@@ -61,7 +61,7 @@ def _target(name: str, root: Path) -> Target:
         run_dir = None
     if run_dir is not None:
         # It names the project that this user's key writes to.
-        ownership.require_records(run_dir)
+        owners.require_run(run_dir.root)
         plan = run_store.load_plan(run_dir)
         tracking = plan.config.tracking
         return Target(tracking.project, tracking.entity, plan.wandb_id, plan.run_name)

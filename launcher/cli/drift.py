@@ -12,7 +12,7 @@ from launcher.cli.arguments import VerbParser
 from launcher.cli.formatting import short, table
 from launcher.cli.worker_process import run_reporting
 from launcher.errors import EXIT_CHECK_FAILED, DataError, printable
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.shell_commands import launcher_command
 
 _WORKER = "launcher.worker.drift"
@@ -22,7 +22,7 @@ def run(verb: str, tokens: list[str]) -> int:
     """Compare prompts with the training prompts; returns 3 if they have drifted."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
-    ownership.require_run(run_dir)
+    owners.require_run(run_dir.root)
     if not arguments.prompts.is_file():
         raise DataError(
             "there is no such file", where=str(arguments.prompts), remedy="name a file of prompts: JSON Lines, or one JSON array"

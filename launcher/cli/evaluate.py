@@ -31,7 +31,7 @@ from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.verdicts import EvaluationVerdict
@@ -49,7 +49,7 @@ def run(verb: str, tokens: list[str]) -> int:
     """Evaluate a run and print the verdict; returns 3 if --min-gain does not hold."""
     arguments = _parser().parse_intermixed_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
-    ownership.require_run(run_dir)
+    owners.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
     config = _with_overrides(plan.config, arguments.overrides, plan.run_name)
     if arguments.tasks is None and (arguments.task_folder is not None or arguments.limit is not None):

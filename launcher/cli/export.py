@@ -22,8 +22,8 @@ from launcher.export import hub
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
-from launcher.security import ownership
-from launcher.security.trust import user_name
+from launcher.security import owners
+from launcher.security.owners import user_name
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 
@@ -35,7 +35,7 @@ def run(verb: str, tokens: list[str]) -> int:
     """Export a checkpoint; returns the exit code of the process that writes it."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
-    ownership.require_run(run_dir)
+    owners.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
     if arguments.push is not None:
         _require_pushable(arguments.push, run_dir.export)
@@ -43,7 +43,7 @@ def run(verb: str, tokens: list[str]) -> int:
     out = run_dir.export if arguments.out is None else Path(arguments.out).expanduser().absolute()
     _require_writable(out)
     if arguments.out is not None:
-        ownership.require_export_location(out)
+        owners.require_own_folder(f"an export in {out.parent}", out.parent, "choose an --out that only you can replace")
     existing = _read_export(out)
     trained = plan.config.model.dtype if plan.config.model.dtype in _DTYPES else _DTYPES[0]
     dtype = arguments.dtype or (existing.dtype if existing is not None else trained)
@@ -103,7 +103,7 @@ def _require_writable(out: Path) -> None:
             value=f"{beside} cannot be written by this user" if existing.is_dir() else f"{existing} is a file",
             remedy="name another folder with --out",
         )
-    if existing == out and not ownership.accepts_owner(owner := out.lstat().st_uid):
+    if existing == out and not owners.accepts_owner(owner := out.lstat().st_uid):
         # In a sticky folder, only that user could remove it once all weights are written.
         raise SubmitError(
             f"the export folder belongs to {user_name(owner)}, and is not replaced",

@@ -34,7 +34,7 @@ from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import SpeedEstimate, estimate_speed
 from launcher.run_records import RUNNING_STATES, Attempt
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.shell_commands import launcher_command
 
 _USAGE = {
@@ -219,7 +219,7 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
 
 def _require_new(existing: RunDir) -> None:
     """Reject an existing run, with its state if it is running; nothing is read from another user's run."""
-    is_own = existing.root.is_dir() and ownership.accepts_owner(existing.root.stat().st_uid)
+    is_own = existing.root.is_dir() and owners.accepts_owner(existing.root.stat().st_uid)
     if is_own and existing.plan.is_file() and existing.status.is_file():
         require_idle(existing, status_reader_for(existing, run_store.load_plan(existing).config.cluster.kind))
     run_store.require_new(existing)
@@ -269,7 +269,8 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
         _require_new(RunDir(run_dir_of(composed.config, name, str(Path.cwd()), str(Path.home()))))
     if not composed.config.cluster.is_dry_run:
         folder = run_dir_of(composed.config, composed.config.run.name or "name", str(Path.cwd()), str(Path.home()))
-        ownership.require_location(RunDir(folder))
+        parent = Path(folder).parent
+        owners.require_own_folder(f"a run in {parent}", parent, "set run.root to a folder that only you can write to")
     config = facts.resolve(composed.config, node)
     facts.check(config)
     check_extra(config)
@@ -301,7 +302,7 @@ def _location_warning(plan: LaunchPlan) -> str | None:
     """Return why the run directory cannot be created, or which parent folder lets other users replace it, or None."""
     if problem := folder_problem(Path(plan.run_dir)):
         return f"train will be refused: {problem.message}; {problem.remedy}"
-    problem = ownership.location_problem(RunDir(Path(plan.run_dir)))
+    problem = owners.folder_problem(f"a run in {Path(plan.run_dir).parent}", Path(plan.run_dir).parent)
     return f"train, resume and export will be refused: {problem.message}; {problem.remedy}" if problem else None
 
 

@@ -66,7 +66,7 @@ _VERBS_ELSEWHERE = {
 # The verbs that compose settings.
 COMPOSING = ("train", "plan", "data", "doctor")
 _FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "--yes", "-m", "--multirun")
-# The same value as in launcher.security.trust, which only commands with the flag import here.
+# The same value as in launcher.security.owners, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
 # Variables with paths that libraries read in a run's processes, which work in the run directory.
 _PATH_VARIABLES = (
@@ -184,14 +184,10 @@ def _main(argv: Sequence[str] | None) -> int:
         _make_paths_absolute()
     try:
         if owners:
-            from launcher.security import trust
+            from launcher.security.owners import add_to_environ
 
-            trust.add_to_environ(owners)
-        from launcher.security.folders import closed_files
-
-        # Commands download from the Hub too: its client uses what it creates at once, and follows links in it.
-        with closed_files():
-            exit_code = _run(verb, tokens)
+            add_to_environ(owners)
+        exit_code = _run(verb, tokens)
         # If the reader has gone, the interpreter's final flush would raise an error.
         sys.stdout.flush()
         return exit_code

@@ -24,7 +24,7 @@ from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, S
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, MirrorRecord
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_events
 
@@ -113,7 +113,7 @@ def _find(names: list[str], root: Path) -> list[RunDir]:
         except LauncherError as error:
             problems += error.problems
             continue
-        problems += filter(None, [ownership.records_problem(run)])
+        problems += filter(None, [owners.run_problem(run.root)])
         runs[run.root] = run
     if problems:
         raise SubmitError(problems)

@@ -21,7 +21,7 @@ from launcher.errors import SubmitError, printable
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.security.printable_stream import as_plain_lines
 from launcher.shell_commands import launcher_command
 
@@ -38,14 +38,14 @@ def run(verb: str, tokens: list[str]) -> int:
         from launcher.cli import mirror
 
         downloaded = mirror.download_run(arguments.run, Path(arguments.root), arguments.step)
-        ownership.require_run(downloaded)
+        owners.require_run(downloaded.root)
         return _resume(downloaded, arguments)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     if verb == "resume":
-        ownership.require_run(run_dir)
+        owners.require_run(run_dir.root)
     if verb == "cancel":
         # It executes no code of the run, and it must be possible to stop a run that costs money.
-        ownership.require_records(run_dir)
+        owners.require_run(run_dir.root)
     return {"logs": _logs, "cancel": _cancel, "resume": _resume}[verb](run_dir, arguments)
 
 

@@ -14,7 +14,7 @@ from launcher.cli.worker_process import run_scoring
 from launcher.data.triage import ranking
 from launcher.data.triage.exclusions import write_exclusions
 from launcher.errors import ConfigError
-from launcher.security import ownership
+from launcher.security import owners
 
 _ROWS = 20
 
@@ -23,7 +23,7 @@ def run(tokens: list[str]) -> int:
     """Score unscored documents, and show which are likely mislabeled, memorized, or have nothing to learn."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.scored, Path(arguments.root))
-    ownership.require_run(run_dir)
+    owners.require_run(run_dir.root)
     page = html_page.require_writable_page(Path(arguments.html)) if arguments.html else None
     exclude = _require_new_file(Path(arguments.exclude)) if arguments.exclude else None
     options = ["--split", arguments.split]

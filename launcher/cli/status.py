@@ -22,7 +22,6 @@ from launcher.clusters.backends import status_reader_for
 from launcher.errors import LauncherError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
-from launcher.security import ownership
 from launcher.security.printable_stream import raw
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
@@ -122,7 +121,6 @@ def _reason(error: Exception) -> str:
 
 def _ask_backend(run: RunDir) -> Status:
     # Check this before reading anything from the run.
-    ownership.require_plain_files(run)
     return status_reader_for(run, run_store.read_placement(run).kind).status(run)
 
 

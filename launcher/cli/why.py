@@ -14,7 +14,7 @@ from launcher.cli.arguments import VerbParser
 from launcher.cli.worker_process import run_scoring
 from launcher.errors import SubmitError, printable
 from launcher.plan.run_dir import RunDir
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.tracking.jsonl import read_events, read_metrics
 
 # Number of steps on either side to show loss and gradient norm for, and seconds within which events count as nearby.
@@ -31,7 +31,7 @@ def run(verb: str, tokens: list[str]) -> int:
     """Show a step's rows, with their losses under the checkpoint before it, computed on this machine."""
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
-    ownership.require_run(run_dir)
+    owners.require_run(run_dir.root)
     around = _steps_around(run_dir, arguments.step)
     plan_path = _plan_of_attempt(run_dir, around[1]["attempt"])
     options = [str(arguments.step), *(["--no-scores"] if arguments.no_scores else [])]

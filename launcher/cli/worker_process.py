@@ -16,8 +16,7 @@ from launcher import facts
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, Problem, RunError, raise_reported
-from launcher.security.folders import make_own_folder
-from launcher.security.library_caches import find_usable_caches
+from launcher.security.folders import make_own_folder, private_variables
 
 # A worker that is ended removes what it has written so far.
 _TERMINATION_S = 10.0
@@ -153,5 +152,5 @@ def worker_environment() -> dict[str, str]:
         make_own_folder(cache_root())
     root = str(Path(facts.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {"TQDM_DISABLE": "1", **os.environ, **find_usable_caches(os.environ)}
+    environ = {"TQDM_DISABLE": "1", **os.environ, **private_variables(os.environ)}
     return {**environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

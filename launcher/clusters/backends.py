@@ -17,7 +17,7 @@ from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
-from launcher.security import ownership
+from launcher.security import owners
 
 if TYPE_CHECKING:
     from launcher.clusters.check_results import CheckResult, ReportReader
@@ -230,6 +230,5 @@ def status_reader_for(run: RunDir, kind: str) -> StatusReader:
         RunError: if there is no such backend.
         SubmitError: if a file of another user's run cannot be read safely.
     """
-    ownership.require_plain_files(run)
-    problem = ownership.records_problem(run)
+    problem = owners.run_problem(run.root)
     return cluster_for(kind) if problem is None else FilesOnly(problem.message)

@@ -14,6 +14,7 @@ import xxhash
 
 from launcher.errors import DataError, Problem
 from launcher.plan.quantities import format_size
+from launcher.security.folders import require_cache
 
 SHARED_CACHE_VARIABLE = "LAUNCHER_SHARED_CACHE"
 # The disk or the user's quota is full, or the file exceeds the process's size limit.
@@ -21,7 +22,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_root() -> Path:
-    """Return $LAUNCHER_CACHE, else $XDG_CACHE_HOME/launcher, else ~/.cache/launcher."""
+    """Return $LAUNCHER_CACHE, else $XDG_CACHE_HOME/launcher, else ~/.cache/launcher.
+
+    Raises:
+        DataError: if other users could change what is in it.
+    """
+    root = cache_path()
+    require_cache(root)
+    return root
+
+
+def cache_path() -> Path:
+    """Return the folder of `cache_root`, whoever can write to it."""
     if root := os.environ.get("LAUNCHER_CACHE"):
         return Path(root).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "launcher"

@@ -13,10 +13,8 @@ from pathlib import Path
 
 from launcher.data.cache_dir import cache_root, mark_used
 from launcher.errors import Problem
-from launcher.security import ownership
-from launcher.security.folders import make_own_folder
-from launcher.security.library_caches import is_writable
-from launcher.security.permissions import tree
+from launcher.security.folders import is_writable, make_own_folder
+from launcher.security.owners import folder_problem
 
 MODELS, DATASETS = "models", "datasets"
 
@@ -32,11 +30,10 @@ def repository_folders(repo_id: str, kind: str = MODELS) -> Iterator[Path]:
     Raises:
         DataError: if other users could have written the launcher's own folder.
     """
-    caches = [_hub_cache()] if _problem(repo_id, kind) is None else [own_folder(), _hub_cache()]
+    caches = [_hub_cache()] if _problem() is None else [own_folder(), _hub_cache()]
     for cache in caches:
         folder = cache / _folder_name(repo_id, kind)
         if cache == own_folder() and folder.exists():
-            ownership.require_cache(folder)
             mark_used(folder)
         yield folder
 
@@ -50,14 +47,13 @@ def download_cache(repo_id: str, kind: str = MODELS) -> Path:
     """
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    problem = _problem(repo_id, kind)
+    problem = _problem()
     # Offline, nothing is downloaded.
     if problem is None or HF_HUB_OFFLINE:
         return _hub_cache()
     cache = own_folder()
     make_own_folder(cache.parent)
     cache.mkdir(mode=0o700, exist_ok=True)
-    ownership.require_cache(cache)
     _print_once(f"{problem.message}; downloads go to {cache}; to use the Hub's cache: {problem.remedy}")
     return cache
 
@@ -77,15 +73,10 @@ def fetch_dataset_file(repo_id: str, name: str, commit: str) -> Path:
     return Path(hf_hub_download(repo_id, name, repo_type="dataset", revision=commit, cache_dir=cache))
 
 
-def _problem(repo_id: str, kind: str) -> Problem | None:
+def _problem() -> Problem | None:
     """Return why a repository is not downloaded into the Hub's cache, or None if it is."""
-    hub_cache, name = _hub_cache(), _folder_name(repo_id, kind)
-    # The client shares some blobs between repositories.
-    content = [hub_cache / "blobs", hub_cache / name, *tree(hub_cache / name)]
-    # The client gives its lock files mode 0664, so that the members of a group can wait for each other.
-    locks = hub_cache / ".locks" / name
-    content += [locks, *(path for path in tree(locks) if path.is_dir() or path.is_symlink())]
-    problem = ownership.folder_problem("the Hub's cache", hub_cache, content, may_be_hidden=True)
+    hub_cache = _hub_cache()
+    problem = folder_problem("the Hub's cache", hub_cache)
     if problem is None and not is_writable(hub_cache):
         remedy = "set HF_HOME to a folder that you can write to"
         problem = Problem(f"the Hub's cache cannot be written: {hub_cache}", str(hub_cache), remedy=remedy)

@@ -24,7 +24,6 @@ import xxhash
 from launcher import atomic_files
 from launcher.data.cache_dir import cache_root
 from launcher.errors import DataError, Problem
-from launcher.security import ownership
 
 FORMAT_VERSION = 1
 LOG_PROBS = "log_probs.f32"
@@ -80,7 +79,6 @@ class ScoreStore:
         """
         if not self.folder.exists():
             return None
-        ownership.require_cache(self.folder)
         try:
             meta = json.loads((self.folder / META).read_bytes())
             entry = atomic_files.FileEntry(**meta["log_probs"])
@@ -102,7 +100,6 @@ class ScoreStore:
             OSError: if the folder cannot be made or read.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        ownership.require_cache(self.folder)
         if self.read() is not None:
             return []
         is_scored = np.zeros(len(num_labels), dtype=bool)

@@ -20,7 +20,7 @@ from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.shell_commands import launcher_command
 
 
@@ -66,7 +66,7 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
         raise _problem("is not a run", path, "write run:NAME or run:NAME@STEP")
     try:
         run = run_store.find_run(match["run"], root)
-        ownership.require_run(run)
+        owners.require_run(run.root)
         plan = run_store.load_plan(run)
     except LauncherError as error:
         raise _problem(error.problems[0].message, path, error.problems[0].remedy or "choose another run") from error
@@ -92,9 +92,9 @@ def weights_folder(parent: ParentCheckpoint, dtype: str) -> Path:
 
 
 def find_export(parent: ParentCheckpoint, dtype: str) -> Path | None:
-    """Return the parent run's export if it is of this checkpoint, in `dtype` or fp32, and no other user could write to it."""
+    """Return the parent run's export if it is of this checkpoint, in `dtype` or fp32."""
     record = read_export(parent.run)
-    if record is None or ownership.export_problem(parent.run) is not None:
+    if record is None:
         return None
     exported, wanted = (
         (record.step, record.plan_digest),

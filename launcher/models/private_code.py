@@ -18,18 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.folder_links import open_file
+from launcher.checkpoint.folder_links import copy_file
 from launcher.errors import ConfigError
 from launcher.models import weight_files
 from launcher.models.remote_code import (
     ADAPTER,
     digest_problems,
-    file_owner_problem,
     foreign_classes,
     hidden_code_problems,
+    owner_problem,
     python_files,
 )
-from launcher.security import ownership
 
 _CONFIG = "config.json"
 # transformers copies the code of models there, reuses existing copies, and reads the variable when it is imported.
@@ -55,7 +54,7 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
     """Return the folder from which transformers may load the model in `folder`.
 
     For a model that may run its own code, this is a private copy of config.json and the Python files, with links to the other
-    files. The code must have the digest. Without a digest, as with a pinned commit from the Hub, its files must belong to owners
+    files. The code must have the digest. Without a digest, as with a pinned commit from the Hub, its folder must belong to owners
     whom this user trusts. `code` is the folder of the Python files, if that is another folder.
 
     Raises:
@@ -75,10 +74,14 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
     # transformers names a model's modules after its folder.
     copy = _private_folder() / str(next(_numbers)) / folder.resolve().name
     copy.mkdir(parents=True)
-    _copy(folder, folder / _CONFIG, copy / _CONFIG, checks_owner=digest is None and code is None)
-    # List the files once: transformers cannot find a file that another user adds later.
+    if digest is None and (problem := owner_problem(source)) is not None:
+        raise ConfigError(problem)
+    copy_file(folder, folder / _CONFIG, copy / _CONFIG)
+    # List the files once: transformers cannot find a file that is added later.
     for file in python_files(source):
-        _copy(source, file, copy / file.relative_to(source), checks_owner=digest is None)
+        target = copy / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source, file, target)
     config = weight_files.read_json(copy / _CONFIG)
     problems = [*hidden_code_problems(config, str(folder / _CONFIG)), *foreign_classes(config, str(folder / _CONFIG))]
     if digest is not None:
@@ -91,15 +94,6 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
             (copy / file.name).symlink_to(folder.resolve() / file.name)
     use_private_modules()
     return copy
-
-
-def _copy(folder: Path, file: Path, target: Path, checks_owner: bool) -> None:
-    """Copy a file of a model; `checks_owner` checks the opened file and refuses it if another user could have written it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open_file(folder, file) as opened, target.open("wb") as copy:
-        if checks_owner and (problem := file_owner_problem(file, opened.fileno())) is not None:
-            raise ConfigError(problem)
-        shutil.copyfileobj(opened, copy)
 
 
 def remove_copies() -> None:
@@ -150,8 +144,6 @@ def _private_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="launcher-code-"))
     # Forked processes do not remove it.
     atexit.register(_remove, folder, os.getpid())
-    if (problem := ownership.file_problem("the folder for the code of the model", folder)) is not None:
-        raise ConfigError(problem)
     return folder
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from launcher.config.schema import ModelSection, is_local_path, is_run
 from launcher.errors import Problem
-from launcher.security import ownership
+from launcher.security.owners import folder_problem
 
 _CLASS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", re.ASCII)
 ADAPTER = "adapter_config.json"
@@ -68,16 +68,10 @@ def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def owner_problem(folder: Path) -> Problem | None:
-    """Return why this user does not trust the files of a model that decide which code runs; None if they are trusted."""
-    files = (folder / "config.json", *python_files(folder))
-    return next(filter(None, map(file_owner_problem, files)), None)
-
-
-def file_owner_problem(file: Path, descriptor: int | None = None) -> Problem | None:
-    """Return why this user does not trust a file of a model; None if it is trusted. `descriptor` refers to the opened file."""
-    problem = ownership.file_problem("the code of the model", file, descriptor)
+    """Return why other users could have changed the code in a model's folder, such as a snapshot of a commit; else None."""
+    problem = folder_problem("the code of the model", folder)
     own = "set HF_HOME to a folder of your own, and download the model again"
-    return problem and replace(problem, remedy=f"{problem.remedy}; or {own}")
+    return problem and replace(problem, remedy=f"{own}; or {problem.remedy}")
 
 
 def python_files(folder: Path) -> list[Path]:

@@ -18,7 +18,6 @@ from launcher import atomic_files
 from launcher.config.schema import ModelSection
 from launcher.data import cache_dir
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
-from launcher.security import ownership
 
 _ISOLATION = "isolation-checks"
 # Increase this when the probe changes, so that stored verdicts are not used.
@@ -32,7 +31,6 @@ def load(kind: str, key: Any) -> dict[str, Any] | None:
         DataError: if another user could have written it.
     """
     file = _file(kind, key)
-    ownership.require_cache(file)
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError):

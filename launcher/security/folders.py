@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 from launcher.errors import ConfigError, DataError, Problem
-from launcher.security.permissions import describe_permissions, first_problem_above
-from launcher.security.trust import VARIABLE, Trust, group_id, uid_of_unmapped_users, user_name
+from launcher.security.owners import Trust, describe_permissions, folder_problem, group_id
 
-# The subject of problems with a file or folder of the launcher's cache.
-CACHE_PART = "this part of the cache"
-# Tries to create a folder that other processes of this user create at the same time.
-_NUM_TRIES = 20
+# Caches that libraries keep in the home directory, and fail without: in many containers it is read-only, or missing.
+_HOME_CACHES = (
+    *("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_MODULES_CACHE", "HF_XET_CACHE"),
+    *("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"),
+)
 
 
 @contextmanager
@@ -30,183 +31,46 @@ def private_files() -> Iterator[None]:
         os.umask(mask)
 
 
-def closed_umask() -> int:
-    """Return this process's umask, extended so that distrusted users cannot write to what is created with it.
-
-    Libraries create their caches as the umask says, use them at once, and follow links in them. If LAUNCHER_TRUST_OWNERS names
-    an owner that this machine does not know, nobody is trusted; what depends on the owners reports the name.
-    """
-    trust, mask = Trust(frozenset()), os.umask(0o077)
-    os.umask(mask)
-    with suppress(ConfigError):
-        trust = Trust.from_environ(os.environ)
-    if trust.anyone:
-        return mask
-    return mask | (stat.S_IWOTH if trust.gids else stat.S_IWGRP | stat.S_IWOTH)
-
-
-@contextmanager
-def closed_files() -> Iterator[None]:
-    """Keep distrusted users from writing to what this process and its children create, whatever the umask; see `closed_umask`."""
-    mask = os.umask(closed_umask())
-    try:
-        yield
-    finally:
-        os.umask(mask)
-
-
 def make_own_folder(folder: Path) -> None:
-    """Create a folder and its missing parents. If the umask lets distrusted users write to them, their permission is removed.
+    """Create a folder and its missing parents; only this user, and a trusted group, can write to them.
 
     Raises:
         OSError: if one cannot be created.
     """
-    missing = [one for one in (folder, *folder.parents) if not os.path.lexists(one)]
-    folder.mkdir(parents=True, exist_ok=True)
-    if missing and first_problem_above(CACHE_PART, folder, Trust.from_environ(os.environ)):
-        for one in missing:
-            one.chmod(stat.S_IMODE(one.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
+    mode = 0o775 if Trust.from_environ(os.environ).gids else 0o755
+    for one in (*reversed(folder.parents), folder):
+        if not one.is_dir():
+            one.mkdir(mode=mode, exist_ok=True)
 
 
 def make_shared_folder(folder: Path, group: str) -> None:
     """Create a folder in which each member of a group can create files and change only their own.
 
-    The owner of a sticky folder can replace everything in it. Therefore only the owner of its parent folder, or root, may create
-    it: the members already trust them.
-
     Raises:
-        DataError: if the group does not exist, this user is not a member, or other users created the folder or could replace it.
+        DataError: if the group does not exist, this user is not a member, or others than members could replace the folder.
         OSError: if it cannot be created.
     """
     gid = shared_group(group)
     if gid not in (*os.getgroups(), os.getegid()) and os.geteuid() != 0:
         remedy = "name a group that you belong to; `id` lists them"
         raise DataError(Problem("this user does not belong to the group", "data.cache_group", group, remedy))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    owner = folder.parent.stat().st_uid
-    by_owner = f"ask {user_name(owner)} to run: mkdir {folder} && chgrp {group} {folder} && chmod 3770 {folder}"
-    if problem := shared_folder_problem(folder):
-        is_replaced = problem.where == str(folder) and folder.lstat().st_uid != uid_of_unmapped_users()
-        raise DataError(replace(problem, remedy=f"remove it, and {by_owner}") if is_replaced else problem)
-    if folder.exists():
-        return
-    if os.geteuid() not in (0, owner):
-        message = f"only {user_name(owner)}, who owns {folder.parent}, can create the folder of a group there"
-        raise DataError(Problem(message, "data.cache_group", group, by_owner))
-    folder.mkdir(mode=0o700, exist_ok=True)
-    os.chown(folder, -1, gid)
-    folder.chmod(0o3770)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.chown(folder, -1, gid)
+        folder.chmod(0o3770)
+    require_cache(folder, group)
 
 
-def shared_folder_problem(folder: Path) -> Problem | None:
-    """Return why a folder with a group's shared caches is not used (another user could replace it), or None if it can be used.
-
-    It must belong to this user, to root or to the owner of its parent folder, and must not be a link.
-    """
-    trust, owner = Trust.from_environ(os.environ), folder.parent.stat().st_uid
-    # In a rootless container, the parent folder's owner and all members have the same uid.
-    outside = uid_of_unmapped_users()
-    trust = trust if owner == outside else trust.with_user(owner)
-    if problem := first_problem_above(CACHE_PART, folder, trust, may_be_hidden=True):
-        return problem
-    if folder.is_symlink():
-        return Problem(f"{CACHE_PART} is a link, and the folder of a group must not be one", str(folder), remedy="remove it")
-    if folder.exists() and folder.lstat().st_uid == outside and not (trust.anyone or trust.accepts_owner(outside)):
-        message = f"{CACHE_PART} is not trusted: {folder} belongs to a user outside this container"
-        remedy = f"build the data outside the container, or set {VARIABLE}={user_name(outside)}"
-        return Problem(message, str(folder), describe_permissions(folder), remedy)
-    return None
-
-
-@contextmanager
-def open_folder(folder: Path) -> Iterator[int]:
-    """Open a folder (not a link) for this block; yields its descriptor, which stays valid whatever the name later leads to."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def share(descriptor: int, folder: Path, group: str) -> None:
-    """Let a group's members read the open folder and its content; `folder` is its name.
-
-    Raises:
-        DataError: if the name now leads to something else.
-    """
+def share(folder: Path, group: str) -> None:
+    """Let a group's members read a folder and its content."""
     gid = shared_group(group)
-    for _, _, names, parent in os.fwalk(".", dir_fd=descriptor):
-        os.fchown(parent, -1, gid)
-        os.fchmod(parent, 0o750)
+    for parent, _, names in os.walk(folder):
+        os.chown(parent, -1, gid)
+        os.chmod(parent, 0o750)  # noqa: S103
         for name in names:
-            _share_file(name, parent, gid)
-    opened = os.fstat(descriptor)
-    try:
-        is_same = os.path.samestat(opened, folder.lstat())
-    except FileNotFoundError:
-        is_same = False
-    if not is_same:
-        message = "another user has replaced the folder in which this data cache was built"
-        remedy = f"remove what is there, and make {folder.parent} a folder of the owner of {folder.parent.parent}"
-        raise DataError(Problem(message, "data.cache_group", str(folder), remedy))
-
-
-def _share_file(name: str, folder: int, gid: int) -> None:
-    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    try:
-        os.fchown(file, -1, gid)
-        os.fchmod(file, 0o640)
-    finally:
-        os.close(file)
-
-
-def usable_part(folder: Path, make: bool = False) -> Path | None:
-    """Return a folder in the launcher's cache if it is not a link and only this user and trusted owners can replace it.
-
-    With `make`, it is created if it does not exist. Returns None if it is missing or unusable: no command needs it.
-    """
-    with suppress(OSError):
-        if make:
-            make_own_folder(folder.parent)
-            folder.mkdir(mode=0o700, exist_ok=True)
-        is_folder = stat.S_ISDIR(folder.lstat().st_mode)
-        if is_folder and first_problem_above(CACHE_PART, folder, Trust.from_environ(os.environ), may_be_hidden=True) is None:
-            return folder
-    return None
-
-
-def make_private_folder(folder: Path, where: str) -> None:
-    """Create an empty folder that only this user can enter, replacing their earlier one; `where` names its setting.
-
-    Other users may know its name and have created the folder, or a link of that name, first. Several processes of this user, such
-    as those on nodes that share the folder, may call this at the same time, before any of them writes to it.
-
-    Raises:
-        ConfigError: if another user created it.
-        OSError: if it cannot be created.
-    """
-    for _ in range(_NUM_TRIES):
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            folder.mkdir(mode=0o700)
-        except FileExistsError:
-            # Another process of this user may be removing the folder at the same time.
-            with suppress(FileNotFoundError):
-                if is_private_folder(folder) and not any(folder.iterdir()):
-                    return
-        else:
-            return
-    remedy = "remove it, or set another folder; a sticky folder above it (chmod +t) keeps others from replacing yours"
-    message = "the folder exists already, and this user cannot empty it: another user may have created it"
-    raise ConfigError(message, where=where, value=f"{folder}: {describe_permissions(folder)}", remedy=remedy)
-
-
-def is_private_folder(folder: Path) -> bool:
-    """Return whether this is a folder (not a link) that belongs to this user and that no other user can enter."""
-    with suppress(OSError):
-        status = folder.lstat()
-        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
-    return False
+            os.chown(os.path.join(parent, name), -1, gid)
+            os.chmod(os.path.join(parent, name), 0o640)
 
 
 def shared_group(group: str) -> int:
@@ -220,3 +84,80 @@ def shared_group(group: str) -> int:
     except KeyError:
         remedy = "name a group of this machine that you belong to; `id` lists them"
         raise DataError(Problem("there is no such group", "data.cache_group", group, remedy)) from None
+
+
+def require_cache(folder: Path, group: str | None = None) -> None:
+    """Reject a folder of the launcher's cache that other users could change; `group` is one that intentionally shares it.
+
+    Raises:
+        DataError: with the folder, its owner and the remedy.
+    """
+    trust = Trust.from_environ(os.environ)
+    trust = trust if group is None else trust.with_group(shared_group(group))
+    # The folder is checked again once it exists.
+    if problem := _cache_problem(folder, folder.exists(), trust):
+        raise DataError(problem)
+
+
+@functools.cache
+def _cache_problem(folder: Path, exists: bool, trust: Trust) -> Problem | None:
+    problem = folder_problem("this cache", folder, trust)
+    if problem is None:
+        return None
+    elsewhere = "set LAUNCHER_CACHE to a folder of your own, or share one in a group with data.cache_group"
+    return Problem(problem.message, problem.where, problem.value, f"{elsewhere}; {problem.remedy}")
+
+
+def make_private_folder(folder: Path, where: str) -> None:
+    """Create an empty folder that only this user can enter, replacing their earlier one; `where` names its setting.
+
+    Several processes of this user, such as those on nodes that share the folder, may call this at the same time, before any of
+    them writes to it.
+
+    Raises:
+        ConfigError: if another user created it.
+        OSError: if it cannot be created.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not is_private_folder(folder):
+        remedy = "remove it, or set another folder; a sticky folder above it (chmod +t) keeps others from replacing yours"
+        message = "the folder exists already, and this user cannot empty it: another user may have created it"
+        raise ConfigError(message, where=where, value=f"{folder}: {describe_permissions(folder)}", remedy=remedy)
+
+
+def is_private_folder(folder: Path) -> bool:
+    """Return whether this is a folder (not a link) that belongs to this user and that no other user can enter."""
+    with suppress(OSError):
+        status = folder.lstat()
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o077
+    return False
+
+
+def is_writable(folder: Path) -> bool:
+    """Return whether the folder, or its closest existing parent, is writable."""
+    existing = next((path for path in (folder, *folder.parents) if os.path.exists(path)), Path("/"))
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+@functools.cache
+def temporary_folder() -> Path:
+    """Return a folder on this machine for temporary files, and for the kernels that compilers keep there, of this user only.
+
+    Libraries load code from folders of known names in TMPDIR. Later processes find the folder again, unless another user took it.
+    """
+    folder = Path(tempfile.gettempdir())
+    if folder.name != (name := f"launcher-{os.geteuid()}"):
+        folder /= name
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder if is_private_folder(folder) else Path(tempfile.mkdtemp(prefix="launcher-"))
+
+
+def private_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables for a process of a run: TMPDIR, and folders in it for libraries if the home directory is read-only."""
+    folder = temporary_folder()
+    variables = {"TMPDIR": str(folder)}
+    if not is_writable(Path(environ.get("HOME") or "/") / ".cache"):
+        variables |= {name: str(folder / name.lower()) for name in _HOME_CACHES if not environ.get(name)}
+    return variables

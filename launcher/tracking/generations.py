@@ -11,7 +11,7 @@ from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan, Origin
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.tracking.general_loss import read_general_loss
 from launcher.tracking.jsonl import continued_lines, iter_lines
 from launcher.tracking.metrics import STEP
@@ -78,7 +78,7 @@ def _read_ancestor(origin: Origin, root: Path) -> Generation:
             if not RunDir(folder).plan.is_file():
                 continue
             run = run_store.find_run(str(folder), root)
-            ownership.require_run(run)
+            owners.require_run(run.root)
             plan = run_store.load_plan(run)
             if plan.wandb_id == origin.wandb_id:
                 return _read(run, plan, origin.step)

@@ -32,7 +32,7 @@ from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import ExitRecord, FailureRecord, RestartRecord, exit_file, restart_file
-from launcher.security.library_caches import find_usable_caches
+from launcher.security.folders import private_variables
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import disk_reserve, failure_record, postmortem
@@ -83,7 +83,7 @@ class NodeAgent:
         collect_garbage_rarely()
         ranks = RankProcesses(Path(plan.run_dir))
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
-        os.environ.update(find_usable_caches(os.environ, partial(append_event, RunDir(Path(plan.run_dir)), attempt, "alert")))
+        os.environ.update(private_variables(os.environ))
         cores = len(os.sched_getaffinity(0))
         os.environ.update(allocator_defaults(os.environ, plan.topology.device))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))

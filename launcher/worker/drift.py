@@ -27,7 +27,6 @@ from launcher.data.tokenization.encoder import Encoder, import_tokenizers_withou
 from launcher.data.triage.ranking import mean_losses
 from launcher.errors import DataError, LauncherError, Problem
 from launcher.evaluate.drift import DriftReport, Numbers, Prompt, compare
-from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
@@ -61,7 +60,6 @@ def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool
         LauncherError: if a score pass fails, or if the run has no weights of the tuned model that `with_likelihood` requires.
     """
     plan = run_store.load_plan(run).model_copy(update={"config": config})
-    require_caches(plan)
     obstacle = find_obstacle(plan) if with_likelihood is None else "" if with_likelihood else "left out with --no-likelihood"
     if obstacle:
         import_tokenizers_without_torch()

@@ -31,7 +31,7 @@ from launcher.export import model_card
 from launcher.export.hf_folder import ExportTask, export, find_chat_template, verify_checkpoint
 from launcher.models import parent_run
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.security import folders, ownership
+from launcher.security import folders
 from launcher.security.printable_stream import printable_output
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.jsonl import read_metrics
@@ -210,7 +210,6 @@ def _unusable(parent: parent_run.ParentCheckpoint, reason: str, remedy: str) -> 
 def _own_place(folder: Path) -> Path:
     """Return a folder that will be written in the launcher's cache, unless others could put a link in its place meanwhile."""
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    ownership.require_cache(folder)
     return folder
 
 

@@ -15,7 +15,7 @@ from launcher.clusters.ray import doctor, evaluation, jobs
 from launcher.config.sections.ray import RaySection
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.security.trust import Trust
+from launcher.security.owners import Trust
 from launcher.worker.ray import doctor as driver_of_doctor
 
 SECTION = RaySection(kind="ray", address="http://head:8265")

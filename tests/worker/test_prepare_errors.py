@@ -10,7 +10,6 @@ import pytest
 
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, DataError
-from launcher.worker import prepare
 from launcher.worker.prepare import _download, _find_storage_error, hub_reason
 
 
@@ -56,16 +55,3 @@ def test_a_hub_that_cannot_be_reached_is_told_from_a_client_that_failed(tmp_path
         _download("owner/name", ModelSection(path="owner/name"))
     assert caught.value.problems[0].message == "owner/name cannot be fetched from the hub: the Hub cannot be reached"
     assert hub_reason(KeyError("x")) == "the Hub's client failed (KeyError)"
-
-
-def test_nothing_is_converted_into_a_cache_that_others_can_exchange(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They would see the unfinished folder, and could put a link to another folder of this user in its place."""
-    monkeypatch.setattr("launcher.security.permissions.is_private", lambda *_: False)
-    monkeypatch.setattr("launcher.train.model.convert_gguf", lambda *_: pytest.fail("it was converted"))
-    file = cache.parent / "tiny.gguf"
-    file.write_bytes(b"weights")
-    monkeypatch.setattr("launcher.model_source.package_file", lambda _: file)
-    (cache / "models").mkdir(parents=True)
-    (cache / "models").chmod(0o777)
-    with pytest.raises(DataError, match="this part of the cache is not trusted"):
-        prepare._fetch("package:models/tiny.gguf", ModelSection(path="package:models/tiny.gguf"))

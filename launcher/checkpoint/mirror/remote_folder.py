@@ -21,10 +21,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from launcher.atomic_files import FileEntry
 from launcher.errors import LauncherError, SubmitError
-from launcher.security import ownership
-from launcher.security.permissions import tree
+from launcher.security import owners
+from launcher.security.owners import FLAG, user_name
 from launcher.security.storage_addresses import access_remedy, require_known_hosts
-from launcher.security.trust import FLAG, user_name
 
 T = TypeVar("T")
 
@@ -131,7 +130,7 @@ class RemoteFolder:
         if not self._is_local:
             return
         self._fs.makedirs(self._root, exist_ok=True)
-        if not ownership.accepts_owner(owner := os.stat(self._root).st_uid):
+        if not owners.accepts_owner(owner := os.stat(self._root).st_uid):
             raise SubmitError(
                 f"the folder of this run in the mirror belongs to {user_name(owner)}, who can replace the uploaded files",
                 where=self.origin,
@@ -146,7 +145,7 @@ class RemoteFolder:
             SubmitError: with the file or folder, its owner and the remedy.
         """
         folder = Path(self._root)
-        if self._is_local and (problem := ownership.folder_problem(f"the mirror of {folder.name}", folder, tree(folder))):
+        if self._is_local and (problem := owners.folder_problem(f"the mirror of {folder.name}", folder)):
             raise SubmitError(problem)
 
     def _connect(self, **options: Any) -> None:

@@ -18,7 +18,7 @@ from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import MeasuredMfu, peak_tflops
 from launcher.run_records import RUNNING_STATES
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics_tail import newest_trained_step, read_tail
 
@@ -56,7 +56,7 @@ def find_measured_mfu(plan: LaunchPlan, gpu: str) -> MeasuredMfu | None:
 def _is_trusted(run: RunDir) -> bool:
     """Return whether a run belongs to this or a trusted user: other users' files may be endless and their numbers misleading."""
     with suppress(OSError):
-        return ownership.accepts_owner(run.root.stat().st_uid)
+        return owners.accepts_owner(run.root.stat().st_uid)
     return False
 
 

@@ -48,7 +48,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.shell_commands import launcher_command
 
 _POLL_S = 0.2
@@ -227,7 +227,7 @@ def _join(start: _Start) -> int:
         return 0
     attempt, name = answer.attempt, answer.names[here.node]
     _await_visible(run, attempt)
-    ownership.require_run(run)
+    owners.require_run(run.root)
     plan_path = run.attempt(attempt) / "plan.json" if answer.own_plan else run.plan
     process = nodes.NodeProcess(run, attempt, plan_path, here.node, name)
     log = nodes.agent_log(run, attempt, here.node)
@@ -247,7 +247,7 @@ def _join(start: _Start) -> int:
 
 def _describe_end(config: RunConfig, run: RunDir) -> str | None:
     """If the same command is repeated for a completed or cancelled run, return this as a message; otherwise None."""
-    if not run.status.is_file() or ownership.run_problem(run) is not None:
+    if not run.status.is_file() or owners.run_problem(run.root) is not None:
         return None
     with suppress(OSError, LauncherError):
         status = run_store.read_status(run)
@@ -304,7 +304,7 @@ def _continue(composed: Composed, run: RunDir, cluster: StaticCluster, interrupt
         ConfigError: if the command differs from the one that began the run.
         SubmitError: if the run is still running, or its retry budget is spent.
     """
-    ownership.require_run(run)
+    owners.require_run(run.root)
     with run_store.start_lock(run):
         _await_idle(run)
         with composed.located():

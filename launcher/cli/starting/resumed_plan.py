@@ -200,7 +200,7 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
     """
     recorded = plan.data
     if recorded is not None and _is_same_data(config, plan.config):
-        if cache_store.read(Path(recorded.cache_dir), config.data.cache_group) != recorded:
+        if cache_store.read(Path(recorded.cache_dir)) != recorded:
             print("the data cache differs from the one in the plan; building it again from the sources", flush=True)
         elif changed := _changed_sources(recorded, config):
             print(f"note: changed since the rows of this run were built: {'; '.join(changed)}", flush=True)
@@ -242,7 +242,7 @@ def _is_recorded(eval_set: EvalSet, plan: LaunchPlan, config: RunConfig) -> bool
     before = next((one for one in plan.config.eval.all_sets if one.name == eval_set.name), None)
     if recorded is None or before is None or not _is_same_data(config, plan.config) or before.rows != eval_set.rows:
         return False
-    return cache_store.read(Path(recorded.cache_dir), config.data.cache_group) == recorded
+    return cache_store.read(Path(recorded.cache_dir)) == recorded
 
 
 def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:

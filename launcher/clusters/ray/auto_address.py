@@ -16,7 +16,7 @@ import psutil
 
 from launcher import atomic_files
 from launcher.errors import SubmitError
-from launcher.security.trust import FLAG, Trust, user_name
+from launcher.security.owners import FLAG, Trust, user_name
 
 _WHERE, _AUTO = "cluster.address", "auto"
 _MAX_ADDRESS_BYTES = 4096
@@ -59,7 +59,7 @@ def find_address() -> str:
             remedy="start one with: ray start --head, or unset cluster.address to have one started for this run",
         )
     trust = Trust.from_environ(os.environ)
-    trusted = [raylet for raylet in raylets if trust.anyone or all(map(trust.accepts_owner, raylet.uids))]
+    trusted = [raylet for raylet in raylets if all(map(trust.accepts_owner, raylet.uids))]
     if not trusted:
         user = user_name(max(raylets[0].uids))
         raise SubmitError(
@@ -88,7 +88,7 @@ def _require_owner(session: Path, trust: Trust) -> None:
     except OSError:
         # It belongs to a container whose processes are visible here; that Ray uses its own folder.
         return
-    if not trust.anyone and not trust.accepts_owner(uid):
+    if not trust.accepts_owner(uid):
         raise SubmitError(
             f"the folder of the Ray on this machine belongs to {user_name(uid)}, who may have put it in place of Ray's own",
             where=str(session),

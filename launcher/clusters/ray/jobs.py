@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from launcher.clusters.detached_process import build_pythonpath
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.security import trust
+from launcher.security import owners
 
 if TYPE_CHECKING:
     from launcher.config.sections.ray import RaySection
@@ -71,7 +71,7 @@ def submit_module(
     variables = {"PYTHONPATH": build_pythonpath(code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     # The driver checks the run again, possibly as another user, and accepts the same owners as this command.
     variables |= environ or {}
-    variables[trust.VARIABLE] = f"{trust.Trust.from_environ(os.environ).as_numbers()},${{{trust.VARIABLE}}}"
+    variables[owners.VARIABLE] = f"{owners.Trust.from_environ(os.environ).as_numbers()},${{{owners.VARIABLE}}}"
     client = _client(address)
 
     # A newly started head node answers a few seconds before it accepts jobs.

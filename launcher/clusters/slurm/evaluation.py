@@ -20,7 +20,7 @@ from launcher.config.sections.slurm import SlurmSection
 from launcher.data.cache_dir import cache_root
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
-from launcher.security import trust
+from launcher.security import owners
 from launcher.security.folders import private_files
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
     module = (_MODULE, str(folder), str(num_gpus))
     folders = (run.root, cache_root(), *_model_folders(folder))
     # Nodes may not know user names.
-    owners = {trust.VARIABLE: trust.Trust.from_environ(os.environ).as_numbers()}
-    script = allocation.node_script(config, module, num_gpus, owners, folders, ("--kill-on-bad-exit=1",))
+    trusted = {owners.VARIABLE: owners.Trust.from_environ(os.environ).as_numbers()}
+    script = allocation.node_script(config, module, num_gpus, trusted, folders, ("--kill-on-bad-exit=1",))
     command = [*allocation.salloc_words(config, name, num_gpus, section.time_minutes), "bash", "-c", script]
     started = NodeCommand(command, "", {**allocation.outside_of_a_job(), **section.env})
     try:
@@ -105,11 +105,11 @@ def _job_name(plan: LaunchPlan) -> str:
 def _job_script(plan: LaunchPlan, config: RunConfig, run: RunDir, step: int, num_gpus: int) -> str:
     """Return a batch script that runs `launcher evaluate` on its own node."""
     words = ("evaluate", sbatch.plain_path(str(run.root)), "--step", str(step), "--here")
-    owners = {trust.VARIABLE: trust.Trust.from_environ(os.environ).as_numbers()}
+    trusted = {owners.VARIABLE: owners.Trust.from_environ(os.environ).as_numbers()}
     folders = [Path(folder) for folder in (*sbatch.needed_folders(plan), str(cache_root()))]
-    task = allocation.node_script(config, ("launcher", *words), num_gpus, owners, folders, ())
+    task = allocation.node_script(config, ("launcher", *words), num_gpus, trusted, folders, ())
     # The run's own job sets it to divide a node's cores over its ranks.
-    return "\n".join(["#!/bin/bash", "umask 077", *sbatch.ownership_check(run, run.plan), "unset OMP_NUM_THREADS", task, ""])
+    return "\n".join(["#!/bin/bash", "umask 077", "unset OMP_NUM_THREADS", task, ""])
 
 
 def _model_folders(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from launcher.config.sections.slurm import SlurmSection, asks_for_gpus
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security import trust
+from launcher.security.owners import VARIABLE, Trust
 from launcher.shell_commands import launcher_command, shell_command
 
 # Paths that sbatch and srun accept unchanged when quoted: no %, which sbatch replaces, and no quotes.
@@ -27,12 +27,8 @@ _PLAIN_PATH = re.compile(r"/[\w.@+/= -]*")
 # In container mount lists, a comma or a colon ends a path; for enroot, a space does too.
 _MOUNTED_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
 # Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to the task whatever it
-# executes, and would kill a starting Python. A node without access to the plan reports this at once, and so does one that does
-# not share the first node's storage, where another user may have created this path: the name of the mark is random.
-_SIGNAL_SHIELD = (
-    'sh -c \'trap "" USR1 USR2; [ -r "$0" ] && [ -e "$LAUNCHER_MARK" ] || { echo "$(uname -n) cannot read $0" >&2; exit 78; }; '
-    'exec "$@"\' '
-)
+# executes, and would kill a starting Python. A node without access to the plan reports this at once.
+_SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) cannot read $0" >&2; exit 78; }; exec "$@"\' '
 
 
 class UnknownSubmission(SubmitError):
@@ -193,7 +189,6 @@ def python_words(section: SlurmSection, has_gpus: bool, folders: Sequence[str]) 
 def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
     run = RunDir(Path(plan.run_dir))
     code = plain_path(str(run.code))
-    mark = shlex.quote(plain_path(str(plan_path.parent / ".mark-XXXXXXXXXXXXXXXX")))
     # With -c and -m, Python would import from the current folder first, but the submitted snapshot must run.
     environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
     return [
@@ -203,50 +198,13 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
         *setup_commands(section),
         "# The lines below check exit codes themselves; cluster.setup may have turned on `set -e`.",
         "set +e",
-        *ownership_check(run, plan_path),
+        *([f"export {VARIABLE}={shlex.quote(Trust.from_environ(os.environ).as_numbers())}"] if VARIABLE in os.environ else []),
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
         f'export PYTHONPATH={shlex.quote(code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"LAUNCHER_ATTEMPT=$({_job_command('begin', plan_path)}) || exit",
         "# Nothing is left to do, or another job does it.",
         '[ -n "$LAUNCHER_ATTEMPT" ] || exit 0',
         "export LAUNCHER_ATTEMPT",
-        "# A node that sees this file shares the run directory whose owners were checked.",
-        f"LAUNCHER_MARK=$(mktemp {mark}) || exit",
-        "export LAUNCHER_MARK",
-    ]
-
-
-def ownership_check(run: RunDir, plan_path: Path) -> list[str]:
-    """Return the lines that end a job before it runs code from a run directory that other users own or can write to.
-
-    This cannot be done in Python, which would import code from the directory being checked. The job's step `begin` later checks
-    parent folders, records and links. LAUNCHER_TRUST_OWNERS is set to numeric ids because nodes may not know user names.
-    """
-    own_trust = trust.Trust.from_environ(os.environ)
-    if own_trust.anyone:
-        return [f"export {trust.VARIABLE}={trust.ANYONE}"]
-    uids = own_trust.uids
-    with suppress(OSError):
-        # It may belong to a member of a trusted group.
-        uids |= {owner for owner in [run.root.stat().st_uid] if own_trust.accepts_owner(owner)}
-    named_uids = sorted(uids - {0, os.geteuid()})
-    owners = ["!", "-uid", "0", *(word for uid in named_uids for word in ("!", "-uid", str(uid)))]
-    # ACLs are not read here: only a file's owner can set one, and the submission has checked them.
-    gids = own_trust.gids | trust.private_gids(uids)
-    groups = [word for gid in sorted(gids) for word in ("!", "-gid", str(gid))]
-    writable = f"-perm /002 -o -perm /020 {shlex.join(groups)}".rstrip()
-    root = shlex.quote(plain_path(str(run.root)))
-    content = shlex.join(plain_path(str(path)) for path in (plan_path, run.code, run.jobs))
-    return [
-        *([f"export {trust.VARIABLE}={shlex.quote(own_trust.as_numbers())}"] if trust.VARIABLE in os.environ else []),
-        "# The run directory may have been replaced while the job waited: code that other users own or can write to is not run.",
-        f"others=('(' {shlex.join(owners)} '!' -uid \"$EUID\" -o '!' -type l '(' {writable} ')' ')')",
-        f'untrusted=$(find -H {root} -maxdepth 0 "${{others[@]}}") || exit',
-        "# In a folder that only its owner can enter, files may have any permissions.",
-        f'if [ -z "$untrusted" ] && [ -n "$(find -H {root} -maxdepth 0 -perm /011)" ]; then',
-        f'  untrusted=$(find {content} "${{others[@]}}") || exit',
-        "fi",
-        '[ -z "$untrusted" ] || { echo "not run, because other users own or can write to: $untrusted" >&2; exit 77; }',
     ]
 
 
@@ -256,7 +214,7 @@ def setup_commands(section: SlurmSection) -> list[str]:
 
 
 def _teardown(plan_path: Path) -> list[str]:
-    return ["rc=$?", 'rm -f "$LAUNCHER_MARK"', f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"]
+    return ["rc=$?", f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"]
 
 
 def _job_command(verb: str, plan_path: Path) -> str:

@@ -41,7 +41,7 @@ from launcher.data.cache_dir import SHARED_CACHE_VARIABLE, cache_root, convert_o
 from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
-from launcher.security import folders, ownership
+from launcher.security import folders
 from launcher.security.redaction import redacted_command_line
 
 
@@ -54,6 +54,7 @@ def cache_dir(key: str, group: str | None = None) -> Path:
         message = f"data.cache_group needs a shared folder, and {SHARED_CACHE_VARIABLE} is not set"
         remedy = f"set {SHARED_CACHE_VARIABLE} to a folder that the group can write to (docs/security.md), or unset the group"
         raise DataError(Problem(message, "data.cache_group", group, remedy))
+    folders.require_cache(root / f"data-{group}", group)
     return root / f"data-{group}" / key
 
 
@@ -71,23 +72,21 @@ def find_built(data: DataSection, tokenizer_path: str) -> DataFacts | None:
 def find(key: str, group: str | None = None) -> DataFacts | None:
     """Return the counts of the finished cache of `key`; None if there is none, or `read` finds a damaged file."""
     folder = cache_dir(key, group)
-    facts = read(folder, group)
+    facts = read(folder)
     if facts is not None:
         mark_used(folder)
     return facts
 
 
-def read(folder: Path, group: str | None = None) -> DataFacts | None:
+def read(folder: Path) -> DataFacts | None:
     """Return the counts of the finished cache in `folder`; None if there is none, or a file is damaged.
 
-    JSON files are compared with their digests, arrays only with their sizes, because `Split` verifies an array on use. Digests do
-    not tell who wrote a cache; owner and permissions do. `group` is data.cache_group.
+    JSON files are compared with their digests, arrays only with their sizes, because `Split` verifies an array on use.
 
     Raises:
-        DataError: if the cache cannot be read, or another user could have written it.
+        DataError: if the cache cannot be read.
     """
     with convert_os_errors(folder):
-        ownership.require_cache(folder, group)
         try:
             meta = _verified_meta((folder / "meta.json").read_bytes())
             if meta is None or meta["format"] != FORMAT_VERSION:
@@ -200,12 +199,9 @@ def building(key: str, group: str | None = None) -> Iterator[Path | None]:
         try:
             with convert_os_errors(partial):
                 partial.mkdir(mode=0o700)
-                # Storage may map root's files to nobody: the finished cache would then be refused after hours of work.
-                descriptor = stack.enter_context(folders.open_folder(partial))
-                ownership.require_cache(partial, group)
                 yield partial
                 if group is not None:
-                    folders.share(descriptor, partial, group)
+                    folders.share(partial, group)
                     if find(key, group) is not None:
                         return
                 shutil.rmtree(final, ignore_errors=True)

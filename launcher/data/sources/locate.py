@@ -28,7 +28,6 @@ from launcher.data.sources.remote import RemoteFiles
 from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, read_readme
 from launcher.errors import DataError, Problem
-from launcher.security import ownership
 
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
@@ -266,7 +265,6 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
     unused = list_unused(names, chosen)
     with convert_os_errors(record.parent):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        ownership.require_cache(record)
         atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": unused})
     return commit, chosen, unused
 
@@ -286,7 +284,6 @@ def _warn_once(text: str) -> None:
 
 
 def _read_listing(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
-    ownership.require_cache(record)
     try:
         listing = json.loads(record.read_bytes())
     except FileNotFoundError:

@@ -18,7 +18,6 @@ from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose_files, list_unused, require_short_readme
 from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
-from launcher.security import ownership
 from launcher.security.redaction import redacted_command_line
 from launcher.security.storage_addresses import access_remedy, require_known_hosts
 
@@ -105,7 +104,6 @@ class RemoteFiles:
         target = self._target(path, state)
         with convert_os_errors(target.parent):
             if target.exists():
-                ownership.require_cache(target)
                 mark_used(target.parent)
                 return DataFile(target, self._name(path))
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -125,7 +123,6 @@ class RemoteFiles:
                 digest = file_digest(DataFile(partial, name))
                 target = self._target(path, _FileVersion(size, digest))
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                ownership.require_cache(target)
                 partial.replace(target)
             _downloaded[name] = digest
         return _downloaded[name]
@@ -139,7 +136,6 @@ class RemoteFiles:
 
         Some clients, such as sftp's, write through an existing link; no other user can create one in the folder that they get.
         """
-        ownership.require_cache(folder)
         partial = folder / f".{secrets.token_hex(4)}"
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as private_folder:
             download = Path(private_folder, "rows")

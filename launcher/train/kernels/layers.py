@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from launcher.errors import ConfigError
-from launcher.security.library_caches import is_own_folder
 from launcher.train.kernels.build_tools import missing_build_tools
 
 # Maximum variants of a compiled layer: training and evaluation, shapes, and kinds of layers.
@@ -51,7 +49,6 @@ def compile_layers(hf: Any, device: torch.device) -> None:
     import torch._dynamo
     import torch._inductor.config
     from deepspeed.utils import set_z3_leaf_module
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -65,7 +62,6 @@ def compile_layers(hf: Any, device: torch.device) -> None:
     # that torch's compiler read from the variable when launcher/train/preload.py imported it.
     torch._inductor.config.compile_threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
     # Any user may have created this folder first. Only kernels for CPUs contain headers, and this thread compiles all of them.
-    torch._inductor.config.cpp_cache_precompile_headers = is_own_folder(Path(default_cache_dir()))
     torch._dynamo.config.recompile_limit = _MOST_VARIANTS
     # Document boundaries are values that differ in each batch, so each batch would be compiled.
     kernel = hf.config._attn_implementation

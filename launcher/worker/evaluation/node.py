@@ -16,7 +16,7 @@ from pathlib import Path
 
 from launcher.errors import EXIT_FAILED
 from launcher.evaluate.task import EvaluationFolder
-from launcher.security.library_caches import find_usable_caches
+from launcher.security.folders import private_variables
 from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.signals import exit_on_termination
 
@@ -35,7 +35,7 @@ def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for local, group in enumerate(groups):
-            environ = {**os.environ, **find_usable_caches(os.environ)}
+            environ = {**os.environ, **private_variables(os.environ)}
             if num_gpus > 1:
                 environ["CUDA_VISIBLE_DEVICES"] = ",".join(group)
             words = [folder, str(node * num_local + local), str(num_nodes * num_local), str(len(group))]

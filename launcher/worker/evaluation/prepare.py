@@ -29,7 +29,6 @@ from launcher.evaluate.questions import TRAINING, EvalQuestion, QuestionSet
 from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
 from launcher.evaluate.selection import AUTO_SHOTS, NUM_LONGEST, SELECTION_PROMPTS, list_shots
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask
-from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
@@ -48,7 +47,6 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
         CheckpointError: if the step cannot be exported.
     """
     settings, plan = config.evaluate, run_store.load_plan(run).model_copy(update={"config": config})
-    require_caches(plan)
     names = _require_sets(plan, sets)
     _require_engine(settings)
     folder = EvaluationFolder.of(run.root, step)

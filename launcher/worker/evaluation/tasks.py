@@ -37,7 +37,7 @@ from launcher.evaluate.verdict import judge
 from launcher.models.private_code import code_option, folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import TUNED, digest_checkpoint
 from launcher.train.model import DTYPES, read_own_config
@@ -143,7 +143,7 @@ def find_tasks(names: Sequence[str], task_folder: Path | None = None) -> dict[st
         if not task_folder.is_dir():
             raise ConfigError("there is no such folder", where="--task-folder", value=str(task_folder))
         # A task names functions to run, and its templates are not sandboxed.
-        if problem := ownership.folder_problem("the folder of tasks", task_folder, ()):
+        if problem := owners.folder_problem("the folder of tasks", task_folder):
             raise ConfigError(problem)
     os.environ.update(dict.fromkeys(_OFFLINE, "1"))
     # Its client has read the variable if transformers is imported, and nothing guards what tasks would fetch with it.

@@ -18,7 +18,7 @@ from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import digest_checkpoint
 from launcher.worker.export import export_run
@@ -45,7 +45,7 @@ def export_tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: 
     could have written the former."""
     record, digest = read_export(run), None
     path = run.export
-    if record is None or record.step != step or ownership.export_problem(run) is not None:
+    if record is None or record.step != step:
         path = folder.weights
         digest = _export(plan, run, folder, step)
     turn_ends = plan.data.turn_end_ids if plan.data is not None else ()
@@ -80,7 +80,7 @@ def main(plan_path: str, step: int) -> int:
     run = RunDir(Path(plan_path).absolute().parent)
     folder = EvaluationFolder.of(run.root, step)
     try:
-        ownership.require_run(run)
+        owners.require_run(run.root)
         with private_files():
             folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             with locks.hold(folder.lock, 0.0, f"export of step {step}", mode=0o600):

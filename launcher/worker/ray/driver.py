@@ -26,7 +26,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
-from launcher.security import ownership
+from launcher.security import owners
 from launcher.worker.ray.connection import (
     RAYLET_LOST,
     LocalRaylet,
@@ -71,7 +71,7 @@ def main(plan_path: str, attempt: int) -> int:
     try:
         # Check this before the owners: for a missing folder, those would be the closest existing folder's.
         os.stat(plan_path)
-        ownership.require_run(RunDir.of_plan(Path(plan_path)))
+        owners.require_run(RunDir.of_plan(Path(plan_path)).root)
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))
         run_store.update_status(

@@ -19,8 +19,8 @@ from launcher.clusters.ray import auto_address
 from launcher.config.sections.ray import RaySection
 from launcher.errors import EXIT_FAILED
 from launcher.evaluate.task import EvaluationFolder
-from launcher.security.library_caches import find_usable_caches
-from launcher.security.trust import VARIABLE, Trust
+from launcher.security.folders import private_variables
+from launcher.security.owners import VARIABLE, Trust
 from launcher.worker.ray.connection import config_without_search_path
 
 # Seconds after which free GPUs are counted again. Ray's count may be old: another reservation may have just been made.
@@ -35,7 +35,7 @@ def answer_here(folder: str, rank: int, num_processes: int, num_gpus: int) -> in
 
     words = [folder, *map(str, (rank, num_processes, num_gpus))]
     command = [sys.executable, "-P", "-u", "-m", "launcher.worker.evaluation.answer", *words]
-    environ = {**os.environ, **find_usable_caches(os.environ)}
+    environ = {**os.environ, **private_variables(os.environ)}
     return subprocess.run(command, stdin=subprocess.DEVNULL, env=environ).returncode
 
 

@@ -26,7 +26,7 @@ from launcher.errors import describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
-from launcher.security.library_caches import find_usable_caches
+from launcher.security.folders import private_variables
 from launcher.worker import failure_record
 from launcher.worker.limits import cause_of
 from launcher.worker.ranks import error_record, heartbeat
@@ -224,7 +224,7 @@ class _Worker:
         answers: AnswersProcess | None = None
         if assignment.rank == 0:
             environ = {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
-            environ |= find_usable_caches(environ)
+            environ |= private_variables(environ)
             mirror = MirrorProcess.start(plan, assignment.plan_path, run, attempt, environ)
             answers = AnswersProcess.start(plan, assignment.plan_path, run, attempt, environ)
         environment = self._rank_environment(plan, orders, table, errors)
@@ -371,4 +371,4 @@ def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[
         **RaySection.of(plan.config.cluster).env,
     }
     # cluster.env, too, may name a folder for compiled code in which others can write.
-    return {**allocator_defaults(environment, plan.topology.device), **environment, **find_usable_caches(environment)}
+    return {**allocator_defaults(environment, plan.topology.device), **environment, **private_variables(environment)}

@@ -26,7 +26,6 @@ from launcher.errors import RunError
 from launcher.models.private_code import code_option, folder_to_load
 from launcher.models.remote_code import without_code
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
-from launcher.security import ownership
 from launcher.worker.scoring.weights import ScoredWeights
 
 # After one rank fails, the others wait in a collective.
@@ -161,7 +160,6 @@ def temporary_folder() -> Iterator[Path]:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=root) as folder:
         # Whoever can write to the parent folder can replace it.
-        ownership.require_cache(Path(folder))
         yield Path(folder)
 
 

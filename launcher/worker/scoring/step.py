@@ -19,7 +19,6 @@ from launcher.data.row_order import RowOrder
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch
 from launcher.errors import LauncherError, RunError
-from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.scoring.command_process import answer, run_process
@@ -39,7 +38,6 @@ def describe_step(
     """
     if plan.data is None:
         raise RunError("the plan has no data", where=str(run.root))
-    require_caches(plan)
     split = Split.open(plan.data)
     rows = rows_of_step(plan, split, step)
     weights, reason = _find_weights_before(run, plan, step) if has_scores else (None, "")

@@ -20,7 +20,6 @@ from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.triage import answers_alone, ranking
 from launcher.data.triage.ranking import DocumentScores
 from launcher.errors import SubmitError
-from launcher.models.plan_caches import require_caches
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.scoring.command_process import answer, run_process
@@ -39,7 +38,6 @@ def rank_documents(
     """Score a split's documents with and without their prompts, and return lists of those worth a look."""
     run = RunDir.of_plan(plan_path.absolute())
     plan = run_store.load_plan(run)
-    require_caches(plan)
     facts, is_held_out = find_split(plan, split_name)
     weights = find_weights(run, plan, step)
     with_prompt = ScorePass(title="answers with their prompts", facts=facts, held_out=is_held_out)

@@ -14,7 +14,6 @@ from launcher.models import parent_run
 from launcher.models.parent_run import ParentCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security import ownership
 from launcher.security.folders import private_files
 from launcher.worker.prepare import copy_parent_weights
 
@@ -44,7 +43,6 @@ class ScoredWeights:
             copy_parent_weights(self._parent, model)
         folder = parent_run.weights_folder(self._parent, model.dtype)
         # It may have existed before.
-        ownership.require_cache(folder)
         return folder
 
 
