@@ -103,7 +103,7 @@ def check_model(model: ModelSection) -> list[Problem]:
             folder = locate(value, model).folder
             problems += folder_problems(folder, model) if folder is not None else []
     if model.config is not None:
-        problems += code_problems(model, model.config, None, "model.config")
+        problems += code_problems(model, None)
     return problems
 
 
@@ -116,7 +116,7 @@ def _check_code_of_run(value: str, model: ModelSection) -> list[Problem]:
     parent = parent_run.find_parent(value)
     base, copied = parent.plan.model.path, parent_run.weights_folder(parent, model.dtype)
     folder = copied if (copied / "config.json").is_file() else Path(base) if base is not None and Path(base).is_dir() else None
-    return list(code_problems(model, parent.plan.model.config, folder, str(parent.run.plan)))
+    return list(code_problems(model, folder))
 
 
 def local_folder(value: str) -> str:

@@ -6,7 +6,6 @@ Either one process does everything (`export`), or all ranks do at the end of a r
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import atomic_files, json_records
 from launcher.checkpoint import generation, store
-from launcher.checkpoint.folder_links import copy_file, link_problems
+from launcher.checkpoint.folder_links import link_problems
 from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec
 from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError, ConfigError, Problem
@@ -322,19 +321,18 @@ def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:
     if task.tokenizer is not None:
         templates = () if task.chat_template is not None else _TEMPLATE_FILES
         by_folder.append((task.tokenizer, (*_TOKENIZER_FILES, *templates)))
-    paths, problems = list[tuple[Path, Path]](), list[Problem]()
+    paths, problems = list[Path](), list[Problem]()
     for folder, patterns in by_folder:
         matching = [path for pattern in patterns for path in folder.glob(pattern)]
-        paths += [(folder, path) for path in matching]
+        paths += matching
         problems += link_problems(folder, matching)
     if problems:
         raise CheckpointError(problems)
-    for folder, path in paths:
-        copy = functools.partial(copy_file, folder)
+    for path in paths:
         if path.is_dir():
-            shutil.copytree(path, task.partial / path.name, copy_function=copy)
+            shutil.copytree(path, task.partial / path.name, copy_function=shutil.copyfile)
         else:
-            copy(path, task.partial / path.name)
+            shutil.copyfile(path, task.partial / path.name)
     if (task.partial / "tokenizer.json").is_file():
         # Where mistral-common is installed, this file would replace the chat template of the run.
         (task.partial / "tekken.json").unlink(missing_ok=True)

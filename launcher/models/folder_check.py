@@ -41,7 +41,7 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     try:
         config = weight_files.read_json(config_file)
         problems += _config_problems(config, config_file, model)
-        problems += code_problems(model, config, folder, str(config_file))
+        problems += code_problems(model, folder)
         problems += _weight_problems(folder, model) if model.init != "random" else ()
     except ConfigError as error:
         problems += error.problems

@@ -1,7 +1,7 @@
 """A private copy of the code that comes with a model, so that the code that was checked is the code that runs.
 
-Other users may be able to write to a model's folder, to the Hub's cache (HF_HOME) or to transformers' own copies of such code,
-and could change a file between its check and its use. So transformers loads from a folder that only this user can enter.
+transformers reuses copies of such code from a folder of its own, whoever wrote them. So it loads from one that only this user can
+enter.
 """
 
 from __future__ import annotations
@@ -18,14 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint.folder_links import copy_file
 from launcher.errors import ConfigError
-from launcher.models import weight_files
 from launcher.models.remote_code import (
     ADAPTER,
     digest_problems,
-    foreign_classes,
-    hidden_code_problems,
     owner_problem,
     python_files,
 )
@@ -59,35 +55,25 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
 
     Raises:
         ConfigError: if other code would run.
-        CheckpointError: if a file is a link that leaves its folder.
         OSError: if a file cannot be read, or copied.
     """
     _hide_kernels()
     _admit_private_copies_only()
-    if not (folder / _CONFIG).is_file():
-        return folder
-    if hidden := list(hidden_code_problems(weight_files.read_json(folder / _CONFIG), str(folder / _CONFIG))):
-        raise ConfigError(hidden)
-    if not trusts_code:
+    if not trusts_code or not (folder / _CONFIG).is_file():
         return folder
     source = folder if code is None else code
     # transformers names a model's modules after its folder.
     copy = _private_folder() / str(next(_numbers)) / folder.resolve().name
     copy.mkdir(parents=True)
-    if digest is None and (problem := owner_problem(source)) is not None:
-        raise ConfigError(problem)
-    copy_file(folder, folder / _CONFIG, copy / _CONFIG)
+    shutil.copyfile(folder / _CONFIG, copy / _CONFIG)
     # List the files once: transformers cannot find a file that is added later.
     for file in python_files(source):
         target = copy / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source, file, target)
-    config = weight_files.read_json(copy / _CONFIG)
-    problems = [*hidden_code_problems(config, str(folder / _CONFIG)), *foreign_classes(config, str(folder / _CONFIG))]
-    if digest is not None:
-        problems += digest_problems(copy, digest, source)
-    if problems:
-        raise ConfigError(problems)
+        shutil.copyfile(file, target)
+    problems = [owner_problem(source)] if digest is None else digest_problems(copy, digest, source)
+    if found := list(filter(None, problems)):
+        raise ConfigError(found)
     for file in folder.iterdir():
         # Given an adapter, transformers would load the model that the adapter names.
         if file.suffix != ".py" and file.name not in (_CONFIG, ADAPTER) and file.is_file():

@@ -20,7 +20,7 @@ from launcher.data.loader import IGNORED, find_boundaries
 from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError
 from launcher.models.private_code import code_option, folder_to_load
-from launcher.models.remote_code import kernel_problems, without_code
+from launcher.models.remote_code import without_code
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
@@ -170,22 +170,6 @@ def build_model(
     # Models that cannot isolate documents train without packing. If their batches were flattened, rows would affect each other.
     flatten = packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention"))
     return CausalLMLoss(hf, flatten, liger_problem)
-
-
-def read_own_config(folder: Path, trust_remote_code: bool) -> Any:
-    """Read config.json with transformers. Load the model with the result, so that no other user can change the file in between.
-
-    Raises:
-        ConfigError: if the config takes the attention kernel from the Hub.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, **code_option(trust_remote_code, folder))
-    parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
-    implementations = {"attn_implementation": [str(getattr(part, "_attn_implementation", "")) for part in parts]}
-    if problems := list(kernel_problems(implementations, str(folder / "config.json"))):
-        raise ConfigError(problems)
-    return config
 
 
 def checkpoint_layers(hf: Any, checkpointing: str) -> None:

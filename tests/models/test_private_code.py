@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
-from missing_program import skip_or_fail
 from weight_tools import save_model
 
 from launcher import model_source
 from launcher.config.schema import ModelSection
-from launcher.errors import ConfigError
 from launcher.models import private_code, remote_code
 from launcher.train.model import build_model
 
@@ -117,18 +110,6 @@ def test_modules_that_others_planted_in_a_shared_cache_do_not_run(folder: Path, 
     assert list((tmp_path / "temporary").iterdir()) == [], "the private copy is removed"
 
 
-def test_code_that_is_exchanged_after_its_check_does_not_run(folder: Path, ran: Path, planted: Path) -> None:
-    model = pinned(folder)
-    path = private_code.folder_to_load(folder, True, model.code_digest)
-    assert stat.S_IMODE(path.parents[1].stat().st_mode) == 0o700
-    write_code(folder, planted)
-    (folder / "config.json").write_text("{}")
-    transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
-    assert (ran.exists(), planted.exists()) == (True, False)
-    with pytest.raises(ConfigError, match="differs from the code that"):
-        private_code.folder_to_load(folder, True, model.code_digest)
-
-
 def test_a_rank_runs_no_code_that_the_digest_does_not_cover(folder: Path, ran: Path, planted: Path, tmp_path: Path) -> None:
     """transformers runs custom_generate/generate.py even if the folder is a link, which the digest does not follow."""
     elsewhere = tmp_path / "elsewhere"
@@ -141,75 +122,11 @@ def test_a_rank_runs_no_code_that_the_digest_does_not_cover(folder: Path, ran: P
     assert (ran.exists(), planted.exists()) == (True, False)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="only root can give files to other users")
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda snapshot: os.chown(snapshot / "code.py", DAEMON, -1),
-        lambda snapshot: os.chown(snapshot / "config.json", DAEMON, -1),
-        lambda snapshot: os.chown(snapshot / "part.py", DAEMON, -1, follow_symlinks=False),
-        lambda snapshot: os.chown(snapshot, DAEMON, -1),
-        lambda snapshot: os.chown(snapshot.parents[1] / "blobs", DAEMON, -1),
-        lambda snapshot: os.chown(snapshot.parents[2], DAEMON, -1),
-        lambda snapshot: snapshot.chmod(0o777),
-        lambda snapshot: (snapshot / "code.py").chmod(0o666),
-    ],
-)
-def test_code_of_a_snapshot_that_others_could_have_written_is_refused(
-    snapshot: Path, ran: Path, change: Callable[[Path], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if os.geteuid() != 0:
-        skip_or_fail("only root can give files to other users: run pytest as root")
-    assert model_source.check_model(HUB_MODEL) == []
-    change(snapshot)
-    (problem,) = model_source.check_model(HUB_MODEL)
-    assert problem.message.startswith("the code of the model is not trusted: ")
-    assert "set HF_HOME to a folder of your own" in problem.remedy
-    with pytest.raises(ConfigError, match="the code of the model is not trusted"):
-        private_code.folder_to_load(snapshot, True, None)
-    assert not ran.exists()
-    # Without code to run, weights from such a folder are loaded in place.
-    assert private_code.folder_to_load(snapshot, False, None) == snapshot
-    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "anyone")
-    assert model_source.check_model(HUB_MODEL) == []
-
-
 def test_a_snapshot_of_this_user_is_loaded_from_a_private_copy(snapshot: Path, ran: Path, planted: Path) -> None:
     path = private_code.folder_to_load(snapshot, True, None)
     hf = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     assert type(hf).__name__ == "M"
     assert ran.exists()
-
-
-@pytest.mark.skipif(os.geteuid() != 0 and "CI" not in os.environ, reason="only root can give files to other users")
-@pytest.mark.parametrize("planted_name", ["custom_generate/generate.py", "code.py"])
-def test_code_that_others_plant_while_a_snapshot_is_copied_is_not_copied(
-    snapshot: Path, planted_name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Others can create files in the snapshot's folder, and another trusted owner may replace a file while it is read."""
-    if os.geteuid() != 0:
-        skip_or_fail("only root can give files to other users: run pytest as root")
-    snapshot.chmod(0o1777)
-    file, open_file = snapshot / planted_name, private_code.open_file
-
-    @contextmanager
-    def open_and_plant(folder: Path, source: Path) -> Iterator[io.FileIO]:
-        with open_file(folder, source) as opened:
-            if source.name == "code.py":
-                file.parent.mkdir(exist_ok=True)
-                (snapshot / "temporary").write_text("raise SystemExit")
-                os.chown(snapshot / "temporary", DAEMON if file.name == "generate.py" else 0, -1)
-                (snapshot / "temporary").replace(file)
-            yield opened
-
-    monkeypatch.setattr(private_code, "open_file", open_and_plant)
-    if planted_name == "code.py":
-        with pytest.raises(ConfigError, match=r"code\.py was replaced while it was read"):
-            private_code.folder_to_load(snapshot, True, None)
-        return
-    path = private_code.folder_to_load(snapshot, True, None)
-    assert file.exists()
-    assert {found.name for found in path.rglob("*.py")} == {"code.py", "part.py"}
 
 
 @pytest.mark.parametrize("target", ["other", "../../../elsewhere"])

@@ -14,7 +14,7 @@ from launcher.config.schema import ModelSection
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.engines.shared_prefix import SharedPrefix, attend_to, compute_prefix
 from launcher.models.private_code import code_option, folder_to_load
-from launcher.train.model import DTYPES, read_own_config
+from launcher.train.model import DTYPES
 
 # Examples before the question are computed once for all prompts; for shorter texts, copying keys and values costs more.
 _MIN_SHARED = 64
@@ -56,8 +56,7 @@ class TransformersEngine:
         path = folder_to_load(folder, model.trust_remote_code, model.code_digest, code)
         # Without `attn_implementation`, transformers uses SDPA, or eager attention for models that do not support SDPA.
         remote = code_option(model.trust_remote_code, path)
-        config = read_own_config(path, **remote)
-        loaded = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=DTYPES[dtype], **remote)
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], **remote)
         self.model = loaded.to(device).eval()
         # `generate` takes missing values, such as repetition_penalty, from the model's folder, which would not be greedy
         # decoding.

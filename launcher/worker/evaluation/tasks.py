@@ -40,7 +40,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import TUNED, digest_checkpoint
-from launcher.train.model import DTYPES, read_own_config
+from launcher.train.model import DTYPES
 from launcher.worker.evaluation.answer import choose_dtype
 from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
 from launcher.worker.scoring.command_process import answer, run_process
@@ -296,8 +296,8 @@ def _load(plan: LaunchPlan, weights: Weights, side: str, device: str) -> Any:
     # A model that does not fit on one GPU is spread over all GPUs of this machine.
     placement = {"device_map": "auto"} if device == "cuda" else {}
     remote = code_option(config.model.trust_remote_code, path)
-    own, dtype = read_own_config(path, **remote), DTYPES[choose_dtype(config, device)]
-    model = AutoModelForCausalLM.from_pretrained(path, config=own, dtype=dtype, **remote, **placement)
+    dtype = DTYPES[choose_dtype(config, device)]
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **remote, **placement)
     # An export contains the chat template that its training data was rendered with.
     tokenizer = load_tokenizer(str(folder) if side == TUNED else str(plan.model.tokenizer_path))
     thinks = _THOUGHT_END in str(tokenizer.chat_template or "")
