@@ -15,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -84,6 +85,8 @@ class NodeAgent:
         ranks = RankProcesses(Path(plan.run_dir))
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
         os.environ.update(private_variables(os.environ))
+        # Python has noted the folder before.
+        tempfile.tempdir = None
         cores = len(os.sched_getaffinity(0))
         os.environ.update(allocator_defaults(os.environ, plan.topology.device))
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))
