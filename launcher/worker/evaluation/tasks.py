@@ -321,8 +321,10 @@ def _load(plan: LaunchPlan, weights: Weights, side: str, device: str) -> Any:
 
 
 def _score(name: str, task: Any, model: Any, limit: int | None, belongs_to: str) -> TaskScores:
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator, simple_evaluate
 
+    # It runs git for the result's metadata, which prints an error outside of a repository.
+    evaluator.get_git_commit_hash = str
     has_template = bool(model.tokenizer.chat_template)
     options = {"apply_chat_template": has_template, "fewshot_as_multiturn": has_template}
     try:
