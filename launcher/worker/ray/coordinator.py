@@ -24,7 +24,7 @@ from launcher.worker.ray.attempts import Attempts
 from launcher.worker.ray.messages import (
     Assignment,
     BeatReply,
-    Check,
+    CheckNode,
     CoordinatorState,
     Leave,
     Member,
@@ -162,7 +162,7 @@ class Coordinator:
         if unchecked:
             # Every worker listens at its port until it trains or leaves.
             others = tuple((member.node, member.address, member.port) for member in group.heads if member.rank != rank)
-            return Check(assignment, others) if rank in unchecked else None
+            return CheckNode(assignment, others) if rank in unchecked else None
         return Train(assignment, self._environment)
 
     def _assign(self, group: Group, rank: int) -> Assignment:

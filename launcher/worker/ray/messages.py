@@ -52,7 +52,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckNode:
     """Orders: check the node. `others` are the other nodes, each with the address and port of a listening worker."""
 
     assignment: Assignment
@@ -79,7 +79,7 @@ class Leave:
     reason: str
 
 
-Orders = Check | Train | Wait | Leave
+Orders = CheckNode | Train | Wait | Leave
 
 
 class RankResult(StrEnum):

@@ -16,7 +16,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import NodeRecord, node_file
 from launcher.worker.checks import node_check
-from launcher.worker.ray.messages import Check
+from launcher.worker.ray.messages import CheckNode
 
 # Checks of GPUs and of a busy file system take seconds; without a deadline, a hung node would hold all others forever.
 DEADLINE_S = 300.0
@@ -56,7 +56,7 @@ class Checks:
                 json_records.write(node_file(run, attempt, rank), record)
 
 
-def check_node(node: str, orders: Check) -> MachineReport:
+def check_node(node: str, orders: CheckNode) -> MachineReport:
     """Check this node, whose Ray name is `node`, and whether it can reach the others."""
     assignment = orders.assignment
     plan_path, attempt = Path(assignment.plan_path), assignment.attempt

@@ -39,7 +39,7 @@ from launcher.worker.ray.coordinator_actor import WORKER_CALL_S, CoordinatorLost
 from launcher.worker.ray.messages import (
     Assignment,
     BeatReply,
-    Check,
+    CheckNode,
     Leave,
     Member,
     Orders,
@@ -169,7 +169,7 @@ class _Worker:
         """Follow the coordinator's orders until the attempt has a verdict."""
         try:
             orders = self._next_orders()
-            if isinstance(orders, Check):
+            if isinstance(orders, CheckNode):
                 call_coordinator(
                     self._coordinator, "report_check", self.group_id, self.rank, node_checks.check_node(self.node, orders)
                 )
@@ -203,7 +203,7 @@ class _Worker:
         while (orders := call_coordinator(self._coordinator, "orders", self.group_id, self.rank)) is None:
             time.sleep(_POLL_S)
         next_orders: Orders = orders
-        self.assignment = next_orders.assignment if isinstance(next_orders, Check | Train) else None
+        self.assignment = next_orders.assignment if isinstance(next_orders, CheckNode | Train) else None
         return next_orders
 
     def _beat(self, result: RankResult | None, sign: RankSign | None = None) -> BeatReply:

@@ -24,7 +24,7 @@ from launcher.run_records import Attempt
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ray import node_checks, rank_supervisor
 from launcher.worker.ray.coordinator_actor import CoordinatorLost, call_coordinator
-from launcher.worker.ray.messages import Assignment, BeatReply, Check, RankResult, RankSign, Train, Verdict
+from launcher.worker.ray.messages import Assignment, BeatReply, CheckNode, RankResult, RankSign, Train, Verdict
 
 __all__ = ["as_root"]
 
@@ -101,7 +101,7 @@ def test_a_node_with_another_run_directory_than_the_head_node_is_refused(
     assert made.data is not None
     (tmp_path / "meta.json").touch()
     fake = FakeWorkers(made.model_copy(update={"data": made.data.model_copy(update={"cache_dir": str(tmp_path)})}))
-    marker, orders = fake.run.attempt(1) / "marker", Check(assignment(fake.run, "of this start"), ())
+    marker, orders = fake.run.attempt(1) / "marker", CheckNode(assignment(fake.run, "of this start"), ())
 
     def said() -> list[str]:
         problems = node_checks.check_node("n1", orders).problems
