@@ -78,18 +78,15 @@ def suggest(
     rows = max(1, math.ceil(data.mean_tokens * data.num_documents / length))
     batch = chosen.get("train.global_batch_size") or _batch(math.ceil(rows * epochs), length, machine)
     steps = chosen.get("train.max_steps") or max(1, math.ceil(rows * epochs / batch))
+    of_steps = f"about {format_count(steps, 'step')}"
     suggestions = [
         Suggestion("data.max_length", length, _length_reason(length, max_positions, data)),
         Suggestion("train.epochs", epochs, _epochs_reason(epochs, data.num_documents)),
         Suggestion("train.global_batch_size", batch, _batch_reason(batch, length, steps, machine)),
         Suggestion("optim.lr", learning_rate(num_params), _rate_reason(num_params)),
-        Suggestion(
-            "optim.warmup_steps",
-            max(1, round(steps * _WARMUP_SHARE)),
-            _warmup_reason(steps),
-        ),
-        Suggestion("eval.every", steps // _NUM_EVALUATIONS, _evaluation_reason(steps)),
-        Suggestion("checkpoint.save_every", steps // _NUM_CHECKPOINTS, _checkpoint_reason(steps)),
+        Suggestion("optim.warmup_steps", max(1, round(steps * _WARMUP_SHARE)), f"3% of {of_steps}; as OLMo 2 and Tulu 3"),
+        Suggestion("eval.every", steps // _NUM_EVALUATIONS, f"a tenth of {of_steps}, and before and after training"),
+        Suggestion("checkpoint.save_every", steps // _NUM_CHECKPOINTS, f"a fifth of {of_steps}, and at the end"),
     ]
     if "train.max_steps" in chosen:
         suggestions = [one for one in suggestions if one.key != "train.epochs"]
@@ -125,14 +122,9 @@ _PUBLISHED_SIZES = (0.9e9, 75e9)
 
 def _rate_reason(num_params: int) -> str:
     smallest, largest = _PUBLISHED_SIZES
-    if smallest <= num_params <= largest:
-        return f"for {_size(num_params)} parameters: between {_RATE_SOURCE}"
-    reason = f"for {_size(num_params)} parameters: extrapolated from {_RATE_SOURCE}"
-    if num_params < smallest:
-        reason += (
-            f", at most {_MAX_RATE:g}; SmolLM2 135M and 360M were fine-tuned with 1e-3 (alignment-handbook, recipes/smollm2)"
-        )
-    return f"{reason}; try a few"
+    is_published = smallest <= num_params <= largest
+    source = f"between {_RATE_SOURCE}" if is_published else f"extrapolated from {_RATE_SOURCE}; try a few"
+    return f"for {_size(num_params)} parameters: {source}"
 
 
 def _length(max_positions: int | None, data: DataSample, device: str) -> int:
@@ -164,23 +156,6 @@ def _epochs_reason(epochs: int, num_documents: int) -> str:
     if epochs == 1:
         return f"{num_documents:,} documents: a second pass adds little"
     return f"only {format_count(num_documents, 'document')}; watch the held-out loss, which rises when the model overfits"
-
-
-def _warmup_reason(steps: int) -> str:
-    at_least = "" if steps * _WARMUP_SHARE >= 1 else ", at least one"
-    return f"3% of about {format_count(steps, 'step')}{at_least}; as OLMo 2 and Tulu 3 (2411.15124)"
-
-
-def _evaluation_reason(steps: int) -> str:
-    if steps < _NUM_EVALUATIONS:
-        return f"0: only before and after training, which has about {format_count(steps, 'step')}"
-    return f"about {_NUM_EVALUATIONS} times, in addition to before and after training"
-
-
-def _checkpoint_reason(steps: int) -> str:
-    if steps < _NUM_CHECKPOINTS:
-        return f"0: only at the end and when stopped; the run has about {format_count(steps, 'step')}"
-    return "a fifth of the run: the most that a lost machine costs"
 
 
 def _batch_reason(batch: int, length: int, steps: int, machine: Machine) -> str:

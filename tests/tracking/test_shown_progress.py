@@ -42,6 +42,15 @@ def test_lines_come_at_growing_intervals_and_not_for_short_work() -> None:
     assert lines[3] == "loading: 20.00 GiB of 3,600.00 GiB (1%), 59m40s left"
 
 
+def test_counted_items_are_shown_with_the_time_left() -> None:
+    clock, lines = Clock(), []
+    counter = progress.CountProgress("evaluating held-out", "micro-batches", lines.append, Pace(clock))
+    for done in range(1, 31):
+        clock.now += 1
+        counter.show(done, 30)
+    assert lines[1] == "evaluating held-out: 10 of 30 micro-batches, 20s left"
+
+
 @pytest.mark.parametrize(
     ("done", "total", "elapsed_s", "text"),
     [

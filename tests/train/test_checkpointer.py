@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,3 +139,14 @@ def test_a_loss_that_was_computed_after_the_save_is_recorded_once(tmp_path: Path
     assert kind == ("checkpoint" if is_there else "alert")
     assert text.startswith("evaluated " if is_there else "the loss of a checkpoint could not be recorded: ")
     assert not is_there or open_checkpoint(path).eval_loss == 1.5
+
+
+def test_a_long_save_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.tracking.progress._FIRST_S", 0.0)
+    tracker, saver = FakeTracker(), FakeSaver(saved(tmp_path))
+    wait = saver.wait
+    saver.wait = lambda: [time.sleep(1.5), wait()][1]  # type: ignore[method-assign]
+    checkpointer = Checkpointer(saver, tracker, True, no_beat)  # type: ignore[arg-type]
+    checkpointer.save(5, {}, None)
+    checkpointer.wait(5)
+    assert any(kind == "progress" and text.startswith("saving step 5: ") for kind, text in tracker.events)
