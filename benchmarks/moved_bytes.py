@@ -1,4 +1,4 @@
-"""Count the bytes that elementwise operations read and write, to check launcher/plan/sizing/elementwise.py."""
+"""Count the bytes that elementwise operations read and write, to check launcher/plan/sizing/step_time.py."""
 
 from __future__ import annotations
 

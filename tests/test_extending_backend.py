@@ -127,7 +127,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return facts_for(config, here or CPU, data, working_dir=str(tmp_path))
 
     monkeypatch.setattr(facts, "gather", gather)
-    monkeypatch.setattr(facts, "is_prepared", lambda config, gathered: True)
+    monkeypatch.setattr(facts, "prepared_data", lambda config: (data, {}))
     monkeypatch.chdir(tmp_path)
 
 

@@ -182,7 +182,7 @@ def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(
     assert (gathered.model.path, gathered.model.config) == (None, source.model.config)
     assert (gathered.model.num_params, gathered.model.num_params_exact) == (28, True)
     assert gathered.model.num_params == sum(math.prod(shape) for shape in SHAPES.values())
-    assert not facts.is_prepared(config, gathered)
+    assert facts.prepared_data(config) is None
     assert model_source.is_config_known(config.model)
 
 
