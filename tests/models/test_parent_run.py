@@ -15,7 +15,6 @@ from launcher import atomic_files, facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.checkpoint.state import State
-from launcher.cli.main import main
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.errors import ConfigError, Problem
 from launcher.models import parent_run
@@ -157,17 +156,6 @@ def test_an_unreadable_plan_of_the_parent_is_refused(make_run: MakeRun, config_o
     run = make_run("a", 5)
     run.plan.write_text("{}")
     assert "cannot be read by this launcher" in problem_of(settings(config_of, "run:a")).message
-
-
-def test_the_command_line_shows_key_value_and_remedy(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run("a", 5, 10)
-    for verb in ("plan", "data", "train"):
-        tokens = ("model=tiny", "model.init=pretrained", "model.path=run:a@7", "tracking=none")
-        assert main([verb, *tokens]) == 2
-        error = capsys.readouterr().err
-        assert "where:  model.path (command line)" in error
-        assert "value:  run:a@7" in error
-        assert "remedy: choose one of: 5, 10" in error
 
 
 def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(

@@ -114,19 +114,6 @@ def test_liger_that_cannot_be_used_is_left_out_with_a_reason_or_refused_before_w
     assert problem.remedy.endswith("set model.liger=auto")
 
 
-def test_the_alert_names_what_this_machine_lacks_and_how_to_plan_without_liger(
-    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    files, reason = UNUSABLE["the first kernel"]
-    install(**files)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    config = RunConfig.model_validate(hand_made.SETTINGS)
-    alert = liger.describe_use(build(uses_liger=True).liger_problem, config, Path("/runs/tried"))
-    assert f"({reason}): no C++ compiler is found: apt-get install g++. " in alert
-    assert alert.endswith("python -m launcher resume /runs/tried model.liger=false")
-
-
 def test_ranks_in_an_image_without_liger_train_without_it_and_name_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     model = build(uses_liger=True)
