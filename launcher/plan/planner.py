@@ -169,7 +169,8 @@ def _parts_by_ranks(
 def situation_of(planned: LaunchPlan) -> combinations.Situation:
     """Return the situation for which combinations of a plan's settings are tried."""
     gpu, device_gib = lookup(planned.gpu_name), planned.memory.device_gib
-    return combinations.Situation(planned.config, planned.model, planned.data, planned.topology, gpu, device_gib, planned.liger)
+    liger = planned.liger and not kernels.may_lack_liger(planned.config)
+    return combinations.Situation(planned.config, planned.model, planned.data, planned.topology, gpu, device_gib, liger)
 
 
 def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> float | None:
