@@ -19,7 +19,7 @@ from launcher.run_records import Attempt
 from launcher.worker.ranks.heartbeat import Beat
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray.coordinator import Coordinator
-from launcher.worker.ray.messages import Check, Member, Orders, RankSign
+from launcher.worker.ray.messages import CheckNode, Member, Orders, RankSign
 
 FIT = MachineReport("n", (CheckResult("packages", OK, "launcher 1, torch 2", must_match=True),))
 KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
@@ -46,7 +46,7 @@ class FakeWorkers:
         """The head worker of each node reports its check; `problems` are messages by node."""
         for rank, node in enumerate(nodes):
             orders = self.coordinator.orders(group, rank)
-            if isinstance(orders, Check):
+            if isinstance(orders, CheckNode):
                 said = (problems or {}).get(node)
                 found = (failure(said, "repair it"),) if said else ()
                 self.coordinator.report_check(group, rank, MachineReport(node, (*FIT.results, *found)))
