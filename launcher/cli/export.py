@@ -23,7 +23,6 @@ from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.security import owners
-from launcher.security.owners import user_name
 from launcher.shell_commands import launcher_command
 from launcher.tracking.metrics import format_duration
 
@@ -43,7 +42,7 @@ def run(verb: str, tokens: list[str]) -> int:
     out = run_dir.export if arguments.out is None else Path(arguments.out).expanduser().absolute()
     _require_writable(out)
     if arguments.out is not None:
-        owners.require_own_folder(f"an export in {out.parent}", out.parent, "choose an --out that only you can replace")
+        owners.require_own_folder(f"an export to {out}", out, "choose an --out that only you can replace")
     existing = _read_export(out)
     trained = plan.config.model.dtype if plan.config.model.dtype in _DTYPES else _DTYPES[0]
     dtype = arguments.dtype or (existing.dtype if existing is not None else trained)
@@ -101,13 +100,6 @@ def _require_writable(out: Path) -> None:
             "the export folder cannot be written",
             where=str(out),
             value=f"{beside} cannot be written by this user" if existing.is_dir() else f"{existing} is a file",
-            remedy="name another folder with --out",
-        )
-    if existing == out and not owners.accepts_owner(owner := out.lstat().st_uid):
-        # In a sticky folder, only that user could remove it once all weights are written.
-        raise SubmitError(
-            f"the export folder belongs to {user_name(owner)}, and is not replaced",
-            where=str(out),
             remedy="name another folder with --out",
         )
     if existing == out and not (out / EXPORT_RECORD).exists() and any(out.iterdir()):

@@ -20,6 +20,8 @@ _HOME_CACHES = (
     *("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"),
 )
 
+_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+
 
 @contextmanager
 def private_files() -> Iterator[None]:
@@ -158,6 +160,11 @@ def private_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables for a process of a run: TMPDIR, and folders in it for libraries if the home directory is read-only."""
     folder = temporary_folder()
     variables = {"TMPDIR": str(folder)}
-    if not is_writable(Path(environ.get("HOME") or "/") / ".cache"):
+    caches = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "/") / ".cache")
+    if not is_writable(caches):
         variables |= {name: str(folder / name.lower()) for name in _HOME_CACHES if not environ.get(name)}
+        caches = folder
+    # torch itself sets it to a folder in the temporary one, which later jobs may not find again.
+    if Path(environ.get(_INDUCTOR, "torchinductor_")).name.startswith("torchinductor_"):
+        variables[_INDUCTOR] = str(caches / "torchinductor")
     return variables

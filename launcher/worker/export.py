@@ -24,7 +24,6 @@ from launcher.export.hf_folder import (
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
-from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.shell_commands import launcher_command
@@ -125,10 +124,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         with private_files():
-            if arguments.out is not None:
-                # Others may have created missing folders since the command checked the path.
-                arguments.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-                owners.require_own_folder("an export there", arguments.out.absolute().parent)
             made = export_run(
                 arguments.plan, step=arguments.step, dtype=arguments.dtype, out=arguments.out, check=not arguments.no_check
             )

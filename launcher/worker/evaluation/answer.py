@@ -21,7 +21,6 @@ from launcher.evaluate.engines.transformers_engine import Engine, TransformersEn
 from launcher.evaluate.generation import AnswerGeneration, Share
 from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, Weights
 from launcher.plan.disk import format_size
-from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import live_line
@@ -40,8 +39,6 @@ def answer(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
             where=socket.gethostname(),
             remedy="check this machine with nvidia-smi and: python -m launcher doctor",
         )
-    # The run's path may lead to a different folder on this node.
-    owners.require_run(folder.root.parents[1])
     task = folder.read_task()
     config = task.settings
     device = "cuda" if torch.cuda.is_available() else "cpu"

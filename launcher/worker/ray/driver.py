@@ -26,7 +26,6 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
-from launcher.security import owners
 from launcher.worker.ray.connection import (
     RAYLET_LOST,
     LocalRaylet,
@@ -69,9 +68,6 @@ def main(plan_path: str, attempt: int) -> int:
     # As in a batch job: only the run's user can access what it writes.
     os.umask(0o077)
     try:
-        # Check this before the owners: for a missing folder, those would be the closest existing folder's.
-        os.stat(plan_path)
-        owners.require_run(RunDir.of_plan(Path(plan_path)).root)
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))
         run_store.update_status(

@@ -29,7 +29,6 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, exit_file
-from launcher.security import owners
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
@@ -51,11 +50,9 @@ def begin(plan_path: str) -> int | None:
     None if the run is over, has reached a limit of its own, or runs in another job.
 
     Raises:
-        SubmitError: if other users could have changed the run while the job waited.
         RunError: if the attempt may not start: a retry budget is spent, the nodes share no private network, or Slurm does not
         answer whether another job runs it.
     """
-    owners.require_run(RunDir.of_plan(Path(plan_path)).root)
     plan, until = LaunchPlan.load(plan_path), time.monotonic() + _BEGIN_PATIENCE_S
     run, section = RunDir(Path(plan.run_dir)), SlurmSection.of(plan.config.cluster)
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
