@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.config.compose import conf_dir, run_hydra
+from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.reference import about_file
 from launcher.config.schema import DeepSpeedSection, RunConfig
 from launcher.models.hub_licenses import find_license
@@ -102,7 +102,7 @@ def _topology(num_gpus: int) -> Topology:
 
 def _states(model: ModelFacts, num_gpus: int, offload: str) -> Memory:
     topology = _topology(num_gpus)
-    deepspeed = DeepSpeedSection(name="any", offload_optimizer=offload, offload_params=offload)
+    deepspeed = DeepSpeedSection(offload_optimizer=offload, offload_params=offload)
     # With accumulation, because gradients then take the most memory.
     return estimate_model_states(model.num_params, "bf16", 2, OPTIMIZERS["adamw"], deepspeed, topology, GPUS[GPU].memory_gib)
 
@@ -112,12 +112,14 @@ def _experiments() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     rows = []
     for file in (conf_dir() / "experiment").glob("*.yaml"):
-        config = composed(f"experiment={file.stem}", "data.path=rows.jsonl")
+        done: list[Composed] = []
+        run_hydra([f"experiment={file.stem}", "data.path=rows.jsonl"], done.append)
+        config = done[0].config
         num_gpus = config.cluster.nodes * (config.cluster.ranks_per_node or 1)
         cells = (
             f"`{file.stem}`",
             str(num_gpus),
-            f"`{config.deepspeed.name}`",
+            f"`{done[0].origins.choices['deepspeed']}`",
             str(config.train.global_batch_size),
             f"{config.data.max_length:,}",
             f"{config.optim.lr:g}",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import re
 import sys
 import textwrap
-from dataclasses import replace
 from typing import Any, NoReturn
 
-from launcher.errors import ConfigError, Problem, did_you_mean
+from launcher.errors import ConfigError
 from launcher.security.redaction import redact
 
 # Flags, besides its own, of every verb that composes settings; they are suggested for mistyped flags.
@@ -39,47 +37,22 @@ class VerbParser(argparse.ArgumentParser):
         self._words = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
-    def _is_unknown_flag(self, word: str) -> bool:
-        name = word.partition("=")[0]
-        known = [option for action in self._actions for option in action.option_strings]
-        return name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in known)
-
     def error(self, message: str) -> NoReturn:
-        """Reject the command line with the wrong word, the closest existing word, and the usage.
+        """Reject the command line with argparse's reason, the closest flag for an unknown one, and the usage.
 
         Raises:
             ConfigError: always.
         """
-        problem = self._problem(message)
-        usage = " ".join(self.format_usage().split())
-        raise ConfigError(replace(problem, where="command line", remedy=f"{problem.remedy} {usage}".strip()))
-
-    def _problem(self, message: str) -> Problem:
-        """Convert argparse's message to a problem."""
-        if match := re.fullmatch(r"the following arguments are required: (.+)", message):
-            if unknown := next((word for word in self._words if self._is_unknown_flag(word)), None):
-                # The word that it stands for may be the missing one.
-                return self._problem(f"unrecognized arguments: {unknown}")
-            optional = [action.metavar or action.dest for action in self._actions if action.nargs in ("*", "?")]
-            names = [name for name in match[1].split(", ") if name not in optional]
-            return Problem(f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing")
-        if match := re.fullmatch(r"unrecognized arguments: (.+)", message):
-            flag = re.search(r"--[\w-]+", match[1])
-            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            close = difflib.get_close_matches(flag[0], known, n=1, cutoff=_FLAG_CUTOFF) if flag else []
-            kind = "flag" if match[1].startswith("-") else "argument"
-            return Problem(
-                f"there is no such {kind}", value=redact(match[1]), remedy=f"did you mean {close[0]}?" if close else ""
-            )
-        if match := re.fullmatch(r"argument (\S+?): invalid int value: '(.*)'", message):
-            return Problem(f"{match[1]} takes a whole number", value=match[2])
-        if match := re.fullmatch(r"argument (\S+?): invalid choice: '(.*)' \(choose from (.+)\)", message):
-            choices = match[3].replace("'", "").split(", ")
-            guess = f"{did_you_mean(match[2], choices)} choose one of: {', '.join(choices)};".strip()
-            return Problem(f"{match[1]} cannot be {redact(match[2])}", value=redact(match[2]), remedy=guess)
-        if match := re.fullmatch(r"argument (\S+?): (.+)", message):
-            return Problem(f"{match[1]}: {redact(match[2])}")
-        return Problem(redact(message))
+        known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+        # A mistyped flag may also be why an argument is missing.
+        flags = [word.partition("=")[0] for word in self._words if word.startswith("--") and len(word) > 2]
+        unknown = next((flag for flag in flags if not any(option.startswith(flag) for option in known)), "")
+        close = difflib.get_close_matches(unknown, known, n=1, cutoff=_FLAG_CUTOFF)
+        if unknown:
+            message = f"unrecognized arguments: {unknown}"
+        guess = f"did you mean {close[0]}? " if close else ""
+        remedy = f"{guess}{' '.join(self.format_usage().split())}"
+        raise ConfigError(redact(message), where="command line", remedy=remedy)
 
 
 def composing_usage(usage: str) -> str:

@@ -95,22 +95,10 @@ def _compose(tokens: list[str]) -> RunConfig:
 
 def _about(plan: LaunchPlan, config: RunConfig) -> list[str]:
     lines = [f"Settings of the run {plan.run_name}, planned by launcher {plan.provenance.launcher_version}."]
-    folder = _working_dir(plan)
-    if folder is not None and folder != Path.cwd():
-        lines.append(f"Relative paths begin at {folder}, where the run was started: use the file there.")
+    lines.append("Relative paths begin at the folder where the run was started: use the file there.")
     if config.run.name is not None:
         lines.append("No two runs have the same name: change run.name to start another run from this file.")
     return lines
-
-
-def _working_dir(plan: LaunchPlan) -> Path | None:
-    """Return the folder in which a run was started, or None if its directory does not reveal it."""
-    root = Path(plan.config.run.root)
-    if root.is_absolute() or ".." in root.parts or str(root).startswith("~"):
-        return None
-    parents = Path(plan.run_dir).parents
-    num_parts = len(root.parts)
-    return parents[num_parts] if num_parts < len(parents) else None
 
 
 def _reads_back(text: str, config: RunConfig) -> bool:

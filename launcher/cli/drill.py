@@ -23,7 +23,6 @@ from launcher.cli.resume import resume_run
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views import drill_report
 from launcher.cli.views.drill_report import Records, Step
-from launcher.cli.views.plan_view import LABEL_WIDTH, plan_lines
 from launcher.clusters.backends import Cluster, cluster_for
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
@@ -68,9 +67,6 @@ def run(verb: str, tokens: list[str]) -> int:
     if cluster.drill_remedy is not None:
         message = "drill does not support this kind of cluster"
         raise SubmitError(message, where="cluster", value=kind, remedy=cluster.drill_remedy)
-    if plan.config.cluster.is_dry_run:
-        print("\n".join([*formatting.wrap(plan_lines(plan), LABEL_WIDTH), "", cluster.preview(plan) or ""]))
-        return 0
     _say(f"{arguments.fault} on {kind}: the drill's run is {formatting.short(plan.run_dir)}")
     deadline = time.monotonic() + arguments.timeout * 60
     with Interrupts() as interrupts:

@@ -119,8 +119,9 @@ def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 
 
 def short(path: str | Path) -> str:
-    """Return a path relative to the working directory if that exists and contains the path."""
+    """Return a path relative to the working directory if that exists and contains the path; commands take it for no flag."""
     try:
-        return str(Path(path).relative_to(Path.cwd()))
+        text = str(Path(path).relative_to(Path.cwd()))
     except (ValueError, FileNotFoundError):
         return str(path)
+    return f"./{text}" if text.startswith("-") else text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,47 +12,40 @@ from typing import Any
 from launcher import facts, model_source
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
 from launcher.cli.starting.starter_settings import StarterSettings, apply_changes, fit_settings, list_chosen
-from launcher.cli.views.starter_file import next_lines, slurm_overrides, starter_text
+from launcher.cli.views.starter_file import next_lines, starter_text
 from launcher.clusters.backends import cluster_for
 from launcher.config.command_line import override_key
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.error_messages import no_such_option
 from launcher.config.introspect import leaves
 from launcher.config.run_file.printing import values_to_print
-from launcher.config.run_file.tokens import SUFFIXES, split_run_files
+from launcher.config.run_file.tokens import SUFFIXES
 from launcher.config.schema import RunConfig, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import plan as make_plan
-from launcher.security.redaction import REDACTED, redact
-from launcher.shell_commands import launcher_command
+from launcher.security.redaction import REDACTED
 
 
 def run(verb: str, tokens: list[str]) -> int:
     """Write the file, or refuse with the reason; nothing is overwritten."""
     arguments, rest = _parser().parse_known_args(tokens)
-    _refuse_run_file(rest)
     data = arguments.data or _rows_of(rest)
     out = Path(arguments.out or f"{_name_of(data)}.yaml")
-    composed = _with_name(_compose_for(out, arguments.model, arguments.data, rest), out)
+    _require_free(out)
+    composed = _with_name(_compose(arguments.model, arguments.data, rest), out)
     with composed.located():
         starter = fit_settings(composed, data)
     values = _values(starter, composed)
     text = starter_text(starter.head, values, starter.reasons)
     plan = _require_plan(text, out)
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        _require_free(out)
-        raise
-    is_cluster_chosen = any(override_key(token) == "cluster" for token in composed.overrides)
+    with out.open("x", encoding="utf-8") as file:
+        file.write(text)
     hidden = [key for key, value in leaves(values) if REDACTED in str(value)]
     warnings = [*starter.warnings, *(f"{key} looks like a credential: {out} has {REDACTED} in its place" for key in hidden)]
     remarks_on_data = [*(f"assumed: {text}" for text in starter.assumptions), *(f"warning: {text}" for text in warnings)]
-    has_slurm_line = not is_cluster_chosen and starter.config.cluster.is_this_machine and _plans_on_slurm(text, out, plan)
-    print("\n".join(next_lines(out, starter.config, starter.machines, remarks_on_data, plan, has_slurm_line)))
+    print("\n".join(next_lines(out, starter.config, starter.machines, remarks_on_data, plan)))
     return 0
 
 
@@ -69,23 +61,6 @@ def _parser() -> VerbParser:
     parser.add_argument("--model", metavar="NAME", help="a preset, a folder, a Hub id or run:NAME (default: a demo)")
     parser.add_argument("--out", metavar="FILE", help="the file to write (default: named after the data)")
     return parser
-
-
-def _refuse_run_file(rest: Sequence[str]) -> None:
-    """Reject a run's file among the words, because init writes one.
-
-    Raises:
-        ConfigError: with the purpose of each.
-    """
-    if any(token.startswith("--") for token in rest):
-        # A misspelled flag is reported first; the file may be its value.
-        return
-    if files := split_run_files(rest, ())[0]:
-        remedy = f"use this file with: {launcher_command('plan', files[0])}; name the file to write with --out"
-        if not files[0].endswith(SUFFIXES):
-            remedy = f"name rows with: --data {files[0]}"
-        message = "init writes a settings file, and does not read one"
-        raise ConfigError(message, where="command line", value=redact(files[0]), remedy=remedy)
 
 
 def _rows_of(overrides: Sequence[str]) -> str | None:
@@ -105,36 +80,17 @@ def _require_free(out: Path) -> None:
     """Refuse to overwrite a file, to write to a missing folder, or to use a name that no command accepts as a run's file.
 
     Raises:
-        ConfigError: with a free name.
+        ConfigError: with the reason.
     """
+    problem = ""
     if not out.name.endswith(SUFFIXES):
-        remedy = f"write --out {shlex.quote(str(out.with_suffix(SUFFIXES[0])))}"
-        raise ConfigError(f"a file of settings must end in {' or '.join(SUFFIXES)}", where="--out", value=str(out), remedy=remedy)
-    if out.exists() or out.is_symlink():
-        names = (out.with_name(f"{out.stem}-{number}{out.suffix}") for number in range(2, 1000))
-        free = next(name for name in names if not name.exists())
-        remedy = f"choose another name, such as --out {free}, or remove the file"
-        raise ConfigError("the file exists, and init overwrites nothing", where="--out", value=str(out), remedy=remedy)
-    if not out.parent.is_dir():
-        remedy = f"create it with: mkdir -p {out.parent}"
-        raise ConfigError("the folder of the file does not exist", where="--out", value=str(out), remedy=remedy)
-
-
-def _compose_for(out: Path, model: str | None, data: str | None, rest: Sequence[str]) -> Composed:
-    """Return the settings for model, data and overrides, if `out` can be written.
-
-    Raises:
-        ConfigError: with what is wrong with the file, and in the settings.
-    """
-    try:
-        _require_free(out)
-    except ConfigError as error:
-        try:
-            _compose(model, data, rest)
-        except ConfigError as other:
-            raise ConfigError((*error.problems, *other.problems)) from other
-        raise
-    return _compose(model, data, rest)
+        problem = f"a file of settings must end in {' or '.join(SUFFIXES)}"
+    elif out.exists() or out.is_symlink():
+        problem = "the file exists, and init overwrites nothing"
+    elif not out.parent.is_dir():
+        problem = "the folder of the file does not exist"
+    if problem:
+        raise ConfigError(problem, where="--out", value=str(out), remedy="name another file with --out")
 
 
 def _compose(model: str | None, data: str | None, rest: Sequence[str]) -> Composed:
@@ -222,24 +178,10 @@ def _require_plan(text: str, out: Path) -> LaunchPlan | None:
         ) from error
 
 
-def _compose_text(text: str, out: Path, *overrides: str) -> RunConfig:
+def _compose_text(text: str, out: Path) -> RunConfig:
     composed: list[Composed] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / out.name
         file.write_text(text, encoding="utf-8")
-        run_hydra([str(file), *overrides], composed.append)
+        run_hydra([str(file)], composed.append)
     return composed[0].config
-
-
-def _plans_on_slurm(text: str, out: Path, plan: LaunchPlan | None) -> bool:
-    """Return whether the file, fitted to this machine's GPUs, also plans for two such nodes."""
-    if plan is None or plan.topology.device != "cuda":
-        return False
-    try:
-        config = _compose_text(text, out, *slurm_overrides(plan.topology.ranks_per_node))
-        node = cluster_for("slurm").device(config.cluster)
-        config = facts.resolve(config, lambda: node)
-        make_plan(config, facts.gather(config, (), node))
-    except LauncherError:
-        return False
-    return True

@@ -138,7 +138,7 @@ def may_start(plans: Sequence[LaunchPlan], accepts_cost: bool) -> bool:
     Raises:
         ConfigError: if there is no terminal to ask on.
     """
-    if accepts_cost or all(plan.config.run.confirm_usd is None or plan.config.cluster.is_dry_run for plan in plans):
+    if accepts_cost or all(plan.config.run.confirm_usd is None for plan in plans):
         return True
 
     def estimate(plan: LaunchPlan) -> SpeedEstimate:
@@ -158,9 +158,6 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
     for number, plan in enumerate(plans, 1):
         cluster = cluster_for(plan.config.cluster.kind)
         print_plan(plan, cluster)
-        if plan.config.cluster.is_dry_run:
-            print(f"\n{cluster.preview(plan)}", end="")
-            continue
         with Interrupts() as interrupts:
             interrupts.defer()
             run_dir, attempt = start(plan, cluster)
@@ -264,13 +261,12 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     """Plan a job, prepare its model and data, and check the plan against the cluster; starts nothing."""
     cluster = cluster_for(composed.config.cluster.kind)
     node = _node_of(composed, cluster)
-    if (name := composed.config.run.name) is not None and not composed.config.cluster.is_dry_run:
+    if (name := composed.config.run.name) is not None:
         # Check this before anything that takes time, and before a sweep starts any of its runs.
         _require_new(RunDir(run_dir_of(composed.config, name, str(Path.cwd()), str(Path.home()))))
-    if not composed.config.cluster.is_dry_run:
-        folder = run_dir_of(composed.config, composed.config.run.name or "name", str(Path.cwd()), str(Path.home()))
-        parent = Path(folder).parent
-        owners.require_own_folder(f"a run in {parent}", parent, "set run.root to a folder that only you can write to")
+    folder = run_dir_of(composed.config, composed.config.run.name or "name", str(Path.cwd()), str(Path.home()))
+    parent = Path(folder).parent
+    owners.require_own_folder(f"a run in {parent}", parent, "set run.root to a folder that only you can write to")
     config = facts.resolve(composed.config, node)
     facts.check(config)
     check_extra(config)

@@ -15,7 +15,6 @@ from launcher import collect_garbage_rarely
 from launcher.config.run_file.tokens import is_run_file
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, LauncherError, Problem
 from launcher.security.printable_stream import printable_output, raw
-from launcher.shell_commands import launcher_command
 
 # Each verb, and the module of launcher.cli whose function `run(verb, tokens)` executes it.
 VERBS: Mapping[str, str] = {
@@ -65,7 +64,6 @@ _VERBS_ELSEWHERE = {
 }
 # The verbs that compose settings.
 COMPOSING = ("train", "plan", "data", "doctor")
-_FLAGS_WITHOUT_VALUE = ("--json", "--follow", "--detach", "--yes", "-m", "--multirun")
 # The same value as in launcher.security.owners, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
 # Variables with paths that libraries read in a run's processes, which work in the run directory.
@@ -168,55 +166,74 @@ def _main(argv: Sequence[str] | None) -> int:
         # A terminal with another encoding shows unsupported characters as escapes.
         if isinstance(stream := raw(stream), io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    debug = "--debug" in tokens
-    tokens = [token for token in tokens if token != "--debug"]  # noqa: S105
+    try:
+        exit_code = _run_reporting(tokens)
+        # If the reader has gone, the interpreter's final flush would raise an error.
+        sys.stdout.flush()
+        return exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run_reporting(tokens: Sequence[str]) -> int:
+    """Run a command and print its error."""
+    debug, as_json = "--debug" in tokens, "--json" in tokens
+    try:
+        return _run_command([token for token in tokens if token != "--debug"])  # noqa: S105
+    except LauncherError as error:
+        if debug:
+            raise
+        return _report(type(error).__name__, error.problems, error.exit_code, as_json)
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if debug or name in ("", "launcher"):
+            raise
+        remedy = "install the launcher with its packages (in its clone: pip install .), or use the Python that has them"
+        problem = Problem(f"the package {name} is not installed", where=sys.executable, remedy=remedy)
+        return _report("ModuleNotFoundError", [problem], EXIT_REFUSED, as_json)
+    except OSError as error:
+        if debug or isinstance(error, BrokenPipeError):
+            raise
+        what = f"a file cannot be read or written: {error.strerror or error}"
+        remedy = "check the storage and the permissions, then try again; --debug shows a traceback"
+        return _report("OSError", [Problem(what, where=str(error.filename or ""), remedy=remedy)], EXIT_FAILED, as_json)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _report(kind: str, problems: Sequence[Problem], exit_code: int, as_json: bool) -> int:
+    """Print an error: as text, or with --json as one object with the first problem and all of them; returns the exit code."""
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        every = [asdict(problem) for problem in problems]
+        print(json.dumps({"kind": kind, **every[0], "exit_code": exit_code, "problems": every}, indent=2))
+    for problem in problems if not as_json else ():
+        print(problem, file=sys.stderr)
+    return exit_code
+
+
+def _run_command(tokens: list[str]) -> int:
     tokens, owners = _without_trusted_owners(tokens)
     if tokens[:1] in (["--help"], ["-h"]):
         return _print(HELP)
     if "--version" in tokens or tokens == ["-V"]:
         return _print(_versions())
     if not tokens:
-        print(_FIRST_STEPS, end="")
+        _print(_FIRST_STEPS)
         return EXIT_REFUSED
     verb = tokens.pop(0) if _is_verb(tokens[0]) else "train"
     # A deleted working directory is reported by what needs it.
     with suppress(FileNotFoundError):
         _make_paths_absolute()
-    try:
-        if owners:
-            from launcher.security.owners import add_to_environ
+    if owners:
+        from launcher.security.owners import add_to_environ
 
-            add_to_environ(owners)
-        exit_code = _run(verb, tokens)
-        # If the reader has gone, the interpreter's final flush would raise an error.
-        sys.stdout.flush()
-        return exit_code
-    except LauncherError as error:
-        if debug:
-            raise
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        name = (error.name or "").partition(".")[0]
-        if debug or name in ("", "launcher"):
-            raise
-        remedy = "install the launcher with its packages (in its clone: pip install .), or use the Python that has them"
-        print(Problem(f"the package {name} is not installed", where=sys.executable, remedy=remedy), file=sys.stderr)
-        return EXIT_REFUSED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if debug:
-            raise
-        what = f"a file cannot be read or written: {error.strerror or error}"
-        remedy = "check the storage and the permissions, then try again; --debug shows a traceback"
-        print(Problem(what, where=str(error.filename or ""), remedy=remedy), file=sys.stderr)
-        return EXIT_FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        add_to_environ(owners)
+    return _run(verb, tokens)
 
 
 def _without_trusted_owners(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -257,9 +274,6 @@ def _run(verb: str, tokens: list[str]) -> int:
         return _print(HELP)
     if verb not in VERBS:
         raise ConfigError(_unknown_verb(verb))
-    if verb in COMPOSING:
-        _require_no_verb(tokens)
-        _require_no_run(tokens)
     module: _VerbModule = importlib.import_module(f"launcher.cli.{VERBS[verb]}")
     try:
         return module.run(verb, tokens)
@@ -283,8 +297,6 @@ def _unknown_verb(verb: str) -> Problem:
 
     from launcher.security.redaction import redact
 
-    if _is_run(verb):
-        return _run_without_verb(verb)
     name = verb.lower()
     meant = next((own for own, others in _VERBS_ELSEWHERE.items() if name in others.split()), "")
     matches = [meant] if meant else difflib.get_close_matches(name, VERBS, n=1)
@@ -295,47 +307,6 @@ def _unknown_verb(verb: str) -> Problem:
         value=redact(verb),
         remedy=f"{guess}commands are {', '.join(VERBS)}; settings are written key=value",
     )
-
-
-def _is_run(word: str) -> bool:
-    return os.path.isfile(os.path.join("runs", word, "plan.json")) or os.path.isfile(os.path.join(word, "plan.json"))
-
-
-def _run_without_verb(run: str) -> Problem:
-    remedy = (
-        f"look at it with: {launcher_command('status', run)}; continue it with: {launcher_command('resume', run)}; "
-        f"its settings, for another run: {launcher_command('config', run)} > next.yaml"
-    )
-    return Problem("this is a run, not a file of settings", where="command line", value=run, remedy=remedy)
-
-
-def _require_no_run(tokens: Sequence[str]) -> None:
-    """Reject a run where settings for a new run are expected.
-
-    Raises:
-        ConfigError: with what can be done with a run.
-    """
-    # The word after a flag may be its value.
-    words = (word for before, word in zip(("", *tokens), tokens, strict=False) if not before.startswith("-"))
-    for word in words:
-        if "=" not in word and not word.startswith("-") and _is_run(word):
-            raise ConfigError(_run_without_verb(word))
-
-
-def _require_no_verb(tokens: Sequence[str]) -> None:
-    """Reject a verb among the words after the first.
-
-    Raises:
-        ConfigError: with the command line in the right order.
-    """
-    for i, token in enumerate(tokens):
-        # The word after another flag may be its value.
-        before = tokens[i - 1] if i else ""
-        if token in VERBS and (i == 0 or "=" in before or before in _FLAGS_WITHOUT_VALUE or is_run_file(before)):
-            from launcher.security.redaction import redact
-
-            remedy = f"write: {redact(launcher_command(token, *tokens[:i], *tokens[i + 1 :]))}"
-            raise ConfigError(f"the command {token} comes before all overrides and flags", where="command line", remedy=remedy)
 
 
 def _versions() -> str:

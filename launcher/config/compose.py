@@ -24,17 +24,16 @@ from launcher.config.command_line import (
     without_unknown_flags,
     without_unreadable_overrides,
 )
-from launcher.config.config_files import cycle_problem, missing_keys, package_problems
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import missing, no_such_option, schema_problems
 from launcher.config.hydra_composition.call import call_hydra, extra_dirs
 from launcher.config.hydra_composition.guard import READS_CREDENTIAL, read_credentials
 from launcher.config.hydra_composition.location import RUN_FILE_GROUP
 from launcher.config.introspect import leaves
-from launcher.config.origin import COMMAND_LINE, Origins, located_problem, short
+from launcher.config.origin import Origins, located_problem
 from launcher.config.run_file import reading
 from launcher.config.run_file.hydra_layer import OVERRIDE
-from launcher.config.run_file.implied_settings import name_model_after_path, needs_own_rows, unset_other_length
+from launcher.config.run_file.implied_settings import name_model_after_path, needs_own_rows, settle_alternatives
 from launcher.config.run_file.reading import FileContent
 from launcher.config.run_file.tokens import split_run_files
 from launcher.config.schema import RunConfig
@@ -213,15 +212,13 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
         run_file=file,
     )
     OmegaConf.set_readonly(cfg, False)
-    replaced = _let_sources_replace_path(cfg, origins)
+    settle_alternatives(cfg, origins)
     unresolved = dict(leaves(OmegaConf.to_container(cfg, resolve=False)))
     absent = [key for key, value in unresolved.items() if value == "???"]
     for key in absent:
         # References to the missing value must resolve, so that the other mistakes are reported too.
         OmegaConf.update(cfg, key, "./missing")
     values = {str(k): v for k, v in _resolved(cfg, unresolved, origins).items()}
-    absent += [key for key in missing_keys(origins) if key in unresolved and key not in (*absent, *replaced)]
-    unset_other_length(values, overrides, file_keys)
     name_model_after_path(values, {*map(override_key, overrides), *file_keys})
     scalars = list(leaves(values))
     held = environment_secrets(os.environ)
@@ -234,9 +231,6 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     if not secrets and (read := read_credentials()):
         message, remedy = f"{', '.join(read)}: {READS_CREDENTIAL}", _ADVICE[READS_CREDENTIAL]
         problems.append(Problem(message, where="a reference in the settings", remedy=remedy))
-    for package, problem in package_problems(values, origins):
-        problems.append(problem)
-        del values[package]
     problems += [Problem(reason, where=origins.of(key), remedy=IN_ENVIRONMENT) for key, reason in secrets.items()]
     problems += [
         Problem(f"{key}: a setting must not name code to run; nothing was called", where=origins.of(key), remedy=f"remove {key}")
@@ -256,28 +250,6 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     return Composed(config, overrides if file is None else (str(file.path), *overrides), origins)
 
 
-def _let_sources_replace_path(cfg: Any, origins: Origins) -> tuple[str, ...]:
-    """Unset a data.path from a file if a later file or the command line sets data.sources to a list that does not read it.
-
-    Returns the keys that were unset.
-    """
-    from omegaconf import OmegaConf
-
-    values: Any = OmegaConf.to_container(cfg, resolve=False)
-    data = values.get("data")
-    sources = data.get("sources") if isinstance(data, dict) else None
-    if not sources or any("${data.path}" in str(value) for _, value in leaves(sources)):
-        return ()
-    # The layer that was composed last comes first.
-    layers = [COMMAND_LINE, *(short(file) for file, _ in origins.files())]
-    path, replacement = (origins.written_at(key) for key in ("data.path", "data.sources"))
-    path, replacement = (where if where == COMMAND_LINE else where.rpartition(":")[0] for where in (path, replacement))
-    if path not in layers or replacement not in layers or layers.index(replacement) >= layers.index(path):
-        return ()
-    OmegaConf.update(cfg, "data.path", None)
-    return ("data.path",)
-
-
 def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict[Any, Any]:
     """Return the settings with their references resolved; `unresolved` are their values before."""
     from omegaconf import OmegaConf
@@ -286,11 +258,7 @@ def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict
     try:
         raw = OmegaConf.to_container(cfg, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
-        if problem := cycle_problem(unresolved, origins):
-            raise ConfigError(problem) from None
-        if isinstance(error, RecursionError):
-            raise
-        key = str(error.full_key or "")
+        key = str(getattr(error, "full_key", None) or "")
         advice = next(
             (text for mark, text in _ADVICE.items() if mark in str(error)), "write the key of a setting between ${ and }"
         )

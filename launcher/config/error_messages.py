@@ -12,48 +12,13 @@ from pydantic import ValidationError
 
 from launcher.config.config_files import yaml_problems
 from launcher.config.hydra_composition.location import locate_hydra_error
-from launcher.config.introspect import Setting, as_yaml, settings, type_in_words
+from launcher.config.introspect import Setting, as_yaml, settings
 from launcher.config.origin import Origins, short
-from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.config.suggestions import suggest_setting
 from launcher.errors import Problem, did_you_mean
 from launcher.security.redaction import redact, redact_setting
 
-# By the first part of pydantic's error type.
-_WRONG_TYPE = {
-    "int": "must be a whole number",
-    "float": "must be a number",
-    "bool": "must be true or false",
-    "string": "must be text",
-    "tuple": "must be a list",
-    "dict": "must be a mapping",
-    "model": "is a section of settings, not one value",
-    "literal": "is not one of its choices",
-    "finite": "must be a finite number",
-}
-_OUT_OF_BOUNDS = {
-    "greater_than": "must be above {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
-    "too_short": "has too few entries",
-    "too_long": "has too many entries",
-}
-# Other names that people use for options of a group.
-_OPTIONS_ELSEWHERE = {
-    "cluster": {
-        **dict.fromkeys(("k8s", "kubernetes", "kubeflow", "pytorchjob", "ssh", "pdsh", "mpi", "mpirun", "torchrun"), "static"),
-        **dict.fromkeys(("sagemaker", "azureml", "runpod", "lambda"), "static"),
-        **dict.fromkeys(("sbatch", "srun", "salloc", "submitit"), "slurm"),
-        **dict.fromkeys(("kuberay", "anyscale", "skypilot"), "ray"),
-        **dict.fromkeys(("localhost", "none", "single"), "local"),
-    },
-    "tracking": dict.fromkeys(("false", "off", "no", "disabled", "null"), "none"),
-}
 _ABSENT = object()
-_NUM_GUESSES = 3
-# Minimum number of letters and digits for guessing an option by its beginning, and maximum number of options to name.
-_MIN_BEGINNING, _NUM_OPTIONS = 3, 8
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
 
 
@@ -81,62 +46,39 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
 
 def missing(key: str, origins: Origins) -> Problem:
     """Return the problem of a required setting that has no value."""
-    owner, bracket, rest = key.rpartition("]")
-    if rest and bracket:
-        remedy = f"complete {owner}]: {rest.lstrip('.')} is missing"
-    else:
-        section, _, name = key.rpartition(".")
-        remedy = _give(key) if bracket else f"add {key}=... to the command line"
-        if not bracket and origins.run_file is not None:
-            remedy = f"write `{name}: ...` below `{section}:` in {short(origins.run_file.path)}, or {remedy}"
+    section, _, name = key.rpartition(".")
+    remedy = f"add {key}=... to the command line"
+    if "]" in key:
+        remedy = f"complete {section}: {name} is missing"
+    elif origins.run_file is not None:
+        remedy = f"write `{name}: ...` below `{section}:` in {short(origins.run_file.path)}, or {remedy}"
     return Problem(f"{key}: a value is required and none was given", where=origins.of(key), remedy=remedy)
 
 
-def _is_in_run_file(key: str, origins: Origins) -> bool:
-    return origins.run_file is not None and origins.of(key).startswith(f"{short(origins.run_file.path)}:")
-
-
 def _give(key: str) -> str:
-    uniform = _UNIFORM_KEY.sub("[]", key)
-    parts = [k for k in settings() if k.startswith(f"{uniform}.")]
-    if parts:
-        return f"write its settings one by one: {', '.join(parts)}"
     # The description of a list or a mapping covers its entries.
+    uniform = _UNIFORM_KEY.sub("[]", key)
     setting = max((s for s in settings().values() if uniform.startswith(s.key)), key=lambda s: len(s.key))
-    return f"set {setting.key} to {type_in_words(setting.type)}. {setting.meaning}"
+    return f"set {setting.key} to a value of the type: {setting.type}. {setting.meaning}"
 
 
 def _unknown(key: str, value: Any, origins: Origins) -> Problem:
     uniform = _UNIFORM_KEY.sub("[]", key)
     elsewhere = settings().get(uniform)
+    section = uniform.rpartition(".")[0]
+    siblings = ", ".join(k for k in settings() if k.rpartition(".")[0] == section)
+    message = f"{key}: there is no such {'section of settings' if isinstance(value, dict) else 'setting'}"
     if elsewhere is not None and elsewhere.kinds:
         group = uniform.split(".")[0]
-        options = [f"{group}={kind}" for kind in elsewhere.kinds]
-        change = f"add {' or '.join(f'+{option}' for option in options)} to the command line"
-        if _is_in_run_file(key, origins):
-            change = f"write {' or '.join(f'`base: {kind}`' for kind in elsewhere.kinds)} below `{group}:`"
-        return Problem(
-            f"{key}: this setting only exists with {' and '.join(options)}",
-            where=origins.of(key),
-            value=_plain(key, value),
-            remedy=f"{change}, or remove {key}",
-        )
-    section = uniform.rpartition(".")[0]
-    siblings = [k for k in settings() if k.rpartition(".")[0] == section]
-    # If a section does not exist, the keys inside it show what was meant.
-    inside = dict.fromkeys(suggest_setting(f"{key}.{name}") for name in value) if isinstance(value, dict) and not section else {}
-    remedy = " ".join([guess for guess in inside if "." in guess][:_NUM_GUESSES]) or suggest_setting(uniform)
-    if not remedy and section and siblings:
-        remedy = f"the settings in this section are: {', '.join(siblings)}"
-    elif not remedy:
-        how = (
-            "write it below one of the sections"
-            if _is_in_run_file(key, origins)
-            else "write section.name=value; the sections are"
-        )
-        remedy = f"{how}: {', '.join(siblings)}; docs/settings.md lists every setting"
-    kind = "section of settings" if isinstance(value, dict) else "setting"
-    return Problem(f"{key}: there is no such {kind}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
+        message = f"{key}: this setting only exists with {' and '.join(f'{group}={kind}' for kind in elsewhere.kinds)}"
+        remedy = f"select {' or '.join(f'+{group}={kind}' for kind in elsewhere.kinds)}, or remove {key}"
+    elif key == "experiment":
+        remedy = "write `# @package _global_` as the first line of the experiment's file"
+    elif section and siblings:
+        remedy = suggest_setting(uniform) or f"the settings in this section are: {siblings}"
+    else:
+        remedy = suggest_setting(uniform) or f"write section.name=value; the sections are: {siblings}"
+    return Problem(message, where=origins.of(key), value=_plain(key, value), remedy=remedy)
 
 
 def _unknown_kind(key: str, kind: str, origins: Origins) -> Problem:
@@ -166,22 +108,14 @@ def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -
 
 
 def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins: Origins) -> Problem:
-    kind, value = item["type"], item["input"]
-    message = _OUT_OF_BOUNDS.get(kind) or _WRONG_TYPE.get(kind.split("_")[0]) or item["msg"]
-    remedy = _give(key)
-    if setting is not None and kind == "literal_error":
+    value, remedy = item["input"], _give(key)
+    if setting is not None and item["type"] == "literal_error":
         guess = did_you_mean(str(value), setting.type.removesuffix(" or null").split(" | "))
         remedy = f"{guess} {remedy}".strip()
-    if kind == "string_type" and isinstance(value, int | float) and "[" not in key:
-        text = str(value).lower()
-        quoted = f'{key.rpartition(".")[2]}: "{text}"'
-        remedy = f"quote it: `{quoted}`" if _is_in_run_file(key, origins) else f"quote it twice: '{key}=\"{text}\"'"
-    if kind == "int_type" and isinstance(value, float) and value.is_integer() and "[" not in key:
-        last = key.rpartition(".")[2]
-        remedy = f"write `{last}: {value:.0f}`" if _is_in_run_file(key, origins) else f"write {key}={value:.0f}"
-    return Problem(
-        f"{key}: {message.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy
-    )
+    if item["type"] == "string_type" and isinstance(value, int | float):
+        text = f'"{str(value).lower()}"'
+        remedy = f"quote it: {text} in a file, '{key}={text}' on the command line"
+    return Problem(f"{key}: {item['msg']}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
 
 
 def shown(key: str, value: Any) -> str:
@@ -219,47 +153,14 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-def no_such_option(group: str, option: str, options: Sequence[str], token: str, in_file: bool = False) -> Problem:
-    """Return the problem of an unknown option of a config group. The option may be meant as the path of a model or of rows.
-
-    `in_file` is whether a run's file selects the option.
-    """
-    guess = _guess_option(group, option, options)
+def no_such_option(group: str, option: str, options: Sequence[str], token: str) -> Problem:
+    """Return the problem of an unknown option of a config group. The option may be meant as the path of a model or of rows."""
+    close = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in options}.get(re.sub(r"[^a-z0-9]", "", option.lower()))
+    guess = f"did you mean {close}?" if close else did_you_mean(option.lower(), options)
     remedy = f"{guess} choose one of: {', '.join(options)}".strip()
-    if _is_path_for(group, option):
-        in_brackets = option if re.fullmatch(r"[\w./-]+", option) else f"'{option}'"
-        as_override = f"{'data=jsonl ' if group == 'data' else ''}{group}.path={option}"
-        remedy = f"write `{group}: {{path: {in_brackets}}}`" if in_file else f"write {as_override}"
-        remedy += "; a name alone selects an option"
-    elif group == "deepspeed" and option.endswith(".json"):
-        remedy = "remove it: the plan makes DeepSpeed's configuration, and `plan --json` shows it; keys without a setting "
-        remedy += f"go into deepspeed.extra; presets are {', '.join(options)}"
+    if group in ("model", "data") and ("/" in option or ":" in option or "." in option or Path(option or "-").exists()):
+        remedy = f"write {'data=jsonl ' if group == 'data' else ''}{group}.path={option}, or in a file `{group}: {{path: ...}}`"
     return Problem(f"{group}={option}: there is no such option", where="command line", value=token, remedy=remedy)
-
-
-def _guess_option(group: str, option: str, options: Sequence[str]) -> str:
-    """Return `did you mean X?` for options with the same letters and digits or the same beginning, or the closest; else ""."""
-
-    def plain(name: str) -> str:
-        return re.sub(r"[^a-z0-9]", "", name.lower())
-
-    wanted = plain(option)
-    names = [name for name in options if plain(name) == wanted]
-    if not names and len(wanted) >= _MIN_BEGINNING:
-        names = [name for name in options if plain(name).startswith(wanted)]
-    meant = _OPTIONS_ELSEWHERE.get(group, {}).get(option.lower())
-    names = names or [name for name in options if name == meant]
-    if names:
-        return f"did you mean {' or '.join(names[:_NUM_OPTIONS])}?"
-    longest = max((name for name in options if wanted.startswith(plain(name))), key=len, default="")
-    return did_you_mean(option.lower(), options) or (f"did you mean {longest}?" if longest else "")
-
-
-def _is_path_for(group: str, option: str) -> bool:
-    """Return whether an option of the group is meant as the path of a model or of rows."""
-    if group not in ("model", "data") or not option:
-        return False
-    return "/" in option or ":" in option or (group == "data" and "." in option) or Path(option).exists()
 
 
 def hydra_problems(
@@ -273,13 +174,6 @@ def hydra_problems(
 
 
 def _hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None) -> Problem:
-    if list_token := next((token for token in tokens if re.match(r"\+*data\.sources\.[A-Za-z_]", token)), None):
-        return Problem(
-            "data.sources is a list, and a key cannot name one of its entries; write the whole list",
-            where="command line",
-            value=redact(list_token.removeprefix("++")),
-            remedy=f"write {COLUMNS_EXAMPLE}",
-        )
     text = redact(str(error)).strip()
     lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
     # If a line ends in a colon, the message is on the next line.

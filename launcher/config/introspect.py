@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -98,32 +97,6 @@ def _type_text(schema: Mapping[str, Any]) -> str:
         sign, number = lower.split()
         return f"{number} {sign.replace('>', '<')} {name} {upper}"
     return " ".join(filter(None, (name, lower, upper)))
-
-
-_WORDS = {"int": "a whole number", "float": "a number", "mapping": "a mapping", "name": "a name"}
-
-
-def type_in_words(text: str) -> str:
-    """Return a setting's type for use in a sentence: `int > 0 or null` as `a whole number above 0, or null`."""
-    if text.endswith(" or null"):
-        return f"{type_in_words(text.removesuffix(' or null'))}, or null"
-    if text.startswith("["):
-        items = [type_in_words(item) for item in text.strip("[]").split(", ")]
-        return f"a list of {len(items)} values, each {items[0]}" if len(set(items)) == 1 else f"a list: {', '.join(items)}"
-    if text.startswith("list of "):
-        return f"a list, each entry {type_in_words(text.removeprefix('list of '))}"
-    if " | " in text:
-        *others, last = map(type_in_words, text.split(" | "))
-        return f"{', '.join(others)} or {last}"
-    if both := re.fullmatch(r"(\S+) (<=?) (int|float) (<=?) (\S+)", text):
-        low, low_sign, kind, high_sign, high = both.groups()
-        lower = f"of at least {low}" if low_sign == "<=" else f"above {low}"
-        return f"{_WORDS[kind]} {lower} and {'at most' if high_sign == '<=' else 'below'} {high}"
-    if one := re.fullmatch(r"(int|float) (>=?|<=?) (\S+)", text):
-        kind, sign, bound = one.groups()
-        words = {">": "above", ">=": "of at least", "<": "below", "<=": "of at most"}
-        return f"{_WORDS[kind]} {words[sign]} {bound}"
-    return _WORDS.get(text, text)
 
 
 def as_yaml(value: Any) -> str:

@@ -178,7 +178,7 @@ def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
     line = 0
     for part in path:
         if isinstance(node, yaml.MappingNode):
-            entry = next(((k, v) for k, v in node.value if k.value == part), None) or _merged(node, part)
+            entry = next(((k, v) for k, v in node.value if k.value == part), None)
             if entry is None:
                 return None
             line, node = entry[0].start_mark.line + 1, entry[1]
@@ -189,13 +189,3 @@ def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
             # A value from an interpolation has no line of its own, so use its parent's line.
             break
     return (line, node.value if isinstance(node, yaml.ScalarNode) else None) if line else None
-
-
-def _merged(node: yaml.MappingNode, name: str | int) -> tuple[yaml.Node, yaml.Node] | None:
-    """Return the key and the value that a mapping merges from another mapping with `<<`."""
-    import yaml
-
-    sources = [value for key, value in node.value if key.value == "<<"]
-    inner = [part for source in sources for part in (source.value if isinstance(source, yaml.SequenceNode) else [source])]
-    mappings = [source for source in inner if isinstance(source, yaml.MappingNode)]
-    return next(((key, value) for mapping in mappings for key, value in mapping.value if key.value == name), None)

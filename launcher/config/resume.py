@@ -195,21 +195,8 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
 
 def _group_problem(group: str, option: str, run_name: str) -> Problem:
     """Return why a whole group cannot be selected, and what to write instead."""
-    if group == "model":
-        message = "the model of a run cannot change, because its checkpoints hold the parameters of this model"
-        remedy = f"leave it out, or start another run with these weights: {launcher_command(f'model.path=run:{run_name}')} ..."
-    elif group == "cluster":
-        message = "the backend of a run cannot change, because its records belong to one backend"
-        remedy = "write each setting of the cluster that changes, such as cluster.nodes=..."
-    else:
-        examples = [
-            key
-            for key in (*CHANGEABLE, *settings())
-            if key.startswith(f"{group}.") and not key.endswith(".") and key not in FIXED
-        ]
-        message = "a resume changes single settings, not a whole group"
-        remedy = f"write each setting that changes, such as {examples[0] if examples else 'train.max_steps'}=..."
-    return _problem(f"{group}={option}: {message}", remedy)
+    remedy = f"write each setting that changes; another model needs another run: {launcher_command(f'model.path=run:{run_name}')}"
+    return _problem(f"{group}={option}: a resume changes single settings, not a whole group", f"{remedy} ...")
 
 
 def _follow_data_path(data: dict[str, Any], path: Any) -> None:

@@ -229,7 +229,6 @@ _COUNTED = {"reduce_bucket_size", "sub_group_size", "stage3_param_persistence_th
 class DeepSpeedSection(Section):
     """DeepSpeed ZeRO stage 3: where its states are stored, and how it communicates."""
 
-    name: Name = Field("zero3", description="Short name.")
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
         "none", description="Where optimizer states and fp32 weights are stored."
     )

@@ -48,11 +48,6 @@ _NAMES_ELSEWHERE = {
     "tracking.kind": "report_to wandb logger",
     "tracking.project": "wandb_project project_name",
 }
-# Names whose values mean something else here, and how to write them.
-_CONVERSIONS = {
-    "warmup_ratio": "It is a number of steps, the ratio times train.max_steps: for a ratio of 0.03 of 1,000 steps "
-    "write optim.warmup_steps=30",
-}
 # Names of other trainers for features that the launcher does not have, and what to do instead.
 _NOT_SERVED = {
     re.compile(r"lora|peft|adapter"): "all parameters are trained: remove it; for LoRA use PEFT with TRL, Axolotl, "
@@ -73,11 +68,6 @@ def meant_setting(key: str) -> str:
     return _synonyms().get(_last_part(key), "")
 
 
-def conversion(key: str) -> str:
-    """Return how to write another trainer's setting whose value means something else here; empty for all other names."""
-    return _CONVERSIONS.get(_last_part(key), "")
-
-
 def _last_part(key: str) -> str:
     return key.rpartition(".")[2].lower().lstrip("-").replace("-", "_")
 
@@ -92,7 +82,7 @@ def suggest_setting(key: str) -> str:
     if key.startswith("eval.") and (of_data := f"data.eval_{key.removeprefix('eval.')}") in settings():
         return f"did you mean {of_data}?"
     if meant := meant_setting(key):
-        return f"did you mean {meant}? {conversion(key)}".rstrip()
+        return f"did you mean {meant}?"
     if instead := next((text for pattern, text in _NOT_SERVED.items() if pattern.search(_last_part(key))), ""):
         return instead
     names = list(settings())

@@ -79,6 +79,8 @@ class Decision:
 # A run ends after this many consecutive preemptions and changes of size without a newer checkpoint: it never keeps its machines
 # long enough.
 MOST_FRUITLESS_PREEMPTIONS = 20
+# A run continues after this many consecutive attempts without a newer checkpoint, apart from those that machines ended.
+_MOST_WITHOUT_PROGRESS = 2
 # The first failure and two resumes from one checkpoint: the same exception at the same step is then no coincidence.
 _NUM_REPEATS = 3
 _FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
@@ -99,7 +101,7 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     if last.cause is Cause.USER_ERROR:
         return Decision(False, "failed", last.message)
     attempts = [*history, last]
-    reason = describe_repetition(attempts) or _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
+    reason = describe_repetition(attempts) or _spent(attempts, budgets) or _stuck(attempts)
     if reason:
         return Decision(False, "failed", "; ".join(filter(None, (last.message, reason))))
     # A failed check may be temporary: a run that has begun gets one more attempt with the same nodes.
@@ -146,19 +148,17 @@ def _ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedR
 def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:
     """Return the message about the budget that the last attempt exceeded; empty if none is exceeded.
 
-    All causes except preemptions are counted from the last attempt that left a newer checkpoint. The end of that attempt counts
-    too, because it came after the checkpoint.
+    Causes are counted from the last attempt that left a newer checkpoint. The end of that attempt counts too, because it came
+    after the checkpoint.
     """
     since = _newest_progress(attempts)
-    kinds: tuple[tuple[str, int | None, tuple[Cause, ...]], ...] = (
-        ("cluster.max_preemptions", budgets.max_preemptions, (Cause.PREEMPTED,)),
+    kinds: tuple[tuple[str, int, tuple[Cause, ...]], ...] = (
         ("cluster.max_infrastructure_failures", budgets.max_infrastructure_failures, _FAILED_MACHINES),
         ("cluster.max_failures", budgets.max_failures, (Cause.FAILURE,)),
     )
     for key, budget, causes in kinds:
-        counted = attempts if causes == (Cause.PREEMPTED,) else attempts[since:]
-        count = sum(attempt.cause in causes for attempt in counted)
-        if budget is not None and attempts[-1].cause in causes and count > budget:
+        count = sum(attempt.cause in causes for attempt in attempts[since:])
+        if attempts[-1].cause in causes and count > budget:
             return f"{key}={budget} is used up"
     fruitless = [attempt.cause for attempt in attempts[since:] if attempt.cause in _TAKEN_AWAY and not _made_progress(attempt)]
     if attempts[-1].cause in _TAKEN_AWAY and len(fruitless) >= MOST_FRUITLESS_PREEMPTIONS:
@@ -182,12 +182,10 @@ def _made_progress(attempt: AttemptEnd) -> bool:
     return attempt.saved_step is not None and (attempt.began_step is None or attempt.saved_step > attempt.began_step)
 
 
-def _stuck(attempts: Sequence[AttemptEnd], budget: int) -> str:
-    """Return a message if more than `budget` consecutive attempts left no newer checkpoint; empty otherwise."""
+def _stuck(attempts: Sequence[AttemptEnd]) -> str:
+    """Return a message if too many consecutive attempts left no newer checkpoint; empty otherwise."""
     in_a_row = 0
     for attempt in attempts:
         # Machine failures say nothing about the run, and have their own budgets.
         in_a_row = 0 if _made_progress(attempt) or attempt.cause in _OF_THE_MACHINES else in_a_row + 1
-    return (
-        f"{in_a_row} attempts in a row without a newer checkpoint (cluster.max_no_progress={budget})" if in_a_row > budget else ""
-    )
+    return f"{in_a_row} attempts in a row without a newer checkpoint" if in_a_row > _MOST_WITHOUT_PROGRESS else ""

@@ -193,7 +193,7 @@ def judge(
     if ending.cause is not Cause.INFRASTRUCTURE:
         return ending
     if job_output.exceeded_memory(job_output.read_output(run, number, attempt)):
-        return replace(ending, message=f"a memory limit was exceeded (raise cluster.mem): {ending.message}")
+        return replace(ending, message=f"a memory limit was exceeded (raise cluster.additional_parameters.mem): {ending.message}")
     silent = [node for node in range(len(attempt.nodes)) if not run_records.node_file(run, number, node).is_file()]
     limit = limit_that_killed_agents(run, number, silent)
     return replace(ending, message=f"{limit}: {ending.message}") if limit and limit not in ending.message else ending

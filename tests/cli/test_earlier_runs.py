@@ -110,29 +110,3 @@ def test_plan_shows_the_measurement_and_that_the_name_is_taken(
     assert "MFU 30% to 31%, measured in run first on 2 ranks" in text
     free = json.loads(launch_here("plan", "--json", *settings, "run.name=second", **environment).stdout)
     assert (free["warnings"], free["estimate"]["mfu"]) == ([], estimate["mfu"])
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (
-            lambda run: run_store.update_status(run, state="failed", step=7),
-            " (failed, step 7 of 9): continue it with python -m launcher resume ",
-        ),
-        (lambda run: run.plan.write_text("{"), ", and its state cannot be read ("),
-        (lambda run: run.status.unlink(), ", and its state cannot be read ("),
-    ],
-)
-def test_a_taken_name_of_a_run_in_another_state(
-    change: Callable[[RunDir], object],
-    expected: str,
-    plan_of: PlanOf,
-    launch_here: Callable[..., CompletedProcess[str]],
-    tmp_path: Path,
-) -> None:
-    change(trained(plan_of, tmp_path / "runs", "first", 0.3))
-    done = launch_here("plan", "--json", "model=tiny", f"run.root={tmp_path}/runs", "run.name=first")
-    assert done.returncode == 0, done.stderr
-    (warning,) = json.loads(done.stdout)["warnings"]
-    assert warning.startswith(f"run first exists already{expected}")
-    assert warning.endswith("choose another run.name")

@@ -118,12 +118,6 @@ def write_export(run: RunDir, step: int) -> None:
     json_records.write(run_records.export_file(run), ExportRecord(step, "d", "bf16"))
 
 
-def test_an_export_of_the_newest_step_is_named(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    write_export(run, 10)
-    assert follow(run, 2, LocalCluster()) == 0
-    assert "exported to  " in capsys.readouterr().out
-
-
 def test_an_export_of_an_earlier_step_is_shown_with_step_and_age(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     write_export(run, 5)
     os.utime(run_records.export_file(run), (time.time() - 7200, time.time() - 7200))

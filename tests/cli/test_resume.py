@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from plan_fixtures import DATA
 
 from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
-from launcher.cli.export import require_checkpoint
 from launcher.cli.resume import (
     _changed_remarks,
     _choose_checkpoint,
@@ -25,7 +23,7 @@ from launcher.cli.starting.resumed_plan import _changed_sources, describe_moved_
 from launcher.config.sections.data import Source
 from launcher.data import sources
 from launcher.data.cache import cache_store
-from launcher.errors import EXIT_REFUSED, SubmitError
+from launcher.errors import SubmitError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits
 from launcher.plan.run_dir import RunDir
@@ -56,17 +54,6 @@ def test_cost_counts_each_attempt_at_its_own_price(run: RunDir) -> None:
     assert refused.value.problems[0].value == "it has cost $3.40, for 1.70 GPU hours"
     _require_budget(run, allowed(3.5))
     _require_budget(run, plan)
-
-
-def test_unreadable_files_are_noted_only_if_there_is_a_limit(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    run.events.unlink(missing_ok=True)
-    run.events.mkdir()
-    _require_budget(run, limited(run, None))
-    assert capsys.readouterr().out == ""
-    _require_budget(run, limited(run, 50 * 60))
-    assert capsys.readouterr().out.startswith(
-        "note: the time and cost so far cannot be read, so the limits count from this attempt on: "
-    )
 
 
 @pytest.mark.parametrize(("size", "change"), [(16, "80 rows skipped"), (4, "40 rows repeated"), (8, None)])
@@ -179,16 +166,6 @@ def test_a_run_is_complete_with_its_export(run: RunDir, state: str, exported: in
         json_records.write(run_records.export_file(run), ExportRecord(exported, "d", "bf16"))
     with pytest.raises(SubmitError, match="the run is complete") if is_complete else nullcontext():
         _require_steps_left(run, plan, store.get_latest(run.checkpoints))
-
-
-@pytest.mark.parametrize("choose", [_choose_checkpoint, require_checkpoint], ids=["resume", "export"])
-def test_resume_and_export_refuse_a_missing_step_in_the_same_way(
-    run: RunDir, choose: Callable[[RunDir, int | None], object]
-) -> None:
-    with pytest.raises(SubmitError, match="there is no committed checkpoint of step 77") as refused:
-        choose(run, 77)
-    assert "choose one of: 5, 10" in str(refused.value)
-    assert refused.value.exit_code == EXIT_REFUSED
 
 
 def test_a_result_that_will_be_replaced_is_noted(run: RunDir) -> None:

@@ -58,16 +58,6 @@ def test_the_plan_shows_the_script(site: Run, nothing_made: Callable[[], bool], 
     assert nothing_made()
 
 
-def test_a_dry_run_shows_the_script_and_submits_nothing(site: Run, nothing_made: Callable[[], bool]) -> None:
-    settings = ("run.name=dry", "cluster.dry_run=true", "cluster.exclusive=false")
-    done = site("train", *settings, "follow=true")
-    assert done.returncode == 0, done.stderr
-    script = script_of(done.stdout)
-    assert script == script_of(site("plan", "--script", *settings).stdout)
-    assert "#SBATCH --job-name=dry\n" in script
-    assert nothing_made()
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -15,7 +15,6 @@ import pytest
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.cli.formatting import short
-from launcher.cli.main import main
 from launcher.cli.status import sparkline
 from launcher.cli.views.run_summary import summary
 from launcher.clusters.detached_process import describe_this_process
@@ -64,16 +63,6 @@ def test_a_run_that_was_asked_to_stop_shows_no_time_left(launch_here: Launch, ru
     assert "time" not in lines
 
 
-def test_the_time_left_of_an_attempt_that_has_not_trained_counts_its_own_steps(launch_here: Launch, run: RunDir) -> None:
-    number = run_store.create_attempt(run, run_records.Attempt(resume_step=10))
-    run_store.update_status(run, attempt=number, state="running", max_steps=60, job=describe_this_process())
-    JsonlTracker(run, 2).log(10, {"eval/held_out/loss": 2.5})
-    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
-    assert lines["time"] == "left   1m40s"
-    assert lines["held"] == "out    loss 2.5000 after step 10"
-    assert json.loads(launch_here("status", str(run.root), "--json").stdout)["left_s"] == 100.0
-
-
 def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
     """The previous attempt was, and status.json keeps its number until the next job begins."""
     atomic_files.write_json(run.cancel(2), {"save": True})
@@ -84,13 +73,6 @@ def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
     assert summary(run, run_store.update_status(run, state="pending", max_steps=3))["left_s"] == 0, "fewer steps than it has"
     atomic_files.write_json(run.cancel(number), {"save": True})
     assert summary(run, run_store.update_status(run, state="pending"))["asked_to_stop"]
-
-
-def test_a_requeued_job_continues_from_its_checkpoint(run: RunDir) -> None:
-    run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=None))
-    JsonlTracker(run, 2).log(17, {"train/loss": 2.0, "time/step_s": 2.0, "trainer/eta_s": 46.0})
-    found = summary(run, run_store.update_status(run, state="pending"))
-    assert found["left_s"] == pytest.approx(30 * 2.0), "from step 10 of 40"
 
 
 def test_a_limit_before_the_last_step_is_shown(launch_here: Launch, run: RunDir) -> None:
@@ -203,16 +185,6 @@ def test_status_shows_goodput_gpus_and_ranks(launch_here: Launch, run: RunDir) -
     assert (told["fraction"], told["wall_s"], told["queue_s"], told["lost_steps"]) == (0.75, 7200, 900, 12)
 
 
-def test_the_pace_is_a_median(launch_here: Launch, run: RunDir) -> None:
-    log = JsonlTracker(run, 3)
-    for step, ratio in ((11, 1.1), (12, 1.2), (13, 18.67)):
-        pace = {"perf/tokens_per_sec": 100 / ratio, "time/step_s": ratio, "time/straggler_ratio": ratio}
-        log.log(step, {"train/loss": 2.0, "memory/host_rss_gib": 1.0, **pace})
-    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
-    assert lines["pace"] == "83 tokens/s, 1.20 s a step"
-    assert lines["ranks"] == "the slowest rank takes 1.20x the time of the median rank"
-
-
 def test_json_has_no_nan(launch_here: Launch, run: RunDir) -> None:
     JsonlTracker(run, 2).log(11, {"train/loss": math.nan, "trainer/eta_s": math.inf})
 
@@ -296,14 +268,3 @@ def test_a_sparkline_shows_the_shape() -> None:
     assert sparkline([]) == ""
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([0.0, 7.0, math.nan, 3.0]) == "▁█!▄"
-
-
-def test_what_a_run_waits_for_is_shown_until_the_next_event(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
-    status = run_store.update_status(run, state="running", attempt=2, job=describe_this_process())
-    log = JsonlTracker(run, 2)
-    log.event("progress", "loading the weights: 1.00 GiB of 4.00 GiB (25%), 30s left")
-    assert summary(run, status)["progress"]["text"].startswith("loading the weights: 1.00 GiB")
-    assert main(["status", str(run.root)]) == 0
-    assert "progress    loading the weights: 1.00 GiB of 4.00 GiB (25%), 30s left (0s ago)\n" in capsys.readouterr().out
-    log.event("info", "the model is loaded", 0)
-    assert summary(run, status)["progress"] is None

@@ -43,7 +43,6 @@ def test_the_preview_shows_rays_defaults(ray_plan: Callable[..., LaunchPlan], go
         "accelerator_type": "H100",
         "resources_per_worker": {"CPU": 8.0},
         "env": {"NCCL_IB_HCA": "mlx5"},
-        "max_preemptions": 5,
     }
     labeled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}}
     previews = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labeled)]

@@ -39,6 +39,11 @@ def gpus_of(**settings: Any) -> DeviceFacts:
     return site.gpus_of(SlurmSection.model_validate({"kind": "slurm", **settings}))
 
 
+def options(**values: str) -> dict[str, Any]:
+    """The settings that pass these options to sbatch."""
+    return {"additional_parameters": values}
+
+
 @pytest.fixture
 def there(slurm_cluster: Testbed, use: Use) -> Testbed:
     """The session's Slurm cluster for tests that change nothing in it."""
@@ -49,8 +54,9 @@ def there(slurm_cluster: Testbed, use: Use) -> Testbed:
     "settings",
     [
         {},
-        {"nodes": 3, "partition": "main", "account": "research", "qos": "urgent", "mem": "4000M", "cpus_per_task": 4},
-        {"nodes": 2, "partition": "short", "time": "00:02:00", "signal_lead_seconds": 30, "nodelist": "n[1-2]", "exclude": "n3"},
+        {"nodes": 3, "partition": "main", "account": "research", "cpus_per_task": 4} | options(qos="urgent", mem="4000M"),
+        {"nodes": 2, "partition": "short", "time": "00:02:00", "signal_lead_seconds": 30}
+        | options(nodelist="n[1-2]", exclude="n3"),
         # One suitable partition is enough.
         {"partition": "short,main", "time": "1-00:00:00"},
     ],
@@ -64,13 +70,13 @@ def test_a_job_that_the_site_can_run_is_accepted(there: Testbed, plan_at: PlanAt
     [
         ({"partition": "mian"}, "cluster.partition", "did you mean main?"),
         ({"account": "reserch"}, "cluster.account", "partition main has"),
-        ({"qos": "urgnt", "account": "research"}, "cluster.qos", "partition main has"),
+        ({"account": "research", **options(qos="urgnt")}, "cluster.additional_parameters.qos", "partition main has"),
         # By default, Slurm accepts this job and never starts it.
         ({"partition": "short", "time": "01:00:00"}, "cluster.time", "continues in the next job"),
         ({"nodes": 4}, "cluster", "partition main has 3 nodes with 4 CPUs, 4000 MiB, no GPU"),
-        ({"gres": "gpu:h100:2"}, "cluster", "no GPU"),
-        ({"nodelist": "n1,n7"}, "cluster", "partition main has"),
-        ({"additional_parameters": {"licenses": "nothing"}}, "cluster", "partition main has"),
+        (options(gres="gpu:h100:2"), "cluster", "no GPU"),
+        (options(nodelist="n1,n7"), "cluster", "partition main has"),
+        (options(licenses="nothing"), "cluster", "partition main has"),
     ],
 )
 def test_a_job_that_the_site_cannot_run_is_refused(
@@ -87,7 +93,7 @@ def test_a_plan_for_gpus_needs_nodes_with_gpus(there: Testbed, plan_at: PlanAt) 
 
 
 def test_the_check_is_quick(there: Testbed, plan_at: PlanAt) -> None:
-    plan = plan_at(nodes=3, account="research", qos="urgent", nodelist="n[1-3]")
+    plan = plan_at(nodes=3, account="research", **options(qos="urgent", nodelist="n[1-3]"))
     took = []
     for _ in range(5):
         began = time.monotonic()
@@ -178,7 +184,7 @@ def test_a_machine_without_sbatch_or_configuration_is_refused(
 
 def test_a_partition_without_gpus_has_its_cpus_as_devices(there: Testbed) -> None:
     assert gpus_of() == DeviceFacts(kind="cpu", name="CPU", count=4, host_memory_gib=3.9)
-    assert gpus_of(mem="2G").host_memory_gib == 2.0
+    assert gpus_of(**options(mem="2G")).host_memory_gib == 2.0
     with pytest.raises(SubmitError, match="there is no partition mian"):
         gpus_of(partition="mian")
 
@@ -187,9 +193,11 @@ def test_requested_gpus_take_precedence_over_the_nodes_gpus(gpu_slurm: Testbed, 
     use(gpu_slurm)
     assert gpus_of() == DeviceFacts(kind="cuda", name="gpu", count=2, host_memory_gib=3.9)
     assert gpus_of(gpus_per_node=1).count == 1
-    assert gpus_of(gres="gpu:h100:1") == DeviceFacts(kind="cuda", name="h100", count=1, memory_gib=79.1, host_memory_gib=3.9)
+    assert gpus_of(**options(gres="gpu:h100:1")) == DeviceFacts(
+        kind="cuda", name="h100", count=1, memory_gib=79.1, host_memory_gib=3.9
+    )
     assert gpus_of(gpus_per_node=0).kind == "cpu"
-    assert gpus_of(gres="nvme:1").count == 2
+    assert gpus_of(**options(gres="nvme:1")).count == 2
 
 
 def test_nodes_with_too_few_gpus_are_refused(gpu_slurm: Testbed, use: Use, plan_at: PlanAt) -> None:
@@ -214,9 +222,9 @@ def test_gpu_types_are_distinguished(
             bed.boot(node)
         eventually(bed.idle)
         assert gpus_of() == DeviceFacts(kind="cuda", name="h100", count=2, memory_gib=79.1, host_memory_gib=3.9)
-        assert problems(plan_at(nodes=2, gres="gpu:h100:2")) == ()
-        assert problems(plan_at(nodes=2, gres="gpu:2")) == ()
-        (problem,) = problems(plan_at(nodes=1, gres="gpu:h200:1"))
+        assert problems(plan_at(nodes=2, **options(gres="gpu:h100:2"))) == ()
+        assert problems(plan_at(nodes=2, **options(gres="gpu:2"))) == ()
+        (problem,) = problems(plan_at(nodes=1, **options(gres="gpu:h200:1")))
         assert "gpu:h100:2" in problem.remedy
 
 

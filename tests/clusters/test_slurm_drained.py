@@ -68,7 +68,11 @@ NodeName=n2 Arch=x86_64 State=DOWN+NOT_RESPONDING ThreadsPerCore=1 BootTime=None
     [
         ("FAILED", 9, "the batch script of job 7 was killed by SIGKILL"),
         ("FAILED", 0, "job 7 ended as FAILED without recording a result"),
-        ("OUT_OF_MEMORY", 125, "a memory limit was exceeded (raise cluster.mem): the batch script of job 7 was killed"),
+        (
+            "OUT_OF_MEMORY",
+            125,
+            "a memory limit was exceeded (raise cluster.additional_parameters.mem): the batch script of job 7 was killed",
+        ),
         ("NODE_FAIL", 0, "n2 was lost (Slurm: node failure), and the job could not run again"),
         ("TIMEOUT", 15, "job 7 ended as TIMEOUT without recording a result"),
     ],

@@ -30,24 +30,27 @@ EVERYTHING: dict[str, Any] = {
     "nodes": 2,
     "account": "research",
     "partition": "main,high",
-    "qos": "urgent",
     "time": "2-12:30:00",
-    "gres": "gpu:h100:8,nvme:1",
     "cpus_per_task": 96,
-    "mem": "900G",
-    "constraint": "[rack1|rack2]&ib",
-    "exclude": "n[7-9],n12",
-    "nodelist": "n1",
     "exclusive": True,
-    "reservation": "maintenance_2",
-    "comment": "run 7: lr=1e-5, with care",
-    "dependency": "afterok:12:13?singleton",
     "signal_lead_seconds": 300,
     "modules": ["cuda/12.8", "gcc/13.2.0"],
     "setup": ["source /opt/site/env.sh", "ulimit -l unlimited", "export SITE=a:b"],
     "env": {"NCCL_IB_HCA": "^mlx5_0,mlx5_1", "OMP_NUM_THREADS": 12},
     "srun_args": ["--mpi=none", "--cpu-freq=high"],
-    "additional_parameters": {"switches": "1@10:00", "contiguous": ""},
+    "additional_parameters": {
+        "qos": "urgent",
+        "gres": "gpu:h100:8,nvme:1",
+        "mem": "900G",
+        "constraint": "[rack1|rack2]&ib",
+        "exclude": "n[7-9],n12",
+        "nodelist": "n1",
+        "reservation": "maintenance_2",
+        "comment": "run 7: lr=1e-5, with care",
+        "dependency": "afterok:12:13?singleton",
+        "switches": "1@10:00",
+        "contiguous": "",
+    },
 }
 CASES: dict[str, dict[str, Any]] = {
     "slurm_plain": {"nodes": 2},
@@ -91,7 +94,7 @@ def test_scripts_equal_the_golden_files(slurm_plan: SlurmPlan, golden: Callable[
 
 def test_every_setting_occurs_in_a_golden_file() -> None:
     """Each Slurm setting has a distinctive value in a golden file, or does not affect the script."""
-    no_part = {"kind", "interface", "node_checks", "exclude_bad_nodes", "dry_run"} | {
+    no_part = {"kind", "interface", "node_checks", "exclude_bad_nodes"} | {
         name for name in SlurmSection.model_fields if name.startswith("max_")
     }
     of_all = {"ranks_per_node", "gpu_type", "price_per_gpu_hour", "timeout_minutes", "stall_seconds", "stop_grace_seconds"}
@@ -105,8 +108,8 @@ def test_every_setting_occurs_in_a_golden_file() -> None:
     [
         ({"device": H100}, ["--gpus-per-node=8"]),
         ({"device": H100, "gpus_per_node": 4, "ranks_per_node": 4}, ["--gpus-per-node=4"]),
-        ({"device": H100, "gres": "gpu:8"}, ["--gres=gpu:8"]),
-        ({"device": H100, "gres": "nvme:1"}, ["--gpus-per-node=8", "--gres=nvme:1"]),
+        ({"device": H100, "additional_parameters": {"gres": "gpu:8"}}, ["--gres=gpu:8"]),
+        ({"device": H100, "additional_parameters": {"gres": "nvme:1"}}, ["--gpus-per-node=8", "--gres=nvme:1"]),
         ({"gpus_per_node": 0}, []),
         ({}, []),
     ],
@@ -117,7 +120,7 @@ def test_gpus_are_requested_once(slurm_plan: SlurmPlan, settings: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("settings", "memory"), [({}, "0"), ({"mem": 0}, "0"), ({"mem": "64G"}, "64G"), ({"exclusive": False}, None)]
+    ("settings", "memory"), [({}, "0"), ({"additional_parameters": {"mem": "64G"}}, "64G"), ({"exclusive": False}, None)]
 )
 def test_an_exclusive_node_is_requested_with_its_memory(
     slurm_plan: SlurmPlan, settings: dict[str, Any], memory: str | None
@@ -180,16 +183,17 @@ def racks(here: Testbed) -> Iterator[None]:
 @pytest.mark.slurm
 def test_slurm_parses_the_options_of_the_script(slurm_plan: SlurmPlan, racks: None, tmp_path: Path) -> None:
     """sbatch parses quotes and comments by its own rules, so compare what it understood."""
-    here = {
-        "time": "10",
+    options = {
+        **EVERYTHING["additional_parameters"],
         "nodelist": "n[1-2]",
         "exclude": "n3",
         "mem": "1G",
-        "cpus_per_task": 2,
-        "gres": None,
-        "reservation": None,
+        "dependency": "singleton",
     }
-    plan = slurm_plan(str(tmp_path), **{**EVERYTHING, **here, "dependency": "singleton"})
+    for name in ("gres", "reservation"):
+        del options[name]
+    here = {"time": "10", "cpus_per_task": 2, "additional_parameters": options}
+    plan = slurm_plan(str(tmp_path), **{**EVERYTHING, **here})
     file = tmp_path / "job.sh"
     file.write_text(rendered(plan))
     job = slurm("sbatch", "--hold", "--parsable", str(file)).strip()

@@ -50,7 +50,7 @@ def test_all_refusals_come_in_one_pass_with_other_mistakes(refused: Refused) -> 
 def test_a_refused_key_in_a_file_names_file_and_line(refused: Refused, tmp_path: Path) -> None:
     folder = tmp_path / "conf" / "deepspeed"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("name: mine\nextra:\n  zero_optimization:\n    stage: 2\n")
+    (folder / "mine.yaml").write_text("offload_params: none\nextra:\n  zero_optimization:\n    stage: 2\n")
     (problem,) = refused("--config-dir", str(tmp_path / "conf"), "deepspeed=mine")
     assert problem.where == f"{folder}/mine.yaml:4"
 

@@ -40,11 +40,6 @@ def test_plus_before_a_group_changes_nothing(compose: Compose, token: str) -> No
     assert compose(token)[0].config == compose()[0].config
 
 
-@pytest.mark.parametrize("token", ["optim.lr=0.5", "+optim.lr=0.5", "++optim.lr=0.5"])
-def test_plus_before_a_key_changes_nothing(compose: Compose, token: str) -> None:
-    assert compose(token)[0].config.optim.lr == 0.5
-
-
 @pytest.mark.parametrize("position", [0, 1, 3], ids=["first", "between", "last"])
 def test_a_multirun_composes_each_job(compose: Compose, position: int) -> None:
     overrides = ["+cluster=local", "model=tiny,qwen3_8b", "optim.lr=0.5,0.25"]
@@ -56,11 +51,6 @@ def test_a_multirun_composes_each_job(compose: Compose, position: int) -> None:
         ("qwen3_8b", 0.25),
     ]
     assert "optim.lr=0.25" in jobs[1].overrides
-
-
-def test_a_multirun_reports_the_mistakes_of_all_jobs(refused: Callable[..., list[Problem]]) -> None:
-    problems = refused("-m", "optim.lr=0.5,-1,-2", "model=tiny,tinny")
-    assert [p.value for p in problems] == ["model=tiny,tinny", "-1", "-2"]
 
 
 def test_cfg_job_prints_the_composed_settings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,11 +84,6 @@ def test_config_dir_adds_options_of_the_user(compose: Compose, own_conf: Path) -
     assert composed.config.model.path == "owner/mine"
     (composed,) = compose(f"--config-dir={own_conf}", "model=mine")
     assert composed.config.model.path == "owner/mine"
-
-
-def test_suggestions_include_options_of_the_user(refused: Callable[..., list[Problem]], own_conf: Path) -> None:
-    (problem,) = refused("--config-dir", str(own_conf), "model=mne")
-    assert problem.remedy.startswith("did you mean mine? choose one of: demo,")
 
 
 def test_options_on_hydras_search_path_are_accepted(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,116 +128,6 @@ def test_all_mistakes_are_reported_with_file_and_line(write: Callable[[str], str
     assert remedies["optim.epz"] == "did you mean optim.eps?"
     assert remedies["optim.eps"] == "write `optim:`, and indented below it `eps: 3`"
     assert "hf_" not in "".join(map(str, problems.values()))
-
-
-@pytest.mark.parametrize(
-    ("text", "message", "where"),
-    [
-        ("optim:\n  lr: 1\n  lr: 2\n", "optim.lr: the file sets this key twice, in lines 2 and 3", "my.yaml:3"),
-        ("optim:\n\tlr: 1\n", "the indentation contains a tab, which YAML does not allow", "my.yaml:2"),
-        ("optim: [1\n", "the file is not valid YAML: while parsing a flow", "my.yaml:2:1"),
-        ("# nothing\n", "the file sets nothing", "my.yaml"),
-        ("- optim\n", "the file is not a mapping of sections to settings", "my.yaml"),
-        ("run: {name: '${x'}\n", "a reference in this value is not written as Hydra reads it", "my.yaml:1"),
-        ("model: ???\n", "model: a value is required and none was given", "my.yaml:1"),
-        ("optim: {betas: {a: 1}}\n", "optim.betas: must be a list", "my.yaml:1"),
-        (f"a: {'[' * 3000}", "the file is not", "my.yaml"),
-        (f"run: {{seed: {'9' * 5000}}}\n", "the file is not read: ", "my.yaml"),
-        ("run: {null: 1}\n", "run.null: a key is a name, and this one is read as null", "my.yaml:1"),
-        ("1: 2\n", "1: a key is a name, and this one is read as a number", "my.yaml:1"),
-        ("model:\n  base: tiny\n  1: 2\n", "model.1: a key is a name, and this one is read as a number", "my.yaml:3"),
-        ("run: !!python/object/apply:os.getcwd []\n", "the file is not valid YAML: ", "my.yaml:1:6"),
-        ("run: {seed: 1}\n---\nrun: {seed: 2}\n", "the file is not valid YAML: ", "my.yaml:2:1"),
-        ("optim: {lr: 2025-13-45}\n", "optim.lr: must be a number", "my.yaml:1"),
-        (
-            "a: &a [1,1,1,1,1,1,1,1,1,1]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b,*b,*b]\n"
-            "d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e]\n",
-            "the file is not read: it has more than 200,000 values, with its aliases expanded",
-            "my.yaml",
-        ),
-    ],
-)
-def test_a_file_that_cannot_be_read_says_why(
-    text: str, message: str, where: str, write: Callable[[str], str], refused: Refused
-) -> None:
-    (problem,) = refused(write(text))
-    assert problem.message.startswith(message)
-    assert problem.where == where
-
-
-@pytest.mark.parametrize(
-    ("text", "message", "remedy"),
-    [
-        (
-            "data: {base: jsonl}\n",
-            "data.path: a value is required",
-            "write `path: ...` below `data:` in my.yaml, or add data.path=",
-        ),
-        ("cluster: {partition: x}\n", "cluster.partition: this setting", "write `base: slurm` below `cluster:`, or remove"),
-        ("run: {name: 5}\n", "run.name: must be text", 'quote it: `name: "5"`'),
-        # Only the missing option is reported.
-        ("model: {base: qwen3_9b, dtype: fp32}\n", "model=qwen3_9b: there is no such option", "did you mean qwen3_8b?"),
-        ("data: {base: jsonll, path: a.jsonl}\n", "data=jsonll: there is no such option", "did you mean jsonl?"),
-        ("optim: {base: adam}\n", "optim=adam: there is no such option", "did you mean adamw?"),
-    ],
-)
-def test_remedies_are_worded_for_the_file(
-    text: str, message: str, remedy: str, write: Callable[[str], str], refused: Refused
-) -> None:
-    (problem,) = refused(write(text))
-    assert problem.message.startswith(message)
-    assert problem.remedy.startswith(remedy)
-
-
-@pytest.mark.parametrize(
-    ("section", "value", "in_file", "override"),
-    [
-        ("model", "Qwen/Qwen3-8B", "`model: {path: Qwen/Qwen3-8B}`", "model.path=Qwen/Qwen3-8B"),
-        ("model", "./mymodel", "`model: {path: ./mymodel}`", "model.path=./mymodel"),
-        ("model", "run:first", "`model: {path: 'run:first'}`", "model.path=run:first"),
-        ("model", "weights", "`model: {path: weights}`", "model.path=weights"),
-        ("data", "rows.jsonl", "`data: {path: rows.jsonl}`", "data=jsonl data.path=rows.jsonl"),
-        ("data", "owner/rows", "`data: {path: owner/rows}`", "data=jsonl data.path=owner/rows"),
-    ],
-)
-def test_a_path_where_a_name_is_expected_is_shown_as_a_path(
-    section: str, value: str, in_file: str, override: str, write: Callable[[str], str], refused: Refused
-) -> None:
-    file = write(f"{section}: {value}\n")
-    os.mkdir("weights")
-    (problem,) = refused(file)
-    assert (problem.message, problem.where) == (f"{section}={value}: there is no such option", "my.yaml:1")
-    assert problem.remedy == f"write {in_file}; a name alone selects an option"
-    (problem,) = refused(f"{section}={value}")
-    assert (problem.where, problem.remedy) == ("command line", f"write {override}; a name alone selects an option")
-
-
-def test_a_missing_file_names_the_closest_one(write: Callable[[str], str], shown: Callable[..., str]) -> None:
-    write("optim: {lr: 0.5}\n", "mine.yaml")
-    assert "there is no such file" in shown("mien.yaml")
-    assert "did you mean mine.yaml?" in shown("mien.yaml")
-    assert "did you mean" not in shown("nope.yaml")
-    assert "a run has one file" in shown("mine.yaml", "mine.yaml")
-    assert "there is no such file" in shown("no/folder.yaml")
-    os.mkdir("folder.yaml")
-    # Nothing writes to the pipe: a command that opened it would wait forever.
-    os.mkfifo("pipe.yaml")
-    os.mkfifo("pipe")
-    for name in ("folder.yaml", "pipe.yaml", "pipe"):
-        assert "a run's file is a regular file, and this is not one" in shown(name)
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv.gz", "rows.json", "missing.jsonl"])
-@pytest.mark.parametrize("verb", [("data",), ("train",), ()])
-def test_a_file_of_rows_is_answered_with_how_to_name_it(
-    write: Callable[[str], str], capsys: pytest.CaptureFixture[str], name: str, verb: tuple[str, ...]
-) -> None:
-    if not name.startswith("missing"):
-        write('{"text": "a"}\n{"text": "b"}\n', name)
-    assert main((*verb, name)) == 2
-    text = capsys.readouterr().err
-    assert text.startswith("this is a file of rows, not one of settings")
-    assert f"python -m launcher init --data {name}; or name them as a setting: data.path={name}" in text
 
 
 def test_a_path_alone_names_rows_of_ones_own(compose: Compose, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +77,9 @@ AWS_SECRET = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY"
 
 
 @pytest.mark.parametrize("value", ["${oc.env:AWS_SECRET_ACCESS_KEY}", "a ${oc.env:AWS_SECRET_ACCESS_KEY} b", f"'{AWS_SECRET}'"])
-@pytest.mark.parametrize("key", ["tracking.group", "cluster.comment", "cluster.env.NOTE", "deepspeed.extra.note"])
+@pytest.mark.parametrize(
+    "key", ["tracking.group", "cluster.additional_parameters.comment", "cluster.env.NOTE", "deepspeed.extra.note"]
+)
 def test_a_value_that_the_environment_holds_as_a_secret_is_refused(
     shown: Shown, monkeypatch: pytest.MonkeyPatch, key: str, value: str
 ) -> None:
@@ -119,16 +120,7 @@ def test_what_the_environment_holds_is_printed_nowhere(
     assert AWS_SECRET not in printed
 
 
-def test_words_and_files_in_such_variables_are_no_secrets(
-    compose: Callable[..., list], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for name, value in (("A_KEY", "none"), ("SORT_KEY", "created_at"), ("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path))):
-        monkeypatch.setenv(name, value)
-    settings = ("tracking.group=none", "tracking.entity=by-created_at", f"run.root={tmp_path}/runs")
-    assert compose("model=tiny", *settings)[0].config.tracking.group == "none"
-
-
-@pytest.mark.parametrize("key", ["model.config.note", "cluster.comment", "cluster.env.https_proxy"])
+@pytest.mark.parametrize("key", ["model.config.note", "cluster.additional_parameters.comment", "cluster.env.https_proxy"])
 @pytest.mark.parametrize("address", ["http://me:hunter2@proxy:3128", "postgres://me:hunter2@db/x", "me:hunter2@db.example.org"])
 def test_an_address_with_a_password_is_refused_under_any_key(shown: Shown, key: str, address: str) -> None:
     text = shown("cluster=slurm", f"{key}='{address}'")
@@ -260,7 +252,7 @@ def test_an_address_without_credentials_is_accepted(address: str) -> None:
         ("model.path", "run:demo@12"),
         ("cluster.container_image", "nvcr.io#nvidia/pytorch:24.01"),
         ("cluster.container_image", "docker://nvcr.io/nvidia/pytorch:24.01@sha256:0123"),
-        ("cluster.comment", "mailto:me.too@example.org"),
+        ("cluster.additional_parameters.comment", "mailto:me.too@example.org"),
         ("data.path", "abfs://container@account.dfs.core.windows.net/a"),
         ("tracking.api_key", None),
         ("tracking.api_key", ""),
@@ -297,40 +289,12 @@ def test_redaction_keeps_the_rest() -> None:
     assert redact("model.tokenizer=org/name") == "model.tokenizer=org/name"
 
 
-def test_the_time_of_a_search_for_passwords_grows_with_the_length_of_a_text() -> None:
-    started = time.process_time()
-    redact("x://" + ":" * 100_000)
-    assert time.process_time() - started < 5
-
-
 @pytest.mark.parametrize("form", ["{${oc.env:WANDB_API_KEY}: 1}", "{a: {x${oc.env:WANDB_API_KEY}: []}}"])
 def test_no_secret_becomes_the_name_of_a_setting(shown: Shown, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
     text = shown("model=tiny", f"+model.config.note=\"${{oc.decode:'{form}'}}\"")
     assert "WANDB_API_KEY: a setting must not read this variable" in text
     assert "0123456789abcdef" not in text
-
-
-def test_no_secret_is_parsed_into_parts(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No check would find it in them."""
-    monkeypatch.setenv("DB_PASSWORD", "correct-horse,battery-staple")
-    text = shown("model=tiny", "+model.config.note=\"${oc.decode:'[${oc.env:DB_PASSWORD}]'}\"")
-    assert "DB_PASSWORD: a setting must not read this variable" in text
-    assert "battery" not in text
-
-
-@pytest.mark.parametrize(
-    ("secret", "form"),
-    [
-        ("0123456789abcdef" * 2 + "01234567", "[0x${oc.env:WANDB_API_KEY}]"),
-        ("correct-horse,battery-staple", "[${oc.env:WANDB_API_KEY}]"),
-        ("correct-horse,battery-staple", "{a: ${oc.env:WANDB_API_KEY}, b: [!!binary ${oc.env:WANDB_API_KEY}]}"),
-    ],
-)
-def test_no_secret_is_read_into_another_form(shown: Shown, monkeypatch: pytest.MonkeyPatch, secret: str, form: str) -> None:
-    """oc.create reads a text as YAML, where 0x and a key of hexadecimal digits are a number."""
-    monkeypatch.setenv("WANDB_API_KEY", secret)
-    assert "must not read this variable" in shown("model=tiny", f"+model.config.note=\"${{oc.create:'{form}'}}\"")
 
 
 def test_a_secret_in_the_name_of_a_setting_is_found() -> None:

@@ -52,12 +52,3 @@ def test_slurm_restarts_a_killed_rank_in_its_allocation(launch_here: Launch, slu
     assert killed["lost_steps"] == killed["replayed_steps"] == killed["reached_step"] - killed["resumed_step"]
     assert killed["trains_again_s"] < 60 * slowness()
     assert slurm.output("squeue", "-h") == ""
-
-
-@pytest.mark.slurm
-def test_a_dry_run_of_a_drill_shows_the_batch_script(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
-    dry = ("cluster.dry_run=true", f"run.root={runs}")
-    done = launch_here("drill", "--fault", "hang", *TINY, *ON_SLURM, *dry, **slurm.variables)
-    assert done.returncode == 0, done.stderr
-    assert "#SBATCH --nodes=2" in done.stdout
-    assert not runs.exists()

@@ -147,7 +147,7 @@ def test_a_pending_run_shows_the_reason_and_can_be_cancelled(launch_here: Launch
     assert held.shown()["state"] == "pending"
     assert launch_here("cancel", str(held.path), **slurm.variables).returncode == 0
     first = slurm.run("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "exit 1", capture_output=True).stdout.strip()
-    never = submit(launch_here, slurm, runs, "never", f"cluster.dependency='afterok:{first}'")
+    never = submit(launch_here, slurm, runs, "never", f"cluster.additional_parameters.dependency='afterok:{first}'")
     wait_for("the dependency to fail", lambda: "DependencyNeverSatisfied" in never.shown()["message"], 40)
     assert launch_here("cancel", str(never.path), **slurm.variables).returncode == 0
 

@@ -105,7 +105,12 @@ def test_a_rank_over_its_memory_limit_is_killed_and_restarted(
     """Slurm kills the whole job step; the run continues when the job next starts, and reports what happened."""
     with other_slurm(kill_over_memory=True, nodes=1, memory_mb=20000) as bed:
         # Slurm samples memory only every few seconds, so the run must last longer than that.
-        limits = ("cluster.nodes=1", "cluster.mem=400M", "cluster.max_infrastructure_failures=0", "train.max_steps=100000")
+        limits = (
+            "cluster.nodes=1",
+            "cluster.additional_parameters.mem=400M",
+            "cluster.max_infrastructure_failures=0",
+            "train.max_steps=100000",
+        )
         run = submit(launch_here, bed, runs, "memory", *limits)
         final = run.await_state("failed")
         assert run.causes()[-1] == "infrastructure"

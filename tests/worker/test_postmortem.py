@@ -400,7 +400,10 @@ def test_a_killed_rank_comes_before_the_survivors_of_other_nodes(run: RunDir, ju
 def test_an_exceeded_memory_limit_is_named_first(run: RunDir, judge: Judge) -> None:
     output(run, NOW, "slurmstepd: error: Detected 1 oom_kill event in StepId=41.0")
     all_nodes(run, failure("killed", message="killed by SIGKILL"))
-    assert judge(code=1).message == "a memory limit was exceeded (raise cluster.mem): rank 3 on n1: killed by SIGKILL"
+    assert (
+        judge(code=1).message
+        == "a memory limit was exceeded (raise cluster.additional_parameters.mem): rank 3 on n1: killed by SIGKILL"
+    )
 
 
 def test_a_lost_coordinator_is_named_instead_of_the_workers_that_left_no_record(run: RunDir) -> None:

@@ -43,10 +43,11 @@ def run(tmp_path: Path) -> RunDir:
     ],
 )
 def test_only_an_exception_that_repeats_is_final_in_attempts_and_in_their_restarts(
-    run: RunDir, failures: list[list[FailureRecord]], is_final: bool
+    run: RunDir, failures: list[list[FailureRecord]], is_final: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The failures of each attempt: the last one ends the attempt, the others restart its ranks."""
-    section = SlurmSection(max_failures=9, max_infrastructure_failures=9, max_no_progress=9)
+    monkeypatch.setattr("launcher.plan.retry._MOST_WITHOUT_PROGRESS", 9)
+    section = SlurmSection(max_failures=9, max_infrastructure_failures=9)
     conclusion = None
     for number, (*restarts, last) in enumerate(failures, 1):
         attempt = Attempt(None, job="41", nodes=("n1",), automatic=number > 1)

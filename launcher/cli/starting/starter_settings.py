@@ -167,9 +167,7 @@ def _offloaded(
         return config, []
     if machine.device != "cuda" or machine.memory_gib is None:
         return config, []
-    changed = apply_changes(
-        config, {"deepspeed.name": _OFFLOAD, "deepspeed.offload_optimizer": "cpu", "deepspeed.offload_params": "cpu"}
-    )
+    changed = apply_changes(config, {"deepspeed.offload_optimizer": "cpu", "deepspeed.offload_params": "cpu"})
     reason = f"model states would fill the {machine.memory_gib:.0f} GiB of a GPU; more GPUs make steps faster, without offload"
     return changed, [Suggestion("deepspeed", _OFFLOAD, reason)]
 

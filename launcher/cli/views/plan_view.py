@@ -169,7 +169,7 @@ def _ranks(plan: LaunchPlan) -> str:
     # GPUs of unknown type have the name "gpu".
     gpu = f" {plan.gpu_name}" if plan.gpu_name not in ("", "gpu") else ""
     nodes = f"{format_count(topology.nodes, 'node')} x {topology.ranks_per_node}{gpu}"
-    return f"{topology.world_size} on {topology.device} ({nodes}), {topology.backend}, DeepSpeed {plan.config.deepspeed.name}"
+    return f"{topology.world_size} on {topology.device} ({nodes}), {topology.backend}, DeepSpeed ZeRO-3"
 
 
 def _size(gib: float) -> str:

@@ -54,11 +54,6 @@ def _comment(text: str, indent: str) -> str:
     )
 
 
-def slurm_overrides(gpus_per_node: int) -> tuple[str, ...]:
-    """Return the overrides that start a single-machine file on two nodes of a Slurm cluster."""
-    return ("+cluster=slurm", "cluster.nodes=2", f"cluster.gpus_per_node={gpus_per_node}")
-
-
 def data_warnings(config: RunConfig, sample_report: dict[str, Any]) -> list[str]:
     """Return which data `data` would reject under these settings."""
     lengths, checks = sample_report["lengths"], config.data.checks
@@ -74,9 +69,7 @@ def data_warnings(config: RunConfig, sample_report: dict[str, Any]) -> list[str]
     return warnings
 
 
-def next_lines(
-    out: Path, config: RunConfig, machines: str, remarks_on_data: Sequence[str], plan: LaunchPlan | None, plans_on_slurm: bool
-) -> list[str]:
+def next_lines(out: Path, config: RunConfig, machines: str, remarks_on_data: Sequence[str], plan: LaunchPlan | None) -> list[str]:
     """Return lines on the written file, its machines, the assumptions, the warnings, and the commands to type next.
 
     `plan` is the file's plan, None if it cannot be made without the model.
@@ -84,30 +77,13 @@ def next_lines(
     notes = [f"wrote {out}", f"fitted to: {machines}", *remarks_on_data]
     if plan is not None:
         notes += remarks(plan, disk_note(plan))
-    lines = [*wrap(notes, _INDENT), "next:"]
-    commands: list[tuple[str, ...]] = [("data", str(out)), ("plan", str(out))]
-    is_on_every_node = config.cluster.runs_on_every_node and config.cluster.nodes > 1
-    if not is_on_every_node:
-        commands.append(("train", str(out)))
-    if plans_on_slurm and plan is not None:
-        commands.append(("train", str(out), *slurm_overrides(plan.topology.ranks_per_node)))
-    lines += [f"  {launcher_command(*words)}" for words in commands]
-    if is_on_every_node:
-        lines += _on_every_node(out, config)
-    elif config.cluster.is_this_machine and not plans_on_slurm:
-        on_cluster = (
+    lines = [*wrap(notes, _INDENT), "next:", *(f"  {launcher_command(verb, out)}" for verb in ("data", "plan", "train"))]
+    hint = ""
+    if config.cluster.runs_on_every_node and config.cluster.nodes > 1:
+        hint = "train starts on every machine, with the variables of docs/static.md; run.root is a folder that all machines share"
+    elif config.cluster.is_this_machine:
+        hint = (
             "for a cluster, repeat init with another --out and +cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8: "
             "batch, length and memory depend on the machines"
         )
-        lines += wrap([on_cluster], _INDENT)
-    return lines
-
-
-def _on_every_node(out: Path, config: RunConfig) -> list[str]:
-    command, count = launcher_command("train", str(out)), config.cluster.nodes
-    lines = [f"  NNODES={count} NODE_RANK={node} MASTER_ADDR=ADDRESS_OF_0 {command}" for node in range(min(count, 2))]
-    lines.append("one on each machine, by its NODE_RANK; docs/static.md lists the variables that providers set already")
-    if not config.run.root.startswith(("/", "~")):
-        remedy = "before that, set run.root in the file to a folder on storage that all machines share, such as /shared/runs"
-        lines.append(remedy)
-    return lines
+    return [*lines, *wrap([hint], _INDENT)] if hint else lines

@@ -42,7 +42,9 @@ def request_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> 
     """Return the arguments of salloc or sbatch for the job's name and its request."""
     section = SlurmSection.of(config.cluster)
     requested = sbatch.requested_nodes(section, section.nodes, num_gpus)
-    options = {"job-name": name, "time": str(minutes), "reservation": section.reservation, **requested}
+    # A job that the run waits for need not end before this one.
+    additional = {key: value or True for key, value in section.additional_parameters.items() if key != "dependency"}
+    options = {"job-name": name, "time": str(minutes), **requested, **additional}
     return [
         f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
         for key, value in options.items()

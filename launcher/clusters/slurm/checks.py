@@ -20,7 +20,7 @@ from launcher.plan.quantities import format_count
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 # Settings that a message of sbatch may name.
-_NAMED_KEYS = ("account", "partition", "qos")
+_NAMED_KEYS = {"account": "cluster.account", "partition": "cluster.partition", "qos": "cluster.additional_parameters.qos"}
 
 
 def check(section: SlurmSection, plan: LaunchPlan) -> None:
@@ -68,13 +68,12 @@ def site_problems(config: RunConfig, num_gpus: int) -> list[Problem]:
     try:
         with sbatch.clean_environment():
             request = allocation.request_words(config, "launcher-test", num_gpus, section.time_minutes)
-            request += [f"--{name}" + (f"={value}" if value else "") for name, value in section.additional_parameters.items()]
             slurm("sbatch", "--test-only", *request, "--wrap", "true")
     except SlurmUnreachable:
         raise
     except SlurmError as error:
         message = error.problems[0].value
-        where = next((f"cluster.{key}" for key in _NAMED_KEYS if key in message.lower()), "cluster")
+        where = next((key for word, key in _NAMED_KEYS.items() if word in message.lower()), "cluster")
         remedy = "; ".join(f"partition {one.name} has {_describe_nodes(one)}" for one in partitions)
         return [Problem("Slurm refuses the job", where, message, remedy)]
     return []

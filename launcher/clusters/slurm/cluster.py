@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher import json_records, run_store
 from launcher.checkpoint import store
@@ -164,7 +164,7 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
     if by_slurm and not decision.exclude:
         # A second requeue would start the job one time too many.
         return
-    exclude = ",".join(filter(None, (section.exclude, *decision.exclude)))
+    exclude = ",".join(filter(None, (section.additional_parameters.get("exclude"), *decision.exclude)))
     if section.requeue:
         try:
             has_exclusions = decision.exclude or _has_other_exclusions(job, section, retry_s)
@@ -186,7 +186,7 @@ def _has_other_exclusions(job: str, section: SlurmSection, retry_s: float) -> bo
         excluded = queue.details(job, retry_s).get("ExcNodeList", _NO_NODES)
     except SlurmError:
         return False
-    return excluded not in (_NO_NODES, section.exclude)
+    return excluded not in (_NO_NODES, section.additional_parameters.get("exclude"))
 
 
 def _requeue(job: str, exclude: str | None, retry_s: float) -> None:
@@ -217,9 +217,11 @@ def _requeue(job: str, exclude: str | None, retry_s: float) -> None:
 
 def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None:
     from launcher.clusters.slurm import sbatch
+    from launcher.config.sections.slurm import SlurmSection
 
-    changes: dict[str, Any] = {"exclude": exclude or None, "dependency": f"afterany:{job}"}
-    cluster = plan.config.cluster.model_copy(update=changes)
+    section = SlurmSection.of(plan.config.cluster)
+    options = {**section.additional_parameters, **({"exclude": exclude} if exclude else {}), "dependency": f"afterany:{job}"}
+    cluster = section.model_copy(update={"additional_parameters": options})
     changed_plan = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
     resume_step = store.newest_step(run.checkpoints)
     # Another command may be starting an attempt.
@@ -288,7 +290,9 @@ def _silent_end(run: RunDir, job: queue.Job) -> str:
     if job.state == "FAILED" and job.exit_signal:
         return f"the batch script of job {job.id} was killed by {_signal_name(job.exit_signal)}"
     if job.state == "OUT_OF_MEMORY":
-        return f"a memory limit was exceeded (raise cluster.mem): the batch script of job {job.id} was killed"
+        return (
+            f"a memory limit was exceeded (raise cluster.additional_parameters.mem): the batch script of job {job.id} was killed"
+        )
     if job.state == "NODE_FAIL":
         attempt = run_store.read_attempt(run, run_store.newest_attempt(run))
         lost = queue.lost_nodes(attempt.nodes, attempt.begun_at or 0.0) if attempt.nodes else None

@@ -331,17 +331,26 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (r"NodeDown", "a node that it needs is down; sinfo -R shows the reason"),
     (
         r"QOS.*(PerJob|PerNode|Min)|QOSTimeLimit",
-        f"it requests more than its QOS allows one job, or less than the minimum; {_TOO_MUCH} cluster.qos",
+        f"it requests more than its QOS allows one job, or less than the minimum; {_TOO_MUCH} cluster.additional_parameters.qos",
     ),
-    (r"(QOS|MaxJobsPer|MaxSubmit)", "other jobs use up the limit of its QOS; wait until some end, or use another cluster.qos"),
+    (
+        r"(QOS|MaxJobsPer|MaxSubmit)",
+        "other jobs use up the limit of its QOS; wait until some end, or use another cluster.additional_parameters.qos",
+    ),
     (r"Assoc.*(PerJob|PerNode|WallDuration)", f"it requests more than its account allows one job; {_TOO_MUCH} cluster.account"),
     (r"Assoc", "other jobs use up the limit of its account; wait until some end, or use another cluster.account"),
     (r"InvalidAccount", "its account is no longer valid for you; cancel it and use another cluster.account"),
-    (r"InvalidQOS", "its QOS is no longer valid for you; cancel it and use another cluster.qos"),
-    (r"ReservationDeleted", "its reservation was deleted; cancel it and use another cluster.reservation"),
+    (r"InvalidQOS", "its QOS is no longer valid for you; cancel it and use another cluster.additional_parameters.qos"),
+    (
+        r"ReservationDeleted",
+        "its reservation was deleted; cancel it and use another cluster.additional_parameters.reservation",
+    ),
     (r"Reservation", "waiting for its reservation to begin"),
     (r"Licenses", "waiting for licenses"),
-    (r"BadConstraints", "no node satisfies its constraints; cancel it and change cluster.constraint or the requested resources"),
+    (
+        r"BadConstraints",
+        "no node satisfies its constraints; cancel it and change that option, or the requested resources",
+    ),
     (r"Cleaning", "processes of its last start are still being ended"),
 )
 

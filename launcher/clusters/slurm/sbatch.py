@@ -128,14 +128,11 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         "time": section.time,
         "chdir": plain_path(plan.run_dir),
         "requeue" if section.requeue else "no-requeue": True,
-        **({"reservation": section.reservation} if section.reservation else {}),
         **{name: value or True for name, value in section.additional_parameters.items()},
     }
     return {
         "job_name": plan.run_name,
         **requested_nodes(section, plan.topology.nodes, plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0),
-        "comment": section.comment,
-        "dependency": section.dependency,
         "signal_delay_s": section.signal_lead_seconds,
         "stderr_to_stdout": True,
         "wckey": None,
@@ -150,22 +147,17 @@ def requested_nodes(section: SlurmSection, nodes: int, gpus: int) -> dict[str, A
     """Return the request to Slurm; None leaves a value to the site. `gpus` per node applies if the settings name none."""
     if section.gpus_per_node is not None:
         gpus = section.gpus_per_node
-    elif asks_for_gpus(section.gres):
+    elif asks_for_gpus(section.additional_parameters.get("gres")):
         gpus = 0
     return {
         "nodes": nodes,
         "ntasks_per_node": 1,
         "account": section.account,
         "partition": section.partition,
-        "qos": section.qos,
         "gpus_per_node": gpus or None,
-        "gres": section.gres,
         "cpus_per_task": section.cpus_per_task,
         # Request all memory of an exclusive node; otherwise the site's default per CPU would be the limit.
-        "mem": section.mem or ("0" if section.exclusive else None),
-        "constraint": section.constraint,
-        "exclude": section.exclude,
-        "nodelist": section.nodelist,
+        "mem": "0" if section.exclusive else None,
         "exclusive": True if section.exclusive else None,
     }
 

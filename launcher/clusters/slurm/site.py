@@ -172,12 +172,15 @@ def requested_gpus(section: SlurmSection) -> Gpus | None:
     """Return the GPUs per node that the settings request (a count of 0 for none), or None if they do not specify any."""
     if section.gpus_per_node is not None:
         return Gpus(None, section.gpus_per_node)
-    return next(iter(_gpus(section.gres or "")), None)
+    return next(iter(_gpus(section.additional_parameters.get("gres", ""))), None)
 
 
 def requested_memory_mib(section: SlurmSection) -> int | None:
-    """Return cluster.mem in MiB, as sbatch reads it; None if it is unset or 0, which requests all memory of a node."""
-    number, unit = re.fullmatch(r"(\d+)([KMGT]?)B?", section.mem or "0").groups()  # type: ignore[union-attr]
+    """Return the option mem in MiB, as sbatch reads it; None if it is unset or 0, which requests all memory of a node."""
+    size = re.fullmatch(r"(\d+)([KMGT]?)B?", section.additional_parameters.get("mem", "0"))
+    if size is None:
+        return None
+    number, unit = size.groups()
     kib = int(number) * {"K": 1, "": 1 << 10, "M": 1 << 10, "G": 1 << 20, "T": 1 << 30}[unit]
     return -(-kib // 1024) or None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from launcher.config.hydra_composition.location import RUN_FILE_GROUP
+from launcher.config.hydra_composition.location import RUN_FILE_GROUP, broken_reference
 from launcher.config.origin import short
 from launcher.config.run_file.reading import FileContent
 from launcher.errors import ConfigError
@@ -34,8 +34,9 @@ def composable(content: FileContent | None) -> Iterator[list[str]]:
         store.store(group=RUN_FILE_GROUP, name=_OPTION, node=content.for_hydra(), package="_global_")
     except OmegaConfBaseException as error:
         reason = redact(str(error).splitlines()[0])
-        remedy = "write keys as texts, and values as texts, numbers, true, false, null, lists or mappings"
-        raise ConfigError(f"the file is not read: {reason}", where=short(content.file.path), remedy=remedy) from None
+        remedy = "write keys as texts, and a reference as ${section.name}"
+        where = f"{short(content.file.path)}:{broken_reference(content.file.path) or 1}"
+        raise ConfigError(f"the file is not read: {reason}", where=where, remedy=remedy) from None
     try:
         yield [OVERRIDE]
     finally:

@@ -6,24 +6,36 @@ from collections.abc import Collection, Sequence, Set
 from typing import Any
 
 from launcher.config.command_line import override_key
+from launcher.config.origin import COMMAND_LINE, Origins, short
 from launcher.config.sections.fields import derive_name
 
 # Hydra's flags that replace the files in conf/.
 _OTHER_FILES = ("--config-name", "-cn", "--config-path", "-cp")
 # Values of data.path and data.sources that name nothing to read.
 _NO_ROWS = ("", "null", "[]")
+# Settings that replace each other.
+_ALTERNATIVES = (("train", ("max_steps", "epochs")), ("data", ("eval_fraction", "eval_path")), ("data", ("path", "sources")))
 
 
-def unset_other_length(values: dict[str, Any], overrides: Sequence[str], file_keys: Sequence[str]) -> None:
-    """Unset train.epochs if the command line, or else the run's file, sets train.max_steps; and the reverse."""
-    lengths = {"train.max_steps", "train.epochs"}
-    keys = lengths.intersection(map(override_key, overrides)) or lengths.intersection(file_keys)
-    has_steps, has_epochs = "train.max_steps" in keys, "train.epochs" in keys
-    train = values.get("train")
-    if isinstance(train, dict) and has_steps != has_epochs:
-        chosen, other = ("max_steps", "epochs") if has_steps else ("epochs", "max_steps")
-        if train.get(chosen) is not None:
-            train[other] = None
+def settle_alternatives(cfg: Any, origins: Origins) -> None:
+    """Of settings that replace each other, keep those that the latest layer sets; unset the others.
+
+    The layers are the command line, the run's file, and the files in conf/ from the last composed one to the first.
+    """
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(cfg, resolve=False)
+    layers = [COMMAND_LINE, *(short(file) for file, _ in origins.files())]
+    for section, names in _ALTERNATIVES:
+        content = values.get(section) if isinstance(values.get(section), dict) else {}
+        if "sources" in names and "${data.path}" in str(content.get("sources")):
+            continue
+        where = {name: origins.written_at(f"{section}.{name}") for name in names if content.get(name) is not None}
+        layer = {name: layers.index(text.rpartition(":")[0] or text) for name, text in where.items() if text}
+        for name in layer:
+            # Without data.sources, nothing would read data.path.
+            if layer[name] > min(layer.values()) and name != "sources":
+                OmegaConf.update(cfg, f"{section}.{name}", 0.0 if name == "eval_fraction" else None)
 
 
 def name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 from launcher.config.command_line import GROUPS
 from launcher.config.config_files import yaml_problems
 from launcher.config.error_messages import no_such_option
-from launcher.config.hydra_composition.location import broken_reference
 from launcher.config.introspect import settings
 from launcher.config.origin import COMMAND_LINE, RunFile, nodes, short
 from launcher.config.run_file.tokens import ROW_SUFFIXES, SUFFIXES
@@ -82,8 +81,6 @@ def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[
     choices: dict[str, str | None] = {}
     values: dict[str, Any] = {}
     dropped: list[str] = []
-    root, key_problems = _with_text_keys(root, "", where)
-    problems += key_problems
     for key, value in root.items():
         if key in _OF_HYDRA:
             problems.append(Problem(f"{key}: is Hydra's, and not part of a run's file", where(key), remedy=_OF_HYDRA[key]))
@@ -108,37 +105,8 @@ def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[
             elif key == "data" and ("path" in section or "sources" in section):
                 choices[key] = _OWN_ROWS
             values[key] = section
-    if line := broken_reference(path):
-        message = "a reference in this value is not written as Hydra reads it"
-        text = path.read_text(encoding="utf-8").splitlines()[line - 1].strip()
-        shown = "" if redact(text) != text else text
-        problems.append(Problem(message, f"{short(path)}:{line}", shown, "write ${section.name}, with a } for each ${"))
-        values = {}
     file = RunFile(path, tuple(_keys(choices, values)), tuple(dropped))
     return FileContent(file, choices, values), problems
-
-
-def _with_text_keys(content: Mapping[Any, Any], prefix: str, where: Callable[[str], str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return a mapping without non-text keys, at any depth, and a problem for each removed key."""
-    kept: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for key, value in content.items():
-        path = f"{prefix}{key}" if key is not None else f"{prefix}null"
-        if not isinstance(key, str):
-            remedy = f"write the name of a setting; if you mean a name, quote it: '{key}'"
-            problems.append(Problem(f"{path}: a key is a name, and this one is read as {_kind(key)}", where(path), remedy=remedy))
-            continue
-        kept[key] = value
-        if isinstance(value, dict):
-            kept[key], inner = _with_text_keys(value, f"{path}.", where)
-            problems += inner
-    return kept, problems
-
-
-def _kind(key: Any) -> str:
-    if key is None:
-        return "null"
-    return "true or false" if isinstance(key, bool) else "a number" if isinstance(key, int | float) else "another kind of value"
 
 
 def _load(path: Path) -> dict[Any, Any]:
@@ -214,7 +182,7 @@ def _option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tupl
         remedy = f"write one of: {', '.join(options)}"
         return None, Problem(f"{group}: a value is required and none was given", where, remedy=remedy)
     if folders and not any((folder / group / f"{value}.yaml").is_file() for folder in folders):
-        problem = no_such_option(group, redact(value), options, "", in_file=True)
+        problem = no_such_option(group, redact(value), options, "")
         return None, replace(problem, where=where, value=redact(value))
     return value, None
 

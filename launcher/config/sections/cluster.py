@@ -81,11 +81,6 @@ class ClusterSection(Section):
         return False
 
     @property
-    def is_dry_run(self) -> bool:
-        """True if the run is only shown, not submitted."""
-        return False
-
-    @property
     def continues_by_itself(self) -> bool:
         """True if the backend starts another attempt after a failed one."""
         return False
@@ -151,13 +146,6 @@ class ManagedSection(ClusterSection):
         None, description="Network interface between nodes. Unset: the one that routes to the other nodes, never loopback."
     )
     node_checks: Flag = Field(True, description="Check every node of the allocation before the model is loaded.")
-    max_preemptions: Count | None = Field(
-        None,
-        description=(
-            "Number of preemptions after which the run still continues automatically. Unset: any number. In any case, 20 in a "
-            "row without a newer checkpoint end the run."
-        ),
-    )
     max_infrastructure_failures: Count = Field(
         10,
         description=(
@@ -170,13 +158,6 @@ class ManagedSection(ClusterSection):
         description=(
             "Number of failures of the training itself after which the run still continues automatically. A newer checkpoint "
             "resets the count."
-        ),
-    )
-    max_no_progress: Count = Field(
-        2,
-        description=(
-            "Number of consecutive attempts without a newer checkpoint after which the run still continues automatically; "
-            "attempts ended by preemption, resizing or machine failures do not count."
         ),
     )
 

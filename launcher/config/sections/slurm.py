@@ -17,9 +17,8 @@ from launcher.config.sections.fields import Count, Flag, PositiveInt, matching, 
 # sbatch options that the launcher sets itself, from its own settings or from the plan.
 OWN_SBATCH_PARAMETERS = re.split(
     r"\s+",
-    "account array chdir comment constraint cpus-per-task dependency error exclude exclusive export export-file get-user-env "
-    "gid gpus gpus-per-node gres input job-name mem no-requeue nodelist nodes ntasks ntasks-per-node open-mode output parsable "
-    "partition qos requeue reservation signal test-only time uid wait wrap",
+    "account array chdir cpus-per-task error exclusive export export-file get-user-env gid gpus gpus-per-node input job-name "
+    "no-requeue nodes ntasks ntasks-per-node open-mode output parsable partition requeue signal test-only time uid wait wrap",
 )
 
 _WORD = r"[A-Za-z0-9][\w.@+-]*"
@@ -55,29 +54,6 @@ Duration = Annotated[
         "is not a time that Slurm reads; write minutes, HH:MM:SS or D-HH:MM:SS, such as 2-00:00:00",
     ),
 ]
-MemorySize = Annotated[
-    str,
-    BeforeValidator(number_as_text),
-    matching(r"\d+[KMGT]?B?", "is not a size; write a number and K, M, G or T, such as 900G; 0 is all"),
-]
-Gres = Annotated[
-    str,
-    matching(rf"{_WORD}(:{_WORD})?(:\d+)?(,{_WORD}(:{_WORD})?(:\d+)?)*", "is not a gres; write it as in gpu:8 or gpu:h100:8"),
-]
-Constraint = Annotated[
-    str, matching(r"[\w.&|*,@\[\]()-]+", "is not a constraint; join features with & or |, such as h100&ib, without blanks")
-]
-Hosts = Annotated[str, matching(r"[A-Za-z0-9][\w.,\[\]-]*", "is not a list of hosts; write it as in node01,node[07-09]")]
-Comment = Annotated[
-    str, matching(r"[\w .,:=+@/-]{1,200}", "is not a plain comment; use letters, digits, blanks and . , : = + @ / -")
-]
-Dependency = Annotated[
-    str,
-    matching(
-        r"(singleton|after(any|ok|notok|corr)?(:\d+(\+\d+)?)+)([,?](singleton|after(any|ok|notok|corr)?(:\d+(\+\d+)?)+))*",
-        "is not a dependency; write it as in afterok:1234 or singleton",
-    ),
-]
 Image = Annotated[str, matching(r"[A-Za-z0-9/][\w.:@#+/-]*", "is not an image; write a path or owner/name:tag")]
 Mount = Annotated[
     str, matching(rf"{_PATH}:{_PATH}(:[a-z,]+)?", "is not a mount; write /path/on/the/node:/path/inside, or with :ro at the end")
@@ -98,8 +74,8 @@ ParameterValue = Annotated[
     str,
     BeforeValidator(number_as_text),
     matching(
-        r"[\w.,:/@%+=\[\]-]*",
-        "contains characters that sbatch's options never need; use letters, digits and . , : / @ % + = [ ] -",
+        r"[\w.,:/@%+=\[\]()&|*?-]*|[\w .,:/@%+=\[\]-]*",
+        "is no value of sbatch; use letters, digits and . , : / @ % + = [ ] - with blanks or with ( ) & | * ?",
     ),
 ]
 VariableName = Annotated[
@@ -127,23 +103,14 @@ class SlurmSection(ManagedSection):
     kind: Literal["slurm"] = Field("slurm", description="The backend that starts the workers.")
     account: Id | None = Field(None, description="Account to charge.")
     partition: Partitions | None = Field(None, description="Partition, or several separated by commas.")
-    qos: Id | None = Field(None, description="Quality of service.")
     time: Duration = Field("1-00:00:00", description="Time limit of one job; a longer run continues in the next job.")
     gpus_per_node: Count | None = Field(
         None, description="GPUs on each node. Unset: all GPUs of a node of the partition; 0 trains on CPUs."
     )
-    gres: Gres | None = Field(None, description="Generic resources, for sites that require gpu:8 instead of gpus_per_node.")
     cpus_per_task: PositiveInt | None = Field(
         None, description="CPUs for the ranks of one node. Unset: all CPUs with cluster.exclusive, else the site's default."
     )
-    mem: MemorySize | None = Field(None, description="Main memory of each node; 0 means all.")
-    constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
-    exclude: Hosts | None = Field(None, description="Nodes that must not be used.")
-    nodelist: Hosts | None = Field(None, description="Nodes that must be used.")
     exclusive: Flag = Field(True, description="Use whole nodes, and share them with no other job.")
-    reservation: Id | None = Field(None, description="Reservation to run in.")
-    comment: Comment | None = Field(None, description="Comment that Slurm stores with the job.")
-    dependency: Dependency | None = Field(None, description="Jobs to wait for.")
     requeue: Flag = Field(True, description="Let Slurm run the job again after a lost node or a preemption.")
     signal_lead_seconds: PositiveInt = Field(
         120, description="Seconds before the time limit at which the run saves; must be enough to write a checkpoint."
@@ -166,20 +133,21 @@ class SlurmSection(ManagedSection):
     srun_args: tuple[SrunArgument, ...] = Field((), description="Additional options for srun.")
     additional_parameters: dict[ParameterName, ParameterValue] = Field(
         default_factory=dict,
-        description="Additional options for sbatch, such as {switches: 1}; use '' for options without a value.",
+        description=(
+            "Options for sbatch that have no setting, without dashes: qos, constraint, nodelist, exclude, reservation, "
+            "dependency, comment, mem, gres (for sites that require gpu:8 instead of gpus_per_node), switches and so on; use '' "
+            "for options without a value. mem is 0, all memory of a node, with cluster.exclusive."
+        ),
     )
     exclude_bad_nodes: Flag = Field(False, description="After a node fails its checks, run the job again without it.")
-    dry_run: Flag = Field(False, description="Print the batch script and submit nothing.")
 
     save_lead_setting: ClassVar[str] = "cluster.signal_lead_seconds"
     gpus_remedy: ClassVar[str] = "ask for them with cluster.gpus_per_node"
-    gpu_kind_remedy: ClassVar[str] = "ask for the planned kind with cluster.constraint or cluster.gres"
-    memory_remedy: ClassVar[str] = "ask for it with cluster.mem=0 or cluster.exclusive=true"
-    bad_node_remedy: ClassVar[str] = "set cluster.exclude_bad_nodes=true to continue without it, or name it in cluster.exclude"
-
-    @property
-    def is_dry_run(self) -> bool:
-        return self.dry_run
+    gpu_kind_remedy: ClassVar[str] = "ask for the planned kind with constraint or gres in cluster.additional_parameters"
+    memory_remedy: ClassVar[str] = "ask for it with cluster.additional_parameters.mem=0 or cluster.exclusive=true"
+    bad_node_remedy: ClassVar[str] = (
+        "set cluster.exclude_bad_nodes=true to continue without it, or name it in cluster.additional_parameters.exclude"
+    )
 
     @property
     def uses_own_python(self) -> bool:
@@ -207,8 +175,8 @@ class SlurmSection(ManagedSection):
 
     @model_validator(mode="after")
     def _consistent(self) -> SlurmSection:
-        if self.gpus_per_node and asks_for_gpus(self.gres):
-            raise ValueError("cluster.gpus_per_node and cluster.gres both ask for GPUs; set one of them")
+        if self.gpus_per_node and asks_for_gpus(self.additional_parameters.get("gres")):
+            raise ValueError("cluster.gpus_per_node and gres in cluster.additional_parameters both ask for GPUs; set one of them")
         if self.time_minutes * 60 <= self.signal_lead_seconds:
             raise ValueError(
                 "cluster.signal_lead_seconds leaves no time to train within cluster.time; lower cluster.signal_lead_seconds or "

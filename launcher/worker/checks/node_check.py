@@ -161,7 +161,7 @@ def exchange(
         host: Problem(
             f"the node did not report within {deadline_s:g} s",
             where=host,
-            remedy=f"exclude the node with cluster.exclude={host}, or look at its log",
+            remedy=f"exclude the node with cluster.additional_parameters.exclude={host}, or look at its log",
         )
         for index, host in enumerate(hosts)
         if index not in answers

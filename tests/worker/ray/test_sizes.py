@@ -16,7 +16,7 @@ BAD = ["bad", "bad", "n2", "n2"]
 
 
 def test_before_a_node_is_drained_the_run_saves_and_continues_elsewhere(make_fake: Callable[..., FakeWorkers]) -> None:
-    fake = make_fake(max_preemptions=1)
+    fake = make_fake()
     fake.draining = {"id-of-another-run"}
     fake.begin("a", "n1", "n2")
     assert fake.coordinator.beat("a", 0, None).signal is None
@@ -73,7 +73,7 @@ def test_on_another_number_of_workers_the_global_batch_is_the_same(
 
 
 def test_a_run_that_grows_is_not_charged_for_it(make_fake: Callable[..., FakeWorkers]) -> None:
-    fake = make_fake(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
+    fake = make_fake(workers=2, min_workers=1, max_infrastructure_failures=0)
     fake.begin("a", "n1")
     orders = fake.begin("b", "n1", "n2")
     assert orders[0] is not None
@@ -81,7 +81,7 @@ def test_a_run_that_grows_is_not_charged_for_it(make_fake: Callable[..., FakeWor
 
 
 def test_a_run_saves_before_it_gets_more_workers(make_fake: Callable[..., FakeWorkers]) -> None:
-    fake = make_fake(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
+    fake = make_fake(workers=2, min_workers=1, max_infrastructure_failures=0)
     assert fake.coordinator.prepare_resize() is ResizeProgress.ENDED, "there is nobody yet"
     fake.begin("a", "n1")
     run_store.update_status(fake.run, message="")

@@ -53,7 +53,7 @@ def test_an_interrupted_run_is_requeued(submitted: Callable[..., Job], fake_slur
 def test_where_a_requeue_is_refused_the_run_is_submitted_again(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of = submitted(dependency="afterok:7", exclude="n9", **settings)
+    of = submitted(additional_parameters={"dependency": "afterok:7", "exclude": "n9"}, **settings)
     of.begun()
     of.outcome("preempted")
     of.saved(40)
@@ -73,7 +73,7 @@ def test_where_a_requeue_is_refused_the_run_is_submitted_again(
     assert f"begin {of.run.attempt(2)}/plan.json" in script
     plan = run_store.load_plan(of.run)
     assert plan == LaunchPlan.load(of.run.attempt(2) / "plan.json")
-    assert plan.config.cluster.dependency == "afterany:41"
+    assert plan.config.cluster.additional_parameters["dependency"] == "afterany:41"
     assert not [name for name in fake_slurm.variables_of("sbatch") if name.startswith(("SBATCH_", "SLURM"))]
     assert os.environ["SBATCH_PARTITION"] == "elsewhere"
     assert of.status.state == "pending"
@@ -93,7 +93,7 @@ def test_the_error_of_sbatch_is_in_the_status(submitted: Callable[..., Job], fak
 def test_a_bad_node_is_excluded_from_the_next_start(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, exclude: str | None
 ) -> None:
-    of = submitted(exclude_bad_nodes=True, exclude=exclude)
+    of = submitted(exclude_bad_nodes=True, additional_parameters={"exclude": exclude} if exclude else {})
     of.begun()
     of.bad_node()
     assert of.conclude() == 0
@@ -109,7 +109,7 @@ def test_a_bad_node_is_excluded_from_the_next_start(
 def test_a_bad_node_is_not_excluded_after_a_newer_checkpoint(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, exclude: str | None
 ) -> None:
-    of = submitted(exclude_bad_nodes=True, exclude=exclude)
+    of = submitted(exclude_bad_nodes=True, additional_parameters={"exclude": exclude} if exclude else {})
     of.begun()
     of.outcome("preempted")
     details = slurm_said.job().replace("ExcNodeList=(null)", "ExcNodeList=n[2,9]")
@@ -213,7 +213,7 @@ def test_a_user_error_is_not_requeued(submitted: Callable[..., Job], fake_slurm:
 
 
 def test_budgets_count_from_the_last_start_by_a_person(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
-    of = submitted(max_failures=2, max_no_progress=100)
+    of = submitted(max_failures=2)
     of.ended(1, "failure")
     of.ended(2, "failure", automatic=True)
     of.ended(3, "failure", automatic=False)

@@ -1,0 +1,120 @@
+"""The wording of messages: tests/golden/messages.txt shows about 50 mistakes, each with the command that makes it.
+
+LAUNCHER_WRITE_GOLDEN=1 writes the file again. Other tests assert the class of an error and where it points.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.cli.main import main
+from launcher.config.compose import conf_dir
+from launcher.plan.run_dir import RunDir
+
+FILES = {
+    "mine.yaml": "model: qwen3_9b\nlearning_rate: 1e-5\noptim:\n  lr: fast\n  epz: 1\ntrain: 5\ndefaults: [x]\noptim.eps: 3\n",
+    "twice.yaml": "optim:\n  lr: 1\n  lr: 2\n",
+    "half.yaml": "optim: [1\n",
+    "list.yaml": "- optim\n",
+    "nothing.yaml": "# nothing\n",
+    "other.yaml": "cluster: {partition: x}\nrun: {name: 5}\ndata: {base: jsonl}\n",
+    "rows.jsonl": '{"text": "good"}\n{"text": bad}\n',
+    "empty.jsonl": "",
+    "conf/experiment/mine.yaml": "# @package _global_\ndefaults:\n  - /model: tiny\n",
+}
+# One command a line; the paragraphs are settings, a run's file, data and model, verbs, and runs.
+COMMANDS = """\
+plan train.max_stepz=3
+plan learning_rate=1e-4 warmup_ratio=0.03 lora_r=8 qqq=1
+plan model=tniy
+plan model=Qwen/Qwen3-8B
+plan cluster.partition=main cluster.kind=slrum
+plan optim.lr=0 optim.betas=[0.9,1.5] model.dtype=bf61 run.seed=x eval.sample=yes
+plan run.name=12 run.root=~/runs
+plan optim.betas=0.9,0.95
+plan data.sources=[{name:a}]
+plan train.max_steps=5 train.epochs=1
+plan run.name=${nope}
+plan tracking.password=hunter2
+plan deepspeed.extra.bf16.enabled=false
+plan -m run.name=one optim.lr=1e-5,2e-5
+plan --max-steps 4 --jsn word
+plan data=jsonl
+plan --config-dir conf experiment=mine
+plan --config-dir nowhere
++cluster=slurm cluster.setup=['echo $HOME'] cluster.additional_parameters.qos='a;b'
+
+plan mine.yaml
+plan twice.yaml
+plan half.yaml
+plan list.yaml
+plan nothing.yaml
+plan other.yaml
+plan mien.yaml
+plan mine.yaml half.yaml
+plan rows.jsonl
+
+plan data.path=nowhere.jsonl model.path=./no_model
+plan data.path=empty.jsonl
+plan model.path=.
+plan model.path=package:no_such_module/weights.gguf
+plan model=tiny train.global_batch_size=7 cluster.gpu_type=H10 deepspeed.hpz_partition_size=3
+
+paln model=tiny
+stop demo
+plan model=tiny data
+plan demo
+status
+status demo --wach
+export demo --dtype bf61
+
+status dem
+status conf
+status demo --root elsewhere
+status runs/demo/plan.json
+logs demo --attempt 3
+logs demo --rank 2
+cancel demo
+resume demo --step 7
+resume demo --step x
+resume demo model=qwen3_8b train.max_stepz=1
+export demo --step 7
+checkpoints demo --step 3
+ls --root runs/demo
+ls oci://bucket/runs
+config demo optim.lrr=1
+diff demo nothing
+"""
+
+
+def test_messages_are_those_of_the_catalogue(
+    run: RunDir,
+    golden: Callable[[str, str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
+    for name, text in FILES.items():
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    shown = []
+    for line in COMMANDS.splitlines():
+        if not line:
+            continue
+        assert main(shlex.split(line)) == 2, line
+        out, err = capsys.readouterr()
+        assert out == "", line
+        assert "Traceback" not in err
+        shown.append(f"$ launcher {line}\n{err}")
+    text = "\n".join(shown).replace(str(conf_dir()), "CONF").replace(str(tmp_path), "DIR")
+    assert "hunter2" not in text.replace("password=hunter2", "")
+    # Names of options and commands are added often.
+    text = re.sub(r"(choose one of|the sections are|commands are|these are accepted|in this section are): .*", r"\1: ...", text)
+    golden("messages.txt", text)
