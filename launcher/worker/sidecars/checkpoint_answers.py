@@ -117,11 +117,12 @@ class CheckpointAnswers:
         with suppress(OSError, LauncherError):
             self._list_steps()
         left = {**dict.fromkeys(self._waiting, ""), **self._jobs, **self._failures}
-        steps = [f"step {step}{left[step] and f' ({left[step]})'}" for step in sorted(left) if self._verdict(step) is None]
-        if steps:
-            command = launcher_command("evaluate", self._run.root, "--step", "STEP")
-            again = "" if is_complete else "a resumed run continues with them; "
-            text = f"no answers yet: {', '.join(steps)}; {again}answer them with: {command}"
+        left = {step: reason for step, reason in sorted(left.items()) if self._verdict(step) is None}
+        if left:
+            text = f"no answers yet: {', '.join(f'step {step}' + (reason and f' ({reason})') for step, reason in left.items())}"
+            if any(reason != _REMOVED for reason in left.values()):
+                again = "" if is_complete else "a resumed run continues with them; "
+                text += f"; {again}answer them with: {launcher_command('evaluate', self._run.root, '--step', 'STEP')}"
             self._event("alert" if is_complete and self._failures else EVENT, text)
 
     @property
