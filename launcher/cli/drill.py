@@ -140,8 +140,6 @@ def _shorten(config: RunConfig, overrides: Sequence[str], arguments: argparse.Na
     user_keys |= {"train.max_steps"} if "train.epochs" in user_keys else set()
     user_keys |= {"tracking.kind"} if any(key.startswith("tracking") for key in user_keys) else set()
     values = config.model_dump(mode="json")
-    # The report needs every step in the metrics.
-    values["train"]["log_every"] = 1
     for key, value in drill_settings.items():
         if key not in user_keys:
             section, _, name = key.partition(".")

@@ -23,7 +23,7 @@ def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": f" {i + 1}"}) + "\n" for i in range(8)))
     settings = [f"model.path={folder}", "model.name=mine", "data=jsonl", f"data.path={rows}", "tracking=none"]
-    settings += [f"run.root={tmp_path / 'runs'}", "train.max_steps=2"]
+    settings += [f"run.root={tmp_path / 'runs'}", "train.max_steps=2", "data.max_length=64"]
     cache = tmp_path / "cache"
     refusal = (
         "model.path: the weight files lack 2 tensors of the model: lm_head.weight, model.layers.1.mlp.up_proj.weight\n"

@@ -150,7 +150,7 @@ def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
         ("defaults:\n  - override /model: nope\n", "model=nope", "3"),
         ("defaults:\n  - /model: tiny\n", "model", "3"),
         ("defaults: tiny\n", "defaults", "2"),
-        ("train:\n  log_every: 1\n  max_steps: ${nope(}\n", "", "4"),
+        ("train:\n  grad_clip: 1\n  max_steps: ${nope(}\n", "", "4"),
         ("train:\n  max_steps: ${nope.x}\n", "train.max_steps", "3"),
         ("hydra:\n  verbose: false\n  run: 3\n", "RunDir", "4"),
         ("- 1\n", "", "2"),
