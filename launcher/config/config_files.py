@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launcher.config.origin import short
+from launcher.config.origin import Origins, nodes, short
 from launcher.errors import Problem, causes
 from launcher.security.redaction import looks_secret
+
+
+def missing_keys(origins: Origins) -> list[str]:
+    """Return the keys that the last file to set them leaves as `???`: Hydra keeps the value of an earlier file."""
+    keys = []
+    for file, prefix in origins.files():
+        text = file.read_text()
+        for key, line, value in nodes(text) if "???" in text else ():
+            full = ".".join(filter(None, (prefix, key)))
+            if value == "???" and origins.written_at(full) == f"{short(file)}:{line}":
+                keys.append(full)
+    return keys
 
 
 def yaml_problems(error: BaseException) -> list[Problem]:

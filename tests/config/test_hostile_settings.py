@@ -160,11 +160,11 @@ def test_references_within_each_other_are_refused_with_their_line(
     """The nesting is deeper than the reference parser can recurse."""
     deep = "${a:'" * 3000
     problems = refused(*shared(f'run:\n  name: "{deep}"\n'))
-    assert problems[0].message.endswith("a reference in this value is not written as Hydra reads it")
+    assert "a reference in this value is not written as Hydra reads it" in problems[0].message
     assert problems[0].where.endswith(":3")
 
 
 @pytest.mark.parametrize("written", [("--experimental-rerun", "job.pickle"), ("--experimental-rerun=job.pickle",)])
 def test_a_pickled_job_of_hydra_is_not_loaded(refused: Refused, tmp_path: Path, written: tuple[str, ...]) -> None:
     (problem,) = refused(*written)
-    assert problem.message == "--experimental-rerun: Hydra would load a pickle, which can run code"
+    assert problem.message == "there is no flag --experimental-rerun"

@@ -32,7 +32,7 @@ def composable(content: FileContent | None) -> Iterator[list[str]]:
     store = ConfigStore.instance()
     try:
         store.store(group=RUN_FILE_GROUP, name=_OPTION, node=content.for_hydra(), package="_global_")
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         reason = redact(str(error).splitlines()[0])
         remedy = "write keys as texts, and a reference as ${section.name}"
         where = f"{short(content.file.path)}:{broken_reference(content.file.path) or 1}"
