@@ -47,7 +47,12 @@ def test_the_plan_shows_the_script(site: Run, nothing_made: Callable[[], bool], 
     assert "#SBATCH" not in (hidden := site("plan", *settings).stdout)
     assert "plan --script shows what the scheduler gets (" in hidden
     done = site(
-        "plan", "--script", "run.name=shown", "cluster.nodes=2", "cluster.account=research", "cluster.modules=[cuda/12.8]"
+        "plan",
+        "--script",
+        "run.name=shown",
+        "cluster.nodes=2",
+        "cluster.account=research",
+        "cluster.setup=[module load cuda/12.8]",
     )
     assert (done.returncode, done.stderr) == (0, "")
     script = script_of(done.stdout)

@@ -70,7 +70,7 @@ def test_every_node_of_the_allocation_reports_and_one_that_sees_other_storage_co
     assert report["here"][0]["name"] == "Slurm"
     assert "nodes in service" in report["here"][0]["seen"]
     assert [(result["verdict"], result["seen"]) for result in report["here"] if result["name"] == "setup"] == [
-        ("warning", "a command of cluster.modules or cluster.setup failed: ls /missing")
+        ("warning", "a command of cluster.setup failed: ls /missing")
     ]
     for name, node in report["nodes"].items():
         verdicts = {result["name"]: result["verdict"] for result in node["results"]}

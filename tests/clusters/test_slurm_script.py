@@ -34,8 +34,13 @@ EVERYTHING: dict[str, Any] = {
     "cpus_per_task": 96,
     "exclusive": True,
     "signal_lead_seconds": 300,
-    "modules": ["cuda/12.8", "gcc/13.2.0"],
-    "setup": ["source /opt/site/env.sh", "ulimit -l unlimited", "export SITE=a:b"],
+    "setup": [
+        "module load cuda/12.8",
+        "module load gcc/13.2.0",
+        "source /opt/site/env.sh",
+        "ulimit -l unlimited",
+        "export SITE=a:b",
+    ],
     "env": {"NCCL_IB_HCA": "^mlx5_0,mlx5_1", "OMP_NUM_THREADS": 12},
     "srun_args": ["--mpi=none", "--cpu-freq=high"],
     "additional_parameters": {

@@ -17,7 +17,7 @@ from launcher.clusters.storage import existing_folder
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
 
-# Prefix of the line that reports a failed command of cluster.modules or cluster.setup.
+# Prefix of the line that reports a failed command of cluster.setup.
 FAILED = "launcher-setup: this command failed: "
 _CANCEL_PATIENCE_S = 10.0
 # What salloc prints if all is well.
@@ -60,7 +60,7 @@ def node_script(
     folders: Sequence[Path],
     flags: Sequence[str],
 ) -> str:
-    """Return the script that salloc starts: it runs the settings' modules and commands, and a task on each node.
+    """Return the script that salloc starts: it runs the settings' commands, and a task on each node.
 
     `module` is a Python module and its arguments, `flags` are srun's flags, `folders` are the folders that a container needs.
     """

@@ -66,7 +66,7 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
             reader.read(started.lines(deadline))
             if (num_missing := section.nodes - len(reader.reports)) <= 0:
                 remedy = "run it on a node by hand; correct or remove it in the settings"
-                seen = "a command of cluster.modules or cluster.setup failed: "
+                seen = "a command of cluster.setup failed: "
                 return [
                     CheckResult("setup", WARNING, seen + line.removeprefix(allocation.FAILED).strip(), remedy)
                     for line in started.errors

@@ -201,8 +201,8 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
 
 
 def setup_commands(section: SlurmSection) -> list[str]:
-    """Return the script lines that load the settings' modules and run their commands."""
-    return [shlex.join(words) for words in (*(["module", "load", m] for m in section.modules), *map(str.split, section.setup))]
+    """Return the script lines that run the settings' commands."""
+    return [shlex.join(words) for words in map(str.split, section.setup)]
 
 
 def _teardown(plan_path: Path) -> list[str]:

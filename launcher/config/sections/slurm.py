@@ -22,7 +22,6 @@ OWN_SBATCH_PARAMETERS = re.split(
 )
 
 _WORD = r"[A-Za-z0-9][\w.@+-]*"
-_MODULE = r"[A-Za-z0-9][\w.+/-]*"
 _PATH = r"/[\w.+@/-]*"
 # Words that a shell does not run as commands.
 _RESERVED_WORD = "case|coproc|do|done|elif|else|esac|fi|for|function|if|select|then|until|while"
@@ -58,7 +57,6 @@ Image = Annotated[str, matching(r"[A-Za-z0-9/][\w.:@#+/-]*", "is not an image; w
 Mount = Annotated[
     str, matching(rf"{_PATH}:{_PATH}(:[a-z,]+)?", "is not a mount; write /path/on/the/node:/path/inside, or with :ro at the end")
 ]
-Module = Annotated[str, matching(_MODULE, "is not a module; write it as in cuda/12.8")]
 Command = Annotated[
     str,
     matching(
@@ -115,9 +113,12 @@ class SlurmSection(ManagedSection):
     signal_lead_seconds: PositiveInt = Field(
         120, description="Seconds before the time limit at which the run saves; must be enough to write a checkpoint."
     )
-    modules: tuple[Module, ...] = Field((), description="Environment modules to load, in this order.")
     setup: tuple[Command, ...] = Field(
-        (), description="Commands to run before the launcher starts, each one plain command without variables, pipes or quotes."
+        (),
+        description=(
+            "Commands to run before the launcher starts, such as `module load cuda/12.8`, each one plain command without "
+            "variables, pipes or quotes."
+        ),
     )
     env: dict[VariableName, VariableValue] = Field(
         default_factory=dict, description="Environment variables of the job, such as NCCL_IB_HCA. Never secrets."
