@@ -178,10 +178,8 @@ def _entries(shared: bool) -> Iterator[CacheEntry]:
     for kind, folder in folders:
         # Another user may have put a link among the folders of groups.
         for path in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():
-            key = path.name.removesuffix(".partial").removesuffix(".texts.json")
-            # The texts of a data cache go with it.
-            has_owner = path.name.endswith(".texts.json") and (folder / key).is_dir()
-            if path.name.endswith((".lock", ".lock.json")) or has_owner:
+            key = path.name.removesuffix(".partial")
+            if path.name.endswith((".lock", ".lock.json")):
                 continue
             if kind == "data":
                 lock = folder / (f"{key}.lock" if folder not in groups else f"{key}-{os.geteuid()}.lock")
@@ -245,7 +243,7 @@ def _remove(entry: CacheEntry) -> list[str]:
     if _is_locked(entry.lock):
         return [f"{entry.path}: another process began to build it"]
     try:
-        return remove_path(Path(f"{entry.path}.texts.json")) + remove_path(Path(entry.path))
+        return remove_path(Path(entry.path))
     except OSError as error:
         return [f"{error.filename or entry.path}: {error.strerror or error}"]
 

@@ -32,13 +32,19 @@ def run(verb: str, tokens: list[str]) -> int:
     arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     owners.require_run(run_dir.root)
-    around = _steps_around(run_dir, arguments.step)
-    plan_path = _plan_of_attempt(run_dir, around[1]["attempt"])
-    options = [str(arguments.step), *(["--no-scores"] if arguments.no_scores else [])]
+    near, line = _steps_around(run_dir, arguments.step)
+    # A resume may have changed settings before the attempt.
+    changed = [path for path in run_store.changed_plan_paths(run_dir) if int(path.parent.name) <= line["attempt"]]
+    options = ["--rows-of", str(arguments.step), *(["--no-scores"] if arguments.no_scores else [])]
     if not arguments.no_scores:
         print(f"computing the losses of the rows of step {arguments.step}, for which the model is loaded", file=sys.stderr)
-    report = run_scoring("launcher.worker.scoring.step", plan_path, *options)
-    report |= {"run": run_dir.root.name, "steps": around[0], "events": _events_near(run_dir, around[1]["time"])}
+    report = run_scoring("launcher.worker.scoring.documents_report", [run_dir.plan, *changed][-1], *options)
+    events = [
+        {key: event.get(key) for key in ("time", "attempt", "step", "kind", "text")}
+        for event in read_events(run_dir.events)
+        if event.get("kind") == _ALERT and abs(event.get("time", 0.0) - line["time"]) <= _NEAR_S
+    ]
+    report |= {"run": run_dir.root.name, "steps": near, "events": events}
     print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report)))
     return 0
 
@@ -79,22 +85,6 @@ def _steps_around(run: RunDir, step: int) -> tuple[list[dict[str, Any]], dict[st
     return near, line
 
 
-def _plan_of_attempt(run: RunDir, attempt: int) -> Path:
-    """Return the path of the plan that an attempt ran: a resume may have changed settings before it."""
-    changed = [path for path in run_store.changed_plan_paths(run) if int(path.parent.name) <= attempt]
-    return [run.plan, *changed][-1]
-
-
-def _events_near(run: RunDir, at: float) -> list[dict[str, Any]]:
-    """Return alerts, faults and restarts near a time."""
-    near = [event for event in read_events(run.events) if abs(event.get("time", 0.0) - at) <= _NEAR_S]
-    return [
-        {key: event.get(key) for key in ("time", "attempt", "step", "kind", "text")}
-        for event in near
-        if event.get("kind") == _ALERT
-    ]
-
-
 def _lines(report: dict[str, Any]) -> list[str]:
     num_documents = sum(len(row["documents"]) for row in report["rows"])
     heading = f"step {report['step']} of {report['run']}: {num_documents:,} documents in {len(report['rows']):,} rows"
@@ -131,7 +121,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
 def _cells(row: int, document: dict[str, Any], num_chars: int) -> tuple[str, ...]:
     answer = printable(" ".join(document["answer"].split()))
     return (
-        printable(document["where"] or f"document {document['document']}"),
+        printable(document["where"]),
         printable(document["source"]),
         f"{row}",
         f"{document['trained_tokens']:,}",

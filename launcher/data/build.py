@@ -15,7 +15,6 @@ from launcher.data.cache import cache_store
 from launcher.data.cache.keys import cache_key
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, read_corpus
-from launcher.data.held_out_limit import limit_held_out
 from launcher.data.selection import NothingLeft, Selection, select_documents
 from launcher.data.sources import origins
 from launcher.data.sources.eval_set import make_set_data, name_set, nothing_to_score
@@ -40,17 +39,9 @@ def build(
         raise DataError(problems)
     if (facts := cache_store.find_built(data, tokenizer_path)) is not None:
         return facts
-    full, limit = None, data.eval_max_rows
-    if limit is not None:
-        # Any number of held-out rows is then a selection from the full set.
-        full = build(data.model_copy(update={"eval_max_rows": None}), tokenizer_path, on_progress, num_embeddings)
-        if full.num_eval_rows <= limit:
-            return full
     key = cache_key(data, tokenizer_path)
     with cache_store.building(key, data.cache_group) as folder:
-        if folder is not None and full is not None and limit is not None:
-            limit_held_out(folder, full, limit)
-        elif folder is not None:
+        if folder is not None:
             _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None), num_embeddings)
         if folder is not None and cache_key(data, tokenizer_path) != key:
             # The key describes the bytes before the change.
@@ -58,13 +49,8 @@ def build(
             raise DataError(Problem(message, where, remedy="try again when no program is writing to it, or pin its revision"))
     facts = cache_store.find(key, data.cache_group)
     if facts is None:
-        raise DataError(
-            Problem(
-                "the data cache is missing or damaged right after it was built",
-                str(cache_store.cache_dir(key, data.cache_group)),
-                remedy="try again",
-            )
-        )
+        where = str(cache_store.cache_dir(key, data.cache_group))
+        raise DataError(Problem("the data cache is missing or damaged right after it was built", where, remedy="try again"))
     return facts
 
 
@@ -108,12 +94,10 @@ def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None
     row_problems, others = corpus.problems.refused(data.checks).to_list(), [id_problem] if id_problem else []
     try:
         selection = select_documents(corpus, data)
-    except NothingLeft as error:
-        # With the rows that cannot be used, something might be left.
-        if row_problems or others:
-            raise DataError([*(row_problems or error.problems), *others]) from error
-        raise
     except DataError as error:
+        if isinstance(error, NothingLeft) and not row_problems and not others:
+            raise
+        # With the rows that cannot be used, something might be left.
         raise DataError([*(row_problems or error.problems), *others]) from error
     if row_problems:
         raise DataError([*row_problems, *others, *findings.problems(selection.findings, data.checks)])

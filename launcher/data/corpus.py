@@ -104,7 +104,7 @@ def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.Token
     for batch in _encode(data, tokenizer_path, problems, bad_rows):
         spool.add(batch.tokens, batch.trained)
         max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
-        unread_keys[batch.source].add(batch.unread_keys)
+        unread_keys[batch.source].update(batch.unread_keys)
         completions[batch.source] += (batch.num_completions, batch.num_written_as_chat)
         hits += [(num_docs + i, hit) for i, hit in batch.hits]
         for held_out, candidates in prompts.items():
@@ -119,8 +119,7 @@ def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.Token
     if not docs:
         raise DataError(problems.to_list())
     table = _concatenate(docs)
-    if data.split_by == "prompt":
-        table = replace(table, held_out=_divide_common_prompts(table, data.eval_fraction))
+    table = replace(table, held_out=_divide_common_prompts(table, data.eval_fraction))
     chosen = [prompt for prompt in (*prompts[True], *prompts[False]) if table.held_out[prompt.doc]]
     return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions, problems, bad_rows)
 
@@ -142,6 +141,7 @@ def _encode(data: DataSection, tokenizer_path: str, problems: RowProblems, bad_r
     for encoded in parallel.encode(_list_tasks(data, problems), data, tokenizer_path):
         problems.merge(encoded.problems)
         bad_rows[encoded.source] += encoded.problems.num_rows
+        problems.num_usable += sum(len(batch.docs.wheres) for batch in encoded.batches)
         yield from encoded.batches
         if problems.refused(data.checks).is_full:
             return

@@ -5,7 +5,8 @@ No torch, no transformers: the submit side imports this module.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ from launcher.data.cache import cache_store
 from launcher.data.cache.split import Split
 from launcher.data.checks import findings, patterns
 from launcher.data.row_order import RowOrder
-from launcher.data.texts import DecodedTexts
 from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import DataFacts
 
-NUM_QUANTILES = 41
+Decode = Callable[[list[int]], str]
+
 _DOCS_AT_ONCE = 1 << 16
 # Quantiles of the document lengths to show if no rows are requested: short enough to read, but not the shortest.
 _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
@@ -29,7 +30,7 @@ _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 def report(
     facts: DataFacts,
     data: DataSection,
-    texts: DecodedTexts,
+    decode: Decode,
     train: TrainSection,
     seed: int,
     stop_ids: Sequence[int],
@@ -39,15 +40,15 @@ def report(
     """Return the counts of a cache, its findings under `data.checks`, and decoded rows of the training split, for JSON.
 
     Fractions are 0 to 1, lengths are in tokens. `length_histogram` counts documents per bin of up to `max_tokens` tokens.
-    `length_quantiles` are at even steps from the shortest to the longest. `padding_frac` is the share of padding in the
+    `padding_frac` is the share of padding in the
     micro-batches of the first epoch in the order of `seed`, see `_padding`. `row_tokens` is the longest row. `turn_ends` are the
     tokens that end trained turns; `stops` is true for those in `stop_ids`, at which the model stops generating. `shown` has
     `num_shown` evenly spaced rows, or three documents of medium length if that is 0, with keys, passwords, e-mail addresses and
-    telephone numbers redacted. `eval_sets` are the caches of eval.sets by name.
+    telephone numbers redacted. `eval_sets` are the caches of eval.sets by name. `decode` returns the text of token ids, with
+    special tokens.
 
     Raises:
         DataError: if any block of the cache is damaged.
-        TextsMissing: if `texts` cannot decode a row.
     """
     split, held_out = Split.open(facts), Split.open(facts, held_out=True)
     for opened in (split, held_out):
@@ -61,11 +62,10 @@ def report(
     held_out_numbers, held_out_by_source = _count_split(held_out, len(counts))
     return {
         "cache_dir": facts.cache_dir,
-        "cache_bytes": cache_store.num_bytes(facts.cache_dir),
+        "cache_bytes": sum(cache_store.read_meta(facts.cache_dir)["files"].values()),
         "max_length": data.max_length,
         "row_tokens": int(np.diff(split.rows).max(initial=0)),
         "packing": data.packing,
-        "group_by_length": data.group_by_length,
         "padded_rows": padded_rows,
         "padding_is_most": bool(padded_rows) and train.micro_batch_size is None,
         **train_numbers,
@@ -85,8 +85,8 @@ def report(
         "findings": [one.to_json() for one in judged],
         "refused": any(one.fatal for one in judged),
         "eval_sets": [_describe_eval_set(name, one) for name, one in (eval_sets or {}).items()],
-        "turn_ends": [{"id": i, "token": texts.token(i), "stops": i in stop_ids} for i in facts.turn_end_ids],
-        "shown": _shown(split, [source["name"] for source in counts], texts, num_shown),
+        "turn_ends": [{"id": i, "token": decode([i]), "stops": i in stop_ids} for i in facts.turn_end_ids],
+        "shown": _shown(split, [source["name"] for source in counts], decode, num_shown),
     }
 
 
@@ -108,8 +108,7 @@ def _report_sources(
     """Return the numbers of each source; `counts` are those that the build recorded, `padding` is float [sources].
 
     `epochs` is the number of passes in one epoch of the run. `unused_documents` are the documents that the mixture leaves out
-    because of the settings in `limited_by`. `is_read` is false for a source of weight 0. `built_from` is the source's path when
-    the cache was built; files and examples are named by it.
+    because of the settings in `limited_by`. `is_read` is false for a source of weight 0.
     """
     paths = [source.path for source in data.sources] + [data.eval_path or ""] * (len(counts) - len(data.sources))
     # The file of data.eval_path comes after the sources and has no training rows.
@@ -124,7 +123,6 @@ def _report_sources(
             "unused_documents": recorded["unused"],
             "limited_by": _limits(data.sources[i]) if i < len(data.sources) else [],
             "path": path,
-            "built_from": recorded["path"],
             "is_read": i >= len(data.sources) or data.sources[i].is_read,
             **{key: recorded[key] for key in (*_ORIGIN, *_UNREAD, *_COMPLETIONS)},
             **{key: recorded[name] for key, name in _COUNTED.items()},
@@ -180,8 +178,7 @@ def _padding(split: Split, data: DataSection, train: TrainSection, seed: int, pa
     lengths = np.diff(split.rows)
     if not padded_rows:
         return np.asarray(lengths.max(initial=0) - lengths)
-    grouped = lengths if data.group_by_length else None
-    order = RowOrder(split.num_rows, seed, grouped, train.global_batch_size).at(0, split.num_rows)
+    order = RowOrder(split.num_rows, seed, lengths, train.global_batch_size).at(0, split.num_rows)
     starts = np.arange(0, split.num_rows, padded_rows)
     widths = np.maximum.reduceat(lengths[order], starts)
     padding = np.empty_like(lengths)
@@ -222,7 +219,6 @@ def _numbers(lengths: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
         "trained_frac": int(trained.sum()) / max(1, tokens),
         "document_tokens": _spread(lengths),
         "length_histogram": _histogram(lengths),
-        "length_quantiles": np.quantile(lengths, np.linspace(0, 1, NUM_QUANTILES)).astype(int).tolist() if len(lengths) else [],
     }
 
 
@@ -242,7 +238,7 @@ def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     return [{"max_tokens": 1 << e, "documents": int(counts[e])} for e in range(exponents.min(), len(counts))]
 
 
-def _shown(split: Split, names: list[str], texts: DecodedTexts, num_rows: int) -> list[dict[str, Any]]:
+def _shown(split: Split, names: list[str], decode: Decode, num_rows: int) -> list[dict[str, Any]]:
     """Return rows, or single documents, each as documents of trained and untrained parts."""
     if num_rows:
         rows = np.unique(np.linspace(0, split.num_rows - 1, num_rows).round().astype(int)).tolist()
@@ -255,16 +251,22 @@ def _shown(split: Split, names: list[str], texts: DecodedTexts, num_rows: int) -
         {
             "row": row,
             "whole": bool(num_rows),
-            "documents": [_document(split, doc, names, texts) for doc in range(first, last)],
+            "documents": [_document(split, doc, names, decode) for doc in range(first, last)],
         }
         for row, first, last in spans
     ]
 
 
-def _document(split: Split, doc: int, names: list[str], texts: DecodedTexts) -> dict[str, Any]:
+def _document(split: Split, doc: int, names: list[str], decode: Decode) -> dict[str, Any]:
     span = slice(split.docs[doc], split.docs[doc + 1])
     tokens, trained = split.tokens[span], split.trained[span]
     offsets = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
-    redacted = patterns.redact(texts.document(doc, tokens, offsets))
+    # Some tokenizers drop the first space of a text, so each part is decoded after the token before it.
+    begins = [max(0, start - 1) for start in offsets]
+    texts = [
+        decode(tokens[before:end].tolist())[len(decode(tokens[before:start].tolist())) :]
+        for before, (start, end) in zip(begins, itertools.pairwise(offsets), strict=False)
+    ]
+    redacted = patterns.redact(texts)
     parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(offsets, redacted, strict=False)]
     return {"source": names[split.doc_source[doc]], "tokens": len(tokens), "parts": parts}

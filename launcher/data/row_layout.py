@@ -80,8 +80,11 @@ def layout_training(
 
 
 def layout_held_out(lengths: np.ndarray, selected: np.ndarray, data: DataSection) -> RowLayout:
-    """Return rows that hold each of the documents `selected` once."""
-    return _pack(lengths, selected, data)
+    """Return rows that hold each of the documents `selected` once; at most data.eval_max_rows of them, evenly spaced."""
+    layout = _pack(lengths, selected, data)
+    rows = packing.choose_evenly(layout.num_rows, data.eval_max_rows)
+    order = np.concatenate([selected[:0], *(layout.order[slice(*layout.starts[row : row + 2])] for row in rows)])
+    return RowLayout(order, _starts(np.diff(layout.starts)[rows]))
 
 
 def _pack(lengths: np.ndarray, indices: np.ndarray, data: DataSection) -> RowLayout:
@@ -135,7 +138,7 @@ def write(
 def write_documents(
     folder: Path, tokens: np.ndarray, trained: np.ndarray, lengths: np.ndarray, sources: np.ndarray, data: DataSection
 ) -> tuple[DataFacts, np.ndarray]:
-    """Write documents that are not part of a run's data as a split into `folder`, to be scored.
+    """Write documents of a run's data in another form as a split into `folder`, to be scored.
 
     `tokens` and `trained` are those of all documents, one after the other. Returns the facts of the split, whose counts are 0,
     and the indices of the documents in the order of the split.

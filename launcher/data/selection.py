@@ -56,7 +56,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
         if (checks.held_out_in_train == "drop") == are_dropped:
             leaks += overlap.find_leaks(docs.contents, training, held_out)
         if (checks.near_held_out_in_train == "drop") == are_dropped:
-            leaks += overlap.find_near_leaks(docs.contents, docs.signatures, training, held_out, checks)
+            leaks += overlap.find_near_leaks(docs.contents, docs.signatures, training, held_out, are_dropped)
         if (checks.held_out_prompt_in_train == "drop") == are_dropped:
             leaks += overlap.find_prompt_leaks(docs.contents, docs.prompts, docs.prompt_forms, training, held_out)
         return leaks
@@ -66,7 +66,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     # Of several copies, keep the first in this order: the one in the source of which the mixture takes the largest share.
     shares = np.asarray(mixture.compute_shares(data.sources, num_tokens.tolist()))
     training = training[np.argsort(-shares[docs.source[training]], kind="stable")]
-    hits += overlap.find_duplicates(docs.contents, docs.tasks, docs.signatures, training, checks)
+    hits += overlap.find_duplicates(docs.contents, docs.tasks, docs.signatures, training)
     # The mixture replaces dropped documents by others of the source, so compare all of them, not only those in rows.
     hits += find_leaks(training, are_dropped=True)
     is_dropped = is_excluded | summary.select_dropped(hits, corpus.num_docs, checks)
@@ -87,7 +87,7 @@ def _collect_findings(
     trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
     used = np.bincount(pieces.doc[order], minlength=corpus.num_docs) > 0
     columns = (docs.wheres, docs.source, list_names(data), docs.held_out, docs.num_tokens, docs.is_text, trained, used)
-    of_documents = summary.collect_findings(hits, summary.CheckedDocuments(*columns), data.checks)
+    of_documents = summary.collect_findings(hits, summary.CheckedDocuments(*columns))
     if data.checks.bad_rows == "drop" and corpus.bad_rows.any():
         num_docs = np.bincount(docs.source, minlength=len(corpus.bad_rows))
         bad = summary.make_bad_rows(corpus.problems.examples(), corpus.bad_rows, num_docs, list_names(data))

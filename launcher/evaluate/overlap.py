@@ -73,7 +73,7 @@ def _compare(
 ) -> TrainingOverlap:
     data = plan.config.data
     questions = [question for one in sets for question in one.questions]
-    prompts = _Prompts(questions, data.checks.near_duplicate_threshold)
+    prompts = _Prompts(questions)
     candidates: list[tuple[int, float, Document]] = []
     documents = read_documents(data.sources, encoder, data.checks)
     first_documents = islice(documents, max_documents)
@@ -92,7 +92,7 @@ def _compare(
 class _Prompts:
     """The prompts of questions, for comparison with the prompts of documents."""
 
-    def __init__(self, questions: Sequence[EvalQuestion], threshold: float) -> None:
+    def __init__(self, questions: Sequence[EvalQuestion]) -> None:
         texts = [_prompt_text(question) for question in questions]
         self._num_equal, self._num_similar = Counter[bytes](), Counter[int]()
         self._by_text: dict[bytes, list[int]] = {}
@@ -101,7 +101,6 @@ class _Prompts:
         rows = minhash.compute_signatures(texts)
         self._signed = [i for i, row in enumerate(rows) if row is not None]
         self._slots = np.stack([row for row in rows if row is not None]) if self._signed else None
-        self._threshold = threshold
 
     def find(self, documents: Sequence[Document], system: str | None) -> Iterator[tuple[int, float, int]]:
         """Yield the question, the similarity and the index of each document with an equal or a similar prompt.
@@ -130,7 +129,7 @@ class _Prompts:
                     similar.append((i, min(share, 0.99), asked[signed[number]][0]))
 
         slots = np.stack([row for row in rows if row is not None])
-        minhash.find_near_pairs_between(self._slots, slots, self._threshold, minhash.REACH, add)
+        minhash.find_near_pairs_between(self._slots, slots, minhash.REACH, add)
         yield from similar
 
 

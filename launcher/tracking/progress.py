@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TextIO
 
@@ -152,9 +152,10 @@ def show_waiting(activity: str) -> Iterator[None]:
 def show_documents(noun: str = "documents") -> Iterator[Callable[[str, int, int], None]]:
     """Show the progress of a data build's stages on standard error; yields a function of stage, documents done, and total.
 
-    `noun` names what is counted.
+    `noun` names what is counted. Until the first count is shown, it shows how long the preparation has been working.
     """
-    with live_line() as (say, make_pace):
+    with live_line() as (say, make_pace), ExitStack() as preparation:
+        preparation.enter_context(say_that_it_works("preparing", say, make_pace()))
         paces: dict[str, Pace] = {}
         first_counts: dict[str, int] = {}
         ended: set[str] = set()
@@ -168,6 +169,7 @@ def show_documents(noun: str = "documents") -> Iterator[Callable[[str, int, int]
                 if done == total:
                     ended.add(stage)
                 left = time_left(done - first, total - first, paces[stage].elapsed_s)
+                preparation.close()
                 say(f"{stage}: {done:,} of {total:,} {noun}{left}")
 
         yield show

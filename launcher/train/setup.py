@@ -173,7 +173,7 @@ def _open_batches(run: RunContext, data: DataFacts) -> PrefetchLoader:
         rank_info.rank,
         rank_info.world_size,
         pad_id=_PAD_ID,
-        group_by_length=plan.config.data.group_by_length and not plan.config.data.packing,
+        group_by_length=not plan.config.data.packing,
     )
     return PrefetchLoader(batches, run.device)
 

@@ -24,7 +24,6 @@ from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, hub_cache, report, sources
 from launcher.data.cache_dir import cache_root, is_full, make_cache_error
 from launcher.data.sources.eval_set import make_set_data, name_set
-from launcher.data.texts import DecodedTexts
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, LauncherError, Problem, RunError
 from launcher.export import model_card
@@ -67,11 +66,13 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
         eval_sets = build.build_eval_sets(config.eval.sets_by_setting, config.data, str(tokenizer), on_progress, num_embeddings)
     if show is None:
         return {}
-    texts = DecodedTexts(built, lambda: load_tokenizer(str(tokenizer)))
+    loaded = load_tokenizer(str(tokenizer))
     stop_ids = model_source.stop_ids(config.model)
-    answer = report.report(built, config.data, texts, config.train, config.run.seed, stop_ids, show, eval_sets)
-    texts.store()
-    return {"report": answer}
+
+    def decode(ids: list[int]) -> str:
+        return str(loaded.decode(ids, clean_up_tokenization_spaces=False))
+
+    return {"report": report.report(built, config.data, decode, config.train, config.run.seed, stop_ids, show, eval_sets)}
 
 
 def _require_readable_rows(config: RunConfig) -> None:

@@ -30,8 +30,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for number, (name, days) in enumerate(AGES.items(), 1):
         fill(folder / name, number * 1000, days)
-    (folder / "data/old.texts.json").write_text("{}")
-    age(folder / "data/old.texts.json", 90)
     return folder
 
 

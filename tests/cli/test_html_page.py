@@ -69,7 +69,6 @@ TEMPLATE = """{% extends "page.html.jinja" %}
 def everything() -> str:
     drawn = [
         charts.bars(EVIL, [(EVIL, 1.0, EVIL)]),
-        charts.stacked_bars(EVIL, [EVIL, "b"], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
         charts.lines(EVIL, [[1, 2], [1, 4]], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
         charts.lines(EVIL, [[]], [Series(EVIL, [])], EVIL, EVIL),
     ]
@@ -81,24 +80,15 @@ def test_texts_are_escaped_and_tags_are_closed() -> None:
     html = everything()
     reader = read(html)
     assert "script" not in reader.tags
-    assert sum(text.count("alert('x')") for text in reader.text) >= 12
+    assert sum(text.count("alert('x')") for text in reader.text) >= 8
     assert "default-src 'none'" in html
     assert not re.search(r"https?:|url\(|@import", html)
     assert "<td>two<br>lines</td>" in html
     assert '<td class="number">7</td>' in html
 
 
-def test_stacked_bars_are_to_scale() -> None:
-    html = charts.stacked_bars("t", ["a", "b"], [Series("s", [10, 20]), Series("u", [30, 0])], "x", "y")
-    boxes = [tuple(map(float, box)) for box in re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', html)]
-    (low_top, low), (high_top, high), (_, other) = boxes
-    assert high == pytest.approx(3 * low, abs=0.3)
-    assert other == pytest.approx(2 * low, abs=0.3)
-    assert high_top + high == pytest.approx(low_top, abs=0.2)
-
-
 def test_lines_are_to_scale() -> None:
-    html = charts.lines("t", [[1, 10, 100]], [Series("s", [0, 50, 100])], "x", "y", log_x=True)
+    html = charts.lines("t", [[1, 2, 3]], [Series("s", [0, 50, 100])], "x", "y")
     (path,) = re.findall(r'points="([^"]+)"', html)
     points = [tuple(map(float, pair.split(","))) for pair in path.split()]
     assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=0.3)
@@ -110,7 +100,6 @@ def test_values_that_are_not_finite_are_left_out_and_empty_series_draw_nothing()
     html = charts.lines("t", [[0, 1, 2]], [Series("s", [1.0, math.nan, 3.0])], "x", "y")
     assert len(re.findall(r"[\d.]+,[\d.]+", re.findall(r'points="([^"]+)"', html)[0])) == 2
     assert "nothing to draw" in charts.lines("t", [[]], [Series("s", [])], "x", "y")
-    assert "<svg" in charts.stacked_bars("t", [], [], "x", "y")
     assert "<svg" in charts.lines("t", [[3]], [Series("s", [7])], "x", "y")
 
 

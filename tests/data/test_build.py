@@ -14,10 +14,9 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from launcher.cli.views.data_view import completions as completions_lines
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
-from launcher.data.cache.cache_store import num_bytes, read_report
+from launcher.data.cache.cache_store import read_report
 from launcher.data.cache.split import Split
 from launcher.data.checks import findings
 from launcher.data.sources import find_row_problems, read_usable_documents
@@ -106,11 +105,11 @@ def test_of_two_copies_the_one_in_the_rows_is_kept(
     jsonl: Jsonl, tokenizer_dir: Path, check: str, limit: dict[str, float]
 ) -> None:
     words = long_texts(1, 60)
-    suffix = "" if check == "exact_duplicate" else " and so on"
+    suffix = "" if check == "exact_duplicate" else " on"
     old = texts(jsonl, "old", [*words, *long_texts(60, 70)]).model_copy(update=limit)
     whole = {"weight": 1.0} if "weight" in limit else {}
     new = texts(jsonl, "new", [word + suffix for word in words]).model_copy(update=whole)
-    checks = ChecksSection(**{check: "drop"}, near_duplicate_threshold=0.7)
+    checks = ChecksSection(**{check: "drop"})
     facts = build(DataSection(sources=(old, new), max_length=256, checks=checks), str(tokenizer_dir))
     of_source = {one["name"]: one for one in read_report(facts.cache_dir)["sources"]}
     assert (of_source["new"]["dropped"], of_source["new"]["num_docs"]) == (0, 59)
@@ -215,54 +214,24 @@ def test_dropped_documents_are_in_no_row(jsonl: Jsonl, tokenizer_dir: Path) -> N
     assert len(set(contents(Split.open(fewer)))) == 30
 
 
-def test_rows_with_an_ambiguous_mask_are_refused_or_dropped(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_rows_with_an_ambiguous_mask_are_left_out(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     # In the second row, the completion begins with a combining accent for the prompt's last letter.
     rows = [{"prompt": "na", "completion": completion} for completion in (" one", "\u0308ve", " two")]
-    dropping = ChecksSection(unsure_border="drop")
-    data = DataSection(sources=(Source(path=str(jsonl(rows)), completions="text"),), max_length=64, checks=dropping)
+    source = Source(path=str(jsonl(rows)), completions="text")
+    data = DataSection(sources=(source,), max_length=64, checks=ChecksSection(dropped="keep"))
     facts = build(data, str(tmp_path / "tokenizer"))
     assert facts.num_docs == 2
     (finding,) = (one for one in findings.read(facts.cache_dir) if one.name == "unsure_border")
-    assert [example.where for example in finding.examples] == [f"{data.sources[0].path}:2"]
-    failing = data.model_copy(update={"checks": ChecksSection()})
-    with pytest.raises(DataError, match="begins or ends inside a token") as caught:
-        findings.refuse(findings.read(build(failing, str(tmp_path / "tokenizer")).cache_dir), failing.checks)
-    assert "data.checks.unsure_border=drop" in caught.value.problems[0].remedy
+    assert [example.where for example in finding.examples] == [f"{source.path}:2"]
+    (refused,) = findings.problems(findings.read(facts.cache_dir), ChecksSection())
+    assert "data.checks.dropped=keep" in refused.remedy
     alone = data.model_copy(update={"sources": (Source(path=str(jsonl(rows[1:2])), completions="text"),)})
     with pytest.raises(DataError, match="no document with a trained token is left") as caught:
         build(alone, str(tmp_path / "tokenizer"))
     assert "documents whose trained part begins or ends inside a token: 1" in caught.value.problems[0].value
-
-
-def test_documents_that_differ_in_case_and_space_are_in_one_split(jsonl: Jsonl, tokenizer_dir: Path) -> None:
-    words = [f"Some words about {i}" for i in range(200)]
-    source = texts(jsonl, "twice", [*words, *(word.upper() + "  " for word in words)])
-    data = DataSection(sources=(source,), max_length=64, eval_fraction=0.3)
-    facts = build(data, str(tokenizer_dir))
-    report = read_report(facts.cache_dir)
-    assert report["num_eval_docs"] % 2 == 0
-    assert 0 < report["num_eval_docs"] < 400
-    assert "held_out_in_train" not in {finding.name for finding in findings.read(facts.cache_dir)}
-
-
-def test_the_size_of_a_cache_is_that_of_its_files(jsonl: Jsonl, tokenizer_dir: Path) -> None:
-    folder = Path(build(DataSection(sources=(texts(jsonl, "a", ["b c"] * 9),)), str(tokenizer_dir)).cache_dir)
-    on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "meta.json")
-    assert num_bytes(folder) == on_disk
-
-
-def test_a_cache_of_another_format_is_not_read(jsonl: Jsonl, tokenizer_dir: Path) -> None:
-    data = DataSection(sources=(texts(jsonl, "a", ["b c"] * 9),))
-    facts = build(data, str(tokenizer_dir))
-    meta = Path(facts.cache_dir) / "meta.json"
-    held = json.loads(meta.read_bytes())
-    meta.write_text(json.dumps({**held, "format": held["format"] - 1}))
-    stages: list[str] = []
-    assert build(data, str(tokenizer_dir), lambda stage, done, total: stages.append(stage)) == facts
-    assert stages
 
 
 def test_conversations_out_of_order_are_dropped_before_rendering(jsonl: Jsonl, tokenizer_dir: Path) -> None:
@@ -277,23 +246,6 @@ def test_conversations_out_of_order_are_dropped_before_rendering(jsonl: Jsonl, t
     assert facts.num_docs == 1
     found = {one.name: one.count for one in findings.read(facts.cache_dir)}
     assert (found["role_order"], "no_trained_token" in found) == (1, False)
-
-
-def test_a_held_out_conversation_dropped_for_its_order_makes_no_prompt(jsonl: Jsonl, tokenizer_dir: Path) -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": [{"role": "user", "content": str(n)}, *turns[1:]]} for n in range(8)]
-    held_out = jsonl([{"messages": turns[::-1]}, {"messages": [*turns[1:], *turns]}], "held_out.jsonl")
-    checks = ChecksSection(role_order="drop")
-    data = DataSection(sources=(Source(path=str(jsonl(rows))),), eval_path=str(held_out), max_length=64, checks=checks)
-    assert build(data, str(tokenizer_dir)).num_docs == 8
-
-
-def test_documents_without_an_end_of_turn_can_be_dropped(jsonl: Jsonl, tokenizer_dir: Path) -> None:
-    source = Source(
-        path=str(jsonl([{"prompt": "Say:", "completion": answer} for answer in (" word" * 40, " brief")])), completions="text"
-    )
-    checks = ChecksSection(no_turn_end="drop")
-    assert build(DataSection(sources=(source,), max_length=16, checks=checks), str(tokenizer_dir)).num_docs == 1
 
 
 REFUSING = (
@@ -348,13 +300,13 @@ def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_o
     with pytest.raises(DataError, match="the row has 1 cells") as caught:
         build(dropping, str(tokenizer_dir))
     (left_out,) = (problem for problem in caught.value.problems if "rows that cannot be used" in problem.message)
-    assert left_out.remedy.endswith("data.checks.max_bad_rows=0.22")
+    assert left_out.remedy.endswith("data.checks.dropped=keep")
     facts = build(dropping.model_copy(update={"sources": sources[:1]}), str(tokenizer_dir))
     finding = next(one for one in findings.read(facts.cache_dir) if one.name == "bad_rows")
     assert (finding.count, finding.total, finding.sources) == (9, 41, {"faulty": 9})
     assert {example.where for example in finding.examples} == {f"{path}:{line}" for line in ("1:2", "2", "9")}
     assert [one.finding.name for one in findings.judge((finding,), dropping.checks) if one.fatal] == ["bad_rows"]
-    assert findings.problems((finding,), ChecksSection(bad_rows="drop", max_bad_rows=0.22)) == []
+    assert findings.problems((finding,), ChecksSection(bad_rows="drop", dropped="keep")) == []
     # An evaluation finds the same documents in the file.
     usable = [document.where for document, _ in read_usable_documents(sources[0], dropping.checks)]
     assert len(usable) == 33
@@ -390,37 +342,25 @@ def test_one_pass_reports_an_unusable_tokenizer_with_the_rows_that_cannot_be_use
     assert all(problem.remedy for problem in caught.value.problems)
 
 
-def test_the_error_for_no_documents_counts_those_that_were_read(jsonl: Callable[..., Path], tokenizer_dir: Path) -> None:
-    path = jsonl([{"prompt": "a long question " * 40 + str(i), "completion": " yes"} for i in range(40)])
-    data = DataSection(sources=(Source(path=str(path)),), max_length=16, eval_fraction=0.1, workers=1)
-    with pytest.raises(DataError, match="no document with a trained token") as caught:
-        build(data, str(tokenizer_dir))
-    (problem,) = caught.value.problems
-    (training, held_out), *_ = re.findall(r"([\d,]+) documents to train on and ([\d,]+) held-out ones were read", problem.value)
-    assert int(held_out) > 0
-    assert int(training) + int(held_out) == 40
-
-
 def test_questions_and_answers_are_written_with_the_chat_template(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     rows = [{"question": "How many apples so far?", "answer": " First find them."}]
     rows += [{"question": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "answer": "Hello"}]
 
-    def build_as(completions: str) -> tuple[list[str], list[str]]:
+    def build_as(completions: str) -> tuple[list[str], tuple[int, int]]:
         source = Source(name="gsm", path=str(jsonl(rows)), completions=completions)
         facts = build(DataSection(sources=(source,), max_length=64), str(tokenizer_dir))
         tokenizer, split = AutoTokenizer.from_pretrained(str(tokenizer_dir)), Split.open(facts)
         texts = [tokenizer.decode(split.tokens[a:b]) for a, b in itertools.pairwise(split.docs.tolist())]
-        return sorted(texts), completions_lines({"sources": read_report(facts.cache_dir)["sources"]})
+        (counts,) = read_report(facts.cache_dir)["sources"]
+        return sorted(texts), (counts["completions"], counts["completions_as_chat"])
 
-    (chat, rendered), lines = build_as("auto")
+    (chat, rendered), counts = build_as("auto")
     assert chat.strip().endswith("How many apples so far?<|im_end|>\n<|im_start|>assistant\nFirst find them.<|im_end|>")
     assert rendered == f"{rows[1]['question']}Hello<|im_end|>", "a prompt with control tokens is taken as it is"
-    assert lines[0].startswith("gsm: 1 prompts and completions are written with the chat template")
-    assert "completions: text in data.sources" in lines[0]
-    assert lines[1].startswith("gsm: 1 prompts and completions are joined as they are")
-    texts, lines = build_as("text")
+    assert counts == (2, 1)
+    texts, counts = build_as("text")
     assert texts[1] == "How many apples so far? First find them.<|im_end|>"
-    assert [line.split(":")[1][:3] for line in lines] == [" 2 "]
+    assert counts == (2, 0)
     assert all("<|im_start|>assistant" in text for text in build_as("chat")[0])
 
 
@@ -431,10 +371,18 @@ def test_a_part_of_a_table_that_cannot_be_read_is_no_bad_row(tokenizer_dir: Path
     column = pyarrow.array(texts, pyarrow.binary()).view(pyarrow.string())
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
-    checks = ChecksSection(bad_rows="drop", max_bad_rows=0.9)
+    checks = ChecksSection(bad_rows="drop")
     data = DataSection(sources=(Source(name="table", path=str(path)),), workers=1, checks=checks)
     with pytest.raises(DataError, match=r"the parquet file is corrupt: .*utf-8") as caught:
         build(data, str(tokenizer_dir))
     assert caught.value.problems[0].where == f"{path}, after row 256"
     problems = find_row_problems(data.sources[0])
     assert (len(problems), problems.num_rows) == (1, 0)
+
+
+def test_leaving_out_bad_rows_is_not_advised_if_every_row_is_bad(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    for good, is_advised in (([], False), ([{"text": "good"}], True)):
+        path = jsonl([*good, {"text": 1}, {"text": None}])
+        with pytest.raises(DataError) as caught:
+            build(DataSection(sources=(Source(path=str(path), format="text"),), workers=1), str(tokenizer_dir))
+        assert any("bad_rows=drop" in problem.remedy for problem in caught.value.problems) is is_advised

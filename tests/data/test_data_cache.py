@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -9,22 +8,17 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from launcher import locks
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data import cache_dir
 from launcher.data.build import build
-from launcher.data.cache import cache_store
 from launcher.data.cache.cache_store import find, read_report, read_samples
 from launcher.data.cache.keys import cache_key
 from launcher.data.cache.split import Split
@@ -119,10 +113,8 @@ def test_an_eval_file_and_the_limit_on_rows(section: Section, jsonl: Jsonl, toke
     facts = build(data, str(tokenizer_dir))
     assert facts.num_docs == 200
     assert read_report(facts.cache_dir)["num_eval_docs"] == 59
-    stages: list[str] = []
     limited = data.model_copy(update={"eval_max_rows": 3})
-    cut = build(limited, str(tokenizer_dir), lambda stage, done, total: stages.append(stage))
-    assert stages == [], "nothing is tokenized again"
+    cut = build(limited, str(tokenizer_dir))
     assert (cut.num_rows, cut.num_eval_rows) == (facts.num_rows, 3)
     assert cut.digest.split("-")[0] == facts.digest.split("-")[0] != cut.digest.split("-")[1] != facts.digest.split("-")[1]
     split, whole = Split.open(cut, held_out=True), Split.open(facts, held_out=True)
@@ -133,14 +125,7 @@ def test_an_eval_file_and_the_limit_on_rows(section: Section, jsonl: Jsonl, toke
     report = read_report(cut.cache_dir)
     assert [source["held_out_unused"] for source in report["sources"]] == [0, 59 - report["num_eval_docs"]]
     origins_of = DocumentOrigins.open(cut.cache_dir, held_out=True)
-    assert origins_of is not None
     assert len({origins_of.where(number) for number in range(split.num_docs)}) == split.num_docs == report["num_eval_docs"]
-    # Files shared with the other cache are verified by digest before they are reused.
-    with (Path(facts.cache_dir) / "trained.npy").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"\7")
-    with pytest.raises(DataError, match="damaged"):
-        build(data.model_copy(update={"eval_max_rows": 2}), str(tokenizer_dir))
 
 
 @pytest.mark.rest
@@ -161,19 +146,6 @@ def test_stdlib_docs_brings_its_own_held_out_split(tokenizer_dir: Path) -> None:
         assert sample["answer"]
 
 
-def test_long_documents_are_cut_and_those_without_an_answer_dropped(jsonl: Jsonl, tokenizer_dir: Path) -> None:
-    rows = [
-        {"prompt": "short", "completion": " answer"},
-        {"prompt": "word", "completion": " word" * 40},
-        {"prompt": "word" + " word" * 40, "completion": " lost"},
-        {"prompt": "nothing", "completion": ""},
-    ]
-    facts = build(DataSection(sources=(Source(path=str(jsonl(rows)), completions="text"),), max_length=16), str(tokenizer_dir))
-    assert (facts.num_docs, facts.truncated_docs, facts.truncated_tokens) == (2, 1, 1 + 40 + 1 - 16)
-    report = read_report(facts.cache_dir)
-    assert (report["dropped_docs"], report["docs_with_turn_end"]) == (2, 1)
-
-
 def test_no_trained_token_at_all_is_an_error(jsonl: Jsonl, tokenizer_dir: Path, cache_home: Path) -> None:
     path = jsonl([{"messages": [{"role": "user", "content": "hello?"}]}])
     with pytest.raises(DataError, match="no document with a trained token"):
@@ -192,7 +164,7 @@ def test_the_cache_key_depends_on_what_determines_the_tokens(
     assert cache_key(data, str(copy)) == key
     moved = shutil.copy(chats, tmp_path / "moved.jsonl")
     assert cache_key(section(eval_fraction=0.1, sources=(Source(path=str(moved)),)), str(copy)) == key
-    same = {"name": "other", "workers": 3, "group_by_length": False, "checks": ChecksSection(no_turn_end="keep", secrets="fail")}
+    same = {"name": "other", "workers": 3, "checks": ChecksSection(no_turn_end="keep", secrets="fail")}
     assert cache_key(data.model_copy(update=same), str(copy)) == key
 
     changes = {"max_length": 64, "packing": False, "eval_fraction": 0.2, "eval_max_rows": 3, "long_documents": "split"}
@@ -209,37 +181,6 @@ def test_the_cache_key_depends_on_what_determines_the_tokens(
     for setting in ({"weight": 2.0}, {"max_tokens": 100}, {"epochs": 2.0}, {"name": "other"}):
         keys.add(cache_key(section(sources=(Source(path=str(moved), **setting),), eval_fraction=0.1), str(copy)))
     assert len(keys - {key}) == len(changes) + 8
-
-
-@pytest.mark.parametrize("setting", [{"columns": {"prompt": "q"}}, {"split": "train"}, {"subset": "main"}])
-def test_the_cache_key_depends_on_how_a_source_is_read(
-    chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]
-) -> None:
-    # A fixed digest isolates the key's dependence on the setting; a file has no splits or subsets.
-    monkeypatch.setattr("launcher.data.cache.keys.compute_source_digest", lambda source: "the same bytes")
-    keys = [
-        cache_key(DataSection(sources=(Source(path=str(chats), **settings),)), str(tokenizer_dir)) for settings in ({}, setting)
-    ]
-    assert len(set(keys)) == 2
-
-
-def test_the_cache_key_does_not_depend_on_the_name_of_a_revision(
-    chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The digest contains the commit; a branch and a tag may name the same commit.
-    monkeypatch.setattr("launcher.data.cache.keys.compute_source_digest", lambda source: "the same commit")
-    sources = [Source(path=str(chats), revision=revision) for revision in ("v1", "main")]
-    assert len({cache_key(DataSection(sources=(s,), eval_path=s.path), str(tokenizer_dir)) for s in sources}) == 1
-
-
-def test_the_digest_of_a_cache_is_that_of_its_tokens_and_rows(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
-    first = build(section(), str(tokenizer_dir))
-    shutil.rmtree(first.cache_dir)
-    find_duplicates = build(section(), str(tokenizer_dir))
-    assert (first.digest, first) == (find_duplicates.digest, find_duplicates)
-    assert first.digest
-    others = [section(train_on="all"), section(packing=False), section(eval_fraction=0.5)]
-    assert len({first.digest, *(build(other, str(tokenizer_dir)).digest for other in others)}) == 4
 
 
 def test_the_cache_key_depends_on_template_held_out_split_and_libraries(
@@ -375,30 +316,6 @@ def test_a_source_that_grows_during_the_build_is_refused(section: Callable[..., 
     assert not list((cache_root() / "data").glob("*/meta.json"))
 
 
-def test_waiting_for_another_builder_is_logged_repeatedly(
-    cache_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(locks, "WARN_EVERY_S", 0.1)
-    held = threading.Event()
-
-    def build_too() -> None:
-        with cache_store.building("key"):
-            held.set()
-            time.sleep(0.5)
-
-    other = threading.Thread(target=build_too)
-    other.start()
-    held.wait()
-    with cache_store.building("key"):
-        pass
-    other.join()
-    # filelock logs too if an earlier test lowered the level.
-    messages = [record.getMessage() for record in caplog.records if record.name == locks.__name__]
-    assert len(messages) > 2
-    prefix = f"waiting for another process that builds this data cache (process {os.getpid()} on {os.uname().nodename}"
-    assert all(message.startswith(prefix) for message in messages)
-
-
 @pytest.mark.rest
 def test_a_full_disk_is_reported_and_leaves_no_partial_cache(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)){BUILDER}"
@@ -413,11 +330,6 @@ def test_a_full_disk_is_reported_and_leaves_no_partial_cache(section: Section, t
     assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
 
 
-def test_a_full_cache_whose_files_are_removed_is_reported_without_them(tmp_path: Path) -> None:
-    (problem,) = cache_dir.make_cache_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "models").problems
-    assert re.fullmatch(r"[\d,.]+ \w+ are free on its disk without the unfinished files", problem.value)
-
-
 def test_a_cache_folder_that_cannot_be_written_is_reported(
     section: Section, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,13 +338,3 @@ def test_a_cache_folder_that_cannot_be_written_is_reported(
     with pytest.raises(DataError, match="the launcher's cache cannot be used: Not a directory") as caught:
         build(section(), str(tokenizer_dir))
     assert "set LAUNCHER_CACHE to a folder on another disk" in caught.value.problems[0].remedy
-
-
-def test_an_unreadable_template_file_is_reported(
-    section: Callable[..., DataSection], tokenizer_dir: Path, tmp_path: Path
-) -> None:
-    template = tmp_path / "chat.jinja"
-    template.symlink_to("/proc/self/mem")
-    with pytest.raises(DataError, match="the file cannot be read: Input/output error") as caught:
-        cache_key(section(chat_template=str(template)), str(tokenizer_dir))
-    assert caught.value.problems[0].where == str(template)

@@ -44,7 +44,6 @@ def test_the_problems_of_all_sets_are_reported_with_their_names(section: Section
     silent, odd, few = error.value.problems
     assert (silent.message, silent.where) == ("no document of the evaluation set has a trained token", "eval.sets[1] (silent)")
     assert odd.where == f"eval.sets[2] (odd), {sets[2].path}:1"
-    assert f"'eval.sets=[{{name: odd, path: {sets[2].path}, columns:" in odd.remedy
     assert few.where.startswith("eval.sets[3] (few)")
     built = build_eval_sets({"eval.sets[0]": sets[0]}, section(), str(tokenizer_dir), lambda stage, done, total: None)
     assert (built["good"].num_docs, built["good"].num_eval_rows) == (1, 0)
@@ -53,11 +52,11 @@ def test_the_problems_of_all_sets_are_reported_with_their_names(section: Section
 def test_a_set_is_read_as_held_out_data_is(section: Section, tmp_path: Path) -> None:
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl", [{"text": split}])
-    data = section(eval_fraction=0.5, checks={"max_dropped": 0.5, "empty_answer": "fail"})
+    data = section(eval_fraction=0.5, checks={"dropped": "keep", "empty_answer": "fail"})
     made = make_set_data(EvalSet(name="own", path=str(tmp_path), format="text"), data)
     (source,) = made.sources
     assert (source.name, source.split, source.format) == ("own", HELD_OUT, "text")
-    assert (made.eval_fraction, made.max_length, made.checks.max_dropped) == (0.0, data.max_length, 0.5)
+    assert (made.eval_fraction, made.max_length, made.checks.dropped) == (0.0, data.max_length, "keep")
     (file,) = make_set_data(EvalSet(name="own", path=write(tmp_path / "a.jsonl", [{"text": "a"}])), data).sources
     assert file.split is None
 
@@ -78,11 +77,3 @@ def test_general_text_is_an_evaluation_set_and_no_training_data(
     assert "eval.forgetting=true" in problem.remedy
     for file in (Path(__file__).parents[2] / "conf").rglob("*.yaml"):
         assert GENERAL_TEXT not in file.read_text(), "no preset trains on it"
-
-
-def test_a_path_of_general_text_that_does_not_exist_is_named_by_its_setting(config_of: Callable[..., RunConfig]) -> None:
-    with pytest.raises(ConfigError) as error:
-        facts.check(config_of("model=tiny", "eval.forgetting=./missing.txt"))
-    assert error.value.problems[0].where == "eval.forgetting"
-    with pytest.raises(ConfigError, match=r"eval\.forgetting and one of eval\.sets are both called forgetting"):
-        config_of("model=tiny", "eval.forgetting=true", "eval.sets=[{name: forgetting, path: a.txt}]")

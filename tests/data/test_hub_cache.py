@@ -73,21 +73,3 @@ def test_where_others_can_write_nothing_is_downloaded(
     assert model_source.locate("owner/name", model).folder == snapshot, "what is there is still read"
     downloaded = add_snapshot(own)
     assert model_source.locate("owner/name", model).folder == downloaded, "nobody else can replace it"
-
-
-def test_a_cache_of_this_user_alone_is_the_only_one(shared: Path) -> None:
-    add_snapshot(hub_cache.own_folder())
-    assert model_source.locate("owner/name", ModelSection(path="owner/name")).folder is None
-    assert [folder.parent for folder in hub_cache.repository_folders("owner/name")] == [shared]
-
-
-def test_a_cache_that_cannot_be_written_is_read(
-    shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    snapshot = add_snapshot(shared)
-    monkeypatch.setattr(hub_cache, "is_writable", lambda _: False)
-    assert hub_cache.download_cache("owner/name") == hub_cache.own_folder()
-    assert f"the Hub's cache cannot be written: {shared}; downloads go to" in capsys.readouterr().err
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert hub_cache.download_cache("owner/name") == shared, "nothing is downloaded"
-    assert model_source.locate("owner/name", ModelSection(path="owner/name")).folder == snapshot

@@ -51,7 +51,7 @@ def test_overlapping_shards_of_two_passes_are_joined(store: ScoreStore) -> None:
     # The other pass finds the scores already complete.
     store.commit(0, 6, of(0, 6))
     store.complete(NUM_LABELS)
-    assert sorted(path.name for path in store.folder.iterdir()) == ["log_probs.f32", "meta.json"]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["log_probs.f32"]
 
 
 def test_damaged_scores_are_not_read(store: ScoreStore) -> None:
@@ -61,9 +61,3 @@ def test_damaged_scores_are_not_read(store: ScoreStore) -> None:
     file.write_bytes(b"\1" + file.read_bytes()[1:])
     assert store.read() is None
     assert store.find_missing(NUM_LABELS) == [[0, 6]]
-
-
-def test_scores_of_another_key_are_elsewhere(store: ScoreStore, tmp_path: Path) -> None:
-    other = ScoreStore(ScoreKey("other", "d", "", 2, "fp32", "sdpa", "cpu", "2", "5"), tmp_path)
-    assert other.folder != store.folder
-    assert other.read() is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.cli.views import scored_view
+from launcher.cli import scored_data
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache.cache_store import read_report
@@ -53,7 +53,6 @@ def test_every_document_has_its_file_and_line(jsonl: Jsonl, tokenizer_dir: Path)
     lines = []
     for held_out in (False, True):
         split, origins = Split.open(facts, held_out), DocumentOrigins.open(facts.cache_dir, held_out)
-        assert origins is not None
         assert len(origins.values) == split.num_docs
         for document in range(split.num_docs):
             path, _, line = origins.where(document).rpartition(":")
@@ -66,8 +65,6 @@ def test_every_document_has_its_file_and_line(jsonl: Jsonl, tokenizer_dir: Path)
     origins_file.write_bytes(content)
     with pytest.raises(DataError, match="damaged"):
         DocumentOrigins.open(facts.cache_dir)
-    (Path(facts.cache_dir) / "origins.json").unlink()
-    assert DocumentOrigins.open(facts.cache_dir) is None
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -125,7 +122,6 @@ def test_excluded_documents_are_not_trained(jsonl: Jsonl, tokenizer_dir: Path, t
     data = chats(jsonl)
     facts = build(data, str(tokenizer_dir))
     origins = DocumentOrigins.open(facts.cache_dir)
-    assert origins is not None
     file = tmp_path / "exclude.jsonl"
     gone = {origins.where(document): origins.content_id(document) for document in (3, 17)}
     # The text contains characters at which str.splitlines splits, but reading a file does not.
@@ -133,7 +129,6 @@ def test_excluded_documents_are_not_trained(jsonl: Jsonl, tokenizer_dir: Path, t
     excluding = data.model_copy(update={"exclude": str(file)})
     without = build(excluding, str(tokenizer_dir))
     left = DocumentOrigins.open(without.cache_dir)
-    assert left is not None
     wheres = {left.where(document) for document in range(len(left.values))}
     assert wheres == {origins.where(document) for document in range(40)} - set(gone)
     assert read_report(without.cache_dir)["num_excluded"] == 2
@@ -153,6 +148,6 @@ def test_a_model_that_has_not_learned_from_prompts_accuses_no_documents(num_like
     ranked = [{**entry, "likely": number < num_likely} for number in range(4)]
     lists = {name: ranked if name == ranking.MISLABELED else [] for name in ranking.FINDINGS}
     counts = {"documents": 4, "split": "train", "trained_tokens": 36, "mean_loss": 10.0}
-    lines = scored_view.lines({"run": "first", "step": 6, "has_origins": True, "lists": lists, **counts}, 1)
+    lines = scored_data.lines({"run": "first", "step": 6, "lists": lists, **counts}, 1)
     assert any("the model has hardly learned from prompts yet" in line for line in lines) is is_cautioned
     assert not any("-0%" in line for line in lines)

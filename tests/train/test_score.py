@@ -228,7 +228,7 @@ def test_a_pass_that_was_stopped_and_killed_gives_the_same_bytes(scored: Scored,
     assert {*shards} <= {path.name for path in store.folder.glob("*.shard")}, "what was committed stays"
     scored.run(packed, 2, "killed")
     assert scored.read("killed").tobytes() == scored.read("whole").tobytes()
-    assert sorted(path.name for path in store.folder.iterdir()) == ["log_probs.f32", "meta.json"]
+    assert sorted(path.name for path in store.folder.iterdir()) == ["log_probs.f32"]
     # A complete pass computes nothing: rank 0 would be killed before its first micro-batch.
     assert scored.run(packed, 2, "killed", "kill", 0) == [(0, True)] * 2
 

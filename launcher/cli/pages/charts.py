@@ -16,7 +16,6 @@ _RIGHT, _TOP, _BOTTOM = 20, 28, 44
 # Width of a character in a label, in page.css's font.
 _CHARACTER = 7.4
 _COLORS = 8
-_MOST_LABELS = 7
 # Values whose relative range is smaller than this are drawn as a constant.
 _CONSTANT = 1e-5
 # Units of tick labels: the largest label from which a unit is used, its factor, and its letter.
@@ -42,30 +41,6 @@ class _Axis:
     position: Callable[[float], float]
 
 
-def stacked_bars(title: str, labels: Sequence[str], series: Sequence[Series], x_label: str, y_label: str) -> Markup:
-    """Draw one bar per label with the series stacked; a histogram if the labels are bins."""
-    highest = max((sum(column) for column in zip(*(one.values for one in series), strict=True)), default=0)
-    y = _linear_axis([0, highest or 1], HEIGHT - _BOTTOM, _TOP)
-    left = _left_margin(y)
-    step = (WIDTH - left - _RIGHT) / max(1, len(labels))
-    shapes = []
-    for i, label in enumerate(labels):
-        below = 0.0
-        for number, one in enumerate(series):
-            value = one.values[i]
-            if value:
-                top = y.position(below + value)
-                tip = f"<title>{escape(f'{one.name}, {label}: {value:,.6g}')}</title>"
-                shapes.append(
-                    f'<rect x="{left + i * step + step * 0.1:.1f}" y="{top:.1f}" width="{step * 0.8:.1f}" '
-                    f'height="{y.position(below) - top:.1f}" fill="{_color(number)}">{tip}</rect>'
-                )
-            below += value
-        if i % -(-len(labels) // _MOST_LABELS) == 0:
-            shapes.append(_x_label(left + (i + 0.5) * step, label))
-    return _figure(title, left, _grid(y, left) + shapes, x_label, y_label, [one.name for one in series])
-
-
 def bars(title: str, rows: Sequence[tuple[str, float, str]], highest: float | None = None) -> Markup:
     """Draw one horizontal bar for each (label, value, text after the bar), as HTML: texts keep their size on any screen."""
     most = highest if highest is not None else max((value for _, value, _ in rows), default=1) or 1
@@ -84,17 +59,15 @@ def _percent(value: float, most: float) -> float:
     return min(100.0, max(0.4, 100 * value / most)) if value else 0.0
 
 
-def lines(
-    title: str, x: Sequence[Sequence[float]], series: Sequence[Series], x_label: str, y_label: str, log_x: bool = False
-) -> Markup:
-    """Draw curves; `x` has the positions of each series. A logarithmic axis requires positions above 0."""
+def lines(title: str, x: Sequence[Sequence[float]], series: Sequence[Series], x_label: str, y_label: str) -> Markup:
+    """Draw curves; `x` has the positions of each series."""
     points = [value for one in x for value in one]
     values = [value for one in series for value in one.values if math.isfinite(value)]
     if not points or not values:
         return Markup('<p class="soft">{}: nothing to draw</p>').format(title)
     y_axis = _linear_axis(values, HEIGHT - _BOTTOM, _TOP)
     left = _left_margin(y_axis)
-    x_axis = (_log_axis if log_x else _linear_axis)(points, left, WIDTH - _RIGHT)
+    x_axis = _linear_axis(points, left, WIDTH - _RIGHT)
     shapes = [_x_label(at, label) for at, label in x_axis.ticks]
     for number, (xs, one) in enumerate(zip(x, series, strict=True)):
         curve = [(x_axis.position(a), y_axis.position(b)) for a, b in zip(xs, one.values, strict=True) if math.isfinite(b)]
@@ -161,15 +134,6 @@ def _linear_axis(values: Sequence[float], at_low: float, at_high: float) -> _Axi
     ticks = _ticks(low, high, are_whole=all(float(value).is_integer() for value in values))
     position = _scale(ticks[0], ticks[-1], at_low, at_high)
     return _Axis([(position(tick), label) for tick, label in zip(ticks, _tick_labels(ticks), strict=True)], position)
-
-
-def _log_axis(values: Sequence[float], at_low: float, at_high: float) -> _Axis:
-    """Return a logarithmic axis with ticks at powers of two."""
-    low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
-    position = _scale(low, max(high, low + 1), at_low, at_high)
-    every = -(-(high - low + 1) // _MOST_LABELS)
-    ticks = [(position(power), f"{2**power:,}") for power in range(low, high + 1, every)]
-    return _Axis(ticks, lambda value: position(math.log2(value)))
 
 
 def _ticks(low: float, high: float, are_whole: bool = False) -> list[float]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from launcher.cli.pages import charts, html_page
-from launcher.cli.pages.charts import Series
 from launcher.cli.views.data_view import (
-    length_bins,
     outcome,
     row_width,
     source_columns,
@@ -60,49 +58,16 @@ def _verdict(findings: list[dict[str, Any]]) -> dict[str, str]:
     return {"kind": "good", "text": "No findings"}
 
 
-def _plots(report: dict[str, Any]) -> dict[str, Markup]:
-    ends, series = length_bins(report)
-    sources, findings = [source for source in report["sources"] if source["documents"]], report["findings"]
-    return {
-        "lengths": charts.stacked_bars(
-            "Document length",
-            [f"{end:,}" for end in ends],
-            [Series(name, counts) for name, counts in series],
-            "tokens, up to",
-            "documents",
-        ),
-        "cumulative_lengths": charts.lines(
-            "Cumulative document length",
-            [source["length_quantiles"] for source in sources],
-            [Series(source["name"], _percentages(len(source["length_quantiles"]))) for source in sources],
-            "tokens",
-            "% of documents",
-            log_x=True,
-        ),
-        "shares": charts.bars(
-            "Share of tokens by source", [(s["name"], s["frac"], f"{s['frac']:.1%}") for s in sources], highest=1
-        ),
-        "trained": charts.bars(
-            "Trained share of the tokens",
-            [(s["name"], s["trained_frac"], f"{s['trained_frac']:.1%} of {s['tokens']:,}") for s in sources],
-            highest=1,
-        ),
-        "padding": charts.bars(
-            "Padding", [(s["name"], s["padding_frac"], f"{s['padding_frac']:.2%}") for s in sources if s["epochs"]], highest=1
-        ),
-        "findings": charts.bars(
-            "Share of the documents that were checked", [(one["name"], one["share"], _share_and_count(one)) for one in findings]
-        ),
-    }
-
-
-def _share_and_count(finding: dict[str, Any]) -> str:
-    return f"{share_text(finding['share'])} ({finding['count']:,} of {finding['total']:,})"
-
-
-def _percentages(num_quantiles: int) -> list[float]:
-    """Return the percentages of evenly spaced quantiles, from 0 to 100."""
-    return [i * 100 / (num_quantiles - 1) for i in range(num_quantiles)]
+def _plots(report: dict[str, Any]) -> list[Markup]:
+    sources = [source for source in report["sources"] if source["documents"]]
+    bins = [(f"{one['max_tokens']:,}", one["documents"], f"{one['documents']:,}") for one in report["length_histogram"]]
+    shares = [(one["name"], one["frac"], f"{one['frac']:.1%}") for one in sources]
+    trained = [(one["name"], one["trained_frac"], f"{one['trained_frac']:.1%} of {one['tokens']:,}") for one in sources]
+    return [
+        charts.bars("Documents by length: tokens, up to", bins),
+        charts.bars("Share of tokens by source", shares, highest=1),
+        charts.bars("Trained share of the tokens", trained, highest=1),
+    ]
 
 
 def _finding_contexts(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -112,7 +77,7 @@ def _finding_contexts(findings: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "title": f"{finding['count']:,} of {finding['total']:,} ({share_text(finding['share'])}) {finding['title']}",
             "is_fatal": finding["fatal"],
             "advice": f"{finding['meaning']}. Remedy: {finding['remedy']}",
-            "setting": f"{finding['setting']}={finding['action']}: {outcome(finding)}",
+            "setting": (f"{finding['setting']}={finding['action']}: " if finding["setting"] else "") + outcome(finding),
             "sources": ", ".join(f"{name} {count:,}" for name, count in finding["sources"].items()),
             "examples": [f"{example['where']}: {example['detail']}" for example in finding["examples"]],
         }

@@ -125,7 +125,7 @@ def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int
     if num_trained == next_row:
         return None
     data = next_plan.config.data
-    if data.group_by_length and not data.packing:
+    if not data.packing:
         return "another batch size changes the order of the rows: in this epoch some rows are repeated and others are skipped"
     change = f"{format_count(next_row - num_trained, 'row')} skipped"
     if next_row < num_trained:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,8 +20,7 @@ TRAINED_MARKS = ("⟦", "⟧")
 _TRAINED_STYLE = "bold green"
 _UNTRAINED_STYLE = "dim"
 _PIPE_WIDTH = 160
-_BAR, _MIN_BAR = 40, 5
-_BINS = "tokens, up to"
+_BAR = 40
 _LABEL_WIDTH = 13
 # Rounding error of token shares.
 _ROUNDING = 1e-6
@@ -139,8 +138,7 @@ def _filled(report: dict[str, Any]) -> str:
     if report["packing"]:
         return f"packed, filled to {report['fill_frac']:.2%} ({report['padding_frac']:.2%} padding)"
     most, up_to = ("at most ", "up to ") if report["padding_is_most"] else ("", "")
-    alike = " of about the same length" if report["group_by_length"] else ""
-    batches = f"micro-batches of {up_to}{report['padded_rows']:,}{alike}"
+    batches = f"micro-batches of {up_to}{report['padded_rows']:,} of about the same length"
     return f"one document each; {most}{report['padding_frac']:.2%} padding in {batches}"
 
 
@@ -152,34 +150,17 @@ def source_columns(report: dict[str, Any]) -> tuple[list[list[str]], list[list[s
 
 
 def _print_sources(console: Console, report: dict[str, Any]) -> None:
-    """Print the tables of the sources; if they are too wide, print a row for each number and a column for each source."""
-    tables = [rows for rows in source_columns(report) if len(rows) > 1]
-    if all(_table_width(rows) <= console.width for rows in tables):
-        for rows in tables:
+    for rows in source_columns(report):
+        if len(rows) > 1:
             console.print()
             console.print(_source_table(rows))
-        return
-    header, *sources = number_rows(report)
-    while sources:
-        # Print as many sources side by side as fit.
-        num_fitting = len(sources)
-        while num_fitting > 1 and _table_width([header, *sources[:num_fitting]], is_transposed=True) > console.width:
-            num_fitting -= 1
-        shown, sources = sources[:num_fitting], sources[num_fitting:]
-        console.print()
-        console.print(_source_table([list(cells) for cells in zip(header, *shown, strict=True)]))
-
-
-def _table_width(rows: list[list[str]], is_transposed: bool = False) -> int:
-    columns = rows if is_transposed else list(zip(*rows, strict=True))
-    return sum(max(map(cell_len, cells)) for cells in columns) + 2 * (len(columns) - 1)
 
 
 def _source_table(rows: list[list[str]]) -> Table:
     header, *lines = rows
     result = Table(box=None, pad_edge=False, header_style="bold")
     for i, name in enumerate(header):
-        result.add_column(escape(name), justify="left" if i == 0 else "right", no_wrap=True)
+        result.add_column(escape(name), justify="left" if i == 0 else "right")
     for line in lines:
         result.add_row(*(escape(cell) for cell in line), style="bold" if line[0] == "mixture" else "")
     return result
@@ -193,137 +174,54 @@ def _print_text(console: Console, text: str, continued_at: int, indent: int = 0,
 
 def source_notes(report: dict[str, Any]) -> list[str]:
     """Return lines with information about the sources that has no column in the tables."""
-    return [
-        *parts_taken(report),
-        *unused(report),
-        *not_evaluated(report),
-        *moved(report),
-        *left_out(report),
-        *unread_keys(report),
-        *completions(report),
-    ]
-
-
-def parts_taken(report: dict[str, Any]) -> list[str]:
-    """Return a line for each source of which an epoch takes only a fraction of a pass."""
-    lines = []
-    for source in report["sources"]:
-        part = source["epochs"] % 1
-        if source["documents"] and _ROUNDING < part < 1 - _ROUNDING:
-            taken = f"{source['epochs']:.2f} passes over it in each epoch of the run"
-            lines.append(f"{source['name']}: {taken}; the partial pass uses the same documents in every epoch")
-    return lines
-
-
-def unused(report: dict[str, Any]) -> list[str]:
-    """Return a line for each source with documents that are not in the mixture."""
-    lines = []
-    for source in report["sources"]:
-        if not source["is_read"]:
-            lines.append(f"{source['name']}: not read because its weight is 0")
-        elif count := source["unused_documents"]:
-            num_documents = source["read_documents"] - source["dropped_documents"]
-            limits = " and ".join(source["limited_by"])
-            lines.append(
-                f"{source['name']}: {count:,} of {num_documents:,} documents are not in the mixture because of its {limits}"
-            )
-    return lines
-
-
-def not_evaluated(report: dict[str, Any]) -> list[str]:
-    """Return a line if the held-out split has fewer documents than were held out, apart from dropped ones."""
+    notes = [note for source in report["sources"] for note in _notes(source)]
     held_out = report["held_out"]
-    if not (count := held_out["unused_documents"]):
-        return []
-    num_documents = held_out["read_documents"] - held_out["dropped_documents"]
-    limit = f"data.eval_max_rows={held_out['max_rows']}"
-    return [f"held out: {count:,} of {num_documents:,} documents are neither evaluated nor trained on because of {limit}"]
+    if count := held_out["unused_documents"]:
+        num_documents = held_out["read_documents"] - held_out["dropped_documents"]
+        limit = f"data.eval_max_rows={held_out['max_rows']}"
+        notes.append(
+            f"held out: {count:,} of {num_documents:,} documents are neither evaluated nor trained on because of {limit}"
+        )
+    return [visible(note) for note in notes]
 
 
-def moved(report: dict[str, Any]) -> list[str]:
-    """Return a line for each source that was moved since the cache was built."""
-    return [
-        visible(f"{source['name']}: paths are those from which the cache was built, in {source['built_from']}")
-        for source in report["sources"]
-        if source["path"] != source["built_from"]
-    ]
-
-
-def left_out(report: dict[str, Any]) -> list[str]:
-    """Return a line for each source with files that are not read."""
-    lines = []
-    for source in report["sources"]:
-        if more := source["num_left_out"]:
-            names = ", ".join(source["left_out"]) + (", ..." if more > len(source["left_out"]) else "")
-            lines.append(visible(f"{source['name']}: files read: {source['num_files']:,}, left out: {more:,} ({names})"))
-    return lines
-
-
-def unread_keys(report: dict[str, Any]) -> list[str]:
-    """Return a line for each source whose rows have keys that are not read, the most frequent first."""
-    lines = []
-    for source in report["sources"]:
-        if counts := source["unread_keys"]:
-            keys = ", ".join(f"{key} ({count:,})" for key, count in counts.items())
-            others = f", and {source['num_other_unread_keys']:,} more" if source["num_other_unread_keys"] else ""
-            lines.append(visible(f"{source['name']}: unread keys (rows): {keys}{others}"))
-    return lines
-
-
-def completions(report: dict[str, Any]) -> list[str]:
-    """Return lines for each source with prompts and completions (or questions and answers) that describe how they are written."""
-    lines = []
-    for source in report["sources"]:
-        name, as_chat = source["name"], source["completions_as_chat"]
-        as_text = source["completions"] - as_chat
-        if as_chat:
-            lines.append(
-                f"{name}: {as_chat:,} prompts and completions are written with the chat template, as the user's message and the "
-                "assistant's answer (completions: text in data.sources joins them as they are)"
-            )
-        if as_text:
-            lines.append(
-                f"{name}: {as_text:,} prompts and completions are joined as they are, without the chat template "
-                "(completions: chat in data.sources writes them with it)"
-            )
-    return lines
-
-
-def length_bins(report: dict[str, Any]) -> tuple[list[int], list[tuple[str, list[int]]]]:
-    """Return the upper ends of all length bins, and the documents of each source in them."""
-    ends = [bin_["max_tokens"] for bin_ in report["length_histogram"]]
-    series = []
-    for source in report["sources"]:
-        if source["documents"]:
-            counts = {bin_["max_tokens"]: bin_["documents"] for bin_ in source["length_histogram"]}
-            series.append((source["name"], [counts.get(end, 0) for end in ends]))
-    return ends, series
+def _notes(source: dict[str, Any]) -> Iterator[str]:
+    name, part = source["name"], source["epochs"] % 1
+    if source["documents"] and _ROUNDING < part < 1 - _ROUNDING:
+        taken = f"{source['epochs']:.2f} passes over it in each epoch of the run"
+        yield f"{name}: {taken}; the partial pass uses the same documents in every epoch"
+    if not source["is_read"]:
+        yield f"{name}: not read because its weight is 0"
+    elif count := source["unused_documents"]:
+        num_documents = source["read_documents"] - source["dropped_documents"]
+        limits = " and ".join(source["limited_by"])
+        yield f"{name}: {count:,} of {num_documents:,} documents are not in the mixture because of its {limits}"
+    if more := source["num_left_out"]:
+        names = ", ".join(source["left_out"]) + (", ..." if more > len(source["left_out"]) else "")
+        yield f"{name}: files read: {source['num_files']:,}, left out: {more:,} ({names})"
+    if counts := source["unread_keys"]:
+        keys = ", ".join(f"{key} ({count:,})" for key, count in counts.items())
+        others = f", and {source['num_other_unread_keys']:,} more" if source["num_other_unread_keys"] else ""
+        yield f"{name}: unread keys (rows): {keys}{others}"
+    if as_chat := source["completions_as_chat"]:
+        how = "with the chat template, as the user's message and the assistant's answer"
+        yield f"{name}: {as_chat:,} prompts and completions are written {how} (completions: text in data.sources joins them)"
+    if as_text := source["completions"] - as_chat:
+        how = "without the chat template (completions: chat in data.sources writes them with it)"
+        yield f"{name}: {as_text:,} prompts and completions are joined as they are, {how}"
 
 
 def _print_lengths(console: Console, report: dict[str, Any]) -> None:
-    """Print a bar for each length bin of the mixture, after each source's counts if there are several sources and they fit."""
-    ends, series = length_bins(report)
-    totals = [sum(counts) for counts in zip(*(counts for _, counts in series), strict=True)]
-    counted = [*series, ("mixture", totals)] if len(series) > 1 else [("documents", totals)]
-    if (longest := _bar_width(console, counted)) < _MIN_BAR:
-        counted = [("documents", totals)]
-        longest = max(_MIN_BAR, _bar_width(console, counted))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(_BINS, justify="right", no_wrap=True)
-    for name, _ in counted:
-        table.add_column(escape(name), justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for i, end in enumerate(ends):
-        bar = "█" * -(-longest * totals[i] // max(totals))
-        table.add_row(f"{end:,}", *(f"{counts[i]:,}" for _, counts in counted), bar)
+    """Print a bar for each length bin of the mixture."""
+    bins = report["length_histogram"]
+    most = max(bin_["documents"] for bin_ in bins)
+    table = Table("tokens, up to", "documents", "", box=None, pad_edge=False, header_style="bold")
+    for bin_ in bins:
+        table.add_row(f"{bin_['max_tokens']:,}", f"{bin_['documents']:,}", "█" * -(-_BAR * bin_["documents"] // most))
+    for column in table.columns[:2]:
+        column.justify = "right"
     console.print(table)
     console.print()
-
-
-def _bar_width(console: Console, counted: list[tuple[str, list[int]]]) -> int:
-    """Return the width of the longest bar beside the columns of `counted`."""
-    columns = sum(2 + max(cell_len(name), len(f"{max(counts):,}")) for name, counts in counted)
-    return min(_BAR, console.width - len(_BINS) - columns - 2)
 
 
 def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
@@ -338,7 +236,8 @@ def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
         _print_text(console, title, continued_at=6, indent=2, style=style)
         for example in finding["examples"]:
             _print_text(console, f"{visible(example['where'])}: {visible(example['detail'])}", continued_at=8, indent=6)
-        advice = f"{finding['meaning']}. Remedy: {finding['remedy']} (currently {finding['setting']}={finding['action']})"
+        setting = f" (currently {finding['setting']}={finding['action']})" if finding["setting"] else ""
+        advice = f"{finding['meaning']}. Remedy: {finding['remedy']}{setting}"
         _print_text(console, advice, continued_at=6, indent=6, style="dim")
 
 
@@ -360,8 +259,8 @@ def outcome(finding: dict[str, Any]) -> str:
     kept = _OUTCOMES.get(finding["name"], "kept")
     if finding["action"] == "keep":
         return kept
-    of, setting = (" of a source", "") if finding["limit_setting"] is None else ("", f" ({finding['limit_setting']})")
-    return f"{kept}; more than {100 * finding['limit']:g}%{of} would refuse the run{setting}"
+    of = " of a source" if finding["name"] == "no_turn_end" else ""
+    return f"{kept}; more than {100 * finding['limit']:g}%{of} would refuse the run"
 
 
 def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:

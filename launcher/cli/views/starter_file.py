@@ -12,6 +12,7 @@ from launcher.cli.views.plan_view import remarks
 from launcher.clusters.preflight import disk_note
 from launcher.config.run_file.printing import render
 from launcher.config.schema import RunConfig
+from launcher.data.checks.findings import LIMITS
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.shell_commands import launcher_command
 
@@ -61,10 +62,10 @@ def data_warnings(config: RunConfig, sample_report: dict[str, Any]) -> list[str]
     is_skipped = checks.bad_rows == "drop" and sample_report["is_measured"]
     warnings = [f"`data` refuses rows such as {refused}"] if (refused := sample_report["refused"]) and not is_skipped else []
     share = sum(length > config.data.max_length for length in lengths) / max(1, len(lengths))
-    if config.data.long_documents == "truncate" and checks.truncated == "fail" and share > checks.max_truncated:
+    if config.data.long_documents == "truncate" and checks.truncated == "fail" and share > LIMITS["truncated"]:
         warnings.append(
             f"{share:.0%} of the documents are longer than data.max_length={config.data.max_length}, and `data` refuses a run in "
-            f"which more than {checks.max_truncated:.0%} are cut off: raise it, or set data.long_documents to split or drop"
+            f"which more than {LIMITS['truncated']:.0%} are cut off: raise it, or set data.long_documents to split or drop"
         )
     return warnings
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from launcher.config.sections.fields import Flag, Fraction, Group, Name, Positive, PositiveInt, Section, Text
+from launcher.config.sections.fields import Flag, Group, Name, Positive, PositiveInt, Section, Text
 from launcher.security.redaction import IN_QUERY
 
 # The keys that a column mapping may use, which are the keys that the formats read.
@@ -18,10 +18,8 @@ COLUMNS = (
 )
 # The paths of the data sets that are part of the launcher.
 STDLIB_DOCS, GENERAL_TEXT = "builtin:stdlib_docs", "builtin:general_text"
-# In remedies, stands for the path of the source, which the functions that check a row do not know.
-EXAMPLE_PATH = "path: PATH"
 COLUMNS_EXAMPLE = (
-    f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{prompt: question, completion: answer}}}}]', "
+    "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]', "
     "with the rows' own keys after the colons"
 )
 
@@ -95,14 +93,6 @@ class RowSource(Section):
         None, description="Branch, tag or commit of a hub dataset; a 40-digit commit never changes. Unset: the default branch."
     )
 
-    @model_serializer(mode="wrap")
-    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit the default: the code of a resumed run may be older than this key."""
-        values: dict[str, Any] = handler(self)
-        if not self.ignored_keys:
-            values.pop("ignored_keys", None)
-        return values
-
     @field_validator("path")
     @classmethod
     def _no_credentials(cls, value: str) -> str:
@@ -152,28 +142,20 @@ class ChecksSection(Section):
         "fail",
         description=(
             "A row cannot be used: it is not JSON, lacks a key, or has a value of the wrong type. fail: report all such rows and "
-            "refuse the run. drop: leave them out and count them, up to max_bad_rows. A file that cannot be read is always "
-            "refused."
+            "refuse the run. drop: leave them out and count them; more than 5% of the rows refuse the run unless dropped=keep. A "
+            "file that cannot be read is always refused."
         ),
-    )
-    max_bad_rows: Fraction = Field(
-        0.05, description="Share of all rows that bad_rows=drop may leave out before the run is refused."
     )
     empty_answer: Choice = Field("drop", description="A trained answer is empty or white space.")
     exact_duplicate: Choice = Field(
         "keep", description="A training document repeats an earlier one, ignoring case, white space and punctuation."
     )
     near_duplicate: Choice = Field("keep", description="A document is nearly identical to an earlier one in the training split.")
-    near_duplicate_threshold: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        0.8,
-        description=(
-            "Estimated Jaccard similarity of two documents' sets of text windows at which they count as nearly identical."
-        ),
-    )
     held_out_in_train: Choice = Field(
         "fail",
         description=(
-            "A held-out document is also in training, ignoring case, white space and punctuation; drop removes it from training."
+            "A held-out document is also in training, ignoring case, white space and punctuation. drop: remove it from training. "
+            "fail: refuse the run if more than 1% of the held-out documents are."
         ),
     )
     held_out_prompt_in_train: Choice = Field(
@@ -183,42 +165,27 @@ class ChecksSection(Section):
             "removes the training documents with that prompt."
         ),
     )
-    similar_prompt_in_train: Accepted = Field(
-        "keep", description="The prompt of a held-out document differs from one in training only by its numbers."
-    )
     near_held_out_in_train: Choice = Field(
         "keep",
         description=(
             "A held-out document is nearly identical to a training document, which drop removes; common in templated rows."
         ),
     )
-    not_compared: Accepted = Field(
-        "keep",
-        description="Too many documents share a template to compare every held-out document with all training documents.",
-    )
-    max_held_out_in_train: Fraction = Field(
-        0.01,
+    truncated: Accepted = Field(
+        "fail",
         description=(
-            "Share of the held-out documents that may be in training (exactly, nearly, or by their prompt) before fail refuses "
-            "the run."
+            "Tokens of a document are cut off because it is longer than a row. fail: refuse the run above 20% of the documents."
         ),
     )
-    truncated: Accepted = Field("fail", description="Tokens of a document are cut off because it is longer than a row.")
-    max_truncated: Fraction = Field(0.2, description="Share of all documents that may be cut off before fail refuses the run.")
     dropped: Accepted = Field(
         "fail",
         description=(
             "A document is left out: it is longer than a row (data.long_documents=drop), or a check drops it. Duplicates, and "
-            "documents that resemble held-out ones, do not count."
+            "documents that resemble held-out ones, do not count. fail: refuse the run above 20% of the documents."
         ),
     )
-    max_dropped: Fraction = Field(0.2, description="Share of all documents that may be left out before fail refuses the run.")
     broken_encoding: Choice = Field(
         "keep", description="Text was decoded wrongly: replacement characters, UTF-8 read as Latin-1."
-    )
-    long_answer: Choice = Field("keep", description="An answer has more than long_answer_tokens tokens.")
-    long_answer_tokens: PositiveInt = Field(
-        4096, description="Number of trained tokens above which an answer counts as very long."
     )
     repetitive_answer: Choice = Field("keep", description="An answer repeats itself.")
     secrets: Choice = Field("keep", description="Text that looks like a key, token or password.")
@@ -228,9 +195,6 @@ class ChecksSection(Section):
     )
     special_token_in_text: Choice = Field(
         "keep", description="The text contains a special token of this tokenizer or of another model."
-    )
-    split_control_token: Accepted = Field(
-        "keep", description="The chat template writes a control token, such as [INST], that the tokenizer splits."
     )
     no_turn_end: Choice = Field(
         "fail",
@@ -246,14 +210,6 @@ class ChecksSection(Section):
             "none. Data without any trained token is always refused."
         ),
     )
-    unsure_border: Literal["drop", "fail"] = Field(
-        "fail",
-        description=("The trained text begins or ends inside a token, so the exact loss mask is not known."),
-    )
-    few_examples: Accepted = Field(
-        "keep", description="The data has fewer examples than few_examples_below, or less than a million tokens of plain text."
-    )
-    few_examples_below: PositiveInt = Field(100, description="Number of examples below which few_examples is reported.")
 
 
 class DataSection(Section):
@@ -267,10 +223,11 @@ class DataSection(Section):
     sources: tuple[Source, ...] = Field(min_length=1, description="The sources of the mixture.")
     max_length: Annotated[int, Field(ge=16, strict=True)] = Field(1024, description="Tokens per row.")
     packing: Flag = Field(
-        True, description="Fill each row with several documents, which do not attend to each other. false: one document per row."
-    )
-    group_by_length: Flag = Field(
-        True, description="With data.packing=false: batch rows of similar length together, which reduces padding."
+        True,
+        description=(
+            "Fill each row with several documents, which do not attend to each other. false: one document per row, in batches of "
+            "rows of about the same length."
+        ),
     )
     long_documents: Literal["truncate", "split", "drop"] = Field(
         "truncate",
@@ -294,14 +251,11 @@ class DataSection(Section):
         ),
     )
     eval_fraction: Share = Field(
-        0.0, description="Share of the documents held out for evaluation; ignored for a source that has its own held-out split."
-    )
-    split_by: Literal["prompt", "document"] = Field(
-        "prompt",
+        0.0,
         description=(
-            "How eval_fraction divides documents. prompt: documents with the same prompt (the text before the first answer) stay "
-            "in one split; a prompt shared by very many documents counts as an instruction, and its documents are divided one by "
-            "one. document: each document is divided by itself, so a prompt can be in both splits, with different answers."
+            "Share of the documents held out for evaluation; ignored for a source that has its own held-out split. Documents "
+            "with the same prompt (the text before the first answer) stay in one split; a prompt shared by very many documents "
+            "counts as an instruction, and its documents are divided one by one."
         ),
     )
     eval_path: Text | None = Field(

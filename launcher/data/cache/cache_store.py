@@ -11,10 +11,10 @@
       digests.bin               sizes and block digests of these seven
       origins.npy               file, line and content of each document, see launcher.data.sources.origins
       eval/                     the same nine for the held-out split
-      origins.json              the files that origins.npy numbers, and digests of origins.npy
+      origins.json              the files that origins.npy numbers
       samples.json              a few held-out examples: prompt, prompt_ids, answer
       findings.json             findings of the checks: counts and examples
-      meta.json                 written last: counts, the size of every file, digests of the JSON files, and its own digest
+      meta.json                 written last: counts, all sizes, digests of the origins and JSON files, and its own digest
 
 Digests cover every byte that is trained on: the plan has the digest of digests.bin, which has the block digests.
 
@@ -36,7 +36,7 @@ import xxhash
 
 from launcher import atomic_files
 from launcher.config.sections.data import DataSection
-from launcher.data.cache.keys import FORMAT_VERSION, cache_keys, compute_file_digest
+from launcher.data.cache.keys import FORMAT_VERSION, cache_key, compute_file_digest
 from launcher.data.cache_dir import SHARED_CACHE_VARIABLE, cache_root, convert_os_errors, mark_used, shared_cache_root
 from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
@@ -59,14 +59,8 @@ def cache_dir(key: str, group: str | None = None) -> Path:
 
 
 def find_built(data: DataSection, tokenizer_path: str) -> DataFacts | None:
-    """Return the counts of the finished cache for these settings; None if there is none. Raises as `cache_keys` and `read` do."""
-    key, full_key = cache_keys(data, tokenizer_path)
-    facts = find(key, data.cache_group)
-    if facts is None and key != full_key:
-        full = find(full_key, data.cache_group)
-        # If all held-out rows are within the limit, both caches are the same.
-        facts = full if full is not None and full.num_eval_rows <= (data.eval_max_rows or 0) else None
-    return facts
+    """Return the counts of the finished cache for these settings; None if there is none. Raises as `cache_key` and `read` do."""
+    return find(cache_key(data, tokenizer_path), data.cache_group)
 
 
 def find(key: str, group: str | None = None) -> DataFacts | None:
@@ -92,7 +86,8 @@ def read(folder: Path) -> DataFacts | None:
             if meta is None or meta["format"] != FORMAT_VERSION:
                 return None
             sizes = all((folder / name).stat().st_size == size for name, size in meta["files"].items())
-            intact = sizes and all(compute_file_digest(folder / name) == digest for name, digest in meta["digests"].items())
+            small = {name: digest for name, digest in meta["digests"].items() if name.endswith(".json")}
+            intact = sizes and all(compute_file_digest(folder / name) == digest for name, digest in small.items())
         except FileNotFoundError:
             return None
     return DataFacts(cache_dir=str(folder), **meta["facts"]) if intact else None
@@ -112,14 +107,10 @@ def _meta_digest(meta: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(meta, sort_keys=True).encode())
 
 
-def file_sizes(folder: str | Path) -> dict[str, int]:
-    """Return the size in bytes of each file that the finished cache in `folder` was built with, by path; without meta.json."""
-    return dict(json.loads((Path(folder) / "meta.json").read_bytes())["files"])
-
-
-def num_bytes(folder: str | Path) -> int:
-    """Return the size in bytes of the finished cache in `folder`."""
-    return sum(file_sizes(folder).values())
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    """Return the content of meta.json in a finished cache: `report`, `files` (sizes in bytes) and `digests` among it."""
+    meta: dict[str, Any] = json.loads((Path(folder) / "meta.json").read_bytes())
+    return meta
 
 
 def id_problem(max_token_id: int, num_embeddings: int, tokenizer_path: str) -> Problem | None:
@@ -136,7 +127,7 @@ def id_problem(max_token_id: int, num_embeddings: int, tokenizer_path: str) -> P
 
 def read_report(folder: str | Path) -> dict[str, Any]:
     """Return the counts of the build beyond DataFacts: of the training split, the held-out split, and each source."""
-    report: dict[str, Any] = json.loads((Path(folder) / "meta.json").read_bytes())["report"]
+    report: dict[str, Any] = read_meta(folder)["report"]
     return report
 
 
@@ -163,7 +154,7 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
         "facts": facts.model_dump(mode="json", exclude={"cache_dir"}),
         "report": report,
         "files": files,
-        "digests": {name: compute_file_digest(folder / name) for name in files if name.endswith(".json")},
+        "digests": {name: compute_file_digest(folder / name) for name in files if name.endswith((".json", "origins.npy"))},
     }
     # Digest the values as they will be read back.
     meta["digest"] = _meta_digest(json.loads(json.dumps(meta)))

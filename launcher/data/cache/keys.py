@@ -14,12 +14,11 @@ import xxhash
 
 from launcher import atomic_files
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data.checks import findings
 from launcher.data.sources import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
 
 # Increase this when the same sources give other tokens, rows or findings, or another layout; a test checks that.
-FORMAT_VERSION = 12
+FORMAT_VERSION = 13
 
 # The files that AutoTokenizer reads, including config.json, because the model type selects the class.
 _TOKENIZER_FILES = (
@@ -35,7 +34,6 @@ _NOT_IN_KEY = {
     "sources",
     "eval_path",
     "chat_template",
-    "group_by_length",
     "workers",
     "cache_group",
     "checks",
@@ -44,13 +42,7 @@ _NOT_IN_KEY = {
 
 
 def cache_key(data: DataSection, tokenizer_path: str) -> str:
-    """Return the key of the data cache for these settings, the first of `cache_keys`."""
-    return cache_keys(data, tokenizer_path)[0]
-
-
-def cache_keys(data: DataSection, tokenizer_path: str) -> tuple[str, str]:
-    """Return a hex digest of everything that determines the tokens: source bytes, tokenizer files, settings, library versions;
-    and the digest for the same data with all of its held-out rows.
+    """Return a hex digest of everything that determines the tokens: source bytes, tokenizer files, settings, library versions.
 
     Paths are excluded, so a moved or renamed file gives the same key.
 
@@ -69,9 +61,7 @@ def cache_keys(data: DataSection, tokenizer_path: str) -> tuple[str, str]:
         "tokenizer": [(file.name, compute_file_digest(file)) for file in _tokenizer_files(Path(tokenizer_path).expanduser())],
         "libraries": [version(name) for name in _LIBRARIES],
     }
-    full = {**parts, "settings": {**parts["settings"], "eval_max_rows": None}}
-    key, full_key = (xxhash.xxh3_128_hexdigest(json.dumps(one, sort_keys=True).encode()) for one in (parts, full))
-    return key, full_key
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
 def compute_file_digest(path: Path) -> str:
@@ -89,7 +79,7 @@ def _source_key(source: Source) -> tuple[dict[str, Any], str]:
 
 def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
     """Return the parts of the checks that select documents; fail only judges the finished cache."""
-    settings = checks.model_dump(exclude={*findings.LIMITS.values()})
+    settings = checks.model_dump()
     if checks.bad_rows == "fail":
         # An existing cache had no such rows.
         del settings["bad_rows"]

@@ -1,26 +1,114 @@
-"""The arrays of one split of a data cache: written in parts, memory-mapped, and verified block by block on use.
+"""The arrays of one split of a data cache: written in parts, memory-mapped, and verified block by block before their first use.
 
-No torch, no transformers: the submit side imports this module.
+One file per split holds the digests as little-endian uint64: for each array, its size in bytes and one digest per block. The
+digest of this file is part of DataFacts.digest in the plan, so a rank refuses a cache that its run was not planned with. No
+torch, no transformers: the submit side imports this module.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
-from launcher.data.cache import block_digests
-from launcher.data.cache.block_digests import CheckedArray, DigestingWriter
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
+from launcher.shell_commands import shell_command
 
+# Rows are read in random order. A larger block would read far more than the row. A smaller block saves no reads, because the
+# kernel reads ahead by at least 128 KiB.
+BLOCK_BYTES = 1 << 16
+DIGESTS = "digests.bin"
+_DTYPE = np.dtype("<u8")
 # These are as large as the data; the index arrays are small in comparison and read at once.
 _LARGE_ARRAYS = ("tokens", "trained")
 _INDEX_ARRAYS = ("rows", "docs", "row_labels", "doc_source", "row_sources")
+
+
+class CheckedArray:
+    """An array in the data cache `cache`; each block is compared with its digest before its first use.
+
+    Slices of a one-dimensional array are verified before they are returned; any other index verifies the whole array.
+    """
+
+    def __init__(self, path: Path, cache: Path, num_bytes: int, digests: np.ndarray) -> None:
+        """Map the file. Raises DataError if its size is not `num_bytes`, or its header is damaged."""
+        self._path, self._cache, self._num_bytes, self._digests = path, cache, num_bytes, digests
+        # One byte per block, searchable in a fraction of a microsecond: most rows are in verified blocks.
+        self._verified = bytearray(len(digests))
+        self._file = path.open("rb", buffering=0)
+        if (size := os.fstat(self._file.fileno()).st_size) != num_bytes:
+            raise _damaged(cache, "a file has the wrong size", path, f"{size:,} bytes, not {num_bytes:,}")
+        # The first block contains the header, which numpy reads.
+        self.verify(0, 1)
+        self._values: np.ndarray = np.load(path, mmap_mode="r")
+        self._offset = num_bytes - self._values.nbytes
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._values.dtype
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                size = self._values.itemsize
+                self.verify(self._offset + start * size, self._offset + max(start, stop) * size)
+                return self._values[start:stop]
+        return self.load()[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.load(), dtype=dtype, copy=copy)
+
+    def load(self) -> np.ndarray:
+        """Return the whole array, verified."""
+        self.verify()
+        return self._values
+
+    def verify(self, start: int = 0, stop: int | None = None) -> None:
+        """Verify the blocks that hold the bytes start..stop - 1, by default all; thread-safe.
+
+        Raises:
+            DataError: if a block does not match its digest.
+        """
+        first, end = start // BLOCK_BYTES, -(-(self._num_bytes if stop is None else stop) // BLOCK_BYTES)
+        block = first
+        while (block := self._verified.find(0, block, end)) >= 0:
+            self._verify_block(block)
+            self._verified[block] = 1
+
+    def _verify_block(self, block: int) -> None:
+        start, content = block * BLOCK_BYTES, b""
+        try:
+            # Read instead of mapping: an I/O error raises here, but in a memory map it would kill the process.
+            while part := os.pread(self._file.fileno(), BLOCK_BYTES - len(content), start + len(content)):
+                content += part
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        digest, expected = xxhash.xxh3_64_intdigest(content), int(self._digests[block])
+        if digest != expected:
+            where = f"{self._path}, bytes {start} to {start + len(content) - 1} (block {block} of 0 to {len(self._digests) - 1})"
+            value = f"digest {digest:016x}, not {expected:016x}"
+            raise _damaged(self._cache, "a block does not match its digest", where, value)
+
+
+def _damaged(cache: Path, message: str, where: str | Path, value: str) -> DataError:
+    """Return the error for a data cache whose files have changed since they were written, with the commands to rebuild it."""
+    remedy = (
+        f"delete it and build it again: `{shell_command('rm', '-r', cache)}`, then `python -m launcher data ...` with the same "
+        "settings (starting or resuming a run builds it as well); if it is damaged again, check the disk and this node's memory"
+    )
+    return DataError(Problem(f"the data cache is damaged: {message}", str(where), value, remedy))
 
 
 @dataclass(frozen=True)
@@ -48,16 +136,18 @@ class Split:
         cache = Path(facts.cache_dir)
         folder = cache / "eval" if held_out else cache
         digest = facts.digest.split("-")[-1 if held_out else 0]
-        names = (*_LARGE_ARRAYS, *_INDEX_ARRAYS)
         arrays: dict[str, Any] = {}
         try:
-            files = block_digests.open_files(folder, cache, [f"{name}.npy" for name in names], digest)
-            for name, file in zip(names, files, strict=True):
-                is_large = name in _LARGE_ARRAYS
-                # The first block contains the header, which numpy reads to map the file.
-                file.verify(0, 1 if is_large else None)
-                values = np.load(file.path, mmap_mode="r")
-                arrays[name] = CheckedArray(values, file) if is_large else values
+            content = (folder / DIGESTS).read_bytes()
+            if (actual := xxhash.xxh3_128_hexdigest(content)) != digest:
+                message = "its block digests differ from the recorded ones, so its data may have changed"
+                raise _damaged(cache, message, folder / DIGESTS, f"digest {actual}, not {digest or 'recorded'}")
+            table = np.frombuffer(content, _DTYPE)
+            for name in (*_LARGE_ARRAYS, *_INDEX_ARRAYS):
+                end = 1 + -(-int(table[0]) // BLOCK_BYTES)
+                array = CheckedArray(folder / f"{name}.npy", cache, int(table[0]), table[1:end])
+                arrays[name] = array if name in _LARGE_ARRAYS else array.load()
+                table = table[end:]
         # Other storage errors may be temporary, so the ranks are restarted for them.
         except (FileNotFoundError, ValueError) as error:
             remedy = "`python -m launcher data ...` with the same settings builds it again"
@@ -115,17 +205,39 @@ def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np
         _write_array(folder / "trained.npy", np.dtype(np.uint8), (num_tokens,), trained),
         *(_write_array(folder / f"{n}.npy", others[n].dtype, others[n].shape, [others[n]]) for n in _INDEX_ARRAYS),
     ]
-    return block_digests.write(folder, of_arrays)
+    content = np.concatenate([np.asarray(digests, dtype=_DTYPE) for digests in of_arrays]).tobytes()
+    _write_blocks(folder / DIGESTS, [content])
+    return xxhash.xxh3_128_hexdigest(content)
 
 
 def _write_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> list[int]:
     """Write an array in parts; return its size in bytes and the digests of its blocks."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    )
+    return _write_blocks(path, itertools.chain([header.getvalue()], (part.tobytes() for part in parts)))
+
+
+def _write_blocks(path: Path, parts: Iterable[bytes]) -> list[int]:
+    digests, size = [], 0
     with path.open("wb") as file:
-        writer = DigestingWriter(file)
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(writer, header)
-        for part in parts:
-            writer.write(np.ascontiguousarray(part).data)
+        for block in _cut_into_blocks(parts):
+            file.write(block)
+            digests.append(xxhash.xxh3_64_intdigest(block))
+            size += len(block)
         file.flush()
         os.fsync(file.fileno())
-    return writer.digests()
+    return [size, *digests]
+
+
+def _cut_into_blocks(parts: Iterable[bytes]) -> Iterator[memoryview]:
+    """Yield the consecutive parts in blocks of BLOCK_BYTES; only the last may be shorter."""
+    rest = b""
+    for part in parts:
+        joined = memoryview(rest + part)
+        end = len(joined) - len(joined) % BLOCK_BYTES
+        yield from (joined[start : start + BLOCK_BYTES] for start in range(0, end, BLOCK_BYTES))
+        rest = bytes(joined[end:])
+    if rest:
+        yield memoryview(rest)

@@ -7,7 +7,6 @@ transformers: the submit side reads the findings before anything starts.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,13 +47,12 @@ CHECKS = {
     "truncated": CheckText(
         "documents that are cut off because they are longer than a row",
         "The model does not see how they end, and may learn to stop early or never",
-        "raise data.max_length, or set data.long_documents to split; data.checks.max_truncated sets the share that is accepted",
+        "raise data.max_length, or set data.long_documents to split",
     ),
     "dropped": CheckText(
         "documents that are left out",
         "The model trains on less data than the sources contain, and not on a representative sample",
-        "for long documents raise data.max_length, or set data.long_documents to split; otherwise repair the rows; "
-        "data.checks.max_dropped sets the share that is accepted",
+        "for long documents raise data.max_length, or set data.long_documents to split; otherwise repair the rows",
     ),
     "unsure_border": CheckText(
         "documents whose trained part begins or ends inside a token",
@@ -80,8 +78,8 @@ CHECKS = {
     "held_out_prompt_in_train": CheckText(
         "held-out documents whose prompt is also in the training split, with another answer",
         "The evaluation shows how well the model knows these prompts, not how well it answers others",
-        "keep all answers to a prompt in one of the two splits (data.split_by=prompt does so for data.eval_fraction), or set the "
-        "check to drop, which removes the training documents with these prompts",
+        "keep all answers to a prompt in one of the two splits (data.eval_fraction does so), or set the check to drop, which "
+        "removes the training documents with these prompts",
     ),
     "similar_prompt_in_train": CheckText(
         "held-out documents whose prompt differs from a training prompt only in its numbers",
@@ -91,7 +89,7 @@ CHECKS = {
     "not_compared": CheckText(
         "documents that were not compared with all possible near duplicates",
         "Near duplicates between the training and the held-out split may be missed: too many rows share a template",
-        "compare some of these rows by eye, or raise data.checks.near_duplicate_threshold, which leaves fewer pairs to compare",
+        "compare some of these rows by eye",
     ),
     "empty_answer": CheckText(
         "documents with an empty answer",
@@ -136,7 +134,7 @@ CHECKS = {
     "long_answer": CheckText(
         "documents with a very long answer",
         "The loss weights every token equally, so long answers dominate it",
-        "look at the examples; data.checks.long_answer_tokens sets the limit",
+        "look at the examples",
     ),
     "secrets": CheckText(
         "documents with text that looks like a key or a password",
@@ -155,22 +153,15 @@ CHECKS = {
     ),
 }
 
-# The value that accepts a fatal finding, if it is not keep.
-_ACCEPTED_BY = {"unsure_border": "drop"}
 # If these are accepted, their documents are not trained.
-_NOT_TRAINED = ("bad_rows", "unsure_border", "no_trained_token", "dropped")
+_NOT_TRAINED = ("bad_rows", "no_trained_token", "dropped")
 
 # Documents in both splits; drop removes the training documents.
 LEAKS = ("held_out_in_train", "near_held_out_in_train", "held_out_prompt_in_train")
 # Checks that look at the held-out documents.
 OF_HELD_OUT = (*LEAKS, "similar_prompt_in_train")
-# Checks that accept a share of the documents, by the setting for that share.
-LIMITS = {
-    **dict.fromkeys(OF_HELD_OUT, "max_held_out_in_train"),
-    "truncated": "max_truncated",
-    "dropped": "max_dropped",
-    "bad_rows": "max_bad_rows",
-}
+# Checks that accept a share of the documents.
+LIMITS = {**dict.fromkeys(OF_HELD_OUT, 0.01), "truncated": 0.2, "dropped": 0.2, "bad_rows": 0.05}
 # A model that sees more documents without an end of turn than with one hardly learns to stop.
 MAX_SHARE_WITHOUT_TURN_END = 0.5
 
@@ -206,8 +197,9 @@ class Finding:
         return self.count / max(1, self.total)
 
     @property
-    def setting(self) -> str:
-        return f"data.checks.{self.name}"
+    def setting(self) -> str | None:
+        """The setting that decides about it; None if it only informs."""
+        return f"data.checks.{self.name}" if self.name in ChecksSection.model_fields else None
 
 
 @dataclass(frozen=True)
@@ -235,7 +227,6 @@ class JudgedFinding:
             "action": self.action,
             "fatal": self.fatal,
             "limit": self.limit,
-            "limit_setting": f"data.checks.{LIMITS[self.finding.name]}" if self.finding.name in LIMITS else None,
             "accepted_by": _accepted_by(self.finding),
             "remedy": text.remedy,
         }
@@ -258,12 +249,15 @@ def read(folder: str | Path) -> Findings:
 def judge(findings: Findings, checks: ChecksSection) -> tuple[JudgedFinding, ...]:
     """Judge each finding by the settings `checks`; findings that refuse the run come first."""
     judged = [
-        JudgedFinding(
-            finding, action := getattr(checks, finding.name), _is_fatal(finding, action, checks), _limit(finding, checks)
-        )
+        JudgedFinding(finding, action := get_action(finding.name, checks), _is_fatal(finding, action, checks), _limit(finding))
         for finding in findings
     ]
     return tuple(sorted(judged, key=lambda one: not one.fatal))
+
+
+def get_action(name: str, checks: ChecksSection) -> str:
+    """Return what happens to the documents that the check `name` finds: keep, drop or fail."""
+    return str(getattr(checks, name, "drop" if name == "unsure_border" else "keep"))
 
 
 def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
@@ -271,15 +265,13 @@ def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
         # Nothing would be left of a source.
         return finding.highest_share == 1
     if finding.name == "bad_rows":
-        return finding.share > checks.max_bad_rows
+        return finding.share > LIMITS["bad_rows"] and checks.dropped == "fail"
     share = finding.highest_share if finding.name == "no_turn_end" else finding.share
-    return action == "fail" and share > _limit(finding, checks)
+    return action == "fail" and share > _limit(finding)
 
 
-def _limit(finding: Finding, checks: ChecksSection) -> float:
-    if finding.name in LIMITS:
-        return float(getattr(checks, LIMITS[finding.name]))
-    return MAX_SHARE_WITHOUT_TURN_END if finding.name == "no_turn_end" else 0.0
+def _limit(finding: Finding) -> float:
+    return MAX_SHARE_WITHOUT_TURN_END if finding.name == "no_turn_end" else LIMITS.get(finding.name, 0.0)
 
 
 def problems(findings: Findings, checks: ChecksSection) -> list[Problem]:
@@ -300,9 +292,7 @@ def share_text(share: float) -> str:
 
 def _accepted_by(finding: Finding) -> str:
     """Return the setting with which a fatal finding no longer refuses the run."""
-    if finding.name == "bad_rows":
-        return f"data.checks.max_bad_rows={math.ceil(100 * finding.share) / 100:g}"
-    return f"{finding.setting}={_ACCEPTED_BY.get(finding.name, 'keep')}"
+    return "data.checks.dropped=keep" if finding.name == "bad_rows" else f"{finding.setting}=keep"
 
 
 def _problem(finding: Finding) -> Problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import zlib
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from ftfy.badness import is_bad
 
-from launcher.config.sections.data import ChecksSection, DataSection
+from launcher.config.sections.data import DataSection
 from launcher.data.checks import minhash, patterns
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.chat_template import TrainOn, find_trained_messages
@@ -22,11 +21,10 @@ from launcher.plan.quantities import format_count
 
 # zlib compresses prose to about a half, code and tables to a third, and text that repeats itself to a fifth or less.
 REPETITIVE_RATIO = 5.0
+LONG_ANSWER_TOKENS = 4096
 _MIN_REPETITIVE_BYTES = 400
 # The first two bytes of a multi-byte UTF-8 character, decoded as Latin-1 or Windows-1252.
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
-# Number of characters on either side of the border between two parts: the length of long keys and addresses.
-_AROUND_BORDER = 256
 _DIGITS = b"0123456789"
 # If less is left of a prompt without its numbers, such as 3+4=, it is too short to compare.
 _MIN_FORM_BYTES = 24
@@ -92,7 +90,7 @@ def inspect(
     hits: list[tuple[CheckHit, ...]] = []
     for document, rendering, tokens in zip(documents, rendered, encoded, strict=True):
         parts = list(_parts(document, rendering, data.train_on))
-        identity = _identify(document, parts, data.split_by)
+        identity = _identify(document, parts)
         trained_parts = _as_trained(document, parts, data.system)
         text = (
             identity.full_text if trained_parts is parts else minhash.normalize("\n".join([part.text for part in trained_parts]))
@@ -101,8 +99,8 @@ def inspect(
         text_hits = _check_texts(trained_parts, text, candidates, special_texts)
         identities.append(identity)
         split_hits = _check_split_tokens(rendering, split_tokens) if split_tokens else ()
-        structure_hits = _check_structure(document, parts, tokens, data.checks)
-        hits.append((*structure_hits, *text_hits, *split_hits, *_check_borders(document, parts, candidates)))
+        structure_hits = _check_structure(document, parts, tokens)
+        hits.append((*structure_hits, *text_hits, *split_hits))
     signatures = minhash.compute_signatures([identity.signed for identity in identities])
     return [
         Inspection(*identity.hashes, signature, document_hits, isinstance(document, PlainText))
@@ -122,7 +120,7 @@ class _Identity:
     full_text: str
 
 
-def _identify(document: Document, parts: Sequence[_TextPart], split_by: str) -> _Identity:
+def _identify(document: Document, parts: Sequence[_TextPart]) -> _Identity:
     """Hash the text of a document; `parts` are the document's own, in order: tools, system, messages."""
     num_tools = int(bool(parts) and parts[0].where == "tools")
     num_system = num_tools + int(len(parts) > num_tools and parts[num_tools].where == "system")
@@ -138,15 +136,13 @@ def _identify(document: Document, parts: Sequence[_TextPart], split_by: str) -> 
     prompt = _join(comparable[:2]) if question else b""
     form = prompt.translate(None, _DIGITS)
     of_content, of_prompt = minhash.hash_content(content), minhash.hash_content(prompt) if prompt else 0
-    by_document = split_by == "document"
-    alone = minhash.hash_content(" ".join(texts).encode()) if by_document else of_content
     hashes = (
         of_content,
         minhash.hash_content(content + _setup(document)),
         of_prompt,
         minhash.hash_content(form) if len(form) >= _MIN_FORM_BYTES else 0,
-        alone if by_document else of_prompt or of_content,
-        alone,
+        of_prompt or of_content,
+        of_content,
     )
     return _Identity(hashes, _join(comparable[1:]), " ".join([tools, *texts]) if tools else " ".join(texts))
 
@@ -217,9 +213,7 @@ def _written(message: Message, reasoning: str | None) -> str:
     return "\n".join(text for text in (reasoning, message.content, *calls) if text)
 
 
-def _check_structure(
-    document: Document, parts: list[_TextPart], encoded: EncodedDocument, checks: ChecksSection
-) -> Iterator[CheckHit]:
+def _check_structure(document: Document, parts: list[_TextPart], encoded: EncodedDocument) -> Iterator[CheckHit]:
     """Check the structure: trained tokens, empty and long answers, roles."""
     num_trained = int(np.count_nonzero(encoded.trained))
     if encoded.is_unsure:
@@ -228,9 +222,9 @@ def _check_structure(
         yield CheckHit("no_trained_token", "no token is trained")
     if empty := [part.where for part in parts if part.answer is not None and not part.answer.strip()]:
         yield CheckHit("empty_answer", f"{empty[0]} is empty")
-    if num_trained > checks.long_answer_tokens and not isinstance(document, PlainText):
+    if num_trained > LONG_ANSWER_TOKENS and not isinstance(document, PlainText):
         longest = _longest_run(encoded.trained)
-        if longest > checks.long_answer_tokens:
+        if longest > LONG_ANSWER_TOKENS:
             yield CheckHit("long_answer", f"{longest:,} trained tokens in one answer")
     for part in parts:
         if part.answer is not None and (ratio := _repetition(part.answer)) > REPETITIVE_RATIO:
@@ -287,29 +281,6 @@ def _check_texts(
             details[pattern.finding].append(f"{part.where}, character {match.start()}: {patterns.mask(pattern, match)}")
     for finding, texts in details.items():
         yield CheckHit(finding, texts[0] + (f" and {len(texts) - 1} more" if len(texts) > 1 else ""))
-
-
-def _check_borders(
-    document: Document, parts: Sequence[_TextPart], candidates: Sequence[patterns.TextPattern]
-) -> Iterator[CheckHit]:
-    """Check for secrets and addresses that begin in one part and end in the next: a question may name what the answer contains.
-
-    `candidates` are the patterns that may match the text of a conversation; its template writes more between the parts.
-    """
-    if isinstance(document, Chat) and not candidates:
-        return
-    for part, following in itertools.pairwise(parts):
-        # No key or address continues after a question.
-        if part.where == "tools" or part.text.endswith("?"):
-            continue
-        before, after = part.text[-_AROUND_BORDER:], following.text[:_AROUND_BORDER]
-        if isinstance(document, Completion):
-            candidates = patterns.find_candidates((before + after).lower().encode())
-        for space in ("", " ") if isinstance(document, Chat) else ("",):
-            for pattern, match in patterns.find_matches(before + space + after, candidates):
-                if match.start() < len(before) and match.end() > len(before) + len(space):
-                    start = len(part.text) - len(before) + match.start()
-                    yield CheckHit(pattern.finding, f"{part.where}, character {start}: {patterns.mask(pattern, match)}")
 
 
 def _broken(text: str) -> str | None:

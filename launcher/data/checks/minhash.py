@@ -16,11 +16,15 @@ import rensa
 import xxhash
 
 NUM_SLOTS = 128
+# Estimated Jaccard similarity at which two documents count as nearly identical.
+THRESHOLD = 0.8
 WINDOW_BYTES = 16
 # Shorter texts that differ in one word do not count as similar; equal texts are found by their hash.
 MIN_WINDOWS = 64
 # A pair at the threshold becomes a candidate with this probability.
 RECALL = 0.99
+# The largest number of slots per band for which a pair at the threshold is a candidate with probability RECALL.
+ROWS_PER_BAND = next(r for r in range(16, 0, -1) if 1 - (1 - THRESHOLD**r) ** (NUM_SLOTS // r) >= RECALL)
 # Each document is compared with this many of the next documents that share a band; larger groups are chained.
 REACH = 8
 # Between two sets, a document is compared with this many candidates at a time, until a similar one is found.
@@ -101,12 +105,12 @@ def compute_signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
     return rows
 
 
-def find_near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield pairs (a, b, similarity) with a < b and an estimated similarity of at least `threshold`; pairs may repeat.
+def find_near_pairs(signatures: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield pairs (a, b, similarity) with a < b and an estimated similarity of at least THRESHOLD; pairs may repeat.
 
     `compute_signatures` is uint16 [documents, NUM_SLOTS].
     """
-    for band in _bands(threshold):
+    for band in _bands():
         keys = _keys(signatures, band)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
@@ -115,13 +119,12 @@ def find_near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[
             if not len(at):
                 break
             for some in np.array_split(at, -(-len(at) // _CHUNK)):
-                yield _select_similar(signatures, order[some], signatures, order[some + distance], threshold)
+                yield _select_similar(signatures, order[some], signatures, order[some + distance])
 
 
 def find_near_pairs_between(
     left: np.ndarray,
     right: np.ndarray,
-    threshold: float,
     reach: int,
     on_pairs: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
 ) -> np.ndarray:
@@ -133,7 +136,7 @@ def find_near_pairs_between(
     """
     num_similar = np.zeros(len(left), dtype=np.int64)
     pairs_left = MAX_PAIRS_ACROSS
-    for band in _bands(threshold):
+    for band in _bands():
         keys, left_keys = _keys(right, band), _keys(left, band)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
@@ -148,7 +151,7 @@ def find_near_pairs_between(
                 if pairs_left < 0:
                     return np.flatnonzero(num_similar == 0)
                 steps = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num)
-                near = _select_similar(left, np.repeat(rows, num), right, order[np.repeat(first[rows], num) + steps], threshold)
+                near = _select_similar(left, np.repeat(rows, num), right, order[np.repeat(first[rows], num) + steps])
                 np.add.at(num_similar, near[0], 1)
                 on_pairs(*near)
             first[active] += counts
@@ -157,9 +160,9 @@ def find_near_pairs_between(
     return np.empty(0, dtype=np.int64)
 
 
-def _bands(threshold: float) -> Iterator[slice]:
-    rows = _rows_per_band(threshold)
-    return (slice(start, start + rows) for start in range(0, NUM_SLOTS - rows + 1, rows))
+def _bands() -> Iterator[slice]:
+    starts = range(0, NUM_SLOTS - ROWS_PER_BAND + 1, ROWS_PER_BAND)
+    return (slice(start, start + ROWS_PER_BAND) for start in starts)
 
 
 def _keys(signatures: np.ndarray, band: slice) -> np.ndarray:
@@ -172,13 +175,8 @@ def _keys(signatures: np.ndarray, band: slice) -> np.ndarray:
 
 
 def _select_similar(
-    left: np.ndarray, a: np.ndarray, right: np.ndarray, b: np.ndarray, threshold: float
+    left: np.ndarray, a: np.ndarray, right: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     similarity = (left[a] == right[b]).mean(axis=1)
-    near = similarity >= threshold
+    near = similarity >= THRESHOLD
     return a[near], b[near], similarity[near]
-
-
-def _rows_per_band(threshold: float) -> int:
-    """Return the largest number of slots per band for which a pair at the threshold is a candidate with probability RECALL."""
-    return next(r for r in range(16, 0, -1) if 1 - (1 - threshold**r) ** (NUM_SLOTS // r) >= RECALL or r == 1)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from launcher.config.sections.data import ChecksSection
 from launcher.data.checks import minhash
 from launcher.data.checks.inspection import CheckHit
 
@@ -25,7 +24,6 @@ def find_duplicates(
     tasks: np.ndarray,
     signatures: Sequence[np.ndarray | None],
     training: np.ndarray,
-    checks: ChecksSection,
 ) -> list[tuple[int, CheckHit]]:
     """Find duplicates among the documents `training`, as (document, hit); the first of several copies does not count.
 
@@ -38,7 +36,7 @@ def find_duplicates(
     signed = _signed(signatures, _Copies(contents, training).firsts)
     slots = _stacked(signatures, signed)
     firsts = np.arange(len(signed))
-    for a, b, _ in minhash.find_near_pairs(slots, checks.near_duplicate_threshold):
+    for a, b, _ in minhash.find_near_pairs(slots):
         np.minimum.at(firsts, b, a)
     near = np.flatnonzero(firsts < np.arange(len(signed)))
     shares = (slots[near] == slots[firsts[near]]).mean(axis=1)
@@ -87,18 +85,18 @@ def find_near_leaks(
     signatures: Sequence[np.ndarray | None],
     training: np.ndarray,
     held_out: np.ndarray,
-    checks: ChecksSection,
+    is_dropped: bool,
 ) -> list[tuple[int, CheckHit]]:
     """Like `find_leaks`, for nearly identical documents; also report the documents that were not compared with all others.
 
-    If near leaks are dropped, `others` of the hits contain all similar training documents; otherwise only the first ones.
+    With `is_dropped`, `others` of the hits contain all similar training documents; otherwise only the first ones.
     """
     copies = _Copies(contents, training)
     train_signed, held_out_signed = _signed(signatures, copies.firsts), _signed(signatures, held_out)
     if not len(train_signed) or not len(held_out_signed):
         return []
     train_slots, held_out_slots = _stacked(signatures, train_signed), _stacked(signatures, held_out_signed)
-    similar, missed = _find_similar(train_slots, held_out_slots, train_signed, held_out_signed, checks)
+    similar, missed = _find_similar(train_slots, held_out_slots, train_signed, held_out_signed, is_dropped)
     hits = [(i, CheckHit("not_compared", _NOT_COMPARED)) for i in missed.tolist()]
     for document in sorted(similar):
         near = {other: share for other, share in similar[document].items() if contents[other] != contents[document]}
@@ -134,7 +132,7 @@ def _describe(similarity: float) -> str:
 
 
 def _find_similar(
-    train_slots: np.ndarray, held_out_slots: np.ndarray, training: np.ndarray, held_out: np.ndarray, checks: ChecksSection
+    train_slots: np.ndarray, held_out_slots: np.ndarray, training: np.ndarray, held_out: np.ndarray, is_dropped: bool
 ) -> tuple[dict[int, dict[int, float]], np.ndarray]:
     """Return the similar training documents of each held-out document, and the documents that were not compared with all others.
 
@@ -148,15 +146,13 @@ def _find_similar(
         for document, other, share in zip(held_out[a].tolist(), training[b].tolist(), similarity.tolist(), strict=True):
             similar[document][other] = share
 
-    threshold = checks.near_duplicate_threshold
-    missed = held_out[minhash.find_near_pairs_between(held_out_slots, train_slots, threshold, minhash.REACH_ACROSS, add_pairs)]
-    if checks.near_held_out_in_train == "drop":
+    missed = held_out[minhash.find_near_pairs_between(held_out_slots, train_slots, minhash.REACH_ACROSS, add_pairs)]
+    if is_dropped:
         # A held-out document is compared only until a similar one is found, so compare the rest from the other side.
         rest = np.flatnonzero(~is_similar)
         not_compared = minhash.find_near_pairs_between(
             train_slots[rest],
             held_out_slots,
-            threshold,
             minhash.REACH,
             lambda a, b, similarity: add_pairs(b, rest[a], similarity),
         )

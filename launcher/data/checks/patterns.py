@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,12 +102,6 @@ _FOREIGN_LITERALS = (
     *("<|", "<｜", "<bos>", "<eos>", "<pad>", "<unk>", "<<sys>>", "<</sys>>", "inst]"),
     *("<start_of_turn>", "<end_of_turn>", "</start_of_turn>", "</end_of_turn>"),
 )
-# Text that templates write between two turns: control tokens and the role. White space is searched only from its beginning,
-# because the time would otherwise grow with the square of its length.
-_BORDER = re.compile(
-    r"(?<!\s)\s*(?:(?:<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?(?:start|end)_of_turn>|\[/?INST\]|</?s>)"
-    r"\s*(?:(?:system|user|assistant|tool|model)\b\s*)?)+"
-)
 _LITERALS = {
     gate: [(literal, p) for p in PATTERNS for own_gate, literal in p.literals if own_gate == gate] for gate in (b"", *_GATES)
 }
@@ -138,13 +130,11 @@ def mask(pattern: TextPattern, match: re.Match[str]) -> str:
 def redact(parts: Sequence[str]) -> list[str]:
     """Return the parts of a text with every likely key, password, e-mail address and telephone number replaced.
 
-    The whole text is also searched without the turn borders that a chat template writes. A match that spans several parts is
-    shown in the part where it begins.
+    A match that spans several parts is shown in the part where it begins.
     """
     full_text = "".join(parts)
     candidates = find_candidates(full_text.lower().encode())
-    matches = [(*match.span(), mask(pattern, match)) for pattern, match in find_matches(full_text, candidates)]
-    matches = sorted({*matches, *(_find_across_borders(full_text, candidates) if candidates else ())})
+    matches = sorted((*match.span(), mask(pattern, match)) for pattern, match in find_matches(full_text, candidates))
     texts, start = [], 0
     for part in parts:
         text, at, end = "", start, start + len(part)
@@ -155,20 +145,6 @@ def redact(parts: Sequence[str]) -> list[str]:
         texts.append(text + full_text[at:end])
         start = end
     return texts
-
-
-def _find_across_borders(text: str, candidates: Sequence[TextPattern]) -> Iterator[tuple[int, int, str]]:
-    """Yield (start, end, mask) of each match that begins in one turn and ends in another."""
-    borders = [border.span() for border in _BORDER.finditer(text)]
-    turns = list(zip((0, *(end for _, end in borders)), (*(start for start, _ in borders), len(text)), strict=True))
-    for space in ("", " ") if borders else ():
-        # The start of each turn in the joined text.
-        starts = list(itertools.accumulate((len(space) + end - start for start, end in turns[:-1]), initial=0))
-        for pattern, match in find_matches(space.join([text[start:end] for start, end in turns]), candidates):
-            first, last = (bisect.bisect_right(starts, at) - 1 for at in (match.start(), match.end() - 1))
-            if first < last:
-                start, end = turns[first][0] + match.start() - starts[first], turns[last][0] + match.end() - starts[last]
-                yield start, end, mask(pattern, match)
 
 
 def may_hold_special_tokens(lower: str, known: Sequence[str]) -> bool:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from launcher.config.sections.data import ChecksSection
-from launcher.data.checks.findings import CHECKS, LEAKS, NUM_EXAMPLES, OF_HELD_OUT, Example, Finding, Findings
+from launcher.data.checks.findings import CHECKS, LEAKS, NUM_EXAMPLES, OF_HELD_OUT, Example, Finding, Findings, get_action
 from launcher.data.checks.inspection import CheckHit
 
 # Continued pre-training on fewer tokens has little effect.
 FEW_TOKENS_OF_TEXT = 1_000_000
+FEW_EXAMPLES = 100
 _USUAL_EXAMPLES = "50 to 100 are usual for a format or a tone, 1,000 and more for a skill, tens of thousands for general chat"
 _USUAL_TEXT = "continued pre-training usually takes millions of tokens or more"
 
@@ -40,7 +41,7 @@ def select_dropped(hits: Iterable[tuple[int, CheckHit]], num_docs: int, checks: 
     by_name = _by_name(hits)
     is_dropped = np.zeros(num_docs, dtype=bool)
     for name, of_name in by_name.items():
-        if getattr(checks, name) == "drop" and name != "near_duplicate":
+        if get_action(name, checks) == "drop" and name != "near_duplicate":
             # Keep the held-out document, and drop the training documents like it.
             is_dropped[[i for one in of_name.values() for i in one.others] if name in LEAKS else list(of_name)] = True
     if checks.near_duplicate == "drop":
@@ -71,8 +72,8 @@ def find_losses(
     """
     reasons: dict[int, str] = {}
     for document, hit in hits:
-        if not hit.others and getattr(checks, hit.finding) == "drop":
-            reasons.setdefault(document, f"dropped by data.checks.{hit.finding}")
+        if not hit.others and get_action(hit.finding, checks) == "drop":
+            reasons.setdefault(document, f"dropped by the check {hit.finding}")
     for document in np.flatnonzero((num_pieces == 0) & (num_tokens > 0)).tolist():
         reasons.setdefault(document, f"{num_tokens[document]:,} tokens, more than a row has")
     cut = [document for document in np.flatnonzero((lost > 0) & (num_pieces > 0)).tolist() if document not in reasons]
@@ -82,7 +83,7 @@ def find_losses(
     ]
 
 
-def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocuments, checks: ChecksSection) -> Findings:
+def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocuments) -> Findings:
     """Return the findings of all checks, with counts and examples; `hits` are (document, hit)."""
     by_name = _by_name(hits)
     scopes = {**dict.fromkeys(OF_HELD_OUT, corpus.held_out), "no_turn_end": corpus.trained}
@@ -91,7 +92,7 @@ def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocume
         if of_name := by_name.get(name):
             of_source = corpus.source[scopes[name]] if name in scopes else corpus.source
             findings.append(_make_finding(name, np.asarray(sorted(of_name)), of_source, of_name, corpus))
-    return tuple(findings + _check_amount(corpus, checks))
+    return tuple(findings + _check_amount(corpus))
 
 
 def make_bad_rows(
@@ -140,13 +141,13 @@ def _by_source(documents: np.ndarray, corpus: CheckedDocuments) -> dict[str, int
     return {corpus.names[i]: int(count) for i, count in enumerate(counts) if count}
 
 
-def _check_amount(corpus: CheckedDocuments, checks: ChecksSection) -> list[Finding]:
+def _check_amount(corpus: CheckedDocuments) -> list[Finding]:
     """Return the finding few_examples if there is little data to train on: plain text counts by tokens, all else by examples."""
     examples = np.flatnonzero(corpus.used & ~corpus.is_text)
     documents = examples if len(examples) else np.flatnonzero(corpus.used)
     num_tokens = int(corpus.num_tokens[documents].sum())
     if len(examples):
-        is_few, detail = len(examples) < checks.few_examples_below, f"{len(examples):,} examples to train on; {_USUAL_EXAMPLES}"
+        is_few, detail = len(examples) < FEW_EXAMPLES, f"{len(examples):,} examples to train on; {_USUAL_EXAMPLES}"
     else:
         is_few, detail = num_tokens < FEW_TOKENS_OF_TEXT, f"{num_tokens:,} tokens of text to train on; {_USUAL_TEXT}"
     if not is_few or not len(documents):

@@ -6,23 +6,22 @@ An unusable row is an error that names its place; no row is skipped silently.
 from __future__ import annotations
 
 import itertools
-import re
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import xxhash
 
-from launcher.config.sections.data import EXAMPLE_PATH, ChecksSection, DataSection, RowSource, Source
+from launcher.config.sections.data import ChecksSection, DataSection, RowSource, Source
 from launcher.data.sources import locate
 from launcher.data.sources.builtin import BUILTINS
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks, split_block
 from launcher.data.sources.files import count_rows as _count_rows
-from launcher.data.sources.formats import FORMATS, detect_format, explain_other_format, list_fitting_formats, rename_columns
+from launcher.data.sources.formats import FORMATS, detect_format, rename_columns
 from launcher.data.sources.keys import RowKeys
 from launcher.data.sources.row_problems import RowProblems
 from launcher.data.sources.row_values import Row, refuse
@@ -149,15 +148,13 @@ def count_rows(source: Source) -> int:
 class DocumentBatch:
     """Consecutive documents of a source; picklable.
 
-    `rows` is either a block that `documents` parses, or documents, each with True if the source itself holds it out. `path` is
-    the source's path as the user wrote it.
+    `rows` is either a block that `documents` parses, or documents, each with True if the source itself holds it out.
     """
 
     rows: Block | tuple[tuple[Document, bool], ...]
     format: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
     ignored_keys: tuple[str, ...] = ()
-    path: str = ""
 
     @property
     def brings_split(self) -> bool:
@@ -180,21 +177,15 @@ class DocumentBatch:
             return
         parse = FORMATS[self.format].parse
         keys = RowKeys.of(self.format, self.columns, self.ignored_keys)
-        with _naming_path(self.path):
-            for row, where in parse_block(self.rows):
-                renamed = rename_columns(keys.check(row, where, unread_keys), self.columns, where)
-                try:
-                    document = parse(renamed, where)
-                except DataError as error:
-                    raise explain_other_format(error, renamed, self.format) from error
-                yield document, False
+        for row, where in parse_block(self.rows):
+            yield parse(rename_columns(keys.check(row, where, unread_keys), self.columns, where), where), False
 
 
 def read_batches(source: Source, on_problem: Callable[[DataError], None] | None = None) -> Iterator[DocumentBatch]:
     """Yield the source's documents in batches, unparsed if possible. The format `auto` means the format of the first row.
 
     If given, `on_problem` is called for an unreadable file, and reading continues with the other files. The format is then that
-    of the first row with the keys of a known format; batches before the first row that can be parsed contain unusable rows.
+    of the first row with the keys of a known format.
 
     Raises:
         DataError: if a file cannot be read, with the place.
@@ -209,14 +200,15 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
         try:
             for block in read_blocks(file.path, file.name):
                 if not format:
-                    first, is_unreadable = _find_first_row(block, source, skip=on_problem is not None)
-                    if first is None:
-                        if is_unreadable:
-                            has_problems = True
-                            yield DocumentBatch(block, _ANY_FORMAT)
+                    rows, is_unreadable = ([*parse_block(block)], False) if on_problem is None else _parse_readable(block)
+                    if is_unreadable and not rows:
+                        # Parsing reports the rows.
+                        has_problems = True
+                        yield DocumentBatch(block, _ANY_FORMAT)
+                    if not rows:
                         continue
-                    format = _detect_format(*first, source) if source.format == "auto" else source.format
-                yield DocumentBatch(block, format, source.columns, source.ignored_keys, source.path)
+                    format = source.format if source.format != "auto" else _detect_format(rows, source, on_problem is not None)
+                yield DocumentBatch(block, format, source.columns, source.ignored_keys)
         except DataError as error:
             if on_problem is None:
                 raise
@@ -226,33 +218,29 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
         refuse("the source holds no rows", source.path, "add rows to it, or remove the source")
 
 
-def _find_first_row(block: Block, source: Source, skip: bool) -> tuple[tuple[Row, str] | None, bool]:
-    """Return the first row of a block with its place, and True if some rows cannot be parsed.
-
-    With `skip`, unparsable rows are skipped. With the format `auto`, so are rows with the keys of no format, unless all rows are
-    such.
-    """
-    if not skip:
-        return next(parse_block(block), None), False
-    is_unreadable, unknown = False, None
+def _parse_readable(block: Block) -> tuple[list[tuple[Row, str]], bool]:
+    """Return the rows of a block that can be parsed, and whether there are others."""
+    rows: list[tuple[Row, str]] = []
+    is_unreadable = False
     for one in split_block(block):
         try:
-            first = next(parse_block(one), None)
+            rows += parse_block(one)
         except DataError:
             is_unreadable = True
-        else:
-            if first is not None and (source.format != "auto" or _has_known_keys(*first, source)):
-                return first, is_unreadable
-            unknown = unknown or first
-    return unknown, is_unreadable
+    return rows, is_unreadable
 
 
-def _has_known_keys(row: Row, where: str, source: Source) -> bool:
-    try:
-        renamed = rename_columns(row, source.columns, where)
-    except DataError:
-        return False
-    return bool(list_fitting_formats(renamed))
+def _detect_format(rows: Sequence[tuple[Row, str]], source: Source, may_skip: bool) -> str:
+    """Detect the format of the first row; with `may_skip`, of the first row with the keys of a format.
+
+    A row for another kind of training is refused first, which says more than a missing key.
+    """
+    keys = RowKeys.of("", source.columns, source.ignored_keys)
+    for row, where in rows if may_skip else ():
+        with suppress(DataError):
+            return detect_format(rename_columns(keys.check(row, where, Counter()), source.columns, where), where)
+    row, where = rows[0]
+    return detect_format(rename_columns(keys.check(row, where, Counter()), source.columns, where), where)
 
 
 def find_row_problems(source: Source) -> RowProblems:
@@ -261,7 +249,7 @@ def find_row_problems(source: Source) -> RowProblems:
     try:
         for batch in read_batches(source, problems.add_file):
             try:
-                deque(parse_usable(batch, problems.add_row), maxlen=0)
+                problems.num_usable += sum(1 for _ in parse_usable(batch, problems.add_row))
             except DataError as error:
                 problems.add_file(error)
             if problems.is_full:
@@ -285,26 +273,6 @@ def parse_usable(batch: DocumentBatch, on_problem: Callable[[DataError], None]) 
                 yield from list(one.documents(Counter()))
             except DataError as error:
                 on_problem(error)
-
-
-def _detect_format(row: Row, where: str, source: Source) -> str:
-    """Detect the format of a row, but first refuse a row for another kind of training, which says more than a missing key."""
-    with _naming_path(source.path):
-        checked = RowKeys.of("", source.columns, source.ignored_keys).check(row, where, Counter())
-        return detect_format(rename_columns(checked, source.columns, where), where)
-
-
-@contextmanager
-def _naming_path(path: str) -> Iterator[None]:
-    """Insert the path of the source into remedies that show how to set data.sources."""
-    try:
-        yield
-    except DataError as error:
-        # Inside the shell's quotation marks, Hydra needs its own quotation marks around a text with other characters.
-        value = path if re.fullmatch(r"[\w./:@-]+", path) else f'"{path}"' if path and not set(path) & set("'\"\\") else "PATH"
-        remedies = [problem.remedy.replace(EXAMPLE_PATH, f"path: {value}") for problem in error.problems]
-        problems = [replace(problem, remedy=remedy) for problem, remedy in zip(error.problems, remedies, strict=True)]
-        raise DataError(problems) from error
 
 
 def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:

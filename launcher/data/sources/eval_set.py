@@ -10,22 +10,17 @@ from launcher.data.sources import locate
 from launcher.data.sources.splits import HELD_OUT
 from launcher.errors import Problem
 
-# Settings in the remedies for a row that does not match its format; see launcher.config.sections.data.COLUMNS_EXAMPLE.
-_TRAINING_EXAMPLE = "data.sources=[{name: train, "
-
 
 def make_set_data(eval_set: EvalSet, data: DataSection) -> DataSection:
     """Return the settings for an evaluation set's cache: rows are built as for `data`, without settings that select documents.
 
-    Documents without a trained token are left out; the set is refused if they exceed data.checks.max_dropped. Unusable rows are
-    treated as in `data`.
+    Documents without a trained token are left out; the checks bad_rows and dropped are those of `data`.
     """
     shared = {name: getattr(eval_set, name) for name in RowSource.model_fields}
     if eval_set.split is None and locate.has_splits(eval_set.path):
         shared["split"] = HELD_OUT
     kept = dict.fromkeys(("held_out_in_train", "truncated", "no_turn_end", "empty_answer"), "keep")
-    shares = {"max_dropped": data.checks.max_dropped, "max_bad_rows": data.checks.max_bad_rows}
-    checks = ChecksSection(**kept, unsure_border="drop", bad_rows=data.checks.bad_rows, **shares)
+    checks = ChecksSection(**kept, bad_rows=data.checks.bad_rows, dropped=data.checks.dropped)
     # data.exclude names documents of the training data.
     own = {
         "exclude": None,
@@ -39,10 +34,9 @@ def make_set_data(eval_set: EvalSet, data: DataSection) -> DataSection:
 
 
 def name_set(problem: Problem, setting: str, eval_set: EvalSet) -> Problem:
-    """Return a problem of the set's data with `setting`, the name of the set, and a remedy that changes the set."""
+    """Return a problem of the set's data with `setting` and the name of the set."""
     where = f"{setting} ({eval_set.name})" + (f", {problem.where}" if problem.where else "")
-    remedy = problem.remedy.replace(_TRAINING_EXAMPLE, f"eval.sets=[{{name: {eval_set.name}, ")
-    return replace(problem, where=where, remedy=remedy)
+    return replace(problem, where=where)
 
 
 def nothing_to_score(setting: str, eval_set: EvalSet) -> Problem:

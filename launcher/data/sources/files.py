@@ -8,31 +8,29 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
-import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import xxhash
 
-from launcher.data.sources import foreign_files, parquet
-from launcher.data.sources.json_array import parse_json, read_array, refuse_limit
-from launcher.data.sources.row_values import HARMLESS_BYTES, MAX_EXPANSION, MAX_ROW_BYTES, Row, a_json_type, list_names, refuse
+from launcher.data.sources.row_values import Row, a_json_type, list_names, refuse, safe_excerpt
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 # Size of a read, and of a block of rows.
 _BLOCK_BYTES = 1 << 20
-_HEAD_BYTES = 4096
 BLOCK_ROWS = 256
 _ONE_OBJECT = "write one JSON object per line, or one array of objects"
-_SAVE_AS_UTF8 = "save the file in UTF-8"
+_COPY_AGAIN = "copy or download the file again"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,20 @@ class DataFile:
 
     path: Path
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Up to BLOCK_ROWS consecutive rows of a file; picklable.
+
+    `data` contains the lines of a jsonl or txt file, or a part of a parquet table as an Arrow stream; `first` is the number of
+    the first line or row. If finding the rows requires parsing the file, `data` contains the rows with their places.
+    """
+
+    kind: str
+    name: str
+    first: int
+    data: bytes | tuple[tuple[Row, str], ...]
 
 
 def detect_kind(name: str) -> str | None:
@@ -58,20 +70,6 @@ def _decompressed_name(name: str) -> Path:
     return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Up to BLOCK_ROWS consecutive rows of a file; picklable.
-
-    `data` contains the lines of a jsonl or txt file, or a part of a parquet table as an Arrow stream; `first` is the number of
-    the first line or row. If finding the rows requires parsing the file, `data` contains the rows with their places.
-    """
-
-    kind: str
-    name: str
-    first: int
-    data: bytes | tuple[tuple[Row, str], ...]
-
-
 def read_blocks(path: Path, name: str) -> Iterator[Block]:
     """Yield the rows of a file, in order, in blocks of at most about a megabyte; `name` is the file's name for the user.
 
@@ -81,11 +79,14 @@ def read_blocks(path: Path, name: str) -> Iterator[Block]:
     with _opened(path, name) as file:
         kind = _kind(file, name)
         if kind in _LINES:
-            yield from _blocks_of_lines(file, name, kind)
+            for first, lines in _group((line, len(line)) for line in file):
+                yield Block(kind, name, first, b"".join(lines))
         elif kind == "parquet":
-            yield from (Block(kind, name, first, data) for first, data in parquet.read_parts(file, name))
+            yield from _parquet(file, name)
         else:
-            yield from _blocks_of_rows(_csv(file, name) if kind == "csv" else read_array(file, name), name, kind)
+            rows = _csv(file, name) if kind == "csv" else read_array(file, name)
+            for first, group in _group(((row, place), size) for row, place, size in rows):
+                yield Block(kind, name, first, tuple(group))
 
 
 def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
@@ -93,7 +94,7 @@ def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
     if not isinstance(block.data, bytes):
         yield from block.data
     elif block.kind == "parquet":
-        yield from parquet.parse_part(block.data, block.name, block.first)
+        yield from _parse_table(block.data, block.name, block.first)
     else:
         yield from _LINES[block.kind](enumerate(io.BytesIO(block.data), start=block.first), block.name)
 
@@ -108,53 +109,12 @@ def split_block(block: Block) -> Iterator[Block]:
             yield Block(block.kind, block.name, number, (row,))
 
 
-def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[Block]:
-    lines: list[bytes] = []
-    first, num_bytes = 1, 0
-    for line in read_lines(file, name):
-        lines.append(line)
-        num_bytes += len(line)
-        if len(lines) == BLOCK_ROWS or num_bytes >= _BLOCK_BYTES:
-            yield Block(kind, name, first, b"".join(lines))
-            first, num_bytes = first + len(lines), 0
-            lines.clear()
-    if lines:
-        yield Block(kind, name, first, b"".join(lines))
-
-
-def read_lines(file: io.BufferedReader, name: str) -> Iterator[bytes]:
-    """Yield the lines of a file. Raises DataError if a line is too long."""
-    for number in itertools.count(1):
-        line = file.readline(MAX_ROW_BYTES + 1)
-        if not line:
-            return
-        if len(line) > MAX_ROW_BYTES:
-            remedy = "write one row per line, and shorten the rows"
-            refuse(f"the line is longer than {MAX_ROW_BYTES >> 20} MiB", f"{name}:{number}", remedy)
-        yield line
-
-
-def _blocks_of_rows(rows: Iterator[tuple[Row, str, int]], name: str, kind: str) -> Iterator[Block]:
-    """Group rows into blocks; each row comes with its place and its number of characters."""
-    block: list[tuple[Row, str]] = []
-    first, num_chars = 1, 0
-    for row, place, size in rows:
-        block.append((row, place))
-        num_chars += size
-        if len(block) == BLOCK_ROWS or num_chars >= _BLOCK_BYTES:
-            yield Block(kind, name, first, tuple(block))
-            first, num_chars = first + len(block), 0
-            block.clear()
-    if block:
-        yield Block(kind, name, first, tuple(block))
-
-
 def count_rows(path: Path, name: str) -> int:
     """Return an upper bound of the number of rows, without parsing them. Raises DataError as `read_blocks` does."""
     with _opened(path, name) as file:
         kind = _kind(file, name)
         if kind == "parquet":
-            return parquet.count_rows(file, name)
+            return int(_open_table(file, name).metadata.num_rows)
         # Every object of a JSON array has an opening brace.
         separator = b"{" if kind == "json" else b"\n"
         count, last = 0, separator
@@ -162,12 +122,6 @@ def count_rows(path: Path, name: str) -> int:
             count, last = count + block.count(separator), block[-1:]
         # The last line may lack a line end.
         return count + (kind != "json" and last != separator)
-
-
-def unreadable(error: OSError, name: str) -> NoReturn:
-    """Refuse a file that the system cannot read."""
-    message = f"the data file cannot be read: {error.strerror or error}"
-    refuse(message, name, "check the permissions of the file, and the disk or network that it is on")
 
 
 def file_digest(file: DataFile) -> str:
@@ -178,156 +132,169 @@ def file_digest(file: DataFile) -> str:
             for block in iter(lambda: opened.read(_BLOCK_BYTES), b""):
                 state.update(block)
     except OSError as error:
-        unreadable(error, file.name)
+        _refuse_unreadable(error, file.name)
     return state.hexdigest()
+
+
+def _group(items: Iterable[tuple[Item, int]]) -> Iterator[tuple[int, list[Item]]]:
+    """Group items, given with their sizes, into blocks; yield each with the number of its first item, from 1."""
+    group: list[Item] = []
+    first, size = 1, 0
+    for item, item_size in items:
+        group.append(item)
+        size += item_size
+        if len(group) == BLOCK_ROWS or size >= _BLOCK_BYTES:
+            yield first, group
+            group, first, size = [], first + len(group), 0
+    if group:
+        yield first, group
+
+
+def _refuse_unreadable(error: OSError, name: str) -> NoReturn:
+    message = f"the data file cannot be read: {error.strerror or error}"
+    refuse(message, name, "check the permissions of the file, and the disk or network that it is on")
 
 
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
+    codec = None
     try:
-        with path.open("rb", buffering=0) as raw, _decompressed(raw, name) as file:
-            yield file
+        with path.open("rb", buffering=0) as raw:
+            head = raw.read(4)
+            raw.seek(0)
+            codec = next((codec for magic, codec in _MAGIC.items() if head.startswith(magic)), None)
+            if codec is None:
+                yield io.BufferedReader(raw, _BLOCK_BYTES)
+                return
+            import pyarrow
+
+            yield io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), codec), _BLOCK_BYTES)
     except OSError as error:
-        unreadable(error, name)
-
-
-@contextmanager
-def _decompressed(raw: io.FileIO, name: str) -> Iterator[io.BufferedReader]:
-    head = raw.read(4)
-    raw.seek(0)
-    codec = next((codec for magic, codec in _MAGIC.items() if head.startswith(magic)), None)
-    if codec is None:
-        yield io.BufferedReader(raw, _BLOCK_BYTES)
-        return
-    import pyarrow
-
-    try:
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), codec)
-        yield io.BufferedReader(_Decompressed(stream, raw, name), _BLOCK_BYTES)
-    except OSError as error:
-        at, size = raw.tell(), os.fstat(raw.fileno()).st_size
-        if "Truncated" in str(error):
-            message, place = f"the {codec} stream ends early: the file is truncated", f"{name}, byte {size}"
-        else:
-            message, place = f"the {codec} stream is corrupt: {error}", f"{name}, before byte {at}"
-        refuse(message, place, "copy or download the file again", value=f"{size} bytes")
-
-
-class _Decompressed(io.RawIOBase):
-    """The content of a compressed file, as long as its size is in proportion to the file."""
-
-    def __init__(self, stream: Any, raw: io.FileIO, name: str) -> None:
-        self._stream, self._raw, self._name = stream, raw, name
-        self._num_bytes = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        content = self._stream.read(len(buffer))
-        buffer[: len(content)] = content
-        self._num_bytes += len(content)
-        if self._num_bytes > max(HARMLESS_BYTES, MAX_EXPANSION * self._raw.tell()):
-            message = f"the compressed file expands to more than {MAX_EXPANSION} times its size"
-            refuse(message, self._name, "if you trust the file, decompress it and read the result")
-        return len(content)
+        if codec is None or error.errno is not None:
+            _refuse_unreadable(error, name)
+        refuse(f"the {codec} stream is truncated or corrupt: {error}", name, _COPY_AGAIN)
 
 
 def _kind(file: io.BufferedReader, name: str) -> str:
     """Return the kind of a file. For .json and .jsonl, trust the content over the name: one array, or lines of objects."""
-    kind = detect_kind(name) or _kind_by_content(file, name)
-    foreign_files.refuse_foreign_content(file.peek(_BLOCK_BYTES)[:_HEAD_BYTES], name, kind)
-    if kind in ("json", "jsonl"):
-        return "json" if _begins_array_of_rows(file.peek(_BLOCK_BYTES)) else "jsonl"
-    return kind
-
-
-def _begins_array_of_rows(head: bytes) -> bool:
-    """Return whether a file with this start is one JSON array. If more follows a line that is an array, each line is a row."""
-    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head.startswith(b"["):
-        return False
-    line, _, rest = head.partition(b"\n")
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    return not rest.strip()
-
-
-def _kind_by_content(file: io.BufferedReader, name: str) -> str:
-    head = file.peek(64)
-    if head.startswith(b"PAR1"):
-        return "parquet"
-    first = head.lstrip()[:1]
-    if first in (b"{", b"["):
-        return "jsonl" if first == b"{" else "json"
+    head = file.peek(_BLOCK_BYTES)
     if head.startswith(b"version https://git-lfs"):
-        # The caller refuses it, whatever its kind.
-        return "txt"
-    endings = (
-        f"give the file one of the extensions {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it if it is compressed"
-    )
-    foreign_files.refuse_unknown_kind(name, endings)
+        refuse("the file is a Git LFS pointer instead of the rows", name, "run in its folder: git lfs pull")
+    kind = detect_kind(name)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if kind is None:
+        kind = "parquet" if head.startswith(b"PAR1") else "jsonl" if text[:1] in (b"{", b"[") else None
+        if kind is None:
+            endings = f"{', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it if it is compressed"
+            refuse("neither the name nor the content shows what kind of file this is", name, f"end its name in one of {endings}")
+    if kind not in ("json", "jsonl"):
+        return kind
+    first, second, *_ = [*text.split(b"\n", 2), b"", b""]
+    if all(re.match(rb"[^{\[]*,", line) for line in (first, second)):
+        refuse("the file is not JSON, but looks like CSV", name, "rename it to end in .csv")
+    if not text.startswith(b"["):
+        return "jsonl"
+    # If more follows a line that is an array, each line is a row.
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return "json"
+    return "jsonl" if text[len(first) :].strip() else "json"
+
+
+class _RepeatedKeyError(ValueError):
+    """An object has a key twice: it is undefined which of the values holds, and most parsers silently take the last one."""
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise _RepeatedKeyError(f"has the key {safe_excerpt(key)} twice in one object")
+    return row
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
+
+
+def _refuse_value(error: Exception, where: str) -> NoReturn:
+    """Refuse well-formed JSON that cannot be used, because of its parser's `error`."""
+    problem = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number with too many digits"
+    refuse(f"the row {error if isinstance(error, _RepeatedKeyError) else problem}", where, "repair the row, or remove it")
+
+
+def read_array(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
+    """Yield (object, place, number of characters) of each entry of the array in `file`. Raises DataError with the place."""
+    content = file.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        refuse(f"the line is not UTF-8 text (byte 0x{content[error.start]:02x})", f"{name}:{line}", "save the file in UTF-8")
+    space = re.compile(r"[ \t\r\n]*")
+
+    def skip(at: int) -> int:
+        match = space.match(text, at)
+        return at if match is None else match.end()
+
+    def refuse_at(message: str, at: int) -> NoReturn:
+        place = f"{name}:{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
+        refuse(f"the file is not JSON: {message}", place, "write one JSON array of objects; check that the file is complete")
+
+    number, at = 0, skip(skip(0) + 1)
+    is_open = text[at : at + 1] != "]"
+    while is_open:
+        number += 1
+        where = f"{name}:row {number}"
+        try:
+            row, end = _DECODER.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            refuse_at(error.msg, error.pos)
+        except (RecursionError, ValueError) as error:
+            _refuse_value(error, where)
+        if not isinstance(row, dict):
+            refuse("an entry of the JSON array is not an object", where, "write an array of objects")
+        yield row, where, end - at
+        at = skip(end)
+        is_open = text[at : at + 1] != "]"
+        if is_open and text[at : at + 1] != ",":
+            refuse_at("Expecting ',' delimiter", at)
+        at = skip(at + 1) if is_open else at
+    if (at := skip(at + 1)) < len(text):
+        refuse_at("Extra data", at)
 
 
 def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
     for number, line in lines:
-        text = _decoded(line, name, number).rstrip("\r\n")
+        text = _decode(line, name, number).rstrip("\r\n")
         if not text or text.isspace():
             continue
         try:
-            row = parse_json(text)
+            row = _DECODER.decode(text)
         except json.JSONDecodeError as error:
-            refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", _remedy_of_line(text, error))
+            remedy = "write one complete JSON object per line, as Python's json.dumps does"
+            refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", remedy)
         except (RecursionError, ValueError) as error:
-            refuse_limit("the line", error, f"{name}:{number}")
-        if isinstance(row, list):
-            refuse("the line holds a JSON array, not an object", f"{name}:{number}", _ONE_OBJECT)
+            _refuse_value(error, f"{name}:{number}")
         if not isinstance(row, dict):
             refuse(f"the line holds {a_json_type(row)}, not an object", f"{name}:{number}", _ONE_OBJECT)
         yield row, f"{name}:{number}"
-
-
-def _remedy_of_line(text: str, error: json.JSONDecodeError) -> str:
-    """Return how to repair a line that is not JSON."""
-    if text[error.pos :].strip() == ",":
-        return "write one complete JSON object per line, without a comma after it"
-    if text.startswith("{'"):
-        return "write one complete JSON object per line, with double quotes: in Python, json.dumps(row)"
-    return "write one complete JSON object per line"
 
 
 def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
     """Yield (row, place, number of characters) of each line after the first line, which names the columns."""
     csv.field_size_limit(sys.maxsize)
     header: list[str] | None = None
-    start, num_bytes = 1, 0
-
-    def lines() -> Iterator[str]:
-        nonlocal num_bytes
-        for number, line in enumerate(read_lines(file, name), start=1):
-            num_bytes += len(line)
-            if num_bytes > MAX_ROW_BYTES:
-                remedy = "close every quote, or write shorter rows"
-                refuse(f"the row is longer than {MAX_ROW_BYTES >> 20} MiB", f"{name}:{start}", remedy)
-            try:
-                # `_decoded` handles the exceptions: the first line, and lines that are not UTF-8.
-                text = line.decode() if number > 1 else _decoded(line, name, number)
-            except UnicodeDecodeError:
-                text = _decoded(line, name, number)
-            yield text
-
-    reader = csv.reader(lines(), strict=True)
+    start = 1
+    reader = csv.reader((_decode(line, name, number) for number, line in enumerate(file, start=1)), strict=True)
     try:
         for cells in reader:
-            place, start, num_bytes = f"{name}:{start}", reader.line_num + 1, 0
+            place, start = f"{name}:{start}", reader.line_num + 1
             if not cells:
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
                 # If a table has no header, these are the cells of its first row.
-                foreign_files.refuse_other_separator(header, place)
                 names = list_names(header)
                 if len(set(header)) < len(header):
                     refuse(f"the first line names a column twice ({names})", place, "give every column its own name")
@@ -337,27 +304,78 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
             else:
                 yield dict(zip(header, cells, strict=True)), place, sum(map(len, cells))
     except csv.Error as error:
-        if "new-line character" in str(error):
-            refuse("the lines of the table end with a bare CR", name, "save it with Unix or Windows line endings")
         refuse(f"the table cannot be read: {error}", f"{name}:{reader.line_num}", 'close every quote, and write " inside as ""')
 
 
 def _text_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
     """Yield every non-empty line as a row with the key text."""
     for number, line in lines:
-        if text := _decoded(line, name, number).rstrip("\r\n"):
+        if text := _decode(line, name, number).rstrip("\r\n"):
             yield {"text": text}, f"{name}:{number}"
 
 
 _LINES = {"jsonl": _json_lines, "txt": _text_lines}
 
 
-def _decoded(line: bytes, name: str, number: int) -> str:
+def _decode(line: bytes, name: str, number: int) -> str:
     """Decode a line, without the byte order mark that some programs write at the beginning of a file."""
     try:
-        text = line.decode("utf-8")
-        return text.removeprefix("\ufeff") if number == 1 else text
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode("utf-8")) + 1
         message = f"the line is not UTF-8 text (byte 0x{line[error.start]:02x})"
-        refuse(message, f"{name}:{number}:{column}", _SAVE_AS_UTF8)
+        refuse(message, f"{name}:{number}:{column}", "save the file in UTF-8")
+
+
+def _open_table(file: io.BufferedReader, name: str) -> Any:
+    """Return a pyarrow ParquetFile."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # The footer is at the end, and a compressed stream cannot seek.
+        return pyarrow.parquet.ParquetFile(file if file.seekable() else pyarrow.BufferReader(file.read()))
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+        refuse(f"this is not a complete parquet file: {error}", name, _COPY_AGAIN)
+
+
+def _parquet(file: io.BufferedReader, name: str) -> Iterator[Block]:
+    import pyarrow
+
+    table, first = _open_table(file, name), 1
+    try:
+        for batch in table.iter_batches(batch_size=BLOCK_ROWS):
+            stream = pyarrow.BufferOutputStream()
+            with pyarrow.ipc.new_stream(stream, batch.schema) as writer:
+                writer.write_batch(batch)
+            yield Block("parquet", name, first, stream.getvalue().to_pybytes())
+            first += batch.num_rows
+    # UnicodeError: for example, column names that are not UTF-8.
+    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+        _refuse_corrupt(error, name, first - 1)
+
+
+def _parse_table(data: bytes, name: str, first: int) -> Iterator[tuple[Row, str]]:
+    import pyarrow
+
+    try:
+        rows = pyarrow.ipc.open_stream(data).read_all().to_pylist()
+    # OverflowError: for example, a time that Python cannot represent.
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        _refuse_corrupt(error, name, first - 1)
+    for number, row in enumerate(rows, start=first):
+        yield {key: _without_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
+
+
+def _refuse_corrupt(error: Exception, name: str, after: int) -> NoReturn:
+    message = f"the parquet file is corrupt: {str(error).splitlines()[0][:200]}"
+    refuse(message, f"{name}, after row {after}", _COPY_AGAIN)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Remove null keys of objects: in a parquet column all objects have the same keys, and missing keys are null."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value

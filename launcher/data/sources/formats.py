@@ -7,11 +7,10 @@ the name to `Source.format` in launcher/config/sections/data.py.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 
-from launcher.config.sections.data import COLUMNS_EXAMPLE, EXAMPLE_PATH
+from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.messages import (
     MESSAGE_KEYS,
@@ -33,7 +32,6 @@ from launcher.data.sources.row_values import (
     require_list,
     safe_excerpt,
 )
-from launcher.errors import DataError
 
 # ShareGPT's names for ROLES, and for an assistant message that calls a tool.
 _SHAREGPT_ROLES = {
@@ -46,10 +44,6 @@ _SHAREGPT_ROLES = {
 
 # Keys for the subject of a question, which the format question_answer does not read.
 _CONTEXT_KEYS = ("context", "passage", "paragraph", "document", "article", "story", "evidence", "choices", "options")
-# Common names for a prompt and its answer, in lower case.
-_PROMPT_NAMES = ("prompt", "instruction", "question", "query", "input", "user")
-_ANSWER_NAMES = ("completion", "response", "answer", "output", "target", "assistant")
-_PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -203,18 +197,13 @@ FORMATS: dict[str, RowFormat] = {
 }
 
 
-def list_fitting_formats(row: Row) -> list[str]:
-    """Return the names of the formats whose keys the row has."""
-    return [name for name, row_format in FORMATS.items() if row_format.required_keys <= row.keys()]
-
-
 def detect_format(row: Row, where: str) -> str:
     """Return the name of the format that matches the row's keys.
 
     Raises:
         DataError: with the row's keys, if no format matches, or several do.
     """
-    fitting = list_fitting_formats(row)
+    fitting = [name for name, row_format in FORMATS.items() if row_format.required_keys <= row.keys()]
     if len(fitting) == 1:
         if fitting == ["question_answer"] and (more := [key for key in _CONTEXT_KEYS if row.get(key)]):
             problem = f"the row has a question and an answer, and also {', '.join(more)}, which is not read ({list_keys(row)})"
@@ -224,67 +213,11 @@ def detect_format(row: Row, where: str) -> str:
     if fitting:
         problem = f"the row fits the formats {' and '.join(fitting)} ({list_keys(row)})"
         refuse(problem, where, "set the source's format to one of them")
-    only = next(iter(row.values())) if len(row) == 1 else None
-    if isinstance(only, list) and only and all(isinstance(one, dict) for one in only):
-        key = safe_excerpt(next(iter(row)))
-        remedy = f"save that list as the file, or write each of its objects on one line: jq -c '.{key}[]' FILE > rows.jsonl"
-        refuse(f"the file is one object, and its rows are in a list under {key}", where, remedy)
     remedy = (
         "give rows the key messages, conversations or text, or the keys instruction and output, prompt and completion, or "
-        f"question and answer; or name the rows' own keys in the source's columns: {_suggest_columns(row) or COLUMNS_EXAMPLE}"
+        f"question and answer; or name the rows' own keys in the source's columns: {COLUMNS_EXAMPLE}"
     )
     refuse(f"the keys of the row match no known format ({list_keys(row)})", where, remedy)
-
-
-def explain_other_format(error: DataError, row: Row, format: str) -> DataError:
-    """Return the error of a row that cannot be read in its source's format, with a remedy for rows of another format."""
-    try:
-        own_format = detect_format(row, "")
-    except DataError:
-        return error
-    if own_format == format:
-        return error
-    remedy = (
-        f"this row has the format {own_format}, and its source has the format {format}: move such rows to another file, "
-        f"and name both: 'data.sources=[{{name: train, {EXAMPLE_PATH}}}, {{name: {own_format}, path: FILE}}]' data.path=null; "
-        f"or, if all rows are like this one, set the source's format to {own_format}"
-    )
-    return DataError(tuple(replace(problem, remedy=remedy) for problem in error.problems))
-
-
-def _suggest_columns(row: Row) -> str | None:
-    """Return a setting that reads a format's keys from inside an object of the row, a list of messages under another key, or two
-    texts as prompt and completion; None for other rows.
-    """
-    for key, value in row.items():
-        inner = from_json(value)
-        first = inner[0] if isinstance(inner, list) and inner and _PLAIN_KEY.fullmatch(key) else None
-        for row_format in FORMATS.values():
-            if isinstance(first, dict) and row_format.chat_keys and row_format.required_message_keys <= first.keys():
-                columns = f"{row_format.chat_keys[0]}: {key}"
-                return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
-        for row_format in FORMATS.values() if isinstance(inner, dict) and _PLAIN_KEY.fullmatch(key) else ():
-            # A single key, such as text, says little if the row has others.
-            if row_format.required_keys <= inner.keys() and (len(row_format.required_keys) > 1 or len(row) == 1):
-                columns = ", ".join(f"{name}: {key}.{name}" for name in sorted(row_format.required_keys))
-                return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
-    texts = [key for key, value in row.items() if isinstance(value, str)]
-    prompt, answer = (
-        next((key for name in names for key in texts if key.lower() == name), None) for names in (_PROMPT_NAMES, _ANSWER_NAMES)
-    )
-    if prompt is not None and answer is not None and all(map(_PLAIN_KEY.fullmatch, (prompt, answer))):
-        rest = [key for key in texts if key not in (prompt, answer) and row[key].strip()]
-        note = f", where {', '.join(map(safe_excerpt, rest[:3]))} can be left out" if rest else ""
-        return f"{_columns_setting(prompt, answer)}{note}"
-    has_more = any(isinstance(value, dict | list) for value in row.values())
-    if len(texts) == 2 and not has_more and all(map(_PLAIN_KEY.fullmatch, texts)):
-        return f"{_columns_setting(*texts)}, if that is their order"
-    return None
-
-
-def _columns_setting(prompt: str, answer: str) -> str:
-    columns = f"prompt: {prompt}, completion: {answer}"
-    return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, columns: {{{columns}}}}}]' data.path=null"
 
 
 def _detect_by_message(row: Row, format: str) -> str:

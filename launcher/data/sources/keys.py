@@ -6,23 +6,21 @@ The names are those of TRL (dataset types), OpenAI (preference files), LLaMA-Fac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from launcher.config.sections.data import EXAMPLE_PATH
 from launcher.data.sources.formats import FORMATS
 from launcher.data.sources.messages import find_text_key
 from launcher.data.sources.row_values import Row, find_value, from_json, refuse, safe_excerpt
 
 NUM_KEYS_SHOWN = 20
-# Maximum number of distinct keys to count, because rows may have any number of them.
-_MAX_KEYS_COUNTED = 1000
 
-# Keys for the better and the worse answer: TRL, axolotl, LLaMA-Factory, torchtune; OpenAI.
-_PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
-# Keys for the worse answer if the better one is in messages: ms-swift.
-_WORSE_KEYS = ("rejected_response", "rejected_messages")
+# Keys of rows for preference training: TRL, axolotl, LLaMA-Factory, torchtune; OpenAI; the worse answer alone (ms-swift).
+_PAIRS = (
+    *(("chosen", "rejected"), ("preferred_output", "non_preferred_output")),
+    *(("rejected_response",), ("rejected_messages",)),
+)
 # Keys for whether the answer is good: TRL and ms-swift; LLaMA-Factory.
 _VERDICT_KEYS = ("label", "kto_tag")
 _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
@@ -30,7 +28,7 @@ _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 _TOKEN_MASK_KEYS = ("labels", "completion_mask", "assistant_masks", "loss_mask")
 _ROW_WEIGHT_KEYS = ("weight", "loss_weight", "sample_weight")
 _OTHER_TRAINING = frozenset(
-    (*(key for pair in _PAIRS for key in pair), *_WORSE_KEYS, *_VERDICT_KEYS, *_MEDIA_KEYS, "input_ids", *_ROW_WEIGHT_KEYS)
+    (*(key for pair in _PAIRS for key in pair), *_VERDICT_KEYS, *_MEDIA_KEYS, "input_ids", *_ROW_WEIGHT_KEYS)
 )
 
 
@@ -107,83 +105,33 @@ class RowKeys:
     def _refuse_other_training(self, row: Row, keys: Set[str], where: str) -> None:
         if keys.isdisjoint(_OTHER_TRAINING):
             return
-        for better, worse in _PAIRS:
-            if {better, worse} <= keys and _is_answer(row[better]) and _is_answer(row[worse]):
-                _refuse_pair(f"{better} and {worse}", _remedy_of_pair(row, better, worse), where)
-        for key in _WORSE_KEYS:
-            if key in keys and _is_answer(row[key]):
-                _refuse_pair(key, f"to train on the messages only: {_ignoring(key)}", where)
+        for pair in _PAIRS:
+            if {*pair} <= keys and all(_is_answer(row[key]) for key in pair):
+                problem = "the row holds a better and a worse answer, as for DPO; the launcher trains on one answer per row"
+                _refuse(problem, where, pair, "to train on one of them, name it in the source's columns")
         if self.format not in ("", "text"):
-            for key in _VERDICT_KEYS:
-                if key in keys and _is_false(row[key]):
-                    _refuse_bad_answer(key, where)
+            for key in (key for key in _VERDICT_KEYS if key in keys and _is_false(row[key])):
+                problem = f"{key}: false marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
+                _refuse(problem, where, (key,), "remove such rows")
         _refuse_media(row, keys, "the row", where)
-        _refuse_token_ids(row, keys, where)
-        for key in _ROW_WEIGHT_KEYS:
-            if key in keys and _is_other_weight(row[key]):
-                _refuse_row_weight(key, row[key], where)
+        masks = [key for key in _TOKEN_MASK_KEYS if key in keys and _is_filled_list(row[key])]
+        if "input_ids" in keys and masks and _is_filled_list(row["input_ids"]):
+            problem = f"the row holds token ids with a training mask ({', '.join(masks)}); the launcher reads text only"
+            _refuse(problem, where, ("input_ids", *masks), "write rows of text")
+        for key in (key for key in _ROW_WEIGHT_KEYS if key in keys and _is_other_weight(row[key])):
+            problem = f"the row has a loss weight other than 1 ({key}); the launcher weights all rows equally"
+            _refuse(problem, where, (key,), "put rows that should count more into a source with more epochs")
 
 
-def _refuse_pair(keys: str, remedy: str, where: str) -> NoReturn:
-    problem = f"the row holds a better and a worse answer ({keys}), as for DPO; the launcher trains on one answer per row"
-    refuse(problem, where, remedy)
-
-
-def _remedy_of_pair(row: Row, better: str, worse: str) -> str:
-    """Return how to train on only the better answer."""
-    if "messages" in row or "conversations" in row:
-        return f"to train on the row's messages as they are: {_ignoring(better, worse)}"
-    answer = from_json(row[better])
-    remedy = f"to train on {better} only: "
-    if isinstance(answer, str):
-        question = next((key for key in ("prompt", "instruction") if isinstance(row.get(key), str)), None)
-        if question is None:
-            columns = f"prompt: QUESTION, completion: {better}"
-            return f"{remedy}{_source(f'columns: {{{columns}}}')}; replace QUESTION with the key of the question"
-        return remedy + _source(f"columns: {{{'completion' if question == 'prompt' else 'output'}: {better}}}")
-    messages = [item for item in answer if isinstance(item, dict)] if isinstance(answer, list) else []
-    if any(message.get("role", message.get("from")) in ("user", "human") for message in messages):
-        return remedy + _source(f"columns: {{messages: {better}}}")
-    return f"{remedy}write the messages of the question and those of {better} into one list under the key messages"
-
-
-def _refuse_bad_answer(key: str, where: str) -> NoReturn:
-    problem = f"{key} marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
-    remedy = (
-        f"remove the rows whose {key} is false; if {key} means something else, or to train on these rows too: {_ignoring(key)}"
-    )
-    refuse(problem, where, remedy, value=f"{key}: false")
+def _refuse(problem: str, where: str, keys: Sequence[str], remedy: str) -> NoReturn:
+    ignored = f"ignored_keys: [{', '.join(keys)}]"
+    refuse(problem, where, f"{remedy}; to train on the row as if it had no such key, set the source's {ignored} in data.sources")
 
 
 def _refuse_media(holder: Row, keys: Set[str], key_path: str, where: str) -> None:
     if media := [key for key in _MEDIA_KEYS if key in keys and _is_media(holder[key])]:
         problem = f"{key_path} has {' and '.join(media)}; the launcher trains on text only"
-        refuse(problem, where, f"remove such rows, or train only on their text: {_ignoring(*media)}")
-
-
-def _refuse_token_ids(row: Row, keys: Set[str], where: str) -> None:
-    masks = [key for key in _TOKEN_MASK_KEYS if key in keys and _is_filled_list(row[key])]
-    if "input_ids" in keys and masks and _is_filled_list(row["input_ids"]):
-        listed = ("input_ids", *masks)
-        problem = f"the row holds token ids with a training mask ({', '.join(listed)}); the launcher reads text only"
-        refuse(problem, where, f"write rows of text; to train on the text in the row: {_ignoring(*listed)}")
-
-
-def _refuse_row_weight(key: str, value: Any, where: str) -> NoReturn:
-    problem = "the row has a loss weight other than 1; the launcher weights all rows equally"
-    remedy = (
-        "remove rows of weight 0, and put rows that should count more into a source with more epochs (data.sources[].epochs); "
-        f"if {key} means something else: {_ignoring(key)}"
-    )
-    refuse(problem, where, remedy, value=f"{key}: {safe_excerpt(value)}")
-
-
-def _source(setting: str) -> str:
-    return f"'data.sources=[{{name: train, {EXAMPLE_PATH}, {setting}}}]' data.path=null"
-
-
-def _ignoring(*keys: str) -> str:
-    return _source(f"ignored_keys: [{', '.join(keys)}]")
+        _refuse(problem, where, media, "remove such rows")
 
 
 def _is_empty(value: Any) -> bool:
@@ -230,25 +178,13 @@ def redact_keys(counts: Counter[str]) -> dict[str, int]:
     return dict(safe)
 
 
-class KeyCounts:
-    """Sums counts of keys in bounded memory: beyond 2,000 distinct keys, the rarer half is dropped."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._num_dropped = 0
-
-    def add(self, counts: Mapping[str, int]) -> None:
-        self._counts.update(counts)
-        if len(self._counts) > 2 * _MAX_KEYS_COUNTED:
-            self._num_dropped += len(self._counts) - _MAX_KEYS_COUNTED
-            self._counts = Counter(dict(self._ranked()[:_MAX_KEYS_COUNTED]))
+class KeyCounts(Counter[str]):
+    """Counts of keys."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the most frequent keys with their counts, and the number of other keys (approximate if some were dropped)."""
-        ranked = self._ranked()
-        num_others = len(ranked[NUM_KEYS_SHOWN:]) + self._num_dropped
-        return {"unread_keys": dict(ranked[:NUM_KEYS_SHOWN]), "num_other_unread_keys": num_others}
+        """Return the most frequent keys with their counts, and the number of other keys.
 
-    def _ranked(self) -> list[tuple[str, int]]:
-        """Sort by frequency, then by name, so that a cache does not depend on the order of sets."""
-        return sorted(self._counts.items(), key=lambda pair: (-pair[1], pair[0]))
+        Sorted by frequency, then by name, so that a cache does not depend on the order of sets.
+        """
+        ranked = sorted(self.items(), key=lambda pair: (-pair[1], pair[0]))
+        return {"unread_keys": dict(ranked[:NUM_KEYS_SHOWN]), "num_other_unread_keys": len(ranked[NUM_KEYS_SHOWN:])}

@@ -5,16 +5,13 @@ Remote files are downloaded once: Hub files into huggingface_hub's cache, others
 
 from __future__ import annotations
 
-import difflib
 import functools
 import glob
 import json
 import logging
 import os
-import re
-import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import xxhash
 
@@ -26,7 +23,7 @@ from launcher.data.cache_dir import convert_os_errors, source_folder
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.remote import RemoteFiles
 from launcher.data.sources.row_values import refuse
-from launcher.data.sources.splits import choose_files, list_unused, read_readme
+from launcher.data.sources.splits import choose_files, list_unused
 from launcher.errors import DataError, Problem
 
 _COMMIT_DIGITS = 40
@@ -34,7 +31,6 @@ _HUB_TIMEOUT_S = 20.0
 # Too many requests, and server errors.
 _TEMPORARY = (429, *range(500, 600))
 _NUM_NAMES = 10
-_SETTINGS_SUFFIXES = (".yaml", ".yml")
 
 
 def is_url(path: str) -> bool:
@@ -115,21 +111,11 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
     """Check a local path on disk and return its problem; `key` is its setting."""
     value, path = source.path, Path(source.path).expanduser()
     remedy = f"set {key} to a data file, a folder, a pattern, a Hub dataset (owner/name) or an address (s3://...)"
-    is_pattern = glob.has_magic(value) and not path.exists()
-    if is_pattern and not _match_pattern(value):
-        return Problem("no file matches the pattern", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
-    if not is_pattern and not path.exists():
-        if listed_files := _files_with_commas(value):
-            sources = ", ".join(f"{{name: {name}, path: {_flow(file)}}}" for name, file in listed_files.items())
-            listed = f"name several files with a pattern (*.jsonl), a folder, or {shlex.quote(f'data.sources=[{sources}]')}"
-            return Problem("commas do not separate data files", key, value, f"{listed} instead of data.path")
-        if path.is_symlink():
-            return Problem("the data path is a link to a file that does not exist", key, value, f"repair the link, or {remedy}")
-        similar = _list_similar(path)
-        guess = f"did you mean {' or '.join(similar)}? " if similar else ""
-        return Problem("the data file does not exist", key, value, f"{guess}{remedy}; relative paths start at {Path.cwd()}")
-    if not is_pattern and not path.is_file() and not path.is_dir():
-        return Problem("the data path is neither a file nor a folder", key, value, remedy)
+    if glob.has_magic(value) and not path.exists():
+        if not _match_pattern(value):
+            return Problem("no file matches the pattern", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
+    elif not path.is_file() and not path.is_dir():
+        return Problem("there is no such data file or folder", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
     if not path.is_dir() and (source.split, source.subset, source.revision) != (None, None, None):
         return Problem("split, subset and revision do not apply to a path that names files", key, value, "remove them")
     try:
@@ -138,42 +124,8 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
         (problem,) = error.problems
         return Problem(problem.message, key, value, problem.remedy)
     empty = [file.name for file in files if file.path.stat().st_size == 0]
-    if empty:
-        which = "" if empty == [value] else f": {', '.join(empty[:3])}"
-        return Problem(f"the data file is empty{which}", key, value, f"add rows to it, or {remedy}")
-    return None
-
-
-def _files_with_commas(value: str) -> dict[str, str]:
-    """Return the files or folders of a comma-separated list, by a name for each as a source; empty unless all of them exist."""
-    paths = [part.strip() for part in value.split(",") if part.strip()]
-    if len(paths) < 2 or not all(Path(path).expanduser().exists() for path in paths):
-        return {}
-    named: dict[str, str] = {}
-    for path in paths:
-        stem = re.sub(r"[^\w-]+", "-", Path(path).name.split(".")[0]).strip("-") or "source"
-        named[stem if stem not in named else f"{stem}-{len(named) + 1}"] = path
-    return named
-
-
-def _flow(value: str) -> str:
-    """Return a path as Hydra reads it in a list, with quotation marks if it contains characters that names do not have."""
-    return value if re.fullmatch(r"[\w./@-]+", value) else json.dumps(value, ensure_ascii=False)
-
-
-def _list_similar(path: Path) -> list[str]:
-    """Return the data next to the first missing part of `path` with the closest names, ignoring case; at most three."""
-    absent = [path, *(parent for parent in path.parents if not parent.exists())][-1]
-    try:
-        beside = list(absent.parent.iterdir())
-    except OSError:
-        return []
-    names: dict[str, list[Path]] = {}
-    for entry in beside:
-        if entry.suffix not in _SETTINGS_SUFFIXES:
-            names.setdefault(entry.name.casefold(), []).append(entry)
-    close = difflib.get_close_matches(absent.name.casefold(), names, n=3, cutoff=0.7)
-    return [str(entry) for name in close for entry in names[name]][:3]
+    which = "" if empty == [value] else f": {', '.join(empty[:3])}"
+    return Problem(f"the data file is empty{which}", key, value, "add rows to it, or remove it") if empty else None
 
 
 def _local_files(source: RowSource) -> tuple[DataFile, ...]:
@@ -188,25 +140,26 @@ def _local_files(source: RowSource) -> tuple[DataFile, ...]:
 def _choose_in_folder(folder: Path, source: RowSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the files of the source's subset and split, and the files left out."""
     names = _list_names(folder)
-    chosen = choose_files(names, lambda name: read_readme(folder / name, source.path), source.subset, source.split, source.path)
+    chosen = choose_files(names, lambda name: (folder / name).read_bytes(), source.subset, source.split, source.path)
     return chosen, list_unused(names, chosen)
 
 
 def _list_names(folder: Path) -> list[str]:
     """Return the files below `folder`, following links; a folder that several links lead to is listed once."""
-    names, seen = [], {folder.resolve()}
-    folders = [folder]
-    for subfolder in folders:
-        try:
-            entries = sorted(subfolder.iterdir())
-        except OSError as error:
-            message = f"the folder {subfolder} cannot be read: {error.strerror or error}"
-            refuse(message, str(subfolder), "check its permissions and the disk")
-        names += [entry.relative_to(folder).as_posix() for entry in entries if entry.is_file()]
-        for entry in sorted((e for e in entries if e.is_dir()), key=Path.is_symlink):
-            if (real := entry.resolve()) not in seen:
-                seen.add(real)
-                folders.append(entry)
+    names, seen = [], set()
+
+    def refuse_folder(error: OSError) -> NoReturn:
+        message = f"the folder {error.filename} cannot be read: {error.strerror}"
+        refuse(message, str(error.filename), "check its permissions and the disk")
+
+    for parent, folders, files in os.walk(folder, onerror=refuse_folder, followlinks=True):
+        # Folders themselves come before links to them.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        names += [Path(parent, name).relative_to(folder).as_posix() for name in files if Path(parent, name).is_file()]
     return sorted(names)
 
 
@@ -250,14 +203,14 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
 
         def read(name: str) -> bytes:
-            return read_readme(hub_cache.fetch_dataset_file(source.path, name, commit), source.path)
+            return hub_cache.fetch_dataset_file(source.path, name, commit).read_bytes()
 
         chosen = choose_files(names, read, source.subset, source.split, source.path)
     except DataError:
         raise
     except Exception as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        reason = _describe_failure(error, status)
+        reason = f"the hub answered with {status}" if status else f"the hub cannot be reached ({type(error).__name__})"
         if (not status or status in _TEMPORARY) and (stored := _read_listing(record)):
             _warn_once(f"{reason}; {source.path} is read at the last known commit {stored[0]}")
             return stored
@@ -267,14 +220,6 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": unused})
     return commit, chosen, unused
-
-
-def _describe_failure(error: Exception, status: int) -> str:
-    """Return why a request to the Hub failed, by its HTTP status; 0 means no response."""
-    if not status:
-        return f"the hub cannot be reached ({type(error).__name__})"
-    reasons = {401: "the hub has no such dataset, or it is private", 403: "this account may not read it on the hub"}
-    return reasons.get(status, f"the hub answered with {type(error).__name__} ({status})")
 
 
 @functools.cache

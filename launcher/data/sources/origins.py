@@ -2,13 +2,14 @@
 
     origins.npy         file uint32, line int64, content uint64: one entry for each document of the training split
     eval/origins.npy    the same for the held-out split
-    origins.json        the texts before the line numbers, indexed by `file`; digests of the two arrays
+    origins.json        the texts before the line numbers, indexed by `file`
 
 No torch, no transformers: the submit side imports this module.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from launcher import atomic_files
+from launcher.data.cache import cache_store
 from launcher.errors import DataError, Problem
 
 FILE = "origins.npy"
@@ -38,23 +39,14 @@ class DocumentOrigins:
     values: np.ndarray
 
     @classmethod
-    def open(cls, cache_dir: str, held_out: bool = False) -> DocumentOrigins | None:
-        """Read the origins of a split; None if an earlier launcher built the cache without origins.
-
-        Raises:
-            DataError: if the file is damaged.
-        """
-        folder = Path(cache_dir)
-        file = folder / ("eval" if held_out else "") / FILE
-        try:
-            table = json.loads((folder / TABLE).read_bytes())
-            content = file.read_bytes()
-        except FileNotFoundError:
-            return None
-        if xxhash.xxh3_128_hexdigest(content) != table["digests"][int(held_out)]:
-            remedy = "remove the cache, and build it again with: python -m launcher data"
-            raise DataError(Problem("the data cache is damaged: its record of the documents' origins", str(file), remedy=remedy))
-        return cls(tuple(table["files"]), np.load(file))
+    def open(cls, cache_dir: str, held_out: bool = False) -> DocumentOrigins:
+        """Read the origins of a split. Raises DataError if a file is damaged."""
+        name = f"eval/{FILE}" if held_out else FILE
+        content = Path(cache_dir, name).read_bytes()
+        if xxhash.xxh3_128_hexdigest(content) != cache_store.read_meta(cache_dir)["digests"][name]:
+            where, remedy = str(Path(cache_dir, name)), "remove the cache, and build it again with: python -m launcher data"
+            raise DataError(Problem("the data cache is damaged: its record of the documents' origins", where, remedy=remedy))
+        return cls(tuple(json.loads(Path(cache_dir, TABLE).read_bytes())), np.load(io.BytesIO(content)))
 
     def where(self, document: int) -> str:
         """Return the file and line of a document, as the report on the data names it."""
@@ -80,25 +72,9 @@ def write(folder: Path, documents_by_split: Sequence[np.ndarray], wheres: Sequen
         is_line = match is not None and str(int(match[2])) == match[2]
         prefix, line = (match[1], int(match[2])) if match is not None and is_line else (where, _NO_LINE)
         entries["file"][i], entries["line"][i] = numbers.setdefault(prefix, len(numbers)), line
-    splits = zip((folder, folder / "eval"), documents_by_split, strict=True)
-    digests = [_write_array(path / FILE, entries[documents]) for path, documents in splits]
-    _write_table(folder, [*numbers], digests)
-
-
-def write_held_out(folder: Path, full: Path, origins: DocumentOrigins, documents: np.ndarray) -> None:
-    """Write the origins of the held-out `documents` of the cache `full` that are also in the cache in `folder`."""
-    digest = json.loads((full / TABLE).read_bytes())["digests"][0]
-    _write_table(folder, origins.files, [digest, _write_array(folder / "eval" / FILE, origins.values[documents])])
-
-
-def _write_array(path: Path, values: np.ndarray) -> str:
-    """Write an array, and return the digest of the file."""
-    with path.open("wb") as file:
-        np.save(file, values)
-        file.flush()
-        os.fsync(file.fileno())
-    return xxhash.xxh3_128_hexdigest(path.read_bytes())
-
-
-def _write_table(folder: Path, files: Sequence[str], digests: Sequence[str]) -> None:
-    atomic_files.write_text(folder / TABLE, json.dumps({"files": [*files], "digests": [*digests]}))
+    for path, documents in zip((folder, folder / "eval"), documents_by_split, strict=True):
+        with (path / FILE).open("wb") as file:
+            np.save(file, entries[documents])
+            file.flush()
+            os.fsync(file.fileno())
+    cache_store.write_json(folder / TABLE, [*numbers])

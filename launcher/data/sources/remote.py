@@ -5,17 +5,16 @@ from __future__ import annotations
 import glob
 import json
 import secrets
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.config.sections.data import RowSource
-from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, mark_used, source_folder
+from launcher.data.cache_dir import convert_os_errors, is_full, mark_used, source_folder
 from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
-from launcher.data.sources.splits import choose_files, list_unused, require_short_readme
+from launcher.data.sources.splits import choose_files, list_unused
 from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
 from launcher.security.redaction import redacted_command_line
@@ -66,15 +65,12 @@ class RemoteFiles:
             return [path]
         root = path.rstrip("/")
         names = [str(name).removeprefix(f"{root}/") for name in self._fs.find(root)]
+        source = self._source
         chosen = choose_files(
-            names, lambda name: self._read_readme(f"{root}/{name}"), self._source.subset, self._source.split, self._source.path
+            names, lambda name: bytes(self._fs.cat_file(f"{root}/{name}")), source.subset, source.split, source.path
         )
         self.left_out = list_unused(names, chosen)
         return [f"{root}/{name}" for name in chosen]
-
-    def _read_readme(self, path: str) -> bytes:
-        require_short_readme(self._fs.info(path).get("size") or 0, self._source.path)
-        return bytes(self._fs.cat_file(path))
 
     def _state(self, path: str) -> _FileVersion:
         info: dict[str, Any] = self._try("found", lambda: self._fs.info(path))
@@ -103,13 +99,12 @@ class RemoteFiles:
     def _fetch(self, path: str, state: _FileVersion) -> DataFile:
         target = self._target(path, state)
         with convert_os_errors(target.parent):
-            if target.exists():
-                mark_used(target.parent)
-                return DataFile(target, self._name(path))
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with wait_and_hold(target.parent / ".lock", f"fetches {self._name(path)}", redacted_command_line()):
-                if not target.exists():
-                    self._download(path, state.size, target.parent).replace(target)
+            if not target.exists():
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with wait_and_hold(target.parent / ".lock", f"fetches {self._name(path)}", redacted_command_line()):
+                    if not target.exists():
+                        self._download(path, state.size, target.parent).replace(target)
+            mark_used(target.parent)
         return DataFile(target, self._name(path))
 
     def _download_digest(self, path: str, size: int | None) -> str:
@@ -132,30 +127,17 @@ class RemoteFiles:
         return source_folder("address", self._name(path), state.size, state.version) / "rows"
 
     def _download(self, path: str, size: int | None, folder: Path) -> Path:
-        """Download the file to a temporary name in `folder`; remove it if that fails.
-
-        Some clients, such as sftp's, write through an existing link; no other user can create one in the folder that they get.
-        """
+        """Download the file to a temporary name in `folder`; remove it if that fails."""
         partial = folder / f".{secrets.token_hex(4)}"
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as private_folder:
-            download = Path(private_folder, "rows")
-
-            def get() -> None:
-                try:
-                    self._fs.get_file(path, str(download))
-                except OSError as error:
-                    if is_full(error):
-                        raise make_cache_error(error, folder) from error
-                    raise
-
-            self._try("fetched", get)
-            num_bytes = download.stat().st_size
-            if size is not None and num_bytes != size:
-                message = f"the download is incomplete: {num_bytes:,} of {size:,} bytes"
+        try:
+            self._try("fetched", lambda: self._fs.get_file(path, str(partial)))
+            num_bytes = partial.stat().st_size
+            if num_bytes == 0 or (size is not None and num_bytes != size):
+                message = f"the download is empty or incomplete: {num_bytes:,} of {num_bytes if size is None else size:,} bytes"
                 refuse(message, self._name(path), "try again when no program is writing the file")
-            if num_bytes == 0:
-                refuse("the data file is empty", self._name(path), "add rows to it")
-            download.replace(partial)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         return partial
 
     def _try(self, done: str, action: Callable[[], Any]) -> Any:
@@ -171,6 +153,8 @@ class RemoteFiles:
             message = f"the package that reads {protocol}:// is not installed: {error}"
             raise DataError(Problem(message, path, remedy=f"pip install {_missing_package(error)}")) from error
         except Exception as error:
+            if isinstance(error, OSError) and is_full(error):
+                raise
             message = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"
             raise DataError(Problem(message, path, remedy=remedy)) from error
 

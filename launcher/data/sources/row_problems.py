@@ -10,7 +10,7 @@ from launcher.errors import DataError, Problem
 
 # Reading stops after this many unusable rows.
 MAX_COUNTED = 10_000
-_NUM_SHOWN, _NUM_PLACES = 20, 3
+_NUM_SHOWN, _NUM_PLACES = 50, 3
 # The parts that differ between messages of the same mistake: numbers, and text in parentheses.
 _LEAVE_OUT = "or skip such rows with data.checks.bad_rows=drop, which counts them"
 _OF_ONE_ROW = re.compile(r"\([^()]*\)|\d+")
@@ -25,9 +25,13 @@ class _ProblemGroup:
 
 
 class RowProblems:
-    """Problems grouped by message; each group has its first problem, its first places and its count. Picklable."""
+    """Problems grouped by message; each group has its first problem, its first places and its count. Picklable.
+
+    `num_usable` counts the rows without a problem.
+    """
 
     def __init__(self) -> None:
+        self.num_usable = 0
         self._groups: dict[tuple[str, bool], _ProblemGroup] = {}
 
     def __len__(self) -> int:
@@ -45,14 +49,17 @@ class RowProblems:
 
     def add_row(self, error: DataError) -> None:
         """Add the problem of a row."""
-        self._add_all(error, is_row=True)
+        for problem in error.problems:
+            self._add(_ProblemGroup(problem, [problem.where], 1, is_row=True))
 
     def add_file(self, error: DataError) -> None:
         """Add the problem of a file or a source."""
-        self._add_all(error, is_row=False)
+        for problem in error.problems:
+            self._add(_ProblemGroup(problem, [problem.where], 1, is_row=False))
 
     def merge(self, later: RowProblems) -> None:
-        """Add the problems of later rows."""
+        """Add the problems and the count of later rows."""
+        self.num_usable += later.num_usable
         for group in later._groups.values():
             self._add(group)
 
@@ -61,6 +68,7 @@ class RowProblems:
         if checks.bad_rows == "fail":
             return self
         refused = RowProblems()
+        refused.num_usable = self.num_usable
         refused._groups = {key: group for key, group in self._groups.items() if not group.is_row}
         return refused
 
@@ -74,20 +82,13 @@ class RowProblems:
         """Return one problem per group, with its first places and its number of rows."""
         groups = list(self._groups.values())
         shown = [_describe(group) for group in groups[:_NUM_SHOWN]]
-        if rows := [i for i, group in enumerate(groups[:_NUM_SHOWN]) if group.is_row]:
+        if self.num_usable and (rows := [i for i, group in enumerate(groups[:_NUM_SHOWN]) if group.is_row]):
             last = shown[rows[-1]]
             shown[rows[-1]] = replace(last, remedy=f"{last.remedy}; {_LEAVE_OUT}" if last.remedy else _LEAVE_OUT)
-        if others := groups[_NUM_SHOWN:]:
-            message = f"{sum(group.count for group in others):,} further rows cannot be used, for other reasons"
-            shown.append(Problem(message, others[0].first.where, remedy="repair the rows above, and run the command again"))
         if self.is_full:
             stopped = f"reading stopped after {len(self):,} rows that cannot be used, so there may be more"
             shown[-1] = replace(shown[-1], message=f"{shown[-1].message}; {stopped}")
         return shown
-
-    def _add_all(self, error: DataError, is_row: bool) -> None:
-        for problem in error.problems:
-            self._add(_ProblemGroup(problem, [problem.where], 1, is_row))
 
     def _add(self, group: _ProblemGroup) -> None:
         key = (_OF_ONE_ROW.sub("", group.first.message), group.is_row)

@@ -12,11 +12,6 @@ from launcher.errors import DataError, Problem
 
 Row = dict[str, Any]
 
-# No row of text is this long; a file with a single line would have to be held in memory.
-MAX_ROW_BYTES = 256 << 20
-# Text shrinks to a tenth, seldom to a fiftieth. Below this size, the expanded content does no harm.
-MAX_EXPANSION, HARMLESS_BYTES = 200, 64 << 20
-
 _EXCERPT_CHARS = 40
 # A row may have a million keys.
 _MAX_KEYS = 30

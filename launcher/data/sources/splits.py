@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from launcher.data.sources.files import COMPRESSED, KINDS, detect_kind, strip_suffixes
 from launcher.data.sources.row_values import refuse
 
-_MAX_PATTERN_CHARS = 1000
-_MAX_README_BYTES = 16 << 20
-# Comparisons of a pattern with a name; a million take seconds.
-_MAX_COMPARISONS = 10_000_000
 # The split of held-out documents, if none is set.
 HELD_OUT = "validation or test"
 README = "README.md"
@@ -62,21 +57,6 @@ def choose_files(
             message = f"{other} and {name} have the same name in two formats, so they may hold the same rows"
             refuse(message, where, "remove one of them, or name the files in the source's path, as in DIR/*.jsonl")
     return tuple(chosen)
-
-
-def read_readme(file: Path, where: str) -> bytes:
-    """Return the content of a README. Raises DataError if it is too long: a sparse file can have any size."""
-    with file.open("rb") as opened:
-        content = opened.read(_MAX_README_BYTES + 1)
-    require_short_readme(len(content), where)
-    return content
-
-
-def require_short_readme(num_bytes: int, where: str) -> None:
-    """Refuse a README that would take too much memory to read. Raises DataError."""
-    if num_bytes > _MAX_README_BYTES:
-        message = f"{README} has more than {_MAX_README_BYTES >> 20} MiB and is not read"
-        refuse(message, where, "remove it, or name the files in the source's path")
 
 
 def list_unused(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:
@@ -158,42 +138,9 @@ def _subset(configs: Sequence[dict[str, Any]], subset: str | None, where: str) -
     refuse(f"the dataset has several subsets: {', '.join(names)}", where, "set the source's subset to one of them")
 
 
-def _is_pattern(pattern: str) -> bool:
-    return any(sign in pattern for sign in "*?[")
-
-
-def _match_all(pattern: str, names: Sequence[str], where: str) -> list[str]:
-    """Return the names that match a pattern: `*` matches within a folder, and `**/` any number of folders, including none.
-
-    The time grows with the product of the lengths, for any pattern; a single regular expression could take forever.
-    """
-    if not _is_pattern(pattern):
-        return [name for name in names if name == pattern]
-    parts = pattern.split("/")
-    if len(pattern) > _MAX_PATTERN_CHARS or any("**" in part and part != "**" for part in parts):
-        reason = "it is too long" if len(pattern) > _MAX_PATTERN_CHARS else "** can only stand for a whole folder"
-        message = f"the pattern {pattern[:_MAX_PATTERN_CHARS]} of {README} cannot be read: {reason}"
-        refuse(message, where, "name the files in the source's path")
-    # fnmatch does not retry a `*` after the text that follows it has matched.
-    fits = [None if part == "**" else re.compile(fnmatch.translate(part)).match for part in parts]
-    return [name for name in names if _fits(fits, name.split("/"))]
-
-
-def _fits(parts: Sequence[Callable[[str], Any] | None], folders: Sequence[str]) -> bool:
-    """Return whether the folders and the file of a name match the parts of a pattern; None matches any number of folders."""
-    # How many folders the parts so far may have matched.
-    ends = {0}
-    for i, fits in enumerate(parts):
-        if fits is None:
-            # A final `**` matches what is inside a folder, not the folder itself.
-            first = min(ends, default=len(folders)) + (i == len(parts) - 1)
-            ends = {*range(first, len(folders) + 1)} if ends else set()
-        else:
-            ends = {end + 1 for end in ends if end < len(folders) and fits(folders[end])}
-    return len(folders) in ends
-
-
 def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict[str, list[str]]:
+    from fsspec.utils import glob_translate
+
     folder = str(config.get("data_dir", "")).strip("/")
     inside = [name for name in names if not folder or name.startswith(f"{folder}/")]
     entries = config.get("data_files")
@@ -204,14 +151,12 @@ def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict
     for entry in entries:
         split, patterns = (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         by_pattern += [(split, str(pattern)) for pattern in (patterns if isinstance(patterns, list) else [patterns])]
-    if len(by_pattern) * len(inside) > _MAX_COMPARISONS:
-        message = f"{README} has too many patterns: {len(by_pattern):,} for {len(inside):,} files"
-        refuse(message, where, "name the files in the source's path")
     prefix = f"{folder}/" if folder else ""
     relative = [name.removeprefix(prefix) for name in inside]
     by_split: dict[str, list[str]] = {}
     for split, pattern in by_pattern:
-        matched = [prefix + name for name in _match_all(pattern.removeprefix("./"), relative, where)]
+        matches = re.compile(glob_translate(pattern.removeprefix("./"))).match
+        matched = [prefix + name for name in relative if matches(name)]
         if not matched:
             remedy = "correct the pattern, or name the files in the source's path"
             refuse(f"no file matches the pattern {pattern} of {README}", where, remedy)

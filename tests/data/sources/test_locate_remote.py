@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,26 +113,6 @@ def test_a_hub_dataset_with_split_subset_and_revision(hub: DatasetHub, tmp_path:
     error = read_elsewhere(source, environ)[1]
     assert "several subsets: main, socratic" in error
     assert "where:  owner/name" in error
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
-def test_a_cache_of_the_hub_that_others_can_write_to_is_only_read(hub: DatasetHub, tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        environ = {**hub_environment(hub, Path(folder)), "LAUNCHER_CACHE": str(tmp_path / "launcher")}
-        cache = Path(folder) / "hf/hub"
-        hub.commit(as_bytes(SPLITS), "main")
-        online = read_elsewhere(Source(path="owner/name"), environ)
-        cache.chmod(0o777)
-        before = sorted(cache.rglob("*"))
-        assert read_elsewhere(Source(path="owner/name"), {**environ, "HF_HUB_OFFLINE": "1"}) == online
-        hub.commit(as_bytes({"train.jsonl": row("later")}), "main")
-        done = run_elsewhere(Source(path="owner/name"), environ)
-        assert [text for _, text in json.loads(done.stdout)[1]] == ["later"]
-        assert f"the Hub's cache is not trusted: {cache} can be written by everyone" in done.stderr
-        assert sorted(cache.rglob("*")) == before
-    (downloaded,) = (tmp_path / "launcher/hub").rglob("snapshots/*/train.jsonl")
-    assert downloaded.read_text() == row("later")
 
 
 def test_offline_only_downloaded_hub_files_are_used(hub: DatasetHub, tmp_path: Path) -> None:

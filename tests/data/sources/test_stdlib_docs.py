@@ -27,18 +27,6 @@ def test_the_held_out_pairs_share_nothing_with_the_others() -> None:
     assert not docstrings(held_out) & docstrings(rest)
 
 
-def test_the_text_is_the_docstring() -> None:
-    import textwrap
-
-    answers = {pair.symbol: pair.answer for pair in list_pairs()}
-    own = {f"textwrap.{name}": getattr(textwrap, name).__doc__ for name in ("wrap", "fill", "shorten", "dedent", "indent")}
-    documented = [symbol for symbol in own if symbol in answers]
-    assert documented
-    for symbol in documented:
-        first_line = own[symbol].strip().splitlines()[0]
-        assert first_line in answers[symbol]
-
-
 @pytest.mark.rest
 def test_stdlib_docs_import_nothing_and_are_the_same_in_every_process() -> None:
     code = (

@@ -94,11 +94,6 @@ def test_the_prompt_is_tokenized_as_it_is_for_generation(tokenizer: PreTrainedTo
         assert encoded.trained[len(prompt_ids)] == 1
 
 
-def test_a_template_may_strip_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = STRIPPING
-    assert trained_texts(tokenizer, encode(tokenizer, chat(("user", "a"), ("assistant", "\n b \n")))) == [f"b{END}"]
-
-
 def test_text_that_the_template_puts_before_the_answer_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = EMPTY_THINK_IN_LAST_TURN
     for last in ("think", "", "fine"):
@@ -169,24 +164,6 @@ def test_a_separate_tool_template_must_write_the_tools(tokenizer: PreTrainedToke
     tokenizer.chat_template = {"default": "other" + CALLING, "tool_use": CALLING}
     with pytest.raises(DataError, match="leaves out the definitions of the tools"):
         encode(tokenizer, WITH_TOOLS)
-
-
-def test_several_templates_without_a_default_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = {"rag": CALLING, "tool_use": CALLING}
-    with pytest.raises(DataError, match=r"several chat templates \(rag, tool_use\), and no default one") as caught:
-        encode(tokenizer, chat(("user", "a"), ("assistant", "b")))
-    assert "data.chat_template" in caught.value.problems[0].remedy
-
-
-def test_an_exception_of_a_template_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match="roles must alternate"):
-        encode(tokenizer, chat(("user", "a"), ("assistant", "b")))
-
-
-def test_a_conversation_that_begins_with_the_assistant_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match="begins with the assistant"):
-        encode(tokenizer, chat(("assistant", "Hello!"), ("user", "Hi")))
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from launcher.data.cache.split import Split
 from launcher.data.sources import BLOCK_ROWS, Block, read_batches
 from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import EncodeTask
-from launcher.data.tokenization.parallel import num_workers
-from launcher.errors import DataError, RunError
+from launcher.errors import DataError
 
 DEADLINE_S = 120.0
 # Enough batches that some are submitted before the first result returns, and some after.
@@ -55,38 +53,6 @@ try:
 except DataError as error:
     print(error, flush=True)
     sys.exit(error.exit_code)
-"""
-# Python 3.11.0 gives the fork server an abstract socket, which is not a file and has no permissions.
-WITH_ABSTRACT_SOCKETS = """
-import os
-from multiprocessing import connection, forkserver, util
-util.abstract_sockets_supported, choose = True, connection.arbitrary_address
-def choose_abstract(family):
-    return f"\\0listener-{os.getpid()}" if util.abstract_sockets_supported else choose(family)
-connection.arbitrary_address = choose_abstract
-"""
-SHOW_ADDRESS = """
-address = forkserver._forkserver._forkserver_address
-print("abstract" if address[0] == chr(0) else oct(os.stat(os.path.dirname(address)).st_mode))
-"""
-# The builder's main module, which each worker also imports: it uses torch, and fails in workers given `fail`.
-MAIN = """
-import sys
-import torch
-from launcher.config.sections.data import DataSection
-from launcher.data.tokenization import parallel
-from launcher.data.build import build
-from launcher.errors import LauncherError
-assert torch.ones(1).item() == 1
-if __name__ != "__main__" and sys.argv[3:] == ["fail"]:
-    raise ValueError("the main module fails in a worker")
-if __name__ == "__main__":
-    parallel.MIN_BYTES = 1
-    try:
-        print(build(DataSection.model_validate_json(sys.argv[1]), sys.argv[2]).num_docs)
-    except LauncherError as error:
-        print(error)
-        sys.exit(error.exit_code)
 """
 
 
@@ -147,17 +113,6 @@ def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_di
 
 
 @pytest.mark.rest
-def test_no_other_user_reaches_the_fork_server(many: DataSection, tokenizer_dir: Path, cache_home: Path) -> None:
-    """The fork server runs whatever a connecting process sends."""
-    code = WITH_ABSTRACT_SOCKETS + BUILDER + SHOW_ADDRESS
-    command = [sys.executable, "-c", code, many.model_dump_json(), str(tokenizer_dir)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "0o40700"
-
-
-@pytest.mark.rest
 def test_a_killed_worker_is_reported_and_leaves_no_cache(
     builder: tuple[subprocess.Popen, list[psutil.Process]], cache_home: Path
 ) -> None:
@@ -167,36 +122,9 @@ def test_a_killed_worker_is_reported_and_leaves_no_cache(
     workers[0].kill()
     output, errors = started.communicate("go on\n", timeout=DEADLINE_S)
     assert started.returncode == DataError.exit_code, errors
-    assert "a process that builds the data cache was killed" in output
     assert "data.workers" in output
     assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
     assert not psutil.wait_procs(children, timeout=DEADLINE_S)[1]
-
-
-def run_main(many: DataSection, tokenizer_dir: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    main = folder / "main.py"
-    main.write_text(MAIN)
-    command = [sys.executable, str(main), many.model_dump_json(), str(tokenizer_dir), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
-
-
-@pytest.mark.rest
-def test_a_main_module_may_use_torch(many: DataSection, tokenizer_dir: Path, cache_home: Path, tmp_path: Path) -> None:
-    done = run_main(many, tokenizer_dir, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert NUM_ROWS / 2 < int(done.stdout) < NUM_ROWS
-
-
-@pytest.mark.rest
-def test_a_worker_that_fails_at_startup_is_not_reported_as_killed(
-    many: DataSection, tokenizer_dir: Path, cache_home: Path, tmp_path: Path
-) -> None:
-    done = run_main(many, tokenizer_dir, tmp_path, "fail")
-    assert done.returncode == RunError.exit_code
-    assert "ValueError: the main module fails in a worker" in done.stderr
-    assert "a process that builds the data cache ended with exit code 1; its messages are above" in done.stdout
-    assert "memory" not in done.stdout
 
 
 def test_a_worker_reports_its_own_exception(many: DataSection, tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -225,22 +153,6 @@ def test_an_interrupted_builder_takes_its_processes_along(
     if by == signal.SIGINT:
         assert not cache_store.cache_dir(key).with_suffix(".partial").exists()
         assert errors.count("Traceback") == 1, "the workers keep quiet"
-
-
-def test_rows_that_cannot_be_used_are_reported_by_all_processes(many: DataSection, tokenizer_dir: Path) -> None:
-    path = Path(many.sources[0].path)
-    first, last = 3, (NUM_BATCHES - 1) * BLOCK_ROWS
-    lines = path.read_text().splitlines()
-    for broken in (first, last):
-        lines[broken] = json.dumps({"prompt": "1:", "completion": None})
-    path.write_text("\n".join(lines))
-    began = time.monotonic()
-    with pytest.raises(DataError) as caught:
-        build(many, str(tokenizer_dir))
-    (problem,) = caught.value.problems
-    assert problem.message == "completion is null, not text (2 times)"
-    assert problem.where == f"{path}:{first + 1}; {path}:{last + 1}"
-    assert time.monotonic() - began < DEADLINE_S
 
 
 @pytest.mark.rest
@@ -294,11 +206,6 @@ def test_processes_are_started_for_enough_text_or_rows(
     assert isinstance(batch.rows, Block)
     size = len(batch.rows.data) + 50_000
     assert asked == pytest.approx((12 << 20) / size, rel=0.1, abs=1)
-
-
-def test_the_number_of_processes(many: DataSection) -> None:
-    assert num_workers(many) == 2
-    assert num_workers(many.model_copy(update={"workers": None})) == len(os.sched_getaffinity(0))
 
 
 def test_every_token_of_every_document_is_in_the_cache_once(many: DataSection, tokenizer_dir: Path) -> None:
