@@ -23,8 +23,6 @@ T = TypeVar("T")
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null", dict: "an object"}
 _MAX_VALUE_CHARS = 80
-# The maximum size of a record: manifests and plans for thousands of ranks have several MiB.
-MAX_BYTES = 64 * 2**20
 
 
 class _FieldError(Exception):

@@ -120,7 +120,6 @@ def _reason(error: Exception) -> str:
 
 
 def _ask_backend(run: RunDir) -> Status:
-    # Check this before reading anything from the run.
     return status_reader_for(run, run_store.read_placement(run).kind).status(run)
 
 

@@ -228,7 +228,6 @@ def status_reader_for(run: RunDir, kind: str) -> StatusReader:
 
     Raises:
         RunError: if there is no such backend.
-        SubmitError: if a file of another user's run cannot be read safely.
     """
     problem = owners.run_problem(run.root)
     return cluster_for(kind) if problem is None else FilesOnly(problem.message)
