@@ -144,8 +144,8 @@ def test_a_terminal_gets_one_live_line_that_disappears() -> None:
 
 def test_a_log_gets_no_escape_sequences() -> None:
     code = (
-        "from launcher.tracking import progress\n"
-        "progress._FIRST_S = 0.0\n"
+        "from functools import partial\nfrom launcher.tracking import progress\n"
+        "progress.Pace = partial(progress.Pace, longest_s=0.0)\n"
         "with progress.show_progress() as make:\n    advance = make('exporting', 100)\n    advance(25)\n    advance(75)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
