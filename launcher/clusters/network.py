@@ -56,9 +56,7 @@ def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
     peer = _first_other(peers)
     if peer is None:
         return LOOPBACK
-    address = _routed_from(peer)
-    name = next((name for name, addresses in _interfaces().items() if address in addresses), "")
-    return Endpoint(address, name)
+    return _routed_from(peer)
 
 
 def endpoint_of(host: str, interface: str | None) -> Endpoint:
@@ -80,8 +78,7 @@ def endpoint_of(host: str, interface: str | None) -> Endpoint:
         if ipaddress.ip_address(address).is_loopback:
             # All of 127.0.0.0/8 belongs to the loopback interface.
             return Endpoint(address, LOOPBACK.interface)
-    address = _routed_from(_ANYWHERE)
-    return Endpoint(address, next((name for name, addresses in _interfaces().items() if address in addresses), ""))
+    return _routed_from(_ANYWHERE)
 
 
 def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
@@ -173,7 +170,8 @@ def _first_other(peers: Sequence[str]) -> str | None:
     return None
 
 
-def _routed_from(peer: str) -> str:
+def _routed_from(peer: str) -> Endpoint:
+    """Return the endpoint from which this node connects to `peer`."""
     with socket.socket(_family(peer), socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((peer, _ANY_PORT))
@@ -189,7 +187,7 @@ def _routed_from(peer: str) -> str:
             value=f"the route to {peer}",
             remedy=_REMEDY,
         )
-    return address
+    return Endpoint(address, next((name for name, addresses in _interfaces().items() if address in addresses), ""))
 
 
 def _reachable_address(names: Sequence[str]) -> str | None:

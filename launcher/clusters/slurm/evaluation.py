@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.clusters.node_command import NodeCommand, show_lines, uninterrupted
+from launcher.clusters.node_command import show_lines
 from launcher.clusters.slurm import allocation, sbatch
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.schema import RunConfig
@@ -50,9 +50,7 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
     # Nodes may not know user names.
     trusted = {owners.VARIABLE: owners.Trust.from_environ(os.environ).as_numbers()}
     script = allocation.node_script(config, module, num_gpus, trusted, folders, ("--kill-on-bad-exit=1",))
-    command = [*allocation.salloc_words(config, name, num_gpus, section.time_minutes), "bash", "-c", script]
-    started = NodeCommand(command, "", {**allocation.outside_of_a_job(), **section.env})
-    try:
+    with allocation.allocate(config, name, "", num_gpus, section.time_minutes, script, {}) as started:
         lines = show_lines(started, time.monotonic() + _LONGEST_WAIT_S)
         if not (folder / "answers.json").is_file():
             refused = allocation.refusal(started)
@@ -62,10 +60,6 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
                 value=" / ".join([refused, *lines[-2:]] if refused else lines[-3:]),
                 remedy=f"start the same command again, it continues; {allocation.remedy(refused)}",
             )
-    finally:
-        with uninterrupted():
-            started.close()
-            allocation.cancel(name)
 
 
 def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:

@@ -177,17 +177,9 @@ def test_gpus_of_one_node_need_more_shared_memory_than_a_container_gets(
     assert (failures(machine.check_shared_memory(replace(node_of(device=device), num_ranks=num_ranks))) == []) is is_enough
 
 
-def test_low_limits_are_warnings(node_of: OfConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
-    assert [result.verdict for result in machine.check_limits(node_of()) if "ulimit" in result.seen] == []
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (512, 512))
-    assert [result.verdict for result in machine.check_limits(node_of()) if "ulimit" in result.seen] == [WARNING] * 2
-
-
 @pytest.mark.parametrize(
     ("has_devices", "locked_bytes", "capabilities", "expected"),
     [
-        (True, resource.RLIM_INFINITY, 0, []),
         # CAP_IPC_LOCK
         (True, 8 << 20, 1 << 14, []),
         (False, 8 << 20, 1 << 13, ["the network adapters cannot be opened here", "locked memory is limited"]),
@@ -352,14 +344,6 @@ def test_the_name_of_a_users_program_is_no_fault(driver: Callable[..., None], no
     assert failures(gpus.check_gpus(node_of(device="cuda"))) == []
 
 
-def test_a_missing_gpu_is_explained_by_any_fault_in_the_log(driver: Callable[..., None], node_of: OfConfig, dmesg: Path) -> None:
-    driver(H100)
-    dmesg.write_text("NVRM: Xid (PCI:0000:d8:00): 79, GPU has fallen off the bus.\n")
-    fewer, fault = failures(gpus.check_gpus(replace(node_of(device="cuda"), num_ranks=2)))
-    assert "1 found, 2 needed" in fewer
-    assert "Xid 79" in fault
-
-
 def test_a_driver_that_fails_or_is_missing_is_a_failure_for_runs_on_gpus(
     driver: Callable[..., None], node_of: OfConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,14 +435,6 @@ def test_full_and_read_only_storage_are_failures(tmp_path: Path, options: str, m
     (line,) = done.stdout.splitlines()
     assert line.startswith("failure ")
     assert message in line
-
-
-def test_a_cache_without_room_is_a_warning(node_of: OfConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(storage, "_LITTLE_BYTES", 1 << 62)
-    assert [result.verdict for result in storage.check_caches(node_of())] == [WARNING] * 2
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert [result.verdict for result in storage.check_caches(node_of())] == [FAILURE, WARNING]
 
 
 def test_a_check_that_hangs_or_raises_does_not_keep_the_others(node_of: OfConfig) -> None:
