@@ -69,12 +69,6 @@ def test_a_failure_is_shown_with_its_fix_and_ends_with_code_1(launch: Launch, tm
     assert lines[-1].startswith("2 failures")
 
 
-def test_a_wrong_setting_is_refused_before_anything_is_checked(launch_here: Launch) -> None:
-    done = launch_here("doctor", "model=tiny", "train.max_stepz=3")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "train.max_stepz: there is no such setting" in done.stderr
-
-
 @pytest.mark.rest
 def test_ctrl_c_leaves_no_process_and_no_file(launcher_env: Mapping[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "launcher", "doctor", "model=tiny", f"run.root={tmp_path}/runs"]
