@@ -53,7 +53,7 @@ def site_problems(config: RunConfig, num_gpus: int) -> list[Problem]:
         SubmitError: if a partition does not exist.
     """
     section = SlurmSection.of(config.cluster)
-    partitions = site.read().chosen(section)
+    partitions = site.chosen_partitions(section)
     # Slurm accepts jobs above a partition's limit by default, and never starts them.
     startable = [one for one in partitions if one.max_minutes is None or section.time_minutes <= one.max_minutes]
     if not startable:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.sections.slurm import SlurmSection, minutes
-from launcher.errors import Problem, SubmitError, did_you_mean
+from launcher.errors import SubmitError, did_you_mean
 from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import DeviceFacts
 
@@ -64,42 +64,25 @@ class Partition:
     nodes: tuple[Node, ...]
 
 
-@dataclass(frozen=True)
-class Site:
-    """A Slurm cluster."""
+def chosen_partitions(section: SlurmSection) -> tuple[Partition, ...]:
+    """Return the partitions that the job may run in: those of cluster.partition, or the site's default.
 
-    cluster: str
-    partitions: tuple[Partition, ...]
-
-    def chosen(self, section: SlurmSection) -> tuple[Partition, ...]:
-        """Return the partitions that the job may run in: those of cluster.partition, or the site's default.
-
-        Raises:
-            SubmitError: if a partition does not exist; lists the existing ones.
-        """
-        by_name = {partition.name: partition for partition in self.partitions}
-        names = [name for name in by_name if by_name[name].default] if section.partition is None else section.partition.split(",")
-        choices = f"choose one of: {listed(by_name)}"
-        if not names:
-            raise SubmitError(
-                "cluster.partition is not set, and this site has no default", where="cluster.partition", remedy=choices
-            )
-        unknown = [name for name in names if name not in by_name]
-        if unknown:
-            raise SubmitError(
-                Problem(
-                    f"there is no partition {name}",
-                    where="cluster.partition",
-                    value=section.partition or "",
-                    remedy=f"{did_you_mean(name, list(by_name))} {choices}".strip(),
-                )
-                for name in unknown
-            )
-        return tuple(by_name[name] for name in names)
+    Raises:
+        SlurmError: if Slurm does not answer.
+        SubmitError: if a partition does not exist; lists the existing ones.
+    """
+    by_name = {partition.name: partition for partition in read_partitions()}
+    names = [name for name in by_name if by_name[name].default] if section.partition is None else section.partition.split(",")
+    unknown = next((name for name in names if name not in by_name), None)
+    if not names or unknown:
+        what = f"there is no partition {unknown}" if unknown else "this site has no default partition"
+        remedy = f"{did_you_mean(unknown or '', list(by_name))} choose one of: {', '.join(by_name)}".strip()
+        raise SubmitError(what, where="cluster.partition", value=section.partition or "", remedy=remedy)
+    return tuple(by_name[name] for name in names)
 
 
-def read() -> Site:
-    """Read the site from slurmctld with concurrent commands.
+def read_partitions() -> tuple[Partition, ...]:
+    """Read the site's partitions from slurmctld with concurrent commands.
 
     Raises:
         SlurmError: if it does not answer.
@@ -107,30 +90,25 @@ def read() -> Site:
     columns = ",".join(f"{field}:{_SEPARATOR}" for field in _NODE_FIELDS)
     # --all includes partitions that are hidden or closed to this user's groups.
     commands = (
-        ("scontrol", "show", "config"),
         ("scontrol", "--all", "--oneliner", "show", "partition"),
         ("sinfo", "--all", "--Node", "--noheader", f"--Format={columns}"),
     )
     with ThreadPoolExecutor(len(commands)) as pool:
-        config, partitions, nodes = pool.map(lambda argv: slurm(*argv), commands)
-    cluster = re.search(r"^ClusterName *= *(.*?) *$", config, re.MULTILINE)
+        partitions, nodes = pool.map(lambda argv: slurm(*argv), commands)
     nodes_of: dict[str, list[Node]] = {}
     for line in nodes.splitlines():
         name, partition, state, cpus, memory, gres = line.split(_SEPARATOR)[: len(_NODE_FIELDS)]
         nodes_of.setdefault(partition, []).append(Node(name, state, int(cpus), int(memory), _gpus(gres)))
     records = [dict(word.partition("=")[::2] for word in line.split()) for line in partitions.splitlines() if "=" in line]
-    return Site(
-        cluster[1] if cluster else "",
-        tuple(
-            Partition(
-                name=record["PartitionName"],
-                default=record.get("Default") == "YES",
-                state=record.get("State", "UP"),
-                max_minutes=None if record.get("MaxTime", "UNLIMITED") == "UNLIMITED" else minutes(record["MaxTime"]),
-                nodes=tuple(nodes_of.get(record["PartitionName"], ())),
-            )
-            for record in records
-        ),
+    return tuple(
+        Partition(
+            name=record["PartitionName"],
+            default=record.get("Default") == "YES",
+            state=record.get("State", "UP"),
+            max_minutes=None if record.get("MaxTime", "UNLIMITED") == "UNLIMITED" else minutes(record["MaxTime"]),
+            nodes=tuple(nodes_of.get(record["PartitionName"], ())),
+        )
+        for record in records
     )
 
 
@@ -144,7 +122,7 @@ def gpus_of(section: SlurmSection) -> DeviceFacts:
     """
     requested = requested_gpus(section)
     try:
-        partitions = read().chosen(section)
+        partitions = chosen_partitions(section)
     except SlurmError as error:
         # With cluster.gpus_per_node, a plan can be made without access to the cluster.
         if requested is None:
@@ -183,12 +161,6 @@ def requested_memory_mib(section: SlurmSection) -> int | None:
     number, unit = size.groups()
     kib = int(number) * {"K": 1, "": 1 << 10, "M": 1 << 10, "G": 1 << 20, "T": 1 << 30}[unit]
     return -(-kib // 1024) or None
-
-
-def listed(names: Iterable[str], max_shown: int = 10) -> str:
-    """Join names with commas; if there are too many, the first `max_shown` and the number of the rest."""
-    every = list(names)
-    return ", ".join(every[:max_shown]) + (f" and {len(every) - max_shown} more" if len(every) > max_shown else "")
 
 
 def _most_common(nodes: Sequence[Node]) -> Node | None:
