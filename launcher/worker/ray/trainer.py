@@ -28,7 +28,7 @@ def import_ray_train() -> None:
 
 def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
     """Build the trainer whose `fit` places workers and replaces lost ones until `coordinator` ends them."""
-    from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
 
     class RankBackend(Backend):
@@ -71,8 +71,6 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
                 max_preemption_failures=-1,
                 preemption_grace_s=grace_s,
             ),
-            # Ray Train removes no checkpoints; checkpoint.keep_last decides.
-            checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
 
