@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import threading
@@ -26,8 +25,6 @@ _CALL_S = 30.0
 WORKER_CALL_S = 20.0
 _PATIENCE_S = 900.0
 _POLL_S = 0.2
-# How long a replacement waits for unresponsive storage.
-_STORAGE_S = 600.0
 # Consecutive losses without workers in between. With more, the failure is not transient. Once workers come, the run's budgets
 # apply.
 _MAX_LOST = 20
@@ -73,7 +70,7 @@ class CoordinatorActor:
         self._plan_path, self._run, self._number = plan_path, run, attempt
         self._environment, self._draining_nodes, self._lost_nodes = environment, draining_nodes, lost_nodes
         self._num_lost = 0
-        self._lost_at = math.inf
+        self.is_lost = False
         # The driver and the thread that waits for Ray Train both call `state`.
         self._lock = threading.Lock()
 
@@ -99,14 +96,10 @@ class CoordinatorActor:
             except deaths() as error:
                 self._replace(error)
                 return None
-            self._number, self._lost_at = state.number, math.inf
+            self._number, self.is_lost = state.number, False
             if not state.idle_s:
                 self._num_lost = 0
             return state
-
-    @property
-    def is_lost(self) -> bool:
-        return self._lost_at < math.inf
 
     def _replace(self, error: Exception) -> None:
         """Start another actor; if storage is unreadable right now, the next call retries.
@@ -118,14 +111,12 @@ class CoordinatorActor:
 
         if (raylet := raylet_of_this_node()) is not None and raylet.has_ended:
             raise RayletLost(RAYLET_LOST)
-        self._lost_at = min(self._lost_at, time.monotonic())
+        self.is_lost = True
         if self._num_lost >= _MAX_LOST:
             raise error
         try:
             self._number = newest_own_attempt(self._run, self._number)
         except (OSError, LauncherError):
-            if time.monotonic() - self._lost_at > _STORAGE_S:
-                raise error from None
             return
         self._num_lost += 1
         print(error, file=sys.stderr, flush=True)
