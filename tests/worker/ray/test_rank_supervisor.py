@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from fake_workers import FakeWorkers
-from file_owners import MALLORY, as_root, give
+from file_owners import as_root
 from plan_fixtures import H100
 
 from launcher import json_records, run_records, run_store
@@ -162,26 +161,3 @@ def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monk
 
     monkeypatch.setattr(rank_supervisor, "_take_part", lose)
     rank_supervisor.supervise({"coordinator": None, "interface": None})
-
-
-def test_ranks_load_no_code_from_folders_of_others_that_cluster_env_names(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_root: None
-) -> None:
-    """Every other backend sets these variables before its agent looks for such folders."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        own, others = Path(name) / "own", Path(name) / "others"
-        own.mkdir()
-        others.mkdir()
-        give(others)
-        assert others.stat().st_uid == MALLORY
-        env = {"TRITON_CACHE_DIR": str(others), "TORCH_EXTENSIONS_DIR": str(own), "NCCL_IB_HCA": "mlx5"}
-        plan = ray_plan(working_dir=str(tmp_path), workers=1, env=env)
-        orders, table = Train(assignment(RunDir(Path(plan.run_dir))), {}), SimpleNamespace(path="")
-        made: list[Mapping[str, str]] = [
-            rank_supervisor._node_environment(plan, {}),
-            Told(BeatReply())._rank_environment(plan, orders, cast(Any, table), cast(Any, table)),
-        ]
-    for environment in made:
-        assert Path(environment["TRITON_CACHE_DIR"]).parent.parent == tmp_path
-        assert (environment["TORCH_EXTENSIONS_DIR"], environment["NCCL_IB_HCA"]) == (str(own), "mlx5")
