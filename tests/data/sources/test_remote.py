@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from launcher.data.sources import check_sources, compute_source_digest, read_doc
 from launcher.errors import DataError
 
 # In fsspec, a mapping of the same name hides this module.
-REGISTRY = sys.modules["fsspec.registry"]
+REGISTRY = importlib.import_module("fsspec.registry")
 ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'
 
 
