@@ -86,7 +86,7 @@ def test_what_cannot_be_read_is_named(chain: tuple[RunDir, RunDir, RunDir], tmp_
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="gives a run to another user")
 def test_a_run_of_another_user_is_not_read(chain: tuple[RunDir, RunDir, RunDir]) -> None:
-    os.chown(chain[0].plan, 12345, -1)
+    os.chown(chain[0].root, 12345, -1)
     first, _, third = cells(chain[2])
     assert (first[0], first[3:]) == ("first", ["", "", ""])
     assert "12345" in first[2] or "belongs to" in first[2]
