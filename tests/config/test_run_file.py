@@ -98,6 +98,12 @@ def test_references_aliases_and_open_values_are_those_of_every_file(
     assert (problem.message, problem.where) == ("optim.lr: a value is required and none was given", "my.yaml:2")
 
 
+@pytest.mark.parametrize("text", [f"a: {'[' * 3000}", f"run: {{seed: {'9' * 5000}}}\n", "run: {name: '${x'}\n", "- optim\n"])
+def test_a_file_that_cannot_be_read_is_named(text: str, write: Callable[[str], str], refused: Refused) -> None:
+    (problem,) = refused(write(text))
+    assert problem.where.startswith("my.yaml")
+
+
 def test_all_mistakes_are_reported_with_file_and_line(write: Callable[[str], str], refused: Refused) -> None:
     file = write(
         "model: qwen3_9b\nlearning_rate: 1e-5\noptim:\n  lr: fast\n  epz: 1\ntrain: 5\noptim.eps: 3\ndefaults: [x]\n"

@@ -125,11 +125,6 @@ def _load(path: Path) -> dict[Any, Any]:
     try:
         with path.open(encoding="utf-8") as stream:
             root = yaml.load(stream, Loader=get_yaml_loader())  # noqa: S506
-    except UnicodeDecodeError:
-        raise ConfigError("the file is not text in UTF-8", where=short(path), remedy="save it as UTF-8") from None
-    except OSError as error:
-        remedy = "check its permissions"
-        raise ConfigError(f"the file cannot be read: {error.strerror}", where=short(path), remedy=remedy) from None
     except (ValueError, OverflowError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ConfigError(f"the file is not read: {reason}", where=short(path), remedy="correct this value") from None
@@ -163,9 +158,8 @@ def _no_file(path: Path) -> Problem:
     nearby = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES and file.is_file()}
     close = difflib.get_close_matches(path.stem, nearby, n=1)
     guess = f"did you mean {nearby[close[0]]}? " if close else ""
-    message = "a run's file is a regular file, and this is not one" if path.exists() else "there is no such file"
     remedy = f"{guess}name a YAML file with settings; a file to start from: {launcher_command('init')}"
-    return Problem(message, where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
+    return Problem("there is no such file", where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
 
 
 def _option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tuple[str | None, Problem | None]:
