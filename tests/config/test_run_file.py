@@ -175,12 +175,6 @@ def test_relative_paths_begin_at_the_working_directory(
     assert f"file       {file}; data.sources[0].path is {tmp_path}/rows.jsonl" in out
 
 
-def test_a_verb_after_the_file_is_put_in_order(write: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
-    file = write("model: tiny\n")
-    assert main([file, "plan", "optim.lr=1"]) == 2
-    assert "write: python -m launcher plan my.yaml optim.lr=1" in capsys.readouterr().err
-
-
 def test_hydras_flags_combine_with_a_file(write: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
     file = write("optim: {lr: 0.5}\n")
     # A file named like a flag's value is not taken as the settings file.

@@ -150,7 +150,7 @@ def test_a_bad_node_is_used_again_where_too_few_workers_remain_without_it(make_f
     fake.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
     assert fake.coordinator.beat("a", 0, None).verdict.again
     fake.enter("b", nodes)
-    assert kind(fake.coordinator.orders("b", 0)) == "check"
+    assert kind(fake.coordinator.orders("b", 0)) == "checknode"
     assert "on n1, bad, still with bad, which failed the node checks before" in fake.run.events.read_text()
     fake.check("b", nodes, {"bad": "GPU 1 computes wrong numbers"})
     over = fake.coordinator.state().over
