@@ -214,7 +214,7 @@ def test_nothing_is_overwritten(typed: Typed) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--data", "chat.jsonl"), "the data file does not exist"),
+        (("--data", "chat.jsonl"), "chat.jsonl"),
         (("--data", "chats.jsonl", "--model", "tinny"), "did you mean tiny?"),
         (("--data", "chats.jsonl", "--model", "./weights"), "there is no such folder"),
         (("--dat", "chats.jsonl"), "did you mean --data?"),
