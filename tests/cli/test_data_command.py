@@ -246,7 +246,6 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch_here: R
     [
         (["--html"], "--html"),
         (["--show", "many"], "--show"),
-        (["--show", "--json"], "--show"),
         (["--html", "nowhere/page.html"], "cannot be written"),
         (["--html", "notes.html"], "not a page of the launcher"),
     ],
