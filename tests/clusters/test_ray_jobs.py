@@ -7,16 +7,15 @@ import pwd
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from launcher.clusters.ray import doctor, evaluation, jobs
+from launcher.clusters.ray import evaluation, jobs
 from launcher.config.sections.ray import RaySection
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.security.owners import Trust
-from launcher.worker.ray import doctor as driver_of_doctor
 
 SECTION = RaySection(kind="ray", address="http://head:8265")
 NO_AGENT = "Request failed with status code 500: No available agent to submit job, please try again later."
@@ -111,21 +110,6 @@ class BusyClient(Client):
 
     def delete_job(self, job: str) -> None:
         pass
-
-
-def test_the_driver_of_doctor_gets_no_settings_as_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every user of the head node can read the arguments of a process."""
-    from ray._private.utils import update_envs
-
-    client, request, lines = BusyClient(num_failures=0), '{"environ": {"A": "${HOME} and $HOME"}}', list[str]()
-    monkeypatch.setattr(jobs, "_client", lambda address: client)
-    reader = SimpleNamespace(feed=lines.append)
-    doctor._run_as_job(SECTION, request, "60", time.monotonic() + 60, cast(Any, reader))
-    assert lines == ["answered\n"]
-    assert client.entrypoint.endswith(f"-m launcher.worker.ray.doctor {doctor.FROM_VARIABLE} 60")
-    monkeypatch.setenv(doctor.FROM_VARIABLE, "")
-    update_envs({doctor.FROM_VARIABLE: client.variables[doctor.FROM_VARIABLE]})
-    assert driver_of_doctor.read_request(doctor.FROM_VARIABLE) == request
 
 
 def test_an_evaluation_outlasts_requests_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import ClassVar
 
 import psutil
 import pytest
@@ -17,7 +15,7 @@ from missing_program import skip_or_fail
 from pace import wait_for
 from special_files import make_pipe
 
-from launcher.clusters.ray import auto_address, doctor
+from launcher.clusters.ray import auto_address
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.errors import SubmitError
@@ -136,19 +134,3 @@ def test_a_driver_joins_the_ray_that_was_checked(
     monkeypatch.setenv("RAY_ADDRESS", other := "127.0.0.1:7004")
     with pytest.raises(ConnectionError, match=other):
         join()
-
-
-def test_the_driver_of_doctor_gets_no_settings_as_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every user of the machine can read the arguments of a process."""
-    (tmp_path / "driver.py").write_text("import sys; print(sys.argv[1:]); print(sys.stdin.read())")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(doctor, "_MODULE", "driver")
-
-    class Reader:
-        lines: ClassVar[list[str]] = []
-
-        def feed(self, line: str) -> None:
-            self.lines.append(line.strip())
-
-    doctor._run_here(RaySection(kind="ray", address="auto"), '{"environ": {}}', "60", time.monotonic() + 60, Reader())
-    assert Reader.lines == ["['-', '60']", '{"environ": {}}']
