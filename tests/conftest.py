@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import forked_stack
+import hand_made
 import hypothesis
 import progress
 import pytest
@@ -32,6 +33,9 @@ from missing_program import PROGRAMS, path_of_a_bare_machine, skip_or_fail
 from pace import slowness
 from testbed_cluster import SlotTaken, Testbed
 from testbed_config import NUM_SLOTS, Settings, install_command, missing_commands
+
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
 
 REPO = Path(__file__).resolve().parents[1]
 RUN_DEADLINE_S = 240
@@ -308,6 +312,12 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_DEADLINE_S, env=env)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         (folder / "extensions-are-compiled").touch()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run whose first attempt has been submitted."""
+    return hand_made.run(tmp_path / "runs/demo", Attempt(None))
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,14 @@
-"""A handwritten plan and checkpoint, for tests of the code that reads them."""
+"""Handwritten plans, run directories and checkpoints, for tests of the code that reads them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files
+from launcher import atomic_files, run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import Manifest
+from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
 from launcher.plan.launch_plan import (
@@ -23,6 +24,7 @@ from launcher.plan.launch_plan import (
     Topology,
 )
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
 
 # The minimal settings of a run.
 SETTINGS = {
@@ -92,11 +94,40 @@ def changed(plan: LaunchPlan, *overrides: str) -> LaunchPlan:
     return plan.model_copy(update={"config": with_overrides(plan.config, overrides)})
 
 
-def checkpoint(run: RunDir, step: int, loss: float | None, attempt: int) -> Path:
-    """A committed checkpoint of two ranks, of a thousand bytes each."""
-    saving = store.begin_save(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-    files = {name: atomic_files.write_file(saving / name, [b"x" * 1000]) for name in map(store.shard_name, range(2))}
+def run(made: LaunchPlan | Path, *attempts: Attempt, **status: Any) -> RunDir:
+    """Create the run directory of a plan, or of the smallest plan for that folder, with these attempts and this status.
+
+    The status names the newest attempt, and an attempt keeps its `submitted_at`.
+    """
+    run = run_store.create(plan(made, SETTINGS) if isinstance(made, Path) else made)
+    for attempt in attempts:
+        number = run_store.create_attempt(run, attempt)
+        status.setdefault("attempt", number)
+        if attempt.submitted_at is not None:
+            run_store.write_attempt(run, number, attempt)
+    run_store.update_status(run, **status)
+    return run
+
+
+# The files of a checkpoint of one rank.
+ONE_RANK = {store.shard_name(0): b"weights", STATE: b"weights"}
+
+
+def checkpoint(
+    run: RunDir | Path,
+    step: int,
+    loss: float | None = None,
+    attempt: int = 1,
+    files: Mapping[str, bytes] = dict.fromkeys(map(store.shard_name, range(2)), b"x" * 1000),
+    digest: str = "d",
+    needed_bytes: int = 1,
+) -> Path:
+    """Commit a checkpoint of a run, or in a folder of checkpoints; by default of two ranks, of a thousand bytes each."""
+    root = run.checkpoints if isinstance(run, RunDir) else run
+    saving = store.begin_save(root, step=step, attempt=attempt, needed_bytes=needed_bytes)
+    written = {name: atomic_files.write_file(saving / name, [content]) for name, content in files.items()}
+    num_ranks = len(files.keys() - {STATE})
     return store.commit(
         saving,
-        Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, eval_loss=loss, files=files),
+        Manifest(step=step, world_size=num_ranks, plan_digest=digest, attempt=attempt, eval_loss=loss, files=written),
     )

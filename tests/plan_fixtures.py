@@ -93,41 +93,35 @@ def config_of() -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def plan_of(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
-    def planned(*tokens: str, device: DeviceFacts = CPU, data: DataFacts | None = DATA) -> LaunchPlan:
+    def planned(
+        *tokens: str, device: DeviceFacts = CPU, data: DataFacts | None = DATA, working_dir: Path | str = WORKING_DIR
+    ) -> LaunchPlan:
         config = config_of(*tokens)
-        return plan(config, facts_for(config, device, data))
+        return plan(config, facts_for(config, device, data, str(working_dir)))
 
     return planned
 
 
-@pytest.fixture
-def slurm_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
-    """The plan of a small run on Slurm with these cluster settings; `device` is the device of one node."""
+def _cluster_plan(section: type[SlurmSection | RaySection], *tokens: str) -> Any:
+    """A fixture: the plan of a small run with these cluster settings; `workers` are all its ranks, `device` is one node's."""
 
-    def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, workers: int = 0, **settings: Any) -> LaunchPlan:
-        if workers:
-            ranks = settings.setdefault("ranks_per_node", workers)
-            settings["nodes"] = workers // ranks
-        config = config_of("cluster=slurm", "run.name=tried", "train.global_batch_size=144")
-        config = config.model_copy(update={"cluster": SlurmSection.model_validate({"kind": "slurm", **settings})})
-        return plan(config, facts_for(config, device, working_dir=working_dir))
+    def fixture(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
+        def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, workers: int = 0, **settings: Any) -> LaunchPlan:
+            if workers:
+                ranks = settings.setdefault("ranks_per_node", workers)
+                settings["nodes"] = workers // ranks
+            config = config_of("run.name=tried", *tokens)
+            kind = config.cluster.kind
+            config = config.model_copy(update={"cluster": section.model_validate({"kind": kind, **settings})})
+            return plan(config, facts_for(config, device, working_dir=working_dir))
 
-    return planned
+        return planned
+
+    return pytest.fixture(fixture)
 
 
-@pytest.fixture
-def ray_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
-    """The plan of a small run on Ray with these cluster settings; `workers` are all its ranks, `device` is one node's."""
-
-    def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, workers: int = 0, **settings: Any) -> LaunchPlan:
-        if workers:
-            ranks = settings.setdefault("ranks_per_node", workers)
-            settings["nodes"] = workers // ranks
-        config = config_of("cluster=ray", "run.name=tried", "train.global_batch_size=4", "train.micro_batch_size=1")
-        config = config.model_copy(update={"cluster": RaySection.model_validate({"kind": "ray", **settings})})
-        return plan(config, facts_for(config, device, working_dir=working_dir))
-
-    return planned
+slurm_plan = _cluster_plan(SlurmSection, "cluster=slurm", "train.global_batch_size=144")
+ray_plan = _cluster_plan(RaySection, "cluster=ray", "train.global_batch_size=4", "train.micro_batch_size=1")
 
 
 @pytest.fixture

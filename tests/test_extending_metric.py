@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
-import hand_made
 import pytest
 
 from launcher import run_store
@@ -17,7 +15,6 @@ from launcher.cli.report import _read_run_files, page
 from launcher.cli.status import _lines
 from launcher.cli.views.run_summary import summary
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.metrics import METRICS, Curve, Metric, Part, StatusPart
@@ -41,10 +38,8 @@ def row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDir:
+def run(run: RunDir) -> RunDir:
     """A run that logged the metric at two steps."""
-    run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
-    run_store.create_attempt(run, Attempt(resume_step=None))
     log = JsonlTracker(run, 1)
     for step, frac in ((1, 0.5), (2, 0.25)):
         log.log(step, {"train/loss": 2.0, NAME: frac})

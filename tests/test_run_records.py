@@ -18,13 +18,6 @@ from launcher.run_records import Attempt, CancelRequest, ExitRecord, FailureReco
 FAILURE = FailureRecord(3, "ValueError", "ValueError: own", at=1.5, exit_code=1, traceback="Traceback", log="/log")
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path)
-    run.attempt(1).mkdir(parents=True)
-    return run
-
-
 @pytest.mark.parametrize(
     "record",
     [

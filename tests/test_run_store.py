@@ -13,53 +13,34 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import hand_made
 import pytest
 from stale_directory import stale
 
 from launcher import atomic_files, locks, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
-from launcher.config.compose import run_hydra
-from launcher.config.schema import RunConfig
 from launcher.errors import RunError, SubmitError, Superseded
-from launcher.plan.architecture.facts import model_facts
-from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
-from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 
 
-@pytest.fixture(scope="module")
-def config() -> RunConfig:
-    configs: list[RunConfig] = []
-    run_hydra(["model=tiny", "train.max_steps=20"], lambda done: configs.append(done.config))
-    return configs[0]
-
-
-def planned(config: RunConfig, folder: Path, name: str) -> LaunchPlan:
-    assert config.model.config is not None
-    facts = Facts(
-        working_dir=str(folder),
-        device=DeviceFacts(kind="cpu", name="a CPU", count=2),
-        model=model_facts(config.model.config, None, None, None),
-        data=None,
-        provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3.11", packages={}),
-    )
-    changed = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
-    return plan(changed, facts)
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return hand_made.run(tmp_path / "runs/a")
 
 
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_run_is_created_with_plan_status_and_code(config: RunConfig, tmp_path: Path, whole_code: None) -> None:
-    expected = planned(config, tmp_path, "a")
+def test_a_run_is_created_with_plan_status_and_code(tmp_path: Path, whole_code: None) -> None:
+    expected = hand_made.plan(tmp_path / "runs/a", hand_made.SETTINGS)
     run = run_store.create(expected)
     assert run.root == tmp_path / "runs" / "a"
     assert run_store.load_plan(run) == expected
     status = run_store.read_status(run)
-    assert (status.state, status.attempt, status.step, status.max_steps) == ("pending", 0, 0, 20)
+    assert (status.state, status.attempt, status.step, status.max_steps) == ("pending", 0, 0, 40)
     assert status.updated_at >= status.created_at > 0
     assert stat.S_IMODE(run.root.stat().st_mode) == 0o700
     # The code that a queued job will run: the package with its bytecode.
@@ -72,11 +53,10 @@ def test_a_run_is_created_with_plan_status_and_code(config: RunConfig, tmp_path:
     assert {p.name for p in run.root.iterdir()} == {"plan.json", "plans", "status.json", "code", "attempts"}
 
 
-def test_a_run_that_exists_is_refused_and_untouched(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_a_run_that_exists_is_refused_and_untouched(run: RunDir) -> None:
     before = tree(run.root)
     with pytest.raises(SubmitError) as error:
-        run_store.create(planned(config, tmp_path, "a"))
+        hand_made.run(run.root)
     (problem,) = error.value.problems
     assert problem.message == "the run a exists already; nothing in it was touched"
     assert problem.where == str(run.root)
@@ -84,12 +64,12 @@ def test_a_run_that_exists_is_refused_and_untouched(config: RunConfig, tmp_path:
     assert tree(run.root) == before
 
 
-def test_concurrent_creations_make_one_run(config: RunConfig, tmp_path: Path) -> None:
+def test_concurrent_creations_make_one_run(tmp_path: Path) -> None:
     outcomes: list[str] = []
 
     def create() -> None:
         try:
-            run_store.create(planned(config, tmp_path, "a"))
+            hand_made.run(tmp_path / "runs/a")
             outcomes.append("made")
         except SubmitError:
             outcomes.append("refused")
@@ -102,8 +82,7 @@ def test_concurrent_creations_make_one_run(config: RunConfig, tmp_path: Path) ->
     assert sorted(outcomes) == ["made", "refused", "refused", "refused"]
 
 
-def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_attempts_are_numbered(run: RunDir) -> None:
     assert [run_store.create_attempt(run, Attempt(step)) for step in (None, 100, 200)] == [1, 2, 3]
     assert [run_store.read_attempt(run, attempt).resume_step for attempt in (1, 2, 3)] == [None, 100, 200]
     for name in ("notes", "²", "\u0663"):
@@ -113,9 +92,8 @@ def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
     assert run.attempt(8).name == "008"
 
 
-def test_an_attempt_is_created_atomically(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_is_created_atomically(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a process dies in between, the next one finds nothing that it cannot read."""
-    run = run_store.create(planned(config, tmp_path, "a"))
 
     def killed(path: object, value: object) -> None:
         raise KeyboardInterrupt
@@ -133,8 +111,7 @@ def test_an_attempt_is_created_atomically(config: RunConfig, tmp_path: Path, mon
     assert stat.S_IMODE(run.attempt(1).stat().st_mode) == 0o700
 
 
-def test_a_superseded_attempt_is_fenced(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_a_superseded_attempt_is_fenced(run: RunDir) -> None:
     run_store.create_attempt(run, Attempt(None))
     run_store.fence(run, 1)
     run_store.create_attempt(run, Attempt(None))
@@ -146,8 +123,7 @@ def test_a_superseded_attempt_is_fenced(config: RunConfig, tmp_path: Path) -> No
     assert problem.where == str(run.attempt(2))
 
 
-def test_a_refresh_finds_the_attempt_that_a_stale_view_of_the_directory_lacks(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_a_refresh_finds_the_attempt_that_a_stale_view_of_the_directory_lacks(run: RunDir) -> None:
     run_store.create_attempt(run, Attempt(None))
     with stale(run.attempts):
         run_store.create_attempt(run, Attempt(None))
@@ -157,8 +133,7 @@ def test_a_refresh_finds_the_attempt_that_a_stale_view_of_the_directory_lacks(co
     assert sorted(path.name for path in run.attempts.iterdir()) == ["001", "002"], "it leaves nothing behind"
 
 
-def test_a_storage_error_fences_only_with_refresh(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_a_storage_error_fences_only_with_refresh(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     run_store.create_attempt(run, Attempt(None))
     monkeypatch.setattr(Path, "exists", failing(errno.EIO))
     run_store.fence(run, 1)
@@ -166,8 +141,7 @@ def test_a_storage_error_fences_only_with_refresh(config: RunConfig, tmp_path: P
         run_store.fence(run, 1, refresh=True)
 
 
-def test_a_reader_never_sees_a_partial_status(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_a_reader_never_sees_a_partial_status(run: RunDir) -> None:
     message = "x" * 100_000
     stop = threading.Event()
 
@@ -189,8 +163,7 @@ def test_a_reader_never_sees_a_partial_status(config: RunConfig, tmp_path: Path)
     assert [s.step for s in steps] == sorted(s.step for s in steps)
 
 
-def test_a_run_is_found_by_name_and_by_path(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_a_run_is_found_by_name_and_by_path(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "runs"
     monkeypatch.chdir(tmp_path)
     for name in ("a", "runs/a", str(run.root), "./runs/a"):
@@ -204,18 +177,18 @@ def test_a_run_is_found_by_name_and_by_path(config: RunConfig, tmp_path: Path, m
     assert "--root" in error.value.problems[0].remedy
 
 
-def test_runs_are_listed_newest_first(config: RunConfig, tmp_path: Path) -> None:
+def test_runs_are_listed_newest_first(tmp_path: Path) -> None:
     for age, name in ((30, "old"), (20, "middle"), (10, "latest")):
-        run = run_store.create(planned(config, tmp_path, name))
+        run = hand_made.run(tmp_path / "runs" / name)
         os.utime(run.plan, (1_000_000 - age, 1_000_000 - age))
     (tmp_path / "runs" / "no_run").mkdir()
     assert [run.root.name for run in run_store.list_runs(tmp_path / "runs")] == ["latest", "middle", "old"]
     assert list(run_store.list_runs(tmp_path / "nowhere")) == []
 
 
-def test_folders_closed_to_this_user_are_not_listed(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_closed_to_this_user_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mine", "theirs"):
-        run_store.create(planned(config, tmp_path, name))
+        hand_made.run(tmp_path / "runs" / name)
     monkeypatch.setattr(Path, "is_file", failing(errno.EACCES, "theirs"))
     assert [run.root.name for run in run_store.list_runs(tmp_path / "runs")] == ["mine"]
     with pytest.raises(SubmitError, match="there is no run named b"):
@@ -224,9 +197,8 @@ def test_folders_closed_to_this_user_are_not_listed(config: RunConfig, tmp_path:
         run_store.find_run("theirs", tmp_path / "runs")
 
 
-def test_a_file_replaced_during_a_read_is_read_again(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_replaced_during_a_read_is_read_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """This is how NFS reports the replacement; any other failure is reported with its reason."""
-    run = run_store.create(planned(config, tmp_path, "a"))
     read_bytes, failures = Path.read_bytes, [errno.ESTALE]
 
     def read_or_fail(path: Path) -> bytes:
@@ -253,8 +225,7 @@ def failing(number: int, within: str = "") -> Callable[[Path], bool]:
     return look
 
 
-def test_deleted_attempts_are_made_again_with_the_next_number(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_deleted_attempts_are_made_again_with_the_next_number(run: RunDir) -> None:
     for _ in range(3):
         number = run_store.create_attempt(run, Attempt(None))
         run_store.update_status(run, attempt=number)
@@ -274,10 +245,7 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "hold", refuse)
 
 
-def test_read_only_storage_is_named_in_place_of_a_missing_record(
-    config: RunConfig, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_read_only_storage_is_named_in_place_of_a_missing_record(run: RunDir, request: pytest.FixtureRequest) -> None:
     job = detached_process.describe_this_process() | {"pid": 1, "started_after_boot": 1e9}
     run_store.update_status(run, state="running", attempt=1, job=job)
     status = LocalCluster().status(run)
@@ -290,8 +258,7 @@ def test_read_only_storage_is_named_in_place_of_a_missing_record(
 
 
 @pytest.mark.usefixtures("read_only")
-def test_a_run_directory_that_cannot_be_written_refuses_to_start(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_a_run_directory_that_cannot_be_written_refuses_to_start(run: RunDir) -> None:
     with (
         pytest.raises(SubmitError, match="the run directory cannot be written: Read-only file system"),
         run_store.start_lock(run),
@@ -299,8 +266,7 @@ def test_a_run_directory_that_cannot_be_written_refuses_to_start(config: RunConf
         raise AssertionError("it is not started")
 
 
-def test_a_plan_without_a_section_is_damaged(config: RunConfig, tmp_path: Path) -> None:
-    run = run_store.create(planned(config, tmp_path, "a"))
+def test_a_plan_without_a_section_is_damaged(run: RunDir) -> None:
     values = json.loads(run.plan.read_text())
     values["config"]["run"] = 1e308
     run.plan.write_text(json.dumps(values))

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import hand_made
 import pytest
 from plan_fixtures import DATA, config_of, golden, plan_of
 
-from launcher import run_store
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
@@ -26,14 +24,11 @@ def run(tmp_path: Path) -> RunDir:
     """
     topology = Topology(nodes=1, ranks_per_node=2, world_size=2, device="cuda", backend="nccl")
     price = Price(usd_per_gpu_hour=2.0)
-    found = run_store.create(
-        hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, topology=topology, price=price, data=DATA)
-    )
-    begun_at = time.time() - 51 * 60
+    now = time.time()
+    attempts = (Attempt(None, submitted_at=now - 51 * 60, begun_at=now - 51 * 60), Attempt(None, begun_at=now))
+    plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, topology=topology, price=price, data=DATA)
+    found = hand_made.run(plan, *attempts, state="completed", step=10, max_steps=40)
     for attempt, steps in ((1, range(1, 8)), (2, range(6, 11))):
-        run_store.create_attempt(found, Attempt(resume_step=None))
-        times = {"submitted_at": begun_at, "begun_at": begun_at} if attempt == 1 else {"begun_at": time.time()}
-        run_store.write_attempt(found, attempt, replace(run_store.read_attempt(found, attempt), **times))
         log = JsonlTracker(found, attempt)
         log.event("info", "joined", 0, phase="joined", ranks=2)
         log.event("info", "loaded", steps[0] - 1, phase="loaded")
@@ -45,7 +40,6 @@ def run(tmp_path: Path) -> RunDir:
             curves = {"trainer/tokens": 1000.0 * step, "train/lr": 1e-5 * step, "train/grad_norm": 2.0 / step}
             log.log(step, {"train/loss": 4.0 - step / 10, "memory/host_rss_gib": 1.5, **curves, **pace, **costs})
         log.event("alert", f"something in attempt {attempt}", step=step)
-    hand_made.checkpoint(found, 5, None, attempt=1)
+    hand_made.checkpoint(found, 5)
     hand_made.checkpoint(found, 10, 2.75, attempt=2)
-    run_store.update_status(found, state="completed", attempt=2, step=10, max_steps=40)
     return found

@@ -10,42 +10,27 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import hand_made
 import pytest
-from hand_made import checkpoint
-from plan_fixtures import composed
 
 from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.cli.main import main
 from launcher.clusters.detached_process import describe_this_process
-from launcher.plan.architecture.facts import model_facts
-from launcher.plan.launch_plan import DeviceFacts, Facts, Provenance
-from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 
-RULES = ("checkpoint.keep_last=1", "checkpoint.keep_every=100", "checkpoint.keep_best=1")
 LOSSES = {100: 3.0, 150: 1.5, 200: None, 250: 2.0, 300: None, 320: 2.5, 330: None}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A finished run with seven checkpoints from two attempts."""
-    config = composed(("model=tiny", "train.max_steps=400", "run.name=saved", *RULES))
-    assert config.model.config is not None
-    facts = Facts(
-        working_dir=str(tmp_path),
-        device=DeviceFacts(kind="cpu", name="a CPU", count=2),
-        model=model_facts(config.model.config, None, None, None),
-        data=None,
-        provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3.11", packages={}),
-    )
-    made = run_store.create(plan(config, facts))
-    run_store.create_attempt(made, Attempt(None))
-    run_store.update_status(made, state="failed", attempt=2)
+    settings = {**hand_made.SETTINGS, "checkpoint": {"keep_last": 1, "keep_every": 100, "keep_best": 1}}
+    made = hand_made.run(hand_made.plan(tmp_path / "runs/saved", settings), Attempt(None), state="failed", attempt=2)
     for step, loss in LOSSES.items():
-        checkpoint(made, step, loss, attempt=1 + (step > 200))
+        hand_made.checkpoint(made, step, loss, attempt=1 + (step > 200))
     return made
 
 

@@ -64,8 +64,8 @@ def names(paths: list[str]) -> list[str]:
 def run_with(folder: Path, state: str, root: Path) -> RunDir:
     """Create a run whose data cache is `folder`, last used a hundred days ago."""
     plan = hand_made.plan(root / f"is-{state}", hand_made.SETTINGS, data=DATA.model_copy(update={"cache_dir": str(folder)}))
-    run = run_store.create(plan)
-    status = replace(run_store.read_status(run), state=state, updated_at=time.time() - 100 * DAY)
+    run = hand_made.run(plan, state=state)
+    status = replace(run_store.read_status(run), updated_at=time.time() - 100 * DAY)
     run.status.write_text(json.dumps(vars(status)))
     return run
 
@@ -127,8 +127,7 @@ def test_what_an_unfinished_run_uses_stays(clean: Clean, cache: Path, tmp_path: 
 
 def test_the_data_of_evaluation_sets_counts_as_used(clean: Clean, cache: Path, tmp_path: Path) -> None:
     evaluated = DATA.model_copy(update={"cache_dir": str(cache / "data/old")})
-    run = run_store.create(hand_made.plan(tmp_path / "runs/one", hand_made.SETTINGS, eval_sets={"held-out": evaluated}))
-    run_store.update_status(run, state="failed")
+    hand_made.run(hand_made.plan(tmp_path / "runs/one", hand_made.SETTINGS, eval_sets={"held-out": evaluated}), state="failed")
     _, answer, _ = clean("--only", "data", "--yes")
     assert names(answer["chosen"]) == ["young"]
     assert (cache / "data/old").is_dir()

@@ -10,7 +10,6 @@ import hand_made
 import pytest
 from plan_fixtures import DATA, PROVENANCE
 
-from launcher import run_store
 from launcher.cli.main import main
 from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
@@ -37,12 +36,10 @@ def other(run: RunDir) -> RunDir:
     topology = Topology(nodes=2, ranks_per_node=2, world_size=4, device="cuda", backend="nccl")
     parts = {"data": data, "eval_sets": {"exam": DATA}, "topology": topology, "provenance": PROVENANCE}
     plan = hand_made.plan(run.root.with_name("other"), settings, **parts)
-    made = run_store.create(plan)
-    run_store.create_attempt(made, Attempt(resume_step=None))
+    made = hand_made.run(plan, Attempt(None), state="failed", step=6, max_steps=40)
     log = JsonlTracker(made, 1)
     for step in range(1, 7):
         log.log(step, {"train/loss": 5.0 - step / 10, "perf/tokens_per_sec": 2469.0, "time/step_s": 1.0})
-    run_store.update_status(made, state="failed", attempt=1, step=6, max_steps=40)
     return made
 
 

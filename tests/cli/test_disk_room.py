@@ -8,11 +8,11 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hand_made
 import pytest
 
-from launcher import atomic_files, run_store
+from launcher import run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import Manifest
 from launcher.plan.launch_plan import LaunchPlan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -88,12 +88,9 @@ def test_resume_refuses_a_disk_without_room_for_a_save(launch_here: Run, disk: C
     assert launch_here("data", *settings).returncode == 0  # `train` prepares the data before it plans
     printed = json.loads(launch_here("plan", "--json", *settings, f"run.root={tmp_path}").stdout)
     plan = LaunchPlan.model_validate({key: value for key, value in printed.items() if key in LaunchPlan.model_fields})
-    run = run_store.create(plan)
-    run_store.update_status(run, state="failed")
+    run = hand_made.run(plan, state="failed")
     run.checkpoints.symlink_to(disk("9m"))
-    saving = store.begin_save(run.checkpoints, step=5, attempt=1, needed_bytes=1)
-    files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [b"x" * 2**20])}
-    store.commit(saving, Manifest(step=5, world_size=1, plan_digest=plan.digest(), attempt=1, files=files))
+    hand_made.checkpoint(run, 5, files={store.shard_name(0): b"x" * 2**20}, digest=plan.digest())
     done = launch_here("resume", str(run.root))
     assert done.returncode == 2
     assert "no room for a single checkpoint" in done.stderr

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import hand_made
 import pytest
 from file_owners import as_root, give
 from plan_fixtures import H100
 
-from launcher import run_store
 from launcher.cli.starting.earlier_runs import find_measured_mfu
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -27,13 +27,12 @@ MODEL = ("model=qwen3_0_6b", "data=jsonl", "data.path=rows.jsonl", "cluster.gpu_
 
 def trained(plan_of: PlanOf, root: Path, name: str, mfu: float, peak: float = 989, num_steps: int = 9, *settings: str) -> RunDir:
     """Create a run with a slow first step, whose MFU then rises by 0.001 per step."""
-    run = run_store.create(plan_of(*MODEL, *settings, f"run.root={root}", f"run.name={name}", device=H100))
-    run_store.create_attempt(run, Attempt(resume_step=None))
+    plan = plan_of(*MODEL, *settings, f"run.root={root}", f"run.name={name}", device=H100)
+    run = hand_made.run(plan, Attempt(None), state="completed", step=num_steps, max_steps=num_steps)
     log = JsonlTracker(run, 1)
     for step in range(1, num_steps + 1):
         rate = mfu + step / 1000 if step > 1 else 0.01
         log.log(step, {"train/loss": 1.0, "perf/mfu": rate, "perf/tflops_per_gpu": rate * peak})
-    run_store.update_status(run, state="completed", attempt=1, step=num_steps, max_steps=num_steps)
     return run
 
 

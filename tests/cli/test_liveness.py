@@ -7,9 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-import hand_made
 import pytest
 
 from launcher import json_records, run_store
@@ -20,15 +18,13 @@ from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, Liveness
+from launcher.run_records import Liveness
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = run_store.create(hand_made.plan(tmp_path / "a", hand_made.SETTINGS))
-    run_store.create_attempt(run, Attempt(resume_step=None))
+def run(run: RunDir) -> RunDir:
     elsewhere = {**detached_process.describe_this_process(), "host": "another", "space": "another-boot pid:[1]"}
-    run_store.update_status(run, state="running", attempt=1, job=elsewhere)
+    run_store.update_status(run, state="running", job=elsewhere)
     detached_process.write_liveness(run)
     set_age(run, 400)
     return run

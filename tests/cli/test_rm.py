@@ -40,9 +40,7 @@ def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
 def child(run: RunDir) -> RunDir:
     """A run initialized with the weights of the other run."""
     origin = Lineage(run_name="demo", run_dir=str(run.root), step=10, plan_digest="d", wandb_id="w")
-    made = run_store.create(hand_made.plan(run.root.with_name("child"), hand_made.SETTINGS, lineage=origin))
-    run_store.update_status(made, state="failed")
-    return made
+    return hand_made.run(hand_made.plan(run.root.with_name("child"), hand_made.SETTINGS, lineage=origin), state="failed")
 
 
 def describe_copies(run: RunDir) -> None:

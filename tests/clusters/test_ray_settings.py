@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 from plan_fixtures import H100
 from pydantic import ValidationError
@@ -97,9 +98,7 @@ def test_ray_without_an_address_refuses_several_nodes(ray_plan: Callable[..., La
 
 @pytest.fixture
 def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
-    run_dir = run_store.create(ray_plan(working_dir=str(tmp_path)))
-    run_store.create_attempt(run_dir, Attempt(resume_step=None))
-    return run_dir
+    return hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
 
 
 def identity_of(driver: subprocess.Popen[bytes]) -> dict[str, Any]:

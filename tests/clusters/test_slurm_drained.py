@@ -17,9 +17,7 @@ from launcher.run_records import Attempt
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
-    run_store.update_status(run, state="running", attempt=1)
-    return run
+    return hand_made.run(tmp_path / "demo", state="running", attempt=1)
 
 
 @pytest.fixture

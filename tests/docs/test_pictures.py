@@ -9,7 +9,6 @@ from types import ModuleType
 import hand_made
 import pytest
 
-from launcher import run_store
 from launcher.plan.run_dir import RunDir
 
 SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "make_pictures.py"
@@ -29,9 +28,7 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    run = run_store.create(hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS))
-    run_store.update_status(run, state="completed", attempt=1, step=40, max_steps=40)
-    return run
+    return hand_made.run(tmp_path / "runs/demo", state="completed", attempt=1, step=40, max_steps=40)
 
 
 def test_the_status_picture_shows_the_run_and_no_path_of_this_machine(pictures: ModuleType, run: RunDir) -> None:

@@ -12,7 +12,6 @@ import hand_made
 import pytest
 from file_owners import MALLORY, TEAM, as_root, give
 
-from launcher import run_store
 from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, DataError
 from launcher.security import folders, owners
@@ -120,7 +119,7 @@ def test_an_unknown_owner_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_another_users_run_is_shown_but_nothing_of_it_is_run(above: Path, launch_here: Launch) -> None:
-    run = run_store.create(hand_made.plan(above / "runs/demo", hand_made.SETTINGS))
+    run = hand_made.run(above / "runs/demo")
     give(run.root)
     for verb in ("status", "checkpoints"):
         assert launch_here(verb, str(run.root)).returncode == 0

@@ -25,11 +25,10 @@ def made_run(root: Path, name: str, wandb_id: str, parents: tuple[Origin, ...] =
     """A finished run of 40 steps that started from the weights of the first of `parents`; its verdict is for step 40."""
     lineage = Lineage(**parents[0].model_dump(), ancestors=parents[1:]) if parents else None
     plan = hand_made.plan(root / name, hand_made.SETTINGS, run_name=name, wandb_id=wandb_id, lineage=lineage)
-    run = run_store.create(plan)
+    run = hand_made.run(plan, state="completed", step=STEP)
     log = JsonlTracker(run, 1)
     for step, held_out, general in ((0, 3.0, 2.0), (STEP, 2.5, 2.02), (2 * STEP, 9.0, 9.0)):
         log.log(step, {"eval/held_out/loss": held_out, "eval/forgetting/loss": general, "train/loss": 1.0})
-    run_store.update_status(run, state="completed", step=STEP)
     folder = run.root / f"evaluations/step-{STEP:08d}/held_out"
     folder.mkdir(parents=True)
     made_verdict().write(folder)

@@ -10,12 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.goodput import JOINED, LOADED, LOST, AttemptTimes, Breakdown, breakdown
 
@@ -148,11 +150,9 @@ def test_idle_workers_are_paid_for() -> None:
 def test_the_files_of_a_long_run_are_read_quickly(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
     """10,000 steps and an attempt without an exit record. The time limit is generous, because other programs may run."""
     shutil.rmtree(run_dir)
-    run = run_store.create(make_plan())
     now = time.time()
-    for begun_at in (now - 20_000, now - 100):
-        run_store.create_attempt(run, run_records.Attempt(resume_step=None, begun_at=begun_at))
-    _submitted(run, 1, now - 20_010)
+    attempts = Attempt(None, submitted_at=now - 20_010, begun_at=now - 20_000), Attempt(None, begun_at=now - 100)
+    run = hand_made.run(make_plan(), *attempts)
     metrics = {f"group/metric_{i}": 0.123456789 * i for i in range(50)}
     lines = [step(n, 1, now - 19_900 + n) | metrics for n in range(1, 10_001)]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -169,9 +169,7 @@ def test_the_files_of_a_long_run_are_read_quickly(make_plan: Callable[..., Launc
 def test_an_attempt_that_never_joined_has_the_ranks_of_its_own_plan(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
     shutil.rmtree(run_dir)
     plan = make_plan()
-    run = run_store.create(plan)
-    for _ in range(3):
-        run_store.create_attempt(run, run_records.Attempt(resume_step=None))
+    run = hand_made.run(plan, *[Attempt(None)] * 3)
     larger = plan.topology.model_copy(update={"world_size": 2 * plan.topology.world_size})
     run_store.write_plan(run, 2, plan.model_copy(update={"topology": larger}))
     result = goodput.read_attempt_times(run)
@@ -183,9 +181,9 @@ def test_an_attempt_that_never_joined_has_the_ranks_of_its_own_plan(make_plan: C
 def test_a_queued_run_spends_time_but_no_money(make_plan: Callable[..., LaunchPlan], run_dir: Path, word: bool) -> None:
     """This also holds if its machines were lost without a record, or if the attempt is numbered before its job is queued."""
     shutil.rmtree(run_dir)
-    run = run_store.create(make_plan().model_copy(update={"price": Price(usd_per_gpu_hour=3)}))
-    run_store.create_attempt(run, run_records.Attempt(None, begun_at=100.0))
-    _submitted(run, 1, 100.0)
+    run = hand_made.run(
+        make_plan().model_copy(update={"price": Price(usd_per_gpu_hour=3)}), Attempt(None, submitted_at=100.0, begun_at=100.0)
+    )
     run.events.write_text("".join(json.dumps(event) + "\n" for event in start(1, 100, 100, ranks=2)))
     run.metrics.write_text(json.dumps(step(10, 1, 3700)) + "\n")
     if word:
@@ -196,7 +194,7 @@ def test_a_queued_run_spends_time_but_no_money(make_plan: Callable[..., LaunchPl
         assert (result.held_s, result.usd) == (3600, pytest.approx(6))
     assert result.goodput == pytest.approx(1 / 7)
     assert goodput.read(run, now, "failed").wall_s == 3600
-    run_store.create_attempt(run, run_records.Attempt(10, automatic=True))
+    run_store.create_attempt(run, Attempt(10, automatic=True))
     _submitted(run, 2, 3702.0)
     assert parts(goodput.read(run, now, "pending")) == parts(result)
     assert len(goodput.complete_attempts(goodput.read_attempt_times(run), "pending", [], [])) == 2
@@ -242,7 +240,7 @@ def test_a_later_plan_prices_attempts_without_a_known_price(
     for i, plan in enumerate(made):
         with_next = goodput.read(run, 1e9, "failed", next_plan=plan)
         at = 1000.0 + 360_000 * i
-        number = run_store.create_attempt(run, run_records.Attempt(None, begun_at=at))
+        number = run_store.create_attempt(run, Attempt(None, begun_at=at))
         run_store.write_plan(run, number, plan)
         _submitted(run, number, at)
         atomic_files.write_json(run.attempt(number) / "exit.json", {"state": "failed", "ended_at": at + 360_000})

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import hand_made
 import pytest
 import wandb_files
 from made_verdict import TOKEN, made_verdict
 
-from launcher import run_store
 from launcher.cli.follow import wandb_page
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.run_dir import RunDir
@@ -22,8 +22,7 @@ PlanMaker = Callable[..., LaunchPlan]
 
 def evaluated(plan: LaunchPlan, state: str) -> RunDir:
     """A run in this state with a verdict for step 40."""
-    run = run_store.create(plan)
-    run_store.update_status(run, state=state)
+    run = hand_made.run(plan, state=state)
     folder = run.root / "evaluations/step-00000040/support"
     folder.mkdir(parents=True)
     made_verdict().write(folder)

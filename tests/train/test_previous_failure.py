@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 
 from launcher import atomic_files, run_store
@@ -19,11 +20,7 @@ KILLED = {"rank": 3, "kind": "killed", "message": "killed by SIGKILL", "log": "/
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run whose second attempt started automatically after the first."""
-    run_dir = RunDir(tmp_path)
-    run_dir.attempts.mkdir()
-    run_store.create_attempt(run_dir, Attempt(None))
-    run_store.create_attempt(run_dir, Attempt(None, automatic=True))
-    return run_dir
+    return hand_made.run(tmp_path / "demo", Attempt(None), Attempt(None, automatic=True))
 
 
 def write_exit(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None:

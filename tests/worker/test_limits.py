@@ -82,9 +82,7 @@ def test_a_limit_that_the_kernel_enforced_is_named_before_the_signal(
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run on this machine whose agent recorded the counters and was then killed."""
-    run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
-    run_store.create_attempt(run, Attempt(None, nodes=("n1", "n2")))
-    return run
+    return hand_made.run(tmp_path / "demo", Attempt(None, nodes=("n1", "n2")))
 
 
 MEMORY = f"the memory limit of 2.00 GiB of this job or container was exceeded, {KILLED}"

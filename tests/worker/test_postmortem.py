@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import atomic_files, json_records, run_records
 from launcher.errors import Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord, Status
+from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord
 from launcher.worker import postmortem
 from launcher.worker.checks.storage import NO_ROOM
 from launcher.worker.postmortem import Ending
@@ -28,11 +29,8 @@ NODES = ("n1", "n2", "n3")
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run on three nodes at step 40 of its first attempt, which has left no records yet."""
-    run = RunDir(tmp_path)
-    run.attempt(1).mkdir(parents=True)
-    run_store.write_status(run, Status(state="running", attempt=1, step=STEP))
-    return run
+    """A run at step 40 of its first attempt, which has left no records yet."""
+    return hand_made.run(tmp_path / "demo", Attempt(None), state="running", step=STEP)
 
 
 Judge = Callable[..., Ending]

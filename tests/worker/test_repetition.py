@@ -6,12 +6,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import hand_made
 import pytest
 
 from launcher import json_records, run_records, run_store
 from launcher.config.sections.slurm import SlurmSection
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord, NodeRecord, RestartRecord, Status
+from launcher.run_records import Attempt, FailureRecord, NodeRecord, RestartRecord
 from launcher.worker import postmortem
 
 RAISED = FailureRecord(3, "IndexError", "IndexError: as it says", at=100.0, exit_code=1, log="/log", step=43)
@@ -22,10 +23,7 @@ HUNG = replace(KILLED, message="(pid 7) is stopped by a signal (SIGSTOP): no pro
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path)
-    run.attempts.mkdir()
-    run_store.write_status(run, Status(state="running", attempt=1, step=43))
-    return run
+    return hand_made.run(tmp_path / "demo", state="running", attempt=1, step=43)
 
 
 @pytest.mark.parametrize(

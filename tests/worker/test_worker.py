@@ -15,11 +15,12 @@ import hand_made
 import pytest
 from fake_nvml import H100, OTHER, driver
 
-from launcher import json_records, run_records, run_store
+from launcher import json_records, run_store
 from launcher.errors import RunError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker import agent, node_agents
@@ -92,8 +93,7 @@ def test_a_rank_of_a_score_pass_dies_with_its_parent(tmp_path: Path) -> None:
 def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time after the last step that the run spends waiting costs as much as training, even if the wait is cut short."""
     plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, price=Price(usd_per_gpu_hour=2.0))
-    run = run_store.create(plan)
-    run_store.create_attempt(run, run_records.Attempt(None))
+    run = hand_made.run(plan, Attempt(None))
     seen: list[float] = []
 
     class Mirror:
@@ -127,8 +127,7 @@ def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     topology = Topology(nodes=1, ranks_per_node=2, world_size=2, device="cuda", backend="nccl")
-    run = run_store.create(hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, topology=topology))
-    run_store.create_attempt(run, run_records.Attempt(None))
+    run = hand_made.run(hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, topology=topology), Attempt(None))
     of_server: dict[str, str] = {}
     of_ranks: dict[str, str] = {}
 

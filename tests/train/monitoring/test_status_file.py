@@ -18,9 +18,7 @@ from launcher.train.monitoring.status_file import StatusFile
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run whose second attempt has just started its ranks."""
-    run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
-    run_store.update_status(run, state="running", attempt=2, job={"id": "7"}, message="starting")
-    return run
+    return hand_made.run(tmp_path / "demo", state="running", attempt=2, job={"id": "7"}, message="starting")
 
 
 def step_on_disk(run: RunDir, step: int) -> bool:

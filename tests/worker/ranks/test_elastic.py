@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hand_made
 import pytest
 from pace import slowness
 from plan_fixtures import facts_for
 
-from launcher import json_records, run_store
+from launcher import json_records
 from launcher.config.schema import RunConfig
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
@@ -84,9 +85,7 @@ def run(config_of: Callable[..., RunConfig], tmp_path: Path) -> RunDir:
     """A run on two local ranks whose attempt 1 is about to start."""
     cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2")
     config = config_of("tracking=none", "run.name=tried", *cluster)
-    run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
-    run_store.update_status(run, attempt=run_store.create_attempt(run, Attempt(resume_step=None)))
-    return run
+    return hand_made.run(plan(config, facts_for(config, working_dir=str(tmp_path))), Attempt(None))
 
 
 def run_agent(run: RunDir, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:

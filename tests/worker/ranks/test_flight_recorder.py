@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import hand_made
 import pytest
 import torch
 from forked_ranks import RankServer
@@ -27,10 +28,7 @@ NODES, RANKS_PER_NODE = 64, 8
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path)
-    run.attempts.mkdir()
-    run_store.create_attempt(run, Attempt(None, nodes=("n1", "n2", "n3")))
-    return run
+    return hand_made.run(tmp_path / "demo", Attempt(None, nodes=("n1", "n2", "n3")))
 
 
 def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(

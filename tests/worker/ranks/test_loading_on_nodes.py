@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hand_made
 import pytest
 from plan_fixtures import facts_for
 
-from launcher import run_store
 from launcher.clusters.network import free_port
 from launcher.config.schema import RunConfig
 from launcher.plan.planner import plan
@@ -77,8 +77,7 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
 def test_a_rank_waits_for_one_of_another_node_as_long_as_that_reads(config_of: Callable[..., RunConfig], tmp_path: Path) -> None:
     cluster = ("cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.max_restarts=1")
     config = config_of("tracking=none", "run.name=tried", "cluster.stall_seconds=2", *cluster)
-    run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
-    run_store.update_status(run, attempt=run_store.create_attempt(run, Attempt(resume_step=None)))
+    run = hand_made.run(plan(config, facts_for(config, working_dir=str(tmp_path))), Attempt(None))
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook/sitecustomize.py").write_text(HOOK)
     weights = tmp_path / "weights"

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hand_made
 import pytest
 from file_owners import as_root
 
@@ -43,8 +44,8 @@ def own_signals() -> Iterator[None]:
 def test_the_first_signal_to_the_driver_asks_for_a_save_and_the_second_for_an_end(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, number: signal.Signals
 ) -> None:
-    run = run_store.create(ray_plan(working_dir=str(tmp_path)))
-    asked = run.cancel(run_store.create_attempt(run, Attempt(resume_step=None)))
+    run = hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
+    asked = run.cancel(1)
     wishes = driver._CancelSignals(run)
     wishes.install()
     wishes.write()
@@ -58,10 +59,8 @@ def test_the_first_signal_to_the_driver_asks_for_a_save_and_the_second_for_an_en
 @pytest.fixture
 def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
     """A run whose first attempt trains."""
-    made = run_store.create(ray_plan(working_dir=str(tmp_path)))
-    begun = Attempt(resume_step=None, job="here:1", begun_at=time.time())
-    run_store.update_status(made, state="running", attempt=run_store.create_attempt(made, begun))
-    return made
+    begun = Attempt(None, job="here:1", begun_at=time.time())
+    return hand_made.run(ray_plan(working_dir=str(tmp_path)), begun, state="running")
 
 
 def test_the_end_of_the_raylet_is_noticed_at_its_socket(tmp_path: Path) -> None:
@@ -88,10 +87,9 @@ def test_the_coordinator_writes_nothing_that_others_can_read(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, own_signals: None
 ) -> None:
     """Its process has the umask of the cluster's Ray."""
-    run = run_store.create(ray_plan(working_dir=str(tmp_path)))
-    number = run_store.create_attempt(run, Attempt(resume_step=None))
+    run = hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
     os.umask(0o000)
-    coordinator_actor.CoordinatorProcess(str(run.plan), number, "here:1", set, set).set_environment({})
+    coordinator_actor.CoordinatorProcess(str(run.plan), 1, "here:1", set, set).set_environment({})
     assert os.umask(0o077) == 0o077
 
 
