@@ -100,12 +100,11 @@ def run(made: LaunchPlan | Path, *attempts: Attempt, **status: Any) -> RunDir:
     The status names the newest attempt, and an attempt keeps its `submitted_at`.
     """
     run = run_store.create(plan(made, SETTINGS) if isinstance(made, Path) else made)
-    for attempt in attempts:
-        number = run_store.create_attempt(run, attempt)
-        status.setdefault("attempt", number)
+    for number, attempt in enumerate(attempts, 1):
+        run_store.create_attempt(run, attempt)
         if attempt.submitted_at is not None:
             run_store.write_attempt(run, number, attempt)
-    run_store.update_status(run, **status)
+    run_store.update_status(run, **{"attempt": len(attempts), **status})
     return run
 
 

@@ -78,6 +78,7 @@ def test_a_missing_record_is_none_and_a_missing_status_is_an_error(run: RunDir) 
     assert run_records.read_outcome(run, 1) is None
     assert run_records.read_node(run, 1, 0) is None
     assert run_records.read_cancel(run, 1) is None
+    run.status.unlink()
     with pytest.raises(RunError, match="a file of the run is missing"):
         run_store.read_status(run)
 

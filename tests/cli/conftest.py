@@ -27,7 +27,7 @@ def run(tmp_path: Path) -> RunDir:
     now = time.time()
     attempts = (Attempt(None, submitted_at=now - 51 * 60, begun_at=now - 51 * 60), Attempt(None, begun_at=now))
     plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, topology=topology, price=price, data=DATA)
-    found = hand_made.run(plan, *attempts, state="completed", step=10, max_steps=40)
+    found = hand_made.run(plan, *attempts)
     for attempt, steps in ((1, range(1, 8)), (2, range(6, 11))):
         log = JsonlTracker(found, attempt)
         log.event("info", "joined", 0, phase="joined", ranks=2)
@@ -42,4 +42,6 @@ def run(tmp_path: Path) -> RunDir:
         log.event("alert", f"something in attempt {attempt}", step=step)
     hand_made.checkpoint(found, 5)
     hand_made.checkpoint(found, 10, 2.75, attempt=2)
+    # A status that is newer than the metrics.
+    run_store.update_status(found, state="completed", step=10)
     return found

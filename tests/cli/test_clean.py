@@ -99,16 +99,15 @@ def test_choices(clean: Clean, flags: list[str], chosen: list[str]) -> None:
 
 @pytest.mark.parametrize("flags", [["--older-than", "soon"], ["--max-size", "200"], ["--only", "runs"]])
 def test_a_choice_that_is_none_is_refused(clean: Clean, cache: Path, flags: list[str]) -> None:
-    code, _, err = clean(*flags, "--yes")
-    assert code == 2
-    assert "usage: python -m launcher clean" in err
+    code, answer, _ = clean(*flags, "--yes")
+    assert (code, answer["exit_code"]) == (2, 2)
+    assert flags[0] in answer["message"]
     assert (cache / "data/old").is_dir()
 
 
 def test_without_a_terminal_and_without_yes_nothing_is_removed(clean: Clean, cache: Path) -> None:
-    code, _, err = clean()
-    assert code == 2
-    assert err.startswith("nothing was removed: there is no terminal to ask on\n")
+    code, answer, _ = clean()
+    assert (code, answer["message"]) == (2, "nothing was removed: there is no terminal to ask on")
     assert (cache / "data/old").is_dir()
 
 
@@ -136,10 +135,9 @@ def test_the_data_of_evaluation_sets_counts_as_used(clean: Clean, cache: Path, t
 def test_a_run_whose_plan_is_damaged_stops_the_command(clean: Clean, cache: Path, tmp_path: Path) -> None:
     run = run_with(cache / "data/old", "failed", tmp_path / "runs")
     run.plan.write_text("{")
-    code, _, err = clean("--yes")
-    assert code == 2
-    assert err.startswith("the plan of a run cannot be read, so what it uses is unknown\n")
-    assert "python -m launcher rm runs/is-failed" in err
+    code, answer, _ = clean("--yes")
+    assert (code, answer["message"]) == (2, "the plan of a run cannot be read, so what it uses is unknown")
+    assert "python -m launcher rm runs/is-failed" in answer["remedy"]
     assert (cache / "data/old").is_dir()
 
 

@@ -78,7 +78,7 @@ def test_a_run_whose_machine_has_another_clock_is_neither_started_nor_removed(
         problem = living_problem(run)
     assert problem is not None
     assert problem.message.startswith("the run is still alive")
-    assert "checking for 30 seconds whether the run a is still alive on another" in capsys.readouterr().err
+    assert "checking for 30 seconds whether the run demo is still alive on another" in capsys.readouterr().err
 
 
 def test_a_run_that_nobody_refreshes_has_ended(run: RunDir) -> None:
