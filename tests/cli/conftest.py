@@ -7,6 +7,7 @@ import hand_made
 import pytest
 from plan_fixtures import DATA, config_of, golden, plan_of
 
+from launcher import run_store
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
