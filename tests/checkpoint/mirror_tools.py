@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import hand_made
 from fsspec.implementations.local import LocalFileSystem
-from plan_fixtures import composed
+from plan_fixtures import composed, facts_for
 
-from launcher import atomic_files, run_store
+from launcher import run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import STATE, Checkpoint, Manifest
+from launcher.checkpoint.manifest import STATE, Checkpoint
 from launcher.checkpoint.mirror.layout import read_complete_checkpoints
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import Mirror
 from launcher.plan.architecture.facts import model_facts
-from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -92,21 +93,15 @@ def make_run(
     tokenizer.mkdir(parents=True, exist_ok=True)
     for file in ("tokenizer.json", "config.json", "model.safetensors", "model.safetensors.index.json"):
         (tokenizer / file).write_text(f'"{file}"')
-    facts = Facts(
-        working_dir=str(folder),
-        device=DeviceFacts(kind="cpu", name="a CPU", count=2),
-        model=model_facts(config.model.config, None, str(tokenizer), None),
-        data=None,
-        provenance=Provenance(created_at=created_at, launcher_version="0", python="3.11", packages={}),
-    )
-    made = plan(config, facts)
-    run = run_store.create(made)
+    facts = facts_for(config, data=None, working_dir=str(folder))
+    model = model_facts(config.model.config, None, str(tokenizer), None)
+    provenance = facts.provenance.model_copy(update={"created_at": created_at})
+    made = plan(config, facts.model_copy(update={"model": model, "provenance": provenance}))
+    run = hand_made.run(made, Attempt(None), state="running")
     # Keep only a little code, so that packing it is fast.
     for path in (run.code / "launcher").iterdir():
         if path.is_dir() and path.name != "plan":
             shutil.rmtree(path)
-    run_store.create_attempt(run, Attempt(resume_step=None))
-    run_store.update_status(run, state="running", attempt=1)
     return made, run
 
 
@@ -114,11 +109,9 @@ def commit(
     run: RunDir, step: int, content: bytes = b"weights", attempt: int = 1, num_ranks: int = 3, loss: float | None = None
 ) -> Checkpoint:
     """Commit a checkpoint with fake content."""
-    saving = store.begin_save(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
     names = [*map(store.shard_name, range(num_ranks)), STATE]
-    files = {n: atomic_files.write_file(saving / n, [f"{n} of {step}: ".encode(), content]) for n in names}
-    manifest = Manifest(step=step, world_size=num_ranks, plan_digest="d", attempt=attempt, eval_loss=loss, files=files)
-    return store.open_checkpoint(store.commit(saving, manifest))
+    files = {name: f"{name} of {step}: ".encode() + content for name in names}
+    return store.open_checkpoint(hand_made.checkpoint(run, step, loss, attempt, files))
 
 
 def tree(folder: Path) -> dict[str, bytes]:

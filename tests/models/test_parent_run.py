@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import hand_made
 import pytest
 from plan_fixtures import CPU, H100, config_of, facts_for
 from pydantic import ValidationError
 
 from launcher import atomic_files, facts, model_source, run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import STATE, Manifest
+from launcher.checkpoint.manifest import STATE
 from launcher.checkpoint.state import State
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.errors import ConfigError, Problem
@@ -50,14 +51,9 @@ def make_run(config_of: Callable[..., RunConfig], tmp_path: Path) -> MakeRun:
 
 
 def add_checkpoint(run: RunDir, step: int, content: bytes = b"weights") -> Path:
-    saving = store.begin_save(run.checkpoints, step=step, attempt=1, needed_bytes=1)
     state = State(parameters=SHAPES, optimizer_step=step, loss_scaler={}, engine={}, extra={})
-    files = {
-        STATE: atomic_files.write_file(saving / STATE, [state.to_json().encode()]),
-        store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [content]),
-    }
-    digest = LaunchPlan.load(run.plan).digest()
-    return store.commit(saving, Manifest(step=step, world_size=1, plan_digest=digest, attempt=1, files=files))
+    files = {STATE: state.to_json().encode(), store.shard_name(0): content}
+    return hand_made.checkpoint(run, step, files=files, digest=LaunchPlan.load(run.plan).digest())
 
 
 def settings(config_of: Callable[..., RunConfig], path: str, *more: str) -> RunConfig:

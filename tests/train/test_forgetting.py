@@ -7,7 +7,6 @@ from pathlib import Path
 import hand_made
 from plan_fixtures import DATA
 
-from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
@@ -38,7 +37,7 @@ def test_a_loss_far_above_that_before_training_is_an_alert(tmp_path: Path) -> No
 
 def test_after_a_resume_the_loss_before_training_is_read_from_the_metrics(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "a")
-    run = run_store.create(plan)
+    run = hand_made.run(plan)
     assert ForgettingCheck(run, plan).find_rise(evaluation(20, 2.5)) is None
     log = JsonlTracker(run, 1)
     log.log(0, {"eval/forgetting/loss": 2.0})

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 import torch
 import torch.distributed as dist
 from forked_ranks import RankServer
 from stale_directory import stale
 
-from launcher import atomic_files, run_store
+from launcher import run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import MANIFEST, STATE, Manifest
+from launcher.checkpoint.manifest import MANIFEST, STATE
 from launcher.distributed import RankInfo
 from launcher.errors import Superseded
 from launcher.plan.launch_plan import LaunchPlan
@@ -42,9 +43,7 @@ def run_with(
     run_store.write_attempt(run, 2, Attempt(resume_step=named, pinned=pinned, automatic=automatic))
     for attempt, steps in ((1, before), (2, own)):
         for step in steps:
-            saving = store.begin_save(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-            files = {name: atomic_files.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), STATE)}
-            store.commit(saving, Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, files=files))
+            hand_made.checkpoint(run, step, attempt=attempt, files=hand_made.ONE_RANK)
     return run
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 
 from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import Manifest
 from launcher.clusters.check_results import OK, CheckResult, MachineReport, failure
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
@@ -30,12 +30,10 @@ class FakeWorkers:
 
     def __init__(self, plan: LaunchPlan) -> None:
         self.plan = plan
-        self.run = run_store.create(plan)
+        self.run = hand_made.run(plan, Attempt(None))
         self.draining: set[str] = set()
         self.lost: set[str] = set()
-        number = run_store.create_attempt(self.run, Attempt(resume_step=None))
-        run_store.update_status(self.run, attempt=number)
-        self.coordinator = Coordinator(str(self.run.plan), number, "here:1", lambda: self.draining, lambda: self.lost)
+        self.coordinator = Coordinator(str(self.run.plan), 1, "here:1", lambda: self.draining, lambda: self.lost)
 
     def enter(self, group: str, nodes: list[str]) -> None:
         for rank, node in enumerate(nodes):
@@ -69,10 +67,8 @@ class FakeWorkers:
         atomic_files.write_json(self.run.attempt(self.number) / "outcome.json", said)
 
     def save(self, step: int) -> None:
-        saving = store.begin_save(self.run.checkpoints, step=step, attempt=self.number, needed_bytes=1)
-        files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [b"x"])}
-        manifest = Manifest(step=step, world_size=1, plan_digest=self.plan.digest(), attempt=self.number, files=files)
-        store.commit(saving, manifest)
+        files = {store.shard_name(0): b"x"}
+        hand_made.checkpoint(self.run, step, attempt=self.number, files=files, digest=self.plan.digest())
 
     @property
     def number(self) -> int:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 from fake_slurm import FakeSlurm
 
 from launcher import atomic_files, code_snapshot, json_records, run_records, run_store
-from launcher.checkpoint import store
-from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
@@ -83,9 +82,7 @@ class Job:
         self.node(0, problems=[{"message": "has no GPU", "where": "n2", "value": "", "remedy": ""}])
 
     def saved(self, step: int, attempt: int = 1) -> None:
-        saving = store.begin_save(self.run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-        files = {name: atomic_files.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), STATE)}
-        store.commit(saving, Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files))
+        hand_made.checkpoint(self.run, step, attempt=attempt, files=hand_made.ONE_RANK)
 
     def ended(self, number: int, cause: str, began: int | None = None, saved: int | None = None, **values: Any) -> None:
         """Write an attempt that was concluded."""
@@ -107,8 +104,6 @@ def submitted(
     monkeypatch.setattr(code_snapshot, "create", lambda run: (run.code / "launcher").mkdir(parents=True))
 
     def submit(**settings: Any) -> Job:
-        run = run_store.create(slurm_plan(str(tmp_path), nodes=3, **settings))
-        run_store.create_attempt(run, Attempt(resume_step=None))
-        return Job(run, capsys)
+        return Job(hand_made.run(slurm_plan(str(tmp_path), nodes=3, **settings), Attempt(None)), capsys)
 
     return submit

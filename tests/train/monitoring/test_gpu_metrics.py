@@ -7,6 +7,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import hand_made
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,6 @@ from plan_fixtures import H100
 from torch import nn
 from wandb_files import history
 
-from launcher import run_store
 from launcher.data.cache.split import Split
 from launcher.data.loader import TrainBatches
 from launcher.distributed import RankInfo
@@ -60,8 +60,7 @@ def test_what_gpus_measure_and_cost_is_in_wandb(
     nvml.faults = [79]
     plan = plan_of("tracking=wandb", "tracking.mode=offline", "cluster.price_per_gpu_hour=3", device=H100)
     plan = plan.model_copy(update={"run_dir": str(tmp_path / "run")})
-    run = run_store.create(plan)
-    run_store.create_attempt(run, Attempt(None))
+    run = hand_made.run(plan, Attempt(None))
     tracker = start_trackers(plan, run.root, 1, on_stop=lambda: None)
     dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
     monitor = Monitor(plan, RankInfo(0, 0, 1, 1), GPU, nn.Module(), None, tracker, lambda phase, step: None)

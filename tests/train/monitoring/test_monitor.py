@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 import torch
 import torch.distributed as dist
@@ -61,9 +62,8 @@ def test_limits_count_all_the_time_with_machines(plan_of: PlanOf, tmp_path: Path
     """The ranks were started three times within two hours and trained for only a few minutes."""
     plan = plan_of("run.max_hours=2", "run.max_usd=12", "cluster.price_per_gpu_hour=3")
     plan = plan.model_copy(update={"run_dir": str(tmp_path / "again")})
-    run, begun = run_store.create(plan), 1.8e9
-    run_store.create_attempt(run, Attempt(None))
-    run_store.write_attempt(run, 1, Attempt(None, submitted_at=begun - 3600, begun_at=begun))
+    begun = 1.8e9
+    run = hand_made.run(plan, Attempt(None, submitted_at=begun - 3600, begun_at=begun))
 
     def event_line(at_s: float, step: int, **fields: Any) -> str:
         line = {"time": begun + at_s, "attempt": 1, "step": step, "kind": "info", "text": "", "fields": fields}

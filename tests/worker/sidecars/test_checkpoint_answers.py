@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+import hand_made
 import psutil
 import pytest
 from fake_slurm import FakeSlurm
@@ -44,10 +45,7 @@ def make(config_of: Callable, tmp_path: Path) -> Callable[..., tuple[LaunchPlan,
         config = config_of("model=tiny", "train.max_steps=100", *EVERY_4, *settings)
         chosen = {} if device is None else {"device": device}
         planned = plan(config, facts_for(config, data=DATA, working_dir=str(tmp_path), **chosen))
-        run = run_store.create(planned)
-        run_store.create_attempt(run, Attempt(resume_step=None))
-        run_store.update_status(run, state="running", attempt=1)
-        return planned, run
+        return planned, hand_made.run(planned, Attempt(None), state="running")
 
     return make_run
 
