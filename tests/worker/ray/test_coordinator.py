@@ -34,7 +34,7 @@ def test_training_starts_when_all_workers_have_entered_and_all_nodes_are_checked
     first, second = coordinator.orders("a", 0), coordinator.orders("a", 1)
     assert first is not None
     assert second is not None
-    assert [kind(first), kind(second)] == ["check", "check"]
+    assert [kind(first), kind(second)] == ["checknode", "checknode"]
     assert (second.assignment.address, second.assignment.port, second.assignment.peers) == (
         "10.0.0.1",
         4000,
@@ -55,7 +55,7 @@ def test_one_worker_of_each_node_checks_it(make_fake: Callable[..., FakeWorkers]
     fake = make_fake(ranks_per_node=4)
     fake.enter("a", ["n1", "n1", "n2", "n2"])
     orders = [fake.coordinator.orders("a", rank) for rank in range(4)]
-    assert [kind(o) for o in orders] == ["check", None, "check", None]
+    assert [kind(o) for o in orders] == ["checknode", None, "checknode", None]
 
 
 def test_an_unfit_node_is_named_and_nothing_is_loaded(make_fake: Callable[..., FakeWorkers]) -> None:
@@ -373,7 +373,7 @@ def test_unreadable_storage_only_delays_an_attempt(
         assert fake.coordinator.state().over is None
     orders = fake.coordinator.orders("b", 0)
     assert orders is not None
-    assert (kind(orders), orders.assignment.attempt) == ("check", 2)
+    assert (kind(orders), orders.assignment.attempt) == ("checknode", 2)
 
 
 def test_ranks_do_not_meet_at_a_public_address(make_fake: Callable[..., FakeWorkers]) -> None:
