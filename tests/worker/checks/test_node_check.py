@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_nvml import H100, OTHER, driver
-from plan_fixtures import config_of
+from plan_fixtures import config_of, facts_for
 from torch.distributed import TCPStore
 
 from launcher import json_records, run_store
@@ -28,7 +28,7 @@ from launcher.clusters.check_results import FAILURE, OK, SHARED_FILE_VARIABLE, W
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem, RunError
 from launcher.plan.architecture.facts import model_facts
-from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, LaunchPlan, Provenance
+from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
@@ -69,14 +69,10 @@ def planned(config_of: Callable[..., RunConfig], tmp_path: Path) -> Planned:
             folder.mkdir()
         (cache / "meta.json").write_text("{}")
         counts = {name: 1000 for name, field in DataFacts.model_fields.items() if field.annotation is int}
-        facts = Facts(
-            working_dir=str(tmp_path),
-            device=DeviceFacts(kind="cpu", name="a CPU", count=2, host_memory_gib=24.0),
-            model=model_facts(config.model.config or {}, None, str(tokenizer), None),
-            data=DataFacts(cache_dir=str(cache), padding_frac=0.0, **counts),
-            provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0.1.0", python="3.11.9", packages={}),
-        )
-        made = plan(config, facts)
+        data = DataFacts(cache_dir=str(cache), padding_frac=0.0, **counts)
+        model = model_facts(config.model.config or {}, None, str(tokenizer), None)
+        facts = facts_for(config, data=data, working_dir=str(tmp_path))
+        made = plan(config, facts.model_copy(update={"model": model}))
         run = run_store.create(made)
         run.attempt(1).mkdir()
         (run.attempt(1) / "attempt.json").write_text("{}")
