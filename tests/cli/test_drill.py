@@ -123,7 +123,7 @@ def test_a_run_that_loses_more_than_it_may_has_not_recovered(records: Records, c
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--fault", "earthquake", "model=tiny"], "--fault cannot be earthquake"),
+        (["--fault", "earthquake", "model=tiny"], "argument --fault: "),
         (["--fault", "hang", "--timeout", "0"], "--timeout"),
         (["--fault", "hang", "model=tiny", "checkpoint.save_every=1"], "checkpoint.save_every"),
         (["--fault", "hang", "model=tiny", "--steps", "6"], "raise --steps above 7"),
