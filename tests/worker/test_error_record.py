@@ -15,6 +15,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure
 from launcher.worker import failure_record
 from launcher.worker.failure_record import RankExit
+from launcher.worker.ranks import error_record
 from launcher.worker.ranks.error_record import VARIABLE, ErrorMemory, ErrorRecord
 from launcher.worker.signals import DISMISSED
 
@@ -95,3 +96,16 @@ def test_the_first_failure_is_the_cause_and_not_its_consequences(
     first = failure_record.from_rank_exits(exits(*ends), RunDir(tmp_path), 1)
     assert (first.rank, first.message) == (rank, message)
     assert first.line == f"rank {rank}: {message}"
+
+
+def test_a_cause_keeps_a_long_path_and_still_fits_into_its_slot() -> None:
+    memory = error_record.ErrorMemory(1)
+    slot = error_record.ErrorSlot.from_environ({error_record.VARIABLE: str(memory.path)})
+    cause = f"the disk of /{'runs/' * 40} is full (0 bytes of 200.00 MiB free)"
+    slot.write(error_record.ErrorRecord.of(OSError("disk"), cause))
+    kept = memory.read(0, os.getpid())
+    assert kept is not None
+    assert kept.cause == cause
+    slot.write(error_record.ErrorRecord("\0" * 5000, "\0" * 5000, 1.0, "\0" * 800, 1))
+    assert memory.read(0, os.getpid()) is not None
+    memory.close()

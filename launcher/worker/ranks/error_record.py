@@ -15,8 +15,10 @@ from pathlib import Path
 
 # Set by the agent to `ErrorMemory.path`.
 VARIABLE = "LAUNCHER_ERROR_MEMORY"
-# Characters of a message and of the end of a traceback; JSON needs at most six bytes for each, which fit into a slot.
+# Characters of a message and of the end of a traceback, and of a cause, which may name a path; JSON needs at most six bytes for
+# each, which fit into a slot.
 _MAX_CHARS = 5000
+_MAX_CAUSE_CHARS = 800
 _SLOT_BYTES = 64 * 1024
 # Process id and number of bytes that follow.
 _HEADER = struct.Struct("=qq")
@@ -40,7 +42,7 @@ class ErrorRecord:
     def of(cls, error: BaseException, cause: str = "", step: int | None = None) -> ErrorRecord:
         """Describe an exception that has just been raised."""
         trace = "".join(traceback.format_exception(error))[-_MAX_CHARS:]
-        return cls(f"{type(error).__name__}: {error}"[:_MAX_CHARS], trace, time.time(), cause[:100], step)
+        return cls(f"{type(error).__name__}: {error}"[:_MAX_CHARS], trace, time.time(), cause[:_MAX_CAUSE_CHARS], step)
 
 
 class ErrorMemory:
