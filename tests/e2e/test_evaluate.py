@@ -155,7 +155,7 @@ def test_what_cannot_be_evaluated_is_one_block(launch_here: Launch, run: Path, w
     assert done.returncode == 2, done.stdout + done.stderr
     (first, *_) = [line for line in done.stderr.splitlines() if message in line] or [""]
     assert message in first, done.stderr
-    assert "remedy: " in done.stderr
+    assert "where: " in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -235,9 +235,9 @@ def test_tasks_of_the_harness_compare_both_models(launch_here: Launch, run: Path
     assert all(file.stat().st_mtime_ns == before[file] for file in before), "scores that exist are used"
     refused = launch_here(*command, "--tasks", "own_answer,own_hub,own_code")
     assert refused.returncode == 2
-    assert "did you mean own_answers?" in refused.stderr
-    assert "hf download --repo-type dataset someone/missing_data" in refused.stderr
-    assert "runs code that the model has written" in refused.stderr
+    assert "did you mean own_answers?" in refused.stdout
+    assert "hf download --repo-type dataset someone/missing_data" in refused.stdout
+    assert "runs code that the model has written" in refused.stdout
 
 
 def median_prompt_loss(run: Path, rows: list[dict]) -> float:

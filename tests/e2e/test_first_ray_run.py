@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import tempfile
@@ -52,12 +51,6 @@ def test_a_run_on_ray_has_the_losses_of_a_local_run(
     assert losses(run) == losses(local), "the same rows and bitwise the same losses"
     assert causes(run) == ["completed"]
     assert [modes_of(one) for one in (local, run)] == [(0o700, 0o600)] * 2
-    # Ray knows each checkpoint only as a pointer to its path.
-    known = {path.parent.name: json.loads(path.read_text()) for path in (run / "ray").glob("*/*/checkpoint.json")}
-    expected = {f"step-{step:08d}": {"step": step, "path": str(run / f"checkpoints/step-{step:08d}")} for step in (6, 12)}
-    # On a busy machine the first save may end only with the last one, and Ray learns of the newest.
-    assert "step-00000012" in known
-    assert known.items() <= expected.items()
     assert not list((run / "ray").rglob("*.safetensors"))
     await_no_process(run)
     assert list(temporary.glob("ray-*")) == [], "a run that is completed leaves nothing of Ray's behind"

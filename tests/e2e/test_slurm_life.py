@@ -51,7 +51,7 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_never_runs_twice_and_re
     steps = [m["trainer/step"] for m in metrics(run.path) if "train/loss" in m]
     assert steps == list(range(1, cancelled + 1)), "no step was done twice"
     # Only the head node uploads to the mirror.
-    assert run.attempt_record(2, "mirror")["last_step"] == cancelled
+    assert run.attempt_record(2, "mirror")["steps"][-1] == cancelled
     for root in (run.path.parent, tmp_path / "mirror"):
         assert (root / f"grid/checkpoints/step-{cancelled:08d}/manifest.json").is_file()
     assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "cancelled"

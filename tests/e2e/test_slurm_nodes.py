@@ -31,7 +31,8 @@ def test_an_attempt_on_a_disconnected_node_writes_nothing_more(launch_here: Laun
     slurm.crash(node)
     wait_for("the second attempt", lambda: run.attempt == 2, 90)
     wait_for("the orphan to end", lambda: not command_line(orphan), 60)
-    assert "attempt 1 is superseded: attempt 2 has taken over" in (run.path / "attempts/001/rank-00000.log").read_text()
+    log = (run.path / "attempts/001/rank-00000.log").read_text()
+    assert log.count("attempt 1 is superseded: attempt 2 has taken over") == 1, "the orphan's agent did not start it again"
     taken_over = (run.path / "attempts/002").stat().st_ctime
     late = [m["trainer/step"] for m in metrics(run.path) if m["attempt"] == 1 and m["time"] > taken_over + 2]
     assert not late
@@ -42,8 +43,6 @@ def test_an_attempt_on_a_disconnected_node_writes_nothing_more(launch_here: Laun
     assert all(twice.get(m["trainer/step"], m["train/loss"]) == m["train/loss"] for m in steps if m["attempt"] == 2)
     manifests = [json.loads(p.read_text()) for p in run.path.glob("checkpoints/step-*/manifest.json")]
     assert all(m["attempt"] == 2 for m in manifests if m["step"] > run.attempt_record(2)["resume_step"])
-    starts = {path.name.partition("-rank-")[0] for path in (run.path / "attempts/001/elastic").glob("node-*/start-*")}
-    assert starts == {"start-001"}, "the orphan's agent did not start it again"
     assert launch_here("cancel", str(run.path), "--no-save", **slurm.variables).returncode == 0
     run.await_end_of_job()
     # Slurm reports this state: the job may be killed before it writes its own.

@@ -70,7 +70,7 @@ def test_prompts_of_training_rows_are_found(
 
 def test_rows_with_one_prompt_for_all_take_no_time_and_memory_for_each_question() -> None:
     questions = [question(i, ask(0)) for i in range(50)]
-    prompts = _Prompts(questions, 0.8)
+    prompts = _Prompts(questions)
     chats = [Chat(f"rows:{i}", (Message("user", ask(0)), Message("assistant", f"{i}"))) for i in range(1000)]
     similar = [Chat(f"rows:{i}", (Message("user", f"{ask(0)} {i}"), Message("assistant", "a"))) for i in range(1000)]
     candidates = [one for some in (chats[:500], chats[500:]) for one in prompts.find(some, None)]

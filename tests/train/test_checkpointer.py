@@ -17,6 +17,7 @@ from launcher.checkpoint.saver import Saved
 from launcher.checkpoint.store import open_checkpoint
 from launcher.errors import CheckpointError
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.progress import Pace
 from launcher.train.checkpointer import Checkpointer
 
 GIB = 2**30
@@ -142,7 +143,7 @@ def test_a_loss_that_was_computed_after_the_save_is_recorded_once(tmp_path: Path
 
 
 def test_a_long_save_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.tracking.progress._FIRST_S", 0.0)
+    monkeypatch.setattr("launcher.train.checkpointer.Pace", lambda: Pace(first_s=0.0))
     tracker, saver = FakeTracker(), FakeSaver(saved(tmp_path))
     wait = saver.wait
     saver.wait = lambda: [time.sleep(1.5), wait()][1]  # type: ignore[method-assign]

@@ -61,7 +61,6 @@ def compile_layers(hf: Any, device: torch.device) -> None:
     # There are only a few graphs, so use no helper processes. This applies only to this thread; autograd's threads use the value
     # that torch's compiler read from the variable when launcher/train/preload.py imported it.
     torch._inductor.config.compile_threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
-    # Any user may have created this folder first. Only kernels for CPUs contain headers, and this thread compiles all of them.
     torch._dynamo.config.recompile_limit = _MOST_VARIANTS
     # Document boundaries are values that differ in each batch, so each batch would be compiled.
     kernel = hf.config._attn_implementation
