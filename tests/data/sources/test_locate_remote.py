@@ -142,11 +142,11 @@ def test_a_busy_hub_falls_back_to_downloaded_files(hub: DatasetHub, tmp_path: Pa
     assert f"{status}; owner/name is read at the last known commit {hub.revisions['main']}" in done.stderr
     refused, error = read_elsewhere(Source(path="owner/name", split="test"), environ)
     assert refused == "refused"
-    assert f"the hub answered with HfHubHTTPError ({status})" in error
+    assert f"the hub answered with {status}" in error
     # A denied dataset is not a temporary failure, so there is no fallback.
     hub.fails_with = 403
     refused, error = read_elsewhere(Source(path="owner/name"), environ)
-    assert (refused, "this account may not read it on the hub" in error) == ("refused", True)
+    assert (refused, "the hub answered with 403" in error) == ("refused", True)
 
 
 def test_a_missing_hub_dataset_is_reported(hub: DatasetHub, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_missing_hub_dataset_is_reported(hub: DatasetHub, tmp_path: Path) -> N
     assert "the hub answered with 40" in error
     assert "there is no file or folder owner/other here" in error
     assert "a local folder: write ./ before it" in error
-    assert "RevisionNotFound" in read_elsewhere(Source(path="owner/name", revision="v9"), environ)[1]
+    assert "the hub answered with 404" in read_elsewhere(Source(path="owner/name", revision="v9"), environ)[1]
     error = read_elsewhere(Source(path="owner/name"), environ)[1]
     assert "holds no data file" in error
     assert "Code that builds a dataset is never run" in error
