@@ -68,7 +68,7 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_never_runs_twice_and_re
     assert (nodes[1], nodes[cancelled], nodes[cancelled + 1]) == (2, 2, 1)
     run.await_end_of_job()
     assert run.causes() == ["preempted", "cancelled", "completed"]
-    assert run.attempt_record(3, "mirror")["last_step"] == end
+    assert run.attempt_record(3, "mirror")["steps"][-1] == end
     assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "completed"
     step_is_answered_by_a_job_of_its_own(run, middle)
     prompts_are_answered_on_two_nodes(run, end)
