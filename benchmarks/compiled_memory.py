@@ -71,7 +71,7 @@ def _build(values: dict[str, Any], is_compiled: bool) -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), **options)
     model.train()
     if is_compiled:
-        layers.compile_layers(model, layers.find_layers(model, "model.compile", ""), torch.device("cpu"))
+        layers.compile_layers(model, torch.device("cpu"))
     return model
 
 

@@ -210,7 +210,9 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         raise
     except Exception as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        reason = f"the hub answered with {status}" if status else f"the hub cannot be reached ({type(error).__name__})"
+        # The error's name tells a missing dataset from a missing revision and a gated one: a missing dataset has status 401 or 404.
+        reason = f"the hub answered with {status}" if status else "the hub cannot be reached"
+        reason += f" ({type(error).__name__})"
         if (not status or status in _TEMPORARY) and (stored := _read_listing(record)):
             _warn_once(f"{reason}; {source.path} is read at the last known commit {stored[0]}")
             return stored

@@ -139,7 +139,10 @@ def test_a_busy_hub_falls_back_to_downloaded_files(hub: DatasetHub, tmp_path: Pa
     hub.fails_with = status
     done = run_elsewhere(Source(path="owner/name"), environ)
     assert json.loads(done.stdout)[:2] == list(online)
-    assert f"{status}; owner/name is read at the last known commit {hub.revisions['main']}" in done.stderr
+    assert (
+        f"answered with {status} (HfHubHTTPError); owner/name is read at the last known commit {hub.revisions['main']}"
+        in done.stderr
+    )
     refused, error = read_elsewhere(Source(path="owner/name", split="test"), environ)
     assert refused == "refused"
     assert f"the hub answered with {status}" in error
@@ -153,10 +156,10 @@ def test_a_missing_hub_dataset_is_reported(hub: DatasetHub, tmp_path: Path) -> N
     hub.commit({"load.py": b"raise SystemExit('code was run')"}, "main")
     environ = hub_environment(hub, tmp_path)
     error = read_elsewhere(Source(path="owner/other"), environ)[1]
-    assert "the hub answered with 40" in error
+    assert "the hub answered with 401 (RepositoryNotFoundError)" in error
     assert "there is no file or folder owner/other here" in error
     assert "a local folder: write ./ before it" in error
-    assert "the hub answered with 404" in read_elsewhere(Source(path="owner/name", revision="v9"), environ)[1]
+    assert "RevisionNotFoundError" in read_elsewhere(Source(path="owner/name", revision="v9"), environ)[1]
     error = read_elsewhere(Source(path="owner/name"), environ)[1]
     assert "holds no data file" in error
     assert "Code that builds a dataset is never run" in error
