@@ -210,7 +210,7 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         raise
     except Exception as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        # The error's name tells a missing dataset from a missing revision and a gated one: a missing dataset has status 401 or 404.
+        # The error's name tells a missing dataset, whose status is 401 or 404, from a missing revision and a gated dataset.
         reason = f"the hub answered with {status}" if status else "the hub cannot be reached"
         reason += f" ({type(error).__name__})"
         if (not status or status in _TEMPORARY) and (stored := _read_listing(record)):
