@@ -23,7 +23,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
-from launcher.tracking import generations, goodput
+from launcher.tracking import goodput
 from launcher.tracking.costs import hosted_training
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
@@ -183,8 +183,6 @@ def _run_context(one: _RunFiles) -> dict[str, Any]:
         "time_chart": charts.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),
         "evaluations": evaluation_contexts(one.run, one.plan),
         "evaluated_steps": step_contexts(one.run),
-        "generations": [generation.cells() for generation in generations.read_generations(one.run, one.plan)],
-        "generations_header": generations.HEADER,
         "attempts": _attempt_rows(one),
         "checkpoints": _checkpoint_rows(one),
         "plan": [(line[:LABEL_WIDTH].strip(), line[LABEL_WIDTH:]) for line in plan_lines(one.plan)],

@@ -16,7 +16,6 @@ from launcher.errors import LauncherError, describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.shell_commands import launcher_command
-from launcher.tracking.generations import HEADER, read_generations
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, by_steps, read_verdicts
 from launcher.tracking.wandb.session import Session, is_online, redacted, sync_command
@@ -25,8 +24,7 @@ from launcher.tracking.wandb.session import Session, is_online, redacted, sync_c
 def upload(run: RunDir, step: int) -> str:
     """Add a step's verdicts to the W&B run's summary, each with a table of answers; returns a line for the user.
 
-    If several steps were evaluated, a table has them all. A run that started from another run's weights also gets a table of its
-    generations.
+    If several steps were evaluated, a table has them all.
 
     During training, the run has its own session, which this one would disturb; nothing is sent then.
     """
@@ -48,8 +46,6 @@ def upload(run: RunDir, step: int) -> str:
                 session.log_table(f"verdict/{one.set_name or 'prompts'}/answers", header, redacted(rows, os.environ))
         for several in by_steps(all_verdicts):
             session.log_table(f"verdict/{several.set_name or 'prompts'}/steps", *several.table)
-        if generations := [one.cells() for one in read_generations(run, plan)]:
-            session.log_table("verdict/generations", HEADER, redacted(generations, os.environ))
     finally:
         session.finish(state)
     line = f"W&B: the verdict is in the summary of {session.url or f'the files in {session.folder}'}"
