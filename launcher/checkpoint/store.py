@@ -25,13 +25,13 @@ from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_la
 from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 from launcher.plan.quantities import format_size
+from launcher.plan.run_dir import parse_step
 from launcher.shell_commands import launcher_command
 
 # Checkpoints that were set aside, after the user resumed from an earlier step or because of damage, are never listed again.
 SET_ASIDE_PREFIX = "aside-"
 DAMAGED_PREFIX = "damaged-"
 
-_STEP = re.compile(r"step-(\d{8,})")
 _SAVING = re.compile(r"\.saving-step-\d{8,}-(\d{3,})")
 
 
@@ -140,13 +140,13 @@ def find_unusable(root: Path) -> dict[int, CheckpointError]:
     """Return why checkpoints cannot be opened, keyed by step: damaged, in another format, or unreadable right now."""
     errors: dict[int, CheckpointError] = {}
     for path in sorted(_step_directories(root)):
-        if name := _STEP.fullmatch(path.name):
+        if (step := parse_step(path.name)) is not None:
             try:
                 open_checkpoint(path)
             except CheckpointError as error:
                 # A running attempt may have pruned it meanwhile.
                 if isinstance(error, UnreadableCheckpoint) or path.exists():
-                    errors[int(name[1])] = error
+                    errors[step] = error
     return errors
 
 
@@ -335,7 +335,7 @@ def _is_committed(path: Path) -> bool:
 
 def _step_directories(root: Path) -> list[Path]:
     try:
-        return [p for p in root.iterdir() if _STEP.fullmatch(p.name.removeprefix(atomic_files.REPLACED_PREFIX))]
+        return [p for p in root.iterdir() if parse_step(p.name.removeprefix(atomic_files.REPLACED_PREFIX)) is not None]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

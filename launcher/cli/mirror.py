@@ -86,7 +86,7 @@ def ls(url: str, as_json: bool) -> int:
     with convert_storage_errors(remote, "read"):
         for name in remote.names():
             try:
-                run = _summary(remote.under(name), name)
+                run = _summary(RemoteFolder(f"{remote.url}/{name}", origin=_ORIGIN), name)
             except LauncherError as error:
                 # Other users may share the mirror.
                 print(printable(f"{name}: {error.problems[0].message}"), file=sys.stderr)

@@ -22,8 +22,8 @@ from launcher.security.credentials import environment_secrets
 from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 from launcher.shell_commands import launcher_command
 
-# Settings that do not affect what a step computes.
-WITHOUT_EFFECT = (
+# Settings that may change freely on resume.
+CHANGEABLE = (
     "train.max_steps",
     "train.epochs",
     "train.largest_batch_first",
@@ -40,11 +40,6 @@ WITHOUT_EFFECT = (
     "tracking.",
     "costs.",
     "run.confirm_usd",
-)
-
-# Settings that may change freely on resume.
-CHANGEABLE = (
-    *WITHOUT_EFFECT,
     "train.micro_batch_size",
     "model.attention",
     "model.liger",
@@ -83,12 +78,6 @@ def differences(saved: RunConfig, requested: RunConfig) -> list[Difference]:
     """Return the settings that differ and may not change freely, in schema order."""
     changed = differing(saved.model_dump(mode="json"), requested.model_dump(mode="json"))
     return [difference for difference in changed if difference.is_fixed or not _is_one_of(difference.key, CHANGEABLE)]
-
-
-def has_same_computation(before: RunConfig, after: RunConfig) -> bool:
-    """Return whether a step computes the same under both, except for a learning rate that depends on the number of steps."""
-    changed = differing(before.model_dump(mode="json"), after.model_dump(mode="json"))
-    return all(_is_one_of(difference.key, WITHOUT_EFFECT) for difference in changed)
 
 
 def differing(saved: Mapping[str, Any], requested: Mapping[str, Any], prefix: str = "") -> list[Difference]:

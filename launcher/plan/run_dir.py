@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # The version of a plan's JSON.
 SCHEMA_VERSION: Final = 4
-_EVALUATION = re.compile(r"step-(\d{8,})")
+_STEP = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class RunDir:
         return self.attempt(attempt) / f"rank-{rank:05d}.log"
 
 
-def evaluated_step(folder: Path) -> int | None:
-    """Return the step of a folder in `RunDir.evaluations`; None for other folders, such as a person's copy."""
-    match = _EVALUATION.fullmatch(folder.name)
+def parse_step(name: str) -> int | None:
+    """Return the step in the name of a checkpoint's or an evaluation's folder; None for others, such as a person's copy."""
+    match = _STEP.fullmatch(name)
     return None if match is None else int(match[1])
 
 

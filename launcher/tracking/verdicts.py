@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launcher import atomic_files, json_records
 from launcher.errors import DamagedRun
-from launcher.plan.run_dir import RunDir, evaluated_step
+from launcher.plan.run_dir import RunDir, parse_step
 
 FILE_NAME = "verdict.json"
 TUNED = "tuned"
@@ -281,5 +281,5 @@ def read_verdicts(run: RunDir) -> list[SetVerdict]:
 
 def _evaluated_folders(run: RunDir) -> list[tuple[int, Path]]:
     """Return the folders of evaluations with their steps, in ascending order."""
-    folders = ((evaluated_step(folder), folder) for folder in run.evaluations.glob("step-*"))
+    folders = ((parse_step(folder.name), folder) for folder in run.evaluations.glob("step-*"))
     return sorted((step, folder) for step, folder in folders if step is not None)

@@ -44,8 +44,8 @@ from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import NodeInfo, allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ranks.watchdog import Watchdog
-from launcher.worker.sidecars.answers_process import AnswersProcess
-from launcher.worker.sidecars.mirror_process import MirrorProcess
+from launcher.worker.sidecars import sidecar
+from launcher.worker.sidecars.sidecar import Sidecar
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.stopper import Stopper
 from launcher.worker.wandb_closing import close_wandb_run
@@ -93,13 +93,13 @@ class NodeAgent:
         ranks.warm_up(plan_path, os.environ)
         return cls(plan, plan_path, RunDir(Path(plan.run_dir)), attempt, stopper, ranks, started_at)
 
-    def start_mirror(self) -> MirrorProcess | None:
+    def start_mirror(self) -> Sidecar | None:
         """Start the process that copies checkpoints to the mirror, on one node per run. Return None if there is no mirror."""
-        return MirrorProcess.start(self.plan, self.plan_path, self.run, self.attempt)
+        return sidecar.start_mirror(self.plan, self.plan_path, self.run, self.attempt)
 
-    def start_answers(self) -> AnswersProcess | None:
+    def start_answers(self) -> Sidecar | None:
         """Start the process that answers prompts with checkpoints, on one node per run. Return None if none are requested."""
-        return AnswersProcess.start(self.plan, self.plan_path, self.run, self.attempt)
+        return sidecar.start_answers(self.plan, self.plan_path, self.run, self.attempt)
 
     def close(self) -> None:
         """Stop sending signals, and end the fork server."""
@@ -277,7 +277,7 @@ def _check_gpus(plan: LaunchPlan, attempt: int) -> None:
     node_check.report_gpu_findings(plan, attempt)
 
 
-def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, answers: AnswersProcess | None, record: ExitRecord) -> int:
+def _conclude(agent: NodeAgent, mirror: Sidecar | None, answers: Sidecar | None, record: ExitRecord) -> int:
     """Record the end of the attempt, wait for answers and the mirror, then end the run; returns the exit code."""
     run, attempt = agent.run, agent.attempt
     disk_reserve.release_if_full(run, attempt)

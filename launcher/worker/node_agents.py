@@ -23,8 +23,7 @@ from launcher.worker.agent import NodeAgent
 from launcher.worker.checks import node_check
 from launcher.worker.limits import cause_of
 from launcher.worker.ranks.rank_env import NodeInfo
-from launcher.worker.sidecars.answers_process import AnswersProcess
-from launcher.worker.sidecars.mirror_process import MirrorProcess
+from launcher.worker.sidecars.sidecar import Sidecar
 
 # Nodes usually start within seconds of each other; a prologue, a container or a slow file system may take minutes.
 _MEET_DEADLINE_S = 300.0
@@ -36,8 +35,8 @@ class NodeResult:
 
     failure: FailureRecord | None
     problems: tuple[Problem, ...]
-    mirror: MirrorProcess | None
-    answers: AnswersProcess | None
+    mirror: Sidecar | None
+    answers: Sidecar | None
 
     @property
     def exit_code(self) -> int:
@@ -52,8 +51,8 @@ def run_node(
     `log` is the file with the agent's output; for `job` and `why_ended` see `NodeAgent.run_ranks`.
     """
     plan, run, attempt = agent.plan, agent.run, agent.attempt
-    mirror: MirrorProcess | None = None
-    answers: AnswersProcess | None = None
+    mirror: Sidecar | None = None
+    answers: Sidecar | None = None
     failure: FailureRecord | None = None
     problems: list[Problem] = []
     try:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hand_made
 import psutil
 import pytest
 import wandb
@@ -26,7 +25,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb import tracker as module
-from launcher.tracking.wandb.session import Session, is_online, redacted
+from launcher.tracking.wandb.session import Session, is_online, redacted, step_offsets
 
 PlanMaker = Callable[..., LaunchPlan]
 REPO = Path(__file__).resolve().parents[2]
@@ -221,18 +220,13 @@ def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("how", ["with --step", "with other settings"])
-def test_steps_repeated_after_going_back_are_shown_beside_the_earlier_ones(make_plan: PlanMaker, run_dir: Path, how: str) -> None:
-    """This also holds in the next attempts, after a crash or with unchanged settings."""
-    run, plan, began = RunDir(run_dir), make_plan(), ((1, None, (1, 6)), (2, 3, (4, 8)), (3, 6, (7, 9)))
+def test_steps_repeated_after_a_resume_are_shown_beside_the_earlier_ones(make_plan: PlanMaker, run_dir: Path) -> None:
+    """This also holds in the next attempt, after a crash."""
+    run, plan = RunDir(run_dir), make_plan()
     run.plan.write_text(plan.to_json())
-    for attempt, back, (first, last) in began:
+    for attempt, back, (first, last) in ((1, None, (1, 6)), (2, 3, (4, 8)), (3, 6, (7, 9))):
         run.attempt(attempt).mkdir(exist_ok=True)
-        run_store.write_attempt(run, attempt, run_records.Attempt(back, pinned=attempt == 2 and how == "with --step"))
-        if attempt == 2 and how == "with other settings":
-            plan = hand_made.changed(plan, "optim.lr=5e-6")
-        if attempt > 1:
-            run_store.write_plan(run, attempt, plan)
+        run_store.write_attempt(run, attempt, run_records.Attempt(back, automatic=attempt == 3))
         trackers = start_trackers(plan, run_dir, attempt, on_stop=no_stop)
         for step in range(first, last + 1):
             trackers.log(step, {"train/loss": float(attempt)})
@@ -243,3 +237,13 @@ def test_steps_repeated_after_going_back_are_shown_beside_the_earlier_ones(make_
     after = [(step + 3, step, 2) for step in range(4, 8)]
     # The next attempt sends the last row of a failed one.
     assert shown == [*before, *after, (11, 8, 3), (12, 9, 3)]
+
+
+def test_steps_after_each_resume_come_after_all_earlier_steps(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    # Attempt 3 is the launcher's own; attempt 5 continues from the newest step.
+    resumes = {2: (4, False), 3: (5, True), 4: (2, False), 5: (6, False)}
+    for number, (step, automatic) in resumes.items():
+        run.attempt(number).mkdir()
+        run_store.write_attempt(run, number, run_records.Attempt(step, automatic=automatic))
+    assert step_offsets(run, {1: 9, 2: 6, 3: 7, 4: 6}) == {1: 0, 2: 5, 3: 5, 4: 10, 5: 10}

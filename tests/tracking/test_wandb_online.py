@@ -6,20 +6,13 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import hand_made
 import pytest
-from forked import ForkingSubprocess, preloaded
 from pace import slowness, wait_for
-from plan_fixtures import DATA
-from rank_tools import IMPORTED, QUICK_S, alerts, has_steps, infos, rank
+from rank_tools import QUICK_S, alerts, has_steps, infos, rank
 from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 
-from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.run_dir import RunDir
-from launcher.worker import wandb_closing
 
 PlanMaker = Callable[..., LaunchPlan]
 
@@ -121,26 +114,14 @@ def test_simultaneous_alerts_are_all_sent(make_plan: PlanMaker, server: FakeWand
 
 
 @pytest.mark.rest
-@pytest.mark.parametrize("for_good", [False, True], ids=["it goes on by itself", "a person resumes it"])
-def test_an_interrupted_evaluation_is_sent_by_the_next_attempt(
-    make_plan: PlanMaker, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, for_good: bool
-) -> None:
-    plan = make_plan().model_copy(update={"data": DATA})
-    plan = hand_made.changed(plan, "eval.every=2")
+def test_an_interrupted_evaluation_is_sent_by_the_next_attempt(make_plan: PlanMaker, server: FakeWandb) -> None:
+    plan = make_plan()
     with rank(plan, base_url=server.address) as it:
         it.start_and_wait()
         it.steps(1, 4)
         it.finish("failed")
-    if for_good:
-        run = RunDir(Path(plan.run_dir))
-        run_store.write_status(run, run_records.Status("failed", 1, 4, 40))
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", server.address)
-        monkeypatch.setattr(wandb_closing, "subprocess", ForkingSubprocess(preloaded(*IMPORTED)))
-        wandb_closing.close_wandb_run(plan, run.plan, run, 1)
-        assert len(server.run().exits) == 2
     assert server.run().steps == [1, 2, 3]
-    with rank(plan, attempt=2, automatic=not for_good, base_url=server.address) as it:
+    with rank(plan, attempt=2, automatic=True, base_url=server.address) as it:
         it.start()
         it.steps(3, 4)
         it.log(4, {"eval/held_out/loss": 1.0})

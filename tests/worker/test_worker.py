@@ -103,7 +103,7 @@ def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monke
             seen.append(spent.gpu_s)
 
     monkeypatch.setattr(agent.Stopper, "install", lambda self: self)
-    monkeypatch.setattr(agent.MirrorProcess, "start", lambda *arguments: Mirror())
+    monkeypatch.setattr(agent.sidecar, "start_mirror", lambda *arguments: Mirror())
     monkeypatch.setattr(agent.detached_process, "start_liveness_file", lambda run: None)
     monkeypatch.setattr(agent.NodeAgent, "run_ranks", lambda *arguments: None)
     monkeypatch.setattr(agent, "close_wandb_run", lambda *arguments: None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -31,7 +30,7 @@ Notify = Callable[[str], None]
 MakeProgress = Callable[[str, int], Callable[[int], None]]
 
 # Marks a run directory whose download is incomplete; contains the mirror's address.
-MARKER = ".fetching.json"
+MARKER = ".fetching"
 _UNFINISHED = ".fetching-"
 
 
@@ -46,7 +45,7 @@ def claim_run_dir(run: RunDir, url: str) -> None:
         make_own_folder(run.root.parent)
         run.root.mkdir(mode=0o700)
     except FileExistsError:
-        if marker.is_file() and json.loads(marker.read_text() or "{}").get("url") == url:
+        if marker.is_file() and marker.read_text() == url:
             return
         raise SubmitError(
             f"the run directory {run.root.name} exists already; nothing in it was touched",
@@ -55,7 +54,7 @@ def claim_run_dir(run: RunDir, url: str) -> None:
         ) from None
     except OSError as error:
         raise SubmitError(f"the run directory cannot be created: {error.strerror}", where=str(run.root)) from None
-    atomic_files.write_json(marker, {"url": url})
+    atomic_files.write_text(marker, url)
 
 
 def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDir) -> dict[str, LaunchPlan]:
@@ -95,13 +94,7 @@ def download_progress(remote: RemoteFolder, run: RunDir) -> None:
             remote.receive(path.name, path)
 
 
-def _silent(activity: str, total: int) -> Callable[[int], None]:
-    return lambda num_bytes: None
-
-
-def download_checkpoint(
-    remote: RemoteFolder, run: RunDir, step: int | None, notify: Notify, make_progress: MakeProgress = _silent
-) -> int:
+def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, notify: Notify, make_progress: MakeProgress) -> int:
     """Download the newest complete checkpoint, or the one at `step`, verify its digests, and return its step.
 
     If it is damaged, report this and fetch the previous one, unless `step` requests it.
@@ -113,8 +106,8 @@ def download_checkpoint(
     steps = ", ".join(map(str, complete)) or "none"
     wanted = [step] if step is not None else sorted(complete, reverse=True)
     if not wanted or any(w not in complete for w in wanted):
-        message = "there is no complete checkpoint" + (f" of step {step}" if step is not None else "")
-        raise CheckpointError(f"{message} in the mirror", where=remote.url, value=f"complete: {steps}")
+        message = "the mirror has no complete checkpoint" + ("" if step is None else f" of step {step}")
+        raise CheckpointError(message, where=remote.url, value=f"complete: {steps}")
     damaged: list[Problem] = []
     for candidate in wanted:
         problems = _download(remote, run.checkpoints, complete[candidate], notify, make_progress)
@@ -135,7 +128,6 @@ def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Noti
     unfinished.mkdir(mode=0o700, parents=True, exist_ok=True)
     store.require_free_bytes(root, num_bytes - sum(path.stat().st_size for path in unfinished.iterdir()))
     notify(f"fetching step {manifest.step}: {num_bytes / 2**30:.2f} GiB in {format_count(len(manifest.files), 'file')}")
-    source = remote.under(f"{CHECKPOINTS}/{target.name}")
     advance = make_progress(f"fetching step {manifest.step}", num_bytes)
 
     def receive(name: str) -> Problem | None:
@@ -143,9 +135,10 @@ def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Noti
         if path.is_file() and atomic_files.digest_file(path) == manifest.files[name]:
             advance(manifest.files[name].size)
             return None
-        where = f"{source.url}/{name}"
+        source = f"{CHECKPOINTS}/{target.name}/{name}"
+        where = f"{remote.url}/{source}"
         try:
-            entry = source.receive(name, path, advance)
+            entry = remote.receive(source, path, advance)
         except FileNotFoundError:
             return Problem("a file of the checkpoint is missing in the mirror", where=where)
         return None if entry == manifest.files[name] else Problem("a file differs from the manifest's digest", where=where)

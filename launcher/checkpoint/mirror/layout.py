@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from pydantic import Field, ValidationError
 
 from launcher.atomic_files import FileEntry
@@ -20,11 +18,11 @@ from launcher.checkpoint.store import step_name
 from launcher.config.sections.fields import Name
 from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import Record
+from launcher.plan.run_dir import parse_step
 
 RUN = "run.json"
 CHECKPOINTS = "checkpoints"
 CODE = "code.zip"
-_STEP = re.compile(r"step-(\d{8,})")
 
 
 class Owner(Record):
@@ -82,9 +80,3 @@ def read_later_evaluation(remote: RemoteFolder, step: int) -> LaterEvaluation | 
     """Read the loss that was computed after the save of a checkpoint in a run's mirror, or None if there is none."""
     content = remote.read(f"{CHECKPOINTS}/{step_name(step)}/{LATER_EVALUATION}")
     return None if content is None else parse_later_evaluation(content)
-
-
-def parse_step(name: str) -> int | None:
-    """Return the step in the name of a checkpoint's folder, None for other names."""
-    match = _STEP.fullmatch(name)
-    return int(match[1]) if match else None

@@ -20,9 +20,8 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from launcher.atomic_files import FileEntry
-from launcher.errors import LauncherError, SubmitError
+from launcher.errors import LauncherError, SubmitError, describe
 from launcher.security import owners
-from launcher.security.owners import FLAG, user_name
 from launcher.security.storage_addresses import access_remedy, require_known_hosts
 
 T = TypeVar("T")
@@ -58,12 +57,7 @@ class RemoteFolder:
         with convert_storage_errors(self, "reached"):
             self._connect()
         protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else tuple(self._fs.protocol)
-        self._is_local = isinstance(self._fs, LocalFileSystem)
         self._is_object_store = bool(_OBJECT_STORES.intersection(protocols))
-
-    def under(self, name: str) -> RemoteFolder:
-        """Return the subfolder `name`."""
-        return RemoteFolder(f"{self.url}/{name}", self._waits_s, self.origin)
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file, None if it does not exist."""
@@ -121,23 +115,6 @@ class RemoteFolder:
         with suppress(FileNotFoundError):
             self._retry(lambda: self._fs.rm(self._path(name), recursive=True))
 
-    def make_own(self) -> None:
-        """Create the folder if it is on a disk; whoever creates it first could replace what is written to it.
-
-        Raises:
-            SubmitError: if another user did.
-        """
-        if not self._is_local:
-            return
-        self._fs.makedirs(self._root, exist_ok=True)
-        if not owners.accepts_owner(owner := os.stat(self._root).st_uid):
-            raise SubmitError(
-                f"the folder of this run in the mirror belongs to {user_name(owner)}, who can replace the uploaded files",
-                where=self.origin,
-                value=self.url,
-                remedy=f"choose another run.name or another mirror; if you trust this user, add {FLAG} {user_name(owner)}",
-            )
-
     def require_trusted(self) -> None:
         """Reject a folder on a disk whose content other users could have changed: a resume runs code from it.
 
@@ -145,7 +122,7 @@ class RemoteFolder:
             SubmitError: with the file or folder, its owner and the remedy.
         """
         folder = Path(self._root)
-        if self._is_local and (problem := owners.folder_problem(f"the mirror of {folder.name}", folder)):
+        if isinstance(self._fs, LocalFileSystem) and (problem := owners.folder_problem(f"the mirror of {folder.name}", folder)):
             raise SubmitError(problem)
 
     def _connect(self, **options: Any) -> None:
@@ -243,14 +220,10 @@ def convert_storage_errors(remote: RemoteFolder, operation: str) -> Iterator[Non
         remedy = (
             "check that the folder can be created and written" if remote.url.startswith("file:") else access_remedy(remote.url)
         )
-        message = f"the mirror cannot be {operation}: {describe_error(error)}"
-        raise SubmitError(message, where=remote.origin, value=remote.url, remedy=remedy) from error
-
-
-def describe_error(error: Exception) -> str:
-    """Return an error's type and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        reason = describe(error).partition("\n")[0]
+        raise SubmitError(
+            f"the mirror cannot be {operation}: {reason}", where=remote.origin, value=remote.url, remedy=remedy
+        ) from error
 
 
 def _blocks(file: io.RawIOBase, size: int) -> Iterator[bytes]:

@@ -17,17 +17,14 @@ from __future__ import annotations
 import io
 import json
 import os
-import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.folder_links import link_problems
 from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST, Checkpoint, LaterEvaluation, Manifest, read_manifest
 from launcher.checkpoint.mirror.layout import (
     CHECKPOINTS,
@@ -35,7 +32,6 @@ from launcher.checkpoint.mirror.layout import (
     RUN,
     MirroredRun,
     Owner,
-    parse_step,
     read_complete_checkpoints,
     read_later_evaluation,
     read_run,
@@ -45,7 +41,7 @@ from launcher.checkpoint.retention import select_outdated
 from launcher.checkpoint.run_retention import retention_of
 from launcher.errors import CheckpointError, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.run_dir import RunDir
+from launcher.plan.run_dir import RunDir, parse_step
 from launcher.shell_commands import launcher_command
 
 # Parallel uploads: object storage is fast only in parallel. Each holds two blocks in memory.
@@ -55,7 +51,6 @@ _MODEL_FILES = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab.*", "chat_template*"),
     "additional_chat_templates/*",
 )
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
 
 
 class MirrorTaken(RunError):
@@ -93,12 +88,10 @@ class Mirror:
         Raises:
             MirrorTaken: if it belongs to another run, or to a later attempt of this one.
         """
-        self._remote.make_own()
-        if (known := read_run(self._remote)) is not None:
-            self._require_ours(known.owner)
+        self._require_ours(is_begun=False)
         files = {
             name: self._remote.send(name, path, path.stat().st_size)
-            for name, path in (*_list_run_files(self._run, self._owner.attempt), *_list_model_files(self._plan))
+            for name, path in _list_fixed_files(self._run, self._plan, self._owner.attempt)
         }
         files[CODE] = self._remote.write(CODE, _build_code_archive(self._run.code))
         self.send_progress()
@@ -121,7 +114,7 @@ class Mirror:
             MirrorTaken, Superseded: if another attempt has taken over.
         """
         folder = _folder(checkpoint.step)
-        self._require_still_ours()
+        self._require_ours()
         # A crash must not leave files of two checkpoints, nor the loss of another.
         self._complete.pop(checkpoint.step, None)
         self._evaluations.pop(checkpoint.step, None)
@@ -137,7 +130,7 @@ class Mirror:
             raise CheckpointGone(checkpoint.path.name)
         # Metrics first: a complete checkpoint in the mirror has the metrics of its steps.
         self.send_progress()
-        self._require_still_ours()
+        self._require_ours()
         self._remote.write(f"{folder}/{MANIFEST}", checkpoint.manifest.to_json().encode())
         self._complete[checkpoint.step] = checkpoint.manifest
         return sum(entry.size for entry in checkpoint.manifest.files.values())
@@ -162,7 +155,7 @@ class Mirror:
             evaluation, step = checkpoint.later_evaluation, checkpoint.step
             is_sent = self._complete.get(step) == checkpoint.manifest
             if is_sent and evaluation is not None and self._evaluations.get(step) != evaluation:
-                self._require_still_ours()
+                self._require_ours()
                 self._remote.write(f"{_folder(step)}/{LATER_EVALUATION}", evaluation.to_json().encode())
                 self._evaluations[step] = evaluation
 
@@ -178,7 +171,14 @@ class Mirror:
             return []
         newest = max(sent)
         here = {step for path in root.iterdir() if (step := parse_step(path.name)) is not None}
-        abandoned = self._abandoned(newest) - here
+        # A resume from a step that a person chose abandons the later steps of earlier attempts.
+        attempts = {number: run_store.read_attempt(self._run, number) for number in run_store.attempt_numbers(self._run)}
+        returns = {number: attempt.resume_step or 0 for number, attempt in attempts.items() if attempt.pinned}
+        abandoned = {
+            step
+            for step, manifest in self._complete.items()
+            if any(step > start and manifest.attempt < number for number, start in returns.items())
+        } - here
         going_on = [
             Checkpoint(root / store.step_name(step), manifest, self._evaluations.get(step))
             for step, manifest in self._complete.items()
@@ -191,29 +191,12 @@ class Mirror:
             step = parse_step(name)
             if step is None or step in needed or (step > newest and step not in abandoned):
                 continue
-            self._require_still_ours()
+            self._require_ours()
             self._complete.pop(step, None)
             self._evaluations.pop(step, None)
             self._remote.remove_folder(f"{CHECKPOINTS}/{name}", MANIFEST)
             removed.append(step)
         return removed
-
-    def _abandoned(self, newest: int) -> set[int]:
-        """Return the steps that a resume from an earlier step abandoned: set aside here, or left in the mirror."""
-        names = (
-            path.name.removeprefix(store.SET_ASIDE_PREFIX)
-            for path in self._run.checkpoints.glob(f"{store.SET_ASIDE_PREFIX}step-*")
-        )
-        # A step that was set aside again has a number after it.
-        aside = (parse_step("-".join(name.split("-")[:2])) for name in names)
-        abandoned = {step for step in aside if step is not None and step > newest}
-        # A machine that downloaded only the requested step had nothing to set aside.
-        for number in run_store.attempt_numbers(self._run):
-            attempt = run_store.read_attempt(self._run, number)
-            if attempt.pinned and attempt.resume_step is not None:
-                later = {step: manifest for step, manifest in self._complete.items() if step > attempt.resume_step}
-                abandoned |= {step for step, manifest in later.items() if manifest.attempt < number}
-        return abandoned
 
     def _send_files(self, checkpoint: Checkpoint, folder: str) -> None:
         self.num_arrived = 0
@@ -229,22 +212,13 @@ class Mirror:
             # Large files first, so that a small one finishes last.
             list(pool.map(send, sorted(files, key=lambda name: -files[name].size)))
 
-    def _require_still_ours(self) -> None:
+    def _require_ours(self, is_begun: bool = True) -> None:
         run_store.fence(self._run, self._owner.attempt)
         known = read_run(self._remote)
-        if known is not None and known.owner != self._owner:
-            self._require_ours(known.owner)
-            raise MirrorTaken(f"attempt {known.owner.attempt} on {known.owner.host} writes to the mirror: {known.owner.run_dir}")
-
-    def _require_ours(self, owner: Owner) -> None:
+        owner = self._owner if known is None else known.owner
         if owner.wandb_id != self._owner.wandb_id:
-            raise MirrorTaken(
-                f"the mirror holds another run named {self._plan.run_name}, from {owner.run_dir} on {owner.host}",
-                where="checkpoint.mirror",
-                value=self._remote.url,
-                remedy="choose another run.name or another mirror",
-            )
-        if owner.attempt > self._owner.attempt:
+            raise MirrorTaken(f"the mirror holds another run named {self._plan.run_name}, from {owner.run_dir} on {owner.host}")
+        if owner.attempt > self._owner.attempt or (is_begun and owner != self._owner):
             raise MirrorTaken(f"attempt {owner.attempt} on {owner.host} writes to the mirror: {owner.run_dir}")
 
 
@@ -265,7 +239,6 @@ def require_usable_mirror(plan: LaunchPlan) -> None:
     require_writable(url)
     remote = RemoteFolder(mirror_url(plan))
     with convert_storage_errors(remote, "read"):
-        remote.make_own()
         known = read_run(remote)
     if known is not None and known.owner.wandb_id != plan.wandb_id:
         raise SubmitError(
@@ -292,36 +265,25 @@ def _is_there(checkpoint: Checkpoint) -> bool:
         return False
 
 
-def _list_run_files(run: RunDir, attempt: int) -> Iterator[tuple[str, Path]]:
-    """Yield the names in the mirror and the local paths of the run's files that do not change."""
+def _list_fixed_files(run: RunDir, plan: LaunchPlan, attempt: int) -> Iterator[tuple[str, Path]]:
+    """Yield the names in the mirror and the local paths of the files of run, model and tokenizer that do not change."""
     newest = run.attempt(attempt) / "attempt.json"
     for path in (run.plan, *run_store.changed_plan_paths(run)[-1:], newest, *sorted(run.plans.glob("*.json"))):
         yield str(path.relative_to(run.root)), path
-
-
-def _list_model_files(plan: LaunchPlan) -> Iterator[tuple[str, Path]]:
-    """Yield the names in the mirror and the local paths of the small files of model and tokenizer."""
     patterns = (*_MODEL_FILES, *(["*.py"] if plan.config.model.trust_remote_code else []))
     folders = {"model": plan.model.path, "tokenizer": plan.model.tokenizer_path}
     if folders["tokenizer"] == folders["model"]:
         del folders["tokenizer"]
     for kind, folder in ((kind, Path(path)) for kind, path in folders.items() if path is not None):
-        paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-        outside = {problem.where: problem for problem in link_problems(folder, paths)}
-        for problem in outside.values():
-            # Without room for the log, uploads continue.
-            with suppress(OSError):
-                print(f"not sent to the mirror: {problem}", file=sys.stderr, flush=True)
-        for path in sorted(paths):
-            if not path.name.endswith(_WEIGHTS) and str(path) not in outside:
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+            if not path.name.endswith(".index.json"):
                 yield f"{kind}/{path.relative_to(folder)}", path
 
 
 def _build_code_archive(folder: Path) -> bytes:
-    """Return a zip file of a folder; equal content gives equal bytes."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
-                archive.writestr(zipfile.ZipInfo(str(path.relative_to(folder))), path.read_bytes(), zipfile.ZIP_DEFLATED)
+                archive.write(path, path.relative_to(folder))
     return buffer.getvalue()

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import psutil
 
+from launcher import run_store
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -30,7 +31,6 @@ from launcher.shell_commands import shell_command
 from launcher.tracking import metrics as metrics_table
 from launcher.tracking.jsonl import NON_METRIC_FIELDS, continued_lines, iter_lines, merge_steps
 from launcher.tracking.metrics import STEP
-from launcher.tracking.wandb.steps import offsets, returns
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 45.0
@@ -82,7 +82,7 @@ class Session:
             remedy = "install it with: pip install wandb, or set tracking=none"
             raise ConfigError(f"Weights & Biases cannot start: {error}", where="tracking", remedy=remedy) from error
 
-        self._plan, self._run_dir = plan, run
+        self._run_dir = run
         config = plan.config.tracking
         before = folders(run, plan.wandb_id)
         _leave_out_slurm_credentials()
@@ -166,9 +166,7 @@ class Session:
     def catch_up(self, before: float) -> None:
         """Send the steps in metrics.jsonl before `before` that W&B lacks.
 
-        Steps that are repeated after a person returned to an earlier step, or with other settings, are shown beside the earlier
-        ones. If all steps are sent, a last step without its evaluation is left out: W&B accepts a step only once, and a person
-        may resume the run.
+        Steps that are repeated after a person has resumed the run are shown beside the earlier ones.
         """
         self._caught_up = True
         # Read the file twice: all lines of a long run would take a lot of memory, and usually W&B lacks none.
@@ -180,7 +178,7 @@ class Session:
         for line in merge_steps(continued_lines(losses)):
             if line["trainer/step"] < before:
                 self._lowest.add(line["trainer/step"], line)
-        offset_of = offsets(last_steps, returns(self._run_dir))
+        offset_of = step_offsets(self._run_dir, last_steps)
         self._offset = max(offset_of.values(), default=0)
         missing: dict[int, list[dict[str, Any]]] = {}
         for line in iter_lines(self._run_dir.metrics):
@@ -188,15 +186,9 @@ class Session:
             if step + offset > self._last_sent_step and (step < before or offset < self._offset):
                 missing.setdefault(offset, []).append(line)
         for offset, lines in sorted(missing.items()):
-            rows = merge_steps(lines)
-            if before == math.inf and offset == self._offset and self._is_evaluation_missing(rows[-1]):
-                rows.pop()
-            for line in rows:
+            for line in merge_steps(lines):
                 metrics = {name: value for name, value in line.items() if name not in NON_METRIC_FIELDS}
                 self._log(line["trainer/step"], metrics, offset)
-
-    def _is_evaluation_missing(self, row: Mapping[str, Any]) -> bool:
-        return bool(self._plan.eval_sets_at(row["trainer/step"])) and not any(name.startswith("eval/") for name in row)
 
     def _log(self, step: int, metrics: Mapping[str, float], offset: int) -> None:
         # The step among the metrics is a float, which W&B does not accept as its own step.
@@ -246,6 +238,23 @@ class Session:
             raise RuntimeError(match[1])
         if not self.offline:
             (self.folder / _UPLOADED).touch()
+
+
+def step_offsets(run: RunDir, last_steps: Mapping[int, int]) -> dict[int, int]:
+    """Return W&B's own step minus trainer/step by attempt; `last_steps` is the last logged step by attempt.
+
+    W&B's step only grows. An attempt that the launcher starts repeats steps with the same results, so it has the offset of the
+    attempt before. After a person's resume, repeated steps come after all steps that W&B has.
+    """
+    offset_of: dict[int, int] = {}
+    offset = highest = 0
+    for number in run_store.attempt_numbers(run):
+        attempt = run_store.read_attempt(run, number)
+        if not attempt.automatic:
+            offset = max(offset, highest - (attempt.resume_step or 0))
+        offset_of[number] = offset
+        highest = max(highest, last_steps.get(number, 0) + offset)
+    return offset_of
 
 
 def _leave_out_slurm_credentials() -> None:

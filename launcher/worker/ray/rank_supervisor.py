@@ -50,8 +50,7 @@ from launcher.worker.ray.messages import (
     Verdict,
 )
 from launcher.worker.ray.watchdog import Observer
-from launcher.worker.sidecars.answers_process import AnswersProcess
-from launcher.worker.sidecars.mirror_process import AFTER_FAILURE_S, MirrorProcess
+from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S, Sidecar, start_answers, start_mirror
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 
 _POLL_S = 0.2
@@ -220,13 +219,13 @@ class _Worker:
         table, errors = heartbeat.HeartbeatTable(self.local_rank + 1), ErrorMemory(self.local_rank + 1)
         record_limits(run, attempt, assignment.rank)
         limits = LimitEvents.read()
-        mirror: MirrorProcess | None = None
-        answers: AnswersProcess | None = None
+        mirror: Sidecar | None = None
+        answers: Sidecar | None = None
         if assignment.rank == 0:
             environ = {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
             environ |= private_variables(environ)
-            mirror = MirrorProcess.start(plan, assignment.plan_path, run, attempt, environ)
-            answers = AnswersProcess.start(plan, assignment.plan_path, run, attempt, environ)
+            mirror = start_mirror(plan, assignment.plan_path, run, attempt, environ)
+            answers = start_answers(plan, assignment.plan_path, run, attempt, environ)
         environment = self._rank_environment(plan, orders, table, errors)
         recorder = FlightRecorder(run, attempt, plan.topology.world_size, plan.config.cluster.stall_seconds)
         environment.update(recorder.variables)

@@ -16,7 +16,7 @@ from launcher.clusters.backends import evaluation_nodes_for
 from launcher.errors import LauncherError, describe, printable
 from launcher.evaluate.task import EvaluationFolder, read_exported
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.run_dir import RunDir, evaluated_step
+from launcher.plan.run_dir import RunDir, parse_step
 from launcher.shell_commands import launcher_command
 from launcher.tracking.verdicts import EvaluationVerdict, digest_checkpoint, is_current, read_verdict
 from launcher.worker.sidecars.sidecar import checkpoints_state, record_event
@@ -134,10 +134,10 @@ class CheckpointAnswers:
         contents, every = checkpoints_state(self._run.checkpoints), self._plan.config.eval.answers_every
         if contents == self._contents:
             return
-        present = {step for name, *_ in contents if (step := evaluated_step(Path(name))) is not None}
+        present = {step for name, *_ in contents if (step := parse_step(name)) is not None}
         # Exports after the newest checkpoint come from an attempt whose later steps were abandoned.
         passed = range(every, max(present, default=0) + 1, every)
-        present |= {step for one in self._run.evaluations.glob("step-*/weights.json") if (step := evaluated_step(one.parent))}
+        present |= {step for one in self._run.evaluations.glob("step-*/weights.json") if (step := parse_step(one.parent.name))}
         due = [step for step in passed if step not in self._failures.keys() | self._jobs.keys() and self._verdict(step) is None]
         for step in due:
             if step not in present and step > self._from_step:

@@ -11,78 +11,91 @@ import signal
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event
 from launcher.worker.ranks.rank_env import die_with_parent
 
+# Orders: complete the work and end, because the attempt has ended as planned; end now.
+COMPLETE, END = b"complete\n", b"end\n"
+# The time to report what the mirror lacks, and the time in which an evaluation ends its own processes.
+MIRROR_END_S, _ANSWERS_END_S = 5.0, 20.0
+# After a failure the run soon restarts, and its next attempt continues the uploads.
+AFTER_FAILURE_S = 30.0
+# Seconds to submit jobs in when a run gives its nodes back.
+SUBMISSION_S = 60.0
 # The ranks take precedence on the CPU.
 _NICE = 10
 _POLL_S = 0.1
 
 
-class Sidecar(ABC):
-    """The agent's handle for the process."""
+class Sidecar:
+    """The agent's handle for the process, which may take `end_s` seconds to end when it is told to."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    @classmethod
-    def _start(
-        cls, module: str, plan_path: str, run: RunDir, attempt: int, log_name: str, environment: Mapping[str, str] | None
-    ) -> Self:
-        """Start `python -m module PLAN ATTEMPT`, with its output in a file in the attempt's folder."""
-        command = [sys.executable, "-m", module, plan_path, str(attempt)]
-        with open(run.attempt(attempt) / log_name, "ab") as log:
-            return cls(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT))
+    def __init__(self, process: subprocess.Popen[bytes], end_s: float) -> None:
+        self._process, self._end_s = process, end_s
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    @abstractmethod
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Wait for the process to complete its work; end it at `until`, or as soon as `unwanted` returns True.
+        """Let the process complete its work, but end it at `until`, or as soon as `unwanted` returns True.
 
-        `until` is a time.monotonic() time and may be infinite.
+        `until` is a time.monotonic() time and may be infinite; if it has passed, the work is given up. On Ray, calls of
+        `unwanted` are also the worker's heartbeats.
         """
-
-    def _send(self, order: str) -> None:
-        stdin = self._process.stdin
-        assert stdin is not None
-        # The process may have ended.
-        with suppress(OSError):
-            stdin.write(f"{order}\n".encode())
-            stdin.flush()
-
-    def _wait(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Wait until the process has ended, `until` has passed, or `unwanted` returns True."""
-        while self._process.poll() is None and time.monotonic() < until and not unwanted():
+        if time.monotonic() < until:
+            self._send(COMPLETE)
+        while self._process.poll() is None and time.monotonic() < until - self._end_s and not unwanted():
             time.sleep(_POLL_S)
-
-    def _end(self, order: str, seconds: float, unwanted: Callable[[], bool]) -> None:
-        """Send the order to end, and kill the process if it does not end within `seconds`.
-
-        `unwanted` is called meanwhile: on Ray, this call is also the worker's heartbeat.
-        """
-        self._send(order)
-        end_by = time.monotonic() + seconds
+        self._send(END)
+        end_by = time.monotonic() + self._end_s
         while self._process.poll() is None and time.monotonic() < end_by:
             unwanted()
             time.sleep(_POLL_S)
-        if self._process.poll() is None:
-            # The processes that it started end with it.
-            self._process.kill()
+        # The processes that it started end with it.
+        self._process.kill()
         self._process.wait()
+
+    def _send(self, order: bytes) -> None:
         assert self._process.stdin is not None
+        # The process may have ended.
         with suppress(OSError):
-            self._process.stdin.close()
+            self._process.stdin.write(order)
+
+
+def start_mirror(
+    plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
+) -> Sidecar | None:
+    """Start the process that copies checkpoints to the mirror, or return None if the plan has no mirror."""
+    if plan.config.checkpoint.mirror is None:
+        return None
+    return Sidecar(_start("mirror_process", plan_path, run, attempt, "mirror.log", environment), MIRROR_END_S)
+
+
+def start_answers(
+    plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
+) -> Sidecar | None:
+    """Start the process that answers prompts with the run's checkpoints, or return None if no answers are wanted."""
+    if not plan.config.eval.answers_every:
+        return None
+    return Sidecar(_start("answers_process", plan_path, run, attempt, "answers.log", environment), _ANSWERS_END_S)
+
+
+def _start(
+    module: str, plan_path: str, run: RunDir, attempt: int, log_name: str, environment: Mapping[str, str] | None
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", f"launcher.worker.sidecars.{module}", plan_path, str(attempt)]
+    with open(run.attempt(attempt) / log_name, "ab") as log:
+        # Unbuffered: an order that the process no longer reads must not stay in the buffer.
+        return subprocess.Popen(command, bufsize=0, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT)
 
 
 def begin_sidecar() -> io.FileIO:

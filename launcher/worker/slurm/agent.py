@@ -15,8 +15,7 @@ from launcher import run_store
 from launcher.clusters.cgroups import record_limits
 from launcher.worker import node_agents
 from launcher.worker.agent import NodeAgent
-from launcher.worker.sidecars.answers_process import SUBMISSION_S
-from launcher.worker.sidecars.mirror_process import AFTER_FAILURE_S
+from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S, SUBMISSION_S
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import node as slurm_node
 

@@ -27,7 +27,7 @@ from launcher.tracking.jsonl import append_event
 from launcher.worker import disk_reserve, node_agents, postmortem
 from launcher.worker.agent import NodeAgent
 from launcher.worker.ranks.rank_env import die_with_parent
-from launcher.worker.sidecars.mirror_process import AFTER_FAILURE_S
+from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.static.peers import Peers
 from launcher.worker.wandb_closing import close_wandb_run

@@ -18,6 +18,7 @@ from launcher.checkpoint.mirror.upload import Mirror
 from launcher.errors import CheckpointError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.progress import silent
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def fetched(there: RemoteFolder, target: RunDir, step: int | None = None, said: 
     download.claim_run_dir(target, there.url)
     plans = download.download_fixed_files(there, known, target)
     download.download_progress(there, target)
-    newest = download.download_checkpoint(there, target, step, (said if said is not None else []).append)
+    newest = download.download_checkpoint(there, target, step, (said if said is not None else []).append, silent)
     download.write_plans(target, plans)
     return newest
 
@@ -150,7 +151,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_downloaded(tmp
     # A checkpoint without a readable manifest does not exist.
     assert ("step 10 is damaged" in " ".join(said)) == (damage != "manifest")
     with pytest.raises(CheckpointError):
-        download.download_checkpoint(there, RunDir(tmp_path / "third"), 10, said.append)
+        download.download_checkpoint(there, RunDir(tmp_path / "third"), 10, said.append, silent)
 
 
 def test_a_mirror_without_an_intact_checkpoint_creates_no_run(tmp_path: Path) -> None:

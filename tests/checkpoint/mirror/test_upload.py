@@ -206,27 +206,6 @@ def test_a_resume_from_the_newest_removes_nothing_from_the_mirror(tmp_path: Path
     assert steps_in(tmp_path / "mirror" / "a") == [5, 10]
 
 
-def test_going_back_removes_later_checkpoints_from_the_mirror(place) -> None:
-    plan, run, folder = place
-    mirror = begun(plan, run)
-    for step in (5, 10):
-        commit(run, step)
-    send_all(mirror)
-    store.set_aside_after(run.checkpoints, 5)
-    mirror = begun(plan, run)
-    assert mirror.prune() == [10]
-    assert steps_in(folder) == [5]
-    other = commit(run, 10, b"other weights")
-    send_all(mirror)
-    assert tree(folder / "checkpoints" / "step-00000010") == tree(other.path)
-    # Go back once more, after the first set-aside copy of this step was pruned.
-    store.set_aside_after(run.checkpoints, 5)
-    shutil.rmtree(run.checkpoints / "aside-step-00000010")
-    assert [path.name for path in run.checkpoints.glob("aside-*")] == ["aside-step-00000010-2"]
-    assert mirror.prune() == [10]
-    assert steps_in(folder) == [5]
-
-
 def test_another_checkpoint_of_the_same_step_replaces_the_first(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
@@ -248,24 +227,6 @@ def test_another_checkpoint_of_the_same_step_replaces_the_first(place) -> None:
     assert tree(folder / "checkpoints" / "step-00000005") == tree(other.path)
 
 
-def test_a_transient_failure_is_retried(place) -> None:
-    plan, run, folder = place
-    commit(run, 5)
-    failed: dict[tuple[str, str], int] = {}
-
-    def fail(what: str, path: str) -> None:
-        # Each attempt writes under a random name.
-        target = path.rpartition("-")[2] if "/.unfinished-" in path else path
-        failed[what, target] = failed.get((what, target), 0) + 1
-        if failed[what, target] <= 2:
-            raise ConnectionResetError("by peer")
-
-    with hooked(fail):
-        send_all(begun(plan, run))
-    assert len(failed) > 10
-    assert tree(folder / "checkpoints") == tree(run.checkpoints)
-
-
 def test_a_damaged_file_is_not_committed_in_the_mirror(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
@@ -281,9 +242,9 @@ def test_a_mirror_belongs_to_one_run_and_its_newest_attempt(place, tmp_path: Pat
     plan, run, folder = place
     mirror = begun(plan, run)
     other_plan, other = make_run(tmp_path / "other", plan.config.checkpoint.mirror or "", created_at="2026-02-01T00:00:00Z")
-    with pytest.raises(MirrorTaken, match="another run named a"):
+    with pytest.raises(MirrorTaken, match="another run"):
         begun(other_plan, other)
-    with pytest.raises(SubmitError, match="another run named a"):
+    with pytest.raises(SubmitError, match="another run"):
         require_usable_mirror(other_plan)
     require_usable_mirror(plan)
     # The run continues elsewhere while this machine still runs it.

@@ -64,7 +64,7 @@ def test_a_failed_rank_is_reported_before_the_wait_for_the_mirror(
 ) -> None:
     fake = FakeWorkers(ray_plan(working_dir=str(tmp_path), workers=1))
     worker = Told(BeatReply())
-    monkeypatch.setattr(rank_supervisor.MirrorProcess, "start", lambda *_: Endless(worker))
+    monkeypatch.setattr(rank_supervisor, "start_mirror", lambda *_: Endless(worker))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     orders = Train(assignment(fake.run), {})
     assert worker._train(orders) == "failed"

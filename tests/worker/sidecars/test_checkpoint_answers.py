@@ -30,8 +30,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.verdicts import digest_checkpoint
-from launcher.worker.sidecars.answers_process import AnswersProcess
 from launcher.worker.sidecars.checkpoint_answers import CheckpointAnswers
+from launcher.worker.sidecars.sidecar import start_answers
 
 EVERY_4 = ("eval.answers_every=4", "checkpoint.save_every=2", "run.name=tried")
 GPUS = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=2, memory_gib=79.6)
@@ -223,7 +223,7 @@ def fail_to_read(*_: object) -> NoReturn:
 def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_complete(make: Callable, tmp_path: Path) -> None:
     planned, run = make()
     commit(run, 4)
-    answers = AnswersProcess.start(planned, str(run.plan), run, 1)
+    answers = start_answers(planned, str(run.plan), run, 1)
     assert answers is not None
     process = psutil.Process(answers.pid)
     try:
@@ -249,7 +249,7 @@ def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_
 def test_what_it_has_started_ends_with_a_process_that_is_killed(make: Callable) -> None:
     planned, run = make()
     commit(run, 4)
-    answers = AnswersProcess.start(planned, str(run.plan), run, 1)
+    answers = start_answers(planned, str(run.plan), run, 1)
     assert answers is not None
     process = psutil.Process(answers.pid)
     children: list[psutil.Process] = []
@@ -261,4 +261,4 @@ def test_what_it_has_started_ends_with_a_process_that_is_killed(make: Callable) 
 
 def test_no_process_is_started_where_no_answers_are_wanted(make: Callable) -> None:
     planned, run = make("eval.answers_every=0")
-    assert AnswersProcess.start(planned, str(run.plan), run, 1) is None
+    assert start_answers(planned, str(run.plan), run, 1) is None

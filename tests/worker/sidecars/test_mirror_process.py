@@ -25,9 +25,7 @@ from launcher import run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
-from launcher.worker.sidecars import mirror_process
-from launcher.worker.sidecars.mirror_process import MirrorProcess
-from launcher.worker.sidecars.sidecar import record_event
+from launcher.worker.sidecars.sidecar import COMPLETE, END, Sidecar, record_event
 from launcher.worker.signals import PREEMPT
 from launcher.worker.stopper import Stopper
 
@@ -55,8 +53,8 @@ def record(run: RunDir) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {"steps": None}
 
 
-def end(process: ForkedProcess, in_s: float = 60) -> int:
-    process.communicate(f"{time.monotonic() + in_s}\n".encode(), timeout=60)
+def end(process: ForkedProcess, order: bytes = COMPLETE) -> int:
+    process.communicate(order, timeout=60)
     return process.returncode
 
 
@@ -120,7 +118,7 @@ def no_room(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: Path) -> None:
+def test_the_process_ends_when_told_and_names_the_missing_steps(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     # With this pipe, quick_mirror hangs when it writes state.json.
     (tmp_path / "mirror/a").mkdir(parents=True)
@@ -129,7 +127,7 @@ def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: 
     with sending(run) as process:
         wait_for("the others", lambda: len(list((tmp_path / "mirror/a/checkpoints/step-00000005").glob("rank-*"))) == 3)
         began = time.monotonic()
-        assert end(process, in_s=1) == 1
+        assert end(process, END) == 1
         assert time.monotonic() - began < 10
     (alert,) = said(run, "alert")
     assert "not in the mirror: step 5" in alert
@@ -143,10 +141,7 @@ def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: 
 
 
 @pytest.mark.parametrize("late_wish", ["a person's", "the scheduler's", "the time is over"])
-def test_without_a_stop_request_the_upload_has_no_deadline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_wish: str
-) -> None:
-    monkeypatch.setattr(mirror_process, "_REPORT_S", 2.0)
+def test_without_a_stop_request_the_upload_has_no_deadline(tmp_path: Path, late_wish: str) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     folder = tmp_path / "mirror/a/checkpoints/step-00000005"
     # With this pipe, quick_mirror hangs when it writes state.json.
@@ -159,8 +154,8 @@ def test_without_a_stop_request_the_upload_has_no_deadline(
         wait_for("the others", lambda: len(list(folder.glob("rank-*"))) == 3)
         if late_wish == "the time is over":
             # Leave time for the first report of what is pending and for the final report.
-            stopper.kill_at = time.monotonic() + 4 + mirror_process._REPORT_S
-        waiting = threading.Thread(target=stopper.finish, args=(MirrorProcess(process),))
+            stopper.kill_at = time.monotonic() + 4 + 2
+        waiting = threading.Thread(target=stopper.finish, args=(Sidecar(process, 2.0),))
         waiting.start()
         wait_for("the reason", lambda: said(run, "mirror"))
         assert waiting.is_alive(), "more than the grace has passed"
