@@ -21,7 +21,7 @@ from wandb_server import KEY, fake_wandb
 from launcher import atomic_files, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Status
+from launcher.run_records import Attempt, Status
 from launcher.tracking.jsonl import append_event
 from launcher.worker import wandb_closing
 
@@ -33,6 +33,12 @@ def plan_in(folder: Path, tracking: Mapping[str, str] | None = None, **sections:
     data = {"sources": [{"path": "train.jsonl"}]}
     made = {"model": {"path": "./model"}, "data": data, "train": {"max_steps": 40}, "tracking": dict(tracking or {}), **sections}
     return hand_made.plan(folder, made)
+
+
+def begin(run: RunDir, plan: LaunchPlan) -> None:
+    run.attempt(1).mkdir(parents=True)
+    run_store.write_attempt(run, 1, Attempt(None))
+    run.plan.write_text(plan.to_json())
 
 
 def failed(run: RunDir) -> None:
@@ -84,7 +90,7 @@ def test_a_limit_reached_between_attempts_is_sent_to_wandb(tmp_path: Path, monke
             it.finish("preempted")
         record = {"state": "preempted", "cause": "preempted", "first_failure": KILLED}
         atomic_files.write_json(run.attempt(1) / "exit.json", record)
-        run.attempt(2).mkdir()
+        run_store.create_attempt(run, Attempt(4, automatic=True))
         run_store.write_status(run, Status("preempted", 1, 4, 40, message="run.max_usd=100 is reached"))
         use(monkeypatch, server.address)
         wandb_closing.close_wandb_run(plan, run.plan, run, 2)
@@ -95,8 +101,7 @@ def test_a_limit_reached_between_attempts_is_sent_to_wandb(tmp_path: Path, monke
 
 def test_a_failure_before_the_first_rank_is_sent_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
-    run.attempt(1).mkdir(parents=True)
-    run.plan.write_text(plan.to_json())
+    begin(run, plan)
     failed(run)
     with fake_wandb() as server:
         use(monkeypatch, server.address)
@@ -108,8 +113,7 @@ def test_a_failure_before_the_first_rank_is_sent_to_wandb(tmp_path: Path, monkey
 def test_verdicts_of_checkpoints_are_sent_when_the_run_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the run trained, its ranks held the W&B session."""
     plan, run = plan_in(tmp_path / "run", eval={"answers_every": 20}, checkpoint={"save_every": 20}), RunDir(tmp_path / "run")
-    run.attempt(1).mkdir(parents=True)
-    run.plan.write_text(plan.to_json())
+    begin(run, plan)
     for step in (20, 40):
         folder = run.root / f"evaluations/step-{step:08d}"
         folder.mkdir(parents=True)
@@ -149,8 +153,7 @@ def test_a_hanging_wandb_server_delays_the_end_by_the_deadline_at_most(tmp_path:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     with fake_wandb(fault="hang") as server:
         (run.root / "wandb").mkdir(parents=True)
-        run.attempt(1).mkdir(parents=True)
-        run.plan.write_text(plan.to_json())
+        begin(run, plan)
         failed(run)
         use(monkeypatch, server.address)
         monkeypatch.setattr(wandb_closing, "_DEADLINE_S", 1.0)
@@ -175,8 +178,7 @@ def test_nothing_is_sent_to_wandb_where_the_ranks_reported_or_wandb_is_off(
 ) -> None:
     plan, run = plan_in(tmp_path / "run", tracking), RunDir(tmp_path / "run")
     (run.root / "wandb").mkdir(parents=True)
-    run.attempt(1).mkdir(parents=True)
-    run.plan.write_text(plan.to_json())
+    begin(run, plan)
     atomic_files.write_json(run.attempt(1) / "exit.json", {"state": state, **ended})
     run_store.write_status(run, Status(state, 1))
     wandb_closing.close_wandb_run(plan, run.plan, run, 1)

@@ -22,15 +22,14 @@ from pathlib import Path
 from launcher import atomic_files, json_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ranks import hung_collective
-from launcher.worker.ranks.hung_collective import Calls, Members, read_dump
+from launcher.worker.ranks.hung_collective import Calls, Members, explain_hang, read_dump
 
 _PIPE, _FILE = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE", "TORCH_FR_DUMP_TEMP_FILE"
 # Number of collectives that are kept, over all process groups.
 _SIZE = {"TORCH_FR_BUFFER_SIZE": "2000"}
 _PREFIX, _SUMMARIES = "rank-", "summary-*.json"
 # torch checks the pipe once a second, and writes a few megabytes.
-_WRITING_S, _POLL_S = 20.0, 0.1
+_POLL_S = 0.2
 # Storage that does not answer must not stop the watchdog from killing a rank, or the agent from ending.
 _READING_S, _CLOSING_S = 5.0, 10.0
 
@@ -51,14 +50,12 @@ class FlightRecorder:
         self._folder = Path(tempfile.mkdtemp(prefix="launcher-collectives-"))
         self._run, self._attempt, self._world_size, self._stall_s = run, attempt, world_size, stall_s
         self._target = run.attempt(attempt) / "collectives"
-        # The ranks that were asked and have not answered, with their deadlines.
-        self._awaited: dict[int, float] = {}
-        # The ranks' answers, and when they came.
-        self._calls: dict[int, tuple[float, Calls]] = {}
+        # The ranks' answers, and when they came; the numbers of ranks are text, as in JSON.
+        self._calls: dict[str, tuple[float, Calls]] = {}
         self._members: Members = {}
         # The modification times of the files that have been copied.
         self._copied: dict[Path, int] = {}
-        self._wake, self._is_closed = threading.Event(), False
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._copy_until_closed, name="flight-recorder", daemon=True)
         # Start the thread before the ranks: a limit on threads that is reached later does not affect it.
         with suppress(RuntimeError):
@@ -71,21 +68,14 @@ class FlightRecorder:
         return {**_SIZE, _PIPE: files, _FILE: files, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": files}
 
     def request(self, ranks: Iterable[int]) -> None:
-        """Ask ranks to dump what they recorded, and copy the dumps in the background. Skips ranks that have no pipe yet."""
+        """Ask ranks to dump what they recorded. Skips ranks that have no pipe yet."""
         for rank in ranks:
-            if rank in self._awaited:
-                # A request is pending; its answer will be just as recent.
-                continue
             with suppress(OSError):
-                # A rank that was asked before may have left a file, and may not answer now.
-                self._file(rank).unlink(missing_ok=True)
-                descriptor = os.open(f"{self._file(rank)}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+                descriptor = os.open(self._folder / f"{_PREFIX}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
                 try:
                     os.write(descriptor, b"1\n")
                 finally:
                     os.close(descriptor)
-                self._awaited[rank] = time.monotonic() + min(_WRITING_S, self._stall_s)
-        self._wake.set()
 
     def explain(self) -> str:
         """Describe the collective in which the ranks of all nodes hang; empty if that is unknown."""
@@ -101,43 +91,32 @@ class FlightRecorder:
         """Copy dumps that torch wrote unasked after its own timeout; remove the pipes and the variables."""
         for name in self.variables:
             environ.pop(name, None)
-        self._is_closed = True
-        self._wake.set()
+        self._closed.set()
         if self._thread.is_alive():
             self._thread.join(_CLOSING_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _file(self, rank: int) -> Path:
-        return self._folder / f"{_PREFIX}{rank}"
-
     def _copy_until_closed(self) -> None:
-        while not self._is_closed:
-            self._wake.wait(_POLL_S if self._awaited else None)
-            self._wake.clear()
-            self._copy(list(self._awaited))
-            for rank, until in list(self._awaited.items()):
-                if time.monotonic() > until:
-                    self._awaited.pop(rank, None)
-        names = (path.name.removeprefix(_PREFIX) for path in self._folder.glob(f"{_PREFIX}*"))
-        self._copy([int(name) for name in names if name.isdecimal()])
+        while not self._closed.wait(_POLL_S):
+            self._copy()
+        self._copy()
 
-    def _copy(self, ranks: Iterable[int]) -> None:
+    def _copy(self) -> None:
         """Copy the dumps that are complete and not copied yet; the summary goes first because other nodes wait for it."""
         contents: dict[Path, bytes] = {}
-        for rank in ranks:
-            path = self._file(rank)
+        for path in self._folder.glob(f"{_PREFIX}*[0-9]"):
             with suppress(OSError):
                 written_at = path.stat().st_mtime_ns
-                if self._copied.get(path) == written_at or (recorded := read_dump(content := path.read_bytes())) is None:
+                if self._copied.get(path) == written_at or (dump := read_dump(content := path.read_bytes())) is None:
                     continue
-                self._calls[rank] = time.monotonic(), recorded[0]
-                self._members |= recorded[1]
+                calls, members = dump
+                self._calls[path.name.removeprefix(_PREFIX)] = time.monotonic(), calls
+                self._members |= members
                 self._copied[path], contents[path] = written_at, content
-                self._awaited.pop(rank, None)
         if not contents:
             return
         oldest = time.monotonic() - self._stall_s
-        recent = {str(rank): calls for rank, (at, calls) in self._calls.items() if at > oldest}
+        recent = {rank: calls for rank, (at, calls) in self._calls.items() if at > oldest}
         with suppress(OSError):
             # Do not create the attempt's own folder: the run directory may have been moved since.
             self._target.mkdir(exist_ok=True)
@@ -156,10 +135,8 @@ class FlightRecorder:
                 of_agent = json_records.read(_Summary, path)
                 calls |= {int(rank): of_rank for rank, of_rank in of_agent.ranks.items()}
                 members |= of_agent.members
-            hung = hung_collective.find_hung_collective(calls, members, self._world_size)
-            if hung is not None:
-                hosts = run_store.read_attempt(self._run, self._attempt).nodes
-                return hung_collective.describe(hung, hosts, self._world_size)
+            hosts = run_store.read_attempt(self._run, self._attempt).nodes
+            return explain_hang(calls, members, self._world_size, hosts)
         return ""
 
 

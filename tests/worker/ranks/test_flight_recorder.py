@@ -49,7 +49,7 @@ def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
     ranks.start()
     try:
         wait_for("the ranks", lambda: all((tmp_path / f"ready-{rank}").exists() for rank in range(3)))
-        title = "rank 0 on n1, rank 1 on n2 wait in collective 3 of process group 0 (default_pg), all_gather of 12.00 KiB"
+        title = "ranks 0-1 on n1, n2 wait in collective 3 of process group 0 (default_pg), all_gather of 3072 elements"
 
         def explain(*asked: int) -> str:
             recorder.request(asked)
@@ -97,7 +97,7 @@ def test_a_rank_with_nccl_answers_by_itself(rank_server: RankServer, run: RunDir
     recorded = read_dump(written.read_bytes())
     assert recorded is not None
     ((group, (summed,)),) = recorded[0].items()
-    assert (group, summed.name, summed.num_bytes, summed.is_completed) == ("0 (default_pg)", "all_reduce", 4096, True)
+    assert (group, summed.name, summed.num_elements, summed.is_completed) == ("0 (default_pg)", "all_reduce", 1024, True)
     assert recorded[1][group] == (0,)
 
 
@@ -123,7 +123,8 @@ def test_512_ranks_on_64_nodes_are_judged_at_once(run: RunDir, monkeypatch: pyte
     seconds = time.process_time() - began
     recorder.close({})
     assert explanation.endswith(
-        "in collective 100 of process group 0 (default_pg), all_gather of 4.00 MiB; rank 300 on n37 has not called it"
+        "in collective 100 of process group 0 (default_pg), all_gather_base of 2097152 elements; "
+        "rank 300 on n37 has not called it"
     )
     assert seconds < 2
     assert len([*(run.attempt(1) / "collectives").glob("rank-*")]) == world_size

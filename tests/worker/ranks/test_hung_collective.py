@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.worker.ranks.hung_collective import Calls, Members, describe, find_hung_collective, read_dump
+from launcher.worker.ranks.hung_collective import Calls, Members, explain_hang, read_dump
 
 Call = tuple[str, str, Sequence[int]]
 GATHER: Call = ("nccl:_all_gather_base", "BFloat16", (1024, 1024))
@@ -53,30 +53,28 @@ WAITS = dump(DONE, entry(8, GATHER, "started"), entry(9, REDUCE, "scheduled"))
 
 def explain(dumps: dict[int, tuple[Calls, Members]], hosts: Sequence[str] = HOSTS) -> str:
     members = {group: ranks for _, of_rank in dumps.values() for group, ranks in of_rank.items()}
-    hung = find_hung_collective({rank: calls for rank, (calls, _) in dumps.items()}, members, 4)
-    return "" if hung is None else describe(hung, hosts, 4)
+    return explain_hang({rank: calls for rank, (calls, _) in dumps.items()}, members, 4, hosts)
 
 
-TITLE = "in collective 8 of process group 0 (default_pg), all_gather of 2.00 MiB"
+TITLE = "in collective 8 of process group 0 (default_pg), all_gather_base of 1048576 elements"
 
 
 @pytest.mark.parametrize(
     ("last", "explanation"),
     [
-        (dump(DONE), f"ranks 0-1 on n1, rank 2 on n2 wait {TITLE}; rank 3 on n2 has not called it"),
-        (None, f"ranks 0-1 on n1, rank 2 on n2 wait {TITLE}; rank 3 on n2 left no record"),
+        (dump(DONE), f"ranks 0-2 on n1, n2 wait {TITLE}; rank 3 on n2 has not called it"),
+        (None, f"ranks 0-2 on n1, n2 wait {TITLE}; rank 3 on n2 left no record"),
         (
             dump(DONE, entry(8, REDUCE, "started")),
-            f"ranks 0-1 on n1, rank 2 on n2 wait {TITLE}; rank 3 on n2 has called reduce_scatter of 2.00 MiB instead",
+            f"ranks 0-2 on n1, n2 wait {TITLE}; rank 3 on n2 has called reduce_scatter_base of 524288 elements instead",
         ),
         (
             dump(DONE, entry(8, ("nccl:_all_gather_base", "BFloat16", (1024, 2)), "started")),
-            f"ranks 0-1 on n1, rank 2 on n2 wait {TITLE}; rank 3 on n2 has called all_gather of 4.00 KiB instead",
+            f"ranks 0-2 on n1, n2 wait {TITLE}; rank 3 on n2 has called all_gather_base of 2048 elements instead",
         ),
         (
             WAITS,
-            f"ranks 0-1 on n1, ranks 2-3 on n2 wait {TITLE}; "
-            "all have called it, and none completes it: the network or a GPU hangs",
+            f"ranks 0-3 on n1, n2 wait {TITLE}; all have called it, and none completes it: the network or a GPU hangs",
         ),
     ],
 )
@@ -95,7 +93,8 @@ def test_of_groups_that_wait_for_each_other_the_one_is_named_that_holds_the_culp
     """Rank 2 is missing in the global group because it waits for rank 3 in its node's group."""
     waits_in_node = dump(DONE, entry(3, REDUCE, "started", NODE, at=99))
     assert explain({0: WAITS, 1: WAITS, 2: waits_in_node, 3: dump(DONE, entry(2, REDUCE, "completed", NODE))}) == (
-        "rank 2 on n2 waits in collective 3 of process group 1, reduce_scatter of 2.00 MiB; rank 3 on n2 has not called it"
+        "rank 2 on n2 waits in collective 3 of process group 1, reduce_scatter_base of 524288 elements; "
+        "rank 3 on n2 has not called it"
     )
 
 
