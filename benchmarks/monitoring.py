@@ -27,7 +27,7 @@ def main() -> None:
     args = sides.parser(__doc__, rounds=None).parse_args()
     lines = ["| ranks | rank 0's CPU time for each step that is logged, us | the slowest of 100, us |", "|---|---|---|"]
     for world_size in (2, 64, 512):
-        detector, spent = AnomalyDetector("cuda"), Breakdown(1e5, 9e4)
+        detector, spent = AnomalyDetector("cuda", "runs/one"), Breakdown(1e5, 9e4)
         others = [
             value for rank in range(world_size) for value in RankStats(2.0, 1e-4, 1e-6 + rank * 1e-12, device=READINGS).values()
         ]

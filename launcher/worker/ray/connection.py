@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from launcher import run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray import auto_address
@@ -25,6 +27,7 @@ _MEET_S = 300
 _CONNECT_S = 5.0
 _PLACE_S = 20
 _CONTROL_SERVICE_S = 120
+_WORKERS_END_S = 20
 # Nothing goes through Ray's object store, which by default takes a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 # Settings of a Ray without a dashboard: its agent measures nothing, and its workers report no tasks.
@@ -53,7 +56,18 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
         finally:
             import ray
 
+            # A worker of a private Ray can hang in its exit, because it waits for a control service that has ended first.
+            workers = [] if section.address else [p for p in psutil.Process().children(recursive=True) if _is_ray_worker(p)]
             ray.shutdown()
+            for process in psutil.wait_procs(workers, timeout=_WORKERS_END_S)[1]:
+                process.kill()
+
+
+def _is_ray_worker(process: psutil.Process) -> bool:
+    try:
+        return "".join(process.cmdline()).startswith("ray::")
+    except psutil.Error:
+        return False
 
 
 class _NoFolders(list[str]):
