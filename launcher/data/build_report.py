@@ -11,6 +11,7 @@ from launcher.config.sections.data import DataSection
 from launcher.data import sources
 from launcher.data.corpus import EncodedCorpus, list_names
 from launcher.data.packing import RowLayout
+from launcher.data.sources.keys import rank_keys
 from launcher.data.tokenization.batch_encoder import PieceTable
 from launcher.plan.launch_plan import DataFacts
 
@@ -98,7 +99,7 @@ def make_report(
             "path": source.path,
             **origins[i],
             **{key: values[i] for key, values in by_source.items()},
-            **corpus.unread_keys[i].to_json(),
+            **rank_keys(corpus.unread_keys[i]),
             "completions": int(corpus.completions[i, 0]),
             "completions_as_chat": int(corpus.completions[i, 1]),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -14,7 +15,6 @@ from launcher.config.sections.data import DataSection, Source
 from launcher.data import row_layout, sources
 from launcher.data.checks import inspection
 from launcher.data.sources import RowProblems
-from launcher.data.sources.keys import KeyCounts
 from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import (
     NUM_PROMPTS,
@@ -53,7 +53,7 @@ class EncodedCorpus:
     hits: list[tuple[int, inspection.CheckHit]]
     prompts: list[EvalPrompt]
     max_token_id: int
-    unread_keys: list[KeyCounts]
+    unread_keys: list[Counter[str]]
     completions: np.ndarray
     problems: RowProblems
     bad_rows: np.ndarray
@@ -98,7 +98,7 @@ def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.Token
     hits: list[tuple[int, inspection.CheckHit]] = []
     prompts: dict[bool, list[EvalPrompt]] = {True: [], False: []}
     num_docs = max_token_id = 0
-    unread_keys = [KeyCounts() for _ in sources.list_inputs(data)]
+    unread_keys = [Counter[str]() for _ in sources.list_inputs(data)]
     completions = np.zeros((len(unread_keys), 2), dtype=np.int64)
     bad_rows = np.zeros(len(unread_keys), dtype=np.int64)
     for batch in _encode(data, tokenizer_path, problems, bad_rows):

@@ -170,5 +170,5 @@ def read_documents(inputs: Sequence[Source], encoder: Encoder, checks: ChecksSec
             # The working directory may differ from the one in which the run was planned.
             if problem := sources.find_path_problem(f"the path of {source.name}", source):
                 raise DataError(problem)
-            for document, _ in sources.read_usable_documents(source, checks):
+            for document, _ in sources.read_documents(source, checks):
                 yield encoder.write_as_chat(document, source.completions)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections import deque
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
@@ -88,9 +88,9 @@ def _sample(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[li
     kept: list[Document] = []
     row_format: str | None = None if source.format == "auto" else source.format
     num_rows = 0
-    for number, batch in enumerate(sources.read_batches(source, None if checks.bad_rows == "fail" else _raise)):
+    for number, batch in enumerate(sources.read_batches(source)):
         row_format = batch.format or row_format
-        usable = sources.parse_usable(batch, _raise if checks.bad_rows == "fail" else lambda error: None)
+        usable = sources.list_usable(batch, checks)
         if number % step == 0 and len(kept) < _NUM_SAMPLED:
             kept += [document for document, _ in usable][: _NUM_SAMPLED - len(kept)]
         elif num_rows < _NUM_CHECKED:
@@ -107,10 +107,6 @@ def _num_rows(batch: DocumentBatch, upper_bound: int) -> int:
     if isinstance(data, tuple):
         return len(data)
     return upper_bound if batch.rows.kind == "parquet" else sum(1 for line in data.splitlines() if line.strip())
-
-
-def _raise(error: DataError) -> NoReturn:
-    raise error
 
 
 def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str, Any] | None, str]:

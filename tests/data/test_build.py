@@ -19,7 +19,7 @@ from launcher.data.build import build
 from launcher.data.cache.cache_store import read_report
 from launcher.data.cache.split import Split
 from launcher.data.checks import findings
-from launcher.data.sources import find_row_problems, read_usable_documents
+from launcher.data.sources import find_row_problems, read_documents
 from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.encoder import EncodedDocument
 from launcher.errors import DataError
@@ -308,10 +308,10 @@ def test_one_pass_reports_all_rows_that_cannot_be_used_and_the_findings_of_the_o
     assert [one.finding.name for one in findings.judge((finding,), dropping.checks) if one.fatal] == ["bad_rows"]
     assert findings.problems((finding,), ChecksSection(bad_rows="drop", dropped="keep")) == []
     # An evaluation finds the same documents in the file.
-    usable = [document.where for document, _ in read_usable_documents(sources[0], dropping.checks)]
+    usable = [document.where for document, _ in read_documents(sources[0], dropping.checks)]
     assert len(usable) == 33
     with pytest.raises(DataError, match="the line is not JSON"):
-        list(read_usable_documents(sources[0], data.checks))
+        list(read_documents(sources[0], data.checks))
 
 
 @pytest.mark.parametrize("fault", ["tokenizer", "template file", "template syntax", "ids"])

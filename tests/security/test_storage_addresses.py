@@ -56,4 +56,4 @@ def test_sftp_connects_to_known_hosts_alone(paramiko: ModuleType, address: str) 
         RemoteFolder(address, waits_s=())
     assert "connect to the host with ssh once" in refused.value.problems[0].remedy
     with pytest.raises(DataError, match="not found in known_hosts"):
-        locate.fetch_files(Source(path=f"{address}/a.jsonl"))
+        locate.find_files(Source(path=f"{address}/a.jsonl"))

@@ -8,10 +8,9 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import xxhash
 
@@ -45,11 +44,11 @@ __all__ = [
     "find_row_problems",
     "find_shared_completions",
     "list_inputs",
+    "list_usable",
     "make_eval_source",
     "parse_usable",
     "read_batches",
     "read_documents",
-    "read_usable_documents",
 ]
 
 HELD_OUT_NAME = "held_out"
@@ -126,7 +125,7 @@ def find_path_problem(key: str, source: RowSource) -> Problem | None:
 
 def compute_source_digest(source: Source) -> str:
     """Return a text that changes with the source's bytes, not with its name or path. Raises DataError."""
-    return BUILTINS[source.path].digest() if source.path in BUILTINS else locate.digest(source)
+    return BUILTINS[source.path].digest() if source.path in BUILTINS else locate.find_files(source).digest()
 
 
 def describe_origin(source: Source) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def count_rows(source: Source) -> int:
     """Return an upper bound of the number of documents in `source`, for progress; blank lines are counted."""
     if source.path in BUILTINS:
         return BUILTINS[source.path].count()
-    return sum(_count_rows(file.path, file.name) for file in locate.fetch_files(source))
+    return sum(_count_rows(file.path, file.name) for file in locate.find_files(source).fetch())
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +181,10 @@ class DocumentBatch:
 
 
 def read_batches(source: Source, on_problem: Callable[[DataError], None] | None = None) -> Iterator[DocumentBatch]:
-    """Yield the source's documents in batches, unparsed if possible. The format `auto` means the format of the first row.
+    """Yield the source's documents in batches, unparsed if possible. The format `auto` means that of the first row with
+    the keys of a known format.
 
-    If given, `on_problem` is called for an unreadable file, and reading continues with the other files. The format is then that
-    of the first row with the keys of a known format.
+    If given, `on_problem` is called for an unreadable file, and reading continues with the other files.
 
     Raises:
         DataError: if a file cannot be read, with the place.
@@ -195,26 +194,22 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
         while documents := tuple(itertools.islice(of_source, BLOCK_ROWS)):
             yield DocumentBatch(documents)
         return
-    format, has_problems = "", False
-    for file in locate.fetch_files(source):
+    format: str = "" if source.format == "auto" else source.format
+    has_rows = False
+    for file in locate.find_files(source).fetch():
         try:
             for block in read_blocks(file.path, file.name):
-                if not format:
-                    rows, is_unreadable = ([*parse_block(block)], False) if on_problem is None else _parse_readable(block)
-                    if is_unreadable and not rows:
-                        # Parsing reports the rows.
-                        has_problems = True
-                        yield DocumentBatch(block, _ANY_FORMAT)
-                    if not rows:
-                        continue
-                    format = source.format if source.format != "auto" else _detect_format(rows, source, on_problem is not None)
-                yield DocumentBatch(block, format, source.columns, source.ignored_keys)
+                if not (format and has_rows):
+                    rows, is_unreadable = _parse_readable(block)
+                    has_rows = has_rows or bool(rows) or is_unreadable
+                    format = format or _detect_format(rows, source)
+                yield DocumentBatch(block, format or _ANY_FORMAT, source.columns, source.ignored_keys)
         except DataError as error:
             if on_problem is None:
                 raise
-            has_problems = True
+            has_rows = True
             on_problem(error)
-    if not format and not has_problems:
+    if not has_rows:
         refuse("the source holds no rows", source.path, "add rows to it, or remove the source")
 
 
@@ -230,17 +225,18 @@ def _parse_readable(block: Block) -> tuple[list[tuple[Row, str]], bool]:
     return rows, is_unreadable
 
 
-def _detect_format(rows: Sequence[tuple[Row, str]], source: Source, may_skip: bool) -> str:
-    """Detect the format of the first row; with `may_skip`, of the first row with the keys of a format.
-
-    A row for another kind of training is refused first, which says more than a missing key.
-    """
+def _detect_format(rows: Sequence[tuple[Row, str]], source: Source) -> str:
+    """Return the format of the first row that has the keys of one; empty without rows. Raises DataError for the first row."""
     keys = RowKeys.of("", source.columns, source.ignored_keys)
-    for row, where in rows if may_skip else ():
-        with suppress(DataError):
+    first: DataError | None = None
+    for row, where in rows:
+        try:
             return detect_format(rename_columns(keys.check(row, where, Counter()), source.columns, where), where)
-    row, where = rows[0]
-    return detect_format(rename_columns(keys.check(row, where, Counter()), source.columns, where), where)
+        except DataError as error:
+            first = first or error
+    if first is not None:
+        raise first
+    return ""
 
 
 def find_row_problems(source: Source) -> RowProblems:
@@ -248,10 +244,7 @@ def find_row_problems(source: Source) -> RowProblems:
     problems = RowProblems()
     try:
         for batch in read_batches(source, problems.add_file):
-            try:
-                problems.num_usable += sum(1 for _ in parse_usable(batch, problems.add_row))
-            except DataError as error:
-                problems.add_file(error)
+            problems.num_usable += sum(1 for _ in parse_usable(batch, problems.add_row))
             if problems.is_full:
                 break
     except DataError as error:
@@ -275,25 +268,17 @@ def parse_usable(batch: DocumentBatch, on_problem: Callable[[DataError], None]) 
                 on_problem(error)
 
 
-def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:
-    """Yield each document with True if the source itself holds it out.
-
-    Raises:
-        DataError: if a file cannot be read, or a row cannot be used, with the place.
-    """
-    for batch in read_batches(source):
-        yield from batch.documents(Counter())
-
-
-def read_usable_documents(source: Source, checks: ChecksSection) -> Iterator[tuple[Document, bool]]:
-    """Yield documents as `read_documents` does, without the rows that the settings leave out.
+def read_documents(source: Source, checks: ChecksSection | None = None) -> Iterator[tuple[Document, bool]]:
+    """Yield each document with True if the source itself holds it out; without the rows that `checks` leave out.
 
     Raises:
         DataError: if a file cannot be read, or a row cannot be used and is not left out.
     """
-    for batch in read_batches(source, None if checks.bad_rows == "fail" else _raise):
-        yield from parse_usable(batch, _raise if checks.bad_rows == "fail" else lambda error: None)
+    for batch in read_batches(source):
+        yield from list_usable(batch, checks)
 
 
-def _raise(error: DataError) -> NoReturn:
-    raise error
+def list_usable(batch: DocumentBatch, checks: ChecksSection | None) -> Iterator[tuple[Document, bool]]:
+    """Yield the documents of a batch, without the rows that `checks` leave out. Raises as `read_documents` does."""
+    is_left_out = checks is not None and checks.bad_rows == "drop"
+    return parse_usable(batch, lambda error: None) if is_left_out else batch.documents(Counter())

@@ -12,14 +12,13 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import xxhash
-
+from launcher import atomic_files
 from launcher.data.sources.row_values import Row, a_json_type, list_names, refuse, safe_excerpt
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
@@ -41,6 +40,21 @@ class DataFile:
     name: str
 
 
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of a source: those that are read, and those of its folder that are left out.
+
+    `commit` is that of a Hub dataset. `digest` returns a text that changes with the bytes of the files, not with the path of
+    local ones. `fetch` downloads remote files. Both raise DataError.
+    """
+
+    names: tuple[str, ...]
+    left_out: tuple[str, ...]
+    commit: str | None
+    digest: Callable[[], str]
+    fetch: Callable[[], tuple[DataFile, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """Up to BLOCK_ROWS consecutive rows of a file; picklable.
@@ -57,17 +71,8 @@ class Block:
 
 def detect_kind(name: str) -> str | None:
     """Return one of the values of KINDS, by the file's name without its compression suffix; None for any other suffix."""
-    return KINDS.get(_decompressed_name(name.lower()).suffix)
-
-
-def strip_suffixes(name: str) -> str:
-    """Return the path of the file without the suffixes for its kind and compression."""
-    return _decompressed_name(name).with_suffix("").as_posix()
-
-
-def _decompressed_name(name: str) -> Path:
-    path = Path(name)
-    return path.with_suffix("") if path.suffix in COMPRESSED else path
+    path = Path(name.lower())
+    return KINDS.get((path.with_suffix("") if path.suffix in COMPRESSED else path).suffix)
 
 
 def read_blocks(path: Path, name: str) -> Iterator[Block]:
@@ -126,14 +131,10 @@ def count_rows(path: Path, name: str) -> int:
 
 def file_digest(file: DataFile) -> str:
     """Return a hex digest of the file's bytes. Raises DataError."""
-    state = xxhash.xxh3_128()
     try:
-        with file.path.open("rb") as opened:
-            for block in iter(lambda: opened.read(_BLOCK_BYTES), b""):
-                state.update(block)
+        return atomic_files.digest_file(file.path).xxh3_128
     except OSError as error:
         _refuse_unreadable(error, file.name)
-    return state.hexdigest()
 
 
 def _group(items: Iterable[tuple[Item, int]]) -> Iterator[tuple[int, list[Item]]]:
@@ -231,37 +232,27 @@ def read_array(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, i
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         refuse(f"the line is not UTF-8 text (byte 0x{content[error.start]:02x})", f"{name}:{line}", "save the file in UTF-8")
-    space = re.compile(r"[ \t\r\n]*")
-
-    def skip(at: int) -> int:
-        match = space.match(text, at)
-        return at if match is None else match.end()
-
-    def refuse_at(message: str, at: int) -> NoReturn:
-        place = f"{name}:{text.count(chr(10), 0, at) + 1}:{at - text.rfind(chr(10), 0, at)}"
-        refuse(f"the file is not JSON: {message}", place, "write one JSON array of objects; check that the file is complete")
-
-    number, at = 0, skip(skip(0) + 1)
-    is_open = text[at : at + 1] != "]"
-    while is_open:
-        number += 1
-        where = f"{name}:row {number}"
-        try:
-            row, end = _DECODER.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            refuse_at(error.msg, error.pos)
-        except (RecursionError, ValueError) as error:
-            _refuse_value(error, where)
-        if not isinstance(row, dict):
-            refuse("an entry of the JSON array is not an object", where, "write an array of objects")
-        yield row, where, end - at
-        at = skip(end)
-        is_open = text[at : at + 1] != "]"
-        if is_open and text[at : at + 1] != ",":
-            refuse_at("Expecting ',' delimiter", at)
-        at = skip(at + 1) if is_open else at
-    if (at := skip(at + 1)) < len(text):
-        refuse_at("Extra data", at)
+    separator = re.compile(r"\s*([,\]])\s*")
+    number, end, where = 0, 0, name
+    match = re.match(r"\s*\[\s*(\]?)\s*", text)
+    try:
+        while match and match[1] != "]":
+            number += 1
+            where = f"{name}:row {number}"
+            row, end = _DECODER.raw_decode(text, match.end())
+            if not isinstance(row, dict):
+                refuse("an entry of the JSON array is not an object", where, "write an array of objects")
+            yield row, where, end - match.end()
+            match = separator.match(text, end)
+        if match is None:
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        if match.end() < len(text):
+            raise json.JSONDecodeError("Extra data", text, match.end())
+    except json.JSONDecodeError as error:
+        remedy = "write one JSON array of objects; check that the file is complete"
+        refuse(f"the file is not JSON: {error.msg}", f"{name}:{error.lineno}:{error.colno}", remedy)
+    except (RecursionError, ValueError) as error:
+        _refuse_value(error, where)
 
 
 def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:

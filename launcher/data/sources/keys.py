@@ -24,12 +24,7 @@ _PAIRS = (
 # Keys for whether the answer is good: TRL and ms-swift; LLaMA-Factory.
 _VERDICT_KEYS = ("label", "kto_tag")
 _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
-# Keys for which tokens of input_ids are trained: axolotl and transformers, TRL, verl.
-_TOKEN_MASK_KEYS = ("labels", "completion_mask", "assistant_masks", "loss_mask")
-_ROW_WEIGHT_KEYS = ("weight", "loss_weight", "sample_weight")
-_OTHER_TRAINING = frozenset(
-    (*(key for pair in _PAIRS for key in pair), *_VERDICT_KEYS, *_MEDIA_KEYS, "input_ids", *_ROW_WEIGHT_KEYS)
-)
+_OTHER_TRAINING = frozenset((*(key for pair in _PAIRS for key in pair), *_VERDICT_KEYS, *_MEDIA_KEYS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,21 +101,15 @@ class RowKeys:
         if keys.isdisjoint(_OTHER_TRAINING):
             return
         for pair in _PAIRS:
-            if {*pair} <= keys and all(_is_answer(row[key]) for key in pair):
+            if {*pair} <= keys and all(isinstance(row[key], str | list | dict) and from_json(row[key]) for key in pair):
                 problem = "the row holds a better and a worse answer, as for DPO; the launcher trains on one answer per row"
                 _refuse(problem, where, pair, "to train on one of them, name it in the source's columns")
         if self.format not in ("", "text"):
-            for key in (key for key in _VERDICT_KEYS if key in keys and _is_false(row[key])):
+            # Tables may hold false as text; 0 may be a class label.
+            for key in (key for key in _VERDICT_KEYS if key in keys and str(row[key]).lower() == "false"):
                 problem = f"{key}: false marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
                 _refuse(problem, where, (key,), "remove such rows")
         _refuse_media(row, keys, "the row", where)
-        masks = [key for key in _TOKEN_MASK_KEYS if key in keys and _is_filled_list(row[key])]
-        if "input_ids" in keys and masks and _is_filled_list(row["input_ids"]):
-            problem = f"the row holds token ids with a training mask ({', '.join(masks)}); the launcher reads text only"
-            _refuse(problem, where, ("input_ids", *masks), "write rows of text")
-        for key in (key for key in _ROW_WEIGHT_KEYS if key in keys and _is_other_weight(row[key])):
-            problem = f"the row has a loss weight other than 1 ({key}); the launcher weights all rows equally"
-            _refuse(problem, where, (key,), "put rows that should count more into a source with more epochs")
 
 
 def _refuse(problem: str, where: str, keys: Sequence[str], remedy: str) -> NoReturn:
@@ -139,35 +128,12 @@ def _is_empty(value: Any) -> bool:
     return value is None or value in ("[]", "{}") or (isinstance(value, str | bytes | list | dict) and not value)
 
 
-def _is_answer(value: Any) -> bool:
-    return isinstance(value, str | list | dict) and bool(from_json(value))
-
-
-def _is_false(value: Any) -> bool:
-    """Return True for false, also as text, as in tables; 0 may be a class label."""
-    return value is False or (isinstance(value, str) and value.lower() == "false")
-
-
 def _is_media(value: Any) -> bool:
     """Return True for bytes, paths or addresses; numbers and flags only describe media."""
     value = from_json(value)
     if isinstance(value, list | dict):
         return any(map(_is_media, value.values() if isinstance(value, dict) else value))
     return isinstance(value, str | bytes) and bool(value)
-
-
-def _is_filled_list(value: Any) -> bool:
-    value = from_json(value)
-    return isinstance(value, list) and bool(value)
-
-
-def _is_other_weight(value: Any) -> bool:
-    """Return True for a number other than 1; tables may hold a missing number as NaN."""
-    try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 1.0
-    except (ValueError, OverflowError):
-        return False
-    return number == number and number != 1
 
 
 def redact_keys(counts: Counter[str]) -> dict[str, int]:
@@ -178,13 +144,10 @@ def redact_keys(counts: Counter[str]) -> dict[str, int]:
     return dict(safe)
 
 
-class KeyCounts(Counter[str]):
-    """Counts of keys."""
+def rank_keys(counts: Counter[str]) -> dict[str, Any]:
+    """Return the most frequent keys with their counts, and the number of other keys.
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the most frequent keys with their counts, and the number of other keys.
-
-        Sorted by frequency, then by name, so that a cache does not depend on the order of sets.
-        """
-        ranked = sorted(self.items(), key=lambda pair: (-pair[1], pair[0]))
-        return {"unread_keys": dict(ranked[:NUM_KEYS_SHOWN]), "num_other_unread_keys": len(ranked[NUM_KEYS_SHOWN:])}
+    Sorted by frequency, then by name, so that a cache does not depend on the order of sets.
+    """
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return {"unread_keys": dict(ranked[:NUM_KEYS_SHOWN]), "num_other_unread_keys": len(ranked[NUM_KEYS_SHOWN:])}

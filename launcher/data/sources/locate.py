@@ -20,10 +20,10 @@ from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data import hub_cache
 from launcher.data.cache_dir import convert_os_errors, source_folder
-from launcher.data.sources.files import DataFile, detect_kind, file_digest
-from launcher.data.sources.remote import RemoteFiles
+from launcher.data.sources.files import DataFile, SourceFiles, detect_kind, file_digest
+from launcher.data.sources.remote import find_remote
 from launcher.data.sources.row_values import refuse
-from launcher.data.sources.splits import choose_files, list_unused
+from launcher.data.sources.splits import choose_files
 from launcher.errors import DataError, Problem
 
 _COMMIT_DIGITS = 40
@@ -48,28 +48,11 @@ def has_splits(path: str) -> bool:
     return is_url(path) or is_hub(path) or Path(path).expanduser().is_dir()
 
 
-def fetch_files(source: RowSource) -> tuple[DataFile, ...]:
-    """Return the files of the source, downloaded if they are remote. Raises DataError."""
+def find_files(source: RowSource) -> SourceFiles:
+    """Find the files of the source; lists remote ones. Raises DataError."""
     if is_url(source.path):
-        return RemoteFiles(source).fetch()
-    return _hub_files(source) if is_hub(source.path) else _local_files(source)
-
-
-def digest(source: RowSource) -> str:
-    """Return a text that changes with the bytes of the source's files, not with their path.
-
-    Local files are read. For a Hub dataset, the text is the commit; elsewhere, it is the storage's metadata of each file. A file
-    without such metadata is downloaded and read.
-
-    Raises:
-        DataError: if the files cannot be listed or read.
-    """
-    if is_url(source.path):
-        return RemoteFiles(source).digest()
-    if is_hub(source.path):
-        commit, names, _ = _hub_listing(source)
-        return f"{source.path}@{commit}: {', '.join(names)}"
-    return ", ".join(f"{detect_kind(file.name)} {file_digest(file)}" for file in _local_files(source))
+        return find_remote(source)
+    return _find_on_hub(source) if is_hub(source.path) else _find_local(source)
 
 
 def describe_origin(source: RowSource) -> dict[str, Any]:
@@ -77,23 +60,14 @@ def describe_origin(source: RowSource) -> dict[str, Any]:
 
     Lists up to ten names of each. Raises DataError.
     """
-    commit: str | None = None
-    unused: tuple[str, ...] = ()
-    if is_url(source.path):
-        remote = RemoteFiles(source)
-        names, unused = remote.names, remote.left_out
-    elif is_hub(source.path):
-        commit, names, unused = _hub_listing(source)
-    else:
-        names, folder = tuple(file.name for file in _local_files(source)), Path(source.path).expanduser()
-        unused = _choose_in_folder(folder, source)[1] if folder.is_dir() else ()
+    files = find_files(source)
     return {
-        "digest": xxhash.xxh3_128_hexdigest(digest(source).encode()),
-        "commit": commit,
-        "files": list(names[:_NUM_NAMES]),
-        "num_files": len(names),
-        "left_out": list(unused[:_NUM_NAMES]),
-        "num_left_out": len(unused),
+        "digest": xxhash.xxh3_128_hexdigest(files.digest().encode()),
+        "commit": files.commit,
+        "files": list(files.names[:_NUM_NAMES]),
+        "num_files": len(files.names),
+        "left_out": list(files.left_out[:_NUM_NAMES]),
+        "num_left_out": len(files.left_out),
     }
 
 
@@ -119,7 +93,7 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
     if not path.is_dir() and (source.split, source.subset, source.revision) != (None, None, None):
         return Problem("split, subset and revision do not apply to a path that names files", key, value, "remove them")
     try:
-        files = _local_files(source)
+        files = _find_local(source).fetch()
     except DataError as error:
         (problem,) = error.problems
         return Problem(problem.message, key, value, problem.remedy)
@@ -128,20 +102,24 @@ def local_problem(key: str, source: RowSource) -> Problem | None:
     return Problem(f"the data file is empty{which}", key, value, "add rows to it, or remove it") if empty else None
 
 
-def _local_files(source: RowSource) -> tuple[DataFile, ...]:
+def _find_local(source: RowSource) -> SourceFiles:
     path = Path(source.path).expanduser()
+    files: tuple[DataFile, ...] = (DataFile(path, source.path),)
+    left_out: tuple[str, ...] = ()
     if path.is_dir():
-        return tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in _choose_in_folder(path, source)[0])
-    if glob.has_magic(source.path) and not path.exists():
-        return tuple(DataFile(Path(name), name) for name in _match_pattern(source.path))
-    return (DataFile(path, source.path),)
-
-
-def _choose_in_folder(folder: Path, source: RowSource) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the files of the source's subset and split, and the files left out."""
-    names = _list_names(folder)
-    chosen = choose_files(names, lambda name: (folder / name).read_bytes(), source.subset, source.split, source.path)
-    return chosen, list_unused(names, chosen)
+        chosen, left_out = choose_files(
+            _list_names(path), lambda name: (path / name).read_bytes(), source.subset, source.split, source.path
+        )
+        files = tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in chosen)
+    elif glob.has_magic(source.path) and not path.exists():
+        files = tuple(DataFile(Path(name), name) for name in _match_pattern(source.path))
+    return SourceFiles(
+        tuple(file.name for file in files),
+        left_out,
+        None,
+        lambda: ", ".join(f"{detect_kind(file.name)} {file_digest(file)}" for file in files),
+        lambda: files,
+    )
 
 
 def _list_names(folder: Path) -> list[str]:
@@ -171,19 +149,21 @@ def _match_pattern(pattern: str) -> list[str]:
 # Hub datasets
 
 
-def _hub_files(source: RowSource) -> tuple[DataFile, ...]:
-    commit, names, _ = _hub_listing(source)
-    files = []
-    for name in names:
+def _find_on_hub(source: RowSource) -> SourceFiles:
+    commit, names, left_out = _hub_listing(source)
+
+    def fetch(name: str) -> DataFile:
         try:
-            path = hub_cache.fetch_dataset_file(source.path, name, commit)
+            return DataFile(hub_cache.fetch_dataset_file(source.path, name, commit), f"{source.path}/{name}")
         except DataError:
             raise
         except Exception as error:
             why = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
             raise _unreachable(source, f"{name} cannot be fetched: {type(error).__name__}{why}") from error
-        files.append(DataFile(path, f"{source.path}/{name}"))
-    return tuple(files)
+
+    return SourceFiles(
+        names, left_out, commit, lambda: f"{source.path}@{commit}: {', '.join(names)}", lambda: tuple(map(fetch, names))
+    )
 
 
 def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
@@ -205,7 +185,7 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         def read(name: str) -> bytes:
             return hub_cache.fetch_dataset_file(source.path, name, commit).read_bytes()
 
-        chosen = choose_files(names, read, source.subset, source.split, source.path)
+        chosen, left_out = choose_files(names, read, source.subset, source.split, source.path)
     except DataError:
         raise
     except Exception as error:
@@ -217,11 +197,10 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
             _warn_once(f"{reason}; {source.path} is read at the last known commit {stored[0]}")
             return stored
         raise _unreachable(source, reason) from error
-    unused = list_unused(names, chosen)
     with convert_os_errors(record.parent):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": unused})
-    return commit, chosen, unused
+        atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": left_out})
+    return commit, chosen, left_out
 
 
 @functools.cache
@@ -235,7 +214,7 @@ def _read_listing(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] 
         listing = json.loads(record.read_bytes())
     except FileNotFoundError:
         return None
-    return listing["commit"], tuple(listing["files"]), tuple(listing.get("left_out", ()))
+    return listing["commit"], tuple(listing["files"]), tuple(listing["left_out"])
 
 
 def _unreachable(source: RowSource, reason: str) -> DataError:

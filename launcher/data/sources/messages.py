@@ -32,8 +32,6 @@ WEIGHT_KEYS = frozenset((*_TRAINED_KEYS, _MASKED_KEY, *_UNREAD_WEIGHT_KEYS))
 # Types of the text parts of a message's content, and the keys that hold the text.
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PART_TEXT_KEYS = ("text", "value", "content")
-# A template is rendered for each answer, which takes the square of this time.
-_MAX_MESSAGES = 10_000
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Optional keys of a message in the format messages.
 MESSAGE_KEYS = frozenset({"name", "tool_calls", "function_call", "tool_call_id", *_REASONING_KEYS}) | WEIGHT_KEYS
@@ -45,8 +43,6 @@ def read_messages(row: Row, key: str, where: str) -> list[Row]:
     items = read_value(row, key, list, where)
     if not items:
         refuse(f"{key} is empty", where, "remove the row, or write at least one message")
-    if len(items) > _MAX_MESSAGES:
-        refuse(f"{key} has more than {_MAX_MESSAGES:,} messages", where, "split the conversation into several rows")
     for i, item in enumerate(items):
         if not isinstance(item, dict):
             refuse(f"{key}[{i}] is {a_json_type(item)}, not an object", where, "write messages as {role, content}")

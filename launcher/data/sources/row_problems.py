@@ -11,8 +11,8 @@ from launcher.errors import DataError, Problem
 # Reading stops after this many unusable rows.
 MAX_COUNTED = 10_000
 _NUM_SHOWN, _NUM_PLACES = 50, 3
-# The parts that differ between messages of the same mistake: numbers, and text in parentheses.
 _LEAVE_OUT = "or skip such rows with data.checks.bad_rows=drop, which counts them"
+# The parts that differ between messages of the same mistake: numbers, and text in parentheses.
 _OF_ONE_ROW = re.compile(r"\([^()]*\)|\d+")
 
 
@@ -47,15 +47,14 @@ class RowProblems:
         """The number of unusable rows; an unreadable file has none."""
         return sum(group.count for group in self._groups.values() if group.is_row)
 
-    def add_row(self, error: DataError) -> None:
+    def add_row(self, error: DataError, is_row: bool = True) -> None:
         """Add the problem of a row."""
         for problem in error.problems:
-            self._add(_ProblemGroup(problem, [problem.where], 1, is_row=True))
+            self._add(_ProblemGroup(problem, [problem.where], 1, is_row))
 
     def add_file(self, error: DataError) -> None:
         """Add the problem of a file or a source."""
-        for problem in error.problems:
-            self._add(_ProblemGroup(problem, [problem.where], 1, is_row=False))
+        self.add_row(error, is_row=False)
 
     def merge(self, later: RowProblems) -> None:
         """Add the problems and the count of later rows."""
@@ -80,11 +79,18 @@ class RowProblems:
 
     def to_list(self) -> list[Problem]:
         """Return one problem per group, with its first places and its number of rows."""
-        groups = list(self._groups.values())
-        shown = [_describe(group) for group in groups[:_NUM_SHOWN]]
-        if self.num_usable and (rows := [i for i, group in enumerate(groups[:_NUM_SHOWN]) if group.is_row]):
-            last = shown[rows[-1]]
-            shown[rows[-1]] = replace(last, remedy=f"{last.remedy}; {_LEAVE_OUT}" if last.remedy else _LEAVE_OUT)
+        shown: list[Problem] = []
+        last_row: int | None = None
+        for i, group in enumerate([*self._groups.values()][:_NUM_SHOWN]):
+            problem, more = group.first, group.count - len(group.places)
+            if group.count > 1:
+                where = "; ".join(group.places) + (f" and {more:,} more" if more else "")
+                problem = replace(problem, message=f"{problem.message} ({group.count:,} times)", where=where)
+            shown.append(problem)
+            last_row = i if group.is_row else last_row
+        if self.num_usable and last_row is not None:
+            remedies = filter(None, (shown[last_row].remedy, _LEAVE_OUT))
+            shown[last_row] = replace(shown[last_row], remedy="; ".join(remedies))
         if self.is_full:
             stopped = f"reading stopped after {len(self):,} rows that cannot be used, so there may be more"
             shown[-1] = replace(shown[-1], message=f"{shown[-1].message}; {stopped}")
@@ -95,11 +101,3 @@ class RowProblems:
         known = self._groups.setdefault(key, _ProblemGroup(group.first, [], 0, group.is_row))
         known.places = (known.places + group.places)[:_NUM_PLACES]
         known.count += group.count
-
-
-def _describe(group: _ProblemGroup) -> Problem:
-    if group.count == 1:
-        return group.first
-    more = group.count - len(group.places)
-    where = "; ".join(group.places) + (f" and {more:,} more" if more else "")
-    return replace(group.first, message=f"{group.first.message} ({group.count:,} times)", where=where)

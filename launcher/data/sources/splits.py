@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from launcher.data.sources.files import COMPRESSED, KINDS, detect_kind, strip_suffixes
+from launcher.data.sources.files import COMPRESSED, KINDS, detect_kind
 from launcher.data.sources.row_values import refuse
 
 # The split of held-out documents, if none is set.
@@ -21,18 +21,19 @@ _WORDS = {
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 # Unsupported compression and archives.
 _UNSUPPORTED = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tar.zst", ".tgz")
-# Files that accompany data in such folders.
 # The lines of a README between a first line `---` and the next `---`.
 _FRONT_MATTER = re.compile(r"---[ \t\r]*\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
+# Files that accompany data in such folders.
 _NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
 
 
 def choose_files(
     names: Sequence[str], read: Callable[[str], bytes], subset: str | None, split: str | None, where: str
-) -> tuple[str, ...]:
-    """Return the data files among `names` (paths with slashes, relative to the folder) of the subset and split, sorted.
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the data files of the subset and split, and the other files that could be data, sorted.
 
-    The default split is train, or the only split; if no name shows a split, all files are the data.
+    `names` are paths with slashes, relative to the folder. The default split is train, or the only split; if no name shows a
+    split, all files are the data.
 
     Raises:
         DataError: if the subset or split does not exist, with those that do.
@@ -44,27 +45,16 @@ def choose_files(
         refuse(f"there is no subset {subset}: the dataset has only one", where, "remove the source's subset")
     else:
         by_split = _by_names(_data_files(names, where))
+    chosen = by_split[_select_split(by_split, split, where)]
+    return tuple(chosen), tuple(sorted(set(filter(_may_be_data, names)).difference(chosen)))
+
+
+def _select_split(by_split: dict[str, list[str]], split: str | None, where: str) -> str:
     if by_split.keys() == {""}:
         if split not in (None, HELD_OUT):
             remedy = "remove the source's split, or name the files themselves in its path"
             refuse(f"no file belongs to the split {split}: the file names show no splits", where, remedy)
-        chosen = by_split[""]
-    else:
-        chosen = by_split[_select_split(by_split, split, where)]
-    by_stem: dict[str, str] = {}
-    for name in chosen:
-        if (other := by_stem.setdefault(strip_suffixes(name), name)) != name:
-            message = f"{other} and {name} have the same name in two formats, so they may hold the same rows"
-            refuse(message, where, "remove one of them, or name the files in the source's path, as in DIR/*.jsonl")
-    return tuple(chosen)
-
-
-def list_unused(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:
-    """Return the files among `names` that are not `chosen`, without those that never hold data; sorted."""
-    return tuple(sorted(n for n in names if n not in chosen and not _is_hidden(n) and not _is_beside(n)))
-
-
-def _select_split(by_split: dict[str, list[str]], split: str | None, where: str) -> str:
+        return ""
     if "" in by_split:
         names = {key: ", ".join(files[:3]) for key, files in by_split.items() if key}
         message = f"{', '.join(by_split[''][:3])} belongs to no split, but other files do ({'; '.join(names.values())})"
@@ -77,22 +67,20 @@ def _select_split(by_split: dict[str, list[str]], split: str | None, where: str)
     refuse(message, where, "set the source's split (for held-out documents data.eval_split) to one of them")
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
-
-
-def _is_beside(name: str) -> bool:
-    return _NOT_DATA.fullmatch(PurePosixPath(name).name) is not None
+def _may_be_data(name: str) -> bool:
+    """Return False for hidden files, and for those that accompany data."""
+    path = PurePosixPath(name)
+    return not any(part.startswith((".", "_")) for part in path.parts) and _NOT_DATA.fullmatch(path.name) is None
 
 
 def _data_files(names: Sequence[str], where: str) -> list[str]:
-    if unsupported := sorted(n for n in names if n.lower().endswith(_UNSUPPORTED) and not _is_hidden(n) and not _is_beside(n)):
+    candidates = sorted(filter(_may_be_data, names))
+    if unsupported := [name for name in candidates if name.lower().endswith(_UNSUPPORTED)]:
         more = f" and {len(unsupported) - 3} more" if len(unsupported) > 3 else ""
+        message = f"the folder holds archives or files in an unsupported compression: {', '.join(unsupported[:3])}{more}"
         remedy = f"unpack them (or compress with {' or '.join(COMPRESSED)}), or name the files to read in the source's path"
-        refuse(
-            f"the folder holds archives or files in an unsupported compression: {', '.join(unsupported[:3])}{more}", where, remedy
-        )
-    data = sorted(n for n in names if detect_kind(n) and not _is_hidden(n) and not _is_beside(n))
+        refuse(message, where, remedy)
+    data = [name for name in candidates if detect_kind(name)]
     # Text files next to tables or JSON are notes.
     data = [n for n in data if detect_kind(n) != "txt"] or data
     if not data:

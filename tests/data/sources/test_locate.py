@@ -93,8 +93,6 @@ def test_the_files_of_a_folder_are_chosen_by_their_names(
         ({"a.bin": "x", "b.py": "x"}, {}, "holds no data file (extensions: .bin, .py)"),
         ({"train.jsonl": row("a"), "a.jsonl": row("b")}, {}, "a.jsonl belongs to no split, but other files do (train.jsonl)"),
         ({"a.jsonl": row("a"), "b.jsonl.xz": "x", "c/d.zip": "x"}, {}, "in an unsupported compression: b.jsonl.xz, c/d.zip"),
-        ({"train.jsonl": row("a"), "train.parquet": "x"}, {}, "train.jsonl and train.parquet have the same name in two formats"),
-        ({"a.jsonl": row("a"), "a.jsonl.gz": "x"}, {}, "a.jsonl and a.jsonl.gz have the same name"),
         ({"test.jsonl": row("a"), "dev.jsonl": row("b")}, {}, "no split train (there are: validation, test)"),
         (SPLITS, {"split": "held"}, "no split held (there are: test, train)"),
         ({"a.jsonl": row("a")}, {"split": "test"}, "no file belongs to the split test"),
