@@ -15,6 +15,8 @@ from fake_nvml import H100, OTHER, driver
 from launcher import hardware, nvml
 from launcher.nvml import GpuInfo, GpuProcess, NvmlError
 
+pytestmark = pytest.mark.rest
+
 __all__ = ["driver"]
 
 Driver = Callable[..., None]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from progress import Estimate, means_by_file
 
+pytestmark = pytest.mark.rest
+
 PLUGIN = """
 import progress
 progress.INTERVAL_S = 0.3

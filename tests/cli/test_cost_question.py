@@ -19,6 +19,8 @@ from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.throughput import SpeedEstimate
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 UNKNOWN = SpeedEstimate("no estimate")
 

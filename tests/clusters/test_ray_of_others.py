@@ -22,6 +22,8 @@ from launcher.errors import SubmitError
 from launcher.worker.ray import connection
 from launcher.worker.ray import doctor as driver_of_doctor
 
+pytestmark = pytest.mark.rest
+
 DAEMON = 1
 MINE, THEIRS = "127.0.0.1:7001", "127.0.0.1:7002"
 StartRaylet = Callable[..., Path]

@@ -13,6 +13,8 @@ import pytest
 
 from launcher.errors import Problem
 
+pytestmark = pytest.mark.rest
+
 Refused = Callable[..., list[Problem]]
 CODE = "import pathlib\npathlib.Path({marker!r}).touch()\nclass C: pass\n"
 

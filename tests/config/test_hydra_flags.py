@@ -16,6 +16,8 @@ from launcher.cli.main import main
 from launcher.config.compose import Composed
 from launcher.errors import Problem
 
+pytestmark = pytest.mark.rest
+
 Compose = Callable[..., list[Composed]]
 
 

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from e2e_tools import (
     FIRST_RUN,
     FIRST_STEPS,
@@ -37,6 +38,7 @@ def test_a_run_trains_saves_and_exports(first_run: Path) -> None:
     assert not processes_of(first_run)
 
 
+@pytest.mark.rest
 def test_a_stopped_and_resumed_run_has_the_same_losses(launch: Launch, start: Callable, runs: Path, first_run: Path) -> None:
     run = runs / "stopped"
     with start(*FIRST_RUN, "checkpoint.save_every=3", "export.enabled=false", f"run.root={runs}", "run.name=stopped") as process:

@@ -16,6 +16,8 @@ from fake_hub import FakeHub, running_hub
 from launcher.errors import PushError
 from launcher.export import hub as pushing
 
+pytestmark = pytest.mark.rest
+
 TOKEN = "canary-of-the-hub-4711"
 CODE = """
 import sys
@@ -114,7 +116,6 @@ def test_a_wrong_token_and_an_unreachable_hub_are_reported(hub: FakeHub, folder:
     assert "check the network" in gone.stdout
 
 
-@pytest.mark.rest
 def test_a_run_that_would_be_pushed_to_a_public_repository_is_refused_before_it_starts(
     hub: FakeHub, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

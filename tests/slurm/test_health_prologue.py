@@ -16,6 +16,8 @@ import pytest
 from missing_program import skip_or_fail
 from testbed_cluster import Testbed
 
+pytestmark = pytest.mark.rest
+
 PROLOGUE = Path(__file__).resolve().parents[2] / "slurm" / "health_prologue.sh"
 TWO_GPUS = "printf '0, 0\\n1, 0\\n'"
 NO_PROCESSES = "true"
@@ -238,7 +240,6 @@ def test_a_node_without_gpus_needs_no_driver(node: Node) -> None:
 
 
 @pytest.mark.slurm
-@pytest.mark.rest
 def test_slurm_drains_the_node_and_runs_the_job_elsewhere(
     node: Node, other_slurm: Callable[..., AbstractContextManager[Testbed]], tmp_path: Path
 ) -> None:

@@ -11,6 +11,8 @@ from forked_ranks import RankServer
 
 from launcher.distributed import open_store
 
+pytestmark = pytest.mark.rest
+
 
 def test_ranks_share_results_and_failures_without_pickles(rank_server: RankServer, tmp_path: Path) -> None:
     first, second = rank_server.values("train_ranks:share_without_pickles", [[], []], tmp_path)

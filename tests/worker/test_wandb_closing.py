@@ -25,6 +25,8 @@ from launcher.run_records import Attempt, Status
 from launcher.tracking.jsonl import append_event
 from launcher.worker import wandb_closing
 
+pytestmark = pytest.mark.rest
+
 REPO = Path(__file__).resolve().parents[2]
 KILLED = {"rank": 1, "kind": "killed", "message": "killed by SIGKILL", "log": "rank-00001.log"}
 
@@ -55,7 +57,6 @@ def use(monkeypatch: pytest.MonkeyPatch, address: str, forked: bool = True) -> N
         monkeypatch.setattr(wandb_closing, "subprocess", ForkingSubprocess(preloaded(*IMPORTED)))
 
 
-@pytest.mark.rest
 def test_a_failure_and_the_missing_steps_are_sent_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     with fake_wandb() as server:

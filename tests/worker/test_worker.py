@@ -27,6 +27,8 @@ from launcher.worker import agent, node_agents
 from launcher.worker.checks import gpus, machine
 from launcher.worker.ranks.rank_env import NodeInfo, RankEnv
 
+pytestmark = pytest.mark.rest
+
 __all__ = ["driver"]
 
 
@@ -60,7 +62,6 @@ def test_a_process_dies_with_its_parent() -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.rest
 def test_a_rank_of_a_score_pass_dies_with_its_parent(tmp_path: Path) -> None:
     task = tmp_path / "task.json"
     os.mkfifo(task)

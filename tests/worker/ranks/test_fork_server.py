@@ -24,6 +24,8 @@ from launcher.worker.ranks.rank_env import RankTitle
 from launcher.worker.ranks.rank_process import ForkedProcess, ForkFailed, ForkServer, RankProcesses
 from launcher.worker.signals import CANCEL
 
+pytestmark = pytest.mark.rest
+
 REPO = Path(__file__).resolve().parents[3]
 PR_GET_CHILD_SUBREAPER = 37
 DEADLINE_S = 30.0

@@ -24,6 +24,8 @@ from launcher.worker.ranks.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, H
 from launcher.worker.ranks.rank_env import RankEnv
 from launcher.worker.ranks.watchdog import Watchdog
 
+pytestmark = pytest.mark.rest
+
 
 @pytest.fixture
 def table() -> Iterator[HeartbeatTable]:

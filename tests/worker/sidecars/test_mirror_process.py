@@ -29,6 +29,8 @@ from launcher.worker.sidecars.sidecar import COMPLETE, END, Sidecar, record_even
 from launcher.worker.signals import PREEMPT
 from launcher.worker.stopper import Stopper
 
+pytestmark = pytest.mark.rest
+
 
 @contextmanager
 def sending(run: RunDir, attempt: int = 1, module: str = "quick_mirror") -> Iterator[ForkedProcess]:

@@ -22,6 +22,8 @@ from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker.slurm import job
 
+pytestmark = pytest.mark.rest
+
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -23,6 +23,8 @@ from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.worker.slurm import job
 
+pytestmark = pytest.mark.rest
+
 
 def test_a_completed_run_is_over(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
