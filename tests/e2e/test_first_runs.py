@@ -1,6 +1,6 @@
 """A local run from the command to the exported model, and a run that is stopped and resumed without changing its losses.
 
-`make test` runs these two tests; tests/e2e/test_finish.py and tests/e2e/test_resume_exact.py check more details.
+`make test` runs only the first; tests/e2e/test_finish.py and tests/e2e/test_resume_exact.py check more details.
 """
 
 from __future__ import annotations
