@@ -6,7 +6,6 @@ therefore imports nothing from the package. `GpuSensor` asks in the calling thre
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -25,8 +24,6 @@ _DRIVER_SLOWDOWN = 0x20
 _SLOWDOWNS = {_DRIVER_SLOWDOWN: "thermal limit of the driver", 0x40: "thermal limit of the hardware", 0x80: "power brake"}
 # The hardware limits the clocks, for a reason of its own that older drivers do not report.
 _HARDWARE_SLOWDOWN, _OTHER_SLOWDOWN = 0x08, "limit of the hardware"
-# NVML's states of an NVLink fabric: the GPU cannot be used before the fabric has completed its start.
-_FABRIC_STARTING, _FABRIC_COMPLETED = 2, 3
 
 
 class NvmlError(Exception):
@@ -47,25 +44,16 @@ class GpuInfo:
     """One GPU as the driver knows it; None stands for what the driver or the GPU does not report.
 
     Attributes:
-        bus_id: PCI address as the kernel log writes it, `0000:3b:00`.
         ecc_errors: uncorrected memory errors since the last reset.
-        pcie_lanes, most_pcie_lanes: lanes that its PCIe link uses, and that GPU and slot both have.
         slowdowns: why the hardware or the driver lowers its clocks; power limits under load are not among the reasons.
-        fabric_problem: why its NVLink fabric cannot be used; empty if it can, or if there is none.
-        is_fabric_degraded: whether the fabric has less bandwidth than it should.
     """
 
     uuid: str
     name: str
-    bus_id: str
     memory_gib: float | None = None
     free_gib: float | None = None
     ecc_errors: int | None = None
-    pcie_lanes: int | None = None
-    most_pcie_lanes: int | None = None
     slowdowns: tuple[str, ...] = ()
-    fabric_problem: str = ""
-    is_fabric_degraded: bool = False
     processes: tuple[GpuProcess, ...] = ()
 
 
@@ -97,16 +85,11 @@ def list_gpus(deadline_s: float = 20.0) -> list[GpuInfo]:
     if child.returncode:
         last = (errors.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise NvmlError(f"the NVIDIA driver cannot be queried: {last}")
-    return [
-        GpuInfo(
-            **{
-                **row,
-                "slowdowns": tuple(row["slowdowns"]),
-                "processes": tuple(GpuProcess(**process) for process in row["processes"]),
-            }
-        )
-        for row in json.loads(output)
-    ]
+    gpus = []
+    for row in json.loads(output):
+        processes = tuple(GpuProcess(**process) for process in row.pop("processes"))
+        gpus.append(GpuInfo(**{**row, "slowdowns": tuple(row["slowdowns"])}, processes=processes))
+    return gpus
 
 
 class GpuSensor:
@@ -227,17 +210,15 @@ def _visible_handles(nvml: Any, visible: str | None) -> list[Any]:
             continue
         except nvml.NVMLError as error:
             reachable.append(error)
-    chosen = reachable
-    if visible is not None:
-        chosen = []
-        for name in visible.split(","):
-            number = name.strip()
-            if not number.isdigit():
-                chosen.append(nvml.nvmlDeviceGetHandleByUUID(number))
-            elif int(number) < len(reachable):
-                chosen.append(reachable[int(number)])
-            else:
-                sys.exit(f"there is no GPU {number} among the {len(reachable)} of this node (CUDA_VISIBLE_DEVICES={visible})")
+    chosen: list[Any] = []
+    for name in map(str, range(len(reachable))) if visible is None else visible.split(","):
+        number = name.strip()
+        if not number.isdigit():
+            chosen.append(nvml.nvmlDeviceGetHandleByUUID(number))
+        elif int(number) < len(reachable):
+            chosen.append(reachable[int(number)])
+        else:
+            sys.exit(f"there is no GPU {number} among the {len(reachable)} of this node (CUDA_VISIBLE_DEVICES={visible})")
     for handle in chosen:
         if isinstance(handle, nvml.NVMLError):
             raise handle
@@ -254,37 +235,26 @@ def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
                 raise
             return None
 
-    pci, memory = read("nvmlDeviceGetPciInfo"), read("nvmlDeviceGetMemoryInfo")
-    fabric = nvml.c_nvmlGpuFabricInfoV_t()
-    has_fabric = read("nvmlDeviceGetGpuFabricInfoV", ctypes.byref(fabric)) is not None and fabric.state
-    fabric_problem = "still starting" if has_fabric and fabric.state == _FABRIC_STARTING else ""
-    if has_fabric and fabric.state == _FABRIC_COMPLETED and fabric.status:
-        fabric_problem = "failed"
+    def name(pid: int) -> str:
+        try:
+            return str(nvml.nvmlSystemGetProcessName(pid))
+        except nvml.NVMLError:
+            # It has ended, or belongs to another container.
+            return ""
+
+    memory = read("nvmlDeviceGetMemoryInfo")
     return GpuInfo(
         uuid=nvml.nvmlDeviceGetUUID(handle),
         name=nvml.nvmlDeviceGetName(handle),
-        # `00000000:3B:00.0` is `0000:3b:00` in the kernel log.
-        bus_id="" if pci is None else pci.busId.lower().partition(".")[0][-len("0000:3b:00") :],
         memory_gib=None if memory is None else memory.total / 2**30,
         free_gib=None if memory is None else memory.free / 2**30,
         ecc_errors=read("nvmlDeviceGetTotalEccErrors", nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC),
-        pcie_lanes=read("nvmlDeviceGetCurrPcieLinkWidth"),
-        most_pcie_lanes=read("nvmlDeviceGetMaxPcieLinkWidth"),
         slowdowns=_name_slowdowns(read("nvmlDeviceGetCurrentClocksEventReasons") or 0),
-        fabric_problem=fabric_problem,
-        # The two lowest bits: 0 if the driver does not know, 1 if degraded, 2 if not (nvml.h).
-        is_fabric_degraded=bool(has_fabric and fabric.healthMask & 0b11 == 1),
-        processes=tuple(_read_process(nvml, process) for process in read("nvmlDeviceGetComputeRunningProcesses") or ()),
+        processes=tuple(
+            GpuProcess(process.pid, None if process.usedGpuMemory is None else process.usedGpuMemory // 2**20, name(process.pid))
+            for process in read("nvmlDeviceGetComputeRunningProcesses") or ()
+        ),
     )
-
-
-def _read_process(nvml: Any, process: Any) -> GpuProcess:
-    try:
-        name = nvml.nvmlSystemGetProcessName(process.pid)
-    except nvml.NVMLError:
-        # It has ended, or belongs to another container.
-        name = ""
-    return GpuProcess(process.pid, None if process.usedGpuMemory is None else process.usedGpuMemory // 2**20, name)
 
 
 if __name__ == "__main__":

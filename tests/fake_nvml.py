@@ -6,7 +6,6 @@ launcher.nvml: a module `pynvml` on their path that answers from a file.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import sys
@@ -45,23 +44,18 @@ class NVMLError_NoPermission(NVMLError):
     pass
 
 
-class FabricInfo(ctypes.Structure):
-    _fields_ = [("status", ctypes.c_uint), ("state", ctypes.c_uint8), ("healthMask", ctypes.c_uint32)]
-
-
 class Nvml(ModuleType):
     """The parts of pynvml that the launcher uses.
 
-    `gpus` are dicts with uuid, name, bus and optionally memory_gib, free_gib, ecc, lanes (in use, at most), slowdowns (bits),
-    fabric (state, status, health mask) and processes (pid, MiB or None, name); one with `error` cannot be reached. Functions in
-    `lacks` fail with `error`. `init` is `hang` or an error message. `faults` are Xids to report.
+    `gpus` are dicts with uuid, name, bus and optionally memory_gib, free_gib, ecc, slowdowns (bits) and processes (pid, MiB or
+    None, name); one with `error` cannot be reached. Functions in `lacks` fail with `error`. `init` is `hang` or an error message.
+    `faults` are Xids to report.
     """
 
     NVMLError, NVMLError_Timeout, NVMLError_NoPermission = NVMLError, NVMLError_Timeout, NVMLError_NoPermission
     NVMLError_GpuIsLost, NVMLError_ResetRequired = NVMLError_GpuIsLost, NVMLError_ResetRequired
     NVML_TEMPERATURE_GPU, nvmlEventTypeXidCriticalError = 0, 8
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED, NVML_VOLATILE_ECC = 1, 0
-    c_nvmlGpuFabricInfoV_t = FabricInfo
 
     def __init__(self, gpus: list[dict[str, Any]], lacks: tuple[str, ...] = (), init: str = "") -> None:
         super().__init__("pynvml")
@@ -108,9 +102,6 @@ class Nvml(ModuleType):
     def nvmlDeviceGetName(self, gpu: dict[str, Any]) -> str:
         return gpu["name"]
 
-    def nvmlDeviceGetPciInfo(self, gpu: dict[str, Any]) -> SimpleNamespace:
-        return SimpleNamespace(busId=gpu["bus"])
-
     def nvmlDeviceGetMemoryInfo(self, gpu: dict[str, Any]) -> SimpleNamespace:
         total, free = gpu.get("memory_gib", 80) * 2**30, gpu.get("free_gib", 79) * 2**30
         return SimpleNamespace(total=total, free=free, used=total - free)
@@ -119,19 +110,9 @@ class Nvml(ModuleType):
         assert (kind, counter) == (1, 0), "uncorrected, since the last reset"
         return gpu.get("ecc", 0)
 
-    def nvmlDeviceGetCurrPcieLinkWidth(self, gpu: dict[str, Any]) -> int:
-        return gpu.get("lanes", (16, 16))[0]
-
-    def nvmlDeviceGetMaxPcieLinkWidth(self, gpu: dict[str, Any]) -> int:
-        return gpu.get("lanes", (16, 16))[1]
-
     def nvmlDeviceGetCurrentClocksEventReasons(self, gpu: dict[str, Any]) -> int:
         # An idle GPU.
         return gpu.get("slowdowns", 0x1)
-
-    def nvmlDeviceGetGpuFabricInfoV(self, gpu: dict[str, Any], info: Any) -> int:
-        info._obj.state, info._obj.status, info._obj.healthMask = gpu.get("fabric", (0, 0, 0))
-        return 0
 
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: dict[str, Any]) -> list[SimpleNamespace]:
         return [SimpleNamespace(pid=pid, usedGpuMemory=mib and mib * 2**20) for pid, mib, _ in gpu.get("processes", ())]

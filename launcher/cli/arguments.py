@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import sys
 import textwrap
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from launcher.errors import ConfigError
@@ -53,6 +55,14 @@ class VerbParser(argparse.ArgumentParser):
         guess = f"did you mean {close[0]}? " if close else ""
         remedy = f"{guess}{' '.join(self.format_usage().split())}"
         raise ConfigError(redact(message), where="command line", remedy=remedy)
+
+
+def minutes(value: str) -> float:
+    """Parse a number of minutes above 0."""
+    with suppress(ValueError):
+        if 0 < (number := float(value)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{value} is not a number of minutes above 0")
 
 
 def composing_usage(usage: str) -> str:

@@ -6,7 +6,6 @@ A node's checks run in a worker-side process: here, or on each node of a short a
 from __future__ import annotations
 
 import argparse
-import math
 import secrets
 import sys
 import time
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launcher.cli.accounts.account_results import check_accounts
-from launcher.cli.arguments import COMMON_FLAGS, VerbParser
+from launcher.cli.arguments import COMMON_FLAGS, VerbParser, minutes
 from launcher.cli.formatting import as_json, wrap
 from launcher.cli.starting.interrupts import ended_by_signals
 from launcher.cli.worker_process import worker_environment
@@ -87,16 +86,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     timeout = f"limit for everything, including time in a queue (default: {_TIMEOUT_MINUTES:g})"
-    doctor_parser.add_argument("--timeout", type=_minutes, default=_TIMEOUT_MINUTES, metavar="MINUTES", help=timeout)
+    doctor_parser.add_argument("--timeout", type=minutes, default=_TIMEOUT_MINUTES, metavar="MINUTES", help=timeout)
     doctor_parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return doctor_parser
-
-
-def _minutes(value: str) -> float:
-    with suppress(ValueError):
-        if 0 < (minutes := float(value)) < math.inf:
-            return minutes
-    raise argparse.ArgumentTypeError(f"{value} is not a number of minutes above 0")
 
 
 def examine(config: RunConfig, deadline: float) -> DoctorReport:
@@ -124,7 +116,7 @@ def examine(config: RunConfig, deadline: float) -> DoctorReport:
                     here += doctor.run_on_nodes(config, environ, deadline, reader)
         except (RunError, SubmitError) as error:
             here += [from_problem(problem, name="nodes") for problem in error.problems]
-    return DoctorReport(tuple(here), tuple(with_differences([*reader.reports.values()], reader.clock_offsets)))
+    return DoctorReport(tuple(here), tuple(with_differences([*reader.reports.values()])))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from datetime import datetime
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import formatting, launch
-from launcher.cli.arguments import VerbParser
+from launcher.cli.arguments import VerbParser, minutes
 from launcher.cli.resume import resume_run
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views import drill_report
@@ -39,7 +39,7 @@ _FAULTS = {
     "kill-node": "the agent of the last node is killed together with its ranks",
     "hang": "one rank is stopped (SIGSTOP), and all others wait for it",
 }
-_SAVE_EVERY = 5
+_MAX_STEPS, _SAVE_EVERY = 1000, 5
 # The number of steps after the last checkpoint, which the fault puts at risk.
 _STEPS_AT_RISK = 2
 _STALL_S = 20
@@ -53,7 +53,7 @@ def run(verb: str, tokens: list[str]) -> int:
     # Unknown arguments are Hydra's overrides, which keep their order.
     arguments, rest = _parser().parse_known_args(tokens)
     jobs: list[Composed] = []
-    run_hydra(rest, jobs.append, ("--fault", "--steps", "--timeout", "--json", "--help", "--debug"))
+    run_hydra(rest, jobs.append, ("--fault", "--timeout", "--json", "--help", "--debug"))
     if not jobs:
         return 0
     if len(jobs) > 1:
@@ -92,7 +92,7 @@ def run(verb: str, tokens: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = VerbParser(
         prog="python -m launcher drill",
-        usage="%(prog)s --fault FAULT [--steps N] [--timeout MINUTES] [--json] [overrides]",
+        usage="%(prog)s --fault FAULT [--timeout MINUTES] [--json] [overrides]",
         description=(
             "Rehearse a fault on a short run: does it save and continue, and what does it lose?\nIt takes the settings of "
             "`train`.\nThe run is stopped as soon as it has recovered; its files are kept."
@@ -102,31 +102,23 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--fault", required=True, choices=_FAULTS, metavar="FAULT", help="the fault to inject, see below")
-    parser.add_argument("--steps", type=int, default=1000, metavar="N", help="maximum steps of the run (default: 1000)")
     timeout = "limit for the whole drill, including time in a queue (default: 30)"
-    parser.add_argument("--timeout", type=_minutes, default=30.0, metavar="MINUTES", help=timeout)
+    parser.add_argument("--timeout", type=minutes, default=30.0, metavar="MINUTES", help=timeout)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
-
-
-def _minutes(value: str) -> float:
-    with suppress(ValueError):
-        if 0 < (minutes := float(value)) < float("inf"):
-            return minutes
-    raise argparse.ArgumentTypeError(f"{value} is not a number of minutes above 0")
 
 
 def _shorten(config: RunConfig, overrides: Sequence[str], arguments: argparse.Namespace) -> RunConfig:
     """Change `config` to a short run that saves early and skips evaluation and export; the user's settings take precedence.
 
     Raises:
-        ConfigError: if there are too few steps between two saves, or before the first one.
+        ConfigError: if there are too few steps between two saves.
     """
     drill_settings = {
         "run.name": f"drill-{arguments.fault}-{datetime.now():%Y%m%d-%H%M%S}",
         # Ends the run even if the drill is killed.
         "run.max_hours": arguments.timeout / 60,
-        "train.max_steps": arguments.steps,
+        "train.max_steps": _MAX_STEPS,
         "checkpoint.save_every": _SAVE_EVERY,
         "checkpoint.keep_last": 2,
         "eval.every": 0,
@@ -146,15 +138,9 @@ def _shorten(config: RunConfig, overrides: Sequence[str], arguments: argparse.Na
             values[section][name] = value
             if key == "train.max_steps":
                 values["train"]["epochs"] = None
-    save_every, max_steps = values["checkpoint"]["save_every"], values["train"]["max_steps"]
-    if save_every <= _STEPS_AT_RISK:
-        remedy = f"set it to {_STEPS_AT_RISK + 1} or more"
-        raise ConfigError(
-            "a drill needs more steps between two saves", where="checkpoint.save_every", value=str(save_every), remedy=remedy
-        )
-    if max_steps is not None and max_steps <= save_every + _STEPS_AT_RISK:
-        remedy = f"raise --steps above {save_every + _STEPS_AT_RISK}"
-        raise ConfigError("the run would end before its first save", where="--steps", value=str(max_steps), remedy=remedy)
+    if (save_every := values["checkpoint"]["save_every"]) <= _STEPS_AT_RISK:
+        message, remedy = "a drill needs more steps between two saves", f"set it to {_STEPS_AT_RISK + 1} or more"
+        raise ConfigError(message, where="checkpoint.save_every", value=str(save_every), remedy=remedy)
     return RunConfig.model_validate(values)
 
 
@@ -165,7 +151,7 @@ class _RunWatch:
         self.run, self.cluster, self.deadline = run, cluster, deadline
         self.steps: list[Step] = []
         self.committed: frozenset[int] = frozenset()
-        self._tail, self._shown_message = Tail(run.metrics), ""
+        self._tail, self.last_status = Tail(run.metrics), ""
         self.update_status()
 
     def poll(self) -> bool:
@@ -184,11 +170,9 @@ class _RunWatch:
     def update_status(self) -> None:
         """Ask the backend for the run's status; prints why the run is waiting."""
         status, self._status_at = self.cluster.status(self.run), time.monotonic()
-        message = status.message.splitlines()[:1]
         self.is_running = status.state in RUNNING_STATES
-        self.last_status = ": ".join([status.state, *message])
-        if status.state == "pending" and message and self.last_status != self._shown_message:
-            self._shown_message = self.last_status
+        previous, self.last_status = self.last_status, ": ".join([status.state, *status.message.splitlines()[:1]])
+        if status.state == "pending" and self.last_status != previous:
             _say(self.last_status)
 
 
@@ -205,7 +189,7 @@ def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
                 f"the run did not train beyond a checkpoint before {'the deadline' if watch.is_running else 'its end'}",
                 where=str(run.root),
                 value=watch.last_status,
-                remedy="raise --timeout" if watch.is_running else "see its logs; if it has completed, raise --steps",
+                remedy="raise --timeout" if watch.is_running else "see its logs; if it has completed, raise train.max_steps",
             )
     step, saved_step = watch.steps[-1], max(watch.committed)
     _say(f"step {step.number}, with a checkpoint of step {saved_step}: {fault}")
@@ -230,7 +214,6 @@ def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
         except LauncherError as error:
             last_status = f"{last_status}; resume: {error.problems[0].message}"
             break
-    numbers = range(1, run_store.newest_attempt(run) + 1)
     return Records(
         fault=fault,
         device=plan.topology.device,
@@ -240,8 +223,7 @@ def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
         life=step.life,
         saved_step=saved_step,
         steps=watch.steps,
-        attempts={number: run_store.read_attempt(run, number) for number in numbers},
-        exits={number: record for number in numbers if (record := run_records.read_exit(run, number)) is not None},
+        exit_record=run_records.read_exit(run, step.life[0]),
         committed=watch.committed,
         intact=frozenset(),
         resumed_attempt=resumed_attempt,

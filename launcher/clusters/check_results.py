@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from launcher import json_records
 from launcher.errors import DamagedRun, Problem
@@ -24,8 +24,6 @@ SHARED_FILE_VARIABLE = "LAUNCHER_DOCTOR_FILE"
 # Slurm truncates task output lines after 1,024 characters.
 _CHUNK_CHARS = 600
 _LINE = re.compile(r"launcher-doctor (\S+) (\d+)/(\d+) (.*)")
-# NTP keeps clocks within milliseconds, so files that a node wrote are older than the command that looks at them.
-_CLOCK_WARNING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,10 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class MachineReport:
-    """One machine's results; `clock` is its time, in seconds since the epoch, when it sent them."""
+    """One machine's results."""
 
     machine: str
     results: tuple[CheckResult, ...] = ()
-    clock: float = field(default_factory=time.time)
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -97,63 +94,41 @@ def to_lines(report: MachineReport) -> list[str]:
 class ReportReader:
     """Assembles reports from the lines of one or several machines.
 
-    Attributes:
-        reports: by machine, in the order of arrival.
-        clock_offsets: seconds by which each machine's clock was ahead of this one's when its report arrived; transfer time makes
-        a clock look behind.
+    `reports` are keyed by machine, in the order of arrival.
     """
 
     def __init__(self) -> None:
         self.reports: dict[str, MachineReport] = {}
-        self.clock_offsets: dict[str, float] = {}
         self._chunks: dict[str, dict[int, str]] = {}
 
     def read(self, lines: Iterable[str]) -> None:
-        """Feed all lines."""
+        """Add the parts of reports in these lines; ignores other lines, and those of a complete report."""
         for line in lines:
-            self.feed(line)
-
-    def feed(self, line: str) -> None:
-        """Add this line's part of a report; ignores other lines and lines of a complete report."""
-        match = _LINE.search(line.rstrip("\n"))
-        if match is None or match[1] in self.reports:
-            return
-        machine, chunks = match[1], self._chunks.setdefault(match[1], {})
-        chunks[int(match[2])] = match[4]
-        if len(chunks) < int(match[3]):
-            return
-        text = "".join(chunk for _, chunk in sorted(chunks.items()))
-        try:
-            report = json_records.decode(MachineReport, json.loads(text), f"the report of {machine}")
-        except (ValueError, DamagedRun):
-            # The node counts as not having reported.
-            return
-        self.clock_offsets[machine] = report.clock - time.time()
-        self.reports[machine] = report
+            match = _LINE.search(line.rstrip("\n"))
+            if match is None or match[1] in self.reports:
+                continue
+            machine, chunks = match[1], self._chunks.setdefault(match[1], {})
+            chunks[int(match[2])] = match[4]
+            if len(chunks) == int(match[3]):
+                text = "".join(chunk for _, chunk in sorted(chunks.items()))
+                # A machine with a damaged report counts as not having reported.
+                with suppress(ValueError, DamagedRun):
+                    self.reports[machine] = json_records.decode(MachineReport, json.loads(text), f"the report of {machine}")
 
 
-def with_differences(reports: Sequence[MachineReport], clock_offsets: Mapping[str, float] | None = None) -> list[MachineReport]:
-    """Return the reports with failures for what differs from most nodes and, given offsets, a result for each clock.
-
-    Where no value is the most common, the first report counts.
-    """
+def with_differences(reports: Sequence[MachineReport]) -> list[MachineReport]:
+    """Return the reports with failures for what differs from most nodes; if no value is the most common, the first counts."""
     texts: dict[str, Counter[str]] = {}
     for result in (result for report in reports for result in report.results if result.must_match):
         texts.setdefault(result.name, Counter())[result.seen] += 1
     usual = {name: counter.most_common(1)[0][0] for name, counter in texts.items()}
-    compared = []
-    for report in reports:
-        results = [_compared(result, usual[result.name]) if result.must_match else result for result in report.results]
-        # Reports arrive one after the other within seconds: an offset that all share comes from the transfer, not from clocks.
-        offset = (clock_offsets or {}).get(report.machine)
-        if offset is not None and len(reports) > 1:
-            remedy = "start time synchronization on the node: systemctl enable --now chronyd (or systemd-timesyncd)"
-            result = ok(f"within {_CLOCK_WARNING_S:g} s of this machine's")
-            if abs(offset) >= _CLOCK_WARNING_S:
-                result = warning(f"{abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} this machine's", remedy)
-            results.append(replace(result, name="clock"))
-        compared.append(replace(report, results=tuple(results)))
-    return compared
+    return [
+        replace(
+            report,
+            results=tuple(_compared(result, usual[result.name]) if result.must_match else result for result in report.results),
+        )
+        for report in reports
+    ]
 
 
 def _compared(result: CheckResult, usual: str) -> CheckResult:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 
 from launcher.clusters.check_results import (
     FAILURE,
@@ -18,8 +17,8 @@ from launcher.clusters.check_results import (
 )
 
 
-def report(machine: str, *results: CheckResult, clock: float | None = None) -> MachineReport:
-    return MachineReport(machine, results, time.time() if clock is None else clock)
+def report(machine: str, *results: CheckResult) -> MachineReport:
+    return MachineReport(machine, results)
 
 
 def test_reports_are_read_from_mixed_lines_of_several_machines() -> None:
@@ -30,18 +29,14 @@ def test_reports_are_read_from_mixed_lines_of_several_machines() -> None:
     assert max(map(len, lines)) < 1000
     random.Random(1).shuffle(lines)
     reader = ReportReader()
-    for line in ["salloc: Granted job allocation 7", "", *(f"{line}\n" for line in lines)]:
-        reader.feed(line)
+    reader.read(["salloc: Granted job allocation 7", "", *(f"{line}\n" for line in lines)])
     assert sorted(reader.reports.values(), key=lambda each: each.machine) == sent
-    assert all(abs(offset) < 60 for offset in reader.clock_offsets.values())
 
 
 def test_a_report_that_is_cut_off_does_not_count() -> None:
     reader = ReportReader()
-    for line in to_lines(report("n1", CheckResult("limits", OK, "x" * 2000)))[:-1]:
-        reader.feed(line)
-    reader.feed('launcher-doctor n2 1/1 {"machine": "n2", "results"')
-    reader.feed('launcher-doctor n3 1/1 {"machine": "n3", "results": 7, "clock": 0}')
+    reader.read(to_lines(report("n1", CheckResult("limits", OK, "x" * 2000)))[:-1])
+    reader.read(['launcher-doctor n2 1/1 {"machine": "n2", "results"', 'launcher-doctor n3 1/1 {"machine": "n3", "results": 7}'])
     assert reader.reports == {}
 
 
@@ -57,14 +52,6 @@ def test_a_node_that_differs_from_most_others_fails() -> None:
         ("n1", "nodes differ in packages: torch 2.8; most nodes: torch 2.9")
     ]
     assert [each.results for each in others] == [each.results for each in reports[1:]]
-
-
-def test_a_clock_that_is_off_is_a_warning_only_between_several_nodes() -> None:
-    reports = [report("n1"), report("n2")]
-    results = [each.results[0] for each in with_differences(reports, {"n1": 0.1, "n2": -90.0})]
-    assert [(result.name, result.verdict) for result in results] == [("clock", OK), ("clock", WARNING)]
-    assert results[1].seen == "90 s behind this machine's"
-    assert with_differences(reports[:1], {"n1": 90.0})[0].results == ()
 
 
 def test_the_worst_verdict_is_that_of_all() -> None:

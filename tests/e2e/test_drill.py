@@ -48,7 +48,7 @@ def test_slurm_restarts_a_killed_rank_in_its_allocation(launch_here: Launch, slu
     """tests/e2e/test_slurm_life.py preempts a job as the drill does; tests/cli/test_drill.py judges what follows."""
     killed = drill(launch_here, "kill-rank", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert (killed["action"], killed["host"]) == ("SIGKILL to rank 1", "n2")
-    assert killed["continued"].startswith("in the same allocation (job ")
+    assert killed["continued"].startswith("in the same allocation, restart ")
     assert killed["lost_steps"] == killed["replayed_steps"] == killed["reached_step"] - killed["resumed_step"]
     assert killed["trains_again_s"] < 60 * slowness()
     assert slurm.output("squeue", "-h") == ""

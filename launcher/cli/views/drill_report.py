@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.clusters.faults import InjectedFault
-from launcher.run_records import Attempt, ExitRecord
+from launcher.run_records import ExitRecord
 
 # An attempt and the number of restarts of its ranks by the node agents: one life of all ranks.
 Life = tuple[int, int]
@@ -30,7 +30,7 @@ class Records:
     Attributes:
         injected, life, saved_step: the fault, the life of the run that it hit, and the newest checkpoint at that time.
         steps: in the order of training.
-        exits: exit records by attempt.
+        exit_record: of the attempt that was hit; None if the attempt continued.
         committed, intact: steps of all checkpoints that the drill saw, and of those that are complete at the end.
         resumed_attempt: the attempt that the drill started with `resume`, as a user would; None if the run continued by itself.
         last_status: last state and message of the run before that.
@@ -44,8 +44,7 @@ class Records:
     life: Life
     saved_step: int
     steps: Sequence[Step]
-    attempts: Mapping[int, Attempt]
-    exits: Mapping[int, ExitRecord]
+    exit_record: ExitRecord | None
     committed: frozenset[int]
     intact: frozenset[int]
     resumed_attempt: int | None
@@ -98,7 +97,6 @@ def judge(records: Records) -> dict[str, Any]:
         "trains_again_s": again[0].time - at if again else None,
         "caught_up_s": beyond[0].time - at if beyond else None,
         "checkpoints_kept": sorted(records.intact),
-        "checkpoints_lost": lost,
         "replayed_steps": len(replayed),
         "differing_steps": num_differing,
         "problems": problems,
@@ -108,22 +106,18 @@ def judge(records: Records) -> dict[str, Any]:
 
 def _describe(records: Records, again: Sequence[Step]) -> tuple[str, str]:
     """Return why the life that was hit ended, from the run's records or the cluster, and how the run continued."""
-    attempt = records.life[0]
-    record = records.exits.get(attempt)
     number, restart = again[0].life if again else (0, 0)
-    if record is not None:
+    is_same = number == records.life[0]
+    if (record := records.exit_record) is not None:
         happened = " ".join(f"{record.cause or record.state}: {record.message}".split())
     else:
-        happened = "the node agents restarted all ranks" if number == attempt else records.last_status
+        happened = "the node agents restarted all ranks" if is_same else records.last_status
     if not again:
         return happened, "no"
-    if number == records.resumed_attempt:
-        return happened, f"as attempt {number}, which the drill started, as a user would (python -m launcher resume)"
-    job, before = records.attempts[number].job, records.attempts[attempt].job
-    where = f"job {job}" if job else "this machine"
-    if number == attempt:
-        return happened, f"in the same allocation ({where}), restart {restart} of its ranks"
-    return happened, f"as attempt {number}, {'requeued as the same' if job == before else 'submitted again as another'} {where}"
+    if is_same:
+        return happened, f"in the same allocation, restart {restart} of its ranks"
+    who = "the drill, as a user would (python -m launcher resume)" if number == records.resumed_attempt else "the launcher"
+    return happened, f"as attempt {number}, started by {who}"
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 
 import psutil
@@ -25,7 +24,6 @@ from launcher.errors import describe
 from launcher.hardware import may_use_gpus
 from launcher.nvml import GpuInfo, NvmlError
 from launcher.plan.gpu_types import lookup, recognize
-from launcher.train.monitoring.xids import BROKEN
 from launcher.worker.checks.checked_node import CheckedNode, run_python
 
 COMMAND_DEADLINE_S = 20.0
@@ -41,54 +39,11 @@ _SLOW_GB_PER_S = 5.0
 _MAX_USED_FRACTION = 0.05
 # System services, which may hold memory on any GPU.
 _SERVICES = re.compile(r"nvidia-cuda-mps|dcgm|nv-hostengine")
-# Users choose the process and file names in other log lines; in the driver's lines, its name follows the time.
-_XID_LINE = re.compile(r"(?:\[[^]]*\] *){0,2}(NVRM: Xid \(PCI:([0-9a-fA-F:]+)(?:\.[0-9a-fA-F]+)?(?: GPU-I:\d+)?\): (\d+),.*)")
 _EXCLUDE = "exclude this node and tell the administrators"
 
 
-def _lacking_lanes(gpu: GpuInfo) -> str:
-    used, most = gpu.pcie_lanes, gpu.most_pcie_lanes
-    return f"{used} of {most} lanes" if used and most and used < most else ""
-
-
-# A GPU that computes wrongly or not at all is a failure, a slow one a warning: the message, the remedy, and what is wrong with a
-# GPU, empty if nothing is.
-_STATES: tuple[tuple[Callable[[str, str], CheckResult], str, str, Callable[[GpuInfo], str]], ...] = (
-    (
-        failure,
-        "GPUs had memory errors that could not be corrected",
-        "exclude this node and ask the administrators to reset the GPU",
-        lambda gpu: f"{gpu.ecc_errors} errors" if gpu.ecc_errors else "",
-    ),
-    (
-        failure,
-        "the NVLink fabric of GPUs is not ready, and CUDA cannot start without it",
-        "restart the fabric manager on the node (systemctl restart nvidia-fabricmanager), or exclude this node",
-        lambda gpu: gpu.fabric_problem,
-    ),
-    (
-        warning,
-        "the NVLink fabric of GPUs has less bandwidth than it should",
-        "ask the administrators to check NVLink and its switches, or exclude this node",
-        lambda gpu: "degraded" if gpu.is_fabric_degraded else "",
-    ),
-    (
-        warning,
-        "a GPU's PCIe link has fewer lanes than the GPU and its slot",
-        "ask the administrators to reseat the GPU, or exclude this node",
-        _lacking_lanes,
-    ),
-    (
-        warning,
-        "the clocks of GPUs are lowered before the run uses them",
-        "check the node's cooling and power supply, or exclude this node",
-        lambda gpu: " and ".join(gpu.slowdowns),
-    ),
-)
-
-
 def check_gpus(node: CheckedNode) -> Iterator[CheckResult]:
-    """Check number, type, memory errors, faults in the kernel log, NVLink, PCIe, clocks, and who holds their memory."""
+    """Check number, type, memory errors, clocks, and who holds their memory."""
     section = node.config.cluster
     if not may_use_gpus():
         seen = "CUDA_VISIBLE_DEVICES hides all GPUs" if nvml.has_driver() else "no NVIDIA driver is loaded"
@@ -99,7 +54,6 @@ def check_gpus(node: CheckedNode) -> Iterator[CheckResult]:
         gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
     except NvmlError as error:
         yield failure(f"the GPUs cannot be used: {error}", _EXCLUDE)
-        yield from _check_kernel_log(None)
         return
     names = Counter(gpu.name for gpu in gpus)
     # Ranks of a run may be on some GPUs of a node only.
@@ -116,58 +70,32 @@ def check_gpus(node: CheckedNode) -> Iterator[CheckResult]:
     if unknown := sorted(name for name in names if node.plan is None and recognize(name) is None):
         remedy = "set cluster.gpu_type to the closest type, or add a row: docs/extending.md, A GPU type"
         yield warning(f"memory, peak and price are not known for {', '.join(unknown)}", remedy)
-    for result, message, state_remedy, describe_state in _STATES:
-        if bad := [f"{gpu.name} {gpu.uuid}: {text}" for gpu in gpus if (text := describe_state(gpu))]:
-            yield result(f"{message}: {', '.join(bad)}", state_remedy)
-    # A lost GPU has no entry: if some are missing, any fault in the log may be the reason.
-    yield from _check_kernel_log({gpu.bus_id for gpu in gpus} if len(gpus) >= node.num_ranks else None)
+    for gpu in gpus:
+        if gpu.ecc_errors:
+            seen = f"a GPU had memory errors that could not be corrected: {gpu.name} {gpu.uuid}: {gpu.ecc_errors} errors"
+            yield failure(seen, "exclude this node and ask the administrators to reset the GPU")
+        if gpu.slowdowns:
+            seen = f"the clocks of a GPU are lowered before the run uses it: {gpu.name} {gpu.uuid}: {' and '.join(gpu.slowdowns)}"
+            yield warning(seen, "check the node's cooling and power supply, or exclude this node")
     yield from _check_memory(gpus, node)
-
-
-def _check_kernel_log(buses: set[str] | None) -> Iterator[CheckResult]:
-    """Yield the faults since boot of the GPUs at `buses` (None for all GPUs); none if the log is unreadable."""
-    try:
-        process = subprocess.Popen(["dmesg"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        output = process.communicate(timeout=COMMAND_DEADLINE_S)[0].decode(errors="replace")
-    except OSError:
-        return
-    except subprocess.TimeoutExpired:
-        # A process that hangs in the driver cannot be killed, nor waited for.
-        process.kill()
-        return
-    # splitlines() would also split at characters that may occur in a name.
-    matches = [match for match in map(_XID_LINE.match, output.split("\n")) if match]
-    faults = {(match[2].lower(), int(match[3])): match[1] for match in matches if int(match[3]) in BROKEN}
-    for (bus, number), line in faults.items():
-        if buses is None or bus in buses:
-            remedy = "exclude this node, and ask the administrators to reset or replace the GPU and then to clear the kernel's "
-            remedy += "log (dmesg --clear)"
-            yield failure(f"a GPU has a fault, Xid {number}: {BROKEN[number]}: {line}", remedy)
 
 
 def _check_memory(gpus: list[GpuInfo], node: CheckedNode) -> Iterator[CheckResult]:
     """Yield a failure for each foreign process that holds GPU memory, such as leftovers of an earlier job."""
     this, deadline = psutil.Process(), time.monotonic() + GRACE_S
     own_pids = {process.pid for process in (this, *this.children(recursive=True))}
-    at_first: set[int] | None = None
-    while True:
-        others = [
-            (gpu.uuid, process)
-            for gpu in gpus
-            for process in gpu.processes
-            if process.pid not in own_pids and not _SERVICES.search(process.name)
-        ]
-        # A local run does not wait for its check: others that appear meanwhile may be its ranks.
-        at_first = at_first if at_first is not None else {process.pid for _, process in others}
-        others = [(uuid, process) for uuid, process in others if process.pid in at_first]
-        if not others or time.monotonic() >= deadline:
-            break
+    others = [
+        (gpu.uuid, process)
+        for gpu in gpus
+        for process in gpu.processes
+        if process.pid not in own_pids and not _SERVICES.search(process.name)
+    ]
+    while others and time.monotonic() < deadline:
         time.sleep(_PAUSE_S)
-        try:
-            gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
-        except NvmlError as error:
-            yield failure(f"the processes on the GPUs cannot be listed: {error}", _EXCLUDE)
-            return
+        gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
+        # A local run does not wait for its check: others that appear meanwhile may be its ranks.
+        present = {process.pid for gpu in gpus for process in gpu.processes}
+        others = [(uuid, process) for uuid, process in others if process.pid in present]
     for uuid, process in others:
         try:
             owner = psutil.Process(process.pid).username()

@@ -29,12 +29,6 @@ _SHARED_MEMORY_BYTES, _SHARED_MEMORY_OF_GPUS_BYTES = 64 << 20, 1 << 30
 ADAPTERS, ADAPTER_DEVICES = Path("/sys/class/infiniband"), Path("/dev/infiniband")
 OWN_STATUS = Path("/proc/self/status")
 _CAP_IPC_LOCK = 14
-OWN_CGROUPS = Path("/proc/self/cgroup")
-# The cgroup v2 hierarchy names no controllers; https://man7.org/linux/man-pages/man7/cgroups.7.html
-CGROUP_MEMORY = {
-    "": (Path("/sys/fs/cgroup"), "memory.max"),
-    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
-}
 _PACKAGES = (
     *("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "numpy", "safetensors", "liger-kernel"),
     *("huggingface-hub", "ray", "flash-attn", "flash-attn-3", "flash-attn-4"),
@@ -60,7 +54,7 @@ _TRY_LIGER = (
 
 def check_memory(node: CheckedNode) -> Iterator[CheckResult]:
     """Compare the main memory that this job may use with what the plan offloads to it."""
-    available = available_memory_bytes()
+    available = min(filter(None, (psutil.virtual_memory().available, LimitEvents.read().memory_bytes)))
     needed_gib = node.plan.memory.host_per_node_gib if node.plan is not None else 0.0
     if available / 2**30 < needed_gib:
         seen = f"there is too little main memory for the offloaded states: {format_size(available)} available, "
@@ -68,21 +62,6 @@ def check_memory(node: CheckedNode) -> Iterator[CheckResult]:
         yield failure(f"{seen}{needed_gib:.1f} GiB needed", remedy)
     else:
         yield ok(f"{len(os.sched_getaffinity(0))} CPU cores, {format_size(available)} of main memory available")
-
-
-def available_memory_bytes() -> int:
-    """Return the available main memory in bytes, limited by this process's control groups."""
-    limits = [psutil.virtual_memory().available]
-    for line in OWN_CGROUPS.read_text().splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers not in CGROUP_MEMORY:
-            continue
-        folder, file = CGROUP_MEMORY[controllers]
-        for level in (Path(group), *Path(group).parents):
-            # `max` is not a number, the root has no limit, and a container may not see the levels above it.
-            with contextlib.suppress(OSError, ValueError):
-                limits.append(int((folder / level.relative_to("/") / file).read_text()))
-    return min(limits)
 
 
 def check_shared_memory(node: CheckedNode) -> Iterator[CheckResult]:

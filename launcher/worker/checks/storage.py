@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,8 +27,6 @@ _NUM_CHUNKS = 32
 _SLOW_BYTES_PER_S = 100e6
 _CHECKPOINT_MARGIN = 1.2
 _LITTLE_BYTES, _TOO_LITTLE_BYTES = 20 << 30, 1 << 30
-# A run writes a few hundred files, plus more for each checkpoint.
-_FEW_INODES = 10_000
 _SHARED_REMEDY = "set run.root to a folder on storage that all nodes share"
 
 
@@ -58,18 +57,15 @@ def check_run_storage(node: CheckedNode) -> Iterator[CheckResult]:
         seen = f"{NO_ROOM if no_room else 'the run directory cannot be written'}: {error.strerror}: {folder}"
         yield failure(seen, "check its permissions, its quota and that it is mounted for writing; or set run.root")
         return
-    status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
+    free = shutil.disk_usage(folder).free
     needed = int(_CHECKPOINT_MARGIN * node.plan.checkpoint_bytes) if node.plan is not None else _TOO_LITTLE_BYTES
     remedy = "free space on it, or set run.root to another disk"
-    # Some file systems do not count inodes and report 0.
-    inodes = f", {status.f_favail:,} inodes" if status.f_files else ""
     if free < needed:
         yield failure(f"{NO_ROOM} for a checkpoint: {root}: {format_size(free)} free, {format_size(needed)} needed", remedy)
-    elif node.plan is None and (free < _LITTLE_BYTES or (status.f_files and status.f_favail < _FEW_INODES)):
-        yield warning(f"{format_size(free)}{inodes} free beside the runs, which is little", remedy)
+    elif node.plan is None and free < _LITTLE_BYTES:
+        yield warning(f"{format_size(free)} free beside the runs, which is little", remedy)
     else:
-        yield ok(f"{format_size(free)}{inodes} free beside the runs")
+        yield ok(f"{format_size(free)} free beside the runs")
 
 
 def _exercise(folder: Path, root: Path, num_chunks: int) -> Iterator[CheckResult]:
@@ -86,12 +82,9 @@ def _exercise(folder: Path, root: Path, num_chunks: int) -> Iterator[CheckResult
     renamed, started = folder / "committed", time.perf_counter()
     os.replace(file, renamed)
     with open(renamed, "rb", buffering=0) as opened:
-        is_intact = all(opened.read(_CHUNK_BYTES) == chunk for _ in range(num_chunks))
+        while opened.read(_CHUNK_BYTES):
+            pass
     read_s = time.perf_counter() - started
-    if not is_intact:
-        seen = f"the run directory returned different content from what was written: {root}"
-        yield failure(seen, "ask the administrators to check the storage")
-        return
     num_bytes = _CHUNK_BYTES * num_chunks
     kind = filesystem_type(folder, Path("/proc/self/mountinfo").read_text()) or "unknown"
     seen = f"{root} on {kind}: writes {num_bytes / write_s / 1e6:,.0f} MB/s, reads {num_bytes / read_s / 1e6:,.0f} MB/s"
@@ -139,8 +132,7 @@ def check_caches(node: CheckedNode) -> Iterator[CheckResult]:
         yield failure(problem.message, problem.remedy)
     for variable, cache in (("LAUNCHER_CACHE", cache_path()), ("HF_HOME", hub)):
         folder = existing_folder(cache.expanduser().absolute())
-        status = os.statvfs(folder)
-        free, remedy = status.f_bavail * status.f_frsize, f"set {variable} to a folder on another disk"
+        free, remedy = shutil.disk_usage(folder).free, f"set {variable} to a folder on another disk"
         if not os.access(folder, os.W_OK | os.X_OK):
             yield (failure if variable == "LAUNCHER_CACHE" else warning)(f"{cache} cannot be written", remedy)
         elif free < _LITTLE_BYTES:

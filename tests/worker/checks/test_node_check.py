@@ -141,30 +141,6 @@ def test_a_run_directory_that_cannot_be_written_is_a_problem(planned: Planned) -
     assert [file.name for file in run.attempt(1).iterdir()] == ["attempt.json"]
 
 
-@pytest.mark.parametrize(
-    "own, limits, gib",
-    [
-        ("0::/slurm/job_7/step_0/task_0\n", {"v2/slurm/job_7/memory.max": 2 << 30, "v2/slurm/memory.max": "max"}, 2.0),
-        (
-            "9:pids:/x\n4:memory:/slurm/uid_0/job_7\n0::/\n",
-            {"v1/slurm/uid_0/job_7/memory.limit_in_bytes": 1 << 30, "v1/memory.limit_in_bytes": (1 << 63) - 4096},
-            1.0,
-        ),
-    ],
-)
-def test_available_memory_is_limited_by_the_control_groups(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, limits: dict[str, int | str], gib: float
-) -> None:
-    (tmp_path / "own").write_text(own)
-    for file, limit in limits.items():
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text(f"{limit}\n")
-    roots = {"": (tmp_path / "v2", "memory.max"), "memory": (tmp_path / "v1", "memory.limit_in_bytes")}
-    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(machine, "CGROUP_MEMORY", roots)
-    assert machine.available_memory_bytes() == gib * 2**30
-
-
 @pytest.mark.parametrize(("device", "num_ranks", "is_enough"), [("cuda", 8, False), ("cuda", 1, True), ("cpu", 8, True)])
 def test_gpus_of_one_node_need_more_shared_memory_than_a_container_gets(
     node_of: OfConfig, monkeypatch: pytest.MonkeyPatch, device: str, num_ranks: int, is_enough: bool
@@ -271,25 +247,8 @@ def test_a_kernel_for_another_torch_fails_with_the_last_line_of_its_traceback(
     assert "flash-attn-3 is not installed" in failures(machine.check_kernels(node_of("model.attention=flash_attention_3")))[0]
 
 
-@pytest.fixture
-def dmesg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The kernel's log, which `dmesg` prints."""
-    log, program = tmp_path / "kernel.log", tmp_path / "bin/dmesg"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\ncat {log}\n")
-    program.chmod(0o700)
-    log.touch()
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    return log
-
-
-def test_sound_gpus_of_the_planned_kind_pass(
-    driver: Callable[..., None], planned: Planned, node_of: OfConfig, dmesg: Path
-) -> None:
+def test_sound_gpus_of_the_planned_kind_pass(driver: Callable[..., None], planned: Planned, node_of: OfConfig) -> None:
     driver({**H100, "processes": [(os.getpid(), 500, "python")]}, OTHER)
-    dmesg.write_text(
-        "NVRM: Xid (PCI:0000:3b:00): 13, pid=99, Graphics Exception\nNVRM: Xid (PCI:0000:d8:00): 79, another job's GPU\n"
-    )
     node = replace(node_of("cluster.gpu_type=H100-80GB", device="cuda"), num_ranks=2)
     first, memory = gpus.check_gpus(node)
     assert (first.verdict, first.seen, first.must_match) == (OK, f"2 x {H100['name']}", True)
@@ -300,44 +259,28 @@ def test_sound_gpus_of_the_planned_kind_pass(
 
 
 @pytest.mark.parametrize(
-    ("gpu", "log", "verdict", "words"),
+    ("gpu", "verdict", "words"),
     [
-        ({"name": "NVIDIA A100-SXM4-80GB"}, "", FAILURE, "NVIDIA A100-SXM4-80GB found, H100-80GB planned"),
-        ({"ecc": 3}, "", FAILURE, "GPU-bbbb: 3 errors"),
-        ({"fabric": (2, 0, 0)}, "", FAILURE, "GPU-bbbb: still starting"),
-        ({"fabric": (3, 0, 1)}, "", WARNING, "GPU-bbbb: degraded"),
-        ({"lanes": (8, 16)}, "", WARNING, "GPU-bbbb: 8 of 16 lanes"),
-        ({"slowdowns": 0x80}, "", WARNING, "GPU-bbbb: power brake"),
-        ({"free_gib": 20}, "", WARNING, "GPU-bbbb: 20.0 of 80.0 GiB free"),
+        ({"name": "NVIDIA A100-SXM4-80GB"}, FAILURE, "NVIDIA A100-SXM4-80GB found, H100-80GB planned"),
+        ({"ecc": 3}, FAILURE, "GPU-bbbb: 3 errors"),
+        ({"slowdowns": 0x80}, WARNING, "GPU-bbbb: power brake"),
+        ({"free_gib": 20}, WARNING, "GPU-bbbb: 20.0 of 80.0 GiB free"),
         (
             {"processes": [(999999999, 700, "stale")]},
-            "",
             FAILURE,
             "process 999999999 (stale) of an unknown user: 700 MiB of GPU-bbbb",
         ),
-        ({}, "[9.1] NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.", FAILURE, "Xid 79: fallen off the bus"),
-        ({}, "[9.1] [ T77] NVRM: Xid (PCI:0000:AF:00 GPU-I:05): 48, DBE", FAILURE, "Xid 48: uncorrectable"),
     ],
 )
 def test_an_unfit_or_slow_gpu_is_reported(
-    driver: Callable[..., None], node_of: OfConfig, dmesg: Path, gpu: dict[str, object], log: str, verdict: str, words: str
+    driver: Callable[..., None], node_of: OfConfig, gpu: dict[str, object], verdict: str, words: str
 ) -> None:
     driver(H100, {**OTHER, **gpu})
-    dmesg.write_text(log)
     results = gpus.check_gpus(replace(node_of("cluster.gpu_type=H100-80GB", device="cuda"), num_ranks=2))
     (found,) = [result for result in results if result.verdict != OK]
     assert found.verdict == verdict
     assert words in found.seen
     assert found.remedy
-
-
-def test_the_name_of_a_users_program_is_no_fault(driver: Callable[..., None], node_of: OfConfig, dmesg: Path) -> None:
-    """The kernel logs the names of crashed processes and files, which may look like a fault."""
-    driver(H100)
-    dmesg.write_text(
-        "[9.1] traps: \rNVRM: Xid (PCI:0000:3b:00): 79, x[77] trap divide error in \u2028NVRM: Xid (PCI:0000:3b:00): 79, x\n"
-    )
-    assert failures(gpus.check_gpus(node_of(device="cuda"))) == []
 
 
 def test_a_driver_that_fails_or_is_missing_is_a_failure_for_runs_on_gpus(
@@ -351,7 +294,7 @@ def test_a_driver_that_fails_or_is_missing_is_a_failure_for_runs_on_gpus(
 
 
 def test_the_check_waits_for_a_process_that_is_ending(
-    driver: Callable[..., None], node_of: OfConfig, dmesg: Path, monkeypatch: pytest.MonkeyPatch
+    driver: Callable[..., None], node_of: OfConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpus, "GRACE_S", 60.0)
     driver({**H100, "processes": [(999999998, 5, "python")]})
@@ -360,14 +303,14 @@ def test_the_check_waits_for_a_process_that_is_ending(
     assert failures(gpus.check_gpus(node_of(device="cuda"))) == []
 
 
-def test_a_slow_gpu_is_an_alert_and_a_missing_one_a_problem(driver: Callable[..., None], planned: Planned, dmesg: Path) -> None:
+def test_a_slow_gpu_is_an_alert_and_a_missing_one_a_problem(driver: Callable[..., None], planned: Planned) -> None:
     made, run = planned("cluster.ranks_per_node=4")
-    driver({**H100, "lanes": (4, 16)})
+    driver({**H100, "slowdowns": 0x80})
     (problem,) = [each for each in check_node(on_gpus(made), 1).problems if "GPU" in each.message]
     assert "1 found, 4 needed" in problem.message
     (alert,) = read_events(run.events)
     assert alert["kind"] == "alert"
-    assert alert["text"].startswith(f"{HOST}: a GPU's PCIe link has fewer lanes")
+    assert alert["text"].startswith(f"{HOST}: the clocks of a GPU are lowered")
 
 
 @pytest.mark.rest
@@ -388,7 +331,7 @@ def test_storage_is_measured_and_left_as_it_was(node_of: OfConfig, tmp_path: Pat
     speed, room = storage.check_run_storage(node_of())
     assert speed.verdict in (OK, WARNING)
     assert "MB/s" in speed.seen
-    assert "inodes free" in room.seen
+    assert "free" in room.seen
     assert list(tmp_path.iterdir()) == []
 
 
