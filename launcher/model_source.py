@@ -7,7 +7,6 @@ torch.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.util
 import json
@@ -92,7 +91,9 @@ def check_model(model: ModelSection) -> list[Problem]:
         elif is_local_path(value):
             local = Path(value).expanduser()
             if not local.is_dir():
-                problems.append(_missing_folder(key, value, local))
+                reason = "this is a file, not a folder" if local.exists() else "there is no such folder"
+                remedy = f"check the path; relative ones start at {Path.cwd()}"
+                problems.append(Problem(f"{key}: {reason}", key, value, remedy))
             elif key == "model.path":
                 problems += folder_problems(local, model)
             else:
@@ -122,15 +123,6 @@ def _check_code_of_run(value: str, model: ModelSection) -> list[Problem]:
 def local_folder(value: str) -> str:
     """Return ./owner/name if a folder or file of that name exists (it precedes a Hub repository), else the value."""
     return f"./{value}" if HUB_ID_PATTERN.fullmatch(value) and Path(value).exists() else value
-
-
-def _missing_folder(key: str, value: str, folder: Path) -> Problem:
-    beside = {path.name.casefold(): path for path in folder.parent.iterdir() if path.is_dir()} if folder.parent.is_dir() else {}
-    similar = [str(beside[name]) for name in difflib.get_close_matches(folder.name.casefold(), beside, n=3, cutoff=0.5)]
-    guess = f"did you mean {' or '.join(similar)}? " if similar else ""
-    reason = "this is a file, not a folder" if folder.exists() else "there is no such folder"
-    remedy = f"{guess}check the path; relative ones start at {Path.cwd()}"
-    return Problem(f"{key}: {reason}", where=key, value=value, remedy=remedy)
 
 
 def _missing_package(key: str, value: str) -> Problem:

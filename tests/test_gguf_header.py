@@ -52,9 +52,7 @@ def long_array(data: bytes) -> bytes:
     [
         lambda data: data[:60],
         lambda data: b"GGML" + data[4:],
-        lambda data: data[:4] + b"\x09" + data[5:],
         lambda data: b"",
-        lambda data: data[:20],
         lambda data: data[:24] + b"\xff" * 8 + data[32:],
         long_array,
     ],

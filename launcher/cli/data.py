@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def run(verb: str, tokens: list[str]) -> int:
             config = facts.resolve(composed.config, hardware.device)
             facts.check(config)
             check_extra(config)
-        report = _cached_report(config, chosen.num_shown) or prepare(config, show=chosen.num_shown)["report"]
+        report = _cached_report(config, chosen.show) or prepare(config, show=chosen.show)["report"]
         if note := model_source.weights_note(config.model):
             print(f"note: {note}", file=sys.stderr, flush=True)
         present(report, config, chosen, facts.id_problem(report["cache_dir"], model_source.read_model_facts(config.model)))
@@ -98,14 +97,7 @@ def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
     )
 
 
-@dataclass(frozen=True)
-class Options:
-    as_json: bool = False
-    html: Path | None = None
-    num_shown: int = 0
-
-
-def options(tokens: Sequence[str]) -> tuple[Options, list[str]]:
+def options(tokens: Sequence[str]) -> tuple[Namespace, list[str]]:
     """Parse the options of the verb; return them and the remaining words for Hydra.
 
     Raises:
@@ -116,8 +108,9 @@ def options(tokens: Sequence[str]) -> tuple[Options, list[str]]:
     parser.add_argument("--html", metavar="FILE", type=Path)
     parser.add_argument("--show", metavar="N", type=_count, default=0)
     chosen, overrides = parser.parse_known_args(tokens)
-    html = html_page.require_writable_page(chosen.html) if chosen.html is not None else None
-    return Options(chosen.json, html, chosen.show), overrides
+    if chosen.html is not None:
+        chosen.html = html_page.require_writable_page(chosen.html)
+    return chosen, overrides
 
 
 def _count(value: str) -> int:
@@ -126,7 +119,7 @@ def _count(value: str) -> int:
     return int(value)
 
 
-def present(report: dict[str, Any], config: RunConfig, chosen: Options, problem: Problem | None = None) -> None:
+def present(report: dict[str, Any], config: RunConfig, chosen: Namespace, problem: Problem | None = None) -> None:
     """Print the report, and write the HTML page if --html is given; `problem` concerns data and model together.
 
     Raises:
@@ -136,7 +129,7 @@ def present(report: dict[str, Any], config: RunConfig, chosen: Options, problem:
         from launcher.cli.pages import data_html
 
         html_page.write(chosen.html, data_html.page(report, config.data.name))
-    if chosen.as_json:
+    if chosen.json:
         print(json.dumps(report, indent=2))
     else:
         from launcher.cli.views import data_view

@@ -6,12 +6,13 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from launcher.config.sections.data import DataSection, Source
+from launcher.config.sections.data import DataSection
 from launcher.data import row_layout, sources
 from launcher.data.checks import inspection
 from launcher.data.sources import RowProblems
@@ -25,7 +26,6 @@ from launcher.data.tokenization.batch_encoder import (
     PieceTable,
     is_below,
 )
-from launcher.data.tokenization.encoder import UnusableTokenizer
 from launcher.errors import DataError
 
 # More prompts than are kept, because the checks may drop some of their documents.
@@ -77,21 +77,14 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     """Read and encode all documents; append their tokens to `spool`.
 
     Raises:
-        DataError: if the tokenizer or a template cannot be used, together with the unusable rows; or if no row can be used.
+        DataError: if the tokenizer or a template cannot be used, or no row can be used.
     """
-    try:
-        return _read_corpus(data, tokenizer_path, spool, on_progress)
-    except UnusableTokenizer as error:
-        problems = RowProblems()
-        for source in sources.list_inputs(data):
-            if source.is_read:
-                problems.merge(sources.find_row_problems(source))
-        raise DataError([*error.problems, *problems.refused(data.checks).to_list()]) from error
-
-
-def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenSpool, on_progress: Progress) -> EncodedCorpus:
     problems = RowProblems()
-    total = sum(_count_rows(source) for source in sources.list_inputs(data) if source.is_read)
+    total = 0
+    for source in sources.list_inputs(data):
+        # Reading reports an unreadable source.
+        with suppress(DataError):
+            total += sources.count_rows(source) if source.is_read else 0
     on_progress("tokenize", 0, total)
     docs: list[DocumentTable] = []
     pieces: list[PieceTable] = []
@@ -122,14 +115,6 @@ def _read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.Token
     table = replace(table, held_out=_divide_common_prompts(table, data.eval_fraction))
     chosen = [prompt for prompt in (*prompts[True], *prompts[False]) if table.held_out[prompt.doc]]
     return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions, problems, bad_rows)
-
-
-def _count_rows(source: Source) -> int:
-    """Return an upper bound of the number of rows; 0 for an unreadable source, which reading reports."""
-    try:
-        return sources.count_rows(source)
-    except DataError:
-        return 0
 
 
 def _encode(data: DataSection, tokenizer_path: str, problems: RowProblems, bad_rows: np.ndarray) -> Iterator[EncodedBatch]:

@@ -32,7 +32,7 @@ def repository_folders(repo_id: str, kind: str = MODELS) -> Iterator[Path]:
     """
     caches = [_hub_cache()] if _problem() is None else [own_folder(), _hub_cache()]
     for cache in caches:
-        folder = cache / _folder_name(repo_id, kind)
+        folder = cache / f"{kind}--{repo_id.replace('/', '--')}"
         if cache == own_folder() and folder.exists():
             mark_used(folder)
         yield folder
@@ -87,10 +87,6 @@ def _hub_cache() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE)
-
-
-def _folder_name(repo_id: str, kind: str) -> str:
-    return f"{kind}--{repo_id.replace('/', '--')}"
 
 
 @functools.cache

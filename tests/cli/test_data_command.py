@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -43,17 +40,6 @@ def leaking(rows: Path, tmp_path: Path) -> tuple[str, ...]:
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text(rows.read_text().splitlines()[3] + "\n" + '{"prompt": "another?", "completion": " yes"}\n')
     return (*SETTINGS, f"data.path={rows}", f"data.eval_path={held_out}", "data.eval_fraction=0")
-
-
-@pytest.fixture
-def own_cache(launch_here: Run, rows: Path, launcher_cache: Path, tmp_path: Path) -> dict[str, str]:
-    """The environment for a cache without data. It shares the session's models: converting one takes longer than a test."""
-    done = launch_here("data", *SETTINGS, f"data.path={rows}", "data.eval_fraction=0", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    (folder / "models").symlink_to(launcher_cache / "models")
-    return {"LAUNCHER_CACHE": str(folder)}
 
 
 @pytest.mark.rest
@@ -109,7 +95,7 @@ def test_token_ids_beyond_the_embedding_refuse_the_report_as_they_refuse_the_pla
     launch_here: Run, rows: Path, tmp_path: Path
 ) -> None:
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "model.config.vocab_size=100")
-    for verb in ("data", "plan", "data"):
+    for verb in ("data", "plan"):
         refused = launch_here(verb, *settings, cwd=tmp_path)
         assert refused.returncode == 2, refused.stdout
         assert "but the model's embedding has 100 rows" in refused.stderr
@@ -169,40 +155,6 @@ def test_a_finished_cache_is_reported_without_a_second_process(
     assert imported(done.stderr).isdisjoint({"launcher.run_store", "launcher.cli.follow", "launcher.cli.launch"})
 
 
-def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path, stderr: int | None = None) -> str:
-    """Return all that a command writes to a terminal, including standard error unless `stderr` is given."""
-    parent, child = pty.openpty()
-    try:
-        process = subprocess.Popen(command, stdout=child, stderr=child if stderr is None else stderr, env=environment, cwd=cwd)
-        os.close(child)
-        written = bytearray()
-        while True:
-            try:
-                piece = os.read(parent, 1 << 16)
-            except OSError:
-                break
-            if not piece:
-                break
-            written += piece
-        assert process.wait(timeout=120) == 0
-    finally:
-        os.close(parent)
-    return written.decode()
-
-
-@pytest.mark.rest
-def test_a_terminal_shows_one_live_line(
-    launcher_env: Mapping[str, str], rows: Path, own_cache: dict[str, str], tmp_path: Path
-) -> None:
-    environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", **own_cache}
-    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
-    shown = on_a_terminal([sys.executable, "-m", "launcher", "data", *settings], environment, tmp_path)
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
-    stages = re.findall(r"(?:tokenize|compare): [\d,]+ of 123 documents", plain)
-    assert stages
-    assert "\x1b[2K" in shown, "the line is erased"
-
-
 @pytest.mark.rest
 def test_held_out_rows_in_training_refuse_report_and_run(launch_here: Run, leaking: tuple[str, ...], tmp_path: Path) -> None:
     runs = f"run.root={tmp_path / 'runs'}"
@@ -244,9 +196,7 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch_here: R
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--html"], "--html"),
         (["--show", "many"], "--show"),
-        (["--html", "nowhere/page.html"], "cannot be written"),
         (["--html", "notes.html"], "not a page of the launcher"),
     ],
 )

@@ -34,7 +34,10 @@ def show(report: dict[str, Any]) -> None:
     console = Console(highlight=False, width=formatting.terminal_columns() or _PIPE_WIDTH)
     for label, value in summary_rows(report):
         _print_text(console, f"{label:<{_LABEL_WIDTH}}{value}", continued_at=_LABEL_WIDTH)
-    _print_sources(console, report)
+    for rows in source_columns(report):
+        if len(rows) > 1:
+            console.print()
+            console.print(_source_table(rows))
     for line in source_notes(report):
         _print_text(console, line, continued_at=2)
     console.print()
@@ -149,13 +152,6 @@ def source_columns(report: dict[str, Any]) -> tuple[list[list[str]], list[list[s
     return [row[:split] for row in rows], [[row[0], *row[split:]] for row in rows]
 
 
-def _print_sources(console: Console, report: dict[str, Any]) -> None:
-    for rows in source_columns(report):
-        if len(rows) > 1:
-            console.print()
-            console.print(_source_table(rows))
-
-
 def _source_table(rows: list[list[str]]) -> Table:
     header, *lines = rows
     result = Table(box=None, pad_edge=False, header_style="bold")
@@ -235,7 +231,7 @@ def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:
         title = f"{title}: {outcome(finding)}"
         _print_text(console, title, continued_at=6, indent=2, style=style)
         for example in finding["examples"]:
-            _print_text(console, f"{visible(example['where'])}: {visible(example['detail'])}", continued_at=8, indent=6)
+            _print_text(console, f"{example['where']}: {example['detail']}", continued_at=8, indent=6)
         setting = f" (currently {finding['setting']}={finding['action']})" if finding["setting"] else ""
         advice = f"{finding['meaning']}. Remedy: {finding['remedy']}{setting}"
         _print_text(console, advice, continued_at=6, indent=6, style="dim")
@@ -266,7 +262,8 @@ def outcome(finding: dict[str, Any]) -> str:
 def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:
     documents = shown["documents"]
     tokens = sum(document["tokens"] for document in documents)
-    opening, closing = ("", "") if _has_colors(console) else TRAINED_MARKS
+    has_colors = console.color_system is not None and not console.no_color
+    opening, closing = ("", "") if has_colors else TRAINED_MARKS
     legend = f"trained between {opening} and {closing}" if opening else f"trained in [{_TRAINED_STYLE}]green[/]"
     console.print()
     title = f"row {shown['row']:,}, {format_count(tokens, 'token')}" if shown["whole"] else f"document {number}"
@@ -284,10 +281,6 @@ def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:
             else:
                 line.append(text, style=_UNTRAINED_STYLE)
         console.print(line, soft_wrap=True)
-
-
-def _has_colors(console: Console) -> bool:
-    return console.color_system is not None and not console.no_color
 
 
 def visible(text: str) -> str:

@@ -69,8 +69,8 @@ def compute_file_digest(path: Path) -> str:
     try:
         return atomic_files.digest_file(path).xxh3_128
     except OSError as error:
-        message, remedy = f"the file cannot be read: {error.strerror or error}", "check its permissions and the disk"
-        raise DataError(Problem(message, str(path), remedy=remedy)) from error
+        remedy = f"check the path, and the file's permissions; relative paths start at {Path.cwd()}"
+        raise DataError(Problem(f"the file cannot be read: {error.strerror or error}", str(path), remedy=remedy)) from error
 
 
 def _source_key(source: Source) -> tuple[dict[str, Any], str]:

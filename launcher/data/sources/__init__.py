@@ -9,7 +9,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -100,14 +99,7 @@ def check_sources(data: DataSection) -> list[Problem]:
     sources = {f"data.sources[{i}].path": source for i, source in enumerate(data.sources)}
     if (held_out := make_eval_source(data)) is not None:
         sources["data.eval_path"] = held_out
-    problems = [problem for key, source in sources.items() if (problem := find_path_problem(key, source))]
-    if data.chat_template is not None and not Path(data.chat_template).expanduser().is_file():
-        remedy = f"set data.chat_template to a file with a Jinja template; relative paths start at {Path.cwd()}"
-        problems.append(Problem("there is no such template file", "data.chat_template", data.chat_template, remedy))
-    if data.exclude is not None and not Path(data.exclude).expanduser().is_file():
-        remedy = f"write it with: python -m launcher data --scored RUN --exclude FILE; relative paths start at {Path.cwd()}"
-        problems.append(Problem("there is no such file of documents to leave out", "data.exclude", data.exclude, remedy))
-    return problems
+    return [problem for key, source in sources.items() if (problem := find_path_problem(key, source))]
 
 
 def find_path_problem(key: str, source: RowSource) -> Problem | None:
@@ -118,9 +110,7 @@ def find_path_problem(key: str, source: RowSource) -> Problem | None:
     if value.startswith("builtin:"):
         remedy = f"set {key} to a data file; the built-in data sets are {' and '.join(BUILTINS)}"
         return Problem("there is no such built-in data set", key, value, remedy)
-    if locate.is_url(value):
-        return locate.url_problem(key, value)
-    return None if locate.is_hub(value) else locate.local_problem(key, source)
+    return None if locate.is_url(value) or locate.is_hub(value) else locate.local_problem(key, source)
 
 
 def compute_source_digest(source: Source) -> str:

@@ -71,16 +71,6 @@ def describe_origin(source: RowSource) -> dict[str, Any]:
     }
 
 
-def url_problem(key: str, url: str) -> Problem | None:
-    """Return the problem of an address with an unknown protocol; `key` is its setting."""
-    from fsspec.registry import available_protocols
-
-    protocol = url.split("://")[0]
-    if protocol in available_protocols():
-        return None
-    return Problem(f"the protocol {protocol}:// is unknown", key, url, "write s3://, gs://, hf://datasets/ or https://")
-
-
 def local_problem(key: str, source: RowSource) -> Problem | None:
     """Check a local path on disk and return its problem; `key` is its setting."""
     value, path = source.path, Path(source.path).expanduser()

@@ -11,21 +11,12 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import inspection
-from launcher.data.sources import Chat, Completion, Document, DocumentBatch, RowProblems, make_eval_source
+from launcher.data.sources import Chat, Completion, Document, DocumentBatch, RowProblems, list_inputs
 from launcher.data.sources.keys import redact_keys
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
 from launcher.errors import DataError
 
 NUM_PROMPTS = 4
-
-
-@dataclass(frozen=True)
-class SourceDocument:
-    """A document, the index of its source, and whether it is held out (None: a hash of its content decides)."""
-
-    document: Document
-    source: int
-    held_out: bool | None
 
 
 @dataclass(frozen=True)
@@ -39,18 +30,6 @@ class EncodeTask:
     batch: DocumentBatch
     source: int
     held_out: bool | None
-
-    def parse(self, unread_keys: Counter[str]) -> list[SourceDocument]:
-        """Parse the documents; add counts of unread keys of their rows to `unread_keys`. Raises DataError with the place."""
-        documents = self.batch.documents(unread_keys)
-        if self.held_out is not None:
-            return [
-                SourceDocument(document, self.source, self.held_out) for document, is_held_out in documents if not is_held_out
-            ]
-        return [
-            SourceDocument(document, self.source, is_held_out if self.batch.brings_split else None)
-            for document, is_held_out in documents
-        ]
 
 
 @dataclass(frozen=True)
@@ -142,14 +121,21 @@ class BatchEncoder:
     def __init__(self, data: DataSection, tokenizer_path: str) -> None:
         self.data = data
         self.encoder = Encoder(load_tokenizer(tokenizer_path), data)
-        held_out = make_eval_source(data)
-        self._completions = [source.completions for source in (*data.sources, *([held_out] if held_out else []))]
+        self._completions = [source.completions for source in list_inputs(data)]
 
     def encode(self, task: EncodeTask) -> EncodedBatch:
         """Tokenize, check and count documents. Raises DataError naming the document."""
         unread_keys: Counter[str] = Counter()
-        items, num_completions, num_written = self._write_completions(task.parse(unread_keys))
-        documents = [item.document for item in items]
+        rows = [*task.batch.documents(unread_keys)]
+        if task.held_out is not None:
+            rows = [(document, task.held_out) for document, is_held_out in rows if not is_held_out]
+        is_by_hash = task.held_out is None and not task.batch.brings_split
+        documents, num_completions, num_written = [document for document, _ in rows], 0, 0
+        if self.encoder.has_template:
+            completions = self._completions[task.source]
+            num_completions = sum(isinstance(document, Completion) for document in documents)
+            documents = [self.encoder.write_as_chat(document, completions) for document in documents]
+            num_written = num_completions - sum(isinstance(document, Completion) for document in documents)
         rendered = [self._render(document) for document in documents]
         encoded = self.encoder.encode(rendered)
         inspections = inspection.inspect(
@@ -163,13 +149,13 @@ class BatchEncoder:
             if pieces and (hit := self._check_pieces(rendered[i], encoded[i], pieces)) is not None
         ]
         held_out = [
-            one.split / 2**64 < self.data.eval_fraction if item.held_out is None else item.held_out
-            for item, one in zip(items, inspections, strict=True)
+            one.split / 2**64 < self.data.eval_fraction if is_by_hash else is_held_out
+            for (_, is_held_out), one in zip(rows, inspections, strict=True)
         ]
         num_tokens = np.asarray([len(tokens.ids) for tokens in encoded], dtype=np.int64)
         kept_tokens = np.asarray([sum(len(piece.ids) for piece in pieces) for pieces in cut], dtype=np.int64)
         docs = DocumentTable(
-            source=np.asarray([item.source for item in items], dtype=np.uint16),
+            source=np.full(len(documents), task.source, dtype=np.uint16),
             held_out=np.asarray(held_out, dtype=bool),
             num_tokens=num_tokens,
             lost_tokens=num_tokens - kept_tokens,
@@ -180,9 +166,9 @@ class BatchEncoder:
             prompts=np.asarray([one.prompt for one in inspections], dtype=np.uint64),
             prompt_forms=np.asarray([one.prompt_form for one in inspections], dtype=np.uint64),
             splits_alone=np.asarray([one.split_alone for one in inspections], dtype=np.uint64),
-            by_hash=np.asarray([item.held_out is None for item in items], dtype=bool),
+            by_hash=np.full(len(documents), is_by_hash),
             is_text=np.asarray([one.is_text for one in inspections], dtype=bool),
-            wheres=[item.document.where for item in items],
+            wheres=[document.where for document in documents],
             signatures=[one.signature for one in inspections],
         )
         # Documents that are dropped before rendering have no tokens.
@@ -195,13 +181,18 @@ class BatchEncoder:
             num_completions,
             num_written,
             docs,
-            _make_table(cut),
+            PieceTable(
+                doc=np.repeat(np.arange(len(cut)), docs.num_pieces),
+                lengths=np.asarray([len(piece.ids) for piece in pieces], dtype=np.int64),
+                labels=np.asarray([np.count_nonzero(piece.trained) for piece in pieces], dtype=np.int64),
+                turn_end=np.asarray([bool(piece.turn_ends) for piece in pieces], dtype=bool),
+            ),
             tokens=np.concatenate([np.empty(0, np.uint32), *(piece.ids for piece in pieces)]),
             trained=np.concatenate([np.empty(0, np.uint8), *(piece.trained for piece in pieces)]),
             hits=hits,
             prompts=[
-                *self._make_prompts(items, np.flatnonzero(docs.held_out & is_whole), docs.splits_alone, held_out=True),
-                *self._make_prompts(items, np.flatnonzero(others), docs.splits_alone, held_out=False),
+                *self._make_prompts(documents, np.flatnonzero(docs.held_out & is_whole), docs.splits_alone, held_out=True),
+                *self._make_prompts(documents, np.flatnonzero(others), docs.splits_alone, held_out=False),
             ],
         )
 
@@ -223,17 +214,6 @@ class BatchEncoder:
         except DataError as error:
             problems.add_file(error)
         return EncodedTask(task.source, [batch for batch in batches if batch.docs.wheres], problems)
-
-    def _write_completions(self, items: list[SourceDocument]) -> tuple[list[SourceDocument], int, int]:
-        """Return the documents, with completions as chats if so configured; the number of completions; and of such chats."""
-        if not self.encoder.has_template or not any(isinstance(item.document, Completion) for item in items):
-            return items, 0, 0
-        written = [
-            replace(item, document=self.encoder.write_as_chat(item.document, self._completions[item.source])) for item in items
-        ]
-        are_completions = [isinstance(item.document, Completion) for item in items]
-        as_chat = sum(isinstance(item.document, Chat) for item, is_one in zip(written, are_completions, strict=True) if is_one)
-        return written, sum(are_completions), as_chat
 
     def _render(self, document: Document) -> RenderedDocument:
         """Render the document; empty for a conversation that is dropped for its role order, which many templates refuse."""
@@ -265,11 +245,11 @@ class BatchEncoder:
         return docs.by_hash & (counts[group] > 1) & is_below(docs.splits_alone, self.data.eval_fraction)
 
     def _make_prompts(
-        self, items: Sequence[SourceDocument], candidates: np.ndarray, ranks: np.ndarray, held_out: bool
+        self, documents: Sequence[Document], candidates: np.ndarray, ranks: np.ndarray, held_out: bool
     ) -> list[EvalPrompt]:
         prompts = []
         for rank, i in heapq.nsmallest(NUM_PROMPTS, ((int(ranks[i]), i) for i in candidates.tolist())):
-            if (prompt := self.encoder.prompt(items[i].document)) is not None:
+            if (prompt := self.encoder.prompt(documents[i])) is not None:
                 prompts.append(EvalPrompt(rank, held_out, i, *prompt))
         return prompts
 
@@ -299,13 +279,3 @@ def _slice(encoded: EncodedDocument, start: int, end: int) -> EncodedDocument:
     trained = encoded.trained[start:end].copy()
     trained[0] = 0
     return EncodedDocument(encoded.ids[start:end], trained, tuple(at - start for at in encoded.turn_ends if start < at < end))
-
-
-def _make_table(cut: Sequence[Sequence[EncodedDocument]]) -> PieceTable:
-    pieces = [piece for pieces in cut for piece in pieces]
-    return PieceTable(
-        doc=np.repeat(np.arange(len(cut)), [len(pieces) for pieces in cut]),
-        lengths=np.asarray([len(piece.ids) for piece in pieces], dtype=np.int64),
-        labels=np.asarray([np.count_nonzero(piece.trained) for piece in pieces], dtype=np.int64),
-        turn_end=np.asarray([bool(piece.turn_ends) for piece in pieces], dtype=bool),
-    )

@@ -82,12 +82,11 @@ class ChatTemplate:
                 self.refuse_part(f"leaves out or changes what the {message.role} says", f"{chat.where}, messages[{i}]")
         for i in find_trained_messages(chat, "last_turn"):
             reasoning = (chat.messages[i].reasoning_content or "").strip()
-            if (
-                i > _last_user(chat)
-                and reasoning
-                and text.count(reasoning) <= self._render_without_reasoning(chat, i).count(reasoning)
-            ):
-                self.refuse_part("leaves out or changes the assistant's reasoning", f"{chat.where}, messages[{i}]")
+            if i > _last_user(chat) and reasoning:
+                messages = list(chat.messages)
+                messages[i] = replace(messages[i], reasoning_content=None)
+                if text.count(reasoning) <= self.render(replace(chat, messages=tuple(messages))).count(reasoning):
+                    self.refuse_part("leaves out or changes the assistant's reasoning", f"{chat.where}, messages[{i}]")
         # Compare with the same template, because a tokenizer may have another one for chats without tools.
         if chat.tools and text == self._render(chat, chat.messages, False, marks=False, with_tools=False)[0]:
             self.refuse_part("leaves out the definitions of the tools", chat.where)
@@ -107,11 +106,6 @@ class ChatTemplate:
                 if not all(value in text for value in function["arguments"].values()):
                     name = function["name"]
                     self.refuse_part(f"does not write the call of the tool {name} with all of its arguments", where)
-
-    def _render_without_reasoning(self, chat: Chat, i: int) -> str:
-        messages = list(chat.messages)
-        messages[i] = replace(messages[i], reasoning_content=None)
-        return self.render(Chat(chat.where, tuple(messages), chat.tools))
 
     def refuse(self, does: str, where: str, remedy: str = _NOT_SURE) -> NoReturn:
         """Refuse the template for what it `does`, because the trained tokens are ambiguous."""
@@ -200,30 +194,24 @@ def _last_user(chat: Chat) -> int:
 
 def with_unique_texts(chat: Chat) -> list[Message]:
     """Return the messages with a unique text in place of each content and each tool call argument."""
-    return [
-        replace(
-            message,
-            content=f"launcher-{i}-end" if message.content.strip() else message.content,
-            tool_calls=tuple(_with_unique_arguments(call, f"{i}-{j}") for j, call in enumerate(message.tool_calls)),
-        )
-        for i, message in enumerate(chat.messages)
-    ]
-
-
-def _with_unique_arguments(call: dict[str, Any], index: str) -> dict[str, Any]:
-    names = call["function"]["arguments"]
-    arguments = {name: f"launcher-{index}-{k}-end" for k, name in enumerate(names)}
-    return {**call, "function": {**call["function"], "arguments": arguments}}
+    messages = []
+    for i, message in enumerate(chat.messages):
+        calls = []
+        for j, call in enumerate(message.tool_calls):
+            arguments = {name: f"launcher-{i}-{j}-{k}-end" for k, name in enumerate(call["function"]["arguments"])}
+            calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+        content = f"launcher-{i}-end" if message.content.strip() else message.content
+        messages.append(replace(message, content=content, tool_calls=tuple(calls)))
+    return messages
 
 
 def _to_template_row(message: Message) -> dict[str, Any]:
     row: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         row["tool_calls"] = list(message.tool_calls)
-    if message.name is not None:
-        row["name"] = message.name
-    if message.tool_call_id is not None:
-        row["tool_call_id"] = message.tool_call_id
+    for key in ("name", "tool_call_id"):
+        if (value := getattr(message, key)) is not None:
+            row[key] = value
     if message.reasoning_content is not None:
         # Templates use either name.
         row["reasoning_content"] = row["thinking"] = message.reasoning_content

@@ -51,10 +51,6 @@ class EncodedDocument:
     is_unsure: bool = False
 
 
-class UnusableTokenizer(DataError):
-    """The tokenizer, or the chat template that replaces its own, cannot be used for any document."""
-
-
 def import_tokenizers_without_torch() -> None:
     """Import transformers' tokenizers as if torch were not installed; no effect if torch is already imported.
 
@@ -75,7 +71,7 @@ def import_tokenizers_without_torch() -> None:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in `folder` without running code from it. Raises UnusableTokenizer."""
+    """Load the tokenizer in `folder` without running code from it. Raises DataError."""
     from transformers import AutoTokenizer
 
     # Otherwise the package tiktoken reads a copy of the file in the folder that the variable names, or in the temporary folder:
@@ -86,11 +82,11 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         # The package tokenizers raises a plain Exception for a damaged tokenizer.json.
         remedy = "set model.tokenizer to a folder that save_pretrained wrote"
-        raise UnusableTokenizer(Problem(f"the tokenizer cannot be loaded: {error}", "model.tokenizer", folder, remedy)) from error
+        raise DataError(Problem(f"the tokenizer cannot be loaded: {error}", "model.tokenizer", folder, remedy)) from error
 
 
 def read_template(data: DataSection) -> str | None:
-    """Return the text of data.chat_template; None if the tokenizer's own template is used. Raises UnusableTokenizer."""
+    """Return the text of data.chat_template; None if the tokenizer's own template is used. Raises DataError."""
     file = data.chat_template
     if file is None:
         return None
@@ -98,7 +94,7 @@ def read_template(data: DataSection) -> str | None:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         remedy = "set data.chat_template to a file with a Jinja template"
-        raise UnusableTokenizer(Problem(f"the template cannot be read: {error}", "data.chat_template", file, remedy)) from error
+        raise DataError(Problem(f"the template cannot be read: {error}", "data.chat_template", file, remedy)) from error
 
 
 class Encoder:
@@ -172,7 +168,10 @@ class Encoder:
 
     def encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
         """Tokenize; if a boundary of the mask is inside a token, split the text there, as in generation."""
-        boundaries = [sorted({boundary for span in text.spans for boundary in _list_boundaries(span)}) for text in batch]
+        boundaries = [
+            sorted({at for span in text.spans for at in (span.start, span.turn_end, span.end) if at is not None})
+            for text in batch
+        ]
         texts = [text.text for text in batch]
         cuts: list[list[int] | None] = [None] * len(batch)
         if self.tokenizer.is_fast:
@@ -182,16 +181,14 @@ class Encoder:
         self._split_at_boundaries(texts, ids, boundaries, cuts)
         return list(map(self._make_encoded, batch, ids, boundaries, cuts))
 
-    @property
-    def _name(self) -> str:
-        return str(self.tokenizer.name_or_path)
-
     # Tokens
 
     def _render_raw(self, where: str, text: str, span: TrainedSpan) -> RenderedDocument:
         if not len(self._end):
             remedy = "set eos_token in its tokenizer_config.json"
-            raise DataError(Problem("the tokenizer has no end token, which ends a text", where, self._name, remedy))
+            raise DataError(
+                Problem("the tokenizer has no end token, which ends a text", where, str(self.tokenizer.name_or_path), remedy)
+            )
         return RenderedDocument(where, text, (span,), raw=True)
 
     def _encode_prompt(self, text: str) -> list[int]:
@@ -305,7 +302,3 @@ def _make_continuing(tokenizer: Tokenizer) -> Tokenizer | None:
             step["add_prefix_space"] = False
     changed = json.dumps(parts)
     return None if changed == original else type(tokenizer).from_str(changed)
-
-
-def _list_boundaries(span: TrainedSpan) -> tuple[int, ...]:
-    return (span.start, span.end) if span.turn_end is None else (span.start, span.turn_end, span.end)

@@ -157,13 +157,9 @@ def test_invalid_utf8_is_reported_in_every_kind_of_text_file(tmp_path: Path) -> 
         ("a.csv", b"text,text\na,b\n", ":1", "names a column twice"),
         ("a.parquet", b"PAR1 and no more", "", "not a complete parquet file"),
         ("a.jsonl", b"[" * 100_000, ":row 1", "nested too deeply"),
-        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", ":1", "a number with too many digits"),
-        ("a.json", b"[" * 100_000, ":row 1", "nested too deeply"),
         ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", ":row 1", "a number with too many digits"),
-        ("a.csv", b"messages\n" + b"[" * 100_000, ":2", "messages is a string, not a list"),
         ("a.dat", b"what is this", "", "neither the name nor the content"),
         ("a.jsonl", b"", "", "holds no rows"),
-        ("a.json", b"[]", "", "holds no rows"),
         ("a.csv", b"text\n", "", "holds no rows"),
     ],
 )
@@ -199,9 +195,8 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
         assert caught.value.problems[0].where == str(path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a", "a.txt"])
-def test_a_git_lfs_pointer_is_refused(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
+def test_a_git_lfs_pointer_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
     assert "git lfs pull" in problem_of(path).remedy
 

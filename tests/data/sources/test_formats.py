@@ -135,29 +135,18 @@ def test_weights_as_other_tools_write_them(jsonl: Jsonl, flags: dict[str, Any], 
     ("messages", "words"),
     [
         ([], "messages is empty"),
-        (["hi"], "messages[0] is a string, not an object"),
         ([{"role": "user"}], "lacks the key messages[0].content (found: role)"),
-        ([{"role": "user", "content": None}], "messages[0].content is null, not text"),
         ([{"role": "user", "content": 3}], "messages[0].content is a number, not text"),
         ([{"role": "narrator", "content": "a"}], "messages[0].role is unknown: 'narrator'"),
-        ([{"content": "a"}], "lacks the key messages[0].role"),
-        ([{"role": "assistant", "content": None}], "messages[0].content is null, not text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0] has the type image_url, not text"),
         ([{"role": "assistant", "content": "a", "weight": 0.5}], "messages[0].weight is 0.5, not 0 or 1"),
-        ([{"role": "assistant", "content": "a", "weight": ["no"]}], "messages[0].weight is a list, not 0 or 1"),
-        *(
-            ([{"role": "assistant", "content": "a", flag: value}], f"messages[0] sets its loss weight with {flag}")
-            for flag, value in (("trainable", True), ("mask", 0), ("train_detail", [{"begin_offset": 0}]))
-        ),
-        ([{"role": "assistant", "content": "a", "loss_weight": 0.5}], "messages[0].loss_weight is 0.5, not 0 or 1"),
+        ([{"role": "assistant", "content": "a", "mask": 0}], "messages[0] sets its loss weight with mask"),
         ([{"role": "assistant", "content": "a", "masked": "no"}], "messages[0].masked is a string, not 0 or 1"),
         (
             [{"role": "assistant", "content": "a", "weight": 0, "train": True}],
             "messages[0] has keys that contradict each other about its training (weight: 0 and train: true)",
         ),
-        ([{"role": "assistant", "content": "a", "loss_mask": 1, "masked": True}], "(loss_mask: 1 and masked: true)"),
         ([{"role": "user", "content": "a", "weight": 1}], "messages[0].weight is 1 in a message with the role user"),
-        ([{"role": "user", "content": "a", "train": True}], "messages[0].train is true in a message with the role user"),
         ([{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages[0] calls a tool, but its role is not assistant"),
         (
             [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "1, 2"}}]}],
@@ -173,20 +162,16 @@ def test_an_unusable_message_is_reported_with_its_place(jsonl: Jsonl, messages: 
     assert words in problem.message
     assert problem.where == f"{path}:1"
     assert problem.remedy
-    assert "whether" not in words or "write weight instead of" in problem.remedy
 
 
 @pytest.mark.parametrize(
     ("row", "words"),
     [
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0].from is unknown: 'narrator'"),
-        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is null, not text"),
-        ({"conversations": [{"from": "gpt", "value": "a", "weight": 2}]}, "conversations[0].weight is 2"),
         ({"conversations": [{"from": "human", "value": "a", "loss": True}]}, "loss is true in a message with the role human"),
         ({"instruction": "a", "output": None}, "output is null, not text"),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0] is not a pair of texts"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [3]}, "tools[0] does not describe a function"),
-        ({"messages": [{"role": "user", "content": "a"}], "tools": "none"}, "tools is a string, not a list"),
         ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "the key system and a system message"),
         ({"messages": [], "text": "a"}, "fits the formats messages and text"),
         ({"instruction": "a", "response": "b"}, "no known format (found: instruction, response)"),
@@ -210,12 +195,8 @@ SAID = "Here you are - as you have asked me to: hf_" + "aB3" * 11 + " and more" 
     "row",
     [
         {"conversations": [{"from": SAID, "value": "gpt"}]},
-        {"messages": [{"role": SAID, "content": "assistant"}]},
-        {"messages": [{"role": "user", "content": [{"type": SAID}]}]},
-        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": SAID, "arguments": "none"}]}]},
         {SAID: "a"},
         f"{SAID},{SAID}\na,b\n",
-        f"a,{SAID}\na\n",
     ],
 )
 def test_an_excerpt_of_a_value_is_short_and_redacted(jsonl: Jsonl, tmp_path: Path, row: dict[str, Any] | str) -> None:

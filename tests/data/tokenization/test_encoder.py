@@ -51,12 +51,6 @@ def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: EncodedDocument) 
     return [tokenizer.decode([token for token, _ in run]) for trained, run in runs if trained]
 
 
-def test_the_saved_tokenizer_keeps_template_and_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert tokenizer.eos_token == END
-    assert tokenizer.chat_template is not None
-    assert "<|im_start|>" in tokenizer.chat_template
-
-
 @pytest.mark.parametrize(
     "turns",
     [
