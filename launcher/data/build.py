@@ -91,16 +91,17 @@ def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None
         left.
             Includes `id_problem`, if there is one.
     """
-    row_problems, others = corpus.problems.refused(data.checks).to_list(), [id_problem] if id_problem else []
+    row_problems = corpus.problems.refused(data.checks).to_list()
+    problems = [*row_problems, *([id_problem] if id_problem else [])]
     try:
         selection = select_documents(corpus, data)
     except DataError as error:
-        if isinstance(error, NothingLeft) and not row_problems and not others:
-            raise
         # With the rows that cannot be used, something might be left.
-        raise DataError([*(row_problems or error.problems), *others]) from error
+        if problems:
+            raise DataError(problems) from error
+        raise
     if row_problems:
-        raise DataError([*row_problems, *others, *findings.problems(selection.findings, data.checks)])
+        raise DataError([*problems, *findings.problems(selection.findings, data.checks)])
     return selection
 
 

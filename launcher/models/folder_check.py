@@ -27,10 +27,7 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         message, remedy = "model.path: the folder has no config.json", "use a Hugging Face model folder"
-        if (folder / "adapter_config.json").is_file():
-            message = "model.path: the folder holds a LoRA adapter (adapter_config.json) and no model"
-            remedy = "merge the adapter into its base model first (merge_and_unload of PEFT), and use the merged model's folder"
-        elif inner := sorted(file.parent for file in folder.glob("*/config.json")):
+        if inner := sorted(file.parent for file in folder.glob("*/config.json")):
             remedy = f"did you mean {' or '.join(map(str, inner[:_NUM_NAMED]))}?"
         return [_problem(message, folder, remedy)]
     problems = [*link_problems(folder), *adapter_problems(folder)]

@@ -76,7 +76,6 @@ def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Run, rows: Path, t
     files = [file for file in Path(folder).rglob("*") if file.is_file() and file.name != "meta.json"]
     assert size == format_size(sum(file.stat().st_size for file in files))
     assert re.search(r"^source +epochs +rows +tokens +share +trained +filled +padding", shown, re.MULTILINE)
-    assert re.search(r"^ *tokens, up to +documents", shown, re.MULTILINE)
 
 
 def test_the_report_for_programs_needs_no_scheduler(launch_here: Run, rows: Path, tmp_path: Path) -> None:
@@ -172,25 +171,6 @@ def test_held_out_rows_in_training_refuse_report_and_run(launch_here: Run, leaki
     assert "the run would be refused" in planned.stdout
     for setting in ("held_out_in_train=keep", "held_out_in_train=drop"):
         assert launch_here("data", *leaking, f"data.checks.{setting}", cwd=tmp_path).returncode == 0
-
-
-def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch_here: Run, tmp_path: Path) -> None:
-    template, chats, runs = tmp_path / "no_end.jinja", tmp_path / "chats.jsonl", tmp_path / "runs"
-    template.write_text(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    turns = [[{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"It is {i}."}] for i in range(40)]
-    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
-    settings = (*SETTINGS, f"data.path={chats}", f"data.chat_template={template}", "data.eval_fraction=0")
-    run = (*settings, f"run.root={runs}", "run.name=x", "train.max_steps=1", "export.enabled=false")
-    for done in (launch_here("data", *settings, cwd=tmp_path), launch_here(*run, cwd=tmp_path)):
-        assert done.returncode == 2, done.stdout
-        assert "40 of 40 (100.0%): documents that train no end-of-turn token" in done.stderr
-        assert "to train on them anyway: data.checks.no_turn_end=keep" in done.stderr
-    assert not runs.exists(), "refused before anything is submitted"
-    # The demonstration sets this too, because its rows truncate most answers. Most tests of runs use its data.
-    accepted = launch_here("data", *settings, "data.checks.no_turn_end=keep", cwd=tmp_path)
-    assert accepted.returncode == 0, accepted.stdout + accepted.stderr
 
 
 @pytest.mark.parametrize(

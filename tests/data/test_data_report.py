@@ -65,20 +65,6 @@ def test_sources_add_up_to_the_mixture(numbers: dict[str, Any], mixture: DataSec
     assert numbers["padding_frac"] == pytest.approx(facts.padding_frac)
 
 
-def padding(counts: dict[str, Any]) -> float:
-    """Return the number of padding tokens from the padding share."""
-    assert counts["fill_frac"] == pytest.approx(1 - counts["padding_frac"])
-    return float(counts["tokens"] * counts["padding_frac"] / (1 - counts["padding_frac"]))
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_the_sources_share_the_padding(mixture: DataSection, tokenizer_dir: Path, packing: bool) -> None:
-    data = mixture.model_copy(update={"packing": packing})
-    data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir, micro_batch_size=4, global_batch_size=16)
-    assert padding(data_report) > 0
-    assert sum(map(padding, data_report["sources"])) == pytest.approx(padding(data_report))
-
-
 def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(mixture: DataSection, tokenizer_dir: Path) -> None:
     # Then the last batch, which is not compared, has few documents.
     data = mixture.model_copy(update={"packing": False, "eval_fraction": 0.0})

@@ -50,7 +50,6 @@ def add_snapshot(cache: Path) -> Path:
     ("change", "reason"),
     [
         (lambda cache: cache.chmod(0o777), "can be written by everyone"),
-        (lambda cache: cache.chmod(0o1777), "can be written by everyone"),
         (lambda cache: cache.parent.chmod(0o777), "can be written by everyone"),
         (lambda cache: give(cache), f"belongs to {MALLORY}"),
     ],

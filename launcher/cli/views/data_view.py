@@ -20,7 +20,6 @@ TRAINED_MARKS = ("⟦", "⟧")
 _TRAINED_STYLE = "bold green"
 _UNTRAINED_STYLE = "dim"
 _PIPE_WIDTH = 160
-_BAR = 40
 _LABEL_WIDTH = 13
 # Rounding error of token shares.
 _ROUNDING = 1e-6
@@ -41,7 +40,6 @@ def show(report: dict[str, Any]) -> None:
     for line in source_notes(report):
         _print_text(console, line, continued_at=2)
     console.print()
-    _print_lengths(console, report)
     _print_findings(console, report["findings"])
     for number, shown in enumerate(report["shown"], start=1):
         _print_row(console, shown, number)
@@ -205,19 +203,6 @@ def _notes(source: dict[str, Any]) -> Iterator[str]:
     if as_text := source["completions"] - as_chat:
         how = "without the chat template (completions: chat in data.sources writes them with it)"
         yield f"{name}: {as_text:,} prompts and completions are joined as they are, {how}"
-
-
-def _print_lengths(console: Console, report: dict[str, Any]) -> None:
-    """Print a bar for each length bin of the mixture."""
-    bins = report["length_histogram"]
-    most = max(bin_["documents"] for bin_ in bins)
-    table = Table("tokens, up to", "documents", "", box=None, pad_edge=False, header_style="bold")
-    for bin_ in bins:
-        table.add_row(f"{bin_['max_tokens']:,}", f"{bin_['documents']:,}", "█" * -(-_BAR * bin_["documents"] // most))
-    for column in table.columns[:2]:
-        column.justify = "right"
-    console.print(table)
-    console.print()
 
 
 def _print_findings(console: Console, findings: list[dict[str, Any]]) -> None:

@@ -203,15 +203,12 @@ def _kind(file: io.BufferedReader, name: str) -> str:
     return "jsonl" if text[len(first) :].strip() else "json"
 
 
-class _RepeatedKeyError(ValueError):
-    """An object has a key twice: it is undefined which of the values holds, and most parsers silently take the last one."""
-
-
 def _make_object(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
         (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise _RepeatedKeyError(f"has the key {safe_excerpt(key)} twice in one object")
+        # It is undefined which of the values holds; most parsers silently take the last one.
+        raise ValueError(f"the row has the key {safe_excerpt(key)} twice in one object")
     return row
 
 
@@ -219,9 +216,8 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 def _refuse_value(error: Exception, where: str) -> NoReturn:
-    """Refuse well-formed JSON that cannot be used, because of its parser's `error`."""
-    problem = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number with too many digits"
-    refuse(f"the row {error if isinstance(error, _RepeatedKeyError) else problem}", where, "repair the row, or remove it")
+    """Refuse well-formed JSON that cannot be used: a key twice, nested too deeply, a number with too many digits."""
+    refuse(str(error), where, "repair the row, or remove it")
 
 
 def read_array(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:

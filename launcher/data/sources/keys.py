@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from launcher.data.sources.formats import FORMATS
-from launcher.data.sources.messages import find_text_key
 from launcher.data.sources.row_values import Row, find_value, from_json, refuse, safe_excerpt
 
 NUM_KEYS_SHOWN = 20
@@ -86,15 +85,6 @@ class RowKeys:
                 others = {other for other in item.keys() - known if not _is_empty(item[other])}
                 _refuse_media(item, others - self.ignored, f"{key}[{i}]", where)
                 unread |= {f"{key}[].{other}" for other in others}
-            content = item.get("content")
-            content = [content] if isinstance(content, dict) else content
-            for part in content if isinstance(content, list) else ():
-                if isinstance(part, dict):
-                    unread |= {
-                        f"{key}[].content[].{other}"
-                        for other in part.keys() - {"type", find_text_key(part)}
-                        if not _is_empty(part[other])
-                    }
         counts.update(unread)
 
     def _refuse_other_training(self, row: Row, keys: Set[str], where: str) -> None:

@@ -135,16 +135,11 @@ def _parse_content(item: Row, key_path: str, where: str, may_be_null: bool) -> s
         if not isinstance(part, dict) or kind not in _TEXT_PARTS:
             problem = f"{key_path}.content[{i}] has the type {safe_excerpt(kind)}, not text"
             refuse(problem, where, "remove the row: the launcher trains on text only")
-        key = find_text_key(part)
+        key = next((key for key in _PART_TEXT_KEYS if part.get(key) is not None), _PART_TEXT_KEYS[0])
         # OpenAI's assistants write the text as an object with its annotations.
         holder, prefix = (part[key], f"{key}.") if isinstance(part.get(key), dict) else (part, "")
         texts.append(read_value(holder, "value" if prefix else key, str, where, f"{key_path}.content[{i}].{prefix}"))
     return "".join(texts)
-
-
-def find_text_key(part: Row) -> str:
-    """Return which key of a part of a message's content holds its text."""
-    return next((key for key in _PART_TEXT_KEYS if part.get(key) is not None), _PART_TEXT_KEYS[0])
 
 
 def parse_tool_call(call: Any, key_path: str, where: str) -> Row:

@@ -117,12 +117,6 @@ def _converted_errors(address: str) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise DataError(Problem("there is no such data file", address, remedy=remedy)) from error
-    except ImportError as error:
-        # fsspec's error is caused by the import error that names the module.
-        missing = error.__cause__ if isinstance(error.__cause__, ImportError) else error
-        package = (missing.name or str(missing)).partition(".")[0]
-        message = f"the package that reads {address.split('://')[0]}:// is not installed: {error}"
-        raise DataError(Problem(message, address, remedy=f"pip install {package}")) from error
     except Exception as error:
         if isinstance(error, OSError) and is_full(error):
             raise

@@ -32,6 +32,7 @@ _NOT_SURE = (
     "use a template with generation marks (data.chat_template=FILE), or train only the last turn (data.train_on=last_turn), "
     "or change the row"
 )
+_OTHER_TEMPLATE = "set data.chat_template to a file with a template that writes this part, or remove it from the row"
 
 
 class ChatTemplate:
@@ -112,15 +113,8 @@ class ChatTemplate:
         problem = f"the chat template {does}, so the trained tokens are ambiguous"
         raise DataError(Problem(problem, where, self.name, remedy))
 
-    def refuse_split_token(self, token: str, where: str) -> NoReturn:
-        """Refuse a template whose end of turn is not a token of this tokenizer."""
-        remedy = "set data.chat_template to a file with a template that ends the assistant's turn with a token of this tokenizer"
-        problem = f"the chat template ends the assistant's turn with {token}, which is not a token of this tokenizer"
-        raise DataError(Problem(problem, where, self.name, remedy))
-
-    def refuse_part(self, does: str, where: str) -> NoReturn:
-        """Refuse the template because it leaves out a part of the conversation."""
-        remedy = "set data.chat_template to a file with a template that writes this part, or remove it from the row"
+    def refuse_part(self, does: str, where: str, remedy: str = _OTHER_TEMPLATE) -> NoReturn:
+        """Refuse the template, by default because it leaves out a part of the conversation."""
         raise DataError(Problem(f"the chat template {does}", where, self.name, remedy))
 
     def _source(self, chat: Chat) -> str:
@@ -136,9 +130,7 @@ class ChatTemplate:
         try:
             return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
         except ValueError as error:
-            problem = f"the tokenizer has several chat templates ({', '.join(self._tokenizer.chat_template)}), and no default one"
-            remedy = "set data.chat_template to a file with the template to use"
-            raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
+            raise DataError(Problem(str(error), chat.where, self.name, "set data.chat_template to a file")) from error
 
     def _render(
         self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True

@@ -194,7 +194,10 @@ class LossMask:
             self._template.refuse_part(f"does not write the call of the tool {unwritten[0]}", where)
         after = body[positions[0] + len(required[0]) :] if required and positions[0] >= 0 else ""
         if split := next((text for text in self._split_tokens if text in after), None):
-            self._template.refuse_split_token(split, where)
+            remedy = "set data.chat_template to a file with a template that ends the turn with a token of this tokenizer"
+            self._template.refuse_part(
+                f"ends the assistant's turn with {split}, which is not a token of this tokenizer", where, remedy
+            )
         if min(positions, default=0) < 0 or (not message.tool_calls and not body.endswith(required[0] if required else "")):
             self._template.refuse("changes the message, or puts text between it and the end of the turn", where)
         # Once later messages follow, the text before the message itself may be missing. Comparing at each of its characters would

@@ -112,7 +112,6 @@ def test_chosen_columns_and_ignored_keys_make_a_row_trainable(
             },
             {"id", "messages[].id"},
         ),
-        ({"messages": [{**ASKED, "content": [{"type": "text", "text": "1", "foo": 1}]}, TWO]}, {"messages[].content[].foo"}),
         ({"conversations": [{"from": "human", "value": "a", "name": "b"}]}, {"conversations[].name"}),
         ({"messages": [{"from": "human", "value": "a", "markdown": "b"}]}, {"messages[].markdown"}),
         ({"instruction": "a", "output": "b", "input": "", "history": [], "topic": "c"}, {"topic"}),

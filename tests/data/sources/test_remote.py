@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from http_server import Answer, Request, serving
 
-from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import check_sources, compute_source_digest, read_documents
+from launcher.config.sections.data import Source
+from launcher.data.sources import compute_source_digest, read_documents
 from launcher.errors import DataError
 
-# In fsspec, a mapping of the same name hides this module.
-REGISTRY = importlib.import_module("fsspec.registry")
 ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'
 
 
@@ -104,16 +100,3 @@ def memory_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield write
     system.rm("/data", recursive=True)
-
-
-@pytest.mark.parametrize(("address", "package"), [("gs://bucket/rows.jsonl", "gcsfs"), ("s3://bucket/rows.jsonl", "s3fs")])
-def test_the_package_that_an_address_needs_is_named(address: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    # An earlier test may have loaded the client into the registry.
-    monkeypatch.delitem(REGISTRY._registry, address.partition(":")[0], raising=False)
-    assert check_sources(DataSection(sources=(Source(path=address),))) == []
-    with pytest.raises(DataError) as caught:
-        texts(Source(path=address))
-    (problem,) = caught.value.problems
-    assert f"the package that reads {address[:2]}:// is not installed" in problem.message
-    assert (problem.where, problem.remedy) == (address, f"pip install {package}")
