@@ -69,7 +69,7 @@ def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: 
     [
         (("config.json",), "holds no weights"),
         (("config.json", "pytorch_model.bin"), "pickled"),
-        (("config.json", "model.safetensors"), "is not a safetensors file"),
+        (("config.json", "model.safetensors"), "not a complete safetensors file"),
     ],
 )
 def test_a_model_folder_is_checked_before_anything_starts(tmp_path: Path, files: tuple[str, ...], expected: str) -> None:

@@ -15,9 +15,9 @@ from launcher.data.cache import cache_store
 from launcher.data.cache.keys import cache_key
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, read_corpus
-from launcher.data.selection import NothingLeft, Selection, select_documents
+from launcher.data.selection import Selection, select_documents
 from launcher.data.sources import origins
-from launcher.data.sources.eval_set import make_set_data, name_set, nothing_to_score
+from launcher.data.sources.eval_set import make_set_data, name_set
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
 from launcher.data.tokenization.encoder import read_template
 from launcher.errors import DataError, Problem
@@ -74,8 +74,6 @@ def build_eval_sets(
             facts = built[eval_set.name] = build(section, tokenizer_path, on_progress, num_embeddings)
             refused = findings.problems(findings.read(facts.cache_dir), section.checks)
             problems += [name_set(problem, setting, eval_set) for problem in refused]
-        except NothingLeft:
-            problems.append(nothing_to_score(setting, eval_set))
         except DataError as error:
             problems += [name_set(problem, setting, eval_set) for problem in error.problems]
     if problems:

@@ -16,10 +16,6 @@ from launcher.data.triage.exclusions import read_exclusions
 from launcher.errors import DataError, Problem
 
 
-class NothingLeft(DataError):
-    """No document with a trained token is left."""
-
-
 @dataclass(frozen=True)
 class Selection:
     """Which documents are dropped, bool [documents], the training rows, the passes over each source, and the findings.
@@ -38,7 +34,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     """Check the documents against each other, drop those that data.checks says to drop, and mix and pack the rest.
 
     Raises:
-        NothingLeft: if nothing is left to train on.
+        DataError: if nothing is left to train on.
     """
     docs, pieces, checks = corpus.docs, corpus.pieces, data.checks
     hits = list(corpus.hits)
@@ -95,11 +91,11 @@ def _collect_findings(
     return of_documents
 
 
-def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings.Findings) -> NothingLeft:
+def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings.Findings) -> DataError:
     dropped = [one.finding for one in findings.judge(all_findings, data.checks) if one.action == "drop"]
     # Documents dropped by a check or for their length may have trained tokens, which a setting can bring back.
     never = all(finding.name == "no_trained_token" for finding in dropped) and bool((docs.num_pieces > 0).all())
-    message = "no document with a trained token is left to train on" + (", and no setting can accept this" if never else "")
+    message = "no document with a trained token is left" + (", and no setting can accept this" if never else "")
     where = ", ".join(source.path for source in data.sources)
     remedy = (
         "add rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
@@ -108,4 +104,4 @@ def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings
     num_held_out = np.count_nonzero(docs.held_out)
     num_read = f"{len(docs.held_out) - num_held_out:,} documents to train on and {num_held_out:,} held-out ones were read"
     reasons = [f"{finding.title}: {finding.count:,} ({finding.examples[0].where})" for finding in dropped]
-    return NothingLeft(Problem(message, where, "; ".join([num_read, *reasons]), remedy))
+    return DataError(Problem(message, where, "; ".join([num_read, *reasons]), remedy))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -222,14 +221,6 @@ def test_an_edited_json_file_rebuilds_the_cache(section: Section, tokenizer_dir:
     data = section(eval_fraction=0.2)
     facts = build(data, str(tokenizer_dir))
     folder, key = Path(facts.cache_dir), Path(facts.cache_dir).name
-    meta = (folder / "meta.json").read_text()
-    values = json.loads(meta)
-    values["facts"]["num_rows"] += 1
-    for edited in (json.dumps(values), meta[:-20], "[]", meta.replace(facts.digest, facts.digest[::-1])):
-        (folder / "meta.json").write_text(edited)
-        assert cache_store.find(key) is None
-    (folder / "meta.json").write_text(meta)
-    assert cache_store.find(key) == facts
     for name in ("findings.json", "samples.json"):
         sound = (folder / name).read_bytes()
         (folder / name).write_bytes(sound.replace(b"0", b"1"))

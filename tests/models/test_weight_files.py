@@ -42,11 +42,11 @@ def test_a_safetensors_header_has_names_types_and_shapes(tmp_path: Path) -> None
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         (b"", "is empty"),
         (b"<!DOCTYPE html>\n<html>", "HTML page"),
-        (b"\xff\x00\0\0\0\0\0\0{", "is incomplete: it has 9 bytes"),
-        (b"\x03\0\0\0\0\0\0\0[1]", "is not a safetensors file"),
-        (b"\0\0\0\0\0\xff\0\0{" + b" " * 99, "is incomplete: it has 108 bytes"),
-        (b"pickled" + b"\xff" * 99, "is not a safetensors file"),
-        (None, "is incomplete: it has 95 bytes, and its header describes 96"),
+        (b"\xff\x00\0\0\0\0\0\0{", "not a complete safetensors file"),
+        (b"\x03\0\0\0\0\0\0\0[1]", "not a complete safetensors file"),
+        (b"\0\0\0\0\0\xff\0\0{" + b" " * 99, "not a complete safetensors file"),
+        (b"pickled" + b"\xff" * 99, "not a complete safetensors file"),
+        (None, "not a complete safetensors file"),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path, content: bytes | None, reason: str) -> None:

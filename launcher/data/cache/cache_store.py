@@ -14,7 +14,7 @@
       origins.json              the files that origins.npy numbers
       samples.json              a few held-out examples: prompt, prompt_ids, answer
       findings.json             findings of the checks: counts and examples
-      meta.json                 written last: counts, all sizes, digests of the origins and JSON files, and its own digest
+      meta.json                 written last: counts, all sizes, and digests of the origins and JSON files
 
 Digests cover every byte that is trained on: the plan has the digest of digests.bin, which has the block digests.
 
@@ -31,8 +31,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from launcher import atomic_files
 from launcher.config.sections.data import DataSection
@@ -82,29 +80,15 @@ def read(folder: Path) -> DataFacts | None:
     """
     with convert_os_errors(folder):
         try:
-            meta = _verified_meta((folder / "meta.json").read_bytes())
-            if meta is None or meta["format"] != FORMAT_VERSION:
+            meta = read_meta(folder)
+            if meta["format"] != FORMAT_VERSION:
                 return None
             sizes = all((folder / name).stat().st_size == size for name, size in meta["files"].items())
             small = {name: digest for name, digest in meta["digests"].items() if name.endswith(".json")}
             intact = sizes and all(compute_file_digest(folder / name) == digest for name, digest in small.items())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
     return DataFacts(cache_dir=str(folder), **meta["facts"]) if intact else None
-
-
-def _verified_meta(content: bytes) -> dict[str, Any] | None:
-    """Return the values of a meta.json; None if it does not match its digest."""
-    try:
-        meta = json.loads(content)
-    except ValueError:
-        return None
-    is_intact = isinstance(meta, dict) and meta.pop("digest", None) == _meta_digest(meta)
-    return meta if is_intact else None
-
-
-def _meta_digest(meta: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(meta, sort_keys=True).encode())
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
@@ -156,8 +140,6 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
         "files": files,
         "digests": {name: compute_file_digest(folder / name) for name in files if name.endswith((".json", "origins.npy"))},
     }
-    # Digest the values as they will be read back.
-    meta["digest"] = _meta_digest(json.loads(json.dumps(meta)))
     write_json(folder / "meta.json", meta)
 
 

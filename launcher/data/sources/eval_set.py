@@ -37,13 +37,3 @@ def name_set(problem: Problem, setting: str, eval_set: EvalSet) -> Problem:
     """Return a problem of the set's data with `setting` and the name of the set."""
     where = f"{setting} ({eval_set.name})" + (f", {problem.where}" if problem.where else "")
     return replace(problem, where=where)
-
-
-def nothing_to_score(setting: str, eval_set: EvalSet) -> Problem:
-    """Return the problem of a set that has no document whose loss can be computed."""
-    return Problem(
-        "no document of the evaluation set has a trained token",
-        where=f"{setting} ({eval_set.name})",
-        value=eval_set.path,
-        remedy="add rows with an assistant message or a completion, or raise data.max_length",
-    )
