@@ -152,41 +152,17 @@ def check(config: RunConfig, facts: DataFacts | None) -> None:
         findings.refuse(findings.read(facts.cache_dir), config.data.checks)
 
 
-def refusal(plan: LaunchPlan) -> str | None:
-    """Return one line about the findings for which the run would be rejected, or None."""
-    judged = [] if plan.data is None else _judged(plan.config, plan.data)
-    hint = f"the run would be refused; see them with: {_data_command(plan)}"
-    return _summary([one for one in judged if one.fatal], hint)
-
-
-def accepted(plan: LaunchPlan) -> str | None:
-    """Return one line about the findings that the settings accept (kept documents first, then dropped ones), or None."""
-    # The verb data needs neither this module nor what it imports.
-    from launcher.cli.views.plan_view import MIN_TRUNCATED_FRAC
-
-    judged = [] if plan.data is None else [one for one in _judged(plan.config, plan.data) if not one.fatal]
-    # Each check counts the documents that it drops.
-    if any(one.action == "drop" and one.finding.name != "dropped" for one in judged):
-        judged = [one for one in judged if one.finding.name != "dropped"]
-    if plan.data is not None and plan.data.truncated_frac > MIN_TRUNCATED_FRAC:
-        # The plan has its own note about them, which counts only training documents.
-        judged = [one for one in judged if one.finding.name != "truncated"]
-    return _summary(sorted(judged, key=lambda one: one.action == "drop"), f"see them with: {_data_command(plan)}")
-
-
-def _judged(config: RunConfig, facts: DataFacts) -> Sequence[findings.JudgedFinding]:
-    return findings.judge(findings.read(facts.cache_dir), config.data.checks)
-
-
-def _data_command(plan: LaunchPlan) -> str:
-    """Return the command that reports on a plan's data, with the same file and overrides."""
-    return launcher_command("data", *plan.provenance.overrides)
-
-
-def _summary(judged: Sequence[findings.JudgedFinding], hint: str) -> str | None:
-    texts = []
-    for one in judged[:_MOST_FINDINGS]:
-        texts.append(f"{'dropped: ' if one.action == 'drop' else ''}{one.finding.count:,} {one.finding.title}")
-    if more := len(judged) - len(texts):
-        texts.append(f"{format_count(more, 'more finding')}")
-    return f"{'; '.join(texts)}; {hint}" if texts else None
+def summarize_findings(plan: LaunchPlan, fatal: bool) -> str | None:
+    """Return one line about the findings that refuse the run, or about those that the settings accept; None without any."""
+    if plan.data is None:
+        return None
+    judged = findings.judge(findings.read(plan.data.cache_dir), plan.config.data.checks)
+    # Kept documents come before dropped ones. The plan has its own note about truncated ones.
+    shown = [one for one in judged if one.fatal == fatal and (fatal or one.finding.name != "truncated")]
+    shown.sort(key=lambda one: one.action == "drop")
+    texts = [f"{'dropped: ' * (one.action == 'drop')}{one.finding.count:,} {one.finding.title}" for one in shown[:_MOST_FINDINGS]]
+    if more := len(shown) - len(texts):
+        texts.append(format_count(more, "more finding"))
+    # The command has the plan's file and overrides.
+    hint = f"see them with: {launcher_command('data', *plan.provenance.overrides)}"
+    return "; ".join([*texts, *(["the run would be refused"] if fatal else []), hint]) if texts else None

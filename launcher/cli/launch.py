@@ -87,7 +87,7 @@ def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool, take
             _device_note(plan, cluster),
             disk_note(plan),
             weights_note,
-            data.refusal(plan),
+            data.summarize_findings(plan, fatal=True),
             _gated_note(config),
             composed.origins.dropped_note(),
         )
@@ -185,7 +185,7 @@ def print_plan(plan: LaunchPlan, cluster: Cluster) -> None:
         disk_note(plan),
         push_note(plan),
         weights_note,
-        data.accepted(plan),
+        data.summarize_findings(plan, fatal=False),
     )
     lines = plan_lines(plan, *notes, own_warnings=(_location_warning(plan),))
     print("\n".join(wrap(lines, LABEL_WIDTH)), flush=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 from plan_fixtures import DATA
 
-from launcher.cli import data
 from launcher.cli.views.plan_view import plan_lines
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.throughput import estimate_speed
@@ -113,16 +111,3 @@ def test_the_plan_notes_truncated_documents(plan_of: Callable[..., LaunchPlan]) 
     assert notes(truncated_docs=1_234, truncated_tokens=100_000) == [
         "1,234 documents cut, losing 10% of the tokens: raise data.max_length, or data.long_documents=split"
     ]
-
-
-def test_truncated_documents_are_noted_once(plan_of: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch) -> None:
-    judged = [
-        SimpleNamespace(action="keep", fatal=False, finding=SimpleNamespace(name=name, count=5, title=f"{name} documents"))
-        for name in ("truncated", "no_turn_end")
-    ]
-    monkeypatch.setattr(data, "_judged", lambda config, facts: judged)
-    for lost, is_shown in ((9_000, True), (100_000, False)):
-        facts = DATA.model_copy(update={"truncated_docs": 90, "truncated_tokens": lost})
-        note = data.accepted(plan_of(data=facts)) or ""
-        assert "5 no_turn_end documents" in note
-        assert ("5 truncated documents" in note) == is_shown
