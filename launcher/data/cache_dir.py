@@ -78,11 +78,6 @@ def make_cache_error(error: OSError, folder: Path) -> DataError:
     if not is_full(error):
         remedy = f"check that this user may write there and that the disk works, or {elsewhere}"
         return DataError(Problem(message, str(error.filename or folder), remedy=remedy))
-    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    free = format_size(shutil.disk_usage(existing).free)
-    # A conversion removes its files before the error is reported.
-    value = f"{free} are free on its disk without the unfinished files"
-    if written:
-        value = f"{format_size(written)} were written to this folder, and {free} are free on its disk"
+    value = f"{format_size(shutil.disk_usage(existing).free)} are free on its disk without the unfinished files"
     return DataError(Problem(message, str(folder), value, f"free more space (or raise the quota), or {elsewhere}"))

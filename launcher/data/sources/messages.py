@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from launcher.data.sources.documents import ROLES, Message
@@ -87,37 +86,28 @@ def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, wher
     """
     if item.keys().isdisjoint(WEIGHT_KEYS):
         return None
-    if unread := next((key for key in _UNREAD_WEIGHT_KEYS if item.get(key) not in (None, [])), None):
-        remedy = f"write weight instead of {unread}: 1 to train the whole message, 0 to leave it out"
-        refuse(f"{key_path} sets its loss weight with {unread}, which the launcher does not read", where, remedy)
-    weights = {
-        key: _parse_zero_or_one(item[key], f"{key_path}.{key}", where) for key in _TRAINED_KEYS if item.get(key) is not None
-    }
-    if item.get(_MASKED_KEY) is not None:
-        weights[_MASKED_KEY] = 1 - _parse_zero_or_one(item[_MASKED_KEY], f"{key_path}.{_MASKED_KEY}", where)
+    weights: dict[str, int] = {}
+    for key in (*_UNREAD_WEIGHT_KEYS, *_TRAINED_KEYS, _MASKED_KEY):
+        value = item.get(key)
+        if value is None or value == []:
+            continue
+        if key in _UNREAD_WEIGHT_KEYS:
+            remedy = f"write weight instead of {key}: 1 to train the whole message, 0 to leave it out"
+            refuse(f"{key_path} sets its loss weight with {key}, which the launcher does not read", where, remedy)
+        if value not in (0, 1):
+            remedy = "write 1 to train the message, 0 to leave it out"
+            refuse(f"{key_path}.{key} is {safe_excerpt(value)}, not 0 or 1", where, remedy)
+        weights[key] = 1 - int(value) if key == _MASKED_KEY else int(value)
     if not weights:
         return None
     if len(set(weights.values())) > 1:
-        keys = " and ".join(f"{key}: {_as_json(item[key])}" for key in weights)
+        keys = " and ".join(weights)
         refuse(f"{key_path} has keys that contradict each other about its training ({keys})", where, "keep one of the keys")
     key, weight = next(iter(weights.items()))
     if weight and not is_assistant:
-        problem = f"{key_path}.{key} is {_as_json(item[key])} in a message with the role {safe_excerpt(sender)}"
+        problem = f"{key_path}.{key} trains a message with the role {safe_excerpt(sender)}"
         refuse(problem, where, "remove it: only assistant messages are trained")
     return weight if is_assistant else None
-
-
-def _parse_zero_or_one(value: Any, key_path: str, where: str) -> int:
-    if not isinstance(value, int | float) or value not in (0, 1):
-        description = _as_json(value) if isinstance(value, int | float) else a_json_type(value)
-        remedy = "write 1 to train the message, 0 to leave it out"
-        refuse(f"{key_path} is {description}, not 0 or 1", where, remedy)
-    return int(value)
-
-
-def _as_json(value: float | bool) -> str:
-    """Return a number or boolean as JSON writes it."""
-    return safe_excerpt(json.dumps(value))
 
 
 def _parse_content(item: Row, key_path: str, where: str, may_be_null: bool) -> str:
