@@ -141,9 +141,8 @@ def _address_of(interface: str) -> str:
     if usable.get(interface):
         return min(usable[interface], key=_family)
     listed = "; ".join(f"{name}: {', '.join(addresses)}" for name, addresses in usable.items() if addresses)
-    what = "has no address that other nodes can reach" if interface in usable else "does not exist"
     raise RunError(
-        f"the network interface {interface} {what} on {node_name()}",
+        f"the network interface {interface} does not exist on {node_name()}, or has no address that other nodes can reach",
         where="cluster.interface",
         value=interface,
         remedy=f"choose one of those with an address ({listed or 'there is none'}), or leave cluster.interface unset",

@@ -7,6 +7,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -31,22 +32,23 @@ class NodeCommand:
 
     def __init__(self, command: Sequence[str], stdin: str, environ: Mapping[str, str]) -> None:
         self.errors: deque[str] = deque(maxlen=_MAX_LINES)
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=dict(environ),
-            start_new_session=True,
-        )
+        with tempfile.TemporaryFile("w+") as file:
+            file.write(stdin)
+            file.seek(0)
+            self._process = subprocess.Popen(
+                command,
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=dict(environ),
+                start_new_session=True,
+            )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         threads = (
-            threading.Thread(target=self._write, args=(self._process.stdin, stdin), daemon=True),
             threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True),
             threading.Thread(target=self.errors.extend, args=(self._process.stderr,), daemon=True),
         )
@@ -87,13 +89,6 @@ class NodeCommand:
         for line in stream:
             self._lines.put(line)
         self._lines.put(None)
-
-    @staticmethod
-    def _write(stream: IO[str], text: str) -> None:
-        # A command that has ended does not read.
-        with suppress(OSError):
-            stream.write(text)
-            stream.close()
 
 
 def show_lines(command: NodeCommand, deadline: float) -> list[str]:

@@ -38,21 +38,13 @@ _SAME_LOGITS, _SAME_LOGITS_ROUNDINGS = 1e-3, 4
 _NEEDS_MORE = (TypeError, ValueError, AttributeError, KeyError, NotImplementedError)
 
 
-class NotMeasurable(Exception):
-    """The logits are not finite, or do not depend on the tokens."""
-
-
 @torch.no_grad()
 def probe(
     forward: Forward, own_logits: Callable[[Tensor, Tensor], Tensor | None], vocab_size: int, device: torch.device
 ) -> tuple[Outcome, str]:
-    """Return the outcome and the measured numbers; `own_logits` computes the model's own logits, None if it cannot.
-
-    Raises:
-        NotMeasurable: if the logits are not finite, or do not depend on the tokens.
-    """
+    """Return the outcome and the measured numbers; `own_logits` computes the model's own logits, None if it cannot."""
     outcome, detail = measure_isolation(forward, vocab_size, device)
-    if outcome == "not_causal":
+    if outcome in ("not_causal", "unknown"):
         return outcome, detail
     positions = torch.arange(DOCUMENT_TOKENS, device=device)[None]
     if (own := own_logits(positions % vocab_size, positions)) is None:
@@ -70,19 +62,12 @@ def probe(
 def measure_isolation(forward: Forward, vocab_size: int, device: torch.device, num_trials: int = 2) -> tuple[Outcome, str]:
     """Return isolated, leaks or not_causal with the measured numbers, after 1 + 2 x `num_trials` calls of `forward`.
 
-    Raises:
-        NotMeasurable: if the logits are not finite, or do not depend on the tokens.
+    The outcome is unknown if the logits are not finite, or do not depend on the tokens.
     """
     length, generator = DOCUMENT_TOKENS, torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, 3 * length), generator=generator)
     positions = torch.arange(length).repeat(3)[None].to(device)
     first, watched, later = slice(length), slice(length, length + length // 2), slice(length + length // 2, 3 * length)
-
-    def logits(row: Tensor) -> Tensor:
-        values = forward(row.to(device), positions)[0]
-        if not torch.isfinite(values).all():
-            raise NotMeasurable("the logits are not finite")
-        return values
 
     def changed(tokens: slice) -> Tensor:
         row = ids.clone()
@@ -90,16 +75,20 @@ def measure_isolation(forward: Forward, vocab_size: int, device: torch.device, n
         row[0, tokens] = (row[0, tokens] + shift) % vocab_size
         return row
 
-    row = logits(ids)
+    rows = [ids, *(changed(tokens) for _ in range(num_trials) for tokens in (first, later))]
+    row, *after = (forward(row.to(device), positions)[0] for row in rows)
+    if not all(torch.isfinite(logits).all() for logits in (row, *after)):
+        return "unknown", "the logits are not finite"
     before = row.float()
-    moves, controls, owns = [], [], []
-    for _ in range(num_trials):
-        after_first, after_later = logits(changed(first)).float(), logits(changed(later)).float()
-        moves.append(float((after_first - before)[watched].abs().max()))
-        controls.append(float((after_later - before)[watched].abs().max()))
-        owns.append(float((after_first - before)[first].abs().max()))
+
+    def moved_by(logits: Tensor, tokens: slice) -> float:
+        return float((logits.float() - before)[tokens].abs().max())
+
+    after_first, after_later = after[::2], after[1::2]
+    moves, controls = [moved_by(logits, watched) for logits in after_first], [moved_by(logits, watched) for logits in after_later]
+    owns = [moved_by(logits, first) for logits in after_first]
     if min(owns) == 0:
-        raise NotMeasurable("the logits do not depend on the tokens")
+        return "unknown", "the logits do not depend on the tokens"
     # A leak moves the logits in every trial. Rounding may, by chance, move them in one trial and not in the control.
     moved, control = min(moves), max(controls)
     if control > min(_NOT_CAUSAL * torch.finfo(row.dtype).eps * float(row.abs().max()), _NOT_CAUSAL_SHARE * min(owns)):
@@ -140,11 +129,11 @@ def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device
     model.eval()
     try:
         outcome, detail = probe(forward, own_logits, plan.model.vocab_size, device)
-    except NotMeasurable as error:
-        condition = "packed documents affect each other" if packing else "the model sees later tokens"
-        return f"whether {condition} could not be measured: {error}"
     finally:
         model.train()
+    if outcome == "unknown":
+        condition = "packed documents affect each other" if packing else "the model sees later tokens"
+        return f"whether {condition} could not be measured: {detail}"
     verdict = IsolationVerdict(outcome=outcome, kernel=kernel, transformers=version("transformers"), detail=detail)
     if problems := list(architecture_problems(plan.model.model_copy(update={"isolation": verdict}), packing)):
         raise ConfigError(problems)

@@ -76,12 +76,11 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., N
     return install
 
 
-@pytest.mark.parametrize("interface, said", [("nowhere0", "does not exist"), ("lo", "has no address that other nodes can reach")])
-def test_an_unusable_interface_is_refused_with_the_usable_ones(wired: tuple[str, str], interface: str, said: str) -> None:
+@pytest.mark.parametrize("interface", ["nowhere0", "lo"])
+def test_an_unusable_interface_is_refused_with_the_usable_ones(wired: tuple[str, str], interface: str) -> None:
     with pytest.raises(RunError) as caught:
         network.own_endpoint([], interface)
     (problem,) = caught.value.problems
-    assert said in problem.message
     assert (problem.where, problem.value) == ("cluster.interface", interface)
     assert f"{wired[0]}: {wired[1]}" in problem.remedy
     assert "127.0.0.1" not in problem.remedy

@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -61,9 +61,8 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
     variables = {REQUEST_VARIABLE: base64.b64encode(request.encode()).decode()}
     # The driver ends before the command gives up, so that it can report nodes that do not answer.
     seconds = f"{max(1.0, (deadline - time.monotonic()) * 0.9):.0f}"
-    messages: list[str] = []
     if section.is_http:
-        reader.read(_run_job(section, code, seconds, variables, deadline, messages))
+        messages = _run_job(section, code, seconds, variables, deadline, reader)
     else:
         path = {"PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
         with NodeCommand([sys.executable, "-m", _MODULE, seconds], "", {**os.environ, **path, **variables}) as driver:
@@ -80,20 +79,19 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
 
 
 def _run_job(
-    section: RaySection, code: Path, seconds: str, environ: Mapping[str, str], deadline: float, messages: list[str]
-) -> Iterator[str]:
-    """Run the driver as a job on the cluster; yields its lines, again at each poll; stops and removes the job at the end."""
+    section: RaySection, code: Path, seconds: str, environ: Mapping[str, str], deadline: float, reader: ReportReader
+) -> list[str]:
+    """Run the driver as a job on the cluster, which is removed at the end; returns its log, or Ray's message."""
     address, name = section.address or "", f"launcher-doctor-{secrets.token_hex(4)}"
     job = jobs.submit_module(section, code, name, _MODULE, [seconds], environ)
     try:
-        state = ""
+        state = message = ""
         while state not in jobs.FINAL_JOB_STATES and time.monotonic() < deadline:
             time.sleep(_POLL_S)
             state, message = jobs.state(address, job)
-            log = jobs.read_log(address, job)
-            messages[:] = [log.strip() or message]
-            # A line that is still being written does not end in a newline.
-            yield from (line for line in log.splitlines(keepends=True) if line.endswith("\n"))
+        log = jobs.read_log(address, job)
+        reader.read(log.splitlines())
+        return [log.strip() or message]
     finally:
         with uninterrupted():
             jobs.end(address, job, 20 * _POLL_S)

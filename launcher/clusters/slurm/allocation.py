@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,13 +16,13 @@ from launcher.clusters.storage import existing_folder
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
 
+REMEDY = (
+    "try the same request by hand: salloc --nodes=1 srun true; the launcher and its environment must be on storage that all "
+    "nodes share, under the same path"
+)
 # Prefix of the line that reports a failed command of cluster.setup.
 FAILED = "launcher-setup: this command failed: "
 _CANCEL_PATIENCE_S = 10.0
-# What salloc prints if all is well.
-_PROGRESS = re.compile(
-    r"salloc: (Granted|Pending|job \d+ (queued|has been)|Nodes .* are ready|Waiting|Relinquish)", re.IGNORECASE
-)
 
 
 def num_gpus_per_node(config: RunConfig) -> int:
@@ -96,19 +95,9 @@ def node_script(
     return "\n".join(["{", setup, "} </dev/null >&2", "set +e", *exports, path, f"exec {shlex.join(task)}"])
 
 
-def refusal(command: NodeCommand) -> str:
-    """Return the error message of salloc, srun or Python; empty if they only reported progress."""
-    lines = [line.strip() for line in command.errors if line.strip() and not _PROGRESS.match(line)]
-    # Python's last line is the exception; Slurm's lines name what failed.
-    important = [line for line in lines if line.startswith(("salloc: error", "srun: error", "slurmstepd"))] or lines[-2:]
-    return " / ".join(dict.fromkeys(important[-4:]))
-
-
-def remedy(refused: str) -> str:
-    """Return the remedy for a refusal."""
-    if "No module named" in refused or "execve" in refused or "No such file" in refused:
-        return "install the launcher and its environment on storage that all nodes share, under the same path"
-    return "check cluster.partition, account, qos and time; the same request with: salloc --nodes=1 true"
+def last_errors(command: NodeCommand) -> str:
+    """Return the last messages of salloc, srun and Python."""
+    return " / ".join([line.strip() for line in command.errors if line.strip()][-4:])
 
 
 def _package_folder() -> str:

@@ -1,4 +1,4 @@
-"""Checks before a job is submitted: Slurm accepts it and can start it, and its folders are on shared storage."""
+"""Checks before a job is submitted: Slurm accepts it, can start it, and gives it time to save."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 from launcher.clusters.slurm import allocation, sbatch, site
 from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
-from launcher.clusters.storage import filesystem_type
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError
@@ -18,7 +16,6 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.plan_checks import CHECKPOINT_GIB_PER_SECOND, SAVE_MARGIN, save_seconds
 from launcher.plan.quantities import format_count
 
-_IN_MEMORY = ("tmpfs", "ramfs")
 # Settings that a message of sbatch may name.
 _NAMED_KEYS = {"account": "cluster.account", "partition": "cluster.partition", "qos": "cluster.additional_parameters.qos"}
 
@@ -35,7 +32,7 @@ def check(section: SlurmSection, plan: LaunchPlan) -> None:
             where="cluster=slurm",
             remedy="submit from a login node of the cluster, or train on this machine with cluster=local",
         )
-    problems = [*_save_time_problems(section, plan), *_storage_problems(plan)]
+    problems = [*_save_time_problems(section, plan)]
     try:
         num_gpus = plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0
         problems = [*site_problems(plan.config, num_gpus), *problems]
@@ -95,24 +92,6 @@ def _save_time_problems(section: SlurmSection, plan: LaunchPlan) -> Iterator[Pro
             value=str(section.signal_lead_seconds),
             remedy=f"set it to {math.ceil(SAVE_MARGIN * save_s)}, and cluster.time to much more than that",
         )
-
-
-def _storage_problems(plan: LaunchPlan) -> Iterator[Problem]:
-    """Reject folders in this machine's memory, which no other node can see."""
-    folders = [("run directory", "run.root", plan.run_dir)]
-    folders += [("data cache", "LAUNCHER_CACHE", folder) for folder in plan.cache_dirs]
-    if plan.model.path is not None:
-        folders.append(("model", "model.path, LAUNCHER_CACHE or HF_HOME", plan.model.path))
-    mounts = Path("/proc/self/mountinfo").read_text()
-    for name, keys, folder in folders:
-        kind = filesystem_type(Path(folder), mounts)
-        if kind in _IN_MEMORY:
-            yield Problem(
-                f"the {name} is in this machine's memory ({kind}), where no other node can see it",
-                where=keys.split(",")[0],
-                value=folder,
-                remedy=f"move it to storage that all nodes share: set {keys}",
-            )
 
 
 def _duration(minutes: int) -> str:

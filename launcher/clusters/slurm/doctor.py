@@ -71,8 +71,7 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
             ]
         message = f"{num_missing} of {section.nodes} nodes did not report"
         if time.monotonic() < deadline:
-            refused = allocation.refusal(started)
-            raise RunError(message, where="salloc, srun", value=refused, remedy=allocation.remedy(refused))
+            raise RunError(message, where="salloc, srun", value=allocation.last_errors(started), remedy=allocation.REMEDY)
         state = ""
         with suppress(SlurmError):
             state = slurm("squeue", "--me", f"--name={name}", "--noheader", "--format=the job is %T (%r)").strip()

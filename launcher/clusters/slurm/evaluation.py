@@ -53,12 +53,11 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
     with allocation.allocate(config, name, "", num_gpus, section.time_minutes, script, {}) as started:
         lines = show_lines(started, time.monotonic() + _LONGEST_WAIT_S)
         if not (folder / "answers.json").is_file():
-            refused = allocation.refusal(started)
             raise RunError(
                 "the nodes have not answered all prompts",
                 where="salloc, srun",
-                value=" / ".join([refused, *lines[-2:]] if refused else lines[-3:]),
-                remedy=f"start the same command again, it continues; {allocation.remedy(refused)}",
+                value=" / ".join([*lines[-2:], allocation.last_errors(started)]),
+                remedy=f"start the same command again, it continues; or {allocation.REMEDY}",
             )
 
 

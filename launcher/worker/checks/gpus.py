@@ -105,16 +105,15 @@ def _check_memory(gpus: list[GpuInfo], node: CheckedNode) -> Iterator[CheckResul
         held = "memory" if process.used_mib is None else f"{process.used_mib} MiB"
         seen = f"a process outside this run holds GPU memory: {name}: {held} of {uuid}"
         yield failure(seen, f"end it on the node with: kill {process.pid}; or exclude this node")
-    known = [gpu for gpu in gpus if gpu.free_gib is not None and gpu.memory_gib]
-    if node.plan is not None or not known:
-        return
-    for gpu in known:
-        if not gpu.processes and 1 - (gpu.free_gib or 0) / (gpu.memory_gib or 1) > _MAX_USED_FRACTION:
-            seen = "GPU memory is held, but the driver lists no process, which may be in another container: "
-            seen += f"{gpu.uuid}: {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free"
+    for gpu in gpus if node.plan is None else ():
+        if gpu.free_gib is None or not gpu.memory_gib:
+            continue
+        seen = f"{gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free on {gpu.uuid}"
+        if not gpu.processes and 1 - gpu.free_gib / gpu.memory_gib > _MAX_USED_FRACTION:
+            seen += ": the rest is held, but the driver lists no process, which may be in another container"
             yield warning(seen, "find it on the host with nvidia-smi, and end it")
-    least = min(known, key=lambda gpu: gpu.free_gib or 0)
-    yield ok(f"{least.free_gib:.1f} of {least.memory_gib:.1f} GiB free on the GPU with the least")
+        else:
+            yield ok(seen)
 
 
 def check_torch(node: CheckedNode) -> Iterator[CheckResult]:

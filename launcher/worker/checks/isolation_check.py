@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _UNSUPPORTED = "does not support an attention implementation"
 _CPU_KERNELS = ("auto", "varlen", "sdpa", "eager")
 _VOCABULARY, _WIDTH, _NUM_EXPERTS = 256, 64, 16
-# More layers than the period of any known layer layout; the fewest layers are enough to find one that leaks.
-_NUM_LAYERS, _FEWEST_LAYERS = 16, 2
+# More layers than the period of any known layer layout.
+_NUM_LAYERS = 16
 _MAX_PARAMETERS = 300_000_000
 _NOISE = 0.04
 # Keys of transformers configs with the width of an MLP or of a latent, and with the number of experts.
@@ -85,7 +85,7 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Outcome, str]:
             return kernel, "unsupported", ""
         attention.register_varlen()
     reason = ""
-    for reduced, is_complete in candidates:
+    for reduced in candidates:
         try:
             hf = build(reduced, kernel, **remote)
             trained = CausalLMLoss(hf, flatten=kernel == attention.VARLEN).eval()
@@ -109,10 +109,9 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Outcome, str]:
             # Not every architecture can be built or run at every reduced size.
             reason = reason or _describe(error)
             continue
-        if outcome != "isolated":
-            return kernel, outcome, detail
-        if is_complete:
-            return kernel, outcome, ""
+        if outcome != "unknown":
+            return kernel, outcome, "" if outcome == "isolated" else detail
+        reason = reason or detail
     return kernel, "unknown", reason
 
 
@@ -126,24 +125,20 @@ def _describe(error: Exception) -> str:
     return described
 
 
-def reductions(config: Any) -> Iterator[tuple[Any, bool]]:
-    """Yield smaller copies of a transformers config, smallest first, and whether each can prove isolation.
+def reductions(config: Any) -> Iterator[Any]:
+    """Yield smaller copies of a transformers config, the smallest first.
 
-    All copies keep the order and kinds of layers, the attention and its windows. Few layers may hide a neighbor.
+    All copies keep the order and kinds of layers, the attention and its windows.
     """
-    for num_layers, is_narrow, is_complete in (
-        (_FEWEST_LAYERS, True, False),
-        (_NUM_LAYERS, True, True),
-        (_NUM_LAYERS, False, True),
-    ):
+    for is_narrow in (True, False):
         reduced = copy.deepcopy(config)
         for part in _parts(reduced):
             if isinstance(_get(part, "num_hidden_layers"), int):
-                _cut_layers(part, num_layers)
+                _cut_layers(part)
                 if is_narrow:
                     _narrow(part)
                 _shrink(part)
-        yield reduced, is_complete
+        yield reduced
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -170,15 +165,15 @@ def _narrow(config: Any) -> None:
             setattr(config, key, value // hidden * narrow)
 
 
-def _cut_layers(config: Any, fewest: int) -> None:
-    """Cut layers from the end, down to `fewest`, as long as every kind of layer remains."""
+def _cut_layers(config: Any) -> None:
+    """Cut layers from the end, as long as every kind of layer remains."""
     num_layers = config.num_hidden_layers
     values = config.to_dict().items()
     per_layer = {key: value for key, value in values if isinstance(value, list | tuple) and len(value) == num_layers}
     # If every layer has a different value, as in a list of layer indices, the values do not denote kinds.
     of_kinds = [value for value in per_layer.values() if len({str(kind) for kind in value}) < num_layers]
     kinds = [str(kind) for kind in zip(*of_kinds, strict=True)] if of_kinds else [""] * num_layers
-    kept = min(num_layers, max(fewest, 1 + max(kinds.index(kind) for kind in set(kinds))))
+    kept = min(num_layers, max(_NUM_LAYERS, 1 + max(kinds.index(kind) for kind in set(kinds))))
     for key, value in per_layer.items():
         setattr(config, key, value[:kept])
     config.num_hidden_layers = kept

@@ -33,9 +33,6 @@ _PACKAGES = (
     *("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "numpy", "safetensors", "liger-kernel"),
     *("huggingface-hub", "ray", "flash-attn", "flash-attn-3", "flash-attn-4"),
 )
-# A rank opens a few hundred files: shards, sockets to other ranks, libraries. Ranks and the workers that build the data cache
-# have many threads.
-_FEW = 4096
 # Enough to distinguish two versions of the code.
 _DIGEST_CHARS = 8
 _IMPORT_S = 180.0
@@ -100,20 +97,6 @@ def check_adapters(node: CheckedNode) -> Iterator[CheckResult]:
         yield warning(f"{seen}: ulimit -l is {locked // 1024} KiB", remedy)
 
 
-def check_limits(node: CheckedNode) -> Iterator[CheckResult]:
-    """Check this user's limits on open files, and on processes and threads."""
-    pids = LimitEvents.read().num_processes
-    limits = {
-        "open files (ulimit -n; docker run --ulimit nofile=65536)": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "processes and threads (ulimit -u)": resource.getrlimit(resource.RLIMIT_NPROC)[0],
-        "processes and threads (pids.max; docker run --pids-limit=-1)": -1 if pids is None else pids,
-    }
-    for name, limit in limits.items():
-        if limit != resource.RLIM_INFINITY and limit < _FEW:
-            remedy = f"raise it to at least {_FEW}, or permanently in /etc/security/limits.conf (nofile, nproc)"
-            yield warning(f"{name} are limited to {limit:,}", remedy)
-
-
 def check_packages(node: CheckedNode) -> Iterator[CheckResult]:
     """Report the versions that must be the same on all nodes: the run's code, Python, and the packages that compute."""
     code = node.run.code if node.plan is not None else Path(launcher.__file__).resolve().parent
@@ -133,26 +116,12 @@ def check_packages(node: CheckedNode) -> Iterator[CheckResult]:
 
 
 def check_build_tools(node: CheckedNode) -> Iterator[CheckResult]:
-    """Look for the compilers that the settings need: for torch.compile, Liger, and DeepSpeed's offloading."""
-    section, offload = node.config.model, node.config.deepspeed
+    """Look for the compilers that torch.compile and Liger need; DeepSpeed names those of its offloading itself."""
+    section = node.config.model
     uses_liger = section.liger is True and node.device == "cuda"
     settings = [*(["model.compile=true"] if section.compile else []), *(["model.liger=true"] if uses_liger else [])]
-    if settings:
-        for problem in missing_build_tools(node.device):
-            yield failure(f"{problem.message}, for {' and '.join(settings)}: {problem.value}", problem.remedy)
-    if (offload.offload_optimizer, offload.offload_params) == ("none", "none"):
-        return
-    home = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
-    programs = {
-        "a C++ compiler": (shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++"), "apt-get install g++"),
-        "ninja": (shutil.which("ninja"), "pip install ninja, and activate the environment so that it is in PATH"),
-    }
-    if node.device == "cuda":
-        toolkit = "install the CUDA toolkit of torch's CUDA version, and export CUDA_HOME"
-        programs["nvcc"] = (shutil.which("nvcc") or shutil.which("nvcc", path=str(home / "bin")), toolkit)
-    for name, (path, remedy) in programs.items():
-        if path is None:
-            yield failure(f"{name} is not found; deepspeed.offload_* needs it", remedy)
+    for problem in missing_build_tools(node.device) if settings else ():
+        yield failure(f"{problem.message}, for {' and '.join(settings)}: {problem.value}", problem.remedy)
 
 
 def check_kernels(node: CheckedNode) -> Iterator[CheckResult]:

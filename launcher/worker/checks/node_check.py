@@ -49,7 +49,6 @@ class Check:
 # To add a check, add a function to a module of this folder, and a row.
 CHECKS = (
     Check("machine", machine.check_memory, _SHORT_S),
-    Check("limits", machine.check_limits, _SHORT_S, "doctor"),
     Check("network", machine.check_adapters, _SHORT_S),
     Check("packages", machine.check_packages, _SHORT_S),
     Check("run.root", storage.check_run_storage, _LONG_S),

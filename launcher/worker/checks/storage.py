@@ -15,7 +15,6 @@ from launcher.clusters.check_results import SHARED_FILE_VARIABLE, CheckResult, f
 from launcher.clusters.storage import existing_folder, filesystem_type
 from launcher.data.cache_dir import cache_path
 from launcher.plan.quantities import format_size
-from launcher.security.owners import folder_problem
 from launcher.worker.checks.checked_node import CheckedNode
 
 # Failures with this beginning concern the disk that all nodes share, whichever node reports them.
@@ -128,8 +127,6 @@ def check_caches(node: CheckedNode) -> Iterator[CheckResult]:
     """Check that the caches can be written and have room."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     hub = Path(os.environ.get("HF_HOME") or home / "huggingface")
-    if problem := folder_problem("the launcher's cache", cache_path()):
-        yield failure(problem.message, problem.remedy)
     for variable, cache in (("LAUNCHER_CACHE", cache_path()), ("HF_HOME", hub)):
         folder = existing_folder(cache.expanduser().absolute())
         free, remedy = shutil.disk_usage(folder).free, f"set {variable} to a folder on another disk"

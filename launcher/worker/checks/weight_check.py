@@ -7,8 +7,7 @@ read. torch and transformers are imported only for the comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
     if report is None:
         say("comparing the weight files with the model (once)")
         try:
-            with _quiet():
-                report = compare(folder, model)
+            report = compare(folder, model)
         except LauncherError:
             raise
         except Exception as error:
@@ -54,22 +52,6 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
         raise ConfigError(problems)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress transformers' table and progress bar."""
-    from transformers.utils import logging
-
-    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bar:
-            logging.enable_progress_bar()
-
-
 def compare(folder: Path, model: ModelSection) -> WeightReport:
     """Load the folder's model without data and report tensors that are missing, unexpected or of a different shape.
 
@@ -78,6 +60,11 @@ def compare(folder: Path, model: ModelSection) -> WeightReport:
     """
     import torch
     from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
+    from transformers.utils import logging
+
+    # A table and a progress bar.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
     tensors: dict[str, Any] = {}
     for file in weight_files.weight_files(folder, model.allow_pickled_weights):

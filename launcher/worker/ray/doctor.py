@@ -41,6 +41,8 @@ def main(request: str, seconds: float) -> None:
     section = RaySection.of(config.cluster)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    from ray._private.state import available_resources_per_node
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
     # A job's environment applies to all processes that it starts.
@@ -58,10 +60,20 @@ def main(request: str, seconds: float) -> None:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         # Ranks may run on those with GPUs, or on all nodes if none has a GPU.
         nodes = [node for node in nodes if node["Resources"].get("GPU")] or nodes
-        tasks = {task: node["NodeName"] for node in nodes if (task := _start(ray, node, config, environ)) is not None}
+        num_free = available_resources_per_node()
+        tasks = {}
+        for node in nodes:
+            name, num_gpus = node["NodeName"], node["Resources"].get("GPU", 0)
+            if (num_held := num_gpus - num_free.get(node["NodeID"], {}).get("GPU", 0)) > 0:
+                seen = f"{num_held:g} of {num_gpus:g} GPUs are held by other work of Ray: the node was not checked"
+                _print_report(name, CheckResult("node", WARNING, seen, "wait until that work has ended, or see: ray status"))
+                continue
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(check_here).options(num_cpus=0, num_gpus=num_gpus, max_retries=0, scheduling_strategy=strategy)
+            tasks[task.remote(config.model_dump_json(), name, environ)] = name
         waiting = list(tasks)
         while waiting and time.monotonic() < until:
-            done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.1, until - time.monotonic()))
+            done, waiting = ray.wait(waiting, timeout=max(0.1, until - time.monotonic()))
             for task in done:
                 _print_output(ray, task, tasks[task])
         for task in waiting:
@@ -69,23 +81,6 @@ def main(request: str, seconds: float) -> None:
             _print_report(tasks[task], result)
     finally:
         ray.shutdown()
-
-
-def _start(ray: Any, node: dict[str, Any], config: RunConfig, environ: dict[str, str]) -> Any:
-    """Start a node's task. If it cannot be started now, report this and return None."""
-    from ray._private.state import available_resources_per_node
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    num_gpus = node["Resources"].get("GPU", 0)
-    num_free = available_resources_per_node().get(node["NodeID"], {}).get("GPU", 0)
-    if num_free < num_gpus:
-        seen = f"{num_gpus - num_free:g} of {num_gpus:g} GPUs are held by other work of Ray: the node was not checked"
-        _print_report(node["NodeName"], CheckResult("node", WARNING, seen, "wait until that work has ended, or see: ray status"))
-        return None
-    strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    options = {"num_cpus": 0, "num_gpus": num_gpus, "max_retries": 0, "scheduling_strategy": strategy}
-    task = ray.remote(check_here).options(**options)
-    return task.remote(config.model_dump_json(), node["NodeName"], environ)
 
 
 def _print_output(ray: Any, task: Any, node: str) -> None:

@@ -78,8 +78,7 @@ def test_a_reduced_model_keeps_the_kinds_of_layers_and_the_windows() -> None:
     config = transformers.AutoConfig.for_model(
         "qwen3", **SIZES, head_dim=128, layer_types=kinds, sliding_window=512, use_sliding_window=True
     )
-    fewest, several, wide = (reduced for reduced, _ in isolation_check.reductions(config))
-    assert len(fewest.layer_types) == 18, "two layers would be enough of one kind"
+    several, wide = isolation_check.reductions(config)
     assert several.layer_types == wide.layer_types == kinds[:18]
     assert (several.sliding_window, several.head_dim, several.num_attention_heads, several.num_key_value_heads) == (
         512,
@@ -99,21 +98,6 @@ def test_models_of_full_size_are_reduced_by_the_same_rule(model_type: str, outco
     of_run = facts("llama").model_copy(update={"config": config})
     verdict = isolation_check.check(section(), of_run)
     assert verdict.outcome == outcome, verdict
-
-
-def test_few_layers_prove_that_documents_affect_each_other_and_not_that_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = isolation_check.build
-
-    def only_few_layers(config: Any, *options: Any, **more: Any) -> Any:
-        if config.num_hidden_layers > 2:
-            raise ValueError("too many layers")
-        return build(config, *options, **more)
-
-    monkeypatch.setattr(isolation_check, "build", only_few_layers)
-    for model_type, outcome in (("biogpt", "leaks"), ("llama", "unknown")):
-        verdict = isolation_check.check(section(), facts(model_type))
-        assert verdict.outcome == outcome
-    assert verdict.detail == "ValueError: too many layers"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 GB")])
