@@ -149,20 +149,22 @@ def to_json(report: DoctorReport) -> str:
 def to_lines(report: DoctorReport) -> list[str]:
     """Return the page: each result once with the nodes that share it, worst first; one node's measurements stand for all."""
     num_nodes = len(report.nodes)
-    shown: dict[CheckResult, tuple[CheckResult, list[str]]] = {}
+    # What a line shows, and the nodes that share it; without `seen` it is a measurement.
+    shown: dict[CheckResult, tuple[str, list[str]]] = {}
     for node in report.nodes:
         for result in node.results:
             is_measured = num_nodes > 1 and result.verdict == OK and not result.must_match
-            key = replace(result, seen="") if is_measured else result
-            shown.setdefault(key, (result, []))[1].append(node.machine)
+            shown.setdefault(replace(result, seen="") if is_measured else result, (result.seen, []))[1].append(node.machine)
     lines = [line for result in report.here for line in _result_lines(result, "")]
-    for result, machines in sorted(shown.values(), key=lambda item: VERDICTS.index(item[0].verdict) if num_nodes > 1 else 0):
+    for result, (seen, machines) in sorted(
+        shown.items(), key=lambda item: VERDICTS.index(item[0].verdict) if num_nodes > 1 else 0
+    ):
         prefix = ""
-        if num_nodes > 1:
+        if not result.seen:
+            prefix = f"{len(machines)} of {num_nodes} nodes, such as {machines[0]}: "
+        elif num_nodes > 1:
             prefix = "all nodes: " if len(machines) == num_nodes else f"{', '.join(machines)}: "
-            if result.verdict == OK and not result.must_match:
-                prefix = f"{len(machines)} of {num_nodes} nodes, such as {machines[0]}: "
-        lines += _result_lines(result, prefix)
+        lines += _result_lines(replace(result, seen=seen), prefix)
     counts = Counter(result.verdict for result in report.results)
     parts = [format_count(counts[verdict], verdict) for verdict in (FAILURE, WARNING) if counts[verdict]]
     return [*lines, "", f"{', '.join(parts) or 'everything is ok'}; {format_count(num_nodes, 'node')} reported"]

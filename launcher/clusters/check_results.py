@@ -102,18 +102,22 @@ class ReportReader:
         self._chunks: dict[str, dict[int, str]] = {}
 
     def read(self, lines: Iterable[str]) -> None:
-        """Add the parts of reports in these lines; ignores other lines, and those of a complete report."""
+        """Feed all lines."""
         for line in lines:
-            match = _LINE.search(line.rstrip("\n"))
-            if match is None or match[1] in self.reports:
-                continue
-            machine, chunks = match[1], self._chunks.setdefault(match[1], {})
-            chunks[int(match[2])] = match[4]
-            if len(chunks) == int(match[3]):
-                text = "".join(chunk for _, chunk in sorted(chunks.items()))
-                # A machine with a damaged report counts as not having reported.
-                with suppress(ValueError, DamagedRun):
-                    self.reports[machine] = json_records.decode(MachineReport, json.loads(text), f"the report of {machine}")
+            self.feed(line)
+
+    def feed(self, line: str) -> None:
+        """Add this line's part of a report; ignores other lines, and those of a complete report."""
+        match = _LINE.search(line.rstrip("\n"))
+        if match is None or match[1] in self.reports:
+            return
+        machine, chunks = match[1], self._chunks.setdefault(match[1], {})
+        chunks[int(match[2])] = match[4]
+        if len(chunks) == int(match[3]):
+            text = "".join(chunk for _, chunk in sorted(chunks.items()))
+            # A machine with a damaged report counts as not having reported.
+            with suppress(ValueError, DamagedRun):
+                self.reports[machine] = json_records.decode(MachineReport, json.loads(text), f"the report of {machine}")
 
 
 def with_differences(reports: Sequence[MachineReport]) -> list[MachineReport]:

@@ -91,12 +91,17 @@ class NodeCommand:
         self._lines.put(None)
 
 
+def show_line(line: str) -> None:
+    """Print a line of a command to standard error."""
+    print(printable(line.rstrip()), file=sys.stderr, flush=True)
+
+
 def show_lines(command: NodeCommand, deadline: float) -> list[str]:
     """Print a command's lines to standard error as they arrive, until it ends; returns the last lines."""
     last: deque[str] = deque(maxlen=_MAX_LINES)
     for line in command.lines(deadline):
         last.append(line.strip())
-        print(printable(line.rstrip()), file=sys.stderr, flush=True)
+        show_line(line)
     return [line for line in last if line]
 
 

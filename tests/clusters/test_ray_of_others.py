@@ -125,7 +125,7 @@ def test_a_driver_joins_the_ray_that_was_checked(
     config = config_of("cluster=ray", "cluster.address=auto")
     request = json.dumps({"config": config.model_dump(mode="json"), "environ": {}})
     section = RaySection.of(config.cluster)
-    join = {"run": lambda: connection._join(section, "", {}), "doctor": lambda: driver_of_doctor.main(request, 60)}[driver]
+    join = {"run": lambda: connection.join(section, {}), "doctor": lambda: driver_of_doctor.main(request, 60)}[driver]
     start_raylet(THEIRS, DAEMON)
     name_newest(tmp_path, THEIRS)
     with pytest.raises(SubmitError, match="the Ray on this machine belongs to daemon"):

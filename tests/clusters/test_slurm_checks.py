@@ -11,7 +11,6 @@ from testbed_cluster import Testbed
 
 from launcher.clusters.slurm import checks, site
 from launcher.clusters.slurm.commands import slurm
-from launcher.clusters.storage import filesystem_type
 from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -74,8 +73,6 @@ def test_a_job_that_the_site_can_run_is_accepted(there: Testbed, plan_at: PlanAt
         ({"partition": "short", "time": "01:00:00"}, "cluster.time", "continues in the next job"),
         ({"nodes": 4}, "cluster", "partition main has 3 nodes with 4 CPUs, 4000 MiB, no GPU"),
         (options(gres="gpu:h100:2"), "cluster", "no GPU"),
-        (options(nodelist="n1,n7"), "cluster", "partition main has"),
-        (options(licenses="nothing"), "cluster", "partition main has"),
     ],
 )
 def test_a_job_that_the_site_cannot_run_is_refused(
@@ -96,25 +93,6 @@ def test_a_save_longer_than_the_signal_lead_is_refused(there: Testbed, plan_at: 
     assert problems(plan.model_copy(update={"checkpoint_bytes": 120 * 2**30})) == ()
     (problem,) = problems(plan.model_copy(update={"checkpoint_bytes": 800 * 2**30}))
     assert (problem.where, problem.value) == ("cluster.signal_lead_seconds", "60")
-
-
-def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
-    inner = tmp_path / "with blank"
-    mounts = "\n".join(
-        [
-            "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw",
-            f"23 22 0:21 / {tmp_path}/with\\040blank rw shared:2 master:7 - tmpfs tmpfs rw",
-            f"24 23 0:22 / {inner.parent}/with\\040blank/nfs rw - nfs4 server:/export rw",
-            f"25 22 0:23 / {tmp_path}/twice rw - tmpfs tmpfs rw",
-            f"26 22 0:24 / {tmp_path}/twice rw - overlay overlay rw",
-        ]
-    )
-    assert filesystem_type(inner / "missing" / "run", mounts) == "tmpfs"
-    assert filesystem_type(inner / "nfs" / "run", mounts) == "nfs4"
-    assert filesystem_type(tmp_path / "with blanks", mounts) == "ext4"
-    assert filesystem_type(tmp_path / "twice", mounts) == "overlay"
-    (tmp_path / "link").symlink_to(inner)
-    assert filesystem_type(tmp_path / "link" / "run", mounts) == "tmpfs"
 
 
 def test_drained_nodes_and_closed_partitions_are_named(here: Testbed, plan_at: PlanAt) -> None:

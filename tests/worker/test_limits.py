@@ -155,7 +155,6 @@ JOB = "/system.slice/slurmstepd.scope/job_41"
 HIERARCHIES = {
     "Slurm": (f"{JOB}/step_0/user/task_0", JOB, "/system.slice/slurmstepd.scope"),
     "systemd": ("/user.slice/user-1000.slice/run-u12.scope", "/user.slice/user-1000.slice/run-u12.scope", "/user.slice"),
-    "Kubernetes": ("/kubepods.slice/pod7.slice/cri-9.scope", "/kubepods.slice/pod7.slice/cri-9.scope", "/kubepods.slice"),
     # A container with its own cgroup namespace.
     "container": ("/", "/", None),
 }

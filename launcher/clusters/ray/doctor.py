@@ -5,17 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
-import secrets
-import sys
 import time
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path
 
-import launcher
 from launcher.clusters.check_results import OK, WARNING, CheckResult, ReportReader, from_problem
-from launcher.clusters.detached_process import build_pythonpath
-from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import require_usable
 from launcher.config.schema import RunConfig
@@ -25,7 +19,6 @@ from launcher.errors import RunError, SubmitError
 _MODULE = "launcher.worker.ray.doctor"
 # The request for the driver, in base64: everyone on a machine can read a process's arguments.
 REQUEST_VARIABLE = "LAUNCHER_DOCTOR_REQUEST"
-_POLL_S = 1.0
 _MANY_CHARS = 300
 
 
@@ -56,18 +49,12 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
     Raises:
         RunError: if the driver ended without a report, or did not end in time.
     """
-    section, code = RaySection.of(config.cluster), Path(launcher.__file__).resolve().parents[1]
+    section = RaySection.of(config.cluster)
     request = json.dumps({"config": config.model_dump(mode="json"), "environ": {**section.env, **environ}})
     variables = {REQUEST_VARIABLE: base64.b64encode(request.encode()).decode()}
     # The driver ends before the command gives up, so that it can report nodes that do not answer.
     seconds = f"{max(1.0, (deadline - time.monotonic()) * 0.9):.0f}"
-    if section.is_http:
-        messages = _run_job(section, code, seconds, variables, deadline, reader)
-    else:
-        path = {"PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
-        with NodeCommand([sys.executable, "-m", _MODULE, seconds], "", {**os.environ, **path, **variables}) as driver:
-            reader.read(driver.lines(deadline))
-        messages = [line.strip() for line in driver.errors]
+    messages = jobs.run_driver(section, "doctor", _MODULE, [seconds], variables, deadline, reader.feed)
     if not reader.reports:
         raise RunError(
             "no node of the cluster reported" + (" in time" if time.monotonic() >= deadline else ""),
@@ -76,22 +63,3 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
             remedy="look at the cluster with: ray status; the launcher must be installed on its nodes, on the same path",
         )
     return []
-
-
-def _run_job(
-    section: RaySection, code: Path, seconds: str, environ: Mapping[str, str], deadline: float, reader: ReportReader
-) -> list[str]:
-    """Run the driver as a job on the cluster, which is removed at the end; returns its log, or Ray's message."""
-    address, name = section.address or "", f"launcher-doctor-{secrets.token_hex(4)}"
-    job = jobs.submit_module(section, code, name, _MODULE, [seconds], environ)
-    try:
-        state = message = ""
-        while state not in jobs.FINAL_JOB_STATES and time.monotonic() < deadline:
-            time.sleep(_POLL_S)
-            state, message = jobs.state(address, job)
-        log = jobs.read_log(address, job)
-        reader.read(log.splitlines())
-        return [log.strip() or message]
-    finally:
-        with uninterrupted():
-            jobs.end(address, job, 20 * _POLL_S)

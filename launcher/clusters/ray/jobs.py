@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import launcher
 from launcher.clusters.detached_process import build_pythonpath
+from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.security import owners
@@ -23,7 +28,10 @@ T = TypeVar("T")
 
 FINAL_JOB_STATES = ("FAILED", "SUCCEEDED", "STOPPED")
 _AGENT_DEADLINE_S = 120.0
-_POLL_S = 1.0
+_POLL_S, _END_S = 1.0, 20.0
+# How long the Jobs API may fail: a busy head node or a reconnecting tunnel comes back.
+_SILENT_S = 300.0
+_LAST_LINES = 20
 # Ray's client has no timeout.
 _REQUEST_TIMEOUT_S = 30.0
 _DENIED = re.compile(r"\b40[13]\b|Unauthorized|Forbidden|authentication")
@@ -91,6 +99,60 @@ def submit_module(
         return job
 
     return _with_plain_errors(address, submit_job)
+
+
+def run_driver(
+    section: RaySection,
+    name: str,
+    module: str,
+    arguments: Sequence[str],
+    environ: Mapping[str, str],
+    deadline: float,
+    show: Callable[[str], None],
+) -> list[str]:
+    """Run `python -m MODULE ARGUMENTS` here, or as a job on the cluster, and end it at the deadline, a time.monotonic() time.
+
+    `show` gets the lines of its output as they arrive; the last lines and messages are returned.
+
+    Raises:
+        SubmitError: if the Jobs API does not answer.
+    """
+    code = Path(launcher.__file__).resolve().parents[1]
+    if not section.is_http:
+        path = {"PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
+        with NodeCommand([sys.executable, "-u", "-m", module, *arguments], "", {**os.environ, **path, **environ}) as driver:
+            last: deque[str] = deque(maxlen=_LAST_LINES)
+            for line in driver.lines(deadline):
+                show(line)
+                last.append(line)
+            return [line.strip() for line in (*last, *driver.errors) if line.strip()]
+    address = section.address or ""
+    job = submit_module(section, code, f"launcher-{name}-{secrets.token_hex(4)}", module, arguments, environ)
+    num_shown, answered_at, log, message = 0, time.monotonic(), "", ""
+    try:
+        while time.monotonic() < deadline:
+            try:
+                job_state, message = state(address, job)
+                log = read_log(address, job)
+            except JobUnknown:
+                raise
+            except SubmitError:
+                if time.monotonic() - answered_at > _SILENT_S:
+                    raise
+            else:
+                answered_at, has_ended = time.monotonic(), job_state in FINAL_JOB_STATES
+                # A line that is still being written does not end in a newline.
+                lines = [line for line in log.splitlines(keepends=True) if has_ended or line.endswith("\n")]
+                for line in lines[num_shown:]:
+                    show(line)
+                num_shown = len(lines)
+                if has_ended:
+                    break
+            time.sleep(_POLL_S)
+        return [*log.splitlines()[-_LAST_LINES:], message]
+    finally:
+        with uninterrupted():
+            end(address, job, _END_S)
 
 
 def state(address: str, job: str) -> tuple[str, str]:

@@ -11,7 +11,6 @@ import copy
 import importlib.metadata
 import os
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,9 +227,6 @@ def main() -> int:
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except Exception:
-        traceback.print_exc()
-        return 1
     print(verdict.model_dump_json())
     return 0
 

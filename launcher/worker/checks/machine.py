@@ -64,13 +64,9 @@ def check_memory(node: CheckedNode) -> Iterator[CheckResult]:
 def check_shared_memory(node: CheckedNode) -> Iterator[CheckResult]:
     """Check /dev/shm, through which the ranks of a node communicate."""
     least = _SHARED_MEMORY_OF_GPUS_BYTES if node.device == "cuda" and node.num_ranks > 1 else _SHARED_MEMORY_BYTES
-    try:
-        usage = shutil.disk_usage(SHARED_MEMORY)
-    except OSError:
-        free, shown = 0, "missing"
-    else:
-        free, shown = usage.free, f"{format_size(usage.free)} of {format_size(usage.total)} free"
-    if free < least:
+    usage = shutil.disk_usage(SHARED_MEMORY)
+    shown = f"{format_size(usage.free)} of {format_size(usage.total)} free"
+    if usage.free < least:
         seen = "the ranks of a node have too little shared memory to communicate"
         remedy = "remove stale files there, or give the container more (--shm-size, or an emptyDir of medium Memory)"
         yield failure(f"{seen}: {SHARED_MEMORY}: {shown}, {format_size(least)} needed", remedy)
@@ -101,13 +97,9 @@ def check_packages(node: CheckedNode) -> Iterator[CheckResult]:
     """Report the versions that must be the same on all nodes: the run's code, Python, and the packages that compute."""
     code = node.run.code if node.plan is not None else Path(launcher.__file__).resolve().parent
     digest = hashlib.blake2b()
-    try:
-        for file in sorted(code.rglob("*.py")):
-            for part in (str(file.relative_to(code)).encode(), file.read_bytes()):
-                digest.update(len(part).to_bytes(8, "little") + part)
-    except OSError as error:
-        yield failure(f"the code of the run cannot be read: {error}", "check the storage of run.root")
-        return
+    for file in sorted(code.rglob("*.py")):
+        for part in (str(file.relative_to(code)).encode(), file.read_bytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
     versions = {"launcher": launcher.__version__, "code": digest.hexdigest()[:_DIGEST_CHARS], "Python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

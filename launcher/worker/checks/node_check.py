@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from launcher import json_records, nvml
 from launcher.clusters.check_results import OK, WARNING, CheckResult, MachineReport, failure, to_lines, with_differences
@@ -30,6 +30,9 @@ from launcher.tracking.jsonl import append_event
 from launcher.worker.checks import gpus, machine, storage
 from launcher.worker.checks.checked_node import CheckedNode, kill_children
 from launcher.worker.ranks.rank_env import die_with_parent
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 # A published report can be read in one round trip; a timeout of zero would wait forever.
 _SHORTEST_WAIT_S = 0.1
@@ -61,14 +64,6 @@ CHECKS = (
     Check("kernels", machine.check_kernels, _LONG_S, "doctor"),
     Check("all-reduce", gpus.check_all_reduce, _LONG_S, "doctor"),
 )
-
-
-class Store(Protocol):
-    """The subset of torch.distributed.Store that is used here."""
-
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
 
 
 def run_checks(node: CheckedNode, names: Sequence[str] = ()) -> Iterator[CheckResult]:
@@ -156,22 +151,16 @@ def exchange(
             value=str(error).splitlines()[0],
             remedy=f"check whether {hosts[0]} still runs; the network between the nodes may be unstable",
         ) from None
-    missing = {
-        host: Problem(
-            f"the node did not report within {deadline_s:g} s",
-            where=host,
-            remedy=f"exclude the node with cluster.additional_parameters.exclude={host}, or look at its log",
-        )
-        for index, host in enumerate(hosts)
-        if index not in answers
-    }
     reports = [json_records.decode(MachineReport, answer, "the store") for answer in answers.values()]
     compared = dict(zip(answers, with_differences(reports), strict=True))
-    return [
-        problem
-        for index, host in enumerate(hosts)
-        for problem in (compared[index].problems if index in compared else [missing[host]])
-    ]
+    problems: list[Problem] = []
+    for index, host in enumerate(hosts):
+        if index in compared:
+            problems += compared[index].problems
+        else:
+            remedy = f"exclude the node with cluster.additional_parameters.exclude={host}, or look at its log"
+            problems.append(Problem(f"the node did not report within {deadline_s:g} s", where=host, remedy=remedy))
+    return problems
 
 
 def _await_key(store: Store, key: str, deadline: float) -> bool:

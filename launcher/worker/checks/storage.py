@@ -11,8 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from launcher.clusters.check_results import SHARED_FILE_VARIABLE, CheckResult, failure, ok, warning
-from launcher.clusters.storage import existing_folder, filesystem_type
+from launcher.clusters.storage import existing_folder
 from launcher.data.cache_dir import cache_path
 from launcher.plan.quantities import format_size
 from launcher.worker.checks.checked_node import CheckedNode
@@ -85,7 +87,8 @@ def _exercise(folder: Path, root: Path, num_chunks: int) -> Iterator[CheckResult
             pass
     read_s = time.perf_counter() - started
     num_bytes = _CHUNK_BYTES * num_chunks
-    kind = filesystem_type(folder, Path("/proc/self/mountinfo").read_text()) or "unknown"
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(mount.mountpoint)]
+    kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown"
     seen = f"{root} on {kind}: writes {num_bytes / write_s / 1e6:,.0f} MB/s, reads {num_bytes / read_s / 1e6:,.0f} MB/s"
     if num_chunks == _NUM_CHUNKS and num_bytes / write_s < _SLOW_BYTES_PER_S:
         yield warning(

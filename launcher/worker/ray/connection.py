@@ -7,7 +7,7 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
         path = detached_process.build_pythonpath(run.code, os.environ)
         if section.address is not None:
-            _join(section, path, common)
+            join(section, {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, **common)
         else:
             _start(plan, path, folder, common)
         try:
@@ -180,16 +180,15 @@ def _set_variables(plan: LaunchPlan) -> None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
 
 
-def _join(section: RaySection, path: str, common: dict[str, Any]) -> None:
+def join(section: RaySection, variables: Mapping[str, str], **options: Any) -> None:
+    """Join the cluster that the settings name; Ray's workers get `variables`, or those of the job that this driver is."""
     import ray
 
     if section.is_http:
-        # The job's environment applies to all processes that it starts.
-        ray.init(address="auto", job_config=config_without_search_path(), **common)
+        ray.init(address="auto", job_config=config_without_search_path(), **options)
     else:
-        variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         address = auto_address.address_to_join(section.address or "")
-        ray.init(address=address, runtime_env={"env_vars": variables}, job_config=config_without_search_path(), **common)
+        ray.init(address=address, runtime_env={"env_vars": variables}, job_config=config_without_search_path(), **options)
 
 
 def _start(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import launcher
 from launcher.clusters.check_results import FAILURE, WARNING, CheckResult, MachineReport, to_lines
 from launcher.clusters.detached_process import build_pythonpath
-from launcher.clusters.ray import auto_address
 from launcher.clusters.ray.doctor import REQUEST_VARIABLE
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
@@ -45,17 +44,7 @@ def main(request: str, seconds: float) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
-    # A job's environment applies to all processes that it starts.
-    runtime = {} if section.is_http else {"runtime_env": {"env_vars": {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}}}
-    # Within a job, Ray itself knows the job's cluster.
-    address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
-    ray.init(
-        address=address,
-        log_to_driver=False,
-        logging_level="WARNING",
-        job_config=connection.config_without_search_path(),
-        **runtime,
-    )
+    connection.join(section, {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, log_to_driver=False, logging_level="WARNING")
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         # Ranks may run on those with GPUs, or on all nodes if none has a GPU.

@@ -15,13 +15,12 @@ from typing import Any
 
 import launcher
 from launcher.clusters.detached_process import build_pythonpath
-from launcher.clusters.ray import auto_address
 from launcher.config.sections.ray import RaySection
 from launcher.errors import EXIT_FAILED
 from launcher.evaluate.task import EvaluationFolder
 from launcher.security.folders import private_variables
 from launcher.security.owners import VARIABLE, Trust
-from launcher.worker.ray.connection import config_without_search_path
+from launcher.worker.ray.connection import join
 
 # Seconds after which free GPUs are counted again. Ray's count may be old: another reservation may have just been made.
 _RECOUNT_S = 5
@@ -46,14 +45,10 @@ def main(folder: str) -> int:
     import ray
 
     path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
-    # A job's environment applies to all processes that it starts.
     variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **section.env}
     # Tasks check the run, possibly as another user, on nodes that may not know user names.
     variables[VARIABLE] = Trust.from_environ(os.environ).as_numbers()
-    runtime = {} if section.is_http else {"runtime_env": {"env_vars": variables}}
-    # Within a job, Ray itself knows the job's cluster.
-    address = "auto" if section.is_http else auto_address.address_to_join(section.address or "")
-    ray.init(address=address, log_to_driver=True, logging_level="WARNING", job_config=config_without_search_path(), **runtime)
+    join(section, variables, log_to_driver=True, logging_level="WARNING")
     try:
         num_workers = section.nodes * section.ranks_per_node if section.ranks_per_node else None
         options = task_options(ray, num_workers, section.placement_minutes * 60, settings.evaluate.vllm_gpus)

@@ -46,11 +46,9 @@ def facts(model_type: str, **own: Any) -> ModelFacts:
     [
         ("llama", "auto", "varlen", "isolated"),
         ("olmoe", "auto", "varlen", "isolated"),
-        ("smollm3", "auto", "varlen", "isolated"),
         ("opt", "sdpa", "sdpa", "leaks"),
         ("biogpt", "auto", "sdpa", "leaks"),
         ("gemma2", "varlen", "varlen", "unsupported"),
-        ("cpmant", "auto", "eager", "not_causal"),
         ("bert", "auto", "varlen", "not_causal"),
         ("cohere", "auto", "varlen", "other_logits"),
         ("llama", "flash_attention_2", "flash_attention_2", "unknown"),

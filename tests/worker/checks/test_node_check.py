@@ -182,21 +182,16 @@ def test_adapters_need_their_devices_and_memory_that_may_be_locked(
     ]
 
 
-def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Planned) -> None:
+def test_the_code_digest_changes_with_the_content_of_python_files(planned: Planned) -> None:
     made, run = planned()
 
     def packages() -> str:
         return next(machine.check_packages(CheckedNode(made.config, "cpu", 1, made, 1))).seen
 
-    file = run.code / "launcher/errors.py"
-    first, content = packages(), file.read_bytes()
+    first = packages()
     (run.code / "launcher/errors.pyc").write_bytes(b"compiled")
     assert packages() == first
-    file.write_bytes(content + b"\n")
-    assert packages() != first
-    file.write_bytes(content)
-    # The new name leaves the order of the files unchanged.
-    file.rename(run.code / "launcher/errorz.py")
+    (run.code / "launcher/errors.py").write_bytes(b"\n")
     assert packages() != first
 
 
@@ -344,8 +339,7 @@ def test_locks_without_effect_are_a_failure(node_of: OfConfig, monkeypatch: pyte
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-@pytest.mark.parametrize(("options", "message"), [("size=16m", "has no room"), ("ro", "cannot be written")])
-def test_full_and_read_only_storage_are_failures(tmp_path: Path, options: str, message: str) -> None:
+def test_full_storage_is_a_failure(tmp_path: Path) -> None:
     code = (
         "from plan_fixtures import composed; from launcher.worker.checks import storage, checked_node;"
         f"node = checked_node.CheckedNode(composed(('model=tiny', 'run.root={tmp_path}/runs')), 'cpu', 1);"
@@ -356,7 +350,7 @@ def test_full_and_read_only_storage_are_failures(tmp_path: Path, options: str, m
         "-m",
         "sh",
         "-c",
-        f'mount -t tmpfs -o {options} tmpfs {tmp_path} && exec "{sys.executable}" -c "$0"',
+        f'mount -t tmpfs -o size=16m tmpfs {tmp_path} && exec "{sys.executable}" -c "$0"',
         code,
     ]
     tests = Path(__file__).resolve().parents[2]
@@ -364,7 +358,7 @@ def test_full_and_read_only_storage_are_failures(tmp_path: Path, options: str, m
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     (line,) = done.stdout.splitlines()
     assert line.startswith("failure ")
-    assert message in line
+    assert "has no room" in line
 
 
 def test_a_check_that_hangs_or_raises_does_not_keep_the_others(node_of: OfConfig) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file
 from weight_tools import change_weights, save_model, without
@@ -52,25 +51,11 @@ def test_weights_of_every_preset_pass_and_a_missing_tensor_is_refused(preset: st
     assert "model.layers.1.self_attn.o_proj.weight" in refused(folder)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "part"),
-    [
-        ("mixtral", "model.layers.1.block_sparse_moe.experts.1.w1.weight"),
-        ("qwen3_moe", "model.layers.1.mlp.experts.1.gate_proj.weight"),
-    ],
-)
-def test_a_missing_part_of_a_fused_tensor_is_refused(model_type: str, part: str, tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", {"model_type": model_type})
+def test_a_missing_part_of_a_fused_tensor_is_refused(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", {"model_type": "mixtral"})
     assert compared(folder) == WeightReport()
-    change_weights(folder, without(part))
+    change_weights(folder, without("model.layers.1.block_sparse_moe.experts.1.w1.weight"))
     assert "do not fit the model" in refused(folder)
-
-
-def test_fused_tensors_may_be_stored_as_the_model_has_them(tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", {"model_type": "qwen3_moe"}, save_original_format=False)
-    assert compared(folder) == WeightReport()
-    change_weights(folder, without("model.layers.0.mlp.experts.gate_up_proj"))
-    assert compared(folder) == WeightReport(missing=("model.layers.0.mlp.experts.gate_up_proj",))
 
 
 @pytest.mark.parametrize("absent", ["lm_head.weight", "model.embed_tokens.weight"])
@@ -81,24 +66,6 @@ def test_a_head_may_be_absent_where_it_is_tied_to_the_embedding(absent: str, tmp
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     assert compared(folder) == WeightReport()
-
-
-def test_names_may_lack_the_prefix_of_the_body(tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", {**LLAMA, "tie_word_embeddings": True})
-    transformers.AutoModelForCausalLM.from_pretrained(folder).model.save_pretrained(folder)
-    assert "norm.weight" in load_file(folder / "model.safetensors")
-    assert compared(folder) == WeightReport()
-    change_weights(folder, lambda tensors: tensors.update({"norm.weight": torch.zeros(3)}))
-    assert "[3] in the files and [16] in the model" in str(compared(folder).mismatched)
-
-
-def test_every_shard_of_the_index_counts(tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model", LLAMA, max_shard_size="3KB")
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    assert len(set(index.values())) > 2
-    assert compared(folder) == WeightReport()
-    change_weights(folder, without("model.norm.weight"), index["model.norm.weight"])
-    assert compared(folder) == WeightReport(missing=("model.norm.weight",))
 
 
 def test_a_shape_mismatch_reports_both_shapes(tmp_path: Path) -> None:
@@ -126,24 +93,6 @@ def test_pickled_weights_are_compared_where_they_are_allowed(tmp_path: Path) -> 
     assert compared(folder, allow_pickled_weights=True) == WeightReport()
     torch.save({name: tensor for name, tensor in tensors.items() if "norm" not in name}, folder / "pytorch_model.bin")
     assert len(compared(folder, allow_pickled_weights=True).missing) == 5
-
-
-def test_a_model_of_70_billion_parameters_is_compared_without_its_data(tmp_path: Path) -> None:
-    config = transformers.AutoConfig.for_model(**PRESETS["llama3_3_70b"])
-    config.save_pretrained(tmp_path)
-    model_class = transformers.AutoModelForCausalLM  # import here: not on the meta device
-    with torch.device("meta"):
-        needed = model_class.from_config(config).state_dict()
-    entries, end = {}, 0
-    for name, tensor in needed.items():
-        begin, end = end, end + 2 * tensor.numel()
-        entries[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    header = json.dumps(entries).encode()
-    with open(tmp_path / "model.safetensors", "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        # A sparse file: its 131 GiB use no disk space, and would not fit in memory.
-        file.truncate(8 + len(header) + end)
-    assert compared(tmp_path) == WeightReport()
 
 
 def test_a_comparison_is_made_once_for_the_same_headers(tmp_path: Path) -> None:
