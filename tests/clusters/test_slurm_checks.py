@@ -53,8 +53,6 @@ def there(slurm_cluster: Testbed, use: Use) -> Testbed:
     [
         {},
         {"nodes": 3, "partition": "main", "account": "research", "cpus_per_task": 4} | options(qos="urgent", mem="4000M"),
-        {"nodes": 2, "partition": "short", "time": "00:02:00", "signal_lead_seconds": 30}
-        | options(nodelist="n[1-2]", exclude="n3"),
         # One suitable partition is enough.
         {"partition": "short,main", "time": "1-00:00:00"},
     ],
@@ -82,10 +80,6 @@ def test_a_job_that_the_site_cannot_run_is_refused(
     assert problem.where == where
     assert problem.value
     assert remedy in problem.remedy
-
-
-def test_a_plan_for_gpus_needs_nodes_with_gpus(there: Testbed, plan_at: PlanAt) -> None:
-    assert len(problems(plan_at(device=DeviceFacts(kind="cuda", name="h100", count=8)))) == 1
 
 
 def test_a_save_longer_than_the_signal_lead_is_refused(there: Testbed, plan_at: PlanAt) -> None:

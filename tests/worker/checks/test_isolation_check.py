@@ -125,11 +125,6 @@ def test_plan_refuses_a_model_whose_packed_documents_affect_each_other(
     assert launch_here("plan", *settings, **cache).stderr.splitlines()[0] == problem
     assert launch_here("plan", *settings, "data.packing=false", **cache).returncode == 0
     (stored,) = (tmp_path / "cache/isolation-checks").iterdir()
-    stored.write_text(json.dumps({**json.loads(stored.read_text()), "outcome": "not_causal"}))
-    for packing in ("true", "false"):
-        refused = launch_here("plan", *settings, f"data.packing={packing}", **cache)
-        assert refused.returncode == 2
-        assert refused.stderr.startswith("this architecture sees later tokens, with the attention kernel eager: ")
     stored.write_text(json.dumps({**json.loads(stored.read_text()), "outcome": "unknown", "detail": "no small model"}))
     note = "note       whether packed documents affect each other is measured on the loaded model, before step 1 (no small model)"
     assert note in launch_here("plan", *settings, **cache).stdout

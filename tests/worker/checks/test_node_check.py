@@ -338,29 +338,6 @@ def test_locks_without_effect_are_a_failure(node_of: OfConfig, monkeypatch: pyte
     assert ["locks have no effect" in text for text in failures(storage.check_run_storage(node_of()))] == [True]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-def test_full_storage_is_a_failure(tmp_path: Path) -> None:
-    code = (
-        "from plan_fixtures import composed; from launcher.worker.checks import storage, checked_node;"
-        f"node = checked_node.CheckedNode(composed(('model=tiny', 'run.root={tmp_path}/runs')), 'cpu', 1);"
-        "[print(r.verdict, r.seen) for r in storage.check_run_storage(node)]"
-    )
-    command = [
-        "unshare",
-        "-m",
-        "sh",
-        "-c",
-        f'mount -t tmpfs -o size=16m tmpfs {tmp_path} && exec "{sys.executable}" -c "$0"',
-        code,
-    ]
-    tests = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests, tests.parent / "slurm")))}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    (line,) = done.stdout.splitlines()
-    assert line.startswith("failure ")
-    assert "has no room" in line
-
-
 def test_a_check_that_hangs_or_raises_does_not_keep_the_others(node_of: OfConfig) -> None:
     def hanging(_: CheckedNode) -> Iterator[CheckResult]:
         yield ok("the first part")

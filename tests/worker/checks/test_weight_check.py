@@ -18,8 +18,9 @@ from launcher.models import weight_files
 from launcher.models.weight_files import WeightReport
 from launcher.worker.checks import weight_check
 
+# One preset of each architecture.
 PRESETS = {
-    file.stem: settings["config"]
+    settings["config"]["model_type"]: settings["config"]
     for file in sorted((conf_dir() / "model").glob("*.yaml"))
     if "config" in (settings := yaml.safe_load(file.read_text()))
 }
