@@ -17,7 +17,7 @@ from launcher.checkpoint.mirror.remote_folder import RemoteFolder, convert_stora
 from launcher.cli import formatting
 from launcher.cli.starting import eval_set_caches
 from launcher.cli.worker_process import prepare
-from launcher.config.schema import ModelSection
+from launcher.config.schema import RunConfig
 from launcher.config.sections.fields import Url
 from launcher.data import sources
 from launcher.data.cache import cache_store
@@ -58,18 +58,12 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
     owners.require_run(run.root)
     with run_store.start_lock(run):
         with convert_storage_errors(remote, "read"):
-            plans = {
-                name: _without_cache_group(plan) for name, plan in download.download_fixed_files(remote, mirrored, run).items()
-            }
+            plans = download.download_fixed_files(remote, mirrored, run)
             download.download_progress(remote, run)
             with show_progress() as make_progress:
                 step = download.download_checkpoint(remote, run, step, _say, make_progress)
         _settle_status(run, mirrored, remote.url, step)
-        plan = _newest(plans)
-        model = _model_without_weights(plan, run)
-        data = _find_or_build_data(plan, model)
-        local_plans = {name: _with_local_paths(plan, run, model, data) for name, plan in plans.items()}
-        download.write_plans(run, local_plans)
+        download.write_plans(run, {name: _make_local(plan, run) for name, plan in plans.items()})
     print(f"downloaded {mirrored.run_name} to {formatting.short(run.root)}", flush=True)
     return run
 
@@ -138,23 +132,43 @@ def _settle_status(run: RunDir, mirrored: MirroredRun, url: str, step: int) -> N
     run_store.update_status(run, state=state, job=None, step=step, message=f"downloaded from {url}")
 
 
-def _newest(plans: dict[str, LaunchPlan]) -> LaunchPlan:
-    return plans[max(plans, key=lambda name: name != "plan.json")]
+def _make_local(plan: LaunchPlan, run: RunDir) -> LaunchPlan:
+    """Return the plan with this machine's paths and data caches; missing caches are built.
 
-
-def _model_without_weights(plan: LaunchPlan, run: RunDir) -> ModelSection:
-    """Return model settings that use the downloaded config and tokenizer; the weights are in the checkpoint."""
+    Raises:
+        ConfigError, DataError: if the sources are missing on this machine, or differ.
+    """
+    # The weights are in the checkpoint.
     changes: dict[str, Any] = {"init": "random"}
     if plan.model.path is not None:
-        changes["path"] = str(run.root / "model")
-        changes["tokenizer"] = None
+        changes |= {"path": str(run.root / "model"), "tokenizer": None}
     if plan.model.tokenizer_path != plan.model.path:
         changes["tokenizer"] = str(run.root / "tokenizer")
-    return plan.config.model.model_copy(update=changes)
+    model = plan.config.model.model_copy(update=changes)
+    # On this machine, a group of the same name may have other members.
+    data = plan.config.data.model_copy(update={"cache_group": None})
+    config = plan.config.model_copy(update={"data": data})
+    on_this_machine = config.model_copy(update={"model": model})
+    kept = {name: one for name, trained in plan.eval_sets.items() if (one := _find(trained)) is not None}
+    tokenizer = model.tokenizer or model.path
+    facts = {"path": model.path, "tokenizer_path": tokenizer, "has_weights": False}
+    return plan.model_copy(
+        update={
+            "run_dir": str(run.root),
+            "config": config,
+            "model": plan.model.model_copy(update=facts),
+            "data": _find_or_build_data(plan, on_this_machine),
+            "eval_sets": eval_set_caches.find_or_build(on_this_machine, kept, tokenizer),
+        }
+    )
 
 
-def _find_or_build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
-    """Find the data cache on this machine by its key, or build it, and compare its content with the plan.
+def _find(trained: DataFacts) -> DataFacts | None:
+    return cache_store.find(Path(trained.cache_dir).name)
+
+
+def _find_or_build_data(plan: LaunchPlan, config: RunConfig) -> DataFacts:
+    """Find the data cache on this machine by its key, or build it with `config`, and compare its content with the plan.
 
     Raises:
         ConfigError, DataError: if the sources are missing on this machine, or differ.
@@ -162,8 +176,14 @@ def _find_or_build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     trained = plan.data
     if trained is None:
         raise SubmitError("the plan in the mirror has no data", where=plan.run_name)
-    if (local := cache_store.find(Path(trained.cache_dir).name)) is None:
-        local = _build_data(plan, model)
+    if (local := _find(trained)) is None:
+        if problems := sources.check_sources(config.data):
+            remedy = "copy the data to this path; nothing else is missing on this machine"
+            raise ConfigError([Problem(problem.message, problem.where, problem.value, remedy) for problem in problems])
+        prepare(config)
+        local = cache_store.find_built(config.data, config.model.tokenizer or config.model.path or "")
+    if local is None:
+        raise DataError(Problem("the data cache is missing or damaged right after it was built", where=str(cache_root())))
     expected, actual = trained.contents(), local.contents()
     if differing := [name for name in expected if expected[name] != actual[name]]:
         first = differing[0]
@@ -176,49 +196,6 @@ def _find_or_build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
             )
         )
     return local
-
-
-def _find_or_build_eval_sets(plan: LaunchPlan, model: ModelSection) -> dict[str, DataFacts]:
-    """Find the data caches of eval.sets on this machine by their keys, or build them.
-
-    Raises:
-        ConfigError, DataError: if a set that must be built is missing on this machine.
-    """
-    config = plan.config.model_copy(update={"model": model})
-    local = {name: cache_store.find(Path(recorded.cache_dir).name) for name, recorded in plan.eval_sets.items()}
-    kept = {name: counts for name, counts in local.items() if counts is not None}
-    return eval_set_caches.find_or_build(config, kept, model.tokenizer or model.path)
-
-
-def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
-    """Build the data cache from the run's sources on this machine."""
-    if problems := sources.check_sources(plan.config.data):
-        remedy = "copy the data to this path; nothing else is missing on this machine"
-        raise ConfigError([Problem(problem.message, problem.where, problem.value, remedy) for problem in problems])
-    prepare(plan.config.model_copy(update={"model": model}))
-    built = cache_store.find_built(plan.config.data, model.tokenizer or model.path or "")
-    if built is None:
-        raise DataError(Problem("the data cache is missing or damaged right after it was built", where=str(cache_root())))
-    return built
-
-
-def _without_cache_group(plan: LaunchPlan) -> LaunchPlan:
-    """Return the plan without the group that shares data caches: on this machine, a group of that name may have other members."""
-    data = plan.config.data.model_copy(update={"cache_group": None})
-    return plan.model_copy(update={"config": plan.config.model_copy(update={"data": data})})
-
-
-def _with_local_paths(plan: LaunchPlan, run: RunDir, model: ModelSection, data: DataFacts) -> LaunchPlan:
-    """Return the plan with this machine's paths."""
-    paths = {"path": model.path, "tokenizer_path": model.tokenizer or model.path, "has_weights": False}
-    return plan.model_copy(
-        update={
-            "run_dir": str(run.root),
-            "model": plan.model.model_copy(update=paths),
-            "data": data,
-            "eval_sets": _find_or_build_eval_sets(plan, model),
-        }
-    )
 
 
 def _say(line: str) -> None:

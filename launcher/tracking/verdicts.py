@@ -7,7 +7,6 @@ from enum import StrEnum
 from pathlib import Path
 
 from launcher import atomic_files, json_records
-from launcher.errors import DamagedRun
 from launcher.plan.run_dir import RunDir, parse_step
 
 FILE_NAME = "verdict.json"
@@ -168,15 +167,7 @@ def read_verdict(folder: Path) -> EvaluationVerdict | None:
         DamagedRun: if the file cannot be read or is damaged.
     """
     remedy = "remove the file and evaluate again; existing answers are used"
-    verdict = json_records.read_if_present(EvaluationVerdict, folder / FILE_NAME, remedy)
-    try:
-        if verdict is not None:
-            _ = verdict.table
-    except KeyError as error:
-        # Each field may be valid by itself.
-        message = f"the verdict of an evaluation is damaged: it has no scores of {error}"
-        raise DamagedRun(message, where=str(folder / FILE_NAME), remedy=remedy) from None
-    return verdict
+    return json_records.read_if_present(EvaluationVerdict, folder / FILE_NAME, remedy)
 
 
 def remove_verdicts(folder: Path) -> None:

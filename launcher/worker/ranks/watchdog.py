@@ -38,19 +38,17 @@ _MIN_LOAD_S = 300.0
 _SHARING = 0.02
 _LOADING = ("starting", "joined", "loaded")
 # A process in one of these states does no work.
-_HALTED = {
+_UNABLE = {
     psutil.STATUS_STOPPED: "is stopped by a signal (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "is held by a debugger",
     psutil.STATUS_ZOMBIE: "has ended without the agent noticing",
+    psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or a driver)",
 }
-_UNABLE = {**_HALTED, psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or a driver)"}
 
 
 @dataclass(frozen=True)
 class StallLimits:
     """Seconds without a heartbeat: `stall_s` while training, with one for each micro-batch, and `rare_s` while saving.
-
-    A halted rank cannot save, so `stall_s` applies to it while saving too.
 
     `load_s` is the limit without progress of any rank while the run loads its model (launcher.worker.ranks.load_progress); a rank
     that cannot run is killed after `stall_s` while it loads. Finishing has no limit: the time of an export grows with the model,
@@ -65,13 +63,13 @@ class StallLimits:
         """At least `_MIN_LOAD_S`: a kernel may compile for a minute, while the rank reads nothing."""
         return max(self.stall_s, _MIN_LOAD_S)
 
-    def of(self, beat: Beat, is_halted: bool = False) -> float:
-        """Return the limit in seconds for a rank in this heartbeat's state; `is_halted` means that its process cannot run."""
+    def of(self, beat: Beat) -> float:
+        """Return the limit in seconds for a rank in this heartbeat's state."""
         if beat.phase == "finishing":
             return math.inf
         if is_loading(beat):
             return self.load_s
-        return max(self.stall_s, self.rare_s) if beat.phase == "saving" and not is_halted else self.stall_s
+        return max(self.stall_s, self.rare_s) if beat.phase == "saving" else self.stall_s
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def stalled(
     before `since` does not count. For ranks that have not begun to train, see `stalled_in_loading`.
     """
     silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and beat.trained}
-    lateness = {r: seconds / limits.of(beats[r], states[r] in _HALTED) for r, seconds in silent.items()}
+    lateness = {r: seconds / limits.of(beats[r]) for r, seconds in silent.items()}
     late = {r: silent[r] for r in silent if lateness[r] > 1}
     if not late:
         return StallVerdict()
@@ -166,8 +164,6 @@ class Watchdog:
         self._looked = self._since = time.monotonic()
         # When the processes were asked for their stacks and collectives.
         self._asked: dict[int, float] = {}
-        # When all ranks of this node were asked for their collectives.
-        self._asked_all_at = -math.inf
         self._dump_s = min(DUMP_S, stall_s / 4)
         self._done: set[int] = set()
         self._problem = ""
@@ -219,7 +215,10 @@ class Watchdog:
             _send(ranks[r], signal.SIGQUIT)
         if late and not asked and self._shared is not None:
             self._shared.report_hang()
-        self._ask_for_collectives({beats[r].rank for r in late}, {beats[r].rank for r in ranks}, now)
+        # At a silence on any node, ask all ranks for their collectives: waiting ranks may only be late later.
+        if late or (self._shared is not None and self._shared.has_others_hang()):
+            with suppress(Exception):
+                self._on_silence({beats[r].rank for r in ranks})
         # The dumps take a moment; this is also the rank's last chance to progress.
         if not verdict.kill or any(now - self._asked[beats[r].pid] < self._dump_s for r in verdict.kill):
             return
@@ -234,16 +233,6 @@ class Watchdog:
         self._done |= {beat.pid for beat in beats.values()}
         messages = [describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()]
         self._on_stall("; ".join(filter(None, (*messages, explanation))))
-
-    def _ask_for_collectives(self, late: set[int], living: set[int], now: float) -> None:
-        """Ask ranks that have become late. At the first silence on any node, ask all: waiting ranks may only be late later."""
-        is_hang = bool(late) or (self._shared is not None and self._shared.has_others_hang())
-        # Two separate hangs are further apart than this.
-        if is_hang and now - self._asked_all_at > self._limits.stall_s / 2:
-            self._asked_all_at, late = now, living
-        if late:
-            with suppress(Exception):
-                self._on_silence(late)
 
     def _others_at(self, living: Mapping[int, Beat], has_started: bool) -> float:
         """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to progress.

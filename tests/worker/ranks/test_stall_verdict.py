@@ -81,14 +81,6 @@ def test_the_limit_is_longer_while_saving(phase: str, limit: float) -> None:
     assert list(judge({0: beat(limit + 1, phase=phase)}, writing).kill) == [0]
 
 
-@pytest.mark.parametrize("state", [psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE])
-def test_a_rank_that_is_stopped_while_it_saves_is_killed_as_soon_as_one_that_trains(state: str) -> None:
-    beats = {0: beat(61, phase="saving"), 1: beat(61, phase="saving")}
-    verdict = judge(beats, {0: "sleeping", 1: state})
-    assert list(verdict.kill) == [1]
-    assert judge({**beats, 1: beat(59, phase="saving")}, {0: "sleeping", 1: state}) == StallVerdict()
-
-
 def test_an_export_has_no_limit() -> None:
     assert judge({0: beat(10**6, phase="finishing")}, {0: psutil.STATUS_STOPPED}) == StallVerdict()
 
