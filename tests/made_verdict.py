@@ -28,7 +28,7 @@ def made_verdict() -> EvaluationVerdict:
             "token_f1": {side: 0.2 + scores(right) * 0.8 for side, right in SIDES.items()},
             "stopped": {side: scores(200 if side == "tuned" else 150) for side in SIDES},
         },
-        general_loss=GeneralLoss("general", 2.50, 2.51),
+        general_loss=GeneralLoss(2.50, 2.51),
     )
     prompts = [f"Question {n}:\nHow many <b>apples</b> are {n} apples, says {TOKEN}?" for n in range(NUM_PROMPTS)]
     references = [str(number) for number in range(NUM_PROMPTS)]

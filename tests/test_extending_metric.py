@@ -78,4 +78,4 @@ def test_wandb_defines_the_metric_over_the_steps_and_keeps_its_lowest_value(run:
     wandb_run.define_metric.assert_any_call(NAME, step_metric="trainer/step")
     session.catch_up(3)
     session.finish("completed")
-    assert wandb_run.summary.update.call_args.args[0]["best/experts_used_frac"] == 0.25
+    wandb_run.summary.update.assert_any_call({"best/experts_used_frac": 0.25, "best/experts_used_frac_step": 2})

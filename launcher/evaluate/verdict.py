@@ -219,7 +219,7 @@ def describe_general_loss(loss: GeneralLoss) -> str:
     moved = f"{'rose' if change > 0 else 'fell'} by {abs(change):.2f}" if abs(change) >= 0.005 else "did not change"
     until = "" if loss.measured_at is None else f" until step {loss.measured_at}, where it was measured last"
     if loss.is_forgetting:
-        rise = f"({change / loss.before:.0%}) on {loss.set_name}{until}"
+        rise = f"({change / loss.before:.0%}) on general text{until}"
         return f"General loss {moved} {rise}: the model has forgotten some of what it knew."
     return f"General loss {moved}{until}: no sign of forgetting."
 

@@ -32,7 +32,8 @@ class ConsoleTracker:
         self._stream.flush()
 
     def _print(self, line: str) -> None:
-        print(printable(line), file=self._stream, flush=True)
+        # One write, because the tracker of W&B sends events from a thread.
+        print(f"{printable(line)}\n", end="", file=self._stream, flush=True)
 
 
 def format_step(metrics: Mapping[str, float], max_steps: int | None) -> str:

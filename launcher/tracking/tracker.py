@@ -111,19 +111,19 @@ class Composite:
                 failed.append((tracker, error))
         # Remove all failed trackers before reporting any: a report must not go to a broken tracker.
         removed = [tracker for tracker, error in failed if not isinstance(error, OSError)]
-        self._trackers = [t for t in self._trackers if all(t is not tracker for tracker in removed)]
+        self._trackers = [tracker for tracker in self._trackers if tracker not in removed]
         for broken, reason in failed:
             self._report(broken, reason)
 
     def _report(self, tracker: Tracker, error: Exception) -> None:
-        stays = any(tracker is each for each in self._trackers)
-        if any(tracker is each for each in self._reported) and stays:
+        stays = tracker in self._trackers
+        if stays and tracker in self._reported:
             return
         self._reported.append(tracker)
         detail = str(error) if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
         outcome = "is retried with the next data" if stays else "is off for the rest of the run"
         text = f"{type(tracker).__name__} failed and {outcome}; training continues. {detail}"
-        if any(each is not tracker for each in self._trackers):
+        if self._trackers not in ([], [tracker]):
             self.event("alert", text)
         else:
             logger.warning(text)

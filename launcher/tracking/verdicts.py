@@ -77,12 +77,11 @@ class SideUsage:
 
 @dataclass(frozen=True)
 class GeneralLoss:
-    """The loss on the general text set `set_name` before training and at the evaluated step.
+    """The loss on general text (eval.forgetting) before training and at the evaluated step.
 
     `measured_at` is the earlier step of the last measurement, if it differs from the evaluated step.
     """
 
-    set_name: str
     before: float
     after: float
     measured_at: int | None = None

@@ -32,28 +32,21 @@ def close_wandb_run(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attemp
     and returns within a deadline. In offline mode the end is written to W&B's files, if there are any.
     """
     tracking = plan.config.tracking
-    _report_end(plan, plan_path, run, attempt)
-    if plan.config.eval.answers_every and tracking.kind == "wandb" and tracking.mode != "disabled":
-        _send_newest_verdict(run)
-
-
-def _report_end(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: int) -> None:
-    tracking = plan.config.tracking
-    may_show = tracking.mode in ("auto", "online") or (tracking.mode == "offline" and _has_sessions(run))
-    if tracking.kind != "wandb" or not may_show or not _must_report(run, attempt):
+    if tracking.kind != "wandb" or tracking.mode == "disabled":
         return
-    command = [sys.executable, "-m", "launcher.worker.wandb_closing", str(plan_path), str(attempt)]
-    # W&B may hang; a separate process can be killed.
+    if (tracking.mode != "offline" or _has_sessions(run)) and _must_report(run, attempt):
+        _run_module("launcher.worker.wandb_closing", str(plan_path), str(attempt))
+    if plan.config.eval.answers_every:
+        with suppress(OSError, LauncherError):
+            # This also sends the table of all steps.
+            if (newest := read_newest_verdict(run)) is not None:
+                _run_module("launcher.tracking.wandb.verdict_upload", str(run.root), str(newest.step))
+
+
+def _run_module(module: str, *arguments: str) -> None:
+    """Run a module in a separate process, which can be killed: W&B may hang."""
     with suppress(OSError, subprocess.SubprocessError):
-        subprocess.run(command, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
-
-
-def _send_newest_verdict(run: RunDir) -> None:
-    """Send the verdicts of the newest evaluated step, with the table of all steps."""
-    with suppress(OSError, LauncherError, subprocess.SubprocessError):
-        if (newest := read_newest_verdict(run)) is not None:
-            command = [sys.executable, "-m", "launcher.tracking.wandb.verdict_upload", str(run.root), str(newest.step)]
-            subprocess.run(command, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
+        subprocess.run([sys.executable, "-m", module, *arguments], stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
 
 
 def main(plan_path: str, attempt: int) -> None:
@@ -65,12 +58,14 @@ def main(plan_path: str, attempt: int) -> None:
     if not _has_sessions(run) and not is_online(plan.config.tracking.mode):
         return
     status = run_store.read_status(run)
-    report = partial(append_event, run, attempt)
-    tracker = WandbTracker(plan, run.root, send_event=report, on_stop=_no_stop)
-    text = f"the run ends: {status.message}"
-    if status.state == "failed":
-        text = f"the run has failed: {status.message}{_log_of_first_failure(run, attempt)}"
-    tracker.event("alert", f"{text}{_gpu_faults(run, attempt)}", status.step)
+    tracker = WandbTracker(plan, run.root, send_event=partial(append_event, run, attempt), on_stop=lambda: None)
+    text = f"the run {'has failed' if status.state == 'failed' else 'ends'}: {status.message}"
+    with suppress(OSError, LauncherError):
+        record = run_records.read_exit(run, attempt)
+        if status.state == "failed" and record is not None and record.first_failure is not None:
+            text += f" (log: {record.first_failure.log})"
+    text += describe_gpu_faults(e for e in read_events(run.events) if e["kind"] == "alert" and e["attempt"] == attempt)
+    tracker.event("alert", text, status.step)
     tracker.finish(status.state, everything=True)
 
 
@@ -86,27 +81,8 @@ def _must_report(run: RunDir, attempt: int) -> bool:
     return True
 
 
-def _log_of_first_failure(run: RunDir, attempt: int) -> str:
-    """Return the log of the rank that failed first, in parentheses, or an empty string."""
-    with suppress(OSError, LauncherError):
-        record = run_records.read_exit(run, attempt)
-        if record is not None and record.first_failure is not None:
-            return f" (log: {record.first_failure.log})"
-    return ""
-
-
-def _gpu_faults(run: RunDir, attempt: int) -> str:
-    with suppress(OSError, KeyError, TypeError):
-        return describe_gpu_faults(e for e in read_events(run.events) if e["kind"] == "alert" and e["attempt"] == attempt)
-    return ""
-
-
 def _has_sessions(run: RunDir) -> bool:
     return (run.root / "wandb").is_dir()
-
-
-def _no_stop() -> None:
-    """Do nothing: no rank runs that could be stopped."""
 
 
 if __name__ == "__main__":

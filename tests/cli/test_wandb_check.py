@@ -57,14 +57,10 @@ def test_a_project_that_wandb_will_create_is_a_note(server: FakeWandb, entity: s
     assert f"{entity or ENTITY}/demoo" in said
 
 
-@pytest.mark.parametrize("entity", [None, "other"])
-def test_a_project_that_may_only_be_read_is_refused(server: FakeWandb, entity: str | None) -> None:
-    path = f"{entity or ENTITY}/demo"
-    server.read_only = {path: True}
-    with pytest.raises(ConfigError, match=f"me may read the project {path} but not write to it") as refused:
-        wandb_check.check(config(entity=entity, project="demo"), environ(server, WANDB_API_KEY=KEY))
-    assert "project=demo" in str(refused.value)
-    assert "tracking.project" in str(refused.value)
+def test_a_project_that_may_only_be_read_is_refused(server: FakeWandb) -> None:
+    server.read_only = {"other/demo": True}
+    with pytest.raises(ConfigError, match="me may read the project other/demo but not write to it"):
+        wandb_check.check(config(entity="other", project="demo"), environ(server, WANDB_API_KEY=KEY))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +112,6 @@ def test_offline_modes_are_not_checked(server: FakeWandb, tracking: dict[str, st
     [
         ({"kind": "ray", "address": "10.0.0.1:6379"}, False, "does not reach Ray's nodes"),
         ({"kind": "ray", "address": "10.0.0.1:6379"}, True, ""),
-        ({"kind": "ray", "address": "http://10.0.0.1:8265"}, True, "API keys are not sent to this cluster"),
         ({"kind": "slurm", "container_image": "/images/launcher.sqsh"}, False, "inside the container"),
         ({"kind": "local"}, False, ""),
     ],

@@ -41,7 +41,7 @@ def test_helped_against_each_baseline() -> None:
         "exact_match",
         {"0-shot": binary(48), "8-shot": binary(76), "tuned": binary(124)},
         others={"stopped": {"0-shot": binary(100), "8-shot": binary(400), "tuned": binary(400)}},
-        general_loss=GeneralLoss("general", 2.50, 2.51),
+        general_loss=GeneralLoss(2.50, 2.51),
     )
     assert verdict.outcome == BETTER
     assert verdict.sentence.startswith(
@@ -158,16 +158,16 @@ def test_intervals_equal_those_of_references() -> None:
     [
         (2.5, "General loss did not change: no sign of forgetting."),
         (2.4, "General loss fell by 0.10: no sign of forgetting."),
-        (2.9, "General loss rose by 0.40 (16%) on general: the model has forgotten some of what it knew."),
+        (2.9, "General loss rose by 0.40 (16%) on general text: the model has forgotten some of what it knew."),
     ],
 )
 def test_the_loss_of_general_text_joins_the_sentence(after: float, words: str) -> None:
     scores = {"0-shot": binary(1), "tuned": binary(100)}
-    assert judge("numeric", scores, general_loss=GeneralLoss("general", 2.5, after)).sentence.endswith(words)
+    assert judge("numeric", scores, general_loss=GeneralLoss(2.5, after)).sentence.endswith(words)
 
 
 def test_a_verdict_is_read_back_as_it_was_written(tmp_path: Path) -> None:
-    verdict = judge("numeric", {"0-shot": binary(1, 1), "tuned": binary(1, 1)}, general_loss=GeneralLoss("general", 2.0, 2.0))
+    verdict = judge("numeric", {"0-shot": binary(1, 1), "tuned": binary(1, 1)}, general_loss=GeneralLoss(2.0, 2.0))
     assert verdict.primary[0].low is None
     verdict.write(tmp_path)
     assert read_verdict(tmp_path) == verdict

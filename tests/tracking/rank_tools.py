@@ -96,7 +96,7 @@ def rank(
 ) -> Iterator[Rank]:
     """A rank in a separate process with its trackers not yet started; with `imports`, it imports W&B's package itself.
 
-    With `sends_at_once`, neither the tracker nor W&B's process waits for seconds before it sends or retries.
+    With `sends_at_once`, W&B's process does not wait for seconds before it sends or retries.
     """
     run = RunDir(Path(plan.run_dir))
     if not run.attempt(attempt).exists():
@@ -118,10 +118,7 @@ def rank(
             process = server.popen("rank_in_small", *arguments, stdin=-1, stdout=-1, stderr=file.fileno(), text=True, env=environ)
     children: list[psutil.Process] = []
     try:
-        it = Rank(process, output)
-        if sends_at_once:
-            it.limits(SEND_EVERY_S=0.1)
-        yield it
+        yield Rank(process, output)
     finally:
         with suppress(psutil.Error):
             children = psutil.Process(process.pid).children(recursive=True)

@@ -83,26 +83,6 @@ def test_documents_have_a_time_left_that_counts_what_was_done_here(
     assert capsys.readouterr().err == "pass 1 of 2: 60 of 100 rows, 40s left\npass 1 of 2: 100 of 100 rows\n"
 
 
-def test_threads_count_together() -> None:
-    clock, lines = Clock(), []
-    counter = ByteProgress("verifying", 8000, lines.append, Pace(clock))
-    threads = [threading.Thread(target=lambda: [counter.advance(1) for _ in range(1000)]) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    clock.now += 60
-    counter.advance(0)
-    assert lines == ["verifying: 7.81 KiB of 7.81 KiB (100%)"]
-
-
-def test_events_name_the_activity() -> None:
-    events: list[tuple[str, str]] = []
-    advance = progress.as_events(lambda kind, text: events.append((kind, text)))("loading the weights", 100)
-    advance(50)
-    assert events == [], "short work is not worth an event"
-
-
 def test_something_that_does_not_tell_how_far_it_is_is_seen_to_work() -> None:
     said = threading.Event()
     lines: list[str] = []

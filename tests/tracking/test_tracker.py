@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from wandb_files import history
 
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
@@ -114,20 +113,6 @@ def test_a_folder_that_cannot_be_written_fails_the_start(make_plan: PlanMaker, r
     (run_dir / "metrics.jsonl").mkdir()
     with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written"):
         start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
-
-
-@pytest.mark.rest
-def test_a_refused_key_leaves_offline_files(make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "short")
-    composite = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
-    composite.log(1, {"train/loss": 2.0})
-    composite.finish("completed")
-    (alert,) = _alerts(run_dir)
-    assert alert.startswith("this attempt is tracked offline: Weights & Biases cannot start: AuthenticationError: ")
-    (folder,) = run_dir.glob("wandb/offline-run-*-abcd1234")
-    assert [item["train/loss"] for item in history(run_dir)] == [2]
-    commands = [event["fields"].get("sync_command") for event in read_events(run_dir / "events.jsonl")]
-    assert [command for command in commands if command][-1] == f"wandb sync --include-online {folder}"
 
 
 def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_plan: PlanMaker, run_dir: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,7 @@ import psutil
 import pytest
 import wandb
 from forked import preloaded
-from pace import wait_for
-from rank_tools import IMPORTED, times_begun, wait_for_another_second
+from rank_tools import IMPORTED, wait_for_another_second
 from wandb_files import history, records
 
 from launcher import run_records, run_store
@@ -24,8 +22,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.tracker import start_trackers
-from launcher.tracking.wandb import tracker as module
-from launcher.tracking.wandb.session import Session, is_online, redacted, step_offsets
+from launcher.tracking.wandb.session import is_online, redacted, step_offsets
 
 PlanMaker = Callable[..., LaunchPlan]
 REPO = Path(__file__).resolve().parents[2]
@@ -84,45 +81,6 @@ def run_script(code: str, plan_file: Path, run_dir: Path, forked: bool = True) -
                 child.kill()
             process.kill()
             return process.wait(timeout=10)
-
-
-def test_rows_of_short_steps_are_sent_together_and_alerts_and_the_end_at_once(
-    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent: list[int] = []
-    log = Session.log
-    monkeypatch.setattr(Session, "log", lambda session, step, row: (sent.append(step), log(session, step, row)))
-    monkeypatch.setattr(module, "SEND_EVERY_S", 120.0)
-    trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
-    wait_for("W&B", lambda: trackers.event("note", "still here") or times_begun(run_dir))
-    for step in range(1, 8):
-        trackers.log(step, {"train/loss": 1.0})
-    time.sleep(1.0)
-    # The first step may be sent just before the thread starts to wait.
-    assert len(sent) <= 1
-    trackers.event("alert", "the loss jumped")
-    wait_for("the rows before the alert", lambda: sent == list(range(1, 7)), 20)
-    began = time.monotonic()
-    trackers.finish("completed")
-    assert time.monotonic() - began < 60
-    assert sent == [row["trainer/step"] for row in history(run_dir)] == list(range(1, 8))
-
-
-def test_steps_dropped_from_a_full_queue_are_sent_at_the_end(
-    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    goes_on, log = threading.Event(), Session.log
-    sent: list[int] = []
-    monkeypatch.setattr(Session, "log", lambda session, step, row: (goes_on.wait(60), log(session, step, row), sent.append(step)))
-    monkeypatch.setattr(module, "_MOST_PENDING", 8)
-    trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
-    for step in range(1, 21):
-        trackers.log(step, {"train/loss": 1.0})
-    goes_on.set()
-    wait_for("the rows before the gap", lambda: sent == list(range(1, 9)))
-    trackers.log(21, {"train/loss": 1.0})
-    trackers.finish("completed")
-    assert [row["trainer/step"] for row in history(run_dir)] == list(range(1, 22))
 
 
 def test_an_offline_run_reports_the_upload_command(make_plan: PlanMaker, run_dir: Path) -> None:

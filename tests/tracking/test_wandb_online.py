@@ -129,18 +129,3 @@ def test_an_interrupted_evaluation_is_sent_by_the_next_attempt(make_plan: PlanMa
         it.finish("completed")
     assert server.run().steps == [1, 2, 3, 4, 5]
     assert server.run().rows()[3].items() >= {"train/loss": 9.96, "eval/held_out/loss": 1.0}.items()
-
-
-# W&B polls for a stop request every 15 s.
-@pytest.mark.rest
-def test_stop_on_the_page_requests_a_stop_and_interrupts_nothing(make_plan: PlanMaker, server: FakeWandb) -> None:
-    with rank(make_plan(), base_url=server.address) as it:
-        it.start()
-        it.steps(1, 2)
-        assert not it.stop()["answer"]
-        server.stopped = True
-        it.steps(3, 3)
-        wait_for("the wish to arrive", lambda: it.stop()["answer"])
-        it.finish("cancelled")
-    assert server.run().exits == [255]
-    assert server.run().steps == [1, 2, 3]

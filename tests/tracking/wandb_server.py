@@ -53,9 +53,8 @@ class Run:
 class FakeWandb:
     """`fault`: None works, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401.
 
-    "proxy" answers 403. After `close()` nothing listens. The user can see the
-    entities in `others` but nothing more. `projects` are those of ENTITY; `read_only` maps other projects, by ENTITY/PROJECT, to
-    whether they are read-only.
+    After `close()` nothing listens. The user can see the entities in `others` but nothing more. `projects` are those of ENTITY;
+    `read_only` maps other projects, by ENTITY/PROJECT, to whether they are read-only.
     """
 
     fault: str | None = None
@@ -84,8 +83,6 @@ class FakeWandb:
             time.sleep(0.05)
         if self.fault == "error":
             return 500, {"error": "refused by the test"}
-        if self.fault == "proxy":
-            return 403, {"error": "refused by the test"}
         if path.startswith("/upload/"):
             return 200, {}
         if key != KEY or self.fault == "refuse":

@@ -150,10 +150,7 @@ def test_problems_of_a_node_make_it_a_bad_node(run: RunDir, judge: Judge) -> Non
     ("nodes", "bad", "cause"),
     [
         (1, 1, Cause.BAD_NODE),
-        (2, 1, Cause.BAD_NODE),
         (2, 2, Cause.USER_ERROR),
-        (3, 1, Cause.BAD_NODE),
-        (3, 2, Cause.USER_ERROR),
         (8, 4, Cause.BAD_NODE),
         (8, 5, Cause.USER_ERROR),
     ],
@@ -169,13 +166,10 @@ def test_problems_of_most_nodes_count_as_a_user_error(run: RunDir, judge: Judge,
     ("kind", "rank", "cause", "who"),
     [
         ("killed", 3, Cause.INFRASTRUCTURE, "rank 3 on n2"),
-        ("RunError", 3, Cause.FAILURE, "rank 3 on n2"),
         ("DivergedError", 3, Cause.USER_ERROR, "rank 3 on n2"),
         ("ConfigError", 0, Cause.USER_ERROR, "rank 0 on n2"),
         ("DataError", 0, Cause.USER_ERROR, "rank 0 on n2"),
-        ("CheckpointError", 0, Cause.FAILURE, "rank 0 on n2"),
         ("ZeroDivisionError", 3, Cause.FAILURE, "rank 3 on n2"),
-        ("OutOfMemoryError", 3, Cause.FAILURE, "rank 3 on n2"),
         ("Superseded", 0, Cause.USER_ERROR, "rank 0 on n2"),
         ("RendezvousTimeoutError", None, Cause.INFRASTRUCTURE, "the agent of n2"),
     ],
@@ -244,7 +238,6 @@ def test_a_task_that_exits_before_its_agent_starts_makes_its_node_bad(run: RunDi
     [
         [BEFORE, REFUSED, NOW],
         [NOW, "srun: error: n2: task 1: Terminated"],
-        [NOW, "srun: error: n9: task 1: Exited with exit code 1"],
         [NOW, "srun: error: Node failure on n9"],
         [],
     ],
@@ -276,9 +269,7 @@ def all_nodes(run: RunDir, *failures: FailureRecord | None) -> None:
     ("kind", "message", "cause"),
     [
         ("RuntimeError", "RuntimeError: [../gloo/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:3", Cause.INFRASTRUCTURE),
-        ("RuntimeError", "RuntimeError: Read error: Connection reset by peer", Cause.INFRASTRUCTURE),
         ("DistBackendError", "DistBackendError: NCCL error: remote process exited or network error", Cause.INFRASTRUCTURE),
-        ("DistBackendError", "DistBackendError: NCCL error in x.cpp:9, unhandled system error", Cause.INFRASTRUCTURE),
         ("DistBackendError", "DistBackendError: NCCL error in x.cpp:9, invalid usage", Cause.FAILURE),
         ("AcceleratorError", "AcceleratorError: CUDA error: uncorrectable ECC error encountered", Cause.INFRASTRUCTURE),
         ("RuntimeError", "CUDA error: unspecified launch failure\nNVRM: Xid (PCI:0000:01:00): 63", Cause.INFRASTRUCTURE),
@@ -303,12 +294,11 @@ def test_a_lost_connection_comes_after_the_failure_whatever_the_clocks(run: RunD
     assert judge(code=1) == Ending(Cause.FAILURE, STEP, "rank 4 on n2: ValueError: own", first_failure=on("n2", own))
 
 
-@pytest.mark.parametrize("kind", ["ValueError", "RunError", "DistBackendError"])
-def test_failures_beside_a_node_without_a_record_count_as_infrastructure(run: RunDir, judge: Judge, kind: str) -> None:
-    node(run, 0, failure(kind))
+def test_failures_beside_a_node_without_a_record_count_as_infrastructure(run: RunDir, judge: Judge) -> None:
+    node(run, 0, failure("ValueError"))
     node(run, 1)
     assert judge(code=1) == Ending(
-        Cause.INFRASTRUCTURE, STEP, "rank 3 on n1: what it said; no record from n3", first_failure=on("n1", failure(kind))
+        Cause.INFRASTRUCTURE, STEP, "rank 3 on n1: what it said; no record from n3", first_failure=on("n1", failure("ValueError"))
     )
     node(run, 1, failure("DivergedError", at=1.0))
     assert judge(code=1).cause is Cause.USER_ERROR
@@ -337,9 +327,8 @@ def test_slurms_job_state_decides_where_the_ranks_left_no_outcome(run: RunDir, j
     assert judge(state=state).cause is Cause.COMPLETED
 
 
-@pytest.mark.parametrize("kind", ["RunError", "DamagedRun", "SlurmError"])
-def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge: Judge, kind: str) -> None:
-    own = failure(kind, rank=None, message="eth7 has no address")
+def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge: Judge) -> None:
+    own = failure("RunError", rank=None, message="eth7 has no address")
     all_nodes(run, None, own, failure("RendezvousTimeoutError", rank=None, at=200.0))
     assert judge(code=1) == Ending(Cause.BAD_NODE, STEP, "n2: eth7 has no address", ("n2",), on("n2", own))
     # Two nodes that fail to meet the first one: the first one may be at fault.

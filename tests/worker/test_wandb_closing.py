@@ -168,7 +168,6 @@ def test_a_hanging_wandb_server_delays_the_end_by_the_deadline_at_most(tmp_path:
     [
         ("completed", {}, {}),
         ("failed", {}, {"kind": "none"}),
-        ("failed", {}, {"mode": "disabled"}),
         # The ranks have reported these: a limit that they reached, and a stop request on this machine.
         ("preempted", {"cause": "limit"}, {}),
         ("preempted", {}, {}),

@@ -160,36 +160,27 @@ class Mirror:
                 self._evaluations[step] = evaluation
 
     def prune(self) -> list[int]:
-        """Remove checkpoints that the run's settings do not keep, if a checkpoint of the run directory is complete in the mirror.
+        """Remove checkpoints that the run's settings do not keep or that a resume abandoned; returns their steps.
 
         The run directory may hold fewer: a resume from the mirror downloads one checkpoint, and the others exist only in the
-        mirror. Steps that have a directory in the run directory stay, even damaged ones. A checkpoint later than the run
-        directory's newest may be the copy of one that is damaged there: it is removed only if a resume abandoned it.
+        mirror. Steps that have a directory in the run directory stay, even damaged ones.
         """
         root = self._run.checkpoints
-        if not (sent := {c.step for c in store.list_checkpoints(root)} & self._complete.keys()):
-            return []
-        newest = max(sent)
-        here = {step for path in root.iterdir() if (step := parse_step(path.name)) is not None}
+        here = {step for path in root.glob("step-*") if (step := parse_step(path.name)) is not None}
         # A resume from a step that a person chose abandons the later steps of earlier attempts.
         attempts = {number: run_store.read_attempt(self._run, number) for number in run_store.attempt_numbers(self._run)}
         returns = {number: attempt.resume_step or 0 for number, attempt in attempts.items() if attempt.pinned}
-        abandoned = {
-            step
-            for step, manifest in self._complete.items()
-            if any(step > start and manifest.attempt < number for number, start in returns.items())
-        } - here
         going_on = [
             Checkpoint(root / store.step_name(step), manifest, self._evaluations.get(step))
-            for step, manifest in self._complete.items()
-            if step <= newest and step not in abandoned
+            for step, manifest in sorted(self._complete.items())
+            if not any(step > start and manifest.attempt < number for number, start in returns.items())
         ]
         dropped = {c.step for c in select_outdated(going_on, retention_of(self._run, self._plan))}
         needed = here | ({c.step for c in going_on} - dropped)
         removed = []
         for name in self._remote.names(CHECKPOINTS):
             step = parse_step(name)
-            if step is None or step in needed or (step > newest and step not in abandoned):
+            if step is None or step in needed:
                 continue
             self._require_ours()
             self._complete.pop(step, None)

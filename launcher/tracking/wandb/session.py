@@ -29,7 +29,7 @@ from launcher.security.credentials import environment_secrets
 from launcher.security.redaction import looks_secret
 from launcher.shell_commands import shell_command
 from launcher.tracking import metrics as metrics_table
-from launcher.tracking.jsonl import NON_METRIC_FIELDS, continued_lines, iter_lines, merge_steps
+from launcher.tracking.jsonl import NON_METRIC_FIELDS, iter_lines, merge_steps, read_metrics
 from launcher.tracking.metrics import STEP
 
 INIT_TIMEOUT_S = 30.0
@@ -50,19 +50,6 @@ _ALERT_WAIT = timedelta(milliseconds=1)
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # wandb-core logs this when it stops uploading for good: the key was revoked, or the run deleted.
 _UPLOAD_STOPPED = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
-
-
-class LowestValues:
-    """The lowest training and held-out loss of a run, each with its step, for the summary."""
-
-    def __init__(self) -> None:
-        self.summary: dict[str, float] = {}
-
-    def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take in the metrics of a step. NaN is never the lowest."""
-        for name, summary_name in metrics_table.lowest_names().items():
-            if name in metrics and metrics[name] < self.summary.get(summary_name, math.inf):
-                self.summary |= {summary_name: metrics[name], f"{summary_name}_step": step}
 
 
 class Session:
@@ -133,7 +120,6 @@ class Session:
             self._last_sent_step = _last_step_in(before)
         else:
             self._last_sent_step = int(self._run.summary.get("_step", -1)) if self._run.resumed else -1
-        self._lowest = LowestValues()
         self._caught_up = False
         # W&B's step minus the trainer's; known when metrics.jsonl has been read.
         self._offset = 0
@@ -157,11 +143,8 @@ class Session:
         """Send all metrics of a step, after those of earlier steps that W&B lacks."""
         if not self._caught_up:
             self.catch_up(step)
-        self._lowest.add(step, metrics)
         if step + self._offset > self._last_sent_step:
             self._log(step, metrics, self._offset)
-        if any(name.startswith("eval/") for name in metrics):
-            self._run.summary.update(self._lowest.summary)
 
     def catch_up(self, before: float) -> None:
         """Send the steps in metrics.jsonl before `before` that W&B lacks.
@@ -171,13 +154,8 @@ class Session:
         self._caught_up = True
         # Read the file twice: all lines of a long run would take a lot of memory, and usually W&B lacks none.
         last_steps: dict[int, int] = {}
-        losses = []
-        for line in iter_lines(self._run_dir.metrics, tuple(metrics_table.lowest_names())):
+        for line in iter_lines(self._run_dir.metrics, ()):
             last_steps[line["attempt"]] = max(line["trainer/step"], last_steps.get(line["attempt"], 0))
-            losses.append(line)
-        for line in merge_steps(continued_lines(losses)):
-            if line["trainer/step"] < before:
-                self._lowest.add(line["trainer/step"], line)
         offset_of = step_offsets(self._run_dir, last_steps)
         self._offset = max(offset_of.values(), default=0)
         missing: dict[int, list[dict[str, Any]]] = {}
@@ -211,13 +189,20 @@ class Session:
         self._run.summary.update({name: wandb.Table(columns=header, data=rows)})
 
     def finish(self, state: str) -> None:
-        """Upload what is pending.
+        """Add the lowest losses with their steps to the summary, and upload what is pending.
 
         Raises:
             TimeoutError: if that takes longer than FINISH_TIMEOUT_S.
             RuntimeError: if W&B has stopped uploading, or its process ended with an error.
         """
-        self._run.summary.update({**self._lowest.summary, "state": state})
+        names = metrics_table.lowest_names()
+        lines = read_metrics(self._run_dir.metrics, ("eval/", *names))
+        for name, summary_name in names.items():
+            values = [(line[name], line["trainer/step"]) for line in lines if name in line and not math.isnan(line[name])]
+            if values:
+                lowest, step = min(values)
+                self._run.summary.update({summary_name: lowest, f"{summary_name}_step": step})
+        self._run.summary.update({"state": state})
         if state == "preempted":
             self._run.mark_preempting()
         import wandb

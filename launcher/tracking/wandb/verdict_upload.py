@@ -6,19 +6,18 @@ answers: the verdict is on disk.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.errors import LauncherError, describe
+from launcher.errors import describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, by_steps, read_verdicts
-from launcher.tracking.wandb.session import Session, is_online, redacted, sync_command
+from launcher.tracking.wandb.session import Session, is_online, sync_command
 
 
 def upload(run: RunDir, step: int) -> str:
@@ -40,10 +39,10 @@ def upload(run: RunDir, step: int) -> str:
     session = Session(plan, run, offline=not is_online(tracking.mode), on_stop=lambda: None)
     try:
         for one in verdicts:
-            session.summary(redacted(summary_of(one), os.environ))
+            session.summary(summary_of(one))
             if one.verdict.examples:
                 header, rows = answer_table(one.verdict)
-                session.log_table(f"verdict/{one.set_name or 'prompts'}/answers", header, redacted(rows, os.environ))
+                session.log_table(f"verdict/{one.set_name or 'prompts'}/answers", header, rows)
         for several in by_steps(all_verdicts):
             session.log_table(f"verdict/{several.set_name or 'prompts'}/steps", *several.table)
     finally:
@@ -91,10 +90,8 @@ def main(run_dir: str, step: str) -> int:
     try:
         if line := upload(RunDir(Path(run_dir).absolute()), int(step)):
             print(line)
-    except LauncherError as error:
-        print(f"W&B: the verdict is not sent: {describe(error)}")
     except Exception as error:  # W&B raises far more than wandb.Error.
-        print(f"W&B: the verdict is not sent: {type(error).__name__}: {error}")
+        print(f"W&B: the verdict is not sent: {describe(error)}")
     return 0
 
 

@@ -28,8 +28,8 @@ class ForgettingCheck:
         if evaluation.step == 0:
             self._before = loss
         elif self._before is None and self._has_first_rows(self._run):
-            self._before = read_loss_before(self._run, FORGETTING)
-        if self._before is None or not GeneralLoss(FORGETTING, self._before, loss).is_forgetting:
+            self._before = read_loss_before(self._run)
+        if self._before is None or not GeneralLoss(self._before, loss).is_forgetting:
             return None
         rise = f"{loss:.4f}, {loss / self._before - 1:.0%} above its value before training ({self._before:.4f})"
         remedy = "lower optim.lr, train fewer steps, or add general rows to data.sources"

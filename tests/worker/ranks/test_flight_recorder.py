@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
 import threading
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import hand_made
@@ -15,7 +12,6 @@ import torch
 from forked_ranks import RankServer
 from pace import wait_for
 
-from launcher import run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.worker.ranks.flight_recorder import FlightRecorder
@@ -99,59 +95,3 @@ def test_a_rank_with_nccl_answers_by_itself(rank_server: RankServer, run: RunDir
     ((group, (summed,)),) = recorded[0].items()
     assert (group, summed.name, summed.num_elements, summed.is_completed) == ("0 (default_pg)", "all_reduce", 1024, True)
     assert recorded[1][group] == (0,)
-
-
-@pytest.mark.rest
-def test_512_ranks_on_64_nodes_are_judged_at_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch writes these records after its own timeout; the agents copy them once the ranks have ended."""
-    # Thousands of fsyncs take long on a busy disk.
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    world_size = NODES * RANKS_PER_NODE
-    attempt = replace(run_store.read_attempt(run, 1), nodes=tuple(f"n{node}" for node in range(NODES)))
-    run_store.write_attempt(run, 1, attempt)
-    for node in range(NODES):
-        recorder, environ = FlightRecorder(run, 1, world_size, STALL_S), dict[str, str]()
-        environ.update(recorder.variables)
-        for rank in range(node * RANKS_PER_NODE, (node + 1) * RANKS_PER_NODE):
-            last = 99 if rank == 300 else 100
-            Path(f"{environ['TORCH_FR_DUMP_TEMP_FILE']}{rank}").write_bytes(made_record(last, world_size))
-        recorder.close(environ)
-        assert not environ
-    recorder = FlightRecorder(run, 1, world_size, STALL_S)
-    began = time.process_time()
-    explanation = recorder.explain()
-    seconds = time.process_time() - began
-    recorder.close({})
-    assert explanation.endswith(
-        "in collective 100 of process group 0 (default_pg), all_gather_base of 2097152 elements; "
-        "rank 300 on n37 has not called it"
-    )
-    assert seconds < 2
-    assert len([*(run.attempt(1) / "collectives").glob("rank-*")]) == world_size
-
-
-def made_record(last: int, world_size: int) -> bytes:
-    """Return a record in the format of torch's ProcessGroupNCCL; `last` is the last collective called."""
-    groups = [
-        {"name": str(i), "desc": "default_pg" if i == 0 else f"group {i}", "ranks": str([*range(world_size)])} for i in range(3)
-    ]
-    entries = [
-        {
-            "process_group": (group["name"], group["desc"]),
-            "collective_seq_id": number,
-            "profiling_name": "nccl:_all_gather_base",
-            "time_created_ns": number,
-            "input_sizes": [[2048, 1024]],
-            "input_dtypes": ["BFloat16"],
-            "output_sizes": [[2048, 1024]],
-            "output_dtypes": ["BFloat16"],
-            "state": "scheduled" if number == 100 and group["name"] == "0" else "completed",
-            "retired": False,
-            "is_p2p": False,
-        }
-        for number in range(1, last + 1)
-        for group in groups
-    ]
-    return pickle.dumps(
-        {"version": "2.10", "pg_config": {group["name"]: group for group in groups}, "entries": entries}, protocol=2
-    )

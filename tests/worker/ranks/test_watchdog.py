@@ -236,16 +236,6 @@ def test_a_rank_behind_is_killed_with_its_stacks_in_its_log(start: Start, report
     assert "most recent call first" in (tmp_path / "0.log").read_text()
 
 
-def test_ranks_without_a_culprit_on_their_node_are_killed_together_last(start: Start, reports: list[str]) -> None:
-    began = time.monotonic()
-    ranks = start("waits", "waits")
-    report = wait_for_report(reports)
-    assert time.monotonic() - began > 1.5 * STALL_S
-    assert "rank 10" in report
-    assert "rank 11" in report
-    assert [exit_code(rank) for rank in ranks] == [-signal.SIGKILL] * 2
-
-
 def test_the_time_in_which_the_agent_was_stopped_is_no_silence(start: Start, table: HeartbeatTable, reports: list[str]) -> None:
     start("waits", "waits")
     end = time.monotonic() + 20

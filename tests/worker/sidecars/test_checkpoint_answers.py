@@ -257,8 +257,3 @@ def test_what_it_has_started_ends_with_a_process_that_is_killed(make: Callable) 
     answers._process.kill()
     answers._process.wait()
     wait_for("their end", lambda: not any(one.is_running() for one in children))
-
-
-def test_no_process_is_started_where_no_answers_are_wanted(make: Callable) -> None:
-    planned, run = make("eval.answers_every=0")
-    assert start_answers(planned, str(run.plan), run, 1) is None

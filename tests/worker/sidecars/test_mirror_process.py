@@ -21,9 +21,7 @@ from forked import ForkedProcess, preloaded
 from mirror_tools import commit, make_run, tree
 from pace import wait_for
 
-from launcher import run_store
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.worker.sidecars.sidecar import COMPLETE, END, Sidecar, record_event
 from launcher.worker.signals import PREEMPT
@@ -142,7 +140,7 @@ def test_the_process_ends_when_told_and_names_the_missing_steps(tmp_path: Path) 
     assert tree(tmp_path / "mirror/a/checkpoints") == tree(run.checkpoints)
 
 
-@pytest.mark.parametrize("late_wish", ["a person's", "the scheduler's", "the time is over"])
+@pytest.mark.parametrize("late_wish", ["a person's", "the time is over"])
 def test_without_a_stop_request_the_upload_has_no_deadline(tmp_path: Path, late_wish: str) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     folder = tmp_path / "mirror/a/checkpoints/step-00000005"
@@ -164,9 +162,6 @@ def test_without_a_stop_request_the_upload_has_no_deadline(tmp_path: Path, late_
         # As the signal thread does.
         if late_wish == "a person's":
             stopper._num_cancels += 1
-        elif late_wish == "the scheduler's":
-            stopper.disarm()
-            stopper.request(PREEMPT)
         waiting.join(timeout=25)
         assert not waiting.is_alive()
         assert process.poll() is not None
@@ -216,16 +211,3 @@ def test_uploads_stop_where_another_attempt_owns_the_mirror(tmp_path: Path) -> N
     assert process.returncode == 1
     assert any("uploads to the mirror have stopped" in text for text in said(run, "alert"))
     assert not (tmp_path / "mirror/a/checkpoints/step-00000010/manifest.json").exists()
-
-
-def test_checkpoints_of_an_abandoned_branch_are_removed_before_any_upload(tmp_path: Path) -> None:
-    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
-    commit(run, 5)
-    later = commit(run, 10)
-    with sending(run) as process:
-        assert end(process) == 0
-    shutil.rmtree(later.path)
-    run_store.create_attempt(run, Attempt(resume_step=5, pinned=True))
-    with sending(run, attempt=2) as process:
-        wait_for("the first look", lambda: (run.attempt(2) / "mirror.json").is_file())
-        assert sorted(p.name for p in (tmp_path / "mirror/a/checkpoints").iterdir()) == ["step-00000005"]
