@@ -11,6 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -76,12 +77,12 @@ class RemoteFolder:
         """Write or replace a small file; return its size and digest."""
         return self._retry(lambda: self._put(name, [content], len(content)))
 
-    def send(self, name: str, source: Path, size: int) -> FileEntry:
-        """Upload the first `size` bytes of a local file, block by block; return size and digest of what was sent."""
+    def send(self, name: str, source: Path) -> FileEntry:
+        """Upload a local file, block by block; return size and digest of what was sent."""
 
         def put() -> FileEntry:
             with open(source, "rb", buffering=0) as file:
-                return self._put(name, _blocks(file, size), size)
+                return self._put(name, iter(partial(file.read, _BLOCK_BYTES), b""), source.stat().st_size)
 
         return self._retry(put)
 
@@ -224,10 +225,3 @@ def convert_storage_errors(remote: RemoteFolder, operation: str) -> Iterator[Non
         raise SubmitError(
             f"the mirror cannot be {operation}: {reason}", where=remote.origin, value=remote.url, remedy=remedy
         ) from error
-
-
-def _blocks(file: io.RawIOBase, size: int) -> Iterator[bytes]:
-    left = size
-    while left and (block := file.read(min(_BLOCK_BYTES, left))):
-        left -= len(block)
-        yield block

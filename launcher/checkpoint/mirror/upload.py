@@ -90,8 +90,7 @@ class Mirror:
         """
         self._require_ours(is_begun=False)
         files = {
-            name: self._remote.send(name, path, path.stat().st_size)
-            for name, path in _list_fixed_files(self._run, self._plan, self._owner.attempt)
+            name: self._remote.send(name, path) for name, path in _list_fixed_files(self._run, self._plan, self._owner.attempt)
         }
         files[CODE] = self._remote.write(CODE, _build_code_archive(self._run.code))
         self.send_progress()
@@ -140,7 +139,7 @@ class Mirror:
         for source in (self._run.metrics, self._run.events):
             size = source.stat().st_size if source.is_file() else 0
             if size and self._sent_sizes.get(source.name) != size:
-                self._remote.send(source.name, source, size)
+                self._remote.send(source.name, source)
                 self._sent_sizes[source.name] = size
         status = run_store.read_status(self._run)
         outcome = run_records.read_outcome(self._run, self._owner.attempt) if status.attempt == self._owner.attempt else None
@@ -193,7 +192,7 @@ class Mirror:
         self.num_arrived = 0
 
         def send(name: str) -> None:
-            entry = self._remote.send(f"{folder}/{name}", checkpoint.path / name, files[name].size)
+            entry = self._remote.send(f"{folder}/{name}", checkpoint.path / name)
             if entry != files[name]:
                 raise CheckpointError("a checkpoint file differs from its manifest", where=str(checkpoint.path / name))
             self.num_arrived += entry.size

@@ -86,18 +86,20 @@ def stalled(
     now: float,
     limits: StallLimits,
     since: float = 0.0,
+    others_at: float = math.inf,
     among: str = "of its node",
 ) -> StallVerdict:
-    """Judge the ranks in `states` (psutil's process state names) by their last heartbeats.
+    """Judge the ranks in `states` (psutil's process state names) by their last heartbeats or, while they load, last progress.
 
-    `among` names the whole of which these are all the ranks, for messages. `now` and `since` are time.monotonic() times; silence
-    before `since` does not count. For ranks that have not begun to train, see `stalled_in_loading`.
+    `now` and `since` are time.monotonic() times; silence before `since` does not count. `others_at` is when the run's other
+    ranks, for which loading ranks may wait, last progressed: -inf if there are none, inf if nothing is known about them. `among`
+    names the whole of which these are all the ranks, for messages.
     """
     silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and beat.trained}
     lateness = {r: seconds / limits.of(beats[r]) for r, seconds in silent.items()}
     late = {r: silent[r] for r in silent if lateness[r] > 1}
     if not late:
-        return StallVerdict()
+        return _stalled_in_loading(beats, states, now, limits, since, others_at)
     unable = {r: _UNABLE[states[r]] for r in late if states[r] in _UNABLE}
     if unable:
         return StallVerdict(late, unable)
@@ -117,14 +119,10 @@ def is_loading(beat: Beat) -> bool:
     return not beat.trained and beat.phase in _LOADING
 
 
-def stalled_in_loading(
+def _stalled_in_loading(
     beats: Mapping[int, Beat], states: Mapping[int, str], now: float, limits: StallLimits, since: float, others_at: float
 ) -> StallVerdict:
-    """Judge the ranks that have not begun to train; `beats` holds the times of their last progress.
-
-    `others_at` is when the run's other ranks, for which these may wait, last progressed: -inf if there are none, inf if nothing
-    is known about them. A rank that cannot run is killed whatever the others do.
-    """
+    """Judge the ranks that have not begun to train. A rank that cannot run is killed whatever the others do."""
     silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and is_loading(beat)}
     late = {r: seconds for r, seconds in silent.items() if seconds > limits.stall_s}
     if unable := {r: _UNABLE[states[r]] for r in late if states[r] in _UNABLE}:
@@ -205,10 +203,8 @@ class Watchdog:
         beats = {r: beat for r, beat in read.items() if beat.pid not in self._done}
         beats = self._progress.update(beats, now)
         ranks, states = _processes(beats)
-        verdict = stalled(beats, states, now, self._limits, self._since)
-        if not verdict.stalled:
-            others_at = self._others_at({r: beats[r] for r in states}, has_started=bool(read))
-            verdict = stalled_in_loading(beats, states, now, self._limits, self._since, others_at)
+        others_at = self._others_at({r: beats[r] for r in states}, has_started=bool(read))
+        verdict = stalled(beats, states, now, self._limits, self._since, others_at)
         asked, self._asked = self._asked, {beats[r].pid: self._asked.get(beats[r].pid, now) for r in verdict.stalled}
         late = [r for r in verdict.stalled if beats[r].pid not in asked]
         for r in late:

@@ -11,7 +11,7 @@ import psutil
 
 from launcher.worker.ranks.heartbeat import Beat, HeartbeatTable
 from launcher.worker.ranks.load_progress import LoadProgress
-from launcher.worker.ranks.watchdog import DUMP_S, StallLimits, is_loading, stalled, stalled_in_loading
+from launcher.worker.ranks.watchdog import DUMP_S, StallLimits, is_loading, stalled
 from launcher.worker.ray.messages import RankSign
 
 # Workers send several heartbeats a second. One that is silent for this long is cut off, or its machine hangs. If the limit for
@@ -105,11 +105,9 @@ class GroupLiveness:
         if self._limits.stall_s <= 0 or any(now - self._heard.get(rank, self._since) > fresh_s for rank in ranks):
             return {}
         beats = {rank: self._beats[rank] for rank in ranks if rank in self._beats}
-        verdict = stalled(beats, self._states, now, self._limits, self._since, "of the run")
-        if not verdict.stalled:
-            # Nothing is known about a rank whose worker is still importing; imports have their own deadline.
-            others_at = -math.inf if len(beats) == len(ranks) else math.inf
-            verdict = stalled_in_loading(beats, self._states, now, self._limits, self._since, others_at)
+        # Nothing is known about a rank whose worker is still importing; imports have their own deadline.
+        others_at = -math.inf if len(beats) == len(ranks) else math.inf
+        verdict = stalled(beats, self._states, now, self._limits, self._since, others_at, "of the run")
         self._stuck = {rank: self._stuck.get(rank, now) for rank in verdict.stalled}
         if not self._stuck:
             self._dumped.clear()

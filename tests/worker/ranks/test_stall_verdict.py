@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from launcher.worker.ranks.heartbeat import Beat
-from launcher.worker.ranks.watchdog import StallLimits, StallVerdict, stalled, stalled_in_loading
+from launcher.worker.ranks.watchdog import StallLimits, StallVerdict, stalled
 
 NOW = 100_000.0
 LIMITS = StallLimits(stall_s=60, rare_s=1800)
@@ -104,18 +104,18 @@ def loading(ago: float, phase: str = "joined", trained: bool = False) -> Beat:
 @pytest.mark.parametrize("phase", ["starting", "joined", "loaded"])
 def test_a_rank_that_cannot_run_is_killed_while_it_loads(phase: str) -> None:
     beats, states = {0: loading(61, phase), 1: loading(61, phase)}, {0: "sleeping", 1: psutil.STATUS_STOPPED}
-    verdict = stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf)
+    verdict = stalled(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf)
     assert dict(verdict.kill) == {1: "is stopped by a signal (SIGSTOP)"}
     beats[1] = loading(59, phase)
-    assert stalled_in_loading(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf) == StallVerdict()
+    assert stalled(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf) == StallVerdict()
 
 
 def test_ranks_that_read_nothing_are_killed_only_where_no_rank_of_the_run_reads() -> None:
     beats = {0: loading(301), 1: loading(400)}
     for others_at in (-math.inf, NOW - 301):
-        assert set(stalled_in_loading(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill) == {0, 1}
+        assert set(stalled(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill) == {0, 1}
     for others_at in (NOW - 299, math.inf):
-        assert not stalled_in_loading(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill
+        assert not stalled(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill
     for other in (loading(1), loading(900, trained=True), loading(900, "evaluating")):
-        assert not stalled_in_loading({**beats, 1: other}, ALIVE, NOW, LIMITS, 0.0, -math.inf).kill
-    assert not stalled_in_loading(beats, ALIVE, NOW, LIMITS, since=NOW - 30, others_at=-math.inf).kill
+        assert not stalled({**beats, 1: other}, ALIVE, NOW, LIMITS, 0.0, -math.inf).kill
+    assert not stalled(beats, ALIVE, NOW, LIMITS, since=NOW - 30, others_at=-math.inf).kill
