@@ -111,7 +111,6 @@ class Session:
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
             remedy = "check the login and tracking.*, or set tracking.mode=offline"
             raise ConfigError(f"Weights & Biases cannot start: {reason}", where="tracking", remedy=remedy) from error
-        self._core = next(iter(running_cores()), None)
         self.offline = bool(self._run.offline)
         self.url = None if self.offline else self._run.url
         self.folder = Path(self._run.dir).parent
@@ -129,15 +128,6 @@ class Session:
             self._run.define_metric(name, step_metric=STEP)
         # A resumed run's summary still has the previous attempt's state.
         self._run.summary.update({"state": "running"})
-
-    def require_core(self) -> None:
-        """Check that W&B's process still runs. A call to a process that has just died succeeds, but its data is lost.
-
-        Raises:
-            RuntimeError: if it has ended.
-        """
-        if self._core is not None and not _is_running(self._core):
-            raise RuntimeError(f"process {self._core.pid} has ended")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send all metrics of a step, after those of earlier steps that W&B lacks."""
@@ -326,7 +316,8 @@ def running_cores() -> list[psutil.Process]:
     for child in psutil.Process().children():
         # Other children may end at any time.
         with suppress(psutil.NoSuchProcess):
-            if _is_running(child) and child.name().startswith("wandb-core"):
+            # A zombie is a process whose exit code W&B has not read yet.
+            if child.status() != psutil.STATUS_ZOMBIE and child.name().startswith("wandb-core"):
                 processes.append(child)
     return processes
 
@@ -344,11 +335,3 @@ def leave_core() -> None:
     # If the process ended with an error, W&B calls sys.exit(), which would end this thread without a message.
     with suppress(Exception, SystemExit):
         wandb.teardown(exit_code=1)
-
-
-def _is_running(process: psutil.Process) -> bool:
-    """Return whether the process runs; a zombie, whose exit code W&B has not read yet, does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

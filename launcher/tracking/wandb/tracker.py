@@ -156,7 +156,6 @@ class WandbTracker:
         if self._session is None:
             return
         try:
-            self._session.require_core()
             call(self._session)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"

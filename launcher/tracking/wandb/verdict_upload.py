@@ -51,12 +51,8 @@ def upload(run: RunDir, step: int) -> str:
     upload_command = sync_command(run, plan.wandb_id, session) if session.offline else ""
     if not upload_command:
         return line
-    try:
-        # The command names the files of each evaluation. `status` shows the one of the last event.
-        append_event(run, status.attempt, "info", "the verdict is in offline files of W&B", step, sync_command=upload_command)
-    except OSError:
-        # For example, the disk is full.
-        return f"{line}; upload them with: {upload_command}"
+    # The command names the files of each evaluation. `status` shows the one of the last event.
+    append_event(run, status.attempt, "info", "the verdict is in offline files of W&B", step, sync_command=upload_command)
     return f"{line}; {launcher_command('status', run.root)} shows the command that uploads them"
 
 

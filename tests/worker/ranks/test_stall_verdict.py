@@ -116,6 +116,6 @@ def test_ranks_that_read_nothing_are_killed_only_where_no_rank_of_the_run_reads(
         assert set(stalled(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill) == {0, 1}
     for others_at in (NOW - 299, math.inf):
         assert not stalled(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill
-    for other in (loading(1), loading(900, trained=True), loading(900, "evaluating")):
+    for other in (loading(1), loading(1, trained=True), loading(900, "evaluating")):
         assert not stalled({**beats, 1: other}, ALIVE, NOW, LIMITS, 0.0, -math.inf).kill
     assert not stalled(beats, ALIVE, NOW, LIMITS, since=NOW - 30, others_at=-math.inf).kill
