@@ -20,7 +20,7 @@ from launcher.cli.arguments import VerbParser
 from launcher.cli.removal import add_flags, is_confirmed, remove_path
 from launcher.data.cache_dir import cache_root, shared_cache_root
 from launcher.data.hub_cache import own_folder
-from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError, printable
+from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError
 from launcher.plan.quantities import format_count, format_size
 from launcher.run_damage import plan_remedy
 from launcher.security import owners
@@ -37,8 +37,6 @@ KINDS: Mapping[str, str] = {
 }
 _CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks", "completion")
 _SECONDS = {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
-_BYTES = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
-_BYTES_IN_LOWER_CASE = {unit.lower(): num_bytes for unit, num_bytes in _BYTES.items()}
 # In a narrow terminal, the first column gets its own line above the others.
 _COLUMNS = ("path", "kind", ">size", ">last use", "runs", "action")
 _RUNS_SHOWN = 3
@@ -66,7 +64,8 @@ def run(verb: str, tokens: list[str]) -> int:
     arguments = _parser().parse_args(tokens)
     entries = list_entries([Path(root).expanduser() for root in arguments.root or ["runs"]], arguments.shared)
     entries = [entry for entry in entries if not arguments.only or entry.kind in arguments.only]
-    chosen = _choose(entries, arguments)
+    oldest = time.time() - arguments.older_than
+    chosen = [entry for entry in entries if not entry.kept and entry.used_at < oldest]
     total = format_size(sum(entry.bytes for entry in chosen))
     if not arguments.json:
         print("\n".join(_lines(entries, chosen)), end="\n\n" if entries else "\n")
@@ -84,7 +83,7 @@ def run(verb: str, tokens: list[str]) -> int:
     elif not left:
         print(f"removed {format_count(len(chosen), 'part')}, {total}")
     for line in left:
-        print(printable(f"not removed: {line}"), file=sys.stderr)
+        print(f"not removed: {line}", file=sys.stderr)
     return EXIT_FAILED if left else 0
 
 
@@ -98,8 +97,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", choices=tuple(KINDS), action="append", help=f"parts of one kind (repeatable): {kinds}")
     older = "parts that were last used longer ago than this, such as 30d, 12h or 2w (default: 7d)"
     parser.add_argument("--older-than", metavar="TIME", type=_seconds, default="7d", help=older)
-    size = "remove the least recently used parts until the cache has this size, such as 200GiB"
-    parser.add_argument("--max-size", metavar="SIZE", type=_num_bytes, default="0KB", help=size)
     shared = "include your own data caches that a group shares; the runs of its other members are not known"
     parser.add_argument("--shared", action="store_true", help=shared)
     add_flags(parser)
@@ -111,12 +108,6 @@ def _seconds(value: str) -> float:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", value):
         return float(match[1]) * _SECONDS[match[2]]
     raise argparse.ArgumentTypeError(f"{value} is not a duration: write a number and m, h, d or w, such as 30d")
-
-
-def _num_bytes(value: str) -> float:
-    if match := re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_BYTES_IN_LOWER_CASE)})", value.lower()):
-        return float(match[1]) * _BYTES_IN_LOWER_CASE[match[2]]
-    raise argparse.ArgumentTypeError(f"{value} is not a size: write a number and {', '.join(_BYTES)}, such as 200GiB")
 
 
 def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry]:
@@ -227,17 +218,6 @@ def _is_locked(lock: Path) -> bool:
     return False
 
 
-def _choose(entries: Sequence[CacheEntry], arguments: argparse.Namespace) -> list[CacheEntry]:
-    """Return the entries to remove; `entries` are ordered by last use, oldest first."""
-    chosen = list[CacheEntry]()
-    size = sum(entry.bytes for entry in entries)
-    for entry in entries:
-        if size > arguments.max_size and not entry.kept and time.time() - entry.used_at > arguments.older_than:
-            chosen.append(entry)
-            size -= entry.bytes
-    return chosen
-
-
 def _remove(entry: CacheEntry) -> list[str]:
     """Remove an entry; returns what could not be removed, with the reasons."""
     if _is_locked(entry.lock):
@@ -259,5 +239,5 @@ def _lines(entries: Sequence[CacheEntry], chosen: Sequence[CacheEntry]) -> list[
         action = f"keep: {entry.kept}" if entry.kept else "remove" if entry in chosen else "keep"
         age = f"{format_duration(max(0.0, time.time() - entry.used_at))} ago"
         cells = (entry.path, entry.kind, format_size(entry.bytes), age, ", ".join(names[:_RUNS_SHOWN]) + more or "-", action)
-        rows.append(tuple(map(printable, cells)))
+        rows.append(cells)
     return [*formatting.table(_COLUMNS, rows), f"in all {format_size(sum(entry.bytes for entry in entries))}"]

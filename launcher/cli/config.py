@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
-from launcher.config.compose import Composed, conf_dir, run_hydra
+from launcher.config.compose import compose_one, conf_dir
 from launcher.config.resume import with_overrides
 from launcher.config.run_file.printing import render, values_to_print
 from launcher.config.run_file.tokens import is_run_file
@@ -49,7 +48,7 @@ def run(verb: str, tokens: list[str]) -> int:
         head = _about(plan, config)
     else:
         command = " ".join(launcher_command("plan", *rest).split())
-        config, head = _compose(rest), [f"Settings of: {redact(command)}"]
+        config, head = compose_one(rest, (*FLAGS, *COMMON_FLAGS)).config, [f"Settings of: {redact(command)}"]
     if as_json:
         print(formatting.as_json(values_to_print(config, conf_dir(), all_settings=True)))
         return 0
@@ -79,20 +78,6 @@ def _split_root(tokens: Sequence[str]) -> tuple[Path, list[str]]:
     return Path(root), rest
 
 
-def _compose(tokens: list[str]) -> RunConfig:
-    """Return the settings of a command line.
-
-    Raises:
-        ConfigError: with the mistakes in them, or if they are for several runs.
-    """
-    jobs: list[Composed] = []
-    run_hydra(tokens, jobs.append, (*FLAGS, *COMMON_FLAGS))
-    if len(jobs) != 1:
-        remedy = "leave out -m and Hydra's own flags"
-        raise ConfigError("config prints the settings of one run", where="command line", value=" ".join(tokens), remedy=remedy)
-    return jobs[0].config
-
-
 def _about(plan: LaunchPlan, config: RunConfig) -> list[str]:
     lines = [f"Settings of the run {plan.run_name}, planned by launcher {plan.provenance.launcher_version}."]
     lines.append("Relative paths begin at the folder where the run was started: use the file there.")
@@ -103,13 +88,8 @@ def _about(plan: LaunchPlan, config: RunConfig) -> list[str]:
 
 def _reads_back(text: str, config: RunConfig) -> bool:
     """Return whether a file with this text results in these settings."""
-    composed: list[Composed] = []
-    descriptor, name = tempfile.mkstemp(suffix=".yaml")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        with suppress(LauncherError):
-            run_hydra([name], composed.append)
-    finally:
-        os.unlink(name)
-    return bool(composed) and composed[0].config == config
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file, suppress(LauncherError):
+        file.write(text)
+        file.flush()
+        return compose_one([file.name]).config == config
+    return False

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from launcher.cli.removal import read_yes
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.throughput import SpeedEstimate
 from launcher.tracking.costs import largest_usd
 
 
-def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]], is_accepted: bool) -> bool:
-    """Ask on the terminal whether runs above run.confirm_usd may start; returns True if they may.
+def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]]) -> bool:
+    """Ask on the terminal whether runs above run.confirm_usd, which one of them has, may start; returns True if they may.
 
     The lowest run.confirm_usd in a sweep is compared with the total cost of its runs.
 
@@ -20,9 +21,8 @@ def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]], is_acce
         ConfigError: if there is no terminal to ask on.
     """
     limits = [plan.config.run.confirm_usd for plan, _ in planned if plan.config.run.confirm_usd is not None]
-    if not limits or is_accepted:
-        return True
-    costs = [largest_usd(plan, speed) for plan, speed in planned if _has_a_cost(plan)]
+    # CPUs without a price cost nothing.
+    costs = [largest_usd(plan, speed) for plan, speed in planned if plan.topology.device == "cuda" or plan.price is not None]
     known = [usd for usd in costs if usd is not None]
     unknown = len(costs) - len(known)
     if not unknown and sum(known) <= min(limits):
@@ -38,13 +38,4 @@ def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]], is_acce
     if not sys.stdin.isatty() or not sys.stdout.isatty():
         remedy = "to start without a question, add --yes; or raise run.confirm_usd, or limit the cost with run.max_usd"
         raise ConfigError(f"{message}, and there is no terminal to ask on", where=where, remedy=remedy)
-    try:
-        answer = input(f"{message} ({where}). Start? [y/N] ")
-    except EOFError:
-        answer = ""
-    return answer.strip().lower() in ("y", "yes")
-
-
-def _has_a_cost(plan: LaunchPlan) -> bool:
-    """Return whether a run costs anything: CPUs without a price cost nothing."""
-    return plan.topology.device == "cuda" or plan.price is not None
+    return read_yes(f"{message} ({where}). Start?")

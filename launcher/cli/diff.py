@@ -14,7 +14,6 @@ from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.views.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, of_settings, read
 from launcher.config.run_file.tokens import is_run_file
-from launcher.errors import printable
 from launcher.security.redaction import redact_setting
 
 _MAX_CHARS = 200
@@ -52,11 +51,9 @@ def _side(word: str, root: Path) -> ComparedRun:
     """
     if not is_run_file(word):
         return read(run_store.find_run(word, root))
-    from launcher.config.compose import Composed, run_hydra
+    from launcher.config.compose import compose_one
 
-    composed: list[Composed] = []
-    run_hydra([word], composed.append)
-    return of_settings(word, composed[0].config.model_dump(mode="json"))
+    return of_settings(word, compose_one([word]).config.model_dump(mode="json"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,8 +78,7 @@ def _lines(left: ComparedRun, right: ComparedRun, sections: Mapping[str, Sequenc
         rows = [(d.key, _shown(d.key, d.left), _shown(d.key, d.right), _change(section, d)) for d in differences]
         has_changes = any(row[3] for row in rows)
         columns = (section, *names, *([">change"] if has_changes else []))
-        cells = [tuple(printable(cell) for cell in (row if has_changes else row[:3])) for row in rows]
-        lines += [*formatting.table(columns, cells), ""]
+        lines += [*formatting.table(columns, [row if has_changes else row[:3] for row in rows]), ""]
     return lines[:-1]
 
 

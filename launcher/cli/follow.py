@@ -24,7 +24,6 @@ from launcher.security.printable_stream import raw
 from launcher.shell_commands import launcher_command, shell_command
 from launcher.tracking.console import format_step
 from launcher.tracking.jsonl import Tail, read_events
-from launcher.tracking.metrics import format_duration
 from launcher.tracking.metrics_tail import has_trained
 from launcher.tracking.progress import EVENT as PROGRESS
 
@@ -253,14 +252,13 @@ def is_demonstration(run: RunDir) -> bool:
 def _export_line(run: RunDir, newest: Checkpoint | None) -> str:
     """Name the export, with its step if that differs from the newest checkpoint's; name an export that is older than that."""
     record = run_records.read_export(run)
+    line = f"exported to  {short(run.export)}"
     if record is None or newest is None or record.step == newest.step:
-        return f"exported to  {short(run.export)}"
-    exported_at = run_records.export_file(run).stat().st_mtime
-    if exported_at >= (newest.path / MANIFEST).stat().st_mtime:
-        return f"exported to  {short(run.export)}, which holds step {record.step}"
-    age = format_duration(max(0.0, time.time() - exported_at))
-    command = launcher_command("export", short(run.root))
-    return f"old export   {short(run.export)} is of step {record.step} and {age} old; export step {newest.step} with: {command}"
+        return line
+    line += f", which holds step {record.step}"
+    if run_records.export_file(run).stat().st_mtime >= (newest.path / MANIFEST).stat().st_mtime:
+        return line
+    return f"{line}; export step {newest.step} with: {launcher_command('export', short(run.root))}"
 
 
 def _print_failure(run: RunDir, attempt: int, status: Status) -> None:

@@ -15,8 +15,7 @@ from launcher.cli.starting.starter_settings import StarterSettings, apply_change
 from launcher.cli.views.starter_file import next_lines, starter_text
 from launcher.clusters.backends import cluster_for
 from launcher.config.command_line import override_key
-from launcher.config.compose import Composed, conf_dir, run_hydra
-from launcher.config.error_messages import no_such_option
+from launcher.config.compose import Composed, compose_one, conf_dir
 from launcher.config.introspect import leaves
 from launcher.config.run_file.printing import values_to_print
 from launcher.config.run_file.tokens import SUFFIXES
@@ -104,12 +103,7 @@ def _compose(model: str | None, data: str | None, rest: Sequence[str]) -> Compos
     keys = [override_key(token) for token in rest]
     if "data.path" in keys and "data" not in keys and not data:
         tokens.append("data=jsonl")
-    jobs: list[Composed] = []
-    run_hydra([*tokens, *rest], jobs.append, ("--data", "--model", "--out", *COMMON_FLAGS))
-    if len(jobs) != 1:
-        remedy = "leave out -m and Hydra's own flags"
-        raise ConfigError("init writes the settings of one run", where="command line", value=" ".join(rest), remedy=remedy)
-    return jobs[0]
+    return compose_one([*tokens, *rest], ("--data", "--model", "--out", *COMMON_FLAGS))
 
 
 def _with_name(composed: Composed, out: Path) -> Composed:
@@ -121,14 +115,10 @@ def _with_name(composed: Composed, out: Path) -> Composed:
 
 
 def _model_token(model: str) -> str:
-    options = sorted(file.stem for file in (conf_dir() / "model").glob("*.yaml"))
-    if model in options:
-        return f"model={model}"
-    if not (is_local_path(model) or is_run(model) or HUB_ID_PATTERN.fullmatch(model) or ":" in model or Path(model).is_dir()):
-        problem = no_such_option("model", model, options, "")
-        remedy = f"{problem.remedy}; or name a folder (./NAME) or a Hub id (owner/name)"
-        raise ConfigError(replace(problem, where="--model", value=model, remedy=remedy))
-    return f"model.path={_quoted(f'./{model}' if Path(model).is_dir() and '/' not in model else model)}"
+    if Path(model).is_dir() and "/" not in model:
+        model = f"./{model}"
+    is_source = is_local_path(model) or is_run(model) or HUB_ID_PATTERN.fullmatch(model) or ":" in model
+    return f"model.path={_quoted(model)}" if is_source else f"model={model}"
 
 
 def _quoted(value: str) -> str:
@@ -179,9 +169,7 @@ def _require_plan(text: str, out: Path) -> LaunchPlan | None:
 
 
 def _compose_text(text: str, out: Path) -> RunConfig:
-    composed: list[Composed] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / out.name
         file.write_text(text, encoding="utf-8")
-        run_hydra([str(file)], composed.append)
-    return composed[0].config
+        return compose_one([str(file)]).config

@@ -145,7 +145,7 @@ def may_start(plans: Sequence[LaunchPlan], accepts_cost: bool) -> bool:
         cluster = cluster_for(plan.config.cluster.kind)
         return _speed(plan, lambda: cluster.device(plan.config.cluster))
 
-    if require_consent([(plan, estimate(plan)) for plan in plans], accepts_cost):
+    if require_consent([(plan, estimate(plan)) for plan in plans]):
         return True
     print("nothing was started")
     return False

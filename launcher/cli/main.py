@@ -112,7 +112,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
                                                list checkpoints; verify their digests; remove those that are not kept
   python -m launcher diff RUN RUN              what differs: settings, data, code, versions, machines, results
   python -m launcher rm RUN [RUN ...] [--yes]  remove runs with all their files, after a question
-  python -m launcher clean [--older-than 30d] [--max-size 200GiB] [--dry-run]
+  python -m launcher clean [--older-than 30d] [--only KIND] [--dry-run]
                                                remove parts of the cache that no unfinished run uses, after a question
 
   python -m launcher drill --fault FAULT [overrides]
@@ -197,7 +197,9 @@ def _run_reporting(tokens: Sequence[str]) -> int:
             raise
         what = f"a file cannot be read or written: {error.strerror or error}"
         remedy = "check the storage and the permissions, then try again; --debug shows a traceback"
-        return _report("OSError", [Problem(what, where=str(error.filename or ""), remedy=remedy)], EXIT_FAILED, as_json)
+        # os.getcwd reports a deleted folder without its path.
+        where = str(error.filename or "the working directory")
+        return _report("OSError", [Problem(what, where=where, remedy=remedy)], EXIT_FAILED, as_json)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -275,21 +277,7 @@ def _run(verb: str, tokens: list[str]) -> int:
     if verb not in VERBS:
         raise ConfigError(_unknown_verb(verb))
     module: _VerbModule = importlib.import_module(f"launcher.cli.{VERBS[verb]}")
-    try:
-        return module.run(verb, tokens)
-    except FileNotFoundError as error:
-        # os.getcwd reports a deleted folder this way, without a path.
-        if error.filename is None:
-            _require_working_dir()
-        raise
-
-
-def _require_working_dir() -> None:
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        remedy = "change to a folder that exists (cd), then try again"
-        raise ConfigError("the working directory was deleted", where="command line", remedy=remedy) from None
+    return module.run(verb, tokens)
 
 
 def _unknown_verb(verb: str) -> Problem:

@@ -34,13 +34,18 @@ def is_confirmed(arguments: argparse.Namespace, question: str, command: tuple[st
     if not sys.stdin.isatty() or not sys.stdout.isatty():
         remedy = f"to remove it without a question: {launcher_command(*command, '--yes')}"
         raise SubmitError("nothing was removed: there is no terminal to ask on", where="command line", remedy=remedy)
+    if read_yes(question):
+        return True
+    print("nothing was removed")
+    return False
+
+
+def read_yes(question: str) -> bool:
+    """Ask on the terminal; no answer means no."""
     try:
-        is_agreed = input(f"{printable(question)} [y/N] ").strip().lower() in ("y", "yes")
+        return input(f"{printable(question)} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
-        is_agreed = False
-    if not is_agreed:
-        print("nothing was removed")
-    return is_agreed
+        return False
 
 
 def remove_path(path: Path) -> list[str]:

@@ -20,7 +20,7 @@ from launcher.cli.liveness import require_ended
 from launcher.cli.removal import add_flags, is_confirmed, remove_path
 from launcher.clusters import detached_process
 from launcher.clusters.backends import cluster_for
-from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError, printable
+from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, MirrorRecord
@@ -75,7 +75,7 @@ def run(verb: str, tokens: list[str]) -> int:
     elif not left:
         print(f"removed {total}; data and models stay in the cache: {launcher_command('clean')}")
     for path in left:
-        print(printable(f"not removed: {path}"), file=sys.stderr)
+        print(f"not removed: {path}", file=sys.stderr)
     return EXIT_FAILED if left else 0
 
 
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _find(names: list[str], root: Path) -> list[RunDir]:
-    """Return the runs with these names; each has a plan or a status, and either may be damaged.
+    """Return the runs with these names; their plans may be damaged or missing.
 
     Raises:
         SubmitError: with every name that is not a run, or is the run of another user.
@@ -103,13 +103,7 @@ def _find(names: list[str], root: Path) -> list[RunDir]:
     problems: list[Problem] = []
     for name in names:
         try:
-            try:
-                run = run_store.find_run(name, root)
-            except LauncherError as error:
-                try:
-                    run = run_store.find_run(name, root, marker="status.json")
-                except LauncherError:
-                    raise error from None
+            run = run_store.find_run(name, root, marker="status.json")
         except LauncherError as error:
             problems += error.problems
             continue
@@ -127,14 +121,10 @@ def _inspect(run: RunDir, root: Path, together: Collection[Path]) -> RemovableRu
         status = run_store.read_status(run)
         state = f"{status.state}, at step {status.step:,}" + (f" of {status.max_steps:,}" if status.max_steps else "")
     copies = []
-    for number in reversed(run_store.attempt_numbers(run)):
-        mirror = None
-        with suppress(LauncherError):
-            mirror = json_records.read_if_present(MirrorRecord, run.attempt(number) / "mirror.json")
-        if mirror is not None:
-            steps = ", ".join(map(str, mirror.steps[-_STEPS_SHOWN:]))
-            copies.append(f"the mirror {mirror.url} has " + (f"steps {steps}" if steps else "no complete checkpoint"))
-            break
+    with suppress(LauncherError):
+        records = (run.attempt(number) / "mirror.json" for number in reversed(run_store.attempt_numbers(run)))
+        if mirror := next(filter(None, (json_records.read_if_present(MirrorRecord, path) for path in records)), None):
+            copies.append(f"the mirror {mirror.url} has the steps {', '.join(map(str, mirror.steps[-_STEPS_SHOWN:])) or 'none'}")
     urls = [url for event in events if event["kind"] == "export" and (url := event["fields"].get("url"))]
     copies += [f"the Hub has the export: {url}" for url in urls[-1:]]
     folders = {folder.resolve(): folder for folder in (root, run.root.parent)}
@@ -212,7 +202,7 @@ def _lines(one: RemovableRun) -> list[str]:
         *([("W&B", f"{one.wandb} stays")] if one.wandb else []),
         *([("needed by", ", ".join(one.needed_by))] if one.needed_by else []),
     ]
-    return formatting.wrap([printable(f"{label:<{_LABEL_WIDTH}}{value}") for label, value in rows], _LABEL_WIDTH)
+    return formatting.wrap([f"{label:<{_LABEL_WIDTH}}{value}" for label, value in rows], _LABEL_WIDTH)
 
 
 def _remove(run: RunDir) -> Iterator[str]:

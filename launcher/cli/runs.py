@@ -17,7 +17,7 @@ from launcher.cli.resume import resume_run
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views.plan_view import started_lines
 from launcher.clusters.backends import FilesOnly, StatusReader, cluster_for, status_reader_for
-from launcher.errors import SubmitError, printable
+from launcher.errors import SubmitError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -111,7 +111,7 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
     if line := _end_line(run, output.attempt, status):
         print(f"\n{line}")
     if arguments.follow and is_silent:
-        print(f"\nnot followed: {printable(status.message)}")
+        print(f"\nnot followed: {status.message}")
     return 0
 
 
@@ -174,7 +174,7 @@ def _end_line(run: RunDir, attempt: int, status: Status) -> str:
         message = "" if record is None or record.state == "completed" else record.message
         if record is not None and record.cause in _INTERRUPTIONS:
             how = f"ended ({record.cause})"
-    line, _, _ = printable(message).partition("\n")
+    line, _, _ = message.partition("\n")
     return f"attempt {attempt} {how}: {line}" if line else ""
 
 

@@ -7,10 +7,9 @@ key. The schema then reports all unknown keys, each with a suggestion.
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from launcher.config.command_line import (
 )
 from launcher.config.config_files import missing_keys
 from launcher.config.deepspeed_keys import extra_problems
-from launcher.config.error_messages import missing, no_such_option, schema_problems
+from launcher.config.error_messages import missing, schema_problems
 from launcher.config.hydra_composition.call import call_hydra, extra_dirs
-from launcher.config.hydra_composition.guard import READS_CREDENTIAL, read_credentials
+from launcher.config.hydra_composition.guard import READS_CREDENTIAL
 from launcher.config.hydra_composition.location import RUN_FILE_GROUP
 from launcher.config.introspect import leaves
 from launcher.config.origin import Origins, located_problem
@@ -40,12 +39,10 @@ from launcher.config.run_file.tokens import split_run_files
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, has_secret_name, redact, secret_problem
+from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
-# The remedies for refused references, by the error's reason.
-_ADVICE = {READS_CREDENTIAL: f"write the value out if it is not a secret; {IN_ENVIRONMENT}"}
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,6 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     os.getcwd()
     files, words = split_run_files(tokens, FLAGS_WITH_VALUE)
     remaining, problems = without_unknown_flags(words, own_flags)
-    remaining, unknown_options = _known_group_options(remaining)
-    problems += unknown_options
     try:
         content, file_problems = _read_run_file(files, words)
     except ConfigError as error:
@@ -112,26 +107,47 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         except BaseException as error:
             failure.append(error)
 
-    try:
-        call_hydra(task, remaining, content, conf_dir())
-    except ConfigError as error:
-        readable, unreadable = without_unreadable_overrides(remaining)
-        problems += unreadable
-        if unreadable:
-            num_before = len(problems)
-            # This finds the mistakes in the other overrides.
-            with suppress(ConfigError):
-                call_hydra(task, readable, content, conf_dir())
-            keys = {override_key(token) for token in remaining if token not in readable}
-            problems[num_before:] = [p for p in problems[num_before:] if p.message.partition(":")[0] not in keys]
-        # Composition may fail only because of what was split off.
-        elif not problems:
-            problems.extend(error.problems)
+    removed: set[str] = set()
+    # Hydra stops at the first mistake: without the overrides in question, it finds the others.
+    while True:
+        try:
+            call_hydra(task, remaining, content, conf_dir())
+            break
+        except ConfigError as error:
+            readable, found = without_unreadable_overrides(remaining)
+            if not found:
+                named = {problem.value for problem in error.problems}
+                readable = [token for token in remaining if token.lstrip("+") not in named]
+                # Composition may fail only because of what was removed.
+                found = list(error.problems) if not problems or len(readable) < len(remaining) else []
+            problems += found
+            if len(readable) == len(remaining):
+                break
+            removed |= {override_key(token) for token in remaining if token not in readable}
+            first_later, remaining = len(problems), readable
+    if removed:
+        problems[first_later:] = [p for p in problems[first_later:] if p.message.partition(":")[0] not in removed]
     if problems:
         held = environment_secrets(os.environ)
         raise ConfigError(_without_secrets(problem, held) for problem in dict.fromkeys(problems))
     if failure:
         raise failure[0]
+
+
+def compose_one(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> Composed:
+    """Compose a command line for one run.
+
+    Raises:
+        ConfigError: with the mistakes in it, or if it is for several runs.
+    """
+    jobs: list[Composed] = []
+    run_hydra(tokens, jobs.append, own_flags)
+    if len(jobs) != 1:
+        remedy = "leave out -m and Hydra's own flags"
+        raise ConfigError(
+            "this command takes the settings of one run", where="command line", value=" ".join(tokens), remedy=remedy
+        )
+    return jobs[0]
 
 
 def require_distinct_runs(jobs: Sequence[Composed]) -> None:
@@ -157,28 +173,6 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
 
 def _without_secrets(problem: Problem, held: Mapping[str, str]) -> Problem:
     return replace(problem, **{field.name: redact(getattr(problem, field.name), held) for field in fields(problem)})
-
-
-def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
-    """Split off overrides with a group option that no config folder contains."""
-    folders = [conf_dir(), *extra_dirs(tokens)]
-    if any(t.lstrip("+").startswith("hydra.searchpath") for t in tokens) or not all(folder.is_dir() for folder in folders):
-        # Hydra finds the options, or refuses the folder.
-        return tokens, []
-    remaining, problems = [], []
-    for token in tokens:
-        match = re.fullmatch(rf"\+{{0,2}}({'|'.join(GROUPS)})=([\w,./:@~-]*)", token)
-        if not match:
-            remaining.append(token)
-            continue
-        options = sorted({p.stem for folder in folders for p in (folder / match[1]).glob("*.yaml")})
-        # An option may be in a subfolder of its group.
-        files = {option: f"{match[1]}/{option}.yaml" for option in match[2].split(",") if option != "null"}
-        unknown = [option for option, file in files.items() if not any((folder / file).is_file() for folder in folders)]
-        if not unknown:
-            remaining.append(token)
-        problems += [no_such_option(match[1], option, options, token) for option in unknown]
-    return remaining, problems
 
 
 def _read_run_file(files: Sequence[str], tokens: Sequence[str]) -> tuple[FileContent | None, list[Problem]]:
@@ -227,12 +221,6 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}
     targets = [key for key, _ in scalars if "_target_" in key.split(".")]
     problems = [missing(key, origins) for key in absent]
-    if has_secret_name(values, held):
-        message = "the name of a setting looks like a secret (a token, key or password); it is not shown"
-        problems.append(Problem(message, where="the settings, or a reference in them", remedy=IN_ENVIRONMENT))
-    if not secrets and (read := read_credentials()):
-        message, remedy = f"{', '.join(read)}: {READS_CREDENTIAL}", _ADVICE[READS_CREDENTIAL]
-        problems.append(Problem(message, where="a reference in the settings", remedy=remedy))
     problems += [Problem(reason, where=origins.of(key), remedy=IN_ENVIRONMENT) for key, reason in secrets.items()]
     problems += [
         Problem(f"{key}: a setting must not name code to run; nothing was called", where=origins.of(key), remedy=f"remove {key}")
@@ -261,13 +249,11 @@ def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict
         raw = OmegaConf.to_container(cfg, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         key = str(getattr(error, "full_key", None) or "")
-        advice = next(
-            (text for mark, text in _ADVICE.items() if mark in str(error)), "write the key of a setting between ${ and }"
-        )
+        is_refused = READS_CREDENTIAL in str(error)
         raise ConfigError(
             f"{key}: the reference in this value cannot be resolved: {str(error).splitlines()[0]}",
             where=origins.written_at(key),
-            remedy=advice,
+            remedy=IN_ENVIRONMENT if is_refused else "write the key of a setting between ${ and }",
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")

@@ -57,11 +57,6 @@ def environment_secrets(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def is_short_secret(name: str, environ: Mapping[str, str]) -> bool:
-    """Return whether a variable has the name of a credential, and a value that `secret_within` does not find within a text."""
-    return name in environment_secrets({name: environ.get(name, "")}) and len(environ[name]) < _MIN_CHARS_WITHIN
-
-
 def secret_within(text: str, secrets: Mapping[str, str]) -> str | None:
     """Return the name of the variable whose value is the text or part of it, or None."""
     return next((name for name, value in secrets.items() if text == value or _is_part(value, text)), None)

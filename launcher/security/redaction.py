@@ -64,14 +64,6 @@ def secret_problem(key: str, value: Any, secrets: Mapping[str, str]) -> str | No
     return None
 
 
-def has_secret_name(value: Any, secrets: Mapping[str, str]) -> bool:
-    """Return whether a key at any depth of nested settings contains a credential: a reference can make a name of one."""
-    if isinstance(value, dict) and any(_SECRET.search(name) or secret_within(name, secrets) for name in map(str, value)):
-        return True
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(has_secret_name(one, secrets) for one in inner)
-
-
 def has_login(value: Any) -> bool:
     """Return whether a value contains a URL with a user and a password."""
     return isinstance(value, str) and re.search(PASSWORD_IN_ADDRESS.pattern, value) is not None

@@ -87,8 +87,6 @@ def test_everything_unused_goes_the_oldest_first(clean: Clean, cache: Path) -> N
     [
         (["--older-than", "45d"], ["old", "weight-checks"]),
         (["--older-than", "1200h", "--only", "data"], ["old"]),
-        (["--max-size", "17KB"], ["old", "weight-checks"]),
-        (["--max-size", "1TiB"], []),
         (["--only", "sources", "--only", "models"], ["tiny-0123", "abcd"]),
     ],
 )
@@ -97,7 +95,7 @@ def test_choices(clean: Clean, flags: list[str], chosen: list[str]) -> None:
     assert (code, names(answer["chosen"])) == (0, chosen)
 
 
-@pytest.mark.parametrize("flags", [["--older-than", "soon"], ["--max-size", "200"], ["--only", "runs"]])
+@pytest.mark.parametrize("flags", [["--older-than", "soon"], ["--only", "runs"]])
 def test_a_choice_that_is_none_is_refused(clean: Clean, cache: Path, flags: list[str]) -> None:
     code, answer, _ = clean(*flags, "--yes")
     assert (code, answer["exit_code"]) == (2, 2)

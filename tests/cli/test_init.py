@@ -218,7 +218,7 @@ def test_nothing_is_overwritten(typed: Typed) -> None:
         (("--data", "chats.jsonl", "--model", "tinny"), "did you mean tiny?"),
         (("--data", "chats.jsonl", "--model", "./weights"), "there is no such folder"),
         (("--dat", "chats.jsonl"), "did you mean --data?"),
-        (("--model", "tiny", "-m", "optim.lr=1,2"), "init writes the settings of one run"),
+        (("--model", "tiny", "-m", "optim.lr=1,2"), "the settings of one run"),
         (("--data", "bad.jsonl", "--model", "tiny"), "bad.jsonl:2"),
         (("chats.jsonl", "model=tiny"), "init --data chats.jsonl"),
         (("--data", "chats.jsonl", "--out", "mine.txt"), ".yaml"),

@@ -58,7 +58,7 @@ def test_what_goes_is_shown_and_removed(run: RunDir, ask: Ask) -> None:
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert "completed, at step 10 of 40" in lines["state"]
     assert lines["checkpoints"].split()[1:] == ["5,", "10"]
-    assert "s3://bucket/runs has steps 5, 10" in lines["copies"]
+    assert "s3://bucket/runs has the steps 5, 10" in lines["copies"]
     assert "https://hub.example/me/model" in lines["copies"]
     assert "nothing was removed, because of --dry-run" in out
     assert run.plan.is_file()

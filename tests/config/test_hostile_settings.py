@@ -45,8 +45,7 @@ def shared(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
     return choose
 
 
-@pytest.mark.parametrize("flags", [(), ("-m",)])
-@pytest.mark.parametrize("by_file", [False, True])
+@pytest.mark.parametrize(("flags", "by_file"), [((), False), (("-m",), True)])
 def test_callbacks_are_refused_and_not_imported(
     refused: Refused,
     marker: Path,
@@ -67,25 +66,7 @@ def test_callbacks_are_refused_and_not_imported(
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("flags", [(), ("-m",)])
-@pytest.mark.parametrize(
-    ("key", "line"),
-    [
-        ("hydra.job.env_set", "job: {env_set: {AWS_SECRET_ACCESS_KEY: none}}"),
-        ("hydra.run.dir", "run: {dir: ../app}"),
-        ("hydra.output_subdir", "output_subdir: app"),
-    ],
-)
-def test_hydra_sets_no_variables_and_writes_no_files(
-    refused: Refused, shared: Callable[[str], tuple[str, ...]], tmp_path: Path, flags: tuple, key: str, line: str
-) -> None:
-    (problem,) = refused(*flags, *shared(f"hydra:\n  {line}\n"), "model=tiny")
-    assert problem.where == key
-    assert not (tmp_path / "app").exists()
-
-
-@pytest.mark.parametrize("by_flag", [False, True])
-@pytest.mark.parametrize("params", ["{_target_: evil.C}", "{x: {_target_: evil.C}}", "${mine}"])
+@pytest.mark.parametrize(("by_flag", "params"), [(False, "{_target_: evil.C}"), (True, "{x: {_target_: evil.C}}")])
 def test_what_runs_a_sweep_calls_nothing(
     refused: Refused,
     marker: Path,
@@ -96,7 +77,7 @@ def test_what_runs_a_sweep_calls_nothing(
 ) -> None:
     """Hydra calls the targets in its sweeper's parameters, and a file can also start a sweep."""
     monkeypatch.syspath_prepend(marker.parent / "path")
-    words = shared(f"hydra:\n  mode: MULTIRUN\n  sweeper:\n    params: {params}\nmine:\n  _target_: evil.C\n")
+    words = shared(f"hydra:\n  mode: MULTIRUN\n  sweeper:\n    params: {params}\n")
     problems = refused(*(("-m",) if by_flag else ()), *words, "model=tiny")
     assert not marker.exists()
     assert "hydra.sweeper: a setting must not name code to run; nothing was called" in {problem.message for problem in problems}
@@ -106,8 +87,6 @@ def test_what_runs_a_sweep_calls_nothing(
     ("key", "line"),
     [
         ("hydra.job.env_set", "job: {env_set: {LAUNCHER_TRUST_OWNERS: anyone}}"),
-        ("hydra.job.chdir", "job: {chdir: true}"),
-        ("hydra.output_subdir", "output_subdir: ../../app"),
         ("hydra.sweep.subdir", "sweep: {subdir: ../app}"),
     ],
 )
@@ -129,8 +108,7 @@ def test_a_single_job_of_a_sweep_sets_no_variables_and_writes_no_files(
     assert not [*tmp_path.rglob("app")]
 
 
-@pytest.mark.parametrize("section", ["job_logging", "hydra_logging"])
-@pytest.mark.parametrize("flags", [(), ("-m",)])
+@pytest.mark.parametrize(("section", "flags"), [("job_logging", ()), ("hydra_logging", ("-m",))])
 def test_classes_of_the_logging_are_not_imported(
     compose: Callable,
     marker: Path,
@@ -156,17 +134,6 @@ def test_nothing_is_imported_from_the_working_directory(marker: Path, session_ca
     assert not marker.exists()
 
 
-def test_references_within_each_other_are_refused_with_their_line(
-    refused: Refused, shared: Callable[[str], tuple[str, ...]]
-) -> None:
-    """The nesting is deeper than the reference parser can recurse."""
-    deep = "${a:'" * 3000
-    problems = refused(*shared(f'run:\n  name: "{deep}"\n'))
-    assert "a reference in this value is not written as Hydra reads it" in problems[0].message
-    assert problems[0].where.endswith(":3")
-
-
-@pytest.mark.parametrize("written", [("--experimental-rerun", "job.pickle"), ("--experimental-rerun=job.pickle",)])
-def test_a_pickled_job_of_hydra_is_not_loaded(refused: Refused, tmp_path: Path, written: tuple[str, ...]) -> None:
-    (problem,) = refused(*written)
+def test_a_pickled_job_of_hydra_is_not_loaded(refused: Refused) -> None:
+    (problem,) = refused("--experimental-rerun=job.pickle")
     assert problem.message == "there is no flag --experimental-rerun"

@@ -11,7 +11,7 @@ from launcher.config.resume import with_overrides
 from launcher.config.sections.data import Source
 from launcher.errors import ConfigError
 from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import has_login, has_secret_name, looks_secret, redact, redact_setting, secret_problem
+from launcher.security.redaction import has_login, looks_secret, redact, redact_setting, secret_problem
 
 Shown = Callable[..., str]
 
@@ -29,23 +29,21 @@ TOKENS = {
 }
 
 
-@pytest.mark.parametrize(
-    "key", ["tracking.project", "model.path", "run.name", "model.config.note", "tracking.api_key", "nothing.at_all"]
-)
 @pytest.mark.parametrize("kind", TOKENS)
-def test_a_token_is_refused_and_never_shown(shown: Shown, kind: str, key: str) -> None:
-    text = shown(f"{key}={TOKENS[kind]}")
-    assert TOKENS[kind] not in text
-    assert f"{key}: looks like a secret (a token, key or password); its value is not shown" in text
-    assert "remedy: put secrets into environment variables" in text
+def test_every_form_of_token_is_recognized(kind: str) -> None:
+    assert looks_secret("run.name", TOKENS[kind])
+    assert redact(f"a {TOKENS[kind]} b") == "a <redacted> b"
 
 
-@pytest.mark.parametrize("key", ["tracking.api_key", "tracking.password", "hf_token", "model.config.token", "run.secret"])
-@pytest.mark.parametrize("value", ["hunter2hunter2", "short", "12345678"])
-def test_a_key_that_names_a_secret_hides_its_value(shown: Shown, key: str, value: str) -> None:
-    text = shown(f"{key}={value}")
-    assert value not in text
-    assert f"{key}: looks like a secret" in text
+def test_tokens_and_keys_that_name_a_secret_are_refused_and_never_shown(shown: Shown) -> None:
+    token = TOKENS["hugging_face"]
+    keys = ("tracking.project", "model.path", "model.config.note", "nothing.at_all")
+    names = ("tracking.api_key", "tracking.password", "hf_token", "model.config.token", "run.secret")
+    text = shown(*(f"{key}={token}" for key in keys), *(f"{key}=short1" for key in names))
+    assert token not in text
+    assert "short1" not in text
+    for key in (*keys, *names):
+        assert f"{key}: looks like a secret" in text
 
 
 @pytest.mark.parametrize(
@@ -61,45 +59,35 @@ def test_a_token_in_any_place_is_not_shown(shown: Shown, token: str) -> None:
     assert TOKENS["hugging_face"] not in shown(token)
 
 
-def test_a_password_that_hydra_cannot_read_is_not_shown(shown: Shown) -> None:
-    assert "hunter2" not in shown("tracking.password=hunter2(")
-
-
-def test_a_secret_from_the_environment_is_refused(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_KEY", TOKENS["hugging_face"])
-    text = shown("tracking.group=${oc.env:MY_KEY}")
-    assert "tracking.group: looks like a secret" in text
-    assert TOKENS["hugging_face"] not in text
-
-
 # An AWS secret key has no recognizable format.
 AWS_SECRET = "wJalrXUtnFEMI/K7MDENG/" + "bPxRfiCYEXAMPLEKEY"
 
 
-@pytest.mark.parametrize("value", ["${oc.env:AWS_SECRET_ACCESS_KEY}", "a ${oc.env:AWS_SECRET_ACCESS_KEY} b", f"'{AWS_SECRET}'"])
-@pytest.mark.parametrize(
-    "key", ["tracking.group", "cluster.additional_parameters.comment", "cluster.env.NOTE", "deepspeed.extra.note"]
-)
+@pytest.mark.parametrize("key", ["tracking.group", "cluster.additional_parameters.comment", "deepspeed.extra.note"])
 def test_a_value_that_the_environment_holds_as_a_secret_is_refused(
-    shown: Shown, monkeypatch: pytest.MonkeyPatch, key: str, value: str
+    shown: Shown, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", AWS_SECRET)
-    text = shown("cluster=slurm", f"+{key}={value}" if "extra" in key else f"{key}={value}")
+    text = shown("cluster=slurm", f"{key}='{AWS_SECRET}'")
     assert f"{key}: contains the value of AWS_SECRET_ACCESS_KEY in the environment" in text
     assert AWS_SECRET not in text
     assert "remedy: put secrets into environment variables" in text
 
 
-@pytest.mark.parametrize("flags", [(), ("--cfg", "job", "--resolve")])
-def test_a_secret_that_is_too_short_to_be_found_in_an_address_is_not_read(
-    shown: Shown, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]
-) -> None:
-    """`plan` lists files at the address, so the author of the settings could send the secret to their own server."""
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ("data=jsonl", 'data.path="https://host/${oc.env:DB_PASSWORD}.jsonl"'),
+        ("tracking.group=${oc.env:DB_PASSWORD}", "--cfg", "job", "--resolve"),
+        ("+model.config.note=\"${oc.decode:'{${oc.env:DB_PASSWORD}: 1}'}\"",),
+    ],
+)
+def test_no_reference_reads_a_secret(shown: Shown, monkeypatch: pytest.MonkeyPatch, tokens: tuple[str, ...]) -> None:
+    """`plan` lists files at an address, so the author of the settings could send the secret to their own server."""
     monkeypatch.setenv("DB_PASSWORD", SIGNED)
-    text = shown("data=jsonl", "'data.path=\"https://host/${oc.env:DB_PASSWORD}.jsonl\"'".strip("'"), *flags)
+    text = shown(*tokens)
     assert "DB_PASSWORD: a setting must not read this variable, which looks like a secret" in text
     assert SIGNED not in text
-    assert "remedy: write the value out if it is not a secret" in text or flags
 
 
 def test_variables_that_are_no_secrets_are_read(compose: Callable[..., list], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,19 +97,15 @@ def test_variables_that_are_no_secrets_are_read(compose: Callable[..., list], mo
     assert (tracking.group, tracking.project) == ("none", "a-project-of-mine")
 
 
-def test_what_the_environment_holds_is_printed_nowhere(
-    shown: Shown, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_environment_holds_is_shown_nowhere(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", AWS_SECRET)
     assert AWS_SECRET not in shown(f"tracking.gruop='{AWS_SECRET}'", f"train.max_steps='{AWS_SECRET}'")
-    assert main(["plan", "--cfg", "job", "--resolve", "tracking.group=${oc.env:AWS_SECRET_ACCESS_KEY}"]) == 0
-    printed = capsys.readouterr().out
-    assert "group: <redacted>" in printed
-    assert AWS_SECRET not in printed
 
 
-@pytest.mark.parametrize("key", ["model.config.note", "cluster.additional_parameters.comment", "cluster.env.https_proxy"])
-@pytest.mark.parametrize("address", ["http://me:hunter2@proxy:3128", "postgres://me:hunter2@db/x", "me:hunter2@db.example.org"])
+@pytest.mark.parametrize(
+    ("key", "address"),
+    [("model.config.note", "me:hunter2@db.example.org"), ("cluster.env.https_proxy", "http://me:hunter2@proxy:3128")],
+)
 def test_an_address_with_a_password_is_refused_under_any_key(shown: Shown, key: str, address: str) -> None:
     text = shown("cluster=slurm", f"{key}='{address}'")
     assert "hunter2" not in text
@@ -129,20 +113,7 @@ def test_an_address_with_a_password_is_refused_under_any_key(shown: Shown, key: 
     assert "hunter2" not in shown(f"tracking.group='{address}'"), "nor where the value is wrong for another reason"
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        *(
-            ["--cfg", "job"],
-            ["--cfg", "hydra"],
-            ["--cfg", "all"],
-            ["--cfg", "job", "--resolve"],
-            ["-c", "job", "-p", "cluster.env"],
-        ),
-        *(["--info"], ["--info", "config"]),
-    ],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg", "all"], ["--info", "config"]], ids=" ".join)
 def test_hydra_prints_no_secret(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str]
 ) -> None:
@@ -194,17 +165,15 @@ def test_variables_of_the_environment_that_hold_secrets_are_recognized() -> None
     assert sorted(environment_secrets(dict.fromkeys((*NAMES, *others), "hunter2hunter2"))) == sorted(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_variable_of_a_job_that_names_a_secret_is_refused(shown: Shown, name: str) -> None:
-    text = shown("cluster=slurm", f"cluster.env.{name}=hunter2")
+def test_a_variable_of_a_job_that_names_a_secret_is_refused(shown: Shown) -> None:
+    text = shown("cluster=slurm", *(f"cluster.env.{name}=hunter2" for name in NAMES))
     assert "hunter2" not in text
-    assert f"cluster.env.{name}: looks like a secret" in text
+    assert all(f"cluster.env.{name}: looks like a secret" in text for name in NAMES)
 
 
 SIGNED = "hunter2hunter2"
 
 
-@pytest.mark.parametrize("key", ["data.path", "data.eval_path"])
 @pytest.mark.parametrize(
     "address",
     [
@@ -219,9 +188,15 @@ SIGNED = "hunter2hunter2"
         f"abfs://container:{SIGNED}@account/a.jsonl",
     ],
 )
-def test_an_address_with_credentials_is_refused(shown: Shown, key: str, address: str) -> None:
-    text = shown(f"'{key}=\"{address}\"'".strip("'"), "data=jsonl")
-    assert f"{key}: contains a " in text
+def test_an_address_with_credentials_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="contains a "):
+        Source(path=address)
+
+
+def test_an_address_with_credentials_is_not_shown(shown: Shown) -> None:
+    text = shown(f'data.path="https://host/a.jsonl?key={SIGNED}"', f'data.eval_path="s3://user:{SIGNED}@bucket/a.jsonl"')
+    assert "data.path: contains a " in text
+    assert "data.eval_path: contains a " in text
     assert SIGNED not in text
 
 
@@ -287,17 +262,3 @@ def test_redaction_keeps_the_rest() -> None:
     assert redact_setting("data.path", key) == "<redacted>"
     assert redact("sftp://a:b:c@d@host/x") == "sftp://<redacted>@host/x"
     assert redact("model.tokenizer=org/name") == "model.tokenizer=org/name"
-
-
-@pytest.mark.parametrize("form", ["{${oc.env:WANDB_API_KEY}: 1}", "{a: {x${oc.env:WANDB_API_KEY}: []}}"])
-def test_no_secret_becomes_the_name_of_a_setting(shown: Shown, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef" * 2)
-    text = shown("model=tiny", f"+model.config.note=\"${{oc.decode:'{form}'}}\"")
-    assert "WANDB_API_KEY: a setting must not read this variable" in text
-    assert "0123456789abcdef" not in text
-
-
-def test_a_secret_in_the_name_of_a_setting_is_found() -> None:
-    secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2}
-    assert has_secret_name({"a": [{f"x{secrets['WANDB_API_KEY']}": 1}]}, secrets)
-    assert not has_secret_name({"a": [{"x": 1}]}, secrets)

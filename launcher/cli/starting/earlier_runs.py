@@ -12,7 +12,7 @@ from launcher import run_store
 from launcher.cli import formatting
 from launcher.clusters.backends import status_reader_for
 from launcher.config.schema import RunConfig
-from launcher.errors import LauncherError, printable
+from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
@@ -86,7 +86,7 @@ def name_warning(config: RunConfig) -> str | None:
         step = newest_trained_step(run, status)
     except (LauncherError, OSError) as error:
         reason = error.problems[0].message if isinstance(error, LauncherError) else str(error)
-        return f"{exists}, and its state cannot be read ({printable(reason)}): choose another run.name"
+        return f"{exists}, and its state cannot be read ({reason}): choose another run.name"
     of = f" of {status.max_steps:,}" if status.max_steps else ""
     longer = ["train.max_steps=..."] if status.state == "completed" else []
     remedy = f"continue it with {launcher_command('resume', folder, *longer)}"

@@ -41,7 +41,6 @@ from launcher.errors import (
     Problem,
     RunError,
     SubmitError,
-    printable,
 )
 from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
@@ -223,7 +222,7 @@ def _join(start: _Start) -> int:
     signals.install()
     answer = await_plan(here, run.root, start.command, start.describe_end)
     if answer.state == OVER:
-        print(printable(answer.message))
+        print(answer.message)
         return 0
     attempt, name = answer.attempt, answer.names[here.node]
     _await_visible(run, attempt)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher import json_records, run_store
-from launcher.atomic_files import digest_file
 from launcher.cli.views.run_summary import summary
 from launcher.clusters.backends import status_reader_for
 from launcher.errors import LauncherError
@@ -36,7 +35,6 @@ _LAST = {
     "peak memory, GiB": "memory/peak_active_gib",
     "dollars per million tokens": "cost/usd_per_million_tokens",
 }
-_NUM_FILES = 5
 GIT_COMMIT = "git commit"
 
 
@@ -47,7 +45,6 @@ class ComparedRun:
     name: str
     sections: Mapping[str, Mapping[str, Any]]
     losses: Mapping[int, float] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(run: RunDir) -> ComparedRun:
@@ -70,7 +67,7 @@ def read(run: RunDir) -> ComparedRun:
         "machines": _flatten({"topology": plan["topology"], "batch": plan["batch"], "memory": plan["memory"]}),
         "results": _results(values),
     }
-    return ComparedRun(run.root.name, sections, losses, _files(run))
+    return ComparedRun(run.root.name, sections, losses)
 
 
 def of_settings(name: str, settings: Mapping[str, Any]) -> ComparedRun:
@@ -133,11 +130,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _files(run: RunDir) -> dict[str, str]:
-    """Return the digest of each source file in the run's code."""
-    return {str(file.relative_to(run.code)): digest_file(file).xxh3_128 for file in sorted(run.code.rglob("*.py"))}
-
-
 def _results(values: Mapping[str, Any]) -> dict[str, Any]:
     cost, kept = values["cost"] or {}, values["goodput"] or {}
     results = {
@@ -181,22 +173,11 @@ def compare(left: ComparedRun, right: ComparedRun) -> dict[str, list[ValueDiffer
         before, after = left.sections[name], right.sections[name]
         keys = dict.fromkeys((*before, *after))
         differences = [ValueDifference(k, before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)]
-        if name == "code":
-            differences += _changed_files(left.files, right.files)
         if name == "results":
             differences = [*_at_same_step(left.losses, right.losses), *differences]
         if differences:
             sections[name] = differences
     return sections
-
-
-def _changed_files(left: Mapping[str, str], right: Mapping[str, str]) -> Iterable[ValueDifference]:
-    """Yield the number of code files that differ, with the first of them, if both sides recorded digests."""
-    changed = sorted(name for name in {*left, *right} if left.get(name) != right.get(name)) if left and right else []
-    if changed:
-        more = f" and {len(changed) - _NUM_FILES:,} more" if len(changed) > _NUM_FILES else ""
-        shown = ", ".join(name.removeprefix("launcher/") for name in changed[:_NUM_FILES])
-        yield ValueDifference("files that differ", None, f"{shown}{more}")
 
 
 def _at_same_step(left: Mapping[int, float], right: Mapping[int, float]) -> Iterable[ValueDifference]:

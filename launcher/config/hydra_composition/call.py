@@ -121,13 +121,9 @@ def _refusal_within(error: BaseException) -> ConfigError | None:
     return next((cause for cause in causes(error) if isinstance(cause, ConfigError)), None)
 
 
-def _strip_group_plus(token: str) -> str:
-    """Return `cluster=slurm` for `+cluster=slurm`: the launcher's groups are already in the defaults list."""
-    return token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
-
-
 def _for_hydra(token: str) -> str:
-    token = _strip_group_plus(token)
+    # The launcher's groups are already in the defaults list.
+    token = token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
     match = _KEY_OVERRIDE.match(token)
     if not match or match[2] in GROUPS or match[2].startswith("hydra") or token == OVERRIDE:
         return token

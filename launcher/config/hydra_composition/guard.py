@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.config.introspect import leaves
 from launcher.errors import ConfigError
-from launcher.security.credentials import environment_secrets, is_short_secret
+from launcher.security.credentials import environment_secrets
 
 # Values from conf/config.yaml and from Hydra. Other values would change the environment, or make Hydra write its own files.
 _NEUTRAL: dict[str, Any] = {
@@ -27,12 +27,9 @@ _PLUGINS = {
     "hydra.launcher": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra.sweeper": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
 }
-# For a credential that is too short to be found within a text, such as an address.
 READS_CREDENTIAL = "a setting must not read this variable, which looks like a secret"
 # The reference to an environment variable, as in ${oc.env:USER}.
 _VARIABLE = "oc.env"
-# The credentials that references have read in the current composition.
-_read_credentials: set[str] = set()
 # Hydra's modules that hold the function that configures logging.
 _LOGGING = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher", "hydra.core.utils")
 # Hydra's modules that hold the function that runs a job.
@@ -58,7 +55,6 @@ def guarded() -> Iterator[None]:
         *((module, "run_job", _checked_job(module.run_job)) for module in map(importlib.import_module, _JOBS)),
     ]
     originals = [getattr(owner, name) for owner, name, _ in replacements]
-    _read_credentials.clear()
     try:
         for owner, name, replacement in replacements:
             setattr(owner, name, replacement)
@@ -71,21 +67,12 @@ def guarded() -> Iterator[None]:
 
 
 def _read_variable(name: str, *default: Any) -> Any:
-    """Return an environment variable, unless it is a credential that no check would find in the value of a setting."""
+    """Return an environment variable, unless it holds a credential: within a value, no check would find it for certain."""
     from omegaconf.resolvers import oc
 
-    if is_short_secret(name, os.environ):
+    if environment_secrets({name: os.environ.get(name, "")}):
         raise ValueError(f"{name}: {READS_CREDENTIAL}")
-    _read_credentials.update(environment_secrets({name: os.environ.get(name, "")}))
     return oc.env(name, *default)
-
-
-def read_credentials() -> list[str]:
-    """Return the variables with credentials that references have read in the current composition.
-
-    References can parse what they read, for example a key of hexadecimal digits as a number, in which no check would find it.
-    """
-    return sorted(_read_credentials)
 
 
 def require_composing_only(config: Any) -> None:

@@ -71,11 +71,6 @@ def _line_of(file: Path, error: Exception, text: str) -> int:
     for key, line, _ in nodes(file.read_text(errors="replace"), with_sections=True):
         if key in keys:
             return line
-    # Hydra names the value of a key inside a section, but not the key.
-    if refused := re.search(r"\bvalue: (.+)", text):
-        lines = [line for _, line, value in nodes(file.read_text(errors="replace")) if value == refused[1]]
-        if len(lines) == 1:
-            return lines[0]
     for name in re.findall(r"'([\w/.-]+)'", text):
         if line := _matching_line(file, rf"(?<![\w-]){re.escape(name.rpartition('/')[2])}(?![\w-])"):
             return line

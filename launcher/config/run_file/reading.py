@@ -21,7 +21,6 @@ from launcher.config.error_messages import no_such_option
 from launcher.config.introspect import settings
 from launcher.config.origin import COMMAND_LINE, RunFile, nodes, short
 from launcher.config.run_file.tokens import ROW_SUFFIXES, SUFFIXES
-from launcher.config.suggestions import suggest_setting
 from launcher.errors import ConfigError, Problem
 from launcher.security.redaction import looks_secret, redact
 from launcher.shell_commands import launcher_command
@@ -90,9 +89,10 @@ def read(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[
             option, problem = _option(key, value, where(key), folders)
             problems += [problem] if problem else []
             choices |= {key: option} if option else {}
-        elif problem := _shape_problem(key, value, where(key)):
+        elif problem := _misplaced(key, value, where(key)):
             problems.append(problem)
-        elif value is not None:
+        # Hydra and the schema report unknown keys, and sections that are not mappings.
+        elif value is not None or key not in settings():
             section = dict(value) if isinstance(value, dict) else value
             if key in GROUPS and BASE in section:
                 option, problem = _option(key, section.pop(BASE), where(f"{key}.{BASE}"), folders)
@@ -181,8 +181,8 @@ def _option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tupl
     return value, None
 
 
-def _shape_problem(key: Any, value: Any, where: str) -> Problem | None:
-    """Return the problem of a top-level key that is not a section, or of a section that is not a mapping; unknown keys pass."""
+def _misplaced(key: Any, value: Any, where: str) -> Problem | None:
+    """Return the problem of a setting outside its section, or of an experiment with settings."""
     if key == _EXPERIMENT:
         remedy = "write `experiment: NAME`; the settings of a run's file are in its sections"
         return Problem("experiment: selects an experiment by its name", where, remedy=remedy)
@@ -191,14 +191,6 @@ def _shape_problem(key: Any, value: Any, where: str) -> Problem | None:
         content = "..." if isinstance(value, dict | list) or looks_secret(str(key), value) else value
         remedy = f"write `{section}:`, and indented below it `{name}: {content}`"
         return Problem(f"{key}: a file has one section with its settings below it", where, remedy=remedy)
-    if key in settings() and value is not None and not isinstance(value, dict):
-        names = [k.partition(".")[2] for k in settings() if k.startswith(f"{key}.") and k.count(".") == 1 and "[" not in k]
-        remedy = f"write its settings below it, such as {', '.join(names[:4])}"
-        shown = "" if isinstance(value, list) or looks_secret(str(key), value) else redact(str(value))
-        return Problem(f"{key}: is a section of settings, not one value", where, shown, remedy)
-    if key not in settings() and not isinstance(value, dict) and value is None:
-        remedy = suggest_setting(str(key)) or "remove it"
-        return Problem(f"{key}: there is no such section of settings", where, remedy=remedy)
     return None
 
 
