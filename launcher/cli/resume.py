@@ -25,7 +25,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, read_export
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
-from launcher.tracking.metrics_tail import has_trained, read_tail
+from launcher.tracking.metrics_tail import has_trained
 
 
 def resume_run(
@@ -79,8 +79,6 @@ def resume_run(
     if checkpoint is not None:
         for path in store.set_aside_after(run.checkpoints, checkpoint.step):
             print(f"set aside: {formatting.short(path)}")
-        if note := _describe_lost_metrics(run, checkpoint.step):
-            print(f"note: {note}")
     _replace_unusable_code(run)
     resume_step = None if checkpoint is None else checkpoint.step
     attempt = run_store.create_attempt(run, Attempt(resume_step, automatic=automatic, pinned=step is not None))
@@ -158,15 +156,6 @@ def _describe_replaced_export(run: RunDir, plan: LaunchPlan, step: int) -> str |
         return None
     holds = f"{formatting.short(run.export)} holds step {exported.step}"
     return f"{holds} and is replaced when the run ends; to keep this model, copy the folder before then"
-
-
-def _describe_lost_metrics(run: RunDir, step: int) -> str | None:
-    """Describe metrics that end before the checkpoint, as after a power loss; None if they reach it."""
-    last = int(read_tail(run.metrics).last.get("trainer/step", 0))
-    if last >= step:
-        return None
-    end = f"ends at step {last}" if last else "has no steps"
-    return f"metrics.jsonl {end}, and the checkpoint is of step {step}: the lines between are lost; training does not need them"
 
 
 def _replace_unusable_code(run: RunDir) -> None:

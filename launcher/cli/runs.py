@@ -41,10 +41,7 @@ def run(verb: str, tokens: list[str]) -> int:
         owners.require_run(downloaded.root)
         return _resume(downloaded, arguments)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
-    if verb == "resume":
-        owners.require_run(run_dir.root)
-    if verb == "cancel":
-        # It executes no code of the run, and it must be possible to stop a run that costs money.
+    if verb != "logs":
         owners.require_run(run_dir.root)
     return {"logs": _logs, "cancel": _cancel, "resume": _resume}[verb](run_dir, arguments)
 

@@ -23,7 +23,6 @@ from launcher.config.command_line import (
     without_unknown_flags,
     without_unreadable_overrides,
 )
-from launcher.config.config_files import missing_keys
 from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import missing, schema_problems
 from launcher.config.hydra_composition.call import call_hydra, extra_dirs
@@ -161,13 +160,11 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
     if not shared:
         return
     name, count = shared[0]
-    swept = set.symmetric_difference(*(set(job.overrides) for job in jobs[:2]))
-    key = next((override_key(token) for token in sorted(swept) if "." in override_key(token)), "model.name")
     raise ConfigError(
         f"run.name={name}: {count} runs of this sweep would have the same name and directory",
         where=jobs[0].origins.of("run.name"),
         value=name,
-        remedy=f"leave run.name unset, or make it differ, as in 'run.name={name}-${{{key}}}'",
+        remedy=f"leave run.name unset, or make it differ, as in 'run.name={name}-${{optim.lr}}'",
     )
 
 
@@ -207,7 +204,7 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
         run_file=file,
     )
     OmegaConf.set_readonly(cfg, False)
-    replaced = settle_alternatives(cfg, origins)
+    settle_alternatives(cfg, origins)
     unresolved = dict(leaves(OmegaConf.to_container(cfg, resolve=False)))
     absent = [key for key, value in unresolved.items() if value == "???"]
     for key in absent:
@@ -215,7 +212,6 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
         OmegaConf.update(cfg, key, "./missing")
     values = {str(k): v for k, v in _resolved(cfg, unresolved, origins).items()}
     name_model_after_path(values, {*map(override_key, overrides), *file_keys})
-    absent += [key for key in missing_keys(origins) if key in unresolved and key not in (*absent, *replaced)]
     scalars = list(leaves(values))
     held = environment_secrets(os.environ)
     secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}

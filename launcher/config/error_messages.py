@@ -10,13 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.config.config_files import yaml_problems
 from launcher.config.hydra_composition.location import locate_hydra_error
 from launcher.config.introspect import Setting, as_yaml, settings
 from launcher.config.origin import Origins, short
 from launcher.config.suggestions import suggest_setting
-from launcher.errors import Problem, did_you_mean
-from launcher.security.redaction import redact, redact_setting
+from launcher.errors import Problem, causes, did_you_mean
+from launcher.security.redaction import looks_secret, redact, redact_setting
 
 _ABSENT = object()
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
@@ -143,14 +142,10 @@ def _key_of(location: tuple[int | str, ...]) -> str:
     if location[:1] == ("cluster",) and len(location) > 1:
         # pydantic puts the kind of the cluster after `cluster`.
         location = ("cluster", *location[2:])
-    parts = [f"[{part}]" if isinstance(part, int) else _printable(part) for part in location if part != "[key]"]
+    parts = [f"[{part}]" if isinstance(part, int) else part for part in location if part != "[key]"]
     key = ".".join(parts).replace(".[", "[")
     # pydantic appends the branch of a union to the location.
     return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def no_such_option(group: str, option: str, options: Sequence[str], token: str) -> Problem:
@@ -161,6 +156,27 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str) 
     if group in ("model", "data") and ("/" in option or ":" in option or "." in option or Path(option or "-").exists()):
         remedy = f"write {'data=jsonl ' if group == 'data' else ''}{group}.path={option}, or in a file `{group}: {{path: ...}}`"
     return Problem(f"{group}={option}: there is no such option", where="command line", value=token, remedy=remedy)
+
+
+def yaml_problems(error: BaseException) -> list[Problem]:
+    """Return the problem of a file that is not valid YAML, from the error or its causes; empty for any other error."""
+    import yaml
+
+    cause = next((cause for cause in causes(error) if isinstance(cause, yaml.MarkedYAMLError)), None)
+    mark = cause.problem_mark if cause is not None else None
+    if cause is None or mark is None or not Path(mark.name).is_file():
+        return []
+    lines = Path(mark.name).read_text(errors="replace").splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    key, _, value = line.partition(":")
+    return [
+        Problem(
+            f"the file is not valid YAML: {', '.join(filter(None, (cause.context, cause.problem)))}",
+            where=f"{short(Path(mark.name))}:{mark.line + 1}:{mark.column + 1}",
+            value="" if looks_secret(key.strip(), value.strip()) else line.strip(),
+            remedy="correct this line or the one before it: a line is `key: value`, indented with spaces, and a key occurs once",
+        )
+    ]
 
 
 def hydra_problems(

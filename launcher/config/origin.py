@@ -83,11 +83,7 @@ class Origins:
         keys = self.run_file.dropped
         sections = dict.fromkeys(key.partition(".")[0] for key in keys)
         options = " and ".join(f"{section}={self.choices.get(section)}" for section in sections)
-        several = "s" * (len(sections) > 1)
-        return (
-            f"{options} on the command line replace{'s' * (not several)} the section{several} of {short(self.run_file.path)}: "
-            f"{', '.join(keys)} {'are' if len(keys) > 1 else 'is'} not used"
-        )
+        return f"{options} on the command line instead of the section in {short(self.run_file.path)}: not used: {', '.join(keys)}"
 
     def located(self, problem: Problem) -> Problem:
         """Return `problem` with the origin of the setting that it names."""

@@ -149,8 +149,6 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
         elif not equals or key not in settings():
             guess = suggest_setting(key)
             problems.append(_problem(f"{key}: there is no such setting", guess or "write settings as key=value"))
-        elif secret := secret_problem(key, raw, held):
-            problems.append(_problem(secret, IN_ENVIRONMENT))
         else:
             section, _, name = key.partition(".")
             try:

@@ -39,7 +39,6 @@ def plan(price: float | None = 2.0, **run: float) -> LaunchPlan:
 @pytest.mark.parametrize(
     ("planned", "message"),
     [
-        ([(plan(), estimate(900))], None),
         ([(plan(confirm_usd=50), estimate(50))], None),
         ([(plan(confirm_usd=50), estimate(60))], r"the run may cost up to \$60\.00"),
         ([(plan(confirm_usd=50, max_usd=40), estimate(60))], None),
@@ -53,12 +52,11 @@ def plan(price: float | None = 2.0, **run: float) -> LaunchPlan:
     ],
 )
 def test_without_a_terminal_costly_runs_are_refused(planned: list[tuple[LaunchPlan, SpeedEstimate]], message: str | None) -> None:
-    assert cost_question.require_consent(planned, is_accepted=True)
     if message is None:
-        assert cost_question.require_consent(planned, is_accepted=False)
+        assert cost_question.require_consent(planned)
         return
     with pytest.raises(ConfigError, match=f"{message}, and there is no terminal to ask on") as error:
-        cost_question.require_consent(planned, is_accepted=False)
+        cost_question.require_consent(planned)
     assert "add --yes" in error.value.problems[0].remedy
 
 
@@ -69,7 +67,7 @@ def test_the_answer_on_a_terminal_decides(typed: bytes, may_start: bool, monkeyp
         monkeypatch.setattr("sys.stdin", stdin)
         monkeypatch.setattr("sys.stdout", stdout)
         os.write(controller, typed)
-        assert cost_question.require_consent([(plan(confirm_usd=50), estimate(60))], is_accepted=False) == may_start
+        assert cost_question.require_consent([(plan(confirm_usd=50), estimate(60))]) == may_start
         shown = b""
         while b"Start? [y/N]" not in shown:
             shown += os.read(controller, 4096)

@@ -102,8 +102,7 @@ def test_plan_shows_the_measurement_and_that_the_name_is_taken(
     assert estimate["usd"] == pytest.approx([6 * low, 6 * high])
     assert values["checkpoint_gib"] == pytest.approx(values["checkpoint_bytes"] / 2**30, abs=0.001)
     (warning,) = values["warnings"]
-    resume = f"python -m launcher resume {run.root} train.max_steps=..."
-    assert warning == f"run first exists already (completed, step 9 of 9): continue it with {resume}, or choose another run.name"
+    assert f"python -m launcher status {run.root}" in warning
     text = launch_here("plan", *settings, "run.name=first", **environment).stdout
     assert f"warning    {warning}\n" in text
     assert "MFU 30% to 31%, measured in run first on 2 ranks" in text

@@ -14,7 +14,6 @@ from launcher.checkpoint import store
 from launcher.cli.resume import (
     _changed_remarks,
     _choose_checkpoint,
-    _describe_lost_metrics,
     _describe_replaced_export,
     _require_budget,
     _require_steps_left,
@@ -115,16 +114,6 @@ def test_a_run_that_lost_its_checkpoints_does_not_begin_again(run: RunDir, trace
         (run.checkpoints / "damaged-step-00000005").mkdir(parents=True)
     with pytest.raises(SubmitError):
         _choose_checkpoint(run, None)
-
-
-@pytest.mark.parametrize(("kept", "end"), [(0, "has no steps"), (9, "ends at step 8")])
-def test_metrics_that_end_before_the_checkpoint_are_noted(run: RunDir, kept: int, end: str) -> None:
-    """After a power loss, zeros replaced the end of the file."""
-    assert _describe_lost_metrics(run, 10) is None
-    lines = run.metrics.read_bytes().splitlines(keepends=True)
-    attempt_2 = [line for line in lines if b'"attempt": 2' in line]
-    run.metrics.write_bytes(b"".join([*attempt_2[: kept - 6 if kept else 0], b"\0" * 5000]))
-    assert (_describe_lost_metrics(run, 10) or "").startswith(f"metrics.jsonl {end}, and the checkpoint is of step 10")
 
 
 def test_sources_that_changed_since_the_cache_was_built_are_named(

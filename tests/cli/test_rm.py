@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import hand_made
 import pytest
@@ -22,7 +20,6 @@ from launcher.run_records import ExportRecord, MirrorRecord
 from launcher.tracking.jsonl import JsonlTracker
 
 Ask = Callable[..., tuple[int, str, str]]
-REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -41,6 +38,11 @@ def child(run: RunDir) -> RunDir:
     """A run initialized with the weights of the other run."""
     origin = Lineage(run_name="demo", run_dir=str(run.root), step=10, plan_digest="d", wandb_id="w")
     return hand_made.run(hand_made.plan(run.root.with_name("child"), hand_made.SETTINGS, lineage=origin), state="failed")
+
+
+class Terminal:
+    def isatty(self) -> bool:
+        return True
 
 
 def describe_copies(run: RunDir) -> None:
@@ -81,22 +83,13 @@ def test_without_a_terminal_it_refuses_to_guess(run: RunDir, ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(("answer", "code"), [("n", 2), ("", 2), ("yes", 0)])
-def test_a_terminal_is_asked(run: RunDir, launcher_env: dict[str, str], answer: str, code: int) -> None:
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "launcher", "rm", str(run.root)]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPO, env=launcher_env)
-    os.close(theirs)
-    os.write(ours, f"{answer}\n".encode())
-    shown = b""
-    try:
-        while block := os.read(ours, 4096):
-            shown += block
-    except OSError:
-        pass  # reading from a closed terminal raises OSError
-    assert process.wait(timeout=120) == code, shown
-    assert b"remove 1 run, " in shown
+def test_a_terminal_is_asked(run: RunDir, ask: Ask, monkeypatch: pytest.MonkeyPatch, answer: str, code: int) -> None:
+    questions = []
+    monkeypatch.setattr("launcher.cli.removal.sys", SimpleNamespace(stdin=Terminal(), stdout=Terminal()))
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or answer)
+    assert ask("demo")[0] == code
+    assert questions[0].startswith("remove 1 run, ")
     assert run.root.exists() == (code == 2)
-    os.close(ours)
 
 
 def test_a_live_run_is_refused_whatever_else_is_asked(run: RunDir, ask: Ask) -> None:

@@ -84,7 +84,7 @@ def test_an_option_on_the_command_line_replaces_the_whole_section(write: Callabl
     ]
     assert compose(file)[0].origins.dropped_note() is None
     note = compose(file, "model=qwen3_8b", "data.max_length=64")[0].origins.dropped_note()
-    assert note == "model=qwen3_8b on the command line replaces the section of my.yaml: model.path, model.dtype are not used"
+    assert note == "model=qwen3_8b on the command line instead of the section in my.yaml: not used: model.path, model.dtype"
     # The file does not affect the next command.
     assert compose()[0].config.data.name == "stdlib_docs"
 
@@ -121,10 +121,10 @@ def test_all_mistakes_are_reported_with_file_and_line(write: Callable[[str], str
         "optim.eps": "my.yaml:7",
         "defaults": "my.yaml:8",
         "hydra": "my.yaml:9",
-        "experiment": "my.yaml:10",
+        "experiment=['x']": "my.yaml:10",
         "export.push_to_hub": "my.yaml:11",
         "cluster=slurmy": "my.yaml:12",
-        "tracking": "my.yaml:13",
+        "tracking=5": "my.yaml:13",
         "run.seed": "command line",
     }
     remedies = {key: problem.remedy for key, problem in problems.items()}

@@ -10,17 +10,15 @@ from typing import Any
 
 from launcher import run_store
 from launcher.cli import formatting
-from launcher.clusters.backends import status_reader_for
 from launcher.config.schema import RunConfig
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import MeasuredMfu, peak_tflops
-from launcher.run_records import RUNNING_STATES
 from launcher.security import owners
 from launcher.shell_commands import launcher_command
-from launcher.tracking.metrics_tail import newest_trained_step, read_tail
+from launcher.tracking.metrics_tail import read_tail
 
 # The number of newest runs to read for an MFU, and the fewest steps, after the first, that count as a measurement.
 _NUM_RUNS, _FEWEST_STEPS = 50, 5
@@ -45,7 +43,8 @@ def find_measured_mfu(plan: LaunchPlan, gpu: str) -> MeasuredMfu | None:
                 continue
             num_ranks, name = int(values["topology"]["world_size"]), str(values["run_name"])
             steps = [step for step in read_tail(run.metrics).recent if step["trainer/step"] > 1]
-            rates = [mfu for step in steps if (mfu := step.get("perf/mfu")) and _is_peak(step["perf/tflops_per_gpu"] / mfu, peak)]
+            measured = [(mfu, step["perf/tflops_per_gpu"] / mfu) for step in steps if (mfu := step.get("perf/mfu"))]
+            rates = [mfu for mfu, own_peak in measured if math.isclose(own_peak, peak, rel_tol=_SAME_PEAK)]
         except (LauncherError, OSError, KeyError, TypeError, ValueError):
             continue
         if len(rates) >= _FEWEST_STEPS:
@@ -58,10 +57,6 @@ def _is_trusted(run: RunDir) -> bool:
     with suppress(OSError):
         return owners.accepts_owner(run.root.stat().st_uid)
     return False
-
-
-def _is_peak(tflops: float, peak: float) -> bool:
-    return math.isclose(tflops, peak, rel_tol=_SAME_PEAK)
 
 
 def _training_settings(values: dict[str, Any]) -> list[Any]:
@@ -80,16 +75,5 @@ def name_warning(config: RunConfig) -> str | None:
     run = RunDir(run_dir_of(config, config.run.name, str(Path.cwd()), str(Path.home())))
     if not run.root.exists():
         return None
-    exists, folder = f"run {config.run.name} exists already", formatting.short(run.root)
-    try:
-        status = status_reader_for(run, run_store.read_placement(run).kind).status(run)
-        step = newest_trained_step(run, status)
-    except (LauncherError, OSError) as error:
-        reason = error.problems[0].message if isinstance(error, LauncherError) else str(error)
-        return f"{exists}, and its state cannot be read ({reason}): choose another run.name"
-    of = f" of {status.max_steps:,}" if status.max_steps else ""
-    longer = ["train.max_steps=..."] if status.state == "completed" else []
-    remedy = f"continue it with {launcher_command('resume', folder, *longer)}"
-    if status.state in RUNNING_STATES:
-        remedy = f"follow it with {launcher_command('logs', folder, '-f')}"
-    return f"{exists} ({status.state}, step {step:,}{of}): {remedy}, or choose another run.name"
+    remedy = f"look at it with {launcher_command('status', formatting.short(run.root))}, or choose another run.name"
+    return f"train will be refused: the run {config.run.name} exists already; {remedy}"

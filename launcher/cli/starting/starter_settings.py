@@ -91,7 +91,8 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     reasons = {one.key: one.reason for one in (*suggestions, *of_data, *offload)}
     reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
     machines = _machines(machine, node, config)
-    reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys of this section; {_backends(config)}"
+    others = ", ".join(kind for kind in BACKENDS if kind != config.cluster.kind)
+    reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys below; other clusters: {others}"
     warnings = [] if is_demo else data_warnings(config, sample_report)
     return StarterSettings(config, reasons, _head(sample_report, data), assumptions, warnings, machines)
 
@@ -204,8 +205,3 @@ def _head(sample_report: dict[str, Any], data: str | None) -> list[str]:
         "the longest has {longest:,}.".format(counted=counted, **sample_report)
     )
     return lines
-
-
-def _backends(config: RunConfig) -> str:
-    """Return the names of the backends other than that of the settings."""
-    return f"other clusters: {', '.join(kind for kind in BACKENDS if kind != config.cluster.kind)}"

@@ -63,7 +63,7 @@ def read(run: RunDir) -> ComparedRun:
         "model": _flatten({"model": plan["model"], "parent": plan.get("lineage")}, without=_PLACES),
         "data": _data(plan),
         "code": _code(plan),
-        "versions": _versions(plan),
+        "versions": {"python": plan["provenance"]["python"], **plan["provenance"]["packages"]},
         "machines": _flatten({"topology": plan["topology"], "batch": plan["batch"], "memory": plan["memory"]}),
         "results": _results(values),
     }
@@ -110,24 +110,13 @@ def _data(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _code(plan: Mapping[str, Any]) -> dict[str, Any]:
-    provenance = _mapping(plan["provenance"])
-    overrides = provenance.get("overrides")
+    provenance = plan["provenance"]
     return {
-        "launcher": provenance.get("launcher_version"),
-        GIT_COMMIT: provenance.get("git_commit"),
-        "uncommitted changes": provenance.get("git_dirty"),
-        "overrides": " ".join(map(str, overrides)) if isinstance(overrides, list | tuple) else "",
+        "launcher": provenance["launcher_version"],
+        GIT_COMMIT: provenance["git_commit"],
+        "uncommitted changes": provenance["git_dirty"],
+        "overrides": " ".join(provenance["overrides"]),
     }
-
-
-def _versions(plan: Mapping[str, Any]) -> dict[str, Any]:
-    provenance = _mapping(plan["provenance"])
-    return {"python": provenance.get("python"), **_mapping(provenance.get("packages"))}
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """Return an object in a plan, or an empty one if the plan, which may be another user's, has something else there."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def _results(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,9 +47,7 @@ def locate_hydra_error(
             message = "a reference in this value is not written as Hydra reads it"
             return _location(file, line, message, "write ${section.name}, with a } for each ${")
         if group and (line := _matching_line(file, rf"^\s*-\s*(override\s+)?/?{re.escape(group)}\s*:")):
-            option = file.read_text().splitlines()[line - 1].partition(":")[2].strip()
-            remedy = f"write `- override /{group}: {option}`: a file changes the option of a group with override"
-            return _location(file, line, remedy=remedy if two_values else "")
+            return _location(file, line)
     if (named := _IN_FILE.search(text)) and (file := _file(named["file"], folders)) is not None:
         return _location(file, _line_of(file, error, text.replace(named[0], "")))
     return None

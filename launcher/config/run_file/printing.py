@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from launcher.config.command_line import GROUPS
-from launcher.config.introspect import sections_of
+from launcher.config.introspect import leaves, sections_of
 from launcher.config.run_file.reading import BASE
 from launcher.config.schema import RunConfig
 from launcher.config.sections.backends import choose_kind
@@ -111,15 +111,12 @@ def _closest(group: str, conf_dir: Path, target: Mapping[str, Any], usual: str |
 
     def cost(option: _Option) -> tuple[int, bool]:
         num_keys = 0
-        for name in target:
-            section = option.values.get(name, {})
-            if name == group or section:
-                defaults = _defaults(name, target[name])
-                without = len(list(_leaves(_changes(target[name], defaults, target))))
-                _merge(defaults, section)
-                if _has_more(defaults, target[name]):
-                    return (1 << 30, True)
-                num_keys += len(list(_leaves(_changes(target[name], defaults, target)))) - without
+        for name, section in target.items():
+            defaults = _defaults(name, section)
+            _merge(defaults, option.values.get(name, {}))
+            if _has_more(defaults, section):
+                return (1 << 30, True)
+            num_keys += len(list(leaves(_changes(section, defaults, target))))
         return num_keys, option.name != usual
 
     return min(options, key=cost)
@@ -198,14 +195,6 @@ def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
             _merge(values[key], value)
         else:
             values[key] = copy.deepcopy(value)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    for content in value.values():
-        if isinstance(content, dict) and content:
-            yield from _leaves(content)
-        else:
-            yield content
 
 
 def _redacted(value: Any, key: str) -> Any:

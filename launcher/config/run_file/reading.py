@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.command_line import GROUPS
-from launcher.config.config_files import yaml_problems
-from launcher.config.error_messages import no_such_option
+from launcher.config.error_messages import no_such_option, yaml_problems
 from launcher.config.introspect import settings
 from launcher.config.origin import COMMAND_LINE, RunFile, nodes, short
 from launcher.config.run_file.tokens import ROW_SUFFIXES, SUFFIXES
@@ -136,7 +135,7 @@ def _load(path: Path) -> dict[Any, Any]:
     if isinstance(root, list) and path.suffix == ".json":
         raise ConfigError(_rows(path))
     if not isinstance(root, dict) or not root:
-        message = "the file sets nothing" if root in (None, {}) else "the file is not a mapping of sections to settings"
+        message = "the file is not a mapping of sections to settings"
         remedy = f"write settings as `section:` with `name: value` below it; a file to start from: {launcher_command('init')}"
         raise ConfigError(message, where=short(path), remedy=remedy)
     return root
@@ -167,18 +166,10 @@ def _option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tupl
     options = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
     if value is None:
         return None, None
-    if not isinstance(value, str):
-        shown = "" if isinstance(value, list) else str(value)
-        or_mapping = "" if group == _EXPERIMENT else ", or is a mapping of settings"
-        remedy = f"write the name of an option: {', '.join(options)}"
-        return None, Problem(f"{group}: selects an option by its name{or_mapping}", where, shown, remedy)
-    if value == "???":
-        remedy = f"write one of: {', '.join(options)}"
-        return None, Problem(f"{group}: a value is required and none was given", where, remedy=remedy)
     if folders and not any((folder / group / f"{value}.yaml").is_file() for folder in folders):
-        problem = no_such_option(group, redact(value), options, "")
-        return None, replace(problem, where=where, value=redact(value))
-    return value, None
+        name = redact(str(value))
+        return None, replace(no_such_option(group, name, options, ""), where=where, value=name)
+    return str(value), None
 
 
 def _misplaced(key: Any, value: Any, where: str) -> Problem | None:
