@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from launcher.data.cache.split import Split
 from launcher.data.loader import IGNORED, RowBatches
-from launcher.data.score_store import ScoreKey, ScoreStore
+from launcher.data.score_store import ScoreStore
 from launcher.distributed import RankInfo
 from launcher.train.engine import build_engine
 from launcher.train.evaluation.score import Scorer, score_rows
@@ -34,7 +34,6 @@ SETTINGS = (
     *("cluster.ranks_per_node=1", "tracking=none"),
 )
 PLAIN, LAUNCHER = "plain transformers", "score pass"
-KEY = ScoreKey(*("benchmark",) * 3, 4, *("fp32", "sdpa", "cpu", torch.__version__, ""))
 
 
 def main() -> None:
@@ -58,20 +57,19 @@ def main() -> None:
         largest_difference = 0.0
         # The first round is a warm-up for both sides.
         for number in range(args.rounds + 1):
-            store = ScoreStore(KEY, folder / f"round-{number}")
+            store = ScoreStore("benchmark", len(batches), folder / f"round-{number}")
             began = time.perf_counter()
             expected = _score_plainly(plain, batches)
             between = time.perf_counter()
-            score_rows(scorer, batches, store, lambda: None)
+            score_rows(scorer, batches, store, lambda done, total: None)
             ended = time.perf_counter()
             scores = store.read()
-            assert scores is not None
             largest_difference = max(largest_difference, float(np.abs(scores - expected).max()))
             if number:
                 rates[PLAIN].append(args.rows / (between - began))
                 rates[LAUNCHER].append(args.rows / (ended - between))
                 print(f"round {number}: plain {rates[PLAIN][-1]:.2f}, score pass {rates[LAUNCHER][-1]:.2f} rows/s", flush=True)
-    trained = batches.num_labels().sum() / batches.split.row_lengths(batches.rows).sum()
+    trained = batches.split.row_labels[batches.rows].sum() / batches.split.row_lengths(batches.rows).sum()
     note = f"{trained:.0%} of the tokens are trained; log-probabilities differ by at most {largest_difference:.1e}."
     command = sides.typed("score.py", "--rows", args.rows, "--rounds", args.rounds, *overrides)
     title = f"score pass, {args.rows} rows of up to {plan.config.data.max_length:,} tokens"

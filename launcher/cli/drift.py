@@ -15,21 +15,33 @@ from launcher.errors import EXIT_CHECK_FAILED, DataError, printable
 from launcher.security import owners
 from launcher.shell_commands import launcher_command
 
-_WORKER = "launcher.worker.drift"
-
 
 def run(verb: str, tokens: list[str]) -> int:
     """Compare prompts with the training prompts; returns 3 if they have drifted."""
-    arguments = _parser().parse_args(tokens)
+    about = (
+        "Compare prompts with those that a run was trained on: words, lengths, and how likely they are under the tuned model "
+        "and the base model, scored on this machine. "
+        "The exit code is 3 if they have drifted."
+    )
+    parser = VerbParser(prog="python -m launcher drift", description=about)
+    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+    parser.add_argument("prompts", metavar="PROMPTS", type=Path, help="file of prompts or chats, such as JSON lines")
+    likelihood = (
+        "score up to 200 prompts of each side under both models, or skip this (default: score them if this machine has GPUs that "
+        "hold the model)"
+    )
+    parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction, help=likelihood)
+    parser.add_root()
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     owners.require_run(run_dir.root)
     if not arguments.prompts.is_file():
         raise DataError(
             "there is no such file", where=str(arguments.prompts), remedy="name a file of prompts: JSON Lines, or one JSON array"
         )
-    plan = run_store.load_plan(run_dir)
     chosen = [] if arguments.likelihood is None else ["--likelihood" if arguments.likelihood else "--no-likelihood"]
-    report: dict[str, Any] = run_reporting(_WORKER, plan.config, str(run_dir.plan), str(arguments.prompts), *chosen)
+    report: dict[str, Any] = run_reporting("launcher.worker.drift", None, str(run_dir.plan), str(arguments.prompts), *chosen)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
@@ -52,22 +64,3 @@ def _to_lines(report: dict[str, Any], run: str) -> list[str]:
         command = launcher_command("train", f"model.path=run:{run}", "data=jsonl", "data.path=ANSWERED.jsonl")
         lines += ["", f"With answers to such prompts in ANSWERED.jsonl, train on from this run with: {command}"]
     return lines
-
-
-def _parser() -> VerbParser:
-    about = (
-        "Compare prompts with those that a run was trained on: words, lengths, and how likely they are under the tuned model "
-        "and the base model, scored on this machine. "
-        "The exit code is 3 if they have drifted."
-    )
-    parser = VerbParser(prog="python -m launcher drift", description=about)
-    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
-    parser.add_argument("prompts", metavar="PROMPTS", type=Path, help="file of prompts or chats, such as JSON lines")
-    likelihood = (
-        "score up to 200 prompts of each side under both models, or skip this (default: score them if the model fits on the "
-        "GPUs, or if a CPU needs at most three minutes)"
-    )
-    parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction, help=likelihood)
-    parser.add_root()
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser

@@ -11,9 +11,8 @@ from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.pages import html_page
-from launcher.cli.worker_process import run_scoring
-from launcher.data.triage.exclusions import write_exclusions
-from launcher.data.triage.ranking import FINDINGS, MISLABELED
+from launcher.cli.worker_process import run_reporting
+from launcher.data.triage import FINDINGS, MISLABELED, write_exclusions
 from launcher.errors import ConfigError, printable
 from launcher.security import owners
 
@@ -28,38 +27,6 @@ _COLUMNS = ("document", "source", ">tokens", ">loss", ">without prompt", ">expla
 
 def run(tokens: list[str]) -> int:
     """Score unscored documents, and show which are likely mislabeled, memorized, or have nothing to learn."""
-    arguments = _parser().parse_args(tokens)
-    run_dir = run_store.find_run(arguments.scored, Path(arguments.root))
-    owners.require_run(run_dir.root)
-    page = html_page.require_writable_page(Path(arguments.html)) if arguments.html else None
-    exclude = Path(arguments.exclude) if arguments.exclude else None
-    if exclude is not None and (exclude.exists() or not exclude.absolute().parent.is_dir()):
-        raise ConfigError("the file exists already, or its folder does not", where="--exclude", value=str(exclude))
-    options = ["--split", arguments.split, *([] if arguments.step is None else ["--step", str(arguments.step)])]
-    report = run_scoring("launcher.worker.scoring.documents_report", run_dir.plan, *options)
-    if exclude is not None:
-        # From the ranking of mislabeled documents, only likely ones.
-        chosen = [
-            {key: entry[key] for key in ("content", "where", "loss", "loss_alone")} | {"finding": name}
-            for name in arguments.finding or [MISLABELED]
-            for entry in report["lists"][name]
-            if entry.get("likely", True)
-        ]
-        write_exclusions(exclude, {entry["content"]: entry for entry in chosen}.values())
-    if page is not None:
-        html_page.write(page, _page(report))
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-        return 0
-    print("\n".join(lines(report, arguments.show)))
-    if exclude is not None:
-        print(f"\nwritten: {exclude}; leave these documents out of the next run with data.exclude={exclude}")
-    if page is not None:
-        print(f"\npage: {page}")
-    return 0
-
-
-def _parser() -> VerbParser:
     about = (
         "Rank the documents of a run's data: likely mislabeled, memorized, or with nothing to learn. The documents "
         "are scored on this machine with and without their prompts, once: later calls read the scores."
@@ -73,11 +40,58 @@ def _parser() -> VerbParser:
     parser.add_argument("--show", type=int, default=_ROWS, metavar="N", help=f"documents of each list (default: {_ROWS})")
     parser.add_argument("--json", action="store_true", help="print all documents as JSON")
     parser.add_argument("--html", metavar="FILE", help="also write one HTML page with the texts")
-    exclude = "write a list of documents, which data.exclude=FILE leaves out of the next run"
-    parser.add_argument("--exclude", metavar="FILE", help=exclude)
+    excludes = "write a list of documents, which data.exclude=FILE leaves out of the next run"
+    parser.add_argument("--exclude", metavar="FILE", help=excludes)
     finding = f"finding whose documents --exclude writes, repeatable (default: {MISLABELED})"
     parser.add_argument("--finding", action="append", choices=tuple(FINDINGS), help=finding)
-    return parser
+    arguments = parser.parse_args(tokens)
+    run_dir = run_store.find_run(arguments.scored, Path(arguments.root))
+    owners.require_run(run_dir.root)
+    page = html_page.require_writable_page(Path(arguments.html)) if arguments.html else None
+    exclude = Path(arguments.exclude) if arguments.exclude else None
+    if exclude is not None and (exclude.exists() or not exclude.absolute().parent.is_dir()):
+        raise ConfigError("the file exists already, or its folder does not", where="--exclude", value=str(exclude))
+    options = ["--split", arguments.split, *([] if arguments.step is None else ["--step", str(arguments.step)])]
+    report = run_reporting("launcher.worker.scoring.documents_report", None, str(run_dir.plan), *options)
+    if exclude is not None:
+        # From the ranking of mislabeled documents, only likely ones.
+        chosen = [
+            {key: entry[key] for key in ("content", "where", "loss", "loss_alone")} | {"finding": name}
+            for name in arguments.finding or [MISLABELED]
+            for entry in report["lists"][name]
+            if entry.get("likely", True)
+        ]
+        write_exclusions(exclude, {entry["content"]: entry for entry in chosen}.values())
+    if page is not None:
+        subtitle, *notes = _summarize(report)
+        lists = [
+            {
+                "title": title,
+                "count": _describe_count(name, report["lists"][name]),
+                "documents": [
+                    {
+                        "cells": _cells(entry)[:-1],
+                        "parts": [(entry.get("prompt", "") + "\n", False), (entry.get("answer", ""), True)],
+                    }
+                    for entry in report["lists"][name][:_MOST_ON_PAGE]
+                ],
+            }
+            for name, title in FINDINGS.items()
+        ]
+        columns = [name.removeprefix(">") for name in _COLUMNS[:-1]]
+        title = f"Scored data: {report['run']}"
+        html_page.write(
+            page, html_page.render("scored", title=title, subtitle=subtitle, notes=notes, columns=columns, lists=lists)
+        )
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    print("\n".join(lines(report, arguments.show)))
+    if exclude is not None:
+        print(f"\nwritten: {exclude}; leave these documents out of the next run with data.exclude={exclude}")
+    if page is not None:
+        print(f"\npage: {page}")
+    return 0
 
 
 def lines(report: dict[str, Any], num_shown: int) -> list[str]:
@@ -89,27 +103,6 @@ def lines(report: dict[str, Any], num_shown: int) -> list[str]:
         if entries:
             written += formatting.table(_COLUMNS, [_cells(entry) for entry in entries[:num_shown]])
     return written
-
-
-def _page(report: dict[str, Any]) -> str:
-    subtitle, *notes = _summarize(report)
-    lists = [
-        {
-            "title": title,
-            "count": _describe_count(name, report["lists"][name]),
-            "documents": [
-                {
-                    "cells": _cells(entry)[:-1],
-                    "parts": [(entry.get("prompt", "") + "\n", False), (entry.get("answer", ""), True)],
-                }
-                for entry in report["lists"][name][:_MOST_ON_PAGE]
-            ],
-        }
-        for name, title in FINDINGS.items()
-    ]
-    columns = [name.removeprefix(">") for name in _COLUMNS[:-1]]
-    title = f"Scored data: {report['run']}"
-    return html_page.render("scored", title=title, subtitle=subtitle, notes=notes, columns=columns, lists=lists)
 
 
 def _summarize(report: dict[str, Any]) -> list[str]:

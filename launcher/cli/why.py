@@ -11,16 +11,14 @@ from typing import Any
 from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
-from launcher.cli.worker_process import run_scoring
+from launcher.cli.worker_process import run_reporting
 from launcher.errors import SubmitError, printable
-from launcher.plan.run_dir import RunDir
 from launcher.security import owners
 from launcher.tracking.jsonl import read_events, read_metrics
 
 # Number of steps on either side to show loss and gradient norm for, and seconds within which events count as nearby.
 _STEPS_AROUND = 3
 _NEAR_S = 600.0
-_ALERT = "alert"
 _METRICS = ("train/loss", "train/grad_norm", "train/lr")
 _MAX_DOCUMENTS, _MIN_CHARS, _MAX_CHARS = 12, 20, 60
 # Characters of a line beside an answer, if the document has a line of its own.
@@ -29,27 +27,6 @@ _OTHER_COLUMNS = 54
 
 def run(verb: str, tokens: list[str]) -> int:
     """Show a step's rows, with their losses under the checkpoint before it, computed on this machine."""
-    arguments = _parser().parse_args(tokens)
-    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
-    owners.require_run(run_dir.root)
-    near, line = _steps_around(run_dir, arguments.step)
-    # A resume may have changed settings before the attempt.
-    changed = [path for path in run_store.changed_plan_paths(run_dir) if int(path.parent.name) <= line["attempt"]]
-    options = ["--rows-of", str(arguments.step), *(["--no-scores"] if arguments.no_scores else [])]
-    if not arguments.no_scores:
-        print(f"computing the losses of the rows of step {arguments.step}, for which the model is loaded", file=sys.stderr)
-    report = run_scoring("launcher.worker.scoring.documents_report", [run_dir.plan, *changed][-1], *options)
-    events = [
-        {key: event.get(key) for key in ("time", "attempt", "step", "kind", "text")}
-        for event in read_events(run_dir.events)
-        if event.get("kind") == _ALERT and abs(event.get("time", 0.0) - line["time"]) <= _NEAR_S
-    ]
-    report |= {"run": run_dir.root.name, "steps": near, "events": events}
-    print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report)))
-    return 0
-
-
-def _parser() -> VerbParser:
     about = (
         "Show what is behind a step: its documents with file and line, their losses under the checkpoint before it (computed on "
         "this machine only for these rows), loss and gradient norm around it, and alerts, GPU faults and restarts near it."
@@ -60,29 +37,35 @@ def _parser() -> VerbParser:
     parser.add_root()
     parser.add_argument("--no-scores", action="store_true", help="do not compute losses, which loads the model")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
-
-
-def _steps_around(run: RunDir, step: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the metrics of the steps around `step`, and the line of the step itself.
-
-    Raises:
-        SubmitError: if the run has not logged the step; lists the logged steps.
-    """
-    trained = [line for line in read_metrics(run.metrics, _METRICS) if "train/loss" in line]
-    line = next((line for line in trained if line["trainer/step"] == step), None)
-    if line is None:
-        steps = [one["trainer/step"] for one in trained]
-        value = f"step {step}; it has logged {steps[0]} to {steps[-1]}" if steps else f"step {step}; it has logged none"
-        nearest = min(steps, key=lambda other: abs(other - step)) if steps else None
-        remedy = "" if nearest is None else f"choose a logged step, such as {nearest}"
-        raise SubmitError("the run has no such step", where=str(run.metrics), value=value, remedy=remedy)
+    arguments = parser.parse_args(tokens)
+    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    owners.require_run(run_dir.root)
+    trained = [line for line in read_metrics(run_dir.metrics, _METRICS) if "train/loss" in line]
+    line = min(trained, key=lambda one: abs(one["trainer/step"] - arguments.step), default=None)
+    if line is None or line["trainer/step"] != arguments.step:
+        logged = f"{trained[0]['trainer/step']} to {trained[-1]['trainer/step']}" if trained else "none"
+        remedy = "" if line is None else f"choose a logged step, such as {line['trainer/step']}"
+        value = f"step {arguments.step}; it has logged {logged}"
+        raise SubmitError("the run has no such step", where=str(run_dir.metrics), value=value, remedy=remedy)
     near = [
         {"step": one["trainer/step"], **{name: one.get(name) for name in _METRICS}}
         for one in trained
-        if abs(one["trainer/step"] - step) <= _STEPS_AROUND
+        if abs(one["trainer/step"] - arguments.step) <= _STEPS_AROUND
     ]
-    return near, line
+    # A resume may have changed settings before the attempt.
+    changed = [path for path in run_store.changed_plan_paths(run_dir) if int(path.parent.name) <= line["attempt"]]
+    options = ["--rows-of", str(arguments.step), *(["--no-scores"] if arguments.no_scores else [])]
+    if not arguments.no_scores:
+        print(f"computing the losses of the rows of step {arguments.step}, for which the model is loaded", file=sys.stderr)
+    report = run_reporting("launcher.worker.scoring.documents_report", None, str([run_dir.plan, *changed][-1]), *options)
+    events = [
+        {key: event.get(key) for key in ("time", "attempt", "step", "kind", "text")}
+        for event in read_events(run_dir.events)
+        if event.get("kind") == "alert" and abs(event.get("time", 0.0) - line["time"]) <= _NEAR_S
+    ]
+    report |= {"run": run_dir.root.name, "steps": near, "events": events}
+    print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report)))
+    return 0
 
 
 def _lines(report: dict[str, Any]) -> list[str]:

@@ -56,7 +56,7 @@ def check_extra(config: RunConfig) -> None:
         raise ConfigError([Problem(*parts) for parts in answer["problems"]])
 
 
-def run_worker_module(module: str, config: RunConfig, *arguments: str, timeout_s: float | None = None) -> dict[str, Any]:
+def run_worker_module(module: str, config: RunConfig | None, *arguments: str, timeout_s: float | None = None) -> dict[str, Any]:
     """Run a worker-side module with `config` on standard input; returns the JSON object in its last line.
 
     Raises:
@@ -64,33 +64,19 @@ def run_worker_module(module: str, config: RunConfig, *arguments: str, timeout_s
     """
     command = [sys.executable, "-m", module, *arguments]
     try:
-        code, output = run_worker(command, config.model_dump_json(), subprocess.PIPE, timeout_s)
+        code, output = run_worker(command, "" if config is None else config.model_dump_json(), subprocess.PIPE, timeout_s)
     except subprocess.TimeoutExpired:
         raise RunError(f"python -m {module} did not end within {timeout_s:.0f} s") from None
-    answer = _last_object(output)
-    if answer is None:
+    try:
+        answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        answer = {}
+    if not answer or (code and "problems" not in answer):
         raise RunError(f"python -m {module} ended with exit code {code}; its messages are above")
-    if code and "problems" not in answer:
-        raise RunError(f"python -m {module} ended with exit code {code}")
     return answer
 
 
-def run_scoring(module: str, plan_path: Path, *arguments: str) -> dict[str, Any]:
-    """Run a module of launcher.worker.scoring on a run's plan; returns its answer.
-
-    Raises:
-        DataError: if the data has problems.
-        RunError: if it reports other problems, or fails.
-    """
-    code, output = run_worker([sys.executable, "-m", module, str(plan_path), *arguments], stdout=subprocess.PIPE)
-    answer = _last_object(output)
-    if answer is None or (code and "problems" not in answer):
-        raise RunError(f"scoring ended with exit code {code}; its messages are above")
-    raise_reported(answer)
-    return answer
-
-
-def run_reporting(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
+def run_reporting(module: str, config: RunConfig | None, *arguments: str) -> dict[str, Any]:
     """Run a worker-side module that prints its answer or its problems.
 
     Raises:
@@ -99,15 +85,6 @@ def run_reporting(module: str, config: RunConfig, *arguments: str) -> dict[str, 
     """
     answer = run_worker_module(module, config, *arguments)
     raise_reported(answer)
-    return answer
-
-
-def _last_object(output: str) -> dict[str, Any] | None:
-    """Return the JSON object in the last line of an output, or None if there is none."""
-    try:
-        answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        return None
     return answer
 
 

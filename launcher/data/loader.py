@@ -169,11 +169,6 @@ class RowBatches:
         """Return the rows of micro-batch `number`; the last one may have fewer, and later ones have none."""
         return self.rows[number * self.micro_batch_size : (number + 1) * self.micro_batch_size]
 
-    def num_labels(self) -> np.ndarray:
-        """Return the trained tokens of each micro-batch, int64 [len(self)]."""
-        starts = np.arange(0, len(self.rows), self.micro_batch_size)
-        return np.add.reduceat(self.split.row_labels[self.rows], starts) if len(starts) else np.zeros(0, np.int64)
-
     def label_sources(self, number: int) -> np.ndarray:
         """Return the index of the source of each trained token of micro-batch `number`, in order, int64 [num_labels]."""
         sources = [np.empty(0, np.int64)]

@@ -12,7 +12,7 @@ from launcher.data.checks import findings, inspection, overlap, summary
 from launcher.data.corpus import EncodedCorpus, list_names
 from launcher.data.packing import RowLayout
 from launcher.data.tokenization.batch_encoder import DocumentTable
-from launcher.data.triage.exclusions import read_exclusions
+from launcher.data.triage import read_exclusions
 from launcher.errors import DataError, Problem
 
 

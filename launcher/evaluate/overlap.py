@@ -12,12 +12,12 @@ from itertools import islice
 
 import numpy as np
 
-from launcher.data.cache.split import Split
 from launcher.data.checks import minhash
 from launcher.data.sources import Document
+from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.tokenization.encoder import Encoder
 from launcher.errors import DataError
-from launcher.evaluate.questions import EvalQuestion, QuestionSet, digest_tokens, read_documents, render, split_question
+from launcher.evaluate.questions import EvalQuestion, QuestionSet, read_documents, split_question
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.progress import Advance
 
@@ -60,32 +60,27 @@ def find_training_copies(
     """
     if plan.data is None:
         return TrainingOverlap({})
+    data, gap = plan.config.data, ""
+    asked = [(one.name, question) for one in sets for question in one.questions]
+    prompts, copies = _Prompts([question for _, question in asked]), dict[int, TrainingCopy]()
     try:
-        return _compare(plan, encoder, sets, advance, max_documents)
+        origins = DocumentOrigins.open(plan.data.cache_dir)
+        trained = {origins.where(document) for document in range(len(origins.values))}
+        documents = read_documents(data.sources, encoder, data.checks)
+        first_documents = islice(documents, max_documents)
+        while batch := list(islice(first_documents, _COMPARED_AT_ONCE)):
+            for i, similarity, at in prompts.find(batch, data.system):
+                question, training = asked[i][1].where, batch[at].where
+                if training in trained and training != question and (i not in copies or copies[i].similarity < similarity):
+                    copies[i] = TrainingCopy(question, training, round(similarity, 2))
+            advance(len(batch))
+        if next(documents, None) is not None:
+            gap = f"prompts were compared with the first {max_documents:,} training documents only"
     except DataError as error:
         problem = error.problems[0]
         parts = ": ".join(filter(None, (problem.message, problem.where, problem.value)))
         return TrainingOverlap({}, f"prompts were not compared with the training documents: {parts}")
-
-
-def _compare(
-    plan: LaunchPlan, encoder: Encoder, sets: Sequence[QuestionSet], advance: Advance, max_documents: int
-) -> TrainingOverlap:
-    data = plan.config.data
-    questions = [question for one in sets for question in one.questions]
-    prompts = _Prompts(questions)
-    candidates: list[tuple[int, float, Document]] = []
-    documents = read_documents(data.sources, encoder, data.checks)
-    first_documents = islice(documents, max_documents)
-    while batch := list(islice(first_documents, _COMPARED_AT_ONCE)):
-        candidates += [(i, similarity, batch[at]) for i, similarity, at in prompts.find(batch, data.system)]
-        advance(len(batch))
-    gap = ""
-    if next(documents, None) is not None:
-        gap = f"prompts were compared with the first {max_documents:,} training documents only"
-    copies = _trained_copies(plan, encoder, questions, candidates)
-    names = [one.name for one in sets for _ in one.questions]
-    by_set = {one.name: tuple(copy for i, copy in sorted(copies.items()) if names[i] == one.name) for one in sets}
+    by_set = {one.name: tuple(copy for i, copy in sorted(copies.items()) if asked[i][0] == one.name) for one in sets}
     return TrainingOverlap(by_set, gap)
 
 
@@ -131,36 +126,6 @@ class _Prompts:
         slots = np.stack([row for row in rows if row is not None])
         minhash.find_near_pairs_between(self._slots, slots, minhash.REACH, add)
         yield from similar
-
-
-def _trained_copies(
-    plan: LaunchPlan, encoder: Encoder, questions: Sequence[EvalQuestion], candidates: Sequence[tuple[int, float, Document]]
-) -> dict[int, TrainingCopy]:
-    """Return the most similar document for each question, among the candidates that are in the training split."""
-    if not candidates or plan.data is None:
-        return {}
-    data = plan.config.data
-    rendered = [(one, text) for one in candidates if (text := render(one[2], encoder, data.checks)) is not None]
-    encoded = [tokens.ids[: data.max_length] for tokens in encoder.encode([text for _, text in rendered])]
-    trained = _find_documents(Split.open(plan.data), encoded)
-    copies: dict[int, TrainingCopy] = {}
-    for ((i, similarity, document), _), ids in zip(rendered, encoded, strict=True):
-        if digest_tokens(ids) in trained and (i not in copies or copies[i].similarity < similarity):
-            copies[i] = TrainingCopy(questions[i].where, document.where, round(similarity, 2))
-    return copies
-
-
-def _find_documents(split: Split, wanted: Sequence[np.ndarray]) -> set[bytes]:
-    """Return the digests of those token sequences that are documents of the split; reads only documents of matching lengths."""
-    digests = {digest_tokens(ids) for ids in wanted}
-    present: set[bytes] = set()
-    for i in np.flatnonzero(np.isin(np.diff(split.docs), [len(ids) for ids in wanted])):
-        if len(present) == len(digests):
-            break
-        digest = digest_tokens(np.asarray(split.tokens[split.docs[i] : split.docs[i + 1]]))
-        if digest in digests:
-            present.add(digest)
-    return present
 
 
 def _prompt_text(question: EvalQuestion) -> bytes:

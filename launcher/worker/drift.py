@@ -1,13 +1,12 @@
 """Compares prompts with a run's training prompts: `python -m launcher.worker.drift PLAN_JSON PROMPTS [--[no-]likelihood]`.
 
-Torch is loaded only if models score the prompts. Reads the run's settings as JSON from standard input. Writes progress to
-standard error and one JSON object (the report or the problems) to standard output.
+Torch is loaded only if models score the prompts. Writes progress to standard error and one JSON object (the report or the
+problems) to standard output.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,14 +16,13 @@ import numpy as np
 
 from launcher import hardware, json_records, run_store
 from launcher.checkpoint import store
-from launcher.config.schema import RunConfig
 from launcher.data import row_layout
 from launcher.data.cache.split import Split
 from launcher.data.checks import patterns
 from launcher.data.sources import Document, files, find_shared_completions
 from launcher.data.sources.formats import FORMATS, detect_format
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.data.triage.ranking import mean_losses
+from launcher.data.triage import mean_losses
 from launcher.errors import DataError, LauncherError, Problem
 from launcher.evaluate.drift import DriftReport, Numbers, Prompt, compare
 from launcher.plan.launch_plan import LaunchPlan
@@ -39,8 +37,6 @@ MAX_PROMPTS, MIN_PROMPTS = 2_000, 10
 # Prompts and tokens per side that models score: enough for the test to find relevant differences.
 _MAX_SCORED, _MAX_TOKENS = 200, {"cpu": 12_288, "cuda": 131_072}
 BASE, TUNED = "base", "tuned"
-# Unrequested scoring may take at most a few minutes on a CPU. The operations per second and core are a low estimate.
-_MAX_CPU_S, _FLOPS_OF_CORE = 180.0, 5e10
 # A factor for the memory that scoring needs beyond the weights.
 _MEMORY_FACTOR = 1.2
 # Maps the prompt's key to the answer's: a row with both is a training row.
@@ -50,7 +46,7 @@ _ANSWERING_ROLES = ("assistant", "gpt", "model")
 _ANSWER = "answer"
 
 
-def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool | None, on_progress: Progress) -> DriftReport:
+def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progress: Progress) -> DriftReport:
     """Compare the prompts in a file with the prompts in the run's training data.
 
     `with_likelihood` is whether both models score the prompts; None means only if this machine can do it quickly.
@@ -59,7 +55,7 @@ def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool
         DataError: for rows that are not prompts, and for data without prompts.
         LauncherError: if a score pass fails, or if the run has no weights of the tuned model that `with_likelihood` requires.
     """
-    plan = run_store.load_plan(run).model_copy(update={"config": config})
+    plan = run_store.load_plan(run)
     obstacle = find_obstacle(plan) if with_likelihood is None else "" if with_likelihood else "left out with --no-likelihood"
     if obstacle:
         import_tokenizers_without_torch()
@@ -73,11 +69,14 @@ def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool
         raise DataError(few, where=str(path), remedy=f"compare at least {MIN_PROMPTS}; data without prompts has none")
     if obstacle:
         return compare(prompts, training, gaps=[obstacle])
+    # The run's result is the exported step, or else the newest.
+    record, steps = read_export(run), [one.step for one in store.list_checkpoints(run.checkpoints)]
+    tuned_step = record.step if record is not None and record.step in steps else None
     gaps, losses = list[str](), dict[str, tuple[Numbers, Numbers]]()
     # A model that was trained on the training prompts finds them likely because it has seen them.
     for name in (BASE,) if plan.config.data.train_on == "all" else (BASE, TUNED):
         try:
-            weights = find_weights(run, plan, 0 if name == BASE else _exported_step(run))
+            weights = find_weights(run, plan, 0 if name == BASE else tuned_step)
         except LauncherError as error:
             if with_likelihood and name == TUNED:
                 raise
@@ -85,7 +84,7 @@ def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool
             continue
         with ExitStack() as stack:
             passes = list(_passes(plan, name, prompts, training, stack))
-            scored = score(plan, weights, passes, on_progress).log_probs
+            scored = score(plan, weights, passes, on_progress)
             now, before = (mean_losses(one.open(), part)[1] for one, part in zip(passes, scored, strict=True))
         losses[name] = now[~np.isnan(now)], before[~np.isnan(before)]
     return compare(prompts, training, losses, gaps)
@@ -93,23 +92,14 @@ def find_drift(config: RunConfig, run: RunDir, path: Path, with_likelihood: bool
 
 def find_obstacle(plan: LaunchPlan) -> str:
     """Return why this machine does not score prompts unless requested; empty if it does."""
-    device, num_params = hardware.device(), plan.model.num_params
-    num_gib = num_params * (4 if plan.config.model.dtype == "fp32" else 2) * _MEMORY_FACTOR / 2**30
-    is_gpu = device.kind == "cuda"
-    available = (device.memory_gib or 0) * device.count if is_gpu else (device.host_memory_gib or 0) / 2
-    # Two models, each with current and training prompts.
-    seconds = 0 if is_gpu else 2 * 2 * _MAX_TOKENS["cpu"] * 2 * num_params / (device.count * _FLOPS_OF_CORE)
-    if seconds > _MAX_CPU_S or (num_gib > available and "offload_param" not in plan.deepspeed["zero_optimization"]):
-        what = f"the GPUs have {available:.0f} GiB" if is_gpu else f"this CPU takes up to {seconds / 60:.0f} minutes"
-        return f"the models need {num_gib:.0f} GiB each, and {what}; --likelihood scores prompts anyway"
+    device = hardware.device()
+    if device.kind == "cpu":
+        return "this machine has no GPU; --likelihood scores prompts on its CPUs"
+    num_gib = plan.model.num_params * (4 if plan.config.model.dtype == "fp32" else 2) * _MEMORY_FACTOR / 2**30
+    available = (device.memory_gib or 0) * device.count
+    if num_gib > available and "offload_param" not in plan.deepspeed["zero_optimization"]:
+        return f"the models need {num_gib:.0f} GiB each, the GPUs have {available:.0f}; --likelihood scores prompts anyway"
     return ""
-
-
-def _exported_step(run: RunDir) -> int | None:
-    """Return the step whose weights are the run's result, or None for the newest step."""
-    record = read_export(run)
-    steps = [one.step for one in store.list_checkpoints(run.checkpoints)]
-    return record.step if record is not None and record.step in steps else None
 
 
 def _passes(
@@ -189,11 +179,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction)
     arguments = parser.parse_args(argv)
-    config = RunConfig.model_validate_json(sys.stdin.read())
     run = RunDir(arguments.plan.absolute().parent)
 
     def describe(on_progress: Progress) -> dict[str, Any]:
-        return dict(json_records.encode(find_drift(config, run, arguments.prompts, arguments.likelihood, on_progress)))
+        return dict(json_records.encode(find_drift(run, arguments.prompts, arguments.likelihood, on_progress)))
 
     return answer(describe)
 

@@ -271,7 +271,7 @@ def test_prompts_of_today_are_compared_with_those_of_training(launch_here: Launc
     rows = [{"messages": [{"role": "user", "content": recipe.format(i, i + 1)}]} for i in range(40)]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     wrong.write_text('{"answer": 1}\nno json\n')
-    done = launch_here("drift", str(run), str(other))
+    done = launch_here("drift", str(run), str(other), "--likelihood")
     assert done.returncode == 3, done.stdout + done.stderr
     assert done.stdout.startswith("The prompts have drifted: different words (p = 0.001)")
     assert f"{other}:" in done.stdout

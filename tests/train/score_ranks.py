@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -11,11 +12,10 @@ import torch
 from extension_ranks import join
 
 from launcher.data.cache.split import Split
-from launcher.data.loader import RowBatches
-from launcher.data.score_store import ScoreKey, ScoreStore
+from launcher.data.loader import MicroBatch, RowBatches
+from launcher.data.score_store import ScoreStore
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.train.engine import build_engine
-from launcher.train.evaluation import score as score_module
 from launcher.train.evaluation.evaluator import EvalRows, Evaluator
 from launcher.train.evaluation.score import Scorer, score_rows
 from launcher.train.objectives import OBJECTIVES
@@ -23,30 +23,21 @@ from launcher.train.objectives import OBJECTIVES
 CPU = torch.device("cpu")
 
 
-def score(
-    plan_path: str, facts: dict[str, Any], micro_batch_size: int, key: dict[str, Any], root: str, end: str, after: int
-) -> bool:
-    """Score all rows of a cache, in shards of at most four micro-batches. Return whether all are scored.
-
-    `end` is "kill" or "stop" to kill or stop rank 0 after `after` micro-batches, or else empty.
-    """
+def score(plan_path: str, facts: dict[str, Any], micro_batch_size: int, root: str, kill_after: int | None) -> None:
+    """Score all rows of a cache. Rank 0 is killed after `kill_after` micro-batches."""
     rank_info, plan = join(), LaunchPlan.load(plan_path)
-    score_module.MAX_SHARD_MICRO_BATCHES = 4
     engine, model = build_engine(plan, rank_info)
     batches = RowBatches(Split.open(DataFacts.model_validate(facts)), micro_batch_size, pad_id=0)
-    count = 0
+    load, count = batches.load, itertools.count()
 
-    def before_micro_batch() -> str | None:
-        nonlocal count
-        count += 1
-        if rank_info.is_main and count > after:
-            if end == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return "preempted" if end == "stop" else None
-        return None
+    def load_or_die(number: int) -> MicroBatch:
+        if rank_info.is_main and next(count) == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load(number)
 
+    batches.load = load_or_die  # type: ignore[method-assign]
     scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, CPU)
-    return score_rows(scorer, batches, ScoreStore(ScoreKey(**key), Path(root)), before_micro_batch)
+    score_rows(scorer, batches, ScoreStore("key", len(batches), Path(root)), lambda done, total: None)
 
 
 def evaluate(plan_path: str, facts: dict[str, Any], micro_batch_size: int) -> dict[str, Any]:

@@ -20,9 +20,6 @@ from launcher.distributed import RankInfo, all_reduce_step, rank0_broadcast, run
 from launcher.train.model import CausalLMLoss
 from launcher.train.objectives import Objective
 
-# Most micro-batches per shard: each rank of a killed pass recomputes up to this many.
-MAX_SHARD_MICRO_BATCHES = 16
-
 _NOT_WRITTEN = "the scores cannot be written"
 
 
@@ -69,36 +66,25 @@ class Scorer:
             yield self._objective.atom_losses(self._engine, micro, self.device)
 
 
-def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, local_stop_reason: Callable[[], str | None]) -> bool:
+def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, on_progress: Callable[[int, int], None]) -> None:
     """Write the log-probabilities of all trained tokens of `batches` that `store` lacks into it. Collective.
 
-    Returns whether the store is complete: False if any rank had a reason to stop. A later call does not recompute committed
-    shards.
+    `on_progress` is called with the number of scored rows and that of all rows.
 
     Raises:
         CheckpointError: on every rank, if a rank cannot write.
     """
-    rank_info = scorer.rank_info
-    labels = batches.num_labels()
-    missing = rank0_broadcast(rank_info, _NOT_WRITTEN, lambda: store.find_missing(labels))
+    rank, world_size, num_rows = scorer.rank_info.rank, scorer.rank_info.world_size, len(batches.rows)
+    missing = rank0_broadcast(scorer.rank_info, _NOT_WRITTEN, store.list_missing)
+    # Ranks with fewer micro-batches still take part in the passes of the other ranks.
+    width = max((len(store.shards[number]) for number in missing), default=0)
     with scorer.without_dropout():
-        for ranges in _list_turns(missing, rank_info.world_size):
-            start, stop, width = *ranges[rank_info.rank], max(stop - start for start, stop in ranges)
-            # Ranks with fewer micro-batches still take part in the passes of the other ranks.
-            numbers = [*range(start, stop), *[len(batches)] * (width - (stop - start))]
-            losses = [*scorer.score(batches, numbers, local_stop_reason)]
-            if losses and losses[-1] is None:
-                return False
-            scored = [np.negative(loss.cpu().numpy()) for loss in losses[: stop - start] if loss is not None]
-            run_on_all_ranks(scorer.device, _NOT_WRITTEN, partial(store.commit, start, stop, scored))
-    rank0_broadcast(rank_info, _NOT_WRITTEN, lambda: store.complete(labels))
-    return True
-
-
-def _list_turns(missing: list[list[int]], world_size: int) -> list[list[tuple[int, int]]]:
-    """Divide ranges of micro-batches into turns. In each turn every rank has one range, which may be empty."""
-    total = sum(stop - start for start, stop in missing)
-    width = max(1, min(MAX_SHARD_MICRO_BATCHES, -(-total // world_size)))
-    pieces = [(first, min(first + width, stop)) for start, stop in missing for first in range(start, stop, width)]
-    pieces += [(0, 0)] * (-len(pieces) % world_size)
-    return [pieces[first : first + world_size] for first in range(0, len(pieces), world_size)]
+        for first in range(0, len(missing), world_size):
+            on_progress((len(store.shards) - len(missing) + first) * num_rows // len(store.shards), num_rows)
+            own = missing[first + rank] if first + rank < len(missing) else None
+            numbers = [] if own is None else [*store.shards[own]]
+            losses = [*scorer.score(batches, [*numbers, *[len(batches)] * (width - len(numbers))], lambda: None)]
+            scored = [np.negative(loss.cpu().numpy()) for loss in losses[: len(numbers)] if loss is not None]
+            commit = (lambda: None) if own is None else partial(store.commit, own, scored)
+            run_on_all_ranks(scorer.device, _NOT_WRITTEN, commit)
+    on_progress(num_rows, num_rows)

@@ -19,20 +19,19 @@ import numpy as np
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.config.sections.evaluation import HELD_OUT
+from launcher.data import triage
 from launcher.data.cache.cache_store import read_report
 from launcher.data.cache.split import Split
 from launcher.data.checks import patterns
 from launcher.data.row_order import RowOrder
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
-from launcher.data.triage import answers_alone, ranking
-from launcher.data.triage.ranking import DocumentScores
 from launcher.errors import LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.scoring.command_process import answer, run_process
 from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary_folder
-from launcher.worker.scoring.weights import ScoredWeights, find_weights
+from launcher.worker.scoring.weights import find_weights
 
 TRAIN = "train"
 # Number of documents per list that the page shows with their texts.
@@ -70,25 +69,52 @@ class _SplitDocuments:
         return {"prompt": prompt.strip(), "answer": text.strip()}
 
 
-def rank_documents(
-    plan_path: Path, step: int | None, split_name: str, num_ranks: int | None, on_progress: Progress
-) -> dict[str, Any]:
-    """Score a split's documents with and without their prompts, and return lists of those worth a look."""
+def rank_documents(plan_path: Path, step: int | None, split_name: str, on_progress: Progress) -> dict[str, Any]:
+    """Score a split's documents with and without their prompts, and return lists of those worth a look.
+
+    Raises:
+        SubmitError: if the run has no split or evaluation set `split_name`; lists the existing names.
+    """
     run = RunDir.of_plan(plan_path)
     plan = run_store.load_plan(run)
-    facts, is_held_out = find_split(plan, split_name)
+    held_out = plan.data if plan.data is not None and plan.data.num_eval_rows else None
+    splits = {TRAIN: plan.data, HELD_OUT: held_out, **plan.eval_sets}
+    if (facts := splits.get(split_name)) is None:
+        remedy = f"choose one of: {', '.join(name for name, facts in splits.items() if facts is not None)}"
+        raise SubmitError("the run has no such split", where="--split", value=split_name, remedy=remedy)
     weights = find_weights(run, plan, step)
-    passes = [ScorePass(title="answers with their prompts", facts=facts, held_out=is_held_out)]
+    passes = [ScorePass(title="answers with their prompts", facts=facts, held_out=split_name == HELD_OUT)]
     split = passes[0].open()
     with temporary_folder() as folder:
-        alone = answers_alone.write(split, folder, plan.config.data)
+        alone = triage.write_answers_alone(split, folder, plan.config.data)
         if alone is not None:
-            passes.append(ScorePass(title="answers without prompts", facts=alone.facts))
-        scores = score(plan, weights, passes, on_progress, num_ranks)
-        num_tokens, loss = ranking.mean_losses(split, scores.log_probs[0])
+            passes.append(ScorePass(title="answers without prompts", facts=alone[0]))
+        log_probs = score(plan, weights, passes, on_progress)
+        num_tokens, loss = triage.mean_losses(split, log_probs[0])
         loss_alone = np.full(split.num_docs, np.nan)
         if alone is not None:
-            loss_alone[alone.documents] = ranking.mean_losses(passes[1].open(), scores.log_probs[1])[1]
+            loss_alone[alone[1]] = triage.mean_losses(passes[1].open(), log_probs[1])[1]
+    documents = _SplitDocuments(plan, facts, split, split_name == HELD_OUT)
+    is_likely = triage.explained_shares(loss, loss_alone) <= 0
+    lists: dict[str, list[dict[str, Any]]] = {}
+    for name, ranked in triage.rank_documents(num_tokens, loss, loss_alone).items():
+        # Documents of sources with epochs above 1 are repeated.
+        first: dict[bytes, int] = {}
+        for document in ranked.tolist():
+            first.setdefault(documents.origins.values[document].tobytes(), document)
+        lists[name] = [
+            {
+                **documents.describe(document),
+                "rank": rank,
+                "content": documents.origins.content_id(document),
+                "tokens": int(num_tokens[document]),
+                "loss": _rounded(loss[document]),
+                "loss_alone": _rounded(loss_alone[document]),
+                **({"likely": bool(is_likely[document])} if name == triage.MISLABELED else {}),
+                **(documents.texts(document) if rank <= _NUM_TEXTS else {}),
+            }
+            for rank, document in enumerate(first.values(), start=1)
+        ]
     return {
         "run": plan.run_name,
         "step": weights.step,
@@ -96,58 +122,15 @@ def rank_documents(
         "documents": split.num_docs,
         "trained_tokens": int(num_tokens.sum()),
         "mean_loss": float(np.nansum(loss * num_tokens) / max(1, num_tokens.sum())),
-        "was_stored": scores.num_computed == 0,
-        "lists": _make_lists(_SplitDocuments(plan, facts, split, is_held_out), DocumentScores(num_tokens, loss, loss_alone)),
+        "lists": lists,
     }
-
-
-def find_split(plan: LaunchPlan, name: str) -> tuple[DataFacts, bool]:
-    """Return the data of the split or evaluation set `name`, and whether it is the held-out split.
-
-    Raises:
-        SubmitError: if the run has no data of that name; lists the existing names.
-    """
-    splits: dict[str, tuple[DataFacts, bool]] = {}
-    if plan.data is not None:
-        splits[TRAIN] = plan.data, False
-        if plan.data.num_eval_rows:
-            splits[HELD_OUT] = plan.data, True
-    splits |= {eval_set: (facts, False) for eval_set, facts in plan.eval_sets.items()}
-    if name not in splits:
-        raise SubmitError("the run has no such split", where="--split", value=name, remedy=f"choose one of: {', '.join(splits)}")
-    return splits[name]
-
-
-def _make_lists(documents: _SplitDocuments, scores: DocumentScores) -> dict[str, list[dict[str, Any]]]:
-    is_likely = ranking.is_likely_mislabeled(scores)
-    lists: dict[str, list[dict[str, Any]]] = {}
-    for name, ranked in {ranking.MISLABELED: ranking.rank_mislabeled(scores), **ranking.find_known(scores)}.items():
-        # Documents of sources with epochs above 1 are repeated.
-        first: dict[bytes, int] = {}
-        for document in ranked.tolist():
-            first.setdefault(documents.origins.values[document].tobytes(), document)
-        entries = lists[name] = []
-        for rank, document in enumerate(first.values(), start=1):
-            entry = documents.describe(document) | {
-                "rank": rank,
-                "content": documents.origins.content_id(document),
-                "tokens": int(scores.num_tokens[document]),
-                "loss": _rounded(scores.loss[document]),
-                "loss_alone": _rounded(scores.loss_alone[document]),
-            }
-            if name == ranking.MISLABELED:
-                entry["likely"] = bool(is_likely[document])
-            entries.append(entry | (documents.texts(document) if rank <= _NUM_TEXTS else {}))
-    return lists
 
 
 def _rounded(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 4)
 
 
-def describe_step(
-    run: RunDir, plan: LaunchPlan, step: int, has_scores: bool, num_ranks: int | None, on_progress: Progress
-) -> dict[str, Any]:
+def describe_step(run: RunDir, plan: LaunchPlan, step: int, has_scores: bool, on_progress: Progress) -> dict[str, Any]:
     """Return the documents in the rows of `step`, counted from 1; with `has_scores`, their losses under the checkpoint before it.
 
     Raises:
@@ -155,44 +138,35 @@ def describe_step(
     """
     if plan.data is None:
         raise RunError("the plan has no data", where=str(run.root))
-    split = Split.open(plan.data)
-    rows = rows_of_step(plan, split, step)
-    weights, reason = _find_weights_before(run, plan, step) if has_scores else (None, "")
+    split, size = Split.open(plan.data), plan.batch.global_batch_size
+    lengths = None if plan.config.data.packing else np.diff(split.rows)
+    rows = RowOrder(split.num_rows, plan.config.run.seed, lengths, size).at((step - 1) * size, step * size)
+    scored_at, reason = None, ""
     losses: list[np.ndarray | None] = [None] * len(rows)
-    if weights is not None:
-        one = ScorePass(title="rows of the step", facts=plan.data, rows=tuple(rows.tolist()))
-        (log_probs,) = score(plan, weights, [one], on_progress, num_ranks).log_probs
-        losses = [*np.split(-log_probs, np.cumsum(split.row_labels[rows])[:-1])]
+    if has_scores:
+        before = max((one.step for one in store.list_checkpoints(run.checkpoints) if one.step < step), default=0)
+        try:
+            weights = find_weights(run, plan, before)
+        except LauncherError as error:
+            reason = f"the checkpoint of step {before} cannot be used: {error.problems[0].message}"
+            if not before:
+                kept = "checkpoint.keep_last keeps more checkpoints of a run to come"
+                reason = f"there is no checkpoint before step {step}, and {error.problems[0].message}; {kept}"
+        else:
+            one = ScorePass(title="rows of the step", facts=plan.data, rows=tuple(rows.tolist()))
+            (log_probs,) = score(plan, weights, [one], on_progress)
+            losses = [*np.split(-log_probs, np.cumsum(split.row_labels[rows])[:-1])]
+            scored_at = weights.step
     documents = _SplitDocuments(plan, plan.data, split)
     return {
         "step": step,
-        "scored_at": None if weights is None else weights.step,
+        "scored_at": scored_at,
         "not_scored": reason,
         "rows": [
             {"row": row, "documents": _describe_row(documents, split, row, of_row)}
             for row, of_row in zip(rows.tolist(), losses, strict=True)
         ],
     }
-
-
-def rows_of_step(plan: LaunchPlan, split: Split, step: int) -> np.ndarray:
-    """Return the rows of the global batch of `step`, counted from 1, in batch order."""
-    size = plan.batch.global_batch_size
-    lengths = None if plan.config.data.packing else np.diff(split.rows)
-    return RowOrder(split.num_rows, plan.config.run.seed, lengths, size).at((step - 1) * size, step * size)
-
-
-def _find_weights_before(run: RunDir, plan: LaunchPlan, step: int) -> tuple[ScoredWeights | None, str]:
-    """Return the weights of the newest checkpoint before `step`, or else the initial weights, and why there are none."""
-    before = max((one.step for one in store.list_checkpoints(run.checkpoints) if one.step < step), default=0)
-    try:
-        return find_weights(run, plan, before), ""
-    except LauncherError as error:
-        reason = error.problems[0].message
-        if before:
-            return None, f"the checkpoint of step {before} cannot be used: {reason}"
-        kept = "checkpoint.keep_last keeps more checkpoints of a run to come"
-        return None, f"there is no checkpoint before step {step}, and {reason}; {kept}"
 
 
 def _describe_row(documents: _SplitDocuments, split: Split, row: int, losses: np.ndarray | None) -> list[dict[str, Any]]:
@@ -222,7 +196,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--no-scores", action="store_true")
     parser.add_argument("--step", type=int)
     parser.add_argument("--split", default=TRAIN)
-    parser.add_argument("--ranks", type=int)
     chosen = parser.parse_args(argv)
     path = chosen.plan.absolute()
     if chosen.no_scores:
@@ -230,9 +203,9 @@ def main(argv: Sequence[str]) -> int:
 
     def report(on_progress: Progress) -> dict[str, Any]:
         if chosen.rows_of is None:
-            return rank_documents(path, chosen.step, chosen.split, chosen.ranks, on_progress)
+            return rank_documents(path, chosen.step, chosen.split, on_progress)
         plan, run = LaunchPlan.load(path), RunDir.of_plan(path)
-        return describe_step(run, plan, chosen.rows_of, not chosen.no_scores, chosen.ranks, on_progress)
+        return describe_step(run, plan, chosen.rows_of, not chosen.no_scores, on_progress)
 
     return answer(report)
 

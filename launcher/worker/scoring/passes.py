@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -10,9 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -21,10 +20,8 @@ from launcher import hardware
 from launcher.clusters.network import LOOPBACK, free_port
 from launcher.data.cache.split import Split
 from launcher.data.cache_dir import cache_root
-from launcher.data.score_store import ScoreKey, ScoreStore
+from launcher.data.score_store import ScoreStore
 from launcher.errors import RunError
-from launcher.models.private_code import code_option, folder_to_load
-from launcher.models.remote_code import without_code
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
 from launcher.worker.scoring.weights import ScoredWeights
 
@@ -52,80 +49,52 @@ class RankTask(Record):
 
     plan: LaunchPlan
     passes: tuple[ScorePass, ...]
-    keys: tuple[dict[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The log-probabilities of each pass's trained tokens, in order, and how many passes were computed rather than read."""
-
-    log_probs: tuple[np.ndarray, ...]
-    num_computed: int
+    keys: tuple[str, ...]
 
 
 def score(
     plan: LaunchPlan, weights: ScoredWeights, passes: Sequence[ScorePass], on_progress: Progress, num_ranks: int | None = None
-) -> Scores:
-    """Return the log-probabilities of `passes` under `weights`; computes those not in the store.
+) -> list[np.ndarray]:
+    """Return the log-probabilities of the trained tokens of each pass under `weights`; computes those not in the store.
 
     Raises:
         RunError: if a rank fails.
-        DataError: if a data cache or the store is damaged, or other users could have written it.
+        DataError: if a data cache is damaged, or other users could have written it.
     """
     device = hardware.device()
     ranks = num_ranks or (device.count if device.kind == "cuda" else 1)
-    keys = [make_key(plan, weights.digest, one, device.kind) for one in passes]
-    missing = [i for i, key in enumerate(keys) if ScoreStore(key).read() is None]
-    if missing:
+    device_name = device.name if device.kind == "cuda" else device.kind
+    keys = tuple(make_key(plan, weights.digest, one, device_name) for one in passes)
+    stores = [
+        ScoreStore(key, -(-(one.open().num_rows if one.rows is None else len(one.rows)) // plan.batch.micro_batch_size))
+        for one, key in zip(passes, keys, strict=True)
+    ]
+    if any(store.list_missing() for store in stores):
         scored = make_scoring_plan(plan, weights.make_folder(plan), device.kind, ranks)
-        task = RankTask(plan=scored, passes=tuple(passes[i] for i in missing), keys=tuple(vars(keys[i]) for i in missing))
-        _run_ranks(task, ranks, on_progress)
-    found = [ScoreStore(key).read() for key in keys]
-    stored = [one for one in found if one is not None]
-    if len(stored) < len(keys):
-        raise RunError("the score pass ended without scores", where=str(ScoreStore(keys[0]).folder), remedy="repeat the command")
-    return Scores(tuple(stored), len(missing))
+        _run_ranks(RankTask(plan=scored, passes=tuple(passes), keys=keys), ranks, on_progress)
+    return [store.read() for store in stores]
 
 
-def make_key(plan: LaunchPlan, weights_digest: str, one: ScorePass, device: str) -> ScoreKey:
-    """Return a key with everything that a pass's scores depend on."""
-    import torch
-
-    from launcher.train.kernels import attention
-
-    model = plan.config.model
-    digest = one.facts.digest.split("-")[-1 if one.held_out else 0]
-    rows = "" if one.rows is None else xxhash.xxh3_128_hexdigest(np.asarray(one.rows, "<i8").tobytes())
-    return ScoreKey(
-        weights=weights_digest,
-        data=digest,
-        rows=rows,
-        micro_batch_size=plan.batch.micro_batch_size,
-        dtype=model.dtype,
-        attention=attention.choose_kernel(model, torch.device(device), _read_config(plan)),
-        device=device,
-        torch=importlib.metadata.version("torch"),
-        transformers=importlib.metadata.version("transformers"),
-        kernels=", ".join(_list_kernels(plan)),
-    )
-
-
-def _list_kernels(plan: LaunchPlan) -> Iterator[str]:
-    """Yield the packages with kernels that a pass may use, with their versions."""
-    packages = ("flash-attn", "flash-attn-3", "flash-attn-4", *(("liger-kernel",) if plan.liger else ()))
-    for package in packages:
+def make_key(plan: LaunchPlan, weights_digest: str, one: ScorePass, device: str) -> str:
+    """Return a digest of everything that a pass's scores depend on; kernel packages count, because `attention` may be auto."""
+    kernels = ("flash-attn", "flash-attn-3", "flash-attn-4", *(("liger-kernel",) if plan.liger else ()))
+    versions = {}
+    for package in ("torch", "transformers", *kernels):
         with suppress(importlib.metadata.PackageNotFoundError):
-            yield f"{package} {importlib.metadata.version(package)}"
-
-
-def _read_config(plan: LaunchPlan) -> Any:
-    from transformers import AutoConfig
-
-    model, path = plan.config.model, plan.model.path
-    if path is None or not Path(path).is_dir():
-        return AutoConfig.for_model(**without_code(plan.model.config))
-    folder = folder_to_load(Path(path), model.trust_remote_code, model.code_digest)
-    return AutoConfig.from_pretrained(folder, **code_option(model.trust_remote_code, folder))
+            versions[package] = importlib.metadata.version(package)
+    model = plan.config.model
+    facts = {
+        "format": 3,
+        "weights": weights_digest,
+        "data": one.facts.digest.split("-")[-1 if one.held_out else 0],
+        "rows": one.rows,
+        "micro_batch_size": plan.batch.micro_batch_size,
+        "dtype": model.dtype,
+        "attention": model.attention,
+        "device": device,
+        "versions": versions,
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts).encode())
 
 
 def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: int) -> LaunchPlan:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from launcher.data.loader import RowBatches
-from launcher.data.score_store import ScoreKey, ScoreStore
+from launcher.data.score_store import ScoreStore
 from launcher.models.private_code import remove_copies
 from launcher.security.printable_stream import printable_output
 from launcher.worker.ranks.rank_env import die_with_parent, exit_without_shutdown
@@ -33,23 +34,9 @@ def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: 
     for one, key in zip(task.passes, task.keys, strict=True):
         rows = None if one.rows is None else np.asarray(one.rows)
         batches = RowBatches(one.open(), task.plan.batch.micro_batch_size, pad_id=0, rows=rows)
-        rows_at_once = batches.micro_batch_size * rank_info.world_size
-        score_rows(scorer, batches, ScoreStore(ScoreKey(**key)), _Count(one.title, len(batches.rows), rows_at_once, on_progress))
-        on_progress(one.title, len(batches.rows), len(batches.rows))
+        store = ScoreStore(key, len(batches))
+        score_rows(scorer, batches, store, partial(on_progress, one.title))
     leave_process_group()
-
-
-class _Count:
-    """A `local_stop_reason` that never returns a reason but reports the completed rows."""
-
-    def __init__(self, title: str, total: int, rows_at_once: int, on_progress: Progress) -> None:
-        self._title, self._total, self._rows_at_once, self._on_progress = title, total, rows_at_once, on_progress
-        self._done = 0
-
-    def __call__(self) -> None:
-        # A continued pass begins in the middle, so it may end before the total.
-        self._on_progress(self._title, min(self._done, self._total - 1), self._total)
-        self._done += self._rows_at_once
 
 
 if __name__ == "__main__":

@@ -38,12 +38,9 @@ class ScoredWeights:
         if self._parent is None:
             assert self._folder is not None
             return self._folder
-        model = plan.config.model
         with private_files():
-            copy_parent_weights(self._parent, model)
-        folder = parent_run.weights_folder(self._parent, model.dtype)
-        # It may have existed before.
-        return folder
+            copy_parent_weights(self._parent, plan.config.model)
+        return parent_run.weights_folder(self._parent, plan.config.model.dtype)
 
 
 def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeights:
