@@ -57,7 +57,7 @@ def report(
     counts = recorded["sources"]
     judged = findings.judge(findings.read(facts.cache_dir), data.checks)
     padded_rows = 0 if data.packing else train.micro_batch_size or train.global_batch_size
-    padding = _padding(split, data, train, seed, padded_rows)
+    slots = max(1, facts.num_tokens + int(_padding(split, data, train, seed, padded_rows).sum()))
     train_numbers, train_by_source = _count_split(split, len(counts))
     held_out_numbers, held_out_by_source = _count_split(held_out, len(counts))
     return {
@@ -69,10 +69,11 @@ def report(
         "padded_rows": padded_rows,
         "padding_is_most": bool(padded_rows) and train.micro_batch_size is None,
         **train_numbers,
-        **_filled(facts.num_tokens, float(padding.sum())),
+        "fill_frac": facts.num_tokens / slots,
+        "padding_frac": 1 - facts.num_tokens / slots,
         **{key: sum(source[name] for source in counts) for key, name in _COUNTED.items()},
         "excluded_documents": recorded.get("num_excluded", 0),
-        "sources": _report_sources(facts, data, counts, train_by_source, held_out_by_source, _share_padding(split, padding)),
+        "sources": _report_sources(facts, data, counts, train_by_source, held_out_by_source),
         "held_out": {
             **held_out_numbers,
             "read_documents": sum(source["held_out_read"] for source in counts),
@@ -84,17 +85,21 @@ def report(
         "warnings": [warning] if (warning := single_step_warning(train, facts.num_rows, world_size=None)) else [],
         "findings": [one.to_json() for one in judged],
         "refused": any(one.fatal for one in judged),
-        "eval_sets": [_describe_eval_set(name, one) for name, one in (eval_sets or {}).items()],
+        "eval_sets": [
+            {
+                "name": name,
+                "documents": one.num_docs,
+                "rows": one.num_rows,
+                "tokens": one.num_tokens,
+                "read_documents": cache_store.read_report(one.cache_dir)["sources"][0]["read"],
+                "trained_tokens": one.num_trained_tokens,
+                "cache_dir": one.cache_dir,
+            }
+            for name, one in (eval_sets or {}).items()
+        ],
         "turn_ends": [{"id": i, "token": decode([i]), "stops": i in stop_ids} for i in facts.turn_end_ids],
         "shown": _shown(split, [source["name"] for source in counts], decode, num_shown),
     }
-
-
-def _describe_eval_set(name: str, facts: DataFacts) -> dict[str, Any]:
-    (source,) = cache_store.read_report(facts.cache_dir)["sources"]
-    counts = {"documents": facts.num_docs, "rows": facts.num_rows, "tokens": facts.num_tokens}
-    counts |= {"read_documents": source["read"]}
-    return {"name": name, **counts, "trained_tokens": facts.num_trained_tokens, "cache_dir": facts.cache_dir}
 
 
 def _report_sources(
@@ -103,21 +108,17 @@ def _report_sources(
     counts: list[dict[str, Any]],
     train_numbers: list[dict[str, Any]],
     held_out_numbers: list[dict[str, Any]],
-    padding: np.ndarray,
 ) -> list[dict[str, Any]]:
-    """Return the numbers of each source; `counts` are those that the build recorded, `padding` is float [sources].
+    """Return the numbers of each source; `counts` are those that the build recorded.
 
     `epochs` is the number of passes in one epoch of the run. `unused_documents` are the documents that the mixture leaves out
     because of the settings in `limited_by`. `is_read` is false for a source of weight 0.
     """
     paths = [source.path for source in data.sources] + [data.eval_path or ""] * (len(counts) - len(data.sources))
-    # The file of data.eval_path comes after the sources and has no training rows.
-    padding_of = [*padding.tolist(), 0.0]
     return [
         {
             "name": recorded["name"],
             **numbers,
-            **_filled(numbers["tokens"], padding_of[i]),
             "frac": numbers["tokens"] / max(1, facts.num_tokens),
             "epochs": recorded["epochs"],
             "unused_documents": recorded["unused"],
@@ -184,20 +185,6 @@ def _padding(split: Split, data: DataSection, train: TrainSection, seed: int, pa
     padding = np.empty_like(lengths)
     padding[order] = np.repeat(widths, np.diff([*starts, split.num_rows])) - lengths[order]
     return padding
-
-
-def _share_padding(split: Split, padding: np.ndarray) -> np.ndarray:
-    """Return the padding of each source, float [sources]: its share of a row's padding is its share of the row's tokens."""
-    total = np.zeros(split.row_sources.shape[1])
-    for first in range(0, split.num_rows, _DOCS_AT_ONCE):
-        rows = slice(first, first + _DOCS_AT_ONCE)
-        total += (padding[rows] / np.diff(split.rows[first : first + _DOCS_AT_ONCE + 1])) @ split.row_sources[rows]
-    return total
-
-
-def _filled(tokens: int, padding: float) -> dict[str, float]:
-    share = padding / max(1.0, tokens + padding)
-    return {"fill_frac": 1 - share, "padding_frac": share}
 
 
 def _count_trained(split: Split) -> np.ndarray:

@@ -5,15 +5,13 @@ The data build compares the held-out documents with the training documents; the 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from launcher.data.checks import minhash
-from launcher.data.sources import Document
 from launcher.data.sources.origins import DocumentOrigins
 from launcher.data.tokenization.encoder import Encoder
 from launcher.errors import DataError
@@ -24,10 +22,6 @@ from launcher.tracking.progress import Advance
 # Signatures of as many documents take about half a minute.
 MAX_DOCUMENTS = 300_000
 _COMPARED_AT_ONCE = 1024
-# Maximum number of documents with an equal or similar prompt per question that are looked up in the training data, first ones
-# first. If all rows of a data set have the same prompt, each question would otherwise match all documents.
-MAX_CANDIDATES = 32
-_EXACT = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class TrainingCopy:
     similarity: float
 
     def __str__(self) -> str:
-        alike = "the same prompt as" if self.similarity == _EXACT else f"{self.similarity:.0%} the same as"
+        alike = "the same prompt as" if self.similarity == 1 else f"{self.similarity:.0%} the same as"
         return f"{self.question}: {alike} {self.training}"
 
 
@@ -61,18 +55,34 @@ def find_training_copies(
     if plan.data is None:
         return TrainingOverlap({})
     data, gap = plan.config.data, ""
-    asked = [(one.name, question) for one in sets for question in one.questions]
-    prompts, copies = _Prompts([question for _, question in asked]), dict[int, TrainingCopy]()
+    questions = [question for one in sets for question in one.questions]
+    copies: dict[int, TrainingCopy] = {}
+    texts = [_prompt_text(question) for question in questions]
+    without_equal: dict[bytes, list[int]] = {}
+    for i, text in enumerate(texts):
+        without_equal.setdefault(text, []).append(i)
+    signed, slots = _sign(texts)
     try:
         origins = DocumentOrigins.open(plan.data.cache_dir)
-        trained = {origins.where(document) for document in range(len(origins.values))}
+        trained = {origins.where(document) for document in range(len(origins.values))} - {one.where for one in questions}
         documents = read_documents(data.sources, encoder, data.checks)
         first_documents = islice(documents, max_documents)
         while batch := list(islice(first_documents, _COMPARED_AT_ONCE)):
-            for i, similarity, at in prompts.find(batch, data.system):
-                question, training = asked[i][1].where, batch[at].where
-                if training in trained and training != question and (i not in copies or copies[i].similarity < similarity):
-                    copies[i] = TrainingCopy(question, training, round(similarity, 2))
+            asked = [split_question(document, data.system) for document in batch if document.where in trained]
+            rows = [(row.where, _prompt_text(row)) for row in asked if row is not None]
+            for where, text in rows:
+                for i in without_equal.pop(text, ()):
+                    copies[i] = TrainingCopy(questions[i].where, where, 1.0)
+            signed_rows, row_slots = _sign([text for _, text in rows])
+
+            def add(own: np.ndarray, other: np.ndarray, similarity: np.ndarray) -> None:
+                for at, number, share in zip(own.tolist(), other.tolist(), similarity.tolist(), strict=True):
+                    # An estimate of 1 means that the texts differ little.
+                    i, share = signed[at], min(round(share, 2), 0.99)
+                    if i not in copies or copies[i].similarity < share:
+                        copies[i] = TrainingCopy(questions[i].where, rows[signed_rows[number]][0], share)  # noqa: B023
+
+            minhash.find_near_pairs_between(slots, row_slots, minhash.REACH, add)
             advance(len(batch))
         if next(documents, None) is not None:
             gap = f"prompts were compared with the first {max_documents:,} training documents only"
@@ -80,52 +90,15 @@ def find_training_copies(
         problem = error.problems[0]
         parts = ": ".join(filter(None, (problem.message, problem.where, problem.value)))
         return TrainingOverlap({}, f"prompts were not compared with the training documents: {parts}")
-    by_set = {one.name: tuple(copy for i, copy in sorted(copies.items()) if asked[i][0] == one.name) for one in sets}
+    names = [one.name for one in sets for _ in one.questions]
+    by_set = {one.name: tuple(copy for i, copy in sorted(copies.items()) if names[i] == one.name) for one in sets}
     return TrainingOverlap(by_set, gap)
 
 
-class _Prompts:
-    """The prompts of questions, for comparison with the prompts of documents."""
-
-    def __init__(self, questions: Sequence[EvalQuestion]) -> None:
-        texts = [_prompt_text(question) for question in questions]
-        self._num_equal, self._num_similar = Counter[bytes](), Counter[int]()
-        self._by_text: dict[bytes, list[int]] = {}
-        for i, text in enumerate(texts):
-            self._by_text.setdefault(text, []).append(i)
-        rows = minhash.compute_signatures(texts)
-        self._signed = [i for i, row in enumerate(rows) if row is not None]
-        self._slots = np.stack([row for row in rows if row is not None]) if self._signed else None
-
-    def find(self, documents: Sequence[Document], system: str | None) -> Iterator[tuple[int, float, int]]:
-        """Yield the question, the similarity and the index of each document with an equal or a similar prompt.
-
-        For each question, yields the first MAX_CANDIDATES documents with an equal prompt, and as many with a similar one.
-        """
-        asked = [(at, question) for at, one in enumerate(documents) if (question := split_question(one, system)) is not None]
-        texts = [_prompt_text(question) for _, question in asked]
-        for (at, _), text in zip(asked, texts, strict=True):
-            if text in self._by_text and self._num_equal[text] < MAX_CANDIDATES:
-                self._num_equal[text] += 1
-                for i in self._by_text[text]:
-                    yield i, _EXACT, at
-        rows = minhash.compute_signatures(texts)
-        signed = [number for number, row in enumerate(rows) if row is not None]
-        if self._slots is None or not signed:
-            return
-        similar: list[tuple[int, float, int]] = []
-
-        def add(own: np.ndarray, other: np.ndarray, similarity: np.ndarray) -> None:
-            for row, number, share in zip(own.tolist(), other.tolist(), similarity.tolist(), strict=True):
-                i = self._signed[row]
-                if self._num_similar[i] < MAX_CANDIDATES:
-                    self._num_similar[i] += 1
-                    # An estimate of 1 means that the texts differ little.
-                    similar.append((i, min(share, 0.99), asked[signed[number]][0]))
-
-        slots = np.stack([row for row in rows if row is not None])
-        minhash.find_near_pairs_between(self._slots, slots, minhash.REACH, add)
-        yield from similar
+def _sign(texts: Sequence[bytes]) -> tuple[list[int], np.ndarray]:
+    """Return the indices of the texts that are long enough for a signature, and their signatures, uint16 [texts, slots]."""
+    rows = {i: row for i, row in enumerate(minhash.compute_signatures(texts)) if row is not None}
+    return [*rows], np.asarray([*rows.values()], np.uint16).reshape(-1, minhash.NUM_SLOTS)
 
 
 def _prompt_text(question: EvalQuestion) -> bytes:

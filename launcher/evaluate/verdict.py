@@ -53,10 +53,17 @@ def judge(
     without a difference about 5% of all evaluations have an outcome.
     """
     by_metric = {metric: scores, **(others or {})}
-    comparisons = tuple(_compare(name, sides) for name, sides in by_metric.items())
-    primary = comparisons[0]
-    num_prompts = len(scores[TUNED])
-    outcome = _overall(primary)
+    comparisons = tuple(
+        _compare_with(name, baseline, sides[TUNED], sides[baseline], len(sides) - 1)
+        for name, sides in by_metric.items()
+        for baseline in sides
+        if baseline != TUNED
+    )
+    primary = [one for one in comparisons if one.metric == metric]
+    num_prompts, outcomes = len(scores[TUNED]), {one.outcome for one in primary}
+    outcome = ComparisonOutcome.BETTER if outcomes == {ComparisonOutcome.BETTER} else ComparisonOutcome.UNCLEAR
+    if ComparisonOutcome.WORSE in outcomes:
+        outcome = ComparisonOutcome.WORSE
     means = {
         name: {side: float(values.mean()) if len(values) else 0.0 for side, values in sides.items()}
         for name, sides in by_metric.items()
@@ -70,7 +77,7 @@ def judge(
         sentence=sentence,
         num_prompts=num_prompts,
         means=means,
-        comparisons=tuple(one for several in comparisons for one in several),
+        comparisons=comparisons,
         general_loss=general_loss,
     )
 
@@ -95,11 +102,6 @@ def with_examples(
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]} ..."
-
-
-def _compare(metric: str, scores: Mapping[str, Scores]) -> list[BaselineComparison]:
-    baselines = [side for side in scores if side != TUNED]
-    return [_compare_with(metric, name, scores[TUNED], scores[name], len(baselines)) for name in baselines]
 
 
 def _compare_with(metric: str, baseline: str, tuned: Scores, base: Scores, num_baselines: int) -> BaselineComparison:
@@ -163,13 +165,6 @@ def _bounds(differences: Scores, is_binary: bool, num_baselines: int) -> tuple[f
     return low, high, worst_high
 
 
-def _overall(comparisons: Sequence[BaselineComparison]) -> ComparisonOutcome:
-    outcomes = {one.outcome for one in comparisons}
-    if ComparisonOutcome.WORSE in outcomes:
-        return ComparisonOutcome.WORSE
-    return ComparisonOutcome.BETTER if outcomes == {ComparisonOutcome.BETTER} else ComparisonOutcome.UNCLEAR
-
-
 def _sentence(
     metric: str,
     outcome: ComparisonOutcome,
@@ -177,9 +172,9 @@ def _sentence(
     comparisons: Sequence[BaselineComparison],
     num_prompts: int,
 ) -> str:
+    score = f"{metric.replace('_', ' ')} {means[TUNED]:.2f}"
     if not comparisons:
-        start = "The run started from random weights, so there is no base model to compare with"
-        return f"{start}: {_words(metric)} {means[TUNED]:.2f}."
+        return f"The run started from random weights, so there is no base model to compare with: {score}."
     against = " and ".join(f"{means[one.baseline]:.2f} ({one.baseline})" for one in comparisons)
     # The deciding comparison: the one that is lost, else the hardest unclear one, else the hardest.
     deciding = min(
@@ -187,9 +182,7 @@ def _sentence(
         key=lambda one: one.difference if one.low is None else one.low,
         default=comparisons[0],
     )
-    figures = (
-        f"{_words(metric)} {means[TUNED]:.2f} against {against}; difference to {deciding.baseline} {format_difference(deciding)}"
-    )
+    figures = f"{score} against {against}; difference to {deciding.baseline} {format_difference(deciding)}"
     if deciding.p_value is not None:
         figures += f", {deciding.wins} better and {deciding.losses} worse answers, exact test p = {deciding.p_value:.2g}"
     if outcome == ComparisonOutcome.BETTER:
@@ -198,19 +191,11 @@ def _sentence(
         return f"Fine-tuning did not help: {figures}."
     better = [one.baseline for one in comparisons if one.outcome == ComparisonOutcome.BETTER]
     beats = f"It is better than {' and '.join(better)}. " if better else ""
-    return f"The data cannot tell whether fine-tuning helped: {figures}. {beats}{_more_prompts(num_prompts, deciding)}"
-
-
-def _more_prompts(num_prompts: int, deciding: BaselineComparison) -> str:
-    size = max(abs(deciding.difference), SMALLEST_DIFFERENCE)
-    needed = _rounded_up(deciding.prompts_needed or 0)
-    return f"About {needed:,} prompts could tell a difference of {size:.2f}; {num_prompts:,} were used."
-
-
-def _rounded_up(number: int) -> int:
-    """Round up to two digits, because the number is an estimate."""
-    unit = 10 ** max(0, len(str(number)) - 2)
-    return math.ceil(number / unit) * unit
+    size, needed = max(abs(deciding.difference), SMALLEST_DIFFERENCE), deciding.prompts_needed or 0
+    # Rounded up to two digits, because the number is an estimate.
+    unit = 10 ** max(0, len(str(needed)) - 2)
+    more = f"About {math.ceil(needed / unit) * unit:,} prompts could tell a difference of {size:.2f}; {num_prompts:,} were used."
+    return f"The data cannot tell whether fine-tuning helped: {figures}. {beats}{more}"
 
 
 def describe_general_loss(loss: GeneralLoss) -> str:
@@ -222,7 +207,3 @@ def describe_general_loss(loss: GeneralLoss) -> str:
         rise = f"({change / loss.before:.0%}) on general text{until}"
         return f"General loss {moved} {rise}: the model has forgotten some of what it knew."
     return f"General loss {moved}{until}: no sign of forgetting."
-
-
-def _words(metric: str) -> str:
-    return metric.replace("_", " ")

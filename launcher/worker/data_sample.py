@@ -72,7 +72,7 @@ def _look(config: RunConfig) -> dict[str, Any]:
         "num_sampled": len(lengths),
         "is_measured": is_measured,
         "mean": sum(lengths) / max(1, len(lengths)),
-        **{f"p{percent}": lengths[min(len(lengths) - 1, len(lengths) * percent // 100)] for percent in (50, 90, 99)},
+        "p99": lengths[len(lengths) * 99 // 100],
         "longest": lengths[-1],
         "lengths": lengths,
         "config": model_config,

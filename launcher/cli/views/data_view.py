@@ -49,7 +49,7 @@ def number_rows(report: dict[str, Any]) -> list[list[str]]:
     """Return the header, and a row of cells for each source, for a mixture of several, and for the held-out split."""
     header = [
         *("source", "read", "dropped", "documents", "cut", "split", "end of turn", "median", "longest"),
-        *("epochs", "rows", "tokens", "share", "trained", "filled", "padding"),
+        *("epochs", "rows", "tokens", "share", "trained"),
     ]
     lines = [
         [source["name"], *_of_documents(source), f"{source['epochs']:.2f}", *_of_tokens(source, source["frac"])]
@@ -87,7 +87,6 @@ def _of_tokens(counts: dict[str, Any], share: float | None) -> list[str]:
         f"{counts['tokens']:,}",
         "" if share is None else f"{share:.1%}",
         f"{counts['trained_frac']:.1%}",
-        *("" if share is None else f"{counts[key]:.2%}" for key in ("fill_frac", "padding_frac")),
     ]
 
 

@@ -86,45 +86,38 @@ def inspect(
 
     `special_texts` are the tokenizer's special tokens, `split_tokens` control tokens in the template that it splits.
     """
-    identities: list[_Identity] = []
+    identities: list[tuple[tuple[int, int, int, int, int, int], bytes]] = []
     hits: list[tuple[CheckHit, ...]] = []
     for document, rendering, tokens in zip(documents, rendered, encoded, strict=True):
         parts = list(_parts(document, rendering, data.train_on))
-        identity = _identify(document, parts)
+        hashes, signed, text = _identify(document, parts)
+        identities.append((hashes, signed))
         trained_parts = _as_trained(document, parts, data.system)
-        text = (
-            identity.full_text if trained_parts is parts else minhash.normalize("\n".join([part.text for part in trained_parts]))
-        )
-        candidates = patterns.find_candidates(text.encode())
-        text_hits = _check_texts(trained_parts, text, candidates, special_texts)
-        identities.append(identity)
-        split_hits = _check_split_tokens(rendering, split_tokens) if split_tokens else ()
-        structure_hits = _check_structure(document, parts, tokens)
-        hits.append((*structure_hits, *text_hits, *split_hits))
-    signatures = minhash.compute_signatures([identity.signed for identity in identities])
+        if trained_parts is not parts:
+            text = minhash.normalize("\n".join([part.text for part in trained_parts]))
+        text_hits = _check_texts(trained_parts, text, patterns.find_candidates(text.encode()), special_texts)
+        split = [] if rendering.raw else [token for token in split_tokens if token in rendering.text]
+        split_hits = [CheckHit("split_control_token", f"{', '.join(split)}: not a token of this tokenizer")] if split else []
+        hits.append((*_check_structure(document, parts, tokens), *text_hits, *split_hits))
+    signatures = minhash.compute_signatures([signed for _, signed in identities])
     return [
-        Inspection(*identity.hashes, signature, document_hits, isinstance(document, PlainText))
-        for document, identity, signature, document_hits in zip(documents, identities, signatures, hits, strict=True)
+        Inspection(*hashes, signature, document_hits, isinstance(document, PlainText))
+        for document, (hashes, _), signature, document_hits in zip(documents, identities, signatures, hits, strict=True)
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Identity:
-    """The basis for comparing a document: the hashes of `Inspection`, in its order, and the text of the signature.
+def _identify(document: Document, parts: Sequence[_TextPart]) -> tuple[tuple[int, int, int, int, int, int], bytes, str]:
+    """Return the hashes of `Inspection`, in its order, the text of the signature, and the normalized text of all parts.
 
-    `full_text` is the normalized text of all parts.
+    `parts` are the document's own, in order: tools, system, messages.
     """
-
-    hashes: tuple[int, int, int, int, int, int]
-    signed: bytes
-    full_text: str
-
-
-def _identify(document: Document, parts: Sequence[_TextPart]) -> _Identity:
-    """Hash the text of a document; `parts` are the document's own, in order: tools, system, messages."""
     num_tools = int(bool(parts) and parts[0].where == "tools")
     num_system = num_tools + int(len(parts) > num_tools and parts[num_tools].where == "system")
-    num_prompt = num_tools + _num_prompt_parts(document)
+    # Everything before the first answer.
+    num_prompt = num_tools + int(isinstance(document, Completion))
+    if isinstance(document, Chat):
+        roles = [message.role for message in document.messages]
+        num_prompt += roles.index("assistant") if "assistant" in roles else len(roles)
     bounds = ((0, num_tools), (num_tools, num_system), (num_system, num_prompt), (max(num_system, num_prompt), len(parts)))
     tools, system, question, rest = [
         minhash.normalize("\n".join([part.text for part in parts[a:b]])) if a < b else "" for a, b in bounds
@@ -144,22 +137,11 @@ def _identify(document: Document, parts: Sequence[_TextPart]) -> _Identity:
         of_prompt or of_content,
         of_content,
     )
-    return _Identity(hashes, _join(comparable[1:]), " ".join([tools, *texts]) if tools else " ".join(texts))
+    return hashes, _join(comparable[1:]), " ".join([tools, *texts]) if tools else " ".join(texts)
 
 
 def _join(texts: Sequence[bytes]) -> bytes:
     return b" ".join([text for text in texts if text])
-
-
-def _num_prompt_parts(document: Document) -> int:
-    """Return how many parts of a document, excluding its tools, precede the first answer."""
-    match document:
-        case Chat(messages=messages):
-            return next((i for i, message in enumerate(messages) if message.role == "assistant"), len(messages))
-        case Completion():
-            return 1
-        case PlainText():
-            return 0
 
 
 def _setup(document: Document) -> bytes:
@@ -223,30 +205,19 @@ def _check_structure(document: Document, parts: list[_TextPart], encoded: Encode
     if empty := [part.where for part in parts if part.answer is not None and not part.answer.strip()]:
         yield CheckHit("empty_answer", f"{empty[0]} is empty")
     if num_trained > LONG_ANSWER_TOKENS and not isinstance(document, PlainText):
-        longest = _longest_run(encoded.trained)
+        borders = np.flatnonzero(np.diff(encoded.trained, prepend=0, append=0))
+        longest = int((borders[1::2] - borders[::2]).max())
         if longest > LONG_ANSWER_TOKENS:
             yield CheckHit("long_answer", f"{longest:,} trained tokens in one answer")
     for part in parts:
-        if part.answer is not None and (ratio := _repetition(part.answer)) > REPETITIVE_RATIO:
-            yield CheckHit("repetitive_answer", f"{part.where} is {len(part.answer):,} characters that compress to 1/{ratio:.0f}")
+        answer = (part.answer or "").encode()
+        ratio = len(answer) / len(zlib.compress(answer, 1)) if len(answer) >= _MIN_REPETITIVE_BYTES else 0.0
+        if ratio > REPETITIVE_RATIO:
+            length = len(part.answer or "")
+            yield CheckHit("repetitive_answer", f"{part.where} is {length:,} characters that compress to 1/{ratio:.0f}")
             break
     if isinstance(document, Chat) and (fault := role_fault(document.messages)):
         yield CheckHit("role_order", fault)
-
-
-def _check_split_tokens(rendered: RenderedDocument, split_tokens: Sequence[str]) -> Iterator[CheckHit]:
-    if not rendered.raw and (written := [token for token in split_tokens if token in rendered.text]):
-        yield CheckHit("split_control_token", f"{', '.join(written)}: not a token of this tokenizer")
-
-
-def _longest_run(trained: np.ndarray) -> int:
-    borders = np.flatnonzero(np.diff(trained, prepend=0, append=0))
-    return int((borders[1::2] - borders[::2]).max(initial=0))
-
-
-def _repetition(text: str) -> float:
-    data = text.encode()
-    return len(data) / len(zlib.compress(data, 1)) if len(data) >= _MIN_REPETITIVE_BYTES else 0.0
 
 
 def role_fault(messages: Sequence[Message]) -> str | None:

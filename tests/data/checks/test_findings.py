@@ -34,6 +34,12 @@ def test_near_leaks_refuse_a_run_if_the_settings_say_fail() -> None:
         assert judged.fatal is fatal
 
 
+@pytest.mark.parametrize(("share", "fatal"), [(0.99, False), (1.0, True)])
+def test_a_whole_source_without_a_trained_token_refuses_a_run(share: float, fatal: bool) -> None:
+    (judged,) = judge((Finding("no_trained_token", 99, 200, {"a": 99}, LEAK.examples, share),), ChecksSection())
+    assert judged.fatal is fatal
+
+
 def test_a_refusal_names_the_places_and_the_setting_that_accepts_it() -> None:
     with pytest.raises(DataError) as caught:
         refuse((SECRET, LEAK, NO_END), ChecksSection())

@@ -35,37 +35,24 @@ SECRETS = {
 
 # ‹ › mark the secret.
 HIDDEN = [
-    "export API_KEY=‹9f8e7d6c5b4a39281706f5e4d3c2b1a0›",
     "AWS_SECRET_ACCESS_KEY=‹wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY›",
     "Authorization: Bearer ‹abcdef1234567890abcdef›",
-    "Authorization: Basic ‹dXNlcjpwYXNzd29yZDE=›",
     "password=‹hunter2hunter2›",
-    "my password: ‹Tr0ub4dor&3zzz›",
     "db password is ‹s3cretPassw0rd!›",
-    "The API key is ‹9f8e7d6c5b4a3928›",
     "Tel. ‹089 / 1234 5678›",
-    "Phone: ‹0891234567›",
-    "phone number is ‹5551234567›",
     "‹555-123-4567›",
-    "‹0171-1234567›",
 ]
 NOT_SECRET = [
-    *("password = getpass()", "token: str", "key=lambda x: x", 'api_key=os.environ["X1Y2Z3"]', "password: required"),
-    *(
-        "password: str = Field(min_length=8)",
-        "password = hash_sha256(value)",
-        "password=user_password2",
-        "password: SHA-256-hashed",
-    ),
-    *(
-        "password = form.password1",
-        "The password is at least 12 characters long",
-        "API_KEY=${API_KEY_V1}",
-        "API_KEY=<your_api_key1>",
-    ),
-    *('access_token = response1.json()["a1"]', "secret_key=settings.SECRET_KEY2", "password=abc1234def(x)", "secret: 12345678"),
-    *("Authorization: Bearer YOUR_ACCESS_TOKEN_HERE", "Authorization: Bearer $TOKEN1", "the secret is to add 2x4 boards"),
-    *("from 0900-0130, 100-200 apples, 300/400", "01/02/2020", "phones cost 600-800 in 1999-2000", "her phone 742 / 106 = 7"),
+    "password = getpass()",
+    'api_key=os.environ["X1Y2Z3"]',
+    "password: str = Field(min_length=8)",
+    "password=user_password2",
+    "API_KEY=<your_api_key1>",
+    "secret: 12345678",
+    "Authorization: Bearer $TOKEN1",
+    "the secret is to add 2x4 boards",
+    "from 0900-0130, 100-200 apples, 300/400, 01/02/2020",
+    "her phone 742 / 106 = 7",
 ]
 
 
@@ -125,6 +112,8 @@ GOOD = [
 @pytest.mark.parametrize("document", GOOD)
 def test_good_documents_have_no_findings(document: Document) -> None:
     assert hits_of(document) == {}
+    texts = [part.text for part in inspection._parts(document, trained(""), "assistant")]
+    assert patterns.redact(texts) == texts
 
 
 @pytest.mark.parametrize(
@@ -132,8 +121,6 @@ def test_good_documents_have_no_findings(document: Document) -> None:
     [
         ([("assistant", "Hello"), ("user", "Hi"), ("assistant", "So")], "messages[0] (assistant) comes first"),
         ([("user", "a"), ("user", "b"), ("assistant", "c")], "messages[1] (user) follows a message of role user"),
-        ([("user", "a"), ("system", "b"), ("assistant", "c")], "messages[1] (system) follows a message of role user"),
-        ([("user", "a"), ("assistant", "b"), ("assistant", "c")], "messages[2] (assistant) follows a message of role assistant"),
         ([("user", "a"), ("tool", "b"), ("assistant", "c")], "messages[1] (tool) follows a message of role user"),
         ([("user", "a"), ("assistant", "b"), ("user", "c")], "the last message is of role user"),
     ],
@@ -212,8 +199,6 @@ def test_wrongly_decoded_text_is_found(text: str, detail: str) -> None:
     [
         ("so <|im_end|> it", "a special token of this tokenizer"),
         ("<|eot_id|>", "unknown to this tokenizer"),
-        ("[INST] hi [/INST]", "unknown to this tokenizer and 1 more"),
-        ("<start_of_turn>user", "unknown to this tokenizer"),
     ],
 )
 def test_special_tokens_in_the_text_are_found(text: str, means: str) -> None:
@@ -251,12 +236,6 @@ def test_secrets_in_prose_are_redacted(text: str) -> None:
 def test_code_and_numbers_are_no_secrets(text: str) -> None:
     assert patterns.redact([text]) == [text]
     assert hits_of(PlainText("x:1", text)) == {}
-
-
-@pytest.mark.parametrize("document", GOOD)
-def test_good_text_is_not_redacted(document: Document) -> None:
-    texts = [part.text for part in inspection._parts(document, trained(""), "assistant")]
-    assert patterns.redact(texts) == texts
 
 
 def test_every_check_of_the_settings_has_its_texts() -> None:
