@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from launcher.data.cache.split import Split
 from launcher.data.sources import Chat, Completion, Document, Message, list_inputs
 from launcher.data.sources.eval_set import make_set_data
 from launcher.data.tokenization.chat_template import with_system
-from launcher.data.tokenization.encoder import Encoder
+from launcher.data.tokenization.encoder import Encoder, RenderedDocument
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.progress import Advance
@@ -109,7 +108,7 @@ def read_set(plan: LaunchPlan, name: str, encoder: Encoder, max_questions: int, 
         split = Split.open(plan.eval_sets[name])
     order = np.random.default_rng(plan.config.run.seed).permutation(split.num_docs)
     chosen = order[: int(max_questions * _SPARE) + 16]
-    keys = [_digest_tokens(np.asarray(split.tokens[split.docs[i] : split.docs[i + 1]])) for i in chosen]
+    keys = [digest_tokens(np.asarray(split.tokens[split.docs[i] : split.docs[i + 1]])) for i in chosen]
     documents = _find(data, encoder, set(keys), advance)
     if len(documents) < len({*keys}) and data.long_documents != "split":
         message = f"the data files no longer contain the documents of {name}: {len(documents)} of {len({*keys})} were found"
@@ -120,29 +119,44 @@ def read_set(plan: LaunchPlan, name: str, encoder: Encoder, max_questions: int, 
     return QuestionSet(name, tuple(usable[:max_questions]), split.num_docs, len(questions) - len(usable))
 
 
-def _digest_tokens(ids: np.ndarray) -> bytes:
+def digest_tokens(ids: np.ndarray) -> bytes:
+    """Return the digest for finding a cached document in its source."""
     return xxhash.xxh3_128_digest(np.ascontiguousarray(ids, dtype=np.uint32).tobytes())
 
 
 def _find(data: DataSection, encoder: Encoder, keys: set[bytes], advance: Advance) -> dict[bytes, Document]:
     """Return the documents whose first row has the tokens of one of `keys`; reads the sources until all are found."""
     documents: dict[bytes, Document] = {}
-    # The file of the held-out documents is last in the list.
-    read = read_documents(list_inputs(data)[::-1], encoder, data.checks)
-    while len(documents) < len(keys) and (batch := [*islice(read, _ENCODED_AT_ONCE)]):
-        rendered = []
-        for document in batch:
-            try:
-                rendered.append((document, encoder.render(document)))
-            except DataError:
-                if data.checks.bad_rows == "fail":
-                    raise
+    batch: list[Document] = []
+
+    def match() -> None:
+        rendered = [(document, one) for document in batch if (one := render(document, encoder, data.checks)) is not None]
         for (document, _), encoded in zip(rendered, encoder.encode([one for _, one in rendered]), strict=True):
-            key = _digest_tokens(encoded.ids[: data.max_length])
+            key = digest_tokens(encoded.ids[: data.max_length])
             if key in keys:
                 documents.setdefault(key, document)
         advance(len(batch))
+        batch.clear()
+
+    # The file of the held-out documents is last in the list.
+    for document in read_documents(list_inputs(data)[::-1], encoder, data.checks):
+        batch.append(document)
+        if len(batch) == _ENCODED_AT_ONCE:
+            match()
+            if len(documents) == len(keys):
+                return documents
+    match()
     return documents
+
+
+def render(document: Document, encoder: Encoder, checks: ChecksSection) -> RenderedDocument | None:
+    """Return a document in the chat template; None if the template refuses it and the settings leave such rows out."""
+    try:
+        return encoder.render(document)
+    except DataError:
+        if checks.bad_rows == "fail":
+            raise
+        return None
 
 
 def read_documents(inputs: Sequence[Source], encoder: Encoder, checks: ChecksSection) -> Iterator[Document]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from launcher.config.schema import RunConfig
 from launcher.data.build import build
 from launcher.data.sources import Chat, Message
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
-from launcher.evaluate.overlap import describe_copies, find_training_copies
+from launcher.evaluate.overlap import MAX_CANDIDATES, _Prompts, describe_copies, find_training_copies
 from launcher.evaluate.questions import EvalQuestion, QuestionSet, read_set
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -65,3 +66,15 @@ def test_prompts_of_training_rows_are_found(
     assert gone.copies == {}
     assert gone.gap.startswith("prompts were not compared with the training documents: ")
     assert str(file) in gone.gap
+
+
+def test_rows_with_one_prompt_for_all_take_no_time_and_memory_for_each_question() -> None:
+    questions = [question(i, ask(0)) for i in range(50)]
+    prompts = _Prompts(questions)
+    chats = [Chat(f"rows:{i}", (Message("user", ask(0)), Message("assistant", f"{i}"))) for i in range(1000)]
+    similar = [Chat(f"rows:{i}", (Message("user", f"{ask(0)} {i}"), Message("assistant", "a"))) for i in range(1000)]
+    candidates = [one for some in (chats[:500], chats[500:]) for one in prompts.find(some, None)]
+    assert Counter(i for i, similarity, _ in candidates if similarity == 1) == dict.fromkeys(range(50), MAX_CANDIDATES)
+    assert len(candidates) <= 2 * 50 * MAX_CANDIDATES
+    near = Counter(i for some in (similar[:500], similar[500:]) for i, _, _ in prompts.find(some, None))
+    assert 0 < max(near.values()) <= MAX_CANDIDATES
