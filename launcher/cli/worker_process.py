@@ -67,12 +67,13 @@ def run_worker_module(module: str, config: RunConfig | None, *arguments: str, ti
         code, output = run_worker(command, "" if config is None else config.model_dump_json(), subprocess.PIPE, timeout_s)
     except subprocess.TimeoutExpired:
         raise RunError(f"python -m {module} did not end within {timeout_s:.0f} s") from None
+    failed = RunError(f"python -m {module} ended with exit code {code}; its messages are above")
     try:
         answer: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        answer = {}
-    if not answer or (code and "problems" not in answer):
-        raise RunError(f"python -m {module} ended with exit code {code}; its messages are above")
+        raise failed from None
+    if code and "problems" not in answer:
+        raise failed
     return answer
 
 
