@@ -105,7 +105,7 @@ def examine(config: RunConfig, deadline: float) -> DoctorReport:
                 _say("checking this machine")
                 command = [sys.executable, "-m", NODE_MODULE]
                 with NodeCommand(command, config.model_dump_json(), worker_environment()) as checks:
-                    reader.read(checks.lines(deadline))
+                    checks.show_lines(reader.feed, deadline)
                 if not reader.reports:
                     messages = " / ".join(line.strip() for line in list(checks.errors)[-2:])
                     remedy = "give them more time with --timeout"

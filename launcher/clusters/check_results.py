@@ -101,11 +101,6 @@ class ReportReader:
         self.reports: dict[str, MachineReport] = {}
         self._chunks: dict[str, dict[int, str]] = {}
 
-    def read(self, lines: Iterable[str]) -> None:
-        """Feed all lines."""
-        for line in lines:
-            self.feed(line)
-
     def feed(self, line: str) -> None:
         """Add this line's part of a report; ignores other lines, and those of a complete report."""
         match = _LINE.search(line.rstrip("\n"))

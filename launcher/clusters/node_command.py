@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO, Self
@@ -63,18 +63,24 @@ class NodeCommand:
         with uninterrupted():
             self.close()
 
-    def lines(self, deadline: float) -> Iterator[str]:
-        """Yield the lines of its standard output until it closes it, or until `deadline`, a time.monotonic() time."""
+    def show_lines(self, show: Callable[[str], object], deadline: float) -> list[str]:
+        """Pass the lines of its standard output to `show` until it closes it, or until `deadline`, a time.monotonic() time.
+
+        Returns the last lines.
+        """
+        last: deque[str] = deque(maxlen=_MAX_LINES)
         while (left := deadline - time.monotonic()) > 0:
             try:
                 line = self._lines.get(timeout=left)
             except queue.Empty:
-                return
+                break
             if line is None:
                 # Leave time for the messages that explain the end.
                 self._errors_thread.join(1.0)
-                return
-            yield line
+                break
+            show(line)
+            last.append(line.strip())
+        return [line for line in last if line]
 
     def close(self) -> None:
         """End the command and everything that it started; TERM comes first, so that it can clean up."""
@@ -94,15 +100,6 @@ class NodeCommand:
 def show_line(line: str) -> None:
     """Print a line of a command to standard error."""
     print(printable(line.rstrip()), file=sys.stderr, flush=True)
-
-
-def show_lines(command: NodeCommand, deadline: float) -> list[str]:
-    """Print a command's lines to standard error as they arrive, until it ends; returns the last lines."""
-    last: deque[str] = deque(maxlen=_MAX_LINES)
-    for line in command.lines(deadline):
-        last.append(line.strip())
-        show_line(line)
-    return [line for line in last if line]
 
 
 @contextmanager

@@ -29,14 +29,16 @@ def test_reports_are_read_from_mixed_lines_of_several_machines() -> None:
     assert max(map(len, lines)) < 1000
     random.Random(1).shuffle(lines)
     reader = ReportReader()
-    reader.read(["salloc: Granted job allocation 7", "", *(f"{line}\n" for line in lines)])
+    for line in ["salloc: Granted job allocation 7", "", *(f"{line}\n" for line in lines)]:
+        reader.feed(line)
     assert sorted(reader.reports.values(), key=lambda each: each.machine) == sent
 
 
 def test_a_report_that_is_cut_off_does_not_count() -> None:
     reader = ReportReader()
-    reader.read(to_lines(report("n1", CheckResult("limits", OK, "x" * 2000)))[:-1])
-    reader.read(['launcher-doctor n2 1/1 {"machine": "n2", "results"', 'launcher-doctor n3 1/1 {"machine": "n3", "results": 7}'])
+    damaged = ['launcher-doctor n2 1/1 {"machine": "n2", "results"', 'launcher-doctor n3 1/1 {"machine": "n3", "results": 7}']
+    for line in (*to_lines(report("n1", CheckResult("limits", OK, "x" * 2000)))[:-1], *damaged):
+        reader.feed(line)
     assert reader.reports == {}
 
 

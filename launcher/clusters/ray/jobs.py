@@ -8,7 +8,6 @@ import secrets
 import shlex
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -121,11 +120,8 @@ def run_driver(
     if not section.is_http:
         path = {"PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
         with NodeCommand([sys.executable, "-u", "-m", module, *arguments], "", {**os.environ, **path, **environ}) as driver:
-            last: deque[str] = deque(maxlen=_LAST_LINES)
-            for line in driver.lines(deadline):
-                show(line)
-                last.append(line)
-            return [line.strip() for line in (*last, *driver.errors) if line.strip()]
+            lines = driver.show_lines(show, deadline)
+            return [*lines, *(line.strip() for line in driver.errors if line.strip())]
     address = section.address or ""
     job = submit_module(section, code, f"launcher-{name}-{secrets.token_hex(4)}", module, arguments, environ)
     num_shown, answered_at, log, message = 0, time.monotonic(), "", ""

@@ -60,7 +60,7 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
         config = config.model_copy(update={"cluster": section.model_copy(update={"ranks_per_node": num_gpus})})
     request = (config, name, config.model_dump_json(), num_gpus, minutes, script, environ)
     with allocation.allocate(*request) as started:
-        reader.read(started.lines(deadline))
+        started.show_lines(reader.feed, deadline)
         if (num_missing := section.nodes - len(reader.reports)) <= 0:
             remedy = "run it on a node by hand; correct or remove it in the settings"
             seen = "a command of cluster.setup failed: "

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.clusters.node_command import show_lines
+from launcher.clusters.node_command import show_line
 from launcher.clusters.slurm import allocation, sbatch
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.schema import RunConfig
@@ -51,7 +51,7 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
     trusted = {owners.VARIABLE: owners.Trust.from_environ(os.environ).as_numbers()}
     script = allocation.node_script(config, module, num_gpus, trusted, folders, ("--kill-on-bad-exit=1",))
     with allocation.allocate(config, name, "", num_gpus, section.time_minutes, script, {}) as started:
-        lines = show_lines(started, time.monotonic() + _LONGEST_WAIT_S)
+        lines = started.show_lines(show_line, time.monotonic() + _LONGEST_WAIT_S)
         if not (folder / "answers.json").is_file():
             raise RunError(
                 "the nodes have not answered all prompts",
