@@ -204,7 +204,7 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
         run_file=file,
     )
     OmegaConf.set_readonly(cfg, False)
-    settle_alternatives(cfg, origins)
+    replaced = settle_alternatives(cfg, origins)
     unresolved = dict(leaves(OmegaConf.to_container(cfg, resolve=False)))
     absent = [key for key, value in unresolved.items() if value == "???"]
     for key in absent:
@@ -212,6 +212,7 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
         OmegaConf.update(cfg, key, "./missing")
     values = {str(k): v for k, v in _resolved(cfg, unresolved, origins).items()}
     name_model_after_path(values, {*map(override_key, overrides), *file_keys})
+    absent += [key for key in origins.missing_keys() if key in unresolved and key not in (*absent, *replaced)]
     scalars = list(leaves(values))
     held = environment_secrets(os.environ)
     secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}

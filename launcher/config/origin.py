@@ -106,6 +106,17 @@ class Origins:
         if (root := self._file("config.yaml")) is not None:
             yield root, ""
 
+    def missing_keys(self) -> list[str]:
+        """Return the keys that the last file to set them leaves as `???`: Hydra keeps the value of an earlier file."""
+        keys = []
+        for file, prefix in self.files():
+            text = file.read_text()
+            for key, line, value in nodes(text) if "???" in text else ():
+                full = ".".join(filter(None, (prefix, key)))
+                if value == "???" and self.written_at(full) == f"{short(file)}:{line}":
+                    keys.append(full)
+        return keys
+
     def file_of(self, group: str) -> Path | None:
         """Return the file of the chosen option of a group; None if no option is chosen."""
         option = self.choices.get(group)

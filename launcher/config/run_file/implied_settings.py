@@ -17,8 +17,8 @@ _NO_ROWS = ("", "null", "[]")
 _ALTERNATIVES = (("train", ("max_steps", "epochs")), ("data", ("eval_fraction", "eval_path")), ("data", ("path", "sources")))
 
 
-def settle_alternatives(cfg: Any, origins: Origins) -> None:
-    """Of settings that replace each other, keep those that the latest layer sets; unset the others.
+def settle_alternatives(cfg: Any, origins: Origins) -> list[str]:
+    """Of settings that replace each other, keep those that the latest layer sets; unset the others and return their keys.
 
     The layers are the command line, the run's file, and the files in conf/ from the last composed one to the first.
     """
@@ -26,6 +26,7 @@ def settle_alternatives(cfg: Any, origins: Origins) -> None:
 
     values: Any = OmegaConf.to_container(cfg, resolve=False)
     layers = [COMMAND_LINE, *(short(file) for file, _ in origins.files())]
+    replaced = []
     for section, names in _ALTERNATIVES:
         content = values.get(section) if isinstance(values.get(section), dict) else {}
         if "sources" in names and "${data.path}" in str(content.get("sources")):
@@ -36,6 +37,8 @@ def settle_alternatives(cfg: Any, origins: Origins) -> None:
             # Without data.sources, nothing would read data.path.
             if layer[name] > min(layer.values()) and name != "sources":
                 OmegaConf.update(cfg, f"{section}.{name}", 0.0 if name == "eval_fraction" else None)
+                replaced.append(f"{section}.{name}")
+    return replaced
 
 
 def name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
