@@ -72,7 +72,7 @@ def _look(config: RunConfig) -> dict[str, Any]:
         "num_sampled": len(lengths),
         "is_measured": is_measured,
         "mean": sum(lengths) / max(1, len(lengths)),
-        "p99": lengths[len(lengths) * 99 // 100],
+        **{f"p{percent}": lengths[len(lengths) * percent // 100] for percent in (50, 90, 99)},
         "longest": lengths[-1],
         "lengths": lengths,
         "config": model_config,
