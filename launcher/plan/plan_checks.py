@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,9 +19,6 @@ _HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
 _MAX_LR = 1.0
 # A RoPE factor above this is no scaling of positions.
 _MAX_FACTOR = 1e6
-# Files of rows, which have no held-out split of their own, and files whose rows are plain text.
-_ROW_FILE = re.compile(r"\.(jsonl|json|csv|parquet|txt)(\.gz|\.zst)?$")
-_TEXT_FILE = re.compile(r"\.txt(\.gz|\.zst)?$")
 # Assumed write speed of one node to shared storage: parallel file systems are faster, plain NFS may be slower. The margin covers
 # the step in progress, which ends before the save.
 CHECKPOINT_GIB_PER_SECOND = 1.0
@@ -70,31 +66,13 @@ def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Prob
             value=value,
             remedy=f"set checkpoint.save_every={every}" + (f", or eval.answers_every={fitting}" if fitting else ""),
         )
-    known = [HELD_OUT] if _may_hold_out(config, data) else []
-    known += [one.name for one in config.eval.sets]
-    asked = [name for name in known if _may_have_prompts(config, name)]
-    if not asked:
-        reason = f"{' and '.join(known)} are plain text" if known else "there are no held-out rows and no eval.sets"
+    if data is not None and not data.num_eval_rows and not config.eval.sets:
         yield Problem(
-            f"eval.answers_every needs prompts to answer, and {reason}",
+            "eval.answers_every needs prompts to answer, and there are no held-out rows and no eval.sets",
             where=key,
             value=value,
             remedy="hold out documents with prompts (data.eval_fraction=0.05), name a file of them in eval.sets, or remove it",
         )
-
-
-def _may_hold_out(config: RunConfig, data: DataFacts | None) -> bool:
-    """Return whether rows are held out. Before the data is built, the settings decide: folders may have their own split."""
-    if data is not None:
-        return data.num_eval_rows > 0
-    is_set = bool(config.data.eval_fraction or config.data.eval_path)
-    return is_set or not all(_ROW_FILE.search(source.path) for source in config.data.sources)
-
-
-def _may_have_prompts(config: RunConfig, name: str) -> bool:
-    """Return whether the rows of a set may be more than plain text, judging by the settings."""
-    sources = config.data.sources if name == HELD_OUT else [one for one in config.eval.sets if one.name == name]
-    return any(source.format != "text" and not _TEXT_FILE.search(source.path) for source in sources)
 
 
 def _best_set_interval(config: RunConfig) -> int:

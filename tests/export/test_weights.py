@@ -100,7 +100,7 @@ def test_files_that_the_digests_do_not_cover_are_verified(runs, tmp_path):
         verify_checkpoint(task(checkpoint, "bf16", tmp_path / "out"))
 
 
-@pytest.mark.parametrize("at", [3, 7, 9, 400])
+@pytest.mark.parametrize("at", [3, 400])
 def test_a_damaged_header_is_reported(runs, tmp_path, at):
     checkpoint = digested(runs, "bf16", tmp_path)
     shard = checkpoint / store.shard_name(1)

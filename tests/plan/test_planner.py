@@ -73,11 +73,6 @@ def test_planning_reads_neither_disk_nor_clock_nor_environment(
     assert plans == expected
 
 
-def test_the_same_settings_give_the_same_plan(config_of: Callable[..., RunConfig], facts: Facts) -> None:
-    assert plan(config_of(), facts).digest() == plan(config_of(), facts).digest()
-    assert plan(config_of(), facts).digest() != plan(config_of("optim.lr=0.5"), facts).digest()
-
-
 def test_the_digest_survives_the_file(config_of: Callable[..., RunConfig], facts: Facts, tmp_path: Path) -> None:
     planned = plan(config_of("tracking.tags=[a,b]", "model.config.extra={x: [1, 2.5, null]}"), facts)
     for number in range(3):

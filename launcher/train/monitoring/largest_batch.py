@@ -33,8 +33,6 @@ _GIB = 2**30
 # If other processes hold at least this many GiB of a GPU, they are the reason, not the run. This includes the memory that CUDA
 # and NCCL use in this process, which torch does not know about.
 _OF_OTHERS_GIB = 2.0
-# A message names a part that is larger than planned by more than this factor.
-_LARGER = 1.05
 
 
 @dataclass(frozen=True)
@@ -43,14 +41,6 @@ class LargestBatchRecord:
 
     plan_digest: str
     device: str
-
-
-class OutOfMemoryInPass(torch.OutOfMemoryError):
-    """The largest batch does not fit; `before_gib` is what was allocated before it: model states and buckets."""
-
-    def __init__(self, message: str, before_gib: float) -> None:
-        super().__init__(message)
-        self.before_gib = before_gib
 
 
 def run_largest_batch(
@@ -66,7 +56,7 @@ def run_largest_batch(
     """Run the micro-batch that needs the most memory, once per plan and device type. Collective.
 
     Raises:
-        OutOfMemoryInPass: if it does not fit.
+        torch.OutOfMemoryError: if it does not fit.
     """
     setting = plan.config.train.largest_batch_first
     if not (device.type == "cuda" if setting is None else setting):
@@ -80,15 +70,9 @@ def run_largest_batch(
     if rank0_broadcast(rank_info, "the record of the largest batch cannot be read", is_done):
         return
     micro = choose_largest(split, plan.batch.micro_batch_size, plan.config.data.packing)
-    before_gib = 0.0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before_gib = torch.cuda.memory_allocated(device) / _GIB
-    with (
-        _noted_memory(before_gib),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        zero3.dropped_gradients(engine),
-    ):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), zero3.dropped_gradients(engine):
         loss = objective.sum_loss(engine, micro, device, 1.0).total
         engine.backward(loss, scale_wrt_gas=False)
     del loss
@@ -100,14 +84,6 @@ def run_largest_batch(
     rank0_broadcast(rank_info, "the record of the largest batch cannot be written", lambda: json_records.write(file, record))
     labels = int((micro.labels >= 0).sum())
     tracker.event("info", f"the largest batch, {micro.input_ids.numel():,} tokens with {labels:,} trained, fits{peak}", 0)
-
-
-@contextmanager
-def _noted_memory(before_gib: float) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryInPass(str(error), before_gib) from error
 
 
 def choose_largest(split: Split, micro_batch_size: int, packing: bool) -> MicroBatch:
@@ -137,14 +113,24 @@ def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_ste
     try:
         yield
     except torch.OutOfMemoryError as error:
-        if has_completed_step() or _has_fitted(plan, run_dir) or _gib_of_others() > _runtime_gib(plan) + _OF_OTHERS_GIB:
+        runtime_gib = plan.peak.runtime_gib or DEFAULT_RUNTIME_GIB
+        if has_completed_step() or _has_fitted(plan, run_dir) or _gib_of_others() > runtime_gib + _OF_OTHERS_GIB:
             raise
+        peak, stage = plan.peak, plan.peak.largest
+        rest_gib = peak.tensors_gib - peak.states_gib - stage.activations_gib - stage.gathered_gib
+        message = (
+            f"the GPU ran out of memory before the first step was completed: {str(error).split('. ')[0].strip()}. Planned were "
+            f"{peak.tensors_gib:.1f} GiB of tensors: states {peak.states_gib:.1f}, activations {stage.activations_gib:.1f}, "
+            f"gathered weights {stage.gathered_gib:.1f}, everything else {rest_gib:.1f}"
+        )
+        if torch.cuda.is_available():
+            message += f"; {torch.cuda.max_memory_allocated() / _GIB:.1f} GiB were allocated"
+        situation = replace(situation_of(plan), chunk_tokens=plan.loss_chunk_tokens)
+        savings = memory_savings(situation, plan.batch.micro_batch_size, plan.checkpointing)
         raise OutOfMemory(
-            describe_out_of_memory(
-                plan, str(error), _allocated_gib(), error.before_gib if isinstance(error, OutOfMemoryInPass) else None
-            ),
+            message,
             where=f"{plan.gpu_name or 'GPU'}, micro-batch {plan.batch.micro_batch_size}",
-            remedy=_remedy(plan),
+            remedy=f"set one of {'; '.join(savings)}" if savings else "use more GPUs, or larger ones",
         ) from error
 
 
@@ -157,54 +143,6 @@ def _has_fitted(plan: LaunchPlan, run_dir: RunDir) -> bool:
         return file.is_file() and json_records.read(LargestBatchRecord, file).plan_digest == plan.digest()
     except (OSError, LauncherError):
         return True
-
-
-def describe_out_of_memory(plan: LaunchPlan, reason: str, allocated_gib: float | None, before_gib: float | None = None) -> str:
-    """Return what did not fit, with the planned parts, and which of them was larger than planned.
-
-    `allocated_gib` is the peak allocation and `before_gib` the one before the pass; None if unknown.
-    """
-    first = reason.split(". ")[0].strip()
-    message = f"the GPU ran out of memory before the first step was completed: {first}"
-    peak = plan.peak
-    stage = peak.largest
-    message += (
-        f". Planned were {peak.tensors_gib:.1f} GiB of tensors: states {peak.states_gib:.1f}, activations "
-        f"{stage.activations_gib:.1f}, gathered weights {stage.gathered_gib:.1f}, everything else "
-        f"{peak.tensors_gib - peak.states_gib - stage.activations_gib - stage.gathered_gib:.1f}"
-    )
-    if allocated_gib is None:
-        return message
-    part = "more than planned" if allocated_gib > _LARGER * peak.tensors_gib else "no more than planned"
-    message += f"; {allocated_gib:.1f} GiB were allocated, {part}"
-    if before_gib is None:
-        return message
-    planned_before = peak.states_gib + peak.buckets_gib
-    parts = {
-        "states and buckets": (before_gib, planned_before),
-        "the forward and backward pass": (allocated_gib - before_gib, peak.tensors_gib - planned_before),
-    }
-    larger = [
-        f"{name} ({measured:.1f} GiB, planned {planned:.1f})"
-        for name, (measured, planned) in parts.items()
-        if measured > _LARGER * planned
-    ]
-    return f"{message}; larger than planned: {' and '.join(larger)}" if larger else message
-
-
-def _remedy(plan: LaunchPlan) -> str:
-    situation = replace(situation_of(plan), chunk_tokens=plan.loss_chunk_tokens)
-    savings = memory_savings(situation, plan.batch.micro_batch_size, plan.checkpointing)
-    return f"set one of {'; '.join(savings)}" if savings else "use more GPUs, or larger ones"
-
-
-def _allocated_gib() -> float | None:
-    return torch.cuda.max_memory_allocated() / _GIB if torch.cuda.is_available() else None
-
-
-def _runtime_gib(plan: LaunchPlan) -> float:
-    """Return the GiB of a GPU that CUDA and NCCL use according to the plan."""
-    return plan.peak.runtime_gib or DEFAULT_RUNTIME_GIB
 
 
 def _gib_of_others() -> float:

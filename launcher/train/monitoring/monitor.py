@@ -111,7 +111,7 @@ class Monitor:
     def metrics(self, tokens: int) -> dict[str, float]:
         """Return the metrics over all ranks, and the goodput and cost of the run so far, in which `tokens` were trained."""
         spent, aggregated = self._spent(), rank_stats.aggregate_metrics(self._ranks, self._works)
-        if "memory/peak_reserved_gib" in aggregated and self._planned_gib is not None:
+        if "memory/peak_reserved_gib" in aggregated:
             aggregated["memory/planned_gib"] = self._planned_gib
         if self._planned_tokens_per_sec is not None:
             aggregated["perf/planned_tokens_per_sec"] = self._planned_tokens_per_sec

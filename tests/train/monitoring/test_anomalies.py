@@ -46,12 +46,6 @@ def test_a_small_change_of_a_constant_loss_is_no_spike() -> None:
     assert len(detector.step(1.2, 1000.0)) == 1
 
 
-def test_there_is_no_alert_before_there_are_enough_losses() -> None:
-    detector = AnomalyDetector("cuda", "runs/demo")
-    for loss in (11.0, 9.0, 7.0, 50.0, 6.0):
-        assert detector.step(loss, 1000.0) == []
-
-
 def test_a_slowdown_is_an_alert_with_causes_of_the_device() -> None:
     detector = AnomalyDetector("cuda", "runs/demo")
     run_normal_steps(detector, 100)
@@ -64,13 +58,6 @@ def test_a_slowdown_is_an_alert_with_causes_of_the_device() -> None:
     (text,) = [on_cpus.step(2.0, 500.0) for _ in range(10)][-1]
     assert "CPUs" in text
     assert "GPU" not in text
-
-
-def test_one_slow_step_is_no_alert() -> None:
-    detector = AnomalyDetector("cuda", "runs/demo")
-    run_normal_steps(detector, 100)
-    assert detector.step(2.0, 10.0) == []
-    run_normal_steps(detector, 50)
 
 
 def alert_kinds(detector: AnomalyDetector, steps: Iterable[tuple[float, float]]) -> list[str]:
