@@ -122,7 +122,10 @@ def hold(path: Path, timeout_s: float, command: str, mode: int = -1) -> Iterator
     try:
         # The lock also holds without an identity.
         with suppress(OSError):
-            identity.write_text(json.dumps(asdict(Holder.this_process(command))))
+            identity.unlink(missing_ok=True)
+            # In a folder of a group, a member could have put a link there; "x" follows none.
+            with open(identity, "x") as file:
+                file.write(json.dumps(asdict(Holder.this_process(command))))
         yield
     finally:
         # An identity file that cannot be removed names a process that has ended.

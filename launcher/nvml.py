@@ -211,8 +211,11 @@ def _visible_handles(nvml: Any, visible: str | None) -> list[Any]:
         except nvml.NVMLError as error:
             reachable.append(error)
     chosen: list[Any] = []
-    for name in map(str, range(len(reachable))) if visible is None else visible.split(","):
-        number = name.strip()
+    names = map(str, range(len(reachable))) if visible is None else visible.split(",")
+    for number in map(str.strip, names):
+        # CUDA ignores what follows an empty or negative entry.
+        if number in ("", "-1"):
+            break
         if not number.isdigit():
             chosen.append(nvml.nvmlDeviceGetHandleByUUID(number))
         elif int(number) < len(reachable):

@@ -361,9 +361,8 @@ def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
             remedy = f"use the run's directory: {shell_command(inside)}"
             return SubmitError(f"{name} is not a run directory", where=str(candidate), remedy=remedy)
         if candidate.is_dir():
-            return SubmitError(
-                f"{name} is a folder, but not a run: it has no {marker}", where=str(candidate), remedy="name a run"
-            )
+            remedy = f"list runs with: {launcher_command('ls')}"
+            return SubmitError(f"{name} is a folder, but not a run: it has no {marker}", where=str(candidate), remedy=remedy)
     if not root.is_dir():
         remedy = f"name the folder of runs with --root, or start a run with: {launcher_command('train')}"
         message = f"there is no run named {name}"

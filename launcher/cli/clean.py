@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -220,10 +220,13 @@ def _is_locked(lock: Path) -> bool:
 
 def _remove(entry: CacheEntry) -> list[str]:
     """Remove an entry; returns what could not be removed, with the reasons."""
-    if _is_locked(entry.lock):
-        return [f"{entry.path}: another process began to build it"]
     try:
-        return remove_path(Path(entry.path))
+        with open(entry.lock, "rb+") if entry.lock.exists() else nullcontext() as lock:
+            if lock is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return remove_path(Path(entry.path))
+    except BlockingIOError:
+        return [f"{entry.path}: another process began to build it"]
     except OSError as error:
         return [f"{error.filename or entry.path}: {error.strerror or error}"]
 

@@ -210,7 +210,7 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     for key in absent:
         # References to the missing value must resolve, so that the other mistakes are reported too.
         OmegaConf.update(cfg, key, "./missing")
-    values = {str(k): v for k, v in _resolved(cfg, unresolved, origins).items()}
+    values = {str(k): v for k, v in _resolved(cfg, origins).items()}
     name_model_after_path(values, {*map(override_key, overrides), *file_keys})
     absent += [key for key in origins.missing_keys() if key in unresolved and key not in (*absent, *replaced)]
     scalars = list(leaves(values))
@@ -237,8 +237,8 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     return Composed(config, overrides if file is None else (str(file.path), *overrides), origins)
 
 
-def _resolved(cfg: Any, unresolved: Mapping[str, Any], origins: Origins) -> dict[Any, Any]:
-    """Return the settings with their references resolved; `unresolved` are their values before."""
+def _resolved(cfg: Any, origins: Origins) -> dict[Any, Any]:
+    """Return the settings with their references resolved."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -57,7 +57,7 @@ def report(
     counts = recorded["sources"]
     judged = findings.judge(findings.read(facts.cache_dir), data.checks)
     padded_rows = 0 if data.packing else train.micro_batch_size or train.global_batch_size
-    slots = max(1, facts.num_tokens + int(_padding(split, data, train, seed, padded_rows).sum()))
+    slots = max(1, facts.num_tokens + int(_padding(split, train, seed, padded_rows).sum()))
     train_numbers, train_by_source = _count_split(split, len(counts))
     held_out_numbers, held_out_by_source = _count_split(held_out, len(counts))
     return {
@@ -171,7 +171,7 @@ def _count_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[d
     return {"rows": split.num_rows, **_numbers(lengths, trained)}, each
 
 
-def _padding(split: Split, data: DataSection, train: TrainSection, seed: int, padded_rows: int) -> np.ndarray:
+def _padding(split: Split, train: TrainSection, seed: int, padded_rows: int) -> np.ndarray:
     """Return the padding of each row, int64 [rows]: with packing, up to the longest of all rows, else of its `padded_rows` rows.
 
     `padded_rows` is the micro-batch size if it is set. If the plan chooses it, it is the global batch size, an upper bound.

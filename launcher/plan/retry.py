@@ -163,11 +163,7 @@ def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:
     fruitless = [attempt.cause for attempt in attempts[since:] if attempt.cause in _TAKEN_AWAY and not _made_progress(attempt)]
     if attempts[-1].cause in _TAKEN_AWAY and len(fruitless) >= MOST_FRUITLESS_PREEMPTIONS:
         interruptions = "preemptions and changes of size" if Cause.RESIZED in fruitless else "preemptions"
-        remedy = (
-            "raise cluster.resize_seconds"
-            if attempts[-1].cause is Cause.RESIZED
-            else "save more often with checkpoint.save_every"
-        )
+        remedy = "save more often with checkpoint.save_every"
         return f"{len(fruitless)} {interruptions} without a newer checkpoint between them; {remedy}"
     return ""
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -227,12 +228,12 @@ def test_an_empty_root_lists_nothing(capsys: pytest.CaptureFixture[str], empty: 
     assert json.loads(capsys.readouterr().out) == []
 
 
-def test_a_closed_pipe_is_no_error(launch_here: Run, launcher_env: dict[str, str], empty: Path) -> None:
+def test_a_closed_pipe_ends_the_command_without_a_traceback(launch_here: Run, launcher_env: dict[str, str], empty: Path) -> None:
     # The first command reports one-time work on standard error, which would otherwise appear below.
     assert launch_here("plan", "model=tiny", cwd=empty).returncode == 0
     command = f"{sys.executable} -m launcher plan --json model=tiny | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=empty, env=launcher_env, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGPIPE, "{\n", "")
 
 
 @pytest.mark.parametrize("words", ["--help", "plan --json train.max_step=1"])

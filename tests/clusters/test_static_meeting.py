@@ -192,6 +192,7 @@ def test_a_public_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network, "_interfaces", lambda: {"eth0": ["8.8.4.4"]})
     with pytest.raises(SubmitError, match="public address"):
         head_endpoint(NodeIdentity(0, 2, "8.8.4.4", 29500), None)
+    assert head_endpoint(NodeIdentity(0, 2, "8.8.4.4", 29500), "eth0") == network.Endpoint("8.8.4.4", "eth0")
     assert head_endpoint(NodeIdentity(0, 1, None, 29500), None) is None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from e2e_tools import TINY, command_line, json_lines, last_step, losses, metrics, slow_steps, status
+from e2e_tools import TINY, command_line, json_lines, metrics, slow_steps, status
 from pace import wait_for
 from testbed_cluster import Testbed
 
@@ -137,9 +137,3 @@ def submit(launch: Launch, bed: Testbed, root: Path, name: str, *overrides: str,
     done = launch(*SETTINGS, f"run.root={root}", f"run.name={name}", *overrides, **{**bed.variables, **slow_steps(), **env})
     assert done.returncode == 0, done.stdout + done.stderr
     return SlurmRun(root / name, bed, launch)
-
-
-def assert_same_training(run: Path, undisturbed: Path) -> None:
-    """Check that the last loss of each step is the undisturbed run's, however often the step was trained."""
-    assert last_step(run) == last_step(undisturbed)
-    assert losses(run) == losses(undisturbed)

@@ -90,7 +90,7 @@ class Mirror:
         """
         self._require_ours(is_begun=False)
         files = {
-            name: self._remote.send(name, path) for name, path in _list_fixed_files(self._run, self._plan, self._owner.attempt)
+            name: self._remote.send(name, path) for name, path in _list_fixed_files(self._run, self._plan)
         }
         files[CODE] = self._remote.write(CODE, _build_code_archive(self._run.code))
         self.send_progress()
@@ -255,10 +255,10 @@ def _is_there(checkpoint: Checkpoint) -> bool:
         return False
 
 
-def _list_fixed_files(run: RunDir, plan: LaunchPlan, attempt: int) -> Iterator[tuple[str, Path]]:
+def _list_fixed_files(run: RunDir, plan: LaunchPlan) -> Iterator[tuple[str, Path]]:
     """Yield the names in the mirror and the local paths of the files of run, model and tokenizer that do not change."""
-    newest = run.attempt(attempt) / "attempt.json"
-    for path in (run.plan, *run_store.changed_plan_paths(run)[-1:], newest, *sorted(run.plans.glob("*.json"))):
+    records = [run.attempt(number) / "attempt.json" for number in run_store.attempt_numbers(run)]
+    for path in (run.plan, *run_store.changed_plan_paths(run)[-1:], *records, *sorted(run.plans.glob("*.json"))):
         yield str(path.relative_to(run.root)), path
     patterns = (*_MODEL_FILES, *(["*.py"] if plan.config.model.trust_remote_code else []))
     folders = {"model": plan.model.path, "tokenizer": plan.model.tokenizer_path}

@@ -23,6 +23,8 @@ REMEDY = (
 # Prefix of the line that reports a failed command of cluster.setup.
 FAILED = "launcher-setup: this command failed: "
 _CANCEL_PATIENCE_S = 10.0
+# Options of a run's job that do not belong to a short allocation beside it.
+_OF_RUNS = frozenset({"array", "begin", "deadline", "dependency", "mail-type", "mail-user", "mail_type", "mail_user"})
 
 
 def num_gpus_per_node(config: RunConfig) -> int:
@@ -56,8 +58,7 @@ def request_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> 
     """Return the arguments of salloc or sbatch for the job's name and its request."""
     section = SlurmSection.of(config.cluster)
     requested = sbatch.requested_nodes(section, section.nodes, num_gpus)
-    # A job that the run waits for need not end before this one.
-    additional = {key: value or True for key, value in section.additional_parameters.items() if key != "dependency"}
+    additional = {key: value or True for key, value in section.additional_parameters.items() if key not in _OF_RUNS}
     options = {"job-name": name, "time": str(minutes), **requested, **additional}
     return [
         f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")

@@ -88,7 +88,7 @@ def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:
 def cancel_jobs(plan: LaunchPlan) -> None:
     """Cancel the run's jobs; if Slurm does not answer, they continue."""
     with suppress(SlurmError):
-        slurm("scancel", f"--name={_job_name(plan)}")
+        slurm("scancel", "--me", f"--name={_job_name(plan)}")
 
 
 def _job_name(plan: LaunchPlan) -> str:

@@ -349,7 +349,7 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (r"Licenses", "waiting for licenses"),
     (
         r"BadConstraints",
-        "no node satisfies its constraints; cancel it and change that option, or the requested resources",
+        "no node satisfies its constraints; cancel it and change constraint (cluster.additional_parameters) or the resources",
     ),
     (r"Cleaning", "processes of its last start are still being ended"),
 )

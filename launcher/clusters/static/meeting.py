@@ -323,11 +323,11 @@ def head_endpoint(here: NodeIdentity, interface: str | None) -> network.Endpoint
     if here.nodes == 1:
         return None
     endpoint = network.endpoint_of(str(here.address), interface)
-    if network.is_public(endpoint.address):
+    if interface is None and network.is_public(endpoint.address):
         raise SubmitError(
             "the machines would connect to each other over a public address",
             where="cluster.master_addr",
             value=f"{endpoint.address} on {endpoint.interface}",
-            remedy="use the address of a private network, or choose it with cluster.interface",
+            remedy="use the address of a private network, or set cluster.interface to this one if a firewall protects it",
         )
     return endpoint

@@ -158,7 +158,7 @@ def exchange(
         if index in compared:
             problems += compared[index].problems
         else:
-            remedy = f"exclude the node with cluster.additional_parameters.exclude={host}, or look at its log"
+            remedy = "look at its log, or run without this node"
             problems.append(Problem(f"the node did not report within {deadline_s:g} s", where=host, remedy=remedy))
     return problems
 

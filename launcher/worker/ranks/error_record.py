@@ -73,7 +73,7 @@ class ErrorSlot:
     def from_environ(cls, environ: Mapping[str, str]) -> ErrorSlot:
         """Map the slot that the agent provides; without one, `write` does nothing."""
         memory, local_rank = None, int(environ.get("LOCAL_RANK", "0"))
-        # In a container with its own PID namespace the agent's path does not exist.
+        # In a container with its own PID namespace the agent's path does not exist; the record is then lost.
         with suppress(OSError, ValueError), open(environ.get(VARIABLE, ""), "r+b", buffering=0) as file:
             memory = mmap.mmap(file.fileno(), 0)
         return cls(memory, local_rank)
@@ -82,7 +82,7 @@ class ErrorSlot:
         """Leave a record for the agent; the header, which makes it valid, comes last."""
         if self._memory is None:
             return
-        content = json.dumps(asdict(record)).encode()
+        content = json.dumps(asdict(record), ensure_ascii=False).encode(errors="replace")
         begin = self._offset + _HEADER.size
         self._memory[begin : begin + len(content)] = content
         _HEADER.pack_into(self._memory, self._offset, os.getpid(), len(content))

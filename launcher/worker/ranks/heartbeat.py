@@ -27,8 +27,7 @@ class Beat:
     """The last heartbeat of a rank.
 
     `count` is the number of heartbeats from process `pid`, `step` its completed optimizer steps. `at` is a time.monotonic() time;
-    all processes of a machine share this clock. `trained` is whether the rank has begun
-    to train.
+    all processes of a machine share this clock. `trained` is whether the rank has begun to train.
     """
 
     count: int

@@ -73,7 +73,8 @@ class Attempts:
                 attempt = run_store.read_attempt(run, self.number)
             plan = group.choose(self._plan, self._unfit)
             head = group.training[0]
-            require_private(head)
+            if RaySection.of(plan.config.cluster).interface is None:
+                require_private(head)
             group.plan_path = self._plan_path
             if not plan == self._plan == run_store.load_plan(run):
                 # An attempt without its own plan uses the previous attempt's.

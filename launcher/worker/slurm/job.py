@@ -178,12 +178,12 @@ def _with_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int,
     addresses = network.node_addresses(os.environ["SLURM_JOB_NODELIST"], _left(until))
     several = len(addresses) > 1
     endpoint = network.own_endpoint(list(addresses.values()), section.interface) if several else network.LOOPBACK
-    if network.is_public(endpoint.address):
+    if section.interface is None and network.is_public(endpoint.address):
         raise RunError(
             "the nodes would connect to each other over a public address",
             where=f"{endpoint.interface} of {os.uname().nodename}",
             value=endpoint.address,
-            remedy="set cluster.interface to a private network",
+            remedy="set cluster.interface to a private network, or to this one if a firewall protects it",
         )
     return replace(
         attempt,

@@ -252,6 +252,7 @@ def test_a_mirror_belongs_to_one_run_and_its_newest_attempt(place, tmp_path: Pat
     moved = RunDir(tmp_path / "elsewhere")
     run_store.create_attempt(moved, Attempt(resume_step=None))
     later = begun(plan, moved, attempt=2)
+    assert [(folder / f"attempts/{number:03d}/attempt.json").is_file() for number in (1, 2)] == [True, True]
     with pytest.raises(MirrorTaken, match="attempt 2"):
         mirror.send(commit(run, 5))
     with pytest.raises(MirrorTaken, match="attempt 2"):

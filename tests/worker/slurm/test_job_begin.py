@@ -289,12 +289,12 @@ def test_a_public_master_address_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     told: list[int],
 ) -> None:
-    of = submitted(interface="eth7")
+    of = submitted()
     in_slurm(SLURM_JOB_NODELIST="n[1-2]")
     fake_slurm.answer("scontrol", "show", "hostnames", "n[1-2]", out="n1\nn2\n")
     described = slurm_said.node("n1", "10.0.0.1") + slurm_said.node("n2", "10.0.0.2")
     fake_slurm.answer("scontrol", "--oneliner", "show", "node", "n[1-2]", out=described)
-    monkeypatch.setattr(network, "_interfaces", lambda: {"eth7": ["8.8.8.8"]})
+    monkeypatch.setattr(network, "own_endpoint", lambda peers, interface: network.Endpoint("8.8.8.8", "eth7"))
     before = of.attempt()
     code, out, err = of.begin()
     assert (code, out) == (1, "")
