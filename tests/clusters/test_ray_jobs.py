@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pwd
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from launcher.clusters.ray import evaluation, jobs
+from launcher.clusters.ray import jobs
 from launcher.config.sections.ray import RaySection
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
@@ -112,7 +114,7 @@ class BusyClient(Client):
         pass
 
 
-def test_an_evaluation_outlasts_requests_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
+def test_a_command_outlasts_requests_that_fail(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
     now = 0.0
 
     def monotonic() -> float:
@@ -123,8 +125,11 @@ def test_an_evaluation_outlasts_requests_that_fail(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(time, "monotonic", monotonic)
     client = BusyClient(num_failures=20)
     monkeypatch.setattr(jobs, "_client", lambda address: client)
-    assert evaluation._run_as_job(SECTION, tmp_path) == ["answered", "done"]
+    shown: list[str] = []
+    run = partial(jobs.run_driver, SECTION, "evaluate", "a_module", [], {}, math.inf, shown.append)
+    assert run() == ["answered", "done"]
+    assert shown == ["answered\n"]
     client = BusyClient(num_failures=100_000)
     with pytest.raises(SubmitError, match="does not answer"):
-        evaluation._run_as_job(SECTION, tmp_path)
+        run()
     assert client.has_stopped

@@ -32,10 +32,10 @@ def test_other_data_with_the_same_counts_is_refused(
     made = hand_made.plan(tmp_path / "run", {**settings, "train": {"max_steps": 4}})
     trained = build(DataSection.model_validate(settings["data"]), str(tokenizer_dir))
     plan = made.model_copy(update={"data": trained.model_copy(update={"cache_dir": "/elsewhere/data/0123"})})
-    assert mirror._find_or_build_data(plan, plan.config.model) == trained
+    assert mirror._find_or_build_data(plan, plan.config) == trained
     jsonl([{**row, "completion": row["completion"][::-1]} if row["prompt"] == "7:" else row for row in reversed(rows)])
     other = build(plan.config.data, str(tokenizer_dir))
     assert other.model_dump(exclude={"cache_dir", "digest"}) == trained.model_dump(exclude={"cache_dir", "digest"})
     with pytest.raises(DataError, match="differs from the data that the run was trained on") as caught:
-        mirror._find_or_build_data(plan, plan.config.model)
+        mirror._find_or_build_data(plan, plan.config)
     assert caught.value.problems[0].value == f"digest: {other.digest} on this machine, {trained.digest} in the run"
