@@ -59,7 +59,7 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_serve
     # Only rank 0 compares shapes, and its failure ends the run.
     assert "the weight files do not fit the model: size mismatch for model.norm.weight" in str(first[4])
     assert first[5] == second[5]
-    assert "model.safetensors is incomplete: " in str(first[5])
+    assert "model.safetensors is not a complete safetensors file: " in str(first[5])
     for problems in (first, second):
         assert "Failed to apply weight conversion for 'model.layers.1.mlp.experts.gate_up_proj'" in str(problems[6])
 
