@@ -64,7 +64,7 @@ def test_many_preemptions_without_a_newer_checkpoint_end_the_run() -> None:
     resized = [*stuck(Cause.RESIZED), *attempts[1:-1], *stuck(Cause.RESIZED)]
     refused = decide(resized[-1], resized[:-1], SlurmSection())
     assert (refused.again, refused.state) == (False, "failed")
-    assert "preemptions and changes of size without a newer checkpoint between them; raise cluster.resize" in refused.reason
+    assert "preemptions and changes of size without a newer checkpoint between them; save more often" in refused.reason
     assert decide(resized[-1], resized[1:-1], SlurmSection()).again
 
 

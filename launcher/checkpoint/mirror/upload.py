@@ -89,9 +89,7 @@ class Mirror:
             MirrorTaken: if it belongs to another run, or to a later attempt of this one.
         """
         self._require_ours(is_begun=False)
-        files = {
-            name: self._remote.send(name, path) for name, path in _list_fixed_files(self._run, self._plan)
-        }
+        files = {name: self._remote.send(name, path) for name, path in _list_fixed_files(self._run, self._plan)}
         files[CODE] = self._remote.write(CODE, _build_code_archive(self._run.code))
         self.send_progress()
         mine = MirroredRun(run_name=self._plan.run_name, owner=self._owner, files=files)

@@ -82,7 +82,7 @@ class ErrorSlot:
         """Leave a record for the agent; the header, which makes it valid, comes last."""
         if self._memory is None:
             return
-        content = json.dumps(asdict(record), ensure_ascii=False).encode(errors="replace")
+        content = json.dumps(asdict(record)).encode()
         begin = self._offset + _HEADER.size
         self._memory[begin : begin + len(content)] = content
         _HEADER.pack_into(self._memory, self._offset, os.getpid(), len(content))
