@@ -231,9 +231,14 @@ def test_an_empty_root_lists_nothing(capsys: pytest.CaptureFixture[str], empty: 
 def test_a_closed_pipe_ends_the_command_without_a_traceback(launch_here: Run, launcher_env: dict[str, str], empty: Path) -> None:
     # The first command reports one-time work on standard error, which would otherwise appear below.
     assert launch_here("plan", "model=tiny", cwd=empty).returncode == 0
-    command = f"{sys.executable} -m launcher plan --json model=tiny | head -n 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=empty, env=launcher_env, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGPIPE, "{\n", "")
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "launcher", "plan", "--json", "model=tiny"]
+    with os.fdopen(write_end, "w") as closed_pipe:
+        done = subprocess.run(
+            command, stdout=closed_pipe, stderr=subprocess.PIPE, text=True, cwd=empty, env=launcher_env, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("words", ["--help", "plan --json train.max_step=1"])

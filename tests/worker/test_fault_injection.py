@@ -56,6 +56,7 @@ def test_a_hang_stops_the_last_rank_and_an_attempt_without_processes_is_refused(
     node: list[subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     assert fault_injection.inject("hang", tmp_path / "run", 2).description == "SIGSTOP to rank 3"
-    assert psutil.Process(node[2].pid).status() == psutil.STATUS_STOPPED
+    # A signal to another process is delivered a moment later.
+    wait_for("the stop", lambda: psutil.Process(node[2].pid).status() == psutil.STATUS_STOPPED, 10)
     with pytest.raises(RunError, match="attempt 3 has no agent"):
         fault_injection.find(tmp_path / "run", 3)

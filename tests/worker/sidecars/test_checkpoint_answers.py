@@ -167,7 +167,7 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     fake_slurm.answer("sbatch", out="78\n", times=1)
     later = CheckpointAnswers(run, planned, 2)
     later.work(False)
-    cancelled = ["scancel", f"--name=launcher-answers-{planned.wandb_id}"]
+    cancelled = ["scancel", "--me", f"--name=launcher-answers-{planned.wandb_id}"]
     assert [call[0] if call[0] == "sbatch" else call for call in fake_slurm.calls] == ["sbatch", cancelled, "sbatch"]
     run.cancel(2).write_text("{}")
     later.conclude(False)
