@@ -32,8 +32,9 @@ def score_in_process(metric: str, file: str, answer: GeneratedAnswer, reference:
 
     `metric` is a metric of the table or, if `file` is not empty, the name of a function in this file.
     """
-    if file and (problem := _call(_IMPORT_S, _import, file, metric)):
-        return f"its file cannot be imported: {problem}"
+    # The start of the process, which may import torch again from slow storage, does not count as time for an answer.
+    if problem := _call(_IMPORT_S, _import, file, metric):
+        return f"its file cannot be imported: {problem}" if file else problem
     return _call(TIME_LIMIT_S, _compute, metric, file, answer, reference, options)
 
 
@@ -94,7 +95,8 @@ def _load(file: str, function: str) -> Callable[[str, str], Any]:
 
 def _import(file: str, function: str) -> str:
     try:
-        _load(file, function)
+        if file:
+            _load(file, function)
     except BaseException as error:
         return _describe(error, file)
     return ""

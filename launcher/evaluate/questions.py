@@ -163,7 +163,7 @@ def read_documents(inputs: Sequence[Source], encoder: Encoder, checks: ChecksSec
     """Yield the documents of sources as the build of the cache reads them.
 
     Raises:
-        DataError: if a source is missing, if another user has created a folder of its name, or if rows cannot be read.
+        DataError: if a source is missing, or rows cannot be read.
     """
     for source in inputs:
         if source.is_read:

@@ -29,7 +29,7 @@ def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
     Every process scores with the copies: the files may change, and a path may lead to another file on other nodes.
 
     Raises:
-        ConfigError: if a file is missing or invalid, or another user could have changed it.
+        ConfigError: if a file is missing or invalid.
     """
     contents = {}
     for metric in settings.metrics:

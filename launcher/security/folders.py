@@ -143,12 +143,12 @@ def is_writable(folder: Path) -> bool:
 
 
 @functools.cache
-def temporary_folder() -> Path:
-    """Return a folder on this machine for temporary files, and for the kernels that compilers keep there, of this user only.
+def temporary_folder(parent: str | None = None) -> Path:
+    """Return a folder in `parent`, by default TMPDIR, for temporary files and compiled kernels of this user only.
 
     Libraries load code from folders of known names in TMPDIR. Later processes find the folder again, unless another user took it.
     """
-    folder = Path(tempfile.gettempdir())
+    folder = Path(parent or tempfile.gettempdir())
     if folder.name != (name := f"launcher-{os.geteuid()}"):
         folder /= name
     with suppress(OSError):
@@ -158,7 +158,7 @@ def temporary_folder() -> Path:
 
 def private_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables for a process of a run: TMPDIR, and folders in it for libraries if the home directory is read-only."""
-    folder = temporary_folder()
+    folder = temporary_folder(environ.get("TMPDIR"))
     variables = {"TMPDIR": str(folder)}
     caches = Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or "/") / ".cache")
     if not is_writable(caches):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import shutil
 import tempfile
@@ -204,8 +205,12 @@ def _replace_head(hf: Any, chunk_tokens: int) -> None:
 
 def convert_gguf(file: Path, folder: Path) -> None:
     """Convert a GGUF file to a Hugging Face folder with bf16 weights and tokenizer; `folder` appears when complete."""
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    # transformers parses the file three times, and builds the table of names for each module: most of the time otherwise.
+    for name in ("GGUFReader", "get_tensor_name_map"):
+        setattr(gguf, name, functools.cache(getattr(gguf, name)))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     # Given only a name, transformers reads a file of that name in the working directory, which may be another user's.

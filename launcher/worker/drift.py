@@ -28,6 +28,7 @@ from launcher.evaluate.drift import DriftReport, Numbers, Prompt, compare
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
+from launcher.tracking.progress import show_documents
 from launcher.worker.scoring.command_process import answer, run_process
 from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary_folder
 from launcher.worker.scoring.weights import find_weights
@@ -181,8 +182,9 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     run = RunDir(arguments.plan.absolute().parent)
 
-    def describe(on_progress: Progress) -> dict[str, Any]:
-        return dict(json_records.encode(find_drift(run, arguments.prompts, arguments.likelihood, on_progress)))
+    def describe() -> dict[str, Any]:
+        with show_documents("rows") as on_progress:
+            return dict(json_records.encode(find_drift(run, arguments.prompts, arguments.likelihood, on_progress)))
 
     return answer(describe)
 

@@ -43,7 +43,6 @@ def test_a_job_is_running_and_then_cancelled(here: Testbed, eventually: Wait) ->
     running = eventually(lambda: in_state(job_id, "RUNNING"))
     assert running.queued
     assert (running.node_list, running.restarts, running.start_estimate) == ("n[1-2]", 0, None)
-    assert abs(running.end_time - (time.time() + 600)) < 30
     assert queue.explain(running) == "running"
     assert queue.describe_drained_nodes(nodes=running.node_list) == ""
     slurm("scontrol", "update", "nodename=n2", "state=drain", "reason=bad fan, see ticket")
@@ -55,7 +54,6 @@ def test_a_job_is_running_and_then_cancelled(here: Testbed, eventually: Wait) ->
     slurm("scancel", job_id)
     cancelled = eventually(lambda: in_state(job_id, "CANCELLED"))
     assert not cancelled.queued
-    assert abs(cancelled.end_time - time.time()) < 30
 
 
 @pytest.mark.parametrize(
@@ -109,7 +107,7 @@ def test_every_reason_to_wait_is_explained(here: Testbed, eventually: Wait) -> N
     }
     for reason, (job_id, words) in waiting.items():
         job = eventually(lambda job_id=job_id, reason=reason: (found := look(job_id)).reason == reason and found)
-        assert (job.state, job.queued, job.end_time) == ("PENDING", True, None)
+        assert (job.state, job.queued) == ("PENDING", True)
         # Slurm estimates start times in the background.
         assert eventually(lambda job_id=job_id, words=words: re.fullmatch(words, queue.explain(look(job_id))))
     found = queue.jobs({job_id: NAME for job_id, _ in waiting.values()})
@@ -127,7 +125,7 @@ def test_a_job_that_needs_a_drained_node_is_explained(here: Testbed, eventually:
 
 
 def test_unknown_reasons_and_states_are_shown_unchanged() -> None:
-    job = queue.Job("7", "PENDING", "SunSpots", None, None, 0, "", queued=True)
+    job = queue.Job("7", "PENDING", "SunSpots", None, 0, "", queued=True)
     assert queue.explain(job) == "pending (SunSpots)"
     assert queue.explain(replace(job, state="STAGE_OUT", reason="")) == "stage out"
     assert queue.explain(replace(job, state="FAILED", reason="NonZeroExitCode", queued=False)) == "failed (NonZeroExitCode)"
@@ -144,7 +142,7 @@ def test_unknown_reasons_and_states_are_shown_unchanged() -> None:
     ],
 )
 def test_limits_of_qos_and_account_are_explained(reason: str, words: str) -> None:
-    explained = queue.explain(queue.Job("7", "PENDING", reason, None, None, 0, "", queued=True))
+    explained = queue.explain(queue.Job("7", "PENDING", reason, None, 0, "", queued=True))
     assert explained.startswith(words)
     assert explained.endswith(f" ({reason})")
 
@@ -217,8 +215,6 @@ def test_a_job_that_slurmctld_has_forgotten_is_found_in_the_accounting(
         ended = queue.job(old, began, "old")
         assert ended is not None
         assert (ended.state, ended.queued, ended.node_list, ended.restarts) == ("FAILED", False, "n1", 1)
-        assert ended.end_time is not None
-        assert began <= ended.end_time <= time.time() + 1
         assert submit("--hold", name="young") == old
         assert queue.job(old, began, "old") == ended
         assert look(old, "young").state == "PENDING"

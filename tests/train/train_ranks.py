@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -307,12 +308,13 @@ def train_after_probe(plan_path: str, failing: str, persistence_threshold: int) 
     return {"message": message, "errors": errors, "num_gathered": num_gathered, "losses": losses}
 
 
-def train_with_layers(plan_path: str, packages: str = "") -> dict[str, Any]:
+def train_with_layers(plan_path: str, packages: str = "", backend: str = "inductor") -> dict[str, Any]:
     """Train four steps on different packed rows; return the losses, last gradient norm, weights and compiled graphs.
 
-    `packages` is a folder of optional packages.
+    `packages` is a folder of optional packages; `backend` is that of torch.compile.
     """
     sys.path[:0] = filter(None, [packages])
+    torch.compile = functools.partial(torch.compile, backend=backend)
     rank, plan = meet(), LaunchPlan.load(plan_path)
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     torch._dynamo.reset()

@@ -120,7 +120,7 @@ def test_the_time_of_the_interruption_decides_whether_it_was_the_time_limit(run:
 @pytest.mark.parametrize("how", ["marker", "scancel"])
 def test_a_cancelled_attempt_counts_as_cancelled(run: RunDir, judge: Judge, how: str) -> None:
     if how == "marker":
-        atomic_files.write_json(run.attempt(1) / "cancel.json", {"asked_at": 1.0, "save": True})
+        atomic_files.write_json(run.attempt(1) / "cancel.json", {"save": True})
     state = "CANCELLED" if how == "scancel" else "RUNNING"
     node(run, 0, failure("killed"))
     assert judge(state=state, code=143) == Ending(Cause.CANCELLED, STEP, "cancelled at step 40 without saving")

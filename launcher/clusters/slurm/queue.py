@@ -19,8 +19,8 @@ FINAL_STATES = (
 
 # A control character, because job names may contain any printable character.
 _SEPARATOR = "\x1f"
-_SQUEUE_FIELDS = ("JobArrayID", "Name", "State", "Reason", "StartTime", "EndTime", "RestartCnt", "NodeList", "exit_code")
-_SACCT_FIELDS = ("JobID", "JobName", "State", "Reason", "End", "NodeList", "ExitCode", "Submit")
+_SQUEUE_FIELDS = ("JobArrayID", "Name", "State", "Reason", "StartTime", "RestartCnt", "NodeList", "exit_code")
+_SACCT_FIELDS = ("JobID", "JobName", "State", "Reason", "NodeList", "ExitCode", "Submit")
 # The clocks of the login node and the controller may differ, and sacct's times have no time zone.
 _CLOCK_SLACK_S = 86400.0
 # Slurm checks time limits about twice a minute.
@@ -40,15 +40,13 @@ class Job:
     """A Slurm job; times are seconds since the epoch.
 
     `state` and `reason` are Slurm's; `reason` is empty if there is none. `queued` is True until the state is final.
-    `start_estimate` is when Slurm expects a waiting job to start. `end_time` is when an ended job ended, or when a running job
-    reaches its time limit. `exit_signal` is the signal that ended the batch script, or 0.
+    `start_estimate` is when Slurm expects a waiting job to start. `exit_signal` is the signal that ended the batch script, or 0.
     """
 
     id: str
     state: str
     reason: str
     start_estimate: float | None
-    end_time: float | None
     restarts: int
     node_list: str
     queued: bool
@@ -90,7 +88,7 @@ def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
         raise
     known = {}
     for row in _rows(output, len(_SQUEUE_FIELDS)):
-        number, name, state, reason, start, end, restarts, nodes, exit_code = row
+        number, name, state, reason, start, restarts, nodes, exit_code = row
         if names.get(number) == name:
             is_waiting = state not in FINAL_STATES and not nodes
             known[number] = Job(
@@ -99,7 +97,6 @@ def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
                 reason=_value(reason),
                 # For a held job that was requeued, this is its earliest start time, not an estimate.
                 start_estimate=None if _is_held(reason) or not is_waiting else _time(start),
-                end_time=None if is_waiting else _time(end),
                 restarts=int(restarts),
                 node_list=nodes,
                 queued=state not in FINAL_STATES,
@@ -128,12 +125,12 @@ def _accounted(job_id: str, submitted_at: float, name: str, retry_s: float) -> J
     rows = [row for row in _rows(output, len(_SACCT_FIELDS)) if row[:2] == [job_id, name]]
     if not rows:
         return None
-    _, _, state, reason, end, nodes, exit_code, _ = max(rows, key=lambda row: _time(row[-1]) or 0)
+    _, _, state, reason, nodes, exit_code, _ = max(rows, key=lambda row: _time(row[-1]) or 0)
     # The state may be followed by details, as in "CANCELLED by 1000".
     state = state.split()[0]
     if state not in FINAL_STATES:
         return None
-    return Job(job_id, state, _value(reason), None, _time(end), len(rows) - 1, _value(nodes), False, _exit_signal(exit_code))
+    return Job(job_id, state, _value(reason), None, len(rows) - 1, _value(nodes), False, _exit_signal(exit_code))
 
 
 def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:

@@ -160,12 +160,7 @@ class VllmEngine:
 
 
 def read_version(python: Path) -> str | None:
-    """Return the version of vLLM in the environment of an interpreter; None if there is none.
-
-    Raises:
-        ConfigError: if another user could have changed the interpreter; checked before it is run.
-    """
-    # A relative path may lead to another user's file, and each node may have its own.
+    """Return the version of vLLM in the environment of an interpreter; None if there is none."""
     if not os.access(python, os.X_OK) or not python.is_file():
         return None
     code = "from importlib.metadata import version; print(version('vllm'))"

@@ -126,7 +126,7 @@ def _judge(
 
 def main(argv: Sequence[str]) -> int:
     with private_files():
-        return answer(lambda _: conclude(EvaluationFolder(Path(argv[0]))))
+        return answer(lambda: conclude(EvaluationFolder(Path(argv[0]))))
 
 
 if __name__ == "__main__":

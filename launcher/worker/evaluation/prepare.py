@@ -238,7 +238,7 @@ def main(argv: Sequence[str]) -> int:
     config = RunConfig.model_validate_json(sys.stdin.read())
     # Use plan.json's folder, because the run may have been moved.
     run = RunDir(arguments.plan.absolute().parent)
-    return answer(lambda _: {"folder": str(prepare(config, run, arguments.step, arguments.set).root)})
+    return answer(lambda: {"folder": str(prepare(config, run, arguments.step, arguments.set).root)})
 
 
 if __name__ == "__main__":

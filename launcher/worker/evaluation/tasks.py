@@ -402,7 +402,7 @@ def main(argv: Sequence[str]) -> int:
     names = arguments.tasks.split(",")
     # The harness keeps tasks' rows in the cache of `datasets`.
     with private_files():
-        return answer(lambda _: score_tasks(config, run, arguments.step, names, folder, arguments.limit, arguments.min_gain))
+        return answer(lambda: score_tasks(config, run, arguments.step, names, folder, arguments.limit, arguments.min_gain))
 
 
 if __name__ == "__main__":

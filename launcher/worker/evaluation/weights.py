@@ -40,8 +40,8 @@ def find_base(plan: LaunchPlan) -> Weights | None:
 
 
 def export_tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
-    """Return the step's exported weights: the run's own export, or one created now in the evaluation's folder if other users
-    could have written the former."""
+    """Return the step's exported weights: the run's own export, or one created now in the evaluation's folder if the
+    run's is of another step."""
     record, digest = read_export(run), None
     path = run.export
     if record is None or record.step != step:

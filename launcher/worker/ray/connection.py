@@ -30,7 +30,7 @@ _CONTROL_SERVICE_S = 120
 _WORKERS_END_S = 20
 # Nothing goes through Ray's object store, which by default takes a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
-# Settings of a Ray without a dashboard: its agent measures nothing, and its workers report no tasks.
+# A private Ray has no dashboard: its agent measures nothing, and its workers report no tasks.
 _UNWATCHED = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",

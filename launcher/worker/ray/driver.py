@@ -21,7 +21,7 @@ from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
 from launcher.config.sections.ray import RaySection
-from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
+from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
@@ -76,10 +76,6 @@ def main(plan_path: str, attempt: int) -> int:
     except OSError as error:
         # The run's status cannot hold this message.
         print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except (ConfigError, SubmitError) as error:
-        # Write nothing to a directory that other users could have replaced.
-        print("\n".join(map(str, error.problems)), file=sys.stderr)
         return EXIT_FAILED
     driver = _Driver(plan, plan_path, run, attempt)
     try:

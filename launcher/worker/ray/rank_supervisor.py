@@ -369,5 +369,5 @@ def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[
         "PYTHONSAFEPATH": "1",
         **RaySection.of(plan.config.cluster).env,
     }
-    # cluster.env, too, may name a folder for compiled code in which others can write.
+    # Last, because they follow from cluster.env, such as its TMPDIR.
     return {**allocator_defaults(environment, plan.topology.device), **environment, **private_variables(environment)}

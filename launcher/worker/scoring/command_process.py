@@ -1,4 +1,4 @@
-"""The scoring process of a command: it shows progress on standard error and prints one JSON object, a result or problems."""
+"""A process that works for a command: it prints one JSON object, a result or problems."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from typing import Any, NoReturn
 from launcher.errors import LauncherError
 from launcher.models.private_code import remove_copies
 from launcher.security.printable_stream import printable_output
-from launcher.tracking.progress import show_documents
 from launcher.worker.ranks.rank_env import die_with_parent, exit_without_shutdown
-from launcher.worker.scoring.passes import Progress
 from launcher.worker.signals import exit_on_termination
 
 
@@ -25,16 +23,16 @@ def run_process(main: Callable[[Sequence[str]], int]) -> NoReturn:
     exit_without_shutdown(main(sys.argv[1:]))
 
 
-def answer(work: Callable[[Progress], dict[str, Any]]) -> int:
-    """Print the result of `work`, or its problems, as one JSON line; `work` receives a function that shows progress."""
+def answer(work: Callable[[], dict[str, Any]]) -> int:
+    """Print the result of `work`, or its problems, as one JSON line; returns the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Libraries also print to standard output.
     output = os.dup(1)
     os.dup2(2, 1)
     try:
         # Libraries log names from other users' files to the command's terminal.
-        with printable_output(), show_documents("rows") as on_progress:
-            result, code = work(on_progress), 0
+        with printable_output():
+            result, code = work(), 0
     except LauncherError as error:
         result, code = error.to_report(), error.exit_code
     finally:

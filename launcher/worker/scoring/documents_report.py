@@ -29,6 +29,7 @@ from launcher.data.tokenization.encoder import import_tokenizers_without_torch, 
 from launcher.errors import LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.progress import show_documents
 from launcher.worker.scoring.command_process import answer, run_process
 from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary_folder
 from launcher.worker.scoring.weights import find_weights
@@ -201,11 +202,12 @@ def main(argv: Sequence[str]) -> int:
     if chosen.no_scores:
         import_tokenizers_without_torch()
 
-    def report(on_progress: Progress) -> dict[str, Any]:
-        if chosen.rows_of is None:
-            return rank_documents(path, chosen.step, chosen.split, on_progress)
-        plan, run = LaunchPlan.load(path), RunDir.of_plan(path)
-        return describe_step(run, plan, chosen.rows_of, not chosen.no_scores, on_progress)
+    def report() -> dict[str, Any]:
+        with show_documents("rows") as on_progress:
+            if chosen.rows_of is None:
+                return rank_documents(path, chosen.step, chosen.split, on_progress)
+            plan, run = LaunchPlan.load(path), RunDir.of_plan(path)
+            return describe_step(run, plan, chosen.rows_of, not chosen.no_scores, on_progress)
 
     return answer(report)
 

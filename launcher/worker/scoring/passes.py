@@ -59,7 +59,7 @@ def score(
 
     Raises:
         RunError: if a rank fails.
-        DataError: if a data cache is damaged, or other users could have written it.
+        DataError: if a data cache is damaged.
     """
     device = hardware.device()
     ranks = num_ranks or (device.count if device.kind == "cuda" else 1)
@@ -128,7 +128,6 @@ def temporary_folder() -> Iterator[Path]:
     root = cache_root() / "scores"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=root) as folder:
-        # Whoever can write to the parent folder can replace it.
         yield Path(folder)
 
 

@@ -30,11 +30,7 @@ class ScoredWeights:
     _folder: Path | None
 
     def make_folder(self, plan: LaunchPlan) -> Path:
-        """Return the Hugging Face folder of the weights in the run's dtype; writes it if it does not exist.
-
-        Raises:
-            DataError: if other users could have written it.
-        """
+        """Return the Hugging Face folder of the weights in the run's dtype; writes it if it does not exist."""
         if self._parent is None:
             assert self._folder is not None
             return self._folder

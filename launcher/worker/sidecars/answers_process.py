@@ -40,11 +40,11 @@ def main(plan_path: str, attempt: int) -> int:
                     break
                 last_failure = ""
             except (OSError, LauncherError) as error:
+                if is_complete and last_failure:
+                    break
                 if (failure := describe(error)) != last_failure:
                     last_failure = failure
                     print_to_log(f"storage fails: {failure}")
-                if is_complete:
-                    break
             if select.select([source], [], [], _LOOK_S)[0]:
                 if source.readline() != COMPLETE:
                     break

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ _STARTER = "launcher.worker.evaluation.end_with_parent"
 _EVALUATION_NICE = 9
 # Seconds from TERM to KILL. An evaluation first ends its own processes. Two such waits are shorter than the agent's.
 _END_S = 8.0
+# Seconds from a job that Slurm refused to the next attempt to submit it.
+_SUBMIT_AGAIN_S = 600.0
 _REMOVED = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
 
 
@@ -66,6 +70,7 @@ class CheckpointAnswers:
         # The state of the checkpoint folder when the waiting steps were last listed.
         self._contents: object = None
         self._waiting: list[int] = []
+        self._refused_at = -math.inf
         if self._source is AnswerSource.JOBS and attempt > 1:
             # Jobs of earlier attempts; each continues where it was cancelled.
             self._scheduler.cancel_jobs(plan)
@@ -203,15 +208,22 @@ class CheckpointAnswers:
             self._export.process.kill()
             self._export.process.wait()
             self._export = None
+        if not is_complete and time.monotonic() - self._refused_at < _SUBMIT_AGAIN_S:
+            return
         for step in [step for step in self._waiting if is_complete or self._is_exported(step)]:
-            self._waiting.remove(step)
             try:
                 self._jobs[step] = f"job {self._scheduler.submit_job(self._plan, self._run, step)}"
             except (OSError, LauncherError) as error:
                 value = error.problems[0].value if isinstance(error, LauncherError) else ""
-                self._fail(step, " ".join(f"no job could be submitted: {describe(error)} {value}".split()))
+                reason = " ".join(f"no job could be submitted: {describe(error)} {value}".split())
+                if not is_complete:
+                    self._event(EVENT, f"no answers of step {step} yet: {reason}", step)
+                    self._refused_at = time.monotonic()
+                    return
+                self._fail(step, reason)
             else:
                 self._event(EVENT, f"the answers of step {step} come from {self._jobs[step]}", step)
+            self._waiting.remove(step)
 
     def _folder(self, step: int) -> EvaluationFolder:
         return EvaluationFolder.of(self._run.root, step)

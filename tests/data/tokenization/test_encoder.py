@@ -20,7 +20,6 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-STRIPPING = CHATML.replace("BODY", "m.content | trim")
 EMPTY_THINK_IN_LAST_TURN = CHATML.replace(
     "{{ BODY }}", "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
 )

@@ -12,8 +12,6 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking import goodput
 from launcher.worker.ray.messages import ResizeProgress
 
-BAD = ["bad", "bad", "n2", "n2"]
-
 
 def test_before_a_node_is_drained_the_run_saves_and_continues_elsewhere(make_fake: Callable[..., FakeWorkers]) -> None:
     fake = make_fake()

@@ -30,6 +30,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.verdicts import digest_checkpoint
+from launcher.worker.sidecars import checkpoint_answers
 from launcher.worker.sidecars.checkpoint_answers import CheckpointAnswers
 from launcher.worker.sidecars.sidecar import start_answers
 
@@ -200,6 +201,24 @@ def test_a_step_without_a_job_is_an_alert(on_slurm: tuple[LaunchPlan, RunDir], f
     assert "QOS policy" in first
     assert left.startswith("no answers yet: step 4 (no job could be submitted: ")
     assert left.endswith(command(run))
+
+
+def test_a_job_that_slurm_refuses_for_a_while_is_submitted_later(
+    on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, run = on_slurm
+    fake_slurm.refuse("sbatch", said="sbatch: error: Job violates accounting/QOS policy", times=1)
+    commit(run, 4)
+    export_by_hand(run, 4)
+    answers = CheckpointAnswers(run, planned, 1)
+    for _ in range(3):
+        answers.work(False)
+    (refused,) = said(run, "answers")
+    assert "QOS policy" in refused
+    monkeypatch.setattr(checkpoint_answers, "_SUBMIT_AGAIN_S", 0.0)
+    answers.work(False)
+    assert said(run, "answers")[-1].startswith("the answers of step 4 come from job ")
+    assert not said(run, "alert")
 
 
 def test_storage_that_fails_for_a_moment_loses_no_step(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
