@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.data import GENERAL_TEXT
 from launcher.config.sections.evaluation import FORGETTING
@@ -28,7 +27,7 @@ from launcher.data.checks import findings
 from launcher.data.sources.eval_set import make_set_data
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
-from launcher.models import stored_checks
+from launcher.models import found_model, stored_checks
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, Lineage, ModelFacts, Provenance
 
 _PACKAGES = (
@@ -48,7 +47,7 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
         ConfigError: if there is no such run or checkpoint.
     """
     sources = {"path": config.model.path, "tokenizer": config.model.tokenizer}
-    changes = {key: local for key, value in sources.items() if value and (local := model_source.local_folder(value)) != value}
+    changes = {key: local for key, value in sources.items() if value and (local := found_model.local_folder(value)) != value}
     if is_run(config.model.path):
         from launcher.models import parent_run
 
@@ -72,7 +71,7 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
         DataError: if a source is unreachable, or the data has token ids that the model's embedding lacks; includes its findings.
     """
     check(config)
-    model = model_source.read_model_facts(config.model)
+    model = found_model.read_model_facts(config.model)
     model = model.model_copy(update={"isolation": stored_checks.load_verdict(model, config.model)})
     data = data_facts(config, model.tokenizer_path)
     eval_sets = eval_set_facts(config, model.tokenizer_path)
@@ -97,8 +96,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind, and with the tensors missing from the weights.
     """
-    problems, folder = model_source.check_model(config.model), model_source.pretrained_folder(config.model)
-    if not problems and folder is not None and (report := model_source.weight_report(config.model)) is not None:
+    problems, folder = found_model.check_model(config.model), found_model.pretrained_folder(config.model)
+    if not problems and folder is not None and (report := found_model.weight_report(config.model)) is not None:
         problems += report.problems(folder, config.model)
     problems += sources.check_sources(config.data)
     for i, source in enumerate(config.data.sources):
@@ -119,8 +118,8 @@ def prepared_data(config: RunConfig) -> tuple[DataFacts, dict[str, DataFacts]] |
     None if `launcher.worker.prepare` must run before workers can start.
     """
     model = config.model
-    folders = [model_source.locate(name, model).folder for name in (model.path, model.tokenizer) if name]
-    if not folders or None in folders or model_source.weight_report(model) is None:
+    folders = [found_model.locate(name, model).folder for name in (model.path, model.tokenizer) if name]
+    if not folders or None in folders or found_model.weight_report(model) is None:
         return None
     data, eval_sets = data_facts(config, str(folders[-1])), eval_set_facts(config, str(folders[-1]))
     return (data, eval_sets) if data is not None and len(eval_sets) == len(config.eval.all_sets) else None

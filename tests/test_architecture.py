@@ -28,7 +28,7 @@ SUBMIT_SIDE = [
     *(
         "launcher.errors",
         "launcher.facts",
-        "launcher.model_source",
+        "launcher.models.found_model",
         "launcher.models.parent_run",
         "launcher.models.weight_files",
         "launcher.run_store",
@@ -88,7 +88,7 @@ def test_the_import_contracts_hold() -> None:
 
 
 def test_the_code_of_a_model_runs_only_by_the_option_that_guards_it() -> None:
-    """launcher.models.private_code.code_option makes transformers refuse all other code in the process."""
+    """launcher.models.remote_code.code_option makes transformers refuse all other code in the process."""
     allowing = [
         f"{file.relative_to(REPO)}:{node.lineno}"
         for file in sorted((REPO / "launcher").rglob("*.py"))

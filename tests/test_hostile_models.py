@@ -15,13 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher import model_source
 from launcher.checkpoint import folder_links
 from launcher.config.schema import ModelSection
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
-from launcher.models import private_code, remote_code
+from launcher.models import found_model, remote_code
 from launcher.plan.architecture.facts import model_facts
 from launcher.train.model import build_model
 from launcher.worker.checks import isolation_check, weight_check
@@ -63,7 +62,7 @@ def section(folder: Path, **settings: Any) -> ModelSection:
 
 
 def checked(folder: Path, **settings: Any) -> list[Problem]:
-    return model_source.check_model(section(folder, **settings))
+    return found_model.check_model(section(folder, **settings))
 
 
 def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tmp_path: Path) -> None:
@@ -72,7 +71,7 @@ def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tm
     assert problem.message.startswith("model.path: the code in the folder is not pinned")
     digest = problem.remedy.rpartition("=")[2]
     pinned = section(folder, trust_remote_code=True, code_digest=digest)
-    assert model_source.check_model(pinned) == []
+    assert found_model.check_model(pinned) == []
     assert not (tmp_path / "ran").exists()
     weight_check.compare(folder, pinned)
     assert (tmp_path / "ran").exists()
@@ -83,7 +82,7 @@ def test_no_code_runs_before_the_pinned_one_is_here(folder: Path, tmp_path: Path
     """transformers would load the code that config.json names, from another folder or from a repository's newest commit."""
     config = {**CONFIG, "model_type": "llama", key: str(folder)}
     model = ModelSection(path="owner/name", revision="0" * 40, trust_remote_code=True, config=config, dtype="fp32")
-    assert model_source.check_model(model) == []
+    assert found_model.check_model(model) == []
     facts = model_facts(config, None, None, None)
     assert isolation_check._probe(model, facts)[1] == "isolated"
     assert type(build_model(model, facts, "cpu", chunk_tokens=8).hf).__name__ == "LlamaForCausalLM"
@@ -120,7 +119,7 @@ def test_changed_code_is_refused_at_the_start_and_by_whatever_would_load_it(fold
     (folder / change).parent.mkdir(exist_ok=True)
     with open(folder / change, "a") as file:
         file.write("# changed\n")
-    (problem,) = model_source.check_model(pinned)
+    (problem,) = found_model.check_model(pinned)
     assert problem.message == "model.path: the code in the folder differs from the code that model.code_digest pins"
     with pytest.raises(ConfigError, match="differs from the code that"):
         weight_check.compare(folder, pinned)
@@ -151,7 +150,7 @@ def test_flash_attention_in_config_json_fetches_nothing_from_the_hub(
 
 def test_a_model_without_a_folder_gets_neither_code_nor_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "kernels", raising=False)
-    assert private_code.code_option(trusts_code=True, folder=None) == {"trust_remote_code": False}
+    assert remote_code.code_option(trusts_code=True, folder=None) == {"trust_remote_code": False}
     with pytest.raises(ImportError):
         importlib.import_module("kernels")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, hardware, model_source
+from launcher import facts, hardware
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser, composing_usage
 from launcher.cli.pages import html_page
 from launcher.cli.worker_process import check_extra, prepare
@@ -19,6 +19,7 @@ from launcher.data import report as data_report
 from launcher.data.cache import cache_store
 from launcher.data.checks import findings
 from launcher.errors import ConfigError, DataError, Problem
+from launcher.models import found_model
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.shell_commands import launcher_command
@@ -61,9 +62,9 @@ def run(verb: str, tokens: list[str]) -> int:
             facts.check(config)
             check_extra(config)
         report = _cached_report(config, chosen.show) or prepare(config, show=chosen.show)["report"]
-        if note := model_source.weights_note(config.model):
+        if note := found_model.weights_note(config.model):
             print(f"note: {note}", file=sys.stderr, flush=True)
-        present(report, config, chosen, facts.id_problem(report["cache_dir"], model_source.read_model_facts(config.model)))
+        present(report, config, chosen, facts.id_problem(report["cache_dir"], found_model.read_model_facts(config.model)))
     return 0
 
 
@@ -76,7 +77,7 @@ def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
     if (prepared := facts.prepared_data(config)) is None:
         return None
     cache_facts, eval_sets = prepared
-    folder = model_source.locate(config.model.tokenizer or config.model.path or "", config.model).folder
+    folder = found_model.locate(config.model.tokenizer or config.model.path or "", config.model).folder
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     # A tenth of the time that transformers takes.
@@ -91,7 +92,7 @@ def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
         config.train,
         config.run.seed,
-        model_source.stop_ids(config.model),
+        found_model.stop_ids(config.model),
         num_shown,
         eval_sets,
     )

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, model_source
+from launcher import facts
 from launcher.cli.arguments import COMMON_FLAGS, VerbParser
 from launcher.cli.starting.starter_settings import StarterSettings, apply_changes, fit_settings, list_chosen
 from launcher.cli.views.starter_file import next_lines, starter_text
@@ -22,6 +22,7 @@ from launcher.config.run_file.tokens import SUFFIXES
 from launcher.config.schema import RunConfig, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import ConfigError, LauncherError
+from launcher.models import found_model
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.security.redaction import REDACTED
@@ -157,7 +158,7 @@ def _require_plan(text: str, out: Path) -> LaunchPlan | None:
     config = _compose_text(text, out)
     node = cluster_for(config.cluster.kind).device(config.cluster)
     config = facts.resolve(config, lambda: node)
-    if not model_source.is_config_known(config.model):
+    if not found_model.is_config_known(config.model):
         return None
     try:
         return make_plan(config, facts.gather(config, (), node))

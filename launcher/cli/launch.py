@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from launcher import facts, model_source, run_store
+from launcher import facts, run_store
 from launcher.cli import data, formatting
 from launcher.cli.accounts import hub_access, wandb_check
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
@@ -27,7 +27,7 @@ from launcher.clusters.preflight import check_startable, disk_note, folder_probl
 from launcher.config.compose import Composed, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_REFUSED, DataError, Problem, RunError, SubmitError, describe
-from launcher.models import stored_checks
+from launcher.models import found_model, stored_checks
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
@@ -82,7 +82,7 @@ def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool, take
         config = facts.resolve(composed.config, node)
         plan = _plan_with_free_name(config, _checked_facts(config, composed, node, runs_code=False), taken_names)
         taken_names.add(plan.run_name)
-        weights_note = model_source.weights_note(config.model)
+        weights_note = found_model.weights_note(config.model)
         notes = (
             _device_note(plan, cluster),
             disk_note(plan),
@@ -179,7 +179,7 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
 
 def print_plan(plan: LaunchPlan, cluster: Cluster) -> None:
     """Print the plan of a run that is about to start."""
-    weights_note = model_source.weights_note(plan.config.model)
+    weights_note = found_model.weights_note(plan.config.model)
     notes = (
         _device_note(plan, cluster),
         disk_note(plan),
@@ -270,7 +270,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     config = facts.resolve(composed.config, node)
     facts.check(config)
     check_extra(config)
-    if not model_source.is_config_known(config.model):
+    if not found_model.is_config_known(config.model):
         prepare(config)
 
     def check(plan: LaunchPlan) -> None:

@@ -22,7 +22,7 @@ from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.export import weights
 from launcher.export.stored_names import StoredNames, find_stored_names, stores_as_is, try_to_find_stored_names
-from launcher.models import private_code
+from launcher.models import remote_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.tracking.progress import MakeProgress, silent
@@ -276,7 +276,7 @@ def _folder_to_load(task: ExportTask, folder: Path) -> Path:
     """Return the folder from which transformers may load `folder`, with the base model's code."""
     code = task.model if isinstance(task.model, Path) else None
     try:
-        return private_code.folder_to_load(folder, task.runs_code, task.code_digest, code)
+        return remote_code.folder_to_load(folder, task.runs_code, task.code_digest, code)
     except ConfigError as error:
         raise CheckpointError(error.problems) from error
 

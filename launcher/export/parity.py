@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from launcher.checkpoint.manifest import REFERENCE_LOGITS
 from launcher.errors import CheckpointError
-from launcher.models.private_code import code_option
+from launcher.models.remote_code import code_option
 
 # The exported weights equal the engine's, so only kernels and the order of sums differ.
 # bf16 and fp16 round each result to 2^-9 and 2^-12 of its size; over tens of layers that moves logits by some 0.05, and

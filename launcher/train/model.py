@@ -20,8 +20,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
 from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError
-from launcher.models.private_code import code_option, folder_to_load
-from launcher.models.remote_code import without_code
+from launcher.models.remote_code import code_option, folder_to_load, without_code
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent

@@ -15,7 +15,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from launcher import model_source
 from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
@@ -24,7 +23,7 @@ from launcher.data.sources import Chat, Completion, Document, DocumentBatch
 from launcher.data.sources.files import Block
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, LauncherError, Problem
-from launcher.models import parent_run
+from launcher.models import found_model, parent_run
 from launcher.security.printable_stream import printable_output
 from launcher.worker.prepare import convert_local, hub_reason
 from launcher.worker.signals import exit_on_termination
@@ -116,12 +115,12 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
     """
     model = config.model
     name = model.tokenizer or model.path or ""
-    while is_run(name) and model_source.locate(name, model).folder is None:
+    while is_run(name) and found_model.locate(name, model).folder is None:
         # The parent's weights are copied when the run is prepared. Its tokenizer is that of the model it started from.
         model = parent_run.find_parent(name).plan.config.model
         name = model.tokenizer or model.path or ""
     convert_local(name, model)
-    folder = model_source.locate(name, model).folder
+    folder = found_model.locate(name, model).folder
     if folder is not None or not HUB_ID_PATTERN.fullmatch(name):
         return folder, None, "" if folder is not None else f"{name} is not on this machine"
     from huggingface_hub import snapshot_download

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from file_owners import MALLORY, as_root, give
 
-from launcher import model_source
 from launcher.config.schema import ModelSection
 from launcher.data import hub_cache
+from launcher.models import found_model
 
 __all__ = ["as_root"]
 
@@ -69,6 +69,6 @@ def test_where_others_can_write_nothing_is_downloaded(
     assert f"; downloads go to {own}; to use the Hub's cache: " in said
     assert own.stat().st_mode & 0o777 == 0o700
     model = ModelSection(path="owner/name")
-    assert model_source.locate("owner/name", model).folder == snapshot, "what is there is still read"
+    assert found_model.locate("owner/name", model).folder == snapshot, "what is there is still read"
     downloaded = add_snapshot(own)
-    assert model_source.locate("owner/name", model).folder == downloaded, "nobody else can replace it"
+    assert found_model.locate("owner/name", model).folder == downloaded, "nobody else can replace it"

@@ -12,13 +12,13 @@ import pytest
 from plan_fixtures import CPU, H100, config_of, facts_for
 from pydantic import ValidationError
 
-from launcher import atomic_files, facts, model_source, run_store
+from launcher import atomic_files, facts, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE
 from launcher.checkpoint.state import State
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.errors import ConfigError, Problem
-from launcher.models import parent_run
+from launcher.models import found_model, parent_run
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan, Lineage, Origin
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
@@ -167,7 +167,7 @@ def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(
     assert (gathered.model.num_params, gathered.model.num_params_exact) == (28, True)
     assert gathered.model.num_params == sum(math.prod(shape) for shape in SHAPES.values())
     assert facts.prepared_data(config) is None
-    assert model_source.is_config_known(config.model)
+    assert found_model.is_config_known(config.model)
 
 
 def test_lineage_goes_back_to_the_first_run(make_run: MakeRun) -> None:

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher import model_source
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
-from launcher.models import weight_files
+from launcher.models import found_model, weight_files
 from launcher.models.weight_files import TensorHeader, WeightReport
 
 REPORT = WeightReport(("a", "b"), ("c is [1, 2] in the files and [2, 1] in the model",), ("d",))
@@ -99,8 +98,8 @@ def test_a_refusal_names_what_is_downloaded_again() -> None:
 def test_the_submit_side_reads_the_stored_weight_report(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "m")
     model = ModelSection(path=str(folder))
-    assert model_source.weight_report(model) is None
+    assert found_model.weight_report(model) is None
     weight_files.save_report(folder, model, REPORT)
-    assert model_source.weight_report(model) == REPORT
-    assert "they are not loaded: d" in str(model_source.weights_note(model))
-    assert model_source.weight_report(model.model_copy(update={"init": "random"})) == WeightReport()
+    assert found_model.weight_report(model) == REPORT
+    assert "they are not loaded: d" in str(found_model.weights_note(model))
+    assert found_model.weight_report(model.model_copy(update={"init": "random"})) == WeightReport()

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, model_source, run_store
+from launcher import facts, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.cli import formatting
@@ -20,6 +20,7 @@ from launcher.config.sections.evaluation import EvalSet
 from launcher.data import sources
 from launcher.data.cache import cache_store
 from launcher.errors import ConfigError, DataError, Problem
+from launcher.models import found_model
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.learning_rate import describe_changed_rate
 from launcher.plan.planner import plan as make_plan
@@ -185,8 +186,8 @@ def _restore_model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
         return model
     print("the folder of the model or tokenizer in the plan is gone; preparing it again", flush=True)
     prepare(config)
-    weights = model_source.locate(config.model.path, config.model).folder if config.model.path else None
-    tokenizer = model_source.locate(config.model.tokenizer, config.model).folder if config.model.tokenizer else weights
+    weights = found_model.locate(config.model.path, config.model).folder if config.model.path else None
+    tokenizer = found_model.locate(config.model.tokenizer, config.model).folder if config.model.tokenizer else weights
     return model.model_copy(update={"path": weights and str(weights), "tokenizer_path": tokenizer and str(tokenizer)})
 
 

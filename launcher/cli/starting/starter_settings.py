@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher import facts, model_source
+from launcher import facts
 from launcher.cli.views.starter_file import data_warnings
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.backends import BACKENDS, cluster_for
@@ -18,6 +18,7 @@ from launcher.config.introspect import settings
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import STDLIB_DOCS
 from launcher.errors import ConfigError, raise_reported
+from launcher.models import found_model
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts
 from launcher.plan.planner import choose_topology, device_gib
@@ -138,7 +139,7 @@ def _holds_out(config: RunConfig, sample: DataSample, chosen: dict[str, Any]) ->
 
 def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:
     """Return the model's parameters and positions, the facts for the plan, and the assumptions (empty if there are none)."""
-    if model_source.is_config_known(config.model):
+    if found_model.is_config_known(config.model):
         gathered = facts.gather(config, overrides, node)
         positions = gathered.model.config.get("max_position_embeddings")
         return gathered.model.num_params, positions, gathered, ""

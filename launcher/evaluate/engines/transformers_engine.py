@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from launcher.config.schema import ModelSection
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.engines.shared_prefix import SharedPrefix, attend_to, compute_prefix
-from launcher.models.private_code import code_option, folder_to_load
+from launcher.models.remote_code import code_option, folder_to_load
 from launcher.train.model import DTYPES
 
 # Examples before the question are computed once for all prompts; for shorter texts, copying keys and values costs more.

@@ -15,13 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import model_source
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.data import cache_dir
 from launcher.errors import LauncherError, RunError
-from launcher.models import stored_checks
-from launcher.models.private_code import code_option, folder_to_load
-from launcher.models.remote_code import without_code
+from launcher.models import found_model, stored_checks
+from launcher.models.remote_code import code_option, folder_to_load, without_code
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts, Outcome
 from launcher.worker import limits
 
@@ -223,7 +221,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     config = RunConfig.model_validate_json(sys.stdin.read())
     try:
-        verdict = check(config.model, model_source.read_model_facts(config.model))
+        verdict = check(config.model, found_model.read_model_facts(config.model))
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code

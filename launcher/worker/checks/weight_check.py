@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher import model_source
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, LauncherError, Problem
-from launcher.models import weight_files
-from launcher.models.private_code import code_option, folder_to_load
+from launcher.models import found_model, weight_files
+from launcher.models.remote_code import code_option, folder_to_load
 from launcher.models.weight_files import WeightReport
 
 
@@ -27,7 +26,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
     """
     if model.path is None or model.init == "random":
         return
-    folder = model_source.pretrained_folder(model)
+    folder = found_model.pretrained_folder(model)
     if folder is None:
         problem = "model.path: the weights are incomplete after the download"
         remedy = "check the files of the repository, choose another model.revision, or use a local folder"

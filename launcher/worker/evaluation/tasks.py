@@ -34,7 +34,7 @@ from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError, did_you_mean
 from launcher.evaluate.task import EvaluationFolder, Weights
 from launcher.evaluate.verdict import judge
-from launcher.models.private_code import code_option, folder_to_load
+from launcher.models.remote_code import code_option, folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.security import owners

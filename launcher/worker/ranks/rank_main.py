@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from launcher import json_records
 from launcher.errors import WOULD_REPEAT
-from launcher.models.private_code import remove_copies
+from launcher.models.remote_code import remove_copies
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file

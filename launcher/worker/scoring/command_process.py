@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from launcher.errors import LauncherError
-from launcher.models.private_code import remove_copies
+from launcher.models.remote_code import remove_copies
 from launcher.security.printable_stream import printable_output
 from launcher.worker.ranks.rank_env import die_with_parent, exit_without_shutdown
 from launcher.worker.signals import exit_on_termination

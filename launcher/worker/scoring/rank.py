@@ -11,7 +11,7 @@ import numpy as np
 
 from launcher.data.loader import RowBatches
 from launcher.data.score_store import ScoreStore
-from launcher.models.private_code import remove_copies
+from launcher.models.remote_code import remove_copies
 from launcher.security.printable_stream import printable_output
 from launcher.worker.ranks.rank_env import die_with_parent, exit_without_shutdown
 from launcher.worker.scoring.passes import Progress, RankTask

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from launcher.config.schema import ModelSection
 from launcher.errors import Problem
-from launcher.models.folder_check import file_problems, folder_problems
+from launcher.models.found_model import file_problems, folder_problems
 
 CONFIG = {"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"

@@ -12,9 +12,8 @@ import pytest
 import transformers
 from weight_tools import save_model
 
-from launcher import model_source
 from launcher.config.schema import ModelSection
-from launcher.models import private_code, remote_code
+from launcher.models import found_model, remote_code
 from launcher.train.model import build_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -117,13 +116,13 @@ def test_a_rank_runs_no_code_that_the_digest_does_not_cover(folder: Path, ran: P
     (elsewhere / "generate.py").write_text(f"open({str(planted)!r}, 'w')\ndef generate(*args, **kwargs): ...\n")
     (folder / "custom_generate").symlink_to(elsewhere)
     model = pinned(folder)
-    built = build_model(model, model_source.read_model_facts(model), "cpu", chunk_tokens=8)
+    built = build_model(model, found_model.read_model_facts(model), "cpu", chunk_tokens=8)
     assert type(built.hf).__name__ == "M"
     assert (ran.exists(), planted.exists()) == (True, False)
 
 
 def test_a_snapshot_of_this_user_is_loaded_from_a_private_copy(snapshot: Path, ran: Path, planted: Path) -> None:
-    path = private_code.folder_to_load(snapshot, True, None)
+    path = remote_code.folder_to_load(snapshot, True, None)
     hf = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
     assert type(hf).__name__ == "M"
     assert ran.exists()
@@ -136,6 +135,6 @@ def test_a_reference_does_not_lead_a_pinned_commit_to_other_code(snapshot: Path,
     other = snapshot.parent / target
     other.mkdir()
     (other / "config.json").write_text("{}")
-    assert model_source.locate("owner/name", HUB_MODEL).folder == snapshot
+    assert found_model.locate("owner/name", HUB_MODEL).folder == snapshot
     (snapshot.parents[1] / "refs/main").write_text("../../../elsewhere")
-    assert not [*model_source._hub_snapshots("owner/name", None)]
+    assert not [*found_model._hub_snapshots("owner/name", None)]
