@@ -64,6 +64,7 @@ class Attempt:
 class CancelRequest:
     """cancel.json: a request to end the attempt. `save` asks for a checkpoint first."""
 
+    asked_at: float = 0.0
     save: bool = True
 
 
