@@ -26,7 +26,7 @@ from launcher.data.loader import IGNORED, RowBatches
 from launcher.data.score_store import ScoreStore
 from launcher.distributed import RankInfo
 from launcher.train.engine import build_engine
-from launcher.train.evaluation.score import Scorer, score_rows
+from launcher.train.held_out_loss import Scorer, score_rows
 from launcher.train.objectives import OBJECTIVES
 
 SETTINGS = (
@@ -73,7 +73,7 @@ def main() -> None:
     note = f"{trained:.0%} of the tokens are trained; log-probabilities differ by at most {largest_difference:.1e}."
     command = sides.typed("score.py", "--rows", args.rows, "--rounds", args.rounds, *overrides)
     title = f"score pass, {args.rows} rows of up to {plan.config.data.max_length:,} tokens"
-    source = "From `launcher.train.evaluation.score.score_rows`, called from Python."
+    source = "From `launcher.evaluate.document_losses.score_rows`, called from Python."
     sides.record(args.results, "score pass", title, source, command, [*_table(rates), "", note])
 
 

@@ -26,8 +26,7 @@ from launcher.plan.optimizers import OPTIMIZERS, Optimizer
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite
 from launcher.train.engine import build_engine
-from launcher.train.evaluation.evaluator import EvalRows, Evaluator
-from launcher.train.evaluation.score import Scorer
+from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer
 from launcher.train.loop import TrainingLoop, noop
 from launcher.train.monitoring.step_metrics import StepTimer
 from launcher.train.objectives import OBJECTIVES, LossSum

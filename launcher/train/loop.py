@@ -29,8 +29,8 @@ from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
-from launcher.train.evaluation.run_evaluations import RunEvaluations
 from launcher.train.finish import OnExported, finish, write_weights
+from launcher.train.held_out_loss import RunEvaluations
 from launcher.train.isolation import require_isolation
 from launcher.train.monitoring.largest_batch import run_largest_batch
 from launcher.train.monitoring.skipped_steps import SkippedSteps

@@ -29,8 +29,7 @@ from launcher.tracking.progress import EVENT, as_events, silent
 from launcher.tracking.tracker import Composite
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
-from launcher.train.evaluation.evaluator import EvalRows, Evaluator
-from launcher.train.evaluation.score import Scorer
+from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer
 from launcher.train.kernels import attention, liger
 from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring import bandwidth

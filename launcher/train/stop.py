@@ -13,7 +13,7 @@ import torch.distributed as dist
 from launcher.config.sections.cluster import ClusterSection
 from launcher.distributed import RankInfo, rank0_broadcast
 from launcher.plan.quantities import format_count
-from launcher.train.evaluation.early_stopping import EarlyStopping
+from launcher.train.held_out_loss import EarlyStopping
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from launcher.data.loader import MicroBatch, RowBatches
 from launcher.data.score_store import ScoreStore
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.train.engine import build_engine
-from launcher.train.evaluation.evaluator import EvalRows, Evaluator
-from launcher.train.evaluation.score import Scorer, score_rows
+from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer, score_rows
 from launcher.train.objectives import OBJECTIVES
 
 CPU = torch.device("cpu")

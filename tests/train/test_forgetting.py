@@ -10,8 +10,7 @@ from plan_fixtures import DATA
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
-from launcher.train.evaluation.evaluator import Evaluation, SetLoss
-from launcher.train.evaluation.forgetting import ForgettingCheck
+from launcher.train.held_out_loss import Evaluation, ForgettingCheck, SetLoss
 
 
 def evaluation(step: int, loss: float, name: str = "forgetting") -> Evaluation:

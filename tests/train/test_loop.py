@@ -14,7 +14,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import RateLimit
 from launcher.train import stop as stop_module
-from launcher.train.evaluation.evaluator import Evaluation, SetLoss
+from launcher.train.held_out_loss import Evaluation, SetLoss
 from launcher.train.loop import TrainingLoop
 
 PlanOf = Callable[..., LaunchPlan]

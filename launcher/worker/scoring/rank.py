@@ -24,7 +24,7 @@ def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: 
     os.environ["DS_ACCELERATOR"] = task.plan.topology.device
     from launcher.distributed import RankInfo
     from launcher.train.engine import build_inference_engine, join_process_group, leave_process_group
-    from launcher.train.evaluation.score import Scorer, score_rows
+    from launcher.train.held_out_loss import Scorer, score_rows
     from launcher.train.objectives import OBJECTIVES
 
     rank_info = RankInfo(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=0)
