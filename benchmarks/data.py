@@ -35,7 +35,7 @@ import numpy as np
 import sides
 from sides import Cost
 
-from launcher.data.cache.split import write_split
+from launcher.data.split import write_split
 from launcher.tracking.jsonl import read_metrics
 
 DATA = sides.HERE.parents[1] / "shared" / "data"

@@ -73,8 +73,8 @@ def write_short(file: Path, num_documents: int, seed: int = 0) -> Path:
 
 def launcher_documents(report: dict[str, Any]) -> Iterator[np.ndarray]:
     """Yield the token ids of all documents, including held-out ones, in the cache reported by `launcher data --json`."""
-    from launcher.data.cache import cache_store
-    from launcher.data.cache.split import Split
+    from launcher.data import cache_store
+    from launcher.data.split import Split
 
     facts = cache_store.read(Path(report["cache_dir"]))
     assert facts is not None

@@ -19,8 +19,8 @@ def open_cache(folder: str, digest: str) -> dict[str, float]:
     """
     import torch
 
-    from launcher.data.cache.split import Split
     from launcher.data.loader import TrainBatches
+    from launcher.data.split import Split
     from launcher.plan.launch_plan import Batch, DataFacts
 
     batch = Batch(

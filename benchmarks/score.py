@@ -21,9 +21,9 @@ import sides
 import torch
 from transformers import AutoModelForCausalLM
 
-from launcher.data.cache.split import Split
 from launcher.data.loader import IGNORED, RowBatches
 from launcher.data.score_store import ScoreStore
+from launcher.data.split import Split
 from launcher.distributed import RankInfo
 from launcher.train.engine import build_engine
 from launcher.train.held_out_loss import Scorer, score_rows

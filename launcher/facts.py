@@ -21,8 +21,7 @@ import launcher
 from launcher.config.schema import RunConfig, is_run
 from launcher.config.sections.data import GENERAL_TEXT
 from launcher.config.sections.evaluation import FORGETTING
-from launcher.data import sources
-from launcher.data.cache import cache_store
+from launcher.data import cache_store, sources
 from launcher.data.checks import findings
 from launcher.data.sources.eval_set import make_set_data
 from launcher.errors import ConfigError, DataError, Problem

@@ -34,7 +34,7 @@ SUBMIT_SIDE = [
         "launcher.run_store",
     ),
     *("launcher.locks", "launcher.hardware"),
-    *("launcher.data.cache.cache_store", "launcher.data.cache.split", "launcher.data.sources"),
+    *("launcher.data.cache_store", "launcher.data.split", "launcher.data.sources"),
     *("launcher.checkpoint.store", "launcher.checkpoint.retention", "launcher.checkpoint.manifest"),
 ]
 

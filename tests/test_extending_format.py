@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from launcher.config.sections.data import COLUMNS, DataSection, Source
 from launcher.data.build import build
-from launcher.data.cache.split import Split
 from launcher.data.sources import Completion
 from launcher.data.sources.formats import FORMATS, RowFormat
 from launcher.data.sources.row_values import Row, read_value
+from launcher.data.split import Split
 
 
 def parse_flashcard(row: Row, where: str) -> Completion:

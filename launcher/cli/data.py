@@ -15,8 +15,8 @@ from launcher.cli.pages import html_page
 from launcher.cli.worker_process import check_extra, prepare
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
+from launcher.data import cache_store
 from launcher.data import report as data_report
-from launcher.data.cache import cache_store
 from launcher.data.checks import findings
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.models import found_model

@@ -19,8 +19,7 @@ from launcher.cli.starting import eval_set_caches
 from launcher.cli.worker_process import prepare
 from launcher.config.schema import RunConfig
 from launcher.config.sections.fields import Url
-from launcher.data import sources
-from launcher.data.cache import cache_store
+from launcher.data import cache_store, sources
 from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError, printable
 from launcher.plan.launch_plan import DataFacts, LaunchPlan

@@ -9,15 +9,14 @@ from pathlib import Path
 from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.evaluation import EvalSet
-from launcher.data import row_layout, sources
+from launcher.data import cache_store, row_layout, sources
 from launcher.data.build_report import make_facts, make_report
-from launcher.data.cache import cache_store
-from launcher.data.cache.keys import cache_key
+from launcher.data.cache_store import cache_key
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, read_corpus
 from launcher.data.selection import Selection, select_documents
-from launcher.data.sources import origins
 from launcher.data.sources.eval_set import make_set_data, name_set
+from launcher.data.split import write_origins
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
 from launcher.data.tokenization.encoder import read_template
 from launcher.errors import DataError, Problem
@@ -40,7 +39,7 @@ def build(
     if (facts := cache_store.find_built(data, tokenizer_path)) is not None:
         return facts
     key = cache_key(data, tokenizer_path)
-    with cache_store.building(key, data.cache_group) as folder:
+    with cache_store.lock_folder(key, data.cache_group) as folder:
         if folder is not None:
             _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None), num_embeddings)
         if folder is not None and cache_key(data, tokenizer_path) != key:
@@ -126,7 +125,7 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
         )
     )
     spool.remove()
-    origins.write(folder, [pieces.doc[split.order] for split in (layout, held_out)], docs.wheres, docs.contents)
+    write_origins(folder, [pieces.doc[split.order] for split in (layout, held_out)], docs.wheres, docs.contents)
     candidates = (prompt for prompt in corpus.prompts if not is_dropped[prompt.doc])
     chosen = heapq.nsmallest(NUM_PROMPTS, candidates, key=lambda prompt: prompt.rank)
     samples = [{"prompt": p.prompt, "prompt_ids": p.prompt_ids, "answer": p.answer} for p in chosen]

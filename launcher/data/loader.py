@@ -11,8 +11,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from launcher.data.cache.split import Split
 from launcher.data.row_order import RowOrder
+from launcher.data.split import Split
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import Batch
 

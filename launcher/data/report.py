@@ -13,10 +13,10 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import TrainSection
-from launcher.data.cache import cache_store
-from launcher.data.cache.split import Split
+from launcher.data import cache_store
 from launcher.data.checks import findings, patterns
 from launcher.data.row_order import RowOrder
+from launcher.data.split import Split
 from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import DataFacts
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.data import mixture, packing
-from launcher.data.cache.split import write_split
 from launcher.data.packing import RowLayout
+from launcher.data.split import write_split
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 

@@ -16,7 +16,7 @@ import numpy as np
 from launcher import atomic_files
 from launcher.config.sections.data import DataSection
 from launcher.data import row_layout
-from launcher.data.cache.split import Split
+from launcher.data.split import Split
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 

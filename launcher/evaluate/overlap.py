@@ -12,9 +12,9 @@ from itertools import islice
 
 import numpy as np
 
-from launcher.data.cache.split import Split
 from launcher.data.checks import minhash
 from launcher.data.sources import Document
+from launcher.data.split import Split
 from launcher.data.tokenization.encoder import Encoder
 from launcher.errors import DataError
 from launcher.evaluate.questions import EvalQuestion, QuestionSet, digest_tokens, read_documents, render, split_question

@@ -16,9 +16,9 @@ import xxhash
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data import sources
-from launcher.data.cache.split import Split
 from launcher.data.sources import Chat, Completion, Document, Message, list_inputs
 from launcher.data.sources.eval_set import make_set_data
+from launcher.data.split import Split
 from launcher.data.tokenization.chat_template import with_system
 from launcher.data.tokenization.encoder import Encoder, RenderedDocument
 from launcher.errors import DataError, Problem

@@ -13,8 +13,8 @@ import torch
 
 from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
 from launcher.checkpoint.saver import Saved, Saver
-from launcher.data.cache.split import Split
 from launcher.data.cache_dir import mark_used
+from launcher.data.split import Split
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.disk import REFERENCE_TOKENS
 from launcher.plan.quantities import format_size

@@ -14,10 +14,10 @@ from launcher.checkpoint import store
 from launcher.checkpoint.run_retention import retention_of
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections.evaluation import HELD_OUT
-from launcher.data.cache.split import Split
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
 from launcher.data.packing import choose_evenly
 from launcher.data.sources import make_eval_source
+from launcher.data.split import Split
 from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import RunError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan

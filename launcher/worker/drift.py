@@ -17,10 +17,10 @@ import numpy as np
 from launcher import hardware, json_records, run_store
 from launcher.checkpoint import store
 from launcher.data import row_layout
-from launcher.data.cache.split import Split
 from launcher.data.checks import patterns
 from launcher.data.sources import Document, files, find_shared_completions
 from launcher.data.sources.formats import FORMATS, detect_format
+from launcher.data.split import Split
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.data.triage import mean_losses
 from launcher.errors import DataError, LauncherError, Problem

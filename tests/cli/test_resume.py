@@ -20,8 +20,7 @@ from launcher.cli.resume import (
 )
 from launcher.cli.starting.resumed_plan import _changed_sources, describe_moved_rows
 from launcher.config.sections.data import Source
-from launcher.data import sources
-from launcher.data.cache import cache_store
+from launcher.data import cache_store, sources
 from launcher.errors import SubmitError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits

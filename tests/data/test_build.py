@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
-from launcher.data.cache.cache_store import read_report
-from launcher.data.cache.split import Split
+from launcher.data.cache_store import read_report
 from launcher.data.checks import findings
 from launcher.data.sources import find_row_problems, read_documents
+from launcher.data.split import Split
 from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.encoder import EncodedDocument
 from launcher.errors import DataError

@@ -18,12 +18,10 @@ from transformers import AutoTokenizer
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
-from launcher.data.cache.cache_store import find, read_report, read_samples
-from launcher.data.cache.keys import cache_key
-from launcher.data.cache.split import Split
 from launcher.data.cache_dir import cache_root
+from launcher.data.cache_store import cache_key, find, read_report, read_samples
 from launcher.data.packing import choose_evenly
-from launcher.data.sources.origins import DocumentOrigins
+from launcher.data.split import DocumentOrigins, Split
 from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
 
@@ -192,7 +190,7 @@ def test_the_cache_key_depends_on_template_held_out_split_and_libraries(
     for library in ("transformers", "tokenizers"):
         with monkeypatch.context() as patched:
             patched.setattr(
-                "launcher.data.cache.keys.version", lambda name, other=library: "0" if name == other else version(name)
+                "launcher.data.cache_store.version", lambda name, other=library: "0" if name == other else version(name)
             )
             keys.append(cache_key(data, str(tokenizer_dir)))
     assert len(set(keys)) == 5

@@ -12,9 +12,9 @@ from launcher.cli.views.data_view import number_rows, source_notes, summary_rows
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import TrainSection
 from launcher.data.build import build
-from launcher.data.cache.split import Split
 from launcher.data.loader import TrainBatches
 from launcher.data.report import report as report_of
+from launcher.data.split import Split
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.plan.launch_plan import Batch, DataFacts
 

@@ -13,11 +13,11 @@ import torch
 
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.train import TrainSection
+from launcher.data import cache_store
 from launcher.data.build import build
-from launcher.data.cache import cache_store
-from launcher.data.cache.split import BLOCK_BYTES, DIGESTS, CheckedArray, Split, write_split
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
 from launcher.data.report import report
+from launcher.data.split import BLOCK_BYTES, DIGESTS, CheckedArray, Split, write_split
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch, DataFacts

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
-from launcher.data.cache.keys import FORMAT_VERSION
+from launcher.data.cache_store import FORMAT_VERSION
 
 Jsonl = Callable[..., Path]
 
@@ -151,7 +151,7 @@ def compare(file: Path, digests_now: dict[str, Any]) -> None:
         return
     version = digests_now["format"]
     assert version > golden["format"], (
-        "the same sources give other tokens, rows or findings than before: raise FORMAT_VERSION in launcher/data/cache/keys.py "
+        "the same sources give other tokens, rows or findings than before: raise FORMAT_VERSION in launcher/data/cache_store.py "
         f"(now {version}), or caches that were built before are trained on; and write the golden again with {REGENERATE}=1"
     )
     assert os.environ.get(REGENERATE) == "1", f"FORMAT_VERSION is {version} now: write the golden again with {REGENERATE}=1"

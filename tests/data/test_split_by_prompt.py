@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data import row_layout
+from launcher.data import cache_store, row_layout
 from launcher.data.build import build
-from launcher.data.cache import cache_store
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, read_corpus
 

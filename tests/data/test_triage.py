@@ -13,10 +13,8 @@ from launcher.cli import scored_data
 from launcher.config.sections.data import DataSection, Source
 from launcher.data import triage
 from launcher.data.build import build
-from launcher.data.cache.cache_store import read_report
-from launcher.data.cache.keys import cache_key
-from launcher.data.cache.split import Split
-from launcher.data.sources.origins import DocumentOrigins
+from launcher.data.cache_store import cache_key, read_report
+from launcher.data.split import DocumentOrigins, Split
 from launcher.data.triage import MEMORIZED, MISLABELED, NOTHING_TO_LEARN, write_exclusions
 from launcher.errors import DataError
 

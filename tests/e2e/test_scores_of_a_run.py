@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from e2e_tools import TINY, losses, metrics
 
-from launcher.data.cache.split import Split
+from launcher.data.split import Split
 from launcher.plan.launch_plan import LaunchPlan
 
 pytestmark = pytest.mark.rest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from plan_fixtures import DATA
 
-from launcher.data.cache import cache_store
+from launcher.data import cache_store
 from launcher.evaluate import samples
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

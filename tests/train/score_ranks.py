@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from extension_ranks import join
 
-from launcher.data.cache.split import Split
 from launcher.data.loader import MicroBatch, RowBatches
 from launcher.data.score_store import ScoreStore
+from launcher.data.split import Split
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.train.engine import build_engine
 from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer, score_rows

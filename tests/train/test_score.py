@@ -19,8 +19,8 @@ from plan_fixtures import facts_for
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launcher.config.schema import RunConfig
-from launcher.data.cache.split import Split, write_split
 from launcher.data.score_store import ScoreStore
+from launcher.data.split import Split, write_split
 from launcher.plan.launch_plan import DataFacts
 from launcher.plan.planner import plan
 

@@ -17,8 +17,7 @@ from launcher.clusters.backends import Cluster
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import EvalSet
-from launcher.data import sources
-from launcher.data.cache import cache_store
+from launcher.data import cache_store, sources
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.models import found_model
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts

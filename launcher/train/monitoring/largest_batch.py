@@ -16,8 +16,8 @@ import torch
 
 from launcher import json_records, run_store
 from launcher.checkpoint import zero3
-from launcher.data.cache.split import Split
 from launcher.data.loader import MicroBatch, micro_batch
+from launcher.data.split import Split
 from launcher.distributed import RankInfo, rank0_broadcast
 from launcher.errors import LauncherError, OutOfMemory
 from launcher.plan.launch_plan import LaunchPlan

@@ -20,11 +20,10 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data import triage
-from launcher.data.cache.cache_store import read_report
-from launcher.data.cache.split import Split
+from launcher.data.cache_store import read_report
 from launcher.data.checks import patterns
 from launcher.data.row_order import RowOrder
-from launcher.data.sources.origins import DocumentOrigins
+from launcher.data.split import DocumentOrigins, Split
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan

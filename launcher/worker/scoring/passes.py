@@ -18,9 +18,9 @@ import xxhash
 
 from launcher import hardware
 from launcher.clusters.network import LOOPBACK, free_port
-from launcher.data.cache.split import Split
 from launcher.data.cache_dir import cache_root
 from launcher.data.score_store import ScoreStore
+from launcher.data.split import Split
 from launcher.errors import RunError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
 from launcher.worker.scoring.weights import ScoredWeights

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from launcher.config.sections.data import DataSection, Source
+from launcher.data import cache_store
 from launcher.data.build import build
-from launcher.data.cache import cache_store
 from launcher.data.sources import read_batches, read_documents
 from launcher.data.sources.keys import NUM_KEYS_SHOWN
 from launcher.errors import DataError, Problem

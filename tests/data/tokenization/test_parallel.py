@@ -15,11 +15,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.config.sections.data import DataSection, Source
+from launcher.data import cache_store
 from launcher.data.build import build
-from launcher.data.cache import cache_store
-from launcher.data.cache.keys import cache_key
-from launcher.data.cache.split import Split
+from launcher.data.cache_store import cache_key
 from launcher.data.sources import BLOCK_ROWS
+from launcher.data.split import Split
 from launcher.data.tokenization import parallel
 from launcher.errors import DataError
 

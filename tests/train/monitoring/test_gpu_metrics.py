@@ -17,8 +17,8 @@ from plan_fixtures import H100
 from torch import nn
 from wandb_files import history
 
-from launcher.data.cache.split import Split
 from launcher.data.loader import TrainBatches
+from launcher.data.split import Split
 from launcher.distributed import RankInfo
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_tokens_per_sec

@@ -14,7 +14,7 @@ import torch
 from forked_ranks import RankServer
 
 from launcher import json_records, run_store
-from launcher.data.cache.split import Split
+from launcher.data.split import Split
 from launcher.errors import WOULD_REPEAT, OutOfMemory
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.data.cache.split import Split
 from launcher.data.loader import IGNORED, StepBatch, TrainBatches
+from launcher.data.split import Split
 from launcher.plan.architecture.flops import train_flops
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.monitoring.step_metrics import Meter, StepTimer, perplexity

@@ -1,4 +1,4 @@
-"""The data cache on disk: one finished folder per content key, memory-mapped by all ranks and later runs.
+"""The data cache on disk: its key, and one finished folder per key, memory-mapped by all ranks and later runs.
 
     <root>/data/<key>/          0700
       tokens.npy      uint32    token ids; a row is the contiguous slice rows[r]:rows[r + 1]
@@ -9,7 +9,7 @@
       doc_source.npy  uint16    source of each document, an index of data.sources; after the last: data.eval_path
       row_sources.npy int32     [rows, sources] tokens of each source in each row
       digests.bin               sizes and block digests of these seven
-      origins.npy               file, line and content of each document, see launcher.data.sources.origins
+      origins.npy               file, line and content of each document, see launcher.data.split
       eval/                     the same nine for the held-out split
       origins.json              the files that origins.npy numbers
       samples.json              a few held-out examples: prompt, prompt_ids, answer
@@ -29,18 +29,98 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from launcher import atomic_files
-from launcher.config.sections.data import DataSection
-from launcher.data.cache.keys import FORMAT_VERSION, cache_key, compute_file_digest
+from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.cache_dir import SHARED_CACHE_VARIABLE, cache_root, convert_os_errors, mark_used, shared_cache_root
+from launcher.data.sources import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
 from launcher.security import folders
 from launcher.security.redaction import redacted_command_line
+
+# Increase this when the same sources give other tokens, rows or findings, or another layout; a test checks that.
+FORMAT_VERSION = 13
+
+# The files that AutoTokenizer reads, including config.json, because the model type selects the class.
+_TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
+    *("chat_template*", "additional_chat_templates/*", "config.json"),
+)
+# Libraries that tokenize text, or find near duplicates.
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "rensa", "ftfy")
+# Settings that change no token, or whose content is part of the key.
+_NOT_IN_KEY = {
+    "name",
+    "path",
+    "sources",
+    "eval_path",
+    "chat_template",
+    "workers",
+    "cache_group",
+    "checks",
+    "exclude",
+}
+
+
+def cache_key(data: DataSection, tokenizer_path: str) -> str:
+    """Return a hex digest of everything that determines the tokens: source bytes, tokenizer files, settings, library versions.
+
+    Paths are excluded, so a moved or renamed file gives the same key.
+
+    Raises:
+        DataError: if the tokenizer's folder has no tokenizer, or a file cannot be read.
+    """
+    held_out = make_eval_source(data)
+    parts: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "sources": [_source_key(source) for source in data.sources],
+        "eval": None if held_out is None else _source_key(held_out),
+        "settings": data.model_dump(exclude=_NOT_IN_KEY),
+        "checks": _selecting_checks(data.checks),
+        "template": None if data.chat_template is None else compute_file_digest(Path(data.chat_template).expanduser()),
+        **({} if data.exclude is None else {"exclude": compute_file_digest(Path(data.exclude).expanduser())}),
+        "tokenizer": [(file.name, compute_file_digest(file)) for file in _tokenizer_files(Path(tokenizer_path).expanduser())],
+        "libraries": [version(name) for name in _LIBRARIES],
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def compute_file_digest(path: Path) -> str:
+    """Return a hex digest of the file's bytes. Raises DataError if it cannot be read."""
+    try:
+        return atomic_files.digest_file(path).xxh3_128
+    except OSError as error:
+        remedy = f"check the path, and the file's permissions; relative paths start at {Path.cwd()}"
+        raise DataError(Problem(f"the file cannot be read: {error.strerror or error}", str(path), remedy=remedy)) from error
+
+
+def _source_key(source: Source) -> tuple[dict[str, Any], str]:
+    return source.model_dump(exclude={"path", "revision"}), compute_source_digest(source)
+
+
+def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
+    """Return the parts of the checks that select documents; fail only judges the finished cache."""
+    settings = checks.model_dump()
+    if checks.bad_rows == "fail":
+        # An existing cache had no such rows.
+        del settings["bad_rows"]
+    return {name: "keep" if value == "fail" else value for name, value in settings.items()}
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    # A template alone is not a tokenizer.
+    if all(file.name == "config.json" or "chat_template" in file.relative_to(folder).parts[0] for file in files):
+        remedy = "set model.tokenizer to a folder with tokenizer.json"
+        raise DataError(Problem("the folder has no tokenizer", "model.tokenizer", str(folder), remedy))
+    return files
 
 
 def cache_dir(key: str, group: str | None = None) -> Path:
@@ -144,7 +224,7 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def building(key: str, group: str | None = None) -> Iterator[Path | None]:
+def lock_folder(key: str, group: str | None = None) -> Iterator[Path | None]:
     """Lock the cache of `key`; yield an empty folder to fill, or None if another process has finished the cache.
 
     The folder must contain `meta.json` when the block ends; then it becomes the cache. It is removed if the block raises. If the

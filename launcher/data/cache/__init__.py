@@ -1,1 +1,0 @@
-"""The data cache on disk: its key, its folder, and the arrays of its splits with their digests."""
