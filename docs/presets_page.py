@@ -13,7 +13,8 @@ from pathlib import Path
 
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.reference import about_file
-from launcher.config.schema import DeepSpeedSection, RunConfig
+from launcher.config.schema import RunConfig
+from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.models.hub_licenses import find_license
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.gpu_types import GPUS

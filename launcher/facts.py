@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher.config.schema import RunConfig, is_run
+from launcher.config.schema import RunConfig
 from launcher.config.sections.data import GENERAL_TEXT
 from launcher.config.sections.evaluation import FORGETTING
+from launcher.config.sections.model import is_run
 from launcher.data import cache_store, sources
 from launcher.data.checks import findings
 from launcher.data.sources.eval_set import make_set_data

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.clusters.backends import BACKENDS
-from launcher.config.sections.backends import SECTIONS
+from launcher.config.schema import SECTIONS
 
 REPO = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "wandb")
@@ -24,7 +24,7 @@ def modules(*folders: str) -> list[str]:
 
 SUBMIT_SIDE = [
     *modules("cli", "cli/accounts", "cli/starting", "cli/views"),
-    *modules("config", "config/hydra_composition", "config/sections", "config/run_file", "plan", "clusters"),
+    *modules("config", "config/sections", "plan", "clusters"),
     *(
         "launcher.errors",
         "launcher.facts",

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.config.introspect import settings
-from launcher.config.suggestions import _NAMES_ELSEWHERE, suggest_setting
+from launcher.config.known_settings import _NAMES_ELSEWHERE, settings, suggest_setting
 from launcher.errors import did_you_mean
 
 

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from launcher.config.compose import run_hydra
-from launcher.config.sections.static_identity import NodeIdentity, identify
+from launcher.config.sections.static import NodeIdentity, identify
 from launcher.security.owners import Trust
 
 DOCKER = Path(__file__).resolve().parents[1] / "docker"

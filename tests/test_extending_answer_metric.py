@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.sections.answer_metrics import AnswerMetrics
+from launcher.config.sections.evaluation import AnswerMetrics
 from launcher.errors import DataError
 from launcher.evaluate.metrics import METRICS, AnswerMetric, GeneratedAnswer
 from launcher.evaluate.scoring import AnswerScorer, copy_metric_files

@@ -19,9 +19,8 @@ from launcher import facts, run_store
 from launcher.cli.main import main
 from launcher.clusters.backends import BACKENDS, Cluster
 from launcher.clusters.faults import InjectedFault
-from launcher.config.introspect import settings
-from launcher.config.schema import RunConfig
-from launcher.config.sections.backends import SECTIONS
+from launcher.config.known_settings import settings
+from launcher.config.schema import SECTIONS, RunConfig
 from launcher.config.sections.cluster import ClusterSection
 from launcher.config.sections.fields import Name
 from launcher.data.checks import findings

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from launcher.checkpoint import folder_links
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.export import hf_folder

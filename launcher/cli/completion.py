@@ -203,7 +203,7 @@ def _newest_source() -> int:
 
 
 def _build_vocabulary() -> Vocabulary:
-    from launcher.config.introspect import settings
+    from launcher.config.known_settings import settings
 
     keys = {key: _choices(setting.type) for key, setting in settings().items() if "[]" not in key and "." in key}
     helps = {verb: _help_of(verb) for verb in VERBS}

@@ -11,10 +11,10 @@ from pathlib import Path
 from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import COMMON_FLAGS, composing_usage
+from launcher.config.command_line import is_run_file
 from launcher.config.compose import compose_one, conf_dir
 from launcher.config.resume import with_overrides
-from launcher.config.run_file.printing import render, values_to_print
-from launcher.config.run_file.tokens import is_run_file
+from launcher.config.run_file import render, values_to_print
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan

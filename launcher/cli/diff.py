@@ -13,7 +13,7 @@ from launcher import run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.views.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, of_settings, read
-from launcher.config.run_file.tokens import is_run_file
+from launcher.config.command_line import is_run_file
 from launcher.security.redaction import redact_setting
 
 _MAX_CHARS = 200

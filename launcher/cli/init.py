@@ -14,13 +14,13 @@ from launcher.cli.arguments import COMMON_FLAGS, VerbParser
 from launcher.cli.starting.starter_settings import StarterSettings, apply_changes, fit_settings, list_chosen
 from launcher.cli.views.starter_file import next_lines, starter_text
 from launcher.clusters.backends import cluster_for
-from launcher.config.command_line import override_key
+from launcher.config.command_line import SUFFIXES, override_key
 from launcher.config.compose import Composed, compose_one, conf_dir
-from launcher.config.introspect import leaves
-from launcher.config.run_file.printing import values_to_print
-from launcher.config.run_file.tokens import SUFFIXES
-from launcher.config.schema import RunConfig, is_local_path, is_run
+from launcher.config.known_settings import leaves
+from launcher.config.run_file import values_to_print
+from launcher.config.schema import RunConfig
 from launcher.config.sections.fields import HUB_ID_PATTERN
+from launcher.config.sections.model import is_local_path, is_run
 from launcher.errors import ConfigError, LauncherError
 from launcher.models import found_model
 from launcher.plan.launch_plan import LaunchPlan

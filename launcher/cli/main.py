@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from launcher import collect_garbage_rarely
-from launcher.config.run_file.tokens import is_run_file
+from launcher.config.command_line import is_run_file
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, LauncherError, Problem
 from launcher.security.printable_stream import printable_output, raw
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 # The class of each backend, as module:Class, keyed by `cluster.kind`. A backend is imported when a run uses it. Its settings
-# class is in launcher.config.sections.backends.SECTIONS.
+# class is in launcher.config.schema.SECTIONS.
 BACKENDS: dict[str, str] = {
     "local": "launcher.clusters.local:LocalCluster",
     "slurm": "launcher.clusters.slurm.cluster:SlurmCluster",

@@ -1,0 +1,1 @@
+"""Settings: Hydra composes conf/, a run's file and the command line into a `RunConfig`; open compose.py first."""

@@ -1,21 +1,21 @@
-"""Handles words of a command line that are not overrides or that Hydra cannot parse: what was meant, and how to write it."""
+"""The words of a command line: a run's file, flags and overrides; what was meant by a word that Hydra cannot read.
+
+Every verb imports this file, so what loads slowly is imported on use.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from launcher.config.introspect import settings
-from launcher.config.origin import COMMAND_LINE
-from launcher.config.run_file.tokens import SUFFIXES
-from launcher.config.suggestions import meant_setting, suggest_setting
 from launcher.errors import Problem
-from launcher.security.redaction import looks_secret
-from launcher.shell_commands import launcher_command
 
+COMMAND_LINE = "command line"
 GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
 # Hydra's flags that take a value, and its other flags.
 FLAGS_WITH_VALUE = (
@@ -24,6 +24,31 @@ FLAGS_WITH_VALUE = (
 )
 _FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
 _MULTIRUN = {"--multirun", "-m"}
+
+
+SUFFIXES = (".yaml", ".yml")
+# Endings of files of rows. A .json file may also hold settings.
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet", ".txt", ".gz", ".zst")
+
+
+def is_run_file(word: str) -> bool:
+    """Return whether a word names a file: it ends in .yaml, .yml or like a file of rows, or a file with this name exists.
+
+    Reading the file refuses pipes, and files of rows with a remedy that shows how to name one.
+    """
+    if not word or "=" in word or word.startswith(("-", "+", "~")):
+        return False
+    return word.endswith((*SUFFIXES, *ROW_SUFFIXES)) or (os.path.exists(word) and not os.path.isdir(word))
+
+
+def split_run_files(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words that name a run's file, and the other words; the value of a flag is never a run's file."""
+    files: list[str] = []
+    others: list[str] = []
+    for i, token in enumerate(tokens):
+        is_value = i > 0 and tokens[i - 1] in FLAGS_WITH_VALUE
+        (files if not is_value and is_run_file(token) else others).append(token)
+    return files, others
 
 
 def flags_first(tokens: Sequence[str]) -> list[str]:
@@ -60,7 +85,7 @@ def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) 
         if not equals and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
             value = rest.pop(0)
         if name not in FLAGS_WITH_VALUE:
-            problems.append(_unknown_flag(name, value, own_flags))
+            problems.append(_unknown_flag_problem(name, value, own_flags))
         elif value or name in ("--info", "-i"):
             remaining += [name, value] if value else [name]
         else:
@@ -68,7 +93,11 @@ def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) 
     return remaining, problems
 
 
-def _unknown_flag(name: str, value: str, own_flags: Sequence[str]) -> Problem:
+def _unknown_flag_problem(name: str, value: str, own_flags: Sequence[str]) -> Problem:
+    from launcher.config.known_settings import meant_setting, settings
+    from launcher.security.redaction import looks_secret
+    from launcher.shell_commands import launcher_command
+
     key = name.lstrip("-").replace("-", "_")
     same = [option for option in settings() if option.rpartition(".")[2] == key and "[]" not in option]
     meant = key if key in (*GROUPS, *settings()) else meant_setting(key) or " or ".join(same[:3])
@@ -105,6 +134,9 @@ def without_unreadable_overrides(tokens: Sequence[str]) -> tuple[list[str], list
 
 
 def _override_problem(parser: Any, token: str, has_multirun: bool) -> Problem | None:
+    from launcher.config.known_settings import settings, suggest_setting
+    from launcher.security.redaction import looks_secret
+
     key, equals, value = token.partition("=")
     name = key.lstrip("+").strip()
     if not equals and not token.startswith("~"):
@@ -126,7 +158,7 @@ def _override_problem(parser: Any, token: str, has_multirun: bool) -> Problem | 
             return Problem(message, COMMAND_LINE, token, f"{remedy}; for a list, write '{key}=[{value.strip('()[] ')}]'")
     if looks_secret(name, value):
         return Problem(message, COMMAND_LINE, "", remedy)
-    if name and name not in GROUPS and "${" not in value and (text := quoted(parser, key, value)):
+    if name and name not in GROUPS and "${" not in value and (text := _quote_override(parser, key, value)):
         remedy = f"{f'{remedy}; for' if is_sweep else 'for'} one text, quote it twice, for the shell and for Hydra: {text}"
     return Problem(message, COMMAND_LINE, token, remedy)
 
@@ -136,7 +168,7 @@ def override_key(token: str) -> str:
     return token.partition("=")[0].lstrip("+~")
 
 
-def quoted(parser: Any, key: str, value: str) -> str:
+def _quote_override(parser: Any, key: str, value: str) -> str:
     """Return an override in shell syntax, quoted so that Hydra takes `value` as one text; empty if that is impossible."""
     for mark in ('"', "'"):
         # A backslash escapes only a quotation mark; backslashes directly before one are doubled.
@@ -149,3 +181,12 @@ def quoted(parser: Any, key: str, value: str) -> str:
         except Exception:  # noqa: S112
             continue
     return ""
+
+
+def config_dirs(tokens: Sequence[str]) -> Iterator[Path]:
+    """Yield the folders that --config-dir names."""
+    for i, token in enumerate(tokens):
+        if token in ("--config-dir", "-cd") and i + 1 < len(tokens):
+            yield Path(tokens[i + 1])
+        elif token.startswith("--config-dir="):
+            yield Path(token.split("=", 1)[1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,29 +17,31 @@ from typing import Any
 from pydantic import ValidationError
 
 from launcher.config.command_line import (
-    FLAGS_WITH_VALUE,
+    COMMAND_LINE,
     GROUPS,
+    config_dirs,
     override_key,
+    split_run_files,
     without_unknown_flags,
     without_unreadable_overrides,
 )
-from launcher.config.deepspeed_keys import extra_problems
-from launcher.config.error_messages import missing, schema_problems
-from launcher.config.hydra_composition.call import call_hydra, extra_dirs
-from launcher.config.hydra_composition.guard import READS_CREDENTIAL
-from launcher.config.hydra_composition.location import RUN_FILE_GROUP
-from launcher.config.introspect import leaves
-from launcher.config.origin import Origins, located_problem
-from launcher.config.run_file import reading
-from launcher.config.run_file.hydra_layer import OVERRIDE
-from launcher.config.run_file.implied_settings import name_model_after_path, needs_own_rows, settle_alternatives
-from launcher.config.run_file.reading import FileContent
-from launcher.config.run_file.tokens import split_run_files
+from launcher.config.error_messages import extra_problems, missing_problem, schema_problems
+from launcher.config.hydra_composition import OVERRIDE, READS_CREDENTIAL, call_hydra
+from launcher.config.known_settings import leaves
+from launcher.config.origin import RUN_FILE_GROUP, Origins, short_path
+from launcher.config.run_file import FileContent, read_run_file, the_only_file
 from launcher.config.schema import RunConfig
+from launcher.config.sections.fields import derive_name
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.security.credentials import environment_secrets
 from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
 
+# Hydra's flags that replace the files in conf/.
+_OTHER_FILES = ("--config-name", "-cn", "--config-path", "-cp")
+# Values of data.path and data.sources that name nothing to read.
+_NO_ROWS = ("", "null", "[]")
+# Settings that replace each other.
+_ALTERNATIVES = (("train", ("max_steps", "epochs")), ("data", ("eval_fraction", "eval_path")), ("data", ("path", "sources")))
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
 
@@ -58,7 +60,7 @@ class Composed:
         try:
             yield
         except LauncherError as error:
-            raise type(error)(located_problem(problem, self.origins) for problem in error.problems) from error
+            raise type(error)(self.origins.located(problem) for problem in error.problems) from error
 
 
 def conf_dir() -> Path:
@@ -81,7 +83,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     """
     # Hydra needs the working directory, but would not report that it was deleted.
     os.getcwd()
-    files, words = split_run_files(tokens, FLAGS_WITH_VALUE)
+    files, words = split_run_files(tokens)
     remaining, problems = without_unknown_flags(words, own_flags)
     try:
         content, file_problems = _read_run_file(files, words)
@@ -89,7 +91,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         # Without the file, other settings may only appear to be wrong.
         raise ConfigError([*problems, *error.problems]) from error
     problems += file_problems
-    if needs_own_rows(words, () if content is None else content.choices):
+    if _needs_own_rows(words, () if content is None else content.choices):
         remaining.append("data=jsonl")
     failure: list[BaseException] = []
 
@@ -98,7 +100,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         if failure:
             return
         try:
-            composed = _checked(cfg, content)
+            composed = _validate(cfg, content)
             if not problems:
                 on_composed(composed)
         except ConfigError as error:
@@ -128,7 +130,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         problems[first_later:] = [p for p in problems[first_later:] if p.message.partition(":")[0] not in removed]
     if problems:
         held = environment_secrets(os.environ)
-        raise ConfigError(_without_secrets(problem, held) for problem in dict.fromkeys(problems))
+        raise ConfigError(_redact_problem(problem, held) for problem in dict.fromkeys(problems))
     if failure:
         raise failure[0]
 
@@ -168,21 +170,21 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
     )
 
 
-def _without_secrets(problem: Problem, held: Mapping[str, str]) -> Problem:
+def _redact_problem(problem: Problem, held: Mapping[str, str]) -> Problem:
     return replace(problem, **{field.name: redact(getattr(problem, field.name), held) for field in fields(problem)})
 
 
 def _read_run_file(files: Sequence[str], tokens: Sequence[str]) -> tuple[FileContent | None, list[Problem]]:
     """Read the run's file of a command line, whose other words are `tokens`; return its content and its problems."""
-    path = reading.the_only(files)
+    path = the_only_file(files)
     if path is None:
         return None, []
     replaced = [group for group in GROUPS if any("=" in token and override_key(token) == group for token in tokens)]
     has_search_path = any(token.lstrip("+").startswith("hydra.searchpath") for token in tokens)
-    return reading.read(path, replaced, [] if has_search_path else [conf_dir(), *extra_dirs(tokens)])
+    return read_run_file(path, replaced, [] if has_search_path else [conf_dir(), *config_dirs(tokens)])
 
 
-def _checked(cfg: Any, content: FileContent | None) -> Composed:
+def _validate(cfg: Any, content: FileContent | None) -> Composed:
     """Validate one composed config together with the run's file `content`.
 
     Raises:
@@ -204,20 +206,20 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
         run_file=file,
     )
     OmegaConf.set_readonly(cfg, False)
-    replaced = settle_alternatives(cfg, origins)
+    replaced = _settle_alternatives(cfg, origins)
     unresolved = dict(leaves(OmegaConf.to_container(cfg, resolve=False)))
     absent = [key for key, value in unresolved.items() if value == "???"]
     for key in absent:
         # References to the missing value must resolve, so that the other mistakes are reported too.
         OmegaConf.update(cfg, key, "./missing")
-    values = {str(k): v for k, v in _resolved(cfg, origins).items()}
-    name_model_after_path(values, {*map(override_key, overrides), *file_keys})
+    values = {str(k): v for k, v in _resolve_references(cfg, origins).items()}
+    _name_model_after_path(values, {*map(override_key, overrides), *file_keys})
     absent += [key for key in origins.missing_keys() if key in unresolved and key not in (*absent, *replaced)]
     scalars = list(leaves(values))
     held = environment_secrets(os.environ)
     secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}
     targets = [key for key, _ in scalars if "_target_" in key.split(".")]
-    problems = [missing(key, origins) for key in absent]
+    problems = [missing_problem(key, origins) for key in absent]
     problems += [Problem(reason, where=origins.of(key), remedy=IN_ENVIRONMENT) for key, reason in secrets.items()]
     problems += [
         Problem(f"{key}: a setting must not name code to run; nothing was called", where=origins.of(key), remedy=f"remove {key}")
@@ -237,7 +239,7 @@ def _checked(cfg: Any, content: FileContent | None) -> Composed:
     return Composed(config, overrides if file is None else (str(file.path), *overrides), origins)
 
 
-def _resolved(cfg: Any, origins: Origins) -> dict[Any, Any]:
+def _resolve_references(cfg: Any, origins: Origins) -> dict[Any, Any]:
     """Return the settings with their references resolved."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -255,3 +257,48 @@ def _resolved(cfg: Any, origins: Origins) -> dict[Any, Any]:
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")
     return raw
+
+
+def _settle_alternatives(cfg: Any, origins: Origins) -> list[str]:
+    """Of settings that replace each other, keep those that the latest layer sets; unset the others and return their keys.
+
+    The layers are the command line, the run's file, and the files in conf/ from the last composed one to the first.
+    """
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(cfg, resolve=False)
+    layers = [COMMAND_LINE, *(short_path(file) for file, _ in origins.files())]
+    replaced = []
+    for section, names in _ALTERNATIVES:
+        content = values.get(section) if isinstance(values.get(section), dict) else {}
+        if "sources" in names and "${data.path}" in str(content.get("sources")):
+            continue
+        where = {name: origins.written_at(f"{section}.{name}") for name in names if content.get(name) is not None}
+        layer = {name: layers.index(text.rpartition(":")[0] or text) for name, text in where.items() if text}
+        for name in layer:
+            # Without data.sources, nothing would read data.path.
+            if layer[name] > min(layer.values()) and name != "sources":
+                OmegaConf.update(cfg, f"{section}.{name}", 0.0 if name == "eval_fraction" else None)
+                replaced.append(f"{section}.{name}")
+    return replaced
+
+
+def _name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
+    """Name the model after its path if the user's `keys` include the path but neither a name nor an option of the group."""
+    model = values.get("model")
+    if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
+        last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
+        model["name"] = derive_name(last.partition("@")[0].removesuffix(".gguf")) or model.get("name")
+
+
+def _needs_own_rows(words: Sequence[str], file_choices: Collection[str]) -> bool:
+    """Return whether a command line names rows but no group option that reads them; a run's file may select one.
+
+    `file_choices` are the groups whose option the run's file selects.
+    """
+    values = {override_key(word): word.partition("=")[2] for word in words if not word.startswith(("-", "~"))}
+    if not values.keys().isdisjoint(("data", "experiment")) or any(word.partition("=")[0] in _OTHER_FILES for word in words):
+        return False
+    if all(values.get(key, "") in _NO_ROWS for key in ("data.path", "data.sources")):
+        return False
+    return "data" not in file_choices and "experiment" not in file_choices

@@ -1,24 +1,32 @@
-"""Converts errors of pydantic and Hydra to problems: the key, its origin, the value as typed, and the remedy."""
+"""Turns mistakes in settings into problems: the key, its origin, the value as typed, and the remedy.
+
+Mistakes come from the schema (pydantic), from the raw DeepSpeed keys, and from Hydra, which names at most the file.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.config.hydra_composition.location import locate_hydra_error
-from launcher.config.introspect import Setting, as_yaml, settings
-from launcher.config.origin import Origins, short
-from launcher.config.suggestions import suggest_setting
+from launcher.config.command_line import COMMAND_LINE
+from launcher.config.known_settings import Setting, as_yaml, leaves, settings, suggest_setting
+from launcher.config.origin import RUN_FILE_GROUP, Origins, short_path, yaml_nodes
+from launcher.config.sections.deepspeed import ALLOWED_EXTRA, QGZ, QGZ_IS_WRONG
 from launcher.errors import Problem, causes, did_you_mean
 from launcher.security.redaction import looks_secret, redact, redact_setting
 
 _ABSENT = object()
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
+EXTRA = "deepspeed.extra"
+_IN_FILE = re.compile(r"[Ii]n '(?P<file>[\w/.-]+)'")
+_GROUP_CHOICE = re.compile(r"\+{0,2}(?P<group>[A-Za-z_][\w/]*)=(?P<option>[\w/.-]+)")
+_TWO_VALUES = re.compile(r"Multiple values for (?P<group>[\w/]+)")
 
 
 def schema_problems(error: ValidationError, origins: Origins, values: Mapping[str, Any], skip: set[str]) -> Iterator[Problem]:
@@ -32,36 +40,39 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
         reported.add(key)
         setting = settings().get(_UNIFORM_KEY.sub("[]", key))
         if item["type"] == "extra_forbidden":
-            yield _unknown(key, item["input"], origins)
+            yield _unknown_key_problem(key, item["input"], origins)
         elif item["type"] == "missing":
-            yield missing(key, origins)
+            yield missing_problem(key, origins)
         elif item["type"] == "union_tag_invalid":
-            yield _unknown_kind(f"{key}.kind", item["ctx"]["tag"], origins)
+            key, kind = f"{key}.kind", item["ctx"]["tag"]
+            choices = settings()[key].type.split(" | ")
+            remedy = f"{did_you_mean(kind, choices)} choose one of: {', '.join(choices)}".strip()
+            yield Problem(f"{key}: is not one of its choices", origins.of(key), format_value(key, kind), remedy)
         elif item["type"] == "value_error":
-            yield _by_rule(key, item["msg"].removeprefix("Value error, "), origins, values)
+            yield _rule_problem(key, item["msg"].removeprefix("Value error, "), origins, values)
         else:
-            yield _by_type(key, setting, item, origins)
+            yield _type_problem(key, setting, item, origins)
 
 
-def missing(key: str, origins: Origins) -> Problem:
+def missing_problem(key: str, origins: Origins) -> Problem:
     """Return the problem of a required setting that has no value."""
     section, _, name = key.rpartition(".")
     remedy = f"add {key}=... to the command line"
     if "]" in key:
         remedy = f"complete {section}: {name} is missing"
     elif origins.run_file is not None:
-        remedy = f"write `{name}: ...` below `{section}:` in {short(origins.run_file.path)}, or {remedy}"
+        remedy = f"write `{name}: ...` below `{section}:` in {short_path(origins.run_file.path)}, or {remedy}"
     return Problem(f"{key}: a value is required and none was given", where=origins.of(key), remedy=remedy)
 
 
-def _give(key: str) -> str:
+def _type_remedy(key: str) -> str:
     # The description of a list or a mapping covers its entries.
     uniform = _UNIFORM_KEY.sub("[]", key)
     setting = max((s for s in settings().values() if uniform.startswith(s.key)), key=lambda s: len(s.key))
     return f"set {setting.key} to a value of the type: {setting.type}. {setting.meaning}"
 
 
-def _unknown(key: str, value: Any, origins: Origins) -> Problem:
+def _unknown_key_problem(key: str, value: Any, origins: Origins) -> Problem:
     uniform = _UNIFORM_KEY.sub("[]", key)
     elsewhere = settings().get(uniform)
     section = uniform.rpartition(".")[0]
@@ -77,27 +88,21 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
         remedy = suggest_setting(uniform) or f"the settings in this section are: {siblings}"
     else:
         remedy = suggest_setting(uniform) or f"write section.name=value; the sections are: {siblings}"
-    return Problem(message, where=origins.of(key), value=_plain(key, value), remedy=remedy)
+    return Problem(message, where=origins.of(key), value=_format_scalar(key, value), remedy=remedy)
 
 
-def _unknown_kind(key: str, kind: str, origins: Origins) -> Problem:
-    choices = settings()[key].type.split(" | ")
-    remedy = f"{did_you_mean(kind, choices)} choose one of: {', '.join(choices)}".strip()
-    return Problem(f"{key}: is not one of its choices", where=origins.of(key), value=shown(key, kind), remedy=remedy)
-
-
-def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
+def _rule_problem(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
     """Return the problem for a validator's message, `what is wrong; the remedy`, which may name several settings."""
     message, _, remedy = text.partition("; ")
     if "." in key:
         value = _value_of(key, values)
-        text = "" if value is _ABSENT else _plain(key, value)
+        text = "" if value is _ABSENT else _format_scalar(key, value)
         if key == "model.path" and isinstance(value, str) and Path(value).is_dir():
             remedy = f"to use the folder of this name, write ./{value}"
-        return Problem(f"{key}: {message}", where=origins.of(key), value=text, remedy=remedy or _give(key))
+        return Problem(f"{key}: {message}", where=origins.of(key), value=text, remedy=remedy or _type_remedy(key))
     named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w)", text)]
     origin = {k: origins.of(k) for k in named}
-    shown_values = {k: _plain(k, value) for k in named if (value := _value_of(k, values)) is not _ABSENT}
+    shown_values = {k: _format_scalar(k, value) for k in named if (value := _value_of(k, values)) is not _ABSENT}
     return Problem(
         message,
         where=", ".join(f"{k} ({where})" for k, where in origin.items() if where),
@@ -106,25 +111,25 @@ def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -
     )
 
 
-def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins: Origins) -> Problem:
-    value, remedy = item["input"], _give(key)
+def _type_problem(key: str, setting: Setting | None, item: Mapping[str, Any], origins: Origins) -> Problem:
+    value, remedy = item["input"], _type_remedy(key)
     if setting is not None and item["type"] == "literal_error":
         guess = did_you_mean(str(value), setting.type.removesuffix(" or null").split(" | "))
         remedy = f"{guess} {remedy}".strip()
     if item["type"] == "string_type" and isinstance(value, int | float):
         text = f'"{str(value).lower()}"'
         remedy = f"quote it: {text} in a file, '{key}={text}' on the command line"
-    return Problem(f"{key}: {item['msg']}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
+    return Problem(f"{key}: {item['msg']}", where=origins.of(key), value=_format_scalar(key, value), remedy=remedy)
 
 
-def shown(key: str, value: Any) -> str:
+def format_value(key: str, value: Any) -> str:
     """Return a value in the form that errors show: without secrets, at most 200 characters."""
     text = repr(value) if isinstance(value, str) else as_yaml(value)
     return redact_setting(key, value, text)[:200]
 
 
-def _plain(key: str, value: Any) -> str:
-    return "" if isinstance(value, dict | list) else shown(key, value)
+def _format_scalar(key: str, value: Any) -> str:
+    return "" if isinstance(value, dict | list) else format_value(key, value)
 
 
 def _value_of(key: str, values: Any) -> Any:
@@ -148,14 +153,29 @@ def _key_of(location: tuple[int | str, ...]) -> str:
     return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)
 
 
-def no_such_option(group: str, option: str, options: Sequence[str], token: str) -> Problem:
+def extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] = frozenset()) -> Iterator[Problem]:
+    """Yield a problem for each key of `deepspeed.extra` in unvalidated settings that is not allowed, unless `skip` has it."""
+    section = values.get("deepspeed")
+    extra = section.get("extra") if isinstance(section, dict) else None
+    for name, value in leaves(extra) if isinstance(extra, dict) else ():
+        key = f"{EXTRA}.{name}"
+        if key not in skip and not re.match(rf"({'|'.join(ALLOWED_EXTRA)})($|[.\[])", name):
+            close = difflib.get_close_matches(name, ALLOWED_EXTRA, n=1, cutoff=0.9)
+            remedy = f"did you mean {close[0]}?" if close else f"remove it; these are accepted: {', '.join(ALLOWED_EXTRA)}"
+            message = f"{key}: not accepted, because the plan or another setting decides it, or DeepSpeed has no such key"
+            if name == QGZ:
+                message = f"{key}: {QGZ_IS_WRONG}"
+            yield Problem(message, origins.of(key), format_value(key, value), remedy)
+
+
+def unknown_option_problem(group: str, option: str, options: Sequence[str], token: str) -> Problem:
     """Return the problem of an unknown option of a config group. The option may be meant as the path of a model or of rows."""
     close = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in options}.get(re.sub(r"[^a-z0-9]", "", option.lower()))
     guess = f"did you mean {close}?" if close else did_you_mean(option.lower(), options)
     remedy = f"{guess} choose one of: {', '.join(options)}".strip()
     if group in ("model", "data") and ("/" in option or ":" in option or "." in option or Path(option or "-").exists()):
         remedy = f"write {'data=jsonl ' if group == 'data' else ''}{group}.path={option}, or in a file `{group}: {{path: ...}}`"
-    return Problem(f"{group}={option}: there is no such option", where="command line", value=token, remedy=remedy)
+    return Problem(f"{group}={option}: there is no such option", where=COMMAND_LINE, value=token, remedy=remedy)
 
 
 def yaml_problems(error: BaseException) -> list[Problem]:
@@ -172,42 +192,115 @@ def yaml_problems(error: BaseException) -> list[Problem]:
     return [
         Problem(
             f"the file is not valid YAML: {', '.join(filter(None, (cause.context, cause.problem)))}",
-            where=f"{short(Path(mark.name))}:{mark.line + 1}:{mark.column + 1}",
+            where=f"{short_path(Path(mark.name))}:{mark.line + 1}:{mark.column + 1}",
             value="" if looks_secret(key.strip(), value.strip()) else line.strip(),
             remedy="correct this line or the one before it: a line is `key: value`, indented with spaces, and a key occurs once",
         )
     ]
 
 
-def hydra_problems(
-    error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None
-) -> list[Problem]:
-    """Return the problems for an error in Hydra's composition, without the `++` that the launcher added.
+def hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None) -> Problem:
+    """Return the problem for an error in Hydra's composition, without the `++` that the launcher added.
 
-    `folders` hold the composed files, in search order; `run_file` is composed with them.
+    `tokens` are the overrides, `folders` hold the composed files, in search order; `run_file` is composed with them.
     """
-    return yaml_problems(error) or [_hydra_problem(error, tokens, folders, run_file)]
-
-
-def _hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None) -> Problem:
     text = redact(str(error)).strip()
     lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
     # If a line ends in a colon, the message is on the next line.
     message = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).replace("++", "")
     if folder := re.search(r"Additional config directory '(.+)' not found", text):
-        return Problem("--config-dir: there is no such folder", "command line", folder[1], "name a folder with config groups")
+        return Problem("--config-dir: there is no such folder", COMMAND_LINE, folder[1], "name a folder with config groups")
     culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] not in ("", t) and t in text), "")
     if redact(culprit) != culprit:
         message = "this override cannot be parsed"
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
-    location = locate_hydra_error(error, tokens, folders, run_file)
+    location = _locate_hydra_error(error, tokens, folders, run_file)
     if option and (options := getattr(error, "options", None)):
-        problem = no_such_option(group, option, options, f"{group}={option}")
+        problem = unknown_option_problem(group, option, options, f"{group}={option}")
         is_typed = any(token.lstrip("+") == f"{group}={option}" for token in tokens)
         return problem if is_typed or location is None else replace(problem, where=location.where, value=location.line)
     if location is None:
         remedy = "see python -m launcher --help"
-        return Problem(f"Hydra cannot compose these settings: {message}", "command line", culprit.removeprefix("++"), remedy)
+        return Problem(f"Hydra cannot compose these settings: {message}", COMMAND_LINE, culprit.removeprefix("++"), remedy)
     value = "" if redact(location.line) != location.line else location.line
     remedy = location.remedy or "correct this line; docs/settings.md shows how files are composed"
     return Problem(f"Hydra cannot compose these settings: {location.message or message}", location.where, value, remedy)
+
+
+@dataclass(frozen=True)
+class _Location:
+    """`where` is file:line, `line` its text; `message` and `remedy` are empty if Hydra's own message is sufficient."""
+
+    where: str
+    line: str
+    message: str = ""
+    remedy: str = ""
+
+
+def _locate_hydra_error(
+    error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None
+) -> _Location | None:
+    """Return the line that an error is about; None if it is not in a file that the command line selects.
+
+    `tokens` are the overrides, `folders` hold the config files; `run_file` is composed with them.
+    """
+    text = "\n".join(str(cause) for cause in causes(error))
+    if run_file is not None and f"{RUN_FILE_GROUP}/" in text:
+        return _location_at(run_file, _line_of(run_file, error, text))
+    chosen = [match for token in tokens if (match := _GROUP_CHOICE.fullmatch(token))]
+    files = [file for match in chosen if (file := _find_config_file(f"{match['group']}/{match['option']}", folders)) is not None]
+    missing = str(getattr(error, "missing_cfg_file", None) or "")
+    two_values = _TWO_VALUES.search(text)
+    group = two_values["group"] if two_values else missing.partition("/")[0]
+    for file in files:
+        if line := find_broken_reference(file):
+            message = "a reference in this value is not written as Hydra reads it"
+            return _location_at(file, line, message, "write ${section.name}, with a } for each ${")
+        if group and (line := _matching_line(file, rf"^\s*-\s*(override\s+)?/?{re.escape(group)}\s*:")):
+            return _location_at(file, line)
+    if (named := _IN_FILE.search(text)) and (file := _find_config_file(named["file"], folders)) is not None:
+        return _location_at(file, _line_of(file, error, text.replace(named[0], "")))
+    return None
+
+
+def _find_config_file(name: str, folders: Sequence[Path]) -> Path | None:
+    return next((file for folder in folders if (file := folder / f"{name.removesuffix('.yaml')}.yaml").is_file()), None)
+
+
+def _location_at(file: Path, line: int, message: str = "", remedy: str = "") -> _Location:
+    lines = file.read_text(errors="replace").splitlines()
+    text = lines[line - 1].strip() if line <= len(lines) else ""
+    return _Location(f"{short_path(file)}:{line}", text, message, remedy)
+
+
+def _line_of(file: Path, error: Exception, text: str) -> int:
+    """Return the line with a name that the error quotes, or with the key that it is about; otherwise the first content line."""
+    keys = [str(key) for cause in causes(error) if (key := getattr(cause, "full_key", None))]
+    for key, line, _ in yaml_nodes(file.read_text(errors="replace"), with_sections=True):
+        if key in keys:
+            return line
+    for name in re.findall(r"'([\w/.-]+)'", text):
+        if line := _matching_line(file, rf"(?<![\w-]){re.escape(name.rpartition('/')[2])}(?![\w-])"):
+            return line
+    return _matching_line(file, r"^defaults\s*:") or _matching_line(file, r"^[^#\s]") or 1
+
+
+def find_broken_reference(file: Path) -> int:
+    """Return the line of the first value with a reference that OmegaConf cannot parse; 0 without one."""
+    from omegaconf.errors import GrammarParseError
+    from omegaconf.grammar_parser import parse
+
+    for _, line, value in yaml_nodes(file.read_text(errors="replace")):
+        try:
+            if value and "${" in value:
+                parse(value)
+        # Some thousands of nested references are too many for the parser.
+        except (GrammarParseError, RecursionError):
+            return line
+    return 0
+
+
+def _matching_line(file: Path, pattern: str) -> int:
+    """Return the number of the first line that matches; 0 without one."""
+    lines = file.read_text(errors="replace").splitlines()
+    return next((number for number, line in enumerate(lines, start=1) if re.search(pattern, line)), 0)

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.introspect import settings
+from launcher.config.command_line import COMMAND_LINE
+from launcher.config.known_settings import settings
 from launcher.errors import Problem
 
 if TYPE_CHECKING:
     import yaml
 
-COMMAND_LINE = "command line"
+# The group in which Hydra composes a run's file.
+RUN_FILE_GROUP = "run_file"
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Origins:
         for file, inside in self._candidates(path):
             location = _find(file.read_text(), inside)
             if location is not None:
-                return f"{short(file)}:{location[0]}", location[1]
+                return f"{short_path(file)}:{location[0]}", location[1]
         return "", None
 
     def dropped_note(self) -> str | None:
@@ -83,17 +85,30 @@ class Origins:
         keys = self.run_file.dropped
         sections = dict.fromkeys(key.partition(".")[0] for key in keys)
         options = " and ".join(f"{section}={self.choices.get(section)}" for section in sections)
-        return f"{options} on the command line instead of the section in {short(self.run_file.path)}: not used: {', '.join(keys)}"
+        file = short_path(self.run_file.path)
+        return f"{options} on the command line instead of the section in {file}: not used: {', '.join(keys)}"
 
     def located(self, problem: Problem) -> Problem:
-        """Return `problem` with the origin of the setting that it names."""
-        if re.sub(r"\[\d+\]", "[]", problem.where) not in settings():
+        """Return `problem` with the origin of the setting that it names.
+
+        The remedy for a path relative to the run's file is the path to write.
+        """
+        value = problem.value
+        if re.sub(r"\[\d+\]", "[]", problem.where) in settings():
+            key, where = self.resolve(problem.where)
+            if where:
+                message, remedy = (text.replace(problem.where, key) for text in (problem.message, problem.remedy))
+                problem = replace(problem, message=message, where=f"{key} ({where})", remedy=remedy)
+        if self.run_file is None or not value or value.startswith(("/", "~")) or Path(value).exists():
             return problem
-        key, where = self.resolve(problem.where)
-        if not where:
+        file = self.run_file.path
+        beside = file.parent / value
+        if not beside.exists():
             return problem
-        message, remedy = (text.replace(problem.where, key) for text in (problem.message, problem.remedy))
-        return replace(problem, message=message, where=f"{key} ({where})", remedy=remedy)
+        remedy = (
+            f"write {short_path(beside)}: relative paths begin at the working directory, not at the folder of {short_path(file)}"
+        )
+        return replace(problem, remedy=remedy)
 
     def files(self) -> Iterator[tuple[Path, str]]:
         """Yield the composed files, last one first, each with the section that it sets; empty for all settings."""
@@ -111,9 +126,9 @@ class Origins:
         keys = []
         for file, prefix in self.files():
             text = file.read_text()
-            for key, line, value in nodes(text) if "???" in text else ():
+            for key, line, value in yaml_nodes(text) if "???" in text else ():
                 full = ".".join(filter(None, (prefix, key)))
-                if value == "???" and self.written_at(full) == f"{short(file)}:{line}":
+                if value == "???" and self.written_at(full) == f"{short_path(file)}:{line}":
                     keys.append(full)
         return keys
 
@@ -136,20 +151,7 @@ class Origins:
         return next((f / relative for f in self.folders if (f / relative).is_file()), None)
 
 
-def located_problem(problem: Problem, origins: Origins) -> Problem:
-    """Return `problem` with the origin of its setting; the remedy for a path relative to the run's file is the path to write."""
-    located = origins.located(problem)
-    file = origins.run_file
-    if file is None or not problem.value or problem.value.startswith(("/", "~")) or Path(problem.value).exists():
-        return located
-    beside = file.path.parent / problem.value
-    if not beside.exists():
-        return located
-    remedy = f"write {short(beside)}: relative paths begin at the working directory, not at the folder of {short(file.path)}"
-    return replace(located, remedy=remedy)
-
-
-def short(file: Path) -> str:
+def short_path(file: Path) -> str:
     """Return the path as a person would write it: relative if the file is below the current folder."""
     try:
         return str(file.relative_to(Path.cwd()))
@@ -157,7 +159,7 @@ def short(file: Path) -> str:
         return str(file)
 
 
-def nodes(text: str, with_sections: bool = False) -> Iterator[tuple[str, int, str | None]]:
+def yaml_nodes(text: str, with_sections: bool = False) -> Iterator[tuple[str, int, str | None]]:
     """Yield key, line and text of each scalar in a YAML text; with `with_sections`, also of each section, without a text."""
     import yaml
 

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from launcher.config.compose import GROUPS, conf_dir
-from launcher.config.introspect import Setting, sections_of, settings, settings_of
+from launcher.config.command_line import GROUPS
+from launcher.config.compose import conf_dir
+from launcher.config.known_settings import Setting, sections_of, settings, settings_of
 from launcher.config.schema import RunConfig
 
 # A bar ends a cell of a Markdown table, even in code.

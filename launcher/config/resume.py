@@ -10,13 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from launcher.config.compose import IN_ENVIRONMENT, leaves
-from launcher.config.deepspeed_keys import extra_problems
-from launcher.config.error_messages import schema_problems, shown
-from launcher.config.introspect import settings
+from launcher.config.command_line import COMMAND_LINE
+from launcher.config.compose import IN_ENVIRONMENT
+from launcher.config.error_messages import extra_problems, format_value, schema_problems
+from launcher.config.known_settings import leaves, settings, suggest_setting
 from launcher.config.origin import Origins
 from launcher.config.schema import RunConfig
-from launcher.config.suggestions import suggest_setting
 from launcher.errors import ConfigError, Problem
 from launcher.security.credentials import environment_secrets
 from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
@@ -84,7 +83,7 @@ def differing(saved: Mapping[str, Any], requested: Mapping[str, Any], prefix: st
     """Return the leaves of two nested mappings that differ, with their keys below `prefix`."""
     before, after = dict(leaves(dict(saved), prefix)), dict(leaves(dict(requested), prefix))
     return [
-        Difference(key, *(shown(key, values[key]) if key in values else ABSENT for values in (before, after)))
+        Difference(key, *(format_value(key, values[key]) if key in values else ABSENT for values in (before, after)))
         for key in dict.fromkeys((*before, *after))
         if before.get(key, _MISSING) != after.get(key, _MISSING)
     ]
@@ -198,4 +197,4 @@ def _secret_problem(key: str, value: Any, held: Mapping[str, str]) -> str | None
 
 
 def _problem(message: str, remedy: str, value: str = "") -> Problem:
-    return Problem(redact(message), where="command line", value=redact(value), remedy=remedy)
+    return Problem(redact(message), where=COMMAND_LINE, value=redact(value), remedy=remedy)

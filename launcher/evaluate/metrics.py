@@ -1,7 +1,7 @@
 """The table of metrics: how an answer is scored against its reference. Without torch.
 
 Every score is a fraction from 0 to 1, and higher is better. To add a metric, add a row to METRICS and its name to `MetricName`
-in launcher/config/sections/answer_metrics.py.
+in launcher/config/sections/evaluation.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from launcher import atomic_files
-from launcher.config.sections.answer_metrics import AnswerMetrics, split_function
+from launcher.config.sections.evaluation import AnswerMetrics, split_function
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.evaluate.answer_text import without_thoughts
 from launcher.evaluate.metric_process import score_in_process

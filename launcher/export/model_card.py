@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.checkpoint.manifest import Manifest
-from launcher.config.schema import is_local_path
 from launcher.config.sections.fields import HUB_ID_PATTERN
+from launcher.config.sections.model import is_local_path
 from launcher.export.hf_folder import CARD, ExportedFolder
 from launcher.plan.launch_plan import Batch, LaunchPlan
 from launcher.plan.quantities import format_count, format_size

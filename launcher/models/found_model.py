@@ -21,8 +21,8 @@ from typing import Any
 from launcher import atomic_files
 from launcher.checkpoint import generation
 from launcher.checkpoint.folder_links import link_problems
-from launcher.config.schema import COMMIT_PATTERN, ModelSection, is_local_path, is_run
 from launcher.config.sections.fields import HUB_ID_PATTERN
+from launcher.config.sections.model import COMMIT_PATTERN, ModelSection, is_local_path, is_run
 from launcher.data import hub_cache
 from launcher.data.cache_dir import cache_root, mark_used
 from launcher.errors import ConfigError, Problem

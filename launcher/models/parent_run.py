@@ -14,7 +14,8 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.state import read_state
-from launcher.config.schema import RUN_PATTERN, RUN_PREFIX, RunConfig
+from launcher.config.schema import RunConfig
+from launcher.config.sections.model import RUN_PATTERN, RUN_PREFIX
 from launcher.data.cache_dir import cache_root
 from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin

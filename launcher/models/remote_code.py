@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config.schema import ModelSection, is_local_path, is_run
+from launcher.config.sections.model import ModelSection, is_local_path, is_run
 from launcher.errors import ConfigError, Problem
 from launcher.security.owners import folder_problem
 

@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from launcher import atomic_files
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.data import cache_dir
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, Problem
 from launcher.models import stored_checks
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.config.schema import DeepSpeedSection, ModelSection
+from launcher.config.sections.deepspeed import DeepSpeedSection
+from launcher.config.sections.model import ModelSection
 from launcher.config.sections.train import TrainSection
 from launcher.plan.architecture.layers import experts_of
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology

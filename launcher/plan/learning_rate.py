@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from launcher.config.resume import differing
-from launcher.config.schema import OptimSection
+from launcher.config.sections.train import OptimSection
 from launcher.plan.launch_plan import LaunchPlan
 
 # A smaller relative change is not worth a note.

@@ -5,7 +5,7 @@ launcher/plan/sizing/peak_memory.py adds activations, gathered weights, buffers 
 
 from __future__ import annotations
 
-from launcher.config.schema import DeepSpeedSection
+from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.plan.architecture.layers import largest_weight
 from launcher.plan.launch_plan import Memory, ModelFacts, Saving, Topology
 from launcher.plan.optimizers import FP32_BYTES, Optimizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.config.sections.costs import HostedPrice
+from launcher.config.sections.run import HostedPrice
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.throughput import SpeedEstimate
 from launcher.tracking.verdicts import SideUsage

@@ -25,7 +25,7 @@ from launcher.checkpoint.initial_weights import (
     find_sources,
     stored_buffers,
 )
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError
 from launcher.models.weight_files import WeightReport, read_header, weight_files
 from launcher.plan.launch_plan import ModelFacts

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from launcher import atomic_files
 from launcher.checkpoint.initial_weights import stored_buffers
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
 from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError

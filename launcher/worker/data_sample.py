@@ -15,9 +15,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from launcher.config.schema import RunConfig, is_run
+from launcher.config.schema import RunConfig
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
+from launcher.config.sections.model import is_run
 from launcher.data import hub_cache, sources
 from launcher.data.sources import Chat, Completion, Document, DocumentBatch
 from launcher.data.sources.files import Block

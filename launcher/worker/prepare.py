@@ -20,7 +20,8 @@ import traceback
 from pathlib import Path
 
 from launcher import atomic_files, locks, run_store
-from launcher.config.schema import ModelSection, RunConfig, is_run
+from launcher.config.schema import RunConfig
+from launcher.config.sections.model import ModelSection, is_run
 from launcher.data import build, hub_cache, report, sources
 from launcher.data.cache_dir import cache_root, is_full, make_cache_error
 from launcher.data.sources.eval_set import make_set_data, name_set

@@ -14,7 +14,7 @@ import pytest
 from launcher.clusters import network
 from launcher.clusters.static import meeting as module
 from launcher.clusters.static.meeting import OVER, READY, REFUSED, Answer, Meeting, Question, await_plan, head_endpoint, marker
-from launcher.config.sections.static_identity import NodeIdentity
+from launcher.config.sections.static import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, SubmitError
 
 COMMAND = {"train.max_steps": "4", "model.name": "tiny"}

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.compose import GROUPS, conf_dir
-from launcher.config.introspect import settings
+from launcher.config.command_line import GROUPS
+from launcher.config.compose import conf_dir
+from launcher.config.known_settings import settings
 from launcher.config.reference import main, render
 
 REPO = Path(__file__).resolve().parents[2]

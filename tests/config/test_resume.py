@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config.compose import Composed
-from launcher.config.introspect import settings
+from launcher.config.known_settings import settings
 from launcher.config.resume import CHANGEABLE, FIXED, differences, require_same, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem

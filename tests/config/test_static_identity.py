@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from launcher.config.sections.static import StaticSection
-from launcher.config.sections.static_identity import ONE_PER_NODE, NodeIdentity, count_nodes, identify
+from launcher.config.sections.static import ONE_PER_NODE, NodeIdentity, StaticSection, count_nodes, identify
 from launcher.errors import ConfigError
 
 

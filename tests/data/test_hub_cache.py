@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from file_owners import MALLORY, as_root, give
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.data import hub_cache
 from launcher.models import found_model
 

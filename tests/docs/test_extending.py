@@ -16,7 +16,7 @@ from doc_tools import REPO, Block, blocks
 from plan_fixtures import config_of, plan_of
 
 from launcher.clusters.backends import BACKENDS, Cluster, cluster_for
-from launcher.config.sections.backends import SECTIONS
+from launcher.config.schema import SECTIONS
 from launcher.data.loader import IGNORED, MicroBatch
 from launcher.data.sources import formats
 from launcher.evaluate import metrics as answer_metrics

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.evaluate.answers import GeneratedIds
 from launcher.evaluate.engines.shared_prefix import SharedPrefix
 from launcher.evaluate.engines.transformers_engine import TransformersEngine, cut_at

@@ -12,7 +12,7 @@ import pytest
 from file_owners import as_root
 from pace import wait_for
 
-from launcher.config.sections.answer_metrics import METRIC_NAMES, AnswerMetrics
+from launcher.config.sections.evaluation import METRIC_NAMES, AnswerMetrics
 from launcher.errors import ConfigError, DataError
 from launcher.evaluate import metric_process
 from launcher.evaluate.metrics import METRICS, GeneratedAnswer

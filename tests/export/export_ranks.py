@@ -18,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from launcher.checkpoint import shards
 from launcher.checkpoint.saver import Saved, Saver
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.distributed import RankInfo
 from launcher.errors import ExportError
 from launcher.plan.architecture.facts import model_facts

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import Problem
 from launcher.models.found_model import file_problems, folder_problems
 

@@ -16,7 +16,8 @@ from launcher import atomic_files, facts, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE
 from launcher.checkpoint.state import State
-from launcher.config.schema import ModelSection, RunConfig
+from launcher.config.schema import RunConfig
+from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, Problem
 from launcher.models import found_model, parent_run
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan, Lineage, Origin

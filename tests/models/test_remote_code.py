@@ -12,7 +12,7 @@ import pytest
 import transformers
 from weight_tools import save_model
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.models import found_model, remote_code
 from launcher.train.model import build_model
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError
 from launcher.models import found_model, weight_files
 from launcher.models.weight_files import TensorHeader, WeightReport

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.architecture.flops import FAMILIES, TrainFlops, train_flops
 from launcher.plan.launch_plan import ModelFacts

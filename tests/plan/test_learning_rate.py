@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config.schema import OptimSection
+from launcher.config.sections.train import OptimSection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.learning_rate import compute_learning_rate, describe_changed_rate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.config.schema import DeepSpeedSection
+from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.plan.launch_plan import Memory, Topology
 from launcher.plan.memory import checkpoint_bytes, estimate_model_states, plan_saving
 from launcher.plan.optimizers import OPTIMIZERS

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher import facts as facts_module
 from launcher.cli.views.plan_view import plan_lines
-from launcher.config.compose import conf_dir, leaves, run_hydra
-from launcher.config.run_file.printing import render, values_to_print
+from launcher.config.compose import conf_dir, run_hydra
+from launcher.config.known_settings import leaves
+from launcher.config.run_file import render, values_to_print
 from launcher.config.schema import RunConfig
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import LaunchPlan

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from http_server import Answer, Request, serving
 
-from launcher.config.schema import TrackingSection
+from launcher.config.sections.run import TrackingSection
 from launcher.security.credentials import request_json
 from launcher.tracking.wandb import account
 

@@ -8,7 +8,7 @@ import hand_made
 import pytest
 
 from launcher.cli.views.plan_view import plan_lines
-from launcher.config.sections.costs import CostsSection, HostedPrice
+from launcher.config.sections.run import CostsSection, HostedPrice
 from launcher.tracking.costs import hosted_training, request_cost
 from launcher.tracking.verdicts import SideUsage
 

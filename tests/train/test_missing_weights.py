@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from weight_tools import ROUTER_BUFFER, SIZES, change_weights, save_model, without
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture.facts import model_facts
 from launcher.train.model import DTYPES, build_model

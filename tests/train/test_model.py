@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
 from launcher.plan.architecture.facts import model_facts

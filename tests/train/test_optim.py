@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from launcher.config.schema import DeepSpeedSection, OptimSection
+from launcher.config.sections.deepspeed import DeepSpeedSection
+from launcher.config.sections.train import OptimSection
 from launcher.train.optim import build_optimizer, set_learning_rate
 
 

@@ -21,8 +21,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.llama import modeling_llama
 
 from launcher.checkpoint import store, zero3
-from launcher.config.schema import ModelSection
 from launcher.config.sections.cluster import LocalSection
+from launcher.config.sections.model import ModelSection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.distributed import RankInfo, gather_json, rank0_broadcast, run_on_all_ranks
 from launcher.errors import ConfigError, DamagedCheckpoint, LauncherError

@@ -14,7 +14,7 @@ from train_ranks import meet
 from transformers.integrations import HfDeepSpeedConfig
 
 from launcher.checkpoint.initial_weights import stored_buffers
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.plan.architecture.facts import model_facts
 from launcher.train.model import build_model
 

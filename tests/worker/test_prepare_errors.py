@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, DataError
 from launcher.worker.prepare import _download, _find_storage_error, hub_reason
 

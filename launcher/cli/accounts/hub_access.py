@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import Problem
 from launcher.export.hub import TOKEN_VARIABLE
 from launcher.models import found_model

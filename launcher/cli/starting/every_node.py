@@ -28,11 +28,12 @@ from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.static import nodes
 from launcher.clusters.static.cluster import StaticCluster, is_idle
 from launcher.clusters.static.meeting import OVER, REFUSED, Meeting, await_plan, head_endpoint
-from launcher.config.compose import Composed, leaves
+from launcher.config.compose import Composed
+from launcher.config.known_settings import leaves
 from launcher.config.resume import differing, table, with_overrides
-from launcher.config.schema import RunConfig, is_run
-from launcher.config.sections.static import StaticSection
-from launcher.config.sections.static_identity import NodeIdentity, identify
+from launcher.config.schema import RunConfig
+from launcher.config.sections.model import is_run
+from launcher.config.sections.static import NodeIdentity, StaticSection, identify
 from launcher.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,

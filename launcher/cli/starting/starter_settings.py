@@ -14,7 +14,7 @@ from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.backends import BACKENDS, cluster_for
 from launcher.config.command_line import override_key
 from launcher.config.compose import Composed
-from launcher.config.introspect import settings
+from launcher.config.known_settings import settings
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import STDLIB_DOCS
 from launcher.errors import ConfigError, raise_reported

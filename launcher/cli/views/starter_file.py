@@ -10,7 +10,7 @@ from typing import Any
 from launcher.cli.formatting import wrap
 from launcher.cli.views.plan_view import remarks
 from launcher.clusters.preflight import disk_note
-from launcher.config.run_file.printing import render
+from launcher.config.run_file import render
 from launcher.config.schema import RunConfig
 from launcher.data.checks.findings import LIMITS
 from launcher.plan.launch_plan import LaunchPlan

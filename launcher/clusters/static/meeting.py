@@ -21,7 +21,7 @@ from pathlib import Path
 
 from launcher import atomic_files, json_records
 from launcher.clusters import network
-from launcher.config.sections.static_identity import NodeIdentity
+from launcher.config.sections.static import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, Problem, SubmitError, printable
 
 # Seconds that node 0 waits for the others to start, and they for node 0; while node 0 answers, they wait for its plan.

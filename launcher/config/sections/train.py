@@ -1,12 +1,12 @@
-"""The sections for what training does: steps and batches, checkpoints, export."""
+"""The sections for what training does: steps and batches, the optimizer, checkpoints, export."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from launcher.config.sections.fields import Count, Flag, HubId, Name, Positive, PositiveInt, Section, Url
+from launcher.config.sections.fields import Count, Flag, Fraction, HubId, Name, Positive, PositiveInt, Section, Url
 
 
 class TrainSection(Section):
@@ -33,6 +33,33 @@ class TrainSection(Section):
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError("train.max_steps and train.epochs are both set; unset one of them with null")
         return self
+
+
+class OptimSection(Section):
+    """The optimizer and its learning-rate schedule."""
+
+    name: str = Field("adamw", description="The optimizer: adamw, or another row of OPTIMIZERS in launcher/plan/optimizers.py.")
+    lr: Positive = Field(1e-5, description="Peak learning rate.")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="Decoupled weight decay; not applied to norms, biases and other one-dimensional weights."
+    )
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Decay rates of the two moments.")
+    eps: Positive = Field(1e-8, description="Added to the denominator, for numerical stability.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="Shape after the warm-up; wsd is warm-up, stable, decay."
+    )
+    warmup_steps: Count = Field(0, description="Steps over which the learning rate rises linearly from zero.")
+    min_lr_ratio: Fraction = Field(
+        0.1, description="Learning rate at the last step, as a share of optim.lr (cosine, linear, wsd)."
+    )
+    decay_fraction: Fraction = Field(0.2, description="Share of all steps used for the final decay (wsd).")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if max(value) >= 1:
+            raise ValueError("each must be below 1; 0.9 and 0.95 are usual")
+        return value
 
 
 class CheckpointSection(Section):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from launcher.config.schema import ModelSection, RunConfig
+from launcher.config.schema import RunConfig
+from launcher.config.sections.model import ModelSection
 from launcher.plan.architecture.layers import has_attention_dropout
 from launcher.plan.launch_plan import ModelFacts
 from launcher.plan.sizing.checkpointed_layers import AUTO

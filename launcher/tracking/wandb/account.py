@@ -15,7 +15,7 @@ import urllib.request
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launcher.config.schema import TrackingSection
+from launcher.config.sections.run import TrackingSection
 from launcher.security.credentials import request_json
 
 ANSWER_DEADLINE_S = 10.0

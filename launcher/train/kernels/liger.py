@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.config.schema import ModelSection, RunConfig
+from launcher.config.schema import RunConfig
+from launcher.config.sections.model import ModelSection
 from launcher.distributed import gather_json
 from launcher.errors import ConfigError, describe
 from launcher.plan.sizing.kernels import may_lack_liger

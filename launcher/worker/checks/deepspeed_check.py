@@ -12,8 +12,7 @@ import sys
 from pydantic import ValidationError
 
 from launcher import facts
-from launcher.config.deepspeed_keys import EXTRA
-from launcher.config.error_messages import shown
+from launcher.config.error_messages import EXTRA, format_value
 from launcher.config.schema import RunConfig
 from launcher.errors import DataError, Problem
 from launcher.plan.deepspeed import merge_keys
@@ -30,7 +29,7 @@ def check(config: RunConfig) -> list[Problem]:
     except ValidationError as error:
         paths = [".".join([EXTRA, *map(str, item["loc"])]) for item in error.errors()]
         return [
-            Problem(f"{path}: DeepSpeed refuses it: {item['msg']}", EXTRA, shown(path, item["input"]))
+            Problem(f"{path}: DeepSpeed refuses it: {item['msg']}", EXTRA, format_value(path, item["input"]))
             for path, item in zip(paths, error.errors(), strict=True)
         ]
     # DeepSpeed's parser raises many types of exceptions.

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.schema import ModelSection, RunConfig
+from launcher.config.schema import RunConfig
+from launcher.config.sections.model import ModelSection
 from launcher.data import cache_dir
 from launcher.errors import LauncherError, RunError
 from launcher.models import found_model, stored_checks

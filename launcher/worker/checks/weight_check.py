@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.models import found_model, weight_files
 from launcher.models.remote_code import code_option, folder_to_load

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
-from launcher.config.sections.evaluate import EvaluateSection
-from launcher.config.sections.evaluation import HELD_OUT
+from launcher.config.sections.evaluation import HELD_OUT, EvaluateSection
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import ConfigError, DataError, Problem, did_you_mean
 from launcher.evaluate import questions as reading

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch._subclasses import FakeTensorMode
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError
 from launcher.train.kernels import attention
 from launcher.train.model import CausalLMLoss, build_model

@@ -14,7 +14,8 @@ from forked_ranks import RankServer
 from liger_package import APPLIED_IN_PART, FILES, write_package
 from transformers import AutoModelForCausalLM
 
-from launcher.config.schema import ModelSection, RunConfig
+from launcher.config.schema import RunConfig
+from launcher.config.sections.model import ModelSection
 from launcher.distributed import RankInfo
 from launcher.errors import ConfigError
 from launcher.plan.architecture.facts import model_facts

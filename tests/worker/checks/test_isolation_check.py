@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers
 
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import RunError
 from launcher.models import stored_checks
 from launcher.plan.architecture.facts import model_facts

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from weight_tools import change_weights, save_model, without
 
 from launcher.config.compose import conf_dir
-from launcher.config.schema import ModelSection
+from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError
 from launcher.models import weight_files
 from launcher.models.weight_files import WeightReport

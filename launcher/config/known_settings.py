@@ -1,8 +1,10 @@
-"""Every setting with its type, default and meaning, from the schema."""
+"""Every setting with its type, default and meaning, from the schema; and which setting an unknown key was meant to be."""
 
 from __future__ import annotations
 
+import difflib
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -10,6 +12,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from launcher.config.schema import RunConfig
+from launcher.errors import did_you_mean
 
 _SCALARS = {"integer": "int", "number": "float", "string": "text", "object": "mapping"}
 _LOWER = (("exclusiveMinimum", ">"), ("minimum", ">="))
@@ -120,3 +123,91 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(v, f"{key}[{i}]")
     else:
         yield key, value
+
+
+# Names in transformers, TRL, DeepSpeed, torchtitan and other trainers, mapped to the equivalent setting here.
+_NAMES_ELSEWHERE = {
+    "run.name": "run_name experiment_name job_name",
+    "run.root": "output_dir out_dir save_dir output_path",
+    "run.seed": "random_seed data_seed",
+    "model.path": "model_name_or_path model_id model_path base_model pretrained pretrained_model_name_or_path",
+    "model.dtype": "bf16 fp16 fp32 precision mixed_precision torch_dtype",
+    "model.attention": "attn_implementation flash_attention flash_attn use_flash_attention",
+    "model.activation_checkpointing": "gradient_checkpointing activation_checkpoint recompute",
+    "model.liger": "use_liger_kernel liger_kernel",
+    "data.path": "dataset dataset_path dataset_name train_file data_path data_files",
+    "data.max_length": "max_seq_len max_seq_length seq_len seq_length sequence_length context_length max_len cutoff_len",
+    "data.packing": "pack packed sample_packing",
+    "data.chat_template": "template prompt_template",
+    "data.eval_fraction": "val_fraction val_size validation_split test_size",
+    "optim.name": "optimizer optimizer_name optimizer_type",
+    "optim.lr": "learning_rate max_lr base_lr peak_lr",
+    "optim.schedule": "lr_scheduler lr_scheduler_type scheduler lr_schedule lr_decay_style",
+    "optim.warmup_steps": "warmup warmup_ratio num_warmup_steps lr_warmup_steps",
+    "optim.weight_decay": "wd l2",
+    "optim.betas": "beta1 beta2 adam_beta1 adam_beta2",
+    "optim.eps": "epsilon adam_epsilon",
+    "train.max_steps": "steps num_steps total_steps train_steps max_train_steps training_steps num_train_steps",
+    "train.epochs": "num_train_epochs num_epochs max_epochs",
+    "train.global_batch_size": "batch_size train_batch_size effective_batch_size total_batch_size gradient_accumulation_steps "
+    "grad_accum_steps grad_accum accumulation_steps accumulate_grad_batches",
+    "train.micro_batch_size": "per_device_train_batch_size per_device_batch_size train_micro_batch_size_per_gpu local_batch_size",
+    "train.grad_clip": "max_grad_norm gradient_clipping clip_grad_norm gradient_clip_val max_norm",
+    "eval.every": "eval_steps eval_interval eval_freq val_check_interval",
+    "checkpoint.save_every": "save_steps save_interval checkpoint_interval save_freq checkpointing_steps",
+    "checkpoint.keep_last": "save_total_limit keep_latest_k max_checkpoints",
+    "export.push_to_hub": "hub_model_id",
+    "cluster.nodes": "num_nodes nnodes n_nodes num_machines",
+    "cluster.ranks_per_node": "gpus num_gpus n_gpus ngpus nproc_per_node devices num_processes",
+    "cluster.time": "walltime time_limit",
+    "tracking.kind": "report_to wandb logger",
+    "tracking.project": "wandb_project project_name",
+}
+# Names of other trainers for features that the launcher does not have, and what to do instead.
+_NOT_SERVED = {
+    re.compile(r"lora|peft|adapter"): "all parameters are trained: remove it; for LoRA use PEFT with TRL, Axolotl, "
+    "LLaMA-Factory or Unsloth",
+    re.compile(r"load_in_[48]bit|^quantiz.*config|^bnb_"): "all parameters are trained, and quantized ones cannot be: remove it",
+    re.compile(r"^(finetuning|fine_tuning|tuning)_(type|method)$"): "all parameters are trained: remove it",
+}
+_NUM_SHOWN = 3
+
+
+@functools.cache
+def _synonyms() -> Mapping[str, str]:
+    return {name: setting for setting, names in _NAMES_ELSEWHERE.items() for name in names.split()}
+
+
+def meant_setting(key: str) -> str:
+    """Return the setting that another trainer's name stands for; empty for all other names. The section is ignored."""
+    return _synonyms().get(_last_part(key), "")
+
+
+def _last_part(key: str) -> str:
+    return key.rpartition(".")[2].lower().lstrip("-").replace("-", "_")
+
+
+def suggest_setting(key: str) -> str:
+    """Return `did you mean SETTING?` for a key that does not exist, or an empty text.
+
+    The last part of the key is searched in every section. Names of other trainers are recognized, even for unsupported features.
+    """
+    key = key.lower()
+    # Settings of held-out rows belong to the data: eval.max_rows is data.eval_max_rows.
+    if key.startswith("eval.") and (of_data := f"data.eval_{key.removeprefix('eval.')}") in settings():
+        return f"did you mean {of_data}?"
+    if meant := meant_setting(key):
+        return f"did you mean {meant}?"
+    if instead := next((text for pattern, text in _NOT_SERVED.items() if pattern.search(_last_part(key))), ""):
+        return instead
+    names = list(settings())
+    if guess := did_you_mean(key, names):
+        return guess
+    by_last_part: dict[str, list[str]] = {}
+    for name in names:
+        if "." in name and "[]" not in name:
+            by_last_part.setdefault(name.rpartition(".")[2], []).append(name)
+    for name, setting in _synonyms().items():
+        by_last_part.setdefault(name, []).append(setting)
+    close = difflib.get_close_matches(key.rpartition(".")[2], by_last_part, n=1, cutoff=0.75)
+    return f"did you mean {' or '.join(by_last_part[close[0]][:_NUM_SHOWN])}?" if close else ""

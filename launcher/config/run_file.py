@@ -1,0 +1,393 @@
+"""Reads and writes a run's file: settings in one YAML file, without Hydra's folders and headers.
+
+For each group, a string selects an option, a mapping sets keys, and a mapping with `base` does both:
+
+    model: {base: qwen3_8b, dtype: bf16}
+    cluster: slurm
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from launcher.config.command_line import COMMAND_LINE, GROUPS, ROW_SUFFIXES, SUFFIXES
+from launcher.config.error_messages import unknown_option_problem, yaml_problems
+from launcher.config.known_settings import leaves, sections_of, settings
+from launcher.config.origin import RunFile, short_path, yaml_nodes
+from launcher.config.schema import RunConfig, choose_kind
+from launcher.config.sections.data import Source
+from launcher.errors import ConfigError, Problem
+from launcher.security.redaction import looks_secret, redact, redact_setting
+from launcher.shell_commands import launcher_command
+
+_SECTIONS_OF_GROUPS = tuple(group for group in GROUPS if group != "experiment")
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+_HEADER_GLOBAL = re.compile(r"^#\s*@package\s+_global_", re.MULTILINE)
+_ABSENT = object()
+BASE = "base"
+# The option for a data section that names rows but has no `base`.
+_OWN_ROWS = "jsonl"
+_EXPERIMENT = "experiment"
+_OF_HYDRA = {
+    "defaults": "remove it; a string selects an option, as in `model: qwen3_8b`, and `base` selects one inside a mapping",
+    "hydra": "remove it; Hydra's flags are given on the command line",
+}
+
+
+@dataclass(frozen=True)
+class FileContent:
+    """The content of a run's file: `choices` are the options of groups, None for none; `values` the settings of the sections."""
+
+    file: RunFile
+    choices: Mapping[str, str | None]
+    values: Mapping[str, Any]
+
+    def for_hydra(self) -> dict[str, Any]:
+        """Return the config that Hydra composes last, before the overrides."""
+        chosen: list[Any] = [{f"override /{group}": option} for group, option in self.choices.items()]
+        return {"defaults": [*chosen, "_self_"], **self.values}
+
+
+def the_only_file(files: Sequence[str]) -> Path | None:
+    """Return the run's file of a command line; None without one.
+
+    Raises:
+        ConfigError: if there are several.
+    """
+    if len(files) > 1:
+        remedy = "name one file, and write what differs as overrides (key=value)"
+        raise ConfigError("a run has one file", where=COMMAND_LINE, value=redact(" ".join(files)), remedy=remedy)
+    return Path(files[0]) if files else None
+
+
+def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[FileContent, list[Problem]]:
+    """Return the content of a run's file and its problems.
+
+    `replaced` are the groups whose option is selected on the command line, which replaces the file's whole section. `folders`
+    hold the options of the groups; without folders, the options are not checked.
+
+    Raises:
+        ConfigError: if the file cannot be read as a mapping.
+    """
+    root = _load(path)
+    lines = {key: line for key, line, _ in yaml_nodes(path.read_text(encoding="utf-8"), with_sections=True)}
+
+    def where(key: str) -> str:
+        return f"{short_path(path)}:{lines.get(key, 1)}"
+
+    problems: list[Problem] = []
+    choices: dict[str, str | None] = {}
+    values: dict[str, Any] = {}
+    dropped: list[str] = []
+    for key, value in root.items():
+        if key in _OF_HYDRA:
+            problems.append(Problem(f"{key}: is Hydra's, and not part of a run's file", where(key), remedy=_OF_HYDRA[key]))
+        elif key in replaced:
+            dropped += [f"{key}.{name}" for name in value if name != BASE] if isinstance(value, dict) else []
+        elif key in GROUPS and not isinstance(value, dict):
+            option, problem = _select_option(key, value, where(key), folders)
+            problems += [problem] if problem else []
+            choices |= {key: option} if option else {}
+        elif problem := _misplaced_problem(key, value, where(key)):
+            problems.append(problem)
+        # Hydra and the schema report unknown keys, and sections that are not mappings.
+        elif value is not None or key not in settings():
+            section = dict(value) if isinstance(value, dict) else value
+            if key in GROUPS and BASE in section:
+                option, problem = _select_option(key, section.pop(BASE), where(f"{key}.{BASE}"), folders)
+                problems += [problem] if problem else []
+                # For an option that does not exist, use the default one; otherwise its settings would be reported as missing.
+                if problem is None:
+                    choices[key] = option
+                elif key == "data":
+                    choices[key] = _OWN_ROWS
+            elif key == "data" and ("path" in section or "sources" in section):
+                choices[key] = _OWN_ROWS
+            values[key] = section
+    file = RunFile(path, tuple(_keys_set_by(choices, values)), tuple(dropped))
+    return FileContent(file, choices, values), problems
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    """Return the mapping in a file, which is read as Hydra reads its own files.
+
+    Raises:
+        ConfigError: if there is no such file, or it is not readable, not YAML or not a mapping.
+    """
+    import yaml
+    from omegaconf._utils import get_yaml_loader
+
+    if path.name.endswith(ROW_SUFFIXES):
+        raise ConfigError(_rows_problem(path))
+    if not path.is_file():
+        raise ConfigError(_no_file_problem(path))
+    try:
+        with path.open(encoding="utf-8") as stream:
+            root = yaml.load(stream, Loader=get_yaml_loader())  # noqa: S506
+    except (ValueError, OverflowError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
+        raise ConfigError(f"the file is not read: {reason}", where=short_path(path), remedy="correct this value") from None
+    except yaml.YAMLError as error:
+        if path.suffix == ".json":
+            raise ConfigError(_rows_problem(path)) from None
+        unreadable = Problem(
+            "the file is not valid YAML", short_path(path), remedy="a line is `key: value`, indented with spaces"
+        )
+        raise ConfigError(yaml_problems(error) or [unreadable]) from error
+    if isinstance(root, list) and path.suffix == ".json":
+        raise ConfigError(_rows_problem(path))
+    if not isinstance(root, dict) or not root:
+        message = "the file is not a mapping of sections to settings"
+        remedy = f"write settings as `section:` with `name: value` below it; a file to start from: {launcher_command('init')}"
+        raise ConfigError(message, where=short_path(path), remedy=remedy)
+    return root
+
+
+def _rows_problem(path: Path) -> Problem:
+    """Return the problem of a file of rows in the position of a run's file."""
+    name = redact(str(path))
+    remedy = (
+        f"write a file of settings for these rows with: {launcher_command('init', '--data', name)}; "
+        f"or name them as a setting: data.path={shlex.quote(name)}"
+    )
+    return Problem("this is a file of rows, not one of settings", where=COMMAND_LINE, value=name, remedy=remedy)
+
+
+def _no_file_problem(path: Path) -> Problem:
+    folder = path.parent
+    # All files share the ending, so it must not count as similarity.
+    nearby = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES and file.is_file()}
+    close = difflib.get_close_matches(path.stem, nearby, n=1)
+    guess = f"did you mean {nearby[close[0]]}? " if close else ""
+    remedy = f"{guess}name a YAML file with settings; a file to start from: {launcher_command('init')}"
+    return Problem("there is no such file", where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
+
+
+def _select_option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tuple[str | None, Problem | None]:
+    """Return the option that a value selects, None for none, and the problem with the value."""
+    options = sorted({file.stem for folder in folders for file in (folder / group).glob("*.yaml")})
+    if value is None:
+        return None, None
+    if folders and not any((folder / group / f"{value}.yaml").is_file() for folder in folders):
+        name = redact(str(value))
+        return None, replace(unknown_option_problem(group, name, options, ""), where=where, value=name)
+    return str(value), None
+
+
+def _misplaced_problem(key: Any, value: Any, where: str) -> Problem | None:
+    """Return the problem of a setting outside its section, or of an experiment with settings."""
+    if key == _EXPERIMENT:
+        remedy = "write `experiment: NAME`; the settings of a run's file are in its sections"
+        return Problem("experiment: selects an experiment by its name", where, remedy=remedy)
+    section, dot, name = str(key).partition(".")
+    if dot and section in settings():
+        content = "..." if isinstance(value, dict | list) or looks_secret(str(key), value) else value
+        remedy = f"write `{section}:`, and indented below it `{name}: {content}`"
+        return Problem(f"{key}: a file has one section with its settings below it", where, remedy=remedy)
+    return None
+
+
+def _keys_set_by(choices: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the groups with an option, and the settings of the sections."""
+    yield from choices
+    for section, content in values.items():
+        yield from (f"{section}.{name}" for name in content) if isinstance(content, dict) else (str(section),)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option of a group: `values` are the values that its file sets in all sections."""
+
+    group: str
+    name: str | None
+    values: Mapping[str, Any]
+
+
+def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = False) -> dict[str, Any]:
+    """Return the content of a run's file that composes to `config`: only the differences from its options, or all settings.
+
+    Values that may be secrets are `<redacted>`.
+    """
+    target = config.model_dump(mode="json")
+    if all_settings:
+        with_base = {name: {BASE: None, **section} if name in GROUPS else section for name, section in target.items()}
+        return dict(_redact_values(with_base, ""))
+    root, usual = _read_root(conf_dir)
+    chosen = {group: _closest_option(group, conf_dir, target, usual[group]) for group in _SECTIONS_OF_GROUPS}
+    composed = copy.deepcopy(root)
+    for group in usual:
+        if group in chosen:
+            _merge_into(composed, chosen[group].values)
+    printed: dict[str, Any] = {}
+    for name, section in target.items():
+        defaults = _section_defaults(name, section)
+        _merge_into(defaults, composed.get(name, {}))
+        changes = _changed_values(section, defaults, target)
+        if name == "train":
+            _shorten_length(changes)
+        option = chosen.get(name)
+        if option is not None and (option.name != usual[name] or _is_named(name, changes)):
+            printed[name] = {BASE: option.name, **changes} if changes or option.name is None else option.name
+        elif changes:
+            printed[name] = changes
+    return dict(_redact_values(printed, ""))
+
+
+def _is_named(group: str, changes: Mapping[str, Any]) -> bool:
+    """Return whether to name a group's default option: readers always want to know the model and the data."""
+    # The path alone identifies a user's own model.
+    return group == "data" or (group == "model" and "path" not in changes)
+
+
+def render(values: Mapping[str, Any]) -> str:
+    """Return the content of a run's file as YAML that reads back as the same values."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(_escape_references(dict(values))))
+
+
+def _read_root(conf_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """Return the settings of conf/config.yaml, and the option that it selects for each group, in composition order."""
+    values = _load_option_file(conf_dir / "config.yaml")
+    entries = [entry for entry in values.pop("defaults") if isinstance(entry, dict)]
+    return values, {group: option for entry in entries for group, option in entry.items() if group in _SECTIONS_OF_GROUPS}
+
+
+def _load_option_file(file: Path) -> dict[str, Any]:
+    import yaml
+    from omegaconf._utils import get_yaml_loader
+
+    values: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=get_yaml_loader()) or {}  # noqa: S506
+    return values
+
+
+def _read_option(group: str, file: Path) -> _Option:
+    """Read the option in a file, including the options of the same group that it starts from."""
+    values = _load_option_file(file)
+    begins_with = [entry for entry in values.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    section: dict[str, Any] = {}
+    for name in begins_with:
+        _merge_into(section, _read_option(group, file.with_name(f"{name}.yaml")).values)
+    is_global = _HEADER_GLOBAL.search(file.read_text(encoding="utf-8")) is not None
+    _merge_into(section, values if is_global else {group: values})
+    return _Option(group, file.stem, section)
+
+
+def _closest_option(group: str, conf_dir: Path, target: Mapping[str, Any], usual: str | None) -> _Option:
+    """Return the option that leaves the fewest keys to write; in a tie, the default option."""
+    options = [_Option(group, None, {}), *(_read_option(group, file) for file in sorted((conf_dir / group).glob("*.yaml")))]
+
+    def cost(option: _Option) -> tuple[int, bool]:
+        num_keys = 0
+        for name, section in target.items():
+            defaults = _section_defaults(name, section)
+            _merge_into(defaults, option.values.get(name, {}))
+            if _has_more(defaults, section):
+                return (1 << 30, True)
+            num_keys += len(list(leaves(_changed_values(section, defaults, target))))
+        return num_keys, option.name != usual
+
+    return min(options, key=cost)
+
+
+def _section_defaults(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema's defaults of a section; `section` has its values, of which `kind` may select the class."""
+    classes = sections_of(RunConfig.model_fields[name].annotation)
+    if len(classes) == 1:
+        return _field_defaults(classes[0])
+    chosen = next(one for one in classes if one.model_fields["kind"].default == section["kind"])
+    # If a section has no kind, its class is not the one that has this kind as its default.
+    return {**_field_defaults(chosen), **choose_kind({})}
+
+
+def _field_defaults(section: type[BaseModel]) -> dict[str, Any]:
+    fields = section.model_fields.items()
+    return {key: to_jsonable_python(f.get_default(call_default_factory=True)) for key, f in fields if not f.is_required()}
+
+
+def _changed_values(values: Mapping[str, Any], defaults: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that differ from the defaults; references in the defaults are resolved with `target`."""
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        default = _resolve_references(defaults.get(key, _ABSENT), target)
+        if isinstance(value, dict) and isinstance(default, dict):
+            if inner := _changed_values(value, default, target):
+                changes[key] = inner
+        elif _without_unset(value) != _without_unset(default):
+            changes[key] = _without_unset(value)
+    return changes
+
+
+def _without_unset(value: Any) -> Any:
+    """Return a list of mappings, such as data.sources, without the keys that equal the schema's defaults."""
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) and "path" in item for item in value):
+        return value
+    unset = {key: default for key, default in _field_defaults(Source).items() if key != "name"}
+    return [{key: content for key, content in item.items() if unset.get(key, _ABSENT) != content} for item in value]
+
+
+def _has_more(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Return whether the defaults have keys that the values lack, because a file cannot remove keys."""
+    for key, default in defaults.items():
+        if key not in values:
+            return True
+        value = values[key]
+        if isinstance(default, dict) and default and (not isinstance(value, dict) or _has_more(default, value)):
+            return True
+    return False
+
+
+def _resolve_references(value: Any, target: Mapping[str, Any]) -> Any:
+    if isinstance(value, str) and (reference := _REFERENCE.fullmatch(value)):
+        content: Any = target
+        for part in reference[1].split("."):
+            content = content.get(part) if isinstance(content, Mapping) else None
+        return content
+    if isinstance(value, list):
+        return [_resolve_references(item, target) for item in value]
+    return {key: _resolve_references(content, target) for key, content in value.items()} if isinstance(value, dict) else value
+
+
+def _shorten_length(changes: dict[str, Any]) -> None:
+    """Leave out the unset length, because a file that sets the other length unsets it; write 2 epochs, not 2.0."""
+    if isinstance(epochs := changes.get("epochs"), float) and epochs.is_integer():
+        changes["epochs"] = int(epochs)
+    for length, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        if changes.get(length) is not None and changes.get(other, _ABSENT) is None:
+            del changes[other]
+
+
+def _merge_into(values: dict[str, Any], more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge_into(values[key], value)
+        else:
+            values[key] = copy.deepcopy(value)
+
+
+def _redact_values(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _redact_values(content, f"{key}.{name}" if key else str(name)) for name, content in value.items()}
+    if isinstance(value, list):
+        return [_redact_values(item, f"{key}[{i}]") for i, item in enumerate(value)]
+    shown = redact_setting(key, value)
+    return value if shown == str(value) else shown
+
+
+def _escape_references(value: Any) -> Any:
+    """Return the values with a backslash before each `${`, which would otherwise be a reference; doubles backslashes there."""
+    if isinstance(value, dict):
+        return {key: _escape_references(content) for key, content in value.items()}
+    if isinstance(value, list):
+        return [_escape_references(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
