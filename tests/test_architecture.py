@@ -152,7 +152,7 @@ def test_both_tables_have_the_same_backends() -> None:
 def is_of_one_backend(file: Path) -> bool:
     """Whether the file is launcher/{clusters,config/sections,worker}/NAME or NAME.py of a backend, or one of the tables."""
     path = file.relative_to(REPO / "launcher").with_suffix("").as_posix()
-    if path in ("clusters/backends", "config/sections/backends"):
+    if path in ("clusters/backends", "config/schema"):
         return True
     return any(path.startswith((f"clusters/{name}", f"config/sections/{name}", f"worker/{name}")) for name in BACKENDS)
 
