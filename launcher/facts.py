@@ -27,7 +27,8 @@ from launcher.data.checks import findings
 from launcher.data.sources.eval_set import make_set_data
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
-from launcher.models import found_model, stored_checks
+from launcher.models import stored_checks
+from launcher.models.found_model import FoundModel, local_folder
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, Lineage, ModelFacts, Provenance
 
 _PACKAGES = (
@@ -47,7 +48,7 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
         ConfigError: if there is no such run or checkpoint.
     """
     sources = {"path": config.model.path, "tokenizer": config.model.tokenizer}
-    changes = {key: local for key, value in sources.items() if value and (local := found_model.local_folder(value)) != value}
+    changes = {key: local for key, value in sources.items() if value and (local := local_folder(value)) != value}
     if is_run(config.model.path):
         from launcher.models import parent_run
 
@@ -61,8 +62,8 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
     return config if cluster is config.cluster else config.model_copy(update={"cluster": cluster})
 
 
-def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None = None) -> Facts:
-    """Collect the facts for a run whose settings `resolve` returned.
+def gather(config: RunConfig, found: FoundModel, overrides: Sequence[str], here: DeviceFacts | None = None) -> Facts:
+    """Collect the facts for a run whose settings `resolve` returned, with their model.
 
     `here` describes a node's accelerators; None means this machine's.
 
@@ -70,9 +71,8 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
         ConfigError: with every path that is missing, empty or of the wrong kind.
         DataError: if a source is unreachable, or the data has token ids that the model's embedding lacks; includes its findings.
     """
-    check(config)
-    model = found_model.read_model_facts(config.model)
-    model = model.model_copy(update={"isolation": stored_checks.load_verdict(model, config.model)})
+    check(config, found)
+    model = found.facts.model_copy(update={"isolation": stored_checks.load_verdict(found.facts, config.model)})
     data = data_facts(config, model.tokenizer_path)
     eval_sets = eval_set_facts(config, model.tokenizer_path)
     caches = [*([data] if data is not None else []), *eval_sets.values()]
@@ -90,16 +90,13 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
     )
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, found: FoundModel) -> None:
     """Check that the model and the data sources exist, and that the weights cover the model.
 
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind, and with the tensors missing from the weights.
     """
-    problems, folder = found_model.check_model(config.model), found_model.pretrained_folder(config.model)
-    if not problems and folder is not None and (report := found_model.weight_report(config.model)) is not None:
-        problems += report.problems(folder, config.model)
-    problems += sources.check_sources(config.data)
+    problems = [*found.problems, *sources.check_sources(config.data)]
     for i, source in enumerate(config.data.sources):
         if source.path == GENERAL_TEXT:
             what = "this text shows what a model forgets, and a model that is trained on it shows nothing"
@@ -112,16 +109,14 @@ def check(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def prepared_data(config: RunConfig) -> tuple[DataFacts, dict[str, DataFacts]] | None:
+def prepared_data(config: RunConfig, found: FoundModel) -> tuple[DataFacts, dict[str, DataFacts]] | None:
     """Return the data cache for these settings, and the evaluation sets' caches by name.
 
     None if `launcher.worker.prepare` must run before workers can start.
     """
-    model = config.model
-    folders = [found_model.locate(name, model).folder for name in (model.path, model.tokenizer) if name]
-    if not folders or None in folders or found_model.weight_report(model) is None:
+    if not found.is_prepared:
         return None
-    data, eval_sets = data_facts(config, str(folders[-1])), eval_set_facts(config, str(folders[-1]))
+    data, eval_sets = data_facts(config, str(found.tokenizer)), eval_set_facts(config, str(found.tokenizer))
     return (data, eval_sets) if data is not None and len(eval_sets) == len(config.eval.all_sets) else None
 
 

@@ -20,7 +20,8 @@ from launcher.config.sections.model import ModelSection
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.engines.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
-from launcher.models import found_model, remote_code
+from launcher.models import remote_code
+from launcher.models.found_model import find_model
 from launcher.plan.architecture.facts import model_facts
 from launcher.train.model import build_model
 from launcher.worker.checks import isolation_check, weight_check
@@ -62,7 +63,7 @@ def section(folder: Path, **settings: Any) -> ModelSection:
 
 
 def checked(folder: Path, **settings: Any) -> list[Problem]:
-    return found_model.check_model(section(folder, **settings))
+    return find_model(section(folder, **settings)).problems
 
 
 def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tm
     assert problem.message.startswith("model.path: the code in the folder is not pinned")
     digest = problem.remedy.rpartition("=")[2]
     pinned = section(folder, trust_remote_code=True, code_digest=digest)
-    assert found_model.check_model(pinned) == []
+    assert find_model(pinned).problems == []
     assert not (tmp_path / "ran").exists()
     weight_check.compare(folder, pinned)
     assert (tmp_path / "ran").exists()
@@ -82,7 +83,7 @@ def test_no_code_runs_before_the_pinned_one_is_here(folder: Path, tmp_path: Path
     """transformers would load the code that config.json names, from another folder or from a repository's newest commit."""
     config = {**CONFIG, "model_type": "llama", key: str(folder)}
     model = ModelSection(path="owner/name", revision="0" * 40, trust_remote_code=True, config=config, dtype="fp32")
-    assert found_model.check_model(model) == []
+    assert find_model(model).problems == []
     facts = model_facts(config, None, None, None)
     assert isolation_check._probe(model, facts)[1] == "isolated"
     assert type(build_model(model, facts, "cpu", chunk_tokens=8).hf).__name__ == "LlamaForCausalLM"
@@ -119,7 +120,7 @@ def test_changed_code_is_refused_at_the_start_and_by_whatever_would_load_it(fold
     (folder / change).parent.mkdir(exist_ok=True)
     with open(folder / change, "a") as file:
         file.write("# changed\n")
-    (problem,) = found_model.check_model(pinned)
+    (problem,) = find_model(pinned).problems
     assert problem.message == "model.path: the code in the folder differs from the code that model.code_digest pins"
     with pytest.raises(ConfigError, match="differs from the code that"):
         weight_check.compare(folder, pinned)

@@ -19,7 +19,7 @@ from launcher.data import cache_store
 from launcher.data import report as data_report
 from launcher.data.checks import findings
 from launcher.errors import ConfigError, DataError, Problem
-from launcher.models import found_model
+from launcher.models.found_model import FoundModel, find_model
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.shell_commands import launcher_command
@@ -59,25 +59,29 @@ def run(verb: str, tokens: list[str]) -> int:
         with composed.located():
             # The data does not depend on the nodes, and asking for them would need the scheduler.
             config = facts.resolve(composed.config, hardware.device)
-            facts.check(config)
+            found = find_model(config.model)
+            facts.check(config, found)
             check_extra(config)
-        report = _cached_report(config, chosen.show) or prepare(config, show=chosen.show)["report"]
-        if note := found_model.weights_note(config.model):
-            print(f"note: {note}", file=sys.stderr, flush=True)
-        present(report, config, chosen, facts.id_problem(report["cache_dir"], found_model.read_model_facts(config.model)))
+        report = _cached_report(config, found, chosen.show)
+        if report is None:
+            report = prepare(config, show=chosen.show)["report"]
+            found = find_model(config.model)
+        if found.weights_note:
+            print(f"note: {found.weights_note}", file=sys.stderr, flush=True)
+        present(report, config, chosen, facts.id_problem(report["cache_dir"], found.facts))
     return 0
 
 
-def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
+def _cached_report(config: RunConfig, found: FoundModel, num_shown: int) -> dict[str, Any] | None:
     """Return the report of a finished cache; None if data must be prepared first, or only transformers can decode its rows.
 
     Raises:
         DataError: if a block of the cache is damaged.
     """
-    if (prepared := facts.prepared_data(config)) is None:
+    if (prepared := facts.prepared_data(config, found)) is None:
         return None
     cache_facts, eval_sets = prepared
-    folder = found_model.locate(config.model.tokenizer or config.model.path or "", config.model).folder
+    folder = found.tokenizer
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     # A tenth of the time that transformers takes.
@@ -92,7 +96,7 @@ def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
         lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False)),
         config.train,
         config.run.seed,
-        found_model.stop_ids(config.model),
+        found.stop_ids,
         num_shown,
         eval_sets,
     )

@@ -22,7 +22,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import is_local_path, is_run
 from launcher.errors import ConfigError, LauncherError
-from launcher.models import found_model
+from launcher.models.found_model import find_model
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.security.redaction import REDACTED
@@ -158,10 +158,11 @@ def _require_plan(text: str, out: Path) -> LaunchPlan | None:
     config = _compose_text(text, out)
     node = cluster_for(config.cluster.kind).device(config.cluster)
     config = facts.resolve(config, lambda: node)
-    if not found_model.is_config_known(config.model):
+    found = find_model(config.model)
+    if not found.is_config_known:
         return None
     try:
-        return make_plan(config, facts.gather(config, (), node))
+        return make_plan(config, facts.gather(config, found, (), node))
     except LauncherError as error:
         raise type(error)(
             replace(problem, remedy=f"{problem.remedy}; or add overrides to init, such as cluster.nodes=2")

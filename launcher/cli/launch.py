@@ -27,7 +27,8 @@ from launcher.clusters.preflight import check_startable, disk_note, folder_probl
 from launcher.config.compose import Composed, require_distinct_runs, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_REFUSED, DataError, Problem, RunError, SubmitError, describe
-from launcher.models import found_model, stored_checks
+from launcher.models import stored_checks
+from launcher.models.found_model import FoundModel, find_model
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
@@ -80,13 +81,13 @@ def _plan(composed: Composed, as_json: bool, why: bool, shows_script: bool, take
         cluster = cluster_for(composed.config.cluster.kind)
         node = _node_of(composed, cluster)
         config = facts.resolve(composed.config, node)
-        plan = _plan_with_free_name(config, _checked_facts(config, composed, node, runs_code=False), taken_names)
+        found = find_model(config.model)
+        plan = _plan_with_free_name(config, _checked_facts(config, found, composed, node, runs_code=False), taken_names)
         taken_names.add(plan.run_name)
-        weights_note = found_model.weights_note(config.model)
         notes = (
             _device_note(plan, cluster),
             disk_note(plan),
-            weights_note,
+            found.weights_note,
             data.summarize_findings(plan, fatal=True),
             _gated_note(config),
             composed.origins.dropped_note(),
@@ -179,12 +180,11 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
 
 def print_plan(plan: LaunchPlan, cluster: Cluster) -> None:
     """Print the plan of a run that is about to start."""
-    weights_note = found_model.weights_note(plan.config.model)
     notes = (
         _device_note(plan, cluster),
         disk_note(plan),
         push_note(plan),
-        weights_note,
+        find_model(plan.config.model).weights_note,
         data.summarize_findings(plan, fatal=False),
     )
     lines = plan_lines(plan, *notes, own_warnings=(_location_warning(plan),))
@@ -268,19 +268,21 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     parent = Path(folder).parent
     owners.require_own_folder(f"a run in {parent}", parent, "set run.root to a folder that only you can write to")
     config = facts.resolve(composed.config, node)
-    facts.check(config)
+    found = find_model(config.model)
+    facts.check(config, found)
     check_extra(config)
-    if not found_model.is_config_known(config.model):
+    if not found.is_config_known:
         prepare(config)
+        found = find_model(config.model)
 
     def check(plan: LaunchPlan) -> None:
         check_startable(plan)
         cluster.check(plan)
 
-    collected = _checked_facts(config, composed, node, check)
-    if facts.prepared_data(config) is None:
+    collected = _checked_facts(config, found, composed, node, check)
+    if facts.prepared_data(config, found) is None:
         prepare(config)
-        collected = _checked_facts(config, composed, node, check)
+        collected = _checked_facts(config, find_model(config.model), composed, node, check)
         if collected.data is None:
             message = "the data cache is missing or damaged right after it was built"
             remedy = "make sure that no program changes the files while they are read, then try again"
@@ -321,6 +323,7 @@ def _gated_note(config: RunConfig) -> str | None:
 
 def _checked_facts(
     config: RunConfig,
+    found: FoundModel,
     composed: Composed,
     node: Callable[[], DeviceFacts],
     check: Callable[[LaunchPlan], None] = lambda plan: None,
@@ -331,7 +334,7 @@ def _checked_facts(
     Whatever the planner or `check` can reject immediately is rejected before that process starts. Without `runs_code`, a model
     with code of its own is not probed: the settings may be someone else's.
     """
-    collected = facts.gather(config, composed.overrides, node())
+    collected = facts.gather(config, found, composed.overrides, node())
     check(make_plan(config, collected))
     if not facts.needs_isolation_check(config, collected.model):
         return collected
@@ -348,7 +351,7 @@ def _checked_facts(
         # The ranks then measure it on the loaded model.
         unknown = stored_checks.unknown_verdict(config.model, describe(error))
         return collected.model_copy(update={"model": collected.model.model_copy(update={"isolation": unknown})})
-    return facts.gather(config, composed.overrides, node())
+    return facts.gather(config, found, composed.overrides, node())
 
 
 def _plan_with_free_name(config: RunConfig, collected: Facts, taken_names: set[str]) -> LaunchPlan:

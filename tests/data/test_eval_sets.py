@@ -19,6 +19,7 @@ from launcher.data.sources.builtin.general_text import list_texts
 from launcher.data.sources.eval_set import make_set_data
 from launcher.data.sources.splits import HELD_OUT
 from launcher.errors import ConfigError, DataError
+from launcher.models.found_model import find_model
 
 __all__ = ["config_of"]
 Section = Callable[..., DataSection]
@@ -70,8 +71,9 @@ def test_general_text_is_an_evaluation_set_and_no_training_data(
     built = build_eval_sets(evaluation.sets_by_setting, section(), str(tokenizer_dir), lambda stage, done, total: None)
     assert built["forgetting"].num_docs == 137
     assert 180_000 < sum(len(text) for text in list_texts()) < 220_000
+    config = config_of("model=tiny", "data=jsonl", f"data.path={GENERAL_TEXT}")
     with pytest.raises(ConfigError) as error:
-        facts.check(config_of("model=tiny", "data=jsonl", f"data.path={GENERAL_TEXT}"))
+        facts.check(config, find_model(config.model))
     problem = next(problem for problem in error.value.problems if problem.value == GENERAL_TEXT)
     assert (problem.where, problem.value) == ("data.sources[0].path", GENERAL_TEXT)
     assert "eval.forgetting=true" in problem.remedy

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from launcher.config.sections.model import ModelSection
 from launcher.models import found_model
+from launcher.models.found_model import find_model
+from launcher.models.weight_files import count_parameters
 
 CONFIG = json.dumps({"model_type": "llama", "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8})
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -38,7 +40,7 @@ def test_a_hub_model_is_located_once_all_its_weights_are_downloaded(snapshot: Pa
     assert found_model.locate("owner/name", model).folder is None
     save_file({"b": torch.zeros(5)}, snapshot / "model-00002-of-00002.safetensors")
     assert found_model.locate("owner/name", model).folder == snapshot
-    assert found_model.count_parameters(snapshot, {}) == 11
+    assert count_parameters(snapshot, {}) == 11
 
 
 @pytest.mark.parametrize(("is_tied", "num_params"), [(True, 4 * 3 + 2), (False, 2 * 4 * 3 + 2)])
@@ -47,7 +49,7 @@ def test_a_tied_head_that_is_stored_counts_once(snapshot: Path, is_tied: bool, n
     (snapshot / "config.json").write_text(json.dumps({"model_type": "qwen3", "tie_word_embeddings": is_tied, **sizes}))
     weights = {"model.embed_tokens.weight": torch.zeros(4, 3), "model.norm.weight": torch.zeros(2)}
     save_file({**weights, "lm_head.weight": torch.zeros(4, 3)}, snapshot / "model.safetensors")
-    facts = found_model.read_model_facts(ModelSection(path="owner/name"))
+    facts = find_model(ModelSection(path="owner/name")).facts
     assert (facts.num_params, facts.num_params_exact) == (num_params, True)
 
 
@@ -55,8 +57,8 @@ def test_layers_that_predict_further_tokens_do_not_count(snapshot: Path) -> None
     """Files of DeepSeek-V3 and GLM-4.5 hold a layer after the last one, which transformers does not load."""
     names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
     save_file({name: torch.zeros(4, 3) for name in (*names, "model.layers.2.enorm.weight")}, snapshot / "model.safetensors")
-    assert found_model.count_parameters(snapshot, {"num_hidden_layers": 2}) == 3 * 4 * 3
-    assert found_model.count_parameters(snapshot, {"num_hidden_layers": None}) == 4 * 4 * 3
+    assert count_parameters(snapshot, {"num_hidden_layers": 2}) == 3 * 4 * 3
+    assert count_parameters(snapshot, {"num_hidden_layers": None}) == 4 * 4 * 3
 
 
 def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: Path) -> None:
@@ -75,15 +77,15 @@ def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: 
 def test_a_model_folder_is_checked_before_anything_starts(tmp_path: Path, files: tuple[str, ...], expected: str) -> None:
     for name in files:
         (tmp_path / name).write_text(CONFIG if name == "config.json" else "{}")
-    (problem,) = found_model.check_model(ModelSection(path=str(tmp_path)))
+    (problem,) = find_model(ModelSection(path=str(tmp_path))).problems
     assert expected in str(problem)
     assert problem.remedy
 
 
 def test_a_missing_model_is_reported_with_its_remedy(tmp_path: Path) -> None:
-    (problem,) = found_model.check_model(ModelSection(path=str(tmp_path / "nowhere")))
+    (problem,) = find_model(ModelSection(path=str(tmp_path / "nowhere"))).problems
     assert "no such folder" in problem.message
-    (problem,) = found_model.check_model(ModelSection(path="package:no_such_package/file.gguf"))
+    (problem,) = find_model(ModelSection(path="package:no_such_package/file.gguf")).problems
     assert "pip install" in problem.remedy
 
 
@@ -95,9 +97,9 @@ def test_a_local_folder_is_taken_before_a_hub_repository(tmp_path: Path, monkeyp
     assert found_model.local_folder("models/other") == "models/other"
     (tmp_path / "models/file").touch()
     for path in ("./models/qwen3-8b/", "some/models/good", "./models/file"):
-        (problem,) = found_model.check_model(ModelSection(path=path))
+        (problem,) = find_model(ModelSection(path=path)).problems
         assert (problem.where, problem.value) == ("model.path", path)
     (tmp_path / "models/good/config.json").touch()
-    (problem,) = found_model.check_model(ModelSection(path="./models"))
+    (problem,) = find_model(ModelSection(path="./models")).problems
     assert problem.message == "model.path: the folder has no config.json"
     assert problem.remedy == "did you mean models/good?"

@@ -19,7 +19,8 @@ from launcher.checkpoint.state import State
 from launcher.config.schema import RunConfig
 from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, Problem
-from launcher.models import found_model, parent_run
+from launcher.models import parent_run
+from launcher.models.found_model import find_model
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan, Lineage, Origin
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
@@ -162,13 +163,13 @@ def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(
     # The parent's architecture takes precedence over the preset's.
     config = resolved(config_of("model=qwen3_8b", "model.path=run:a"))
     assert config.model.config is not None
-    gathered = facts.gather(config, [])
+    gathered = facts.gather(config, find_model(config.model), [])
     source = LaunchPlan.load(run.plan)
     assert (gathered.model.path, gathered.model.config) == (None, source.model.config)
     assert (gathered.model.num_params, gathered.model.num_params_exact) == (28, True)
     assert gathered.model.num_params == sum(math.prod(shape) for shape in SHAPES.values())
-    assert facts.prepared_data(config) is None
-    assert found_model.is_config_known(config.model)
+    assert facts.prepared_data(config, find_model(config.model)) is None
+    assert find_model(config.model).is_config_known
 
 
 def test_lineage_goes_back_to_the_first_run(make_run: MakeRun) -> None:

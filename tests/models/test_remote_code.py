@@ -14,6 +14,7 @@ from weight_tools import save_model
 
 from launcher.config.sections.model import ModelSection
 from launcher.models import found_model, remote_code
+from launcher.models.found_model import find_model
 from launcher.train.model import build_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -116,7 +117,7 @@ def test_a_rank_runs_no_code_that_the_digest_does_not_cover(folder: Path, ran: P
     (elsewhere / "generate.py").write_text(f"open({str(planted)!r}, 'w')\ndef generate(*args, **kwargs): ...\n")
     (folder / "custom_generate").symlink_to(elsewhere)
     model = pinned(folder)
-    built = build_model(model, found_model.read_model_facts(model), "cpu", chunk_tokens=8)
+    built = build_model(model, find_model(model).facts, "cpu", chunk_tokens=8)
     assert type(built.hf).__name__ == "M"
     assert (ran.exists(), planted.exists()) == (True, False)
 

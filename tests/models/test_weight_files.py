@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError
-from launcher.models import found_model, weight_files
+from launcher.models import weight_files
+from launcher.models.found_model import find_model
 from launcher.models.weight_files import TensorHeader, WeightReport
 
 REPORT = WeightReport(("a", "b"), ("c is [1, 2] in the files and [2, 1] in the model",), ("d",))
@@ -98,8 +99,8 @@ def test_a_refusal_names_what_is_downloaded_again() -> None:
 def test_the_submit_side_reads_the_stored_weight_report(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "m")
     model = ModelSection(path=str(folder))
-    assert found_model.weight_report(model) is None
+    assert find_model(model).weight_report is None
     weight_files.save_report(folder, model, REPORT)
-    assert found_model.weight_report(model) == REPORT
-    assert "they are not loaded: d" in str(found_model.weights_note(model))
-    assert found_model.weight_report(model.model_copy(update={"init": "random"})) == WeightReport()
+    assert find_model(model).weight_report == REPORT
+    assert "they are not loaded: d" in str(find_model(model).weights_note)
+    assert find_model(model.model_copy(update={"init": "random"})).weight_report == WeightReport()

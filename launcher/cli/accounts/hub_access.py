@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.config.sections.model import ModelSection
 from launcher.errors import Problem
 from launcher.export.hub import TOKEN_VARIABLE
-from launcher.models import found_model
+from launcher.models.found_model import locate
 from launcher.models.hub_licenses import find_license
 
 
@@ -39,7 +39,7 @@ def gated_problem(model: ModelSection) -> Problem | None:
         "model.path": model.path if model.init == "pretrained" or not model.tokenizer else None,
     }
     for key, repo_id in fetched.items():
-        if repo_id and is_gated(repo_id) and found_model.locate(repo_id, model).folder is None:
+        if repo_id and is_gated(repo_id) and locate(repo_id, model).folder is None:
             message = f"{repo_id} is gated and not on this machine, and there is no {TOKEN_VARIABLE}"
             page = f"https://huggingface.co/{repo_id}"
             remedy = f"accept its license at {page}, and set {TOKEN_VARIABLE} to a token of that account"

@@ -19,7 +19,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import EvalSet
 from launcher.data import cache_store, sources
 from launcher.errors import ConfigError, DataError, Problem
-from launcher.models import found_model
+from launcher.models.found_model import find_model
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.learning_rate import describe_changed_rate
 from launcher.plan.planner import plan as make_plan
@@ -185,9 +185,9 @@ def _restore_model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
         return model
     print("the folder of the model or tokenizer in the plan is gone; preparing it again", flush=True)
     prepare(config)
-    weights = found_model.locate(config.model.path, config.model).folder if config.model.path else None
-    tokenizer = found_model.locate(config.model.tokenizer, config.model).folder if config.model.tokenizer else weights
-    return model.model_copy(update={"path": weights and str(weights), "tokenizer_path": tokenizer and str(tokenizer)})
+    found = find_model(config.model)
+    restored = {"path": found.folder, "tokenizer_path": found.tokenizer}
+    return model.model_copy(update={key: folder and str(folder) for key, folder in restored.items()})
 
 
 def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_for_data: bool) -> DataFacts | None:

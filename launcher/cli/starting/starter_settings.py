@@ -18,7 +18,7 @@ from launcher.config.known_settings import settings
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import STDLIB_DOCS
 from launcher.errors import ConfigError, raise_reported
-from launcher.models import found_model
+from launcher.models.found_model import find_model
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts
 from launcher.plan.planner import choose_topology, device_gib
@@ -57,7 +57,7 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     cluster = cluster_for(config.cluster.kind)
     node = cluster.device(config.cluster)
     config = facts.resolve(config, lambda: node)
-    facts.check(config)
+    facts.check(config, find_model(config.model))
     with show_waiting("reading a sample of the data"):
         sample_report = run_worker_module("launcher.worker.data_sample", config, timeout_s=_LOOK_TIMEOUT_S)
     raise_reported(sample_report)
@@ -139,8 +139,9 @@ def _holds_out(config: RunConfig, sample: DataSample, chosen: dict[str, Any]) ->
 
 def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:
     """Return the model's parameters and positions, the facts for the plan, and the assumptions (empty if there are none)."""
-    if found_model.is_config_known(config.model):
-        gathered = facts.gather(config, overrides, node)
+    found = find_model(config.model)
+    if found.is_config_known:
+        gathered = facts.gather(config, found, overrides, node)
         positions = gathered.model.config.get("max_position_embeddings")
         return gathered.model.num_params, positions, gathered, ""
     match = _SIZE_IN_NAME.search(config.model.path or "")

@@ -19,7 +19,8 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.model import ModelSection
 from launcher.data import cache_dir
 from launcher.errors import LauncherError, RunError
-from launcher.models import found_model, stored_checks
+from launcher.models import stored_checks
+from launcher.models.found_model import find_model
 from launcher.models.remote_code import code_option, folder_to_load, without_code
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts, Outcome
 from launcher.worker import limits
@@ -222,7 +223,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     config = RunConfig.model_validate_json(sys.stdin.read())
     try:
-        verdict = check(config.model, found_model.read_model_facts(config.model))
+        verdict = check(config.model, find_model(config.model).facts)
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -13,20 +13,21 @@ from typing import Any
 
 from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, LauncherError, Problem
-from launcher.models import found_model, weight_files
+from launcher.models import weight_files
+from launcher.models.found_model import FoundModel
 from launcher.models.remote_code import code_option, folder_to_load
 from launcher.models.weight_files import WeightReport
 
 
-def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
+def require_weights(found: FoundModel, say: Callable[[str], None]) -> None:
     """Reject weights that do not cover the model. Comparison results are cached; `say` shows a line to the user.
 
     Raises:
         ConfigError: if tensors are missing or have a different shape, a file is damaged, or config.json is rejected.
     """
+    model, folder = found.section, found.folder
     if model.path is None or model.init == "random":
         return
-    folder = found_model.pretrained_folder(model)
     if folder is None:
         problem = "model.path: the weights are incomplete after the download"
         remedy = "check the files of the repository, choose another model.revision, or use a local folder"
@@ -34,7 +35,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
     if not (folder / "config.json").is_file():
         # A run from a mirror has its weights in its checkpoints; its base model may not be on this machine.
         return
-    report = weight_files.load_report(folder, model)
+    report = found.weight_report
     if report is None:
         say("comparing the weight files with the model (once)")
         try:
