@@ -98,6 +98,8 @@ def test_a_refusal_names_what_is_downloaded_again() -> None:
 
 def test_the_submit_side_reads_the_stored_weight_report(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "m")
+    sizes = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 4}
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     model = ModelSection(path=str(folder))
     assert find_model(model).weight_report is None
     weight_files.save_report(folder, model, REPORT)
