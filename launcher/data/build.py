@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.evaluation import EvalSet
 from launcher.data import cache_store, row_layout, sources
-from launcher.data.build_report import make_facts, make_report
 from launcher.data.cache_store import cache_key
 from launcher.data.checks import findings
-from launcher.data.corpus import EncodedCorpus, Progress, read_corpus
-from launcher.data.selection import Selection, select_documents
+from launcher.data.corpus import EncodedCorpus, Progress, list_names, read_corpus
+from launcher.data.packing import RowLayout
+from launcher.data.selection import select_documents
 from launcher.data.sources.eval_set import make_set_data, name_set
+from launcher.data.sources.keys import rank_keys
 from launcher.data.split import write_origins
-from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
+from launcher.data.tokenization.batch_encoder import NUM_PROMPTS, PieceTable
 from launcher.data.tokenization.encoder import read_template
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
+
+# As a share of the documents. A rarer last token belongs to the text of a row, not to the template.
+_MIN_TURN_END_SHARE = 0.01
 
 
 def build(
@@ -80,14 +87,13 @@ def build_eval_sets(
     return built
 
 
-def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None) -> Selection:
-    """Select the documents to train on.
-
-    Raises:
-        DataError: if rows cannot be used, together with those findings on the other rows that refuse a run; or if nothing is
-        left.
-            Includes `id_problem`, if there is one.
-    """
+def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress, num_embeddings: int | None) -> None:
+    collect_garbage_rarely()
+    spool = row_layout.TokenSpool(folder)
+    corpus = read_corpus(data, tokenizer_path, spool, on_progress)
+    docs, pieces = corpus.docs, corpus.pieces
+    on_progress("compare", 0, corpus.num_docs)
+    id_problem = None if num_embeddings is None else cache_store.id_problem(corpus.max_token_id, num_embeddings, tokenizer_path)
     row_problems = corpus.problems.refused(data.checks).to_list()
     problems = [*row_problems, *([id_problem] if id_problem else [])]
     try:
@@ -99,17 +105,6 @@ def _select(corpus: EncodedCorpus, data: DataSection, id_problem: Problem | None
         raise
     if row_problems:
         raise DataError([*problems, *findings.problems(selection.findings, data.checks)])
-    return selection
-
-
-def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress, num_embeddings: int | None) -> None:
-    collect_garbage_rarely()
-    spool = row_layout.TokenSpool(folder)
-    corpus = read_corpus(data, tokenizer_path, spool, on_progress)
-    docs, pieces = corpus.docs, corpus.pieces
-    on_progress("compare", 0, corpus.num_docs)
-    id_problem = None if num_embeddings is None else cache_store.id_problem(corpus.max_token_id, num_embeddings, tokenizer_path)
-    selection = _select(corpus, data, id_problem)
     is_dropped, layout = selection.is_dropped, selection.layout
     on_progress("compare", corpus.num_docs, corpus.num_docs)
     on_progress("pack and write", 0, 1)
@@ -131,9 +126,102 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     samples = [{"prompt": p.prompt, "prompt_ids": p.prompt_ids, "answer": p.answer} for p in chosen]
     cache_store.write_json(folder / "samples.json", samples)
     findings.write(folder, selection.findings)
-    report = make_report(corpus, is_dropped, layout, held_out, selection.epochs, data)
+    report = _make_report(corpus, is_dropped, layout, held_out, selection.epochs, data)
     if data.exclude is not None:
         report["num_excluded"] = selection.num_excluded
-    facts = make_facts(report, pieces, layout, held_out, digest).model_copy(update={"chat_template": read_template(data)})
+    facts = _make_facts(report, pieces, layout, held_out, digest).model_copy(update={"chat_template": read_template(data)})
     cache_store.finish(folder, facts, report)
     on_progress("pack and write", 1, 1)
+
+
+def _make_facts(report: dict[str, Any], pieces: PieceTable, layout: RowLayout, held_out: RowLayout, digest: str) -> DataFacts:
+    row_tokens = np.add.reduceat(pieces.lengths[layout.order], layout.starts[:-1])
+    num_tokens = int(row_tokens.sum())
+    return DataFacts(
+        cache_dir="",
+        num_rows=layout.num_rows,
+        num_docs=len(layout.order),
+        num_tokens=num_tokens,
+        num_trained_tokens=int(pieces.labels[layout.order].sum()),
+        num_eval_rows=held_out.num_rows,
+        num_eval_tokens=int(pieces.lengths[held_out.order].sum()),
+        truncated_docs=sum(source["truncated_docs"] for source in report["sources"]),
+        truncated_tokens=sum(source["truncated_tokens"] for source in report["sources"]),
+        padding_frac=1 - num_tokens / (layout.num_rows * int(row_tokens.max())),
+        digest=digest,
+        turn_end_ids=tuple(report["turn_end_ids"]),
+    )
+
+
+def _make_report(
+    corpus: EncodedCorpus,
+    is_dropped: np.ndarray,
+    layout: RowLayout,
+    held_out: RowLayout,
+    epochs: Sequence[float],
+    data: DataSection,
+) -> dict[str, Any]:
+    """Count documents and tokens for the report; `is_dropped` is bool [documents].
+
+    `read` counts documents as they were read, `num_docs` documents in the rows. `dropped` were dropped by a check or for their
+    length. `unused` are left out because the mixture takes less of the source, or because data.eval_max_rows limits held-out
+    rows. Of the documents in rows, `truncated` lost tokens and `split` have several pieces.
+    """
+    docs, pieces = corpus.docs, corpus.pieces
+    gone = is_dropped | (docs.num_pieces == 0)
+    cut = (docs.lost_tokens > 0) & (docs.num_pieces > 0)
+    used = np.bincount(pieces.doc[layout.order], minlength=corpus.num_docs) > 0
+    evaluated = np.bincount(pieces.doc[held_out.order], minlength=corpus.num_docs) > 0
+    filled = np.bincount(pieces.doc, pieces.lengths, corpus.num_docs) > 0
+    counted = {
+        "read": ~docs.held_out,
+        "dropped": ~docs.held_out & gone,
+        "dropped_long": ~docs.held_out & (docs.num_pieces == 0),
+        "unused": ~docs.held_out & ~gone & filled & ~used,
+        "truncated_docs": used & cut,
+        "split_docs": used & (docs.num_pieces > 1),
+        "held_out_read": docs.held_out,
+        "held_out_dropped": docs.held_out & gone,
+        "held_out_unused": docs.held_out & ~gone & filled & ~evaluated,
+        "held_out_truncated_docs": docs.held_out & cut,
+    }
+    names = list_names(data)
+    by_source = {key: np.bincount(docs.source[chosen], minlength=len(names)).tolist() for key, chosen in counted.items()}
+    lost = np.bincount(docs.source, weights=np.where(used & cut, docs.lost_tokens, 0), minlength=len(names))
+    in_rows = docs.source[pieces.doc[layout.order]]
+    by_source["truncated_tokens"] = lost.astype(int).tolist()
+    by_source["num_docs"] = np.bincount(in_rows, minlength=len(names)).tolist()
+    by_source["num_tokens"] = np.bincount(in_rows, pieces.lengths[layout.order], minlength=len(names)).astype(int).tolist()
+    by_source["docs_with_turn_end"] = (
+        np.bincount(in_rows, pieces.turn_end[layout.order], minlength=len(names)).astype(int).tolist()
+    )
+    by_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
+    inputs = sources.list_inputs(data)
+    origins = [sources.describe_origin(source) for source in inputs]
+    per_source = [
+        {
+            "name": source.name,
+            "path": source.path,
+            **origins[i],
+            **{key: values[i] for key, values in by_source.items()},
+            **rank_keys(corpus.unread_keys[i]),
+            "completions": int(corpus.completions[i, 0]),
+            "completions_as_chat": int(corpus.completions[i, 1]),
+        }
+        for i, source in enumerate(inputs)
+    ]
+    # Of the last trained turns: earlier ones may end with another token that more text follows. The most frequent comes first.
+    end_ids, counts = np.unique(docs.turn_end[used & (docs.turn_end >= 0)], return_counts=True)
+    is_common = counts >= _MIN_TURN_END_SHARE * counts.sum()
+    end_ids = end_ids[is_common][np.argsort(-counts[is_common], kind="stable")]
+    return {
+        "sources": per_source,
+        "dropped_docs": sum(by_source["dropped"]),
+        "docs_with_turn_end": sum(by_source["docs_with_turn_end"]),
+        "turn_end_ids": end_ids.tolist(),
+        "num_eval_docs": len(held_out.order),
+        "num_eval_trained_tokens": int(pieces.labels[held_out.order].sum()),
+        "eval_truncated_docs": sum(by_source["held_out_truncated_docs"]),
+        "eval_dropped_docs": sum(by_source["held_out_dropped"]),
+        "max_token_id": corpus.max_token_id,
+    }

@@ -14,7 +14,7 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.data import row_layout, sources
-from launcher.data.checks import inspection
+from launcher.data.checks.findings import CheckHit
 from launcher.data.sources import RowProblems
 from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import (
@@ -50,7 +50,7 @@ class EncodedCorpus:
 
     docs: DocumentTable
     pieces: PieceTable
-    hits: list[tuple[int, inspection.CheckHit]]
+    hits: list[tuple[int, CheckHit]]
     prompts: list[EvalPrompt]
     max_token_id: int
     unread_keys: list[Counter[str]]
@@ -88,7 +88,7 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     on_progress("tokenize", 0, total)
     docs: list[DocumentTable] = []
     pieces: list[PieceTable] = []
-    hits: list[tuple[int, inspection.CheckHit]] = []
+    hits: list[tuple[int, CheckHit]] = []
     prompts: dict[bool, list[EvalPrompt]] = {True: [], False: []}
     num_docs = max_token_id = 0
     unread_keys = [Counter[str]() for _ in sources.list_inputs(data)]

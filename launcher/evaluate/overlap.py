@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from launcher.data.checks import minhash
+from launcher.data.checks import overlap
 from launcher.data.sources import Document
 from launcher.data.split import Split
 from launcher.data.tokenization.encoder import Encoder
@@ -98,7 +98,7 @@ class _Prompts:
         self._by_text: dict[bytes, list[int]] = {}
         for i, text in enumerate(texts):
             self._by_text.setdefault(text, []).append(i)
-        rows = minhash.compute_signatures(texts)
+        rows = overlap.compute_signatures(texts)
         self._signed = [i for i, row in enumerate(rows) if row is not None]
         self._slots = np.stack([row for row in rows if row is not None]) if self._signed else None
 
@@ -114,7 +114,7 @@ class _Prompts:
                 self._num_equal[text] += 1
                 for i in self._by_text[text]:
                     yield i, _EXACT, at
-        rows = minhash.compute_signatures(texts)
+        rows = overlap.compute_signatures(texts)
         signed = [number for number, row in enumerate(rows) if row is not None]
         if self._slots is None or not signed:
             return
@@ -129,7 +129,7 @@ class _Prompts:
                     similar.append((i, min(share, 0.99), asked[signed[number]][0]))
 
         slots = np.stack([row for row in rows if row is not None])
-        minhash.find_near_pairs_between(self._slots, slots, minhash.REACH, add)
+        overlap.find_near_pairs_between(self._slots, slots, overlap.REACH, add)
         yield from similar
 
 
@@ -164,7 +164,7 @@ def _find_documents(split: Split, wanted: Sequence[np.ndarray]) -> set[bytes]:
 
 
 def _prompt_text(question: EvalQuestion) -> bytes:
-    return minhash.make_comparable(minhash.normalize(question.prompt))
+    return overlap.make_comparable(overlap.normalize(question.prompt))
 
 
 def describe_copies(num_prompts: int, copies: Sequence[TrainingCopy]) -> str:

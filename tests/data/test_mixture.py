@@ -6,9 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.mixture import compute_budgets, draw_passes
 from launcher.data.packing import choose_evenly
-from launcher.data.row_layout import layout_training
+from launcher.data.row_layout import compute_budgets, draw_passes, layout_training
 from launcher.errors import DataError
 
 

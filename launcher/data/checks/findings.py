@@ -167,6 +167,15 @@ MAX_SHARE_WITHOUT_TURN_END = 0.5
 
 
 @dataclass(frozen=True)
+class CheckHit:
+    """A check that a document failed. `detail` contains no secret; `others` are the indices of similar documents."""
+
+    finding: str
+    detail: str
+    others: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Example:
     """A place (file:line) and the text that the check found there, with secrets redacted."""
 

@@ -13,7 +13,8 @@ import numpy as np
 from ftfy.badness import is_bad
 
 from launcher.config.sections.data import DataSection
-from launcher.data.checks import minhash, patterns
+from launcher.data.checks import overlap, patterns
+from launcher.data.checks.findings import CheckHit
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.chat_template import TrainOn, find_trained_messages
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
@@ -34,15 +35,6 @@ _MAY_FOLLOW = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-
-
-@dataclass(frozen=True)
-class CheckHit:
-    """A check that a document failed. `detail` contains no secret; `others` are the indices of similar documents."""
-
-    finding: str
-    detail: str
-    others: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,12 +86,12 @@ def inspect(
         identities.append((hashes, signed))
         trained_parts = _as_trained(document, parts, data.system)
         if trained_parts is not parts:
-            text = minhash.normalize("\n".join([part.text for part in trained_parts]))
+            text = overlap.normalize("\n".join([part.text for part in trained_parts]))
         text_hits = _check_texts(trained_parts, text, patterns.find_candidates(text.encode()), special_texts)
         split = [] if rendering.raw else [token for token in split_tokens if token in rendering.text]
         split_hits = [CheckHit("split_control_token", f"{', '.join(split)}: not a token of this tokenizer")] if split else []
         hits.append((*_check_structure(document, parts, tokens), *text_hits, *split_hits))
-    signatures = minhash.compute_signatures([signed for _, signed in identities])
+    signatures = overlap.compute_signatures([signed for _, signed in identities])
     return [
         Inspection(*hashes, signature, document_hits, isinstance(document, PlainText))
         for document, (hashes, _), signature, document_hits in zip(documents, identities, signatures, hits, strict=True)
@@ -120,20 +112,20 @@ def _identify(document: Document, parts: Sequence[_TextPart]) -> tuple[tuple[int
         num_prompt += roles.index("assistant") if "assistant" in roles else len(roles)
     bounds = ((0, num_tools), (num_tools, num_system), (num_system, num_prompt), (max(num_system, num_prompt), len(parts)))
     tools, system, question, rest = [
-        minhash.normalize("\n".join([part.text for part in parts[a:b]])) if a < b else "" for a, b in bounds
+        overlap.normalize("\n".join([part.text for part in parts[a:b]])) if a < b else "" for a, b in bounds
     ]
     texts = [text for text in (system, question, rest) if text]
-    comparable = [minhash.make_comparable(text) for text in (system, question, rest)]
+    comparable = [overlap.make_comparable(text) for text in (system, question, rest)]
     # With other tools, the same text is another task, see _setup; and a shared system text does not make chats similar.
     content = _join(comparable)
     prompt = _join(comparable[:2]) if question else b""
     form = prompt.translate(None, _DIGITS)
-    of_content, of_prompt = minhash.hash_content(content), minhash.hash_content(prompt) if prompt else 0
+    of_content, of_prompt = overlap.hash_content(content), overlap.hash_content(prompt) if prompt else 0
     hashes = (
         of_content,
-        minhash.hash_content(content + _setup(document)),
+        overlap.hash_content(content + _setup(document)),
         of_prompt,
-        minhash.hash_content(form) if len(form) >= _MIN_FORM_BYTES else 0,
+        overlap.hash_content(form) if len(form) >= _MIN_FORM_BYTES else 0,
         of_prompt or of_content,
         of_content,
     )

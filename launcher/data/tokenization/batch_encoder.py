@@ -11,6 +11,7 @@ import numpy as np
 
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import inspection
+from launcher.data.checks.findings import CheckHit
 from launcher.data.sources import Chat, Completion, Document, DocumentBatch, RowProblems, list_inputs
 from launcher.data.sources.keys import redact_keys
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
@@ -102,7 +103,7 @@ class EncodedBatch:
     pieces: PieceTable
     tokens: np.ndarray
     trained: np.ndarray
-    hits: list[tuple[int, inspection.CheckHit]]
+    hits: list[tuple[int, CheckHit]]
     prompts: list[EvalPrompt]
 
 
@@ -224,19 +225,19 @@ class BatchEncoder:
 
     def _check_pieces(
         self, rendered: RenderedDocument, encoded: EncodedDocument, pieces: Sequence[EncodedDocument]
-    ) -> inspection.CheckHit | None:
+    ) -> CheckHit | None:
         """Return the failed check of a document whose pieces lack a trained token, or a trained end of turn."""
         if encoded.is_unsure:
             return None
         within = f"within the first {self.data.max_length:,} tokens"
         if not pieces[0].trained.any():
-            return inspection.CheckHit("no_trained_token", f"none {within}")
+            return CheckHit("no_trained_token", f"none {within}")
         if not any(piece.turn_ends for piece in pieces):
             if encoded.turn_ends:
-                return inspection.CheckHit("no_turn_end", f"none {within}")
+                return CheckHit("no_turn_end", f"none {within}")
             split = next((token for token in self.encoder.split_tokens if rendered.text.rstrip().endswith(token)), None)
             reason = f": the template ends it with {split}, which is not a token of this tokenizer" if split else ""
-            return inspection.CheckHit("no_turn_end", f"no end of turn is trained{reason}")
+            return CheckHit("no_turn_end", f"no end of turn is trained{reason}")
         return None
 
     def _may_have_common_prompt(self, docs: DocumentTable) -> np.ndarray:

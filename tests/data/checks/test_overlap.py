@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
-from launcher.data.checks import findings, minhash, overlap
-from launcher.data.checks.inspection import CheckHit, Inspection, inspect
-from launcher.data.checks.summary import CheckedDocuments, collect_findings, select_dropped
+from launcher.data.checks import findings, overlap
+from launcher.data.checks.findings import CheckHit
+from launcher.data.checks.inspection import Inspection, inspect
+from launcher.data.selection import CheckedDocuments, collect_findings, select_dropped
 from launcher.data.sources import Chat, Document, Message, PlainText
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 
@@ -125,9 +126,9 @@ def test_held_out_documents_in_training_name_every_copy() -> None:
 
 def test_a_leak_is_found_among_thousands_of_candidates_in_a_band() -> None:
     numbers = np.random.default_rng(0)
-    num = 5 * minhash.REACH_ACROSS
-    signatures = numbers.integers(0, 2**16, (num + 2, minhash.NUM_SLOTS), dtype=np.uint16)
-    band = minhash.ROWS_PER_BAND
+    num = 5 * overlap.REACH_ACROSS
+    signatures = numbers.integers(0, 2**16, (num + 2, overlap.NUM_SLOTS), dtype=np.uint16)
+    band = overlap.ROWS_PER_BAND
     signatures[:, : 10 * band] = signatures[0, : 10 * band]
     # The first held-out document resembles only the last training document, the second resembles all.
     signatures[num] = signatures[num - 1]
@@ -141,13 +142,13 @@ def test_a_leak_is_found_among_thousands_of_candidates_in_a_band() -> None:
 
 def alike_in_one_band(num: int, held_out: int) -> np.ndarray:
     """Return signatures of `num` training and `held_out` held-out documents that differ in a single slot."""
-    signatures = np.zeros((num + held_out, minhash.NUM_SLOTS), dtype=np.uint16)
+    signatures = np.zeros((num + held_out, overlap.NUM_SLOTS), dtype=np.uint16)
     signatures[:, 0] = np.arange(num + held_out)
     return signatures
 
 
 def test_every_near_copy_is_dropped_from_training_however_many_there_are() -> None:
-    num = 3 * minhash.REACH_ACROSS
+    num = 3 * overlap.REACH_ACROSS
     signatures, contents = list(alike_in_one_band(num, 2)), np.arange(num + 2, dtype=np.uint64)
     for action, complete in (("keep", False), ("drop", True)):
         checks = ChecksSection(near_held_out_in_train=action)
@@ -159,7 +160,7 @@ def test_every_near_copy_is_dropped_from_training_however_many_there_are() -> No
 
 
 def test_documents_that_were_not_compared_are_reported_if_no_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minhash, "MAX_PAIRS_ACROSS", 10)
+    monkeypatch.setattr(overlap, "MAX_PAIRS_ACROSS", 10)
     signatures, contents = list(alike_in_one_band(100, 1)), np.arange(101, dtype=np.uint64)
     hits = across(contents, contents, signatures, contents >= 100, CHECKS)
     assert [(i, hit.finding) for i, hit in hits if i == 100] == [(100, "not_compared")]
@@ -167,17 +168,17 @@ def test_documents_that_were_not_compared_are_reported_if_no_leak_is_found(monke
 
 def test_pairs_above_the_threshold_are_found() -> None:
     numbers = np.random.default_rng(0)
-    signatures = numbers.integers(0, 2**16, (400, minhash.NUM_SLOTS), dtype=np.uint16)
-    equal = int(np.ceil(minhash.THRESHOLD * minhash.NUM_SLOTS))
+    signatures = numbers.integers(0, 2**16, (400, overlap.NUM_SLOTS), dtype=np.uint16)
+    equal = int(np.ceil(overlap.THRESHOLD * overlap.NUM_SLOTS))
     for i in range(0, 200, 2):
-        same = numbers.permutation(minhash.NUM_SLOTS)[:equal]
-        signatures[i + 1] = numbers.integers(0, 2**16, minhash.NUM_SLOTS)
+        same = numbers.permutation(overlap.NUM_SLOTS)[:equal]
+        signatures[i + 1] = numbers.integers(0, 2**16, overlap.NUM_SLOTS)
         signatures[i + 1, same] = signatures[i, same]
     pairs = {
         (int(min(a, b)), int(max(a, b)))
-        for left, right, similarity in minhash.find_near_pairs(signatures)
+        for left, right, similarity in overlap.find_near_pairs(signatures)
         for a, b, alike in zip(left, right, similarity, strict=True)
-        if alike >= minhash.THRESHOLD
+        if alike >= overlap.THRESHOLD
     }
     assert pairs <= {(i, i + 1) for i in range(0, 200, 2)}
     assert len(pairs) >= 95
@@ -271,7 +272,7 @@ def test_few_examples_name_the_usual_number() -> None:
     ],
 )
 def test_texts_that_a_reader_takes_for_the_same_are_compared_as_the_same(text: str, same: str) -> None:
-    assert minhash.make_comparable(minhash.normalize(text)) == minhash.make_comparable(minhash.normalize(same))
+    assert overlap.make_comparable(overlap.normalize(text)) == overlap.make_comparable(overlap.normalize(same))
 
 
 @pytest.mark.parametrize(
@@ -279,4 +280,4 @@ def test_texts_that_a_reader_takes_for_the_same_are_compared_as_the_same(text: s
     [("1.5", "15"), ("3 + 4", "34"), ("2*(3+4)", "2*3+4"), ("caf\u00e9", "cafe")],
 )
 def test_texts_of_other_meaning_are_not_compared_as_the_same(text: str, other: str) -> None:
-    assert minhash.make_comparable(minhash.normalize(text)) != minhash.make_comparable(minhash.normalize(other))
+    assert overlap.make_comparable(overlap.normalize(text)) != overlap.make_comparable(overlap.normalize(other))
