@@ -79,7 +79,7 @@ class _Agent:
 def _popen(command: Sequence[str], **options: Any) -> Any:
     """subprocess.Popen in a forked process."""
     python, *words = (word for word in command if word not in ("-u", "-m"))
-    is_own = words[:1] == [COMMAND] or words[0].startswith(("launcher.worker.", str(_BENCHMARKS)))
+    is_own = words[:1] == [COMMAND] or words[0].startswith(("launcher.worker.", "launcher.evaluate.", str(_BENCHMARKS)))
     if python != sys.executable or not is_own or words[0].startswith(_SIDECARS):
         return subprocess.Popen(command, **options)
     return _fork(words[0], words[1:], **options)

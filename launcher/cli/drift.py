@@ -41,7 +41,7 @@ def run(verb: str, tokens: list[str]) -> int:
             "there is no such file", where=str(arguments.prompts), remedy="name a file of prompts: JSON Lines, or one JSON array"
         )
     chosen = [] if arguments.likelihood is None else ["--likelihood" if arguments.likelihood else "--no-likelihood"]
-    report: dict[str, Any] = run_reporting("launcher.worker.drift", None, str(run_dir.plan), str(arguments.prompts), *chosen)
+    report: dict[str, Any] = run_reporting("launcher.evaluate.drift", None, str(run_dir.plan), str(arguments.prompts), *chosen)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
@@ -50,7 +50,7 @@ def run(verb: str, tokens: list[str]) -> int:
 
 
 def _to_lines(report: dict[str, Any], run: str) -> list[str]:
-    """Return the page from what launcher.worker.drift prints."""
+    """Return the page from what launcher.evaluate.drift prints."""
     rows = [["prompts compared", f"{report['num_training']:,}", f"{report['num_prompts']:,}", ""]]
     for one in report["measures"]:
         figures = (f"{one[side]:.0%}" if one["name"] == "words" else f"{one[side]:.4g}" for side in ("training", "now"))

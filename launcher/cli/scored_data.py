@@ -52,7 +52,7 @@ def run(tokens: list[str]) -> int:
     if exclude is not None and (exclude.exists() or not exclude.absolute().parent.is_dir()):
         raise ConfigError("the file exists already, or its folder does not", where="--exclude", value=str(exclude))
     options = ["--split", arguments.split, *([] if arguments.step is None else ["--step", str(arguments.step)])]
-    report = run_reporting("launcher.worker.scoring.documents_report", None, str(run_dir.plan), *options)
+    report = run_reporting("launcher.evaluate.documents_report", None, str(run_dir.plan), *options)
     if exclude is not None:
         # From the ranking of mislabeled documents, only likely ones.
         chosen = [

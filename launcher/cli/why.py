@@ -57,7 +57,7 @@ def run(verb: str, tokens: list[str]) -> int:
     options = ["--rows-of", str(arguments.step), *(["--no-scores"] if arguments.no_scores else [])]
     if not arguments.no_scores:
         print(f"computing the losses of the rows of step {arguments.step}, for which the model is loaded", file=sys.stderr)
-    report = run_reporting("launcher.worker.scoring.documents_report", None, str([run_dir.plan, *changed][-1]), *options)
+    report = run_reporting("launcher.evaluate.documents_report", None, str([run_dir.plan, *changed][-1]), *options)
     events = [
         {key: event.get(key) for key in ("time", "attempt", "step", "kind", "text")}
         for event in read_events(run_dir.events)

@@ -1,18 +1,56 @@
-"""Compares prompts with those of training by their words, lengths and likelihoods. Pure, and without torch."""
+"""Compares prompts with a run's training prompts: `python -m launcher.evaluate.drift PLAN_JSON PROMPTS [--[no-]likelihood]`.
+
+Words and lengths are compared, and how likely the prompts are under the base model and the tuned model; torch is loaded only if
+models score them. Writes progress to standard error and one JSON object (the report or the problems) to standard output.
+"""
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from launcher import hardware, json_records, run_store
+from launcher.checkpoint import store
+from launcher.child_process import print_result, run_process
+from launcher.data import row_layout
+from launcher.data.checks import patterns
+from launcher.data.sources import Document, files, find_shared_completions
+from launcher.data.sources.formats import FORMATS, detect_format
+from launcher.data.split import Split
+from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
+from launcher.data.triage import mean_losses
+from launcher.errors import DataError, LauncherError, Problem
+from launcher.evaluate.document_losses import Progress, ScorePass, score, temporary_folder
+from launcher.evaluate.weights import find_weights
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import read_export
+from launcher.tracking.progress import show_documents
+
 Vectors = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.float64]
 
+# Number of prompts to compare from each side, sampled at random; with fewer than the second, no test finds anything.
+MAX_PROMPTS, MIN_PROMPTS = 2_000, 10
+# Prompts and tokens per side that models score: enough for the test to find relevant differences.
+_MAX_SCORED, _MAX_TOKENS = 200, {"cpu": 12_288, "cuda": 131_072}
+BASE, TUNED = "base", "tuned"
+# A factor for the memory that scoring needs beyond the weights.
+_MEMORY_FACTOR = 1.2
+# Maps the prompt's key to the answer's: a row with both is a training row.
+_ANSWER_KEYS = {"prompt": "completion", "question": "answer", "instruction": "output"}
+_ANSWERING_ROLES = ("assistant", "gpt", "model")
+# A made-up answer: formats and chat templates require one.
+_ANSWER = "answer"
 # Significance level of all tests together.
 SIGNIFICANCE = 0.01
 # A difference that a test detects with many prompts may be too small to matter.
@@ -70,6 +108,133 @@ class DriftReport:
     measures: tuple[Measure, ...]
     farthest: tuple[FarPrompt, ...]
     gaps: tuple[str, ...] = ()
+
+
+def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progress: Progress) -> DriftReport:
+    """Compare the prompts in a file with the prompts in the run's training data.
+
+    `with_likelihood` is whether both models score the prompts; None means only if this machine can do it quickly.
+
+    Raises:
+        DataError: for rows that are not prompts, and for data without prompts.
+        LauncherError: if a score pass fails, or if the run has no weights of the tuned model that `with_likelihood` requires.
+    """
+    plan = run_store.load_plan(run)
+    obstacle = find_obstacle(plan) if with_likelihood is None else "" if with_likelihood else "left out with --no-likelihood"
+    if obstacle:
+        import_tokenizers_without_torch()
+    tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
+    generator = np.random.default_rng(plan.config.run.seed)
+    training = read_training_prompts(plan, generator)
+    documents = [parse(row, where) for block in files.read_blocks(path, str(path)) for row, where in files.parse_block(block)]
+    prompts = encode(documents, find_shared_completions(plan.config.data), Encoder(tokenizer, plan.config.data), generator)
+    if min(len(training), len(prompts)) < MIN_PROMPTS:
+        few = f"too few prompts to compare: {len(prompts)} in the file, {len(training)} in the training data"
+        raise DataError(few, where=str(path), remedy=f"compare at least {MIN_PROMPTS}; data without prompts has none")
+    if obstacle:
+        return compare(prompts, training, gaps=[obstacle])
+    # The run's result is the exported step, or else the newest.
+    record, steps = read_export(run), [one.step for one in store.list_checkpoints(run.checkpoints)]
+    tuned_step = record.step if record is not None and record.step in steps else None
+    gaps, losses = list[str](), dict[str, tuple[Numbers, Numbers]]()
+    # A model that was trained on the training prompts finds them likely because it has seen them.
+    for name in (BASE,) if plan.config.data.train_on == "all" else (BASE, TUNED):
+        try:
+            weights = find_weights(run, plan, 0 if name == BASE else tuned_step)
+        except LauncherError as error:
+            if with_likelihood and name == TUNED:
+                raise
+            gaps.append(f"{name} model: {error.problems[0].message}")
+            continue
+        with ExitStack() as stack:
+            passes = list(_make_passes(plan, name, prompts, training, stack))
+            scored = score(plan, weights, passes, on_progress)
+            now, before = (mean_losses(one.open(), part)[1] for one, part in zip(passes, scored, strict=True))
+        losses[name] = now[~np.isnan(now)], before[~np.isnan(before)]
+    return compare(prompts, training, losses, gaps)
+
+
+def find_obstacle(plan: LaunchPlan) -> str:
+    """Return why this machine does not score prompts unless requested; empty if it does."""
+    device = hardware.device()
+    if device.kind == "cpu":
+        return "this machine has no GPU; --likelihood scores prompts on its CPUs"
+    num_gib = plan.model.num_params * (4 if plan.config.model.dtype == "fp32" else 2) * _MEMORY_FACTOR / 2**30
+    available = (device.memory_gib or 0) * device.count
+    if num_gib > available and "offload_param" not in plan.deepspeed["zero_optimization"]:
+        return f"the models need {num_gib:.0f} GiB each, the GPUs have {available:.0f}; --likelihood scores prompts anyway"
+    return ""
+
+
+def _make_passes(
+    plan: LaunchPlan, model: str, prompts: Sequence[Prompt], training: Sequence[Prompt], stack: ExitStack
+) -> Iterator[ScorePass]:
+    """Yield the passes over prompts and training prompts, without losses of tokens that all share, such as the template's."""
+    data, max_tokens = plan.config.data, _MAX_TOKENS[hardware.device().kind]
+    everything = [one.tokens for one in (*prompts, *training)]
+    begin, end = (
+        next((i for i, one in enumerate(zip(*several, strict=False)) if len({*one}) > 1), min(map(len, several)))
+        for several in (everything, [tokens[::-1] for tokens in everything])
+    )
+    for title, side in (("prompts", prompts), ("training prompts", training)):
+        tokens = [np.asarray(one.tokens[: data.max_length], np.uint32) for one in side[:_MAX_SCORED]]
+        tokens = [one for one, total in zip(tokens, np.cumsum([len(one) for one in tokens]), strict=True) if total <= max_tokens]
+        # Nothing precedes a first token.
+        masks = [np.arange(len(one)) >= max(1, begin) for one in tokens]
+        masks = [mask & (np.arange(len(mask)) < len(mask) - end) for mask in masks]
+        lengths = np.array([len(one) for one in tokens], np.int64)
+        folder = stack.enter_context(temporary_folder())
+        trained = np.concatenate(masks).astype(np.uint8)
+        facts, _ = row_layout.write_documents(folder, np.concatenate(tokens), trained, lengths, np.zeros_like(lengths), data)
+        yield ScorePass(title=f"{model} model, {title}", facts=facts)
+
+
+def read_training_prompts(plan: LaunchPlan, generator: np.random.Generator) -> list[Prompt]:
+    """Return a sample of the training documents, each up to its last answer."""
+    if plan.data is None:
+        raise DataError(Problem("the run has no data cache", where=plan.run_dir, remedy="name a run that was trained"))
+    split = Split.open(plan.data)
+    prompts = []
+    for number in generator.permutation(split.num_docs)[:MAX_PROMPTS]:
+        document = slice(split.docs[number], split.docs[number + 1])
+        # The beginning of each span of trained tokens.
+        starts = np.flatnonzero(np.diff(np.asarray(split.trained[document]).astype(np.int8), prepend=0) == 1)
+        tokens = np.asarray(split.tokens[document])[: starts[-1] if len(starts) else 0].tolist()
+        if tokens:
+            prompts.append(Prompt(f"training document {number}", tuple(tokens)))
+    return prompts
+
+
+def parse(row: dict[str, Any], where: str) -> Document:
+    """Return a row's prompt with a made-up answer. For a chat, the prompt is everything before the last answer.
+
+    Raises:
+        DataError: if the row has no prompt.
+    """
+    row = {**row, **{answer_key: _ANSWER for key, answer_key in _ANSWER_KEYS.items() if key in row}}
+    for key, role_key, turn in (
+        ("messages", "role", {"role": "assistant", "content": _ANSWER}),
+        ("conversations", "from", {"from": "gpt", "value": _ANSWER}),
+    ):
+        if isinstance(turns := row.get(key), list):
+            while turns and isinstance(turns[-1], dict) and turns[-1].get(role_key) in _ANSWERING_ROLES:
+                turns = turns[:-1]
+            row[key] = [*turns, turn]
+    if list(row) == ["text"]:
+        row = {"prompt": row["text"], "completion": _ANSWER}
+    return FORMATS[detect_format(row, where)].parse(row, where)
+
+
+def encode(documents: Sequence[Document], completions: str, encoder: Encoder, generator: np.random.Generator) -> list[Prompt]:
+    """Return a sample of the prompts, formatted as in training."""
+    prompts = []
+    for number in generator.permutation(len(documents))[:MAX_PROMPTS]:
+        written = encoder.prompt(encoder.write_as_chat(documents[number], completions))
+        if written is not None:
+            # Redact before shortening: a truncated credential has no recognizable form.
+            (shown,) = patterns.redact([written[0]])
+            prompts.append(Prompt(documents[number].where, tuple(written[1]), shown))
+    return prompts
 
 
 def compare(
@@ -164,3 +329,22 @@ def kolmogorov_smirnov_p_value(first: Numbers, second: Numbers) -> float:
         return 1.0
     total = sum((-1) ** (k - 1) * math.exp(-2 * k * k * x * x) for k in range(1, 101))
     return min(1.0, max(0.0, 2 * total))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.evaluate.drift")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("prompts", type=Path)
+    parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction)
+    arguments = parser.parse_args(argv)
+    run = RunDir(arguments.plan.absolute().parent)
+
+    def describe() -> dict[str, Any]:
+        with show_documents("rows") as on_progress:
+            return dict(json_records.encode(find_drift(run, arguments.prompts, arguments.likelihood, on_progress)))
+
+    return print_result(describe)
+
+
+if __name__ == "__main__":
+    run_process(main)

@@ -7,18 +7,15 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from launcher import run_store
 from launcher.config.sections.evaluation import FORGETTING, HELD_OUT
 from launcher.data.loader import RowBatches
-from launcher.data.score_store import ScoreStore
-from launcher.distributed import RankInfo, all_reduce_step, copy_to_device, rank0_broadcast, run_on_all_ranks
+from launcher.distributed import RankInfo, all_reduce_step, copy_to_device
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
@@ -30,8 +27,6 @@ from launcher.tracking.verdicts import GeneralLoss
 from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring.step_metrics import perplexity
 from launcher.train.objectives import Objective
-
-_NOT_WRITTEN = "the scores cannot be written"
 
 
 class RunEvaluations:
@@ -239,30 +234,6 @@ class Scorer:
                 yield None
                 return
             yield self._objective.atom_losses(self._engine, micro, self.device)
-
-
-def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, on_progress: Callable[[int, int], None]) -> None:
-    """Write the log-probabilities of all trained tokens of `batches` that `store` lacks into it. Collective.
-
-    `on_progress` is called with the number of scored rows and that of all rows.
-
-    Raises:
-        CheckpointError: on every rank, if a rank cannot write.
-    """
-    rank, world_size, num_rows = scorer.rank_info.rank, scorer.rank_info.world_size, len(batches.rows)
-    missing = rank0_broadcast(scorer.rank_info, _NOT_WRITTEN, store.list_missing)
-    # Ranks with fewer micro-batches still take part in the passes of the other ranks.
-    width = max((len(store.shards[number]) for number in missing), default=0)
-    with scorer.without_dropout():
-        for first in range(0, len(missing), world_size):
-            on_progress((len(store.shards) - len(missing) + first) * num_rows // len(store.shards), num_rows)
-            own = missing[first + rank] if first + rank < len(missing) else None
-            numbers = [] if own is None else [*store.shards[own]]
-            losses = [*scorer.score(batches, [*numbers, *[len(batches)] * (width - len(numbers))], lambda: None)]
-            scored = [np.negative(loss.cpu().numpy()) for loss in losses[: len(numbers)] if loss is not None]
-            commit = (lambda: None) if own is None else partial(store.commit, own, scored)
-            run_on_all_ranks(scorer.device, _NOT_WRITTEN, commit)
-    on_progress(num_rows, num_rows)
 
 
 class EarlyStopping:

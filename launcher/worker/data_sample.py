@@ -15,6 +15,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from launcher.child_process import exit_on_termination
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
@@ -24,11 +25,10 @@ from launcher.data.sources import Chat, Completion, Document, DocumentBatch
 from launcher.data.sources.files import Block
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, LauncherError, Problem
+from launcher.model_folders import convert_local, hub_reason
 from launcher.models import parent_run
 from launcher.models.found_model import find_model
 from launcher.security.printable_stream import printable_output
-from launcher.worker.prepare import convert_local, hub_reason
-from launcher.worker.signals import exit_on_termination
 
 # Documents whose tokens are counted, spread over the source.
 _NUM_SAMPLED = 2000

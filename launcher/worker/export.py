@@ -8,79 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launcher import run_store
-from launcher.checkpoint import store
+from launcher.child_process import exit_on_termination
 from launcher.errors import CheckpointError, LauncherError, Problem
-from launcher.export import hub, model_card, weights
-from launcher.export.hf_folder import (
-    ExportedFolder,
-    ExportTask,
-    describe_added_stop_ids,
-    describe_names,
-    export,
-    find_chat_template,
-    verify_checkpoint,
-)
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.export import hub, weights
+from launcher.export.hf_folder import ExportedFolder, describe_added_stop_ids, describe_names
+from launcher.model_folders import export_run
 from launcher.plan.quantities import format_count, format_size
-from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.shell_commands import launcher_command
-from launcher.tracking.jsonl import read_metrics
-from launcher.tracking.progress import show_progress, show_waiting
-from launcher.worker.signals import exit_on_termination
-
-
-def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | None, check: bool = True) -> ExportedFolder:
-    """Verify and export one checkpoint of a run: by default the latest one, to the run's `export` folder.
-
-    Raises CheckpointError if there is no such checkpoint or it is damaged, and as `export` does.
-    """
-    # Use plan.json's folder, because the run may have been moved.
-    run = RunDir(plan_path.absolute().parent)
-    first = _load(plan_path)
-    checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
-    # A resume may have changed settings; later automatic attempts keep the changes.
-    plans = run_store.load_plans_until(run, checkpoint.manifest.attempt)
-    plan = plans[-1] if plans else first
-    base = Path(plan.model.path or "")
-    task = ExportTask(
-        checkpoint=checkpoint.path,
-        # Files in the cache may have been removed since.
-        model=base if plan.model.path and (base / "config.json").is_file() else plan.model.config,
-        tokenizer=_tokenizer_of(plan),
-        out=(out or run.export).absolute(),
-        dtype=dtype,
-        trust_remote_code=plan.config.model.trust_remote_code,
-        code_digest=plan.config.model.code_digest,
-        check=check,
-        chat_template=find_chat_template(plan),
-        turn_end_ids=plan.data.turn_end_ids if plan.data else (),
-    )
-    metrics = read_metrics(run.metrics, model_card.METRICS)
-    with show_progress() as make_progress:
-        verify_checkpoint(task, make_progress)
-        return export(
-            task, lambda made: model_card.render_model_card(plan, checkpoint.manifest, metrics, made, plans), make_progress
-        )
-
-
-def _tokenizer_of(plan: LaunchPlan) -> Path | None:
-    folder = plan.model.tokenizer_path
-    if folder is None or Path(folder).is_dir():
-        return None if folder is None else Path(folder)
-    # Imports transformers, which an export without a check does not need.
-    from launcher.worker.prepare import tokenizer_of
-
-    return tokenizer_of(plan)
-
-
-def _load(plan_path: Path) -> LaunchPlan:
-    try:
-        return LaunchPlan.load(plan_path)
-    except ValueError as error:
-        raise CheckpointError("this launch plan cannot be read", where=str(plan_path), value=str(error)) from error
+from launcher.tracking.progress import show_waiting
 
 
 def _lines(made: ExportedFolder) -> list[str]:

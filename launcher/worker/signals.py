@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -15,22 +13,6 @@ PREEMPT = signal.SIGUSR2
 _REASONS = {CANCEL: "cancelled", PREEMPT: "preempted", signal.SIGTERM: "preempted"}
 # The exit code of a rank that the agent ends because another rank failed; it says nothing about the cause.
 DISMISSED = 128 + signal.SIGTERM
-
-
-def exit_on_termination() -> None:
-    """Make SIGTERM raise SystemExit in the main thread, so that partly written files are removed; ignore Ctrl-C.
-
-    Ctrl-C reaches the terminal's whole process group; the command that started this process decides what it means. Child
-    processes of multiprocessing are killed first: they would print tracebacks when their pool is gone.
-    """
-
-    def end(*_: object) -> None:
-        for process in multiprocessing.active_children():
-            process.kill()
-        sys.exit(DISMISSED)
-
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class StopFlag:

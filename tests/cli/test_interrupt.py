@@ -29,7 +29,7 @@ from launcher.plan.run_dir import RunDir
 # Writes a file from several processes until it is stopped, as a data cache build does.
 WORKER = """
 import multiprocessing, os, pathlib, signal, sys, time
-from launcher.worker.signals import exit_on_termination
+from launcher.child_process import exit_on_termination
 
 exit_on_termination()
 folder = pathlib.Path(sys.argv[1])

@@ -15,8 +15,8 @@ from launcher.config.schema import RunConfig
 from launcher.data.build import build
 from launcher.data.sources import Chat, Completion
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
+from launcher.evaluate import drift
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
-from launcher.worker import drift
 
 
 def prompt_of(row: dict[str, Any]) -> list[str]:

@@ -9,9 +9,9 @@ import pytest
 
 from launcher import json_records
 from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
+from launcher.evaluate.weights import export_tuned
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import digest_checkpoint
-from launcher.worker.evaluation.weights import export_tuned
 
 
 def test_an_interrupted_evaluation_exports_nothing_again(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ import numpy as np
 from pathlib import Path
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.scoring.passes import ScorePass, score
-from launcher.worker.scoring.weights import find_weights
+from launcher.evaluate.document_losses import ScorePass, score
+from launcher.evaluate.weights import find_weights
 plan, facts = LaunchPlan.load(sys.argv[1]), DataFacts.model_validate_json(sys.argv[2])
 passes = [ScorePass(title="all", facts=facts), ScorePass(title="some", facts=facts, rows=(4, 0, 2))]
 weights = find_weights(RunDir(Path(plan.run_dir)), plan, 0)

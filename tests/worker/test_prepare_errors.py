@@ -10,7 +10,8 @@ import pytest
 
 from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, DataError
-from launcher.worker.prepare import _download, _find_storage_error, hub_reason
+from launcher.model_folders import _download, hub_reason
+from launcher.worker.prepare import _find_storage_error
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ def test_no_garbage_is_searched_for_at_the_end_of_a_process() -> None:
 
 def test_a_process_dies_with_its_parent() -> None:
     child = (
-        "import os, time; from launcher.worker.ranks.rank_env import die_with_parent;"
+        "import os, time; from launcher.child_process import die_with_parent;"
         "die_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
     )
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
@@ -66,7 +66,8 @@ def test_a_rank_of_a_score_pass_dies_with_its_parent(tmp_path: Path) -> None:
     task = tmp_path / "task.json"
     os.mkfifo(task)
     parent = (
-        "import subprocess, sys; rank = subprocess.Popen([sys.executable, '-m', 'launcher.worker.scoring.rank', sys.argv[1]]);"
+        "import subprocess, sys; command = [sys.executable, '-m', 'launcher.evaluate.document_losses', sys.argv[1]];"
+        "rank = subprocess.Popen(command);"
         "print(rank.pid, flush=True); rank.wait()"
     )
     process = subprocess.Popen([sys.executable, "-c", parent, str(task)], stdout=subprocess.PIPE, text=True)

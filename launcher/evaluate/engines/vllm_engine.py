@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "vllm"
 # Starts the server in such a way that it ends with this process.
-_STARTER = "launcher.worker.evaluation.end_with_parent"
+_STARTER = "launcher.child_process"
 _SERVER = "vllm.entrypoints.openai.api_server"
 _HOST = "127.0.0.1"
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from launcher import json_records, nvml
+from launcher.child_process import die_with_parent
 from launcher.clusters.check_results import OK, WARNING, CheckResult, MachineReport, failure, to_lines, with_differences
 from launcher.clusters.network import node_name
 from launcher.config.schema import RunConfig
@@ -29,7 +30,6 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import append_event
 from launcher.worker.checks import gpus, machine, storage
 from launcher.worker.checks.checked_node import CheckedNode, kill_children
-from launcher.worker.ranks.rank_env import die_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from launcher.child_process import die_with_parent, exit_on_termination
 from launcher.config.schema import RunConfig
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import LauncherError, RunError, printable
@@ -24,8 +25,6 @@ from launcher.plan.disk import format_size
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import live_line
-from launcher.worker.ranks.rank_env import die_with_parent
-from launcher.worker.signals import exit_on_termination
 
 _LOADING_FACTOR = 1.2
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from launcher import json_records
+from launcher.child_process import print_result, run_process
 from launcher.errors import RunError
 from launcher.evaluate.answers import StoredAnswer
 from launcher.evaluate.overlap import describe_copies
@@ -27,7 +28,6 @@ from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.tracking.general_loss import read_general_loss
 from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage, digest_checkpoint
-from launcher.worker.scoring.command_process import answer, run_process
 
 
 def conclude(folder: EvaluationFolder) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _judge(
 
 def main(argv: Sequence[str]) -> int:
     with private_files():
-        return answer(lambda: conclude(EvaluationFolder(Path(argv[0]))))
+        return print_result(lambda: conclude(EvaluationFolder(Path(argv[0]))))
 
 
 if __name__ == "__main__":

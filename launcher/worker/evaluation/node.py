@@ -14,11 +14,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.child_process import die_with_parent, exit_on_termination
 from launcher.errors import EXIT_FAILED
 from launcher.evaluate.task import EvaluationFolder
 from launcher.security.folders import private_variables
-from launcher.worker.ranks.rank_env import die_with_parent
-from launcher.worker.signals import exit_on_termination
 
 _POLL_S = 0.2
 _END_S = 20.0

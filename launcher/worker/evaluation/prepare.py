@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher import json_records, run_store
+from launcher.child_process import print_result, run_process
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT, EvaluateSection
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
@@ -28,14 +29,13 @@ from launcher.evaluate.questions import TRAINING, EvalQuestion, QuestionSet
 from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
 from launcher.evaluate.selection import AUTO_SHOTS, NUM_LONGEST, SELECTION_PROMPTS, list_shots
 from launcher.evaluate.task import EvaluationFolder, EvaluationTask
+from launcher.evaluate.weights import count_context, export_tuned, find_base
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.tracking.progress import Advance, Pace, live_line
 from launcher.tracking.verdicts import remove_verdicts
-from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
-from launcher.worker.scoring.command_process import answer, run_process
 
 
 def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ()) -> EvaluationFolder:
@@ -237,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
     config = RunConfig.model_validate_json(sys.stdin.read())
     # Use plan.json's folder, because the run may have been moved.
     run = RunDir(arguments.plan.absolute().parent)
-    return answer(lambda: {"folder": str(prepare(config, run, arguments.step, arguments.set).root)})
+    return print_result(lambda: {"folder": str(prepare(config, run, arguments.step, arguments.set).root)})
 
 
 if __name__ == "__main__":

@@ -29,11 +29,13 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from launcher import json_records, run_store
+from launcher.child_process import print_result, run_process
 from launcher.config.schema import RunConfig
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError, did_you_mean
 from launcher.evaluate.task import EvaluationFolder, Weights
 from launcher.evaluate.verdict import judge
+from launcher.evaluate.weights import count_context, export_tuned, find_base
 from launcher.models.remote_code import code_option, folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -42,8 +44,6 @@ from launcher.security.folders import private_files
 from launcher.tracking.verdicts import TUNED, digest_checkpoint
 from launcher.train.model import DTYPES
 from launcher.worker.evaluation.answer import choose_dtype
-from launcher.worker.evaluation.weights import count_context, export_tuned, find_base
-from launcher.worker.scoring.command_process import answer, run_process
 
 BASE = "base"
 _WHERE = "--tasks"
@@ -402,7 +402,7 @@ def main(argv: Sequence[str]) -> int:
     names = arguments.tasks.split(",")
     # The harness keeps tasks' rows in the cache of `datasets`.
     with private_files():
-        return answer(lambda: score_tasks(config, run, arguments.step, names, folder, arguments.limit, arguments.min_gain))
+        return print_result(lambda: score_tasks(config, run, arguments.step, names, folder, arguments.limit, arguments.min_gain))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launcher.child_process import die_with_parent
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.worker.ranks import rank_main
-from launcher.worker.ranks.rank_env import die_with_parent, name_process
+from launcher.worker.ranks.rank_env import name_process
 
 _CUDA_NOT_INITIALIZED = 3
 # Seconds from the fork of a rank until the kernel has reparented it to the agent.

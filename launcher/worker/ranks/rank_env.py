@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
-import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import psutil
 from setproctitle import setproctitle, setthreadtitle
@@ -125,20 +121,3 @@ def redirect_output(log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-
-
-def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
-    """Ask the kernel to signal this process when its parent dies, so that no rank is left behind (Linux)."""
-    parent = os.getppid()
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, number)
-    # The agent may have died before the call above.
-    if os.getppid() != parent:
-        os.kill(os.getpid(), number)
-
-
-def exit_without_shutdown(code: int) -> NoReturn:
-    """Exit at once: DeepSpeed's threads can abort the interpreter's shutdown, which would look like a failure."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from launcher.clusters.backends import EvaluationJobs
 
 EVENT = "answers"
-_STARTER = "launcher.worker.evaluation.end_with_parent"
+_STARTER = "launcher.child_process"
 # Added to the niceness of this process. Exports keep theirs: they are short and must end before their checkpoint is removed.
 _EVALUATION_NICE = 9
 # Seconds from TERM to KILL. An evaluation first ends its own processes. Two such waits are shorter than the agent's.
@@ -100,7 +100,7 @@ class CheckpointAnswers:
             # A checkpoint may be removed before its turn to be evaluated comes.
             step = next((step for step in self._waiting if not self._is_exported(step)), None)
             if step is not None:
-                export = ["-m", "launcher.worker.evaluation.weights", str(self._run.plan), str(step)]
+                export = ["-m", "launcher.evaluate.weights", str(self._run.plan), str(step)]
                 self._export = self._start(step, "export", export, True, 0)
         has_ended = self._source in (AnswerSource.JOBS, AnswerSource.NODES) or not (self._waiting or self._evaluation)
         return is_complete and has_ended

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint.manifest import LATER_EVALUATION, MANIFEST
+from launcher.child_process import die_with_parent
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event
-from launcher.worker.ranks.rank_env import die_with_parent
 
 # Orders: complete the work and end, because the attempt has ended as planned; end now.
 COMPLETE, END = b"complete\n", b"end\n"

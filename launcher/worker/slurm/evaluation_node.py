@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from launcher.child_process import exit_on_termination
 from launcher.worker.evaluation.node import run_node
-from launcher.worker.signals import exit_on_termination
 
 if __name__ == "__main__":
     exit_on_termination()

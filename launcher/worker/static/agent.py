@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from launcher import run_store
+from launcher.child_process import die_with_parent
 from launcher.clusters import detached_process
 from launcher.clusters.cgroups import record_limits
 from launcher.clusters.static import nodes
@@ -26,7 +27,6 @@ from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
 from launcher.worker import disk_reserve, node_agents, postmortem
 from launcher.worker.agent import NodeAgent
-from launcher.worker.ranks.rank_env import die_with_parent
 from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.static.peers import Peers

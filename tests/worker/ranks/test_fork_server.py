@@ -229,7 +229,7 @@ from launcher.worker.ranks.rank_env import RankTitle
 from launcher.worker.ranks.rank_process import RankProcesses
 ranks = RankProcesses()
 ranks.warm_up(sys.argv[1], os.environ)
-script = "import os, time; from launcher.worker.ranks.rank_env import die_with_parent; die_with_parent(); "
+script = "import os, time; from launcher.child_process import die_with_parent; die_with_parent(); "
 script += "print(os.getpid(), flush=True); time.sleep(60)"
 ranks.start(sys.argv[1], 1, {**os.environ, "LAUNCHER_SCRIPT": script}).wait()
 """

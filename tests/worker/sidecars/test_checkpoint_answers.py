@@ -56,7 +56,7 @@ def said(run: RunDir, kind: str) -> list[str]:
 
 
 def export_by_hand(run: RunDir, step: int) -> None:
-    """Write what launcher.worker.evaluation.weights leaves after an export."""
+    """Write what launcher.evaluate.weights leaves after an export."""
     folder = EvaluationFolder.of(run.root, step)
     folder.weights.mkdir(parents=True)
     json_records.write(folder.weights_record, EvaluatedExport(digest_checkpoint(run, step), "bf16", "digest"))

@@ -1,4 +1,9 @@
-"""Score passes of a run on this machine: one rank per GPU, or one on the CPUs. Stored scores are not recomputed."""
+"""The score pass: the log-probability of every trained token of packed rows, from which follows the loss of each document.
+
+Runs on this machine, one rank per GPU or one on the CPUs. Micro-batches do not depend on the number of ranks, and each is scored
+by one rank. Ranks commit their scores in shards, so a pass that is killed continues where it stopped; stored scores are not
+recomputed. Torch is imported only where ranks run: `python -m launcher.evaluate.document_losses TASK_JSON` is one of several.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +16,30 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 
 from launcher import hardware
+from launcher.child_process import die_with_parent, exit_on_termination, exit_without_shutdown
 from launcher.clusters.network import LOOPBACK, free_port
 from launcher.data.cache_dir import cache_root
 from launcher.data.score_store import ScoreStore
 from launcher.data.split import Split
 from launcher.errors import RunError
+from launcher.evaluate.weights import ScoredWeights
+from launcher.models.remote_code import remove_copies
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
-from launcher.worker.scoring.weights import ScoredWeights
+from launcher.security.printable_stream import printable_output
 
+if TYPE_CHECKING:
+    from launcher.data.loader import RowBatches
+    from launcher.train.held_out_loss import Scorer
+
+_NOT_WRITTEN = "the scores cannot be written"
 # After one rank fails, the others wait in a collective.
 _POLL_S, _END_S = 0.2, 10.0
 
@@ -135,15 +150,13 @@ def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
     """Run the ranks to their end: in this process if there is only one, otherwise as separate processes."""
     environments = _rank_environments(num_ranks)
     if num_ranks == 1:
-        from launcher.worker.scoring.rank import run_rank
-
         os.environ.update(environments[0])
         run_rank(task, on_progress)
         return
     with temporary_folder() as folder:
         file = folder / "task.json"
         file.write_text(task.model_dump_json(), encoding="utf-8")
-        command = [sys.executable, "-m", "launcher.worker.scoring.rank", str(file)]
+        command = [sys.executable, "-m", "launcher.evaluate.document_losses", str(file)]
         processes = [subprocess.Popen(command, env={**os.environ, **environment}) for environment in environments]
         try:
             codes = [process.poll() for process in processes]
@@ -171,3 +184,62 @@ def _rank_environments(num_ranks: int) -> list[dict[str, str]]:
     shared |= {name: os.environ.get(name, interface) for name, interface in interfaces.items()}
     threads = {} if num_ranks == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
     return [{**shared, **threads, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+
+
+def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: None) -> None:
+    """Score a task's passes together with the other ranks; uses torchrun's environment variables. Collective."""
+    # DeepSpeed chooses a device on import, but a plan may use the CPUs of a machine with GPUs.
+    os.environ["DS_ACCELERATOR"] = task.plan.topology.device
+    from launcher.data.loader import RowBatches
+    from launcher.distributed import RankInfo
+    from launcher.train.engine import build_inference_engine, join_process_group, leave_process_group
+    from launcher.train.held_out_loss import Scorer
+    from launcher.train.objectives import OBJECTIVES
+
+    rank_info = RankInfo(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=0)
+    device = join_process_group(task.plan, rank_info)
+    engine, model = build_inference_engine(task.plan)
+    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, device)
+    for one, key in zip(task.passes, task.keys, strict=True):
+        rows = None if one.rows is None else np.asarray(one.rows)
+        batches = RowBatches(one.open(), task.plan.batch.micro_batch_size, pad_id=0, rows=rows)
+        store = ScoreStore(key, len(batches))
+        score_rows(scorer, batches, store, partial(on_progress, one.title))
+    leave_process_group()
+
+
+def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, on_progress: Callable[[int, int], None]) -> None:
+    """Write the log-probabilities of all trained tokens of `batches` that `store` lacks into it. Collective.
+
+    `on_progress` is called with the number of scored rows and that of all rows.
+
+    Raises:
+        CheckpointError: on every rank, if a rank cannot write.
+    """
+    from launcher.distributed import rank0_broadcast, run_on_all_ranks
+
+    rank, world_size, num_rows = scorer.rank_info.rank, scorer.rank_info.world_size, len(batches.rows)
+    missing = rank0_broadcast(scorer.rank_info, _NOT_WRITTEN, store.list_missing)
+    # Ranks with fewer micro-batches still take part in the passes of the other ranks.
+    width = max((len(store.shards[number]) for number in missing), default=0)
+    with scorer.without_dropout():
+        for first in range(0, len(missing), world_size):
+            on_progress((len(store.shards) - len(missing) + first) * num_rows // len(store.shards), num_rows)
+            own = missing[first + rank] if first + rank < len(missing) else None
+            numbers = [] if own is None else [*store.shards[own]]
+            losses = [*scorer.score(batches, [*numbers, *[len(batches)] * (width - len(numbers))], lambda: None)]
+            scored = [np.negative(loss.cpu().numpy()) for loss in losses[: len(numbers)] if loss is not None]
+            commit = (lambda: None) if own is None else partial(store.commit, own, scored)
+            run_on_all_ranks(scorer.device, _NOT_WRITTEN, commit)
+    on_progress(num_rows, num_rows)
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    # TERM would not end it: Python runs no handler while the rank waits in a collective.
+    die_with_parent()
+    # Libraries log names from other users' files to the command's terminal.
+    with printable_output():
+        run_rank(RankTask.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    remove_copies()
+    exit_without_shutdown(0)

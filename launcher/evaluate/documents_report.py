@@ -1,7 +1,7 @@
 """Reports on documents of a run's data with their losses, for `why` and `data --scored`.
 
-    python -m launcher.worker.scoring.documents_report PLAN_JSON --rows-of STEP [--no-scores]
-    python -m launcher.worker.scoring.documents_report PLAN_JSON [--step N] [--split NAME]
+    python -m launcher.evaluate.documents_report PLAN_JSON --rows-of STEP [--no-scores]
+    python -m launcher.evaluate.documents_report PLAN_JSON [--step N] [--split NAME]
 
 The first describes the rows of a step, under the checkpoint before it; PLAN_JSON is the plan of the attempt that ran the step.
 The second ranks the documents of a split. Writes progress to standard error and one JSON object to standard output.
@@ -18,6 +18,7 @@ import numpy as np
 
 from launcher import run_store
 from launcher.checkpoint import store
+from launcher.child_process import print_result, run_process
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data import triage
 from launcher.data.cache_store import read_report
@@ -26,12 +27,11 @@ from launcher.data.row_order import RowOrder
 from launcher.data.split import DocumentOrigins, Split
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import LauncherError, RunError, SubmitError
+from launcher.evaluate.document_losses import Progress, ScorePass, score, temporary_folder
+from launcher.evaluate.weights import find_weights
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.progress import show_documents
-from launcher.worker.scoring.command_process import answer, run_process
-from launcher.worker.scoring.passes import Progress, ScorePass, score, temporary_folder
-from launcher.worker.scoring.weights import find_weights
 
 TRAIN = "train"
 # Number of documents per list that the page shows with their texts.
@@ -190,7 +190,7 @@ def _describe_row(documents: _SplitDocuments, split: Split, row: int, losses: np
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launcher.worker.scoring.documents_report")
+    parser = argparse.ArgumentParser(prog="python -m launcher.evaluate.documents_report")
     parser.add_argument("plan", type=Path, metavar="PLAN_JSON")
     parser.add_argument("--rows-of", type=int, metavar="STEP")
     parser.add_argument("--no-scores", action="store_true")
@@ -208,7 +208,7 @@ def main(argv: Sequence[str]) -> int:
             plan, run = LaunchPlan.load(path), RunDir.of_plan(path)
             return describe_step(run, plan, chosen.rows_of, not chosen.no_scores, on_progress)
 
-    return answer(report)
+    return print_result(report)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,36 @@
-"""The weights that an evaluation compares: the run's initial weights and the step's weights.
+"""The weights that are judged: a step's and the run's initial ones, exported for answers, or as a score pass loads them.
 
-`python -m launcher.worker.evaluation.weights PLAN_JSON STEP` exports a step for a later evaluation, because the run may remove
+`python -m launcher.evaluate.weights PLAN_JSON STEP` exports a step for a later evaluation, because the run may remove
 its checkpoint first. Does nothing if the export exists, or if a command is evaluating the step.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from launcher import json_records, locks, run_store
-from launcher.errors import ConfigError, LauncherError
+from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST
+from launcher.child_process import run_process
+from launcher.errors import ConfigError, LauncherError, SubmitError
 from launcher.evaluate.task import EvaluatedExport, EvaluationFolder, Weights, digest_weights, read_exported
+from launcher.model_folders import copy_parent_weights, export_run
+from launcher.models import parent_run
+from launcher.models.parent_run import ParentCheckpoint
 from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import digest_checkpoint
-from launcher.worker.export import export_run
-from launcher.worker.ranks.rank_env import die_with_parent
-from launcher.worker.signals import exit_on_termination
+
+_READ_BYTES = 1 << 24
 
 
 def find_base(plan: LaunchPlan) -> Weights | None:
@@ -73,10 +81,61 @@ def count_context(plan: LaunchPlan) -> int:
     return int(lengths[0]) if lengths else plan.config.data.max_length
 
 
-def main(plan_path: str, step: int) -> int:
+@dataclass(frozen=True)
+class ScoredWeights:
+    """Weights after `step` steps (0: initial weights). `digest` is that of the checkpoint's manifest or of the weight files."""
+
+    step: int
+    digest: str
+    _parent: ParentCheckpoint | None
+    _folder: Path | None
+
+    def make_folder(self, plan: LaunchPlan) -> Path:
+        """Return the Hugging Face folder of the weights in the run's dtype; writes it if it does not exist."""
+        if self._parent is None:
+            assert self._folder is not None
+            return self._folder
+        with private_files():
+            copy_parent_weights(self._parent, plan.config.model)
+        return parent_run.weights_folder(self._parent, plan.config.model.dtype)
+
+
+def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeights:
+    """Find a run's weights after `step` steps, by default those in its newest checkpoint.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint; lists the existing steps.
+        SubmitError: for step 0 of a run whose initial weights are random.
+    """
+    if step == 0:
+        folder = plan.model.path
+        if folder is None or plan.config.model.init != "pretrained" or not plan.model.has_weights:
+            remedy = "name the step of a checkpoint with --step"
+            raise SubmitError("the run began with random weights, which are not kept", where=str(run.root), remedy=remedy)
+        if not Path(folder).is_dir():
+            remedy = "fetch them again with: python -m launcher data and the run's settings"
+            raise SubmitError("the weights that the run began with no longer exist", where=folder, remedy=remedy)
+        return ScoredWeights(0, _digest_files(Path(folder)), None, Path(folder))
+    checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
+    digest = xxhash.xxh3_128_hexdigest((checkpoint.path / MANIFEST).read_bytes())
+    return ScoredWeights(checkpoint.step, digest, ParentCheckpoint(run, plan, checkpoint), None)
+
+
+def _digest_files(folder: Path) -> str:
+    """Return the digest of a Hugging Face folder's weight files and config.json."""
+    digest = xxhash.xxh3_128()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), folder / "config.json"]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    run = RunDir(Path(plan_path).absolute().parent)
+    run, step = RunDir(Path(argv[0]).absolute().parent), int(argv[1])
     folder = EvaluationFolder.of(run.root, step)
     try:
         with private_files():
@@ -92,6 +151,4 @@ def main(plan_path: str, step: int) -> int:
 
 
 if __name__ == "__main__":
-    exit_on_termination()
-    die_with_parent(signal.SIGTERM)
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    run_process(main)
