@@ -18,7 +18,8 @@ from torch import Tensor
 
 from launcher.config.compose import conf_dir
 from launcher.plan.architecture.facts import model_facts
-from launcher.plan.sizing.activations import Kernels, layer_activations
+from launcher.plan.sizing.activations import layer_activations
+from launcher.plan.sizing.kernels import Kernels
 from launcher.train.kernels import attention, layers
 from launcher.train.model import _find_decoder
 

@@ -33,8 +33,7 @@ from launcher.plan.architecture.flops import train_flops
 from launcher.plan.deepspeed import WIDTHS
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_step, tokens_of_step
-from launcher.plan.sizing.activations import Kernels
-from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
+from launcher.plan.sizing.kernels import Kernels, checkpointed_layers
 from launcher.plan.sizing.step_time import Rates, StepTime, bytes_of_layers, bytes_of_loss
 
 HERE = Path(__file__).resolve().parent

@@ -17,11 +17,12 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.models.hub_licenses import find_license
 from launcher.plan.architecture.facts import model_facts
+from launcher.plan.checkpoints import checkpoint_bytes
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import Memory, ModelFacts, Topology
-from launcher.plan.memory import checkpoint_bytes, estimate_model_states
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.sizing.combinations import Situation, choose
+from launcher.plan.sizing.memory import estimate_model_states
 
 PAGE = Path(__file__).resolve().with_name("presets.md")
 GPU, GPUS_PER_NODE, MOST_GPUS, ROW_TOKENS = "H100-80GB", 8, 1024, 4096

@@ -17,8 +17,8 @@ from launcher.data import cache_store
 from launcher.data.checks import findings, patterns
 from launcher.data.row_order import RowOrder
 from launcher.data.split import Split
-from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import DataFacts
+from launcher.plan.steps import single_step_warning
 
 Decode = Callable[[list[int]], str]
 

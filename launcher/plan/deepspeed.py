@@ -15,8 +15,8 @@ from launcher.config.sections.model import ModelSection
 from launcher.config.sections.train import TrainSection
 from launcher.plan.architecture.layers import experts_of
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
-from launcher.plan.memory import NVME_SUB_GROUP, layer_elements, max_parameter_elements, num_hpz_ranks, num_nvme_buffers
 from launcher.plan.optimizers import Optimizer
+from launcher.plan.sizing.memory import NVME_SUB_GROUP, layer_elements, max_parameter_elements, num_hpz_ranks, num_nvme_buffers
 
 # Below this many elements, a message costs more in latency than in transfer.
 _SMALLEST_BUCKET = 2**24

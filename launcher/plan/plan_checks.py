@@ -9,20 +9,17 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.errors import Problem
-from launcher.plan.batch import single_step_warning
+from launcher.plan.checkpoints import short_save_warnings
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, ModelFacts
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
+from launcher.plan.steps import single_step_warning
 
 # Multiples of the usual learning rate that cause a warning; random weights take larger rates than trained weights.
 _HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
 _MAX_LR = 1.0
 # A RoPE factor above this is no scaling of positions.
 _MAX_FACTOR = 1e6
-# Assumed write speed of one node to shared storage: parallel file systems are faster, plain NFS may be slower. The margin covers
-# the step in progress, which ends before the save.
-CHECKPOINT_GIB_PER_SECOND = 1.0
-SAVE_MARGIN = 1.5
 
 
 def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
@@ -107,30 +104,7 @@ def warnings(plan: LaunchPlan) -> Iterator[str]:
         )
         rows = format_count(data.num_rows, "row")
         yield f"a batch of {format_count(batch, 'row')} is more than the {rows} of the data, so each step repeats rows: {fitting}"
-    yield from _short_saves(plan)
-
-
-def _short_saves(plan: LaunchPlan) -> Iterator[str]:
-    cluster = plan.config.cluster
-    limits = {"cluster.stop_grace_seconds": cluster.stop_grace_seconds}
-    if cluster.save_lead_s is not None:
-        limits[cluster.save_lead_setting] = cluster.save_lead_s
-    gib, nodes = plan.checkpoint_bytes / 2**30, plan.topology.nodes
-    save_s = save_seconds(plan)
-    needed_s = math.ceil(SAVE_MARGIN * save_s)
-    for key, seconds in limits.items():
-        # A checkpoint that takes a second is written within any limit.
-        if seconds < needed_s and save_s > 1:
-            size = f"{gib:,.0f} GiB at an assumed {CHECKPOINT_GIB_PER_SECOND:g} GiB/s per node need {save_s} s"
-            yield (
-                f"{key}={seconds:g} is less than a save may take: {size} on {format_count(nodes, 'node')}, and the step in "
-                f"progress ends first: set {key}={needed_s}"
-            )
-
-
-def save_seconds(plan: LaunchPlan) -> int:
-    """Return the assumed seconds that writing one checkpoint takes."""
-    return math.ceil(plan.checkpoint_bytes / 2**30 / (CHECKPOINT_GIB_PER_SECOND * plan.topology.nodes))
+    yield from short_save_warnings(plan)
 
 
 def context_tokens(config: Mapping[str, Any]) -> int | None:

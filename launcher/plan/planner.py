@@ -11,16 +11,17 @@ from typing import Any
 
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
-from launcher.plan import batch, deepspeed, memory, plan_checks
+from launcher.plan import deepspeed, plan_checks
 from launcher.plan.architecture.problems import architecture_problems
+from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
 from launcher.plan.gpu_types import GPUS, GpuType, Price, lookup, names_other_memory, typical_price
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
-from launcher.plan.sizing import combinations, kernels
-from launcher.plan.sizing.remedies import CHOSEN_BY_PLAN, nearest_fits
+from launcher.plan.sizing import combinations, kernels, memory
 from launcher.plan.sizing.step_time import Rates, StepTime
+from launcher.plan.steps import split_batch
 
 CPU_RANKS = 2
 
@@ -40,7 +41,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     problems += plan_checks.answers_problems(config, facts.data)
     gpu_name = config.cluster.gpu_type or facts.device.name
     try:
-        batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
+        split_batch(config.train, config.data, topology.world_size, topology.device, facts.data)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -60,7 +61,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
             config, facts.model, facts.data, topology, gpu_name, nvme_folder, device_gib(config, facts), host_memory_gib, liger
         ),
         liger=liger,
-        checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
+        checkpoint_bytes=checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
         limits=_limits(config),
         price=_price(config, facts, topology),
         model=facts.model,
@@ -148,7 +149,7 @@ def _parts_by_ranks(
         model.num_params, config.model.dtype, split.accumulation, optimizer, config.deepspeed, topology, device_gib
     )
     states = states.model_copy(update={"node_gib": host_memory_gib})
-    saving = memory.plan_saving(
+    saving = plan_saving(
         model.num_params, config.checkpoint.async_save, optimizer, config.deepspeed, states, topology, host_memory_gib
     )
     return {
@@ -278,9 +279,9 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     if too_large := _too_large(planned):
         topology = planned.topology
         price = None if planned.price is None else planned.price.usd_per_gpu_hour
-        nearest = nearest_fits(situation_of(planned), price)
+        nearest = combinations.nearest_fits(situation_of(planned), price)
         remedy = f"use more ranks, {offload}, or name larger GPUs with cluster.gpu_type"
-        if nearest and nearest[0].startswith(CHOSEN_BY_PLAN):
+        if nearest and nearest[0].startswith(combinations.CHOSEN_BY_PLAN):
             remedy = "leave to the plan what it can choose, or change the machines"
         if nearest:
             remedy += f". Nearest that fit: {'; '.join(nearest)}"

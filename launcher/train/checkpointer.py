@@ -16,7 +16,7 @@ from launcher.checkpoint.saver import Saved, Saver
 from launcher.data.cache_dir import mark_used
 from launcher.data.split import Split
 from launcher.errors import CheckpointError, LauncherError, Superseded
-from launcher.plan.disk import REFERENCE_TOKENS
+from launcher.plan.checkpoints import REFERENCE_TOKENS
 from launcher.plan.quantities import format_size
 from launcher.tracking.progress import EVENT, Pace, say_that_it_works
 from launcher.tracking.tracker import Composite

@@ -22,8 +22,8 @@ from launcher.data.loader import StepBatch
 from launcher.distributed import RankInfo, StepReduction, all_reduce_step
 from launcher.errors import CheckpointError, DivergedError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.learning_rate import compute_learning_rate
 from launcher.plan.run_dir import RunDir
+from launcher.plan.steps import compute_learning_rate
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite, start_trackers

@@ -22,7 +22,7 @@ from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError
 from launcher.models.remote_code import code_option, folder_to_load, without_code
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
-from launcher.plan.sizing.checkpointed_layers import NONE, checkpointed_layers, interval
+from launcher.plan.sizing.kernels import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
 from launcher.train.kernels import attention, layers, liger
 from launcher.train.loading import build_with_weights

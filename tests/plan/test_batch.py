@@ -9,8 +9,8 @@ import pytest
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import TrainSection
 from launcher.errors import ConfigError
-from launcher.plan.batch import divisors, split
 from launcher.plan.launch_plan import Batch, DataFacts, LaunchPlan
+from launcher.plan.steps import divisors, split_batch
 
 GLOBALS = (1, 2, 6, 7, 8, 12, 30, 64, 96, 100, 127, 128, 1024)
 WORLDS = (1, 2, 3, 4, 6, 7, 8, 16, 24, 32, 100)
@@ -20,7 +20,7 @@ LENGTHS = (16, 256, 1024, 8192, 131072)
 def divide(global_batch: int, world: int, length: int = 256, micro: int | None = None, device: str = "cpu") -> Batch:
     train = TrainSection(max_steps=1, global_batch_size=global_batch, micro_batch_size=micro)
     data = DataSection(sources=(Source(path="rows.jsonl"),), max_length=length)
-    return split(train, data, world, device, None)
+    return split_batch(train, data, world, device, None)
 
 
 @pytest.mark.parametrize("n", range(1, 200))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from launcher.cli.views.plan_view import plan_lines
-from launcher.plan import disk
+from launcher.plan.checkpoints import checkpoints_at_once, low_room_note, needed_bytes, no_room_problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 
@@ -28,32 +28,32 @@ PlanOf = Callable[..., LaunchPlan]
     ],
 )
 def test_kept_checkpoints_and_the_one_being_written_need_room(plan_of: PlanOf, tokens: list[str], count: int) -> None:
-    assert disk.checkpoints_at_once(plan_of(*tokens)) == count
+    assert checkpoints_at_once(plan_of(*tokens)) == count
 
 
 def test_unknown_steps_do_not_limit_the_number_of_checkpoints(plan_of: PlanOf) -> None:
     plan = plan_of("train.epochs=1", "train.max_steps=null", "checkpoint.keep_last=2", data=None)
     assert plan.batch.max_steps is None
-    assert disk.checkpoints_at_once(plan) == 3
+    assert checkpoints_at_once(plan) == 3
 
 
 def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> None:
     plan = plan_of("train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2")
-    one = disk.needed_bytes(plan)
+    one = needed_bytes(plan)
     assert one > plan.checkpoint_bytes + 64 * plan.model.vocab_size * 2, "the logits for the check of the export count"
-    refused = disk.refusal(plan, one - 1)
+    refused = no_room_problem(plan, one - 1)
     assert refused is not None
     assert refused.value == f"needed {format_size(one)}, available {format_size(one - 1)}"
-    assert disk.refusal(plan, one) is None
-    three = disk.needed_bytes(plan, 3)
-    note = disk.note(plan, three - 1, present=0)
+    assert no_room_problem(plan, one) is None
+    three = needed_bytes(plan, 3)
+    note = low_room_note(plan, three - 1, present=0)
     assert note is not None
     assert f"has {format_size(three - 1)} free and needs {format_size(three)} for 3 checkpoints" in note
-    assert disk.note(plan, three, present=0) is None
+    assert low_room_note(plan, three, present=0) is None
     # Existing checkpoints need no additional space.
-    assert disk.note(plan, one, present=2) is None
-    assert f"needs {format_size(disk.needed_bytes(plan, 2))} for 2 more checkpoints" in (disk.note(plan, one, present=1) or "")
-    assert f"needs {format_size(one)} for 1 more checkpoint," in (disk.note(plan, one - 1, present=9) or "")
+    assert low_room_note(plan, one, present=2) is None
+    assert f"needs {format_size(needed_bytes(plan, 2))} for 2 more checkpoints" in (low_room_note(plan, one, present=1) or "")
+    assert f"needs {format_size(one)} for 1 more checkpoint," in (low_room_note(plan, one - 1, present=9) or "")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.config.sections.train import OptimSection
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.learning_rate import compute_learning_rate, describe_changed_rate
+from launcher.plan.steps import compute_learning_rate, describe_changed_rate
 
 
 def rates(max_steps: int, **settings: object) -> list[float]:

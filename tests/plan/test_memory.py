@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from launcher.config.sections.deepspeed import DeepSpeedSection
+from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
 from launcher.plan.launch_plan import Memory, Topology
-from launcher.plan.memory import checkpoint_bytes, estimate_model_states, plan_saving
 from launcher.plan.optimizers import OPTIMIZERS
+from launcher.plan.sizing.memory import estimate_model_states
 
 EIGHT_GPUS = Topology(nodes=1, ranks_per_node=8, world_size=8, device="cuda", backend="nccl")
 FOUR_NODES = Topology(nodes=4, ranks_per_node=8, world_size=32, device="cuda", backend="nccl")

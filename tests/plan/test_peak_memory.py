@@ -18,10 +18,10 @@ from launcher.config.sections.static import StaticSection
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import as_run, plan, planned_tokens_per_sec, situation_of
-from launcher.plan.sizing.activations import Kernels, layer_activations
-from launcher.plan.sizing.checkpointed_layers import checkpointed_layers
+from launcher.plan.sizing.activations import layer_activations
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose, evaluate
-from launcher.plan.sizing.peak_memory import Pass, activation_bytes
+from launcher.plan.sizing.kernels import Kernels, checkpointed_layers
+from launcher.plan.sizing.memory import Pass, activation_bytes
 
 # Enough tokens that the weight gradients do not hide the activations.
 TOKENS = 16_384

@@ -15,8 +15,8 @@ from launcher.plan.architecture.flops import train_flops
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_step, planned_tokens_per_sec, situation_of
-from launcher.plan.sizing.activations import Kernels
 from launcher.plan.sizing.combinations import considered
+from launcher.plan.sizing.kernels import Kernels
 from launcher.plan.sizing.step_time import (
     COMPILED_SHARE,
     DISPATCH_S,

@@ -21,10 +21,10 @@ from launcher.data import cache_store, sources
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.models.found_model import find_model
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
-from launcher.plan.learning_rate import describe_changed_rate
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
+from launcher.plan.steps import describe_changed_rate
 from launcher.shell_commands import launcher_command
 
 # Marks numbers of the plan in a list of differences, such as plan.model.num_layers.

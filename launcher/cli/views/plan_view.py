@@ -15,11 +15,11 @@ from launcher.clusters.answers import describe_answers
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture.flops import FAMILIES, missing_sizes, train_flops
-from launcher.plan.batch import single_step_warning
 from launcher.plan.launch_plan import LaunchPlan, Lineage, ModelFacts
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
 from launcher.plan.quantities import format_count, format_size
+from launcher.plan.steps import single_step_warning
 from launcher.plan.throughput import SpeedEstimate
 from launcher.shell_commands import launcher_command
 from launcher.tracking.costs import hosted_training, training_tokens

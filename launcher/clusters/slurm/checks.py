@@ -12,8 +12,8 @@ from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError
+from launcher.plan.checkpoints import CHECKPOINT_GIB_PER_SECOND, SAVE_MARGIN, save_seconds
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.plan_checks import CHECKPOINT_GIB_PER_SECOND, SAVE_MARGIN, save_seconds
 from launcher.plan.quantities import format_count
 
 # Settings that a message of sbatch may name.

@@ -40,33 +40,13 @@ from launcher.plan.architecture.layers import (
     query_key_norms,
 )
 from launcher.plan.launch_plan import ModelFacts
+from launcher.plan.sizing.kernels import FLASH_KERNELS, Kernels
 
 FP32 = 4
 # Elements of 8, 4 and 2 bytes that route a token to one expert: indices, their order and its inverse, weights.
 _ROUTING_BYTES = 38
-FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen")
 # Architectures whose eager kernel computes the softmax in the type of the weights.
 _NARROW_SOFTMAX = ("gpt_oss",)
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """How a layer computes: bytes per element, attention kernel, tokens per row, whether rows are packed, Liger.
-
-    `compiled` is whether torch.compile makes its kernels.
-    """
-
-    width: int
-    attention: str
-    row_tokens: int
-    packed: bool = True
-    liger: bool = False
-    compiled: bool = False
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether elementwise operations are fused and keep only their inputs."""
-        return self.liger or self.compiled
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,48 @@
-"""The kernels that a plan assumes its ranks use. Pure: only the ranks know what they can import."""
+"""How the layers of a run compute: the kernels that a plan assumes, and the layers that recompute their activations.
+
+Pure: only the ranks know what they can import.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from launcher.config.schema import RunConfig
 from launcher.config.sections.model import ModelSection
 from launcher.plan.architecture.layers import has_attention_dropout
 from launcher.plan.launch_plan import ModelFacts
-from launcher.plan.sizing.checkpointed_layers import AUTO
 
+# The values of model.activation_checkpointing, beside `every N`.
+ALL, NONE, AUTO = "all", "none", "auto"
+_EVERY = re.compile(r"every ([1-9][0-9]{0,3})")
+FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen")
 LIGER_PACKAGE = "liger-kernel"
 # Dense architectures (model_type) that Liger has kernels for. Experts are excluded: Liger's are untested under ZeRO-3.
 LIGER_ARCHITECTURES = (
     *("gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"),
 )
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How a layer computes: bytes per element, attention kernel, tokens per row, whether rows are packed, Liger.
+
+    `compiled` is whether torch.compile makes its kernels.
+    """
+
+    width: int
+    attention: str
+    row_tokens: int
+    packed: bool = True
+    liger: bool = False
+    compiled: bool = False
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether elementwise operations are fused and keep only their inputs."""
+        return self.liger or self.compiled
 
 
 def attention_kernel(config: RunConfig, model: ModelFacts, device: str) -> str:
@@ -69,3 +97,27 @@ def describe_liger(config: RunConfig, model: ModelFacts, device: str, is_used: b
     if section.liger == AUTO and has_liger_kernels(section, model, device):
         return "without Liger, which is not installed here (pip install 'launcher[gpu]')"
     return "" if section.liger == AUTO else "without Liger (model.liger=false)"
+
+
+def interval(checkpointing: str) -> int:
+    """Return N if every Nth layer is recomputed: 1 for `all`, 0 for `none`.
+
+    Raises:
+        ValueError: for any other value, including `auto`.
+    """
+    if checkpointing in (ALL, NONE):
+        return int(checkpointing == ALL)
+    match = _EVERY.fullmatch(checkpointing)
+    if match is None:
+        raise ValueError(f"{checkpointing} is not all, none or every N")
+    return int(match[1])
+
+
+def checkpointed_layers(checkpointing: str, num_layers: int) -> tuple[bool, ...]:
+    """Return, for each layer, whether it is recomputed: with `every N`, layers 0, N, 2N and so on.
+
+    A recomputed layer needs the memory of a layer's activations a second time. If the last layer is not recomputed, its own
+    activations are free by then.
+    """
+    every = interval(checkpointing)
+    return tuple(every > 0 and layer % every == 0 for layer in range(num_layers))

@@ -42,8 +42,9 @@ from launcher.plan.architecture.flops import train_flops
 from launcher.plan.architecture.layers import Experts, attention_sizes, experts_by_layer, num_layer_norms, query_key_norms
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, DataFacts, ModelFacts, Topology
-from launcher.plan.sizing.activations import FLASH_KERNELS, FP32, Kernels, has_fp32_norms
-from launcher.plan.sizing.peak_memory import Pass, Sharding
+from launcher.plan.sizing.activations import FP32, has_fp32_norms
+from launcher.plan.sizing.kernels import FLASH_KERNELS, Kernels
+from launcher.plan.sizing.memory import Pass, Sharding
 
 # Shares of the peak FLOP/s that products and attention reach, and of the memory bandwidth. With these shares, products of Llama
 # 3.1 8B on an H100 run at 46% of the peak if elementwise operations are counted with them, and at 55% with Liger.

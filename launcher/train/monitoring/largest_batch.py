@@ -23,8 +23,8 @@ from launcher.errors import LauncherError, OutOfMemory
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
 from launcher.plan.run_dir import RunDir
-from launcher.plan.sizing.peak_memory import DEFAULT_RUNTIME_GIB
-from launcher.plan.sizing.remedies import memory_savings
+from launcher.plan.sizing.combinations import memory_savings
+from launcher.plan.sizing.memory import DEFAULT_RUNTIME_GIB
 from launcher.tracking.metrics_tail import has_trained
 from launcher.tracking.tracker import Composite
 from launcher.train.objectives import Objective

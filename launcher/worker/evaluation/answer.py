@@ -21,7 +21,7 @@ from launcher.errors import LauncherError, RunError, printable
 from launcher.evaluate.engines.transformers_engine import Engine, TransformersEngine
 from launcher.evaluate.generation import AnswerGeneration, Share
 from launcher.evaluate.task import CommandWatch, EvaluationFolder, EvaluationTask, Weights
-from launcher.plan.disk import format_size
+from launcher.plan.quantities import format_size
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import live_line

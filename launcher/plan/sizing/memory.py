@@ -1,8 +1,8 @@
-"""Peak memory of a rank under ZeRO-3, by part and stage of a step. Pure.
+"""Memory of a rank under ZeRO-3: its model states (Rajbhandari et al. 2020, arXiv:1910.02054), and its peak by stage of a step.
 
-The terms follow the code: launcher/train/loss.py for the loss, DeepSpeed 0.19.8's stage3.py and partitioned_param_coordinator.py
-for weights and gradients, and activations.py in this folder. With T tokens per forward pass, V the vocabulary, H the hidden size,
-C the tokens per chunk of logits, and w the bytes per element:
+Pure. The terms of the peak follow the code: launcher/train/loss.py for the loss, DeepSpeed 0.19.8's stage3.py and
+partitioned_param_coordinator.py for weights and gradients, and activations.py in this folder. With T tokens per forward pass,
+V the vocabulary, H the hidden size, C the tokens per chunk of logits, and w the bytes per element:
 
     loss           all activations, the hidden states and their gradients 2wTH, the head's gradient and the logits of a chunk:
                    4VH for the sum over chunks in fp32 (wVH with one chunk), with it 4CV for logits, in narrower types wCV more
@@ -23,21 +23,82 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.plan.architecture.layers import experts_by_layer, largest_weight
 from launcher.plan.gpu_types import GpuType
-from launcher.plan.launch_plan import ModelFacts, PeakMemory, StageMemory
-from launcher.plan.memory import layer_elements
-from launcher.plan.sizing.activations import (
-    FP32,
-    Kernels,
-    final_norm_bytes,
-    layer_activations,
-    shared_bytes,
-)
+from launcher.plan.launch_plan import Memory, ModelFacts, PeakMemory, StageMemory, Topology
+from launcher.plan.optimizers import FP32_BYTES, Optimizer
+from launcher.plan.sizing.activations import FP32, final_norm_bytes, layer_activations, shared_bytes
+from launcher.plan.sizing.kernels import Kernels
 
 GIB = 2**30
+# From this many parameters, all layers of a model recompute their activations if the memory of the GPUs is unknown.
+RECOMPUTED_FROM = 2_000_000_000
+# Elements of optimizer states on NVMe that are in memory at a time: one buffer each for weights, gradients and every state.
+NVME_SUB_GROUP = 100_000_000
 # Memory for CUDA and NCCL, and the fragmentation factor with expandable segments, for GPU types that were not measured.
 DEFAULT_RUNTIME_GIB, DEFAULT_FRAGMENTATION = 2.0, 1.03
+
+
+def num_hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
+    """Return the number of ranks that share a second copy of the weights; 1 means that there is no second copy."""
+    return ranks_per_node if deepspeed.hpz_partition_size == "node" else int(deepspeed.hpz_partition_size)
+
+
+def max_parameter_elements(facts: ModelFacts) -> int:
+    """Return the number of elements of the largest parameter: the embedding, or a weight of a layer."""
+    return max(facts.vocab_size * facts.hidden_size, largest_weight(facts))
+
+
+def layer_elements(facts: ModelFacts) -> int:
+    """Return the elements of a decoder layer, averaged if only some layers have experts."""
+    embeddings = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
+    return max(1, (facts.num_params - embeddings) // max(1, facts.num_layers))
+
+
+def num_nvme_buffers(optimizer: Optimizer) -> int:
+    """Return the number of buffers that DeepSpeed needs to step a sub-group on NVMe: weights, gradients and each state."""
+    return 2 + len(optimizer.states)
+
+
+def estimate_model_states(
+    num_params: int,
+    dtype: str,
+    accumulation: int,
+    optimizer: Optimizer,
+    deepspeed: DeepSpeedSection,
+    topology: Topology,
+    device_gib: float | None,
+) -> Memory:
+    """Estimate model states in GiB, per rank on its device and per node in main memory."""
+    width = 4 if dtype == "fp32" else 2
+    per_rank = num_params / topology.world_size / GIB
+    hpz = num_hpz_ranks(deepspeed, topology.ranks_per_node)
+    weights = per_rank * width + (num_params / hpz / GIB * width if hpz > 1 else 0.0)
+    # Gradients accumulate in fp32, so small terms are not rounded away.
+    gradients = per_rank * (4 if accumulation > 1 else width)
+    # DeepSpeed keeps a master copy of fp32 weights too.
+    states = per_rank * optimizer.bytes_per_param
+    on_device = {
+        "weights": weights if deepspeed.offload_params == "none" else 0.0,
+        "gradients": gradients if deepspeed.offload_optimizer == "none" else 0.0,
+        "optimizer": states if deepspeed.offload_optimizer == "none" else 0.0,
+    }
+    host = 0.0
+    host += weights if deepspeed.offload_params == "cpu" else 0.0
+    host += gradients + states if deepspeed.offload_optimizer == "cpu" else 0.0
+    if deepspeed.offload_optimizer == "nvme":
+        host += gradients + num_nvme_buffers(optimizer) * FP32_BYTES * min(per_rank, NVME_SUB_GROUP / GIB)
+    if topology.device == "cpu":
+        host = sum(on_device.values()) + host
+    return Memory(
+        weights_gib=round(weights, 3),
+        gradients_gib=round(gradients, 3),
+        optimizer_gib=round(states, 3),
+        per_rank_gib=round(sum(on_device.values()), 3),
+        host_per_node_gib=round(host * topology.ranks_per_node, 3),
+        device_gib=device_gib,
+    )
 
 
 @dataclass(frozen=True)
