@@ -205,7 +205,8 @@ def test_a_lost_machine_and_a_run_root_of_its_own_are_named(machines: Callable[.
         assert "every machine mounts under the same path" in output
     assert not run.exists()
 
-    head, other = machines(0, *words), machines(1, *words)
+    # A forked process would have read LAUNCHER_LOST_NODE_SECONDS before.
+    head, other = (machines(node, *words, wrapper=("env",)) for node in (0, 1))
     wait_for("a checkpoint", lambda: has_checkpoint(run), DEADLINE_S)
     agent = other.agent
     for process in (agent, *agent.children(recursive=True), psutil.Process(other.process.pid)):
