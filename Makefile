@@ -48,8 +48,8 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 	$(BIN)/python -m launcher train $(ARGS)
 	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
-# Three at a time on two cores, because many tests wait. tests/conftest.py sets the order of the files.
-PYTEST_ARGS = $(or $(strip $(ARGS)),-n 3 --dist loadfile --no-loadscope-reorder)
+# Five at a time on two cores, because many tests wait. tests/conftest.py sets the order of the files.
+PYTEST_ARGS = $(or $(strip $(ARGS)),-n 5 --dist loadfile --no-loadscope-reorder)
 
 test: .venv/.installed-dev  ## run the unit tests and one whole run on this machine, on Slurm and on Ray
 	$(BIN)/python -m pytest -m "not rest and not gpu" $(PYTEST_ARGS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, alerts, committed, last_step, metrics, processes_of, ranks_of, status
-from pace import wait_for
+from pace import slowness, wait_for
 
 pytestmark = pytest.mark.rest
 
@@ -37,7 +37,7 @@ def test_two_interrupts_and_a_non_finite_loss_end_a_run(train_here: Launch, star
         process.send_signal(signal.SIGINT)
         wait_for("the first signal to arrive", lambda: "saving" in (process.stdout.readline() if process.stdout else ""))
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=60 * slowness())
     assert process.returncode == 130
     assert "killed" in status(run)["message"]
     assert not processes_of(run)
