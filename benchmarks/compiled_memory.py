@@ -20,8 +20,8 @@ from launcher.config.compose import conf_dir
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.sizing.activations import layer_activations
 from launcher.plan.sizing.kernels import Kernels
-from launcher.train.kernels import attention, layers
-from launcher.train.model import _find_decoder
+from launcher.train import attention
+from launcher.train.model import _find_decoder, compile_layers
 
 PRESETS = ("llama3_2_1b", "qwen3_0_6b")
 TOKENS, LAYERS = 512, (1, 3)
@@ -41,7 +41,7 @@ def main() -> None:
             way = "compiled" if is_compiled else "eager"
             lines.append(f"| {preset} | {way} | {measured:,.0f} | {planned:,.0f} | {planned / measured:.3f} |")
             print(lines[-1], flush=True)
-    source = "From layers that `launcher.train.kernels.layers.compile_layers` compiled for the CPU, called from Python."
+    source = "From layers that `launcher.train.model.compile_layers` compiled for the CPU, called from Python."
     sides.record(
         args.results,
         "memory of compiled layers",
@@ -72,7 +72,7 @@ def _build(values: dict[str, Any], is_compiled: bool) -> Any:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), **options)
     model.train()
     if is_compiled:
-        layers.compile_layers(model, torch.device("cpu"))
+        compile_layers(model, torch.device("cpu"))
     return model
 
 

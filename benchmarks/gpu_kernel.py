@@ -45,7 +45,7 @@ def missing(kernel: str) -> dict[str, Any]:
     if kernel == "varlen":
         import torch
 
-        from launcher.train.kernels.attention import _varlen_parameters
+        from launcher.train.attention import _varlen_parameters
 
         lacks = torch.cuda.is_available() and not {"scale", "window_size"} <= _varlen_parameters()
         return {"missing": f"torch {torch.__version__} lacks it"} if lacks else {}
@@ -119,7 +119,7 @@ def _attention(args: argparse.Namespace, device: Any) -> tuple[Any, Callable[...
     from transformers import AutoConfig
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from launcher.train.kernels import attention
+    from launcher.train import attention
 
     if args.kernel == attention.VARLEN:
         attention.register_varlen()

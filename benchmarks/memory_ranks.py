@@ -16,8 +16,7 @@ from live_bytes import LiveBytes
 
 from launcher.distributed import RankInfo
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.train.engine import build_engine, import_muon
-from launcher.train.jit_build_lock import lock_builds
+from launcher.train.engine import build_engine, import_muon, lock_builds
 
 _STEPS = 3
 

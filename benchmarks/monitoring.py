@@ -16,8 +16,7 @@ import torch
 from launcher.tracking.goodput import Breakdown
 from launcher.train.monitoring import rank_stats
 from launcher.train.monitoring.anomalies import AnomalyDetector
-from launcher.train.monitoring.gpu_stats import DeviceReadings
-from launcher.train.monitoring.rank_stats import NUM_VALUES, RankStats
+from launcher.train.monitoring.rank_stats import NUM_VALUES, DeviceReadings, RankStats
 
 STEPS = 300
 READINGS = DeviceReadings(5, 0.97, 0.8, 650, 70, 0, 0, 0.3, 0.4)

@@ -25,6 +25,31 @@ _SLOWDOWNS = {_DRIVER_SLOWDOWN: "thermal limit of the driver", 0x40: "thermal li
 # The hardware limits the clocks, for a reason of its own that older drivers do not report.
 _HARDWARE_SLOWDOWN, _OTHER_SLOWDOWN = 0x08, "limit of the hardware"
 
+# Faults after which a GPU does not work, or computes wrongly, until it is reset or replaced, by their Xid numbers
+# (slurm/health_prologue.sh has the same list). https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
+BROKEN_XIDS = {
+    48: "uncorrectable memory error",
+    62: "its controller has halted",
+    64: "faulty memory row that could not be remapped",
+    74: "NVLink error",
+    79: "fallen off the bus",
+    95: "uncontained memory error",
+    119: "its system processor does not answer",
+    120: "its system processor failed",
+    140: "unrecovered memory error",
+}
+# Faults of the application, or faults from which the GPU has recovered.
+PASSING_XIDS = {
+    13: "a kernel failed, such as by reading out of bounds",
+    31: "a kernel used an address that is not mapped",
+    43: "a kernel failed and its process was stopped",
+    45: "work was taken off the GPU, mostly after another fault",
+    63: "a faulty memory row is remapped; reset the GPU when the run is over",
+    94: "a memory error that ended only one process; reset the GPU when the run is over",
+}
+# The text for a GPU that the driver no longer finds, with or without an Xid.
+LOST_GPU = "a GPU is lost"
+
 
 class NvmlError(Exception):
     """The driver is unavailable, does not answer, or returns an error."""
@@ -262,3 +287,8 @@ def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
 
 if __name__ == "__main__":
     _main()
+
+
+def describe_xid(number: int) -> str:
+    """Return the meaning of an Xid, for any number."""
+    return BROKEN_XIDS.get(number) or PASSING_XIDS.get(number) or "see NVIDIA's catalog of Xid errors"

@@ -11,7 +11,7 @@ EXTENSIONS = ("CPUAdamBuilder", "AsyncIOBuilder")
 
 
 def main() -> None:
-    from launcher.train.jit_build_lock import lock_builds
+    from launcher.train.engine import lock_builds
 
     lock_builds()
     from deepspeed.accelerator import get_accelerator

@@ -226,7 +226,7 @@ class ForkingWorkers:
     _PROBE = (
         "launcher.train.isolation",
         "launcher.train.model",
-        "launcher.worker.checks.isolation_check",
+        "launcher.worker.checks.model_check",
         "transformers.models.llama.modeling_llama",
     )
 

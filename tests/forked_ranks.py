@@ -105,7 +105,7 @@ def _read_value(path: Path) -> Any:
 def main(function: str, arguments: str, value: str) -> NoReturn:
     """Run as a rank."""
     from launcher.child_process import die_with_parent
-    from launcher.train.jit_build_lock import lock_builds, skip_unused_kernels
+    from launcher.train.engine import lock_builds, skip_unused_kernels
 
     die_with_parent()
     lock_builds()

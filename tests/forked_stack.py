@@ -30,11 +30,11 @@ from setproctitle import setproctitle
 import launcher
 
 COMMAND, AGENT = "launcher", "launcher.worker.agent"
-_STATIC_AGENT, _FORK_SERVER = "launcher.worker.static.agent", "launcher.worker.ranks.fork_server"
+_STATIC_AGENT, _FORK_SERVER = "launcher.worker.static", "launcher.worker.ranks.fork_server"
 # The processes that forked processes start are forked again, except those beside the ranks: their agent has threads.
 _SIDECARS = "launcher.worker.sidecars."
 # What the server imports, besides what ranks of any test need.
-MODULES = ("rank_stack", AGENT, _STATIC_AGENT, _FORK_SERVER, "launcher.worker.ranks.elastic", "launcher.worker.rendezvous")
+MODULES = ("rank_stack", AGENT, _STATIC_AGENT, _FORK_SERVER, "launcher.worker.ranks.elastic")
 _BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 _BATCH_HOOK = Path(__file__).with_name("e2e") / "rows_seen/sitecustomize.py"
 

@@ -17,8 +17,7 @@ from pydantic import Field
 
 from launcher import facts, run_store
 from launcher.cli.main import main
-from launcher.clusters.backends import BACKENDS, Cluster
-from launcher.clusters.faults import InjectedFault
+from launcher.clusters.backends import BACKENDS, Cluster, InjectedFault
 from launcher.config.known_settings import settings
 from launcher.config.schema import SECTIONS, RunConfig
 from launcher.config.sections.cluster import ClusterSection

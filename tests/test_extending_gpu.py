@@ -13,7 +13,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, GpuType, Price, recognize
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
-from launcher.train.monitoring.peak_flops import find_peak_tflops
+from launcher.train.monitoring.step_metrics import find_peak_tflops
 
 __all__ = ["config_of", "plan_of"]
 ROW = GpuType(95.5, bf16=1200, tf32=600, fp32=80, memory_tbs=4.0, usd_per_hour=4.25, names=r"\bx100\b")

@@ -24,7 +24,7 @@ from launcher.models import remote_code
 from launcher.models.found_model import find_model
 from launcher.plan.architecture.facts import model_facts
 from launcher.train.model import build_model
-from launcher.worker.checks import isolation_check, weight_check
+from launcher.worker.checks import model_check
 
 CODE = """
 import pathlib
@@ -74,7 +74,7 @@ def test_the_code_of_a_folder_runs_only_where_its_digest_is_set(folder: Path, tm
     pinned = section(folder, trust_remote_code=True, code_digest=digest)
     assert find_model(pinned).problems == []
     assert not (tmp_path / "ran").exists()
-    weight_check.compare(folder, pinned)
+    model_check.compare_weights(folder, pinned)
     assert (tmp_path / "ran").exists()
 
 
@@ -85,7 +85,7 @@ def test_no_code_runs_before_the_pinned_one_is_here(folder: Path, tmp_path: Path
     model = ModelSection(path="owner/name", revision="0" * 40, trust_remote_code=True, config=config, dtype="fp32")
     assert find_model(model).problems == []
     facts = model_facts(config, None, None, None)
-    assert isolation_check._probe(model, facts)[1] == "isolated"
+    assert model_check._probe(model, facts)[1] == "isolated"
     assert type(build_model(model, facts, "cpu", chunk_tokens=8).hf).__name__ == "LlamaForCausalLM"
     assert not (tmp_path / "ran").exists()
 
@@ -96,7 +96,7 @@ def test_code_of_another_folder_does_not_run(folder: Path, tmp_path: Path) -> No
     names = {"AutoConfig": f"{other}--code.C", "AutoModelForCausalLM": f"{other}--code.M"}
     (folder / "config.json").write_text(json.dumps({**CONFIG, "auto_map": names}))
     with pytest.raises(ConfigError):
-        weight_check.compare(folder, section(folder, trust_remote_code=True, code_digest=remote_code.code_digest(folder)))
+        model_check.compare_weights(folder, section(folder, trust_remote_code=True, code_digest=remote_code.code_digest(folder)))
     assert not (tmp_path / "ran").exists()
 
 
@@ -123,7 +123,7 @@ def test_changed_code_is_refused_at_the_start_and_by_whatever_would_load_it(fold
     (problem,) = find_model(pinned).problems
     assert problem.message == "model.path: the code in the folder differs from the code that model.code_digest pins"
     with pytest.raises(ConfigError, match="differs from the code that"):
-        weight_check.compare(folder, pinned)
+        model_check.compare_weights(folder, pinned)
     assert not (tmp_path / "ran").exists()
 
 

@@ -36,7 +36,7 @@ from launcher.clusters.check_results import (
     worst,
 )
 from launcher.clusters.node_command import NodeCommand, uninterrupted
-from launcher.clusters.storage import existing_folder
+from launcher.clusters.preflight import existing_folder
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, RunError, SubmitError

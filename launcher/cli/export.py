@@ -15,7 +15,7 @@ from launcher.checkpoint import store
 from launcher.cli.arguments import VerbParser
 from launcher.cli.formatting import short
 from launcher.cli.worker_process import run_worker
-from launcher.clusters.storage import existing_folder
+from launcher.clusters.preflight import existing_folder
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.errors import CheckpointError, RunError, SubmitError
 from launcher.export import hub

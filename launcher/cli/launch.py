@@ -346,7 +346,7 @@ def _checked_facts(
     )
     print(f"checking that {condition} (once)", file=sys.stderr, flush=True)
     try:
-        run_worker_module("launcher.worker.checks.isolation_check", config, timeout_s=_ISOLATION_CHECK_S)
+        run_worker_module("launcher.worker.checks.model_check", config, timeout_s=_ISOLATION_CHECK_S)
     except RunError as error:
         # The ranks then measure it on the loaded model.
         unknown = stored_checks.unknown_verdict(config.model, describe(error))

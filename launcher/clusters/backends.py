@@ -6,14 +6,16 @@ A backend imports the settings and plan models only where it starts runs, so tha
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.clusters import detached_process
-from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -31,12 +33,12 @@ BACKENDS: dict[str, str] = {
     "local": "launcher.clusters.local:LocalCluster",
     "slurm": "launcher.clusters.slurm.cluster:SlurmCluster",
     "ray": "launcher.clusters.ray.cluster:RayCluster",
-    "static": "launcher.clusters.static.cluster:StaticCluster",
+    "static": "launcher.clusters.static:StaticCluster",
 }
 
 # The module that `launcher doctor` uses for each backend with nodes other than this machine, see `ClusterDoctor`.
 DOCTORS: dict[str, str] = {
-    "slurm": "launcher.clusters.slurm.doctor",
+    "slurm": "launcher.clusters.slurm.checks",
     "ray": "launcher.clusters.ray.doctor",
 }
 
@@ -48,11 +50,20 @@ EVALUATION_NODES: dict[str, str] = {
 
 # The status message of a pending run for which nothing was submitted.
 NEVER_SUBMITTED = "the run was never submitted: the command that created it ended first"
-
-
 # Seconds without output after which another user's run without a liveness file counts as ended. A queued run may wait, and a
 # save or an evaluation of a large model writes nothing for minutes.
 _OUTPUT_TIMEOUT_S = 1800.0
+# Seconds for the command on the node: to reach the node, find the run's processes, and act.
+FAULT_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class InjectedFault:
+    """What was done, when (in seconds since the epoch), and on which host."""
+
+    description: str
+    at: float
+    host: str
 
 
 class StatusReader(Protocol):
@@ -231,3 +242,41 @@ def status_reader_for(run: RunDir, kind: str) -> StatusReader:
     """
     problem = owners.run_problem(run.root)
     return cluster_for(kind) if problem is None else FilesOnly(problem.message)
+
+
+class AnswerSource(StrEnum):
+    """Which machines answer, and when."""
+
+    BESIDE_TRAINING = "on this machine at low priority beside training; what is left, before the run ends"
+    AFTER_TRAINING = "on the GPUs of this machine after the last step, before the run ends"
+    JOBS = "in a job of one node for each of these steps, one after another"
+    NODES = "on idle GPUs of the cluster during training; no more after the last step"
+
+
+def answer_source(config: RunConfig, device: str) -> AnswerSource:
+    """Return where answers come from for a run on `device` (cpu or cuda)."""
+    nodes = evaluation_nodes_for(config.cluster.kind)
+    if nodes is not None and nodes.runs_elsewhere(config):
+        return AnswerSource.JOBS if nodes.SUBMITS_JOBS else AnswerSource.NODES
+    return AnswerSource.AFTER_TRAINING if device == "cuda" else AnswerSource.BESIDE_TRAINING
+
+
+def describe_answers(plan: LaunchPlan) -> str:
+    """Describe how often prompts are answered, how many, and where."""
+    config, steps = plan.config, plan.batch.max_steps
+    every = config.eval.answers_every
+    times = f" ({steps // every} times)" if steps is not None else ""
+    prompts = f"up to {config.evaluate.max_prompts:,} prompts of each set, of up to {config.evaluate.max_new_tokens:,} tokens"
+    return f"every {every} steps{times}: {prompts}; {answer_source(config, plan.topology.device)}"
+
+
+def fault_command(run: RunDir, attempt: int, fault: str) -> list[str]:
+    """Build the command that injects `fault` into the processes of an attempt on the node where it is started."""
+    path = os.pathsep.join(filter(None, (str(run.code), os.environ.get("PYTHONPATH"))))
+    module = [sys.executable, "-m", "launcher.worker.fault_injection", fault, str(run.root), str(attempt)]
+    return ["env", f"PYTHONPATH={path}", "PYTHONSAFEPATH=1", *module]
+
+
+def read_fault_report(output: str) -> InjectedFault:
+    """Read what the command printed; its last line is the report, as JSON."""
+    return json_records.loads(InjectedFault, output.strip().splitlines()[-1].encode(), "the output of fault_injection")

@@ -20,6 +20,8 @@ VERDICTS = (FAILURE, WARNING, OK)
 NODE_MODULE = "launcher.worker.checks.node_check"
 # The file that the submitting machine wrote beside the runs, as PATH=CONTENT: machines that can read it see the same storage.
 SHARED_FILE_VARIABLE = "LAUNCHER_DOCTOR_FILE"
+# Failures with this beginning concern the disk that all nodes share, whichever node reports them.
+NO_ROOM = "the disk of the run directory has no room"
 
 # Slurm truncates task output lines after 1,024 characters.
 _CHUNK_CHARS = 600

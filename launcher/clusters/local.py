@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 import psutil
 
 from launcher import run_store
-from launcher.clusters import detached_process, faults
-from launcher.clusters.backends import NEVER_SUBMITTED
-from launcher.clusters.cgroups import limit_that_killed_agents
-from launcher.clusters.faults import InjectedFault
+from launcher.clusters import detached_process
+from launcher.clusters.backends import FAULT_DEADLINE_S, NEVER_SUBMITTED, InjectedFault, fault_command, read_fault_report
+from launcher.clusters.limits import limit_that_killed_agents
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.quantities import format_size
@@ -73,7 +72,7 @@ class LocalCluster:
         status = run_store.read_status(run)
         if status.state not in RUNNING_STATES:
             return status
-        return replace(status, state="failed", message=_silent_end(run))
+        return replace(status, state="failed", message=_explain_silent_end(run))
 
     def await_end(self, run: RunDir) -> None:
         detached_process.await_end(run, _END_DEADLINE_S)
@@ -99,14 +98,14 @@ class LocalCluster:
                 agent.send_signal(signal.SIGUSR1)
 
     def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
-        command = faults.command(run, attempt, fault)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=faults.DEADLINE_S)
+        command = fault_command(run, attempt, fault)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=FAULT_DEADLINE_S)
         if done.returncode:
             raise RunError("the fault could not be injected", where=str(run.root), value=done.stderr.strip())
-        return faults.read_report(done.stdout)
+        return read_fault_report(done.stdout)
 
 
-def _silent_end(run: RunDir) -> str:
+def _explain_silent_end(run: RunDir) -> str:
     """Return why the agent may have ended without recording a result."""
     with suppress(OSError):
         if (free := shutil.disk_usage(run.root).free) < _FULL_BYTES:

@@ -98,7 +98,13 @@ def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
     except SlurmError:
         nodes = ""
     known = dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", nodes, re.MULTILINE))
-    addresses = {host: _reachable_address((known.get(host, host), host)) for host in hosts}
+    addresses: dict[str, str | None] = dict.fromkeys(hosts)
+    for host in hosts:
+        for name in (known.get(host, host), host):
+            address = _resolve(name)
+            if address is not None and (_is_address(name) or not ipaddress.ip_address(address).is_loopback):
+                addresses[host] = address
+                break
     for host, address in addresses.items():
         if address is None and host == node_name():
             addresses[host] = own_endpoint([other for other in addresses.values() if other], None).address
@@ -187,15 +193,6 @@ def _routed_from(peer: str) -> Endpoint:
             remedy=_REMEDY,
         )
     return Endpoint(address, next((name for name, addresses in _interfaces().items() if address in addresses), ""))
-
-
-def _reachable_address(names: Sequence[str]) -> str | None:
-    """Return the first of `names` that is an address or resolves to one other than loopback."""
-    for name in names:
-        address = _resolve(name)
-        if address is not None and (_is_address(name) or not ipaddress.ip_address(address).is_loopback):
-            return address
-    return None
 
 
 def _resolve(name: str) -> str | None:

@@ -81,3 +81,8 @@ def _free_bytes(plan: LaunchPlan) -> int | None:
         return shutil.disk_usage(checkpoints if checkpoints.exists() else folder).free
     except OSError:
         return None
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the path itself or its closest existing parent folder."""
+    return next((folder for folder in (path, *path.parents) if folder.is_dir()), Path("/"))

@@ -1,7 +1,7 @@
 """Results of checks that need torch, stored in the launcher's cache under a digest of everything that they depend on.
 
 So the submit side reads them without starting a process: whether packed documents affect each other in a model
-(launcher.worker.checks.isolation_check), and how weight files differ from their model (launcher.worker.checks.weight_check).
+(launcher.worker.checks.model_check), and how weight files differ from their model (launcher.worker.checks.model_check).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads the headers of a model folder's weight files, and the stored result of comparing them with the model.
 
-The comparison needs transformers and runs in `launcher.worker.checks.weight_check`. The header format is documented at
+The comparison needs transformers and runs in `launcher.worker.checks.model_check`. The header format is documented at
 https://huggingface.co/docs/safetensors.
 """
 

@@ -1,0 +1,1 @@
+"""Training in the ranks: open loop.py first."""

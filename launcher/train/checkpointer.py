@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,10 @@ class Checkpointer:
         if self._data_cache:
             # `clean` may not know of the folder of this run.
             mark_used(Path(self._data_cache))
-        free = _free_bytes(outcome.path.parent)
+        free: int | None = None
+        # That it cannot be read is no reason to stop training.
+        with suppress(OSError):
+            free = shutil.disk_usage(outcome.path.parent).free
         self._tracker.log(
             step,
             {
@@ -160,14 +163,6 @@ class Checkpointer:
         size = f"{format_size(outcome.bytes)} in {outcome.seconds:.1f} s, training waited {outcome.stall_s:.2f} s"
         fields = {"path": str(outcome.path), "saved_step": outcome.step, "eval_loss": self._eval_loss, "eval_set": self._eval_set}
         self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, **fields)
-
-
-def _free_bytes(folder: Path) -> int | None:
-    """Return the free bytes of the file system; None if they cannot be read, which is no reason to stop training."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
 
 
 @torch.no_grad()

@@ -33,8 +33,8 @@ from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.overfitting import read_overfitting
 from launcher.tracking.progress import EVENT, Pace, as_events, say_that_it_works, silent
 from launcher.tracking.tracker import Composite
+from launcher.train import liger
 from launcher.train.engine import leave_process_group
-from launcher.train.kernels import liger
 from launcher.train.model import weights_gib
 
 # Called on rank 0 with the plan, the Hugging Face folder, the device type that its model fits on, and the tracker.
@@ -49,9 +49,16 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         ExportError: on every rank, after leaving the process group, if any rank cannot write, or if a weight differs from
             the engine's.
     """
-    _free_memory()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     liger.undo()
-    _report_overfitting(plan, tracker)
+    # A run that ended because it overfits, and kept its best weights, needs no advice.
+    keeps_best = plan.config.eval.stop_after > 0 and plan.config.checkpoint.keep_best > 0
+    with suppress(OSError, ValueError):
+        overfitting = None if keeps_best else read_overfitting(RunDir(Path(plan.run_dir)))
+        if overfitting is not None:
+            tracker.event("alert", overfitting.summary)
     if not plan.config.export.enabled:
         return
     task = _export_task(plan, checkpoint)
@@ -80,7 +87,9 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
         return
     task = _export_task(plan, checkpoint)
     try:
-        device = _export_device(plan)
+        device = "cpu"
+        if torch.cuda.is_available() and 2 * weights_gib(plan) < torch.cuda.mem_get_info()[0] / 2**30:
+            device = "cuda"
         manifest = store.open_checkpoint(checkpoint).manifest
         run = RunDir(Path(plan.run_dir))
         metrics, plans = read_metrics(run.metrics, model_card.METRICS), run_store.load_plans_until(run, manifest.attempt)
@@ -97,15 +106,6 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
         raise _export_error(plan, [problem]) from error
     finally:
         shutil.rmtree(task.partial, ignore_errors=True)
-
-
-def _report_overfitting(plan: LaunchPlan, tracker: Composite) -> None:
-    """Report since when the run overfits, unless it ended for that reason and kept its best weights."""
-    keeps_best = plan.config.eval.stop_after > 0 and plan.config.checkpoint.keep_best > 0
-    with suppress(OSError, ValueError):
-        overfitting = None if keeps_best else read_overfitting(RunDir(Path(plan.run_dir)))
-        if overfitting is not None:
-            tracker.event("alert", overfitting.summary)
 
 
 def _export_error(plan: LaunchPlan, problems: Iterable[Problem]) -> ExportError:
@@ -125,20 +125,6 @@ def _export_task(plan: LaunchPlan, checkpoint: Path) -> ExportTask:
         chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _export_device(plan: LaunchPlan) -> str:
-    """Return the device type that the exported model fits on."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    free_gib = torch.cuda.mem_get_info()[0] / 2**30
-    return "cuda" if 2 * weights_gib(plan) < free_gib else "cpu"
 
 
 def _report_export(exported: ExportedFolder, tracker: Composite) -> None:

@@ -5,7 +5,7 @@ middle of the second document is the control: attention is causal, so this moves
 in a mixture of experts that groups the tokens differently. The logits that training computes, a linear layer of the last hidden
 states, must also be those of the model.
 
-`launcher.worker.checks.isolation_check` probes a small model of the architecture before a run, the ranks their loaded model.
+`launcher.worker.checks.model_check` probes a small model of the architecture before a run, the ranks their loaded model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from launcher.errors import ConfigError
 from launcher.plan.architecture.problems import architecture_problems
 from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan, Outcome
-from launcher.train.kernels.attention import VARLEN
+from launcher.train.attention import VARLEN
 from launcher.train.model import CausalLMLoss
 
 # Maps token ids and positions [1, T] to logits [1, T, V].

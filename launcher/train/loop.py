@@ -32,8 +32,8 @@ from launcher.train.engine import join_process_group, leave_process_group
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.held_out_loss import RunEvaluations
 from launcher.train.isolation import require_isolation
+from launcher.train.monitoring.anomalies import SkippedSteps
 from launcher.train.monitoring.largest_batch import run_largest_batch
-from launcher.train.monitoring.skipped_steps import SkippedSteps
 from launcher.train.optim import set_learning_rate
 from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components, report_ranks

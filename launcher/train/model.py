@@ -1,13 +1,20 @@
-"""The model that is trained: its kernels, its activation checkpointing, and a head that returns the loss."""
+"""The model that is trained: its kernels, its activation checkpointing, its compiled layers, and a head that returns the loss.
+
+DeepSpeed gathers and releases the weights of each module, in Python hooks. The compiler cannot trace these, so each module with
+hooks would break the graph, and the compiler gives up after a few breaks. A layer that is compiled is therefore gathered as a
+whole, as a leaf module of ZeRO-3: only the layer itself has hooks.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +31,8 @@ from launcher.models.remote_code import code_option, folder_to_load, without_cod
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.kernels import NONE, checkpointed_layers, interval
 from launcher.tracking.progress import MakeProgress, silent
-from launcher.train.kernels import attention, layers, liger
+from launcher.train import attention, liger
+from launcher.train.build_tools import missing_build_tools
 from launcher.train.loading import build_with_weights
 from launcher.train.loss import LossHead
 
@@ -165,7 +173,7 @@ def build_model(
         liger_problem = liger.apply(hf, model, torch.device(device))
     checkpoint_layers(hf, checkpointing)
     if compiles:
-        layers.compile_layers(hf, torch.device(device))
+        compile_layers(hf, torch.device(device))
     hf.train()
     # Models that cannot isolate documents train without packing. If their batches were flattened, rows would affect each other.
     flatten = packing and (kernel == attention.VARLEN or kernel.startswith("flash_attention"))
@@ -183,9 +191,60 @@ def checkpoint_layers(hf: Any, checkpointing: str) -> None:
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if interval(checkpointing) == 1:
         return
-    decoder_layers = layers.find_layers(hf, "model.activation_checkpointing", "set model.activation_checkpointing to all or none")
+    decoder_layers = find_layers(hf, "model.activation_checkpointing", "set model.activation_checkpointing to all or none")
     for layer, is_recomputed in zip(decoder_layers, checkpointed_layers(checkpointing, len(decoder_layers)), strict=True):
         layer.gradient_checkpointing = is_recomputed
+
+
+def find_layers(hf: Any, setting: str, remedy: str) -> list[nn.Module]:
+    """Return the decoder layers of a model for a setting that needs them; `remedy` says how to do without.
+
+    Raises:
+        ConfigError: if the architecture's layers cannot be distinguished from its other modules.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in hf.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if len(layers) == hf.config.get_text_config().num_hidden_layers:
+        return layers
+    message = "the layers of this architecture cannot be distinguished from its other modules"
+    raise ConfigError(message, where=setting, value=str(hf.config.model_type), remedy=remedy)
+
+
+def compile_layers(hf: Any, device: torch.device) -> None:
+    """Compile the forward pass, and with it the backward pass, of each decoder layer; attention stays a separate kernel.
+
+    Call it before the engine is built. Compilation takes about a minute, in the first step and in the first evaluation.
+
+    Raises:
+        ConfigError: if the architecture's layers cannot be distinguished from its other modules, or this machine lacks the build
+            tools that torch's compiler needs.
+    """
+    import torch._dynamo
+    import torch._inductor.config
+    from deepspeed.utils import set_z3_leaf_module
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    setting = "model.compile"
+    layers = find_layers(hf, setting, f"set {setting}=false")
+    if problems := missing_build_tools(device.type):
+        raise ConfigError(
+            replace(one, message=f"{setting}: {one.message}", where=setting, remedy=f"{one.remedy}, or set {setting}=false")
+            for one in problems
+        )
+    # There are only a few graphs, so use no helper processes. This applies only to this thread; autograd's threads use the value
+    # that torch's compiler read from the variable when launcher/train/preload.py imported it.
+    torch._inductor.config.compile_threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
+    # Training and evaluation, shapes, and kinds of layers each compile a variant of a layer.
+    torch._dynamo.config.recompile_limit = 64
+    # Document boundaries are values that differ in each batch, so each batch would be compiled.
+    kernel = hf.config._attn_implementation
+    if kernel in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(kernel, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[kernel]))
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+        layer.forward = torch.compile(layer.forward)
 
 
 def _replace_head(hf: Any, chunk_tokens: int) -> None:

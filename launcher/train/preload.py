@@ -21,29 +21,25 @@ def import_stack(plan: LaunchPlan, tracks: bool) -> None:
     """
     # Importing thousands of modules creates many objects but no garbage; collection would take a fifth of the time.
     gc.disable()
+    # torch's compiler reads this once, when it is imported. Its helper processes would outlive a killed rank.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
-        _import(plan, tracks)
+        import deepspeed  # noqa: F401
+        import torch._dynamo  # noqa: F401
+
+        import launcher.train.loop  # noqa: F401
+        from launcher.train.engine import import_muon
+
+        import_muon()
+        with suppress(Exception), _unused_packages_hidden():
+            _import_model_classes(plan)
+        if tracks and plan.config.tracking.kind == "wandb":
+            with suppress(Exception):
+                import wandb  # noqa: F401
     finally:
         # Later collections skip frozen objects; otherwise they would copy their pages in a forked process.
         gc.freeze()
         gc.enable()
-
-
-def _import(plan: LaunchPlan, tracks: bool) -> None:
-    # torch's compiler reads this once, when it is imported. Its helper processes would outlive a killed rank.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    import deepspeed  # noqa: F401
-    import torch._dynamo  # noqa: F401
-
-    import launcher.train.loop  # noqa: F401
-    from launcher.train.engine import import_muon
-
-    import_muon()
-    with suppress(Exception), _unused_packages_hidden():
-        _import_model_classes(plan)
-    if tracks and plan.config.tracking.kind == "wandb":
-        with suppress(Exception):
-            import wandb  # noqa: F401
 
 
 @contextmanager

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 from launcher import run_records, run_store
 from launcher.errors import LauncherError
+from launcher.nvml import BROKEN_XIDS, LOST_GPU
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
-from launcher.train.monitoring.xids import BROKEN, LOST
 
 # In the alert of a node agent that restarts its ranks: the field with the number of restarts.
 RESTART = "restart"
 # Maximum number of GPU faults to name; a switch fault shows on all GPUs.
 _MOST_FAULTS = 3
-_BROKEN = (LOST, *(f"Xid {number} " for number in BROKEN))
+_BROKEN = (LOST_GPU, *(f"Xid {number} " for number in BROKEN_XIDS))
 
 
 class PreviousFailure(NamedTuple):
@@ -65,7 +65,7 @@ def describe_gpu_faults(alerts: Iterable[Mapping[str, Any]]) -> str:
 
     Faults that a GPU does not recover from come first, because they cause the others, often on many GPUs.
     """
-    faults = list(dict.fromkeys(str(alert["text"]) for alert in alerts if str(alert["text"]).startswith(("Xid ", LOST))))
+    faults = list(dict.fromkeys(str(alert["text"]) for alert in alerts if str(alert["text"]).startswith(("Xid ", LOST_GPU))))
     faults.sort(key=lambda text: not text.startswith(_BROKEN))
     more = len(faults) - _MOST_FAULTS
     named = [*faults[:_MOST_FAULTS], *([f"{more} more"] if more > 0 else [])]

@@ -59,7 +59,14 @@ def agree_on_start_point(run: RunDir, rank_info: RankInfo, device: torch.device)
         UnreadableCheckpoint: if a later checkpoint exists but cannot be read right now.
         CheckpointError: if the checkpoint is missing: an attempt never silently starts from step 0.
     """
-    step = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _choose_step(run, rank_info.attempt))
+
+    def choose_step() -> int | None:
+        checkpoint = _choose_checkpoint(run, rank_info.attempt)
+        step = None if checkpoint is None else checkpoint.step
+        _require_later_readable(run, rank_info.attempt, _NONE if step is None else step)
+        return step
+
+    step = rank0_broadcast(rank_info, _NOT_USABLE, choose_step)
     num_restarts = torch.tensor(rank_info.restart, dtype=torch.int64, device=device)
     dist.all_reduce(num_restarts, op=dist.ReduceOp.MAX)
     checkpoint = None if step is None else store.get_at_step(run.checkpoints, step)
@@ -92,13 +99,6 @@ def load_newest_intact(
     ):
         report(message)
     return checkpoint, loaded
-
-
-def _choose_step(run: RunDir, number: int) -> int | None:
-    checkpoint = _choose_checkpoint(run, number)
-    step = None if checkpoint is None else checkpoint.step
-    _require_later_readable(run, number, _NONE if step is None else step)
-    return step
 
 
 def _choose_checkpoint(run: RunDir, number: int) -> Checkpoint | None:

@@ -27,16 +27,14 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.progress import EVENT, as_events, silent
 from launcher.tracking.tracker import Composite
+from launcher.train import attention, liger
 from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
 from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer
-from launcher.train.kernels import attention, liger
 from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring import bandwidth
-from launcher.train.monitoring.monitor import Monitor
-from launcher.train.monitoring.peak_flops import find_peak_tflops
-from launcher.train.monitoring.status_file import StatusFile
-from launcher.train.monitoring.step_metrics import Meter, StepTimer
+from launcher.train.monitoring.monitor import Monitor, StatusFile
+from launcher.train.monitoring.step_metrics import Meter, StepTimer, find_peak_tflops
 from launcher.train.objectives import OBJECTIVES, Objective
 from launcher.train.previous_failure import find_previous_failure
 from launcher.train.resume import StartPoint, agree_on_start_point

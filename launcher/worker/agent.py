@@ -21,40 +21,56 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import launcher
 from launcher import collect_garbage_rarely, json_records, run_store
 from launcher.checkpoint import store as checkpoints
-from launcher.clusters import detached_process, network
-from launcher.clusters.cgroups import LimitEvents, record_limits
-from launcher.errors import LauncherError
+from launcher.clusters import check_results, detached_process, network
+from launcher.clusters.limits import LimitEvents, cause_of, record_limits
+from launcher.config.sections.cluster import ManagedSection
+from launcher.errors import LauncherError, Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import ExitRecord, FailureRecord, RestartRecord, exit_file, restart_file
+from launcher.run_records import Attempt, ExitRecord, FailureRecord, NodeRecord, RestartRecord, exit_file, node_file, restart_file
 from launcher.security.folders import private_variables
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
-from launcher.worker import disk_reserve, failure_record, postmortem
-from launcher.worker.limits import cause_of
-from launcher.worker.ranks import error_record, heartbeat
-from launcher.worker.ranks.error_record import ErrorMemory
+from launcher.worker import failure_record, postmortem
+from launcher.worker.failure_record import ErrorMemory
+from launcher.worker.ranks import heartbeat
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import NodeInfo, allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ranks.watchdog import Watchdog
 from launcher.worker.sidecars import sidecar
 from launcher.worker.sidecars.sidecar import Sidecar
-from launcher.worker.signals import CANCEL, PREEMPT
-from launcher.worker.stopper import Stopper
+from launcher.worker.signals import CANCEL, PREEMPT, Stopper
 from launcher.worker.wandb_closing import close_wandb_run
 
-# Stopping the ranks before a restart can take half a minute.
+# Nodes usually start within seconds of each other; a prologue, a container or a slow file system may take minutes. Before a
+# restart, stopping the ranks can take half a minute.
 _MEET_DEADLINE_S = 300.0
 # Maps each signal that the agent receives to the one it sends to the ranks. On a single machine, Ctrl-C and TERM come from a
 # person.
 _SIGNALS = {signal.SIGINT: CANCEL, CANCEL: CANCEL, signal.SIGTERM: CANCEL, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """How a node's ranks ended, or why they did not start. Only the head node has the `mirror` and `answers` processes."""
+
+    failure: FailureRecord | None
+    problems: tuple[Problem, ...]
+    mirror: Sidecar | None
+    answers: Sidecar | None
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.failure is None and not self.problems else 1
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,62 @@ class NodeAgent:
         self.stopper.disarm()
         self.ranks.close()
 
+    def run_node(
+        self, record: Attempt, number: int, log: Path, job: str | None = None, why_ended: Callable[[], str] = str
+    ) -> NodeResult:
+        """Meet the agents of the other nodes, check node `number` and run its ranks to their end.
+
+        `log` is the file with the agent's output; for `job` and `why_ended` see `run_ranks`.
+        """
+        mirror: Sidecar | None = None
+        answers: Sidecar | None = None
+        failure: FailureRecord | None = None
+        problems: list[Problem] = []
+        try:
+            node = node_info(self.plan, record, number)
+            store = connect_to_head(record, node)
+            problems = self._check_nodes(store, record, node)
+            if not problems and not self.stopper.requested:
+                if node.is_head:
+                    mirror = self.start_mirror()
+                    answers = self.start_answers()
+                failure = self.run_ranks(node, store, job, why_ended)
+        except Exception as error:
+            failure = failure_record.from_exception(error, log, limit=cause_of(error, self.run.root))
+        return NodeResult(failure, tuple(problems), mirror, answers)
+
+    def write_record(self, number: int, host: str, result: NodeResult) -> None:
+        """Write the record of node `number`; the attempt is concluded from these records."""
+        record = NodeRecord(
+            number,
+            ended_at=time.time(),
+            host=host,
+            started_at=self.started_at,
+            stopped=self.stopper.requested,
+            killed=self.stopper.killed,
+            first_failure=result.failure,
+            problems=result.problems,
+        )
+        json_records.write(node_file(self.run, self.attempt, number), record)
+
+    def _check_nodes(self, store: Any, record: Attempt, here: NodeInfo) -> list[Problem]:
+        """Return the problems of all nodes of the attempt, the same list on each node; empty if all are fit.
+
+        Raises:
+            RunError: if the connection to the head node is lost.
+        """
+        if not ManagedSection.of(self.plan.config.cluster).node_checks:
+            return []
+        from launcher.worker.checks import node_check
+
+        report = node_check.check_node(self.plan, self.attempt)
+        imported = Path(launcher.__file__).resolve()
+        if not imported.is_relative_to(self.run.code.resolve()):
+            seen = f"runs a different launcher from the one submitted: {imported.parent}"
+            foreign = check_results.failure(seen, "unset PYTHONPATH in the container or in the environment of the node")
+            report = replace(report, results=(*report.results, foreign))
+        return node_check.exchange(store, report, record.nodes, here.node, _MEET_DEADLINE_S)
+
     def run_ranks(
         self, node: NodeInfo, store: Any = None, job: str | None = None, why_ended: Callable[[], str] = str
     ) -> FailureRecord | None:
@@ -118,10 +190,13 @@ class NodeAgent:
         # These import torch.
         from launcher.distributed import open_store
         from launcher.worker.ranks import elastic
-        from launcher.worker.rendezvous import NodeRendezvous
+        from launcher.worker.ranks.elastic import NodeRendezvous
 
         topology, cluster = self.plan.topology, self.plan.config.cluster
-        _set_network_interface(node.interface)
+        if node.interface:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", node.interface)
+            # NCCL treats a bare name as a prefix.
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={node.interface}")
         store = store or open_store(node.address, 0, is_server=True)
         run_id = f"{self.plan.wandb_id}-{self.attempt}"
         failures = _FailureLog(self.run, self.attempt, node, self.run.agent_log(self.attempt, job), why_ended)
@@ -130,7 +205,7 @@ class NodeAgent:
         )
         heartbeats = heartbeat.HeartbeatTable(topology.ranks_per_node)
         errors = ErrorMemory(topology.ranks_per_node)
-        os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), error_record.VARIABLE: str(errors.path)}
+        os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), failure_record.ERROR_MEMORY_VARIABLE: str(errors.path)}
         shared = store if len(node.hosts) > 1 else None
         recorder = FlightRecorder(self.run, self.attempt, topology.world_size, cluster.stall_seconds)
         os.environ.update(recorder.variables)
@@ -241,11 +316,48 @@ class _FailureLog:
         return replace(failure, host=self._host)
 
 
-def _set_network_interface(interface: str | None) -> None:
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        # NCCL treats a bare name as a prefix.
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:
+    """Return this node's index, hosts and address; the agents meet at the head node's address.
+
+    Raises:
+        RunError: if other nodes can reach no interface of this node.
+    """
+    section = ManagedSection.of(plan.config.cluster)
+    if record.address is None or record.port is None:
+        raise RunError("the attempt has no address and port of the head node", where="attempt.json", remedy="resume the run")
+    if node == 0:
+        return NodeInfo(node, record.nodes, record.address, record.interface)
+    endpoint = network.own_endpoint([record.address], section.interface)
+    return NodeInfo(node, record.nodes, endpoint.address, endpoint.interface)
+
+
+def connect_to_head(record: Attempt, here: NodeInfo) -> Any:
+    """Return the head node's TCPStore, which all nodes share.
+
+    Raises:
+        RunError: if the head node is unreachable, or its port is taken.
+    """
+    from torch.distributed import DistNetworkError
+
+    from launcher.distributed import open_store
+
+    assert record.address is not None
+    assert record.port is not None
+    if not here.is_head and network.await_reachable(record.address, record.port, _MEET_DEADLINE_S) is None:
+        raise RunError(
+            f"{network.node_name()} cannot reach the head node at {record.address}:{record.port}",
+            where=f"{here.address} on {here.interface}",
+            remedy="set cluster.interface to the network that joins the nodes",
+        )
+    deadline = timedelta(seconds=_MEET_DEADLINE_S)
+    try:
+        return open_store(record.address, record.port, is_server=here.is_head, timeout=deadline)
+    except (DistNetworkError, OSError) as error:
+        raise RunError(
+            "the agents of the nodes cannot connect",
+            where=f"{record.address}:{record.port}",
+            value=str(error).splitlines()[0],
+        ) from None
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -254,13 +366,20 @@ def main(plan_path: str, attempt: int) -> int:
     if agent is None:
         return 1
     run, stopper = agent.run, agent.stopper
+
+    def check_gpus() -> None:
+        # Imported in the thread, which nothing waits for.
+        from launcher.worker.checks import node_check
+
+        node_check.report_gpu_findings(agent.plan, attempt)
+
     if agent.plan.topology.device == "cuda":
-        threading.Thread(target=_check_gpus, args=(agent.plan, attempt), name="gpu-check", daemon=True).start()
+        threading.Thread(target=check_gpus, name="gpu-check", daemon=True).start()
     run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=agent.started_at))
     run_store.update_status(run, state="running", attempt=attempt, job=detached_process.describe_this_process(), message="")
     detached_process.start_liveness_file(run)
     record_limits(run, attempt, 0)
-    disk_reserve.keep(run, attempt)
+    postmortem.reserve_disk_space(run, attempt)
     mirror = agent.start_mirror()
     answers = agent.start_answers()
     node = NodeInfo(0, (network.node_name(),), network.LOOPBACK.address, network.LOOPBACK.interface)
@@ -270,17 +389,10 @@ def main(plan_path: str, attempt: int) -> int:
     return _conclude(agent, mirror, answers, replace(exit_record, host=os.uname().nodename, started_at=agent.started_at))
 
 
-def _check_gpus(plan: LaunchPlan, attempt: int) -> None:
-    # Runs on CPUs do not need it.
-    from launcher.worker.checks import node_check
-
-    node_check.report_gpu_findings(plan, attempt)
-
-
 def _conclude(agent: NodeAgent, mirror: Sidecar | None, answers: Sidecar | None, record: ExitRecord) -> int:
     """Record the end of the attempt, wait for answers and the mirror, then end the run; returns the exit code."""
     run, attempt = agent.run, agent.attempt
-    disk_reserve.release_if_full(run, attempt)
+    postmortem.release_space_if_full(run, attempt)
     with suppress(OSError):
         json_records.write(exit_file(run, attempt), record)
     if record.state == "failed":
@@ -293,7 +405,7 @@ def _conclude(agent: NodeAgent, mirror: Sidecar | None, answers: Sidecar | None,
     with suppress(OSError):
         json_records.write(exit_file(run, attempt), replace(record, ended_at=time.time()))
     run_store.update_status(run, state=record.state, message=record.message)
-    disk_reserve.release(run, attempt)
+    postmortem.release_disk_space(run, attempt)
     close_wandb_run(agent.plan, agent.plan_path, run, attempt)
     return 0 if record.state == "completed" else 130 if record.state in ("cancelled", "preempted") else 1
 

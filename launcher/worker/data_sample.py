@@ -61,12 +61,12 @@ def _look(config: RunConfig) -> dict[str, Any]:
     documents: list[Document] = []
     for source in config.data.sources:
         if source.is_read:
-            sampled, row_format, num_rows = _sample(source, sources.count_rows(source), config.data.checks)
+            sampled, row_format, num_rows = _sample_rows(source, sources.count_rows(source), config.data.checks)
             row_sources.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
             documents += sampled
     with tempfile.TemporaryDirectory() as fetched:
-        folder, model_config, note = _tokenizer(config, Path(fetched))
-        lengths, is_measured, problem = _lengths(documents, config.data, folder)
+        folder, model_config, note = _find_tokenizer(config, Path(fetched))
+        lengths, is_measured, problem = _count_tokens(documents, config.data, folder)
     lengths.sort()
     return {
         "sources": row_sources,
@@ -82,7 +82,7 @@ def _look(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _sample(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[list[Document], str | None, int]:
+def _sample_rows(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[list[Document], str | None, int]:
     """Return documents from all parts of a source, the format of its rows (None if they have none), and their number."""
     # Batches are parsed as a whole; taking every step-th batch spreads the documents over the files.
     step = max(1, upper_bound // _NUM_SAMPLED)
@@ -96,11 +96,11 @@ def _sample(source: Source, upper_bound: int, checks: ChecksSection) -> tuple[li
             kept += [document for document, _ in usable][: _NUM_SAMPLED - len(kept)]
         elif num_rows < _NUM_CHECKED:
             deque(usable, maxlen=0)
-        num_rows += _num_rows(batch, upper_bound)
+        num_rows += _count_rows(batch, upper_bound)
     return kept, row_format, min(num_rows, upper_bound)
 
 
-def _num_rows(batch: DocumentBatch, upper_bound: int) -> int:
+def _count_rows(batch: DocumentBatch, upper_bound: int) -> int:
     """Return the number of rows in a batch; for a table, which would have to be read, the number in the whole source."""
     if not isinstance(batch.rows, Block):
         return len(batch.rows)
@@ -110,7 +110,7 @@ def _num_rows(batch: DocumentBatch, upper_bound: int) -> int:
     return upper_bound if batch.rows.kind == "parquet" else sum(1 for line in data.splitlines() if line.strip())
 
 
-def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str, Any] | None, str]:
+def _find_tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str, Any] | None, str]:
     """Return the tokenizer's folder, config.json if only the Hub has it, and a note on what is missing here.
 
     `fetched` is an empty folder for files from the Hub: the Hub's cache would treat them as a complete model.
@@ -141,7 +141,7 @@ def _tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str,
     return fetched, content, ""
 
 
-def _lengths(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], bool, Problem | None]:
+def _count_tokens(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], bool, Problem | None]:
     """Return the numbers of tokens, whether the tokenizer counted them, and the first problem of a document, or None.
 
     The tokenizer counts the documents without a problem. If there are none, or no tokenizer, all are estimated from characters.
@@ -162,10 +162,10 @@ def _lengths(documents: list[Document], data: DataSection, folder: Path | None) 
                 return [len(encoded.ids) for encoded in encoder.encode(rendered)], True, problem
         except LauncherError as error:
             problem = error.problems[0]
-    return [max(1, round(_num_characters(document) / _CHARACTERS_PER_TOKEN)) for document in documents], False, problem
+    return [max(1, round(_count_characters(document) / _CHARACTERS_PER_TOKEN)) for document in documents], False, problem
 
 
-def _num_characters(document: Document) -> int:
+def _count_characters(document: Document) -> int:
     match document:
         case Chat(_, messages):
             return sum(len(message.content) + len(message.role) + 16 for message in messages)

@@ -20,7 +20,7 @@ from launcher.shell_commands import launcher_command
 from launcher.tracking.progress import show_waiting
 
 
-def _lines(made: ExportedFolder) -> list[str]:
+def _describe_export(made: ExportedFolder) -> list[str]:
     """Return lines that describe an export to the user."""
     size = f"{format_size(made.num_bytes)} in {format_count(len(made.files), 'file')}"
     lines = [f"exported step {made.step} to {made.path}", f"  {made.num_parameters:,} parameters in {made.dtype}, {size}"]
@@ -64,10 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             made = export_run(
                 arguments.plan, step=arguments.step, dtype=arguments.dtype, out=arguments.out, check=not arguments.no_check
             )
-        print("\n".join(_lines(made)), flush=True)
+        print("\n".join(_describe_export(made)), flush=True)
         if arguments.push:
+            flags = [(name, getattr(arguments, name)) for name in ("step", "dtype", "out", "push")]
+            options = [str(word) for name, value in flags if value is not None for word in (f"--{name}", value)]
+            again = launcher_command("export", arguments.plan.absolute().parent, *options)
             with show_waiting(f"pushing {format_size(made.num_bytes)} to {arguments.push}"):
-                address = hub.push(made.path, arguments.push, again=_again(arguments))
+                address = hub.push(made.path, arguments.push, again=again)
             print(f"  pushed to {address}")
     except LauncherError as error:
         print(error, file=sys.stderr)
@@ -83,13 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(failed, file=sys.stderr)
         return CheckpointError.exit_code
     return 0
-
-
-def _again(arguments: argparse.Namespace) -> str:
-    """Return the command that repeats an export and its push."""
-    flags = [(name, getattr(arguments, name)) for name in ("step", "dtype", "out", "push")]
-    options = [str(word) for name, value in flags if value is not None for word in (f"--{name}", value)]
-    return launcher_command("export", arguments.plan.absolute().parent, *options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from launcher.clusters.faults import InjectedFault
+from launcher.clusters.backends import InjectedFault
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.worker.ranks.rank_env import RankTitle
 

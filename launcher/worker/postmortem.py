@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
-from launcher.clusters.cgroups import limit_that_killed_agents
+from launcher.clusters.check_results import NO_ROOM
+from launcher.clusters.limits import limit_that_killed_agents
 from launcher.config.sections.cluster import ManagedSection
-from launcher.errors import WOULD_REPEAT, Problem, RunError
+from launcher.errors import WOULD_REPEAT, RunError
 from launcher.plan import retry
 from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, ExitRecord, FailureRecord, OutcomeRecord
+from launcher.run_records import Attempt, ExitRecord, FailureRecord
 from launcher.tracking.metrics_tail import newest_trained_step
 from launcher.worker import failure_record
-from launcher.worker.checks.storage import NO_ROOM
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import job_output
 
@@ -31,6 +35,11 @@ _NODE_ERRORS = ("RunError", "DamagedRun", "SlurmError")
 # Slurm's states for a job that lost its machines, and the state for Ray workers that are replaced by a different number.
 _REQUEUED = ("PENDING", "REQUEUED")
 _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}
+# The space that is reserved for the records of an attempt's end.
+_RESERVED_BYTES = 512 * 1024
+# The most that the records of an attempt's end take.
+_NEEDED_BYTES = 128 * 1024
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -218,12 +227,18 @@ def _judge(
     if outcome is not None:
         written_at = run_records.outcome_file(run, number).stat().st_mtime
         interruption = _interruption(attempt, lead_s, written_at)
+        # Ranks cannot know why they were interrupted: scancel sends the same TERM as a preemption.
         interruption = Cause.CANCELLED if cancelled else Cause.RESIZED if state == "RESIZED" else interruption
-        return _from_outcome(outcome, interruption)
+        causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT, "preempted": interruption}
+        return Ending(causes[outcome.reason], outcome.step, outcome.message)
     if cancelled:
         return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
     if problems := [problem for record in records for problem in record.problems]:
-        return _from_problems(problems, attempt, step)
+        messages = [f"{problem.where}: {problem.message} {problem.value}".strip() for problem in problems]
+        unfit = {problem.where for problem in problems if not problem.message.startswith(NO_ROOM)}
+        if not unfit:
+            return Ending(Cause.FAILURE, step, "; ".join(dict.fromkeys(messages)))
+        return _from_unfit_nodes(unfit, messages, attempt, step)
     has_peers = len(set(attempt.nodes)) > 1
     failures = {
         node: replace(record.first_failure, host=attempt.nodes[node] if has_peers else "")
@@ -261,7 +276,9 @@ def _judge(
     if exit_code is not None:
         output = job_output.read_output(run, number, attempt)
         if refused := job_output.find_refusals(output, attempt, by_node):
-            return _from_refusals(refused, attempt, step)
+            shared = "check that the run directory is on storage that all nodes share"
+            messages = [f"{node}: no agent could start there ({error}); {shared}" for node, error in refused.items()]
+            return _from_unfit_nodes(set(refused), messages, attempt, step)
     message = lost or "the ranks ended without an outcome"
     code = f" (srun ended with {exit_code})" if exit_code is not None else ""
     return Ending(Cause.INFRASTRUCTURE, step, f"{message}{code}")
@@ -296,30 +313,10 @@ def _describe_silent(
     return "; ".join(parts)
 
 
-def _from_outcome(outcome: OutcomeRecord, interruption: Cause) -> Ending:
-    """Ranks cannot know why they were interrupted: scancel sends the same TERM as a preemption."""
-    causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT, "preempted": interruption}
-    return Ending(causes[outcome.reason], outcome.step, outcome.message)
-
-
 def _interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
     """Return what took the machines away at that time; the next start may judge this hours later."""
     near = attempt.ends_at is not None and at > attempt.ends_at - lead_s - _SIGNAL_SPREAD_S
     return Cause.TIME_LIMIT if near else Cause.PREEMPTED
-
-
-def _from_problems(problems: Sequence[Problem], attempt: Attempt, step: int) -> Ending:
-    messages = [f"{problem.where}: {problem.message} {problem.value}".strip() for problem in problems]
-    unfit = {problem.where for problem in problems if not problem.message.startswith(NO_ROOM)}
-    if not unfit:
-        return Ending(Cause.FAILURE, step, "; ".join(dict.fromkeys(messages)))
-    return _from_unfit_nodes(unfit, messages, attempt, step)
-
-
-def _from_refusals(refused: Mapping[str, str], attempt: Attempt, step: int) -> Ending:
-    shared = "check that the run directory is on storage that all nodes share"
-    messages = [f"{node}: no agent could start there ({error}); {shared}" for node, error in refused.items()]
-    return _from_unfit_nodes(set(refused), messages, attempt, step)
 
 
 def _from_unfit_nodes(unfit: set[str], messages: Sequence[str], attempt: Attempt, step: int) -> Ending:
@@ -374,3 +371,39 @@ def judge_local(run: RunDir, attempt: int, failure: FailureRecord | None, stoppe
         return ExitRecord("failed", step, "the ranks ended without an outcome")
     message = "; ".join(filter(None, (_describe(failure), describe_repetition(run, attempt, failure))))
     return ExitRecord("failed", step, message, first_failure=failure)
+
+
+def reserve_disk_space(run: RunDir, attempt: int) -> None:
+    """Reserve space with a file for the records of an attempt's end; without it, the end on a full disk is not recorded."""
+    with suppress(OSError), open(_reserve_file(run, attempt), "wb") as file:
+        # Write random bytes: compressing and copy-on-write file systems allocate nothing for zeros.
+        file.write(os.urandom(_RESERVED_BYTES))
+        os.fsync(file.fileno())
+
+
+def release_disk_space(run: RunDir, attempt: int) -> None:
+    """Free the space; call it when the records are written."""
+    with suppress(OSError):
+        _reserve_file(run, attempt).unlink()
+
+
+def release_space_if_full(run: RunDir, attempt: int) -> bool:
+    """Free the space if the disk has no room for the records; returns whether it had none."""
+    probe = run.attempt(attempt) / ".probe"
+    try:
+        with open(probe, "wb") as file:
+            file.write(os.urandom(_NEEDED_BYTES))
+            os.fsync(file.fileno())
+    except OSError as error:
+        is_full = error.errno in _FULL
+    else:
+        is_full = False
+    with suppress(OSError):
+        probe.unlink()
+    if is_full:
+        release_disk_space(run, attempt)
+    return is_full
+
+
+def _reserve_file(run: RunDir, attempt: int) -> Path:
+    return run.attempt(attempt) / ".reserve"

@@ -29,7 +29,7 @@ from launcher.model_folders import fetch_model
 from launcher.models.found_model import find_model, locate
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.progress import show_documents
-from launcher.worker.checks.weight_check import require_weights
+from launcher.worker.checks.model_check import require_weights
 
 # The argument that limits preparation to the caches of eval.sets.
 EVAL_SETS_ALONE = "--eval-sets"

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.cli.views.drill_report import Records, Step, judge, lines
-from launcher.clusters.faults import InjectedFault
+from launcher.clusters.backends import InjectedFault
 from launcher.plan.retry import Cause
 from launcher.run_records import ExitRecord
 

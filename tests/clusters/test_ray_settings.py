@@ -176,7 +176,7 @@ def test_a_local_run_may_end_before_it_is_asked_a_second_time_to_stop_at_once(ru
 
 
 def test_a_local_agent_receives_both_signals_of_a_cancel_without_saving_however_busy_the_machine_is(run: RunDir) -> None:
-    """The agent blocks the signal, as launcher.worker.stopper does, and reads both only after a second."""
+    """The agent blocks the signal, as launcher.worker.signals does, and reads both only after a second."""
     code = (
         "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})\nprint(flush=True)\ntime.sleep(1)\n"
         "for _ in range(2):\n signal.sigwait({signal.SIGUSR1})"

@@ -36,7 +36,7 @@ def drained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
 
 
 def message(run: RunDir, state: str, reason: str = "", nodes: str = "") -> str:
-    job = Job("7", state, reason, None, None, 0, nodes, queued=True)
+    job = Job("7", state, reason, None, 0, nodes, queued=True)
     return _correct_status(run, run_store.read_status(run), job, "7", 0.0).message
 
 
@@ -79,7 +79,7 @@ def test_the_end_of_a_job_whose_batch_script_could_not_record_it_is_described(
     monkeypatch.setattr(queue, "slurm", lambda *argv, **_: NODES if argv[-1] == "n1,n2" else "")
     run.attempt(1).mkdir(parents=True)
     run_store.write_attempt(run, 1, Attempt(None, job="7", nodes=("n1", "n2"), begun_at=200.0))
-    job = Job("7", state, "", None, None, 0, "", queued=False, exit_signal=exit_signal)
+    job = Job("7", state, "", None, 0, "", queued=False, exit_signal=exit_signal)
     shown = _correct_status(run, run_store.read_status(run), job, "7", 0.0)
     assert (shown.state, shown.message) == ("failed", f"{end}; continue with: python -m launcher resume {run.root}")
 

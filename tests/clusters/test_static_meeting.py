@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launcher.clusters import network
-from launcher.clusters.static import meeting as module
-from launcher.clusters.static.meeting import OVER, READY, REFUSED, Answer, Meeting, Question, await_plan, head_endpoint, marker
+from launcher.clusters import static_meeting as module
+from launcher.clusters.static_meeting import OVER, READY, REFUSED, Answer, Meeting, Question, await_plan, head_endpoint, marker
 from launcher.config.sections.static import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, SubmitError
 

@@ -63,9 +63,7 @@ class Machine:
     @property
     def agent(self) -> psutil.Process:
         (agent,) = [
-            child
-            for child in psutil.Process(self.process.pid).children()
-            if "launcher.worker.static.agent" in command_line(child)
+            child for child in psutil.Process(self.process.pid).children() if "launcher.worker.static" in command_line(child)
         ]
         return agent
 

@@ -1,14 +1,26 @@
-"""What the training loop does between steps, with fake components."""
+"""What the training loop does between steps, with fake components.
+
+Two real ranks agree on whether there is time for a save.
+
+The loop's own code queues work on the GPU during a step and never waits for it; timings are read at the end.
+
+The decoder is a plain stack of layers, because waits inside transformers and DeepSpeed are not tested here.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from forked_ranks import RankServer
+from torch import Tensor, nn
 
-from launcher.distributed import RankInfo
+from launcher.data.loader import IGNORED
+from launcher.distributed import STOP_REASONS, RankInfo, pack_step
 from launcher.errors import DivergedError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -16,8 +28,13 @@ from launcher.tracking.tracker import RateLimit
 from launcher.train import stop as stop_module
 from launcher.train.held_out_loss import Evaluation, SetLoss
 from launcher.train.loop import TrainingLoop
+from launcher.train.loss import LossHead
+from launcher.train.model import CausalLMLoss
+from launcher.train.monitoring.rank_stats import LayerTimer
+from launcher.train.monitoring.step_metrics import StepTimer
 
 PlanOf = Callable[..., LaunchPlan]
+ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 
 class FakeLoop(TrainingLoop):
@@ -206,3 +223,79 @@ def test_early_stopping_saves_the_best_weights_and_uses_them(
 def test_without_stop_after_all_steps_are_trained(plan_of: PlanOf) -> None:
     loop = EvaluatedLoop(plan_of("eval.every=2", "train.max_steps=6"), 6, {0: 1.0, 2: 2.0, 4: 3.0, 6: 4.0})
     assert loop.run_to_end().message == "6 steps"
+
+
+def test_ranks_save_before_stopping_only_where_all_have_time(rank_server: RankServer, tmp_path: Path) -> None:
+    first, second = rank_server.values("train_ranks:judge_saves", [[], []], tmp_path)
+    assert first == second
+    assert {name for name, fits in first.items() if not fits} == {
+        *("long", "waited", "one is slow", "one has waited", "one was not asked"),
+    }
+    assert len(first) == 12
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(31, 8), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        hidden = self.embedding(input_ids) + position_ids.unsqueeze(-1)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return SimpleNamespace(last_hidden_state=hidden)
+
+
+class Model(nn.Module):
+    """The part of a Hugging Face model that CausalLMLoss uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder, self.head = Decoder(), LossHead(8, 31, bias=False)
+
+    def get_decoder(self) -> Decoder:
+        return self.decoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.embedding
+
+    def get_output_embeddings(self) -> LossHead:
+        return self.head
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_a_step_never_synchronises_with_the_gpu(kind: str) -> None:
+    torch.manual_seed(0)
+    device, on_gpu = torch.device(kind), kind == "cuda"
+    model = CausalLMLoss(Model(), flatten=False).to(device)
+    timer, probe = StepTimer(device), LayerTimer(model, device)
+    ids, positions = torch.randint(0, 31, (2, 16)), torch.arange(16).repeat(2, 1)
+    labels = torch.where(torch.arange(16) % 2 == 0, ids.roll(-1, 1), IGNORED)
+    rows = [tensor.pin_memory() if on_gpu else tensor for tensor in (ids, positions, labels)]
+
+    def step() -> Tensor:
+        timer.begin()
+        summed = torch.zeros((), dtype=torch.float32, device=device)
+        for _ in range(2):
+            with timer.part("fwd_bwd"):
+                inputs = (tensor.to(device, non_blocking=True) for tensor in rows[:2])
+                loss = model(*inputs, rows[2], 0.5)
+                loss.backward()
+                summed += loss.detach()
+        return pack_step(summed, "preempted", [0.5], device)
+
+    expected = step().tolist()
+    probe.read()
+    if on_gpu:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        summed = step()
+    finally:
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("default")
+    assert summed.tolist() == pytest.approx(expected, rel=1e-4)
+    assert summed.tolist()[1:] == [float(reason == "preempted") for reason in STOP_REASONS] + [0.5]
+    times = timer.read()
+    assert 0 < times["time/fwd_bwd_s"] <= times["time/step_s"]
+    assert math.isfinite(per_token := probe.read())
+    assert per_token > 0

@@ -1,4 +1,7 @@
-"""Two real ranks agree on the checkpoint that they start from."""
+"""Two real ranks agree on the checkpoint that they start from.
+
+Rank 0 reports why the previous ranks failed, because their own message is only in the run's files.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch.distributed as dist
 from forked_ranks import RankServer
 from stale_directory import stale
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, STATE
 from launcher.distributed import RankInfo
@@ -22,11 +25,14 @@ from launcher.errors import Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite
+from launcher.train.previous_failure import RESTART, PreviousFailure, find_previous_failure
 from launcher.train.resume import agree_on_start_point, load_newest_intact
 from launcher.train.setup import RunContext, build_components
 
 CPU, ALONE = torch.device("cpu"), RankInfo(0, 0, 1, 2)
+KILLED = {"rank": 3, "kind": "killed", "message": "killed by SIGKILL", "log": "/run/rank-00003.log"}
 
 
 def run_with(
@@ -312,3 +318,81 @@ def test_a_checkpoint_that_only_one_node_finds_damaged_stays(rank_server: RankSe
     assert first_rank[0].startswith("CheckpointError: some ranks find a checkpoint damaged that rank 0 finds intact")
     assert str(run.checkpoints / "step-00000020") in first_rank[0]
     assert folder_names(run) == folder_names(seen) == ["step-00000010", "step-00000020"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run whose second attempt started automatically after the first."""
+    return hand_made.run(tmp_path / "demo", Attempt(None), Attempt(None, automatic=True))
+
+
+def write_exit(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None:
+    record = {"state": "pending", "cause": cause, "message": "rank 3: killed by SIGKILL", "first_failure": first_failure}
+    atomic_files.write_json(run.attempt(1) / "exit.json", record)
+
+
+@pytest.mark.parametrize(
+    ("cause", "first_failure", "message"),
+    [
+        ("infrastructure", KILLED, "rank 3: killed by SIGKILL (log: /run/rank-00003.log); this attempt continues the run"),
+        ("bad_node", None, "attempt 1 ended (bad_node): rank 3: killed by SIGKILL; this attempt continues the run"),
+        ("resized", None, ""),
+    ],
+)
+def test_an_unreported_end_of_the_previous_attempt_is_reported(
+    run: RunDir, cause: str, first_failure: dict[str, Any] | None, message: str
+) -> None:
+    write_exit(run, cause, first_failure)
+    failure = find_previous_failure(run, 2)
+    assert (failure is not None) == bool(message)
+    assert failure is None or failure.message.endswith(message)
+    assert failure is None or not failure.is_recorded
+    assert find_previous_failure(run, 1) is None
+    append_event(run, 1, "alert", f"the attempt ended ({cause}): rank 3: killed by SIGKILL; runs again")
+    again = find_previous_failure(run, 2)
+    assert again is None or again.is_recorded
+
+
+def test_an_end_that_the_ranks_reported_is_not_reported_again(run: RunDir) -> None:
+    write_exit(run, "preempted", None)
+    failure = find_previous_failure(run, 2)
+    assert failure is not None
+    assert failure.message.startswith("attempt 1 ended (preempted)")
+    atomic_files.write_json(run.attempt(1) / "outcome.json", {"reason": "preempted"})
+    assert find_previous_failure(run, 2) is None
+
+
+def test_an_attempt_that_a_person_started_gets_no_report(run: RunDir) -> None:
+    write_exit(run, "infrastructure", KILLED)
+    run_store.write_attempt(run, 2, Attempt(None))
+    assert find_previous_failure(run, 2) is None
+
+
+def test_restarted_ranks_report_the_last_reason(run: RunDir) -> None:
+    write_exit(run, "infrastructure", KILLED)
+    append_event(run, 1, "alert", "of another attempt", **{RESTART: 1})
+    for count, reason in ((1, "the first"), (2, "the second")):
+        append_event(run, 2, "alert", reason, **{RESTART: count})
+    append_event(run, 2, "alert", "another matter")
+    assert find_previous_failure(run, 2) == PreviousFailure("the second", is_recorded=True)
+
+
+def test_unreported_gpu_faults_are_named(run: RunDir) -> None:
+    write_exit(run, "infrastructure", None)
+    append_event(run, 2, "alert", "Xid 94 on GPU 1: of another attempt")
+    for gpu in range(3):
+        append_event(run, 1, "alert", f"Xid 45 on GPU {gpu}: work was taken off the GPU (rank {gpu} on n1)")
+    for _ in range(2):
+        append_event(run, 1, "alert", "Xid 79 on GPU 3: fallen off the bus (rank 3 on n1)")
+    failure = find_previous_failure(run, 2)
+    assert failure is not None
+    assert failure.message.endswith(
+        "this attempt continues the run; GPU faults: Xid 79 on GPU 3: fallen off the bus (rank 3 on n1); Xid 45 on GPU 0: work "
+        "was taken off the GPU (rank 0 on n1); Xid 45 on GPU 1: work was taken off the GPU (rank 1 on n1); 1 more"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_unreadable_events_do_not_stop_training(run: RunDir, text: str) -> None:
+    (run.attempt(1) / "exit.json").write_text(text)
+    assert find_previous_failure(run, 2) is None

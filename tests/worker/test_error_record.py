@@ -14,9 +14,7 @@ from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure
 from launcher.worker import failure_record
-from launcher.worker.failure_record import RankExit
-from launcher.worker.ranks import error_record
-from launcher.worker.ranks.error_record import VARIABLE, ErrorMemory, ErrorRecord
+from launcher.worker.failure_record import ERROR_MEMORY_VARIABLE, ErrorMemory, ErrorRecord, RankExit
 from launcher.worker.signals import DISMISSED
 
 RANK = """
@@ -32,7 +30,7 @@ rank_main.main("plan.json", 1)
 
 def test_a_rank_leaves_its_exception_in_the_agents_memory(tmp_path: Path) -> None:
     memory = ErrorMemory(2)
-    environment = os.environ | {VARIABLE: str(memory.path), "LOCAL_RANK": "1"}
+    environment = os.environ | {ERROR_MEMORY_VARIABLE: str(memory.path), "LOCAL_RANK": "1"}
     with subprocess.Popen([sys.executable, "-c", RANK], env=environment, stderr=subprocess.DEVNULL) as rank:
         assert rank.wait(60) == 1
     error = memory.read(1, rank.pid)
@@ -99,13 +97,13 @@ def test_the_first_failure_is_the_cause_and_not_its_consequences(
 
 
 def test_a_cause_keeps_a_long_path_and_still_fits_into_its_slot() -> None:
-    memory = error_record.ErrorMemory(1)
-    slot = error_record.ErrorSlot.from_environ({error_record.VARIABLE: str(memory.path)})
+    memory = failure_record.ErrorMemory(1)
+    slot = failure_record.ErrorSlot.from_environ({failure_record.ERROR_MEMORY_VARIABLE: str(memory.path)})
     cause = f"the disk of /{'runs/' * 40} is full (0 bytes of 200.00 MiB free)"
-    slot.write(error_record.ErrorRecord.of(OSError("disk"), cause))
+    slot.write(failure_record.ErrorRecord.of(OSError("disk"), cause))
     kept = memory.read(0, os.getpid())
     assert kept is not None
     assert kept.cause == cause
-    slot.write(error_record.ErrorRecord("\0" * 5000, "\0" * 5000, 1.0, "\0" * 800, 1))
+    slot.write(failure_record.ErrorRecord("\0" * 5000, "\0" * 5000, 1.0, "\0" * 800, 1))
     assert memory.read(0, os.getpid()) is not None
     memory.close()

@@ -14,17 +14,15 @@ import hand_made
 import pytest
 
 from launcher import json_records, run_records, run_store
-from launcher.clusters import cgroups
-from launcher.clusters.cgroups import LimitEvents
+from launcher.clusters import limits
+from launcher.clusters.limits import LimitEvents, cause_of
 from launcher.clusters.local import LocalCluster
 from launcher.errors import CheckpointError
 from launcher.locks import pid_namespace
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, NodeRecord, Status
-from launcher.worker import disk_reserve, failure_record, postmortem
-from launcher.worker.failure_record import RankExit
-from launcher.worker.limits import cause_of
-from launcher.worker.ranks.error_record import ErrorRecord
+from launcher.worker import failure_record, postmortem
+from launcher.worker.failure_record import ErrorRecord, RankExit
 
 KILLED = "and the kernel killed a process"
 
@@ -48,9 +46,9 @@ def groups(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     texts = (lines, "oom_kill 3\n", "under_oom 0\noom_kill 1\n", f"{2 * 2**30}\n", "max 0\n", "200\n")
     for file, text in zip(files.values(), texts, strict=True):
         file.write_text(text)
-    monkeypatch.setattr(cgroups, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(cgroups, "OWN_CGROUPS", files["own"])
-    monkeypatch.setattr(cgroups, "VMSTAT", files["node"])
+    monkeypatch.setattr(limits, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(limits, "OWN_CGROUPS", files["own"])
+    monkeypatch.setattr(limits, "VMSTAT", files["node"])
     return files
 
 
@@ -101,7 +99,7 @@ MEMORY = f"the memory limit of 2.00 GiB of this job or container was exceeded, {
 def test_a_limit_that_killed_the_agent_itself_is_named_by_who_notices(
     groups: dict[str, Path], run: RunDir, file: str, text: str, limit: str
 ) -> None:
-    cgroups.record_limits(run, 1, 0)
+    limits.record_limits(run, 1, 0)
     status = Status("running", 1, job={"host": os.uname().nodename, "space": pid_namespace(), "pid": 2**22, "started": 1.0})
     run_store.write_status(run, status)
     groups[file].write_text(text)
@@ -125,11 +123,11 @@ def test_a_limit_that_killed_the_agent_itself_is_named_by_who_notices(
 def test_an_agent_of_another_machine_or_container_is_not_judged_by_the_counters_here(
     groups: dict[str, Path], run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cgroups, "pid_namespace", lambda: "another boot")
-    cgroups.record_limits(run, 1, 0)
+    monkeypatch.setattr(limits, "pid_namespace", lambda: "another boot")
+    limits.record_limits(run, 1, 0)
     monkeypatch.undo()
     groups["oom"].write_text("oom_kill 2\n")
-    assert cgroups.limit_that_killed_agents(run, 1, [0, 1]) == ""
+    assert limits.limit_that_killed_agents(run, 1, [0, 1]) == ""
 
 
 JOB = "/system.slice/slurmstepd.scope/job_41"
@@ -177,9 +175,9 @@ def hierarchy(
     """The tree, this process's group in it, and the shared group."""
     own, limited, shared = HIERARCHIES[request.param]
     (tmp_path / "self").write_text(f"0::{own}\n")
-    monkeypatch.setattr(cgroups, "OWN_CGROUPS", tmp_path / "self")
-    monkeypatch.setattr(cgroups, "VMSTAT", tmp_path / "vmstat")
-    monkeypatch.setattr(cgroups, "_CGROUPS", tmp_path / "sys")
+    monkeypatch.setattr(limits, "OWN_CGROUPS", tmp_path / "self")
+    monkeypatch.setattr(limits, "VMSTAT", tmp_path / "vmstat")
+    monkeypatch.setattr(limits, "_CGROUPS", tmp_path / "sys")
     return Hierarchy(tmp_path / "sys", own, limited), own, shared
 
 
@@ -191,16 +189,16 @@ def test_kills_are_found_by_the_path_of_the_process_and_not_those_of_other_jobs(
     assert before.memory_bytes == 2 * 2**30
     for attempt in (1, 2):
         run.attempt(attempt).mkdir(exist_ok=True)
-        cgroups.record_limits(run, attempt, 0)
+        limits.record_limits(run, attempt, 0)
     if shared is not None:
         other = f"{shared}/other/step_0"
         tree.add(other)
         tree.kill(other)
         assert LimitEvents.read().cause_since(before) == ""
-        assert cgroups.limit_that_killed_agents(run, 1, [0]) == ""
+        assert limits.limit_that_killed_agents(run, 1, [0]) == ""
     tree.kill(own)
     assert LimitEvents.read().cause_since(before) == MEMORY
-    assert cgroups.limit_that_killed_agents(run, 2, [0]) == MEMORY
+    assert limits.limit_that_killed_agents(run, 2, [0]) == MEMORY
 
 
 @pytest.mark.parametrize("hierarchy", ["Slurm"], indirect=True)
@@ -212,14 +210,14 @@ def test_a_job_tells_of_its_step_that_is_gone_and_the_node_tells_nothing_of_a_jo
     tree.add(f"{JOB}/step_batch/user/task_0")
     tree.add(f"{shared}/job_42/step_0/user/task_0")
     for node in (0, 1, 2):
-        cgroups.record_limits(run, 1, node)
+        limits.record_limits(run, 1, node)
     shutil.rmtree(tree.folder(f"{JOB}/step_0"))
     tree.kill(f"{shared}/job_42/step_0/user/task_0")
-    assert cgroups.limit_that_killed_agents(run, 1, [0]) == ""
+    assert limits.limit_that_killed_agents(run, 1, [0]) == ""
     tree.kill(own)
-    assert cgroups.limit_that_killed_agents(run, 1, [1]) == MEMORY
+    assert limits.limit_that_killed_agents(run, 1, [1]) == MEMORY
     shutil.rmtree(tree.folder(JOB))
-    assert cgroups.limit_that_killed_agents(run, 1, [2]) == ""
+    assert limits.limit_that_killed_agents(run, 1, [2]) == ""
 
 
 @pytest.mark.parametrize(
@@ -271,11 +269,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_still_takes_the_records_of_an_end(small_disk: Path, full: bool) -> None:
     run = RunDir(small_disk)
     run.attempt(1).mkdir(parents=True)
-    disk_reserve.keep(run, 1)
+    postmortem.reserve_disk_space(run, 1)
     if full:
         with pytest.raises(OSError, match="No space left"):
             (small_disk / "filler").write_bytes(b"x" * 2**21)
-    assert disk_reserve.release_if_full(run, 1) is full
+    assert postmortem.release_space_if_full(run, 1) is full
     (run.attempt(1) / "exit.json").write_bytes(b"x" * 50_000)
-    disk_reserve.release(run, 1)
+    postmortem.release_disk_space(run, 1)
     assert [path.name for path in run.attempt(1).iterdir()] == ["exit.json"]

@@ -13,12 +13,12 @@ import hand_made
 import pytest
 
 from launcher import atomic_files, json_records, run_records
+from launcher.clusters.check_results import NO_ROOM
 from launcher.errors import Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord
 from launcher.worker import postmortem
-from launcher.worker.checks.storage import NO_ROOM
 from launcher.worker.postmortem import Ending
 from launcher.worker.slurm import job_output
 

@@ -23,7 +23,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
-from launcher.worker import agent, node_agents
+from launcher.worker import agent
 from launcher.worker.checks import gpus, machine
 from launcher.worker.ranks.rank_env import NodeInfo, RankEnv
 
@@ -161,11 +161,10 @@ def test_answers_that_do_not_start_leave_no_mirror_behind(tmp_path: Path, monkey
 
     mirror, run = object(), RunDir(tmp_path)
     made = SimpleNamespace(plan=None, run=run, attempt=1, stopper=SimpleNamespace(requested=False))
-    made.start_mirror, made.start_answers = (lambda: mirror), refuse
-    monkeypatch.setattr(node_agents, "node_info", lambda *_: NodeInfo(0, ("n1",), "127.0.0.1", "lo"))
-    monkeypatch.setattr(node_agents, "connect", lambda *_: None)
-    monkeypatch.setattr(node_agents, "check", lambda *_: [])
-    result = node_agents.run_node(made, None, 0, tmp_path / "agent.log")  # type: ignore[arg-type]
+    made.start_mirror, made.start_answers, made._check_nodes = (lambda: mirror), refuse, lambda *_: []
+    monkeypatch.setattr(agent, "node_info", lambda *_: NodeInfo(0, ("n1",), "127.0.0.1", "lo"))
+    monkeypatch.setattr(agent, "connect_to_head", lambda *_: None)
+    result = agent.NodeAgent.run_node(made, None, 0, tmp_path / "agent.log")  # type: ignore[arg-type]
     assert result.mirror is mirror
     assert result.failure is not None
 

@@ -25,9 +25,9 @@ from launcher.cli.follow import follow
 from launcher.cli.resume import resume_run
 from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.worker_process import run_worker_module
-from launcher.clusters.static import nodes
-from launcher.clusters.static.cluster import StaticCluster, is_idle
-from launcher.clusters.static.meeting import OVER, REFUSED, Meeting, await_plan, head_endpoint
+from launcher.clusters import static
+from launcher.clusters.static import StaticCluster, is_idle
+from launcher.clusters.static_meeting import OVER, REFUSED, Meeting, await_plan, head_endpoint
 from launcher.config.compose import Composed
 from launcher.config.known_settings import leaves
 from launcher.config.resume import differing, table, with_overrides
@@ -77,13 +77,13 @@ class _Signals:
     """TERM, HUP and USR2 end a waiting command; once this machine's agent runs, they ask the ranks to save and stop."""
 
     def __init__(self) -> None:
-        self.process: nodes.NodeProcess | None = None
+        self.process: static.NodeProcess | None = None
 
     def install(self) -> None:
         for number in _FORWARDED:
             signal.signal(number, self._receive)
 
-    def watch(self, process: nodes.NodeProcess | None, interrupts: Interrupts) -> None:
+    def watch(self, process: static.NodeProcess | None, interrupts: Interrupts) -> None:
         """Forward signals to this machine's agent, including one that arrived while the agent was starting."""
         self.process = process
         self.install()
@@ -229,8 +229,8 @@ def _join(start: _Start) -> int:
     _await_visible(run, attempt)
     owners.require_run(run.root)
     plan_path = run.attempt(attempt) / "plan.json" if answer.own_plan else run.plan
-    process = nodes.NodeProcess(run, attempt, plan_path, here.node, name)
-    log = nodes.agent_log(run, attempt, here.node)
+    process = static.NodeProcess(run, attempt, plan_path, here.node, name)
+    log = static.agent_log(run, attempt, here.node)
     print(f"{here.label}: attempt {attempt} of {run.root.name} runs here as {name}; its output is in {log}", flush=True)
     with Interrupts() as interrupts:
         interrupts.defer()
@@ -242,7 +242,7 @@ def _join(start: _Start) -> int:
                 with suppress(SubmitError, RunError):
                     StaticCluster().cancel(run)
             time.sleep(_POLL_S)
-        return _await_conclusion(start, attempt, StaticCluster(), start.section.stop_grace_seconds + 2 * nodes.LOST_S)
+        return _await_conclusion(start, attempt, StaticCluster(), start.section.stop_grace_seconds + 2 * static.LOST_S)
 
 
 def _describe_end(config: RunConfig, run: RunDir) -> str | None:
@@ -310,7 +310,7 @@ def _continue(composed: Composed, run: RunDir, cluster: StaticCluster, interrupt
         with composed.located():
             _require_same_command(composed.config, LaunchPlan.load(run.plan), run)
         plan = run_store.load_plan(run)
-        module, newest = "launcher.worker.static.previous", run_store.newest_plan_path(run)
+        module, newest = "launcher.worker.repeated_command", run_store.newest_plan_path(run)
         previous = run_worker_module(module, composed.config, str(newest))
         if previous["over"]:
             return f"{previous['reason']}; nothing is left to do"
@@ -328,7 +328,7 @@ def _await_idle(run: RunDir) -> None:
 
     Also returns if they have not ended: starting the attempt then fails.
     """
-    until, is_announced = time.monotonic() + nodes.LOST_S + _LEAVE_S, False
+    until, is_announced = time.monotonic() + static.LOST_S + _LEAVE_S, False
     while time.monotonic() < until:
         status = StaticCluster().status(run)
         if status.state not in RUNNING_STATES and is_idle(run):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.clusters.faults import InjectedFault
+from launcher.clusters.backends import InjectedFault
 from launcher.run_records import ExitRecord
 
 # An attempt and the number of restarts of its ranks by the node agents: one life of all ranks.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launcher.cli.formatting import short, table
 from launcher.cli.views.memory_view import peak_line, tight_note, why_values
-from launcher.clusters.answers import describe_answers
+from launcher.clusters.backends import describe_answers
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture.flops import FAMILIES, missing_sizes, train_flops

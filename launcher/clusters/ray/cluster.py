@@ -13,9 +13,8 @@ from urllib.parse import urlsplit
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters import detached_process, local
-from launcher.clusters.backends import NEVER_SUBMITTED
-from launcher.clusters.cgroups import limit_that_killed_agents
-from launcher.clusters.faults import InjectedFault
+from launcher.clusters.backends import NEVER_SUBMITTED, InjectedFault
+from launcher.clusters.limits import limit_that_killed_agents
 from launcher.clusters.ray import auto_address, jobs
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device

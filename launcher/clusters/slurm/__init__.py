@@ -1,0 +1,1 @@
+"""The Slurm backend: open cluster.py first."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import launcher
 from launcher.clusters.node_command import NodeCommand, uninterrupted
+from launcher.clusters.preflight import existing_folder
 from launcher.clusters.slurm import sbatch, site
 from launcher.clusters.slurm.commands import SlurmError, slurm
-from launcher.clusters.storage import existing_folder
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
 

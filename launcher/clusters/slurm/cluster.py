@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 
 from launcher import json_records, run_store
 from launcher.checkpoint import store
-from launcher.clusters import faults
-from launcher.clusters.backends import NEVER_SUBMITTED
+from launcher.clusters.backends import FAULT_DEADLINE_S, NEVER_SUBMITTED, InjectedFault, fault_command, read_fault_report
 from launcher.clusters.detached_process import not_running_error, resume_hint
-from launcher.clusters.faults import InjectedFault
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.errors import SubmitError
@@ -145,8 +143,8 @@ class SlurmCluster:
             return InjectedFault(f"SIGUSR2 to job {started.job}", at, ", ".join(started.nodes))
         # Run a second job step on the last node; the first node is the head node.
         node = (f"--jobid={started.job}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={started.nodes[-1]}")
-        command = faults.command(run, attempt, fault)
-        return faults.read_report(slurm("srun", *node, f"--chdir={run.root}", *command, deadline_s=faults.DEADLINE_S))
+        command = fault_command(run, attempt, fault)
+        return read_fault_report(slurm("srun", *node, f"--chdir={run.root}", *command, deadline_s=FAULT_DEADLINE_S))
 
 
 def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by_slurm: bool, retry_s: float = 0.0) -> None:
@@ -282,13 +280,15 @@ def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: 
     if job.state.startswith("CANCELLED"):
         return replace(known, state="cancelled", message=f"job {job_id} was cancelled")
     then = run_store.describe_storage_problem(run) or f"; {resume_hint(run)}"
-    return replace(known, state="failed", message=f"{_silent_end(run, job)}{then}")
+    return replace(known, state="failed", message=f"{_explain_silent_end(run, job)}{then}")
 
 
-def _silent_end(run: RunDir, job: queue.Job) -> str:
+def _explain_silent_end(run: RunDir, job: queue.Job) -> str:
     """Describe the end of a job that could not record it: its batch script, on the first node, ended too early."""
     if job.state == "FAILED" and job.exit_signal:
-        return f"the batch script of job {job.id} was killed by {_signal_name(job.exit_signal)}"
+        number = job.exit_signal
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+        return f"the batch script of job {job.id} was killed by {name}"
     if job.state == "OUT_OF_MEMORY":
         return (
             f"a memory limit was exceeded (raise cluster.additional_parameters.mem): the batch script of job {job.id} was killed"
@@ -299,7 +299,3 @@ def _silent_end(run: RunDir, job: queue.Job) -> str:
         names = ", ".join(lost or ()) or f"a node of job {job.id}"
         return f"{names} was lost (Slurm: node failure), and the job could not run again"
     return f"job {job.id} ended as {job.state} without recording a result"
-
-
-def _signal_name(number: int) -> str:
-    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"

@@ -5,6 +5,7 @@ During training, each evaluation of a checkpoint is a one-node batch job, which 
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
@@ -46,7 +47,9 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
     section, name = SlurmSection.of(config.cluster), f"launcher-evaluate-{secrets.token_hex(4)}"
     num_gpus = allocation.num_gpus_per_node(config)
     module = (_MODULE, str(folder), str(num_gpus))
-    folders = (run.root, cache_root(), *_model_folders(folder))
+    task = json.loads((folder / "task.json").read_bytes())
+    models = [task["tuned"], *([task["base"]] if task["base"] else [])]
+    folders = (run.root, cache_root(), *(Path(model["folder"]) for model in models), Path(task["tokenizer"]))
     # Nodes may not know user names.
     trusted = {owners.VARIABLE: owners.Trust.from_environ(os.environ).as_numbers()}
     script = allocation.node_script(config, module, num_gpus, trusted, folders, ("--kill-on-bad-exit=1",))
@@ -103,11 +106,3 @@ def _job_script(plan: LaunchPlan, config: RunConfig, run: RunDir, step: int, num
     task = allocation.node_script(config, ("launcher", *words), num_gpus, trusted, folders, ())
     # The run's own job sets it to divide a node's cores over its ranks.
     return "\n".join(["#!/bin/bash", "umask 077", "unset OMP_NUM_THREADS", task, ""])
-
-
-def _model_folders(folder: Path) -> list[Path]:
-    import json
-
-    task = json.loads((folder / "task.json").read_bytes())
-    models = [task["tuned"], *([task["base"]] if task["base"] else [])]
-    return [Path(path) for path in (*(model["folder"] for model in models), task["tokenizer"])]

@@ -67,9 +67,14 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
         with clean_environment(), _blocked_interrupts():
             job = executor.submit(NodeTask(str(plan_path)))
     except (FailedJobError, FailedSubmissionError) as error:
-        if _is_unanswered(error):
+        cause = error.__cause__
+        # A signal ended sbatch, or sbatch printed nothing.
+        if (isinstance(cause, subprocess.CalledProcessError) and cause.returncode < 0) or not str(error).strip():
             raise _unknown_submission(plan) from None
-        raise SubmitError("sbatch refused the job", where="sbatch", value=_sbatch_message(error)) from None
+        # The error is submitit's report of a failed command.
+        lines = [line.strip() for line in str(error).splitlines()]
+        message = "\n".join([line for line in lines if line.startswith("sbatch:")] or lines)
+        raise SubmitError("sbatch refused the job", where="sbatch", value=message) from None
     return str(job.job_id)
 
 
@@ -84,13 +89,6 @@ def _blocked_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _is_unanswered(error: Exception) -> bool:
-    """Return whether a signal ended sbatch, or sbatch printed nothing."""
-    cause = error.__cause__
-    is_killed = isinstance(cause, subprocess.CalledProcessError) and cause.returncode < 0
-    return is_killed or not str(error).strip()
 
 
 def _unknown_submission(plan: LaunchPlan) -> UnknownSubmission:
@@ -138,8 +136,8 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         "wckey": None,
         "additional_parameters": additional,
         "setup": _setup(plan, section, plan_path),
-        "teardown": _teardown(plan_path),
-        "srun_args": _srun_arguments(plan, section),
+        "teardown": ["rc=$?", f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"],
+        "srun_args": ["--kill-on-bad-exit=1", *task_arguments(section, ("LAUNCHER_ATTEMPT",), needed_folders(plan))],
     }
 
 
@@ -205,16 +203,8 @@ def setup_commands(section: SlurmSection) -> list[str]:
     return [shlex.join(words) for words in map(str.split, section.setup)]
 
 
-def _teardown(plan_path: Path) -> list[str]:
-    return ["rc=$?", f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"]
-
-
 def _job_command(verb: str, plan_path: Path) -> str:
     return shlex.join([plain_path(sys.executable), "-m", "launcher.worker.slurm.job", verb, plain_path(str(plan_path))])
-
-
-def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
-    return ["--kill-on-bad-exit=1", *task_arguments(section, ("LAUNCHER_ATTEMPT",), needed_folders(plan))]
 
 
 def task_arguments(section: SlurmSection, variables: Sequence[str], folders: Sequence[str]) -> list[str]:
@@ -237,7 +227,9 @@ def needed_folders(plan: LaunchPlan) -> list[str]:
 
 def _mounts(folders: Sequence[str], section: SlurmSection) -> list[str]:
     """Return the mounts: `folders` under the same paths, and those in cluster.container_mounts."""
-    paths = dict.fromkeys(str(_mount_root(Path(path))) for path in folders)
+    # A snapshot in the Hub's cache contains links to files next to it.
+    roots = (path.parents[1] if path.parent.name == "snapshots" else path for path in map(Path, folders))
+    paths = dict.fromkeys(map(str, roots))
     for path in paths:
         if not _MOUNTED_PATH.fullmatch(path):
             raise SubmitError(
@@ -249,11 +241,6 @@ def _mounts(folders: Sequence[str], section: SlurmSection) -> list[str]:
     return [*(f"{path}:{path}" for path in paths), *section.container_mounts]
 
 
-def _mount_root(path: Path) -> Path:
-    """Return the folder to mount for `path`: a snapshot in the Hub's cache contains links to files next to it."""
-    return path.parents[1] if path.parent.name == "snapshots" else path
-
-
 def plain_path(path: str) -> str:
     if not _PLAIN_PATH.fullmatch(path):
         raise SubmitError(
@@ -263,10 +250,3 @@ def plain_path(path: str) -> str:
             remedy="use an absolute path of letters, digits, blanks and . _ @ + = - / only",
         )
     return path
-
-
-def _sbatch_message(error: Exception) -> str:
-    """Return sbatch's message from submitit's report of a failed command."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    messages = [line for line in lines if line.startswith("sbatch:")]
-    return "\n".join(messages or lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -135,7 +134,11 @@ def gpus_of(section: SlurmSection) -> DeviceFacts:
     nodes = [node for partition in partitions for node in partition.nodes]
     wanted = requested or Gpus(None, 1)
     fitting = [node for node in nodes if node.num_gpus(wanted.type) >= wanted.count]
-    node = _most_common(fitting or nodes)
+    fitting = fitting or nodes
+    candidates = [node for node in fitting if node.in_service] or fitting
+    # The most common configuration, and among equals, more GPUs.
+    frequency = Counter(str(node) for node in candidates)
+    node = max(candidates, key=lambda node: (frequency[str(node)], node.num_gpus(), node.cpus), default=None)
     host_gib = round((requested_memory_mib(section) or node.memory_mib) / 1024, 1) if node else None
     gpus = requested or Gpus(None, node.num_gpus() if node else 0)
     if gpus.count == 0:
@@ -161,13 +164,6 @@ def requested_memory_mib(section: SlurmSection) -> int | None:
     number, unit = size.groups()
     kib = int(number) * {"K": 1, "": 1 << 10, "M": 1 << 10, "G": 1 << 20, "T": 1 << 30}[unit]
     return -(-kib // 1024) or None
-
-
-def _most_common(nodes: Sequence[Node]) -> Node | None:
-    """Return a node of the most common configuration, preferring nodes in service and, among equals, more GPUs."""
-    candidates = [node for node in nodes if node.in_service] or nodes
-    frequency = Counter(str(node) for node in candidates)
-    return max(candidates, key=lambda node: (frequency[str(node)], node.num_gpus(), node.cpus), default=None)
 
 
 def _gpus(gres: str) -> tuple[Gpus, ...]:

@@ -11,8 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
+from launcher.errors import DivergedError
+from launcher.nvml import describe_xid
 from launcher.shell_commands import launcher_command
-from launcher.train.monitoring import xids
 from launcher.train.monitoring.rank_stats import RankStats, RankWork
 
 # Number of steps in the reference of losses, its minimum, and the consecutive spikes that count as a lasting rise.
@@ -41,6 +42,8 @@ _SPEED_DEVIATION, _SPEED_WARMUP, _SPEED_STEPS = 0.20, 5, 15
 # Training stalls after this many median steps without progress, but not before these seconds; saves have their own limit.
 STALL_FACTOR, _MIN_STALL_S, _SAVE_STALL_S = 10.0, 60.0, 900.0
 _CHECK_INTERVAL_S = 5.0
+# Consecutive steps that may be skipped. fp16 finds its loss scale by skipping; other types do not.
+_MAX_IN_A_ROW = {"fp16": 20, "bf16": 3, "fp32": 3}
 
 
 class AnomalyDetector:
@@ -119,7 +122,7 @@ class AnomalyDetector:
                 gpus_by_xid.setdefault(int(device.last_xid), []).append(f"GPU {device.gpu_index:.0f} of {hosts[rank]}")
         for number, (first, *others) in gpus_by_xid.items():
             where = f"{1 + len(others)} GPUs, the first of them {first}" if others else first
-            yield f"Xid {number} on {where}: {xids.meaning(number)}"
+            yield f"Xid {number} on {where}: {describe_xid(number)}"
 
     def stragglers(self, works: Sequence[RankWork], hosts: Sequence[str]) -> Iterator[str]:
         """Yield an alert at the end of a window in which one rank was late in most steps; `works` are for one step, by rank."""
@@ -133,7 +136,7 @@ class AnomalyDetector:
         late_ranks = [rank for rank, count in self._num_late.items() if count >= _MIN_LATE_STEPS]
         self._num_steps, self._num_late = 0, {}
         if late_ranks:
-            yield _straggler(max(late_ranks, key=lambda rank: works[rank].seconds), works, hosts)
+            yield _describe_straggler(max(late_ranks, key=lambda rank: works[rank].seconds), works, hosts)
 
     def _check_loss(self, loss: float, number: int) -> Iterator[str]:
         if not self._is_spike(loss):
@@ -182,7 +185,7 @@ class AnomalyDetector:
             self._num_slow = 0
 
 
-def _straggler(rank: int, works: Sequence[RankWork], hosts: Sequence[str]) -> str:
+def _describe_straggler(rank: int, works: Sequence[RankWork], hosts: Sequence[str]) -> str:
     """Return the alert about a straggler; it names the part of its work that exceeds the median rank's most."""
     work, median = works[rank], RankWork(*(statistics.median_low(parts) for parts in zip(*works, strict=True)))
     excess_s = {name: part - other for name, part, other in zip(RankWork._fields, work, median, strict=True)}
@@ -250,3 +253,31 @@ class StallAlarm:
     def _watch(self) -> None:
         while not self._stopped.wait(_CHECK_INTERVAL_S):
             self.check()
+
+
+class SkippedSteps:
+    """Counts consecutive skipped steps; the caller sets `num_in_a_row` to 0 when a step is applied."""
+
+    def __init__(self, dtype: str, run_dir: str) -> None:
+        self._dtype, self._run_dir = dtype, run_dir
+        self.num_in_a_row = 0
+
+    def count(self, step: int, num_skipped: int) -> str | None:
+        """Count one skipped step; return an alert, None if skipping is usual. `num_skipped` is the run's total.
+
+        Raises:
+            DivergedError: if too many steps in a row were skipped.
+        """
+        self.num_in_a_row += 1
+        if self.num_in_a_row > _MAX_IN_A_ROW[self._dtype]:
+            raise DivergedError(
+                f"the gradients of {self.num_in_a_row} steps in a row are not finite; training stopped",
+                where=f"step {step}",
+                remedy="lower optim.lr and go back to a good step: "
+                f"{launcher_command('resume', self._run_dir, '--step', 'N', 'optim.lr=...')}",
+            )
+        if self._dtype == "fp16":
+            return None
+        # The rate limit counts alerts by the text before the colon.
+        skipped = f"the gradients are not finite: this step was skipped, {num_skipped} so far"
+        return f"{skipped}; check the GPUs for faults, or lower optim.lr"

@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from launcher import run_store
 from launcher.distributed import RankInfo, gather_json
+from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_tokens_per_sec
 from launcher.plan.run_dir import RunDir
@@ -24,9 +26,10 @@ from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite, RateLimit
 from launcher.train.monitoring import rank_stats
 from launcher.train.monitoring.anomalies import AnomalyDetector, StallAlarm
-from launcher.train.monitoring.gpu_stats import DeviceMonitor
-from launcher.train.monitoring.rank_stats import NUM_VALUES, RankStats, RankWork
-from launcher.train.monitoring.rank_timing import LayerTimer, OptimizerTimer
+from launcher.train.monitoring.rank_stats import NUM_VALUES, DeviceMonitor, LayerTimer, OptimizerTimer, RankStats, RankWork
+
+# A synced write takes a millisecond and loads shared storage; metrics.jsonl has every logged step.
+_UPDATE_INTERVAL_S = 5.0
 
 
 class Monitor:
@@ -88,8 +91,12 @@ class Monitor:
         Times are those of the last recorded step. Memory is read here, while a GPU still computes: the allocations of this step
         are already known.
         """
-        active, reserved, alloc_retries = _memory(self._device)
-        self._local_stats = self._local_stats._replace(active=active, reserved=reserved, alloc_retries=alloc_retries)
+        if self._device.type == "cuda":
+            stats = torch.cuda.memory_stats(self._device)
+            active, reserved = stats["active_bytes.all.peak"], stats["reserved_bytes.all.peak"]
+            self._local_stats = self._local_stats._replace(
+                active=active, reserved=reserved, alloc_retries=stats["num_alloc_retries"]
+            )
         values = [0.0] * (NUM_VALUES * self._rank_info.world_size)
         values[NUM_VALUES * self._rank_info.rank : NUM_VALUES * (self._rank_info.rank + 1)] = self._local_stats.values()
         return values
@@ -148,14 +155,6 @@ class Monitor:
         self._devices.stop()
 
 
-def _memory(device: torch.device) -> tuple[float, float, float]:
-    """Return a GPU's peak bytes in use, peak bytes reserved, and number of retried allocations; NaN on CPUs."""
-    if device.type != "cuda":
-        return (math.nan,) * 3
-    stats = torch.cuda.memory_stats(device)
-    return stats["active_bytes.all.peak"], stats["reserved_bytes.all.peak"], stats["num_alloc_retries"]
-
-
 def spent_before(run: RunDir, now: float, send_alert: Callable[[str], None]) -> Breakdown:
     """Return what the run has spent until `now` (seconds since the epoch); if that cannot be read, nothing, and send an alert."""
     try:
@@ -176,3 +175,43 @@ def record_fault(run: RunDir, rank_info: RankInfo, host: str, limit: RateLimit, 
         print(text, flush=True)
     with suppress(OSError):
         append_event(run, rank_info.attempt, "alert", text)
+
+
+class StatusFile:
+    """Writes state and step of a run during training, only on rank 0 (`is_main`). A failed write is an alert, not an error.
+
+    Other writers (agent, coordinator, the cancel command) write before the ranks start, after they end, or for the next attempt.
+    Their fields are kept, and a superseded attempt writes nothing.
+    """
+
+    def __init__(self, run: RunDir, attempt: int, send_alert: Callable[[str], None], is_main: bool) -> None:
+        self._run, self._attempt, self._send_alert, self._is_main = run, attempt, send_alert, is_main
+        # A single thread, so the last update is the one that stays.
+        self._writer = ThreadPoolExecutor(1, "status")
+        self._pending: Future[None] | None = None
+        self._due = 0.0
+
+    def write_state(self, state: str, step: int) -> None:
+        """Write a state, and return when it is on disk."""
+        if self._is_main:
+            self._writer.submit(self._write, state, step).result()
+            self._due = time.monotonic() + _UPDATE_INTERVAL_S
+
+    def update_step(self, step: int) -> None:
+        """Write the step every few seconds, in a thread because storage may be slow.
+
+        The write is synced to disk: after a power loss, a file that was only renamed may be empty, and no command could read the
+        run.
+        """
+        now = time.monotonic()
+        if self._is_main and now >= self._due and (self._pending is None or self._pending.done()):
+            self._due = now + _UPDATE_INTERVAL_S
+            self._pending = self._writer.submit(self._write, "running", step)
+
+    def _write(self, state: str, step: int) -> None:
+        try:
+            run_store.fence(self._run, self._attempt)
+            # Write the attempt too: an earlier attempt may have overwritten it while it was writing.
+            run_store.update_status(self._run, attempt=self._attempt, state=state, step=step, message="")
+        except (OSError, RunError) as error:
+            self._send_alert(f"status.json could not be written: {error}")

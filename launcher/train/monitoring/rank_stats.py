@@ -1,13 +1,124 @@
-"""Per-rank statistics that travel in the all-reduce of each step, and the metrics that rank 0 derives from them. Pure."""
+"""Statistics of each rank that travel in the all-reduce of each step: its times, its GPU and node, and what rank 0 derives.
+
+Step times do not show which rank is slow, because under ZeRO-3 all ranks finish a step together. The timers here measure what
+contains no collective: the forward pass of one linear layer, between DeepSpeed's fetch of its weights and their release (or of a
+whole decoder layer if its weights are fetched as a whole, because the compiler does not support hooks inside it), and an
+optimizer that runs on the node's CPUs.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import NamedTuple
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from launcher.train.monitoring.gpu_stats import DeviceReadings
+import psutil
+import torch
+from torch import Tensor, nn
+
+from launcher.nvml import LOST_GPU, GpuSensor, describe_xid
+
+INTERVAL_S = 5.0
+_CPU_S = 0.5
+# Consecutive readings after which lowered clocks are reported; shorter drops hardly slow training.
+_LASTING_READINGS = 6
+_NAN = math.nan
+
+
+class DeviceReadings(NamedTuple):
+    """The latest readings; NaN for values that were not read. Fractions are 0 to 1.
+
+    Attributes:
+        gpu_index: the driver's number of the GPU, independent of CUDA_VISIBLE_DEVICES.
+        xids: number of Xid faults since the start.
+        last_xid: code of the last fault.
+        host_cpu_util, host_ram_used: of the node; read by one rank per node.
+    """
+
+    gpu_index: float = _NAN
+    gpu_util: float = _NAN
+    gpu_memory: float = _NAN
+    gpu_power_w: float = _NAN
+    gpu_temp_c: float = _NAN
+    xids: float = 0.0
+    last_xid: float = _NAN
+    host_cpu_util: float = _NAN
+    host_ram_used: float = _NAN
+
+
+class DeviceMonitor:
+    """Keeps `latest` up to date; calls `on_fault` from its thread for each Xid, lasting lowered clocks, and a lost GPU.
+
+    `device` is the rank's device; only NVIDIA GPUs are read. With `reads_host`, the node's CPU and memory are read as well.
+    """
+
+    def __init__(
+        self, device: torch.device, reads_host: bool, on_fault: Callable[[str], None], interval_s: float = INTERVAL_S
+    ) -> None:
+        self._device, self._reads_host = device, reads_host
+        self._on_fault, self._interval_s = on_fault, interval_s
+        self._stopped = threading.Event()
+        self.latest = DeviceReadings()
+
+    def start(self) -> DeviceMonitor:
+        """Start the thread."""
+        threading.Thread(target=self._watch, name="device-monitor", daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """Stop the thread within an interval, without waiting for it, because the driver may hang."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        try:
+            gpu = _open_sensor(self._device) if self._device.type == "cuda" else None
+            if gpu is None and not self._reads_host:
+                return
+            gpu_name, is_reported, num_slow = "", False, 0
+            while not self._stopped.is_set():
+                readings = gpu.read() if gpu is not None else {}
+                if self._reads_host:
+                    memory = psutil.virtual_memory()
+                    readings["host_cpu_util"] = psutil.cpu_percent(interval=_CPU_S) / 100
+                    readings["host_ram_used"] = 1 - memory.available / memory.total
+                self.latest = self.latest._replace(**readings)
+                # A lost GPU no longer has a number.
+                gpu_name = gpu_name if math.isnan(self.latest.gpu_index) else f" (GPU {self.latest.gpu_index:.0f})"
+                if gpu is not None and gpu.is_lost and not is_reported:
+                    is_reported = True
+                    self._on_fault(f"{LOST_GPU}{gpu_name}; restart the node, or reset the GPU")
+                slowdowns = gpu.read_hardware_slowdowns() if gpu is not None else ()
+                num_slow = num_slow + 1 if slowdowns else 0
+                if num_slow == _LASTING_READINGS:
+                    reasons = " and ".join(slowdowns)
+                    self._on_fault(
+                        f"the clocks of a GPU are lowered{gpu_name}: {reasons}; check the node's cooling and power supply"
+                    )
+                self._wait(gpu)
+        except Exception as error:
+            # Only the charts lose these readings.
+            print(f"note: the readings of this rank's device have stopped: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def _wait(self, gpu: GpuSensor | None) -> None:
+        """Wait until the next reading is due, reporting GPU faults meanwhile."""
+        until = time.monotonic() + self._interval_s
+        while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
+            if gpu is None or not gpu.has_events:
+                self._stopped.wait(left)
+            elif (number := gpu.next_xid(left)) is not None:
+                self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
+                self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {describe_xid(number)}")
+
+
+def _open_sensor(device: torch.device) -> GpuSensor | None:
+    """Open the GPU that this process computes on; None without NVIDIA's driver."""
+    properties = torch.cuda.get_device_properties(device)
+    bus_id = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+    return GpuSensor.open(f"GPU-{properties.uuid}", bus_id)
 
 
 class RankStats(NamedTuple):
@@ -17,7 +128,7 @@ class RankStats(NamedTuple):
         step_s: time of the whole step.
         data_s: time that the rank waited for its rows.
         load_s: time that the preparation of its rows took, which overlaps with the step before.
-        compute_s: time of the timed layer per token, see launcher.train.monitoring.rank_timing.
+        compute_s: time of the timed layer per token, see launcher.train.monitoring.rank_stats.
         optim_s: time of an optimizer that runs on the node's CPUs.
         active, reserved: peak bytes of GPU memory so far.
         alloc_retries: number of retried allocations so far.
@@ -75,7 +186,8 @@ def estimate_work(ranks: Sequence[RankStats]) -> list[RankWork]:
     layer. Ranks without a timed layer count as median ranks. Kernel launches and the network are not measured per rank, so they
     are not included.
     """
-    data = _data_seconds(ranks)
+    usual = _median([rank.load_s for rank in ranks])
+    data = [min(rank.data_s, rank.load_s - usual) if rank.data_s > 0 and rank.load_s > usual else 0.0 for rank in ranks]
     optim = [rank.optim_s if rank.optim_s > 0 else 0.0 for rank in ranks]
     usual = _median([rank.compute_s for rank in ranks])
     factors = [rank.compute_s / usual if rank.compute_s / usual > 0 else 1.0 for rank in ranks]
@@ -85,11 +197,6 @@ def estimate_work(ranks: Sequence[RankStats]) -> list[RankWork]:
         RankWork(compute_s * factor / slowest, data_s, optim_s)
         for factor, data_s, optim_s in zip(factors, data, optim, strict=True)
     ]
-
-
-def _data_seconds(ranks: Sequence[RankStats]) -> list[float]:
-    usual = _median([rank.load_s for rank in ranks])
-    return [min(rank.data_s, rank.load_s - usual) if rank.data_s > 0 and rank.load_s > usual else 0.0 for rank in ranks]
 
 
 def straggler_ratio(works: Sequence[RankWork]) -> float:
@@ -128,3 +235,81 @@ def _median(values: Sequence[float]) -> float:
     """Return the lower median of the positive values; NaN if there are none."""
     known = [value for value in values if value > 0]
     return statistics.median_low(known) if known else math.nan
+
+
+class LayerTimer:
+    """Times one layer of `model` in training mode, including recomputation. Create it after DeepSpeed's engine."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._start: Any = None
+        self._spans: list[tuple[Any, Any, int]] = []
+        layer = representative_layer(model)
+        if layer is not None:
+            # This hook runs after DeepSpeed's hook that gathers the weights, and before the one that releases them.
+            layer.register_forward_pre_hook(self._begin)
+            layer.register_forward_hook(self._end, prepend=True)
+
+    def read(self) -> float:
+        """Return seconds per token since the last call, NaN if there are none; call it when the device has finished."""
+        spans, self._spans = self._spans, []
+        tokens = sum(count for *_, count in spans)
+        if not tokens:
+            return math.nan
+        seconds = sum(start.elapsed_time(end) / 1000 if self._cuda else end - start for start, end, _ in spans)
+        return seconds / tokens
+
+    def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._start = self._mark() if module.training else None
+
+    def _end(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        if self._start is not None:
+            output = output[0] if isinstance(output, tuple) else output
+            # Count tokens in the output: a layer that is called by keyword has no inputs here.
+            self._spans.append((self._start, self._mark(), output.numel() // output.shape[-1]))
+            self._start = None
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class OptimizerTimer:
+    """Times an optimizer whose states are in main memory. On a GPU, steps end after they return, so this cannot time them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._start, self._seconds = 0.0, math.nan
+        optimizer.register_step_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)
+
+    def read(self) -> float:
+        """Return the seconds spent in steps since the last call; NaN if there were none."""
+        seconds, self._seconds = self._seconds, math.nan
+        return seconds
+
+    def _begin(self, *_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        # DeepSpeed calls it once per parameter group.
+        spent = time.perf_counter() - self._start
+        self._seconds = spent if math.isnan(self._seconds) else self._seconds + spent
+
+
+def representative_layer(model: nn.Module) -> nn.Module | None:
+    """Return the largest linear layer of the middle block, or the block itself if ZeRO-3 gathers it as a whole.
+
+    Returns None if the model has no list of blocks with a linear layer.
+    """
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not stacks:
+        return None
+    blocks = max(stacks, key=len)
+    block = blocks[len(blocks) // 2]
+    if getattr(block, "_z3_leaf", False):
+        return block
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    return max(linears, key=lambda linear: linear.in_features * linear.out_features, default=None)

@@ -24,7 +24,7 @@ from launcher.errors import describe
 from launcher.hardware import may_use_gpus
 from launcher.nvml import GpuInfo, NvmlError
 from launcher.plan.gpu_types import lookup, recognize
-from launcher.worker.checks.checked_node import CheckedNode, run_python
+from launcher.worker.checks.machine import CheckedNode, run_python
 
 COMMAND_DEADLINE_S = 20.0
 # The processes of an attempt that just ended need a while to free their memory.

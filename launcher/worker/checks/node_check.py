@@ -28,8 +28,8 @@ from launcher.errors import EXIT_FAILED, Problem, RunError, describe
 from launcher.hardware import may_use_gpus
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import append_event
-from launcher.worker.checks import gpus, machine, storage
-from launcher.worker.checks.checked_node import CheckedNode, kill_children
+from launcher.worker.checks import gpus, machine
+from launcher.worker.checks.machine import CheckedNode, kill_children
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -54,9 +54,9 @@ CHECKS = (
     Check("machine", machine.check_memory, _SHORT_S),
     Check("network", machine.check_adapters, _SHORT_S),
     Check("packages", machine.check_packages, _SHORT_S),
-    Check("run.root", storage.check_run_storage, _LONG_S),
-    Check("inputs", storage.check_inputs, _SHORT_S, "start"),
-    Check("caches", storage.check_caches, _SHORT_S, "doctor"),
+    Check("run.root", machine.check_run_storage, _LONG_S),
+    Check("inputs", machine.check_inputs, _SHORT_S, "start"),
+    Check("caches", machine.check_caches, _SHORT_S, "doctor"),
     Check("/dev/shm", machine.check_shared_memory, _SHORT_S),  # noqa: S108
     Check("compiler", machine.check_build_tools, _SHORT_S),
     Check("GPUs", gpus.check_gpus, 2 * _SHORT_S),

@@ -54,18 +54,15 @@ def main(descriptor: int, plan_path: str) -> None:
     # Ctrl-C reaches the terminal's whole process group; the agent decides what it means for a rank.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     agent_pid = os.getppid()
-    _import_stack(LaunchPlan.load(Path(plan_path)))
-    arguments = _serve(socket.socket(fileno=descriptor), agent_pid)
-    if arguments is not None:
-        rank_main.main(arguments[0], int(arguments[1]))
-
-
-def _import_stack(plan: LaunchPlan) -> None:
+    plan = LaunchPlan.load(Path(plan_path))
     # DeepSpeed reads it on import.
     os.environ["DS_ACCELERATOR"] = plan.topology.device
     from launcher.train.preload import import_stack
 
     import_stack(plan, tracks=True)
+    arguments = _serve(socket.socket(fileno=descriptor), agent_pid)
+    if arguments is not None:
+        rank_main.main(arguments[0], int(arguments[1]))
 
 
 def _serve(connection: socket.socket, agent_pid: int) -> Sequence[str] | None:
@@ -87,7 +84,12 @@ def _serve(connection: socket.socket, agent_pid: int) -> Sequence[str] | None:
             if pid == 0:
                 requests.close()
                 connection.close()
-                _await_adoption(agent_pid)
+                until = time.monotonic() + _ADOPTION_S
+                while os.getppid() != agent_pid:
+                    if time.monotonic() > until:
+                        # The agent has ended.
+                        os._exit(1)
+                    time.sleep(0.0005)
                 os.environ.clear()
                 os.environ.update(request["environment"])
                 arguments: Sequence[str] = request["arguments"]
@@ -128,15 +130,6 @@ def _fork_orphan() -> int:
     if pid <= 0:
         raise OSError(-pid, os.strerror(-pid))
     return pid
-
-
-def _await_adoption(agent_pid: int) -> None:
-    until = time.monotonic() + _ADOPTION_S
-    while os.getppid() != agent_pid:
-        if time.monotonic() > until:
-            # The agent has ended.
-            os._exit(1)
-        time.sleep(0.0005)
 
 
 def find_fork_hazard() -> str | None:

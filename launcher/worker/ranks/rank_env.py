@@ -1,11 +1,12 @@
-"""The identity of a process (its node and its rank), and the setup of a rank's process."""
+"""The identity of a process (its node and its rank), and the setup of a rank's process: memory, name, output, CPUs."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,21 +25,21 @@ _FORMER_ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 _MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
 _MMAP_THRESHOLD, _FORMER_MMAP_THRESHOLD = str(2**28), str(2**25)
 _GLIBC_WITHOUT_LIMIT = (2, 35)
+_SYSFS = Path("/sys")
+# Threads of a rank that computes nothing on CPUs: the loop, autograd, NCCL's, and the one that copies states for a save.
+_GPU_RANK_THREADS = 4
 
 
 def allocator_defaults(environ: Mapping[str, str], device: str) -> dict[str, str]:
     """Return the memory allocator variables for `device` (cuda or cpu), except those that the user has set."""
     if device == "cpu":
-        malloc = {"MALLOC_MMAP_THRESHOLD_": _mmap_threshold(*platform.libc_ver()), **_MALLOC}
+        library, version = platform.libc_ver()
+        numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+        is_unlimited = library == "glibc" and numbers >= _GLIBC_WITHOUT_LIMIT
+        malloc = {"MALLOC_MMAP_THRESHOLD_": _MMAP_THRESHOLD if is_unlimited else _FORMER_MMAP_THRESHOLD, **_MALLOC}
         return {name: value for name, value in malloc.items() if name not in environ}
     name, value = _ALLOCATOR
     return {} if name in environ or _FORMER_ALLOCATOR in environ else {name: value}
-
-
-def _mmap_threshold(library: str, version: str) -> str:
-    """Return the mmap threshold, in bytes, for this C library."""
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    return _MMAP_THRESHOLD if library == "glibc" and numbers >= _GLIBC_WITHOUT_LIMIT else _FORMER_MMAP_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -121,3 +122,56 @@ def redirect_output(log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def bind_to_gpu(local_rank: int, num_ranks: int, num_threads: int) -> None:
+    """Bind the calling thread, and the threads it starts, to the CPUs next to GPU `local_rank`, if `choose_cpus` returns any.
+
+    Copies between main memory and a GPU on another socket take about twice as long.
+
+    Each of this machine's `num_ranks` ranks keeps `num_threads` threads busy.
+    """
+    import torch
+
+    # Another rank's GPU may be hidden from this one.
+    num_gpus = max(local_rank + 1, min(num_ranks, torch.cuda.device_count()))
+    near = []
+    for gpu in map(torch.cuda.get_device_properties, range(num_gpus)):
+        # The PCI address as the kernel writes it.
+        near.append(cpus_near(f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"))
+    if cpus := choose_cpus(near, local_rank, os.sched_getaffinity(0), num_threads):
+        with suppress(OSError):
+            os.sched_setaffinity(0, cpus)
+
+
+def choose_cpus(near: Sequence[set[int]], local_rank: int, allowed: set[int], num_threads: int) -> set[int]:
+    """Return the CPUs to bind a rank to: those next to its GPU that this process may use. Empty means no binding.
+
+    They must be enough for the threads of all ranks next to them: remote memory costs less than a shared CPU.
+    `near` holds the CPUs next to each rank's GPU on this machine; a set is empty if they are not known.
+    """
+    cpus = near[local_rank] & allowed
+    return cpus if len(cpus) >= num_threads * near.count(near[local_rank]) else set()
+
+
+def num_busy_threads(environ: Mapping[str, str], steps_on_cpu: bool) -> int:
+    """Return the threads for which a rank on a GPU needs CPUs: the first number in OMP_NUM_THREADS, or 1 if it is not set.
+
+    These are at most a few, unless the optimizer steps on the CPU: the agent divides all CPUs of the machine over its ranks, and
+    the NUMA nodes next to GPUs may have fewer.
+    """
+    first = environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    num_threads = int(first) if first.isdecimal() else 1
+    return num_threads if steps_on_cpu else min(num_threads, _GPU_RANK_THREADS)
+
+
+def cpus_near(address: str, sysfs: Path = _SYSFS) -> set[int]:
+    """Return the CPUs of a PCI device's NUMA node; empty if the machine has one node or does not report it."""
+    try:
+        node = int((sysfs / "bus/pci/devices" / address / "numa_node").read_text())
+        # A list such as 0-3,8-11.
+        text = (sysfs / f"devices/system/node/node{node}/cpulist").read_text().strip() if node >= 0 else ""
+        ranges = (part.partition("-") for part in text.split(",") if part)
+        return {number for first, _, last in ranges for number in range(int(first), int(last or first) + 1)}
+    except (OSError, ValueError):
+        return set()

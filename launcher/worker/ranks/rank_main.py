@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING
 
 from launcher import json_records
 from launcher.child_process import die_with_parent, exit_without_shutdown
+from launcher.clusters import limits
 from launcher.errors import WOULD_REPEAT
 from launcher.models.remote_code import remove_copies
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file
-from launcher.worker import limits
+from launcher.worker.failure_record import ErrorRecord, ErrorSlot
 from launcher.worker.ranks import flight_recorder
-from launcher.worker.ranks.error_record import ErrorRecord, ErrorSlot
 from launcher.worker.ranks.heartbeat import Heartbeat
-from launcher.worker.ranks.numa import bind_to_gpu, num_busy_threads
-from launcher.worker.ranks.rank_env import RankEnv, redirect_output, set_title
+from launcher.worker.ranks.rank_env import RankEnv, bind_to_gpu, num_busy_threads, redirect_output, set_title
 from launcher.worker.signals import StopFlag
 
 if TYPE_CHECKING:

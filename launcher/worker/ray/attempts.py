@@ -20,7 +20,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, DrainRecord
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
-from launcher.worker import disk_reserve, postmortem
+from launcher.worker import postmortem
 from launcher.worker.ray.messages import Member, Verdict
 from launcher.worker.ray.worker_group import Group, require_private
 
@@ -92,7 +92,7 @@ class Attempts:
             atomic_files.write_text(run.attempt(self.number) / "marker", group.marker)
             # This must be the last step that can fail: if the attempt were opened again after it, it would count as lost.
             run_store.write_attempt(run, self.number, opened)
-            disk_reserve.keep(run, self.number)
+            postmortem.reserve_disk_space(run, self.number)
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=self.number, message=_STARTING)
         self.report(*group.composition(self.number))
@@ -114,14 +114,14 @@ class Attempts:
             group.verdict = Verdict(True, f"how the attempt ended cannot be read now: {error}")
             return
         decision = conclusion.decision
-        disk_reserve.release_if_full(self._run, self.number)
+        postmortem.release_space_if_full(self._run, self.number)
         # A full disk must not stop the run from continuing.
         with suppress(OSError, LauncherError):
             conclusion.record(self._run, self.number)
             run_store.update_status(self._run, state=decision.state, step=conclusion.ending.step, message=conclusion.message)
         if conclusion.alert is not None:
             self.report("alert", conclusion.alert)
-        disk_reserve.release(self._run, self.number)
+        postmortem.release_disk_space(self._run, self.number)
         group.verdict = Verdict(decision.again, conclusion.message)
         if not decision.again:
             self.over = conclusion.message

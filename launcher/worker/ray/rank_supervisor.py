@@ -20,7 +20,7 @@ from typing import Any
 
 from launcher import json_records, run_store
 from launcher.clusters import detached_process, network
-from launcher.clusters.cgroups import LimitEvents, record_limits
+from launcher.clusters.limits import LimitEvents, cause_of, record_limits
 from launcher.config.sections.ray import RaySection
 from launcher.errors import describe
 from launcher.plan.launch_plan import LaunchPlan
@@ -28,9 +28,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.security.folders import private_variables
 from launcher.worker import failure_record
-from launcher.worker.limits import cause_of
-from launcher.worker.ranks import error_record, heartbeat
-from launcher.worker.ranks.error_record import ErrorMemory, ErrorRecord
+from launcher.worker.failure_record import ErrorMemory, ErrorRecord
+from launcher.worker.ranks import heartbeat
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
@@ -332,7 +331,7 @@ class _Worker:
             "MASTER_ADDR": assignment.address if len(assignment.peers) > 1 else network.LOOPBACK.address,
             "MASTER_PORT": str(assignment.port),
             heartbeat.VARIABLE: str(table.path),
-            error_record.VARIABLE: str(errors.path),
+            failure_record.ERROR_MEMORY_VARIABLE: str(errors.path),
         }
         endpoint = network.LOOPBACK
         if len(assignment.peers) > 1:

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from launcher import run_store
-from launcher.clusters.answers import AnswerSource, answer_source
-from launcher.clusters.backends import evaluation_nodes_for
+from launcher.clusters.backends import AnswerSource, answer_source, evaluation_nodes_for
 from launcher.errors import LauncherError, describe, printable
 from launcher.evaluate.task import EvaluationFolder, read_exported
 from launcher.plan.launch_plan import LaunchPlan

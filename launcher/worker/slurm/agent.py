@@ -10,17 +10,24 @@ import math
 import os
 import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
+from signal import Signals
 
 from launcher import run_store
-from launcher.clusters.cgroups import record_limits
-from launcher.worker import node_agents
+from launcher.clusters.limits import record_limits
+from launcher.config.sections.slurm import SlurmSection
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.run_records import Attempt
 from launcher.worker.agent import NodeAgent
 from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S, SUBMISSION_S
 from launcher.worker.signals import CANCEL, PREEMPT
-from launcher.worker.slurm import node as slurm_node
 
 # TERM comes from Slurm, which takes the nodes back, not from a person.
 _SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, PREEMPT: PREEMPT}
+# Seconds between the end of the ranks and the end of the job, for srun's exit, the records and a requeue.
+_CONCLUDE_S = 20.0
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -32,18 +39,39 @@ def main(plan_path: str, attempt: int) -> int:
     record = run_store.read_attempt(run, attempt)
     number = int(os.environ["SLURM_NODEID"])
     record_limits(run, attempt, number)
-    stopper.kill_at = slurm_node.kill_at(record, plan)
+    stopper.kill_at = kill_at(record, plan)
     if run.cancel(attempt).is_file():
         # Requested before this process listened for signals.
         stopper.request(CANCEL)
-    slurm_node.save_before_end(record, plan, stopper.request)
-    result = node_agents.run_node(agent, record, number, run.agent_log(attempt, record.job), record.job)
+    save_before_end(record, plan, stopper.request)
+    result = agent.run_node(record, number, run.agent_log(attempt, record.job), record.job)
     agent.close()
-    node_agents.write_record(agent, number, os.uname().nodename, result)
+    agent.write_record(number, os.uname().nodename, result)
     is_complete = result.exit_code == 0 and not stopper.requested
     stopper.finish(result.answers, SUBMISSION_S if is_complete else 0.0, uses_grace=False)
     stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
     return result.exit_code
+
+
+def save_before_end(record: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]) -> None:
+    """Call `stop` when cluster.signal_lead_seconds of the job's time are left, whether or not Slurm's signal arrives."""
+    if record.ends_at is None:
+        return
+    lead_s = SlurmSection.of(plan.config.cluster).signal_lead_seconds
+    timer = threading.Timer(record.ends_at - lead_s - time.time(), stop, (PREEMPT,))
+    timer.daemon = True
+    timer.start()
+
+
+def kill_at(record: Attempt, plan: LaunchPlan) -> float | None:
+    """Return when ranks that do not stop are killed, as a time.monotonic() time, or None if there is no time limit.
+
+    The job must conclude before Slurm ends it; otherwise nothing would run it again.
+    """
+    if record.ends_at is None:
+        return None
+    margin_s = min(_CONCLUDE_S, SlurmSection.of(plan.config.cluster).signal_lead_seconds / 4)
+    return time.monotonic() + record.ends_at - margin_s - time.time()
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from launcher.run_records import Attempt, exit_file
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
-from launcher.worker import disk_reserve, postmortem
+from launcher.worker import postmortem
 from launcher.worker.slurm import job_output
 from launcher.worker.wandb_closing import close_wandb_run
 
@@ -96,7 +96,7 @@ def begin(plan_path: str) -> int | None:
             _end(plan, plan_path, run, number, Decision(False, "failed", message))
             raise
         run_store.write_attempt(run, number, opened)
-        disk_reserve.keep(run, number)
+        postmortem.reserve_disk_space(run, number)
         print(job_output.marker(number, opened.nodes), file=sys.stderr)
         run_store.update_status(run, state="running", attempt=number, job={"id": job, "nodes": opened.nodes}, message="starting")
     return number
@@ -138,12 +138,12 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
         conclusion = postmortem.conclude(run, number, attempt, section, state, exit_code)
     run_store.fence(run, number)
     ending, decision = conclusion.ending, conclusion.decision
-    disk_reserve.release_if_full(run, number)
+    postmortem.release_space_if_full(run, number)
     _if_possible(lambda: conclusion.record(run, number))
     if (alert := conclusion.alert) is not None:
         _if_possible(lambda: append_event(run, number, "alert", alert, ending.step))
     _if_possible(lambda: run_store.update_status(run, state=decision.state, step=ending.step, message=conclusion.message))
-    disk_reserve.release(run, number)
+    postmortem.release_disk_space(run, number)
     _if_possible(lambda: print(f"attempt {number}: {ending.cause}: {conclusion.message}", flush=True))
     if decision.again:
         by_slurm = state == "PENDING" or _preempted_by_slurm(_details(job, until), until)
@@ -193,7 +193,7 @@ def _with_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int,
         address=endpoint.address,
         interface=endpoint.interface,
         port=network.free_port(endpoint.address),
-        ends_at=_end_time(_details(job, until)),
+        ends_at=float(ends) if (ends := _details(job, until).get("EndTime", "")).isdigit() else None,
         begun_at=time.time(),
     )
 
@@ -204,11 +204,6 @@ def _details(job: str, until: float) -> Mapping[str, str]:
         return queue.details(job, _left(until))
     except SlurmError:
         return {}
-
-
-def _end_time(details: Mapping[str, str]) -> float | None:
-    ends = details.get("EndTime", "")
-    return float(ends) if ends.isdigit() else None
 
 
 def _preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:

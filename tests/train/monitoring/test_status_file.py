@@ -11,8 +11,8 @@ import pytest
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
-from launcher.train.monitoring import status_file
-from launcher.train.monitoring.status_file import StatusFile
+from launcher.train.monitoring import monitor
+from launcher.train.monitoring.monitor import StatusFile
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_state_is_on_disk_at_once_and_fields_of_others_are_kept(run: RunDir) -
 
 def test_steps_are_written_now_and_then_without_holding_up_training(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each disk write blocks until the test releases it, as on storage that hangs."""
-    monkeypatch.setattr(status_file, "_UPDATE_INTERVAL_S", 0.05)
+    monkeypatch.setattr(monitor, "_UPDATE_INTERVAL_S", 0.05)
     through, writes, fsync = threading.Event(), [], os.fsync
 
     def slow(descriptor: int) -> None:
@@ -68,7 +68,7 @@ def test_steps_are_written_now_and_then_without_holding_up_training(run: RunDir,
     through.set()
     assert step_on_disk(run, 1)
     time.sleep(0.06)
-    monkeypatch.setattr(status_file, "_UPDATE_INTERVAL_S", 1e6)
+    monkeypatch.setattr(monitor, "_UPDATE_INTERVAL_S", 1e6)
     file.update_step(101)
     assert step_on_disk(run, 101)
     for _ in range(20):

@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from launcher.config.schema import RunConfig
 from launcher.data.loader import IGNORED, StepBatch, TrainBatches
 from launcher.data.split import Split
 from launcher.plan.architecture.flops import train_flops
+from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.train.monitoring.step_metrics import Meter, StepTimer, perplexity
+from launcher.train.monitoring.step_metrics import Meter, StepTimer, find_peak_tflops, perplexity
 
 PlanOf = Callable[..., LaunchPlan]
 TIMES = {"time/step_s": 0.5}
 # Document lengths by row. A micro-batch of two rows has padding if the row lengths differ.
 ROWS = [[8], [1, 2, 1], [5, 3, 4], [2], [6, 6], [3, 1], [7], [2, 2]]
+ConfigOf = Callable[..., RunConfig]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def split_of(rows: list[list[int]]) -> Split:
@@ -131,3 +135,31 @@ def test_metrics_that_cannot_be_computed_are_omitted(plan_of: PlanOf) -> None:
     metrics = measured(plan_of("model.config.model_type=deepseek_v3"), batch_of(), peak_tflops=0.25)
     assert metrics.keys() & {"perf/tflops_per_gpu", "perf/mfu"} == set()
     assert metrics["perf/tokens_per_sec"] == 48
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "expected"),
+    [
+        ("bf16", "high", GPUS["H100-80GB"].bf16),
+        ("fp32", "highest", GPUS["H100-80GB"].fp32),
+        ("fp32", "high", GPUS["H100-80GB"].tf32),
+    ],
+)
+def test_the_peak_of_a_gpu_is_its_vendors_figure(
+    config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch, dtype: str, precision: str, expected: float
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    # The machine's GPU counts, not the plan's.
+    assert find_peak_tflops(config_of(f"model.dtype={dtype}", "cluster.gpu_type=A100-40GB"), CUDA) == expected
+
+
+def test_an_unknown_gpu_has_no_peak(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 3000")
+    assert find_peak_tflops(config_of(), CUDA) is None
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_cpu_has_no_peak(config_of: ConfigOf, dtype: str) -> None:
+    """A CPU's peak would have to be measured, and other processes would distort it, giving an MFU above 1."""
+    assert find_peak_tflops(config_of(f"model.dtype={dtype}"), CPU) is None

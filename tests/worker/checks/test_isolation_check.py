@@ -16,7 +16,7 @@ from launcher.errors import RunError
 from launcher.models import stored_checks
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import ModelFacts
-from launcher.worker.checks import isolation_check
+from launcher.worker.checks import model_check
 
 SIZES = {
     "hidden_size": 1024,
@@ -59,7 +59,7 @@ def test_a_verdict_is_stored_for_config_and_kernel(model_type: str, attention: A
     own = {"num_hidden_layers": 2}
     model, model_of_run = section(attention=attention), facts(model_type, **own)
     assert stored_checks.load_verdict(model_of_run, model) is None
-    verdict = isolation_check.check(model, model_of_run)
+    verdict = model_check.check_isolation(model, model_of_run)
     assert (verdict.outcome, verdict.kernel, verdict.transformers) == (outcome, kernel, transformers.__version__)
     assert stored_checks.load_verdict(model_of_run, model) == verdict
     assert stored_checks.load_verdict(facts(model_type, num_hidden_layers=3), model) is None
@@ -76,7 +76,7 @@ def test_a_reduced_model_keeps_the_kinds_of_layers_and_the_windows() -> None:
     config = transformers.AutoConfig.for_model(
         "qwen3", **SIZES, head_dim=128, layer_types=kinds, sliding_window=512, use_sliding_window=True
     )
-    several, wide = isolation_check.reductions(config)
+    several, wide = model_check.reduce_config(config)
     assert several.layer_types == wide.layer_types == kinds[:18]
     assert (several.sliding_window, several.head_dim, several.num_attention_heads, several.num_key_value_heads) == (
         512,
@@ -85,7 +85,7 @@ def test_a_reduced_model_keeps_the_kinds_of_layers_and_the_windows() -> None:
         2,
     )
     assert wide.hidden_size == 1024
-    assert sum(parameter.numel() for parameter in isolation_check.build(several, "sdpa").parameters()) < 20e6
+    assert sum(parameter.numel() for parameter in model_check.build_reduced_model(several, "sdpa").parameters()) < 20e6
     assert config.hidden_size == 1024, "the config itself is not changed"
 
 
@@ -94,7 +94,7 @@ def test_a_reduced_model_keeps_the_kinds_of_layers_and_the_windows() -> None:
 def test_models_of_full_size_are_reduced_by_the_same_rule(model_type: str, outcome: str) -> None:
     config = transformers.AutoConfig.for_model(model_type).to_dict()
     of_run = facts("llama").model_copy(update={"config": config})
-    verdict = isolation_check.check(section(), of_run)
+    verdict = model_check.check_isolation(section(), of_run)
     assert verdict.outcome == outcome, verdict
 
 
@@ -103,9 +103,9 @@ def test_a_probe_without_memory_has_no_verdict(monkeypatch: pytest.MonkeyPatch, 
     def build(*options: Any, **more: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(isolation_check, "build", build)
+    monkeypatch.setattr(model_check, "build_reduced_model", build)
     with pytest.raises(RunError):
-        isolation_check.check(section(), facts("llama"))
+        model_check.check_isolation(section(), facts("llama"))
     assert stored_checks.load_verdict(facts("llama"), section()) is None
 
 

@@ -32,8 +32,8 @@ from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
-from launcher.worker.checks import gpus, machine, storage
-from launcher.worker.checks.checked_node import CheckedNode
+from launcher.worker.checks import gpus, machine
+from launcher.worker.checks.machine import CheckedNode
 from launcher.worker.checks.node_check import CHECKS, Check, check_node, exchange, run_check, run_checks
 
 __all__ = ["config_of", "driver"]
@@ -314,7 +314,7 @@ def test_torch_and_an_all_reduce_are_tried_in_processes_of_their_own(node_of: Of
 
 
 def test_storage_is_measured_and_left_as_it_was(node_of: OfConfig, tmp_path: Path) -> None:
-    speed, room = storage.check_run_storage(node_of())
+    speed, room = machine.check_run_storage(node_of())
     assert speed.verdict in (OK, WARNING)
     assert "MB/s" in speed.seen
     assert "free" in room.seen
@@ -326,16 +326,16 @@ def test_storage_that_is_another_than_the_submitting_machines_is_a_failure(
 ) -> None:
     file = tmp_path / "known"
     monkeypatch.setenv(SHARED_FILE_VARIABLE, f"{file}=12ab")
-    assert len(failures(storage.check_run_storage(node_of()))) == 1
+    assert len(failures(machine.check_run_storage(node_of()))) == 1
     file.write_text("other")
-    assert len(failures(storage.check_run_storage(node_of()))) == 1
+    assert len(failures(machine.check_run_storage(node_of()))) == 1
     file.write_text("12ab")
-    assert failures(storage.check_run_storage(node_of())) == []
+    assert failures(machine.check_run_storage(node_of())) == []
 
 
 def test_locks_without_effect_are_a_failure(node_of: OfConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
-    assert ["locks have no effect" in text for text in failures(storage.check_run_storage(node_of()))] == [True]
+    assert ["locks have no effect" in text for text in failures(machine.check_run_storage(node_of()))] == [True]
 
 
 def test_a_check_that_hangs_or_raises_does_not_keep_the_others(node_of: OfConfig) -> None:

@@ -17,7 +17,7 @@ from launcher.errors import ConfigError
 from launcher.models import weight_files
 from launcher.models.found_model import find_model
 from launcher.models.weight_files import WeightReport
-from launcher.worker.checks import weight_check
+from launcher.worker.checks import model_check
 
 # One preset of each architecture.
 PRESETS = {
@@ -35,12 +35,12 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def compared(folder: Path, **settings: object) -> WeightReport:
-    return weight_check.compare(folder, ModelSection(path=str(folder), **settings))
+    return model_check.compare_weights(folder, ModelSection(path=str(folder), **settings))
 
 
 def refused(folder: Path) -> str:
     with pytest.raises(ConfigError) as error:
-        weight_check.require_weights(find_model(ModelSection(path=str(folder))), lambda line: None)
+        model_check.require_weights(find_model(ModelSection(path=str(folder))), lambda line: None)
     assert all(problem.where == "model.path" and problem.remedy for problem in error.value.problems)
     return str(error.value)
 
@@ -80,7 +80,7 @@ def test_unexpected_tensors_are_listed_and_accepted(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", LLAMA)
     change_weights(folder, lambda tensors: tensors.update({f"vision.{i}": torch.zeros(2) for i in range(7)}))
     model = ModelSection(path=str(folder))
-    weight_check.require_weights(find_model(model), lambda line: None)
+    model_check.require_weights(find_model(model), lambda line: None)
     report = weight_files.load_report(folder, model)
     assert report is not None
     assert report.problems(folder, model) == []
@@ -100,9 +100,9 @@ def test_pickled_weights_are_compared_where_they_are_allowed(tmp_path: Path) -> 
 def test_a_comparison_is_made_once_for_the_same_headers(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", LLAMA)
     model, lines = ModelSection(path=str(folder)), []
-    weight_check.require_weights(find_model(model), lines.append)
+    model_check.require_weights(find_model(model), lines.append)
     assert lines == ["comparing the weight files with the model (once)"]
-    weight_check.require_weights(find_model(model), lines.append)
+    model_check.require_weights(find_model(model), lines.append)
     assert len(lines) == 1
     change_weights(folder, without("model.norm.weight"))
     for _ in range(2):
@@ -113,10 +113,10 @@ def test_a_failed_comparison_is_reported_and_not_cached(tmp_path: Path, monkeypa
     def fail(*_: object) -> WeightReport:
         raise ImportError("no such kernel")
 
-    monkeypatch.setattr(weight_check, "compare", fail)
+    monkeypatch.setattr(model_check, "compare_weights", fail)
     folder = save_model(tmp_path / "model", LLAMA)
     model, lines = ModelSection(path=str(folder)), []
-    weight_check.require_weights(find_model(model), lines.append)
+    model_check.require_weights(find_model(model), lines.append)
     assert "ImportError: no such kernel" in lines[1]
     assert weight_files.load_report(folder, model) is None
 
@@ -139,10 +139,10 @@ def test_a_config_that_transformers_does_not_accept_is_refused(tmp_path: Path, c
 def test_random_weights_need_no_files(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", LLAMA)
     (folder / "model.safetensors").unlink()
-    weight_check.require_weights(find_model(ModelSection(path=str(folder), init="random")), pytest.fail)
+    model_check.require_weights(find_model(ModelSection(path=str(folder), init="random")), pytest.fail)
 
 
 def test_a_hub_model_that_stays_incomplete_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="incomplete after the download"):
-        weight_check.require_weights(find_model(ModelSection(path="owner/name")), pytest.fail)
+        model_check.require_weights(find_model(ModelSection(path="owner/name")), pytest.fail)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.worker.ranks import load_progress
+from launcher.worker.ranks import watchdog
 from launcher.worker.ranks.heartbeat import Beat
-from launcher.worker.ranks.load_progress import LoadProgress, SharedProgress, count_bytes
+from launcher.worker.ranks.watchdog import LoadProgress, SharedProgress, count_bytes
 
 NOW = 100_000.0
 FORK = multiprocessing.get_context("fork")
@@ -39,7 +39,7 @@ def test_reading_and_touching_memory_are_progress(tmp_path: Path) -> None:
 def test_a_head_node_that_is_gone_says_nothing_of_the_other_ranks_until_it_answers_again(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.distributed import TCPStore
 
-    monkeypatch.setattr(load_progress, "_RETRY_S", 0.1)
+    monkeypatch.setattr(watchdog, "_RETRY_S", 0.1)
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     port = store.port
     shared, until = SharedProgress(TCPStore("127.0.0.1", port, None, False), 0.01), time.monotonic() + 60

@@ -19,11 +19,10 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, FailureRecord
 from launcher.tracking.jsonl import read_events
 from launcher.worker.agent import _FailureLog
-from launcher.worker.failure_record import RankExit
+from launcher.worker.failure_record import ErrorMemory, ErrorRecord, RankExit
 from launcher.worker.ranks import elastic
-from launcher.worker.ranks.error_record import ErrorMemory, ErrorRecord
+from launcher.worker.ranks.elastic import NodeRendezvous
 from launcher.worker.ranks.rank_env import NodeInfo
-from launcher.worker.rendezvous import NodeRendezvous
 
 HOSTS = ("n0", "n1")
 PEER_LOST = RankExit(0, 1, 8.0, ErrorRecord("RuntimeError: [pair.cc:553] Connection closed by peer\nmore of it"))

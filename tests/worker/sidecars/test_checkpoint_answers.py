@@ -22,7 +22,7 @@ from pace import wait_for
 from plan_fixtures import DATA, facts_for
 
 from launcher import json_records, run_store
-from launcher.clusters.answers import describe_answers
+from launcher.clusters.backends import describe_answers
 from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.planner import plan

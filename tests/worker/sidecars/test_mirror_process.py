@@ -24,8 +24,7 @@ from pace import wait_for
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
 from launcher.worker.sidecars.sidecar import COMPLETE, END, Sidecar, record_event
-from launcher.worker.signals import PREEMPT
-from launcher.worker.stopper import Stopper
+from launcher.worker.signals import PREEMPT, Stopper
 
 pytestmark = pytest.mark.rest
 

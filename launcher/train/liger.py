@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ from launcher.distributed import gather_json
 from launcher.errors import ConfigError, describe
 from launcher.plan.sizing.kernels import may_lack_liger
 from launcher.shell_commands import launcher_command
-from launcher.train.kernels.build_tools import missing_build_tools
+from launcher.train.build_tools import missing_build_tools
 
 # Sizes of the trial; heads have 16 dimensions.
 _WIDTH, _MLP_WIDTH, _TOKENS = 64, 128, 8
@@ -153,18 +153,16 @@ def _replace(hf: Any) -> None:
     """Apply Liger, and record what it replaces outside the model, even if it fails."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    before = [(module, dict(vars(module))) for module in _shared_modules()]
+    # transformers' lazy modules, which have another type, would import every name that is looked up in them.
+    of_transformers = (
+        module
+        for name, module in [*sys.modules.items()]
+        if name.startswith("transformers.models.") and type(module) is ModuleType
+    )
+    before = [(module, dict(vars(module))) for module in (torch.nn, *of_transformers)]
     try:
         # The head is the launcher's own and computes the loss.
         _apply_liger_kernel_to_instance(hf, fused_linear_cross_entropy=False, cross_entropy=False)
     finally:
         for module, values in before:
             _replaced.extend((module, name, value) for name, value in values.items() if vars(module).get(name) is not value)
-
-
-def _shared_modules() -> Iterator[ModuleType]:
-    yield torch.nn
-    for name, module in [*sys.modules.items()]:
-        # transformers' lazy modules, which have another type, would import every name that is looked up in them.
-        if name.startswith("transformers.models.") and type(module) is ModuleType:
-            yield module

@@ -12,8 +12,8 @@ import pytest
 from transformers.utils import is_scipy_available
 
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.train.kernels import build_tools
-from launcher.train.kernels.build_tools import missing_build_tools
+from launcher.train import build_tools
+from launcher.train.build_tools import missing_build_tools
 
 # What a rank does before its first step. If torch may use helper processes, warm_pool starts them.
 COMPILE = """
@@ -28,10 +28,10 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.preload import import_stack
 
 import_stack(LaunchPlan.load(Path(sys.argv[1])), tracks=False)
-from launcher.train.kernels import layers
+from launcher.train import model
 
-layers.find_layers = lambda *arguments: []
-layers.compile_layers(SimpleNamespace(config=SimpleNamespace(_attn_implementation="none")), torch.device("cpu"))
+model.find_layers = lambda *arguments: []
+model.compile_layers(SimpleNamespace(config=SimpleNamespace(_attn_implementation="none")), torch.device("cpu"))
 from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 
 threads = []

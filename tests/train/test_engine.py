@@ -10,13 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from forked_ranks import RankServer
+from torch import nn
 
-from launcher.train.jit_build_lock import LockedBaton
+from launcher.config.sections.deepspeed import DeepSpeedSection
+from launcher.config.sections.train import OptimSection
+from launcher.train.engine import LockedBaton
+from launcher.train.optim import build_optimizer, set_learning_rate
 
 HOLDER = """
 import sys, time
-from launcher.train.jit_build_lock import LockedBaton
+from launcher.train.engine import LockedBaton
 print(LockedBaton(sys.argv[1]).try_acquire(), flush=True)
 time.sleep(60)
 """
@@ -83,7 +88,7 @@ def test_a_lock_that_another_program_has_deleted_is_released(tmp_path: Path) -> 
 @pytest.mark.rest
 def test_torch_uses_these_locks_in_a_rank() -> None:
     script = (
-        "from torch.utils import cpp_extension; from launcher.train.jit_build_lock import LockedBaton, lock_builds; "
+        "from torch.utils import cpp_extension; from launcher.train.engine import LockedBaton, lock_builds; "
         "lock_builds(); assert cpp_extension.FileBaton is LockedBaton; "
         "assert cpp_extension._jit_compile.__globals__['FileBaton'] is LockedBaton"
     )
@@ -96,3 +101,13 @@ def test_ranks_meet_without_compiling_anything(rank_server: RankServer, tmp_path
     environment = {"TORCH_EXTENSIONS_DIR": str(cache)}
     rank_server.values("train_ranks:build_models", [[[]]] * 2, tmp_path / "ranks", environment=environment)
     assert list(cache.iterdir()) == []
+
+
+def test_one_dimensional_weights_are_not_decayed() -> None:
+    layer = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    optimizer = build_optimizer(layer.parameters(), OptimSection(weight_decay=0.1), DeepSpeedSection())
+    by_decay = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.param_groups}
+    assert by_decay == {0.1: [2], 0.0: [1, 1, 1]}
+    set_learning_rate(optimizer, 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+    assert isinstance(optimizer, torch.optim.AdamW)

@@ -1,4 +1,4 @@
-"""Decides whether a repeated command continues a run: `python -m launcher.worker.static.previous PLAN` prints a JSON object.
+"""Decides whether a repeated command continues a run: `python -m launcher.worker.repeated_command PLAN` prints a JSON object.
 
 The previous attempt is judged by its records and by the budgets that apply on every backend. A user error, which ends the run on
 backends that start attempts by themselves, counts as a failure here, because a person may have corrected it meanwhile. The
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.clusters.static import nodes
+from launcher.clusters import static
 from launcher.config.sections.static import StaticSection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import AttemptEnd, Cause, decide
@@ -39,7 +39,7 @@ def judge_previous(plan: LaunchPlan) -> dict[str, Any]:
         with suppress(OSError):
             append_event(run, number, "alert", text)
 
-    silence = nodes.describe_silence(nodes.read_states(run, number, record))
+    silence = static.describe_silence(static.read_states(run, number, record))
     end = postmortem.end_of_attempt(run, number, section, on_alert=alert, silence=silence)
     if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
         return {"over": True, "again": False, "reason": f"{plan.run_name} is {end.cause}: {end.message}"}

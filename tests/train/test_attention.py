@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError
-from launcher.train.kernels import attention
+from launcher.train import attention
 from launcher.train.model import CausalLMLoss, build_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

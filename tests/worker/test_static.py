@@ -1,23 +1,43 @@
-"""When a machine of an attempt counts as lost, whatever clocks and storage do."""
+"""When a machine of an attempt counts as lost, whatever clocks and storage do.
+
+`cancel --no-save` on `cluster=static` is two signals to each machine's agent, which may read them late on a busy machine.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from launcher.clusters.static import nodes
+from launcher import json_records
+from launcher.clusters import static
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
-from launcher.worker.static import peers
-from launcher.worker.static.peers import Peers
+from launcher.run_records import Attempt, CancelRequest
+from launcher.worker import static as static_agent
+from launcher.worker.static import Peers
 
 LOST_S = 180.0
 RECORD = Attempt(None, nodes=("a", "b"))
+AGENT = """
+import signal, sys, threading, time
+from pathlib import Path
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
+from launcher.worker.signals import CANCEL
+from launcher.worker.static import Peers
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {CANCEL})
+peers = Peers(RunDir(Path(sys.argv[1])), 1, Attempt(None), 0, print)
+threading.Thread(target=peers._look_for_cancel, daemon=True).start()
+time.sleep(1)
+sys.exit(not all(signal.sigtimedwait({CANCEL}, 5) for _ in range(2)))
+"""
 
 
 class Clock:
@@ -36,7 +56,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    for module in (nodes, peers):
+    for module in (static, static_agent):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock.monotonic, time=clock.time, sleep=time.sleep))
     return clock
 
@@ -46,11 +66,11 @@ def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path / "run")
     run.attempt(1).mkdir(parents=True)
     for node, name in enumerate(RECORD.nodes):
-        nodes.write_alive(run, 1, node, name)
+        static.write_alive(run, 1, node, name)
     return run
 
 
-def watch_for(watch: nodes.HeartbeatWatch, clock: Clock, seconds: float, step_s: float = 0.5) -> nodes.NodeState:
+def watch_for(watch: static.HeartbeatWatch, clock: Clock, seconds: float, step_s: float = 0.5) -> static.NodeState:
     """Look every `step_s` and return the last state of machine b."""
     state = watch.look()[1]
     for _ in range(round(seconds / step_s)):
@@ -60,55 +80,55 @@ def watch_for(watch: nodes.HeartbeatWatch, clock: Clock, seconds: float, step_s:
 
 
 def test_a_machine_is_lost_when_its_file_has_not_changed_for_long_enough(run: RunDir, clock: Clock) -> None:
-    watch = nodes.HeartbeatWatch(run, 1, RECORD)
+    watch = static.HeartbeatWatch(run, 1, RECORD)
     assert watch_for(watch, clock, LOST_S).is_alive
     state = watch_for(watch, clock, 1.0)
     assert not state.is_alive
     assert state.lost == "b was lost: no sign of life for 3m01s"
-    assert nodes.describe_silence([state]) == {"b": state.lost}
-    nodes.write_alive(run, 1, 1, "b")
+    assert static.describe_silence([state]) == {"b": state.lost}
+    static.write_alive(run, 1, 1, "b")
     assert watch_for(watch, clock, 1.0).is_alive
 
 
 def test_the_times_of_files_do_not_count(run: RunDir, clock: Clock) -> None:
     """Lustre and CephFS store the time of the machine that wrote the file, whose clock may be behind."""
-    watch = nodes.HeartbeatWatch(run, 1, RECORD)
+    watch = static.HeartbeatWatch(run, 1, RECORD)
     for _ in range(30):
-        nodes.write_alive(run, 1, 1, "b")
-        os.utime(nodes.alive_file(run, 1, 1), (1e9, 1e9))
+        static.write_alive(run, 1, 1, "b")
+        os.utime(static.alive_file(run, 1, 1), (1e9, 1e9))
         assert watch_for(watch, clock, 10.0).is_alive
 
 
 def test_an_outage_of_the_storage_counts_as_nobodys_silence(run: RunDir, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = nodes.HeartbeatWatch(run, 1, RECORD)
+    watch = static.HeartbeatWatch(run, 1, RECORD)
     assert watch_for(watch, clock, 5.0).is_alive
     # A hard NFS mount blocks during an outage.
-    refresh = nodes.atomic_files.refresh_directory
+    refresh = static.atomic_files.refresh_directory
 
     def blocked(folder: Path) -> float:
         clock.now += 400
         return refresh(folder)
 
-    monkeypatch.setattr(nodes.atomic_files, "refresh_directory", blocked)
+    monkeypatch.setattr(static.atomic_files, "refresh_directory", blocked)
     assert watch.look()[1].is_alive
-    monkeypatch.setattr(nodes.atomic_files, "refresh_directory", refresh)
+    monkeypatch.setattr(static.atomic_files, "refresh_directory", refresh)
     assert watch_for(watch, clock, 100.0).is_alive, "the other machine has time to write again"
 
     def failing(folder: Path) -> float:
         raise OSError("Stale file handle")
 
-    monkeypatch.setattr(nodes.atomic_files, "refresh_directory", failing)
+    monkeypatch.setattr(static.atomic_files, "refresh_directory", failing)
     for _ in range(40):
         clock.now += 10
         with pytest.raises(OSError, match="Stale"):
             watch.look()
-    monkeypatch.setattr(nodes.atomic_files, "refresh_directory", refresh)
+    monkeypatch.setattr(static.atomic_files, "refresh_directory", refresh)
     assert watch_for(watch, clock, 60.0).is_alive
     assert watch_for(watch, clock, 60.0).lost, "it has been silent for 225 seconds in which this machine could look"
 
 
 def test_time_in_which_this_machine_was_suspended_does_not_count(run: RunDir, clock: Clock) -> None:
-    watch = nodes.HeartbeatWatch(run, 1, RECORD)
+    watch = static.HeartbeatWatch(run, 1, RECORD)
     watch.look()
     clock.now += 3600
     assert watch.look()[1].is_alive
@@ -117,11 +137,11 @@ def test_time_in_which_this_machine_was_suspended_does_not_count(run: RunDir, cl
 def test_a_machine_that_comes_back_gets_the_whole_patience_the_next_time(run: RunDir, clock: Clock) -> None:
     killed: list[int] = []
     watcher = Peers(run, 1, RECORD, 0, killed.append)
-    alive, lost = nodes.NodeState("b", 1.0, False), nodes.NodeState("b", 200.0, False, "b was lost")
+    alive, lost = static.NodeState("b", 1.0, False), static.NodeState("b", 200.0, False, "b was lost")
     for state, after_s in ((lost, 0), (alive, 5), (lost, 60), (lost, 9)):
         clock.now += after_s
         watcher._write_alive()
-        watcher.heartbeats.look = lambda state=state: [nodes.NodeState("a", 0.0, False), state]
+        watcher.heartbeats.look = lambda state=state: [static.NodeState("a", 0.0, False), state]
         watcher._look_at_peers()
         assert watcher.why_ended() == ""
     clock.now += 2
@@ -133,3 +153,10 @@ def test_a_machine_that_comes_back_gets_the_whole_patience_the_next_time(run: Ru
         time.sleep(0.05)
     watcher.stop()
     assert signal.SIGKILL in killed
+
+
+def test_an_agent_that_reads_its_signals_late_receives_both(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.cancel(1).parent.mkdir(parents=True)
+    json_records.write(run.cancel(1), CancelRequest(time.time(), save=False))
+    assert subprocess.run([sys.executable, "-c", AGENT, str(tmp_path)], timeout=60).returncode == 0

@@ -1,5 +1,6 @@
-"""Limits that the kernel enforces by killing or refusing processes, read from the counters of control groups and the machine.
+"""Limits of the machine or job behind a failure: memory, processes, open files and disk space.
 
+The kernel enforces limits by killing or refusing processes, and counts that in the counters of control groups and of the machine.
 A process that starts ranks records the counters. If it is killed itself, whoever notices on the same machine compares them.
 """
 
@@ -7,13 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+import resource
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher import json_records
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, causes
 from launcher.locks import pid_namespace
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
@@ -27,6 +30,11 @@ _MEMORY_V1 = ("memory.oom_control", "oom_kill", "memory.limit_in_bytes")
 _PIDS = ("pids.events", "max", "pids.max")
 # Version 1 shows "no limit" as the largest multiple of the page size.
 _NO_LIMIT = 2**60
+_DISK = re.compile(r"No space left on device|Disk quota exceeded|not enough free disk space", re.IGNORECASE)
+_FILES = re.compile(r"Too many open files", re.IGNORECASE)
+_PROCESSES = re.compile(r"can't start new thread|pthread_create|^BlockingIOError", re.IGNORECASE | re.MULTILINE)
+_MEMORY = re.compile(r"\bMemoryError\b|Cannot allocate memory|can't allocate memory", re.IGNORECASE)
+_PATH = re.compile(r"(?:^|[\s'\"])(/[^\s'\":,]+)")
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class LimitEvents:
         """Read the counters of this process; unreadable ones count as 0."""
         groups = [
             Counter(str(level / file), name, str(level / limit))
-            for level, (file, name, limit) in _levels()
+            for level, (file, name, limit) in _list_cgroups()
             if (level / file).is_file()
         ]
         return cls((*groups, Counter(str(VMSTAT), "oom_kill", ""))).read_again()
@@ -155,23 +163,18 @@ def limit_that_killed_agents(run: RunDir, attempt: int, nodes: Iterable[int]) ->
     is kept.
     """
     for node in nodes:
+        file = _limits_file(run, attempt, node)
         with suppress(LauncherError):
-            if limit := _cause(_limits_file(run, attempt, node)):
-                return limit
+            record = json_records.read_if_present(LimitRecord, file)
+            if record is not None and record.cause is None and record.space == pid_namespace():
+                record = replace(record, cause=record.events.read_again().cause_since(record.events))
+                # Another user may not store the result: a run's records must stay its owner's.
+                with suppress(OSError):
+                    if file.stat().st_uid == os.geteuid():
+                        json_records.write(file, record)
+            if record is not None and record.cause:
+                return record.cause
     return ""
-
-
-def _cause(file: Path) -> str:
-    record = json_records.read_if_present(LimitRecord, file)
-    if record is None:
-        return ""
-    if record.cause is None and record.space == pid_namespace():
-        record = replace(record, cause=record.events.read_again().cause_since(record.events))
-        # Another user may not store the result: a run's records must stay its owner's.
-        with suppress(OSError):
-            if file.stat().st_uid == os.geteuid():
-                json_records.write(file, record)
-    return record.cause or ""
 
 
 def _has_groups(folder: Path) -> bool:
@@ -184,7 +187,7 @@ def _limits_file(run: RunDir, attempt: int, node: int) -> Path:
     return run.attempt(attempt) / f"limits-{node:05d}.json"
 
 
-def _levels() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+def _list_cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """Yield the folders of this process's control groups up to the root, with the files to read there."""
     with suppress(OSError, ValueError):
         for line in OWN_CGROUPS.read_text().splitlines():
@@ -194,3 +197,39 @@ def _levels() -> Iterator[tuple[Path, tuple[str, str, str]]]:
             for files in kinds.get(controllers, ()):
                 for level in (Path(group), *Path(group).parents):
                     yield folder / level.relative_to("/"), files
+
+
+def cause_of(error: BaseException, folder: Path) -> str:
+    """Return the limit behind an exception in this process, as the beginning of a message; empty if none is recognized.
+
+    `folder` is on the disk to measure if the exception names no path.
+    """
+    text = "\n".join(f"{type(link).__name__}: {link}" for link in causes(error, with_suppressed=False))
+    if _DISK.search(text):
+        for path in (getattr(error, "filename", None), *_PATH.findall(text)):
+            if isinstance(path, str) and path.startswith("/"):
+                with suppress(OSError):
+                    folder = next(parent for parent in Path(path).parents if parent.is_dir())
+                    break
+        return full_disk(folder)
+    if _FILES.search(text):
+        return f"the limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} open files (ulimit -n) was reached"
+    if _PROCESSES.search(text):
+        limits = [LimitEvents.read().num_processes, resource.getrlimit(resource.RLIMIT_NPROC)[0]]
+        lowest = min((limit for limit in limits if limit is not None and limit >= 0), default=None)
+        limit = "" if lowest is None else f" of {lowest:,}"
+        return f"the limit{limit} on processes and threads (pids.max, ulimit -u) was reached"
+    if _MEMORY.search(text):
+        limit_bytes = LimitEvents.read().memory_bytes
+        limit = "" if limit_bytes is None else f" (limit: {format_size(limit_bytes)})"
+        return f"there was no main memory left{limit}"
+    return ""
+
+
+def full_disk(path: Path) -> str:
+    """Describe the full disk of `path`: its free and total space."""
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return f"the disk of {path} is full"
+    return f"the disk of {path} is full ({format_size(usage.free)} of {format_size(usage.total)} free)"

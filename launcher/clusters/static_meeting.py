@@ -79,14 +79,6 @@ def marker(run: Path) -> Path:
     return run.parent / f".{run.name}.start"
 
 
-def _read_marker(run: Path) -> str:
-    with suppress(OSError, ValueError):
-        atomic_files.refresh_directory(run.parent)
-    with suppress(OSError, ValueError):
-        return marker(run).read_text()
-    return ""
-
-
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Listens in a thread; answers questions and ignores anything else."""
 
@@ -284,7 +276,12 @@ def await_plan(here: NodeIdentity, run: Path, command: Mapping[str, str], descri
                 raise SubmitError(f"node 0 has refused the start: {answer.message}", where=answer.host)
             if answer.state in (READY, OVER):
                 return answer
-            question = replace(question, sees=_read_marker(run))
+            seen = ""
+            with suppress(OSError, ValueError):
+                atomic_files.refresh_directory(run.parent)
+            with suppress(OSError, ValueError):
+                seen = marker(run).read_text()
+            question = replace(question, sees=seen)
         else:
             awaited = f"node 0 at {address}"
             if answered is None and now - begun > OVER_AFTER_S and (reason := describe_end()) is not None:

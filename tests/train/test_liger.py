@@ -21,8 +21,8 @@ from launcher.errors import ConfigError
 from launcher.plan.architecture.facts import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
+from launcher.train import liger
 from launcher.train.finish import write_weights
-from launcher.train.kernels import liger
 from launcher.train.model import CausalLMLoss, build_model
 
 CPU = torch.device("cpu")

@@ -1,8 +1,12 @@
-"""Probes whether a model sees later tokens or neighboring documents: `python -m launcher.worker.checks.isolation_check`.
+"""Checks of a model before anything is started: whether its weight files hold its tensors, and whether it isolates documents.
 
-Reads a RunConfig as JSON from standard input, stores the verdict (launcher.models.stored_checks) and prints it as JSON.
-The probe uses a small random model with the same kinds of layers, attention and windows, so it needs no weights and no GPU. An
-architecture that cannot be reduced by these rules gets no verdict; the ranks then probe the loaded model.
+transformers itself compares the weights: it loads the model onto the meta device from tensors with names, types and shapes but no
+data. Its own rules therefore apply (renamed and fused tensors, tied weights, prefixes, ignored tensors), and no weight is read.
+
+`python -m launcher.worker.checks.model_check` probes whether a model sees later tokens or neighboring documents. It reads a
+RunConfig as JSON from standard input, stores the verdict (launcher.models.stored_checks) and prints it as JSON. The probe uses a
+small random model with the same kinds of layers, attention and windows, so it needs no weights and no GPU. An architecture that
+cannot be reduced by these rules gets no verdict; the ranks then probe the loaded model.
 """
 
 from __future__ import annotations
@@ -11,22 +15,20 @@ import copy
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.clusters import limits
 from launcher.config.schema import RunConfig
 from launcher.config.sections.model import ModelSection
 from launcher.data import cache_dir
-from launcher.errors import LauncherError, RunError
-from launcher.models import stored_checks
-from launcher.models.found_model import find_model
+from launcher.errors import ConfigError, LauncherError, Problem, RunError
+from launcher.models import stored_checks, weight_files
+from launcher.models.found_model import FoundModel, find_model
 from launcher.models.remote_code import code_option, folder_to_load, without_code
+from launcher.models.weight_files import WeightReport
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts, Outcome
-from launcher.worker import limits
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # transformers' message for a kernel that an architecture does not support.
 _UNSUPPORTED = "does not support an attention implementation"
@@ -45,7 +47,119 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id")
 
 
-def check(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
+def require_weights(found: FoundModel, say: Callable[[str], None]) -> None:
+    """Reject weights that do not cover the model. Comparison results are cached; `say` shows a line to the user.
+
+    Raises:
+        ConfigError: if tensors are missing or have a different shape, a file is damaged, or config.json is rejected.
+    """
+    model, folder = found.section, found.folder
+    if model.path is None or model.init == "random":
+        return
+    if folder is None:
+        problem = "model.path: the weights are incomplete after the download"
+        remedy = "check the files of the repository, choose another model.revision, or use a local folder"
+        raise ConfigError(Problem(problem, where="model.path", value=model.path, remedy=remedy))
+    if not (folder / "config.json").is_file():
+        # A run from a mirror has its weights in its checkpoints; its base model may not be on this machine.
+        return
+    report = found.weight_report
+    if report is None:
+        say("comparing the weight files with the model (once)")
+        try:
+            report = compare_weights(folder, model)
+        except LauncherError:
+            raise
+        except Exception as error:
+            # A failure here may not occur on the nodes, where the ranks compare again while they load.
+            first = next(iter(str(error).strip().splitlines()), "")
+            say(f"note: the weight files could not be compared with the model: {type(error).__name__}: {first}")
+            return
+        weight_files.save_report(folder, model, report)
+    if problems := report.problems(folder, model):
+        raise ConfigError(problems)
+
+
+def compare_weights(folder: Path, model: ModelSection) -> WeightReport:
+    """Load the folder's model without data and report tensors that are missing, unexpected or of a different shape.
+
+    Raises:
+        ConfigError: if a weight file is damaged, transformers rejects config.json, or parts of a tensor cannot be fused.
+    """
+    import torch
+    from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
+    from transformers.utils import logging
+
+    # A table and a progress bar.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    tensors: dict[str, Any] = {}
+    for file in weight_files.weight_files(folder, model.allow_pickled_weights):
+        if file.suffix == ".safetensors":
+            for name, header in weight_files.read_header(file).items():
+                tensors[name] = torch.empty(header.shape, dtype=str_to_torch_dtype[header.dtype], device="meta")
+        else:
+            tensors.update(load_state_dict(file, map_location="meta"))
+    blank = _blank_model(folder, model)
+    try:
+        _, info = type(blank).from_pretrained(
+            None,
+            config=blank.config,
+            state_dict=tensors,
+            device_map="meta",
+            dtype=blank.dtype,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        # Raised where parts of a tensor are missing or have another shape.
+        message = f"model.path: the weight files do not fit the model: {_reason(error)}"
+        raise ConfigError(Problem(message, "model.path", str(folder), "download the model folder again")) from error
+    mismatched = (
+        f"{name} is {list(in_files)} in the files and {list(in_model)} in the model"
+        for name, in_files, in_model in info["mismatched_keys"]
+    )
+    return WeightReport(tuple(sorted(info["missing_keys"])), tuple(sorted(mismatched)), tuple(sorted(info["unexpected_keys"])))
+
+
+def _blank_model(folder: Path, model: ModelSection) -> Any:
+    """Build the ranks' model on the meta device.
+
+    Raises:
+        ConfigError: if transformers rejects config.json, which it would do on every node too.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from launcher.train.model import DTYPES
+
+    path = folder_to_load(folder, model.trust_remote_code, model.code_digest)
+    remote = code_option(model.trust_remote_code, path)
+    try:
+        config = AutoConfig.from_pretrained(path, **remote)
+        with torch.device("meta"):
+            # Weights do not depend on the attention kernel, and this machine may lack the ranks' kernel.
+            return AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], attn_implementation="eager", **remote)
+    except (LauncherError, OSError, ImportError):
+        raise
+    except Exception as error:
+        message = f"model.path: transformers does not accept config.json: {_reason(error)}"
+        remedy = "correct this value, or use the config.json of a causal language model that belongs to the weights"
+        raise ConfigError(Problem(message, where="model.path", value=str(folder / "config.json"), remedy=remedy)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of an error that names the reason: the first lines of some only name the check."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[-1] if lines[0].endswith(":") else lines[0]
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def check_isolation(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
     """Probe a reduced model, store the verdict and return it.
 
     Raises:
@@ -66,15 +180,15 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Outcome, str]:
     import torch
     from transformers import AutoConfig
 
+    from launcher.train import attention
     from launcher.train.isolation import probe
-    from launcher.train.kernels import attention
     from launcher.train.model import CausalLMLoss
 
     folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest) if facts.path else None
     remote = code_option(model.trust_remote_code, folder)
     try:
         config = AutoConfig.from_pretrained(folder, **remote) if folder else AutoConfig.for_model(**without_code(facts.config))
-        candidates = list(reductions(config))
+        candidates = list(reduce_config(config))
     except Exception as error:
         return model.attention, "unknown", _describe(error)
     device = torch.device("cpu")
@@ -86,7 +200,7 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Outcome, str]:
     reason = ""
     for reduced in candidates:
         try:
-            hf = build(reduced, kernel, **remote)
+            hf = build_reduced_model(reduced, kernel, **remote)
             trained = CausalLMLoss(hf, flatten=kernel == attention.VARLEN).eval()
 
             def own_logits(ids: Tensor, positions: Tensor, hf: Any = hf) -> Tensor | None:
@@ -124,7 +238,7 @@ def _describe(error: Exception) -> str:
     return described
 
 
-def reductions(config: Any) -> Iterator[Any]:
+def reduce_config(config: Any) -> Iterator[Any]:
     """Yield smaller copies of a transformers config, the smallest first.
 
     All copies keep the order and kinds of layers, the attention and its windows.
@@ -200,7 +314,7 @@ def _get(config: Any, key: str) -> Any:
         return None
 
 
-def build(config: Any, kernel: str, **remote: bool) -> Any:
+def build_reduced_model(config: Any, kernel: str, **remote: bool) -> Any:
     """Build a model in fp32 on the CPU; weights that are initialized to zero also get noise."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -223,7 +337,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     config = RunConfig.model_validate_json(sys.stdin.read())
     try:
-        verdict = check(config.model, find_model(config.model).facts)
+        verdict = check_isolation(config.model, find_model(config.model).facts)
     except LauncherError as error:
         print(error, file=sys.stderr)
         return error.exit_code

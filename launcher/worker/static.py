@@ -1,0 +1,210 @@
+"""The agent of one machine among several that run the same command: `python -m launcher.worker.static PLAN ATTEMPT NODE`.
+
+As on Slurm, it meets the agents of the other machines, checks its machine, runs its ranks and writes its record. The agent of
+node 0 concludes the attempt when the other machines have left their records or are lost.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from launcher import run_records, run_store
+from launcher.child_process import die_with_parent
+from launcher.clusters import detached_process, static
+from launcher.clusters.limits import record_limits
+from launcher.config.sections.static import StaticSection
+from launcher.errors import LauncherError
+from launcher.plan.retry import Cause, Decision
+from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt
+from launcher.tracking.jsonl import append_event
+from launcher.worker import postmortem
+from launcher.worker.agent import NodeAgent
+from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S
+from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.wandb_closing import close_wandb_run
+
+# TERM comes from the provider, which takes the machine back; the command turns Ctrl-C into a cancel request.
+_SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
+_LOOK_S = 0.2
+_EXIT_INTERRUPTED = 130
+_PEERS_LOOK_S = 0.5
+_CANCEL_GAP_S = 0.3
+# How long the ranks may take to fail by themselves once another machine has failed: their own errors say more.
+_FAILED_S, _LOST_S = 30.0, 10.0
+
+
+def main(plan_path: str, attempt: int, number: int) -> int:
+    """Run this machine's part of one attempt and write its record; returns the exit code."""
+    die_with_parent()
+    agent = NodeAgent.start(plan_path, attempt, _SIGNALS)
+    if agent is None:
+        return 1
+    plan, run, stopper = agent.plan, agent.run, agent.stopper
+    section, record = StaticSection.of(plan.config.cluster), run_store.read_attempt(run, attempt)
+    peers = Peers(run, attempt, record, number, agent.ranks.send_signal).start()
+    if number == 0:
+        job = {**detached_process.describe_this_process(), "nodes": record.nodes}
+        run_store.update_status(run, state="running", attempt=attempt, job=job, message="starting")
+        postmortem.reserve_disk_space(run, attempt)
+    record_limits(run, attempt, number)
+    if run.cancel(attempt).is_file():
+        stopper.request(CANCEL)
+    result = agent.run_node(record, number, static.agent_log(run, attempt, number), why_ended=peers.why_ended)
+    peers.ranks_have_ended()
+    agent.close()
+    agent.write_record(number, record.nodes[number], result)
+    if number == 0:
+        _await_records(peers.heartbeats, section)
+
+        def finish(state: str) -> None:
+            # A machine that is taken back has no time for answers.
+            stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)
+            stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
+
+        return _conclude(agent, record, section, peers.heartbeats, finish)
+    return result.exit_code
+
+
+class Peers:
+    """Watches the run directory for a cancel request and failed machines, from a thread; writes this machine's heartbeat to it.
+
+    Once the ranks cannot go on, `kill_ranks` is called repeatedly until `stop`; `why_ended` then returns why. `heartbeats` is the
+    watch over all machines of the attempt.
+    """
+
+    def __init__(self, run: RunDir, attempt: int, record: Attempt, node: int, kill_ranks: Callable[[int], None]) -> None:
+        self._run, self._attempt, self._record, self._node = run, attempt, record, node
+        self._kill_ranks = kill_ranks
+        self.heartbeats = static.HeartbeatWatch(run, attempt, record)
+        self._num_cancels = 0
+        self._reason = ""
+        self._failed_at: dict[int, float] = {}
+        self._written_at = -1e9
+        self._watches_peers = True
+        self._ended = threading.Event()
+
+    def start(self) -> Peers:
+        self._write_alive()
+        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+        return self
+
+    def ranks_have_ended(self) -> None:
+        """Stop killing ranks; the heartbeat continues."""
+        self._watches_peers = False
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def why_ended(self) -> str:
+        """Return why the ranks were killed; empty if they were not."""
+        return self._reason
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_PEERS_LOOK_S):
+            if time.monotonic() - self._written_at > static.INTERVAL_S:
+                self._write_alive()
+            # Storage may fail for a while; no machine is judged by unreadable files.
+            with suppress(OSError, LauncherError):
+                self._look_for_cancel()
+                if self._watches_peers and len(self._record.nodes) > 1:
+                    self._look_at_peers()
+            if self._reason and self._watches_peers:
+                self._kill_ranks(signal.SIGKILL)
+
+    def _write_alive(self) -> None:
+        with suppress(OSError):
+            static.write_alive(self._run, self._attempt, self._node, self._record.nodes[self._node])
+            self._written_at = time.monotonic()
+
+    def _look_for_cancel(self) -> None:
+        """Turn a cancel request into the signals that a person would send to this process."""
+        request = run_records.read_cancel(self._run, self._attempt)
+        wanted = 0 if request is None else 1 if request.save else 2
+        while self._num_cancels < wanted:
+            # Two identical signals that are pending at the same time are delivered as one.
+            while self._num_cancels and CANCEL in signal.sigpending():
+                time.sleep(_CANCEL_GAP_S)
+            os.kill(os.getpid(), CANCEL)
+            self._num_cancels += 1
+
+    def _look_at_peers(self) -> None:
+        if time.monotonic() - self._written_at > 2 * static.INTERVAL_S + _PEERS_LOOK_S:
+            # Storage did not accept this machine's own heartbeat, so the other machines may not be able to write theirs.
+            return
+        states = self.heartbeats.look()
+        now = time.monotonic()
+        for node, state in enumerate(states):
+            if node == self._node:
+                continue
+            reason, patience_s = state.lost, _LOST_S
+            if state.ended:
+                record, patience_s = run_records.read_node(self._run, self._attempt, node), _FAILED_S
+                failure = None if record is None else record.first_failure
+                reason = f"{state.name}: {failure.line}" if failure is not None else ""
+            if not reason:
+                self._failed_at.pop(node, None)
+                continue
+            # Worded so that failure_record.PEER_LOST matches: the failure of this machine's ranks is a consequence.
+            if now - self._failed_at.setdefault(node, now) > patience_s:
+                self._reason = self._reason or f"remote process exited: {reason}"
+
+
+def _await_records(heartbeats: static.HeartbeatWatch, section: StaticSection) -> None:
+    """Wait until every other machine has left its record or is lost, for as long as their ranks need to end.
+
+    A machine whose ranks hang still sends heartbeats: its agent kills them once this machine's record shows a failure.
+    """
+    until = time.monotonic() + section.stop_grace_seconds + static.LOST_S
+    while time.monotonic() < until:
+        with suppress(OSError):
+            if not any(not state.ended and not state.lost for state in heartbeats.look()):
+                return
+        time.sleep(_LOOK_S)
+
+
+def _conclude(
+    agent: NodeAgent, record: Attempt, section: StaticSection, heartbeats: static.HeartbeatWatch, finish: Callable[[str], None]
+) -> int:
+    """Judge the attempt and record how it ended; returns the exit code. Nothing restarts it automatically."""
+    run, number = agent.run, agent.attempt
+    silence: dict[str, str] = {}
+    with suppress(OSError):
+        silence = static.describe_silence(heartbeats.look())
+    judged = postmortem.conclude(run, number, record, section, silence=silence)
+    run_store.fence(run, number, refresh=True)
+    conclusion = replace(judged, decision=_without_successor(judged.ending.cause, judged.decision))
+    postmortem.release_space_if_full(run, number)
+    with suppress(OSError):
+        conclusion.record(run, number)
+    if (alert := conclusion.alert) is not None:
+        with suppress(OSError):
+            append_event(run, number, "alert", alert, conclusion.ending.step)
+    state = conclusion.decision.state
+    # The status shows the end only when the mirror has every committed checkpoint, and prompts are answered.
+    finish(state)
+    with suppress(OSError, LauncherError):
+        run_store.update_status(run, state=state, step=conclusion.ending.step, message=conclusion.message)
+    postmortem.release_disk_space(run, number)
+    close_wandb_run(agent.plan, agent.plan_path, run, number)
+    return 0 if state == "completed" else _EXIT_INTERRUPTED if state in ("cancelled", "preempted") else 1
+
+
+def _without_successor(cause: Cause, decision: Decision) -> Decision:
+    """Return the decision for a backend that starts no further attempts: whoever started the command may repeat it."""
+    if not decision.again:
+        return decision
+    state = "preempted" if cause in (Cause.PREEMPTED, Cause.TIME_LIMIT) else "failed"
+    return Decision(False, state, f"{decision.reason}; {static.REPEAT}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
