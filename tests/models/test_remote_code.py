@@ -39,8 +39,8 @@ LOAD = """
 import sys
 from pathlib import Path
 from launcher.config.schema import ModelSection
-from launcher.worker.checks import weight_check
-weight_check.compare_weights(Path(sys.argv[1]), ModelSection.model_validate_json(sys.argv[2]))
+from launcher.worker.checks import model_check
+model_check.compare_weights(Path(sys.argv[1]), ModelSection.model_validate_json(sys.argv[2]))
 """
 
 
