@@ -121,11 +121,11 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     findings.write(tmp_path, ())
     data = DATA.model_copy(update={"cache_dir": str(tmp_path)})
 
-    def gather(config: RunConfig, overrides: object, here: DeviceFacts | None) -> Facts:
+    def gather(config: RunConfig, found: object, overrides: object, here: DeviceFacts | None) -> Facts:
         return facts_for(config, here or CPU, data, working_dir=str(tmp_path))
 
     monkeypatch.setattr(facts, "gather", gather)
-    monkeypatch.setattr(facts, "prepared_data", lambda config: (data, {}))
+    monkeypatch.setattr(facts, "prepared_data", lambda config, found: (data, {}))
     monkeypatch.chdir(tmp_path)
 
 
