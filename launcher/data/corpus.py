@@ -16,7 +16,6 @@ from launcher.config.sections.data import DataSection
 from launcher.data import row_layout, sources
 from launcher.data.checks.findings import CheckHit
 from launcher.data.sources import RowProblems
-from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import (
     NUM_PROMPTS,
     DocumentTable,
@@ -24,6 +23,7 @@ from launcher.data.tokenization.batch_encoder import (
     EncodeTask,
     EvalPrompt,
     PieceTable,
+    encode_batches,
     is_below,
 )
 from launcher.errors import DataError
@@ -123,7 +123,7 @@ def _encode(data: DataSection, tokenizer_path: str, problems: RowProblems, bad_r
     Raises:
         DataError: if the tokenizer cannot be used.
     """
-    for encoded in parallel.encode(_list_tasks(data, problems), data, tokenizer_path):
+    for encoded in encode_batches(_list_tasks(data, problems), data, tokenizer_path):
         problems.merge(encoded.problems)
         bad_rows[encoded.source] += encoded.problems.num_rows
         problems.num_usable += sum(len(batch.docs.wheres) for batch in encoded.batches)

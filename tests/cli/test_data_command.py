@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from launcher.data.tokenization.parallel import MIN_BYTES
+from launcher.data.tokenization.batch_encoder import MIN_BYTES
 from launcher.plan.quantities import format_size
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

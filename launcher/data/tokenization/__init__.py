@@ -1,1 +1,1 @@
-"""From documents to token ids and loss masks: chat templates, tokenizers, worker processes. Imports transformers, not torch."""
+"""From documents to token ids and loss masks; begin with encoder.py. Imports transformers, not torch."""

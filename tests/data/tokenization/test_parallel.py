@@ -20,7 +20,7 @@ from launcher.data.build import build
 from launcher.data.cache_store import cache_key
 from launcher.data.sources import BLOCK_ROWS
 from launcher.data.split import Split
-from launcher.data.tokenization import parallel
+from launcher.data.tokenization import batch_encoder
 from launcher.errors import DataError
 
 DEADLINE_S = 120.0
@@ -31,13 +31,13 @@ NUM_ROWS = NUM_BATCHES * BLOCK_ROWS
 BUILDER = """
 import signal, sys, psutil
 from launcher.config.sections.data import DataSection
-from launcher.data.tokenization import parallel
+from launcher.data.tokenization import batch_encoder
 from launcher.data.build import build
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch
 from launcher.errors import DataError
 # Whatever started the tests may have them ignore Ctrl-C, as shells do in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-parallel.MIN_BYTES = 1
+batch_encoder.MIN_BYTES = 1
 # As launcher.worker.prepare does.
 import_tokenizers_without_torch()
 waited = False
@@ -58,7 +58,7 @@ except DataError as error:
 @pytest.fixture
 def many(jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> DataSection:
     """Batches encoded by several processes. tests/cli/test_data_command.py tests the threshold for that."""
-    monkeypatch.setattr(parallel, "MIN_BYTES", 1)
+    monkeypatch.setattr(batch_encoder, "MIN_BYTES", 1)
     rows = [{"prompt": f"{i}:", "completion": f" {i * i}" * (1 + i % 5)} for i in range(NUM_ROWS)]
     return DataSection(sources=(Source(path=str(jsonl(rows)), completions="text"),), max_length=128, eval_fraction=0.1, workers=2)
 
@@ -155,7 +155,7 @@ def test_an_interrupted_builder_takes_its_processes_along(
 
 
 def test_a_small_file_starts_no_process(jsonl: Callable[..., Path], tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(batch_encoder, "ProcessPoolExecutor", None)
     rows = [{"prompt": f"{i}:", "completion": f" {i * i}"} for i in range(2000)]
     data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=128, eval_fraction=0, workers=2)
     assert build(data, str(tokenizer_dir)).num_docs == 2000
