@@ -28,7 +28,8 @@ import results
 from steps import summarize
 
 from launcher.config.sections.data import DataSection
-from launcher.data.sources import Chat, read_documents
+from launcher.data.sources.documents import Chat
+from launcher.data.sources.reading import read_documents
 from launcher.data.split import Split
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics

@@ -22,9 +22,9 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.data import GENERAL_TEXT
 from launcher.config.sections.evaluation import FORGETTING
 from launcher.config.sections.model import is_run
-from launcher.data import cache_store, sources
+from launcher.data import cache_store
 from launcher.data.checks import findings
-from launcher.data.sources.eval_set import make_set_data
+from launcher.data.sources.reading import check_sources, find_path_problem, make_set_data
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
 from launcher.models import stored_checks
@@ -96,7 +96,7 @@ def check(config: RunConfig, found: FoundModel) -> None:
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind, and with the tensors missing from the weights.
     """
-    problems = [*found.problems, *sources.check_sources(config.data)]
+    problems = [*found.problems, *check_sources(config.data)]
     for i, source in enumerate(config.data.sources):
         if source.path == GENERAL_TEXT:
             what = "this text shows what a model forgets, and a model that is trained on it shows nothing"
@@ -104,7 +104,7 @@ def check(config: RunConfig, found: FoundModel) -> None:
             problems.append(Problem(what, f"data.sources[{i}].path", source.path, remedy))
     for key, one in config.eval.sets_by_setting.items():
         where = key if one.name == FORGETTING else f"{key}.path"
-        problems += filter(None, [sources.find_path_problem(where, one)])
+        problems += filter(None, [find_path_problem(where, one)])
     if problems:
         raise ConfigError(problems)
 

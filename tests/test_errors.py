@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config.sections.data import Source
-from launcher.data.sources import read_documents
+from launcher.data.sources.reading import read_documents
 from launcher.errors import DataError, Problem, causes
 
 

@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from launcher.config.sections.data import COLUMNS, DataSection, Source
 from launcher.data.build import build
-from launcher.data.sources import Completion
+from launcher.data.sources.documents import Completion, Row, read_value
 from launcher.data.sources.formats import FORMATS, RowFormat
-from launcher.data.sources.row_values import Row, read_value
 from launcher.data.split import Split
 
 

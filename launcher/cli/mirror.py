@@ -19,8 +19,9 @@ from launcher.cli.starting import eval_set_caches
 from launcher.cli.worker_process import prepare
 from launcher.config.schema import RunConfig
 from launcher.config.sections.fields import Url
-from launcher.data import cache_store, sources
+from launcher.data import cache_store
 from launcher.data.cache_dir import cache_root
+from launcher.data.sources.reading import check_sources
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError, printable
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -176,7 +177,7 @@ def _find_or_build_data(plan: LaunchPlan, config: RunConfig) -> DataFacts:
     if trained is None:
         raise SubmitError("the plan in the mirror has no data", where=plan.run_name)
     if (local := _find(trained)) is None:
-        if problems := sources.check_sources(config.data):
+        if problems := check_sources(config.data):
             remedy = "copy the data to this path; nothing else is missing on this machine"
             raise ConfigError([Problem(problem.message, problem.where, problem.value, remedy) for problem in problems])
         prepare(config)

@@ -12,14 +12,14 @@ import numpy as np
 from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.evaluation import EvalSet
-from launcher.data import cache_store, row_layout, sources
+from launcher.data import cache_store, row_layout
 from launcher.data.cache_store import cache_key
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, list_names, read_corpus
 from launcher.data.packing import RowLayout
 from launcher.data.selection import select_documents
-from launcher.data.sources.eval_set import make_set_data, name_set
-from launcher.data.sources.keys import rank_keys
+from launcher.data.sources.formats import rank_keys
+from launcher.data.sources.reading import check_sources, describe_origin, list_inputs, make_set_data, name_set
 from launcher.data.split import write_origins
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS, PieceTable
 from launcher.data.tokenization.encoder import read_template
@@ -41,7 +41,7 @@ def build(
     Raises:
         DataError: if a source, a row or a template cannot be used, or if nothing is left to train on.
     """
-    if problems := sources.check_sources(data):
+    if problems := check_sources(data):
         raise DataError(problems)
     if (facts := cache_store.find_built(data, tokenizer_path)) is not None:
         return facts
@@ -116,7 +116,7 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
         row_layout.write(split_folder, split, pieces.lengths, piece_sources, pieces.labels, tokens, num_sources)
         for split_folder, split, num_sources in (
             (folder, layout, len(data.sources)),
-            (folder / "eval", held_out, len(sources.list_inputs(data))),
+            (folder / "eval", held_out, len(list_inputs(data))),
         )
     )
     spool.remove()
@@ -196,8 +196,8 @@ def _make_report(
         np.bincount(in_rows, pieces.turn_end[layout.order], minlength=len(names)).astype(int).tolist()
     )
     by_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
-    inputs = sources.list_inputs(data)
-    origins = [sources.describe_origin(source) for source in inputs]
+    inputs = list_inputs(data)
+    origins = [describe_origin(source) for source in inputs]
     per_source = [
         {
             "name": source.name,

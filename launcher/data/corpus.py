@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from launcher.config.sections.data import DataSection
-from launcher.data import row_layout, sources
+from launcher.data import row_layout
 from launcher.data.checks.findings import CheckHit
-from launcher.data.sources import RowProblems
+from launcher.data.sources.reading import RowProblems, count_rows, list_inputs, make_eval_source, read_batches
 from launcher.data.tokenization.batch_encoder import (
     NUM_PROMPTS,
     DocumentTable,
@@ -43,7 +43,7 @@ Columns = TypeVar("Columns", DocumentTable, PieceTable)
 class EncodedCorpus:
     """All documents that were read, the pieces they were cut into, and the hits of the checks on single documents.
 
-    A hit is (document, hit). `unread_keys`, `completions` and `bad_rows` have one entry per item of `sources.list_inputs`.
+    A hit is (document, hit). `unread_keys`, `completions` and `bad_rows` have one entry per item of `list_inputs`.
     `completions` counts prompts with a completion if the tokenizer has a chat template, and how many of them are written with it.
     `bad_rows` counts unusable rows. `problems` are the problems of these rows, and of files.
     """
@@ -69,8 +69,8 @@ class EncodedCorpus:
 
 
 def list_names(data: DataSection) -> tuple[str, ...]:
-    """Return the names of `sources.list_inputs`."""
-    return tuple(source.name for source in sources.list_inputs(data))
+    """Return the names of `list_inputs`."""
+    return tuple(source.name for source in list_inputs(data))
 
 
 def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenSpool, on_progress: Progress) -> EncodedCorpus:
@@ -81,17 +81,17 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     """
     problems = RowProblems()
     total = 0
-    for source in sources.list_inputs(data):
+    for source in list_inputs(data):
         # Reading reports an unreadable source.
         with suppress(DataError):
-            total += sources.count_rows(source) if source.is_read else 0
+            total += count_rows(source) if source.is_read else 0
     on_progress("tokenize", 0, total)
     docs: list[DocumentTable] = []
     pieces: list[PieceTable] = []
     hits: list[tuple[int, CheckHit]] = []
     prompts: dict[bool, list[EvalPrompt]] = {True: [], False: []}
     num_docs = max_token_id = 0
-    unread_keys = [Counter[str]() for _ in sources.list_inputs(data)]
+    unread_keys = [Counter[str]() for _ in list_inputs(data)]
     completions = np.zeros((len(unread_keys), 2), dtype=np.int64)
     bad_rows = np.zeros(len(unread_keys), dtype=np.int64)
     for batch in _encode(data, tokenizer_path, problems, bad_rows):
@@ -149,13 +149,13 @@ def _list_tasks(data: DataSection, problems: RowProblems) -> Iterator[EncodeTask
 
     The problems of files and sources that cannot be read are added to `problems`.
     """
-    held_out = sources.make_eval_source(data)
-    for number, source in enumerate(sources.list_inputs(data)):
+    held_out = make_eval_source(data)
+    for number, source in enumerate(list_inputs(data)):
         if not source.is_read:
             continue
         is_held_out = None if held_out is None else number == len(data.sources)
         try:
-            for batch in sources.read_batches(source, problems.add_file):
+            for batch in read_batches(source, problems.add_file):
                 yield EncodeTask(batch, number, is_held_out)
         except DataError as error:
             problems.add_file(error)

@@ -23,8 +23,10 @@ from launcher.checkpoint import store
 from launcher.child_process import print_result, run_process
 from launcher.data import row_layout
 from launcher.data.checks import patterns
-from launcher.data.sources import Document, files, find_shared_completions
+from launcher.data.sources import files
+from launcher.data.sources.documents import Document
 from launcher.data.sources.formats import FORMATS, detect_format
+from launcher.data.sources.reading import find_shared_completions
 from launcher.data.split import Split
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.data.triage import mean_losses

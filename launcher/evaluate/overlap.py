@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 
 from launcher.data.checks import overlap
-from launcher.data.sources import Document
+from launcher.data.sources.documents import Document
 from launcher.data.split import Split
 from launcher.data.tokenization.encoder import Encoder
 from launcher.errors import DataError

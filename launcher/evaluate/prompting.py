@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from launcher.config.sections.data import DataSection
-from launcher.data.sources import Chat, Completion, Message
+from launcher.data.sources.documents import Chat, Completion, Message
 from launcher.data.tokenization.encoder import Encoder
 from launcher.errors import DataError
 from launcher.evaluate.questions import EvalQuestion

@@ -15,9 +15,9 @@ import xxhash
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.evaluation import HELD_OUT
-from launcher.data import sources
-from launcher.data.sources import Chat, Completion, Document, Message, list_inputs
-from launcher.data.sources.eval_set import make_set_data
+from launcher.data.sources import reading
+from launcher.data.sources.documents import Chat, Completion, Document, Message
+from launcher.data.sources.reading import find_path_problem, list_inputs, make_set_data
 from launcher.data.split import Split
 from launcher.data.tokenization.chat_template import with_system
 from launcher.data.tokenization.encoder import Encoder, RenderedDocument
@@ -168,7 +168,7 @@ def read_documents(inputs: Sequence[Source], encoder: Encoder, checks: ChecksSec
     for source in inputs:
         if source.is_read:
             # The working directory may differ from the one in which the run was planned.
-            if problem := sources.find_path_problem(f"the path of {source.name}", source):
+            if problem := find_path_problem(f"the path of {source.name}", source):
                 raise DataError(problem)
-            for document, _ in sources.read_documents(source, checks):
+            for document, _ in reading.read_documents(source, checks):
                 yield encoder.write_as_chat(document, source.completions)

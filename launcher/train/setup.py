@@ -16,7 +16,7 @@ from launcher.checkpoint.saver import Saver
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
 from launcher.data.packing import choose_evenly
-from launcher.data.sources import make_eval_source
+from launcher.data.sources.reading import make_eval_source
 from launcher.data.split import Split
 from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import RunError

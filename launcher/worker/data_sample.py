@@ -20,9 +20,10 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import is_run
-from launcher.data import hub_cache, sources
-from launcher.data.sources import Chat, Completion, Document, DocumentBatch
+from launcher.data import hub_cache
+from launcher.data.sources.documents import Chat, Completion, Document
 from launcher.data.sources.files import Block
+from launcher.data.sources.reading import DocumentBatch, RowProblems, count_rows, find_row_problems, list_usable, read_batches
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, LauncherError, Problem
 from launcher.model_folders import convert_local, hub_reason
@@ -49,10 +50,10 @@ def look(config: RunConfig) -> dict[str, Any]:
         return _look(config)
     except DataError as error:
         # Reading stopped at the first problem.
-        problems = sources.RowProblems()
+        problems = RowProblems()
         for source in config.data.sources:
             if source.is_read:
-                problems.merge(sources.find_row_problems(source))
+                problems.merge(find_row_problems(source))
         raise DataError(problems.refused(config.data.checks).to_list() or error.problems) from error
 
 
@@ -61,7 +62,7 @@ def _look(config: RunConfig) -> dict[str, Any]:
     documents: list[Document] = []
     for source in config.data.sources:
         if source.is_read:
-            sampled, row_format, num_rows = _sample_rows(source, sources.count_rows(source), config.data.checks)
+            sampled, row_format, num_rows = _sample_rows(source, count_rows(source), config.data.checks)
             row_sources.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
             documents += sampled
     with tempfile.TemporaryDirectory() as fetched:
@@ -89,9 +90,9 @@ def _sample_rows(source: Source, upper_bound: int, checks: ChecksSection) -> tup
     kept: list[Document] = []
     row_format: str | None = None if source.format == "auto" else source.format
     num_rows = 0
-    for number, batch in enumerate(sources.read_batches(source)):
+    for number, batch in enumerate(read_batches(source)):
         row_format = batch.format or row_format
-        usable = sources.list_usable(batch, checks)
+        usable = list_usable(batch, checks)
         if number % step == 0 and len(kept) < _NUM_SAMPLED:
             kept += [document for document, _ in usable][: _NUM_SAMPLED - len(kept)]
         elif num_rows < _NUM_CHECKED:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from launcher.child_process import exit_on_termination
 from launcher.config.schema import RunConfig
-from launcher.data import build, report, sources
+from launcher.data import build, report
 from launcher.data.cache_dir import cache_root, make_cache_error
-from launcher.data.sources.eval_set import make_set_data, name_set
+from launcher.data.sources.reading import RowProblems, find_row_problems, make_set_data, name_set
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import EXIT_FAILED, ConfigError, DataError, LauncherError, Problem, RunError
 from launcher.model_folders import fetch_model
@@ -66,14 +66,14 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
 
 
 def _require_readable_rows(config: RunConfig) -> None:
-    problems = sources.RowProblems()
+    problems = RowProblems()
     for source in config.data.sources:
         if source.is_read:
-            problems.merge(sources.find_row_problems(source))
+            problems.merge(find_row_problems(source))
     row_problems = problems.refused(config.data.checks).to_list()
     for setting, eval_set in config.eval.sets_by_setting.items():
         section = make_set_data(eval_set, config.data)
-        of_set = sources.find_row_problems(section.sources[0]).refused(section.checks)
+        of_set = find_row_problems(section.sources[0]).refused(section.checks)
         row_problems += [name_set(problem, setting, eval_set) for problem in of_set.to_list()]
     if row_problems:
         raise DataError(row_problems)

@@ -20,7 +20,8 @@ from launcher.cli.resume import (
 )
 from launcher.cli.starting.resumed_plan import _changed_sources, describe_moved_rows
 from launcher.config.sections.data import Source
-from launcher.data import cache_store, sources
+from launcher.data import cache_store
+from launcher.data.sources.reading import describe_origin
 from launcher.errors import SubmitError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits
@@ -123,7 +124,7 @@ def test_sources_that_changed_since_the_cache_was_built_are_named(
     source = Source(path=str(rows))
     config = run_store.load_plan(run).config
     config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (source,)})})
-    built = {"sources": [{"digest": sources.describe_origin(source)["digest"]}]}
+    built = {"sources": [{"digest": describe_origin(source)["digest"]}]}
     monkeypatch.setattr(cache_store, "read_report", lambda folder: built)
     assert _changed_sources(DATA, config) == []
     rows.write_text('{"prompt": "a", "completion": "c"}\n')

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import Chat, Message
+from launcher.data.sources.documents import Chat, Message
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder
 
 TEMPLATES = Path(__file__).parent / "templates"

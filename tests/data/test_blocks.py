@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.data.sources import BLOCK_ROWS
-from launcher.data.sources.files import Block, parse_block, read_array, read_blocks
+from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_array, read_blocks
 from launcher.errors import DataError
 
 BIG = "x" * (1 << 19)

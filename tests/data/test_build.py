@@ -17,7 +17,7 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache_store import read_report
 from launcher.data.checks import findings
-from launcher.data.sources import find_row_problems, read_documents
+from launcher.data.sources.reading import find_row_problems, read_documents
 from launcher.data.split import Split
 from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.encoder import EncodedDocument

@@ -15,9 +15,9 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.data import GENERAL_TEXT, DataSection
 from launcher.config.sections.evaluation import EvalSet
 from launcher.data.build import build_eval_sets
-from launcher.data.sources.builtin.general_text import list_texts
-from launcher.data.sources.eval_set import make_set_data
-from launcher.data.sources.splits import HELD_OUT
+from launcher.data.sources.builtin import list_texts
+from launcher.data.sources.locate import HELD_OUT
+from launcher.data.sources.reading import make_set_data
 from launcher.errors import ConfigError, DataError
 from launcher.models.found_model import find_model
 

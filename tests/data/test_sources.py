@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 
 from launcher.config.sections.data import STDLIB_DOCS, DataSection, Source
-from launcher.data.sources import (
-    Chat,
-    Completion,
-    Message,
-    PlainText,
-    check_sources,
-    count_rows,
-    read_documents,
-)
+from launcher.data.sources.documents import Chat, Completion, Message, PlainText
+from launcher.data.sources.reading import check_sources, count_rows, read_documents
 from launcher.errors import DataError
 
 ROWS = {

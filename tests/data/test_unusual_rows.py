@@ -9,7 +9,7 @@ import pytest
 from special_files import link_to_device, make_pipe
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import check_sources
+from launcher.data.sources.reading import check_sources
 
 
 @pytest.mark.timeout(300)

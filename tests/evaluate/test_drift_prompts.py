@@ -13,7 +13,7 @@ import pytest
 from launcher import hardware
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
-from launcher.data.sources import Chat, Completion
+from launcher.data.sources.documents import Chat, Completion
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.evaluate import drift
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher import json_records
 from launcher.config.schema import RunConfig
-from launcher.data.sources import Chat, Message
+from launcher.data.sources.documents import Chat, Message
 from launcher.errors import RunError
 from launcher.evaluate import task as task_module
 from launcher.evaluate.answers import GeneratedIds

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
-from launcher.data.sources import Chat, Message
+from launcher.data.sources.documents import Chat, Message
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.evaluate.overlap import MAX_CANDIDATES, _Prompts, describe_copies, find_training_copies
 from launcher.evaluate.questions import EvalQuestion, QuestionSet, read_set

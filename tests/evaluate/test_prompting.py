@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import Chat, Completion, Message
+from launcher.data.sources.documents import Chat, Completion, Message
 from launcher.evaluate.prompting import CHAT, TEXT, BasePrompts, PromptBatch, PromptStyle, TunedPrompts
 from launcher.evaluate.questions import EvalQuestion, split_question
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher import facts
 from launcher.cli.worker_process import prepare_eval_sets
 from launcher.config.schema import RunConfig
-from launcher.data import sources
+from launcher.data.sources.reading import find_path_problem
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
@@ -19,7 +19,7 @@ def find_or_build(config: RunConfig, kept: dict[str, DataFacts], tokenizer_path:
     missing = {key: one for key, one in config.eval.sets_by_setting.items() if one.name not in kept}
     if not missing:
         return kept
-    if problems := [p for key, one in missing.items() if (p := sources.find_path_problem(f"{key}.path", one))]:
+    if problems := [p for key, one in missing.items() if (p := find_path_problem(f"{key}.path", one))]:
         raise ConfigError(problems)
     prepare_eval_sets(config)
     built = facts.eval_set_facts(config, tokenizer_path)

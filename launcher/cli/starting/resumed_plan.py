@@ -17,7 +17,8 @@ from launcher.clusters.backends import Cluster
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import EvalSet
-from launcher.data import cache_store, sources
+from launcher.data import cache_store
+from launcher.data.sources.reading import describe_origin, list_inputs
 from launcher.errors import ConfigError, DataError, Problem
 from launcher.models.found_model import find_model
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
@@ -250,10 +251,10 @@ def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:
 
     Unreadable sources, such as removed files, are left out: the rows do not depend on them any more.
     """
-    inputs, changed = sources.list_inputs(config.data), []
+    inputs, changed = list_inputs(config.data), []
     for source, built in zip(inputs, cache_store.read_report(recorded.cache_dir)["sources"], strict=False):
         with suppress(DataError, OSError, KeyError, TypeError):
-            before, today = built["digest"], sources.describe_origin(source)["digest"]
+            before, today = built["digest"], describe_origin(source)["digest"]
             if before != today:
                 changed.append(f"{source.path} (digest {before[:_DIGEST_CHARS]} then, {today[:_DIGEST_CHARS]} today)")
     return changed

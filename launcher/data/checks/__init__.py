@@ -1,1 +1,1 @@
-"""Checks of the data; begin with findings.py: what each check means. inspection.py judges single documents, overlap.py compares them."""
+"""Checks of the data: of single documents, and of documents against each other. Begin with findings.py: what each check means."""

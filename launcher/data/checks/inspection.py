@@ -15,7 +15,7 @@ from ftfy.badness import is_bad
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import overlap, patterns
 from launcher.data.checks.findings import CheckHit
-from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.chat_template import TrainOn, find_trained_messages
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.plan.quantities import format_count

@@ -1,9 +1,18 @@
-"""Documents: the content of a row, independent of its format. Picklable."""
+"""Documents, which are the content of a row independent of its format, and reading values from a row. Pure.
+
+Documents are picklable. What cannot be used is refused with the place of the row.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
+
+from launcher.config.sections.data import COLUMNS_EXAMPLE
+from launcher.data.checks import patterns
+from launcher.errors import DataError, Problem
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -53,3 +62,111 @@ class PlainText:
 
 # `where` is file:line, or file:row N in a file without lines.
 Document = Chat | Completion | PlainText
+
+
+# Values of rows
+
+Row = dict[str, Any]
+
+_EXCERPT_CHARS = 40
+# A row may have a million keys.
+_MAX_KEYS = 30
+_MISSING_REMEDY = f"add the key, set the source's format, or name the row's own key in the source's columns: {COLUMNS_EXAMPLE}"
+
+
+def read_value(row: Row, key: str, kind: type, where: str, prefix: str = "") -> Any:
+    """Return `row[key]`, which must be of the type `kind`; `prefix` is the key path of `row` in the whole row.
+
+    Raises:
+        DataError: if the key is missing, the value has another type, or it is not valid Unicode.
+    """
+    if key not in row:
+        refuse(f"the row lacks the key {prefix}{key} ({list_keys(row)})", where, _MISSING_REMEDY)
+    value = row[key]
+    if not isinstance(value, kind):
+        wanted = "a list" if kind is list else "text"
+        refuse(f"{prefix}{key} is {a_json_type(value)}, not {wanted}", where, f"write {prefix}{key} as {wanted}")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            refuse(f"{prefix}{key} holds half of a surrogate pair", where, "write the character whole, in UTF-8")
+    return value
+
+
+def read_optional(row: Row, key: str, where: str, prefix: str = "") -> str | None:
+    """Return the text of `row[key]`; None if it is missing or null. Raises DataError."""
+    return None if row.get(key) is None else str(read_value(row, key, str, where, prefix))
+
+
+def find_value(row: Row, path: str) -> Any:
+    """Return the value of a key of the row, or of a key inside its objects and lists (data.question, turns.0); None if missing.
+
+    Objects and lists may be JSON text, as in tables.
+    """
+    if path in row:
+        return row[path]
+    value: Any = row
+    for name in path.split("."):
+        value = from_json(value)
+        if isinstance(value, dict):
+            value = value.get(name)
+        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return None
+    return value
+
+
+def require_list(value: Any, key: str, where: str) -> list[Any]:
+    """Return a list, parsed if it is JSON text. Raises DataError if it is not a list."""
+    value = from_json(value)
+    if not isinstance(value, list):
+        refuse(f"{key} is {a_json_type(value)}, not a list", where, f"write {key} as a list")
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Parse a list or object that a table holds as JSON text; return any other value unchanged."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def list_keys(row: Row) -> str:
+    """Return the row's keys for an error message."""
+    return f"found: {list_names(sorted(row)) or 'none'}"
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names of keys or columns for an error message."""
+    shown = ", ".join(map(safe_excerpt, names[:_MAX_KEYS]))
+    return shown if len(names) <= _MAX_KEYS else f"{shown} and {len(names) - _MAX_KEYS:,} more"
+
+
+def safe_excerpt(value: object) -> str:
+    """Return the first characters of a value for an error message, with secrets and personal data redacted."""
+    text = str(value)
+    # Redact before cutting, because the patterns do not recognize half a key.
+    safe = " ".join(patterns.redact([text])[0].split())
+    return safe if len(safe) <= _EXCERPT_CHARS else f"{safe[:_EXCERPT_CHARS]}… ({len(text):,} characters)"
+
+
+def json_type(value: object) -> str:
+    """Return the JSON name of the type of `value`."""
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def a_json_type(value: object) -> str:
+    """Return the JSON name of the type of `value` with its article."""
+    name = json_type(value)
+    return name if name == "null" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def refuse(problem: str, where: str, remedy: str, value: str = "") -> NoReturn:
+    """Raise DataError with the `problem` at the place `where` (file:line), and how to fix it."""
+    raise DataError(Problem(problem, where=where, value=value, remedy=remedy))

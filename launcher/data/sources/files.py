@@ -12,14 +12,14 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from launcher import atomic_files
-from launcher.data.sources.row_values import Row, a_json_type, list_names, refuse, safe_excerpt
+from launcher.data.sources.documents import Row, a_json_type, list_names, refuse, safe_excerpt
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
@@ -38,21 +38,6 @@ class DataFile:
 
     path: Path
     name: str
-
-
-@dataclass(frozen=True)
-class SourceFiles:
-    """The files of a source: those that are read, and those of its folder that are left out.
-
-    `commit` is that of a Hub dataset. `digest` returns a text that changes with the bytes of the files, not with the path of
-    local ones. `fetch` downloads remote files. Both raise DataError.
-    """
-
-    names: tuple[str, ...]
-    left_out: tuple[str, ...]
-    commit: str | None
-    digest: Callable[[], str]
-    fetch: Callable[[], tuple[DataFile, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +66,15 @@ def read_blocks(path: Path, name: str) -> Iterator[Block]:
     Raises:
         DataError: with the place, if a file is unreadable, truncated or corrupt, or a table or array cannot be parsed.
     """
-    with _opened(path, name) as file:
-        kind = _kind(file, name)
+    with _open_file(path, name) as file:
+        kind = _detect_file_kind(file, name)
         if kind in _LINES:
             for first, lines in _group((line, len(line)) for line in file):
                 yield Block(kind, name, first, b"".join(lines))
         elif kind == "parquet":
-            yield from _parquet(file, name)
+            yield from _cut_table(file, name)
         else:
-            rows = _csv(file, name) if kind == "csv" else read_array(file, name)
+            rows = _parse_csv(file, name) if kind == "csv" else read_array(file, name)
             for first, group in _group(((row, place), size) for row, place, size in rows):
                 yield Block(kind, name, first, tuple(group))
 
@@ -114,10 +99,10 @@ def split_block(block: Block) -> Iterator[Block]:
             yield Block(block.kind, block.name, number, (row,))
 
 
-def count_rows(path: Path, name: str) -> int:
+def count_file_rows(path: Path, name: str) -> int:
     """Return an upper bound of the number of rows, without parsing them. Raises DataError as `read_blocks` does."""
-    with _opened(path, name) as file:
-        kind = _kind(file, name)
+    with _open_file(path, name) as file:
+        kind = _detect_file_kind(file, name)
         if kind == "parquet":
             return int(_open_table(file, name).metadata.num_rows)
         # Every object of a JSON array has an opening brace.
@@ -129,7 +114,7 @@ def count_rows(path: Path, name: str) -> int:
         return count + (kind != "json" and last != separator)
 
 
-def file_digest(file: DataFile) -> str:
+def compute_digest(file: DataFile) -> str:
     """Return a hex digest of the file's bytes. Raises DataError."""
     try:
         return atomic_files.digest_file(file.path).xxh3_128
@@ -157,7 +142,7 @@ def _refuse_unreadable(error: OSError, name: str) -> NoReturn:
 
 
 @contextmanager
-def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
+def _open_file(path: Path, name: str) -> Iterator[io.BufferedReader]:
     codec = None
     try:
         with path.open("rb", buffering=0) as raw:
@@ -176,7 +161,7 @@ def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
         refuse(f"the {codec} stream is truncated or corrupt: {error}", name, _COPY_AGAIN)
 
 
-def _kind(file: io.BufferedReader, name: str) -> str:
+def _detect_file_kind(file: io.BufferedReader, name: str) -> str:
     """Return the kind of a file. For .json and .jsonl, trust the content over the name: one array, or lines of objects."""
     head = file.peek(_BLOCK_BYTES)
     if head.startswith(b"version https://git-lfs"):
@@ -251,7 +236,7 @@ def read_array(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, i
         _refuse_value(error, where)
 
 
-def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
+def _parse_json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
     for number, line in lines:
         text = _decode(line, name, number).rstrip("\r\n")
         if not text or text.isspace():
@@ -268,7 +253,7 @@ def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
         yield row, f"{name}:{number}"
 
 
-def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
+def _parse_csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
     """Yield (row, place, number of characters) of each line after the first line, which names the columns."""
     csv.field_size_limit(sys.maxsize)
     header: list[str] | None = None
@@ -294,14 +279,14 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
         refuse(f"the table cannot be read: {error}", f"{name}:{reader.line_num}", 'close every quote, and write " inside as ""')
 
 
-def _text_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
+def _parse_text_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
     """Yield every non-empty line as a row with the key text."""
     for number, line in lines:
         if text := _decode(line, name, number).rstrip("\r\n"):
             yield {"text": text}, f"{name}:{number}"
 
 
-_LINES = {"jsonl": _json_lines, "txt": _text_lines}
+_LINES = {"jsonl": _parse_json_lines, "txt": _parse_text_lines}
 
 
 def _decode(line: bytes, name: str, number: int) -> str:
@@ -326,7 +311,7 @@ def _open_table(file: io.BufferedReader, name: str) -> Any:
         refuse(f"this is not a complete parquet file: {error}", name, _COPY_AGAIN)
 
 
-def _parquet(file: io.BufferedReader, name: str) -> Iterator[Block]:
+def _cut_table(file: io.BufferedReader, name: str) -> Iterator[Block]:
     import pyarrow
 
     table, first = _open_table(file, name), 1
@@ -351,7 +336,7 @@ def _parse_table(data: bytes, name: str, first: int) -> Iterator[tuple[Row, str]
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         _refuse_corrupt(error, name, first - 1)
     for number, row in enumerate(rows, start=first):
-        yield {key: _without_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
+        yield {key: _remove_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
 
 
 def _refuse_corrupt(error: Exception, name: str, after: int) -> NoReturn:
@@ -359,10 +344,10 @@ def _refuse_corrupt(error: Exception, name: str, after: int) -> NoReturn:
     refuse(message, f"{name}, after row {after}", _COPY_AGAIN)
 
 
-def _without_nulls(value: Any) -> Any:
+def _remove_nulls(value: Any) -> Any:
     """Remove null keys of objects: in a parquet column all objects have the same keys, and missing keys are null."""
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [_remove_nulls(item) for item in value]
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: _remove_nulls(item) for key, item in value.items() if item is not None}
     return value

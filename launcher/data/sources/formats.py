@@ -1,30 +1,33 @@
-"""The row formats: how a row becomes a document, and which keys identify a format. Pure.
+"""The row formats: how a row becomes a document, which keys identify a format, and which keys no format reads. Pure.
 
 To add a format, write a function (row, place) -> Document and give it an entry in `FORMATS`. To let users select it by name, add
 the name to `Source.format` in launcher/config/sections/data.py.
+
+Keys that no format reads are counted for the report, or refused if they mark a row for another kind of training. Their names are
+those of TRL (dataset types), OpenAI (preference files), LLaMA-Factory, ms-swift and axolotl (dataset formats).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Mapping
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 from launcher.config.sections.data import COLUMNS_EXAMPLE
-from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
-from launcher.data.sources.messages import (
-    MESSAGE_KEYS,
-    WEIGHT_KEYS,
-    parse_message,
-    parse_tool_call,
-    parse_tools,
-    parse_weight,
-    read_messages,
-)
-from launcher.data.sources.row_values import (
+from launcher.data.sources.documents import (
+    ROLES,
+    Chat,
+    Completion,
+    Document,
+    Message,
+    PlainText,
     Row,
+    a_json_type,
     find_value,
     from_json,
+    json_type,
     list_keys,
     read_optional,
     read_value,
@@ -40,10 +43,38 @@ _SHAREGPT_ROLES = {
     **{"function_call": "function_call", "tool_call": "function_call"},
     **{"observation": "tool", "tool": "tool", "function_response": "tool", "tool_response": "tool"},
 }
-
-
 # Keys for the subject of a question, which the format question_answer does not read.
 _CONTEXT_KEYS = ("context", "passage", "paragraph", "document", "article", "story", "evidence", "choices", "options")
+
+# OpenAI's other names for ROLES.
+_OTHER_ROLES = {"developer": "system", "function": "tool"}
+# Keys that say whether a message is trained: 1 and true train it, 0 and false mask it.
+# weight: OpenAI and Mistral. loss_weight: LLaMA-Factory (v1). train, training: names for axolotl's message_field_training.
+# loss: ms-swift, and the ShareGPT rows of AgentInstruct. loss_mask: verl.
+_TRAINED_KEYS = ("weight", "loss_weight", "train", "training", "loss", "loss_mask")
+# torchtune's Message: true masks the message.
+_MASKED_KEY = "masked"
+# Weights for parts of a message (axolotl), and keys whose meaning differs between tools.
+_UNREAD_WEIGHT_KEYS = ("train_detail", "training_detail", "trainable", "mask")
+WEIGHT_KEYS = frozenset((*_TRAINED_KEYS, _MASKED_KEY, *_UNREAD_WEIGHT_KEYS))
+# Types of the text parts of a message's content, and the keys that hold the text.
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PART_TEXT_KEYS = ("text", "value", "content")
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# Optional keys of a message in the format messages.
+MESSAGE_KEYS = frozenset({"name", "tool_calls", "function_call", "tool_call_id", *_REASONING_KEYS}) | WEIGHT_KEYS
+
+NUM_KEYS_SHOWN = 20
+
+# Keys of rows for preference training: TRL, axolotl, LLaMA-Factory, torchtune; OpenAI; the worse answer alone (ms-swift).
+_PAIRS = (
+    *(("chosen", "rejected"), ("preferred_output", "non_preferred_output")),
+    *(("rejected_response",), ("rejected_messages",)),
+)
+# Keys for whether the answer is good: TRL and ms-swift; LLaMA-Factory.
+_VERDICT_KEYS = ("label", "kto_tag")
+_MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+_OTHER_TRAINING = frozenset((*(key for pair in _PAIRS for key in pair), *_VERDICT_KEYS, *_MEDIA_KEYS))
 
 
 @dataclass(frozen=True)
@@ -257,3 +288,250 @@ def rename_columns(row: Row, columns: Mapping[str, str], where: str) -> Row:
     # If another key of the row has the name of a mapped column, it is a different column.
     rest = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
     return {**rest, **values}
+
+
+# Messages and tools
+
+
+def read_messages(row: Row, key: str, where: str) -> list[Row]:
+    """Return the list of message objects under `key`. Raises DataError if it is empty, or not a list of objects."""
+    row = {**row, key: from_json(row[key])} if key in row else row
+    items = read_value(row, key, list, where)
+    if not items:
+        refuse(f"{key} is empty", where, "remove the row, or write at least one message")
+    for i, item in enumerate(items):
+        if not isinstance(item, dict):
+            refuse(f"{key}[{i}] is {a_json_type(item)}, not an object", where, "write messages as {role, content}")
+    return list(items)
+
+
+def parse_message(item: Row, key_path: str, where: str) -> Message:
+    """Parse a message of the format messages; `key_path` is as in messages[0], and `where` the place of the row.
+
+    Raises:
+        DataError: if the role is unknown, the content is not text, or a tool call or loss weight is malformed.
+    """
+    raw_role = read_value(item, "role", str, where, f"{key_path}.")
+    role = _OTHER_ROLES.get(raw_role, raw_role)
+    if role not in ROLES:
+        refuse(
+            f"{key_path}.role is unknown: {safe_excerpt(raw_role)!r}", where, f"write one of {', '.join((*ROLES, *_OTHER_ROLES))}"
+        )
+    calls = [item["function_call"]] if item.get("function_call") else item.get("tool_calls") or []
+    if calls and role != "assistant":
+        refuse(f"{key_path} calls a tool, but its role is not assistant", where, "write tool_calls only in assistant messages")
+    reasoning = next((k for k in _REASONING_KEYS if item.get(k) is not None), None)
+    return Message(
+        role,
+        _parse_content(item, key_path, where, may_be_null=bool(calls)),
+        tool_calls=tuple(
+            parse_tool_call(call, f"{key_path}.tool_calls[{i}]", where)
+            for i, call in enumerate(require_list(calls, key_path, where))
+        ),
+        name=read_optional(item, "name", where, f"{key_path}."),
+        tool_call_id=read_optional(item, "tool_call_id", where, f"{key_path}."),
+        weight=parse_weight(item, raw_role, role == "assistant", key_path, where),
+        reasoning_content=None if reasoning is None else read_value(item, reasoning, str, where, f"{key_path}."),
+    )
+
+
+def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, where: str) -> int | None:
+    """Return 1 if an assistant's message is trained and 0 if not, by any of WEIGHT_KEYS; None if it has none of these keys.
+
+    Raises:
+        DataError: for a weight between 0 and 1, contradictory keys, or a trained message of another role.
+    """
+    if item.keys().isdisjoint(WEIGHT_KEYS):
+        return None
+    weights: dict[str, int] = {}
+    for key in (*_UNREAD_WEIGHT_KEYS, *_TRAINED_KEYS, _MASKED_KEY):
+        value = item.get(key)
+        if value is None or value == []:
+            continue
+        if key in _UNREAD_WEIGHT_KEYS:
+            remedy = f"write weight instead of {key}: 1 to train the whole message, 0 to leave it out"
+            refuse(f"{key_path} sets its loss weight with {key}, which the launcher does not read", where, remedy)
+        if value not in (0, 1):
+            remedy = "write 1 to train the message, 0 to leave it out"
+            refuse(f"{key_path}.{key} is {safe_excerpt(value)}, not 0 or 1", where, remedy)
+        weights[key] = 1 - int(value) if key == _MASKED_KEY else int(value)
+    if not weights:
+        return None
+    if len(set(weights.values())) > 1:
+        keys = " and ".join(weights)
+        refuse(f"{key_path} has keys that contradict each other about its training ({keys})", where, "keep one of the keys")
+    key, weight = next(iter(weights.items()))
+    if weight and not is_assistant:
+        problem = f"{key_path}.{key} trains a message with the role {safe_excerpt(sender)}"
+        refuse(problem, where, "remove it: only assistant messages are trained")
+    return weight if is_assistant else None
+
+
+def _parse_content(item: Row, key_path: str, where: str, may_be_null: bool) -> str:
+    """Return the text of a message, joined from its parts; null is allowed if the assistant calls a tool."""
+    content = item.get("content")
+    if content is None and may_be_null:
+        return ""
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list):
+        return str(read_value(item, "content", str, where, f"{key_path}."))
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type", "text") if isinstance(part, dict) else json_type(part)
+        if not isinstance(part, dict) or kind not in _TEXT_PARTS:
+            problem = f"{key_path}.content[{i}] has the type {safe_excerpt(kind)}, not text"
+            refuse(problem, where, "remove the row: the launcher trains on text only")
+        key = next((key for key in _PART_TEXT_KEYS if part.get(key) is not None), _PART_TEXT_KEYS[0])
+        # OpenAI's assistants write the text as an object with its annotations.
+        holder, prefix = (part[key], f"{key}.") if isinstance(part.get(key), dict) else (part, "")
+        texts.append(read_value(holder, "value" if prefix else key, str, where, f"{key_path}.content[{i}].{prefix}"))
+    return "".join(texts)
+
+
+def parse_tool_call(call: Any, key_path: str, where: str) -> Row:
+    """Return a tool call in the form of `Message`; accepts OpenAI's object, or the function alone. Raises DataError."""
+    if not isinstance(call, dict):
+        refuse(f"{key_path} is {a_json_type(call)}, not an object", where, "write {name, arguments}")
+    inner = call.get("function")
+    function: Row = inner if isinstance(inner, dict) else call
+    name = read_value(function, "name", str, where, f"{key_path}.")
+    arguments = from_json(function.get("arguments") if "arguments" in function else function.get("parameters", {}))
+    arguments = {} if arguments in (None, "") else arguments
+    if not isinstance(arguments, dict):
+        refuse(
+            f"{key_path}: the arguments of {safe_excerpt(name)} are not a JSON object", where, "write an object, or its JSON text"
+        )
+    tool_call: Row = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {"id": call["id"], **tool_call} if isinstance(call.get("id"), str) else tool_call
+
+
+def parse_tools(tools: Any, where: str) -> tuple[Row, ...]:
+    """Return tool definitions in OpenAI's form, from a list or its JSON text, of tools or functions alone. Raises DataError."""
+    definitions = []
+    for i, tool in enumerate(require_list(tools, "tools", where) if tools not in (None, "") else []):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            refuse(f"tools[{i}] does not describe a function", where, "write {name, description, parameters}")
+        definitions.append(tool if "function" in tool else {"type": "function", "function": function})
+    return tuple(definitions)
+
+
+# Keys that no format reads
+
+
+@dataclass(frozen=True, slots=True)
+class RowKeys:
+    """The keys that are read from a source's rows, by the rows' own names; `format` is "" if it is not known yet."""
+
+    format: str
+    read: frozenset[str]
+    ignored: frozenset[str]
+    chat_keys: tuple[str, ...]
+    # Keys that hold either text or a list of messages.
+    turn_keys: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, format: str, columns: Mapping[str, str], ignored: tuple[str, ...]) -> RowKeys:
+        """Create it from `columns` (format's key to row's key) and the keys `ignored` that are deliberately left unread."""
+        own_names = [columns.get(key, key) for key in FORMATS[format].keys] if format else [*columns.values()]
+        # If the key is within an object, the object is a key of the row.
+        read = frozenset((*own_names, *(name.split(".")[0] for name in own_names))) - frozenset(ignored)
+
+        def name_own(keys: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(own for key in keys if (own := columns.get(key, key)) in read)
+
+        chat_keys, turn_keys = (FORMATS[format].chat_keys, FORMATS[format].turn_keys) if format else ((), ())
+        return cls(format, read, frozenset(ignored), name_own(chat_keys), name_own(turn_keys))
+
+    def check(self, row: Row, where: str, counts: Counter[str]) -> Row:
+        """Count each unread, non-empty key of the row and of its messages in `counts`.
+
+        Return the row without the ignored keys, with the JSON text of its messages parsed.
+
+        Raises:
+            DataError: for keys of another kind of training, unless they are deliberately ignored.
+        """
+        unread: Set[str] = row.keys() - self.read
+        present = [key for key in self.chat_keys if find_value(row, key) is not None]
+        if len(present) > 1:
+            unread = unread | {present[1]}
+        if unread:
+            self._refuse_other_training(row, unread - self.ignored, where)
+            counts.update(key for key in unread if not _is_empty(find_value(row, key)))
+        if present:
+            items = from_json(find_value(row, present[0]))
+            self._check_messages(items, present[0], where, counts)
+            row = row if items is row.get(present[0]) else {**row, present[0]: items}
+        for key in self.turn_keys:
+            if isinstance(items := find_value(row, key), list):
+                self._check_messages(items, key, where, counts)
+        return {key: value for key, value in row.items() if key not in self.ignored} if self.ignored else row
+
+    def _check_messages(self, items: Any, key: str, where: str, counts: Counter[str]) -> None:
+        """Check the keys of messages; the format handles anything except a list of objects."""
+        known = FORMATS[self.format].message_keys
+        unread = set()
+        for i, item in enumerate(items if isinstance(items, list) else ()):
+            if not isinstance(item, dict):
+                continue
+            if not item.keys() <= known:
+                others = {other for other in item.keys() - known if not _is_empty(item[other])}
+                _refuse_media(item, others - self.ignored, f"{key}[{i}]", where)
+                unread |= {f"{key}[].{other}" for other in others}
+        counts.update(unread)
+
+    def _refuse_other_training(self, row: Row, keys: Set[str], where: str) -> None:
+        if keys.isdisjoint(_OTHER_TRAINING):
+            return
+        for pair in _PAIRS:
+            if {*pair} <= keys and all(isinstance(row[key], str | list | dict) and from_json(row[key]) for key in pair):
+                problem = "the row holds a better and a worse answer, as for DPO; the launcher trains on one answer per row"
+                _refuse_keys(problem, where, pair, "to train on one of them, name it in the source's columns")
+        if self.format not in ("", "text"):
+            # Tables may hold false as text; 0 may be a class label.
+            for key in (key for key in _VERDICT_KEYS if key in keys and str(row[key]).lower() == "false"):
+                problem = f"{key}: false marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
+                _refuse_keys(problem, where, (key,), "remove such rows")
+        _refuse_media(row, keys, "the row", where)
+
+
+def _refuse_keys(problem: str, where: str, keys: Sequence[str], remedy: str) -> NoReturn:
+    ignored = f"ignored_keys: [{', '.join(keys)}]"
+    refuse(problem, where, f"{remedy}; to train on the row as if it had no such key, set the source's {ignored} in data.sources")
+
+
+def _refuse_media(holder: Row, keys: Set[str], key_path: str, where: str) -> None:
+    if media := [key for key in _MEDIA_KEYS if key in keys and _is_media(holder[key])]:
+        problem = f"{key_path} has {' and '.join(media)}; the launcher trains on text only"
+        _refuse_keys(problem, where, media, "remove such rows")
+
+
+def _is_empty(value: Any) -> bool:
+    """Return True for a value without content; text tables hold empty lists and objects as JSON text."""
+    return value is None or value in ("[]", "{}") or (isinstance(value, str | bytes | list | dict) and not value)
+
+
+def _is_media(value: Any) -> bool:
+    """Return True for bytes, paths or addresses; numbers and flags only describe media."""
+    value = from_json(value)
+    if isinstance(value, list | dict):
+        return any(map(_is_media, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str | bytes) and bool(value)
+
+
+def redact_keys(counts: Counter[str]) -> dict[str, int]:
+    """Return the counts by those excerpts of the keys that the report may show."""
+    safe: Counter[str] = Counter()
+    for key, count in counts.items():
+        safe[safe_excerpt(key)] += count
+    return dict(safe)
+
+
+def rank_keys(counts: Counter[str]) -> dict[str, Any]:
+    """Return the most frequent keys with their counts, and the number of other keys.
+
+    Sorted by frequency, then by name, so that a cache does not depend on the order of sets.
+    """
+    ranked = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return {"unread_keys": dict(ranked[:NUM_KEYS_SHOWN]), "num_other_unread_keys": len(ranked[NUM_KEYS_SHOWN:])}

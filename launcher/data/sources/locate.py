@@ -10,27 +10,65 @@ import glob
 import json
 import logging
 import os
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
-
-import xxhash
 
 from launcher import atomic_files
 from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data import hub_cache
-from launcher.data.cache_dir import convert_os_errors, source_folder
-from launcher.data.sources.files import DataFile, SourceFiles, detect_kind, file_digest
-from launcher.data.sources.remote import find_remote
-from launcher.data.sources.row_values import refuse
-from launcher.data.sources.splits import choose_files
+from launcher.data.cache_dir import convert_os_errors, is_full, mark_used, source_folder
+from launcher.data.sources.documents import refuse
+from launcher.data.sources.files import COMPRESSED, KINDS, DataFile, compute_digest, detect_kind
 from launcher.errors import DataError, Problem
+from launcher.locks import wait_and_hold
+from launcher.security.redaction import redacted_command_line
+from launcher.security.storage_addresses import access_remedy, require_known_hosts
 
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
 # Too many requests, and server errors.
 _TEMPORARY = (429, *range(500, 600))
-_NUM_NAMES = 10
+# File metadata that changes with the content, by its names in various storages.
+_VERSION_KEYS = (
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id", "sha", "CRC"),
+    *("mtime", "LastModified", "Last-Modified", "last_modified", "modificationTime", "updated", "created"),
+)
+
+# The split of held-out documents, if none is set.
+HELD_OUT = "validation or test"
+README = "README.md"
+_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
+# Unsupported compression and archives.
+_UNSUPPORTED = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tar.zst", ".tgz")
+# The lines of a README between a first line `---` and the next `---`.
+_FRONT_MATTER = re.compile(r"---[ \t\r]*\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
+# Files that accompany data in such folders.
+_NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of a source: those that are read, and those of its folder that are left out.
+
+    `commit` is that of a Hub dataset. `digest` returns a text that changes with the bytes of the files, not with the path of
+    local ones. `fetch` downloads remote files. Both raise DataError.
+    """
+
+    names: tuple[str, ...]
+    left_out: tuple[str, ...]
+    commit: str | None
+    digest: Callable[[], str]
+    fetch: Callable[[], tuple[DataFile, ...]]
 
 
 def is_url(path: str) -> bool:
@@ -51,27 +89,11 @@ def has_splits(path: str) -> bool:
 def find_files(source: RowSource) -> SourceFiles:
     """Find the files of the source; lists remote ones. Raises DataError."""
     if is_url(source.path):
-        return find_remote(source)
+        return _find_at_address(source)
     return _find_on_hub(source) if is_hub(source.path) else _find_local(source)
 
 
-def describe_origin(source: RowSource) -> dict[str, Any]:
-    """Return the origin of the source's rows: a digest, the commit of a Hub dataset, and the files that are read and left out.
-
-    Lists up to ten names of each. Raises DataError.
-    """
-    files = find_files(source)
-    return {
-        "digest": xxhash.xxh3_128_hexdigest(files.digest().encode()),
-        "commit": files.commit,
-        "files": list(files.names[:_NUM_NAMES]),
-        "num_files": len(files.names),
-        "left_out": list(files.left_out[:_NUM_NAMES]),
-        "num_left_out": len(files.left_out),
-    }
-
-
-def local_problem(key: str, source: RowSource) -> Problem | None:
+def find_local_problem(key: str, source: RowSource) -> Problem | None:
     """Check a local path on disk and return its problem; `key` is its setting."""
     value, path = source.path, Path(source.path).expanduser()
     remedy = f"set {key} to a data file, a folder, a pattern, a Hub dataset (owner/name) or an address (s3://...)"
@@ -97,7 +119,7 @@ def _find_local(source: RowSource) -> SourceFiles:
     files: tuple[DataFile, ...] = (DataFile(path, source.path),)
     left_out: tuple[str, ...] = ()
     if path.is_dir():
-        chosen, left_out = choose_files(
+        chosen, left_out = _choose_files(
             _list_names(path), lambda name: (path / name).read_bytes(), source.subset, source.split, source.path
         )
         files = tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in chosen)
@@ -107,7 +129,7 @@ def _find_local(source: RowSource) -> SourceFiles:
         tuple(file.name for file in files),
         left_out,
         None,
-        lambda: ", ".join(f"{detect_kind(file.name)} {file_digest(file)}" for file in files),
+        lambda: ", ".join(f"{detect_kind(file.name)} {compute_digest(file)}" for file in files),
         lambda: files,
     )
 
@@ -136,11 +158,140 @@ def _match_pattern(pattern: str) -> list[str]:
     return sorted(name for name in paths if Path(name).is_file())
 
 
+# Splits
+
+
+def _choose_files(
+    names: Sequence[str], read: Callable[[str], bytes], subset: str | None, split: str | None, where: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Choose the files of a split in a folder or a Hub dataset: by its README, else by file names.
+
+    Returns the data files of the subset and split, and the other files that could be data, sorted.
+    `names` are paths with slashes, relative to the folder. The default split is train, or the only split; if no name shows a
+    split, all files are the data.
+
+    Raises:
+        DataError: if the subset or split does not exist, with those that do.
+    """
+    configs = _read_configs(read(README), where) if README in names else []
+    if configs:
+        by_split = _group_by_readme(_select_subset(configs, subset, where), names, where)
+    elif subset is not None:
+        refuse(f"there is no subset {subset}: the dataset has only one", where, "remove the source's subset")
+    else:
+        by_split = _group_by_name(_list_data_files(names, where))
+    chosen = by_split[_select_split(by_split, split, where)]
+    return tuple(chosen), tuple(sorted(set(filter(_may_be_data, names)).difference(chosen)))
+
+
+def _select_split(by_split: dict[str, list[str]], split: str | None, where: str) -> str:
+    if by_split.keys() == {""}:
+        if split not in (None, HELD_OUT):
+            remedy = "remove the source's split, or name the files themselves in its path"
+            refuse(f"no file belongs to the split {split}: the file names show no splits", where, remedy)
+        return ""
+    if "" in by_split:
+        names = {key: ", ".join(files[:3]) for key, files in by_split.items() if key}
+        message = f"{', '.join(by_split[''][:3])} belongs to no split, but other files do ({'; '.join(names.values())})"
+        refuse(message, where, "name the files in the source's path with a pattern, such as DIR/train*.jsonl")
+    candidates = split.split(" or ") if split is not None else ["train"] if len(by_split) > 1 else list(by_split)
+    for name in candidates:
+        if name in by_split:
+            return name
+    message = f"there is no split {' or '.join(candidates)} (there are: {', '.join(by_split)})"
+    refuse(message, where, "set the source's split (for held-out documents data.eval_split) to one of them")
+
+
+def _may_be_data(name: str) -> bool:
+    """Return False for hidden files, and for those that accompany data."""
+    path = PurePosixPath(name)
+    return not any(part.startswith((".", "_")) for part in path.parts) and _NOT_DATA.fullmatch(path.name) is None
+
+
+def _list_data_files(names: Sequence[str], where: str) -> list[str]:
+    candidates = sorted(filter(_may_be_data, names))
+    if unsupported := [name for name in candidates if name.lower().endswith(_UNSUPPORTED)]:
+        more = f" and {len(unsupported) - 3} more" if len(unsupported) > 3 else ""
+        message = f"the folder holds archives or files in an unsupported compression: {', '.join(unsupported[:3])}{more}"
+        remedy = f"unpack them (or compress with {' or '.join(COMPRESSED)}), or name the files to read in the source's path"
+        refuse(message, where, remedy)
+    data = [name for name in candidates if detect_kind(name)]
+    # Text files next to tables or JSON are notes.
+    data = [n for n in data if detect_kind(n) != "txt"] or data
+    if not data:
+        endings = sorted({PurePosixPath(name).suffix for name in names} - {""})
+        code = " Code that builds a dataset is never run." if ".py" in endings else ""
+        remedy = f"data files end in {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it if they are compressed.{code}"
+        refuse(f"the folder holds no data file (extensions: {', '.join(endings) or 'none'})", where, remedy)
+    return data
+
+
+def _group_by_name(data: Sequence[str]) -> dict[str, list[str]]:
+    """Return the files by split; files whose names show no split are under ""."""
+    by_split: dict[str, list[str]] = {}
+    for name in data:
+        words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_OF_WORD]
+        # The last word wins, because it is in the file's own name, not in a folder's.
+        by_split.setdefault(_SPLIT_OF_WORD[words[-1]] if words else "", []).append(name)
+    return by_split
+
+
+def _read_configs(readme: bytes, where: str) -> list[dict[str, Any]]:
+    """Return the `configs` of a dataset's README."""
+    import yaml
+
+    front_matter = _FRONT_MATTER.match(readme.decode(errors="replace"))
+    if front_matter is None:
+        return []
+    try:
+        head = yaml.safe_load(front_matter[1])
+    except yaml.YAMLError as error:
+        refuse(f"the head of {README} is not YAML: {str(error).splitlines()[0]}", where, "name the files in the source's path")
+    configs = head.get("configs") if isinstance(head, dict) else None
+    return [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else []
+
+
+def _select_subset(configs: Sequence[dict[str, Any]], subset: str | None, where: str) -> dict[str, Any]:
+    names = [str(config.get("config_name", "default")) for config in configs]
+    if subset is not None and subset not in names:
+        refuse(f"there is no subset {subset} (there are: {', '.join(names)})", where, "set the source's subset to one of them")
+    for name, config in zip(names, configs, strict=True):
+        if name == subset or (subset is None and (len(configs) == 1 or name == "default" or config.get("default") is True)):
+            return config
+    refuse(f"the dataset has several subsets: {', '.join(names)}", where, "set the source's subset to one of them")
+
+
+def _group_by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict[str, list[str]]:
+    from fsspec.utils import glob_translate
+
+    folder = str(config.get("data_dir", "")).strip("/")
+    inside = [name for name in names if not folder or name.startswith(f"{folder}/")]
+    entries = config.get("data_files")
+    if entries is None:
+        return _group_by_name(_list_data_files(inside, where))
+    entries = entries if isinstance(entries, list) else [entries]
+    by_pattern: list[tuple[str, str]] = []
+    for entry in entries:
+        split, patterns = (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        by_pattern += [(split, str(pattern)) for pattern in (patterns if isinstance(patterns, list) else [patterns])]
+    prefix = f"{folder}/" if folder else ""
+    relative = [name.removeprefix(prefix) for name in inside]
+    by_split: dict[str, list[str]] = {}
+    for split, pattern in by_pattern:
+        matches = re.compile(glob_translate(pattern.removeprefix("./"))).match
+        matched = [prefix + name for name in relative if matches(name)]
+        if not matched:
+            remedy = "correct the pattern, or name the files in the source's path"
+            refuse(f"no file matches the pattern {pattern} of {README}", where, remedy)
+        by_split.setdefault(split, []).extend(_list_data_files(matched, where))
+    return {split: sorted(set(files)) for split, files in by_split.items()}
+
+
 # Hub datasets
 
 
 def _find_on_hub(source: RowSource) -> SourceFiles:
-    commit, names, left_out = _hub_listing(source)
+    commit, names, left_out = _list_on_hub(source)
 
     def fetch(name: str) -> DataFile:
         try:
@@ -149,14 +300,14 @@ def _find_on_hub(source: RowSource) -> SourceFiles:
             raise
         except Exception as error:
             why = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
-            raise _unreachable(source, f"{name} cannot be fetched: {type(error).__name__}{why}") from error
+            raise _make_unreachable(source, f"{name} cannot be fetched: {type(error).__name__}{why}") from error
 
     return SourceFiles(
         names, left_out, commit, lambda: f"{source.path}@{commit}: {', '.join(names)}", lambda: tuple(map(fetch, names))
     )
 
 
-def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+def _list_on_hub(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Return the commit, the files of the source's subset and split, and the files left out.
 
     The Hub is queried unless the revision is a commit with a stored listing. If the Hub cannot be reached or is too busy, the
@@ -175,7 +326,7 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         def read(name: str) -> bytes:
             return hub_cache.fetch_dataset_file(source.path, name, commit).read_bytes()
 
-        chosen, left_out = choose_files(names, read, source.subset, source.split, source.path)
+        chosen, left_out = _choose_files(names, read, source.subset, source.split, source.path)
     except DataError:
         raise
     except Exception as error:
@@ -186,7 +337,7 @@ def _hub_listing(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         if (not status or status in _TEMPORARY) and (stored := _read_listing(record)):
             _warn_once(f"{reason}; {source.path} is read at the last known commit {stored[0]}")
             return stored
-        raise _unreachable(source, reason) from error
+        raise _make_unreachable(source, reason) from error
     with convert_os_errors(record.parent):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": left_out})
@@ -207,7 +358,7 @@ def _read_listing(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] 
     return listing["commit"], tuple(listing["files"]), tuple(listing["left_out"])
 
 
-def _unreachable(source: RowSource, reason: str) -> DataError:
+def _make_unreachable(source: RowSource, reason: str) -> DataError:
     message = f"there is no file or folder {source.path} here, and the hub dataset of that name cannot be used: {reason}"
     remedy = (
         f"a local folder: write ./ before it, and create it (relative paths start at {Path.cwd()}); "
@@ -215,3 +366,104 @@ def _unreachable(source: RowSource, reason: str) -> DataError:
     )
     revision = f"revision={source.revision}" if source.revision else ""
     return DataError(Problem(message, source.path, revision, remedy))
+
+
+# Addresses
+
+
+def _find_at_address(source: RowSource) -> SourceFiles:
+    """Find the file, or the files of a pattern or folder, at an fsspec address. Raises DataError."""
+    with _convert_storage_errors(source.path):
+        from fsspec.core import url_to_fs
+
+        require_known_hosts(source.path)
+        fs, path = url_to_fs(source.path)
+        # Another process may have written files since the last listing.
+        fs.invalidate_cache()
+        paths, left_out = _list_address(fs, str(path), source)
+        versions = {path: _read_version(fs, path) for path in paths}
+    if not paths:
+        refuse("no file matches the pattern", source.path, "check the address")
+    return SourceFiles(
+        tuple(name for name, _, _ in versions.values()),
+        left_out,
+        None,
+        lambda: json.dumps([*versions.values()]),
+        lambda: tuple(_fetch_address(fs, path, *version) for path, version in versions.items()),
+    )
+
+
+def _list_address(fs: Any, path: str, source: RowSource) -> tuple[list[str], tuple[str, ...]]:
+    """Return the paths of the files to read, and the names of files of the folder that are left out."""
+    before_query = path.partition("?")[0]
+    if path.startswith(("http://", "https://")) and detect_kind(before_query) and not glob.has_magic(before_query):
+        # fsspec would read the file for links to find out whether it is a folder.
+        return [path], ()
+    if glob.has_magic(path):
+        return sorted(name for name in fs.glob(path) if fs.isfile(name)), ()
+    if not fs.isdir(path):
+        return [path], ()
+    root = path.rstrip("/")
+    names = [str(name).removeprefix(f"{root}/") for name in fs.find(root)]
+    chosen, left_out = _choose_files(
+        names, lambda name: bytes(fs.cat_file(f"{root}/{name}")), source.subset, source.split, source.path
+    )
+    return [f"{root}/{name}" for name in chosen], left_out
+
+
+def _read_version(fs: Any, path: str) -> tuple[str, int | None, str]:
+    """Return a file's address, its size if the storage reports it, and a text that changes with its content."""
+    name, info = str(fs.unstrip_protocol(path)), fs.info(path)
+    size = info.get("size")
+    if size == 0:
+        refuse("the data file is empty", name, "add rows to it")
+    version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None), None)
+    if version is None:
+        refuse("the storage does not tell when this file changes", name, "download it, and set the source's path to the copy")
+    return name, size, version
+
+
+def _fetch_address(fs: Any, path: str, name: str, size: int | None, version: str) -> DataFile:
+    """Download a file that is not in the cache."""
+    # Do not use the address as the name, because it may be longer than a file name can be.
+    folder = source_folder("address", name, size, version)
+    target = folder / "rows"
+    with convert_os_errors(folder):
+        if not target.exists():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with wait_and_hold(folder / ".lock", f"fetches {name}", redacted_command_line()):
+                if not target.exists():
+                    _download_address(fs, path, target, name, size)
+        mark_used(folder)
+    return DataFile(target, name)
+
+
+def _download_address(fs: Any, path: str, target: Path, name: str, size: int | None) -> None:
+    partial = target.with_suffix(".partial")
+    try:
+        with _convert_storage_errors(name):
+            fs.get_file(path, str(partial))
+        num_bytes = partial.stat().st_size
+        if num_bytes == 0 or (size is not None and num_bytes != size):
+            message = f"the download is empty or incomplete: {num_bytes:,} of {size or num_bytes:,} bytes"
+            refuse(message, name, "try again when no program is writing the file")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _convert_storage_errors(address: str) -> Iterator[None]:
+    """Convert the many types of exceptions that clients of storages raise."""
+    remedy = access_remedy(address)
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        raise DataError(Problem("there is no such data file", address, remedy=remedy)) from error
+    except Exception as error:
+        if isinstance(error, OSError) and is_full(error):
+            raise
+        message = f"the data cannot be read: {type(error).__name__}: {str(error)[:200]}"
+        raise DataError(Problem(message, address, remedy=remedy)) from error

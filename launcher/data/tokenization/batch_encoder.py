@@ -25,8 +25,9 @@ from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import inspection
 from launcher.data.checks.findings import CheckHit
-from launcher.data.sources import Chat, Completion, Document, DocumentBatch, RowProblems, list_inputs
-from launcher.data.sources.keys import redact_keys
+from launcher.data.sources.documents import Chat, Completion, Document
+from launcher.data.sources.formats import redact_keys
+from launcher.data.sources.reading import DocumentBatch, RowProblems, list_inputs
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
 from launcher.errors import DataError, Problem
 

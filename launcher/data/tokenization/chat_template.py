@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import jinja2
 from transformers.utils import chat_template_utils
 
-from launcher.data.sources import Chat, Message
+from launcher.data.sources.documents import Chat, Message
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:

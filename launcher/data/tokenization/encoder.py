@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launcher.config.sections.data import DataSection
-from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization import fast_tokenizer
 from launcher.data.tokenization.chat_template import ChatTemplate, with_system
 from launcher.data.tokenization.loss_mask import LossMask, TrainedSpan

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launcher.data.sources import Chat, Message
+from launcher.data.sources.documents import Chat, Message
 from launcher.data.tokenization.chat_template import ChatTemplate, TrainOn, find_trained_messages, with_unique_texts
 from launcher.errors import DataError, Problem
 

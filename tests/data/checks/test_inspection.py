@@ -12,7 +12,7 @@ import pytest
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, inspection, patterns
 from launcher.data.checks.inspection import inspect
-from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.data.tokenization.loss_mask import TrainedSpan
 

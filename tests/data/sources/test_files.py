@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from launcher.config.sections.data import Source
-from launcher.data.sources import Chat, Completion, Message, compute_source_digest, count_rows, read_documents
+from launcher.data.sources.documents import Chat, Completion, Message
+from launcher.data.sources.reading import compute_source_digest, count_rows, read_documents
 from launcher.errors import DataError, Problem
 
 ROWS = [{"prompt": f'Q{i}: é, "{i}"\nnext', "completion": f"A{i}"} for i in range(5)]

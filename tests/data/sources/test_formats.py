@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from launcher.config.sections.data import Source
-from launcher.data.sources import Chat, Message, read_documents
+from launcher.data.sources.documents import Chat, Message
+from launcher.data.sources.reading import read_documents
 from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]

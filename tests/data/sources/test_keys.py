@@ -12,8 +12,8 @@ import pytest
 from launcher.config.sections.data import DataSection, Source
 from launcher.data import cache_store
 from launcher.data.build import build
-from launcher.data.sources import read_batches, read_documents
-from launcher.data.sources.keys import NUM_KEYS_SHOWN
+from launcher.data.sources.formats import NUM_KEYS_SHOWN
+from launcher.data.sources.reading import read_batches, read_documents
 from launcher.errors import DataError, Problem
 
 Jsonl = Callable[..., Path]

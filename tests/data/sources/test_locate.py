@@ -14,7 +14,7 @@ from file_owners import as_root
 from source_folders import CARD, SPLITS, SUBSETS, Files, row
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents
+from launcher.data.sources.reading import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents
 from launcher.errors import DataError, Problem
 
 __all__ = ["as_root"]

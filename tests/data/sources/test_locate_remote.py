@@ -16,7 +16,7 @@ from mirror_tools import S3, make_bucket, running_s3
 from source_folders import SPLITS, SUBSETS, Files, row
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import check_sources
+from launcher.data.sources.reading import check_sources
 
 pytestmark = pytest.mark.rest
 
@@ -31,8 +31,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 CODE = """
 import json, sys
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import check_sources
-from launcher.data.sources import describe_origin, read_documents, compute_source_digest
+from launcher.data.sources.reading import check_sources
+from launcher.data.sources.reading import describe_origin, read_documents, compute_source_digest
 from launcher.errors import DataError
 try:
     source = Source.model_validate_json(sys.argv[1])

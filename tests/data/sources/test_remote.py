@@ -9,7 +9,7 @@ import pytest
 from http_server import Answer, Request, serving
 
 from launcher.config.sections.data import Source
-from launcher.data.sources import compute_source_digest, read_documents
+from launcher.data.sources.reading import compute_source_digest, read_documents
 from launcher.errors import DataError
 
 ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'

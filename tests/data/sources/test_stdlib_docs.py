@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from launcher.data.sources.builtin.stdlib_docs import MAX_WORDS, NUM_PAIRS, list_pairs
+from launcher.data.sources.builtin import MAX_WORDS, NUM_PAIRS, list_pairs
 
 
 def test_there_are_about_3000_pairs_of_sensible_length() -> None:
@@ -30,7 +30,7 @@ def test_the_held_out_pairs_share_nothing_with_the_others() -> None:
 @pytest.mark.rest
 def test_stdlib_docs_import_nothing_and_are_the_same_in_every_process() -> None:
     code = (
-        "import sys, hashlib; from launcher.data.sources.builtin.stdlib_docs import list_pairs;"
+        "import sys, hashlib; from launcher.data.sources.builtin import list_pairs;"
         "got = repr(list_pairs()).encode();"
         "odd = {'antigravity', 'this', 'tkinter', 'turtle', 'idlelib', 'smtplib', 'sqlite3'} & set(sys.modules);"
         "print(hashlib.sha256(got).hexdigest(), sorted(odd))"

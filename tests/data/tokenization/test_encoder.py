@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder
 from launcher.errors import DataError
 

@@ -19,7 +19,7 @@ from chat_families import (
 )
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources import Message
+from launcher.data.sources.documents import Message
 from launcher.data.tokenization.encoder import Encoder
 from launcher.errors import DataError
 

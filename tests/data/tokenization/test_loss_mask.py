@@ -27,7 +27,7 @@ from chat_families import (
 )
 from transformers.utils import chat_template_utils
 
-from launcher.data.sources import Chat, Message
+from launcher.data.sources.documents import Chat, Message
 from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.chat_template import ChatTemplate
 from launcher.data.tokenization.encoder import EncodedDocument

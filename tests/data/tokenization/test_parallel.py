@@ -18,7 +18,7 @@ from launcher.config.sections.data import DataSection, Source
 from launcher.data import cache_store
 from launcher.data.build import build
 from launcher.data.cache_store import cache_key
-from launcher.data.sources import BLOCK_ROWS
+from launcher.data.sources.files import BLOCK_ROWS
 from launcher.data.split import Split
 from launcher.data.tokenization import batch_encoder
 from launcher.errors import DataError

@@ -1,6 +1,10 @@
-"""Questions and answers from the docstrings of the standard library of the installed Python.
+"""The data sets included in the launcher, by the path that names them. To add one, write its functions and a row of BUILTINS.
 
-The modules are parsed and never imported, so none of their code runs. The result depends only on the Python version.
+builtin:stdlib_docs asks and answers questions from the docstrings of the standard library of the installed Python. The modules
+are parsed and never imported, so none of their code runs. The result depends only on the Python version.
+
+builtin:general_text is English of several kinds for measuring what a model forgets: novels, laws and computing, about 200 KB.
+general_text.NOTICE.txt lists the origins of the texts, all of which are in the public domain.
 """
 
 from __future__ import annotations
@@ -8,12 +12,20 @@ from __future__ import annotations
 import ast
 import hashlib
 import inspect
+import json
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+import xxhash
+
+from launcher.config.sections.data import GENERAL_TEXT, STDLIB_DOCS
+from launcher.data.sources.documents import Chat, Document, Message, PlainText
+
+_GENERAL_TEXT_FILE = Path(__file__).with_name("general_text.jsonl")
 
 NUM_PAIRS = 3000
 HELD_OUT_FRACTION = 0.05
@@ -61,6 +73,21 @@ PHRASINGS = {
 
 
 @dataclass(frozen=True)
+class BuiltinSource:
+    """A data set of the launcher.
+
+    Attributes:
+        read: yields each document with True if the data set itself holds it out.
+        count: returns the number of documents.
+        digest: returns a text that changes with the documents.
+    """
+
+    read: Callable[[], Iterator[tuple[Document, bool]]]
+    count: Callable[[], int]
+    digest: Callable[[], str]
+
+
+@dataclass(frozen=True)
 class Pair:
     """One question and its answer about `symbol`, a dotted name such as json.decoder.JSONDecoder.decode."""
 
@@ -86,31 +113,31 @@ def list_pairs() -> tuple[Pair, ...]:
     """
     items: dict[str, _Documented] = {}
     texts: set[str] = set()
-    for module, path in _modules():
-        for item in _documented(module, path):
+    for module, path in _list_modules():
+        for item in _list_documented(module, path):
             if item.symbol not in items and item.doc not in texts:
                 items[item.symbol] = item
                 texts.add(item.doc)
-    chosen = sorted(items, key=lambda symbol: _share(symbol, "choice"))[:NUM_PAIRS]
-    return tuple(_pair(items[symbol]) for symbol in sorted(chosen))
+    chosen = sorted(items, key=lambda symbol: _hash_to_share(symbol, "choice"))[:NUM_PAIRS]
+    return tuple(_make_pair(items[symbol]) for symbol in sorted(chosen))
 
 
-def _pair(item: _Documented) -> Pair:
+def _make_pair(item: _Documented) -> Pair:
     kind, answer = item.kind, item.doc
-    if item.signature and _share(item.symbol, "kind") < ARGUMENTS_FRACTION:
+    if item.signature and _hash_to_share(item.symbol, "kind") < ARGUMENTS_FRACTION:
         kind, answer = "arguments", f"`{item.signature}`\n\n{item.doc}"
     phrasings = PHRASINGS[kind]
-    question = phrasings[int(_share(item.symbol, "phrasing") * len(phrasings))].format(name=item.symbol)
-    return Pair(item.symbol, question, answer, held_out=_share(item.symbol, "split") < HELD_OUT_FRACTION)
+    question = phrasings[int(_hash_to_share(item.symbol, "phrasing") * len(phrasings))].format(name=item.symbol)
+    return Pair(item.symbol, question, answer, held_out=_hash_to_share(item.symbol, "split") < HELD_OUT_FRACTION)
 
 
-def _share(symbol: str, purpose: str) -> float:
+def _hash_to_share(symbol: str, purpose: str) -> float:
     """Return a number in [0, 1) that depends only on the arguments."""
     digest = hashlib.blake2b(f"{purpose}:{symbol}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 
-def _modules() -> Iterator[tuple[str, Path]]:
+def _list_modules() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names):
         file, folder = root / f"{name}.py", root / name
@@ -121,27 +148,27 @@ def _modules() -> Iterator[tuple[str, Path]]:
                 yield ".".join(parts), path
 
 
-def _documented(module: str, path: Path) -> Iterator[_Documented]:
+def _list_documented(module: str, path: Path) -> Iterator[_Documented]:
     tree = ast.parse(path.read_bytes())
-    if doc := _trimmed(tree):
+    if doc := _trim_docstring(tree):
         yield _Documented(module, "module", doc, "")
-    yield from _members(tree, module, inside_class=False)
+    yield from _list_members(tree, module, inside_class=False)
 
 
-def _members(node: ast.Module | ast.ClassDef | ast.If | ast.Try, prefix: str, inside_class: bool) -> Iterator[_Documented]:
+def _list_members(node: ast.Module | ast.ClassDef | ast.If | ast.Try, prefix: str, inside_class: bool) -> Iterator[_Documented]:
     for child in node.body:
         match child:
             case ast.FunctionDef() | ast.AsyncFunctionDef() if not child.name.startswith("_"):
-                if doc := _trimmed(child):
+                if doc := _trim_docstring(child):
                     kind = "attribute" if _is_property(child) else "method" if inside_class else "function"
-                    yield _Documented(f"{prefix}.{child.name}", kind, doc, _signature(child, inside_class))
+                    yield _Documented(f"{prefix}.{child.name}", kind, doc, _write_signature(child, inside_class))
             case ast.ClassDef() if not child.name.startswith("_"):
                 symbol = f"{prefix}.{child.name}"
-                if doc := _trimmed(child):
+                if doc := _trim_docstring(child):
                     yield _Documented(symbol, "class", doc, "")
-                yield from _members(child, symbol, inside_class=True)
+                yield from _list_members(child, symbol, inside_class=True)
             case ast.If() | ast.Try():
-                yield from _members(child, prefix, inside_class)
+                yield from _list_members(child, prefix, inside_class)
 
 
 def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
@@ -149,7 +176,7 @@ def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any(name.endswith(("property", ".setter", "DynamicClassAttribute")) for name in names)
 
 
-def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: bool) -> str:
+def _write_signature(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: bool) -> str:
     """Return `name(arguments)` as in the source; empty without arguments, or if a decorator may change them."""
     if function.decorator_list:
         return ""
@@ -159,7 +186,7 @@ def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: b
     return f"{function.name}({arguments})" if arguments.strip("/* ,") else ""
 
 
-def _trimmed(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
+def _trim_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
     """Return the first paragraphs of the docstring, up to MAX_WORDS words or the first `>>>`; None below MIN_WORDS."""
     doc = ast.get_docstring(node, clean=False)
     if doc is None:
@@ -175,3 +202,35 @@ def _trimmed(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFuncti
             kept.append(paragraph)
     text = "\n\n".join(kept).strip()
     return text if len(text.split()) >= MIN_WORDS else None
+
+
+@cache
+def list_texts() -> tuple[str, ...]:
+    """Return the texts, each about 1,500 characters long."""
+    return tuple(json.loads(line)["text"] for line in _GENERAL_TEXT_FILE.read_text(encoding="utf-8").splitlines())
+
+
+def _read_stdlib_docs() -> Iterator[tuple[Document, bool]]:
+    for pair in list_pairs():
+        messages = (Message("user", pair.question), Message("assistant", pair.answer))
+        yield Chat(f"{STDLIB_DOCS}:{pair.symbol}", messages), pair.held_out
+
+
+def _digest_general_text() -> str:
+    return f"{GENERAL_TEXT} {xxhash.xxh3_128_hexdigest(_GENERAL_TEXT_FILE.read_bytes())}"
+
+
+def _read_general_text() -> Iterator[tuple[Document, bool]]:
+    for number, text in enumerate(list_texts(), 1):
+        yield PlainText(f"{GENERAL_TEXT}:{number}", text), False
+
+
+# Keyed by the path of the source.
+BUILTINS: dict[str, BuiltinSource] = {
+    STDLIB_DOCS: BuiltinSource(_read_stdlib_docs, lambda: len(list_pairs()), lambda: f"{STDLIB_DOCS} of Python {sys.version}"),
+    GENERAL_TEXT: BuiltinSource(
+        _read_general_text,
+        lambda: len(list_texts()),
+        _digest_general_text,
+    ),
+}

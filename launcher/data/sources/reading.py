@@ -1,0 +1,388 @@
+"""Reads documents from the data sources of a run; no torch, no transformers.
+
+An unusable row is an error that names its place; no row is skipped silently.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import xxhash
+
+from launcher.config.sections.data import ChecksSection, DataSection, RowSource, Source
+from launcher.config.sections.evaluation import EvalSet
+from launcher.data.sources import locate
+from launcher.data.sources.builtin import BUILTINS
+from launcher.data.sources.documents import Document, Row, refuse
+from launcher.data.sources.files import BLOCK_ROWS, Block, count_file_rows, parse_block, read_blocks, split_block
+from launcher.data.sources.formats import FORMATS, RowKeys, detect_format, rename_columns
+from launcher.data.sources.locate import HELD_OUT
+from launcher.errors import DataError, Problem
+
+# For batches in which no row can be parsed.
+_ANY_FORMAT = "text"
+# Names of files in the report.
+_NUM_NAMES = 10
+
+# Reading stops after this many unusable rows.
+MAX_COUNTED = 10_000
+_NUM_SHOWN, _NUM_PLACES = 50, 3
+_LEAVE_OUT = "or skip such rows with data.checks.bad_rows=drop, which counts them"
+# The parts that differ between messages of the same mistake: numbers, and text in parentheses.
+_OF_ONE_ROW = re.compile(r"\([^()]*\)|\d+")
+
+
+def make_eval_source(data: DataSection) -> Source | None:
+    """Return data.eval_path as a source; None if it is unset.
+
+    Subset, revision, format, completions, columns and ignored keys are taken from a source with the same path. The last four are
+    taken from all sources if they agree.
+    """
+    if data.eval_path is None:
+        return None
+    read = [source for source in data.sources if source.path not in BUILTINS]
+    same = next((source for source in read if source.path == data.eval_path), None)
+    alike = (
+        len({(source.format, source.completions, source.ignored_keys, *sorted(source.columns.items())) for source in read}) == 1
+    )
+    like = same or (read[0] if alike else None)
+    return Source(
+        name="held_out",
+        path=data.eval_path,
+        format=like.format if like else "auto",
+        completions=like.completions if like else "auto",
+        columns=like.columns if like else {},
+        ignored_keys=like.ignored_keys if like else (),
+        subset=same.subset if same else None,
+        revision=same.revision if same else None,
+        split=data.eval_split or (HELD_OUT if locate.has_splits(data.eval_path) else None),
+    )
+
+
+def list_inputs(data: DataSection) -> list[Source]:
+    """Return the sources, followed by the file of data.eval_path as a source, if it is set."""
+    held_out = make_eval_source(data)
+    return [*data.sources, *([held_out] if held_out is not None else [])]
+
+
+def find_shared_completions(data: DataSection) -> str:
+    """Return how all sources write prompts with completions; auto if they differ, so that each prompt decides."""
+    completions = {source.completions for source in list_inputs(data) if source.is_read}
+    return completions.pop() if len(completions) == 1 else "auto"
+
+
+def make_set_data(eval_set: EvalSet, data: DataSection) -> DataSection:
+    """Return the settings for an evaluation set's cache: rows are built as for `data`, without settings that select documents.
+
+    Documents without a trained token are left out; the checks bad_rows and dropped are those of `data`.
+    """
+    shared = {name: getattr(eval_set, name) for name in RowSource.model_fields}
+    if eval_set.split is None and locate.has_splits(eval_set.path):
+        shared["split"] = HELD_OUT
+    kept = dict.fromkeys(("held_out_in_train", "truncated", "no_turn_end", "empty_answer"), "keep")
+    checks = ChecksSection(**kept, bad_rows=data.checks.bad_rows, dropped=data.checks.dropped)
+    # data.exclude names documents of the training data.
+    own = {
+        "exclude": None,
+        "path": None,
+        "sources": (Source(**shared),),
+        "eval_fraction": 0.0,
+        "eval_path": None,
+        "eval_split": None,
+    }
+    return data.model_copy(update={**own, "checks": checks})
+
+
+def name_set(problem: Problem, setting: str, eval_set: EvalSet) -> Problem:
+    """Return a problem of the set's data with `setting` and the name of the set."""
+    where = f"{setting} ({eval_set.name})" + (f", {problem.where}" if problem.where else "")
+    return replace(problem, where=where)
+
+
+def check_sources(data: DataSection) -> list[Problem]:
+    """Return the problems that are visible without reading files or the network: paths that are missing, empty, or not data."""
+    sources = {f"data.sources[{i}].path": source for i, source in enumerate(data.sources)}
+    if (held_out := make_eval_source(data)) is not None:
+        sources["data.eval_path"] = held_out
+    return [problem for key, source in sources.items() if (problem := find_path_problem(key, source))]
+
+
+def find_path_problem(key: str, source: RowSource) -> Problem | None:
+    """Return the problem of a source's path that is visible without reading files or the network; `key` is its setting."""
+    value = source.path
+    if value in BUILTINS:
+        return None
+    if value.startswith("builtin:"):
+        remedy = f"set {key} to a data file; the built-in data sets are {' and '.join(BUILTINS)}"
+        return Problem("there is no such built-in data set", key, value, remedy)
+    return None if locate.is_url(value) or locate.is_hub(value) else locate.find_local_problem(key, source)
+
+
+def compute_source_digest(source: Source) -> str:
+    """Return a text that changes with the source's bytes, not with its name or path. Raises DataError."""
+    return BUILTINS[source.path].digest() if source.path in BUILTINS else locate.find_files(source).digest()
+
+
+def describe_origin(source: Source) -> dict[str, Any]:
+    """Return the origin of the source's rows, for the report.
+
+    This is a digest, the commit of a Hub dataset, and the files that are read and left out, up to ten names of each. Raises
+    DataError.
+    """
+    files = None if source.path in BUILTINS else locate.find_files(source)
+    digest = compute_source_digest(source) if files is None else files.digest()
+    names, left_out = ((), ()) if files is None else (files.names, files.left_out)
+    return {
+        "digest": xxhash.xxh3_128_hexdigest(digest.encode()),
+        "commit": None if files is None else files.commit,
+        "files": list(names[:_NUM_NAMES]),
+        "num_files": len(names),
+        "left_out": list(left_out[:_NUM_NAMES]),
+        "num_left_out": len(left_out),
+    }
+
+
+def count_rows(source: Source) -> int:
+    """Return an upper bound of the number of documents in `source`, for progress; blank lines are counted."""
+    if source.path in BUILTINS:
+        return BUILTINS[source.path].count()
+    return sum(count_file_rows(file.path, file.name) for file in locate.find_files(source).fetch())
+
+
+# Documents
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentBatch:
+    """Consecutive documents of a source; picklable.
+
+    `rows` is either a block that `documents` parses, or documents, each with True if the source itself holds it out.
+    """
+
+    rows: Block | tuple[tuple[Document, bool], ...]
+    format: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    ignored_keys: tuple[str, ...] = ()
+
+    @property
+    def brings_split(self) -> bool:
+        return not isinstance(self.rows, Block)
+
+    def split(self) -> Iterator[DocumentBatch]:
+        """Yield a batch per row, so that rows next to an unusable row can be read. Raises DataError as `documents` does."""
+        rows = split_block(self.rows) if isinstance(self.rows, Block) else ((row,) for row in self.rows)
+        for row in rows:
+            yield replace(self, rows=row)
+
+    def documents(self, unread_keys: Counter[str]) -> Iterator[tuple[Document, bool]]:
+        """Yield each document with True if the source itself holds it out; add counts of unread keys to `unread_keys`.
+
+        Raises:
+            DataError: if a row cannot be used, with its place.
+        """
+        if not isinstance(self.rows, Block):
+            yield from self.rows
+            return
+        parse = FORMATS[self.format].parse
+        keys = RowKeys.of(self.format, self.columns, self.ignored_keys)
+        for row, where in parse_block(self.rows):
+            yield parse(rename_columns(keys.check(row, where, unread_keys), self.columns, where), where), False
+
+
+def read_batches(source: Source, on_problem: Callable[[DataError], None] | None = None) -> Iterator[DocumentBatch]:
+    """Yield the source's documents in batches, unparsed if possible. The format `auto` means that of the first row with
+    the keys of a known format.
+
+    If given, `on_problem` is called for an unreadable file, and reading continues with the other files.
+
+    Raises:
+        DataError: if a file cannot be read, with the place.
+    """
+    if source.path in BUILTINS:
+        of_source = BUILTINS[source.path].read()
+        while documents := tuple(itertools.islice(of_source, BLOCK_ROWS)):
+            yield DocumentBatch(documents)
+        return
+    format: str = "" if source.format == "auto" else source.format
+    has_rows = False
+    for file in locate.find_files(source).fetch():
+        try:
+            for block in read_blocks(file.path, file.name):
+                if not (format and has_rows):
+                    rows, is_unreadable = _parse_readable(block)
+                    has_rows = has_rows or bool(rows) or is_unreadable
+                    format = format or _detect_format(rows, source)
+                yield DocumentBatch(block, format or _ANY_FORMAT, source.columns, source.ignored_keys)
+        except DataError as error:
+            if on_problem is None:
+                raise
+            has_rows = True
+            on_problem(error)
+    if not has_rows:
+        refuse("the source holds no rows", source.path, "add rows to it, or remove the source")
+
+
+def _parse_readable(block: Block) -> tuple[list[tuple[Row, str]], bool]:
+    """Return the rows of a block that can be parsed, and whether there are others."""
+    rows: list[tuple[Row, str]] = []
+    is_unreadable = False
+    for one in split_block(block):
+        try:
+            rows += parse_block(one)
+        except DataError:
+            is_unreadable = True
+    return rows, is_unreadable
+
+
+def _detect_format(rows: Sequence[tuple[Row, str]], source: Source) -> str:
+    """Return the format of the first row that has the keys of one; empty without rows. Raises DataError for the first row."""
+    keys = RowKeys.of("", source.columns, source.ignored_keys)
+    first: DataError | None = None
+    for row, where in rows:
+        try:
+            return detect_format(rename_columns(keys.check(row, where, Counter()), source.columns, where), where)
+        except DataError as error:
+            first = first or error
+    if first is not None:
+        raise first
+    return ""
+
+
+def find_row_problems(source: Source) -> RowProblems:
+    """Read all rows of a source, and return the problems of unusable files and rows."""
+    problems = RowProblems()
+    try:
+        for batch in read_batches(source, problems.add_file):
+            problems.num_usable += sum(1 for _ in parse_usable(batch, problems.add_row))
+            if problems.is_full:
+                break
+    except DataError as error:
+        problems.add_file(error)
+    return problems
+
+
+def parse_usable(batch: DocumentBatch, on_problem: Callable[[DataError], None]) -> Iterator[tuple[Document, bool]]:
+    """Yield the documents of a batch as `DocumentBatch.documents` does; call `on_problem` for each unusable row.
+
+    Raises:
+        DataError: if a part of a file cannot be read, so that its rows are unknown.
+    """
+    try:
+        yield from list(batch.documents(Counter()))
+    except DataError:
+        for one in batch.split():
+            try:
+                yield from list(one.documents(Counter()))
+            except DataError as error:
+                on_problem(error)
+
+
+def read_documents(source: Source, checks: ChecksSection | None = None) -> Iterator[tuple[Document, bool]]:
+    """Yield each document with True if the source itself holds it out; without the rows that `checks` leave out.
+
+    Raises:
+        DataError: if a file cannot be read, or a row cannot be used and is not left out.
+    """
+    for batch in read_batches(source):
+        yield from list_usable(batch, checks)
+
+
+def list_usable(batch: DocumentBatch, checks: ChecksSection | None) -> Iterator[tuple[Document, bool]]:
+    """Yield the documents of a batch, without the rows that `checks` leave out. Raises as `read_documents` does."""
+    is_left_out = checks is not None and checks.bad_rows == "drop"
+    return parse_usable(batch, lambda error: None) if is_left_out else batch.documents(Counter())
+
+
+# Rows that cannot be used
+
+
+@dataclass
+class _ProblemGroup:
+    first: Problem
+    places: list[str]
+    count: int
+    is_row: bool
+
+
+class RowProblems:
+    """Problems grouped by message; each group has its first problem, its first places and its count. Picklable.
+
+    `num_usable` counts the rows without a problem.
+    """
+
+    def __init__(self) -> None:
+        self.num_usable = 0
+        self._groups: dict[tuple[str, bool], _ProblemGroup] = {}
+
+    def __len__(self) -> int:
+        return sum(group.count for group in self._groups.values())
+
+    @property
+    def is_full(self) -> bool:
+        """True if there are so many problems that reading on would reveal nothing new."""
+        return len(self) >= MAX_COUNTED
+
+    @property
+    def num_rows(self) -> int:
+        """The number of unusable rows; an unreadable file has none."""
+        return sum(group.count for group in self._groups.values() if group.is_row)
+
+    def add_row(self, error: DataError, is_row: bool = True) -> None:
+        """Add the problem of a row."""
+        for problem in error.problems:
+            self._add(_ProblemGroup(problem, [problem.where], 1, is_row))
+
+    def add_file(self, error: DataError) -> None:
+        """Add the problem of a file or a source."""
+        self.add_row(error, is_row=False)
+
+    def merge(self, later: RowProblems) -> None:
+        """Add the problems and the count of later rows."""
+        self.num_usable += later.num_usable
+        for group in later._groups.values():
+            self._add(group)
+
+    def refused(self, checks: ChecksSection) -> RowProblems:
+        """Return the problems that refuse a run: all, or only those of files if the settings leave out bad rows."""
+        if checks.bad_rows == "fail":
+            return self
+        refused = RowProblems()
+        refused.num_usable = self.num_usable
+        refused._groups = {key: group for key, group in self._groups.items() if not group.is_row}
+        return refused
+
+    def examples(self) -> list[tuple[str, str]]:
+        """Return places of unusable rows and the problem there; the first of each kind come first."""
+        rows = [group for group in self._groups.values() if group.is_row]
+        later = [(place, group.first.message) for group in rows for place in group.places[1:]]
+        return [(group.first.where, group.first.message) for group in rows] + later
+
+    def to_list(self) -> list[Problem]:
+        """Return one problem per group, with its first places and its number of rows."""
+        shown: list[Problem] = []
+        last_row: int | None = None
+        for i, group in enumerate([*self._groups.values()][:_NUM_SHOWN]):
+            problem, more = group.first, group.count - len(group.places)
+            if group.count > 1:
+                where = "; ".join(group.places) + (f" and {more:,} more" if more else "")
+                problem = replace(problem, message=f"{problem.message} ({group.count:,} times)", where=where)
+            shown.append(problem)
+            last_row = i if group.is_row else last_row
+        if self.num_usable and last_row is not None:
+            remedies = filter(None, (shown[last_row].remedy, _LEAVE_OUT))
+            shown[last_row] = replace(shown[last_row], remedy="; ".join(remedies))
+        if self.is_full:
+            stopped = f"reading stopped after {len(self):,} rows that cannot be used, so there may be more"
+            shown[-1] = replace(shown[-1], message=f"{shown[-1].message}; {stopped}")
+        return shown
+
+    def _add(self, group: _ProblemGroup) -> None:
+        key = (_OF_ONE_ROW.sub("", group.first.message), group.is_row)
+        known = self._groups.setdefault(key, _ProblemGroup(group.first, [], 0, group.is_row))
+        known.places = (known.places + group.places)[:_NUM_PLACES]
+        known.count += group.count
