@@ -164,11 +164,10 @@ def _match_pattern(pattern: str) -> list[str]:
 def _choose_files(
     names: Sequence[str], read: Callable[[str], bytes], subset: str | None, split: str | None, where: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Choose the files of a split in a folder or a Hub dataset: by its README, else by file names.
+    """Return the data files of the subset and split, and the other files that could be data, sorted.
 
-    Returns the data files of the subset and split, and the other files that could be data, sorted.
-    `names` are paths with slashes, relative to the folder. The default split is train, or the only split; if no name shows a
-    split, all files are the data.
+    The README of the folder or Hub dataset `where` decides, else the names of the files. `names` are paths with slashes, relative
+    to the folder. The default split is train, or the only split; if no name shows a split, all files are the data.
 
     Raises:
         DataError: if the subset or split does not exist, with those that do.
