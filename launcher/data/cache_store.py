@@ -80,13 +80,15 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
     held_out = make_eval_source(data)
     parts: dict[str, Any] = {
         "format": FORMAT_VERSION,
-        "sources": [_source_key(source) for source in data.sources],
-        "eval": None if held_out is None else _source_key(held_out),
+        "sources": [_make_source_key(source) for source in data.sources],
+        "eval": None if held_out is None else _make_source_key(held_out),
         "settings": data.model_dump(exclude=_NOT_IN_KEY),
-        "checks": _selecting_checks(data.checks),
+        "checks": _select_checks(data.checks),
         "template": None if data.chat_template is None else compute_file_digest(Path(data.chat_template).expanduser()),
         **({} if data.exclude is None else {"exclude": compute_file_digest(Path(data.exclude).expanduser())}),
-        "tokenizer": [(file.name, compute_file_digest(file)) for file in _tokenizer_files(Path(tokenizer_path).expanduser())],
+        "tokenizer": [
+            (file.name, compute_file_digest(file)) for file in _list_tokenizer_files(Path(tokenizer_path).expanduser())
+        ],
         "libraries": [version(name) for name in _LIBRARIES],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
@@ -101,11 +103,11 @@ def compute_file_digest(path: Path) -> str:
         raise DataError(Problem(f"the file cannot be read: {error.strerror or error}", str(path), remedy=remedy)) from error
 
 
-def _source_key(source: Source) -> tuple[dict[str, Any], str]:
+def _make_source_key(source: Source) -> tuple[dict[str, Any], str]:
     return source.model_dump(exclude={"path", "revision"}), compute_source_digest(source)
 
 
-def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
+def _select_checks(checks: ChecksSection) -> dict[str, Any]:
     """Return the parts of the checks that select documents; fail only judges the finished cache."""
     settings = checks.model_dump()
     if checks.bad_rows == "fail":
@@ -114,7 +116,7 @@ def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
     return {name: "keep" if value == "fail" else value for name, value in settings.items()}
 
 
-def _tokenizer_files(folder: Path) -> list[Path]:
+def _list_tokenizer_files(folder: Path) -> list[Path]:
     files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
     # A template alone is not a tokenizer.
     if all(file.name == "config.json" or "chat_template" in file.relative_to(folder).parts[0] for file in files):

@@ -19,7 +19,6 @@ from launcher.data.sources.reading import RowProblems, count_rows, list_inputs, 
 from launcher.data.tokenization.batch_encoder import (
     NUM_PROMPTS,
     DocumentTable,
-    EncodedBatch,
     EncodeTask,
     EvalPrompt,
     PieceTable,
@@ -94,20 +93,26 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     unread_keys = [Counter[str]() for _ in list_inputs(data)]
     completions = np.zeros((len(unread_keys), 2), dtype=np.int64)
     bad_rows = np.zeros(len(unread_keys), dtype=np.int64)
-    for batch in _encode(data, tokenizer_path, problems, bad_rows):
-        spool.add(batch.tokens, batch.trained)
-        max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
-        unread_keys[batch.source].update(batch.unread_keys)
-        completions[batch.source] += (batch.num_completions, batch.num_written_as_chat)
-        hits += [(num_docs + i, hit) for i, hit in batch.hits]
-        for held_out, candidates in prompts.items():
-            candidates += [replace(one, doc=num_docs + one.doc) for one in batch.prompts if one.held_out is held_out]
-            prompts[held_out] = heapq.nsmallest(_NUM_CANDIDATES, candidates, key=lambda prompt: prompt.rank)
-        # Do not keep the batch itself, because its tokens would stay in memory.
-        docs.append(batch.docs)
-        pieces.append(replace(batch.pieces, doc=batch.pieces.doc + num_docs))
-        num_docs += len(batch.docs.wheres)
-        on_progress("tokenize", num_docs, max(total, num_docs))
+    for encoded in encode_batches(_list_tasks(data, problems), data, tokenizer_path):
+        problems.merge(encoded.problems)
+        bad_rows[encoded.source] += encoded.problems.num_rows
+        problems.num_usable += sum(len(batch.docs.wheres) for batch in encoded.batches)
+        for batch in encoded.batches:
+            spool.add(batch.tokens, batch.trained)
+            max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
+            unread_keys[batch.source].update(batch.unread_keys)
+            completions[batch.source] += (batch.num_completions, batch.num_written_as_chat)
+            hits += [(num_docs + i, hit) for i, hit in batch.hits]
+            for held_out, candidates in prompts.items():
+                candidates += [replace(one, doc=num_docs + one.doc) for one in batch.prompts if one.held_out is held_out]
+                prompts[held_out] = heapq.nsmallest(_NUM_CANDIDATES, candidates, key=lambda prompt: prompt.rank)
+            # Do not keep the batch itself, because its tokens would stay in memory.
+            docs.append(batch.docs)
+            pieces.append(replace(batch.pieces, doc=batch.pieces.doc + num_docs))
+            num_docs += len(batch.docs.wheres)
+            on_progress("tokenize", num_docs, max(total, num_docs))
+        if problems.refused(data.checks).is_full:
+            break
     on_progress("tokenize", num_docs, num_docs)
     if not docs:
         raise DataError(problems.to_list())
@@ -115,21 +120,6 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     table = replace(table, held_out=_divide_common_prompts(table, data.eval_fraction))
     chosen = [prompt for prompt in (*prompts[True], *prompts[False]) if table.held_out[prompt.doc]]
     return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions, problems, bad_rows)
-
-
-def _encode(data: DataSection, tokenizer_path: str, problems: RowProblems, bad_rows: np.ndarray) -> Iterator[EncodedBatch]:
-    """Yield the usable documents, encoded; add the problems of other rows to `problems`, and their number to `bad_rows`.
-
-    Raises:
-        DataError: if the tokenizer cannot be used.
-    """
-    for encoded in encode_batches(_list_tasks(data, problems), data, tokenizer_path):
-        problems.merge(encoded.problems)
-        bad_rows[encoded.source] += encoded.problems.num_rows
-        problems.num_usable += sum(len(batch.docs.wheres) for batch in encoded.batches)
-        yield from encoded.batches
-        if problems.refused(data.checks).is_full:
-            return
 
 
 def _divide_common_prompts(docs: DocumentTable, eval_fraction: float) -> np.ndarray:

@@ -40,8 +40,8 @@ def report(
     """Return the counts of a cache, its findings under `data.checks`, and decoded rows of the training split, for JSON.
 
     Fractions are 0 to 1, lengths are in tokens. `length_histogram` counts documents per bin of up to `max_tokens` tokens.
-    `padding_frac` is the share of padding in the
-    micro-batches of the first epoch in the order of `seed`, see `_padding`. `row_tokens` is the longest row. `turn_ends` are the
+    `padding_frac` is the share of padding in the micro-batches of the first epoch in the order of `seed`, see `_count_padding`.
+    `row_tokens` is the longest row. `turn_ends` are the
     tokens that end trained turns; `stops` is true for those in `stop_ids`, at which the model stops generating. `shown` has
     `num_shown` evenly spaced rows, or three documents of medium length if that is 0, with keys, passwords, e-mail addresses and
     telephone numbers redacted. `eval_sets` are the caches of eval.sets by name. `decode` returns the text of token ids, with
@@ -57,7 +57,7 @@ def report(
     counts = recorded["sources"]
     judged = findings.judge(findings.read(facts.cache_dir), data.checks)
     padded_rows = 0 if data.packing else train.micro_batch_size or train.global_batch_size
-    slots = max(1, facts.num_tokens + int(_padding(split, train, seed, padded_rows).sum()))
+    slots = max(1, facts.num_tokens + int(_count_padding(split, train, seed, padded_rows).sum()))
     train_numbers, train_by_source = _count_split(split, len(counts))
     held_out_numbers, held_out_by_source = _count_split(held_out, len(counts))
     return {
@@ -98,7 +98,7 @@ def report(
             for name, one in (eval_sets or {}).items()
         ],
         "turn_ends": [{"id": i, "token": decode([i]), "stops": i in stop_ids} for i in facts.turn_end_ids],
-        "shown": _shown(split, [source["name"] for source in counts], decode, num_shown),
+        "shown": _show_rows(split, [source["name"] for source in counts], decode, num_shown),
     }
 
 
@@ -122,7 +122,7 @@ def _report_sources(
             "frac": numbers["tokens"] / max(1, facts.num_tokens),
             "epochs": recorded["epochs"],
             "unused_documents": recorded["unused"],
-            "limited_by": _limits(data.sources[i]) if i < len(data.sources) else [],
+            "limited_by": _list_limits(data.sources[i]) if i < len(data.sources) else [],
             "path": path,
             "is_read": i >= len(data.sources) or data.sources[i].is_read,
             **{key: recorded[key] for key in (*_ORIGIN, *_UNREAD, *_COMPLETIONS)},
@@ -138,7 +138,7 @@ def _report_sources(
     ]
 
 
-def _limits(source: Source) -> list[str]:
+def _list_limits(source: Source) -> list[str]:
     """Return the settings that limit how much the mixture takes of a source."""
     limits = {"weight": source.weight is not None, "max_tokens": source.max_tokens is not None, "epochs": source.epochs % 1 != 0}
     return [name for name, is_set in limits.items() if is_set]
@@ -164,14 +164,19 @@ _COUNTED = {
 
 def _count_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the numbers for all documents of a split, and for the documents of each source."""
-    lengths, trained, source = np.diff(split.docs), _count_trained(split), np.asarray(split.doc_source)
+    counts = [np.empty(0, dtype=np.int64)]
+    # Read in parts, because a whole split may not fit in memory.
+    for first in range(0, split.num_docs, _DOCS_AT_ONCE):
+        docs = split.docs[first : first + _DOCS_AT_ONCE + 1]
+        counts.append(np.add.reduceat(split.trained[docs[0] : docs[-1]], docs[:-1] - docs[0], dtype=np.int64))
+    lengths, trained, source = np.diff(split.docs), np.concatenate(counts), np.asarray(split.doc_source)
     # The file of data.eval_path comes after the sources and has no training rows.
     rows = [*(np.asarray(split.row_sources) > 0).sum(axis=0).tolist(), 0]
-    each = [{"rows": rows[i], **_numbers(lengths[source == i], trained[source == i])} for i in range(num_sources)]
-    return {"rows": split.num_rows, **_numbers(lengths, trained)}, each
+    each = [{"rows": rows[i], **_describe_documents(lengths[source == i], trained[source == i])} for i in range(num_sources)]
+    return {"rows": split.num_rows, **_describe_documents(lengths, trained)}, each
 
 
-def _padding(split: Split, train: TrainSection, seed: int, padded_rows: int) -> np.ndarray:
+def _count_padding(split: Split, train: TrainSection, seed: int, padded_rows: int) -> np.ndarray:
     """Return the padding of each row, int64 [rows]: with packing, up to the longest of all rows, else of its `padded_rows` rows.
 
     `padded_rows` is the micro-batch size if it is set. If the plan chooses it, it is the global batch size, an upper bound.
@@ -187,45 +192,30 @@ def _padding(split: Split, train: TrainSection, seed: int, padded_rows: int) -> 
     return padding
 
 
-def _count_trained(split: Split) -> np.ndarray:
-    """Return the number of trained tokens of each document; reads in parts, because a whole split may not fit in memory."""
-    counts = [np.empty(0, dtype=np.int64)]
-    for first in range(0, split.num_docs, _DOCS_AT_ONCE):
-        docs = split.docs[first : first + _DOCS_AT_ONCE + 1]
-        counts.append(np.add.reduceat(split.trained[docs[0] : docs[-1]], docs[:-1] - docs[0], dtype=np.int64))
-    return np.concatenate(counts)
+def _describe_documents(lengths: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
+    """Return the numbers for documents with `lengths` tokens, of which `trained` are trained.
 
-
-def _numbers(lengths: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
-    """Return the numbers for documents with `lengths` tokens, of which `trained` are trained."""
+    The histogram counts documents per power of two of tokens, without empty bins at both ends.
+    """
     tokens = int(lengths.sum())
+    spread, histogram = None, []
+    if len(lengths):
+        at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+        spread = {**{name: int(np.quantile(lengths, q)) for name, q in at.items()}, "mean": float(lengths.mean())}
+        exponents = np.ceil(np.log2(lengths)).astype(int)
+        counts = np.bincount(exponents)
+        histogram = [{"max_tokens": 1 << e, "documents": int(counts[e])} for e in range(exponents.min(), len(counts))]
     return {
         "documents": len(lengths),
         "tokens": tokens,
         "trained_tokens": int(trained.sum()),
         "trained_frac": int(trained.sum()) / max(1, tokens),
-        "document_tokens": _spread(lengths),
-        "length_histogram": _histogram(lengths),
+        "document_tokens": spread,
+        "length_histogram": histogram,
     }
 
 
-def _spread(lengths: np.ndarray) -> dict[str, float] | None:
-    if not len(lengths):
-        return None
-    at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-    return {**{name: int(np.quantile(lengths, q)) for name, q in at.items()}, "mean": float(lengths.mean())}
-
-
-def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Return the number of documents per power of two of tokens, without empty bins at both ends."""
-    if not len(lengths):
-        return []
-    exponents = np.ceil(np.log2(lengths)).astype(int)
-    counts = np.bincount(exponents)
-    return [{"max_tokens": 1 << e, "documents": int(counts[e])} for e in range(exponents.min(), len(counts))]
-
-
-def _shown(split: Split, names: list[str], decode: Decode, num_rows: int) -> list[dict[str, Any]]:
+def _show_rows(split: Split, names: list[str], decode: Decode, num_rows: int) -> list[dict[str, Any]]:
     """Return rows, or single documents, each as documents of trained and untrained parts."""
     if num_rows:
         rows = np.unique(np.linspace(0, split.num_rows - 1, num_rows).round().astype(int)).tolist()
@@ -238,13 +228,13 @@ def _shown(split: Split, names: list[str], decode: Decode, num_rows: int) -> lis
         {
             "row": row,
             "whole": bool(num_rows),
-            "documents": [_document(split, doc, names, decode) for doc in range(first, last)],
+            "documents": [_show_document(split, doc, names, decode) for doc in range(first, last)],
         }
         for row, first, last in spans
     ]
 
 
-def _document(split: Split, doc: int, names: list[str], decode: Decode) -> dict[str, Any]:
+def _show_document(split: Split, doc: int, names: list[str], decode: Decode) -> dict[str, Any]:
     span = slice(split.docs[doc], split.docs[doc + 1])
     tokens, trained = split.tokens[span], split.trained[span]
     offsets = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]

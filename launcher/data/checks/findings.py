@@ -236,7 +236,7 @@ class JudgedFinding:
             "action": self.action,
             "fatal": self.fatal,
             "limit": self.limit,
-            "accepted_by": _accepted_by(self.finding),
+            "accepted_by": _get_accepting_setting(self.finding),
             "remedy": text.remedy,
         }
 
@@ -258,7 +258,9 @@ def read(folder: str | Path) -> Findings:
 def judge(findings: Findings, checks: ChecksSection) -> tuple[JudgedFinding, ...]:
     """Judge each finding by the settings `checks`; findings that refuse the run come first."""
     judged = [
-        JudgedFinding(finding, action := get_action(finding.name, checks), _is_fatal(finding, action, checks), _limit(finding))
+        JudgedFinding(
+            finding, action := get_action(finding.name, checks), _is_fatal(finding, action, checks), _get_limit(finding)
+        )
         for finding in findings
     ]
     return tuple(sorted(judged, key=lambda one: not one.fatal))
@@ -276,16 +278,30 @@ def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
     if finding.name == "bad_rows":
         return finding.share > LIMITS["bad_rows"] and checks.dropped == "fail"
     share = finding.highest_share if finding.name == "no_turn_end" else finding.share
-    return action == "fail" and share > _limit(finding)
+    return action == "fail" and share > _get_limit(finding)
 
 
-def _limit(finding: Finding) -> float:
+def _get_limit(finding: Finding) -> float:
     return MAX_SHARE_WITHOUT_TURN_END if finding.name == "no_turn_end" else LIMITS.get(finding.name, 0.0)
 
 
 def problems(findings: Findings, checks: ChecksSection) -> list[Problem]:
     """Return the findings that the settings do not accept, each with its places and the setting that accepts it."""
-    return [_problem(one.finding) for one in judge(findings, checks) if one.fatal]
+    refused = []
+    for finding in (one.finding for one in judge(findings, checks) if one.fatal):
+        text = CHECKS[finding.name]
+        trained = "on the others" if finding.name in _NOT_TRAINED else "on them anyway"
+        # A small share of all documents may be all documents of one source.
+        highest = f", {share_text(finding.highest_share)} of one source" if finding.highest_share > finding.share else ""
+        refused.append(
+            Problem(
+                f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}{highest}): {text.title}. {text.meaning}",
+                where="; ".join(example.where for example in finding.examples),
+                value="; ".join(example.detail for example in finding.examples),
+                remedy=f"{text.remedy}; to train {trained}: {_get_accepting_setting(finding)}",
+            )
+        )
+    return refused
 
 
 def refuse(findings: Findings, checks: ChecksSection) -> None:
@@ -299,19 +315,6 @@ def share_text(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "< 0.1%"
 
 
-def _accepted_by(finding: Finding) -> str:
+def _get_accepting_setting(finding: Finding) -> str:
     """Return the setting with which a fatal finding no longer refuses the run."""
     return "data.checks.dropped=keep" if finding.name == "bad_rows" else f"{finding.setting}=keep"
-
-
-def _problem(finding: Finding) -> Problem:
-    text = CHECKS[finding.name]
-    trained = "on the others" if finding.name in _NOT_TRAINED else "on them anyway"
-    # A small share of all documents may be all documents of one source.
-    highest = f", {share_text(finding.highest_share)} of one source" if finding.highest_share > finding.share else ""
-    return Problem(
-        f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}{highest}): {text.title}. {text.meaning}",
-        where="; ".join(example.where for example in finding.examples),
-        value="; ".join(example.detail for example in finding.examples),
-        remedy=f"{text.remedy}; to train {trained}: {_accepted_by(finding)}",
-    )

@@ -81,10 +81,10 @@ def inspect(
     identities: list[tuple[tuple[int, int, int, int, int, int], bytes]] = []
     hits: list[tuple[CheckHit, ...]] = []
     for document, rendering, tokens in zip(documents, rendered, encoded, strict=True):
-        parts = list(_parts(document, rendering, data.train_on))
+        parts = list(_list_parts(document, rendering, data.train_on))
         hashes, signed, text = _identify(document, parts)
         identities.append((hashes, signed))
-        trained_parts = _as_trained(document, parts, data.system)
+        trained_parts = _list_trained_parts(document, parts, data.system)
         if trained_parts is not parts:
             text = overlap.normalize("\n".join([part.text for part in trained_parts]))
         text_hits = _check_texts(trained_parts, text, patterns.find_candidates(text.encode()), special_texts)
@@ -116,14 +116,14 @@ def _identify(document: Document, parts: Sequence[_TextPart]) -> tuple[tuple[int
     ]
     texts = [text for text in (system, question, rest) if text]
     comparable = [overlap.make_comparable(text) for text in (system, question, rest)]
-    # With other tools, the same text is another task, see _setup; and a shared system text does not make chats similar.
+    # With other tools, the same text is another task, see _write_setup; and a shared system text does not make chats similar.
     content = _join(comparable)
     prompt = _join(comparable[:2]) if question else b""
     form = prompt.translate(None, _DIGITS)
     of_content, of_prompt = overlap.hash_content(content), overlap.hash_content(prompt) if prompt else 0
     hashes = (
         of_content,
-        overlap.hash_content(content + _setup(document)),
+        overlap.hash_content(content + _write_setup(document)),
         of_prompt,
         overlap.hash_content(form) if len(form) >= _MIN_FORM_BYTES else 0,
         of_prompt or of_content,
@@ -136,7 +136,7 @@ def _join(texts: Sequence[bytes]) -> bytes:
     return b" ".join([text for text in texts if text])
 
 
-def _setup(document: Document) -> bytes:
+def _write_setup(document: Document) -> bytes:
     """Return what makes the same text another task: roles, weights, tools."""
     if not isinstance(document, Chat):
         return b""
@@ -144,7 +144,7 @@ def _setup(document: Document) -> bytes:
     return f"{turns}{json.dumps(document.tools) if document.tools else ''}".encode()
 
 
-def _parts(document: Document, rendered: RenderedDocument, train_on: TrainOn) -> Iterator[_TextPart]:
+def _list_parts(document: Document, rendered: RenderedDocument, train_on: TrainOn) -> Iterator[_TextPart]:
     match document:
         case Chat(messages=messages, tools=tools):
             if tools:
@@ -152,11 +152,11 @@ def _parts(document: Document, rendered: RenderedDocument, train_on: TrainOn) ->
             trained = find_trained_messages(document, train_on)
             for i, message in enumerate(messages):
                 where = "system" if message.role == "system" else f"messages[{i}]"
-                text = answer = _written(message, message.reasoning_content)
+                text = answer = _write_message(message, message.reasoning_content)
                 if i in trained and (thought := message.reasoning_content):
                     # Templates omit the reasoning of earlier turns.
                     is_written = any(thought.strip() in rendered.text[span.start : span.end] for span in rendered.spans)
-                    answer = text if is_written else _written(message, None)
+                    answer = text if is_written else _write_message(message, None)
                 yield _TextPart(where, text, answer if i in trained else None)
         case Completion(prompt=prompt, completion=completion):
             yield _TextPart("prompt", prompt, None)
@@ -165,7 +165,7 @@ def _parts(document: Document, rendered: RenderedDocument, train_on: TrainOn) ->
             yield _TextPart("text", text, None)
 
 
-def _as_trained(document: Document, parts: list[_TextPart], system: str | None) -> list[_TextPart]:
+def _list_trained_parts(document: Document, parts: list[_TextPart], system: str | None) -> list[_TextPart]:
     """Return the parts with data.system instead of the row's own system text, and with the names of the speakers.
 
     Neither changes the identity of a document, because the split and the duplicates depend on the row's own text.
@@ -181,7 +181,7 @@ def _as_trained(document: Document, parts: list[_TextPart], system: str | None) 
     return [*parts[:num_before], _TextPart("data.system", system, None), *parts[num_before + has_system :], *names]
 
 
-def _written(message: Message, reasoning: str | None) -> str:
+def _write_message(message: Message, reasoning: str | None) -> str:
     """Return the text of a message: its reasoning, its content, its tool calls."""
     calls = [json.dumps(call, ensure_ascii=False) for call in message.tool_calls]
     return "\n".join(text for text in (reasoning, message.content, *calls) if text)

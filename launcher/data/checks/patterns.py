@@ -77,12 +77,12 @@ _BEARER = (
 _GATES = (b"000", b"key", b"token", b"_", b"@", b"+", b"z", b"j", b"x", b"w", b":", b"k")
 
 
-def _gate(literal: bytes) -> bytes:
+def _find_gate(literal: bytes) -> bytes:
     return b"000" if literal in _CALLED_LITERALS else next((gate for gate in _GATES if gate in literal), b"")
 
 
 PATTERNS = tuple(
-    TextPattern(finding, kind, tuple((_gate(literal), literal) for literal in literals), expression)
+    TextPattern(finding, kind, tuple((_find_gate(literal), literal) for literal in literals), expression)
     for finding, kind, literals, expression in (
         *(("secrets", form.kind, form.literals, form.pattern) for form in FORMS),
         ("secrets", "assigned secret", _ASSIGNED_LITERALS, f"{_QUOTED}|{_BARE}"),
@@ -149,14 +149,14 @@ def redact(parts: Sequence[str]) -> list[str]:
 
 def may_hold_special_tokens(lower: str, known: Sequence[str]) -> bool:
     """Return False if a text, given in lower case, contains no special token."""
-    in_angles, others = _beginnings(tuple(known))
+    in_angles, others = _list_beginnings(tuple(known))
     return in_angles.search(lower) is not None or any([beginning in lower for beginning in others])  # noqa: C419
 
 
 def special_tokens(text: str, known: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """Yield the special tokens in `text`, each with True if it is one of `known`."""
     if known:
-        for match in _any_of(tuple(known)).finditer(text):
+        for match in _match_any(tuple(known)).finditer(text):
             yield match.group(), True
     for match in _FOREIGN.finditer(text):
         if match.group() not in known:
@@ -164,7 +164,7 @@ def special_tokens(text: str, known: Sequence[str]) -> Iterator[tuple[str, bool]
 
 
 @functools.lru_cache(maxsize=8)
-def _beginnings(known: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...]]:
+def _list_beginnings(known: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...]]:
     """Return the beginnings of special tokens, in lower case: a pattern for those with an angle bracket, and the others."""
     texts = {*(text.casefold()[:2] for text in known if text), *_FOREIGN_LITERALS}
     in_angles = sorted(re.escape(text[1:]) for text in texts if text[0] == "<")
@@ -172,5 +172,5 @@ def _beginnings(known: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...
 
 
 @functools.lru_cache(maxsize=8)
-def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
+def _match_any(texts: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if text))

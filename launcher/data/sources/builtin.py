@@ -114,7 +114,10 @@ def list_pairs() -> tuple[Pair, ...]:
     items: dict[str, _Documented] = {}
     texts: set[str] = set()
     for module, path in _list_modules():
-        for item in _list_documented(module, path):
+        tree = ast.parse(path.read_bytes())
+        doc = _trim_docstring(tree)
+        itself = [_Documented(module, "module", doc, "")] if doc else []
+        for item in [*itself, *_list_members(tree, module, inside_class=False)]:
             if item.symbol not in items and item.doc not in texts:
                 items[item.symbol] = item
                 texts.add(item.doc)
@@ -148,19 +151,14 @@ def _list_modules() -> Iterator[tuple[str, Path]]:
                 yield ".".join(parts), path
 
 
-def _list_documented(module: str, path: Path) -> Iterator[_Documented]:
-    tree = ast.parse(path.read_bytes())
-    if doc := _trim_docstring(tree):
-        yield _Documented(module, "module", doc, "")
-    yield from _list_members(tree, module, inside_class=False)
-
-
 def _list_members(node: ast.Module | ast.ClassDef | ast.If | ast.Try, prefix: str, inside_class: bool) -> Iterator[_Documented]:
     for child in node.body:
         match child:
             case ast.FunctionDef() | ast.AsyncFunctionDef() if not child.name.startswith("_"):
                 if doc := _trim_docstring(child):
-                    kind = "attribute" if _is_property(child) else "method" if inside_class else "function"
+                    decorators = [ast.unparse(decorator) for decorator in child.decorator_list]
+                    is_property = any(name.endswith(("property", ".setter", "DynamicClassAttribute")) for name in decorators)
+                    kind = "attribute" if is_property else "method" if inside_class else "function"
                     yield _Documented(f"{prefix}.{child.name}", kind, doc, _write_signature(child, inside_class))
             case ast.ClassDef() if not child.name.startswith("_"):
                 symbol = f"{prefix}.{child.name}"
@@ -169,11 +167,6 @@ def _list_members(node: ast.Module | ast.ClassDef | ast.If | ast.Try, prefix: st
                 yield from _list_members(child, symbol, inside_class=True)
             case ast.If() | ast.Try():
                 yield from _list_members(child, prefix, inside_class)
-
-
-def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    names = [ast.unparse(decorator) for decorator in function.decorator_list]
-    return any(name.endswith(("property", ".setter", "DynamicClassAttribute")) for name in names)
 
 
 def _write_signature(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: bool) -> str:

@@ -83,7 +83,7 @@ class ChatTemplate:
                 self.refuse_part(f"leaves out or changes what the {message.role} says", f"{chat.where}, messages[{i}]")
         for i in find_trained_messages(chat, "last_turn"):
             reasoning = (chat.messages[i].reasoning_content or "").strip()
-            if i > _last_user(chat) and reasoning:
+            if i > _find_last_user(chat) and reasoning:
                 messages = list(chat.messages)
                 messages[i] = replace(messages[i], reasoning_content=None)
                 if text.count(reasoning) <= self.render(replace(chat, messages=tuple(messages))).count(reasoning):
@@ -140,7 +140,7 @@ class ChatTemplate:
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
 
         try:
-            compiled = _compiled(source)
+            compiled = _compile_template(source)
             if not marks:
                 return compiled.render(messages=rows, tools=tools, documents=None, **values), []
             texts, spans = chat_template_utils.render_jinja_template(
@@ -161,7 +161,7 @@ class ChatTemplate:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(source: str) -> jinja2.Template:
+def _compile_template(source: str) -> jinja2.Template:
     """Return the compiled template that tokenizer.apply_chat_template caches; rendering it directly avoids copies."""
     compiled: jinja2.Template = chat_template_utils._compile_jinja_template(source)
     # Every rendering copies the globals, which is slow for Jinja's chained maps.
@@ -171,7 +171,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 def find_trained_messages(chat: Chat, train_on: TrainOn) -> list[int]:
     """Return the indices of the assistant's messages that are trained."""
-    last_user = _last_user(chat)
+    last_user = _find_last_user(chat)
     return [
         i
         for i, message in enumerate(chat.messages)
@@ -180,7 +180,7 @@ def find_trained_messages(chat: Chat, train_on: TrainOn) -> list[int]:
     ]
 
 
-def _last_user(chat: Chat) -> int:
+def _find_last_user(chat: Chat) -> int:
     return max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
 
 

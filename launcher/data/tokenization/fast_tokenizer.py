@@ -114,7 +114,7 @@ def make_cached(tokenizer: Tokenizer) -> CachedTokenizer | None:
     """Return a cached tokenizer with the same tokens; None if `tokenizer` splits text in an unsupported way."""
     parts = json.loads(tokenizer.to_str())
     model, added = parts["model"], parts["added_tokens"]
-    splitter = _splitter(parts["pre_tokenizer"])
+    splitter = _find_splitter(parts["pre_tokenizer"])
     has_plain_text = parts["normalizer"] is None or parts["normalizer"] == {"type": "NFC"}
     has_plain_added = not any(token[key] for token in added for key in ("lstrip", "rstrip", "single_word", "normalized"))
     if model["type"] != "BPE" or model.get("dropout") or splitter is None or not has_plain_text or not has_plain_added:
@@ -127,7 +127,7 @@ def make_cached(tokenizer: Tokenizer) -> CachedTokenizer | None:
     return cached if encoded and encoded[0].tolist() == tokenizer.encode(probe, add_special_tokens=False).ids else None
 
 
-def _splitter(pre_tokenizer: dict[str, Any] | None) -> re.Pattern[str] | None:
+def _find_splitter(pre_tokenizer: dict[str, Any] | None) -> re.Pattern[str] | None:
     """Return an expression whose consecutive matches are the words; None for an unsupported pre-tokenizer."""
     if pre_tokenizer is None:
         return None
