@@ -1,17 +1,24 @@
-"""Sources given as folders, patterns and addresses."""
+"""Sources given as folders, patterns, Hub datasets and addresses."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from dataset_hub import DatasetHub, running_dataset_hub
 from file_owners import as_root
+from http_server import Answer, Request, serving
+from mirror_tools import S3, make_bucket, running_s3
 from source_folders import CARD, SPLITS, SUBSETS, Files, row
+from special_files import link_to_device, make_pipe
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources.reading import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents
@@ -234,3 +241,256 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
     assert problem_of(Source(path="gopher://rows")).where == "gopher://rows"
     memory.pipe("/data/empty.jsonl", b"")
     assert problem_of(Source(path="memory://data/empty.jsonl")).message == "the data file is empty"
+
+
+# Special files
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("make", [make_pipe, link_to_device])
+def test_a_pipe_or_a_device_is_not_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train.jsonl", "README.md"):
+        make(tmp_path / "data" / name)
+    for path in ("data", "data/train.jsonl", "data/*.jsonl"):
+        (problem,) = check_sources(DataSection(sources=(Source(path=f"{tmp_path}/{path}"),)))
+        assert problem.value == f"{tmp_path}/{path}"
+
+
+# Web servers that provide more or less metadata, and downloads that are cut off
+
+
+ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'
+
+
+class Web:
+    """Serves one file under every path, with `headers`; `length` is the claimed size if it differs from the real one."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.content = ROW
+        self.headers: dict[str, str] = {}
+        self.length: int | None = None
+        self.read: list[str] = []
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    web = Web()
+
+    def answer(request: Request) -> Answer:
+        if request.method == "GET":
+            web.read.append(request.path)
+        length = str(web.length or len(web.content))
+        return 200, web.content, {"Content-Type": "", "Content-Length": length, **web.headers}
+
+    with serving(answer) as web.address:
+        yield web
+
+
+@pytest.mark.parametrize("header", ["ETag", "Last-Modified", "Content-MD5"])
+def test_a_remote_file_is_downloaded_again_when_its_metadata_changes(web: Web, header: str) -> None:
+    source = Source(path=f"{web.address}/a.jsonl")
+    web.headers = {header: "one"}
+    first = compute_source_digest(source)
+    assert web.read == []
+    assert texts(source) == texts(source) == ["a"]
+    assert len(web.read) == 1
+    web.headers, web.content = {header: "two"}, OTHER
+    assert compute_source_digest(source) != first
+    assert texts(source) == ["b"]
+
+
+def test_a_remote_file_without_metadata_is_refused(web: Web) -> None:
+    with pytest.raises(DataError) as caught:
+        compute_source_digest(Source(path=f"{web.address}/a.jsonl"))
+    assert caught.value.problems[0].where == f"{web.address}/a.jsonl"
+
+
+def test_an_address_may_be_longer_than_a_files_name(web: Web) -> None:
+    web.headers = {"ETag": "one"}
+    assert texts(Source(path=f"{web.address}/a.jsonl?download=true&note={'a' * 300}")) == ["a"]
+
+
+def test_an_interrupted_download_leaves_no_file(web: Web, cache_home: Path) -> None:
+    web.headers, web.length = {"ETag": "one"}, 1000
+    with pytest.raises(DataError):
+        texts(Source(path=f"{web.address}/a.jsonl"))
+    assert downloaded(cache_home) == []
+
+
+def test_a_download_with_another_size_than_announced_is_refused(cache_home: Path, memory_of: Callable[..., None]) -> None:
+    memory_of("/data/a.jsonl", ROW, claimed=1000)
+    with pytest.raises(DataError, match="14 of 1,000 bytes"):
+        texts(Source(path="memory://data/a.jsonl"))
+    assert downloaded(cache_home) == []
+
+
+def downloaded(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+@pytest.fixture
+def memory_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Write a file for which the storage claims a wrong size."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    info = system.info
+
+    def write(path: str, content: bytes, claimed: int) -> None:
+        system.pipe(path, content)
+        monkeypatch.setattr(system, "info", lambda *given, **options: {**info(*given, **options), "size": claimed})
+
+    yield write
+    system.rm("/data", recursive=True)
+
+
+# Real clients in separate processes, with servers that the tests start
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with running_s3(tmp_path_factory.mktemp("s3") / "server.log") as s3:
+        make_bucket(s3)
+        yield s3
+
+
+CODE = """
+import json, sys
+from launcher.config.sections.data import DataSection, Source
+from launcher.data.sources.reading import check_sources
+from launcher.data.sources.reading import describe_origin, read_documents, compute_source_digest
+from launcher.errors import DataError
+try:
+    source = Source.model_validate_json(sys.argv[1])
+    rows = [[d.where, d.text] for d, _ in read_documents(source)]
+    print(json.dumps([compute_source_digest(source), rows, describe_origin(source)]))
+except DataError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def run_elsewhere(source: Source, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "AWS_"))}
+    command = [sys.executable, "-c", CODE, source.model_dump_json()]
+    return subprocess.run(command, env={**inherited, **environ}, capture_output=True, text=True, timeout=100)
+
+
+def read_elsewhere(source: Source, environ: dict[str, str]) -> tuple[str, Any]:
+    """Return digest and rows, or 'refused' and the error, from a new process: clients read the environment only once."""
+    done = run_elsewhere(source, environ)
+    if done.returncode == 2:
+        return "refused", done.stdout
+    assert done.returncode == 0, done.stderr
+    digest, rows, _ = json.loads(done.stdout)
+    return digest, rows
+
+
+@pytest.mark.rest
+def test_rows_from_s3(s3: S3) -> None:
+    code = f"import fsspec; fsspec.filesystem('s3').pipe('{s3.bucket}/rows/a.jsonl', {row('a').encode()!r})"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **s3.environment}, check=True, timeout=60)
+    source = Source(path=f"s3://{s3.bucket}/rows")
+    digest, rows = read_elsewhere(source, s3.environment)
+    assert rows == [[f"s3://{s3.bucket}/rows/a.jsonl:1", "a"]]
+    assert read_elsewhere(source, s3.environment)[0] == digest
+    refused = read_elsewhere(Source(path=f"s3://{s3.bucket}/gone.jsonl"), s3.environment)
+    assert refused[0] == "refused"
+    assert "there is no such data file" in refused[1]
+
+
+@pytest.fixture
+def hub() -> Iterator[DatasetHub]:
+    with running_dataset_hub() as hub:
+        yield hub
+
+
+def hub_environment(hub: DatasetHub, tmp_path: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
+
+
+def as_bytes(files: Files) -> dict[str, bytes]:
+    return {name: content.encode() for name, content in files.items()}
+
+
+@pytest.mark.rest
+def test_a_hub_dataset_with_split_subset_and_revision(hub: DatasetHub, tmp_path: Path) -> None:
+    environ = hub_environment(hub, tmp_path)
+    old = hub.commit(as_bytes({**SPLITS, "load.py": "raise SystemExit('code was run')"}), "main", "v1")
+    source = Source(path="owner/name")
+    assert check_sources(DataSection(sources=(source,))) == []
+    digest, rows = read_elsewhere(source, environ)
+    origin = json.loads(run_elsewhere(source, environ).stdout)[2]
+    assert (origin["commit"], origin["num_files"], origin["left_out"]) == (old, 2, ["load.py", "test.jsonl"])
+    assert rows == [["owner/name/train-0.jsonl:1", "a"], ["owner/name/train-1.jsonl:1", "b"]]
+    assert old in digest
+    assert not any(path.endswith(("load.py", "test.jsonl")) for path in hub.requests)
+
+    hub.commit(as_bytes(SUBSETS), "main")
+    later, rows = read_elsewhere(source.model_copy(update={"subset": "main", "split": "held"}), environ)
+    assert rows == [["owner/name/main/second.jsonl:1", "h"]]
+    assert later != digest
+    for revision in (old, "v1"):
+        assert read_elsewhere(source.model_copy(update={"revision": revision, "split": "test"}), environ)[1] == [
+            ["owner/name/test.jsonl:1", "t"]
+        ]
+    error = read_elsewhere(source, environ)[1]
+    assert "several subsets: main, socratic" in error
+    assert "where:  owner/name" in error
+
+
+@pytest.mark.rest
+def test_offline_only_downloaded_hub_files_are_used(hub: DatasetHub, tmp_path: Path) -> None:
+    environ = hub_environment(hub, tmp_path)
+    hub.commit(as_bytes(SPLITS), "main")
+    online = read_elsewhere(Source(path="owner/name"), environ)
+    offline = {**environ, "HF_HUB_OFFLINE": "1"}
+    assert read_elsewhere(Source(path="owner/name"), offline) == online
+    refused, error = read_elsewhere(Source(path="owner/name", split="test"), offline)
+    assert refused == "refused"
+    assert "the hub cannot be reached" in error
+
+
+@pytest.mark.rest
+def test_a_busy_hub_falls_back_to_downloaded_files(hub: DatasetHub, tmp_path: Path) -> None:
+    environ = hub_environment(hub, tmp_path)
+    hub.commit(as_bytes(SPLITS), "main")
+    online = read_elsewhere(Source(path="owner/name"), environ)
+    hub.fails_with = 503
+    done = run_elsewhere(Source(path="owner/name"), environ)
+    assert json.loads(done.stdout)[:2] == list(online)
+    assert f"owner/name is read at the last known commit {hub.revisions['main']}" in done.stderr
+    # A denied dataset is not a temporary failure, so there is no fallback.
+    hub.fails_with = 403
+    refused, error = read_elsewhere(Source(path="owner/name"), environ)
+    assert (refused, "the hub answered with 403" in error) == ("refused", True)
+
+
+@pytest.mark.rest
+def test_a_missing_hub_dataset_is_reported(hub: DatasetHub, tmp_path: Path) -> None:
+    hub.commit({"load.py": b"raise SystemExit('code was run')"}, "main")
+    environ = hub_environment(hub, tmp_path)
+    error = read_elsewhere(Source(path="owner/other"), environ)[1]
+    assert "the hub answered with 401 (RepositoryNotFoundError)" in error
+    assert "there is no file or folder owner/other here" in error
+    assert "RevisionNotFoundError" in read_elsewhere(Source(path="owner/name", revision="v9"), environ)[1]
+    error = read_elsewhere(Source(path="owner/name"), environ)[1]
+    assert "holds no data file" in error
+    assert "Code that builds a dataset is never run" in error
+
+
+@pytest.mark.rest
+def test_rows_by_an_hf_address(hub: DatasetHub, tmp_path: Path) -> None:
+    environ = hub_environment(hub, tmp_path)
+    hub.commit(as_bytes({f"data/{name}": content for name, content in SPLITS.items()}), "main")
+    folder, pattern = (Source(path=f"hf://datasets/owner/name{path}") for path in ("/data", "@main/data/train-*.jsonl"))
+    digest, rows = read_elsewhere(folder, environ)
+    assert rows == [[f"hf://datasets/owner/name/data/train-{i}.jsonl:1", text] for i, text in enumerate("ab")]
+    assert [text for _, text in read_elsewhere(pattern, environ)[1]] == ["a", "b"]
+    assert read_elsewhere(folder, environ)[0] == digest
+    hub.commit(as_bytes({"data/train-0.jsonl": row("c")}), "main")
+    changed, rows = read_elsewhere(folder, environ)
+    assert changed != digest
+    assert [text for _, text in rows] == ["c"]
