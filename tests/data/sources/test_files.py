@@ -220,7 +220,7 @@ def test_a_table_that_is_named_jsonl_is_named(tmp_path: Path) -> None:
 BIG = "x" * (1 << 19)
 
 
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     match path.suffix:
         case ".jsonl":
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -238,7 +238,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt", "parquet"])
 def test_blocks_are_bounded_and_hold_every_row_once_in_order(tmp_path: Path, kind: str) -> None:
     short = [{"text": f"row {i}"} for i in range(2 * BLOCK_ROWS + 1)]
-    made = list(read_blocks(write_jsonl(tmp_path / f"short.{kind}", short), f"short.{kind}"))
+    made = list(read_blocks(write_rows(tmp_path / f"short.{kind}", short), f"short.{kind}"))
     assert [len(list(parse_block(block))) for block in made] == [BLOCK_ROWS, BLOCK_ROWS, 1]
     elsewhere: list[Block] = [pickle.loads(pickle.dumps(block)) for block in made]
     found = [found for block in elsewhere for found in parse_block(block)]
@@ -247,7 +247,7 @@ def test_blocks_are_bounded_and_hold_every_row_once_in_order(tmp_path: Path, kin
     said = f"short.{kind}:row " if kind in ("json", "parquet") else f"short.{kind}:"
     assert [place for _, place in found] == [f"{said}{first + i}" for i in range(len(short))]
     long = [{"text": f"{i}{BIG}"} for i in range(5)]
-    made = list(read_blocks(write_jsonl(tmp_path / f"long.{kind}", long), f"long.{kind}"))
+    made = list(read_blocks(write_rows(tmp_path / f"long.{kind}", long), f"long.{kind}"))
     assert kind == "parquet" or len(made) >= 3
     assert [row for block in made for row, _ in parse_block(block)] == long
 
