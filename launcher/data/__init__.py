@@ -1,5 +1,5 @@
-"""From text files to rows of tokens: sources, loss masks, checks, mixture, packing, cache, loader, report.
+"""From text files to rows of tokens: begin with build.py, which builds the data cache, and loader.py, which reads it in training.
 
-Only `build`, `loader` and the packages `tokenization` and `checks` (without `findings` and `patterns`) import torch or
-transformers; the submit side may import all other modules.
+Only `loader` imports torch. It, `build`, `corpus`, `selection`, `tokenization` and `checks.inspection` are for the workers; the
+submit side may import all other modules.
 """

@@ -112,7 +112,7 @@ GOOD = [
 @pytest.mark.parametrize("document", GOOD)
 def test_good_documents_have_no_findings(document: Document) -> None:
     assert hits_of(document) == {}
-    texts = [part.text for part in inspection._parts(document, trained(""), "assistant")]
+    texts = [part.text for part in inspection._list_parts(document, trained(""), "assistant")]
     assert patterns.redact(texts) == texts
 
 
