@@ -18,8 +18,7 @@ from launcher import locks, run_store
 from launcher.cli import formatting
 from launcher.cli.arguments import VerbParser
 from launcher.cli.removal import add_flags, is_confirmed, remove_path
-from launcher.data.cache_dir import cache_root, shared_cache_root
-from launcher.data.hub_cache import own_folder
+from launcher.data.cache_dir import cache_root, own_hub_cache, shared_cache_root
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError
 from launcher.plan.quantities import format_count, format_size
 from launcher.run_damage import plan_remedy
@@ -165,7 +164,7 @@ def _entries(shared: bool) -> Iterator[CacheEntry]:
     root = cache_root()
     groups = sorted((shared_cache_root() or root).glob("data-?*"))
     folders = [("data", root / "data"), *(("data", folder) for folder in groups), ("models", root / "models")]
-    folders += [("hub", root / own_folder().name), ("sources", root / "sources"), ("scores", root / "scores")]
+    folders += [("hub", root / own_hub_cache().name), ("sources", root / "sources"), ("scores", root / "scores")]
     for kind, folder in folders:
         # Another user may have put a link among the folders of groups.
         for path in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():

@@ -1,11 +1,17 @@
-"""The launcher's cache folder on this machine, and errors for failed writes to it."""
+"""The caches on this machine: the launcher's own, repositories of the Hub, and errors for failed writes.
+
+huggingface_hub's client opens, renames and links the files of a download by their paths, one after the other. Users who can write
+to its cache could lead it to other files meanwhile. The launcher then only reads that cache, and downloads into its own.
+"""
 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,9 +20,11 @@ import xxhash
 
 from launcher.errors import DataError, Problem
 from launcher.plan.quantities import format_size
-from launcher.security.folders import require_cache
+from launcher.security.folders import is_writable, make_own_folder, require_cache
+from launcher.security.owners import folder_problem
 
 SHARED_CACHE_VARIABLE = "LAUNCHER_SHARED_CACHE"
+MODELS, DATASETS = "models", "datasets"
 # The disk or the user's quota is full, or the file exceeds the process's size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -81,3 +89,81 @@ def make_cache_error(error: OSError, folder: Path) -> DataError:
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     value = f"{format_size(shutil.disk_usage(existing).free)} are free on its disk without the unfinished files"
     return DataError(Problem(message, str(folder), value, f"free more space (or raise the quota), or {elsewhere}"))
+
+
+# Repositories of the Hub
+
+
+def own_hub_cache() -> Path:
+    """Return the folder in the launcher's cache for downloads that do not go into the Hub's cache."""
+    return cache_root() / "hub"
+
+
+def repository_folders(repo_id: str, kind: str = MODELS) -> Iterator[Path]:
+    """Yield the folders that may hold a repository, the one into which it is downloaded first.
+
+    Raises:
+        DataError: if other users could have written the launcher's own folder.
+    """
+    caches = [_locate_hub_cache()] if _find_hub_cache_problem() is None else [own_hub_cache(), _locate_hub_cache()]
+    for cache in caches:
+        folder = cache / f"{kind}--{repo_id.replace('/', '--')}"
+        if cache == own_hub_cache() and folder.exists():
+            mark_used(folder)
+        yield folder
+
+
+def download_cache(repo_id: str, kind: str = MODELS) -> Path:
+    """Return the cache into which a repository is downloaded, and say so if it is not the Hub's.
+
+    Raises:
+        DataError: if other users can write to the launcher's cache too.
+        OSError: if its folder cannot be created.
+    """
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    problem = _find_hub_cache_problem()
+    # Offline, nothing is downloaded.
+    if problem is None or HF_HUB_OFFLINE:
+        return _locate_hub_cache()
+    cache = own_hub_cache()
+    make_own_folder(cache.parent)
+    cache.mkdir(mode=0o700, exist_ok=True)
+    _print_once(f"{problem.message}; downloads go to {cache}; to use the Hub's cache: {problem.remedy}")
+    return cache
+
+
+def fetch_dataset_file(repo_id: str, name: str, commit: str) -> Path:
+    """Return a file of a dataset at a commit, and download it if it is not on this machine.
+
+    Raises what huggingface_hub raises, and what `download_cache` raises.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    for folder in repository_folders(repo_id, DATASETS):
+        path = try_to_load_from_cache(repo_id, name, cache_dir=folder.parent, revision=commit, repo_type="dataset")
+        if isinstance(path, str):
+            return Path(path)
+    cache = download_cache(repo_id, DATASETS)
+    return Path(hf_hub_download(repo_id, name, repo_type="dataset", revision=commit, cache_dir=cache))
+
+
+def _find_hub_cache_problem() -> Problem | None:
+    """Return why a repository is not downloaded into the Hub's cache, or None if it is."""
+    hub_cache = _locate_hub_cache()
+    problem = folder_problem("the Hub's cache", hub_cache)
+    if problem is None and not is_writable(hub_cache):
+        remedy = "set HF_HOME to a folder that you can write to"
+        problem = Problem(f"the Hub's cache cannot be written: {hub_cache}", str(hub_cache), remedy=remedy)
+    return problem
+
+
+def _locate_hub_cache() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+@functools.cache
+def _print_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

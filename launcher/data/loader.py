@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from launcher.data.row_order import RowOrder
+from launcher.data.row_layout import RowOrder
 from launcher.data.split import Split
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import Batch

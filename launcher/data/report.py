@@ -15,7 +15,7 @@ from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import TrainSection
 from launcher.data import cache_store
 from launcher.data.checks import findings, patterns
-from launcher.data.row_order import RowOrder
+from launcher.data.row_layout import RowOrder
 from launcher.data.split import Split
 from launcher.plan.launch_plan import DataFacts
 from launcher.plan.steps import single_step_warning

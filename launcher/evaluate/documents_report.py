@@ -23,7 +23,7 @@ from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data import triage
 from launcher.data.cache_store import read_report
 from launcher.data.checks import patterns
-from launcher.data.row_order import RowOrder
+from launcher.data.row_layout import RowOrder
 from launcher.data.split import DocumentOrigins, Split
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import LauncherError, RunError, SubmitError

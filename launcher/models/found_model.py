@@ -21,7 +21,7 @@ from launcher.checkpoint import generation
 from launcher.checkpoint.folder_links import link_problems
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import COMMIT_PATTERN, ModelSection, is_local_path, is_run
-from launcher.data import hub_cache
+from launcher.data import cache_dir
 from launcher.data.cache_dir import cache_root, mark_used
 from launcher.errors import ConfigError, Problem
 from launcher.models import gguf_header, weight_files
@@ -323,7 +323,7 @@ def converted_folder(file: Path) -> Path:
 
 def _hub_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
     """Yield the local snapshots of a Hub model, by the layout of huggingface_hub's cache."""
-    for repo in hub_cache.repository_folders(repo_id):
+    for repo in cache_dir.repository_folders(repo_id):
         reference = repo / "refs" / (revision or "main")
         # A commit is used as it is: a reference with its name could lead to a different commit.
         is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()

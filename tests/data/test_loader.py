@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launcher.config.sections.data import DataSection
 from launcher.data.build import build
 from launcher.data.loader import IGNORED, MicroBatch, PrefetchLoader, RowBatches, StepBatch, TrainBatches
-from launcher.data.row_order import RowOrder
+from launcher.data.row_layout import RowOrder
 from launcher.data.split import Split
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch

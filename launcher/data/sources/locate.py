@@ -20,8 +20,7 @@ from typing import Any, NoReturn
 from launcher import atomic_files
 from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.data import hub_cache
-from launcher.data.cache_dir import convert_os_errors, is_full, mark_used, source_folder
+from launcher.data.cache_dir import convert_os_errors, fetch_dataset_file, is_full, mark_used, source_folder
 from launcher.data.sources.documents import refuse
 from launcher.data.sources.files import COMPRESSED, KINDS, DataFile, compute_digest, detect_kind
 from launcher.errors import DataError, Problem
@@ -294,7 +293,7 @@ def _find_on_hub(source: RowSource) -> SourceFiles:
 
     def fetch(name: str) -> DataFile:
         try:
-            return DataFile(hub_cache.fetch_dataset_file(source.path, name, commit), f"{source.path}/{name}")
+            return DataFile(fetch_dataset_file(source.path, name, commit), f"{source.path}/{name}")
         except DataError:
             raise
         except Exception as error:
@@ -323,7 +322,7 @@ def _list_on_hub(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
 
         def read(name: str) -> bytes:
-            return hub_cache.fetch_dataset_file(source.path, name, commit).read_bytes()
+            return fetch_dataset_file(source.path, name, commit).read_bytes()
 
         chosen, left_out = _choose_files(names, read, source.subset, source.split, source.path)
     except DataError:

@@ -10,7 +10,7 @@ import pytest
 from file_owners import MALLORY, as_root, give
 
 from launcher.config.sections.model import ModelSection
-from launcher.data import hub_cache
+from launcher.data import cache_dir
 from launcher.models import found_model
 
 __all__ = ["as_root"]
@@ -29,7 +29,7 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "launcher"))
-    hub_cache._print_once.cache_clear()
+    cache_dir._print_once.cache_clear()
     with temporary:
         yield folder
 
@@ -58,11 +58,11 @@ def test_where_others_can_write_nothing_is_downloaded(
     shared: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object], reason: str
 ) -> None:
     snapshot = add_snapshot(shared)
-    assert hub_cache.download_cache("owner/name") == shared
+    assert cache_dir.download_cache("owner/name") == shared
     assert capsys.readouterr().err == ""
     change(shared)
-    own = hub_cache.own_folder()
-    assert hub_cache.download_cache("owner/name") == own
+    own = cache_dir.own_hub_cache()
+    assert cache_dir.download_cache("owner/name") == own
     said = capsys.readouterr().err
     assert said.startswith("the Hub's cache is not trusted: ")
     assert reason in said
