@@ -11,8 +11,7 @@ from pathlib import Path
 from launcher import atomic_files, locks, run_store
 from launcher.checkpoint import store
 from launcher.config.sections.model import ModelSection, is_run
-from launcher.data import cache_dir
-from launcher.data.cache_dir import is_full
+from launcher.data.cache_dir import download_cache, is_full, own_hub_cache
 from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.export import model_card
 from launcher.export.hf_folder import ExportedFolder, ExportTask, export, find_chat_template, verify_checkpoint
@@ -175,7 +174,7 @@ def _download(repo_id: str, model: ModelSection) -> None:
     with_code = model.trust_remote_code and repo_id == model.path
     patterns = [*_HUB_FILES, *(["*.bin"] if model.allow_pickled_weights else []), *(["*.py"] if with_code else [])]
     revision = model.revision if repo_id == model.path else None
-    cache = cache_dir.download_cache(repo_id)
+    cache = download_cache(repo_id)
     _say(f"fetching {repo_id} from the hub")
     try:
         # Some repositories also hold the weights in their original format.
@@ -191,7 +190,7 @@ def _download(repo_id: str, model: ModelSection) -> None:
         raise
     except Exception as error:
         if isinstance(error, OSError) and is_full(error):
-            variable = "LAUNCHER_CACHE" if cache == cache_dir.own_hub_cache() else "HF_HOME"
+            variable = "LAUNCHER_CACHE" if cache == own_hub_cache() else "HF_HOME"
             raise ConfigError(
                 f"{repo_id} cannot be fetched from the hub: {error.strerror}",
                 where=str(error.filename or "the cache of the hub"),

@@ -21,8 +21,7 @@ from launcher.checkpoint import generation
 from launcher.checkpoint.folder_links import link_problems
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import COMMIT_PATTERN, ModelSection, is_local_path, is_run
-from launcher.data import cache_dir
-from launcher.data.cache_dir import cache_root, mark_used
+from launcher.data.cache_dir import cache_root, mark_used, repository_folders
 from launcher.errors import ConfigError, Problem
 from launcher.models import gguf_header, weight_files
 from launcher.models.remote_code import adapter_problems, code_problems
@@ -323,7 +322,7 @@ def converted_folder(file: Path) -> Path:
 
 def _hub_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
     """Yield the local snapshots of a Hub model, by the layout of huggingface_hub's cache."""
-    for repo in cache_dir.repository_folders(repo_id):
+    for repo in repository_folders(repo_id):
         reference = repo / "refs" / (revision or "main")
         # A commit is used as it is: a reference with its name could lead to a different commit.
         is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()

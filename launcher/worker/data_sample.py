@@ -20,7 +20,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import is_run
-from launcher.data import cache_dir
+from launcher.data.cache_dir import download_cache
 from launcher.data.sources.documents import Chat, Completion, Document
 from launcher.data.sources.files import Block
 from launcher.data.sources.reading import DocumentBatch, RowProblems, count_rows, find_row_problems, list_usable, read_batches
@@ -130,7 +130,7 @@ def _find_tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict
 
     revision = model.revision if name == model.path else None
     try:
-        cache = cache_dir.download_cache(name)
+        cache = download_cache(name)
         snapshot_download(
             name, revision=revision, cache_dir=cache, allow_patterns=_TOKENIZER_FILES, local_dir=fetched, etag_timeout=5
         )
