@@ -257,32 +257,26 @@ def read(folder: str | Path) -> Findings:
 
 def judge(findings: Findings, checks: ChecksSection) -> tuple[JudgedFinding, ...]:
     """Judge each finding by the settings `checks`; findings that refuse the run come first."""
-    judged = [
-        JudgedFinding(
-            finding, action := get_action(finding.name, checks), _is_fatal(finding, action, checks), _get_limit(finding)
-        )
-        for finding in findings
-    ]
+    judged = []
+    for finding in findings:
+        action, limit = get_action(finding.name, checks), LIMITS.get(finding.name, 0.0)
+        if finding.name == "no_trained_token" and action == "drop":
+            # Nothing would be left of a source.
+            is_fatal = finding.highest_share == 1
+        elif finding.name == "bad_rows":
+            is_fatal = finding.share > limit and checks.dropped == "fail"
+        elif finding.name == "no_turn_end":
+            limit = MAX_SHARE_WITHOUT_TURN_END
+            is_fatal = action == "fail" and finding.highest_share > limit
+        else:
+            is_fatal = action == "fail" and finding.share > limit
+        judged.append(JudgedFinding(finding, action, is_fatal, limit))
     return tuple(sorted(judged, key=lambda one: not one.fatal))
 
 
 def get_action(name: str, checks: ChecksSection) -> str:
     """Return what happens to the documents that the check `name` finds: keep, drop or fail."""
     return str(getattr(checks, name, "drop" if name == "unsure_border" else "keep"))
-
-
-def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
-    if finding.name == "no_trained_token" and action == "drop":
-        # Nothing would be left of a source.
-        return finding.highest_share == 1
-    if finding.name == "bad_rows":
-        return finding.share > LIMITS["bad_rows"] and checks.dropped == "fail"
-    share = finding.highest_share if finding.name == "no_turn_end" else finding.share
-    return action == "fail" and share > _get_limit(finding)
-
-
-def _get_limit(finding: Finding) -> float:
-    return MAX_SHARE_WITHOUT_TURN_END if finding.name == "no_turn_end" else LIMITS.get(finding.name, 0.0)
 
 
 def problems(findings: Findings, checks: ChecksSection) -> list[Problem]:

@@ -235,8 +235,11 @@ def _check_texts(
     if not candidates and not special and full_text.isascii():
         return
     for part in parts:
-        if not part.text.isascii() and (broken := _broken(part.text)):
-            details["broken_encoding"].append(f"{part.where}: {broken}")
+        if count := part.text.count("\ufffd"):
+            details["broken_encoding"].append(f"{part.where}: {format_count(count, 'replacement character')}")
+        # ftfy takes a quarter of a microsecond per character, so it only sees text that the pattern matches.
+        elif not part.text.isascii() and _MOJIBAKE.search(part.text) and is_bad(part.text):
+            details["broken_encoding"].append(f"{part.where}: bytes read in the wrong encoding")
         for token, known in patterns.special_tokens(part.text, special_texts) if special else ():
             means = "a special token of this tokenizer" if known else "unknown to this tokenizer"
             details["special_token_in_text"].append(f"{part.where}: {token}, {means}")
@@ -244,10 +247,3 @@ def _check_texts(
             details[pattern.finding].append(f"{part.where}, character {match.start()}: {patterns.mask(pattern, match)}")
     for finding, texts in details.items():
         yield CheckHit(finding, texts[0] + (f" and {len(texts) - 1} more" if len(texts) > 1 else ""))
-
-
-def _broken(text: str) -> str | None:
-    if count := text.count("\ufffd"):
-        return format_count(count, "replacement character")
-    # ftfy takes a quarter of a microsecond per character, so it only sees text that the pattern matches.
-    return "bytes read in the wrong encoding" if _MOJIBAKE.search(text) and is_bad(text) else None

@@ -122,16 +122,15 @@ def list_pairs() -> tuple[Pair, ...]:
                 items[item.symbol] = item
                 texts.add(item.doc)
     chosen = sorted(items, key=lambda symbol: _hash_to_share(symbol, "choice"))[:NUM_PAIRS]
-    return tuple(_make_pair(items[symbol]) for symbol in sorted(chosen))
-
-
-def _make_pair(item: _Documented) -> Pair:
-    kind, answer = item.kind, item.doc
-    if item.signature and _hash_to_share(item.symbol, "kind") < ARGUMENTS_FRACTION:
-        kind, answer = "arguments", f"`{item.signature}`\n\n{item.doc}"
-    phrasings = PHRASINGS[kind]
-    question = phrasings[int(_hash_to_share(item.symbol, "phrasing") * len(phrasings))].format(name=item.symbol)
-    return Pair(item.symbol, question, answer, held_out=_hash_to_share(item.symbol, "split") < HELD_OUT_FRACTION)
+    pairs = []
+    for symbol in sorted(chosen):
+        kind, answer, signature = items[symbol].kind, items[symbol].doc, items[symbol].signature
+        if signature and _hash_to_share(symbol, "kind") < ARGUMENTS_FRACTION:
+            kind, answer = "arguments", f"`{signature}`\n\n{answer}"
+        phrasings = PHRASINGS[kind]
+        question = phrasings[int(_hash_to_share(symbol, "phrasing") * len(phrasings))].format(name=symbol)
+        pairs.append(Pair(symbol, question, answer, held_out=_hash_to_share(symbol, "split") < HELD_OUT_FRACTION))
+    return tuple(pairs)
 
 
 def _hash_to_share(symbol: str, purpose: str) -> float:

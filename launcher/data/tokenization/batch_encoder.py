@@ -366,11 +366,11 @@ def cut_document(encoded: EncodedDocument, max_length: int, long_documents: str)
     if long_documents == "drop":
         return []
     starts = range(0, num_tokens, max_length) if long_documents == "split" else (0,)
-    pieces = [_slice(encoded, start, start + max_length) for start in starts]
+    pieces = []
+    for start in starts:
+        end = start + max_length
+        trained = encoded.trained[start:end].copy()
+        trained[0] = 0
+        turn_ends = tuple(at - start for at in encoded.turn_ends if start < at < end)
+        pieces.append(EncodedDocument(encoded.ids[start:end], trained, turn_ends))
     return [piece for piece in pieces if piece.trained.any()] or pieces[:1]
-
-
-def _slice(encoded: EncodedDocument, start: int, end: int) -> EncodedDocument:
-    trained = encoded.trained[start:end].copy()
-    trained[0] = 0
-    return EncodedDocument(encoded.ids[start:end], trained, tuple(at - start for at in encoded.turn_ends if start < at < end))
