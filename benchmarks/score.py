@@ -22,10 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from launcher.data.loader import IGNORED, RowBatches
-from launcher.data.score_store import ScoreStore
 from launcher.data.split import Split
 from launcher.distributed import RankInfo
-from launcher.evaluate.document_losses import score_rows
+from launcher.evaluate.document_losses import ScoreStore, score_rows
 from launcher.train.engine import build_engine
 from launcher.train.held_out_loss import Scorer
 from launcher.train.objectives import OBJECTIVES

@@ -25,7 +25,7 @@ ABOUT = {
     "cli": "one file per command",
     "worker": "what runs on the nodes",
     "clusters": "submit, state, logs, cancel",
-    "evaluate": "sampled answers",
+    "evaluate": "answers, verdicts, scores",
     "train": "the training loop",
     "export": "the Hugging Face folder",
     "data": "sources, masks, packing",

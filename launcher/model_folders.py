@@ -77,21 +77,21 @@ def copy_parent_weights(parent: ParentCheckpoint, model: ModelSection) -> None:
             _say(f"copying the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} (once)")
             exported = parent_run.find_export(parent, model.dtype)
             if exported is not None:
-                _link(exported, folder)
+                _link_export(exported, folder)
             else:
                 # A check would load the whole model, and this machine may lack the memory.
                 _export(parent, model, tokenizer_of(parent.plan), model.dtype, folder, check=False)
     except locks.LockTimeout as error:
-        raise _unusable(
+        raise _parent_error(
             parent, "another process is preparing them and has not finished in time", "wait for it, or end it"
         ) from error
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or folder})"
-        raise _unusable(parent, reason, "check the free space and that the run still has this checkpoint") from error
+        raise _parent_error(parent, reason, "check the free space and that the run still has this checkpoint") from error
     except CheckpointError as error:
         problem = error.problems[0]
         reason = f"{problem.message} ({problem.where})" if problem.where else problem.message
-        raise _unusable(parent, reason, "use another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
+        raise _parent_error(parent, reason, "use another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
 
 
 def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | None, check: bool = True) -> ExportedFolder:
@@ -143,7 +143,7 @@ def _export(
         )
 
 
-def _link(exported: Path, folder: Path) -> None:
+def _link_export(exported: Path, folder: Path) -> None:
     """Link an export's files into a separate folder: the run may replace its export while they are in use."""
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -161,7 +161,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _unusable(parent: ParentCheckpoint, reason: str, remedy: str) -> ConfigError:
+def _parent_error(parent: ParentCheckpoint, reason: str, remedy: str) -> ConfigError:
     what = f"model.path: the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} cannot be used: {reason}"
     return ConfigError(Problem(what, where="model.path", value=parent.path, remedy=remedy))
 

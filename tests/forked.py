@@ -230,7 +230,7 @@ class ForkingWorkers:
         "transformers.models.llama.modeling_llama",
     )
 
-    _WITH_TORCH = ("launcher.worker.export", "launcher.worker.evaluation.", "launcher.evaluate.")
+    _WITH_TORCH = ("launcher.worker.export", "launcher.evaluate.")
 
     def __init__(self, variables: Mapping[str, str], stack: Callable[[], ForkServer] | None = None) -> None:
         self._variables, self._stack = variables, stack

@@ -8,8 +8,8 @@ import pytest
 
 from launcher.config.sections.evaluation import AnswerMetrics
 from launcher.errors import DataError
+from launcher.evaluate.answer_scores import AnswerScorer, copy_metric_files
 from launcher.evaluate.metrics import METRICS, AnswerMetric, GeneratedAnswer
-from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
 from launcher.evaluate.verdict import judge
 
 ROW = AnswerMetric(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from launcher.checkpoint import folder_links
 from launcher.config.sections.model import ModelSection
 from launcher.errors import CheckpointError, ConfigError, Problem
-from launcher.evaluate.engines.transformers_engine import TransformersEngine
+from launcher.evaluate.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
 from launcher.models import remote_code
 from launcher.models.found_model import find_model

@@ -36,7 +36,7 @@ from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.verdicts import EvaluationVerdict
 
-_PREPARE, _NODE, _CONCLUDE, _TASKS = (f"launcher.worker.evaluation.{name}" for name in ("prepare", "node", "conclude", "tasks"))
+_PREPARE, _NODE, _CONCLUDE, _TASKS = (f"launcher.evaluate.{name}" for name in ("prepare", "node", "conclude", "tasks"))
 _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
 # W&B's own limits for startup and shutdown are shorter.
 _WANDB_S = 300.0

@@ -161,7 +161,7 @@ class EvaluationNodes(Protocol):
         """Return whether the nodes are different from this machine."""
 
     def run_on_nodes(self, config: RunConfig, run: RunDir, folder: Path) -> None:
-        """Run launcher.worker.evaluation.node on every node and wait for it to end; leaves nothing running.
+        """Run launcher.evaluate.node on every node and wait for it to end; leaves nothing running.
 
         Raises:
             RunError, SubmitError: if nodes were unavailable, or one of them failed.

@@ -1,192 +1,325 @@
-"""Answers on disk: committed as they arrive, complete once their record exists. Without torch.
+"""Answers a share of the prompts: `python -m launcher.evaluate.answers FOLDER RANK WORLD_SIZE NUM_GPUS`.
 
-    <run>/evaluations/step-00000100/<set>/
-      tuned.jsonl               one answer per line, by the index of its prompt
-      tuned.json                written last: the key of the answers, and the digest of tuned.jsonl
-      .tuned-<digest>/          answers so far, one file per generating process; removed at the end
-
-A side is generated again if any part of its key has changed: weights, prompts, engine, types, lengths.
+NUM_GPUS is the number of GPUs assigned to this process; 0 means the CPU. A process chooses prompts with the others, answers its
+part, and waits for the rest if needed. Processes communicate only through the folder of the evaluation: each reads what all have
+written. They need no port and no collective.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import xxhash
+import torch
 
-from launcher import atomic_files, json_records
-from launcher.errors import RunError
-from launcher.evaluate.metrics import GeneratedAnswer
+from launcher import json_records
+from launcher.child_process import run_process
+from launcher.data.tokenization.encoder import load_tokenizer
+from launcher.errors import LauncherError, RunError, printable
+from launcher.evaluate.answer_scores import AnswerScorer
+from launcher.evaluate.evaluation_folder import (
+    AnswerKey,
+    AnswerStore,
+    CommandWatch,
+    EvaluationAnswers,
+    EvaluationFolder,
+    EvaluationTask,
+    ProcessFacts,
+    SideAnswers,
+    StoredAnswer,
+    StyleScore,
+    Weights,
+    digest_prompts,
+)
+from launcher.evaluate.prompts import BasePrompts, ChosenStyles, PromptBatch, PromptStyle, TunedPrompts, choose_styles
+from launcher.evaluate.transformers_engine import Engine, TransformersEngine
+from launcher.evaluate.weights import choose_dtype
+from launcher.plan.quantities import format_size
+from launcher.security.folders import private_files
+from launcher.security.printable_stream import printable_output
+from launcher.tracking.metrics import format_duration
+from launcher.tracking.progress import live_line
+from launcher.tracking.verdicts import TUNED
 
-_NUM_READS = 3
+# A factor for the memory that loading needs beyond the weights.
+_LOADING_FACTOR = 1.2
+_POLL_S = 0.5
+_SELECTION = "selection"
+
+
+def answer_share(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
+    """Answer a share of all prompts. Raises whatever the evaluation raises."""
+    if num_gpus and not torch.cuda.is_available():
+        # The CPU would take days, and its answers would differ from the other processes' answers.
+        raise RunError(
+            "a process of the evaluation was given a GPU, but finds none",
+            where=socket.gethostname(),
+            remedy="check this machine with nvidia-smi and: python -m launcher doctor",
+        )
+    task = folder.read_task()
+    config = task.settings
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = choose_dtype(config, device)
+    if config.evaluate.vllm_python is not None:
+        from launcher.evaluate.vllm_engine import NAME, VllmEngine, read_version
+
+        python = Path(config.evaluate.vllm_python).expanduser()
+        name = f"{NAME} {read_version(python) or ''}".strip()
+        tokenizer, count = load_tokenizer(task.tokenizer), max(1, num_gpus)
+        AnswerGeneration(folder, share, name, device, dtype).run(
+            lambda weights: VllmEngine(python, weights, tokenizer, dtype=dtype, context=task.context, num_gpus=count)
+        )
+        return
+
+    def load_engine(weights: Weights) -> Engine:
+        model = Path(weights.folder)
+        num_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        if device == "cuda" and num_bytes * _LOADING_FACTOR > (free := torch.cuda.mem_get_info()[0]):
+            raise RunError(
+                "the model does not fit the memory of one GPU",
+                where=weights.folder,
+                value=f"its weights take {format_size(num_bytes)}, and {format_size(free)} are free",
+                remedy="set evaluate.vllm_python to the Python of an environment with vLLM, and evaluate.vllm_gpus to the number "
+                "of GPUs over which it divides the model",
+            )
+        code = Path(task.code) if task.code is not None and config.model.trust_remote_code else None
+        stop_ids, tokenizer = weights.stop_ids, load_tokenizer(task.tokenizer)
+        return TransformersEngine(model, config.model, tokenizer, dtype=dtype, device=device, stop_ids=stop_ids, code=code)
+
+    AnswerGeneration(folder, share, TransformersEngine.name, device, dtype).run(load_engine)
 
 
 @dataclass(frozen=True)
-class AnswerKey:
-    """Everything that answers depend on. `weights`, `config` and `prompts` are digests; `style` is how the prompts were written.
+class Share:
+    """The part of a process: `rank` of `world_size`. `say` reports its progress."""
 
-    `config` is the digest of the model's config.json. `stop_ids` are the tokens that end an answer. `engine` includes its version
-    unless the engine is transformers.
-    """
-
-    weights: str
-    config: str
-    stop_ids: tuple[int, ...]
-    prompts: str
-    num_prompts: int
-    style: str
-    engine: str
-    dtype: str
-    device: str
-    max_new_tokens: int
-    transformers: str
-
-    def digest(self) -> str:
-        return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
+    rank: int
+    world_size: int
+    say: Callable[[str], None] = lambda text: None
 
 
-@dataclass(frozen=True)
-class GeneratedIds:
-    """An engine's answer: its token ids without those that end it, its text, and whether it ended within the maximum length."""
+class AnswerGeneration:
+    """All sides of one evaluation, from the view of one process."""
 
-    ids: tuple[int, ...]
-    text: str
-    is_stopped: bool
+    def __init__(self, folder: EvaluationFolder, share: Share, engine_name: str, device: str, dtype: str) -> None:
+        self.task: EvaluationTask = folder.read_task()
+        self._folder, self._share = folder, share
+        self._engine_name, self._device, self._dtype = engine_name, device, dtype
+        self._config = self.task.settings
+        self._facts = ProcessFacts(device, dtype, engine_name, version("transformers"), share.world_size)
+        # The stores of all sets and sides, each with its number of prompts.
+        self._stores: dict[str, tuple[AnswerStore, int]] = {}
+        self._pace = AnswerPace()
+        self._num_sides = 1 if self.task.base is None else 3 if self.task.shots else 2
+        self._questions = {name: folder.read_questions(name) for name in self.task.sets}
+        training = folder.read_questions()
+        self._selection = training[self.task.num_examples :]
+        self._tokenizer = load_tokenizer(self.task.tokenizer)
+        examples = training[: self.task.num_examples]
+        others = [*self._selection, *(one for several in self._questions.values() for one in several)]
+        self._base_prompts = BasePrompts(self._tokenizer, self._config.data, examples, others)
+        self._tuned_prompts = TunedPrompts(self._tokenizer, self._config.data)
 
+    def run(self, make_engine: Callable[[Weights], Engine]) -> None:
+        """Answer this process's share; the first process writes answers.json when all answers exist."""
+        began = time.monotonic()
+        self._folder.write_facts(self._share.rank, self._facts)
+        sides: dict[str, list[SideAnswers]] = {name: [] for name in self.task.sets}
+        scores: Mapping[PromptStyle, float] = {}
+        self._pace.num_later = self._num_sides * sum(map(len, self._questions.values()))
+        if self.task.base is not None:
+            with _load_on_first_use(make_engine, self.task.base) as engine:
+                chosen = self._choose_styles(self.task.base, engine)
+                scores = chosen.scores
+                for style in filter(None, (chosen.zero_shot, chosen.few_shot)):
+                    for name, questions in self._questions.items():
+                        prompts = self._base_prompts.write(questions, style)
+                        self._answer_set(sides, name, f"{style.shots}-shot", self.task.base, prompts, style, engine)
+        with _load_on_first_use(make_engine, self.task.tuned) as engine:
+            for name, questions in self._questions.items():
+                self._answer_set(sides, name, TUNED, self.task.tuned, self._tuned_prompts.write(questions), None, engine)
+        if self._share.rank == 0:
+            for name, (store, count) in self._stores.items():
+                self._await_answers([(store, count)], name)
+                store.complete()
+            compared = tuple(StyleScore(str(style), score) for style, score in scores.items())
+            done = {name: tuple(answers) for name, answers in sides.items()}
+            seconds = round(time.monotonic() - began, 1)
+            shown = EvaluationAnswers(done, compared, self._engine_name, self._dtype, seconds, self._share.world_size)
+            json_records.write(self._folder.answers, shown)
 
-@dataclass(frozen=True)
-class StoredAnswer:
-    """One line of a side: the index of the prompt, and the answer. `is_stopped` is False if the maximum length cut it off.
+    def _choose_styles(self, base: Weights, engine: Callable[[], Engine]) -> ChosenStyles:
+        settings, questions = self._config.evaluate, self._selection
 
-    `gpu_s` is its share of the GPU time of its batch, 0 on CPUs and with engines that divide a model over GPUs.
-    """
+        def score_styles(styles: Sequence[PromptStyle]) -> dict[PromptStyle, float]:
+            stores = []
+            self._pace.num_later += len(styles) * len(questions)
+            for number, style in enumerate(styles, 1):
+                prompts = self._base_prompts.write(questions, style)
+                digest = digest_prompts(prompts.prompts, prompts.stop_strings)[:16]
+                store = self._open_store(f"{_SELECTION}/{digest}", base, prompts, style)
+                self._generate_missing(store, prompts, engine, f"choosing the prompt form, {number} of {len(styles)} ({style})")
+                stores.append((store, len(questions)))
+            self._await_answers(stores, "choosing the prompt form")
+            return {style: self._mean_score(store.read()) for style, (store, _) in zip(styles, stores, strict=True)}
 
-    index: int
-    text: str
-    is_stopped: bool
-    num_tokens: int
-    gpu_s: float = 0.0
+        forms = self._base_prompts.forms([*questions, *(one for several in self._questions.values() for one in several)])
+        if not questions:
+            return ChosenStyles(
+                PromptStyle(forms[0], 0, settings.instructions[0]),
+                PromptStyle(forms[0], max(self.task.shots), settings.instructions[0]) if self.task.shots else None,
+                {},
+            )
+        return choose_styles(forms, self.task.shots, settings.instructions, score_styles)
 
-    def as_generated(self) -> GeneratedAnswer:
-        """Return the answer in the form that metrics take."""
-        return GeneratedAnswer(self.text, self.is_stopped, self.num_tokens)
+    def _mean_score(self, answers: Mapping[int, StoredAnswer]) -> float:
+        scorer, rows = AnswerScorer(self._config.evaluate, self._folder.root), self._selection
+        generated = [answers[index].as_generated() for index in range(len(rows))]
+        scores = scorer.score(scorer.metrics[0], generated, [one.reference for one in rows], [one.where for one in rows])
+        return float(scores.mean())
 
+    def _answer_set(
+        self,
+        sides: dict[str, list[SideAnswers]],
+        set_name: str,
+        side: str,
+        weights: Weights,
+        prompts: PromptBatch,
+        style: PromptStyle | None,
+        engine: Callable[[], Engine],
+    ) -> None:
+        file_name = f"{set_name}/{side if side == TUNED else f'base-{side}'}"
+        store = self._open_store(file_name, weights, prompts, style)
+        number = 1 + len(sides[set_name])
+        self._generate_missing(store, prompts, engine, f"answers {number} of {self._num_sides} ({set_name}, {side})")
+        self._stores[f"{set_name}, {side}"] = (store, len(prompts.prompts))
+        sides[set_name].append(SideAnswers(side, f"{file_name}.jsonl", _describe_style(style), sum(map(len, prompts.prompts))))
 
-@dataclass(frozen=True)
-class SideRecord:
-    """NAME.json next to NAME.jsonl."""
+    def _open_store(self, name: str, weights: Weights, prompts: PromptBatch, style: PromptStyle | None) -> AnswerStore:
+        key = AnswerKey(
+            weights=weights.digest,
+            config=weights.config,
+            stop_ids=weights.stop_ids,
+            prompts=digest_prompts(prompts.prompts, prompts.stop_strings),
+            num_prompts=len(prompts.prompts),
+            style=_describe_style(style),
+            engine=self._engine_name,
+            dtype=self._dtype,
+            device=self._device,
+            max_new_tokens=self._config.evaluate.max_new_tokens,
+            transformers=version("transformers"),
+        )
+        path = self._folder.root / name
+        return AnswerStore(path.parent, path.name, key)
 
-    key: AnswerKey
-    xxh3_128: str
-
-
-class AnswerStore:
-    """The answers of one side. Several processes may write at once, because each has its own file."""
-
-    def __init__(self, folder: Path, name: str, key: AnswerKey) -> None:
-        self.key = key
-        self.path = folder / f"{name}.jsonl"
-        self._record = folder / f"{name}.json"
-        self._partial = folder / f".{name}-{key.digest()[:16]}"
-
-    def read_complete(self) -> list[StoredAnswer] | None:
-        """Return all answers in the order of the prompts; None if they are incomplete, damaged, or have another key."""
-        try:
-            record = json_records.read_if_present(SideRecord, self._record)
-            if record is None or record.key != self.key:
-                return None
-            content = self.path.read_bytes()
-            if xxhash.xxh3_128_hexdigest(content) != record.xxh3_128:
-                return None
-            return [StoredAnswer(**json.loads(line)) for line in content.splitlines()]
-        except (OSError, RunError, ValueError, TypeError):
-            return None
-
-    def read(self) -> dict[int, StoredAnswer]:
-        """Return the existing answers, by prompt. A line that a killed process left unfinished is skipped."""
-        for _ in range(_NUM_READS):
-            if (complete := self.read_complete()) is not None:
-                return {answer.index: answer for answer in complete}
-            try:
-                return self._read_parts()
-            except FileNotFoundError:
-                # The first process has meanwhile merged the parts.
+    def _generate_missing(self, store: AnswerStore, prompts: PromptBatch, engine: Callable[[], Engine], activity: str) -> None:
+        """Generate and store the missing answers of this process's share, longest prompts first."""
+        settings, existing = self._config.evaluate, store.read()
+        order = sorted(range(len(prompts.prompts)), key=lambda i: (-len(prompts.prompts[i]), i))
+        batches = [order[i : i + settings.prompts_per_batch] for i in range(0, len(order), settings.prompts_per_batch)]
+        own = batches[self._share.rank :: self._share.world_size]
+        self._pace.num_later = max(0, self._pace.num_later - len(order))
+        num_done, num_own = sum(i in existing for batch in own for i in batch), sum(map(len, own))
+        for batch in own:
+            missing = [i for i in batch if i not in existing]
+            if not missing:
                 continue
-        return {}
+            if self._share.rank:
+                self._folder.require_alike(self._share.rank, self._facts)
+            left = self._pace.left(num_own - num_done, self._share.world_size)
+            self._share.say(f"{activity}: {num_done} of {num_own} answers{left}")
+            model, began = engine(), time.monotonic()
+            generated = model.generate(
+                [prompts.prompts[i] for i in missing],
+                num_shared=prompts.num_shared,
+                stop_strings=prompts.stop_strings,
+                max_new_tokens=settings.max_new_tokens,
+            )
+            self._pace.count(len(missing), time.monotonic() - began)
+            is_one_gpu = self._device == "cuda" and self._engine_name == TransformersEngine.name
+            gpu_s = round((time.monotonic() - began) / len(missing), 4) if is_one_gpu else 0.0
+            answers = [
+                StoredAnswer(i, one.text, one.is_stopped, len(one.ids), gpu_s) for i, one in zip(missing, generated, strict=True)
+            ]
+            store.append(f"{self._share.rank:05d}", answers)
+            num_done += len(missing)
+        if num_own:
+            self._share.say(f"{activity}: {num_done} of {num_own} answers")
 
-    def _read_parts(self) -> dict[int, StoredAnswer]:
-        answers: dict[int, StoredAnswer] = {}
-        for file in sorted(self._partial.glob("*.jsonl")):
-            for line in file.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    continue
-                try:
-                    answer = StoredAnswer(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                answers.setdefault(answer.index, answer)
-        return answers
-
-    def append(self, writer: str, answers: Sequence[StoredAnswer]) -> None:
-        """Append answers durably to the file of the process `writer`."""
-        self._partial.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._partial / f"{writer}.jsonl"
-        content = "".join(json.dumps(asdict(answer)) + "\n" for answer in answers).encode()
-        if path.is_file() and (before := path.read_bytes()) and not before.endswith(b"\n"):
-            content = b"\n" + content
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def complete(self) -> list[StoredAnswer]:
-        """Write all answers into one file and remove the parts; return the answers in the order of the prompts.
-
-        Raises:
-            RunError: if some are missing.
-        """
-        if (existing := self.read_complete()) is None:
-            answers = self.read()
-            if missing := self.key.num_prompts - len(answers):
-                message = f"{missing} of {self.key.num_prompts} answers are missing"
-                raise RunError(message, where=str(self.path), remedy="start the same evaluation again: it continues")
-            existing = [answers[index] for index in sorted(answers)]
-            content = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in existing).encode()
-            self._record.unlink(missing_ok=True)
-            atomic_files.write_bytes(self.path, content, mode=0o600)
-            json_records.write(self._record, SideRecord(self.key, xxhash.xxh3_128_hexdigest(content)))
-        # Also remove parts of this side that belong to other weights or prompts.
-        for folder in self.path.parent.glob(f".{self.path.stem}-*"):
-            shutil.rmtree(folder, ignore_errors=True)
-        return existing
+    def _await_answers(self, stores: Sequence[tuple[AnswerStore, int]], activity: str) -> None:
+        """Wait until all processes have stored their answers; if one fails, the program that started them ends all of them."""
+        while not all(len(store.read()) == count for store, count in stores):
+            self._folder.require_alike(self._share.rank, self._facts)
+            self._share.say(f"{activity}: waiting for other processes")
+            time.sleep(_POLL_S)
 
 
-def reuse_base_answers(folder: Path, others: Sequence[Path]) -> None:
-    """Copy the base model's answers from the folders of other steps, so that they are not generated again.
-
-    Like any answers, they are used only if they belong to the same weights, prompts and settings.
-    """
-    for other in others:
-        # Answers on training rows stay in parts, in a folder whose name contains their key.
-        parts = [*other.glob("selection/.*/*.jsonl")]
-        for record in other.glob("*/base-*.json"):
-            if not list((folder / record.relative_to(other)).parent.glob(f".{record.stem}-*")):
-                # The record is written last; without it, the answers are incomplete.
-                parts += [record.with_suffix(".jsonl"), record]
-        for part in parts:
-            target = folder / part.relative_to(other)
-            with suppress(FileNotFoundError):
-                if not target.exists():
-                    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                    atomic_files.write_bytes(target, part.read_bytes(), mode=0o600)
+def _describe_style(style: PromptStyle | None) -> str:
+    return "as in training" if style is None else str(style)
 
 
-def digest_prompts(prompts: Sequence[Sequence[int]], stop_strings: Sequence[str]) -> str:
-    """Return a digest of the token ids and of the texts that end an answer."""
-    return xxhash.xxh3_128_hexdigest(json.dumps([list(map(list, prompts)), list(stop_strings)]).encode())
+@contextmanager
+def _load_on_first_use(make_engine: Callable[[Weights], Engine], weights: Weights) -> Iterator[Callable[[], Engine]]:
+    """Yield a function that loads the model on first use, so that it is not loaded if all answers exist."""
+    loaded: list[Engine] = []
+
+    def get() -> Engine:
+        if not loaded:
+            loaded.append(make_engine(weights))
+        return loaded[0]
+
+    try:
+        yield get
+    finally:
+        for engine in loaded:
+            engine.close()
+
+
+class AnswerPace:
+    """Estimates the time for all remaining answers from the answers that this process has generated."""
+
+    def __init__(self) -> None:
+        self._num_generated, self._seconds = 0, 0.0
+        # Answers to later prompts, excluding those of the current list of batches.
+        self.num_later = 0
+
+    def count(self, num_answers: int, seconds: float) -> None:
+        """Record answers that were generated in `seconds`."""
+        self._num_generated += num_answers
+        self._seconds += seconds
+
+    def left(self, num_here: int, share: int) -> str:
+        """Return the time left as the end of a line; `num_here` answers are missing, and later ones are divided by `share`."""
+        if not self._num_generated or not (rest := num_here + self.num_later / share):
+            return ""
+        return f"; about {format_duration(rest * self._seconds / self._num_generated)} left in all"
+
+
+def main(argv: Sequence[str]) -> int:
+    folder, (rank, world_size, num_gpus) = EvaluationFolder(Path(argv[0])), map(int, argv[1:4])
+    CommandWatch(folder.root).start()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        # Libraries log names from other users' files to the command's terminal.
+        with printable_output(), private_files(), live_line(sys.stdout) as (say, make_pace):
+            pace = make_pace()
+            share = Share(rank, world_size, lambda text: say(text) if rank == 0 and pace.is_due() else None)
+            answer_share(folder, share, num_gpus)
+    except LauncherError as error:
+        # On a cluster, the command shows the nodes' output.
+        print(printable(str(error)), flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    run_process(main)

@@ -3,6 +3,11 @@
 Runs on this machine, one rank per GPU or one on the CPUs. Micro-batches do not depend on the number of ranks, and each is scored
 by one rank. Ranks commit their scores in shards, so a pass that is killed continues where it stopped; stored scores are not
 recomputed. Torch is imported only where ranks run: `python -m launcher.evaluate.document_losses TASK_JSON` is one of several.
+
+    <cache>/scores/<key>/            0700
+      012-of-256.f32                 a range of micro-batches: little-endian fp32, in order of the rows
+
+The key is a digest of everything that a score depends on, so no scores are mistaken for others.
 """
 
 from __future__ import annotations
@@ -23,11 +28,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from launcher import hardware
+from launcher import atomic_files, hardware
 from launcher.child_process import die_with_parent, exit_on_termination, exit_without_shutdown
 from launcher.clusters.network import LOOPBACK, free_port
 from launcher.data.cache_dir import cache_root
-from launcher.data.score_store import ScoreStore
 from launcher.data.split import Split
 from launcher.errors import RunError
 from launcher.evaluate.weights import ScoredWeights
@@ -39,6 +43,9 @@ if TYPE_CHECKING:
     from launcher.data.loader import RowBatches
     from launcher.train.held_out_loss import Scorer
 
+# A pass that is killed computes at most one shard per rank again.
+MAX_SHARDS = 256
+_DTYPE = np.dtype("<f4")
 _NOT_WRITTEN = "the scores cannot be written"
 # After one rank fails, the others wait in a collective.
 _POLL_S, _END_S = 0.2, 10.0
@@ -67,7 +74,7 @@ class RankTask(Record):
     keys: tuple[str, ...]
 
 
-def score(
+def score_passes(
     plan: LaunchPlan, weights: ScoredWeights, passes: Sequence[ScorePass], on_progress: Progress, num_ranks: int | None = None
 ) -> list[np.ndarray]:
     """Return the log-probabilities of the trained tokens of each pass under `weights`; computes those not in the store.
@@ -148,7 +155,13 @@ def temporary_folder() -> Iterator[Path]:
 
 def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
     """Run the ranks to their end: in this process if there is only one, otherwise as separate processes."""
-    environments = _rank_environments(num_ranks)
+    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": LOOPBACK.address, "MASTER_PORT": str(free_port(LOOPBACK.address))}
+    # By default, gloo and NCCL listen on the address of the machine's host name. NCCL treats a bare name as a prefix.
+    interfaces = {"GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}"}
+    shared |= {name: os.environ.get(name, interface) for name, interface in interfaces.items()}
+    if num_ranks > 1:
+        shared["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    environments = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     if num_ranks == 1:
         os.environ.update(environments[0])
         run_rank(task, on_progress)
@@ -174,16 +187,6 @@ def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
     if failed := [rank for rank, code in enumerate(codes) if code]:
         message = f"rank {failed[0]} of the score pass ended with exit code {codes[failed[0]]}; its messages are above"
         raise RunError(message, remedy="repeat the command: it continues with what is not scored yet")
-
-
-def _rank_environments(num_ranks: int) -> list[dict[str, str]]:
-    port = free_port(LOOPBACK.address)
-    shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": LOOPBACK.address, "MASTER_PORT": str(port)}
-    # By default, gloo and NCCL listen on the address of the machine's host name. NCCL treats a bare name as a prefix.
-    interfaces = {"GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}"}
-    shared |= {name: os.environ.get(name, interface) for name, interface in interfaces.items()}
-    threads = {} if num_ranks == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
-    return [{**shared, **threads, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
 
 
 def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: None) -> None:
@@ -232,6 +235,36 @@ def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, on_progre
             commit = (lambda: None) if own is None else partial(store.commit, own, scored)
             run_on_all_ranks(scorer.device, _NOT_WRITTEN, commit)
     on_progress(num_rows, num_rows)
+
+
+class ScoreStore:
+    """The scores of one pass, in shards that each appear only when complete; two passes may write it at once.
+
+    `shards` are their ranges of micro-batches.
+    """
+
+    def __init__(self, key: str, num_micro_batches: int, root: Path | None = None) -> None:
+        """`root` is the launcher's cache by default."""
+        self.folder = (root or cache_root()) / "scores" / key
+        width = max(1, -(-num_micro_batches // MAX_SHARDS))
+        self.shards = [range(first, min(first + width, num_micro_batches)) for first in range(0, num_micro_batches, width)]
+
+    def list_missing(self) -> list[int]:
+        """Return the numbers of the shards that are not written yet."""
+        return [number for number in range(len(self.shards)) if not self._file(number).is_file()]
+
+    def read(self) -> np.ndarray:
+        """Return all log-probabilities, fp32 [num_labels], of a complete pass."""
+        contents = [self._file(number).read_bytes() for number in range(len(self.shards))]
+        return np.frombuffer(b"".join(contents), _DTYPE)
+
+    def commit(self, number: int, log_probs: Sequence[np.ndarray]) -> None:
+        """Write the log-probabilities of the micro-batches of a shard."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        atomic_files.write_bytes(self._file(number), np.concatenate(log_probs).astype(_DTYPE).tobytes(), mode=0o600)
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:03d}-of-{len(self.shards):03d}.f32"
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from launcher.data.row_layout import RowOrder
 from launcher.data.split import DocumentOrigins, Split
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import LauncherError, RunError, SubmitError
-from launcher.evaluate.document_losses import Progress, ScorePass, score, temporary_folder
-from launcher.evaluate.weights import find_weights
+from launcher.evaluate.document_losses import Progress, ScorePass, score_passes, temporary_folder
+from launcher.evaluate.weights import find_scored_weights
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.progress import show_documents
@@ -82,14 +82,14 @@ def rank_documents(plan_path: Path, step: int | None, split_name: str, on_progre
     if (facts := splits.get(split_name)) is None:
         remedy = f"choose one of: {', '.join(name for name, facts in splits.items() if facts is not None)}"
         raise SubmitError("the run has no such split", where="--split", value=split_name, remedy=remedy)
-    weights = find_weights(run, plan, step)
+    weights = find_scored_weights(run, plan, step)
     passes = [ScorePass(title="answers with their prompts", facts=facts, held_out=split_name == HELD_OUT)]
     split = passes[0].open()
     with temporary_folder() as folder:
         alone = triage.write_answers_alone(split, folder, plan.config.data)
         if alone is not None:
             passes.append(ScorePass(title="answers without prompts", facts=alone[0]))
-        log_probs = score(plan, weights, passes, on_progress)
+        log_probs = score_passes(plan, weights, passes, on_progress)
         num_tokens, loss = triage.mean_losses(split, log_probs[0])
         loss_alone = np.full(split.num_docs, np.nan)
         if alone is not None:
@@ -108,8 +108,8 @@ def rank_documents(plan_path: Path, step: int | None, split_name: str, on_progre
                 "rank": rank,
                 "content": documents.origins.content_id(document),
                 "tokens": int(num_tokens[document]),
-                "loss": _rounded(loss[document]),
-                "loss_alone": _rounded(loss_alone[document]),
+                "loss": _round_loss(loss[document]),
+                "loss_alone": _round_loss(loss_alone[document]),
                 **({"likely": bool(is_likely[document])} if name == triage.MISLABELED else {}),
                 **(documents.texts(document) if rank <= _NUM_TEXTS else {}),
             }
@@ -126,7 +126,7 @@ def rank_documents(plan_path: Path, step: int | None, split_name: str, on_progre
     }
 
 
-def _rounded(value: float) -> float | None:
+def _round_loss(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 4)
 
 
@@ -146,7 +146,7 @@ def describe_step(run: RunDir, plan: LaunchPlan, step: int, has_scores: bool, on
     if has_scores:
         before = max((one.step for one in store.list_checkpoints(run.checkpoints) if one.step < step), default=0)
         try:
-            weights = find_weights(run, plan, before)
+            weights = find_scored_weights(run, plan, before)
         except LauncherError as error:
             reason = f"the checkpoint of step {before} cannot be used: {error.problems[0].message}"
             if not before:
@@ -154,7 +154,7 @@ def describe_step(run: RunDir, plan: LaunchPlan, step: int, has_scores: bool, on
                 reason = f"there is no checkpoint before step {step}, and {error.problems[0].message}; {kept}"
         else:
             one = ScorePass(title="rows of the step", facts=plan.data, rows=tuple(rows.tolist()))
-            (log_probs,) = score(plan, weights, [one], on_progress)
+            (log_probs,) = score_passes(plan, weights, [one], on_progress)
             losses = [*np.split(-log_probs, np.cumsum(split.row_labels[rows])[:-1])]
             scored_at = weights.step
     documents = _SplitDocuments(plan, plan.data, split)
@@ -181,8 +181,8 @@ def _describe_row(documents: _SplitDocuments, split: Split, row: int, losses: np
             | {
                 "tokens": end - begin,
                 "trained_tokens": num_trained,
-                "loss": _rounded(own.mean()) if len(own) else None,
-                "max_token_loss": _rounded(own.max()) if len(own) else None,
+                "loss": _round_loss(own.mean()) if len(own) else None,
+                "max_token_loss": _round_loss(own.max()) if len(own) else None,
             }
             | documents.texts(document)
         )

@@ -31,8 +31,8 @@ from launcher.data.split import Split
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.data.triage import mean_losses
 from launcher.errors import DataError, LauncherError, Problem
-from launcher.evaluate.document_losses import Progress, ScorePass, score, temporary_folder
-from launcher.evaluate.weights import find_weights
+from launcher.evaluate.document_losses import Progress, ScorePass, score_passes, temporary_folder
+from launcher.evaluate.weights import find_scored_weights
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
@@ -128,13 +128,14 @@ def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progres
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
     generator = np.random.default_rng(plan.config.run.seed)
     training = read_training_prompts(plan, generator)
-    documents = [parse(row, where) for block in files.read_blocks(path, str(path)) for row, where in files.parse_block(block)]
-    prompts = encode(documents, find_shared_completions(plan.config.data), Encoder(tokenizer, plan.config.data), generator)
+    rows = (one for block in files.read_blocks(path, str(path)) for one in files.parse_block(block))
+    documents, completions = [parse_prompt(row, where) for row, where in rows], find_shared_completions(plan.config.data)
+    prompts = encode_prompts(documents, completions, Encoder(tokenizer, plan.config.data), generator)
     if min(len(training), len(prompts)) < MIN_PROMPTS:
         few = f"too few prompts to compare: {len(prompts)} in the file, {len(training)} in the training data"
         raise DataError(few, where=str(path), remedy=f"compare at least {MIN_PROMPTS}; data without prompts has none")
     if obstacle:
-        return compare(prompts, training, gaps=[obstacle])
+        return compare_prompts(prompts, training, gaps=[obstacle])
     # The run's result is the exported step, or else the newest.
     record, steps = read_export(run), [one.step for one in store.list_checkpoints(run.checkpoints)]
     tuned_step = record.step if record is not None and record.step in steps else None
@@ -142,7 +143,7 @@ def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progres
     # A model that was trained on the training prompts finds them likely because it has seen them.
     for name in (BASE,) if plan.config.data.train_on == "all" else (BASE, TUNED):
         try:
-            weights = find_weights(run, plan, 0 if name == BASE else tuned_step)
+            weights = find_scored_weights(run, plan, 0 if name == BASE else tuned_step)
         except LauncherError as error:
             if with_likelihood and name == TUNED:
                 raise
@@ -150,10 +151,10 @@ def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progres
             continue
         with ExitStack() as stack:
             passes = list(_make_passes(plan, name, prompts, training, stack))
-            scored = score(plan, weights, passes, on_progress)
+            scored = score_passes(plan, weights, passes, on_progress)
             now, before = (mean_losses(one.open(), part)[1] for one, part in zip(passes, scored, strict=True))
         losses[name] = now[~np.isnan(now)], before[~np.isnan(before)]
-    return compare(prompts, training, losses, gaps)
+    return compare_prompts(prompts, training, losses, gaps)
 
 
 def find_obstacle(plan: LaunchPlan) -> str:
@@ -207,7 +208,7 @@ def read_training_prompts(plan: LaunchPlan, generator: np.random.Generator) -> l
     return prompts
 
 
-def parse(row: dict[str, Any], where: str) -> Document:
+def parse_prompt(row: dict[str, Any], where: str) -> Document:
     """Return a row's prompt with a made-up answer. For a chat, the prompt is everything before the last answer.
 
     Raises:
@@ -227,7 +228,9 @@ def parse(row: dict[str, Any], where: str) -> Document:
     return FORMATS[detect_format(row, where)].parse(row, where)
 
 
-def encode(documents: Sequence[Document], completions: str, encoder: Encoder, generator: np.random.Generator) -> list[Prompt]:
+def encode_prompts(
+    documents: Sequence[Document], completions: str, encoder: Encoder, generator: np.random.Generator
+) -> list[Prompt]:
     """Return a sample of the prompts, formatted as in training."""
     prompts = []
     for number in generator.permutation(len(documents))[:MAX_PROMPTS]:
@@ -239,7 +242,7 @@ def encode(documents: Sequence[Document], completions: str, encoder: Encoder, ge
     return prompts
 
 
-def compare(
+def compare_prompts(
     prompts: Sequence[Prompt],
     training: Sequence[Prompt],
     losses: Mapping[str, tuple[Numbers, Numbers]] | None = None,

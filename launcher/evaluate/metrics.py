@@ -1,7 +1,8 @@
 """The table of metrics: how an answer is scored against its reference. Without torch.
 
 Every score is a fraction from 0 to 1, and higher is better. To add a metric, add a row to METRICS and its name to `MetricName`
-in launcher/config/sections/evaluation.py.
+in launcher/config/sections/evaluation.py. Words, numbers and JSON are extracted in the same way on every side, including the
+reference.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
-
-from launcher.evaluate import answer_text
-from launcher.evaluate.answer_text import NotJson
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class MetricOptions:
     labels: tuple[str, ...] = ()
 
 
-_Score = Callable[[GeneratedAnswer, str, MetricOptions], float]
 _NO_OPTIONS = MetricOptions()
 
 
@@ -51,7 +50,7 @@ class AnswerMetric:
         may_hang: whether an answer may make it take forever, so that it runs in a process with a time limit.
     """
 
-    compute: _Score
+    compute: Callable[[GeneratedAnswer, str, MetricOptions], float]
     reference_problem: Callable[[str, MetricOptions], str] = lambda reference, options: ""
     with_thoughts: bool = False
     may_hang: bool = False
@@ -61,26 +60,23 @@ class AnswerMetric:
         return float(self.compute(answer, reference, options))
 
 
-def _exact_match(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
-    return answer_text.normalized_words(answer.text) == answer_text.normalized_words(reference)
-
-
 def _token_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
-    counts = (Counter(answer_text.split_words(text)) for text in (answer.text, reference))
-    return answer_text.multiset_f1(*counts)
+    # Chinese and Japanese words count as their characters.
+    words = (normalized_words(text) for text in (answer.text, reference))
+    return multiset_f1(*(Counter(part for word in those for part in _SPLIT.findall(word)) for those in words))
 
 
 def _numeric(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
-    number = answer_text.final_number(answer.text)
-    if answer_text.is_joined_number(answer.text, with_ranges=False):
+    number = final_number(answer.text)
+    if is_joined_number(answer.text, with_ranges=False):
         return False
-    return number is not None and number == answer_text.final_number(reference)
+    return number is not None and number == final_number(reference)
 
 
-def _no_number(reference: str, options: MetricOptions) -> str:
-    if answer_text.final_number(reference) is None:
+def _number_problem(reference: str, options: MetricOptions) -> str:
+    if final_number(reference) is None:
         return "has no number"
-    if answer_text.is_joined_number(reference, with_ranges=True):
+    if is_joined_number(reference, with_ranges=True):
         return "ends with a time, a date, a range, a power or a decimal comma, which are not compared as numbers"
     return ""
 
@@ -92,7 +88,7 @@ def _regex(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> f
         return found is not None
     expected = _last_match(reference, options)
     words = (found["answer"], reference if expected is None else expected["answer"])
-    return answer_text.normalized_words(words[0] or "") == answer_text.normalized_words(words[1] or "")
+    return normalized_words(words[0] or "") == normalized_words(words[1] or "")
 
 
 def _last_match(text: str, options: MetricOptions) -> re.Match[str] | None:
@@ -101,7 +97,7 @@ def _last_match(text: str, options: MetricOptions) -> re.Match[str] | None:
 
 def _valid_json(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     try:
-        answer_text.parse_json(answer.text)
+        parse_json(answer.text)
     except NotJson:
         return False
     return True
@@ -120,7 +116,7 @@ def schema_validator(schema: str) -> Any:
 
 def _json_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     try:
-        value = answer_text.parse_json(answer.text)
+        value = parse_json(answer.text)
     except NotJson:
         return False
     try:
@@ -132,15 +128,15 @@ def _json_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions
 
 def _field_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     try:
-        fields = answer_text.json_fields(answer_text.parse_json(answer.text))
+        fields = json_fields(parse_json(answer.text))
     except NotJson:
         return False
-    return answer_text.multiset_f1(fields, answer_text.json_fields(answer_text.parse_json(reference)))
+    return multiset_f1(fields, json_fields(parse_json(reference)))
 
 
-def _no_json(reference: str, options: MetricOptions) -> str:
+def _json_problem(reference: str, options: MetricOptions) -> str:
     try:
-        answer_text.parse_json(reference)
+        parse_json(reference)
     except NotJson as error:
         return f"is not JSON ({error})"
     return ""
@@ -148,28 +144,266 @@ def _no_json(reference: str, options: MetricOptions) -> str:
 
 def _label_accuracy(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     labels = options.labels or (reference,)
-    return answer_text.first_label(answer.text, labels) == answer_text.first_label(reference, labels)
+    return first_label(answer.text, labels) == first_label(reference, labels)
 
 
-def _no_label(reference: str, options: MetricOptions) -> str:
-    if answer_text.first_label(reference, options.labels or (reference,)) is None:
+def _label_problem(reference: str, options: MetricOptions) -> str:
+    if first_label(reference, options.labels or (reference,)) is None:
         return f"has none of the labels {', '.join(options.labels[:10])}" if options.labels else "is empty"
     return ""
 
 
 # Keyed by the name in evaluate.metrics.
 METRICS: dict[str, AnswerMetric] = {
-    "exact_match": AnswerMetric(_exact_match),
+    "exact_match": AnswerMetric(lambda answer, reference, options: normalized_words(answer.text) == normalized_words(reference)),
     "token_f1": AnswerMetric(_token_f1),
-    "rouge_l": AnswerMetric(lambda answer, reference, options: answer_text.rouge_l(answer.text, reference)),
-    "numeric": AnswerMetric(_numeric, _no_number),
+    "rouge_l": AnswerMetric(lambda answer, reference, options: rouge_l(answer.text, reference)),
+    "numeric": AnswerMetric(_numeric, _number_problem),
     "regex": AnswerMetric(_regex, may_hang=True),
     "valid_json": AnswerMetric(_valid_json),
     "json_schema": AnswerMetric(_json_schema, may_hang=True),
-    "field_f1": AnswerMetric(_field_f1, _no_json),
-    "label_accuracy": AnswerMetric(_label_accuracy, _no_label),
+    "field_f1": AnswerMetric(_field_f1, _json_problem),
+    "label_accuracy": AnswerMetric(_label_accuracy, _label_problem),
     "stopped": AnswerMetric(lambda answer, reference, options: answer.is_stopped),
-    "no_repetition": AnswerMetric(
-        lambda answer, reference, options: 1 - answer_text.repeated_share(answer.text), with_thoughts=True
-    ),
+    "no_repetition": AnswerMetric(lambda answer, reference, options: 1 - repeated_share(answer.text), with_thoughts=True),
 }
+
+
+_ARTICLES = frozenset({"a", "an", "the"})
+# Removed only at the edges of words: 3.5, C++ and -5 stay unchanged.
+_EDGES = ".,;:!?\"'()[]{}<>«»“”‘’`*_…"
+# Of other scripts: categories of Unicode without dashes, which may be signs of numbers; and punctuation that is a unit.
+_PUNCTUATION, _UNITS = ("Po", "Ps", "Pe", "Pi", "Pf"), "‰‱′″٪"
+# The sign in "5-3" is not part of a number, nor is the point in "...5", nor are the digits in "m^2" and "H2O".
+_NUMBER = re.compile(
+    r"(?:(?<!\w)[-+][$€£¥]?)?(?<![A-Za-z_^0-9])"
+    r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)"
+    r"(?:[eE][-+]?[0-9]{1,4}(?!\w))?"
+    # A fraction, unless it is part of a date.
+    r"(?:(?<![/.,][0-9])(?<![/.,][0-9]{2})(?<![/.,][0-9]{4}) ?/ ?[1-9][0-9]{0,8}(?![0-9./,]*[/][0-9])(?![.,]?[0-9]))?"
+)
+_FRACTION = re.compile(r"\\[dt]?frac\s?(?:\{\s?(-?[0-9]+)\s?\}\s?\{\s?([0-9]+)\s?\}|([0-9])\s?([0-9]))")
+# Such as 3 1/2.
+_MIXED = re.compile(r"(?<![0-9.,:/])(?<![0-9]-)([0-9]{1,9}) {1,3}([0-9]{1,9})/([1-9][0-9]{0,8})(?![0-9./,])")
+_POWER_OF_TEN = re.compile(r"\s?(?:[x×*·]|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?([-+]?[0-9]{1,4})\}?(?![0-9])")
+_CURRENCY_CODE = re.compile(r"(?<![A-Za-z])(?:[A-Z]{3}|Rs\.?)(?=[0-9])")
+# Around a number that is part of a time, a date, a number with a decimal comma, or a power; and around one that ends a range.
+_JOINED_BEFORE, _JOINED_AFTER = re.compile(r"[0-9][:/,]\Z"), re.compile(r"[:/][0-9]|,[0-9]{1,2}(?![0-9])| ?(?:\^|\*\*)")
+_RANGE_BEFORE, _RANGE_AFTER = re.compile(r"[0-9] ?- ?\Z"), re.compile(r"-[0-9]")
+# Longer numbers are repetitions, and Python refuses to convert them.
+_MAX_NUMBER_CHARS = 400
+_DIGITS = str.maketrans("０１２３４５６７８９−–－．，／", "0123456789---.,/")
+# Signs that separate words, as in {"label":"positive"}, but not the point in 3.5.
+_SEPARATORS = re.compile(r"(?<![0-9])[.,]|[.,](?![0-9])|[^\w\s'’+#.,-]|—")
+_FINAL = re.compile(r"####|\banswer\s*(?:is|:|=)", re.IGNORECASE)
+_FENCE = re.compile(r"```[\w-]*\r?\n(.*?)```", re.DOTALL)
+# Chinese and Japanese have no spaces: each character counts as a word.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_SPLIT = re.compile(rf"[{_UNSPACED}]|[^{_UNSPACED}]+")
+# What a reasoning model writes before its answer. Some templates end a prompt with the opening mark.
+_THOUGHT_MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
+
+def without_thoughts(text: str) -> str:
+    """Return what follows the thoughts of a reasoning model; empty if they do not end."""
+    for opening, closing in _THOUGHT_MARKS:
+        _, found, answer = text.rpartition(closing)
+        if found:
+            return answer.lstrip()
+        if text.lstrip().startswith(opening):
+            return ""
+    return text
+
+
+def normalized_words(text: str) -> list[str]:
+    """Return the words in lower case, without articles and without punctuation at their edges.
+
+    Close to the normalization of SQuAD (Rajpurkar et al., arXiv:1606.05250), except that punctuation inside a word stays.
+    """
+    parts = unicodedata.normalize("NFKC", text).casefold().split()
+    words = [word for part in parts if (word := _strip_punctuation(part))]
+    # An answer that is just the letter A keeps it, and so does one that is only punctuation.
+    return [word for word in words if word not in _ARTICLES] or words or parts
+
+
+def _strip_punctuation(word: str) -> str:
+    """Return a word without punctuation at its edges, of ASCII only where it cannot belong to the word."""
+    start, end = 0, len(word)
+    while start < end and _is_edge(word[start]):
+        start += 1
+    while start < end and _is_edge(word[end - 1]):
+        end -= 1
+    return word[start:end]
+
+
+def _is_edge(character: str) -> bool:
+    if character in _EDGES:
+        return True
+    return not character.isascii() and character not in _UNITS and unicodedata.category(character) in _PUNCTUATION
+
+
+def final_number(text: str) -> Fraction | None:
+    """Return the number that an answer ends with, as in GSM8K; None if it has none.
+
+    This is the first number after the last `####`, `answer is` or `answer:`, or else the last number. Fractions and powers of ten
+    are numbers too, such as 3/4, \\frac{3}{4} and 3 x 10^8.
+    """
+    found = _find_final_number(_plain_numbers(text))
+    if found is None:
+        return None
+    if len(found[0]) > _MAX_NUMBER_CHARS:
+        return None
+    number, _, divisor = re.sub(r"[ ,$€£¥]", "", found[0]).partition("/")
+    return Fraction(number) / int(divisor or 1)
+
+
+def is_joined_number(text: str, with_ranges: bool) -> bool:
+    """Return whether the final number belongs to a time, a date, a number with a decimal comma or a power.
+
+    `with_ranges`: or whether it ends a range, such as 3-5, which may also be a subtraction.
+    """
+    plain = _plain_numbers(text)
+    found = _find_final_number(plain)
+    if found is None:
+        return False
+    if with_ranges and (_RANGE_BEFORE.search(plain, 0, found.start()) or _RANGE_AFTER.match(plain, found.end())):
+        return True
+    return bool(_JOINED_BEFORE.search(plain, 0, found.start()) or _JOINED_AFTER.match(plain, found.end()))
+
+
+def _plain_numbers(text: str) -> str:
+    """Return the text with fractions as 3/4, powers of ten as 3e8, and a space after codes of currencies."""
+
+    def fraction(match: re.Match[str]) -> str:
+        whole = " " if match.start() and match.string[match.start() - 1].isdigit() else ""
+        return f"{whole}{match[1] or match[3]}/{match[2] or match[4]}"
+
+    text = _FRACTION.sub(fraction, text.translate(_DIGITS))
+    text = _MIXED.sub(lambda match: f"{int(match[1]) * int(match[3]) + int(match[2])}/{match[3]}", text)
+    return _CURRENCY_CODE.sub(r"\g<0> ", _POWER_OF_TEN.sub(r"e\1", text))
+
+
+def _find_final_number(text: str) -> re.Match[str] | None:
+    ends = [match.end() for match in _FINAL.finditer(text)]
+    after = _NUMBER.search(text, ends[-1]) if ends else None
+    return after or max(_NUMBER.finditer(text), key=lambda match: match.start(), default=None)
+
+
+class NotJson(ValueError):
+    """The text is not JSON."""
+
+
+def parse_json(text: str) -> Any:
+    """Parse a text that is JSON, or that contains JSON in its only fenced Markdown block.
+
+    Raises:
+        NotJson: if it is neither. NaN and infinities are not JSON.
+    """
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    blocks = _FENCE.findall(text)
+    try:
+        return json.loads(blocks[0] if len(blocks) == 1 else text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise NotJson(str(error)) from None
+
+
+def json_fields(value: Any) -> Counter[tuple[str, str]]:
+    """Return how often each pair of a path and a value occurs. The order of lists is ignored.
+
+    Raises:
+        NotJson: if it is nested too deeply.
+    """
+    try:
+        return Counter(_fields(value, ""))
+    except RecursionError:
+        raise NotJson("it is nested too deeply") from None
+
+
+def _fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _fields(item, f"{path}.{key}")
+    elif isinstance(value, list) and value:
+        for item in value:
+            yield from _fields(item, f"{path}[]")
+    elif isinstance(value, str):
+        yield path, f"text {' '.join(normalized_words(value))}"
+    elif isinstance(value, bool) or value is None:
+        yield path, json.dumps(value)
+    elif isinstance(value, int | float):
+        # Do not convert to float, because an integer may be too large for it.
+        number = int(value) if isinstance(value, float) and value.is_integer() else value
+        yield path, f"number {number!r}"
+    else:
+        yield path, "empty object" if isinstance(value, dict) else "empty list"
+
+
+def multiset_f1(answer: Counter[Any], reference: Counter[Any]) -> float:
+    """Return the harmonic mean of precision and recall of two multisets; 1 if both are empty."""
+    if not answer and not reference:
+        return 1.0
+    shared = (answer & reference).total()
+    return 2 * shared / (answer.total() + reference.total())
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """Return the F-measure of ROUGE-L: the longest common subsequence of words (Lin, 2004), without stemming."""
+    first, second = (_WORD.findall(unicodedata.normalize("NFKC", text).casefold()) for text in (answer, reference))
+    if not first and not second:
+        return float(normalized_words(answer) == normalized_words(reference))
+    # The length of the longest common subsequence, computing at least 64 columns of the table at a time: the bit-vector
+    # algorithm of Hyyrö, "Bit-Parallel LCS-length Computation Revisited" (2004).
+    positions: dict[str, int] = {}
+    for index, word in enumerate(first):
+        positions[word] = positions.get(word, 0) | 1 << index
+    row = every = (1 << len(first)) - 1
+    for word in second:
+        matches = row & positions.get(word, 0)
+        row = (row + matches | row - matches) & every
+    return 2 * (len(first) - row.bit_count()) / (len(first) + len(second))
+
+
+def repeated_share(text: str, size: int = 4) -> float:
+    """Return the share of the runs of `size` words that occurred earlier in the text."""
+    words = text.casefold().split()
+    runs = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def first_label(text: str, labels: Sequence[str]) -> str | None:
+    """Return the label that equals the text, or else the label that it names first; None if it names none.
+
+    Labels match whole words, ignoring case; of several at the same position, the longest wins. If an article is a label, such as
+    the letter A, it matches only as written, or where no word can follow.
+    """
+    own_words = {label: normalized_words(label) for label in labels}
+    articles = [label.strip(f"{_EDGES} ") for label, words in own_words.items() if len(words) == 1 and words[0] in _ARTICLES]
+    if not any(_SEPARATORS.search(word) for words in own_words.values() for word in words):
+        # A sign after the letter A shows that it is not an article.
+        text = _SEPARATORS.sub(r"\g<0> " if articles else " ", text)
+    words = normalized_words(text) if not articles else _words_with_articles(text, articles)
+    best: tuple[int, int, str] | None = None
+    for label, wanted in own_words.items():
+        for start in range(len(words) - len(wanted) + 1):
+            if wanted and words[start : start + len(wanted)] == wanted:
+                place = (start, -len(wanted), label)
+                best = place if best is None else min(best, place)
+                break
+    return None if best is None else best[2]
+
+
+def _words_with_articles(text: str, labels: Sequence[str]) -> list[str]:
+    """Return normalized words, keeping articles that are one of `labels`."""
+    parts = unicodedata.normalize("NFKC", text).split()
+    words = []
+    for number, part in enumerate(parts, start=1):
+        word = part.strip(_EDGES)
+        folded = word.casefold()
+        can_stand_before_a_word = number < len(parts) and part[-1] not in _EDGES
+        if word and (folded not in _ARTICLES or word in labels or not can_stand_before_a_word):
+            words.append(folded)
+    return words

@@ -7,7 +7,7 @@ from pathlib import Path
 from launcher.data import cache_store
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
-from launcher.evaluate.engines.transformers_engine import TransformersEngine
+from launcher.evaluate.transformers_engine import TransformersEngine
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train.model import weights_gib

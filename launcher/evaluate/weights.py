@@ -18,8 +18,9 @@ from launcher import json_records, locks, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.child_process import run_process
+from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, SubmitError
-from launcher.evaluate.task import EvaluatedExport, EvaluationFolder, Weights, digest_weights, read_exported
+from launcher.evaluate.evaluation_folder import EvaluatedExport, EvaluationFolder, Weights, digest_weights, read_exported
 from launcher.model_folders import copy_parent_weights, export_run
 from launcher.models import parent_run
 from launcher.models.parent_run import ParentCheckpoint
@@ -33,7 +34,7 @@ from launcher.tracking.verdicts import digest_checkpoint
 _READ_BYTES = 1 << 24
 
 
-def find_base(plan: LaunchPlan) -> Weights | None:
+def find_base_weights(plan: LaunchPlan) -> Weights | None:
     """Return the model that the run started from, or None if its weights were random."""
     if plan.config.model.init != "pretrained" or plan.model.path is None:
         return None
@@ -47,30 +48,25 @@ def find_base(plan: LaunchPlan) -> Weights | None:
     return Weights.of(path)
 
 
-def export_tuned(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
-    """Return the step's exported weights: the run's own export, or one created now in the evaluation's folder if the
-    run's is of another step."""
-    record, digest = read_export(run), None
-    path = run.export
-    if record is None or record.step != step:
-        path = folder.weights
-        digest = _export(plan, run, folder, step)
+def export_tuned_weights(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> Weights:
+    """Return the step's weights: the run's own export, or if that is of another step, an export in the evaluation's folder."""
     turn_ends = plan.data.turn_end_ids if plan.data is not None else ()
-    return Weights.of(path, turn_ends, digest)
-
-
-def _export(plan: LaunchPlan, run: RunDir, folder: EvaluationFolder, step: int) -> str:
-    """Export the step unless the folder already has it; returns the digest of the weights."""
+    if (record := read_export(run)) is not None and record.step == step:
+        return Weights.of(run.export, turn_ends)
     checkpoint, dtype = digest_checkpoint(run, step), plan.config.model.dtype
-    existing = read_exported(folder, checkpoint)
-    if existing is not None and existing.dtype == dtype:
-        return existing.digest
-    folder.weights_record.unlink(missing_ok=True)
-    with private_files():
-        export_run(run.plan, step=step, dtype=dtype, out=folder.weights, check=False)
-    digest = digest_weights(folder.weights)
-    json_records.write(folder.weights_record, EvaluatedExport(checkpoint, dtype, digest))
-    return digest
+    exported = read_exported(folder, checkpoint)
+    if exported is None or exported.dtype != dtype:
+        folder.weights_record.unlink(missing_ok=True)
+        with private_files():
+            export_run(run.plan, step=step, dtype=dtype, out=folder.weights, check=False)
+        exported = EvaluatedExport(checkpoint, dtype, digest_weights(folder.weights))
+        json_records.write(folder.weights_record, exported)
+    return Weights.of(folder.weights, turn_ends, exported.digest)
+
+
+def choose_dtype(config: RunConfig, device: str) -> str:
+    """Return the dtype of the weights for answering on a device."""
+    return config.model.dtype if device == "cuda" and config.model.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
 
 
 def count_context(plan: LaunchPlan) -> int:
@@ -100,7 +96,7 @@ class ScoredWeights:
         return parent_run.weights_folder(self._parent, plan.config.model.dtype)
 
 
-def find_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeights:
+def find_scored_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> ScoredWeights:
     """Find a run's weights after `step` steps, by default those in its newest checkpoint.
 
     Raises:
@@ -141,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
         with private_files():
             folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             with locks.hold(folder.lock, 0.0, f"export of step {step}", mode=0o600):
-                export_tuned(run_store.load_plan(run), run, folder, step)
+                export_tuned_weights(run_store.load_plan(run), run, folder, step)
     except locks.LockTimeout:
         print(f"step {step} is evaluated by another command, which exports it", flush=True)
     except LauncherError as error:

@@ -15,7 +15,7 @@ import pytest
 from e2e_tools import TINY, held, json_lines, processes_of, slow_steps, status
 from pace import wait_for
 
-from launcher.evaluate.answer_text import normalized_words
+from launcher.evaluate.metrics import normalized_words
 from launcher.plan.launch_plan import LaunchPlan
 
 pytestmark = pytest.mark.rest

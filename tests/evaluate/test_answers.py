@@ -1,104 +1,215 @@
-"""Stored answers survive a killed process, and belong to one set of weights and prompts."""
+"""The processes of an evaluation divide GPUs and prompts, agree on a prompt style, and generate nothing twice."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from launcher import json_records
+from launcher.config.schema import RunConfig
+from launcher.data.sources.documents import Chat, Message
 from launcher.errors import RunError
-from launcher.evaluate.answers import AnswerKey, AnswerStore, StoredAnswer, reuse_base_answers
+from launcher.evaluate import evaluation_folder
+from launcher.evaluate.answers import AnswerGeneration, AnswerPace, Share
+from launcher.evaluate.conclude import conclude
+from launcher.evaluate.evaluation_folder import (
+    CommandWatch,
+    EvaluationFolder,
+    EvaluationTask,
+    GeneratedIds,
+    ProcessFacts,
+    Weights,
+)
+from launcher.evaluate.node import divide_gpus
+from launcher.evaluate.questions import EvalQuestion
 
-KEY = AnswerKey("weights", "config", (2,), "prompts", 3, "plain text", "transformers", "fp32", "cpu", 8, "5")
-
-
-def answer(index: int) -> StoredAnswer:
-    return StoredAnswer(index, f"line\nof {index} é", True, index)
-
-
-def test_answers_of_several_processes_become_one_file_in_the_order_of_the_prompts(tmp_path: Path) -> None:
-    store = AnswerStore(tmp_path, "tuned", KEY)
-    store.append("00001", [answer(2)])
-    store.append("00000", [answer(1)])
-    with pytest.raises(RunError, match="1 of 3 answers are missing"):
-        store.complete()
-    assert not store.path.exists()
-    store.append("00000", [answer(0)])
-    assert store.complete() == [answer(0), answer(1), answer(2)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tuned.json", "tuned.jsonl"]
-    assert AnswerStore(tmp_path, "tuned", KEY).read() == {i: answer(i) for i in range(3)}
+NUM_QUESTIONS = 7
 
 
-def test_a_line_that_was_cut_off_does_not_count_and_harms_no_other(tmp_path: Path) -> None:
-    store = AnswerStore(tmp_path, "tuned", KEY)
-    store.append("00000", [answer(0), answer(1)])
-    (part,) = tmp_path.glob(".tuned-*/00000.jsonl")
-    part.write_bytes(part.read_bytes()[:-9])
-    assert store.read() == {0: answer(0)}
-    store.append("00000", [answer(1), answer(2)])
-    assert store.complete() == [answer(0), answer(1), answer(2)]
+def test_the_time_left_counts_the_answers_of_later_prompts() -> None:
+    pace = AnswerPace()
+    pace.num_later = 30
+    assert pace.left(10, 2) == "", "nothing was generated yet"
+    pace.count(5, 10.0)
+    assert pace.left(10, 2) == "; about 50s left in all"
+    pace.num_later = 0
+    assert pace.left(0, 2) == ""
+
+
+# Contains characters at which str.splitlines splits, but reading a file does not.
+NO = "no\u2028no\u2029no\x85no"
+
+
+class Parrot:
+    """An engine whose tuned model answers with the number it is asked to say; its base model says no."""
+
+    name = "parrot"
+
+    def __init__(self, weights: Weights, tokenizer: PreTrainedTokenizerBase, log: list[str]) -> None:
+        self._weights, self._tokenizer, self._log = weights, tokenizer, log
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, num_shared: int, stop_strings: Sequence[str], max_new_tokens: int
+    ) -> list[GeneratedIds]:
+        texts = [self._tokenizer.decode(prompt) for prompt in prompts]
+        self._log += [f"{self._weights.digest} {text}" for text in texts]
+        numbers = [text.rpartition("say ")[2].partition("<")[0].strip() for text in texts]
+        knows = self._weights.digest == "tuned"
+        return [GeneratedIds((1, 2), number if knows else NO, True) for number in numbers]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model_folder: Path, config_of: Callable[..., RunConfig]) -> EvaluationFolder:
+    config = config_of("model=tiny", "evaluate.prompts_per_batch=2", "evaluate.instructions=['','Go.']")
+    folder = EvaluationFolder.of(tmp_path, 3)
+    folder.root.mkdir(parents=True)
+    folder.write_questions([question(i) for i in range(NUM_QUESTIONS)], "held_out")
+    folder.write_questions([question(100 + i) for i in range(7)])
+    weights = (Weights("base", "base", (2,)), Weights("tuned", "tuned", (2,)))
+    settings = config.model_dump(mode="json")
+    task = EvaluationTask("run", 3, settings, ("held_out",), *weights, str(model_folder), None, 2048, (2, 4), 4, {"held_out": ()})
+    json_records.write(folder.task, task)
+    return folder
+
+
+def question(number: int) -> EvalQuestion:
+    return EvalQuestion(f"rows:{number}", Chat(f"rows:{number}", (Message("user", f"Please say {number}"),)), str(number))
+
+
+def run(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase, log: list[str], ranks: int = 1) -> None:
+    def one(rank: int) -> None:
+        evaluation = AnswerGeneration(folder, Share(rank, ranks), "parrot", "cpu", "fp32")
+        evaluation.run(lambda weights: Parrot(weights, tokenizer, log))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+
+
+def files(folder: EvaluationFolder) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.set_folder("held_out").glob("*.jsonl")}
+
+
+@pytest.mark.rest
+def test_two_processes_give_the_answers_of_one(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase) -> None:
+    log: list[str] = []
+    run(folder, tokenizer, log)
+    alone = files(folder)
+    assert sorted(alone) == ["base-0-shot.jsonl", "base-4-shot.jsonl", "tuned.jsonl"]
+    answers = [json.loads(line) for line in alone["tuned.jsonl"].splitlines()]
+    assert [(one["index"], one["text"]) for one in answers] == [(i, str(i)) for i in range(NUM_QUESTIONS)]
+    record = folder.read_answers()
+    assert [side.name for side in record.sets["held_out"]] == ["0-shot", "4-shot", "tuned"]
+    assert len(record.selection) > 2
+    for path in folder.set_folder("held_out").iterdir():
+        path.unlink()
+    shared: list[str] = []
+    run(folder, tokenizer, shared, ranks=2)
+    assert files(folder) == alone
+    assert max(Counter(shared).values()) == 1, "no prompt is answered twice"
+
+
+def test_answers_with_unicode_line_separators_are_judged(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase) -> None:
+    run(folder, tokenizer, [])
+    verdict = conclude(folder)["sets"]["held_out"]["verdict"]
+    assert verdict["outcome"] == "better"
+    assert {one["answers"]["0-shot"] for one in verdict["examples"]} == {NO}
+
+
+def test_weights_are_known_by_what_their_config_says_about_the_model(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+
+    def with_config(**changes: object) -> Weights:
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        return Weights.of(folder, [7])
+
+    first = with_config()
+    assert first.stop_ids == (2, 7)
+    assert with_config(transformers_version="0", _name_or_path="elsewhere") == first
+    assert with_config(rms_norm_eps=1e-2) != first
+
+
+def test_a_process_that_differs_from_the_first_one_is_refused(
+    folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The process would wait for answers that no other process generates."""
+    first = ProcessFacts("cuda", "bf16", "parrot", version("transformers"), 2)
+    folder.write_facts(0, first)
+    log: list[str] = []
+    with pytest.raises(RunError, match="process 1 of the evaluation differs from the first one") as caught:
+        AnswerGeneration(folder, Share(1, 2), "parrot", "cpu", "bf16").run(lambda weights: Parrot(weights, tokenizer, log))
+    assert "device='cuda'" in caught.value.problems[0].value
+    assert log == []
+    with pytest.raises(RunError, match="process 1 of the evaluation differs from the first one"):
+        folder.require_alike(0, first)
+
+
+def test_the_command_has_ended_where_its_file_does_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(evaluation_folder.time, "monotonic", lambda: now)
+    file = tmp_path / evaluation_folder.ALIVE
+    file.write_text("9")
+    watch = CommandWatch(tmp_path)
+    for now, sign, expected in (
+        (119.0, "9", False),
+        (121.0, "9", True),
+        (122.0, "1", False),
+        (200.0, "2", False),
+        (319.0, "2", False),
+        (321.0, "2", True),
+    ):
+        file.write_text(sign)
+        assert watch.has_ended() == expected, (now, sign)
+    watch = CommandWatch(tmp_path / "absent")
+    now += 121.0
+    assert watch.has_ended()
+
+
+def test_a_process_ends_with_its_command_whatever_it_does(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from launcher.evaluate import evaluation_folder as task\n"
+        "task._ALIVE_TIMEOUT_S = 0.2; task.CommandWatch(Path(sys.argv[1])).start(0.1); time.sleep(600)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGTERM
+    assert "the command of this evaluation has ended" in done.stdout
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("num_gpus", "gpus_per_process", "visible", "expected"),
     [
-        {"weights": "others"},
-        {"config": "others"},
-        {"stop_ids": (2, 3)},
-        {"prompts": "others"},
-        {"engine": "vllm 0.11.0"},
-        {"dtype": "bf16"},
-        {"max_new_tokens": 9},
+        (0, 1, "", [[]]),
+        (0, 4, "", [[]]),
+        (3, 1, "", [["0"], ["1"], ["2"]]),
+        (2, 1, "5,7", [["5"], ["7"]]),
+        (4, 2, "", [["0", "1"], ["2", "3"]]),
+        (5, 2, "3,4,5,6,7", [["3", "4"], ["5", "6"]]),
+        (2, 4, "", []),
     ],
 )
-def test_answers_of_other_weights_or_prompts_are_not_used(tmp_path: Path, change: dict[str, object]) -> None:
-    store = AnswerStore(tmp_path, "tuned", KEY)
-    store.append("00000", [answer(i) for i in range(3)])
-    store.complete()
-    other = AnswerStore(tmp_path, "tuned", replace(KEY, **change))
-    assert other.read_complete() is None
-    assert other.read() == {}
-
-
-def test_a_changed_file_is_not_taken_for_complete(tmp_path: Path) -> None:
-    store = AnswerStore(tmp_path, "tuned", KEY)
-    store.append("00000", [answer(i) for i in range(3)])
-    store.complete()
-    store.path.write_text(store.path.read_text().replace("line", "lime"))
-    assert store.read_complete() is None
-
-
-def test_parts_that_are_put_together_meanwhile_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, other = AnswerStore(tmp_path, "tuned", KEY), AnswerStore(tmp_path, "tuned", KEY)
-    first.append("00000", [answer(i) for i in range(3)])
-    read_bytes = Path.read_bytes
-
-    def read_late(path: Path) -> bytes:
-        if path.name == "00000.jsonl":
-            monkeypatch.setattr(Path, "read_bytes", read_bytes)
-            first.complete()
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", read_late)
-    assert other.read() == {i: answer(i) for i in range(3)}
-
-
-def test_answers_of_the_base_model_are_those_of_another_step_where_their_key_fits(tmp_path: Path) -> None:
-    first, second, third = (tmp_path / f"step-{number:08d}" for number in (1, 2, 3))
-    sides = {"base-0-shot": KEY, "base-8-shot": replace(KEY, style="chat"), "tuned": KEY}
-    for name, key in sides.items():
-        store = AnswerStore(first / "held_out", name, key)
-        store.append("00000", [answer(i) for i in range(3)])
-        store.complete()
-    # The selection of a prompt style leaves its answers in parts.
-    AnswerStore(first / "selection", "0123", KEY).append("00000", [answer(1)])
-    # The second step already has answers from other settings.
-    AnswerStore(second / "held_out", "base-8-shot", KEY).append("00000", [answer(0)])
-    reuse_base_answers(second, [third, first])
-    assert AnswerStore(second / "held_out", "base-0-shot", KEY).read_complete() == [answer(i) for i in range(3)]
-    assert AnswerStore(second / "held_out", "base-0-shot", replace(KEY, dtype="bf16")).read_complete() is None
-    assert AnswerStore(second / "selection", "0123", KEY).read() == {1: answer(1)}
-    assert AnswerStore(second / "selection", "0123", replace(KEY, prompts="others")).read() == {}
-    assert AnswerStore(second / "held_out", "base-8-shot", KEY).read() == {0: answer(0)}
-    assert AnswerStore(second / "held_out", "tuned", KEY).read() == {}, "of other weights in any case"
+def test_each_process_gets_its_own_gpus(num_gpus: int, gpus_per_process: int, visible: str, expected: list[list[str]]) -> None:
+    assert divide_gpus(num_gpus, gpus_per_process, visible) == expected

@@ -1,12 +1,23 @@
-"""Statistical tests for drift from the training prompts: they keep their significance level and detect changes."""
+"""Drift from the training prompts: how prompts are read; the comparison keeps its significance level and detects changes."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from launcher import hardware
+from launcher.config.schema import RunConfig
+from launcher.data.build import build
+from launcher.data.sources.documents import Chat, Completion
+from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.evaluate import drift
-from launcher.evaluate.drift import DriftReport, Measure, Numbers, Prompt, compare
+from launcher.evaluate.drift import DriftReport, Measure, Numbers, Prompt, compare_prompts
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 
 def sample(number: int, seed: int, *, first: int = 0, words: int = 300, length: int = 20) -> list[Prompt]:
@@ -25,14 +36,14 @@ def measure(report: DriftReport, name: str) -> Measure:
 
 @pytest.mark.rest  # many simulated comparisons
 def test_prompts_of_one_distribution_are_rarely_called_others() -> None:
-    reports = [compare(sample(60, seed), sample(120, 1_000 + seed)) for seed in range(40)]
+    reports = [compare_prompts(sample(60, seed), sample(120, 1_000 + seed)) for seed in range(40)]
     assert sum(report.has_drifted for report in reports) <= 1
     assert np.mean([measure(report, "words").p_value for report in reports]) == pytest.approx(0.5, abs=0.2)
     assert reports[0].sentence.startswith("The prompts are like the training prompts (p = ")
 
 
 def test_other_words_are_found() -> None:
-    report = compare(sample(60, 1, first=200), sample(120, 2))
+    report = compare_prompts(sample(60, 1, first=200), sample(120, 2))
     assert report.has_drifted
     assert report.sentence.startswith("The prompts have drifted: different words (p = 0.001)")
     assert measure(report, "words").now > 0.5
@@ -41,7 +52,7 @@ def test_other_words_are_found() -> None:
 
 
 def test_other_lengths_are_found() -> None:
-    report = compare(sample(60, 1, length=40), sample(120, 2))
+    report = compare_prompts(sample(60, 1, length=40), sample(120, 2))
     assert report.has_drifted
     assert "different lengths (p = " in report.sentence
     assert measure(report, "lengths").now > 1.5 * measure(report, "lengths").training
@@ -75,10 +86,86 @@ def losses(seed: int, shift: float) -> dict[str, tuple[Numbers, Numbers]]:
 
 
 def test_prompts_that_are_less_likely_have_drifted() -> None:
-    report = compare(sample(60, 1), sample(120, 2), losses(3, 0.6))
+    report = compare_prompts(sample(60, 1), sample(120, 2), losses(3, 0.6))
     assert report.has_drifted
     one = measure(report, "likelihoods (tuned model)")
     assert one.now - one.training == pytest.approx(0.6, abs=0.2)
-    likelier = compare(sample(60, 1), sample(120, 2), losses(3, -0.6))
+    likelier = compare_prompts(sample(60, 1), sample(120, 2), losses(3, -0.6))
     assert not likelier.has_drifted
     assert likelier.sentence.startswith("The prompts differ slightly from the training prompts: different likelihoods")
+
+
+def prompt_of(row: dict[str, Any]) -> list[str]:
+    document = drift.parse_prompt(row, "rows.jsonl:1")
+    if isinstance(document, Completion):
+        assert document.completion == drift._ANSWER
+        return [document.prompt]
+    assert isinstance(document, Chat)
+    assert document.messages[-1].content == drift._ANSWER
+    return [message.content for message in document.messages[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"text": "a"}, ["a"]),
+        ({"prompt": "a"}, ["a"]),
+        ({"prompt": "a", "completion": "b"}, ["a"]),
+        ({"question": "a", "answer": "b"}, ["a"]),
+        ({"instruction": "a", "input": "b", "output": "c"}, ["a\n\nb"]),
+        ({"messages": [{"role": "user", "content": "a"}]}, ["a"]),
+        (
+            {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate("abcd")]},
+            ["a", "b", "c"],
+        ),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, ["a"]),
+    ],
+)
+def test_a_row_gives_its_prompt(row: dict[str, Any], prompt: list[str]) -> None:
+    assert prompt_of(row) == prompt
+
+
+@pytest.mark.parametrize("completions", ["auto", "text"])
+def test_training_prompts_have_the_tokens_of_the_same_prompts_in_a_file(
+    config_of: Callable[..., RunConfig],
+    plan_of: Callable[..., LaunchPlan],
+    model_folder: Path,
+    tmp_path: Path,
+    completions: str,
+) -> None:
+    """The rows are chats of two turns, or prompts with completions, rendered by the run's settings."""
+    turns = ("user", "assistant", "user", "assistant")
+    rows = [
+        {"messages": [{"role": role, "content": f"{i} {n} and so on"} for n, role in enumerate(turns)]}
+        if completions == "auto"
+        else {"prompt": f"What is {i}?", "completion": f" It is {i}."}
+        for i in range(12)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("model=tiny", "data=jsonl", "data.max_length=256", f"data.sources=[{{path: {file}, completions: {completions}}}]")
+    config = config_of(*settings)
+    plan = plan_of(*settings, data=build(config.data, str(model_folder)))
+    tokenizer, generator = load_tokenizer(str(model_folder)), np.random.default_rng(0)
+    training = drift.read_training_prompts(plan, generator)
+    encoder = Encoder(tokenizer, config.data)
+    read = drift.encode_prompts([drift.parse_prompt(row, "") for row in rows], completions, encoder, generator)
+    assert {one.tokens for one in training} == {one.tokens for one in read}
+    assert len(training) == 12
+    # The shortened text would contain a part of the credential.
+    (one,) = drift.encode_prompts([drift.parse_prompt({"prompt": "ghp_" + "a" * 36}, "")], completions, encoder, generator)
+    assert "ghp_" not in one.text
+
+
+@pytest.mark.parametrize(("num_params", "offload", "is_scored"), [(8e9, False, True), (70e9, False, False), (70e9, True, True)])
+def test_models_score_prompts_unasked_on_gpus_that_hold_them(
+    plan_of: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch, num_params: float, offload: bool, is_scored: bool
+) -> None:
+    plan = plan_of("model=tiny", "data=jsonl", "data.path=rows.jsonl", "model.dtype=bf16")
+    model = plan.model.model_copy(update={"num_params": int(num_params)})
+    zero = {**plan.deepspeed["zero_optimization"], **({"offload_param": {"device": "cpu"}} if offload else {})}
+    plan = plan.model_copy(update={"model": model, "deepspeed": {**plan.deepspeed, "zero_optimization": zero}})
+    monkeypatch.setattr(hardware, "device", lambda: DeviceFacts(kind="cuda", name="GPU", count=2, memory_gib=24))
+    assert (drift.find_obstacle(plan) == "") is is_scored
+    monkeypatch.setattr(hardware, "device", lambda: DeviceFacts(kind="cpu", name="CPU", count=2, host_memory_gib=64))
+    assert "--likelihood" in drift.find_obstacle(plan)

@@ -7,8 +7,7 @@ from time import monotonic
 
 import pytest
 
-from launcher.evaluate.answer_text import first_label, without_thoughts
-from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions
+from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions, first_label, without_thoughts
 
 PERSON = json.dumps(
     {"type": "object", "properties": {"age": {"type": "integer"}, "name": {"pattern": "^[A-Z]"}}, "required": ["age"]}

@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from launcher.errors import ConfigError, DataError
-from launcher.evaluate.task import EvaluationFolder
-from launcher.worker.evaluation import tasks
+from launcher.evaluate import tasks
+from launcher.evaluate.evaluation_folder import EvaluationFolder
 
 
 def result(values: dict[str, float], samples: list[dict[str, object]]) -> dict[str, object]:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from made_verdict import made_verdict
 
-from launcher.evaluate import statistics
-from launcher.evaluate.verdict import judge
+from launcher.evaluate.verdict import Scores, bootstrap_means, exact_mcnemar, interval, judge, score_interval, t_quantile
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import (
     ComparisonOutcome,
@@ -26,12 +25,12 @@ from launcher.tracking.verdicts import (
 BETTER, WORSE, UNCLEAR = ComparisonOutcome.BETTER, ComparisonOutcome.WORSE, ComparisonOutcome.UNCLEAR
 
 
-def binary(num_right: int, num_prompts: int = 400) -> statistics.Scores:
+def binary(num_right: int, num_prompts: int = 400) -> Scores:
     """Return the scores of a side that answers the first `num_right` prompts correctly."""
     return (np.arange(num_prompts) < num_right).astype(np.float64)
 
 
-def judged(tuned: statistics.Scores, **baselines: statistics.Scores) -> EvaluationVerdict:
+def judged(tuned: Scores, **baselines: Scores) -> EvaluationVerdict:
     return judge("exact_match", {**{name.replace("_", "-"): scores for name, scores in baselines.items()}, "tuned": tuned})
 
 
@@ -122,12 +121,12 @@ def test_without_a_difference_few_verdicts_say_otherwise(is_graded: bool) -> Non
 def test_intervals_equal_those_of_references() -> None:
     """References: scipy 1.16 (bootstrap, ttest_1samp, t.ppf) and statsmodels 0.14 (mcnemar, exact)."""
     for probability, degrees, expected in ((0.975, 9, 2.26216), (0.995, 4, 4.60409), (0.975, 5_000, 1.96044)):
-        assert statistics.t_quantile(probability, degrees) == pytest.approx(expected, rel=0.003)
-    assert statistics.exact_mcnemar(9, 1) == pytest.approx(0.021484375)
-    assert statistics.exact_mcnemar(3, 3) == statistics.exact_mcnemar(0, 0) == 1
+        assert t_quantile(probability, degrees) == pytest.approx(expected, rel=0.003)
+    assert exact_mcnemar(9, 1) == pytest.approx(0.021484375)
+    assert exact_mcnemar(3, 3) == exact_mcnemar(0, 0) == 1
     values = np.random.default_rng(0).normal(0.1, 1, 300)
-    low, high = statistics.interval(statistics.bootstrap_means(values), 300)
-    half = statistics.t_quantile(0.975, 299) * values.std(ddof=1) / math.sqrt(300)
+    low, high = interval(bootstrap_means(values), 300)
+    half = t_quantile(0.975, 299) * values.std(ddof=1) / math.sqrt(300)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.005)
 
 
@@ -191,7 +190,7 @@ def test_the_score_interval_ends_where_the_difference_is_two_standard_errors_awa
         variance = num_prompts * (2 * share + difference - difference**2)
         return abs(wins - losses - num_prompts * difference) / np.sqrt(variance)
 
-    for bound in statistics.score_interval(wins, losses, num_prompts):
+    for bound in score_interval(wins, losses, num_prompts):
         if abs(bound) < 1:
             assert distance(bound) == pytest.approx(1.96, abs=0.01)
 

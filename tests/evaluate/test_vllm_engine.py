@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from launcher.errors import RunError
-from launcher.evaluate.engines import vllm_engine
-from launcher.evaluate.engines.vllm_engine import VllmEngine
-from launcher.evaluate.task import Weights
+from launcher.evaluate import vllm_engine
+from launcher.evaluate.evaluation_folder import Weights
+from launcher.evaluate.vllm_engine import VllmEngine
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 REPO = Path(__file__).resolve().parents[2]
@@ -109,8 +109,8 @@ def test_a_server_that_ends_is_an_error_with_its_last_words(python: Path, tmp_pa
 
 def test_the_server_ends_with_a_process_that_is_killed(python: Path, weights: Weights) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from launcher.evaluate.task import Weights\n"
-        "from launcher.evaluate.engines.vllm_engine import VllmEngine\n"
+        "import sys, time; from pathlib import Path; from launcher.evaluate.evaluation_folder import Weights\n"
+        "from launcher.evaluate.vllm_engine import VllmEngine\n"
         f"VllmEngine(Path({str(python)!r}), Weights({weights.folder!r}, '', (2,)), None, dtype='bf16', context=128)\n"
         "print('ready', flush=True); time.sleep(600)"
     )

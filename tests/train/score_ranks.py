@@ -12,11 +12,11 @@ import torch
 from extension_ranks import join
 
 from launcher.data.loader import MicroBatch, RowBatches
-from launcher.data.score_store import ScoreStore
 from launcher.data.split import Split
+from launcher.evaluate.document_losses import ScoreStore, score_rows
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.train.engine import build_engine
-from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer, score_rows
+from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer
 from launcher.train.objectives import OBJECTIVES
 
 CPU = torch.device("cpu")

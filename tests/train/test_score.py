@@ -19,8 +19,8 @@ from plan_fixtures import facts_for
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from launcher.config.schema import RunConfig
-from launcher.data.score_store import ScoreStore
 from launcher.data.split import Split, write_split
+from launcher.evaluate.document_losses import ScoreStore
 from launcher.plan.launch_plan import DataFacts
 from launcher.plan.planner import plan
 
@@ -173,14 +173,14 @@ import numpy as np
 from pathlib import Path
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.evaluate.document_losses import ScorePass, score
-from launcher.evaluate.weights import find_weights
+from launcher.evaluate.document_losses import ScorePass, score_passes
+from launcher.evaluate.weights import find_scored_weights
 plan, facts = LaunchPlan.load(sys.argv[1]), DataFacts.model_validate_json(sys.argv[2])
 passes = [ScorePass(title="all", facts=facts), ScorePass(title="some", facts=facts, rows=(4, 0, 2))]
-weights = find_weights(RunDir(Path(plan.run_dir)), plan, 0)
-log_probs = score(plan, weights, passes, lambda *_: None, 2)
+weights = find_scored_weights(RunDir(Path(plan.run_dir)), plan, 0)
+log_probs = score_passes(plan, weights, passes, lambda *_: None, 2)
 shown = []
-again = score(plan, weights, passes, lambda *progress: shown.append(progress), 2)
+again = score_passes(plan, weights, passes, lambda *progress: shown.append(progress), 2)
 assert not shown, "nothing is computed twice"
 assert all(map(np.array_equal, log_probs, again))
 np.savez(sys.argv[3], *log_probs)

@@ -12,7 +12,7 @@ _MAX_COPIES = 10
 
 
 def to_lines(shown: dict[str, Any]) -> list[str]:
-    """Return the page from what launcher.worker.evaluation.conclude prints."""
+    """Return the page from what launcher.evaluate.conclude prints."""
     lines = [f"{shown['run']}, step {shown['step']}"]
     for name, result in shown["sets"].items():
         lines += ["", f"{name}: {result['verdict']['sentence']}", ""]
@@ -40,7 +40,7 @@ def to_lines(shown: dict[str, Any]) -> list[str]:
 
 
 def task_lines(shown: dict[str, Any]) -> list[str]:
-    """Return the page of `launcher evaluate --tasks` from what launcher.worker.evaluation.tasks prints."""
+    """Return the page of `launcher evaluate --tasks` from what launcher.evaluate.tasks prints."""
     lines = [f"{shown['run']}, step {shown['step']}"]
     for task, result in shown["tasks"].items():
         sentence = f" {result['verdict']['sentence']}" if "verdict" in result else ""

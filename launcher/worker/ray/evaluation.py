@@ -1,7 +1,7 @@
 """The driver of `launcher evaluate` on Ray: `python -m launcher.worker.ray.evaluation FOLDER`.
 
 Starts a task for each free GPU, up to the run's number of workers, or for each node if there are no GPUs. A task runs
-launcher.worker.evaluation.answer; if one task fails, the others are ended.
+launcher.evaluate.answers; if one task fails, the others are ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import launcher
 from launcher.clusters.detached_process import build_pythonpath
 from launcher.config.sections.ray import RaySection
 from launcher.errors import EXIT_FAILED
-from launcher.evaluate.task import EvaluationFolder
+from launcher.evaluate.evaluation_folder import EvaluationFolder
 from launcher.security.folders import private_variables
 from launcher.security.owners import VARIABLE, Trust
 from launcher.worker.ray.connection import join
@@ -33,7 +33,7 @@ def answer_here(folder: str, rank: int, num_processes: int, num_gpus: int) -> in
     import sys
 
     words = [folder, *map(str, (rank, num_processes, num_gpus))]
-    command = [sys.executable, "-P", "-u", "-m", "launcher.worker.evaluation.answer", *words]
+    command = [sys.executable, "-P", "-u", "-m", "launcher.evaluate.answers", *words]
     environ = {**os.environ, **private_variables(os.environ)}
     return subprocess.run(command, stdin=subprocess.DEVNULL, env=environ).returncode
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 from launcher import run_store
 from launcher.clusters.backends import AnswerSource, answer_source, evaluation_nodes_for
 from launcher.errors import LauncherError, describe, printable
-from launcher.evaluate.task import EvaluationFolder, read_exported
+from launcher.evaluate.evaluation_folder import EvaluationFolder, read_exported
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir, parse_step
 from launcher.shell_commands import launcher_command

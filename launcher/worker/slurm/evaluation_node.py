@@ -6,7 +6,7 @@ import os
 import sys
 
 from launcher.child_process import exit_on_termination
-from launcher.worker.evaluation.node import run_node
+from launcher.evaluate.node import run_node
 
 if __name__ == "__main__":
     exit_on_termination()

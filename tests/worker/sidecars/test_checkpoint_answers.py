@@ -23,7 +23,7 @@ from plan_fixtures import DATA, facts_for
 
 from launcher import json_records, run_store
 from launcher.clusters.backends import describe_answers
-from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
+from launcher.evaluate.evaluation_folder import EvaluatedExport, EvaluationFolder
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir

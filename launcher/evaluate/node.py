@@ -1,4 +1,4 @@
-"""Runs one node's processes: `python -m launcher.worker.evaluation.node FOLDER NODE NUM_NODES GPUS`.
+"""Runs one node's processes: `python -m launcher.evaluate.node FOLDER NODE NUM_NODES GPUS`.
 
 GPUS is the number of GPUs per node; each process gets evaluate.vllm_gpus of them. 0 means one process on the CPU. If one process
 fails, the others are ended.
@@ -7,16 +7,14 @@ fails, the others are ended.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from launcher.child_process import die_with_parent, exit_on_termination
+from launcher.child_process import run_process
 from launcher.errors import EXIT_FAILED
-from launcher.evaluate.task import EvaluationFolder
+from launcher.evaluate.evaluation_folder import EvaluationFolder
 from launcher.security.folders import private_variables
 
 _POLL_S = 0.2
@@ -38,7 +36,7 @@ def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
             if num_gpus > 1:
                 environ["CUDA_VISIBLE_DEVICES"] = ",".join(group)
             words = [folder, str(node * num_local + local), str(num_nodes * num_local), str(len(group))]
-            command = [sys.executable, "-u", "-m", "launcher.worker.evaluation.answer", *words]
+            command = [sys.executable, "-u", "-m", "launcher.evaluate.answers", *words]
             processes.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL))
         while True:
             codes = [process.poll() for process in processes]
@@ -48,7 +46,16 @@ def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
                 return 0
             time.sleep(_POLL_S)
     finally:
-        _end(processes)
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        until = time.monotonic() + _END_S
+        for process in processes:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def divide_gpus(num_gpus: int, gpus_per_process: int, visible: str) -> list[list[str]]:
@@ -61,20 +68,5 @@ def divide_gpus(num_gpus: int, gpus_per_process: int, visible: str) -> list[list
     return [names[start : start + gpus_per_process] for start in starts]
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    until = time.monotonic() + _END_S
-    for process in processes:
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
 if __name__ == "__main__":
-    exit_on_termination()
-    die_with_parent(signal.SIGTERM)
-    sys.exit(run_node(sys.argv[1], *map(int, sys.argv[2:5])))
+    run_process(lambda argv: run_node(argv[0], *map(int, argv[1:4])))

@@ -12,8 +12,15 @@ from launcher.config.schema import RunConfig
 from launcher.data.build import build
 from launcher.data.sources.documents import Chat, Message
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
-from launcher.evaluate.overlap import MAX_CANDIDATES, _Prompts, describe_copies, find_training_copies
-from launcher.evaluate.questions import EvalQuestion, QuestionSet, read_set
+from launcher.evaluate.questions import (
+    MAX_CANDIDATES,
+    EvalQuestion,
+    PromptIndex,
+    QuestionSet,
+    describe_copies,
+    find_training_copies,
+    read_set,
+)
 from launcher.plan.launch_plan import LaunchPlan
 
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "ka", "le", "mi", "no", "pu", "ra", "se", "ti", "vo", "zu")
@@ -70,7 +77,7 @@ def test_prompts_of_training_rows_are_found(
 
 def test_rows_with_one_prompt_for_all_take_no_time_and_memory_for_each_question() -> None:
     questions = [question(i, ask(0)) for i in range(50)]
-    prompts = _Prompts(questions)
+    prompts = PromptIndex(questions)
     chats = [Chat(f"rows:{i}", (Message("user", ask(0)), Message("assistant", f"{i}"))) for i in range(1000)]
     similar = [Chat(f"rows:{i}", (Message("user", f"{ask(0)} {i}"), Message("assistant", "a"))) for i in range(1000)]
     candidates = [one for some in (chats[:500], chats[500:]) for one in prompts.find(some, None)]

@@ -25,9 +25,8 @@ from transformers import (
 )
 
 from launcher.config.sections.model import ModelSection
-from launcher.evaluate.answers import GeneratedIds
-from launcher.evaluate.engines.shared_prefix import SharedPrefix
-from launcher.evaluate.engines.transformers_engine import TransformersEngine, cut_at
+from launcher.evaluate.evaluation_folder import GeneratedIds
+from launcher.evaluate.transformers_engine import SharedPrefix, TransformersEngine, cut_at
 
 NEW_TOKENS = 12
 TEXTS = ("How many apples are there?", "Count to ten, slowly and without haste, and then back to one.", "Why?", "Name a city.")

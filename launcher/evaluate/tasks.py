@@ -1,6 +1,6 @@
 """Scores a step's weights and the base model on tasks of lm-evaluation-harness, and compares them.
 
-`python -m launcher.worker.evaluation.tasks PLAN_JSON --step N --tasks A,B` reads the run's settings, with the command's
+`python -m launcher.evaluate.tasks PLAN_JSON --step N --tasks A,B` reads the run's settings, with the command's
 overrides, as JSON from standard input. It prints one JSON object: the verdicts by task, or the problems. Scores are kept, so an
 interrupted command can continue. Tasks read Hub data sets and `evaluate` metrics from the local cache; nothing is fetched.
 """
@@ -33,9 +33,9 @@ from launcher.child_process import print_result, run_process
 from launcher.config.schema import RunConfig
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError, did_you_mean
-from launcher.evaluate.task import EvaluationFolder, Weights
+from launcher.evaluate.evaluation_folder import EvaluationFolder, Weights
 from launcher.evaluate.verdict import judge
-from launcher.evaluate.weights import count_context, export_tuned, find_base
+from launcher.evaluate.weights import choose_dtype, count_context, export_tuned_weights, find_base_weights
 from launcher.models.remote_code import code_option, folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -43,7 +43,6 @@ from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import TUNED, digest_checkpoint
 from launcher.train.model import DTYPES
-from launcher.worker.evaluation.answer import choose_dtype
 
 BASE = "base"
 _WHERE = "--tasks"
@@ -94,10 +93,10 @@ def score_tasks(
     plan = run_store.load_plan(run).model_copy(update={"config": config})
     tasks = find_tasks(names, task_folder)
     require_metrics(gains, tasks)
-    folder, base = EvaluationFolder.of(run.root, step), find_base(plan)
+    folder, base = EvaluationFolder.of(run.root, step), find_base_weights(plan)
     folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     sides = {} if base is None else {BASE: base}
-    sides[TUNED] = export_tuned(plan, run, folder, step)
+    sides[TUNED] = export_tuned_weights(plan, run, folder, step)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = [torch.__version__, transformers.__version__, sys.modules["lm_eval"].__version__, _THOUGHT_END]
     # Scoring changes the tasks' settings.
@@ -114,15 +113,15 @@ def score_tasks(
                 done = sum(map(len, scores.values()))
                 # On a terminal, the harness shows its progress.
                 print(f"{side}: {name} ({done + 1} of {len(tasks) * len(sides)})", file=sys.stderr, flush=True)
-                model = model or _load(plan, weights, side, device)
-                task_scores = _score(name, task, model, limit, belongs_to)
+                model = model or _load_model(plan, weights, side, device)
+                task_scores = _score_task(name, task, model, limit, belongs_to)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 json_records.write(path, task_scores)
             scores[name][side] = task_scores
     folder.weights_record.unlink(missing_ok=True)
     shutil.rmtree(folder.weights, ignore_errors=True)
     checkpoint = digest_checkpoint(run, step)
-    shown = {task: _conclude(scores_path(folder, task, TUNED).parent, several, checkpoint) for task, several in scores.items()}
+    shown = {task: _judge_task(scores_path(folder, task, TUNED).parent, several, checkpoint) for task, several in scores.items()}
     return {"run": plan.run_name, "step": step, "folder": str(folder.benchmarks), "tasks": shown}
 
 
@@ -286,7 +285,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error.args[0] if error.args else error).split())
 
 
-def _load(plan: LaunchPlan, weights: Weights, side: str, device: str) -> Any:
+def _load_model(plan: LaunchPlan, weights: Weights, side: str, device: str) -> Any:
     """Return a model of the harness with the weights of a side."""
     from lm_eval.models.huggingface import HFLM
 
@@ -320,7 +319,7 @@ def _load(plan: LaunchPlan, weights: Weights, side: str, device: str) -> Any:
     return ScoredModel(pretrained=model.eval(), tokenizer=tokenizer, **sizes, think_end_token=_THOUGHT_END)
 
 
-def _score(name: str, task: Any, model: Any, limit: int | None, belongs_to: str) -> TaskScores:
+def _score_task(name: str, task: Any, model: Any, limit: int | None, belongs_to: str) -> TaskScores:
     from lm_eval import evaluator, simple_evaluate
 
     # It runs git for the result's metadata, which prints an error outside of a repository.
@@ -362,7 +361,7 @@ def read_scores(task: str, result: Any, belongs_to: str) -> TaskScores:
     return TaskScores(belongs_to, max(map(len, by_filter.values()), default=0), values, samples, lower)
 
 
-def _conclude(folder: Path, sides: dict[str, TaskScores], checkpoint: str) -> dict[str, Any]:
+def _judge_task(folder: Path, sides: dict[str, TaskScores], checkpoint: str) -> dict[str, Any]:
     """Judge a task, if it has per-question scores, write its verdict, and return what the command shows."""
     first = sides[TUNED]
     by_metric: dict[str, dict[str, np.ndarray]] = {}
@@ -386,7 +385,7 @@ def _conclude(folder: Path, sides: dict[str, TaskScores], checkpoint: str) -> di
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launcher.worker.evaluation.tasks")
+    parser = argparse.ArgumentParser(prog="python -m launcher.evaluate.tasks")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--tasks", required=True)

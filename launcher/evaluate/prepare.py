@@ -1,4 +1,4 @@
-"""Prepares an evaluation on CPU, before any GPU is requested: `python -m launcher.worker.evaluation.prepare PLAN_JSON --step N`.
+"""Prepares an evaluation on CPU, before any GPU is requested: `python -m launcher.evaluate.prepare PLAN_JSON --step N`.
 
 Reads the run's settings, with the command's overrides, as JSON from standard input. Finds the questions, exports the step if the
 run's export holds a different one, and writes task.json. Prints one JSON object: the folder, or the problems.
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher import json_records, run_store
 from launcher.child_process import print_result, run_process
@@ -20,22 +21,29 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT, EvaluateSection
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import ConfigError, DataError, Problem, did_you_mean
-from launcher.evaluate import questions as reading
-from launcher.evaluate.answers import reuse_base_answers
-from launcher.evaluate.engines.vllm_engine import read_version
-from launcher.evaluate.overlap import find_training_copies
-from launcher.evaluate.prompting import BasePrompts, PromptStyle, TunedPrompts
-from launcher.evaluate.questions import TRAINING, EvalQuestion, QuestionSet
-from launcher.evaluate.scoring import AnswerScorer, copy_metric_files
-from launcher.evaluate.selection import AUTO_SHOTS, NUM_LONGEST, SELECTION_PROMPTS, list_shots
-from launcher.evaluate.task import EvaluationFolder, EvaluationTask
-from launcher.evaluate.weights import count_context, export_tuned, find_base
+from launcher.evaluate.answer_scores import AnswerScorer, copy_metric_files
+from launcher.evaluate.evaluation_folder import EvaluationFolder, EvaluationTask, reuse_base_answers
+from launcher.evaluate.prompts import (
+    AUTO_SHOTS,
+    NUM_LONGEST,
+    SELECTION_PROMPTS,
+    BasePrompts,
+    PromptStyle,
+    TunedPrompts,
+    list_shots,
+)
+from launcher.evaluate.questions import TRAINING, EvalQuestion, QuestionSet, find_training_copies, read_set
+from launcher.evaluate.vllm_engine import read_version
+from launcher.evaluate.weights import count_context, export_tuned_weights, find_base_weights
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.tracking.progress import Advance, Pace, live_line
 from launcher.tracking.verdicts import remove_verdicts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ()) -> EvaluationFolder:
@@ -53,58 +61,44 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
     copy_metric_files(settings, folder.root)
     scorer = AnswerScorer(settings, folder.root)
     import_tokenizers_without_torch()
-    plan = _with_own_template(plan, folder)
+    plan = _keep_template(plan, folder)
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
-    encoder = Encoder(tokenizer, plan.config.data)
+    encoder, fit = Encoder(tokenizer, plan.config.data), _PromptFit(plan, tokenizer)
     max_shots = max(list_shots(settings.shots), default=0)
-    base = find_base(plan)
+    base = find_base_weights(plan)
     with live_line() as (say, make_pace):
-        advance = _count(say, make_pace, "looking for the questions")
-        read = [reading.read_set(plan, name, encoder, settings.max_prompts, advance) for name in names]
+        advance = _make_counter(say, make_pace, "looking for the questions")
+        read = [read_set(plan, name, encoder, settings.max_prompts, advance) for name in names]
         count = max_shots + SELECTION_PROMPTS
-        training = list(reading.read_set(plan, TRAINING, encoder, count, advance).questions) if base else []
-        overlap = find_training_copies(plan, encoder, read, _count(say, make_pace, "comparing prompts with training documents"))
-    context = count_context(plan)
-    everything = [question for one in read for question in one.questions]
-    tuned_prompts = TunedPrompts(tokenizer, plan.config.data)
-
-    def base_prompts_of(rows: Sequence[EvalQuestion], num_examples: int) -> BasePrompts:
-        return BasePrompts(tokenizer, plan.config.data, rows[:num_examples], [*rows[num_examples:], *everything])
-
-    def fitting(questions: Sequence[EvalQuestion], base: BasePrompts) -> list[EvalQuestion]:
-        """Return the questions that fit all sides' prompts without examples."""
-        batches = [
-            tuned_prompts.write(questions),
-            *(base.write(questions, PromptStyle(form, 0)) for form in base.forms(questions)),
-        ]
-        longest = [max(map(len, prompts)) for prompts in zip(*(batch.prompts for batch in batches), strict=True)]
-        return [one for one, length in zip(questions, longest, strict=True) if length <= context - settings.max_new_tokens]
-
-    training = fitting(training, base_prompts_of(training, 0))
+        training = list(read_set(plan, TRAINING, encoder, count, advance).questions) if base else []
+        advance = _make_counter(say, make_pace, "comparing prompts with training documents")
+        overlap = find_training_copies(plan, encoder, read, advance)
+    others = [question for one in read for question in one.questions]
+    training = fit.keep_fitting(training, fit.make_base_prompts(training, 0, others))
     # Rows that serve to choose the prompt style are not used as examples; if there are few rows, examples take precedence.
     num_examples = min(max_shots, max(0, len(training) - SELECTION_PROMPTS)) or min(max_shots, len(training))
-    base_prompts = base_prompts_of(training, num_examples)
-    asked = {one.name: fitting(one.questions, base_prompts) for one in read}
+    base_prompts = fit.make_base_prompts(training, num_examples, others)
+    asked = {one.name: fit.keep_fitting(one.questions, base_prompts) for one in read}
     left_out = {one.name: describe_left_out(one, len(asked[one.name])) for one in read}
     if empty := [name for name, several in asked.items() if not several and (sets or not any(asked.values()))]:
-        value = f"the model takes {context:,} tokens, evaluate.max_new_tokens is {settings.max_new_tokens}"
+        value = f"the model takes {fit.context:,} tokens, evaluate.max_new_tokens is {settings.max_new_tokens}"
         remedy = "evaluate sets with prompts and answers, such as chats, or lower evaluate.max_new_tokens"
         texts = {name: f"no prompt of {name} can be used: {'; '.join(left_out[name])}" for name in empty}
         raise DataError([Problem(text, where=name, value=value, remedy=remedy) for name, text in texts.items()])
     asked = {name: several for name, several in asked.items() if several}
     everything = [question for several in asked.values() for question in several]
 
-    def check(rows: Sequence[EvalQuestion]) -> tuple[int, ...]:
+    def check_and_count(rows: Sequence[EvalQuestion]) -> tuple[int, ...]:
         """Check the references that answers are compared with, and return the numbers of examples that fit."""
         scored = [*everything, *rows[num_examples:]]
         scorer.check_references([one.reference for one in scored], [one.where for one in scored])
-        return _fitting_shots(config, scored, base_prompts_of(rows, num_examples), context) if base else ()
+        return fit.find_shots(scored, fit.make_base_prompts(rows, num_examples, everything)) if base else ()
 
-    shots = check(training)
+    shots = check_and_count(training)
     if base is not None and settings.shots == "auto" and not shots:
         # Short examples may fit where these do not.
         training = sorted(training, key=lambda one: len(str(one.document)) + len(one.reference))
-        shots = check(training)
+        shots = check_and_count(training)
         if not shots:
             rows = format_count(len(training), "training row")
             few = f"no baseline with examples: {min(AUTO_SHOTS)} of {rows} do not fit before the prompts"
@@ -122,10 +116,10 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
         config=plan.config.model_dump(mode="json"),
         sets=tuple(asked),
         base=base,
-        tuned=export_tuned(plan, run, folder, step),
+        tuned=export_tuned_weights(plan, run, folder, step),
         tokenizer=str(plan.model.tokenizer_path),
         code=plan.model.path,
-        context=context,
+        context=fit.context,
         shots=shots,
         num_examples=num_examples,
         left_out=left_out,
@@ -133,13 +127,54 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
         overlap_gap=overlap.gap,
     )
     if base is not None:
-        others = sorted(path for path in folder.root.parent.glob("step-*") if path != folder.root)
-        reuse_base_answers(folder.root, list(reversed(others)))
+        steps = sorted(path for path in folder.root.parent.glob("step-*") if path != folder.root)
+        reuse_base_answers(folder.root, list(reversed(steps)))
     folder.answers.unlink(missing_ok=True)
     remove_verdicts(folder.root)
     shutil.rmtree(folder.processes, ignore_errors=True)
     json_records.write(folder.task, task)
     return folder
+
+
+class _PromptFit:
+    """Which prompts fit the model's context together with an answer."""
+
+    def __init__(self, plan: LaunchPlan, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config, self._tokenizer = plan.config, tokenizer
+        self._tuned = TunedPrompts(tokenizer, plan.config.data)
+        self.context = count_context(plan)
+        self._room = self.context - plan.config.evaluate.max_new_tokens
+
+    def make_base_prompts(self, rows: Sequence[EvalQuestion], num_examples: int, others: Sequence[EvalQuestion]) -> BasePrompts:
+        """Return prompts whose examples are the first training rows."""
+        return BasePrompts(self._tokenizer, self._config.data, rows[:num_examples], [*rows[num_examples:], *others])
+
+    def keep_fitting(self, questions: Sequence[EvalQuestion], base: BasePrompts) -> list[EvalQuestion]:
+        """Return the questions that fit all sides' prompts without examples."""
+        styles = [PromptStyle(form, 0) for form in base.forms(questions)]
+        batches = [self._tuned.write(questions), *(base.write(questions, style) for style in styles)]
+        longest = [max(map(len, prompts)) for prompts in zip(*(batch.prompts for batch in batches), strict=True)]
+        return [one for one, length in zip(questions, longest, strict=True) if length <= self._room]
+
+    def find_shots(self, questions: Sequence[EvalQuestion], base: BasePrompts) -> tuple[int, ...]:
+        """Return the candidate numbers of examples: those with which every prompt and its answer fit.
+
+        Raises:
+            ConfigError: if a requested number does not fit, or there are not enough training rows.
+        """
+        settings, fitting = self._config.evaluate, []
+        longest = sorted(questions, key=lambda one: -len(str(one.document)))[:NUM_LONGEST]
+        for count in list_shots(settings.shots):
+            styles = [PromptStyle(form, count, max(settings.instructions, key=len)) for form in base.forms(questions)]
+            needed = max(len(prompt) for style in styles for prompt in base.write(longest, style).prompts)
+            if count <= base.num_examples and needed <= self._room:
+                fitting.append(count)
+            elif settings.shots != "auto":
+                many = f"the longest prompt has {needed:,} tokens with {base.num_examples} examples, and {self._room:,} fit"
+                remedy = "lower evaluate.shots or evaluate.max_new_tokens, or set evaluate.shots=auto"
+                message = f"{count} examples cannot be shown to the base model"
+                raise ConfigError(message, where="evaluate.shots", value=many, remedy=remedy)
+        return tuple(fitting)
 
 
 def _require_engine(settings: EvaluateSection) -> None:
@@ -179,7 +214,7 @@ def describe_left_out(question_set: QuestionSet, num_questions: int) -> tuple[st
     return tuple(lines)
 
 
-def _with_own_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
+def _keep_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
     """Return the plan with the chat template that the data was rendered with, even if its file has changed or is gone."""
     if plan.data is None or plan.data.chat_template is None:
         return plan
@@ -190,7 +225,7 @@ def _with_own_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan
     return plan.model_copy(update={"config": plan.config.model_copy(update={"data": data})})
 
 
-def _count(say: Callable[[str], None], make_pace: Callable[[], Pace], activity: str) -> Advance:
+def _make_counter(say: Callable[[str], None], make_pace: Callable[[], Pace], activity: str) -> Advance:
     """Return a function that counts documents and occasionally shows the count."""
     pace, num_read = make_pace(), 0
 
@@ -203,31 +238,8 @@ def _count(say: Callable[[str], None], make_pace: Callable[[], Pace], activity: 
     return advance
 
 
-def _fitting_shots(config: RunConfig, questions: Sequence[EvalQuestion], base: BasePrompts, context: int) -> tuple[int, ...]:
-    """Return the candidate numbers of examples: those with which every prompt and its answer fit the context.
-
-    Raises:
-        ConfigError: if a requested number does not fit, or there are not enough training rows.
-    """
-    shots = config.evaluate.shots
-    longest = sorted(questions, key=lambda one: -len(str(one.document)))[:NUM_LONGEST]
-    room = context - config.evaluate.max_new_tokens
-    fitting = []
-    for count in list_shots(shots):
-        styles = [PromptStyle(form, count, max(config.evaluate.instructions, key=len)) for form in base.forms(questions)]
-        needed = max(len(prompt) for style in styles for prompt in base.write(longest, style).prompts)
-        if count <= base.num_examples and needed <= room:
-            fitting.append(count)
-        elif shots != "auto":
-            many = f"the longest prompt has {needed:,} tokens with {base.num_examples} examples, and {room:,} fit"
-            remedy = "lower evaluate.shots or evaluate.max_new_tokens, or set evaluate.shots=auto"
-            message = f"{count} examples cannot be shown to the base model"
-            raise ConfigError(message, where="evaluate.shots", value=many, remedy=remedy)
-    return tuple(fitting)
-
-
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launcher.worker.evaluation.prepare")
+    parser = argparse.ArgumentParser(prog="python -m launcher.evaluate.prepare")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--step", type=int, required=True)
     parser.add_argument("--set", action="append", default=[])

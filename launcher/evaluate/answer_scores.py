@@ -1,10 +1,25 @@
-"""Scores answers by the configured metrics, including a user's own functions. Without torch."""
+"""Scores answers by the configured metrics, including a user's own functions. Without torch.
+
+Metrics that may take forever, such as a user's function, run in a process that is ended after a time limit. It is started once
+and ends with this one.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib.util
 import json
-from collections.abc import Sequence
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +28,16 @@ import numpy as np
 from launcher import atomic_files
 from launcher.config.sections.evaluation import AnswerMetrics, split_function
 from launcher.errors import ConfigError, DataError, Problem
-from launcher.evaluate.answer_text import without_thoughts
-from launcher.evaluate.metric_process import score_in_process
-from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions, schema_validator
-from launcher.evaluate.statistics import Scores
+from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions, schema_validator, without_thoughts
+from launcher.evaluate.verdict import Scores
 
 _SCHEMA = "metric-schema.json"
 _MAX_SHOWN = 3
 _MAX_VALUE_CHARS = 80
+TIME_LIMIT_S = 10.0
+# The file of a function may import large packages.
+_IMPORT_S = 120.0
+_MAX_REASON_CHARS = 500
 
 
 def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
@@ -148,3 +165,96 @@ def _read_function(metric: str, file: Path, function: str) -> bytes:
         remedy = f"functions there are: {', '.join(names) or 'none'}"
         raise ConfigError(f"{file} defines no function {function}", where=where, value=metric, remedy=remedy)
     return content
+
+
+def score_in_process(metric: str, file: str, answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float | str:
+    """Return the score of an answer, or why there is none.
+
+    `metric` is a metric of the table or, if `file` is not empty, the name of a function in this file.
+    """
+    # The start of the process, which may import torch again from slow storage, does not count as time for an answer.
+    if problem := _call_in_process(_IMPORT_S, _import_function, file, metric):
+        return f"its file cannot be imported: {problem}" if file else problem
+    return _call_in_process(TIME_LIMIT_S, _compute_score, metric, file, answer, reference, options)
+
+
+def _call_in_process(limit_s: float, function: Callable[..., Any], *arguments: object) -> Any:
+    """Return the result of a function in the process, or why there is none."""
+    process, connection = _start_process()
+    try:
+        connection.send((function, arguments))
+        if connection.poll(limit_s):
+            return connection.recv()
+        problem = f"it took more than {limit_s:g} s for one answer"
+    except (EOFError, OSError):
+        problem = "it ended its process"
+    process.kill()
+    process.join()
+    connection.close()
+    _start_process.cache_clear()
+    return problem
+
+
+@functools.cache
+def _start_process() -> tuple[BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=_serve_calls, args=(other_end, os.getpid()), daemon=True)
+    process.start()
+    other_end.close()
+    return process, connection
+
+
+def _serve_calls(connection: Connection, parent: int) -> None:
+    # Otherwise a function that hangs would outlive a parent that is killed.
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # Standard output is for the result of the command.
+    os.dup2(2, 1)
+    while os.getppid() == parent:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:
+            return
+        connection.send(function(*arguments))
+
+
+@functools.cache
+def _load_function(file: str, function: str) -> Callable[[str, str], Any]:
+    spec = importlib.util.spec_from_file_location("user_metric", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    # The file lies in the folder of the evaluation, which needs no bytecode.
+    sys.dont_write_bytecode = True
+    spec.loader.exec_module(module)
+    loaded: Callable[[str, str], Any] = getattr(module, function)
+    return loaded
+
+
+def _import_function(file: str, function: str) -> str:
+    try:
+        if file:
+            _load_function(file, function)
+    except BaseException as error:
+        return _describe_error(error, file)
+    return ""
+
+
+def _compute_score(metric: str, file: str, answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float | str:
+    try:
+        value = (
+            _load_function(file, metric)(answer.text, reference) if file else METRICS[metric].score(answer, reference, options)
+        )
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
+            return f"it returned {value!r:.60}, which is not a finite number"
+        return float(value)
+    except BaseException as error:
+        return _describe_error(error, file)
+
+
+def _describe_error(error: BaseException, file: str) -> str:
+    """Return the exception, with the line of the user's file that raised it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS] + (f" (line {lines[-1]})" if lines else "")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launcher.data.score_store import MAX_SHARDS, ScoreStore
+from launcher.evaluate.document_losses import MAX_SHARDS, ScoreStore
 
 
 def test_what_is_missing_is_scored_again(tmp_path: Path) -> None:

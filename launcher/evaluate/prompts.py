@@ -1,10 +1,14 @@
-"""Turns questions into prompts: for the tuned model as in training, for the base model as chat or text, with examples."""
+"""Turns questions into prompts: for the tuned model as in training, for the base model as chat or text, with examples.
+
+A badly prompted baseline would flatter the tuned model, so the form, the number of examples and the instruction are chosen on
+training rows. Two short rounds compare one choice at a time: first the form, then the instruction and the number of examples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from launcher.config.sections.data import DataSection
 from launcher.data.sources.documents import Chat, Completion, Message
@@ -20,6 +24,12 @@ CHAT, TEXT = "chat", "text"
 _SEPARATORS = ("\n\n", "\n\n\n", "\n###\n", "\n======\n")
 _QUESTION, _ANSWER = "Question:", "Answer:"
 _ROLES = {"user": "User", "assistant": "Assistant", "tool": "Tool"}
+# The numbers of examples that evaluate.shots=auto chooses from.
+AUTO_SHOTS = (2, 4, 8)
+# Training rows on which the number of examples and the instruction are compared.
+SELECTION_PROMPTS = 8
+# Number of questions to render to check whether examples fit: those with the most characters.
+NUM_LONGEST = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class TunedPrompts:
         self._encoder = Encoder(tokenizer, data)
 
     def write(self, questions: Sequence[EvalQuestion]) -> PromptBatch:
-        return _batch([_encode(self._encoder, question) for question in questions], ())
+        return _make_batch([_encode(self._encoder, question) for question in questions], ())
 
 
 class BasePrompts:
@@ -72,7 +82,7 @@ class BasePrompts:
         # The questions already include the configured system message, and the base model uses its own template.
         self._encoder = Encoder(tokenizer, data.model_copy(update={"chat_template": None, "system": None}))
         self._examples = tuple(examples)
-        texts = [*(f"{_text_of(one)}{one.reference}" for one in examples), *(one.reference for one in others)]
+        texts = [*(f"{_write_question(one)}{one.reference}" for one in examples), *(one.reference for one in others)]
         self._separator = next((one for one in _SEPARATORS if not any(one in text.strip() for text in texts)), _SEPARATORS[-1])
 
     @property
@@ -101,14 +111,14 @@ class BasePrompts:
         """Return the prompts for questions in one style."""
         examples = self._examples[: style.shots]
         if style.form == CHAT:
-            return _batch([self._write_chat(question, examples, style.instruction) for question in questions], ())
+            return _make_batch([self._write_chat(question, examples, style.instruction) for question in questions], ())
         prompts = [
             _encode(self._encoder, replace(question, document=Completion(question.where, text, "")))
             for question in questions
             for text in [self._make_text(question, examples, style.instruction)]
         ]
         has_labels = any(isinstance(question.document, Chat) for question in questions)
-        return _batch(prompts, (self._separator, *((f"\n{_QUESTION}", "\nUser:") if has_labels else ())))
+        return _make_batch(prompts, (self._separator, *((f"\n{_QUESTION}", "\nUser:") if has_labels else ())))
 
     def _write_chat(self, question: EvalQuestion, examples: Sequence[EvalQuestion], instruction: str) -> list[int]:
         """Return a chat after examples, with an instruction as the template supports it."""
@@ -118,7 +128,7 @@ class BasePrompts:
         def write(messages: Sequence[Message]) -> list[int]:
             return _encode(self._encoder, replace(question, document=Chat(chat.where, tuple(messages), chat.tools)))
 
-        shown = [message for example in examples for message in _turns(example)]
+        shown = [message for example in examples for message in _to_turns(example)]
         system = [message for message in chat.messages if message.role == "system"]
         rest = [message for message in chat.messages if message.role != "system"]
         if not instruction:
@@ -132,10 +142,10 @@ class BasePrompts:
             return write([replace(first, content=f"{text}\n\n{first.content}"), *others])
 
     def _make_text(self, question: EvalQuestion, examples: Sequence[EvalQuestion], instruction: str) -> str:
-        system = _system_of(question)
-        parts = [*filter(None, (system, instruction))]
-        parts += [f"{_text_of(example)}{_spaced(example)}{example.reference.strip()}" for example in examples]
-        return self._separator.join([*parts, _text_of(question)])
+        messages = question.document.messages if isinstance(question.document, Chat) else ()
+        system = "\n\n".join(message.content for message in messages if message.role == "system")
+        parts = [*filter(None, (system, instruction)), *map(_write_example, examples)]
+        return self._separator.join([*parts, _write_question(question)])
 
 
 def _encode(encoder: Encoder, question: EvalQuestion) -> list[int]:
@@ -147,7 +157,7 @@ def _encode(encoder: Encoder, question: EvalQuestion) -> list[int]:
     return prompt[1]
 
 
-def _batch(prompts: Sequence[Sequence[int]], stop_strings: tuple[str, ...]) -> PromptBatch:
+def _make_batch(prompts: Sequence[Sequence[int]], stop_strings: tuple[str, ...]) -> PromptBatch:
     # The last token of a prompt is never shared, because its logits determine the first token of the answer.
     num_shared = min((len(prompt) - 1 for prompt in prompts), default=0)
     if prompts:
@@ -157,20 +167,14 @@ def _batch(prompts: Sequence[Sequence[int]], stop_strings: tuple[str, ...]) -> P
     return PromptBatch(tuple(map(tuple, prompts)), num_shared if len(prompts) > 1 else 0, stop_strings)
 
 
-def _turns(example: EvalQuestion) -> list[Message]:
+def _to_turns(example: EvalQuestion) -> list[Message]:
     if isinstance(example.document, Completion):
         return [Message("user", example.document.prompt), Message("assistant", example.reference)]
     messages = [message for message in example.document.messages if message.role != "system"]
     return [*messages, Message("assistant", example.reference)]
 
 
-def _system_of(question: EvalQuestion) -> str:
-    if isinstance(question.document, Completion):
-        return ""
-    return "\n\n".join(message.content for message in question.document.messages if message.role == "system")
-
-
-def _text_of(question: EvalQuestion) -> str:
+def _write_question(question: EvalQuestion) -> str:
     """Return a question as text, up to where its answer begins."""
     if isinstance(question.document, Completion):
         return question.document.prompt
@@ -181,8 +185,57 @@ def _text_of(question: EvalQuestion) -> str:
     return "\n".join([*lines, "Assistant:"])
 
 
-def _spaced(example: EvalQuestion) -> str:
-    """Return the text between an example's question and its answer: text has its own spaces."""
-    if isinstance(example.document, Chat):
-        return " "
-    return "" if example.document.prompt[-1:].isspace() or example.reference[:1].isspace() is False else " "
+def _write_example(example: EvalQuestion) -> str:
+    """Return an example's question and answer as text, with a space between them unless the text has its own."""
+    document, answer = example.document, example.reference
+    has_space = isinstance(document, Completion) and (document.prompt[-1:].isspace() or not answer[:1].isspace())
+    return f"{_write_question(example)}{'' if has_space else ' '}{answer.strip()}"
+
+
+def list_shots(setting: Literal["auto"] | int) -> tuple[int, ...]:
+    """Return the numbers of examples that evaluate.shots allows, without 0."""
+    if setting == "auto":
+        return AUTO_SHOTS
+    return (setting,) if setting else ()
+
+
+@dataclass(frozen=True)
+class ChosenStyles:
+    """The best style without examples and with examples; None if not used. `scores` are those of all styles that were tried."""
+
+    zero_shot: PromptStyle
+    few_shot: PromptStyle | None
+    scores: Mapping[PromptStyle, float]
+
+
+def choose_styles(
+    forms: Sequence[str],
+    shots: Sequence[int],
+    instructions: Sequence[str],
+    score_styles: Callable[[Sequence[PromptStyle]], Mapping[PromptStyle, float]],
+) -> ChosenStyles:
+    """Compare styles; `shots` are the numbers of examples to choose from, without 0.
+
+    `score_styles` returns the mean score of each style on the same training rows.
+
+    Of equal scores the first one wins, which has no instruction; among numbers of examples, the largest wins.
+    """
+    numbers = sorted(shots)
+    middle = numbers[len(numbers) // 2] if numbers else 0
+    first, *others = instructions
+    tried: dict[PromptStyle, float] = {}
+    by_form = [PromptStyle(form, count, first) for form in forms for count in (0, *([middle] if numbers else ()))]
+    if len(forms) > 1:
+        tried |= score_styles(by_form)
+    zero_form = max(forms, key=lambda form: tried.get(PromptStyle(form, 0, first), 0.0))
+    few_form = max(forms, key=lambda form: tried.get(PromptStyle(form, middle, first), 0.0))
+    zero_shot = [PromptStyle(zero_form, 0, text) for text in instructions]
+    few_shot = [PromptStyle(few_form, count, first) for count in reversed(numbers)]
+    few_shot += [PromptStyle(few_form, middle, text) for text in others if numbers]
+    if len(zero_shot) > 1 or len(few_shot) > 1:
+        tried |= score_styles([style for style in (*zero_shot, *few_shot) if style not in tried])
+    return ChosenStyles(_choose_best(zero_shot, tried), _choose_best(few_shot, tried) if few_shot else None, tried)
+
+
+def _choose_best(styles: Sequence[PromptStyle], scores: Mapping[PromptStyle, float]) -> PromptStyle:
+    return max(styles, key=lambda style: scores.get(style, 0.0))

@@ -8,8 +8,8 @@ import hand_made
 import pytest
 
 from launcher import json_records
-from launcher.evaluate.task import EvaluatedExport, EvaluationFolder
-from launcher.evaluate.weights import export_tuned
+from launcher.evaluate.evaluation_folder import EvaluatedExport, EvaluationFolder
+from launcher.evaluate.weights import export_tuned_weights
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import digest_checkpoint
 
@@ -23,12 +23,12 @@ def test_an_interrupted_evaluation_exports_nothing_again(tmp_path: Path) -> None
     checkpoint = hand_made.checkpoint(run, 3, 1.0, attempt=1)
     made = EvaluatedExport(digest_checkpoint(run, 3), plan.config.model.dtype, "known")
     json_records.write(folder.weights_record, made)
-    weights = export_tuned(plan, run, folder, 3)
+    weights = export_tuned_weights(plan, run, folder, 3)
     assert (weights.folder, weights.digest) == (str(folder.weights), "known")
     assert weights.stop_ids == (2,)
     manifest = checkpoint / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"d"', '"e"'))
     # The launcher tries to export again, which fails because this run has no plan.json.
     with pytest.raises(FileNotFoundError, match=r"plan\.json"):
-        export_tuned(plan, run, folder, 3)
+        export_tuned_weights(plan, run, folder, 3)
     assert not folder.weights_record.exists()

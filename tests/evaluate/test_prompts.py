@@ -1,8 +1,9 @@
-"""Prompts of the base model: chat and text format, examples, instruction, and stop strings."""
+"""Prompts of the base model: chat and text format, examples, instruction and stop strings, and how their style is chosen."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources.documents import Chat, Completion, Message
-from launcher.evaluate.prompting import CHAT, TEXT, BasePrompts, PromptBatch, PromptStyle, TunedPrompts
+from launcher.evaluate.prompts import CHAT, TEXT, BasePrompts, PromptBatch, PromptStyle, TunedPrompts, choose_styles
 from launcher.evaluate.questions import EvalQuestion, split_question
 
 DATA = DataSection(sources=(Source(path="rows.jsonl"),), system="Be exact.")
@@ -96,3 +97,36 @@ def test_a_question_is_the_same_after_its_way_through_a_file() -> None:
     chat = Chat("rows:1", (Message("user", "a"), Message("assistant", "", (call,)), Message("tool", "1")), ({"name": "f"},))
     for one in (EvalQuestion("rows:1", chat, "b"), EvalQuestion("rows:2", Completion("rows:2", "p", ""), "c")):
         assert EvalQuestion.from_json(one.to_json()) == one
+
+
+def test_the_best_form_number_of_examples_and_instruction_are_found() -> None:
+    asked: list[PromptStyle] = []
+
+    def score(styles: Sequence[PromptStyle]) -> dict[PromptStyle, float]:
+        asked.extend(styles)
+        return {
+            style: 0.5 * (style.form == TEXT)
+            + 0.1 * (style.shots == 8)
+            + 0.3 * (style.instruction == "Be brief." and not style.shots)
+            for style in styles
+        }
+
+    chosen = choose_styles((CHAT, TEXT), (2, 4, 8), ("", "Be brief."), score)
+    assert chosen.zero_shot == PromptStyle(TEXT, 0, "Be brief.")
+    assert chosen.few_shot == PromptStyle(TEXT, 8)
+    assert len(asked) == len({*asked}) == len(chosen.scores), "nothing is tried twice"
+    assert len(asked) <= 10
+
+
+def test_of_equal_scores_the_plainest_question_and_the_most_examples_win() -> None:
+    chosen = choose_styles((CHAT, TEXT), (2, 4, 8), ("", "Be brief."), lambda styles: dict.fromkeys(styles, 0.0))
+    assert (chosen.zero_shot, chosen.few_shot) == (PromptStyle(CHAT, 0), PromptStyle(CHAT, 8))
+
+
+def test_nothing_is_tried_where_there_is_no_choice() -> None:
+    def score(styles: Sequence[PromptStyle]) -> dict[PromptStyle, float]:
+        raise AssertionError(styles)
+
+    chosen = choose_styles((TEXT,), (3,), ("",), score)
+    assert (chosen.zero_shot, chosen.few_shot) == (PromptStyle(TEXT, 0), PromptStyle(TEXT, 3))
+    assert choose_styles((TEXT,), (), ("",), score).few_shot is None

@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,9 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from launcher.clusters.network import LOOPBACK, free_port
 from launcher.errors import RunError
-from launcher.evaluate.answers import GeneratedIds
-from launcher.evaluate.task import Weights
+from launcher.evaluate.evaluation_folder import GeneratedIds, Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +28,7 @@ NAME = "vllm"
 # Starts the server in such a way that it ends with this process.
 _STARTER = "launcher.child_process"
 _SERVER = "vllm.entrypoints.openai.api_server"
-_HOST = "127.0.0.1"
+_HOST = LOOPBACK.address
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _START_S, _REQUEST_S, _END_S, _POLL_S = 1800.0, 3600.0, 20.0, 0.5
 _LOG_LINES = 6
@@ -59,7 +58,7 @@ class VllmEngine:
         self._weights, self._tokenizer, self._python = weights, tokenizer, python
         # A proxy from the environment cannot reach loopback.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        self._key, self._port = secrets.token_hex(16), _free_port()
+        self._key, self._port = secrets.token_hex(16), free_port(_HOST)
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         model = str(Path(weights.folder).absolute())
         command = [str(python.absolute()), "-m", _SERVER, "--model", model, "--served-model-name", "model"]
@@ -103,7 +102,7 @@ class VllmEngine:
         answer = self._post("/v1/completions", request)
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != len(prompts):
-            raise self._failed(f"vLLM gave {len(choices)} answers to {len(prompts)} prompts")
+            raise self._make_error(f"vLLM gave {len(choices)} answers to {len(prompts)} prompts")
         return [self._read(choice) for choice in choices]
 
     def close(self) -> None:
@@ -131,11 +130,11 @@ class VllmEngine:
         until = time.monotonic() + _START_S
         while time.monotonic() < until:
             if self._process.poll() is not None:
-                raise self._failed(f"vLLM ended with exit code {self._process.returncode} before it answered")
+                raise self._make_error(f"vLLM ended with exit code {self._process.returncode} before it answered")
             with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
                 return
             time.sleep(_POLL_S)
-        raise self._failed(f"vLLM did not answer within {_START_S:.0f} s")
+        raise self._make_error(f"vLLM did not answer within {_START_S:.0f} s")
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -143,16 +142,16 @@ class VllmEngine:
                 answer: dict[str, Any] = json.loads(response.read())
                 return answer
         except urllib.error.HTTPError as error:
-            raise self._failed(f"vLLM refused the prompts: {error.read(500).decode(errors='replace')}") from None
+            raise self._make_error(f"vLLM refused the prompts: {error.read(500).decode(errors='replace')}") from None
         except (OSError, ValueError) as error:
-            raise self._failed(f"vLLM gave no answer: {error}") from None
+            raise self._make_error(f"vLLM gave no answer: {error}") from None
 
     def _request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         return urllib.request.Request(f"http://{_HOST}:{self._port}{path}", data, headers)
 
-    def _failed(self, message: str) -> RunError:
+    def _make_error(self, message: str) -> RunError:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()[-_LOG_LINES:]
         remedy = "check the environment of evaluate.vllm_python; without the setting, transformers generates the answers"
@@ -171,9 +170,3 @@ def read_version(python: Path) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind((_HOST, 0))
-        return int(one.getsockname()[1])
