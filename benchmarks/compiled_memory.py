@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from launcher.config.compose import conf_dir
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.sizing.activations import layer_activations
 from launcher.plan.sizing.kernels import Kernels
 from launcher.train import attention

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from launcher.plan.architecture.flops import train_flops
+from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GPUS, GpuType, recognize
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_tokens_per_sec, situation_of

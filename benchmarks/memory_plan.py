@@ -2,7 +2,7 @@
 
     python benchmarks/memory_plan.py [--only bare|engine] [--skip-large]
 
-Bare models use fake tensors (bare_memory.py); the engine runs 2 or 4 ranks over gloo (memory_ranks.py). The constants in
+Bare models use fake tensors (bare_memory.py); the engine runs 1, 2 or 4 ranks over gloo (memory_ranks.py). The constants in
 launcher/plan/sizing come from the configurations marked "fit", so only the errors of the others are meaningful.
 """
 
@@ -24,7 +24,7 @@ from sides import RESULTS, record
 
 from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.schema import RunConfig
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan, situation_of
 from launcher.plan.sizing.combinations import as_set, evaluate
@@ -110,6 +110,7 @@ ENGINE = (
     _engine("4 ranks, wider", "cluster.ranks_per_node=4", "model.config.hidden_size=768", "model.config.intermediate_size=2304"),
     _engine("2 ranks, fp32", "model.dtype=fp32", "data.max_length=512", fit=True),
     _engine("2 ranks, deeper, large vocabulary", "model.config.num_hidden_layers=10", "model.config.vocab_size=24576"),
+    _engine("1 rank", "cluster.ranks_per_node=1"),
     _engine("2 ranks, experts", "model.config.model_type=qwen3_moe", *(f"++model.config.{one}" for one in _MOE), fit=True),
 )
 # Small buckets, so that the other parts of the memory matter.

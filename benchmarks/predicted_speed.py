@@ -29,8 +29,8 @@ import sides
 from cpu_sampler import CpuSampler
 from steps import faster_half
 
-from launcher.plan.architecture.flops import train_flops
 from launcher.plan.deepspeed import WIDTHS
+from launcher.plan.flops import train_flops
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_step, tokens_of_step
 from launcher.plan.sizing.kernels import Kernels, checkpointed_layers

@@ -16,7 +16,7 @@ from launcher.config.reference import about_file
 from launcher.config.schema import RunConfig
 from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.models.hub_licenses import find_license
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.checkpoints import checkpoint_bytes
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import Memory, ModelFacts, Topology

@@ -15,7 +15,7 @@ from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 

@@ -22,7 +22,7 @@ from launcher.evaluate.transformers_engine import TransformersEngine
 from launcher.export import hf_folder
 from launcher.models import remote_code
 from launcher.models.found_model import find_model
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.train.model import build_model
 from launcher.worker.checks import model_check
 

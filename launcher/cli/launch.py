@@ -29,6 +29,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_REFUSED, DataError, Problem, RunError, SubmitError, describe
 from launcher.models import stored_checks
 from launcher.models.found_model import FoundModel, find_model
+from launcher.plan.flops import FAMILIES, missing_sizes
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
@@ -329,18 +330,34 @@ def _checked_facts(
     check: Callable[[LaunchPlan], None] = lambda plan: None,
     runs_code: bool = True,
 ) -> Facts:
-    """Collect the facts of a run, and probe in another process whether the model sees later tokens or neighboring documents.
+    """Collect the facts of a run, with the verdict of a probe whether the model sees later tokens or neighboring documents.
 
-    Whatever the planner or `check` can reject immediately is rejected before that process starts. Without `runs_code`, a model
-    with code of its own is not probed: the settings may be someone else's.
+    Whatever the planner or `check` can reject immediately is rejected before the process of that probe starts. Without
+    `runs_code`, a model with code of its own is not probed: the settings may be someone else's.
     """
     collected = facts.gather(config, found, composed.overrides, node())
-    check(make_plan(config, collected))
-    if not facts.needs_isolation_check(config, collected.model):
-        return collected
+    # The estimate for layers that the plan does not know may be far off. The probe also counts the parameters.
+    model = collected.model
+    is_counted = model.num_params_exact or (model.model_type in FAMILIES and not missing_sizes(model))
+    if is_counted:
+        check(make_plan(config, collected))
+    if facts.needs_isolation_check(config, model):
+        problem = _probe_model(config, runs_code)
+        if problem is None:
+            collected = facts.gather(config, find_model(config.model), composed.overrides, node())
+        else:
+            # The ranks measure it on the loaded model.
+            unknown = stored_checks.unknown_verdict(config.model, problem)
+            collected = collected.model_copy(update={"model": model.model_copy(update={"isolation": unknown})})
+    if not is_counted:
+        check(make_plan(config, collected))
+    return collected
+
+
+def _probe_model(config: RunConfig, runs_code: bool) -> str | None:
+    """Run the process that probes the model and stores what it finds; return why there is no verdict, or None."""
     if config.model.trust_remote_code and not runs_code:
-        unknown = stored_checks.unknown_verdict(config.model, "plan does not run the code of a model")
-        return collected.model_copy(update={"model": collected.model.model_copy(update={"isolation": unknown})})
+        return "plan does not run the code of a model"
     condition = (
         "packed documents do not affect each other in this model" if config.data.packing else "this model sees no later tokens"
     )
@@ -348,10 +365,8 @@ def _checked_facts(
     try:
         run_worker_module("launcher.worker.checks.model_check", config, timeout_s=_ISOLATION_CHECK_S)
     except RunError as error:
-        # The ranks then measure it on the loaded model.
-        unknown = stored_checks.unknown_verdict(config.model, describe(error))
-        return collected.model_copy(update={"model": collected.model.model_copy(update={"isolation": unknown})})
-    return facts.gather(config, found, composed.overrides, node())
+        return describe(error)
+    return None
 
 
 def _plan_with_free_name(config: RunConfig, collected: Facts, taken_names: set[str]) -> LaunchPlan:

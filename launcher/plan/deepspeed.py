@@ -13,7 +13,7 @@ from typing import Any
 from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.config.sections.model import ModelSection
 from launcher.config.sections.train import TrainSection
-from launcher.plan.architecture.layers import experts_of
+from launcher.plan.architecture import experts_of
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.optimizers import Optimizer
 from launcher.plan.sizing.memory import NVME_SUB_GROUP, layer_elements, max_parameter_elements, num_hpz_ranks, num_nvme_buffers

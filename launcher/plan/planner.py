@@ -12,7 +12,7 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.plan import deepspeed, plan_checks
-from launcher.plan.architecture.problems import architecture_problems
+from launcher.plan.architecture import architecture_problems
 from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
 from launcher.plan.gpu_types import GPUS, GpuType, Price, lookup, names_other_memory, typical_price
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, Limits, ModelFacts, Topology

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.plan.architecture.flops import train_flops
-from launcher.plan.architecture.layers import experts_of
+from launcher.plan.architecture import experts_of
+from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GPUS, recognize
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count

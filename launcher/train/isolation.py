@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture.problems import architecture_problems
+from launcher.plan.architecture import architecture_problems
 from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan, Outcome
 from launcher.train.attention import VARLEN
 from launcher.train.model import CausalLMLoss

@@ -25,7 +25,7 @@ from launcher.checkpoint.manifest import STATE, Checkpoint
 from launcher.checkpoint.mirror.layout import read_complete_checkpoints
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import Mirror
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir

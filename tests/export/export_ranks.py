@@ -21,7 +21,7 @@ from launcher.checkpoint.saver import Saved, Saver
 from launcher.config.sections.model import ModelSection
 from launcher.distributed import RankInfo
 from launcher.errors import ExportError
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train import finish

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture.facts import model_facts
-from launcher.plan.architecture.problems import architecture_problems
+from launcher.plan.architecture import architecture_problems, model_facts
 from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan
 
 # Small enough to calculate by hand.

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.config.sections.model import ModelSection
-from launcher.plan.architecture.facts import model_facts
-from launcher.plan.architecture.flops import FAMILIES, TrainFlops, train_flops
+from launcher.plan.architecture import model_facts
+from launcher.plan.flops import FAMILIES, TrainFlops, train_flops
 from launcher.plan.launch_plan import ModelFacts
 from launcher.train.model import CausalLMLoss, build_model
 

@@ -12,9 +12,8 @@ from plan_fixtures import KINDS, preset
 from real_layers import REAL_LAYERS
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launcher.plan.architecture.facts import model_facts
-from launcher.plan.architecture.flops import FAMILIES, train_flops
-from launcher.plan.architecture.layers import experts_by_layer, largest_weight
+from launcher.plan.architecture import experts_by_layer, largest_weight, model_facts
+from launcher.plan.flops import FAMILIES, train_flops
 from launcher.plan.launch_plan import ModelFacts
 
 NOT_MEASURED = {

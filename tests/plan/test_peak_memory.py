@@ -15,7 +15,7 @@ from launcher.config.sections.cluster import ClusterSection, LocalSection
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.config.sections.static import StaticSection
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import as_run, plan, planned_tokens_per_sec, situation_of
 from launcher.plan.sizing.activations import layer_activations
@@ -111,6 +111,15 @@ def test_gradients_that_ranks_sum_in_fp32_take_memory_for_copies_and_time(plan_o
     assert planned.peak.largest.name == "final norm"
     # With so few tokens, the network is the bottleneck: 2 + 2 + 2 bytes per parameter in bf16, 2 + 2 + 4 in fp32.
     assert speeds[8, "fp32"] / speeds[8, "bf16"] == pytest.approx(6 / 8, abs=0.05)
+
+
+def test_one_rank_computes_with_its_own_partition_unless_that_is_in_main_memory(plan_of: PlanOf) -> None:
+    """DeepSpeed's NoGatherHandle."""
+    for ranks, offload, gathers in ((1, "none", False), (1, "cpu", True), (2, "none", True)):
+        settings = ("model=llama3_2_1b", H100[0], f"cluster.ranks_per_node={ranks}", f"deepspeed.offload_params={offload}")
+        offloaded = () if offload == "none" else ("deepspeed.offload_optimizer=cpu",)
+        stages = plan_of(*settings, *offloaded).peak.stages
+        assert any(stage.gathered_gib > 0 for stage in stages) == gathers
 
 
 def test_a_compiled_layer_has_all_its_weights_and_gradients_at_one_time(plan_of: PlanOf) -> None:

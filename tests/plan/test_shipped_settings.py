@@ -18,7 +18,8 @@ from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.known_settings import leaves
 from launcher.config.run_file import render, values_to_print
 from launcher.config.schema import RunConfig
-from launcher.plan.architecture.facts import model_facts
+from launcher.models.found_model import find_model
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import plan, situation_of
@@ -92,7 +93,7 @@ def test_shipped_settings_compose_plan_offline_and_survive_the_file(
     config = compose(*shipped_tokens)
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
-    planned = plan(config, facts_module.gather(config, shipped_tokens))
+    planned = plan(config, facts_module.gather(config, find_model(config.model), shipped_tokens))
     (tmp_path / "plan.json").write_text(planned.to_json())
     loaded = LaunchPlan.load(tmp_path / "plan.json")
     assert loaded == planned

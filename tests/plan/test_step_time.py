@@ -10,8 +10,8 @@ import pytest
 from plan_fixtures import DATA, preset
 
 from launcher.cli.views.memory_view import peak_line, why_lines, why_values
-from launcher.plan.architecture.facts import model_facts
-from launcher.plan.architecture.flops import train_flops
+from launcher.plan.architecture import model_facts
+from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_step, planned_tokens_per_sec, situation_of

@@ -15,7 +15,7 @@ from plan_fixtures import facts_for
 
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import IsolationVerdict
 from launcher.plan.planner import plan as make_plan
 from launcher.train.isolation import measure_isolation, require_isolation

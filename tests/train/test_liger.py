@@ -18,7 +18,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.model import ModelSection
 from launcher.distributed import RankInfo
 from launcher.errors import ConfigError
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train import liger

@@ -27,7 +27,7 @@ from weight_tools import ROUTER_BUFFER, SIZES, change_weights, save_model, witho
 from launcher.config.sections.model import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train import attention, liger
 from launcher.train.model import DTYPES, CausalLMLoss, build_model, compile_layers, convert_gguf

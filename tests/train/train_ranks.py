@@ -26,7 +26,7 @@ from launcher.config.sections.model import ModelSection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.distributed import RankInfo, gather_json, rank0_broadcast, run_on_all_ranks
 from launcher.errors import ConfigError, DamagedCheckpoint, LauncherError
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.train.engine import build_engine, import_muon

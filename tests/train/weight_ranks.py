@@ -15,7 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from launcher.checkpoint.initial_weights import stored_buffers
 from launcher.config.sections.model import ModelSection
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.train.model import build_model
 
 

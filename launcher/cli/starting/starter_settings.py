@@ -19,7 +19,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.data import STDLIB_DOCS
 from launcher.errors import ConfigError, raise_reported
 from launcher.models.found_model import find_model
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts
 from launcher.plan.planner import choose_topology, device_gib
 from launcher.plan.planner import plan as make_plan

@@ -14,7 +14,7 @@ from launcher.cli.views.memory_view import peak_line, tight_note, why_values
 from launcher.clusters.backends import describe_answers
 from launcher.config.sections.train import CheckpointSection
 from launcher.errors import ConfigError
-from launcher.plan.architecture.flops import FAMILIES, missing_sizes, train_flops
+from launcher.plan.flops import FAMILIES, missing_sizes, train_flops
 from launcher.plan.launch_plan import LaunchPlan, Lineage, ModelFacts
 from launcher.plan.plan_checks import warnings
 from launcher.plan.planner import fewest
@@ -234,7 +234,8 @@ def _unknown_flops(model: ModelFacts) -> list[str]:
     left_out = "perf/tflops_per_gpu and perf/mfu are left out"
     if model.model_type not in FAMILIES:
         architecture = model.config.get("model_type", "a model without model_type")
-        return [f"the launcher does not know the layers of {architecture}: the peak is a guess from its sizes, and {left_out}"]
+        note = f"the launcher does not know the layers of {architecture}: the peak is a guess from its sizes, and {left_out}"
+        return [note if model.num_params_exact else f"{note}; the number of parameters is a guess too"]
     if missing := missing_sizes(model):
         guess = "the peak is a guess" if model.num_params_exact else "its parameters and the peak are a guess"
         return [f"config.json of this {model.model_type} lacks {', '.join(missing)}: {guess}, and {left_out}"]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from launcher.plan.architecture.layers import (
+from launcher.plan.architecture import (
     FOUR_NORMS,
     FP32_NORMS,
     FP32_ROTARY_TABLES,

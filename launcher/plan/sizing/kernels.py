@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from launcher.config.schema import RunConfig
 from launcher.config.sections.model import ModelSection
-from launcher.plan.architecture.layers import has_attention_dropout
+from launcher.plan.architecture import has_attention_dropout
 from launcher.plan.launch_plan import ModelFacts
 
 # The values of model.activation_checkpointing, beside `every N`.

@@ -11,7 +11,8 @@ V the vocabulary, H the hidden size, C the tokens per chunk of logits, and w the
     optimizer step one sub-group's gradients in fp32, twice if they accumulate in another type
     gathered       DeepSpeed prefetches weights until stage3_max_live_parameters of them are gathered, and in addition those of
                    one module, or of a layer that is gathered as a whole; experts' weights stay until the backward pass of a
-                   layer that is not recomputed, which holds them through a transposed view
+                   layer that is not recomputed, which holds them through a transposed view. A single rank gathers nothing, unless
+                   its weights are in main memory: it computes with its partition itself (partition_parameters.py, NoGatherHandle)
     buckets        one of reduce_bucket_size elements; a larger weight's gradient is reduced in place, and copied for that
 
 benchmarks/memory_plan.py compares these terms with measurements on CPUs, which do not include CUDA, NCCL and fragmentation.
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.config.sections.deepspeed import DeepSpeedSection
-from launcher.plan.architecture.layers import experts_by_layer, largest_weight
+from launcher.plan.architecture import experts_by_layer, largest_weight
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Memory, ModelFacts, PeakMemory, StageMemory, Topology
 from launcher.plan.optimizers import FP32_BYTES, Optimizer
@@ -188,8 +189,9 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     held = _held_expert_weights(model, one_pass)
     # The elements that are fetched at a time.
     unit = max(weight, layer_elements(model)) if sharding.whole_layers else weight
-    in_loss = width * min(model.num_params, max(ahead, head) + unit + held)
-    in_backward = width * min(model.num_params, max(ahead, unit) + unit + held)
+    is_gathered = sharding.world_size > 1 or sharding.offload_params != "none"
+    in_loss = width * min(model.num_params, max(ahead, head) + unit + held) * is_gathered
+    in_backward = width * min(model.num_params, max(ahead, unit) + unit + held) * is_gathered
     # A gradient waits for the next one before it is reduced; its partitions are converted to the accumulation type.
     pending = (2 * width + sharding.gradient_width / sharding.world_size) * weight
     pending += _reduction_copies(weight, width, sharding)

@@ -38,8 +38,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from launcher.plan.architecture.flops import train_flops
-from launcher.plan.architecture.layers import Experts, attention_sizes, experts_by_layer, num_layer_norms, query_key_norms
+from launcher.plan.architecture import Experts, attention_sizes, experts_by_layer, num_layer_norms, query_key_norms
+from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, DataFacts, ModelFacts, Topology
 from launcher.plan.sizing.activations import FP32, has_fp32_norms

@@ -15,7 +15,7 @@ import torch
 
 from launcher.config.schema import RunConfig
 from launcher.data.loader import StepBatch
-from launcher.plan.architecture.flops import train_flops
+from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import LaunchPlan
 

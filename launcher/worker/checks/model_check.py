@@ -6,7 +6,8 @@ data. Its own rules therefore apply (renamed and fused tensors, tied weights, pr
 `python -m launcher.worker.checks.model_check` probes whether a model sees later tokens or neighboring documents. It reads a
 RunConfig as JSON from standard input, stores the verdict (launcher.models.stored_checks) and prints it as JSON. The probe uses a
 small random model with the same kinds of layers, attention and windows, so it needs no weights and no GPU. An architecture that
-cannot be reduced by these rules gets no verdict; the ranks then probe the loaded model.
+cannot be reduced by these rules gets no verdict; the ranks then probe the loaded model. It also counts the model's parameters, if
+the headers of its weight files do not: transformers builds the model on the meta device.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from launcher.models.found_model import FoundModel, find_model
 from launcher.models.remote_code import code_option, folder_to_load, without_code
 from launcher.models.weight_files import WeightReport
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts, Outcome
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # transformers' message for a kernel that an architecture does not support.
 _UNSUPPORTED = "does not support an attention implementation"
@@ -155,17 +159,15 @@ def _reason(error: Exception) -> str:
     return lines[-1] if lines[0].endswith(":") else lines[0]
 
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
 def check_isolation(model: ModelSection, facts: ModelFacts) -> IsolationVerdict:
-    """Probe a reduced model, store the verdict and return it.
+    """Probe a reduced model, store the verdict and return it; also store the number of parameters, unless the facts have it.
 
     Raises:
         DataError: if the launcher's cache cannot be written.
-        RunError: if this machine has no memory, processes, files or disk space left for the probe; then nothing is stored.
+        RunError: if this machine has no memory, processes, files or disk space left for the probe; then no verdict is stored.
     """
+    if not facts.num_params_exact and (num_params := _count_parameters(model, facts)) is not None:
+        stored_checks.save_num_params(facts, model, num_params)
     kernel, outcome, detail = _probe(model, facts)
     version = importlib.metadata.version("transformers")
     verdict = IsolationVerdict(outcome=outcome, kernel=kernel, transformers=version, detail=detail)
@@ -178,17 +180,16 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Outcome, str]:
     if model.attention not in _CPU_KERNELS:
         return model.attention, "unknown", f"{model.attention} needs a GPU"
     import torch
-    from transformers import AutoConfig
 
     from launcher.train import attention
     from launcher.train.isolation import probe
     from launcher.train.model import CausalLMLoss
 
-    folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest) if facts.path else None
-    remote = code_option(model.trust_remote_code, folder)
     try:
-        config = AutoConfig.from_pretrained(folder, **remote) if folder else AutoConfig.for_model(**without_code(facts.config))
+        config, remote = _read_config(model, facts)
         candidates = list(reduce_config(config))
+    except LauncherError:
+        raise
     except Exception as error:
         return model.attention, "unknown", _describe(error)
     device = torch.device("cpu")
@@ -226,6 +227,32 @@ def _probe(model: ModelSection, facts: ModelFacts) -> tuple[str, Outcome, str]:
             return kernel, outcome, "" if outcome == "isolated" else detail
         reason = reason or detail
     return kernel, "unknown", reason
+
+
+def _count_parameters(model: ModelSection, facts: ModelFacts) -> int | None:
+    """Count the trained parameters of the whole model, built on the meta device; None if transformers cannot build it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        config, remote = _read_config(model, facts)
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **remote)
+    except LauncherError:
+        raise
+    except Exception as error:
+        _describe(error)
+        return None
+    return sum(parameter.numel() for parameter in hf.parameters() if parameter.requires_grad)
+
+
+def _read_config(model: ModelSection, facts: ModelFacts) -> tuple[Any, dict[str, bool]]:
+    """Return transformers' config of the model, and the option for code of its own."""
+    from transformers import AutoConfig
+
+    folder = folder_to_load(Path(facts.path), model.trust_remote_code, model.code_digest) if facts.path else None
+    remote = code_option(model.trust_remote_code, folder)
+    return AutoConfig.from_pretrained(folder, **remote) if folder else AutoConfig.for_model(**without_code(facts.config)), remote
 
 
 def _describe(error: Exception) -> str:

@@ -13,7 +13,7 @@ import torch
 from launcher.config.schema import RunConfig
 from launcher.data.loader import IGNORED, StepBatch, TrainBatches
 from launcher.data.split import Split
-from launcher.plan.architecture.flops import train_flops
+from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.monitoring.step_metrics import Meter, StepTimer, find_peak_tflops, perplexity

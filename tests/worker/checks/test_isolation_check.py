@@ -14,7 +14,8 @@ import transformers
 from launcher.config.sections.model import ModelSection
 from launcher.errors import RunError
 from launcher.models import stored_checks
-from launcher.plan.architecture.facts import model_facts
+from launcher.models.found_model import find_model
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import ModelFacts
 from launcher.worker.checks import model_check
 
@@ -69,6 +70,20 @@ def test_a_verdict_is_stored_for_config_and_kernel(model_type: str, attention: A
         "not_causal": "changing tokens moves the logits before",
     }
     assert verdict.detail.startswith(details.get(outcome, ""))
+
+
+def test_the_parameters_of_an_architecture_are_counted_once(tmp_path: Path) -> None:
+    """The plan does not know the layers of OPT, and takes its MLP for a gated one."""
+    model = ModelSection(init="random", config={"model_type": "opt", **SIZES, "ffn_dim": 3072}, tokenizer=str(tmp_path))
+    before = find_model(model).facts
+    model_check.check_isolation(model, before)
+    after = find_model(model).facts
+    assert (before.num_params_exact, after.num_params_exact) == (False, True)
+    layer = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 3072 + 3072 + 1024 + 2 * 2 * 1024
+    # Tied embeddings, 2048 positions after an offset of 2, and the last norm.
+    assert after.num_params == 50_000 * 1024 + 2050 * 1024 + 20 * layer + 2 * 1024
+    assert before.num_params > 1.2 * after.num_params
+    assert find_model(model.model_copy(update={"attention": "eager"})).facts.num_params == after.num_params
 
 
 def test_a_reduced_model_keeps_the_kinds_of_layers_and_the_windows() -> None:

@@ -27,7 +27,7 @@ from launcher import json_records, run_store
 from launcher.clusters.check_results import FAILURE, OK, SHARED_FILE_VARIABLE, WARNING, CheckResult, MachineReport, ok
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem, RunError
-from launcher.plan.architecture.facts import model_facts
+from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir

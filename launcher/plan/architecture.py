@@ -1,4 +1,4 @@
-"""Sizes of a decoder layer's attention and experts, from a model's config.json. Pure.
+"""What the plan reads from a model's config.json: its facts, the sizes of its layers, and why it cannot be trained. Pure.
 
 Read from modeling_*.py of transformers 5.24. Attention has grouped queries (Ainslie et al. 2023, arXiv:2305.13245), or queries
 and keys that are expanded from latents (multi-head latent attention, DeepSeek-V2, arXiv:2405.04434).
@@ -7,11 +7,13 @@ and keys that are expanded from latents (multi-head latent attention, DeepSeek-V
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from launcher.plan.launch_plan import ModelFacts
+from launcher.errors import ConfigError, Problem
+from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 
 # Architectures with norms only after attention and MLP, or both before and after; all others have two norms, before each.
 POST_NORMS, FOUR_NORMS = ("olmo2", "olmo3", "exaone4"), ("gemma2", "gemma3_text", "glm4")
@@ -81,6 +83,82 @@ SIZE_KEYS = (
     *sorted({key for keys in MIXTURES.values() for key in (keys.number, *keys.others, keys.step) if key} - {"intermediate_size"}),
     *("kv_lora_rank", "q_lora_rank", "rotary_dim", *_HEAD_PARTS),
 )
+_NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "intermediate_size", *SIZE_KEYS)
+# Far above any model. The plan goes through all layers, which would take all memory if their number had no limit.
+_MAX_LAYERS, _MAX_SIZE, _MAX_DIGITS = 10_000, 1 << 31, 30
+# Keys that transformers maps to the first names above in the configs of GPT-2, GPT-J, GPT-Neo, BLOOM, MPT and others.
+_OTHER_NAMES = ("n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads", "num_layers", "num_heads")
+# Architectures whose embeddings are tied unless config.json says otherwise.
+_TIED = ("gemma", "gemma2", "gemma3_text", "smollm3", "ernie4_5", "ernie4_5_moe")
+_QKV_BIAS = ("qwen2", "qwen2_moe", "seed_oss")
+# Config keys of architectures that transform their logits after the head, which the chunked loss does not do.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | None, num_params: int | None) -> ModelFacts:
+    """Build the facts of a model from its config. `num_params` is the exact count from its weights; None means to estimate it.
+
+    Raises:
+        ConfigError: if the config lacks a number that planning needs.
+    """
+    config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    missing = [key for key in _NEEDED if not isinstance(config.get(key), int)]
+    if missing and (own := [key for key in _OTHER_NAMES if isinstance(config.get(key), int)]):
+        raise ConfigError(
+            f"the launcher cannot read configs that call the model's sizes {', '.join(own)}, as GPT-2 and related models do",
+            where=path or "model.config",
+            value=f"model_type {config.get('model_type')}",
+            remedy=f"choose a model whose config.json has {', '.join(_NEEDED)}, as the presets do (docs/presets.md)",
+        )
+    if missing:
+        raise ConfigError(
+            f"the model's config.json lacks {', '.join(missing)}",
+            where=path or "model.config",
+            value=f"model_type {config.get('model_type')}",
+            remedy="choose a decoder-only language model with attention layers, which mamba and rwkv do not have",
+        )
+    for key in ("num_key_value_heads", "head_dim", "intermediate_size"):
+        if not isinstance(value := config.get(key), int | None):
+            message, remedy = f"{key} is not a whole number", "use the config.json that belongs to the model"
+            raise ConfigError(message, where=path or "model.config", value=str(value)[:_MAX_DIGITS], remedy=remedy)
+    for key in (*_NEEDED, *_OPTIONAL):
+        least, most = int(key in _NEEDED), _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE
+        if isinstance(value := config.get(key), int) and not least <= value <= most:
+            message, remedy = f"{key} is not between {least} and {most:,}", "use the config.json that belongs to the model"
+            raise ConfigError(message, where=path or "model.config", value=str(value)[:_MAX_DIGITS], remedy=remedy)
+    heads = config["num_attention_heads"]
+    facts = ModelFacts(
+        path=path,
+        tokenizer_path=tokenizer_path,
+        num_params=num_params or 0,
+        num_params_exact=num_params is not None,
+        config=config,
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        intermediate_size=config.get("intermediate_size") or 4 * config["hidden_size"],
+        vocab_size=config["vocab_size"],
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", config.get("model_type") in _TIED)),
+    )
+    return facts if num_params else facts.model_copy(update={"num_params": count_params(facts)})
+
+
+def count_params(model: ModelFacts) -> int:
+    """Count the parameters of a decoder with a gated MLP or experts in each layer; biases only those of Qwen 2 and Seed-OSS."""
+    hidden, attention = model.hidden_size, attention_sizes(model)
+    of_attention = attention.num_weights + sum(attention.latents)
+    if model.model_type in _QKV_BIAS:
+        of_attention += attention.query + attention.key + attention.value
+    if norms := query_key_norms(model):
+        of_attention += 2 * model.head_dim if norms == "per head" else attention.query + attention.key
+    of_norms = num_layer_norms(model) * hidden
+    kinds = Counter(experts_by_layer(model))
+    layers = sum(count * (of_attention + of_norms + mlp_elements(model, experts)) for experts, count in kinds.items())
+    embeddings = model.vocab_size * hidden * (1 if model.tie_word_embeddings else 2)
+    return embeddings + layers + hidden
 
 
 @dataclass(frozen=True)
@@ -256,3 +334,51 @@ def _has_dropout(model: ModelFacts, key: str) -> bool:
 def _positive_int(config: Mapping[str, Any], *keys: str) -> int:
     """Return the first positive whole number under these keys; 0 if there is none."""
     return next((value for key in keys if isinstance(value := config.get(key), int) and value > 0), 0)
+
+
+def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]:
+    """Yield the reasons why no device can train this model correctly; `packing` is whether rows hold several documents."""
+    model_type = model.model_type
+    yield from config_problems(model.config, "model.config")
+    for name in _LOGIT_TRANSFORMS:
+        if (value := model.config.get(name)) not in (None, 1, 1.0):
+            message = f"this architecture transforms its logits ({name}={value}), which the chunked loss does not support"
+            yield Problem(message, "model.path", model_type, "choose another model")
+    if model.isolation is not None:
+        yield from _verdict_problems(model_type, model.isolation, packing)
+
+
+def _verdict_problems(model_type: str, verdict: IsolationVerdict, packing: bool) -> Iterator[Problem]:
+    kernel, detail = verdict.kernel, verdict.detail
+    if verdict.outcome == "not_causal":
+        message = f"this architecture sees later tokens, with the attention kernel {kernel}: {detail}"
+        yield Problem(message, "model.path", model_type, "choose a decoder-only language model")
+    elif verdict.outcome == "leaks" and packing:
+        message = f"packed documents affect each other in this architecture, with the attention kernel {kernel}: {detail}"
+        yield Problem(message, "model.path", model_type, "set data.packing=false")
+    elif verdict.outcome == "other_logits":
+        message = (
+            f"training computes logits as a linear layer of the last hidden states, and this architecture does not: {detail}"
+        )
+        yield Problem(message, "model.path", model_type, "choose another model")
+    elif verdict.outcome == "unsupported":
+        message = f"transformers {verdict.transformers} has no attention kernel {kernel} for this architecture"
+        yield Problem(message, "model.attention", model_type, "set model.attention=auto")
+
+
+def config_problems(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """Yield the reasons why this config.json is not of a model whose every parameter can be trained to predict the next token."""
+    model_type = str(config.get("model_type"))
+    if config.get("is_encoder_decoder"):
+        remedy = "choose a decoder-only language model"
+        yield Problem("model.path: this is an encoder-decoder model (is_encoder_decoder)", where, model_type, remedy)
+    for part in ("vision_config", "audio_config"):
+        if isinstance(config.get(part), dict):
+            message = f"model.path: this model also takes images, video or sound ({part}), and only text models can be trained"
+            yield Problem(message, where, model_type, "choose a language model, such as a preset (docs/presets.md)")
+            break
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else str(quantization)
+        message = f"model.path: the weights are quantized ({method}), and quantized weights cannot be trained"
+        yield Problem(message, where, model_type, "choose the repository with the original weights in bf16, fp16 or fp32")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.plan.architecture.layers import MIXTURES, attention_sizes, experts_by_layer, experts_of, mlp_elements
+from launcher.plan.architecture import MIXTURES, attention_sizes, experts_by_layer, experts_of, mlp_elements
 from launcher.plan.launch_plan import ModelFacts
 
 
