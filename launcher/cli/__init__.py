@@ -1,0 +1,1 @@
+"""The command line; open verbs.py first: its table names the function of each verb."""

@@ -19,7 +19,6 @@ from launcher.checkpoint.manifest import HELD_OUT, MANIFEST, Checkpoint, describ
 from launcher.checkpoint.retention import Retention, retention_reasons
 from launcher.checkpoint.run_retention import retention_of
 from launcher.cli import formatting
-from launcher.cli.arguments import VerbParser
 from launcher.cli.liveness import require_ended
 from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
@@ -57,9 +56,8 @@ class CheckpointRow:
     eval_set: str = HELD_OUT
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def show_checkpoints(arguments: argparse.Namespace) -> int:
     """List the checkpoints of a run; returns 1 if --verify or --prune found a damaged or unreadable one."""
-    arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     plan = run_store.load_plan(run_dir)
     if not arguments.prune:
@@ -72,18 +70,6 @@ def run(verb: str, tokens: list[str]) -> int:
         with _plain_storage_errors(run_dir):
             removed = _prune(run_dir, retention_of(run_dir, plan), verified)
     return _show(run_dir, plan, verified, removed, arguments.json)
-
-
-def _parser() -> argparse.ArgumentParser:
-    about = "List the checkpoints of a run, why each is kept, and leftovers of unfinished saves and earlier attempts."
-    parser = VerbParser(prog="python -m launcher checkpoints", description=about)
-    parser.add_root()
-    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
-    parser.add_argument("--verify", action="store_true", help="read every file and compare it with its digest")
-    prune = "remove damaged checkpoints, leftovers, and what checkpoint.keep_last, keep_every and keep_best do not keep"
-    parser.add_argument("--prune", action="store_true", help=prune)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _require_ended(run: RunDir, plan: LaunchPlan) -> None:

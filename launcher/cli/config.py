@@ -1,55 +1,48 @@
-"""The verb config: print the settings of a run or of a command line as a file that `plan` and `train` accept."""
+"""The verbs `config` and `schema`: settings as a file that `plan` and `train` accept, and the JSON Schema of such a file."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from launcher import run_store
 from launcher.cli import formatting
-from launcher.cli.arguments import COMMON_FLAGS, composing_usage
-from launcher.config.command_line import is_run_file
-from launcher.config.compose import compose_one, conf_dir
+from launcher.cli.verbs import flags_of
+from launcher.config.command_line import GROUPS, conf_dir, is_run_file, list_options
+from launcher.config.compose import compose_one
 from launcher.config.resume import with_overrides
 from launcher.config.run_file import render, values_to_print
 from launcher.config.schema import RunConfig
-from launcher.errors import ConfigError, LauncherError
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.errors import LauncherError
 from launcher.security.redaction import redact
 from launcher.shell_commands import launcher_command
 
-USAGE = """python -m launcher config RUN [--all] [--json] [overrides]
-python -m launcher config [FILE.yaml] [--all] [--json] [overrides]
-
-Print the settings of a run, or of a command line, as a file for `plan FILE.yaml` and `train FILE.yaml`. The file names the
-options of the groups that are closest to the settings, and what differs from them. Values that may be secrets are hidden.
-
-  --all         print every setting, and name no options: later versions of the options do not change what the file means
-  --json        print every setting as JSON
-  --root DIR    folder of the runs (default: runs)"""
-
-FLAGS = ("--all", "--json", "--root")
+_DIALECT = "http://json-schema.org/draft-07/schema#"
+# A reference to another setting, or a value that is not set yet, may stand for any value.
+_OPEN = {"type": "string", "pattern": r"^(.*\$\{.+\}.*|\?\?\?)$"}
+_EXPERIMENT = "experiment"
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def print_settings(arguments: argparse.Namespace) -> int:
     """Print one file."""
-    if "--help" in tokens or "-h" in tokens:
-        print(composing_usage(USAGE))
-        return 0
-    has_all, as_json = "--all" in tokens, "--json" in tokens
-    root, rest = _split_root([token for token in tokens if token not in ("--all", "--json")])
+    has_all, rest = arguments.all, arguments.overrides
     words = [token for token in rest if "=" not in token and not token.startswith(("-", "+", "~"))]
     if words and rest[0] == words[0] and not is_run_file(words[0]):
-        plan = run_store.load_plan(run_store.find_run(words[0], root))
+        plan = run_store.load_plan(run_store.find_run(words[0], Path(arguments.root)))
         config = with_overrides(plan.config, rest[1:], plan.run_name)
-        head = _about(plan, config)
+        head = [f"Settings of the run {plan.run_name}, planned by launcher {plan.provenance.launcher_version}."]
+        head.append("Relative paths begin at the folder where the run was started: use the file there.")
+        if config.run.name is not None:
+            head.append("No two runs have the same name: change run.name to start another run from this file.")
     else:
         command = " ".join(launcher_command("plan", *rest).split())
-        config, head = compose_one(rest, (*FLAGS, *COMMON_FLAGS)).config, [f"Settings of: {redact(command)}"]
-    if as_json:
+        config, head = compose_one(rest, flags_of("config")).config, [f"Settings of: {redact(command)}"]
+    if arguments.json:
         print(formatting.as_json(values_to_print(config, conf_dir(), all_settings=True)))
         return 0
     text = render(values_to_print(config, conf_dir(), has_all))
@@ -63,29 +56,6 @@ def run(verb: str, tokens: list[str]) -> int:
     return 0
 
 
-def _split_root(tokens: Sequence[str]) -> tuple[Path, list[str]]:
-    """Return the value of --root and the remaining words."""
-    rest, root = [], "runs"
-    words = iter(tokens)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != "--root":
-            rest.append(word)
-            continue
-        root = value if equals else next(words, "")
-        if not root:
-            raise ConfigError("--root needs a value", where="command line", remedy="write --root followed by a folder")
-    return Path(root), rest
-
-
-def _about(plan: LaunchPlan, config: RunConfig) -> list[str]:
-    lines = [f"Settings of the run {plan.run_name}, planned by launcher {plan.provenance.launcher_version}."]
-    lines.append("Relative paths begin at the folder where the run was started: use the file there.")
-    if config.run.name is not None:
-        lines.append("No two runs have the same name: change run.name to start another run from this file.")
-    return lines
-
-
 def _reads_back(text: str, config: RunConfig) -> bool:
     """Return whether a file with this text results in these settings."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file, suppress(LauncherError):
@@ -93,3 +63,37 @@ def _reads_back(text: str, config: RunConfig) -> bool:
         file.flush()
         return compose_one([file.name]).config == config
     return False
+
+
+def print_schema(arguments: argparse.Namespace) -> int:
+    """Print the JSON Schema, which editors use for completion and checks."""
+    print(json.dumps(build_schema(), indent=2))
+    return 0
+
+
+def build_schema() -> dict[str, Any]:
+    """Return the schema: each section is a mapping with optional keys or, for a group, the name of an option."""
+    schema = RunConfig.model_json_schema()
+    # Existing names, for completion, and any other name, from --config-dir.
+    names = {
+        group: [{"enum": options}, {"type": "string"}] for group, options in list_options([conf_dir()]).items() if group in GROUPS
+    }
+    for definition in schema["$defs"].values():
+        for name, value in definition.get("properties", {}).items():
+            notes = {key: value.pop(key) for key in ("description", "default") if key in value}
+            definition["properties"][name] = {**notes, "anyOf": [value, _OPEN]}
+    for name, section in schema["properties"].items():
+        references = [{"$ref": part["$ref"]} for part in section.pop("oneOf", [section])]
+        options = names.get(name, [])
+        for reference in references:
+            definition = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+            definition.pop("required", None)
+            if options:
+                about = "The option whose settings these keys change; null for none."
+                definition["properties"]["base"] = {"description": about, "anyOf": [*options, {"type": "null"}]}
+        about = section.get("description") or definition.get("description", "")
+        schema["properties"][name] = {"description": about, "anyOf": [*options, *references]}
+    about = "A file of settings that combines several groups."
+    schema["properties"][_EXPERIMENT] = {"description": about, "anyOf": [*names[_EXPERIMENT], {"type": "null"}]}
+    del schema["required"]
+    return {**schema, "$schema": _DIALECT, "title": "A run of the launcher", "additionalProperties": False}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from pathlib import Path
 
 from launcher import run_store
-from launcher.cli.arguments import VerbParser
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.security import owners
@@ -16,14 +16,8 @@ from launcher.tracking.wandb.workspace import Target, as_json, publish
 _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def publish_workspace(arguments: argparse.Namespace) -> int:
     """Create or update the workspace and print its address, or print what would be sent."""
-    about = "Create the W&B workspace of a run or a project, or bring its panels up to date."
-    parser = VerbParser(prog="python -m launcher dashboard", description=about)
-    parser.add_argument("target", metavar="RUN|PROJECT", help="name or directory of a run; or a W&B project, ENTITY/PROJECT")
-    parser.add_root()
-    parser.add_argument("--dry-run", action="store_true", help="print the workspace as JSON; no network")
-    arguments = parser.parse_args(tokens)
     target = _target(arguments.target, Path(arguments.root))
     if arguments.dry_run:
         print(as_json(target))

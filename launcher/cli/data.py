@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from launcher import facts, hardware
-from launcher.cli.arguments import COMMON_FLAGS, VerbParser, composing_usage
 from launcher.cli.pages import html_page
+from launcher.cli.verbs import flags_of
 from launcher.cli.worker_process import check_extra, prepare
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
@@ -24,36 +23,16 @@ from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.shell_commands import launcher_command
 
-USAGE = """python -m launcher data [FILE] [--show N] [--json] [--html FILE] [overrides]
-
-Build the data cache and report on it: counts of the mixture and of each source, findings of the checks, and a few documents with
-their trained tokens marked. Exit code 2 if a run with this data would be refused.
-
-  --show N      show N whole rows instead of a few documents
-  --json        print the report as JSON
-  --html FILE   also write the report as one HTML page with plots
-
-python -m launcher data --scored RUN [--step N] [--split NAME] [--json] [--html FILE] [--exclude FILE]
-                rank the documents of a run's data by their losses: likely mislabeled, memorized, nothing to learn"""
-
 # A note with more of them is not read.
 _MOST_FINDINGS = 2
-FLAGS = ("--show", "--json", "--html", "--scored")
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def report_data(arguments: Namespace) -> int:
     """Compose the settings and report on the data, once or, with -m, once per job."""
-    if ("--help" in tokens or "-h" in tokens) and "--scored" not in tokens:
-        print(composing_usage(USAGE))
-        return 0
-    if any(token.partition("=")[0] == "--scored" for token in tokens):
-        from launcher.cli import scored_data
-
-        return scored_data.run(tokens)
-    chosen, rest = options(tokens)
+    page = html_page.require_writable_page(Path(arguments.html)) if arguments.html is not None else None
     jobs: list[Composed] = []
-    run_hydra(rest, jobs.append, (*FLAGS, *COMMON_FLAGS))
-    if chosen.html is not None and len(jobs) > 1:
+    run_hydra(arguments.overrides, jobs.append, flags_of("data"))
+    if page is not None and len(jobs) > 1:
         raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
     for composed in jobs:
         with composed.located():
@@ -62,13 +41,13 @@ def run(verb: str, tokens: list[str]) -> int:
             found = find_model(config.model)
             facts.check(config, found)
             check_extra(config)
-        report = _cached_report(config, found, chosen.show)
+        report = _cached_report(config, found, arguments.show)
         if report is None:
-            report = prepare(config, show=chosen.show)["report"]
+            report = prepare(config, show=arguments.show)["report"]
             found = find_model(config.model)
         if found.weights_note:
             print(f"note: {found.weights_note}", file=sys.stderr, flush=True)
-        present(report, config, chosen, facts.id_problem(report["cache_dir"], found.facts))
+        present(report, config, arguments.json, page, facts.id_problem(report["cache_dir"], found.facts))
     return 0
 
 
@@ -102,46 +81,24 @@ def _cached_report(config: RunConfig, found: FoundModel, num_shown: int) -> dict
     )
 
 
-def options(tokens: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """Parse the options of the verb; return them and the remaining words for Hydra.
-
-    Raises:
-        ConfigError: for an option without a value, or with an invalid one.
-    """
-    parser = VerbParser(prog="python -m launcher data", add_help=False, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--html", metavar="FILE", type=Path)
-    parser.add_argument("--show", metavar="N", type=_count, default=0)
-    chosen, overrides = parser.parse_known_args(tokens)
-    if chosen.html is not None:
-        chosen.html = html_page.require_writable_page(chosen.html)
-    return chosen, overrides
-
-
-def _count(value: str) -> int:
-    if not value.isdecimal():
-        raise ArgumentTypeError(f"not a number of rows: {value}")
-    return int(value)
-
-
-def present(report: dict[str, Any], config: RunConfig, chosen: Namespace, problem: Problem | None = None) -> None:
-    """Print the report, and write the HTML page if --html is given; `problem` concerns data and model together.
+def present(report: dict[str, Any], config: RunConfig, as_json: bool, page: Path | None, problem: Problem | None) -> None:
+    """Print the report, and write it to an HTML `page`; `problem` concerns data and model together.
 
     Raises:
         DataError: with `problem`, and the findings that the settings do not accept.
     """
-    if chosen.html is not None:
+    if page is not None:
         from launcher.cli.pages import data_html
 
-        html_page.write(chosen.html, data_html.page(report, config.data.name))
-    if chosen.json:
+        html_page.write(page, data_html.page(report, config.data.name))
+    if as_json:
         print(json.dumps(report, indent=2))
     else:
         from launcher.cli.views import data_view
 
         data_view.show(report)
-        if chosen.html is not None:
-            print(f"\npage: {chosen.html}")
+        if page is not None:
+            print(f"\npage: {page}")
     problems = [*([problem] if problem else []), *findings.problems(findings.read(report["cache_dir"]), config.data.checks)]
     if problems:
         raise DataError(problems)

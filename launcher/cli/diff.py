@@ -11,7 +11,6 @@ from typing import Any
 
 from launcher import run_store
 from launcher.cli import formatting
-from launcher.cli.arguments import VerbParser
 from launcher.cli.views.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, of_settings, read
 from launcher.config.command_line import is_run_file
 from launcher.security.redaction import redact_setting
@@ -22,9 +21,8 @@ _LEAST_CHANGE, _MOST = 0.0005, 1e12
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def compare_runs(arguments: argparse.Namespace) -> int:
     """Print the differences of two runs."""
-    arguments = _parser().parse_args(tokens)
     left, right = (_side(word, Path(arguments.root)) for word in (arguments.left, arguments.right))
     sections = compare(left, right)
     if arguments.json:
@@ -54,19 +52,6 @@ def _side(word: str, root: Path) -> ComparedRun:
     from launcher.config.compose import compose_one
 
     return of_settings(word, compose_one([word]).config.model_dump(mode="json"))
-
-
-def _parser() -> argparse.ArgumentParser:
-    about = (
-        "Show what differs between two runs: settings, model, data, code, versions, machines and results; or between the "
-        "settings of a run and those of a file."
-    )
-    parser = VerbParser(prog="python -m launcher diff", description=about)
-    parser.add_root()
-    parser.add_argument("left", metavar="RUN", help="name of a run, path of its directory, or a file of settings (.yaml)")
-    parser.add_argument("right", metavar="RUN", help="the run or the file that it is compared with")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def _lines(left: ComparedRun, right: ComparedRun, sections: Mapping[str, Sequence[ValueDifference]]) -> list[str]:

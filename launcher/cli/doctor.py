@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from launcher.cli.accounts.account_results import check_accounts
-from launcher.cli.arguments import COMMON_FLAGS, VerbParser, minutes
+from launcher.cli.accounts import check_accounts
 from launcher.cli.formatting import as_json, wrap
-from launcher.cli.starting.interrupts import ended_by_signals
+from launcher.cli.interaction import ended_by_signals
+from launcher.cli.verbs import flags_of
 from launcher.cli.worker_process import worker_environment
 from launcher.clusters.backends import doctor_for
 from launcher.clusters.check_results import (
@@ -42,7 +42,6 @@ from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, RunError, SubmitError
 from launcher.plan.quantities import format_count
 
-_TIMEOUT_MINUTES = 15.0
 _VERDICT_WIDTH, _NAME_WIDTH = 9, 14
 
 
@@ -58,11 +57,10 @@ class DoctorReport:
         return (*self.here, *(result for report in self.nodes for result in report.results))
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def check_machines(arguments: argparse.Namespace) -> int:
     """Print the findings of the checks; returns 1 if one failed."""
-    arguments, rest = parser().parse_known_args(tokens)
     jobs: list[Composed] = []
-    run_hydra(rest, jobs.append, ("--json", "--timeout", *COMMON_FLAGS))
+    run_hydra(arguments.overrides, jobs.append, flags_of("doctor"))
     if not jobs:
         return 0
     if len(jobs) > 1:
@@ -70,25 +68,6 @@ def run(verb: str, tokens: list[str]) -> int:
     report = examine(jobs[0].config, time.monotonic() + arguments.timeout * 60)
     print(to_json(report) if arguments.json else "\n".join(to_lines(report)))
     return EXIT_FAILED if worst(report.results) == FAILURE else 0
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the parser for the verb's own flags; unknown words are settings."""
-    doctor_parser = VerbParser(
-        prog="python -m launcher doctor",
-        usage="%(prog)s [FILE] [--json] [--timeout MINUTES] [overrides]",
-        description=(
-            "Check what a run needs: GPUs, driver, compiler, kernels, all-reduce, storage, limits, caches, accounts.\nWith "
-            "+cluster=slurm or +cluster=ray, on every node of a short allocation that the run's settings request."
-        ),
-        epilog="Exit code 1 means that a check failed. No run is started, and no file is left behind.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    timeout = f"limit for everything, including time in a queue (default: {_TIMEOUT_MINUTES:g})"
-    doctor_parser.add_argument("--timeout", type=minutes, default=_TIMEOUT_MINUTES, metavar="MINUTES", help=timeout)
-    doctor_parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    return doctor_parser
 
 
 def examine(config: RunConfig, deadline: float) -> DoctorReport:

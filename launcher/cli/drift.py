@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.cli.arguments import VerbParser
 from launcher.cli.formatting import short, table
 from launcher.cli.worker_process import run_reporting
 from launcher.errors import EXIT_CHECK_FAILED, DataError, printable
@@ -16,32 +15,16 @@ from launcher.security import owners
 from launcher.shell_commands import launcher_command
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def compare_prompts(arguments: argparse.Namespace) -> int:
     """Compare prompts with the training prompts; returns 3 if they have drifted."""
-    about = (
-        "Compare prompts with those that a run was trained on: words, lengths, and how likely they are under the tuned model "
-        "and the base model, scored on this machine. "
-        "The exit code is 3 if they have drifted."
-    )
-    parser = VerbParser(prog="python -m launcher drift", description=about)
-    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
-    parser.add_argument("prompts", metavar="PROMPTS", type=Path, help="file of prompts or chats, such as JSON lines")
-    likelihood = (
-        "score up to 200 prompts of each side under both models, or skip this (default: score them if this machine has GPUs that "
-        "hold the model)"
-    )
-    parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction, help=likelihood)
-    parser.add_root()
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     owners.require_run(run_dir.root)
-    if not arguments.prompts.is_file():
+    if not Path(arguments.prompts).is_file():
         raise DataError(
-            "there is no such file", where=str(arguments.prompts), remedy="name a file of prompts: JSON Lines, or one JSON array"
+            "there is no such file", where=arguments.prompts, remedy="name a file of prompts: JSON Lines, or one JSON array"
         )
     chosen = [] if arguments.likelihood is None else ["--likelihood" if arguments.likelihood else "--no-likelihood"]
-    report: dict[str, Any] = run_reporting("launcher.evaluate.drift", None, str(run_dir.plan), str(arguments.prompts), *chosen)
+    report: dict[str, Any] = run_reporting("launcher.evaluate.drift", None, str(run_dir.plan), arguments.prompts, *chosen)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:

@@ -10,17 +10,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from datetime import datetime
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.cli import formatting, launch
-from launcher.cli.arguments import VerbParser, minutes
+from launcher.cli import formatting
+from launcher.cli.interaction import Interrupts
 from launcher.cli.resume import resume_run
-from launcher.cli.starting.interrupts import Interrupts
+from launcher.cli.start_run import prepare_plan, start_run
+from launcher.cli.verbs import flags_of
 from launcher.cli.views import drill_report
 from launcher.cli.views.drill_report import Records, Step
 from launcher.clusters.backends import Cluster, cluster_for
@@ -33,12 +33,6 @@ from launcher.run_records import RUNNING_STATES
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import Tail
 
-_FAULTS = {
-    "preempt": "the scheduler preempts the nodes (SIGUSR2)",
-    "kill-rank": "one rank is killed",
-    "kill-node": "the agent of the last node is killed together with its ranks",
-    "hang": "one rank is stopped (SIGSTOP), and all others wait for it",
-}
 _MAX_STEPS, _SAVE_EVERY = 1000, 5
 # The number of steps after the last checkpoint, which the fault puts at risk.
 _STEPS_AT_RISK = 2
@@ -48,20 +42,18 @@ _POLL_S = 0.2
 _STATUS_INTERVAL_S = 1.0
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def rehearse_fault(arguments: argparse.Namespace) -> int:
     """Rehearse one fault; returns 0 if the run recovered, 1 if not."""
-    # Unknown arguments are Hydra's overrides, which keep their order.
-    arguments, rest = _parser().parse_known_args(tokens)
     jobs: list[Composed] = []
-    run_hydra(rest, jobs.append, ("--fault", "--timeout", "--json", "--help", "--debug"))
+    run_hydra(arguments.overrides, jobs.append, flags_of("drill"))
     if not jobs:
         return 0
     if len(jobs) > 1:
         raise ConfigError("a drill has only one run", where="command line", value="-m")
     (composed,) = jobs
     with composed.located():
-        shortened = replace(composed, config=_shorten(composed.config, rest, arguments))
-        plan = launch.prepare_plan(shortened, taken_names=set())
+        shortened = replace(composed, config=_shorten(composed.config, arguments))
+        plan = prepare_plan(shortened, taken_names=set())
     kind = plan.config.cluster.kind
     cluster = cluster_for(kind)
     if cluster.drill_remedy is not None:
@@ -71,7 +63,7 @@ def run(verb: str, tokens: list[str]) -> int:
     deadline = time.monotonic() + arguments.timeout * 60
     with Interrupts() as interrupts:
         interrupts.defer()
-        run_dir, _ = launch.start(plan, cluster)
+        run_dir, _ = start_run(plan, cluster)
     watch = _RunWatch(run_dir, cluster, deadline)
     try:
         if interrupts.received:
@@ -89,26 +81,7 @@ def run(verb: str, tokens: list[str]) -> int:
     return EXIT_FAILED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = VerbParser(
-        prog="python -m launcher drill",
-        usage="%(prog)s --fault FAULT [--timeout MINUTES] [--json] [overrides]",
-        description=(
-            "Rehearse a fault on a short run: does it save and continue, and what does it lose?\nIt takes the settings of "
-            "`train`.\nThe run is stopped as soon as it has recovered; its files are kept."
-        ),
-        epilog="faults:\n" + "\n".join(f"  {name:<11}{effect}" for name, effect in _FAULTS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--fault", required=True, choices=_FAULTS, metavar="FAULT", help="the fault to inject, see below")
-    timeout = "limit for the whole drill, including time in a queue (default: 30)"
-    parser.add_argument("--timeout", type=minutes, default=30.0, metavar="MINUTES", help=timeout)
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    return parser
-
-
-def _shorten(config: RunConfig, overrides: Sequence[str], arguments: argparse.Namespace) -> RunConfig:
+def _shorten(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
     """Change `config` to a short run that saves early and skips evaluation and export; the user's settings take precedence.
 
     Raises:
@@ -128,7 +101,7 @@ def _shorten(config: RunConfig, overrides: Sequence[str], arguments: argparse.Na
         "tracking.kind": "none",
         **({"cluster.stall_seconds": _STALL_S} if arguments.fault == "hang" else {}),
     }
-    user_keys = {override.lstrip("+").partition("=")[0] for override in overrides}
+    user_keys = {override.lstrip("+").partition("=")[0] for override in arguments.overrides}
     user_keys |= {"train.max_steps"} if "train.epochs" in user_keys else set()
     user_keys |= {"tracking.kind"} if any(key.startswith("tracking") for key in user_keys) else set()
     values = config.model_dump(mode="json")

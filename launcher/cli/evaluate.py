@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import json_records, locks, run_store
-from launcher.cli.arguments import VerbParser
 from launcher.cli.export import require_checkpoint
 from launcher.cli.formatting import short, wrap
-from launcher.cli.minimum_gains import parse_minimum_gains
-from launcher.cli.starting.interrupts import alive_file, ended_by_signals
+from launcher.cli.interaction import alive_file, ended_by_signals
 from launcher.cli.views import evaluation_view
 from launcher.cli.views.request_costs import price_of_evaluation, request_cost_table, saved_tokens
 from launcher.cli.worker_process import run_reporting, run_worker
@@ -26,7 +27,7 @@ from launcher.clusters.backends import evaluation_nodes_for
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
-from launcher.errors import EXIT_CHECK_FAILED, ConfigError, Problem, RunError, SubmitError
+from launcher.errors import EXIT_CHECK_FAILED, ConfigError, Problem, RunError, SubmitError, did_you_mean
 from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -34,7 +35,7 @@ from launcher.run_records import read_export
 from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
-from launcher.tracking.verdicts import EvaluationVerdict
+from launcher.tracking.verdicts import BaselineComparison, ComparisonOutcome, EvaluationVerdict, format_difference
 
 _PREPARE, _NODE, _CONCLUDE, _TASKS = (f"launcher.evaluate.{name}" for name in ("prepare", "node", "conclude", "tasks"))
 _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
@@ -43,11 +44,14 @@ _WANDB_S = 300.0
 _STDERR = 2
 # Continued lines of a message.
 _INDENT = 4
+FEW_SHOT, BASE = "few-shot", "base"
+_WHERE = "command line"
+_BASELINE = re.compile(r"\d+-shot")
+_FORM = "write --min-gain METRIC:BASELINE:GAIN, such as exact_match:few-shot:0.05"
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def evaluate_run(arguments: argparse.Namespace) -> int:
     """Evaluate a run and print the verdict; returns 3 if --min-gain does not hold."""
-    arguments = _parser().parse_intermixed_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     owners.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
@@ -65,7 +69,7 @@ def run(verb: str, tokens: list[str]) -> int:
         if arguments.tasks is not None:
             _require_gpu(config)
             words = ["--step", str(step), "--tasks", arguments.tasks, *(f"--min-gain={gain}" for gain in gains)]
-            words += [] if arguments.task_folder is None else ["--task-folder", str(arguments.task_folder)]
+            words += [] if arguments.task_folder is None else ["--task-folder", arguments.task_folder]
             words += [] if arguments.limit is None else ["--limit", str(arguments.limit)]
             shown = run_reporting(_TASKS, config, str(run_dir.plan), *words)
         else:
@@ -128,45 +132,6 @@ def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
         output = f"W&B: the verdict is not sent: no answer within {_WANDB_S:.0f} s"
     if output.strip():
         print("\n".join(wrap(output.strip().splitlines(), _INDENT)), file=sys.stderr)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = VerbParser(
-        prog="python -m launcher evaluate",
-        usage="%(prog)s RUN [--step N] [--tasks NAMES] [--here] [--json] [--min-gain METRIC:BASELINE:GAIN] [overrides]",
-        description=(
-            "Answer held-out prompts with the base model, without and with examples, and with the tuned model;\n"
-            "score the answers, and say whether fine-tuning helped. On a cluster, in an allocation with the run's settings."
-        ),
-        epilog=(
-            "Overrides are settings of evaluate and cluster, such as evaluate.metrics=[numeric] evaluate.max_prompts=50.\n"
-            "+cluster=slurm and the like choose a cluster other than the run's; cluster=local chooses this machine.\n"
-            "Answers are kept in evaluations/ of the run: an evaluation that was interrupted continues."
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_root()
-    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
-    parser.add_argument("overrides", nargs="*", metavar="overrides", help="settings of this evaluation, as key=value")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: that of the run's export, else the newest)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME", help="evaluate only this set (repeatable)")
-    parser.add_argument("--here", action="store_true", help="answer on this machine, such as a node of an allocation")
-    parser.add_argument("--json", action="store_true", help="print verdicts, scores and the prompt forms that were compared")
-    tasks = "score tasks of lm-evaluation-harness instead, on this machine: arc_easy,ifeval or FILE.jsonl with choices"
-    parser.add_argument("--tasks", metavar="NAMES", help=tasks)
-    parser.add_argument("--task-folder", type=Path, help="folder with tasks of your own, as YAML files")
-    parser.add_argument("--limit", type=_positive, help="maximum questions per task, from its beginning (default: all)")
-    gain = (
-        "exit with code 3 unless the lower bound of the difference to BASELINE (0-shot, few-shot) is at least GAIN (repeatable)"
-    )
-    parser.add_argument("--min-gain", action="append", default=[], metavar="METRIC:BASELINE:GAIN", help=gain)
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str) -> RunConfig:
@@ -247,3 +212,71 @@ def _answer(config: RunConfig, folder: Path, run_dir: RunDir, is_here: bool) -> 
             where=short(folder),
             remedy="start the same command again: it continues",
         )
+
+
+@dataclass(frozen=True)
+class MinimumGain:
+    """A value of `--min-gain`: the lower bound of the difference from `baseline` in `metric` must be at least `gain`.
+
+    `baseline` is `0-shot`, `8-shot` and so on, `few-shot` for every baseline with examples, or `base` for tasks.
+    """
+
+    metric: str
+    baseline: str
+    gain: float
+
+    def __str__(self) -> str:
+        return f"{self.metric}:{self.baseline}:{self.gain:g}"
+
+    def failure(self, verdict: EvaluationVerdict) -> str | None:
+        """Return why a verdict does not show the gain, or None if it does."""
+        compared = [one for one in verdict.comparisons if one.metric == self.metric and self._is_about(one.baseline)]
+        if not compared:
+            baselines = ", ".join(dict.fromkeys(one.baseline for one in verdict.comparisons))
+            return f"--min-gain {self} did not hold: {self.baseline} was not evaluated; baselines are {baselines or 'none'}"
+        return next((reason for one in compared if (reason := self._shortfall(one))), None)
+
+    def _is_about(self, baseline: str) -> bool:
+        return baseline != "0-shot" if self.baseline == FEW_SHOT else baseline == self.baseline
+
+    def _shortfall(self, one: BaselineComparison) -> str | None:
+        shown = f"the difference to {one.baseline} by {one.metric} is {format_difference(one)}"
+        if one.low is None:
+            return f"--min-gain {self} did not hold: there are too few prompts for a lower bound"
+        if one.low < self.gain:
+            return f"--min-gain {self} did not hold: {shown}, its lower bound is below {self.gain:g}"
+        # If few pairs differ, the exact test decides too.
+        if self.gain > 0 and one.p_value is not None and one.outcome != ComparisonOutcome.BETTER:
+            return (
+                f"--min-gain {self} did not hold: {shown}, but with {one.wins + one.losses} answers that differ it may be chance"
+            )
+        return None
+
+
+def parse_minimum_gains(texts: Iterable[str], metrics: Sequence[str] | None) -> tuple[MinimumGain, ...]:
+    """Parse the values of --min-gain; `metrics` are the computed metrics, None for tasks, which have their own.
+
+    Raises:
+        ConfigError: with every invalid value.
+    """
+    gains, problems = [], []
+    for text in texts:
+        # The metric may be path/to/file.py:function.
+        metric, baseline, number = ([""] * 3 + text.rsplit(":", 2))[-3:]
+        gain = math.nan
+        with suppress(ValueError):
+            gain = float(number)
+        is_baseline = baseline == BASE if metrics is None else baseline == FEW_SHOT or _BASELINE.fullmatch(baseline)
+        if not metric or not math.isfinite(gain) or not is_baseline:
+            baselines = (
+                f"of tasks is {BASE}" if metrics is None else f"is 0-shot, {FEW_SHOT}, or a number of examples such as 8-shot"
+            )
+            problems.append(Problem("--min-gain cannot be parsed", _WHERE, text, f"{_FORM}; a baseline {baselines}"))
+        elif metrics is not None and metric not in metrics:
+            remedy = f"{did_you_mean(metric, metrics)} metrics of this evaluation are {', '.join(metrics)}".strip()
+            problems.append(Problem(f"--min-gain names {metric}, which is not computed", _WHERE, text, remedy))
+        else:
+            gains.append(MinimumGain(metric, baseline, gain))
+    if problems:
+        raise ConfigError(problems)
+    return tuple(gains)

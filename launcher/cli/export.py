@@ -12,7 +12,6 @@ from pathlib import Path
 
 from launcher import json_records, run_store
 from launcher.checkpoint import store
-from launcher.cli.arguments import VerbParser
 from launcher.cli.formatting import short
 from launcher.cli.worker_process import run_worker
 from launcher.clusters.preflight import existing_folder
@@ -30,9 +29,8 @@ _DTYPES = ("bf16", "fp16", "fp32")
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def export_run(arguments: argparse.Namespace) -> int:
     """Export a checkpoint; returns the exit code of the process that writes it."""
-    arguments = _parser().parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     owners.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
@@ -55,22 +53,6 @@ def run(verb: str, tokens: list[str]) -> int:
     command += ["--no-check"] if arguments.no_check else []
     code, _ = run_worker(command)
     return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    about = "Write a checkpoint as a Hugging Face folder and compare it with the trained model."
-    parser = VerbParser(prog="python -m launcher export", description=about)
-    parser.add_root()
-    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
-    dtype = "type of the weights (default: that of the export in the folder, else of the training)"
-    parser.add_argument("--dtype", choices=_DTYPES, help=dtype)
-    parser.add_argument("--out", metavar="DIR", help="folder to write (default: export/ in the run directory)")
-    replace = "replace an export of another type or of a later step in the folder"
-    parser.add_argument("--replace", action="store_true", help=replace)
-    parser.add_argument("--no-check", action="store_true", help="skip the parity check, which loads the folder with transformers")
-    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub; needs HF_TOKEN")
-    return parser
 
 
 def require_checkpoint(run: RunDir, step: int | None) -> int:

@@ -15,7 +15,7 @@ from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.cli.formatting import short, wrap
-from launcher.cli.starting.interrupts import Interrupts
+from launcher.cli.interaction import Interrupts
 from launcher.clusters.backends import Cluster, StatusReader
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
@@ -58,7 +58,7 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
     `interrupts` holds the interrupts since the run was started.
     """
     events, metrics = Tail(run.events), Tail(run.metrics)
-    with _screen() as screen, Interrupts() as own:
+    with _open_screen() as screen, Interrupts() as own:
         collected = interrupts or own
         collected.defer()
         num_handled, watch = 0, StatusWatch(run, cluster)
@@ -66,12 +66,12 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
         while True:
             # Read the state before the files, so that everything written before the final state is shown.
             status = watch.state()
-            if status.state in RUNNING_STATES and (start := _start_line(run, attempt, status)) != shown:
+            if status.state in RUNNING_STATES and (start := _describe_start(run, attempt, status)) != shown:
                 screen.live(start)
                 shown = start
             for line in sorted([*events.poll(), *metrics.poll()], key=lambda line: line["time"]):
                 if line["attempt"] >= attempt:
-                    _show(run, line, status, screen)
+                    _show_line(run, line, status, screen)
             if status.state not in RUNNING_STATES:
                 break
             if len(collected.received) > num_handled:
@@ -79,17 +79,17 @@ def follow(run: RunDir, attempt: int, cluster: Cluster, interrupts: Interrupts |
                 _request_stop(run, cluster, screen, num_handled)
             time.sleep(_POLL_S)
     cluster.await_end(run)
-    return _closing(run, attempt, status)
+    return _print_result(run, attempt, status)
 
 
-def _start_line(run: RunDir, attempt: int, status: Status) -> str:
+def _describe_start(run: RunDir, attempt: int, status: Status) -> str:
     """Return what the run waits for while it is pending, such as its place in a scheduler's queue; else where its logs are."""
     if status.state == "pending" and status.message:
         return f"pending: {printable(status.message)}"
     return f"starting; logs in {short(run.attempt(attempt))}"
 
 
-def _show(run: RunDir, line: dict[str, Any], status: Status, screen: _Screen) -> None:
+def _show_line(run: RunDir, line: dict[str, Any], status: Status, screen: _Screen) -> None:
     if "kind" in line:
         # Ranks write absolute paths.
         text = printable(line["text"]).replace(f"{run.root.absolute()}/", f"{short(run.root.absolute())}/")
@@ -127,7 +127,7 @@ class _Terminal(_Screen):
 
 
 @contextmanager
-def _screen() -> Iterator[_Screen]:
+def _open_screen() -> Iterator[_Screen]:
     if not sys.stdout.isatty():
         yield _Screen()
         return
@@ -157,7 +157,7 @@ def interrupted_start(run: RunDir) -> int:
     return EXIT_INTERRUPTED
 
 
-def _closing(run: RunDir, attempt: int, status: Status) -> int:
+def _print_result(run: RunDir, attempt: int, status: Status) -> int:
     """Print the result: paths and next commands, or the failure; returns the exit code."""
     name = short(run.root)
     print()
@@ -193,11 +193,11 @@ def wandb_page(run: RunDir, events: Iterable[Mapping[str, Any]]) -> dict[str, An
         if "sync_command" in fields:
             page |= {name: fields[name] for name in ("url", "sync_command") if name in fields}
     if command := page.get("sync_command"):
-        page["sync_command"] = shell_command(*(_moved(run, word) for word in shlex.split(str(command))))
+        page["sync_command"] = shell_command(*(_present_path(run, word) for word in shlex.split(str(command))))
     return page
 
 
-def _moved(run: RunDir, path: str) -> str:
+def _present_path(run: RunDir, path: str) -> str:
     """Return the present path of a session's folder in the run directory; any other word as it is."""
     folder = run.root.absolute() / "wandb" / Path(path).name
     return str(folder) if Path(path).parent.name == "wandb" and folder.is_dir() else path

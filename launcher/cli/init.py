@@ -1,43 +1,62 @@
-"""The verb init: write a starter file that fits the data, the model and the machine, and print what to run next."""
+"""The verb init: fit settings to the data, the model and the machine, write them to a file, and print what to run next."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher import facts
-from launcher.cli.arguments import COMMON_FLAGS, VerbParser
-from launcher.cli.starting.starter_settings import StarterSettings, apply_changes, fit_settings, list_chosen
-from launcher.cli.views.starter_file import next_lines, starter_text
-from launcher.clusters.backends import cluster_for
+from launcher.cli.verbs import flags_of
+from launcher.cli.views.starter_file import data_warnings, next_lines, starter_text
+from launcher.cli.worker_process import run_worker_module
+from launcher.clusters.backends import BACKENDS, cluster_for
 from launcher.config.command_line import SUFFIXES, override_key
 from launcher.config.compose import Composed, compose_one, conf_dir
-from launcher.config.known_settings import leaves
+from launcher.config.known_settings import leaves, settings
 from launcher.config.run_file import values_to_print
 from launcher.config.schema import RunConfig
+from launcher.config.sections.data import STDLIB_DOCS
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import is_local_path, is_run
-from launcher.errors import ConfigError, LauncherError
+from launcher.errors import ConfigError, LauncherError, raise_reported
 from launcher.models.found_model import find_model
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.architecture import model_facts
+from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
+from launcher.plan.planner import choose_topology, device_gib
 from launcher.plan.planner import plan as make_plan
+from launcher.plan.quantities import format_count
+from launcher.plan.suggested_settings import DataSample, Machine, Suggestion, needs_offload, suggest, suggest_held_out
 from launcher.security.redaction import REDACTED
+from launcher.tracking.progress import show_waiting
+
+_OFFLOAD = "zero3_offload"
+# Longer than inspecting the largest data takes: all rows are counted.
+_LOOK_TIMEOUT_S = 3600.0
+_ASSUMED_SIZE = "the size of the model is not known: 8 billion parameters are assumed"
+_ASSUMED_PARAMS = 8_000_000_000
+_SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)\s*([bBmM])(?![a-zA-Z])")
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def write_file(arguments: argparse.Namespace) -> int:
     """Write the file, or refuse with the reason; nothing is overwritten."""
-    arguments, rest = _parser().parse_known_args(tokens)
-    data = arguments.data or _rows_of(rest)
+    named = [token.partition("=")[2].strip("'\"") for token in arguments.overrides if override_key(token) == "data.path"]
+    data = arguments.data or next(reversed(named), None)
     out = Path(arguments.out or f"{_name_of(data)}.yaml")
     _require_free(out)
-    composed = _with_name(_compose(arguments.model, arguments.data, rest), out)
+    composed = _compose(arguments.model, arguments.data, arguments.overrides)
+    if composed.config.cluster.runs_on_every_node and composed.config.run.name is None:
+        # Every machine must find the same run.
+        composed = replace(composed, config=apply_changes(composed.config, {"run.name": _name_of(out.stem)}))
     with composed.located():
         starter = fit_settings(composed, data)
-    values = _values(starter, composed)
+    values = _list_values(starter, composed)
     text = starter_text(starter.head, values, starter.reasons)
     plan = _require_plan(text, out)
     with out.open("x", encoding="utf-8") as file:
@@ -47,26 +66,6 @@ def run(verb: str, tokens: list[str]) -> int:
     remarks_on_data = [*(f"assumed: {text}" for text in starter.assumptions), *(f"warning: {text}" for text in warnings)]
     print("\n".join(next_lines(out, starter.config, starter.machines, remarks_on_data, plan)))
     return 0
-
-
-def _parser() -> VerbParser:
-    parser = VerbParser(
-        prog="python -m launcher init",
-        usage="%(prog)s [--data FILE] [--model NAME] [--out FILE] [overrides]",
-        description="Write a commented file of settings that fits the data, the model and this machine or +cluster=..., and "
-        "print the commands that use it. Nothing is overwritten or started.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--data", metavar="FILE", help="a file, folder, pattern or Hub dataset with your rows (default: a demo)")
-    parser.add_argument("--model", metavar="NAME", help="a preset, a folder, a Hub id or run:NAME (default: a demo)")
-    parser.add_argument("--out", metavar="FILE", help="the file to write (default: named after the data)")
-    return parser
-
-
-def _rows_of(overrides: Sequence[str]) -> str | None:
-    """Return the rows that overrides name, as --data would."""
-    paths = [token.partition("=")[2].strip("'\"") for token in overrides if override_key(token) == "data.path"]
-    return paths[-1] if paths else None
 
 
 def _name_of(data: str | None) -> str:
@@ -99,27 +98,17 @@ def _compose(model: str | None, data: str | None, rest: Sequence[str]) -> Compos
     Raises:
         ConfigError: with what is wrong in them.
     """
-    tokens = [_model_token(model)] if model else []
+    tokens = []
+    if model:
+        if Path(model).is_dir() and "/" not in model:
+            model = f"./{model}"
+        is_source = is_local_path(model) or is_run(model) or HUB_ID_PATTERN.fullmatch(model) or ":" in model
+        tokens.append(f"model.path={_quoted(model)}" if is_source else f"model={model}")
     tokens += ["data=jsonl", f"data.path={_quoted(data)}"] if data else []
     keys = [override_key(token) for token in rest]
     if "data.path" in keys and "data" not in keys and not data:
         tokens.append("data=jsonl")
-    return compose_one([*tokens, *rest], ("--data", "--model", "--out", *COMMON_FLAGS))
-
-
-def _with_name(composed: Composed, out: Path) -> Composed:
-    """Return the settings with a run name taken from the file, if every machine must find the same run."""
-    config = composed.config
-    if not config.cluster.runs_on_every_node or config.run.name is not None:
-        return composed
-    return replace(composed, config=apply_changes(config, {"run.name": _name_of(out.stem)}))
-
-
-def _model_token(model: str) -> str:
-    if Path(model).is_dir() and "/" not in model:
-        model = f"./{model}"
-    is_source = is_local_path(model) or is_run(model) or HUB_ID_PATTERN.fullmatch(model) or ":" in model
-    return f"model.path={_quoted(model)}" if is_source else f"model={model}"
+    return compose_one([*tokens, *rest], flags_of("init"))
 
 
 def _quoted(value: str) -> str:
@@ -131,7 +120,7 @@ def _quoted(value: str) -> str:
     return f'"{escaped}"'
 
 
-def _values(starter: StarterSettings, composed: Composed) -> dict[str, Any]:
+def _list_values(starter: StarterSettings, composed: Composed) -> dict[str, Any]:
     """Return the file's content: what differs from the options, and everything that has a reason."""
     values = values_to_print(starter.config, conf_dir())
     dumped = starter.config.model_dump(mode="json")
@@ -155,7 +144,10 @@ def _require_plan(text: str, out: Path) -> LaunchPlan | None:
     Raises:
         LauncherError: with the problems.
     """
-    config = _compose_text(text, out)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / out.name
+        file.write_text(text, encoding="utf-8")
+        config = compose_one([str(file)]).config
     node = cluster_for(config.cluster.kind).device(config.cluster)
     config = facts.resolve(config, lambda: node)
     found = find_model(config.model)
@@ -170,8 +162,162 @@ def _require_plan(text: str, out: Path) -> LaunchPlan | None:
         ) from error
 
 
-def _compose_text(text: str, out: Path) -> RunConfig:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / out.name
-        file.write_text(text, encoding="utf-8")
-        return compose_one([str(file)]).config
+@dataclass(frozen=True)
+class StarterSettings:
+    """The settings to write, the facts behind them, the assumptions, what `data` would reject, and the intended machines."""
+
+    config: RunConfig
+    reasons: dict[str, str]
+    head: list[str]
+    assumptions: list[str]
+    warnings: list[str]
+    machines: str
+
+
+def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
+    """Inspect the data, the model and the machine, and suggest settings.
+
+    Raises:
+        ConfigError, DataError: for a model or data that a run would reject.
+    """
+    config = composed.config
+    cluster = cluster_for(config.cluster.kind)
+    node = cluster.device(config.cluster)
+    config = facts.resolve(config, lambda: node)
+    facts.check(config, find_model(config.model))
+    with show_waiting("reading a sample of the data"):
+        sample_report = run_worker_module("launcher.worker.data_sample", config, timeout_s=_LOOK_TIMEOUT_S)
+    raise_reported(sample_report)
+    changes: dict[str, Any] = {}
+    assumptions = []
+    if not sample_report["is_measured"]:
+        assumptions.append(f"{sample_report['note']}: the length of documents is estimated from characters")
+    if sample_report["config"] is not None and config.model.config is None:
+        changes["model.config"] = sample_report["config"]
+        config = apply_changes(config, changes)
+    num_params, max_positions, gathered, assumed = _model_size(config, composed.overrides, node)
+    assumptions += [assumed] if assumed else []
+    sample = DataSample(
+        num_documents=sum(source["num_rows"] for source in sample_report["sources"]),
+        mean_tokens=sample_report["mean"],
+        p99_tokens=sample_report["p99"],
+        longest_tokens=sample_report["longest"],
+        is_measured=sample_report["is_measured"],
+    )
+    topology = choose_topology(config, gathered)
+    is_demo = not data and all(source.path == STDLIB_DOCS for source in config.data.sources)
+    machine = Machine(topology.world_size, topology.device, device_gib(config, gathered))
+    chosen = list_chosen(composed)
+    if not is_demo:
+        suggestions = suggest(num_params, max_positions, sample, machine, chosen)
+    else:
+        # The file of the demonstration chooses the other settings.
+        reason = "a demonstration of a few minutes; with rows of your own: init --data FILE"
+        suggestions = [Suggestion("train.max_steps", config.train.max_steps, reason)] if config.train.max_steps else []
+    changes |= {one.key: one.value for one in suggestions}
+    config = apply_changes(config, changes)
+    of_data = [] if is_demo else _suggest_for_data(config, sample_report, sample, chosen)
+    config = apply_changes(config, {one.key: one.value for one in of_data})
+    config, offload = _fit_offload(config, gathered, machine, composed.overrides)
+    # The file may be used on a machine for which `auto` means a different type.
+    config = apply_changes(config, {"model.dtype": composed.config.model.dtype})
+    reasons = {one.key: one.reason for one in (*suggestions, *of_data, *offload)}
+    reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
+    machines = _describe_machines(machine, node, config)
+    others = ", ".join(kind for kind in BACKENDS if kind != config.cluster.kind)
+    reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys below; other clusters: {others}"
+    warnings = [] if is_demo else data_warnings(config, sample_report)
+    return StarterSettings(config, reasons, _describe_data(sample_report, data), assumptions, warnings, machines)
+
+
+def list_chosen(composed: Composed) -> dict[str, Any]:
+    """Return the settings that overrides set, with their values."""
+    values = composed.config.model_dump(mode="json")
+    keys = [override_key(token) for token in composed.overrides]
+    return {
+        key: values[key.partition(".")[0]][key.partition(".")[2]] for key in keys if key in settings() and key.count(".") == 1
+    }
+
+
+def apply_changes(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """Return the settings with changed values, keyed by names such as `train.epochs`."""
+    values = config.model_dump(mode="json")
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    if "train.epochs" in changes:
+        values["train"]["max_steps"] = None
+    return RunConfig.model_validate(values)
+
+
+def _suggest_for_data(config: RunConfig, report: dict[str, Any], sample: DataSample, chosen: dict[str, Any]) -> list[Suggestion]:
+    """Return the settings that train every part of long texts, and hold out enough documents of small data for an evaluation."""
+    suggestions = []
+    is_text = all(source["format"] == "text" for source in report["sources"])
+    if is_text and "data.long_documents" not in chosen and report["longest"] > config.data.max_length:
+        # Texts have no answers that begin in another row.
+        reason = "all of a text that is longer than a row is trained; truncate cuts its end off"
+        suggestions.append(Suggestion("data.long_documents", "split", reason))
+    share = config.data.eval_fraction
+    if share and "data.eval_fraction" not in chosen and (larger := suggest_held_out(sample.num_documents, share)):
+        suggestions.append(larger)
+    return suggestions
+
+
+def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:
+    """Return the model's parameters and positions, the facts for the plan, and the assumptions (empty if there are none)."""
+    found = find_model(config.model)
+    if found.is_config_known:
+        gathered = facts.gather(config, found, overrides, node)
+        positions = gathered.model.config.get("max_position_embeddings")
+        return gathered.model.num_params, positions, gathered, ""
+    match = _SIZE_IN_NAME.search(config.model.path or "")
+    size = float(match[1]) * (1e9 if match[2] in "bB" else 1e6) if match else _ASSUMED_PARAMS
+    assumed = f"the size of the model is taken from its name: {size / 1e9:g} billion parameters" if match else _ASSUMED_SIZE
+    known = {"hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 1}
+    stand_in = model_facts({**known, "model_type": "llama"}, None, None, int(size))
+    gathered = Facts(working_dir=os.getcwd(), device=node, model=stand_in, data=None, provenance=facts.provenance(overrides))
+    return int(size), None, gathered, assumed
+
+
+def _fit_offload(
+    config: RunConfig, gathered: Facts, machine: Machine, overrides: Sequence[str]
+) -> tuple[RunConfig, list[Suggestion]]:
+    """Return the settings with optimizer states in main memory if a GPU has too little memory for them."""
+    if any(override.lstrip("+").startswith("deepspeed") for override in overrides):
+        return config, []
+    # The plan may reject the settings.
+    with suppress(ConfigError):
+        if not needs_offload(make_plan(config, gathered).memory.per_rank_gib, machine):
+            return config, []
+    if machine.device != "cuda" or machine.memory_gib is None:
+        return config, []
+    changed = apply_changes(config, {"deepspeed.offload_optimizer": "cpu", "deepspeed.offload_params": "cpu"})
+    reason = f"model states would fill the {machine.memory_gib:.0f} GiB of a GPU; more GPUs make steps faster, without offload"
+    return changed, [Suggestion("deepspeed", _OFFLOAD, reason)]
+
+
+def _describe_machines(machine: Machine, node: DeviceFacts, config: RunConfig) -> str:
+    """Describe the machines that the settings are for, such as `16 GPUs of type H100-80GB on 2 nodes (slurm)`."""
+    count, nodes = machine.world_size, config.cluster.nodes
+    if machine.device != "cuda":
+        ranks = f"{format_count(count, 'CPU rank')} on {node.name}"
+    elif kind := config.cluster.gpu_type or (node.name if node.name != "gpu" else ""):
+        ranks = f"{format_count(count, 'GPU')} of type {kind}"
+    else:
+        ranks = f"{format_count(count, 'GPU')} of unknown type"
+    ranks += f" on {nodes} nodes" if nodes > 1 else ""
+    return f"{ranks} ({'this machine' if config.cluster.is_this_machine else config.cluster.kind})"
+
+
+def _describe_data(sample_report: dict[str, Any], data: str | None) -> list[str]:
+    lines = ["Settings of a run: docs/run-file.md. Every key is in docs/settings.md."]
+    for source in sample_report["sources"]:
+        form = f" in the {source['format']} format" if source["format"] else ""
+        lines.append(f"{data or source['path']}: {format_count(source['num_rows'], 'row')}{form}.")
+    counted = "tokens" if sample_report["is_measured"] else "tokens (estimated)"
+    lines.append(
+        "Of {num_sampled:,} documents, half have up to {p50:,} {counted}, 90 of 100 up to {p90:,}, 99 of 100 up to {p99:,}; "
+        "the longest has {longest:,}.".format(counted=counted, **sample_report)
+    )
+    return lines

@@ -2,69 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Protocol
 
 from launcher import collect_garbage_rarely
+from launcher.cli.verbs import VERBS, find_verb, overall_help, unknown_verb
 from launcher.config.command_line import is_run_file
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, LauncherError, Problem
 from launcher.security.printable_stream import printable_output, raw
 
-# Each verb, and the module of launcher.cli whose function `run(verb, tokens)` executes it.
-VERBS: Mapping[str, str] = {
-    "train": "launch",
-    "plan": "launch",
-    "data": "data",
-    "init": "init",
-    "config": "config",
-    "ls": "status",
-    "status": "status",
-    "report": "report",
-    "dashboard": "dashboard",
-    "why": "why",
-    "drift": "drift",
-    "logs": "runs",
-    "cancel": "runs",
-    "resume": "runs",
-    "export": "export",
-    "evaluate": "evaluate",
-    "checkpoints": "checkpoints",
-    "diff": "diff",
-    "rm": "rm",
-    "clean": "clean",
-    "schema": "schema",
-    "completion": "completion",
-    "drill": "drill",
-    "doctor": "doctor",
-}
-# Other programs' verbs, and the verb that does the same here.
-_VERBS_ELSEWHERE = {
-    "train": "run start launch submit fit sft finetune fine-tune",
-    "data": "prepare preprocess tokenize dataset",
-    "plan": "validate dry-run estimate",
-    "init": "new create",
-    "ls": "list runs ps",
-    "status": "show info describe watch monitor",
-    "logs": "log tail",
-    "cancel": "stop kill abort interrupt",
-    "resume": "continue restart",
-    "export": "convert merge push upload",
-    "evaluate": "eval test",
-    "diff": "compare",
-    "rm": "remove delete del",
-    "clean": "prune cache",
-    "doctor": "check env",
-    "--version": "version",
-}
-# The verbs that compose settings.
-COMPOSING = ("train", "plan", "data", "doctor")
 # The same value as in launcher.security.owners, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
 # Variables with paths that libraries read in a run's processes, which work in the run directory.
@@ -74,64 +25,6 @@ _PATH_VARIABLES = (
     *("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "GOOGLE_APPLICATION_CREDENTIALS"),
 )
 _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb")
-
-HELP = """\
-Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
-
-  python -m launcher [train] [FILE] [overrides]
-                                               plan, prepare data, start; follows a run on this machine (--detach returns);
-                                               without train, at least one FILE or override
-  python -m launcher plan [FILE] [overrides]   show the complete plan; start nothing
-  python -m launcher data [FILE] [--show N] [--html FILE] [overrides]
-                                               build the data cache and report on it: sizes, problems, trained tokens
-  python -m launcher data --scored RUN [--step N] [--exclude FILE]
-                                               rank a run's documents: likely mislabeled, memorized, nothing to learn
-
-  python -m launcher init [--data FILE] [--model NAME] [--out FILE] [overrides]
-                                               write a commented file of settings that fits data, model and machine
-  python -m launcher config [RUN] [--all] [overrides]
-                                               print the settings of a run, or of a command line, as a file for train FILE
-
-  python -m launcher ls                        the runs under ./runs, newest first
-  python -m launcher status RUN [--watch]      state, step, loss, throughput, cost, alerts
-  python -m launcher report RUN [RUN ...] [--html FILE]
-                                               curves, goodput, attempts, checkpoints and cost as one page
-  python -m launcher dashboard RUN|PROJECT [--dry-run]
-                                               create or update the W&B workspace of a run or a project
-  python -m launcher why RUN STEP              the documents of a step, their losses, and what happened around it
-  python -m launcher drift RUN PROMPTS         are prompts of today like those the run was trained on? exit code 3: no
-  python -m launcher logs RUN [-f] [--rank N]  the output of a rank
-  python -m launcher cancel RUN                save and stop; a second cancel kills the run
-  python -m launcher resume RUN [overrides]    continue from the newest checkpoint; RUN may be an address in a mirror;
-                                               --force accepts data and settings that differ from the checkpoint's,
-                                               --yes a cost above run.confirm_usd
-  python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR] [--replace]
-                                               write the Hugging Face folder of a checkpoint
-  python -m launcher evaluate RUN [--step N] [--min-gain METRIC:BASELINE:GAIN] [overrides]
-                                               does it answer better than the base model? scores and verdict on held-out prompts
-  python -m launcher checkpoints RUN [--verify] [--prune]
-                                               list checkpoints; verify their digests; remove those that are not kept
-  python -m launcher diff RUN RUN              what differs: settings, data, code, versions, machines, results
-  python -m launcher rm RUN [RUN ...] [--yes]  remove runs with all their files, after a question
-  python -m launcher clean [--older-than 30d] [--only KIND] [--dry-run]
-                                               remove parts of the cache that no unfinished run uses, after a question
-
-  python -m launcher drill --fault FAULT [overrides]
-                                               rehearse a fault on a short run: does it save and continue, what is lost
-  python -m launcher schema                    the JSON Schema of a run's file, for editors
-  python -m launcher completion bash|zsh|fish  completion of commands, groups, settings and names of runs
-
-  python -m launcher doctor [FILE] [overrides] check what a run needs, on this machine or on every node of a cluster
-
-FILE is a YAML file with a run's settings (docs/run-file.md); overrides win over it.
-Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
-Flags: --json with commands that report, --debug for tracebacks, COMMAND --help for more, --version;
---trust-owner OWNER (repeatable) accepts files of other users: a NAME, UID, group:NAME, or anyone; docs/security.md.
-Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
-Exit codes: 0 done, 1 the run failed or doctor found a failure, 2 refused before anything started,
-3 a check that was asked for (--min-gain, drift) does not hold, 130 interrupted.
-"""
-
 
 _FIRST_STEPS = """\
 Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3. With rows of your own, type first:
@@ -146,35 +39,25 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3. With ro
 """
 
 
-class _VerbModule(Protocol):
-    """A module of launcher.cli that executes verbs."""
-
-    def run(self, verb: str, tokens: list[str]) -> int: ...
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; user errors are printed, not raised."""
-    with printable_output():
-        return _main(argv)
-
-
-def _main(argv: Sequence[str] | None) -> int:
     tokens = list(sys.argv[1:] if argv is None else argv)
-    collect_garbage_rarely()
-    # A reader that closes the pipe early, such as `head`, must not cause a traceback.
-    logging.raiseExceptions = False
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal with another encoding shows unsupported characters as escapes.
-        if isinstance(stream := raw(stream), io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        exit_code = _run_reporting(tokens)
-        # If the reader has gone, the interpreter's final flush would raise an error.
-        sys.stdout.flush()
-        return exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    with printable_output():
+        collect_garbage_rarely()
+        # A reader that closes the pipe early, such as `head`, must not cause a traceback.
+        logging.raiseExceptions = False
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal with another encoding shows unsupported characters as escapes.
+            if isinstance(stream := raw(stream), io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            exit_code = _run_reporting(tokens)
+            # If the reader has gone, the interpreter's final flush would raise an error.
+            sys.stdout.flush()
+            return exit_code
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
 
 
 def _run_reporting(tokens: Sequence[str]) -> int:
@@ -222,13 +105,15 @@ def _report(kind: str, problems: Sequence[Problem], exit_code: int, as_json: boo
 def _run_command(tokens: list[str]) -> int:
     tokens, owners = _without_trusted_owners(tokens)
     if tokens[:1] in (["--help"], ["-h"]):
-        return _print(HELP)
+        return _print(overall_help())
     if "--version" in tokens or tokens == ["-V"]:
         return _print(_versions())
     if not tokens:
         _print(_FIRST_STEPS)
         return EXIT_REFUSED
-    verb = tokens.pop(0) if _is_verb(tokens[0]) else "train"
+    first = tokens[0]
+    has_verb = first in VERBS or not (first.startswith(("-", "+", "~")) or "=" in first or is_run_file(first))
+    name, words = (first, tokens[1:]) if has_verb else ("train", tokens)
     # A deleted working directory is reported by what needs it.
     with suppress(FileNotFoundError):
         _make_paths_absolute()
@@ -236,7 +121,16 @@ def _run_command(tokens: list[str]) -> int:
         from launcher.security.owners import add_to_environ
 
         add_to_environ(owners)
-    return _run(verb, tokens)
+    if name == "help" and words[:1] and words[0] in VERBS:
+        name, words = words[0], ["--help"]
+    if name == "help":
+        return _print(overall_help())
+    if name not in VERBS:
+        raise ConfigError(unknown_verb(name))
+    verb = find_verb(name, words)
+    if {"--help", "-h"} & {*words} or (verb.takes_settings and words == ["help"]):
+        return _print(verb.help())
+    return verb.execute(words)
 
 
 def _without_trusted_owners(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -261,41 +155,6 @@ def _make_paths_absolute() -> None:
     if paths := os.environ.get("PYTHONPATH"):
         # Empty parts are allowed.
         os.environ["PYTHONPATH"] = os.pathsep.join(path and os.path.abspath(path) for path in paths.split(os.pathsep))
-
-
-def _is_verb(token: str) -> bool:
-    is_word = "=" not in token and not token.startswith(("-", "+", "~"))
-    return is_word and (token in VERBS or not is_run_file(token))
-
-
-def _run(verb: str, tokens: list[str]) -> int:
-    if verb == "help" and tokens[:1] and tokens[0] in VERBS:
-        verb, tokens = tokens[0], ["--help"]
-    elif verb in COMPOSING and tokens == ["help"]:
-        tokens = ["--help"]
-    if verb == "help":
-        return _print(HELP)
-    if verb not in VERBS:
-        raise ConfigError(_unknown_verb(verb))
-    module: _VerbModule = importlib.import_module(f"launcher.cli.{VERBS[verb]}")
-    return module.run(verb, tokens)
-
-
-def _unknown_verb(verb: str) -> Problem:
-    import difflib
-
-    from launcher.security.redaction import redact
-
-    name = verb.lower()
-    meant = next((own for own, others in _VERBS_ELSEWHERE.items() if name in others.split()), "")
-    matches = [meant] if meant else difflib.get_close_matches(name, VERBS, n=1)
-    guess = f"did you mean {matches[0]}? " if matches else ""
-    return Problem(
-        f"there is no command {redact(verb)}",
-        where="command line",
-        value=redact(verb),
-        remedy=f"{guess}commands are {', '.join(VERBS)}; settings are written key=value",
-    )
 
 
 def _versions() -> str:

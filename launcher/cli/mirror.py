@@ -15,8 +15,7 @@ from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, convert_storage_errors
 from launcher.cli import formatting
-from launcher.cli.starting import eval_set_caches
-from launcher.cli.worker_process import prepare
+from launcher.cli.worker_process import prepare, prepare_eval_sets
 from launcher.config.schema import RunConfig
 from launcher.config.sections.fields import Url
 from launcher.data import cache_store
@@ -158,7 +157,7 @@ def _make_local(plan: LaunchPlan, run: RunDir) -> LaunchPlan:
             "config": config,
             "model": plan.model.model_copy(update=facts),
             "data": _find_or_build_data(plan, on_this_machine),
-            "eval_sets": eval_set_caches.find_or_build(on_this_machine, kept, tokenizer),
+            "eval_sets": prepare_eval_sets(on_this_machine, kept, tokenizer),
         }
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Sequence
@@ -13,7 +14,6 @@ from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import describe_loss
 from launcher.cli import formatting
-from launcher.cli.arguments import VerbParser
 from launcher.cli.pages import charts, html_page
 from launcher.cli.pages.charts import Series
 from launcher.cli.pages.evaluation_html import evaluation_contexts, step_contexts
@@ -53,18 +53,8 @@ class _RunFiles:
     spent: Breakdown
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def write_report(arguments: argparse.Namespace) -> int:
     """Write the page and print its path."""
-    about = "Write an HTML report of one or more runs. The page is self-contained and needs no network."
-    parser = VerbParser(prog="python -m launcher report", description=about)
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="name of a run, or path of its directory")
-    parser.add_root()
-    parser.add_argument(
-        "--html",
-        metavar="FILE",
-        help="file to write (default: report.html in the run directory, or in the working directory for several runs)",
-    )
-    arguments = parser.parse_args(tokens)
     named = [run_store.find_run(name, Path(arguments.root)) for name in arguments.runs]
     runs = list({run.root: run for run in named}.values())
     file = Path(arguments.html) if arguments.html else (runs[0].root if len(runs) == 1 else Path()) / "report.html"

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from launcher import run_records, run_store
 from launcher.cli import formatting
-from launcher.cli.arguments import VerbParser
 from launcher.cli.follow import StatusWatch, follow, interrupted_start
+from launcher.cli.interaction import Interrupts
 from launcher.cli.resume import resume_run
-from launcher.cli.starting.interrupts import Interrupts
 from launcher.cli.views.plan_view import started_lines
-from launcher.clusters.backends import FilesOnly, StatusReader, cluster_for, status_reader_for
+from launcher.clusters.backends import FilesOnly, cluster_for, status_reader_for
 from launcher.errors import SubmitError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
@@ -31,56 +30,13 @@ _LOG_BLOCK_BYTES = 1 << 20
 _INTERRUPTIONS = (Cause.CANCELLED, Cause.LIMIT, Cause.PREEMPTED, Cause.TIME_LIMIT, Cause.RESIZED)
 
 
-def run(verb: str, tokens: list[str]) -> int:
-    """Execute the verb on a run; returns the exit code."""
-    arguments = _parser(verb).parse_intermixed_args(tokens)
-    if verb == "resume" and "://" in arguments.run:
-        from launcher.cli import mirror
-
-        downloaded = mirror.download_run(arguments.run, Path(arguments.root), arguments.step)
-        owners.require_run(downloaded.root)
-        return _resume(downloaded, arguments)
-    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
-    if verb != "logs":
-        owners.require_run(run_dir.root)
-    return {"logs": _logs, "cancel": _cancel, "resume": _resume}[verb](run_dir, arguments)
-
-
-def _parser(verb: str) -> argparse.ArgumentParser:
-    about = {
-        "logs": "Show the output of a rank.",
-        "cancel": "Save and stop a run; a second cancel kills it.",
-        "resume": "Continue a run from its newest checkpoint.",
-    }[verb]
-    parser = VerbParser(prog=f"python -m launcher {verb}", description=about)
-    parser.add_root()
-    address = ", or its address in a mirror, URL/NAME" if verb == "resume" else ""
-    parser.add_argument("run", metavar="RUN", help=f"name of the run, or path of its directory{address}")
-    if verb == "logs":
-        parser.add_argument("-f", "--follow", action="store_true", help="follow until the run ends")
-        parser.add_argument("--rank", type=int, default=0, help="which rank (default: 0)")
-        parser.add_argument("--attempt", type=int, help="which attempt (default: the last)")
-    if verb == "cancel":
-        save = "save a checkpoint before stopping (default); a second cancel kills the run"
-        parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help=save)
-    if verb == "resume":
-        parser.add_argument("overrides", nargs="*", help="settings to change, such as train.max_steps=2000")
-        follow = "follow the run to its end (default on this machine)"
-        parser.add_argument("--follow", action="store_true", default=None, help=follow)
-        parser.add_argument("--detach", dest="follow", action="store_false", help="return at once (default on a cluster)")
-        force = "continue with data and settings that differ from those of the checkpoint; without --force they are listed"
-        parser.add_argument("--force", action="store_true", help=force)
-        cost = "do not ask before the run gets more steps, whatever run.confirm_usd says"
-        parser.add_argument("--yes", action="store_true", help=cost)
-        parser.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
-    return parser
-
-
-def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
+def show_log(arguments: argparse.Namespace) -> int:
+    """Print the output of a rank; with --follow until the run ends."""
+    run = run_store.find_run(arguments.run, Path(arguments.root))
     attempt = run_store.newest_attempt(run) if arguments.attempt is None else arguments.attempt
     output = _RankOutput(run, arguments.rank, attempt)
     _require_in_run(run, arguments.attempt, arguments.rank)
-    reader = _reader(run)
+    reader = status_reader_for(run, run_store.load_plan(run).config.cluster.kind)
     if not output.log.is_file() and not arguments.follow:
         folder = run.attempt(output.attempt)
         logs = sorted(path.name for path in folder.glob("*.log")) if folder.is_dir() else []
@@ -159,10 +115,6 @@ def _require_in_run(run: RunDir, attempt: int | None, rank: int) -> None:
         raise SubmitError(f"the run has no rank {rank}", where="--rank", value=str(rank), remedy=remedy)
 
 
-def _reader(run: RunDir) -> StatusReader:
-    return status_reader_for(run, run_store.load_plan(run).config.cluster.kind)
-
-
 def _end_line(run: RunDir, attempt: int, status: Status) -> str:
     """Return one line on how an incomplete attempt ended; empty if it is running or has completed."""
     message, how = status.message if status.state == "failed" else "", "failed"
@@ -175,17 +127,28 @@ def _end_line(run: RunDir, attempt: int, status: Status) -> str:
     return f"attempt {attempt} {how}: {line}" if line else ""
 
 
-def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
+def cancel_run(arguments: argparse.Namespace) -> int:
+    """Ask a run to save and stop."""
+    run = run_store.find_run(arguments.run, Path(arguments.root))
+    owners.require_run(run.root)
     cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run, save=arguments.save)
     request = "requested: save and stop" if arguments.save else "requested: stop without saving"
     print(f"{request}; watch it with: {launcher_command('status', formatting.short(run.root))}")
     return 0
 
 
-def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
+def resume(arguments: argparse.Namespace) -> int:
+    """Start the next attempt of a run, which may be in a mirror, and follow it if requested."""
+    if "://" in arguments.run:
+        from launcher.cli import mirror
+
+        run = mirror.download_run(arguments.run, Path(arguments.root), arguments.step)
+    else:
+        run = run_store.find_run(arguments.run, Path(arguments.root))
+    owners.require_run(run.root)
     plan = run_store.load_plan(run)
     if plan.config.cluster.runs_on_every_node:
-        from launcher.cli.starting import every_node
+        from launcher.cli import every_node
 
         return every_node.resume(run, plan, arguments)
     cluster = cluster_for(plan.config.cluster.kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +10,12 @@ from typing import Any
 
 from launcher import run_store
 from launcher.cli import formatting
-from launcher.cli.arguments import VerbParser
 from launcher.cli.pages import html_page
 from launcher.cli.worker_process import run_reporting
 from launcher.data.triage import FINDINGS, MISLABELED, write_exclusions
 from launcher.errors import ConfigError, printable
 from launcher.security import owners
 
-_ROWS = 20
 # Number of documents per list on the page.
 _MOST_ON_PAGE = 100
 _MAX_CHARS = 60
@@ -25,26 +24,8 @@ _MOST_LIKELY = 0.5
 _COLUMNS = ("document", "source", ">tokens", ">loss", ">without prompt", ">explained", "answer")
 
 
-def run(tokens: list[str]) -> int:
+def rank_documents(arguments: argparse.Namespace) -> int:
     """Score unscored documents, and show which are likely mislabeled, memorized, or have nothing to learn."""
-    about = (
-        "Rank the documents of a run's data: likely mislabeled, memorized, or with nothing to learn. The documents "
-        "are scored on this machine with and without their prompts, once: later calls read the scores."
-    )
-    parser = VerbParser(prog="python -m launcher data --scored", description=about)
-    parser.add_argument("--scored", metavar="RUN", required=True, help="name of the run, or path of its directory")
-    parser.add_root()
-    step = "step whose weights score the documents, 0 for the initial ones (default: the newest checkpoint)"
-    parser.add_argument("--step", type=int, help=step)
-    parser.add_argument("--split", default="train", help="train, held_out, or a set of eval.sets (default: train)")
-    parser.add_argument("--show", type=int, default=_ROWS, metavar="N", help=f"documents of each list (default: {_ROWS})")
-    parser.add_argument("--json", action="store_true", help="print all documents as JSON")
-    parser.add_argument("--html", metavar="FILE", help="also write one HTML page with the texts")
-    excludes = "write a list of documents, which data.exclude=FILE leaves out of the next run"
-    parser.add_argument("--exclude", metavar="FILE", help=excludes)
-    finding = f"finding whose documents --exclude writes, repeatable (default: {MISLABELED})"
-    parser.add_argument("--finding", action="append", choices=tuple(FINDINGS), help=finding)
-    arguments = parser.parse_args(tokens)
     run_dir = run_store.find_run(arguments.scored, Path(arguments.root))
     owners.require_run(run_dir.root)
     page = html_page.require_writable_page(Path(arguments.html)) if arguments.html else None

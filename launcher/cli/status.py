@@ -7,21 +7,20 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
 from launcher.cli import formatting
-from launcher.cli.arguments import DEFAULT_ROOT, VerbParser
 from launcher.cli.follow import StatusWatch, wandb_words
+from launcher.cli.verbs import DEFAULT_ROOT
 from launcher.cli.views.run_summary import summary
-from launcher.clusters.backends import status_reader_for
+from launcher.clusters.backends import StatusReader, status_reader_for
 from launcher.errors import LauncherError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
+from launcher.run_records import RUNNING_STATES
 from launcher.security.printable_stream import raw
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
@@ -41,60 +40,13 @@ _STORAGE_FAILURE_S = 60.0
 _COLUMNS = ("run", "state", ">step", ">loss", ">cost", "updated")
 
 
-def run(verb: str, tokens: list[str]) -> int:
-    """Execute `status` or `ls`."""
-    arguments = _parser(verb).parse_args(tokens)
-    if verb == "status":
-        return _status(run_store.find_run(arguments.run, Path(arguments.root)), arguments.json, arguments.watch)
-    if arguments.mirror:
-        if "://" not in arguments.mirror:
-            raise _folder_error(arguments.mirror)
-        from launcher.cli import mirror
-
-        return mirror.ls(arguments.mirror, arguments.json)
-    return _ls(Path(arguments.root), arguments.json)
-
-
-def _parser(verb: str) -> argparse.ArgumentParser:
-    about = {
-        "ls": "List the runs, newest first, or those in a mirror.",
-        "status": "Show state, step, loss, pace and cost of a run.",
-    }
-    parser = VerbParser(prog=f"python -m launcher {verb}", description=about[verb])
-    parser.add_root()
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    if verb == "ls":
-        parser.add_argument("mirror", metavar="URL", nargs="?", help="a mirror to list (default: the runs on this machine)")
-    else:
-        parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
-        again = "refresh every SECONDS until the run ends (default: 5)"
-        parser.add_argument("--watch", metavar="SECONDS", type=_seconds, nargs="?", const=5.0, help=again)
-    return parser
-
-
-def _folder_error(folder: str) -> SubmitError:
-    """Return the error for a folder where the URL of a mirror is expected."""
-    is_run = any((Path(above) / folder / "status.json").is_file() for above in ("", DEFAULT_ROOT))
-    command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
-    remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
-    return SubmitError(
-        "ls takes the URL of a mirror, such as s3://bucket/runs", where="command line", value=folder, remedy=remedy
-    )
-
-
-def _seconds(value: str) -> float:
-    with suppress(ValueError):
-        if 0.1 <= (seconds := float(value)) < 1e6:
-            return seconds
-    raise argparse.ArgumentTypeError(f"{value} is not a number of seconds from 0.1 to 1,000,000")
-
-
-def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
-    """Print the state of a run, once or every `every_s` seconds until it ends."""
-    state, read_at = _state_reader(run), time.monotonic()
+def show_run(arguments: argparse.Namespace) -> int:
+    """Print the state of a run, once or, with --watch, every few seconds until it ends."""
+    run, as_json, every_s = run_store.find_run(arguments.run, Path(arguments.root)), arguments.json, arguments.watch
+    watch, read_at = StatusWatch(run, _find_reader(run)), time.monotonic()
     while True:
         try:
-            values = summary(run, state())
+            values = summary(run, watch.state())
         except (OSError, LauncherError) as error:
             # Storage may be available again at the next try.
             if every_s is None or time.monotonic() - read_at > _STORAGE_FAILURE_S:
@@ -115,45 +67,57 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
             print()
 
 
-def _reason(error: Exception) -> str:
-    return error.problems[0].message if isinstance(error, LauncherError) else str(error)
+def list_runs(arguments: argparse.Namespace) -> int:
+    """Print the runs of a folder, newest first, or those of a mirror; name unreadable runs on standard error."""
+    if arguments.mirror:
+        if "://" not in arguments.mirror:
+            raise _folder_error(arguments.mirror)
+        from launcher.cli import mirror
 
-
-def _ask_backend(run: RunDir) -> Status:
-    return status_reader_for(run, run_store.read_placement(run).kind).status(run)
-
-
-def _state_reader(run: RunDir) -> Callable[[], Status]:
-    """Return a function that reads the run's state."""
-    return StatusWatch(run, status_reader_for(run, run_store.read_placement(run).kind)).state
-
-
-def _ls(root: Path, as_json: bool) -> int:
-    """Print the runs under `root`, newest first; name unreadable runs on standard error."""
+        return mirror.ls(arguments.mirror, arguments.json)
+    root = Path(arguments.root)
     _require_folder(root)
     runs = list(run_store.list_runs(root))
     summaries: list[str] = []
     rows: list[tuple[str, ...]] = []
     # Wait for slow backends at the same time.
     with ThreadPoolExecutor(_NUM_QUERIES) as pool:
-        answers = [pool.submit(_ask_backend, run) for run in runs]
+        answers = [pool.submit(lambda run: _find_reader(run).status(run), run) for run in runs]
     for run, answer in zip(runs, answers, strict=True):
         try:
             values = summary(run, answer.result())
-            if as_json:
+            if arguments.json:
                 summaries.append(textwrap.indent(formatting.as_json(values), "  "))
             else:
                 rows.append(_row(values))
         except Exception as error:
             # One run must not hide the others.
             print(printable(f"{run.root.name}: {_reason(error)}").replace("\n", "\\n"), file=sys.stderr)
-    if as_json:
+    if arguments.json:
         print("[\n{}\n]".format(",\n".join(summaries)) if summaries else "[]")
     elif not rows:
         print(f"no runs under {root}; start one with: python -m launcher train; --root names another folder")
     else:
         print("\n".join(formatting.table(_COLUMNS, rows)))
     return 0
+
+
+def _folder_error(folder: str) -> SubmitError:
+    """Return the error for a folder where the URL of a mirror is expected."""
+    is_run = any((Path(above) / folder / "status.json").is_file() for above in ("", DEFAULT_ROOT))
+    command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
+    remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
+    return SubmitError(
+        "ls takes the URL of a mirror, such as s3://bucket/runs", where="command line", value=folder, remedy=remedy
+    )
+
+
+def _reason(error: Exception) -> str:
+    return error.problems[0].message if isinstance(error, LauncherError) else str(error)
+
+
+def _find_reader(run: RunDir) -> StatusReader:
+    return status_reader_for(run, run_store.read_placement(run).kind)
 
 
 def _require_folder(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -10,7 +11,6 @@ from typing import Any
 
 from launcher import run_store
 from launcher.cli import formatting
-from launcher.cli.arguments import VerbParser
 from launcher.cli.worker_process import run_reporting
 from launcher.errors import SubmitError, printable
 from launcher.security import owners
@@ -25,19 +25,8 @@ _MAX_DOCUMENTS, _MIN_CHARS, _MAX_CHARS = 12, 20, 60
 _OTHER_COLUMNS = 54
 
 
-def run(verb: str, tokens: list[str]) -> int:
+def explain_step(arguments: argparse.Namespace) -> int:
     """Show a step's rows, with their losses under the checkpoint before it, computed on this machine."""
-    about = (
-        "Show what is behind a step: its documents with file and line, their losses under the checkpoint before it (computed on "
-        "this machine only for these rows), loss and gradient norm around it, and alerts, GPU faults and restarts near it."
-    )
-    parser = VerbParser(prog="python -m launcher why", description=about)
-    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
-    parser.add_argument("step", metavar="STEP", type=int, help="the step, as in metrics and alerts")
-    parser.add_root()
-    parser.add_argument("--no-scores", action="store_true", help="do not compute losses, which loads the model")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(tokens)
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     owners.require_run(run_dir.root)
     trained = [line for line in read_metrics(run_dir.metrics, _METRICS) if "train/loss" in line]

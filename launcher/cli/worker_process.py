@@ -15,16 +15,13 @@ from typing import Any
 from launcher import facts
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
-from launcher.errors import ConfigError, Problem, RunError, raise_reported
+from launcher.data.sources.reading import find_path_problem
+from launcher.errors import ConfigError, DataError, Problem, RunError, raise_reported
+from launcher.plan.launch_plan import DataFacts
 from launcher.security.folders import make_own_folder, private_variables
 
 # A worker that is ended removes what it has written so far.
 _TERMINATION_S = 10.0
-
-
-def prepare_eval_sets(config: RunConfig) -> None:
-    """Build only the evaluation sets' caches, in a process that may import torch. Raises what `prepare` raises."""
-    _prepare(config, "--eval-sets")
 
 
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
@@ -37,6 +34,25 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
         RunError: if the process fails for another reason.
     """
     return _prepare(config, *([f"--report={show}"] if show is not None else []))
+
+
+def prepare_eval_sets(config: RunConfig, kept: dict[str, DataFacts], tokenizer_path: str | None) -> dict[str, DataFacts]:
+    """Return `kept`, the facts of data caches by the name of their set, and those of the other eval.sets, built where missing.
+
+    Raises:
+        ConfigError, DataError: for a set that cannot be read.
+    """
+    missing = {key: one for key, one in config.eval.sets_by_setting.items() if one.name not in kept}
+    if not missing:
+        return kept
+    if problems := [p for key, one in missing.items() if (p := find_path_problem(f"{key}.path", one))]:
+        raise ConfigError(problems)
+    _prepare(config, "--eval-sets")
+    built = facts.eval_set_facts(config, tokenizer_path)
+    for key, one in missing.items():
+        if one.name not in built:
+            raise DataError(Problem("the data cache is missing or damaged right after it was built", key, remedy="try again"))
+    return {**built, **kept}
 
 
 def _prepare(config: RunConfig, *arguments: str) -> dict[str, Any]:

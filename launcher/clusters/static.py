@@ -1,6 +1,6 @@
 """The backend for machines that all run the same command. Each command starts its own machine's agent.
 
-`train` and `resume` are in launcher.cli.starting.every_node. Methods that need no meeting work on any machine that sees the run.
+`train` and `resume` are in launcher.cli.every_node. Methods that need no meeting work on any machine that sees the run.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,26 @@ FLAGS_WITH_VALUE = (
 )
 _FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
 _MULTIRUN = {"--multirun", "-m"}
-
-
 SUFFIXES = (".yaml", ".yml")
 # Endings of files of rows. A .json file may also hold settings.
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet", ".txt", ".gz", ".zst")
+
+
+def conf_dir() -> Path:
+    """Return the folder of the config groups: in the installed package, or next to it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def list_options(folders: Iterable[Path]) -> dict[str, list[str]]:
+    """Return the names of the options of each group in these folders; one that cannot be read has none."""
+    options: dict[str, list[str]] = {}
+    for folder in folders:
+        with suppress(OSError):
+            for group in sorted(path for path in folder.expanduser().iterdir() if path.is_dir()):
+                options.setdefault(group.name, []).extend(sorted(path.stem for path in group.glob("*.yaml")))
+    return {group: names for group, names in options.items() if names}
 
 
 def is_run_file(word: str) -> bool:

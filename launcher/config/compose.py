@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from launcher.config.command_line import (
     COMMAND_LINE,
     GROUPS,
+    conf_dir,
     config_dirs,
     override_key,
     split_run_files,
@@ -61,13 +62,6 @@ class Composed:
             yield
         except LauncherError as error:
             raise type(error)(self.origins.located(problem) for problem in error.problems) from error
-
-
-def conf_dir() -> Path:
-    """Return the folder of the config groups: in the installed package, or next to it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], own_flags: Sequence[str] = ()) -> None:

@@ -18,7 +18,8 @@ import pytest
 from forked import preloaded
 
 from launcher import __version__
-from launcher.cli.main import VERBS, main
+from launcher.cli.main import main
+from launcher.cli.verbs import VERBS
 from launcher.plan.launch_plan import LaunchPlan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

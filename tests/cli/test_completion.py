@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import completion
-from launcher.cli.completion import WORDS_VARIABLE, Vocabulary, complete
-from launcher.cli.main import VERBS, main
+from launcher.cli.completion import WORDS_VARIABLE, complete
+from launcher.cli.main import main
+from launcher.cli.verbs import VERBS
 from launcher.data import cache_dir
 
 REPO = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def test_a_tab_in_bash(env: dict[str, str], folder: Path) -> None:
 def test_an_answer_is_quick_and_imports_nothing_heavy(env: dict[str, str], folder: Path) -> None:
     heavy = ("torch", "hydra", "omegaconf", "pydantic", "transformers", "ray", "rich", "numpy")
     code = (
-        "import sys, resource\nfrom launcher.cli.main import main\nmain(['completion', '--answer'])\n"
+        "import sys, resource\nfrom launcher.cli.main import main\nmain(['completion', 'bash'])\n"
         f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)\n"
         "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime, file=sys.stderr)"
     )
@@ -88,9 +89,7 @@ def test_an_answer_is_quick_and_imports_nothing_heavy(env: dict[str, str], folde
     assert float(seconds) < 0.3
 
 
-KNOWN = Vocabulary(
-    keys={"train.max_steps": ["null"], "model.dtype": ["auto", "bf16"]}, flags={"rm": ["--yes"]}, takes_run=["rm", "resume"]
-)
+KEYS = {"train.max_steps": ["null"], "model.dtype": ["auto", "bf16"]}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,9 @@ KNOWN = Vocabulary(
         (["plan", "train"], ["train."]),
         (["status", "model"], []),
         (["completion", ""], ["bash", "fish", "zsh"]),
-        (["rm", "-"], ["--yes"]),
+        (["drill", "--fault", "kill"], ["kill-node", "kill-rank"]),
+        (["data", "--scored", ""], ["demo"]),
+        (["rm", "--ye"], ["--yes"]),
         (["rm", ""], ["demo"]),
         (["rm", "~"], []),
         (["clus"], ["cluster.", "cluster="]),
@@ -113,40 +114,39 @@ def test_candidates(words: list[str], candidates: list[str], monkeypatch: pytest
     for name in ("demo", "--yes", "~root"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "status.json").touch()
-    known = KNOWN if words != ["clus"] else Vocabulary({"cluster.kind": []}, {}, [])
-    assert complete(words, known) == candidates
+    assert complete(words, KEYS if words != ["clus"] else {"cluster.kind": []}) == candidates
 
 
 def test_options_of_a_folder_on_the_command_line_are_offered(tmp_path: Path) -> None:
     (tmp_path / "my_conf/model").mkdir(parents=True)
     (tmp_path / "my_conf/model/ours.yaml").touch()
     before = ["plan", "--config-dir", str(tmp_path / "my_conf")]
-    assert complete([*before, "model=our"], KNOWN) == ["model=ours"]
+    assert complete([*before, "model=our"], KEYS) == ["model=ours"]
 
 
 def test_the_words_are_stored_for_each_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path))
     built: list[int] = []
 
-    def build() -> Vocabulary:
+    def build() -> dict[str, list[str]]:
         built.append(1)
-        return KNOWN
+        return KEYS
 
-    monkeypatch.setattr(completion, "_build_vocabulary", build)
-    assert completion.vocabulary() == completion.vocabulary() == KNOWN
+    monkeypatch.setattr(completion, "_build_keys", build)
+    assert completion.read_keys() == completion.read_keys() == KEYS
     (file,) = (cache_dir.cache_root() / "completion").iterdir()
-    assert json.loads(file.read_text())["takes_run"] == ["rm", "resume"]
+    assert json.loads(file.read_text())["train.max_steps"] == ["null"]
     file.write_text("{")
-    assert completion.vocabulary() == KNOWN
+    assert completion.read_keys() == KEYS
     monkeypatch.setattr(completion, "_newest_source", lambda: 5)
-    assert completion.vocabulary() == KNOWN
+    assert completion.read_keys() == KEYS
     assert len(built) == 3
     assert [path.name for path in file.parent.iterdir()] == ["0.1.0-5.json"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_of_each_shell(shell: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completion, "vocabulary", lambda: KNOWN)
+    monkeypatch.setattr(completion, "read_keys", lambda: KEYS)
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert WORDS_VARIABLE in script

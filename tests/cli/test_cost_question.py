@@ -13,7 +13,7 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher.cli import cost_question
+from launcher.cli.start_run import require_consent
 from launcher.errors import ConfigError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan
@@ -53,10 +53,10 @@ def plan(price: float | None = 2.0, **run: float) -> LaunchPlan:
 )
 def test_without_a_terminal_costly_runs_are_refused(planned: list[tuple[LaunchPlan, SpeedEstimate]], message: str | None) -> None:
     if message is None:
-        assert cost_question.require_consent(planned)
+        assert require_consent(planned)
         return
     with pytest.raises(ConfigError, match=f"{message}, and there is no terminal to ask on") as error:
-        cost_question.require_consent(planned)
+        require_consent(planned)
     assert "add --yes" in error.value.problems[0].remedy
 
 
@@ -67,7 +67,7 @@ def test_the_answer_on_a_terminal_decides(typed: bytes, may_start: bool, monkeyp
         monkeypatch.setattr("sys.stdin", stdin)
         monkeypatch.setattr("sys.stdout", stdout)
         os.write(controller, typed)
-        assert cost_question.require_consent([(plan(confirm_usd=50), estimate(60))]) == may_start
+        assert require_consent([(plan(confirm_usd=50), estimate(60))]) == may_start
         shown = b""
         while b"Start? [y/N]" not in shown:
             shown += os.read(controller, 4096)

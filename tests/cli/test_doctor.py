@@ -19,9 +19,8 @@ from pace import wait_for
 from plan_fixtures import config_of
 from wandb_server import KEY, FakeWandb, fake_wandb
 
-from launcher.cli.accounts import wandb_check
-from launcher.cli.accounts.account_results import check_accounts
-from launcher.cli.accounts.hub_access import is_gated
+from launcher.cli import accounts
+from launcher.cli.accounts import check_accounts, is_gated
 from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult
 from launcher.config.compose import conf_dir
 from launcher.config.schema import RunConfig
@@ -110,7 +109,7 @@ def _lives(process: psutil.Process) -> bool:
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
     """A fake W&B server. Account checks are forked from a process that has imported W&B's package once."""
     imported = preloaded("launcher.tracking.wandb.account", "wandb.sdk.lib.wbauth")
-    monkeypatch.setattr(wandb_check, "subprocess", ForkingSubprocess(imported))
+    monkeypatch.setattr(accounts, "subprocess", ForkingSubprocess(imported))
     for name in [name for name in os.environ if name.startswith(("WANDB_", "HF_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", os.devnull)

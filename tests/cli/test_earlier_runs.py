@@ -13,7 +13,7 @@ import pytest
 from file_owners import as_root, give
 from plan_fixtures import H100
 
-from launcher.cli.starting.earlier_runs import find_measured_mfu
+from launcher.cli.start_run import find_measured_mfu
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 
 from launcher import json_records, run_records, run_store
-from launcher.cli import runs
 from launcher.cli.follow import follow, wandb_page
 from launcher.cli.formatting import short
+from launcher.cli.verbs import VERBS
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from launcher.plan.retry import Cause
@@ -171,7 +171,7 @@ def test_logs_end_with_the_cause_in_one_line(run: RunDir, capsys: pytest.Capture
     json_records.write(run_records.exit_file(run, 1), ExitRecord("pending", message=f"{line}\nmore of it"))
 
     def logs(*arguments: str) -> str:
-        assert runs.run("logs", [str(run.root), *arguments]) == 0
+        assert VERBS["logs"].execute([str(run.root), *arguments]) == 0
         return capsys.readouterr().out
 
     run_store.update_status(run, state="completed", attempt=2, message="")

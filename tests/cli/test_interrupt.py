@@ -19,8 +19,8 @@ from pace import slowness
 from launcher import atomic_files, run_store
 from launcher.cli import launch
 from launcher.cli.follow import interrupted_start
-from launcher.cli.launch import start
-from launcher.cli.starting.interrupts import Interrupts
+from launcher.cli.interaction import Interrupts
+from launcher.cli.start_run import start_run
 from launcher.cli.worker_process import run_worker
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_INTERRUPTED
@@ -78,8 +78,8 @@ SUBMIT = """
 import sys
 from pathlib import Path
 from launcher import run_store
-from launcher.cli.starting.interrupts import Interrupts
-from launcher.cli.launch import start
+from launcher.cli.interaction import Interrupts
+from launcher.cli.start_run import start_run
 from launcher.clusters.slurm.cluster import SlurmCluster
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
@@ -89,7 +89,7 @@ plan = LaunchPlan.load(Path(sys.argv[1]))
 with Interrupts() as interrupts:
     interrupts.defer()
     try:
-        run, attempt = start(plan, SlurmCluster())
+        run, attempt = start_run(plan, SlurmCluster())
         print(*SlurmCluster().submission_details(run, attempt)[0], len(interrupts.received))
     except SubmitError as error:
         print(error)
@@ -157,7 +157,7 @@ def test_an_interrupt_while_a_run_is_submitted_waits_until_the_run_can_be_stoppe
     before = signal.getsignal(signal.SIGINT)
     with Interrupts() as interrupts:
         interrupts.defer()
-        run, attempt = start(hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS), InterruptedCluster())
+        run, attempt = start_run(hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS), InterruptedCluster())
         assert interrupts.received == [signal.SIGINT]
         assert (attempt, run_store.read_status(run).state) == (1, "pending")
         assert interrupted_start(run) == EXIT_INTERRUPTED

@@ -11,9 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from launcher import json_records, run_store
-from launcher.cli.launch import require_idle
-from launcher.cli.liveness import require_ended
-from launcher.cli.rm import living_problem
+from launcher.cli.liveness import find_living_problem, require_ended, require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.errors import SubmitError
@@ -75,7 +73,7 @@ def test_a_run_whose_machine_has_another_clock_is_neither_started_nor_removed(
             require_idle(run, LocalCluster())
         assert "on another" in str(refusal.value.problems[0].value)
         assert "the clocks of two machines differ" in str(refusal.value)
-        problem = living_problem(run)
+        problem = find_living_problem(run)
     assert problem is not None
     assert problem.message.startswith("the run is still alive")
     assert "checking for 30 seconds whether the run demo is still alive on another" in capsys.readouterr().err
@@ -83,7 +81,7 @@ def test_a_run_whose_machine_has_another_clock_is_neither_started_nor_removed(
 
 def test_a_run_that_nobody_refreshes_has_ended(run: RunDir) -> None:
     require_ended(run)
-    assert living_problem(run) is None
+    assert find_living_problem(run) is None
 
 
 def test_nobody_waits_for_a_run_that_is_silent_for_hours_or_has_ended(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from launcher.cli.minimum_gains import MinimumGain, parse_minimum_gains
+from launcher.cli.evaluate import MinimumGain, parse_minimum_gains
 from launcher.errors import ConfigError
 from launcher.evaluate.verdict import judge
 from launcher.tracking.verdicts import EvaluationVerdict

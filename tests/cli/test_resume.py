@@ -13,12 +13,13 @@ from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.resume import (
     _changed_remarks,
+    _changed_sources,
     _choose_checkpoint,
     _describe_replaced_export,
     _require_budget,
     _require_steps_left,
+    describe_moved_rows,
 )
-from launcher.cli.starting.resumed_plan import _changed_sources, describe_moved_rows
 from launcher.config.sections.data import Source
 from launcher.data import cache_store
 from launcher.data.sources.reading import describe_origin

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft7Validator
 
+from launcher.cli.config import build_schema
 from launcher.cli.main import main
-from launcher.cli.schema import build_schema
 
 FILE = {
     "model": {"base": "qwen3_8b", "dtype": "bf16"},

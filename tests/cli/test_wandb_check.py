@@ -12,7 +12,8 @@ import pytest
 from forked import ForkingSubprocess, preloaded
 from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 
-from launcher.cli.accounts import wandb_check
+from launcher.cli import accounts
+from launcher.cli.accounts import check_wandb
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 
@@ -30,7 +31,7 @@ def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Fork account checks from a process that has imported W&B once; tests that run a whole command import it anew."""
     if "launch_here" not in request.fixturenames:
         monkeypatch.setattr(
-            wandb_check, "subprocess", ForkingSubprocess(preloaded("launcher.tracking.wandb.account", "wandb.sdk.lib.wbauth"))
+            accounts, "subprocess", ForkingSubprocess(preloaded("launcher.tracking.wandb.account", "wandb.sdk.lib.wbauth"))
         )
 
 
@@ -47,20 +48,20 @@ def environ(server: FakeWandb, netrc: Path | str = os.devnull, **variables: str)
 
 @pytest.mark.parametrize("entity", [None, ENTITY])
 def test_the_users_own_login_entity_and_project_pass(server: FakeWandb, entity: str | None) -> None:
-    assert wandb_check.check(config(entity=entity), environ(server, WANDB_API_KEY=KEY)) == []
+    assert check_wandb(config(entity=entity), environ(server, WANDB_API_KEY=KEY)) == []
     assert KEY not in "".join(server.received)
 
 
 @pytest.mark.parametrize("entity", [None, ENTITY.upper()])
 def test_a_project_that_wandb_will_create_is_a_note(server: FakeWandb, entity: str | None) -> None:
-    (said,) = wandb_check.check(config(entity=entity, project="demoo"), environ(server, WANDB_API_KEY=KEY))
+    (said,) = check_wandb(config(entity=entity, project="demoo"), environ(server, WANDB_API_KEY=KEY))
     assert f"{entity or ENTITY}/demoo" in said
 
 
 def test_a_project_that_may_only_be_read_is_refused(server: FakeWandb) -> None:
     server.read_only = {"other/demo": True}
     with pytest.raises(ConfigError, match="me may read the project other/demo but not write to it"):
-        wandb_check.check(config(entity="other", project="demo"), environ(server, WANDB_API_KEY=KEY))
+        check_wandb(config(entity="other", project="demo"), environ(server, WANDB_API_KEY=KEY))
 
 
 @pytest.mark.parametrize(
@@ -75,35 +76,35 @@ def test_a_login_or_entity_that_would_fail_later_is_refused(
     server: FakeWandb, tracking: dict[str, str], key: str, words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words) as refused:
-        wandb_check.check(config(**tracking), environ(server, **({"WANDB_API_KEY": key} if key else {})))
+        check_wandb(config(**tracking), environ(server, **({"WANDB_API_KEY": key} if key else {})))
     assert "tracking.mode=offline" in str(refused.value)
     assert not key or key not in str(refused.value)
 
 
 def test_the_local_login_is_not_checked_where_the_nodes_login_counts(server: FakeWandb) -> None:
     cluster = {"kind": "ray", "address": "http://10.0.0.1:8265"}
-    (said,) = wandb_check.check(config(cluster, entity="taem"), environ(server, WANDB_API_KEY="f" * 40))
+    (said,) = check_wandb(config(cluster, entity="taem"), environ(server, WANDB_API_KEY="f" * 40))
     assert "API keys are not sent to this cluster" in said
 
 
 def test_an_entity_of_others_is_not_refused(server: FakeWandb) -> None:
     server.others = ("other",)
-    (said,) = wandb_check.check(config(entity="other"), environ(server, WANDB_API_KEY=KEY))
+    (said,) = check_wandb(config(entity="other"), environ(server, WANDB_API_KEY=KEY))
     assert "me is not a member of other" in said
 
 
 @pytest.mark.parametrize("fault", ["error", "hang"])
 def test_a_server_that_does_not_answer_is_a_note(server: FakeWandb, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "hang":
-        monkeypatch.setattr(wandb_check, "_DEADLINE_S", 1.0)
+        monkeypatch.setattr(accounts, "_WANDB_DEADLINE_S", 1.0)
     server.fault = fault
-    (said,) = wandb_check.check(config(), environ(server, WANDB_API_KEY=KEY))
+    (said,) = check_wandb(config(), environ(server, WANDB_API_KEY=KEY))
     assert said.startswith("the launcher could not check whether W&B accepts this run: ")
 
 
 @pytest.mark.parametrize("tracking", [{"mode": "auto"}, {"mode": "offline"}, {"kind": "none"}])
 def test_offline_modes_are_not_checked(server: FakeWandb, tracking: dict[str, str]) -> None:
-    assert wandb_check.check(config(**tracking), environ(server)) == []
+    assert check_wandb(config(**tracking), environ(server)) == []
     assert not server.received
 
 
@@ -121,7 +122,7 @@ def test_a_login_that_the_ranks_would_lack_is_a_note(
 ) -> None:
     host = server.address.removeprefix("http://")
     (tmp_path / "netrc").write_text(f"machine {host} login user password {KEY}\n")
-    said = wandb_check.check(config(cluster), environ(server, tmp_path / "netrc", **({"WANDB_API_KEY": KEY} if variable else {})))
+    said = check_wandb(config(cluster), environ(server, tmp_path / "netrc", **({"WANDB_API_KEY": KEY} if variable else {})))
     assert [words in text for text in said] == ([True] if words else [])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher.cli import schema
+from launcher.cli import config
 from launcher.cli.main import main
 from launcher.cli.worker_process import run_worker_module
 from launcher.config.schema import RunConfig
@@ -16,9 +16,9 @@ from launcher.errors import RunError
 
 
 def test_the_message_names_the_process_that_failed() -> None:
-    config = RunConfig.model_validate(hand_made.SETTINGS)
+    settings = RunConfig.model_validate(hand_made.SETTINGS)
     with pytest.raises(RunError, match=r"python -m launcher\.worker\.absent ended with exit code 1; its messages are above"):
-        run_worker_module("launcher.worker.absent", config)
+        run_worker_module("launcher.worker.absent", settings)
 
 
 def test_relative_paths_in_variables_start_from_the_working_directory_of_the_command(
@@ -29,7 +29,7 @@ def test_relative_paths_in_variables_start_from_the_working_directory_of_the_com
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(schema, "run", lambda *_: 0)
+    monkeypatch.setattr(config, "print_schema", lambda _: 0)
     assert main(["schema"]) == 0
     changed = {"HF_HOME": f"{tmp_path}/hf", "PYTHONPATH": f"/packages:{tmp_path}/own::{tmp_path.parent}/src"}
     assert {name: os.environ[name] for name in given} == {**given, **changed}

@@ -19,7 +19,7 @@ from plan_fixtures import H100
 from pydantic import ValidationError
 
 from launcher import atomic_files, json_records, run_store
-from launcher.cli.launch import require_idle
+from launcher.cli.liveness import require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.clusters.ray import auto_address, jobs

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from doc_tools import GUIDES, PAGES, README, Command, blocks, command_tokens, commands, name_of
 
-from launcher.cli import config, data, drill, init
-from launcher.cli.main import COMPOSING, VERBS, main
+from launcher.cli import init
+from launcher.cli.main import main
+from launcher.cli.verbs import TABLE, VERBS, find_verb
 from launcher.config.compose import run_hydra
 from launcher.security.redaction import looks_secret
 
 # Each command once, even if several pages show it.
 COMMANDS = list({command.tokens: command for page in PAGES for command in commands(page)}.values())
-_LAUNCH_FLAGS = {"--json", "--follow", "--detach", "--yes"}
-
-
-class Parsed(Exception):
-    """Raised instead of running a command, once its arguments are accepted."""
-
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        super().__init__()
-        self.arguments = arguments
 
 
 @pytest.fixture
@@ -58,23 +48,15 @@ def test_the_launcher_accepts_the_command(
         assert main([verb, *tokens] if verb in VERBS else tokens) == 0
         return
     assert verb in VERBS
+    row = find_verb(verb, tokens)
+    arguments = row.parse(tokens)
     if verb == "init":
-        arguments, rest = init._parser().parse_known_args(tokens)
-        init._compose(arguments.model, arguments.data, rest)
+        init._compose(arguments.model, arguments.data, arguments.overrides)
         return
-    if verb == "config":
-        if tokens and tokens[0] == "RUN":
-            return
-        _compose([token for token in tokens if token not in config.FLAGS])
+    if row.takes_settings:
+        if verb != "config" or arguments.overrides[:1] != ["RUN"]:
+            _compose(arguments.overrides)
         return
-    if verb in COMPOSING and "--scored" not in tokens:
-        _compose(data.options(tokens)[1] if verb == "data" else [token for token in tokens if token not in _LAUNCH_FLAGS])
-        return
-    if verb == "drill":
-        _, rest = drill._parser().parse_known_args(tokens)
-        _compose(rest)
-        return
-    arguments = _parsed(verb, tokens, monkeypatch)
     if overrides := vars(arguments).get("overrides"):
         _compose(["model=tiny", "cluster.price_per_gpu_hour=1", *overrides])
 
@@ -86,25 +68,17 @@ def _compose(tokens: list[str]) -> None:
     assert configs or "--cfg" in tokens or "--info" in tokens
 
 
-def _parsed(verb: str, tokens: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """Return the arguments as parsed by the command's own parser, after the check for unknown flags."""
-    for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, _stop_after(getattr(argparse.ArgumentParser, name)))
-    with pytest.raises(Parsed) as parsed:
-        main([verb, *tokens])
-    return parsed.value.arguments
-
-
-def _stop_after(parse: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
-    def parse_and_stop(self: argparse.ArgumentParser, args: Any = None) -> argparse.Namespace:
-        raise Parsed(parse(self, args))
-
-    return parse_and_stop
-
-
 def test_every_verb_has_its_place_in_the_guides() -> None:
     shown = {command.tokens[0] for command in COMMANDS if command.tokens}
     assert set(VERBS) - {"train"} <= shown
+
+
+def test_the_table_of_commands_has_every_verb_in_its_group() -> None:
+    rows = [
+        {*re.findall("`([^`]+)`", line)} for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+    ]
+    groups = {verb.group: {row.name for row in TABLE if row.group == verb.group} for verb in TABLE}
+    assert sorted(map(sorted, rows)) == sorted(map(sorted, groups.values()))
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)

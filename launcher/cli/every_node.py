@@ -20,10 +20,10 @@ from types import FrameType
 
 import launcher
 from launcher import atomic_files, facts, run_store
-from launcher.cli import launch
 from launcher.cli.follow import follow
+from launcher.cli.interaction import Interrupts
 from launcher.cli.resume import resume_run
-from launcher.cli.starting.interrupts import Interrupts
+from launcher.cli.start_run import check_wandb_accounts, may_start, prepare_plan, print_plan, start_run
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters import static
 from launcher.clusters.static import StaticCluster, is_idle
@@ -119,15 +119,15 @@ def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) ->
     def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
         if run.plan.is_file():
             return _continue(composed, run, cluster, interrupts)
-        launch.check_wandb_accounts([composed])
+        check_wandb_accounts([composed])
         with composed.located():
-            plan = launch.prepare_plan(composed, taken_names=set())
-        launch.print_plan(plan, cluster)
+            plan = prepare_plan(composed, taken_names=set())
+        print_plan(plan, cluster)
         cluster.check(plan)
-        if not launch.may_start([plan], accepts_cost):
+        if not may_start([plan], accepts_cost):
             raise SubmitError("the cost of the run was not accepted", remedy="start again and accept it, or add --yes")
         interrupts.defer()
-        return launch.start(plan, cluster)[1]
+        return start_run(plan, cluster)[1]
 
     return _lead(start, begin, follows is not False)
 

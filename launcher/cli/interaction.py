@@ -1,4 +1,4 @@
-"""Ctrl-C and other ends of a command that has started something: nothing is left behind silently."""
+"""The person at a running command: Ctrl-C and other signals, which leave nothing behind silently, and answers to questions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
+
+from launcher.errors import printable
 
 _MAX_COLLECTED = 2
 _ALIVE_S = 10.0
@@ -79,3 +81,11 @@ class Interrupts:
         self.received.append(number)
         if len(self.received) > _MAX_COLLECTED:
             raise KeyboardInterrupt
+
+
+def read_yes(question: str) -> bool:
+    """Ask on the terminal; no answer means no."""
+    try:
+        return input(f"{printable(question)} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
