@@ -15,10 +15,10 @@ from launcher.cli.report import _read_run_files, page
 from launcher.cli.status import _lines
 from launcher.cli.views.run_summary import summary
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.metrics import METRICS, Curve, Metric, Part, StatusPart
-from launcher.tracking.wandb.session import Session
+from launcher.tracking.tracker import ConsoleTracker
+from launcher.tracking.wandb.tracker import Session
 from launcher.tracking.wandb.workspace import Target, as_json
 
 NAME = "perf/experts_used_frac"

@@ -22,10 +22,10 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security.printable_stream import raw
 from launcher.shell_commands import launcher_command, shell_command
-from launcher.tracking.console import format_step
 from launcher.tracking.jsonl import Tail, read_events
-from launcher.tracking.metrics_tail import has_trained
+from launcher.tracking.metrics import format_step
 from launcher.tracking.progress import EVENT as PROGRESS
+from launcher.tracking.run_metrics import has_trained
 
 _POLL_S = 0.15
 # Events that the closing lines report.

@@ -28,8 +28,7 @@ from launcher.tracking.costs import hosted_training
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
 from launcher.tracking.metrics import curves, format_duration
-from launcher.tracking.metrics_tail import newest_trained_step
-from launcher.tracking.overfitting import find_overfitting
+from launcher.tracking.run_metrics import find_overfitting, newest_trained_step
 
 if TYPE_CHECKING:
     from markupsafe import Markup

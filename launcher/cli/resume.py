@@ -40,7 +40,7 @@ from launcher.plan.steps import describe_changed_rate
 from launcher.run_records import Attempt, read_export
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
-from launcher.tracking.metrics_tail import has_trained
+from launcher.tracking.run_metrics import has_trained
 
 # Marks numbers of the plan in a list of differences, such as plan.model.num_layers.
 _PLAN_PREFIX = "plan."

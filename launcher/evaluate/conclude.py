@@ -24,7 +24,7 @@ from launcher.evaluate.questions import EvalQuestion, describe_copies
 from launcher.evaluate.verdict import judge, with_examples
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
-from launcher.tracking.general_loss import read_general_loss
+from launcher.tracking.run_metrics import read_general_loss
 from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage, digest_checkpoint
 
 

@@ -1,0 +1,1 @@
+"""What a run reports and what it has cost: metrics, events, goodput, verdicts, W&B; open tracker.py first."""

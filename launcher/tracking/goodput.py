@@ -12,7 +12,7 @@ from launcher.errors import LauncherError
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
-from launcher.tracking.metrics_tail import read_time_lines
+from launcher.tracking.run_metrics import read_time_lines
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan

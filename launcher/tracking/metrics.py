@@ -319,17 +319,22 @@ def status_lines(last: Mapping[str, Any], medians: Mapping[str, float]) -> Itera
             if name in values:
                 parts.setdefault(metric.status.line, []).append((metric.status, values[name]))
     for line, line_parts in parts.items():
-        if text := _joined(line_parts):
+        if text := _join_parts(line_parts):
             yield line, text
 
 
-def console_text(metrics: Mapping[str, float]) -> str:
-    """Return a step's metrics as part of one line; leave out metrics without a place in it."""
+def format_step(metrics: Mapping[str, float], max_steps: int | None) -> str:
+    """Return a line such as `step  12/40  loss 1.834  lr 1.8e-05  grad 1.32  231 tok/s  eta 1m40s`; leave out missing metrics."""
+    parts = []
+    if STEP in metrics:
+        width = max(3, len(str(max_steps or "")))
+        total = f"/{max_steps}" if max_steps else ""
+        parts.append(f"step {int(metrics[STEP]):>{width}}{total}")
     shown = [(metric.console, metrics[name]) for name, metric in METRICS.items() if metric.console and name in metrics]
-    return _joined(shown, "  ")
+    return "  ".join(filter(None, (*parts, _join_parts(shown, "  "))))
 
 
-def _joined(parts: list[tuple[Part, float]], separator: str | None = None) -> str:
+def _join_parts(parts: list[tuple[Part, float]], separator: str | None = None) -> str:
     """Join the formatted parts in their order."""
     text = ""
     for part, value in sorted(parts, key=lambda pair: pair[0].order):

@@ -1,20 +1,24 @@
-"""Trackers of metrics and events: the protocol, a composite of its implementations, and their startup."""
+"""Trackers of metrics and events: the protocol, the one for the terminal, their composite, and their start.
+
+launcher.tracking.jsonl and launcher.tracking.wandb.tracker have the others.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
-from launcher.errors import LauncherError, RunError
+from launcher.errors import LauncherError, RunError, printable
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker
+from launcher.tracking.metrics import STEP, format_step
 from launcher.tracking.wandb.tracker import WandbTracker
 
 logger = logging.getLogger(__name__)
@@ -44,6 +48,32 @@ class Tracker(Protocol):
 
         With SUPERSEDED nothing more is written: another attempt has taken over the run.
         """
+
+
+class ConsoleTracker:
+    """Prints steps and events to a stream (rank 0's log), and flushes each line."""
+
+    def __init__(self, max_steps: int | None, stream: TextIO | None = None) -> None:
+        self._max_steps = max_steps
+        self._stream = stream or sys.stdout
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        # Evaluations are events; without a loss, the line would be a bare step number.
+        if "train/loss" in metrics:
+            self._print(format_step({STEP: step, **metrics}, self._max_steps))
+
+    def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
+        self._print(f"{kind}: {text}" if step is None else f"{kind} at step {step}: {text}")
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Do nothing: the summary repeats what was printed before."""
+
+    def finish(self, state: str) -> None:
+        self._stream.flush()
+
+    def _print(self, line: str) -> None:
+        # One write, because the tracker of W&B sends events from a thread.
+        print(f"{printable(line)}\n", end="", file=self._stream, flush=True)
 
 
 class RateLimit:

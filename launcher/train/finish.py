@@ -30,8 +30,8 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
-from launcher.tracking.overfitting import read_overfitting
 from launcher.tracking.progress import EVENT, Pace, as_events, say_that_it_works, silent
+from launcher.tracking.run_metrics import read_overfitting
 from launcher.tracking.tracker import Composite
 from launcher.train import liger
 from launcher.train.engine import leave_process_group

@@ -20,8 +20,8 @@ from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.general_loss import read_loss_before
 from launcher.tracking.progress import CountProgress, Say
+from launcher.tracking.run_metrics import read_loss_before
 from launcher.tracking.tracker import Composite
 from launcher.tracking.verdicts import GeneralLoss
 from launcher.train.model import CausalLMLoss

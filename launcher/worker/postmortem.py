@@ -21,7 +21,7 @@ from launcher.plan import retry
 from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, ExitRecord, FailureRecord
-from launcher.tracking.metrics_tail import newest_trained_step
+from launcher.tracking.run_metrics import newest_trained_step
 from launcher.worker import failure_record
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import job_output

@@ -50,8 +50,7 @@ def _run_module(module: str, *arguments: str) -> None:
 
 
 def main(plan_path: str, attempt: int) -> None:
-    from launcher.tracking.wandb.session import is_online
-    from launcher.tracking.wandb.tracker import WandbTracker
+    from launcher.tracking.wandb.tracker import WandbTracker, is_online
 
     plan = LaunchPlan.load(plan_path)
     run = RunDir(Path(plan.run_dir))

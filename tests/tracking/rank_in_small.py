@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import start_trackers
-from launcher.tracking.wandb import session, tracker
+from launcher.tracking.wandb import tracker
 
 
 def main(plan_file: str, run_dir: str, attempt: int) -> None:
@@ -26,13 +26,13 @@ def main(plan_file: str, run_dir: str, attempt: int) -> None:
         answer: Any = None
         if method == "limits":
             for name, value in fields.items():
-                setattr(tracker if hasattr(tracker, name) else session, name, value)
+                setattr(tracker, name, value)
         elif method == "start":
             trackers = start_trackers(plan, run_dir, attempt, stop.set)
         elif method == "stop":
             answer = stop.is_set()
         elif method == "core":
-            cores = session.running_cores()
+            cores = tracker.running_cores()
             answer = cores[0].pid if cores else None
         else:
             getattr(trackers, method)(*arguments, **fields)

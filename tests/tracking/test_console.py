@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from launcher.tracking.console import ConsoleTracker, format_step
-from launcher.tracking.metrics import format_duration
+from launcher.tracking.metrics import format_duration, format_step
+from launcher.tracking.tracker import ConsoleTracker
 
 FULL = {
     "trainer/step": 12,

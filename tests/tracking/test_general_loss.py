@@ -8,8 +8,8 @@ import pytest
 
 from launcher.evaluate.verdict import describe_general_loss
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.general_loss import read_general_loss
 from launcher.tracking.jsonl import JsonlTracker
+from launcher.tracking.run_metrics import read_general_loss
 
 
 def evaluated(folder: Path, losses: dict[int, float]) -> RunDir:

@@ -10,7 +10,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.goodput import JOINED, LOADED, PHASE, AttemptTimes
 from launcher.tracking.jsonl import JsonlTracker, Tail
-from launcher.tracking.metrics_tail import CostSoFar, MetricsTail, read_tail, read_time_lines
+from launcher.tracking.run_metrics import CostSoFar, MetricsTail, read_tail, read_time_lines
 
 
 def test_a_run_without_metrics_has_an_empty_tail(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
-from launcher.tracking.overfitting import read_overfitting
+from launcher.tracking.run_metrics import read_overfitting
 
 
 def trained(folder: Path, losses: list[tuple[float, float | None]]) -> RunDir:

@@ -12,9 +12,8 @@ import pytest
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
-from launcher.tracking.tracker import REPEAT_S, Composite, RateLimit, start_trackers
+from launcher.tracking.tracker import REPEAT_S, Composite, ConsoleTracker, RateLimit, start_trackers
 
 PlanMaker = Callable[..., LaunchPlan]
 

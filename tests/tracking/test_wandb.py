@@ -22,7 +22,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.tracker import start_trackers
-from launcher.tracking.wandb.session import is_online, redacted, step_offsets
+from launcher.tracking.wandb.tracker import is_online, redacted, step_offsets
 
 PlanMaker = Callable[..., LaunchPlan]
 REPO = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ from rank_tools import times_begun
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.wandb import session, tracker as module
+from launcher.tracking.wandb import tracker as module
 from launcher.tracking.tracker import start_trackers
 """
 
@@ -150,7 +150,7 @@ def test_a_login_makes_auto_online(make_plan: PlanMaker, monkeypatch: pytest.Mon
 def test_a_hung_wandb_is_reported_and_the_process_exits(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
     plan_file = tmp_path / "plan.json"
     plan_file.write_text(make_plan().to_json())
-    hang = "session.FINISH_TIMEOUT_S, module.FINISH_GRACE_S = 1.0, 1.0\nhang = True" + TRAIN
+    hang = "module.FINISH_TIMEOUT_S, module.FINISH_GRACE_S = 1.0, 1.0\nhang = True" + TRAIN
     started = time.monotonic()
     # The interpreter's exit is what may hang.
     run_script(hang, plan_file, run_dir, forked=False)

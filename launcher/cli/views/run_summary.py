@@ -21,7 +21,7 @@ from launcher.tracking import goodput, progress
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.metrics import median_names
-from launcher.tracking.metrics_tail import MetricsTail, newest_trained_step, read_tail
+from launcher.tracking.run_metrics import MetricsTail, newest_trained_step, read_tail
 from launcher.tracking.verdicts import read_newest_verdict
 
 # The remaining time is omitted after this time, and this many steps, without a report. An evaluation takes minutes.

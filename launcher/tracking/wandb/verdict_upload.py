@@ -17,7 +17,7 @@ from launcher.run_records import RUNNING_STATES
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, SetVerdict, by_steps, read_verdicts
-from launcher.tracking.wandb.session import Session, is_online, sync_command
+from launcher.tracking.wandb.tracker import Session, is_online, sync_command
 
 
 def upload(run: RunDir, step: int) -> str:

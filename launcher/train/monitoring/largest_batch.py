@@ -25,7 +25,7 @@ from launcher.plan.planner import situation_of
 from launcher.plan.run_dir import RunDir
 from launcher.plan.sizing.combinations import memory_savings
 from launcher.plan.sizing.memory import DEFAULT_RUNTIME_GIB
-from launcher.tracking.metrics_tail import has_trained
+from launcher.tracking.run_metrics import has_trained
 from launcher.tracking.tracker import Composite
 from launcher.train.objectives import Objective
 

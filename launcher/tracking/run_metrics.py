@@ -1,10 +1,13 @@
-"""A run's main numbers, from a metrics.jsonl of any length: only a few lines are decoded, the others are searched."""
+"""What metrics.jsonl says of a run: its main numbers, the steps that goodput needs, overfitting, and the loss on general text.
+
+The main numbers come from a file of any length: only a few lines are decoded, the others are searched.
+"""
 
 from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -13,13 +16,19 @@ from typing import Any
 
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
-from launcher.tracking.jsonl import decode_lines
+from launcher.tracking.jsonl import continued_lines, decode_lines, iter_lines, read_metrics
+from launcher.tracking.metrics import STEP
+from launcher.tracking.verdicts import GeneralLoss
 
 # Steps to take medians over: single steps vary.
 _NUM_RECENT = 20
 _TRAINED = b'"train/loss"'
 # Patterns of lines that record a wait between steps.
 _WAITS = (b'"time/eval_s"', b'"ckpt/stall_s"')
+_LOSSES = ("train/loss", "eval/held_out/loss", "trainer/epoch")
+_TRAIN_LOSS, _HELD_OUT_LOSS, _EPOCH = _LOSSES
+# The held-out loss varies by about this share between evaluations of a model that has stopped learning.
+_MIN_RISE_FRAC = 0.01
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,86 @@ def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[
             return [line for begin in begins for line in decode_lines(_line(data, begin))]
     except (FileNotFoundError, ValueError):
         return []
+
+
+@dataclass(frozen=True)
+class Overfitting:
+    """The held-out loss has risen since `step`, while the training loss fell. `gap` is their difference at the end, in nats.
+
+    `epoch` is the epoch of `step`, None if unknown. Training losses are means over the steps up to an evaluation.
+    """
+
+    step: int
+    epoch: float | None
+    lowest: float
+    last: float
+    train_at_lowest: float
+    train_at_last: float
+
+    @property
+    def gap(self) -> float:
+        return self.last - self.train_at_last
+
+    @property
+    def summary(self) -> str:
+        """The finding and its remedy in one sentence."""
+        epoch = "" if self.epoch is None else f" (epoch {self.epoch:.1f})"
+        rose = f"the held-out loss rose from {self.lowest:.4f} to {self.last:.4f}"
+        fell = f"the training loss fell from {self.train_at_lowest:.4f} to {self.train_at_last:.4f}"
+        remedy = "train fewer epochs, or set eval.stop_after and checkpoint.keep_best=1"
+        return f"overfitting since step {self.step:,}{epoch}: {rose}, while {fell} (gap {self.gap:.4f}); {remedy}"
+
+
+def find_overfitting(steps: Iterable[Mapping[str, Any]]) -> Overfitting | None:
+    """Return since when a run overfits, from its metrics lines (one per step), or None if it does not or too little is known.
+
+    It overfits if the last held-out loss is more than 1% above the lowest one, and the training loss has fallen since then.
+    """
+    evaluations: list[tuple[int, float | None, float, float]] = []
+    losses: list[float] = []
+    epoch = None
+    for line in steps:
+        epoch = line.get(_EPOCH, epoch)
+        if _TRAIN_LOSS in line:
+            losses.append(line[_TRAIN_LOSS])
+        if _HELD_OUT_LOSS in line and losses:
+            evaluations.append((line[STEP], epoch, line[_HELD_OUT_LOSS], math.fsum(losses) / len(losses)))
+            losses = []
+    if len(evaluations) < 2:
+        return None
+    step, epoch, lowest, train_at_lowest = min(evaluations, key=lambda one: one[2])
+    _, _, last, train_at_last = evaluations[-1]
+    if last <= lowest * (1 + _MIN_RISE_FRAC) or train_at_last >= train_at_lowest:
+        return None
+    return Overfitting(step, epoch, lowest, last, train_at_lowest, train_at_last)
+
+
+def read_overfitting(run: RunDir) -> Overfitting | None:
+    """Return since when a run overfits, from its metrics."""
+    return find_overfitting(read_metrics(run.metrics, _LOSSES))
+
+
+def read_general_loss(run: RunDir, step: int) -> GeneralLoss | None:
+    """Return the loss on general text before training and at the last evaluation up to `step`, or None unless both exist."""
+    losses = {at: loss for at, loss in _read_general_losses(run).items() if at <= step}
+    if 0 not in losses or len(losses) < 2:
+        return None
+    newest = max(losses)
+    return GeneralLoss(losses[0], losses[newest], None if newest == step else newest)
+
+
+def read_loss_before(run: RunDir) -> float | None:
+    """Return the loss on general text before training, or None if it was not evaluated then."""
+    return _read_general_losses(run).get(0)
+
+
+def _read_general_losses(run: RunDir) -> dict[int, float]:
+    # `status` and `ls` read this module without the settings.
+    from launcher.config.sections.evaluation import FORGETTING
+
+    name = f"eval/{FORGETTING}/loss"
+    lines = continued_lines(iter_lines(run.metrics, (name,)))
+    return {line[STEP]: line[name] for line in lines if name in line}
 
 
 @contextmanager
