@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher.checkpoint import folder_links
+from launcher.checkpoint import model_folder
 from launcher.config.sections.model import ModelSection
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.transformers_engine import TransformersEngine
@@ -186,10 +186,10 @@ def test_links_within_folders_and_to_the_cache_of_the_hub_are_followed(tmp_path:
     (snapshot / "LICENSE").symlink_to("config.json")
     (snapshot / "additional_chat_templates/a.jinja").symlink_to("../../../blobs/one")
     (snapshot / "model.safetensors").symlink_to("../../blobs/one")
-    assert list(folder_links.link_problems(snapshot)) == []
+    assert list(model_folder.link_problems(snapshot)) == []
     (snapshot / "additional_chat_templates/b.jinja").symlink_to(private_file)
     (snapshot / "NOTICE").symlink_to("../../../models--owner--name")
-    names = [problem.value for problem in folder_links.link_problems(snapshot)]
+    names = [problem.value for problem in model_folder.link_problems(snapshot)]
     assert names == ["NOTICE", "additional_chat_templates/b.jinja"]
 
 

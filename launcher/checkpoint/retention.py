@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps. Pure: depends on steps and losses only, without disk access."""
+"""Which checkpoints a run keeps: by steps and losses, and across attempts that evaluated different rows."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher import json_records, run_store
 from launcher.checkpoint.manifest import HELD_OUT
+from launcher.plan.run_dir import RunDir
 
 if TYPE_CHECKING:
     from launcher.checkpoint.manifest import Checkpoint
     from launcher.config.sections.train import CheckpointSection
+    from launcher.plan.launch_plan import LaunchPlan
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,29 @@ def _best(checkpoints: Sequence[Checkpoint], retention: Retention) -> set[int]:
         if checkpoint.eval_set == retention.best_set and checkpoint.eval_loss is not None and math.isfinite(checkpoint.eval_loss)
     )
     return {-step for _, _, step in ranked[: retention.keep_best]}
+
+
+def retention_of(run: RunDir, plan: LaunchPlan) -> Retention:
+    """Return the rules of a plan of the run; `keep_best` prefers losses on the plan's evaluation rows."""
+    section = plan.config.checkpoint
+    if not section.keep_best:
+        return Retention.of(section)
+    rows = plan.eval_rows_digest(section.best_set)
+    return Retention.of(section, rows, _plans_with_other_rows(run, rows, section.best_set))
+
+
+def _plans_with_other_rows(run: RunDir, rows: str, set_name: str) -> frozenset[str]:
+    """Return the digests of the run's plans in which an evaluation set has other rows than those with the digest `rows`."""
+    # Commands that show runs import this module without the settings.
+    from launcher.plan.launch_plan import LaunchPlan, digest_of
+
+    others = set()
+    for path in (run.plan, *run_store.changed_plan_paths(run), *run.plans.glob("*.json")):
+        try:
+            text = json_records.read_bytes(path).decode()
+            if LaunchPlan.from_json(text).eval_rows_digest(set_name) != rows:
+                others.add(digest_of(text))
+        except (OSError, ValueError):
+            # Its checkpoints count: nothing is known of their rows.
+            continue
+    return frozenset(others)

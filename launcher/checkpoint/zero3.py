@@ -1,6 +1,10 @@
 """Read and write the state of a DeepSpeed ZeRO-3 engine: partitions, optimizer states, step counts and loss scale.
 
-Only this module and `nvme` depend on DeepSpeed's internals (deepspeed/runtime/zero/stage3.py, ops/adam/).
+Only this module depends on DeepSpeed's internals (deepspeed/runtime/zero/stage3.py, swap_tensor/, ops/adam/).
+
+States that DeepSpeed offloads to NVMe come into host memory piece by piece: an optimizer sub-group is on NVMe if it has at least
+1 MiB of fp32 weights on this rank; so is a partition of the compute weights of that size. Anything smaller stays in memory. Use
+one thread at a time: DeepSpeed's swappers support a single user, either training or a save that training waits for.
 """
 
 from __future__ import annotations
@@ -13,10 +17,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch.nn import Parameter
 
-from launcher.checkpoint import nvme
 from launcher.checkpoint.store import partition
 from launcher.errors import CheckpointError
 from launcher.plan.optimizers import Optimizer, find_by_class
@@ -118,7 +122,8 @@ def state_layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list
 
 def can_stage_in_background(engine: Any) -> bool:
     """Return whether a thread can read the states while the engine computes; it cannot if they are on NVMe."""
-    return not nvme.may_hold_states(engine.optimizer)
+    zero = engine.optimizer
+    return not (zero.swap_optimizer or zero.params_in_nvme_and_cpu)
 
 
 def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Generator[torch.Tensor]:
@@ -130,7 +135,7 @@ def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Gene
     zero = engine.optimizer
     keys = stored_keys(engine, optimizer_step(engine))
     for group, members in _members(engine, named_parameters).items():
-        with nvme.load_sub_group(zero, group):
+        with _load_sub_group(zero, group):
             for name, parameter, offset in members:
                 for key in keys:
                     state = _flat(zero, group, key)
@@ -143,8 +148,47 @@ def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Gene
 def local_weights(named_parameters: Mapping[str, Parameter]) -> Generator[tuple[str, torch.Tensor]]:
     """Yield the name and this rank's part of every compute weight: flat views without padding, valid like `local_states`."""
     for name, parameter in named_parameters.items():
-        with nvme.load_partition(parameter):
+        with _load_partition(parameter):
             yield name, parameter.ds_tensor.detach().narrow(0, 0, local_elements(parameter))
+
+
+@contextmanager
+def _load_sub_group(zero: Any, group: int, *, changed: bool = False) -> Iterator[None]:
+    """Hold the fp32 weights and optimizer states of a sub-group in memory; with `changed`, write them back at the end.
+
+    Change sub-groups in ascending order: DeepSpeed flushes its pending writes with the last one. Gradients of the last step are
+    also loaded, and dropped: at an optimizer boundary nothing needs them.
+    """
+    if not zero._swappable_optimizer_subgroup(group):
+        yield
+        return
+    zero._optimizer_states_and_gradient_swap_in(group)
+    try:
+        yield
+    except BaseException:
+        zero._release_swap_buffers(group)
+        raise
+    if changed:
+        zero._optimizer_states_and_gradient_swap_out(group)
+    else:
+        zero._release_swap_buffers(group)
+
+
+@contextmanager
+def _load_partition(parameter: Parameter) -> Iterator[None]:
+    """Hold this rank's partition of a compute weight in memory."""
+    swapper, part = parameter.nvme_swapper, parameter.ds_tensor
+    if part.status == PartitionedParamStatus.INFLIGHT:
+        # It is prefetched for the next forward pass.
+        swapper.synchronize_reads()
+    if part.status == PartitionedParamStatus.AVAILABLE:
+        yield
+        return
+    swapper.swap_in([parameter], async_op=False)
+    try:
+        yield
+    finally:
+        swapper.remove_partition_and_release_buffers([parameter])
 
 
 def _flat(zero: Any, group: int, key: str) -> torch.Tensor:
@@ -186,9 +230,11 @@ def load_states(engine: Any, named_parameters: Mapping[str, Parameter], step: in
     """
     zero = engine.optimizer
     zero.checkpoint_event_prologue()
-    nvme.purge_states(zero)
+    if zero.swap_optimizer:
+        # Keep only the fp32 weights of each sub-group on NVMe; states created after this are appended there.
+        zero.optimizer_swapper.purge_state()
     for group, members in _members(engine, named_parameters).items():
-        with nvme.load_sub_group(zero, group, changed=True):
+        with _load_sub_group(zero, group, changed=True):
             _make_optimizer_state(engine, group, step)
             for name, parameter, offset in members:
                 start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())

@@ -16,8 +16,7 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, find_leftovers, has_unfinished_saves, remove
 from launcher.checkpoint.manifest import HELD_OUT, MANIFEST, Checkpoint, describe_loss
-from launcher.checkpoint.retention import Retention, retention_reasons
-from launcher.checkpoint.run_retention import retention_of
+from launcher.checkpoint.retention import Retention, retention_of, retention_reasons
 from launcher.cli import formatting
 from launcher.cli.liveness import require_ended
 from launcher.clusters.backends import cluster_for, status_reader_for

@@ -11,9 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from launcher import json_records, run_store
-from launcher.checkpoint.mirror import download
-from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder, convert_storage_errors
+from launcher.checkpoint.mirror import MirroredRun, claim_run_dir, download_checkpoint, download_fixed_files, download_progress, read_complete_checkpoints, read_run, write_plans
+from launcher.checkpoint.remote_folder import RemoteFolder, convert_storage_errors
 from launcher.cli import formatting
 from launcher.cli.worker_process import prepare, prepare_eval_sets
 from launcher.config.schema import RunConfig
@@ -52,17 +51,17 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
             raise SubmitError("there is no run at this address", where=remote.url, remedy=remedy)
         remote.require_trusted()
     run = RunDir((root / mirrored.run_name).absolute())
-    download.claim_run_dir(run, remote.url)
+    claim_run_dir(run, remote.url)
     # Check this before fetching bytes that would not be used.
     owners.require_run(run.root)
     with run_store.start_lock(run):
         with convert_storage_errors(remote, "read"):
-            plans = download.download_fixed_files(remote, mirrored, run)
-            download.download_progress(remote, run)
+            plans = download_fixed_files(remote, mirrored, run)
+            download_progress(remote, run)
             with show_progress() as make_progress:
-                step = download.download_checkpoint(remote, run, step, _say, make_progress)
+                step = download_checkpoint(remote, run, step, _say, make_progress)
         _settle_status(run, mirrored, remote.url, step)
-        download.write_plans(run, {name: _make_local(plan, run) for name, plan in plans.items()})
+        write_plans(run, {name: _make_local(plan, run) for name, plan in plans.items()})
     print(f"downloaded {mirrored.run_name} to {formatting.short(run.root)}", flush=True)
     return run
 

@@ -35,9 +35,9 @@ def check_startable(plan: LaunchPlan) -> None:
     if num_free_bytes is not None and (problem := no_room_problem(plan, num_free_bytes)):
         raise SubmitError(problem)
     if plan.config.checkpoint.mirror is not None:
-        from launcher.checkpoint.mirror import upload
+        from launcher.checkpoint.mirror import require_usable_mirror
 
-        upload.require_usable_mirror(plan)
+        require_usable_mirror(plan)
 
 
 def folder_problem(run_dir: Path) -> Problem | None:

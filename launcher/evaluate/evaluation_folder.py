@@ -26,7 +26,7 @@ from typing import Any
 import xxhash
 
 from launcher import atomic_files, json_records
-from launcher.checkpoint.generation import read_stop_ids
+from launcher.checkpoint.model_folder import read_stop_ids
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError
 from launcher.evaluate.metrics import GeneratedAnswer

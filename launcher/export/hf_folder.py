@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher import atomic_files, json_records
-from launcher.checkpoint import generation, store
-from launcher.checkpoint.folder_links import link_problems
+from launcher.checkpoint import store
+from launcher.checkpoint.model_folder import GENERATION_CONFIG, link_problems, read_generation_config, read_stop_ids
 from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec
 from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError, ConfigError, Problem
@@ -36,7 +36,7 @@ _STORED = ".stored.json"
 
 # Memory that loading needs, relative to the bytes of the weights.
 _LOADING_FACTOR = 1.2
-_MODEL_FILES = (generation.FILE, "LICENSE*", "NOTICE*")
+_MODEL_FILES = (GENERATION_CONFIG, "LICENSE*", "NOTICE*")
 _CODE_FILES = ("*.py",)
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -77,7 +77,7 @@ class ExportTask:
     @property
     def added_stop_ids(self) -> tuple[int, ...]:
         """Return those of `turn_end_ids` at which the base model does not stop generation."""
-        return tuple(i for i in self.turn_end_ids if i not in generation.read_stop_ids(self.model))
+        return tuple(i for i in self.turn_end_ids if i not in read_stop_ids(self.model))
 
     @property
     def runs_code(self) -> bool:
@@ -343,12 +343,12 @@ def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:
         _remove_key(task.partial / "tokenizer_config.json", "chat_template")
     if task.added_stop_ids:
         settings = {
-            **generation.read_generation_config(task.model),
-            "eos_token_id": [*generation.read_stop_ids(task.model), *task.added_stop_ids],
+            **read_generation_config(task.model),
+            "eos_token_id": [*read_stop_ids(task.model), *task.added_stop_ids],
         }
         # With this key, transformers 4 replaces the settings by those of config.json.
         settings.pop("_from_model_config", None)
-        atomic_files.write_json(task.partial / generation.FILE, settings)
+        atomic_files.write_json(task.partial / GENERATION_CONFIG, settings)
 
 
 def _remove_key(settings: Path, key: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.checkpoint.folder_links import link_problems
+from launcher.checkpoint.model_folder import link_problems
 from launcher.errors import Problem, PushError
 from launcher.security.redaction import redact
 from launcher.shell_commands import shell_command

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import atomic_files
-from launcher.checkpoint import generation
-from launcher.checkpoint.folder_links import link_problems
+from launcher.checkpoint.model_folder import link_problems, read_stop_ids
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import COMMIT_PATTERN, ModelSection, is_local_path, is_run
 from launcher.data.cache_dir import cache_root, mark_used, repository_folders
@@ -77,7 +76,7 @@ class FoundModel:
     @property
     def stop_ids(self) -> list[int]:
         """The token ids at which the model stops generating, from its generation settings."""
-        return generation.read_stop_ids(self.folder if self.folder is not None else self.section.config or {})
+        return read_stop_ids(self.folder if self.folder is not None else self.section.config or {})
 
     @functools.cached_property
     def facts(self) -> ModelFacts:

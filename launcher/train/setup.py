@@ -11,7 +11,7 @@ import torch
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.run_retention import retention_of
+from launcher.checkpoint.retention import retention_of
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches

@@ -22,9 +22,8 @@ from plan_fixtures import composed, facts_for
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE, Checkpoint
-from launcher.checkpoint.mirror.layout import read_complete_checkpoints
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder
-from launcher.checkpoint.mirror.upload import Mirror
+from launcher.checkpoint.mirror import Mirror, read_complete_checkpoints
+from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import plan

@@ -9,8 +9,7 @@ import pytest
 
 from launcher import run_store
 from launcher.checkpoint.manifest import HELD_OUT, Checkpoint, LaterEvaluation, Manifest
-from launcher.checkpoint.retention import Retention, retention_reasons, select_outdated
-from launcher.checkpoint.run_retention import retention_of
+from launcher.checkpoint.retention import Retention, retention_of, retention_reasons, select_outdated
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from shard_tools import llama_config, with_metadata
 
 from launcher.checkpoint import store
-from launcher.checkpoint.generation import read_stop_ids
 from launcher.checkpoint.manifest import MANIFEST, REFERENCE_LOGITS, read_manifest
+from launcher.checkpoint.model_folder import read_stop_ids
 from launcher.errors import CheckpointError
 from launcher.export import hf_folder as exporting
 from launcher.export import parity as proving

@@ -16,14 +16,13 @@ from shard_tools import flip_bit
 from transformers.core_model_loading import WeightConverter
 from weight_tools import EXPERTS, ROUTER_BUFFER, SIZES, change_weights, save_model
 
-from launcher.checkpoint import store
+from launcher.checkpoint import initial_weights, store
 from launcher.checkpoint.safetensors_io import buffer_key
 from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError
-from launcher.export import original_format
 from launcher.export.hf_folder import ExportTask, describe_names, export
-from launcher.export.original_format import find_stored_tensors
 from launcher.export.parity import require_same_tensors
+from launcher.export.stored_names import find_stored_tensors
 from launcher.models.weight_files import read_header
 
 
@@ -57,7 +56,7 @@ def refuse(*_: object) -> None:
 
 @pytest.mark.parametrize(
     "place, replacement",
-    [(original_format, {"can_fuse": lambda converter: False}), (WeightConverter, {"reverse_transform": refuse})],
+    [(initial_weights, {"can_fuse": lambda converter: False}), (WeightConverter, {"reverse_transform": refuse})],
 )
 def test_a_conversion_that_cannot_be_undone_is_none(
     monkeypatch: pytest.MonkeyPatch, place: object, replacement: dict[str, object]

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder
+from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.config.sections.data import Source
 from launcher.data.sources import locate
 from launcher.errors import DataError, SubmitError

@@ -17,8 +17,8 @@ from pathlib import Path
 from launcher import json_records
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint, Manifest
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder
-from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, mirror_url
+from launcher.checkpoint.mirror import CheckpointGone, Mirror, MirrorTaken, mirror_url
+from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.errors import CheckpointError, Superseded, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

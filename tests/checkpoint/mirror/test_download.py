@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 from mirror_tools import S3, commit, hooked, make_bucket, make_run, running_s3, tree
 
-from launcher.checkpoint import store
+from launcher.checkpoint import remote_folder, store
 from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
-from launcher.checkpoint.mirror import download, remote_folder
-from launcher.checkpoint.mirror.layout import read_complete_checkpoints, read_run
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder
-from launcher.checkpoint.mirror.upload import Mirror
+from launcher.checkpoint.mirror import MARKER, Mirror, claim_run_dir, download_checkpoint, download_fixed_files, download_progress, read_complete_checkpoints, read_run, write_plans
+from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.errors import CheckpointError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -55,11 +53,11 @@ def mirrored(url: str, folder: Path, steps: tuple[int, ...] = (5, 10)) -> tuple[
 def fetched(there: RemoteFolder, target: RunDir, step: int | None = None, said: list[str] | None = None) -> int:
     known = read_run(there)
     assert known is not None
-    download.claim_run_dir(target, there.url)
-    plans = download.download_fixed_files(there, known, target)
-    download.download_progress(there, target)
-    newest = download.download_checkpoint(there, target, step, (said if said is not None else []).append, silent)
-    download.write_plans(target, plans)
+    claim_run_dir(target, there.url)
+    plans = download_fixed_files(there, known, target)
+    download_progress(there, target)
+    newest = download_checkpoint(there, target, step, (said if said is not None else []).append, silent)
+    write_plans(target, plans)
     return newest
 
 
@@ -87,7 +85,7 @@ def test_a_run_is_downloaded_from_a_folder(tmp_path: Path) -> None:
     assert fetched(there, target) == 10
     assert store.get_latest(target.checkpoints).eval_loss == 1.5
     require_same(run, target, 10)
-    assert not (target.root / download.MARKER).exists()
+    assert not (target.root / MARKER).exists()
 
 
 @pytest.mark.rest
@@ -146,7 +144,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_downloaded(tmp
     # A checkpoint without a readable manifest does not exist.
     assert ("step 10 is damaged" in " ".join(said)) == (damage != "manifest")
     with pytest.raises(CheckpointError):
-        download.download_checkpoint(there, RunDir(tmp_path / "third"), 10, said.append, silent)
+        download_checkpoint(there, RunDir(tmp_path / "third"), 10, said.append, silent)
 
 
 def test_a_mirror_without_an_intact_checkpoint_creates_no_run(tmp_path: Path) -> None:
@@ -185,6 +183,6 @@ def test_an_existing_run_directory_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(SubmitError):
         fetched(there, run)
     assert tree(run.root) == before
-    download.claim_run_dir(RunDir(tmp_path / "elsewhere"), "s3://another/a")
+    claim_run_dir(RunDir(tmp_path / "elsewhere"), "s3://another/a")
     with pytest.raises(SubmitError):
         fetched(there, RunDir(tmp_path / "elsewhere"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder
+from launcher.checkpoint.remote_folder import RemoteFolder
 
 
 class Storage:

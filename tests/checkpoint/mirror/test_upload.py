@@ -13,11 +13,10 @@ import pytest
 from mirror_tools import begun, commit, elsewhere, finished_files, hooked, make_run, send_all, steps_in, tree
 
 from launcher import atomic_files, json_records, run_records, run_store
-from launcher.checkpoint import store
+from launcher.checkpoint import remote_folder, store
 from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
-from launcher.checkpoint.mirror import remote_folder
-from launcher.checkpoint.mirror.remote_folder import RemoteFolder
-from launcher.checkpoint.mirror.upload import CheckpointGone, MirrorTaken, require_usable_mirror
+from launcher.checkpoint.mirror import CheckpointGone, MirrorTaken, require_usable_mirror
+from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.errors import CheckpointError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

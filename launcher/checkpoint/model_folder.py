@@ -1,16 +1,18 @@
-"""The files in a model folder that may be copied: regular files in the folder itself, or blobs in the Hub's cache.
+"""The files of a model's folder beside its weights: those that may be copied, and the settings of generation.
 
-In a folder from another user, a link such as `LICENSE -> ~/.ssh/id_rsa` would copy a private file from this machine into the
-export, the Hub repository or the mirror.
+Without torch and transformers: the submit side imports this module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from launcher.errors import Problem
 
+GENERATION_CONFIG = "generation_config.json"
 # The files that an export and a mirror copy in addition to the weights.
 COPIED = (
     *(
@@ -36,6 +38,9 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator[Problem]:
     """Yield a problem for each of `paths`, and each file below them, that leads out of the folder by a link.
 
+    In a folder from another user, a link such as `LICENSE -> ~/.ssh/id_rsa` would copy a private file from this machine into the
+    export, the Hub repository or the mirror.
+
     Without `paths`, it checks the weights, and the files that an export or a mirror may copy. Links may lead to blobs of the Hub.
     """
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -53,3 +58,17 @@ def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator
                 message = f"the file {name} is a link to a file outside the folder: {target}"
                 remedy = "replace it with a copy of the intended file, or remove it"
                 yield Problem(message, where=str(file), value=str(name), remedy=remedy)
+
+
+def read_stop_ids(model: Path | Mapping[str, Any]) -> list[int]:
+    """Return the token ids at which the model's own settings stop generation; `model` is its folder or its config.json."""
+    eos = read_generation_config(model).get("eos_token_id")
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def read_generation_config(model: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's generation config; without that file, the settings that transformers takes from config.json."""
+    if isinstance(model, Path) and (model / GENERATION_CONFIG).is_file():
+        return dict(json.loads((model / GENERATION_CONFIG).read_bytes()))
+    config = model if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
