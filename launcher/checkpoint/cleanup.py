@@ -40,10 +40,10 @@ def find_leftovers(root: Path, writing: int | None = None) -> list[Leftover]:
 
     `writing` is the number of the running attempt, None if no attempt runs: its save in progress is BEING_WRITTEN.
     """
-    paths = sorted(root.iterdir()) if root.is_dir() else []
+    in_progress = set() if writing is None else set(root.glob(f".saving-step-*-{writing:03d}"))
     return [
-        Leftover(path, BEING_WRITTEN if _is_save_of(path, writing) else what, disk_bytes(path))
-        for path in paths
+        Leftover(path, BEING_WRITTEN if path in in_progress else what, disk_bytes(path))
+        for path in (sorted(root.iterdir()) if root.is_dir() else ())
         for prefix, what in _DESCRIPTIONS.items()
         if path.name.startswith(prefix) and not _is_in_use(path) and path.is_dir()
     ]
@@ -52,10 +52,6 @@ def find_leftovers(root: Path, writing: int | None = None) -> list[Leftover]:
 def has_unfinished_saves(root: Path) -> bool:
     """Return whether a save is in progress or was interrupted."""
     return any(root.glob(".saving-step-*"))
-
-
-def _is_save_of(path: Path, attempt: int | None) -> bool:
-    return attempt is not None and path.name.startswith(".saving-step-") and path.name.endswith(f"-{attempt:03d}")
 
 
 def _is_in_use(path: Path) -> bool:

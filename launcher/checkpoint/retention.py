@@ -49,7 +49,13 @@ def retention_reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -
     """Return why each step is kept: any of `newest`, `every N` and `best`; an empty tuple if it would be pruned."""
     steps = sorted(checkpoint.step for checkpoint in checkpoints)
     newest = set(steps[-max(1, retention.keep_last) :])
-    best = _best(checkpoints, retention)
+    # The lowest losses; of equal losses, the later step. A step at which the set was not evaluated is no candidate.
+    ranked = sorted(
+        (retention.is_on_other_rows(checkpoint), checkpoint.eval_loss, -checkpoint.step)
+        for checkpoint in checkpoints
+        if checkpoint.eval_set == retention.best_set and checkpoint.eval_loss is not None and math.isfinite(checkpoint.eval_loss)
+    )
+    best = {-step for _, _, step in ranked[: retention.keep_best]}
     every = retention.keep_every
     return {
         step: (
@@ -65,16 +71,6 @@ def select_outdated(checkpoints: Sequence[Checkpoint], retention: Retention) -> 
     """Return the checkpoints that no rule keeps, in the given order."""
     kept = retention_reasons(checkpoints, retention)
     return [checkpoint for checkpoint in checkpoints if not kept[checkpoint.step]]
-
-
-def _best(checkpoints: Sequence[Checkpoint], retention: Retention) -> set[int]:
-    """Return the steps with the lowest losses; of equal losses, the later. Ignores steps at which the set was not evaluated."""
-    ranked = sorted(
-        (retention.is_on_other_rows(checkpoint), checkpoint.eval_loss, -checkpoint.step)
-        for checkpoint in checkpoints
-        if checkpoint.eval_set == retention.best_set and checkpoint.eval_loss is not None and math.isfinite(checkpoint.eval_loss)
-    )
-    return {-step for _, _, step in ranked[: retention.keep_best]}
 
 
 def retention_of(run: RunDir, plan: LaunchPlan) -> Retention:

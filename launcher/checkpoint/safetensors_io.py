@@ -8,10 +8,11 @@ little-endian data) is documented at https://huggingface.co/docs/safetensors.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -87,7 +88,7 @@ def write(path: Path, specs: Sequence[TensorSpec], blocks: Iterable[memoryview],
 
     Put tensors with larger items first in `specs`, so that every tensor starts at a multiple of its item size.
     """
-    entry = write_file(path, _header_then(blocks, _header(specs, metadata)))
+    entry = write_file(path, itertools.chain([_header(specs, metadata)], blocks))
     if entry.size != file_bytes(specs, metadata):
         raise ValueError(f"{path}: {entry.size} bytes were written for tensors of {file_bytes(specs, metadata)}")
     return entry
@@ -180,8 +181,3 @@ def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _header_then(blocks: Iterable[memoryview], header: bytes) -> Iterator[bytes | memoryview]:
-    yield header
-    yield from blocks

@@ -41,10 +41,8 @@ def read_state(path: Path) -> State:
     try:
         return State.model_validate(json.loads(file.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
-        text = _first_error(error) if isinstance(error, ValidationError) else str(error)
+        text = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
         raise CheckpointError("a checkpoint's state cannot be read", where=str(file), value=text) from error
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

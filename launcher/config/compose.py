@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -79,12 +79,18 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     os.getcwd()
     files, words = split_run_files(tokens)
     remaining, problems = without_unknown_flags(words, own_flags)
+    content: FileContent | None = None
     try:
-        content, file_problems = _read_run_file(files, words)
+        if (path := the_only_file(files)) is not None:
+            replaced = [group for group in GROUPS if any("=" in word and override_key(word) == group for word in words)]
+            has_search_path = any(word.lstrip("+").startswith("hydra.searchpath") for word in words)
+            # With a search path of the user's, the options of the groups are not known here.
+            folders = [] if has_search_path else [conf_dir(), *config_dirs(words)]
+            content, file_problems = read_run_file(path, replaced, folders)
+            problems += file_problems
     except ConfigError as error:
         # Without the file, other settings may only appear to be wrong.
         raise ConfigError([*problems, *error.problems]) from error
-    problems += file_problems
     if _needs_own_rows(words, () if content is None else content.choices):
         remaining.append("data=jsonl")
     failure: list[BaseException] = []
@@ -124,7 +130,11 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         problems[first_later:] = [p for p in problems[first_later:] if p.message.partition(":")[0] not in removed]
     if problems:
         held = environment_secrets(os.environ)
-        raise ConfigError(_redact_problem(problem, held) for problem in dict.fromkeys(problems))
+        names = [field.name for field in fields(Problem)]
+        raise ConfigError(
+            replace(problem, **{name: redact(getattr(problem, name), held) for name in names})
+            for problem in dict.fromkeys(problems)
+        )
     if failure:
         raise failure[0]
 
@@ -162,20 +172,6 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
         value=name,
         remedy=f"leave run.name unset, or make it differ, as in 'run.name={name}-${{optim.lr}}'",
     )
-
-
-def _redact_problem(problem: Problem, held: Mapping[str, str]) -> Problem:
-    return replace(problem, **{field.name: redact(getattr(problem, field.name), held) for field in fields(problem)})
-
-
-def _read_run_file(files: Sequence[str], tokens: Sequence[str]) -> tuple[FileContent | None, list[Problem]]:
-    """Read the run's file of a command line, whose other words are `tokens`; return its content and its problems."""
-    path = the_only_file(files)
-    if path is None:
-        return None, []
-    replaced = [group for group in GROUPS if any("=" in token and override_key(token) == group for token in tokens)]
-    has_search_path = any(token.lstrip("+").startswith("hydra.searchpath") for token in tokens)
-    return read_run_file(path, replaced, [] if has_search_path else [conf_dir(), *config_dirs(tokens)])
 
 
 def _validate(cfg: Any, content: FileContent | None) -> Composed:

@@ -48,7 +48,7 @@ def settings_of(section: type[BaseModel], prefix: str) -> Iterator[Setting]:
         meaning = field.description or (nested[0].__mro__[len(nested) > 1].__doc__ if nested else "") or ""
         if len(nested) > 1:
             yield Setting(key, "mapping", None, meaning)
-            yield from _walk_kinds(nested, f"{key}.")
+            yield from _settings_of_kinds(nested, f"{key}.")
             continue
         default = None if field.is_required() else as_yaml(field.get_default(call_default_factory=True))
         yield Setting(key, _type_text(properties[name]), default, meaning)
@@ -56,7 +56,7 @@ def settings_of(section: type[BaseModel], prefix: str) -> Iterator[Setting]:
             yield from settings_of(nested[0], f"{key}[]." if nested[0] is not field.annotation else f"{key}.")
 
 
-def _walk_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Setting]:
+def _settings_of_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Setting]:
     """Yield the settings of sections that `kind` selects from: first those in all sections, then those of each section."""
     by_kind = {member.model_fields["kind"].default: {s.key: s for s in settings_of(member, prefix)} for member in members}
     shared = [key for key in next(iter(by_kind.values())) if all(key in of_kind for of_kind in by_kind.values())]
@@ -180,10 +180,10 @@ def _synonyms() -> Mapping[str, str]:
 
 def meant_setting(key: str) -> str:
     """Return the setting that another trainer's name stands for; empty for all other names. The section is ignored."""
-    return _synonyms().get(_last_part(key), "")
+    return _synonyms().get(_last_part_of(key), "")
 
 
-def _last_part(key: str) -> str:
+def _last_part_of(key: str) -> str:
     return key.rpartition(".")[2].lower().lstrip("-").replace("-", "_")
 
 
@@ -198,7 +198,7 @@ def suggest_setting(key: str) -> str:
         return f"did you mean {of_data}?"
     if meant := meant_setting(key):
         return f"did you mean {meant}?"
-    if instead := next((text for pattern, text in _NOT_SERVED.items() if pattern.search(_last_part(key))), ""):
+    if instead := next((text for pattern, text in _NOT_SERVED.items() if pattern.search(_last_part_of(key))), ""):
         return instead
     names = list(settings())
     if guess := did_you_mean(key, names):

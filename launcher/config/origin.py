@@ -72,8 +72,12 @@ class Origins:
             if name and (key == name or key.startswith((f"{name}.", f"{name}[")) or name.startswith(f"{key}.")):
                 return COMMAND_LINE, None
         path = [int(p) if p.isdigit() else p for p in re.split(r"[.\[]", key.replace("]", "")) if p]
-        for file, inside in self._candidates(path):
-            location = _find(file.read_text(), inside)
+        for file, section in self.files():
+            if self.run_file is not None and file == self.run_file.path and not self.run_file.sets(path):
+                continue
+            if section and (path[:1] != [section] or len(path) == 1):
+                continue
+            location = _find_line(file.read_text(), path[1:] if section else path) if path else None
             if location is not None:
                 return f"{short_path(file)}:{location[0]}", location[1]
         return "", None
@@ -137,16 +141,6 @@ class Origins:
         option = self.choices.get(group)
         return None if group.startswith("hydra") or option in (None, "null") else self._file(f"{group}/{option}.yaml")
 
-    def _candidates(self, path: list[str | int]) -> Iterator[tuple[Path, list[str | int]]]:
-        """Yield the files that can set `path`, last composed first, with the path inside each file."""
-        for file, section in self.files():
-            if self.run_file is not None and file == self.run_file.path and not self.run_file.sets(path):
-                continue
-            if not section and path:
-                yield file, path
-            elif path[:1] == [section] and len(path) > 1:
-                yield file, path[1:]
-
     def _file(self, relative: str) -> Path | None:
         return next((f / relative for f in self.folders if (f / relative).is_file()), None)
 
@@ -179,7 +173,7 @@ def yaml_nodes(text: str, with_sections: bool = False) -> Iterator[tuple[str, in
     yield from walk(yaml.compose(text, Loader=yaml.SafeLoader), "", 1)
 
 
-def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
+def _find_line(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
     """Return the line of `path` in a YAML text, and its value if it is a scalar; None without such a path."""
     import yaml
 

@@ -144,7 +144,9 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
     for override in overrides:
         key, equals, raw = override.lstrip("+").partition("=")
         if equals and key in (*RunConfig.model_fields, _EXPERIMENT):
-            problems.append(_group_problem(key, raw, run_name))
+            fresh = launcher_command(f"model.path=run:{run_name}")
+            remedy = f"write each setting that changes; another model needs another run: {fresh} ..."
+            problems.append(_problem(f"{key}={raw}: a resume changes single settings, not a whole group", remedy))
         elif not equals or key not in settings():
             guess = suggest_setting(key)
             problems.append(_problem(f"{key}: there is no such setting", guess or "write settings as key=value"))
@@ -155,15 +157,17 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
             except yaml.YAMLError:
                 problems.append(_problem(f"{key}: the value is not valid YAML", "write the value in YAML", value=raw))
                 continue
-            secrets = [
-                _problem(problem, IN_ENVIRONMENT)
-                for leaf, content in leaves(value, key)
-                if (problem := _secret_problem(leaf, content, held)) is not None
-            ]
+            secrets = []
+            for leaf, content in leaves(value, key):
+                login = f"{leaf}: {LOGIN_IN_ADDRESS}" if has_login(content) else None
+                if message := secret_problem(leaf, content, held) or login:
+                    secrets.append(_problem(message, IN_ENVIRONMENT))
             problems += secrets
             if not secrets:
-                if key == "data.path":
-                    _follow_data_path(values["data"], value)
+                if key == "data.path" and (before := values["data"]["path"]) is not None:
+                    # The entry of data.sources that data.path abbreviates changes with it.
+                    for source in values["data"]["sources"]:
+                        source["path"] = value if source["path"] == before else source["path"]
                 values[section][name] = value
             if key in ("train.max_steps", "train.epochs") and value is not None:
                 values["train"]["epochs" if key == "train.max_steps" else "max_steps"] = None
@@ -177,23 +181,6 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
     if problems:
         raise ConfigError(problems)
     return changed
-
-
-def _group_problem(group: str, option: str, run_name: str) -> Problem:
-    """Return why a whole group cannot be selected, and what to write instead."""
-    remedy = f"write each setting that changes; another model needs another run: {launcher_command(f'model.path=run:{run_name}')}"
-    return _problem(f"{group}={option}: a resume changes single settings, not a whole group", f"{remedy} ...")
-
-
-def _follow_data_path(data: dict[str, Any], path: Any) -> None:
-    """Change the entry of data.sources that data.path abbreviates."""
-    for source in data["sources"]:
-        if data["path"] is not None and source["path"] == data["path"]:
-            source["path"] = path
-
-
-def _secret_problem(key: str, value: Any, held: Mapping[str, str]) -> str | None:
-    return secret_problem(key, value, held) or (f"{key}: {LOGIN_IN_ADDRESS}" if has_login(value) else None)
 
 
 def _problem(message: str, remedy: str, value: str = "") -> Problem:

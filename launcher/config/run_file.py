@@ -12,7 +12,7 @@ import copy
 import difflib
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,10 @@ def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) 
             elif key == "data" and ("path" in section or "sources" in section):
                 choices[key] = _OWN_ROWS
             values[key] = section
-    file = RunFile(path, tuple(_keys_set_by(choices, values)), tuple(dropped))
+    keys = list(choices)
+    for section, content in values.items():
+        keys += [f"{section}.{name}" for name in content] if isinstance(content, dict) else [str(section)]
+    file = RunFile(path, tuple(keys), tuple(dropped))
     return FileContent(file, choices, values), problems
 
 
@@ -197,13 +200,6 @@ def _misplaced_problem(key: Any, value: Any, where: str) -> Problem | None:
     return None
 
 
-def _keys_set_by(choices: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the groups with an option, and the settings of the sections."""
-    yield from choices
-    for section, content in values.items():
-        yield from (f"{section}.{name}" for name in content) if isinstance(content, dict) else (str(section),)
-
-
 @dataclass(frozen=True)
 class _Option:
     """An option of a group: `values` are the values that its file sets in all sections."""
@@ -222,9 +218,11 @@ def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = Fals
     if all_settings:
         with_base = {name: {BASE: None, **section} if name in GROUPS else section for name, section in target.items()}
         return dict(_redact_values(with_base, ""))
-    root, usual = _read_root(conf_dir)
+    composed = _load_option_file(conf_dir / "config.yaml")
+    entries = [entry for entry in composed.pop("defaults") if isinstance(entry, dict)]
+    # The option that conf/config.yaml selects for each group, in composition order.
+    usual = {group: option for entry in entries for group, option in entry.items() if group in _SECTIONS_OF_GROUPS}
     chosen = {group: _closest_option(group, conf_dir, target, usual[group]) for group in _SECTIONS_OF_GROUPS}
-    composed = copy.deepcopy(root)
     for group in usual:
         if group in chosen:
             _merge_into(composed, chosen[group].values)
@@ -234,19 +232,15 @@ def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = Fals
         _merge_into(defaults, composed.get(name, {}))
         changes = _changed_values(section, defaults, target)
         if name == "train":
-            _shorten_length(changes)
+            _drop_unset_length(changes)
         option = chosen.get(name)
-        if option is not None and (option.name != usual[name] or _is_named(name, changes)):
+        # Readers always want to know the data and the model, but the path alone identifies a user's own model.
+        is_named = name == "data" or (name == "model" and "path" not in changes)
+        if option is not None and (option.name != usual[name] or is_named):
             printed[name] = {BASE: option.name, **changes} if changes or option.name is None else option.name
         elif changes:
             printed[name] = changes
     return dict(_redact_values(printed, ""))
-
-
-def _is_named(group: str, changes: Mapping[str, Any]) -> bool:
-    """Return whether to name a group's default option: readers always want to know the model and the data."""
-    # The path alone identifies a user's own model.
-    return group == "data" or (group == "model" and "path" not in changes)
 
 
 def render(values: Mapping[str, Any]) -> str:
@@ -254,13 +248,6 @@ def render(values: Mapping[str, Any]) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(_escape_references(dict(values))))
-
-
-def _read_root(conf_dir: Path) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """Return the settings of conf/config.yaml, and the option that it selects for each group, in composition order."""
-    values = _load_option_file(conf_dir / "config.yaml")
-    entries = [entry for entry in values.pop("defaults") if isinstance(entry, dict)]
-    return values, {group: option for entry in entries for group, option in entry.items() if group in _SECTIONS_OF_GROUPS}
 
 
 def _load_option_file(file: Path) -> dict[str, Any]:
@@ -292,7 +279,7 @@ def _closest_option(group: str, conf_dir: Path, target: Mapping[str, Any], usual
         for name, section in target.items():
             defaults = _section_defaults(name, section)
             _merge_into(defaults, option.values.get(name, {}))
-            if _has_more(defaults, section):
+            if _has_other_keys(defaults, section):
                 return (1 << 30, True)
             num_keys += len(list(leaves(_changed_values(section, defaults, target))))
         return num_keys, option.name != usual
@@ -323,12 +310,12 @@ def _changed_values(values: Mapping[str, Any], defaults: Mapping[str, Any], targ
         if isinstance(value, dict) and isinstance(default, dict):
             if inner := _changed_values(value, default, target):
                 changes[key] = inner
-        elif _without_unset(value) != _without_unset(default):
-            changes[key] = _without_unset(value)
+        elif _drop_default_keys(value) != _drop_default_keys(default):
+            changes[key] = _drop_default_keys(value)
     return changes
 
 
-def _without_unset(value: Any) -> Any:
+def _drop_default_keys(value: Any) -> Any:
     """Return a list of mappings, such as data.sources, without the keys that equal the schema's defaults."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) and "path" in item for item in value):
         return value
@@ -336,13 +323,13 @@ def _without_unset(value: Any) -> Any:
     return [{key: content for key, content in item.items() if unset.get(key, _ABSENT) != content} for item in value]
 
 
-def _has_more(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+def _has_other_keys(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     """Return whether the defaults have keys that the values lack, because a file cannot remove keys."""
     for key, default in defaults.items():
         if key not in values:
             return True
         value = values[key]
-        if isinstance(default, dict) and default and (not isinstance(value, dict) or _has_more(default, value)):
+        if isinstance(default, dict) and default and (not isinstance(value, dict) or _has_other_keys(default, value)):
             return True
     return False
 
@@ -358,7 +345,7 @@ def _resolve_references(value: Any, target: Mapping[str, Any]) -> Any:
     return {key: _resolve_references(content, target) for key, content in value.items()} if isinstance(value, dict) else value
 
 
-def _shorten_length(changes: dict[str, Any]) -> None:
+def _drop_unset_length(changes: dict[str, Any]) -> None:
     """Leave out the unset length, because a file that sets the other length unsets it; write 2 epochs, not 2.0."""
     if isinstance(epochs := changes.get("epochs"), float) and epochs.is_integer():
         changes["epochs"] = int(epochs)

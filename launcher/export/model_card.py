@@ -56,7 +56,7 @@ def render_model_card(
         template_path=str(TEMPLATE),
         run_name=plan.run_name,
         random_init=plan.config.model.init == "random",
-        cell=_cell,
+        cell=_escape_cell,
         sections={
             "Base model": _base_rows(plan, base),
             "Data": _data_rows(plan),
@@ -255,6 +255,6 @@ def _public(source: str) -> str:
     return redact(source.rstrip("/").rpartition("/")[2])
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     """Escape text for a table cell, so that it is read neither as Markdown nor as HTML."""
     return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))

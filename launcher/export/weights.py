@@ -180,10 +180,10 @@ def write_files(
         before, after = planned.buffers_in(name)
         parameters = _blocks(shards, engine, planned.files[name], planned.dtype)
         blocks = itertools.chain(_buffer_blocks(shards, engine, before), parameters, _buffer_blocks(shards, engine, after))
-        safetensors_io.write(folder / name, planned.tensors(name), _counted(blocks, on_write), {"format": "pt"})
+        safetensors_io.write(folder / name, planned.tensors(name), _report_written(blocks, on_write), {"format": "pt"})
 
 
-def _counted(blocks: Iterable[memoryview], on_write: Callable[[int], None]) -> Iterator[memoryview]:
+def _report_written(blocks: Iterable[memoryview], on_write: Callable[[int], None]) -> Iterator[memoryview]:
     for block in blocks:
         yield block
         on_write(block.nbytes)

@@ -113,18 +113,15 @@ def context_tokens(config: Mapping[str, Any]) -> int | None:
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(positions, int) or isinstance(positions, bool) or positions <= 0:
         return None
+    # The mappings with RoPE settings: one, or one for each kind of layer.
+    sections = [section for key in ("rope_parameters", "rope_scaling") if isinstance(section := config.get(key), dict)]
+    sections += [inner for section in sections for inner in section.values() if isinstance(inner, dict)]
     scaled = [
         int(factor * (rope.get("original_max_position_embeddings") or positions))
-        for rope in _rope_sections(config)
+        for rope in sections
         if isinstance(factor := rope.get("factor"), int | float) and factor < _MAX_FACTOR
     ]
     return max(positions, *scaled) if scaled else positions
-
-
-def _rope_sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the mappings with RoPE settings: one, or one for each kind of layer."""
-    sections = [section for key in ("rope_parameters", "rope_scaling") if isinstance(section := config.get(key), dict)]
-    return [*sections, *(inner for section in sections for inner in section.values() if isinstance(inner, dict))]
 
 
 def _usual_lr(config: RunConfig) -> tuple[float, float] | None:

@@ -22,6 +22,9 @@ from typing import Any
 from launcher.plan.quantities import format_count
 
 _RATE_OF_1B, _RATE_EXPONENT, _MAX_RATE = 3e-5, -0.64, 1e-4
+_RATE_SOURCE = "those of OLMo 2 1B (3e-5) and Tulu 3 70B (2e-6), arXiv:2501.00656 and 2411.15124"
+# Sizes of the models that are named 1B and 70B.
+_PUBLISHED_SIZES = (0.9e9, 75e9)
 _ROUND_RATES = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0)
 # As in OLMo 2 1B and Tulu 3: 128 rows of 4,096 tokens. A CPU would take minutes for such a step.
 _MAX_STEP_TOKENS = {"cuda": 128 * 4096, "cpu": 8192}
@@ -72,11 +75,11 @@ def suggest(
 ) -> list[Suggestion]:
     """Return suggested settings, except those that are `chosen`; dependent settings follow the chosen values."""
     chosen = chosen or {}
-    length = chosen.get("data.max_length") or _length(max_positions, data, machine.device)
+    length = chosen.get("data.max_length") or _suggest_length(max_positions, data, machine.device)
     usual_epochs = 1 if data.num_documents >= 1_000_000 else 2 if data.num_documents >= 10_000 else 3
     epochs = chosen.get("train.epochs") or usual_epochs
     rows = max(1, math.ceil(data.mean_tokens * data.num_documents / length))
-    batch = chosen.get("train.global_batch_size") or _batch(math.ceil(rows * epochs), length, machine)
+    batch = chosen.get("train.global_batch_size") or _suggest_batch(math.ceil(rows * epochs), length, machine)
     steps = chosen.get("train.max_steps") or max(1, math.ceil(rows * epochs / batch))
     of_steps = f"about {format_count(steps, 'step')}"
     suggestions = [
@@ -115,19 +118,16 @@ def needs_offload(states_gib: float, machine: Machine) -> bool:
     return machine.device == "cuda" and machine.memory_gib is not None and states_gib > _MAX_STATES_SHARE * machine.memory_gib
 
 
-_RATE_SOURCE = "those of OLMo 2 1B (3e-5) and Tulu 3 70B (2e-6), arXiv:2501.00656 and 2411.15124"
-# Sizes of the models that are named 1B and 70B.
-_PUBLISHED_SIZES = (0.9e9, 75e9)
-
-
 def _rate_reason(num_params: int) -> str:
     smallest, largest = _PUBLISHED_SIZES
     is_published = smallest <= num_params <= largest
     source = f"between {_RATE_SOURCE}" if is_published else f"extrapolated from {_RATE_SOURCE}; try a few"
-    return f"for {_size(num_params)} parameters: {source}"
+    # With three digits, 999,900,000 would be 1.00 billion.
+    size = f"{num_params / 1e9:.2f} billion" if num_params >= 999.5e6 else f"{num_params / 1e6:.3g} million"
+    return f"for {size} parameters: {source}"
 
 
-def _length(max_positions: int | None, data: DataSample, device: str) -> int:
+def _suggest_length(max_positions: int | None, data: DataSample, device: str) -> int:
     """Return the power of two that holds 99 of 100 documents, within the limits of the model and the device."""
     tokens = data.p99_tokens * (1 if data.is_measured else _ESTIMATE_MARGIN)
     low, high = _LENGTHS[device]
@@ -135,7 +135,7 @@ def _length(max_positions: int | None, data: DataSample, device: str) -> int:
     return min(wanted, max_positions) if max_positions else wanted
 
 
-def _batch(num_rows: int, length: int, machine: Machine) -> int:
+def _suggest_batch(num_rows: int, length: int, machine: Machine) -> int:
     """Return a multiple of the ranks with as many tokens per step as in published runs, or fewer if the data has few rows."""
     wanted = min(_MAX_STEP_TOKENS[machine.device] // length, num_rows // _MIN_STEPS)
     per_rank = max(1, wanted // machine.world_size)
@@ -165,8 +165,3 @@ def _batch_reason(batch: int, length: int, steps: int, machine: Machine) -> str:
     if batch * length < limit // 2:
         why += f"; fewer here, for about {format_count(steps, 'step')}"
     return f"rows of a step: a multiple of {ranks}, {batch * length:,} tokens; {why}"
-
-
-def _size(num_params: int) -> str:
-    # With three digits, 999,900,000 would be 1.00 billion.
-    return f"{num_params / 1e9:.2f} billion" if num_params >= 999.5e6 else f"{num_params / 1e6:.3g} million"

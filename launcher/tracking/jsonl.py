@@ -209,7 +209,7 @@ def append_event(run: RunDir, attempt: int, kind: str, text: str, step: int | No
 
 
 def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Mapping[str, Any]) -> str:
-    line = {"time": time.time(), "attempt": attempt, "step": step, "kind": kind, "text": text, "fields": _plain(fields)}
+    line = {"time": time.time(), "attempt": attempt, "step": step, "kind": kind, "text": text, "fields": _to_json_types(fields)}
     return json.dumps(line, allow_nan=False) + "\n"
 
 
@@ -256,12 +256,12 @@ def _end_of_lines(descriptor: int, size: int) -> int:
     return 0
 
 
-def _plain(value: Any) -> Any:
+def _to_json_types(value: Any) -> Any:
     """Return the value in JSON's types; other values (a path, NaN) become text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json_types(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json_types(item) for item in value]
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return str(value)

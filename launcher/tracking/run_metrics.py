@@ -72,13 +72,15 @@ def read_tail(path: str | Path, num_points: int = 40, resumed: Mapping[int, int]
                 return bool(line["trainer/step"] <= min(later, default=math.inf))
 
             evaluated = next(filter(counts, _backwards(data, b'"eval/held_out/loss"')), {})
+            costs = _backwards(data, b'"cost/gpu_hours"')
+            spent = next((CostSoFar(line["cost/gpu_hours"], line.get("cost/usd"), line["time"]) for line in costs), None)
             losses = tuple(line["train/loss"] for line in filter(counts, _sampled(data, num_points)))
             return MetricsTail(
                 tuple(line for line in recent if line["attempt"] == recent[0]["attempt"]),
                 losses,
                 evaluated.get("eval/held_out/loss"),
                 evaluated.get("trainer/step"),
-                _spent(next(_backwards(data, b'"cost/gpu_hours"'), None)),
+                spent,
             )
     except (FileNotFoundError, ValueError):
         return MetricsTail((), (), None, None, None)
@@ -250,7 +252,3 @@ def _sampled(data: mmap.mmap, num_points: int) -> Iterator[dict[str, Any]]:
         if start > before:
             before = start
             yield from decode_lines(_line(data, start))
-
-
-def _spent(line: dict[str, Any] | None) -> CostSoFar | None:
-    return None if line is None else CostSoFar(line["cost/gpu_hours"], line.get("cost/usd"), line["time"])

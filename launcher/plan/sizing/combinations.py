@@ -117,7 +117,7 @@ def choose(situation: Situation) -> Considered:
     first = evaluate(situation, usual)
     if topology.device != "cuda" or situation.device_gib is None:
         return first
-    tried = [first, *(evaluate(situation, one) for one in _allowed(situation, usual) if one != usual)]
+    tried = [first, *(evaluate(situation, one) for one in _list_allowed(situation, usual) if one != usual)]
     fitting = [one for one in tried if one.fits]
     if not fitting:
         return min(tried, key=lambda one: one.peak.peak_gib)
@@ -125,7 +125,7 @@ def choose(situation: Situation) -> Considered:
         limit_gib = PREFERRED_SHARE * situation.device_gib
         fitting = [one for one in fitting if one.peak.peak_gib <= limit_gib] or fitting
     if first.tokens_per_sec is None:
-        return min(fitting, key=_preference)
+        return min(fitting, key=_preference_key)
     fastest = max(one.tokens_per_sec or 0.0 for one in fitting)
     as_fast = [one for one in fitting if (one.tokens_per_sec or 0.0) >= _AS_FAST * fastest]
     # Among equally fast ones, prefer the tokens that keep a GPU busy, because hooks and launches may take longer than assumed.
@@ -152,7 +152,7 @@ def considered(situation: Situation) -> list[Considered]:
     chosen = choose(situation)
     base, ranks = chosen.combination, situation.topology.ranks_per_node
     tried = {base: chosen}
-    for one in _allowed(situation, base):
+    for one in _list_allowed(situation, base):
         tried.setdefault(one, evaluate(situation, one))
     variants = []
     if base.liger or has_liger_kernels(situation.config.model, situation.model, situation.topology.device):
@@ -167,7 +167,7 @@ def considered(situation: Situation) -> list[Considered]:
         variants.append(replace(base, offload_optimizer="none", offload_params="none"))
     for variant in variants:
         # Each with the micro-batch and the recomputed layers that suit it.
-        options = [evaluate(situation, one, is_allowed=False) for one in (variant, *_allowed(situation, variant))]
+        options = [evaluate(situation, one, is_allowed=False) for one in (variant, *_list_allowed(situation, variant))]
         fitting = [one for one in options if one.fits] or [min(options, key=lambda one: one.peak.peak_gib)]
         best = max(fitting, key=lambda one: one.tokens_per_sec or 0.0)
         tried.setdefault(best.combination, best)
@@ -238,7 +238,7 @@ def evaluate(situation: Situation, combination: Combination, is_allowed: bool = 
     )
 
 
-def _allowed(situation: Situation, base: Combination) -> Iterator[Combination]:
+def _list_allowed(situation: Situation, base: Combination) -> Iterator[Combination]:
     """Yield the combinations with other micro-batches and layers, if the settings leave these to the plan."""
     config, per_rank = situation.config, situation.config.train.global_batch_size // situation.topology.world_size
     sizes = [base.micro_batch_size]
@@ -254,7 +254,7 @@ def _busy_tokens(num_params: int) -> int:
     return min(_MOST_BUSY_TOKENS, max(_BUSY_TOKENS, round(_BUSY_FLOPS / (6 * max(1, num_params)))))
 
 
-def _preference(one: Considered) -> tuple[float, int]:
+def _preference_key(one: Considered) -> tuple[float, int]:
     """Return the sort key without a prediction: less recomputation first, then more tokens per forward pass."""
     every = interval(one.combination.checkpointing)
     return 1 / every if every else 0.0, -one.combination.micro_batch_size
@@ -266,7 +266,7 @@ def nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[s
     First those that leave to the plan what the settings decide, then more nodes, offload, shorter rows, and larger GPUs.
     """
     fits = []
-    for changes in (_left_to_the_plan, _more_nodes, _offload, _shorter_rows, _larger_gpu):
+    for changes in (_leave_to_plan, _add_nodes, _add_offload, _shorten_rows, _take_larger_gpu):
         for words, changed in changes(situation):
             with suppress(ConfigError):
                 if (chosen := choose(changed)).fits:
@@ -296,49 +296,49 @@ def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: s
     return [f"{words} (saves {gib:.1f} GiB)" for words, gib in sorted(saved.items(), key=lambda one: -one[1]) if gib >= 0.05]
 
 
-def _with_settings(situation: Situation, section: str, **values: object) -> Situation:
+def _change_settings(situation: Situation, section: str, **values: object) -> Situation:
     config = situation.config
     return replace(situation, config=config.model_copy(update={section: getattr(config, section).model_copy(update=values)}))
 
 
-def _left_to_the_plan(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _leave_to_plan(situation: Situation) -> Iterator[tuple[str, Situation]]:
     """Yield the situation with one, then with both, of the settings of a pass that the plan would choose."""
     sets_size = situation.config.train.micro_batch_size is not None
     sets_layers = situation.config.model.activation_checkpointing != AUTO
-    any_size = _with_settings(situation, "train", micro_batch_size=None)
+    any_size = _change_settings(situation, "train", micro_batch_size=None)
     if sets_size:
         yield _MICRO_BATCH, any_size
     if sets_layers:
-        yield _LAYERS, _with_settings(situation, "model", activation_checkpointing=AUTO)
+        yield _LAYERS, _change_settings(situation, "model", activation_checkpointing=AUTO)
     if sets_size and sets_layers:
-        yield " ".join(CHOSEN_BY_PLAN), _with_settings(any_size, "model", activation_checkpointing=AUTO)
+        yield " ".join(CHOSEN_BY_PLAN), _change_settings(any_size, "model", activation_checkpointing=AUTO)
 
 
-def _more_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _add_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
     for factor in _NODE_FACTORS:
         nodes, ranks = factor * situation.topology.nodes, situation.topology.ranks_per_node
         topology = situation.topology.model_copy(update={"nodes": nodes, "world_size": nodes * ranks})
         yield f"{nodes} nodes of {ranks} GPUs", replace(situation, topology=topology)
 
 
-def _offload(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _add_offload(situation: Situation) -> Iterator[tuple[str, Situation]]:
     section = situation.config.deepspeed
     offloads = (section.offload_optimizer, section.offload_params)
     if OPTIMIZERS[situation.config.optim.name].can_offload and "nvme" not in offloads:
         if offloads[0] == "none":
-            yield "deepspeed.offload_optimizer=cpu", _with_settings(situation, "deepspeed", offload_optimizer="cpu")
+            yield "deepspeed.offload_optimizer=cpu", _change_settings(situation, "deepspeed", offload_optimizer="cpu")
         both = {"offload_optimizer": "cpu", "offload_params": "cpu"}
-        yield " ".join(f"deepspeed.{key}=cpu" for key in both), _with_settings(situation, "deepspeed", **both)
+        yield " ".join(f"deepspeed.{key}=cpu" for key in both), _change_settings(situation, "deepspeed", **both)
 
 
-def _shorter_rows(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _shorten_rows(situation: Situation) -> Iterator[tuple[str, Situation]]:
     length = situation.config.data.max_length // 2
     while length >= _SHORTEST_ROW:
-        yield f"data.max_length={length}", _with_settings(situation, "data", max_length=length)
+        yield f"data.max_length={length}", _change_settings(situation, "data", max_length=length)
         length //= 2
 
 
-def _larger_gpu(situation: Situation) -> Iterator[tuple[str, Situation]]:
+def _take_larger_gpu(situation: Situation) -> Iterator[tuple[str, Situation]]:
     larger = [(gpu.memory_gib, name) for name, gpu in GPUS.items() if gpu.memory_gib > (situation.device_gib or 0)]
     for memory_gib, name in sorted(larger):
         yield f"cluster.gpu_type={name}", replace(situation, gpu=GPUS[name], device_gib=memory_gib)

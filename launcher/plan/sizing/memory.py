@@ -163,13 +163,6 @@ def head_elements(model: ModelFacts) -> int:
     return model.vocab_size * model.hidden_size
 
 
-def _held_expert_weights(model: ModelFacts, one_pass: Pass) -> int:
-    """Return the elements of experts' weights that stay gathered from a layer's forward pass until its backward pass."""
-    layers = zip(experts_by_layer(model), one_pass.checkpointed, strict=True)
-    kept = [experts for experts, is_recomputed in layers if experts and not is_recomputed]
-    return sum(3 * experts.number * experts.size * model.hidden_size for experts in kept)
-
-
 def loss_bytes(model: ModelFacts, one_pass: Pass) -> int:
     """Return the bytes that the loss adds to the activations: hidden states, gradients, and the logits of a chunk."""
     width, tokens, head = one_pass.kernels.width, one_pass.tokens, head_elements(model)
@@ -186,7 +179,10 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     head, weight = head_elements(model), largest_weight(model)
     activations = activation_bytes(model, one_pass)
     ahead = zero["stage3_max_live_parameters"] if zero["stage3_prefetch_bucket_size"] else 0
-    held = _held_expert_weights(model, one_pass)
+    # Experts' weights stay gathered from the forward pass of a layer that is not recomputed until its backward pass.
+    layers = zip(experts_by_layer(model), one_pass.checkpointed, strict=True)
+    kept = [experts for experts, is_recomputed in layers if experts and not is_recomputed]
+    held = sum(3 * experts.number * experts.size * model.hidden_size for experts in kept)
     # The elements that are fetched at a time.
     unit = max(weight, layer_elements(model)) if sharding.whole_layers else weight
     is_gathered = sharding.world_size > 1 or sharding.offload_params != "none"

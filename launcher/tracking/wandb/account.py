@@ -67,15 +67,15 @@ def look_up(tracking: TrackingSection) -> Account:
         return Account(None, refused=f"there is no login for {address}")
     account = Account(login, entity=entity)
     try:
-        return _answer(address, key, account, tracking.project)
+        return _check_access(address, key, account, tracking.project)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return replace(account, unknown=f"{address} does not answer: {getattr(error, 'reason', error)}")
 
 
-def _answer(address: str, key: str, account: Account, project: str) -> Account:
+def _check_access(address: str, key: str, account: Account, project: str) -> Account:
     """Return the account with W&B's answer."""
     try:
-        viewer = _ask(address, key, _VIEWER)["viewer"]
+        viewer = _query(address, key, _VIEWER)["viewer"]
     except urllib.error.HTTPError as error:
         if error.code == 401:
             return replace(account, refused=f"{address} does not accept the key")
@@ -86,7 +86,7 @@ def _answer(address: str, key: str, account: Account, project: str) -> Account:
     user, entity = viewer["username"], account.entity
     owner = entity or viewer["entity"] or user
     path = f"{owner}/{project}"
-    project_record = _ask(address, key, _PROJECT, entity=owner, project=project)["project"]
+    project_record = _query(address, key, _PROJECT, entity=owner, project=project)["project"]
     if project_record is not None:
         # Some projects are open to users who are not members.
         return replace(
@@ -96,13 +96,13 @@ def _answer(address: str, key: str, account: Account, project: str) -> Account:
     if entity is None or entity.casefold() in {name.casefold() for name in own} or viewer.get("admin"):
         return replace(account, note=f"W&B will create the project {path}: it does not exist, or {user} may not see it")
     permissions = f"{user} may write to {', '.join(sorted(own))}"
-    if _ask(address, key, _ENTITY, entity=entity)["entity"] is None:
+    if _query(address, key, _ENTITY, entity=entity)["entity"] is None:
         return replace(account, refused=f"there is no entity {entity} that {user} may see; {permissions}")
     # Service accounts and organization administrators may write where they are not members.
     return replace(account, unknown=f"{user} is not a member of {entity}; {permissions}")
 
 
-def _ask(address: str, key: str, query: str, **variables: str) -> dict[str, Any]:
+def _query(address: str, key: str, query: str, **variables: str) -> dict[str, Any]:
     credentials = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
     body = json.dumps({"query": query, "variables": variables}).encode()

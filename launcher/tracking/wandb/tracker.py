@@ -221,7 +221,7 @@ class Session:
         self._run_dir = run
         config = plan.config.tracking
         before = folders(run, plan.wandb_id)
-        _leave_out_slurm_credentials()
+        _remove_slurm_credentials()
         try:
             self._run = wandb.init(
                 id=plan.wandb_id,
@@ -381,7 +381,7 @@ def step_offsets(run: RunDir, last_steps: Mapping[int, int]) -> dict[int, int]:
     return offset_of
 
 
-def _leave_out_slurm_credentials() -> None:
+def _remove_slurm_credentials() -> None:
     """Remove credentials among Slurm's variables: W&B's process uploads every variable whose name begins with SLURM_.
 
     With SLURM_JWT, whoever can see the W&B project could start jobs in this user's name.

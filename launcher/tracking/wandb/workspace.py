@@ -98,12 +98,8 @@ def _sections() -> list[Any]:
                 log_y=chart.log_y or None,
             )
             # W&B stores a user's panel settings under the panel's id, so the id must not change between calls.
-            plot._id = _panel_id(name, chart.title)
+            slug = re.sub(r"[^a-z]", "", name.lower())[:4]
+            plot._id = slug + hashlib.blake2b(f"{name}/{chart.title}".encode(), digest_size=4).hexdigest()[:7]
             plots.append(plot)
         sections.append(ws.Section(name=name, panels=plots, is_open=True))
     return sections
-
-
-def _panel_id(section: str, title: str) -> str:
-    slug = re.sub(r"[^a-z]", "", section.lower())
-    return slug[:4] + hashlib.blake2b(f"{section}/{title}".encode(), digest_size=4).hexdigest()[:7]
