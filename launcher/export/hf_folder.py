@@ -227,7 +227,7 @@ def complete_export(task: ExportTask, card: RenderCard | None = None, device: st
         added_stop_ids=task.added_stop_ids,
         has_original_names=has_original_names,
     )
-    exported = _checked(task, exported, device) if task.check else exported
+    exported = _check_loading(task, exported, device) if task.check else exported
     record = ExportRecord(exported.step, manifest.plan_digest, exported.dtype, exported.num_compared)
     json_records.write(task.partial / EXPORT_RECORD, record)
     if card is not None:
@@ -237,7 +237,7 @@ def complete_export(task: ExportTask, card: RenderCard | None = None, device: st
     return exported
 
 
-def _checked(task: ExportTask, exported: ExportedFolder, device: str) -> ExportedFolder:
+def _check_loading(task: ExportTask, exported: ExportedFolder, device: str) -> ExportedFolder:
     from launcher.checkpoint.staging import available_bytes
     from launcher.export import parity
 

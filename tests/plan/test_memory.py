@@ -1,14 +1,30 @@
-"""Memory of model states compared with hand calculations."""
+"""Memory of model states against hand calculations, and of a step's peak with what autograd saves in each preset's layers."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from dataclasses import replace
 
+import bare_memory
+import pytest
+from plan_fixtures import KINDS, facts_for, preset
+
+from launcher.cli.views.memory_view import peak_line
+from launcher.config.schema import RunConfig
+from launcher.config.sections.cluster import ClusterSection, LocalSection
 from launcher.config.sections.deepspeed import DeepSpeedSection
+from launcher.config.sections.ray import RaySection
+from launcher.config.sections.slurm import SlurmSection
+from launcher.config.sections.static import StaticSection
+from launcher.plan.architecture import model_facts
 from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
-from launcher.plan.launch_plan import Memory, Topology
+from launcher.plan.launch_plan import LaunchPlan, Memory, Topology
 from launcher.plan.optimizers import OPTIMIZERS
-from launcher.plan.sizing.memory import estimate_model_states
+from launcher.plan.planner import as_run, plan, planned_tokens_per_sec, situation_of
+from launcher.plan.sizing.activations import layer_activations
+from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose, evaluate
+from launcher.plan.sizing.kernels import Kernels, checkpointed_layers
+from launcher.plan.sizing.memory import Pass, activation_bytes, estimate_model_states
 
 EIGHT_GPUS = Topology(nodes=1, ranks_per_node=8, world_size=8, device="cuda", backend="nccl")
 FOUR_NODES = Topology(nodes=4, ranks_per_node=8, world_size=32, device="cuda", backend="nccl")
@@ -106,3 +122,200 @@ def test_saves_block_training_where_copies_do_not_fit() -> None:
         estimated = plan_saving(LLAMA_8B, True, ADAMW, on_disk, states, EIGHT_GPUS, 10_000.0)
         assert not estimated.background
         assert "NVMe" in estimated.note
+
+
+# Enough tokens that the weight gradients do not hide the activations.
+TOKENS = 16_384
+H100 = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "data.max_length=4096", "train.global_batch_size=64")
+PlanOf = Callable[..., LaunchPlan]
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("name", KINDS)
+def test_the_activations_of_a_preset_are_those_that_a_pass_keeps(name: str) -> None:
+    """Fake tensors at real width. With `every 2`, some layers save their activations and others recompute them."""
+    pytest.importorskip("torch.nn.attention.varlen")
+    config = preset(name, num_hidden_layers=3, vocab_size=256, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    arguments = (config, TOKENS, "every 2", "bf16", 64)
+    measured, planned = bare_memory.measure(*arguments), bare_memory.predict(*arguments)
+    assert planned == pytest.approx(measured, rel=0.01)
+
+
+def test_layers_that_recompute_hold_their_input_alone() -> None:
+    model = model_facts(preset("llama3_1_8b"), None, None, None)
+    kernels = Kernels(width=2, attention="flash_attention_2", row_tokens=4096)
+    layer = layer_activations(model, None, kernels)
+    # 16H for both norms and the projections' inputs, then attention, then the MLP.
+    assert layer.saved == 16 * 4096 + 8 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 8 * 14336
+    held = {
+        checkpointing: activation_bytes(model, Pass(4096, kernels, checkpointed_layers(checkpointing, 32), 1024)).saved
+        for checkpointing in ("none", "every 4", "every 2", "all")
+    }
+    assert held["none"] - held["all"] == 32 * 4096 * (layer.saved - 2 * 4096)
+    assert held["none"] - held["every 2"] == 16 * 4096 * (layer.saved - 2 * 4096)
+    assert held["none"] - held["every 4"] == 8 * 4096 * (layer.saved - 2 * 4096)
+    # With a mask, SDPA repeats keys and values for all heads and saves the mask in each layer.
+    masked = layer_activations(model, None, replace(kernels, attention="sdpa"))
+    assert masked.saved - layer.saved == 2 * 2 * (4096 - 1024) + 2 * 4096
+
+
+def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> None:
+    planned = plan_of("model=llama3_1_8b", *H100)
+    assert (planned.batch.micro_batch_size, planned.checkpointing, planned.peak.largest.name) == (1, "none", "loss")
+    assert planned.peak.peak_gib == pytest.approx(50.8, abs=0.5)
+    assert not planned.peak.is_measured
+    situation = situation_of(planned)
+    chosen = choose(situation)
+    larger = evaluate(situation, replace(chosen.combination, micro_batch_size=2), is_allowed=True)
+    assert chosen.fits
+    assert (larger.tokens_per_sec or 0) > (chosen.tokens_per_sec or 0)
+    assert larger.peak.peak_gib > PREFERRED_SHARE * 79.1
+    # Larger loss chunks use memory that is free here; smaller GPUs have room for fewer tokens.
+    assert planned.loss_chunk_tokens == 4096
+    assert (
+        plan_of("model=gemma3_1b", "cluster.gpu_type=RTX-4090-24GB", *H100[1:], "data.max_length=8192").loss_chunk_tokens == 1024
+    )
+    assert plan_of("model=tiny").loss_chunk_tokens == 1024
+    # Small models need more tokens: 1.4e14 / 6 / 0.6e9 = 39,000. With 8 rows per rank, at most 32,768 are possible.
+    small = plan_of("model=qwen3_0_6b", *H100)
+    assert small.batch.micro_batch_size == 8
+    # Longer rows leave no room for the activations of all layers.
+    longer = plan_of("model=llama3_1_8b", *H100, "data.max_length=16384")
+    assert longer.checkpointing in ("every 2", "all")
+    # Explicit settings are kept.
+    override = plan_of("model=llama3_1_8b", *H100, "model.activation_checkpointing=every 3", "train.micro_batch_size=1")
+    assert (override.batch.micro_batch_size, override.checkpointing) == (1, "every 3")
+    assert plan_of("model=llama3_1_8b", *H100, "model.activation_checkpointing=true").checkpointing == "all"
+    assert plan_of("model=tiny").checkpointing == "none"
+
+
+def test_gradients_that_ranks_sum_in_fp32_take_memory_for_copies_and_time(plan_of: PlanOf) -> None:
+    """DeepSpeed copies a gradient to the sum's dtype, and to pad it if the ranks (72, but not 64) do not divide its size."""
+    fixed = (
+        "train.micro_batch_size=1",
+        "model.activation_checkpointing=none",
+        "model.dtype=bf16",
+    )
+    head, weight = 128256 * 4096, 14336 * 4096
+    speeds: dict[tuple[int, str], float] = {}
+    for nodes, dtype, copied_bytes in ((8, "bf16", 0), (8, "fp32", 4), (9, "bf16", 2), (9, "fp32", 4 + 4)):
+        sizes = (*H100[:3], f"cluster.nodes={nodes}", f"train.global_batch_size={8 * nodes}")
+        planned = plan_of("model=llama3_1_8b", *sizes, *fixed, f"+deepspeed.extra.communication_data_type={dtype}")
+        stages = {stage.name: stage for stage in planned.peak.stages}
+        # With one micro-batch, partitions are in bf16.
+        partition = 2 / (8 * nodes)
+        assert stages["backward"].gradients_gib == pytest.approx((2 * 2 + copied_bytes + partition) * weight / 2**30, rel=1e-3)
+        if copied_bytes:
+            assert stages["final norm"].temporary_gib == pytest.approx((copied_bytes + partition) * head / 2**30, rel=1e-3)
+        situation = situation_of(planned)
+        speeds[nodes, dtype] = evaluate(situation, choose(situation).combination, is_allowed=True).tokens_per_sec or 0.0
+    assert planned.peak.largest.name == "final norm"
+    # With so few tokens, the network is the bottleneck: 2 + 2 + 2 bytes per parameter in bf16, 2 + 2 + 4 in fp32.
+    assert speeds[8, "fp32"] / speeds[8, "bf16"] == pytest.approx(6 / 8, abs=0.05)
+
+
+def test_one_rank_computes_with_its_own_partition_unless_that_is_in_main_memory(plan_of: PlanOf) -> None:
+    """DeepSpeed's NoGatherHandle."""
+    for ranks, offload, gathers in ((1, "none", False), (1, "cpu", True), (2, "none", True)):
+        settings = ("model=llama3_2_1b", H100[0], f"cluster.ranks_per_node={ranks}", f"deepspeed.offload_params={offload}")
+        offloaded = () if offload == "none" else ("deepspeed.offload_optimizer=cpu",)
+        stages = plan_of(*settings, *offloaded).peak.stages
+        assert any(stage.gathered_gib > 0 for stage in stages) == gathers
+
+
+def test_a_compiled_layer_has_all_its_weights_and_gradients_at_one_time(plan_of: PlanOf) -> None:
+    settings = ("model=llama3_1_8b", *H100, "train.micro_batch_size=1", "model.activation_checkpointing=all")
+    single, compiled = (
+        next(stage for stage in plan_of(*settings, *more).peak.stages if stage.name == "backward")
+        for more in ((), ("model.compile=true",))
+    )
+    # The layer's 218 million bf16 weights, minus the 58.7 million that are held in both cases.
+    more_gib = pytest.approx(2 * (218.1e6 - 58.7e6) / 2**30, rel=0.01)
+    assert compiled.gradients_gib - single.gradients_gib == more_gib
+    assert compiled.gathered_gib - single.gathered_gib == more_gib
+    # A compiled layer saves its norm inputs only in bf16, and one tensor less for the MLP's gate.
+    saved_bytes = 2 * 4 * 4096 + 2 * 14336
+    assert single.temporary_gib - compiled.temporary_gib == pytest.approx(4096 * saved_bytes / 2**30, rel=0.01)
+
+
+INSTALLED = {"torch": "2.13.0", "liger-kernel": "0.8.5"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "packages", "is_used", "words"),
+    [
+        (H100, INSTALLED, True, "Liger's kernels"),
+        (H100, {}, False, "without Liger, which is not installed here (pip install 'launcher[gpu]')"),
+        ((*H100, "model.liger=true"), {}, True, "Liger's kernels"),
+        ((*H100, "model.liger=false"), INSTALLED, False, "without Liger (model.liger=false)"),
+        ((*H100, "model=qwen3_30b_a3b", "cluster.nodes=8"), INSTALLED, False, ""),
+        (("model.liger=true",), INSTALLED, False, ""),
+        ((), INSTALLED, False, ""),
+    ],
+    ids=["installed", "not installed", "true", "false", "experts", "true on CPUs", "CPUs"],
+)
+def test_liger_is_used_where_it_is_installed_and_made_for_the_model(
+    config_of: Callable[..., RunConfig], settings: tuple[str, ...], packages: dict[str, str], is_used: bool, words: str
+) -> None:
+    config = config_of(*(settings if "model=" in " ".join(settings) else ("model=llama3_1_8b", *settings)))
+    facts = facts_for(config)
+    facts = facts.model_copy(update={"provenance": facts.provenance.model_copy(update={"packages": packages})})
+    planned = plan(config, facts)
+    assert planned.liger is is_used
+    assert choose(situation_of(planned)).combination.liger is is_used
+    assert LaunchPlan.from_json(planned.to_json()).liger is is_used
+    line = peak_line(planned)
+    assert line.endswith(f", {words}") if words else "Liger" not in line
+    assert planned.peak == choose(situation_of(planned)).peak
+
+
+@pytest.mark.parametrize(
+    ("section", "is_own"),
+    [
+        (LocalSection(kind="local"), True),
+        (StaticSection(kind="static"), True),
+        (SlurmSection(kind="slurm"), True),
+        (SlurmSection(kind="slurm", container_image="owner/image:tag"), False),
+        (SlurmSection(kind="slurm", container_image="/images/a.sif", container_runtime="apptainer"), False),
+        (RaySection(kind="ray"), True),
+        (RaySection(kind="ray", address="auto"), True),
+        (RaySection(kind="ray", address="10.0.0.1:6379"), False),
+        (RaySection(kind="ray", address="http://10.0.0.1:8265"), False),
+    ],
+)
+def test_packages_of_this_python_count_only_where_the_ranks_run_in_it(
+    config_of: Callable[..., RunConfig], section: ClusterSection, is_own: bool
+) -> None:
+    settings = {"gpu_type": "H100-80GB", "ranks_per_node": 8}
+    config = config_of("model=llama3_1_8b", "train.global_batch_size=64", "data.max_length=4096")
+    config = config.model_copy(update={"cluster": section.model_copy(update=settings)})
+    planned = plan(config, facts_for(config))
+    assert planned.liger is not is_own
+    line = peak_line(planned)
+    assert ("without Liger, which is not installed here" in line) is is_own
+    assert (", Liger's kernels if the ranks have liger-kernel" in line) is not is_own
+
+
+def test_a_run_whose_ranks_decide_about_liger_fits_in_both_cases(plan_of: PlanOf) -> None:
+    """With Liger alone, rows of 16,384 tokens would let fewer layers be recomputed."""
+    settings = ("model=llama3_1_8b", *H100, "data.max_length=16384")
+    image = ("cluster=slurm", "cluster.container_image=owner/image:tag")
+    without, certain, open_ = (plan_of(*settings, *more) for more in ((), ("model.liger=true",), image))
+    assert (open_.checkpointing, open_.batch, open_.peak) == (without.checkpointing, without.batch, without.peak)
+    assert certain.checkpointing != open_.checkpointing
+    assert planned_tokens_per_sec(open_) == planned_tokens_per_sec(without)
+    assert (planned_tokens_per_sec(certain) or 0.0) > (planned_tokens_per_sec(without) or 0.0)
+    assert plan_of(*settings, *image, "model.liger=true").peak == certain.peak
+
+
+def test_ranks_compare_themselves_with_the_plan_for_the_kernels_that_they_have(plan_of: PlanOf) -> None:
+    settings = ("model=llama3_1_8b", *H100, "data.max_length=16384")
+    image = ("cluster=slurm", "cluster.container_image=owner/image:tag")
+    without, certain, open_ = (plan_of(*settings, *more) for more in ((), ("model.liger=true",), image))
+    assert as_run(open_, has_liger=False).peak == open_.peak
+    assert planned_tokens_per_sec(as_run(open_, has_liger=False)) == planned_tokens_per_sec(without)
+    with_liger = as_run(open_, has_liger=True)
+    assert (planned_tokens_per_sec(with_liger) or 0.0) > (planned_tokens_per_sec(open_) or 0.0)
+    assert as_run(certain, has_liger=True).peak == certain.peak
+    for less, more in ((with_liger, open_), (certain, as_run(certain, has_liger=False))):
+        assert less.peak.peak_gib < more.peak.peak_gib

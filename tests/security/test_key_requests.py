@@ -38,6 +38,6 @@ def test_a_key_does_not_follow_a_redirect(servers: tuple[str, list[str]]) -> Non
     with pytest.raises(urllib.error.HTTPError) as refused:
         request_json(request(f"{address}/api/whoami-v2"), 60)
     assert refused.value.code == 302
-    found = account._answer(address, KEY, account.Account("environment"), TrackingSection().project)
+    found = account._check_access(address, KEY, account.Account("environment"), TrackingSection().project)
     assert "answers with HTTP 302" in found.unknown
     assert received == []

@@ -1,3 +1,5 @@
+"""A run's main numbers, overfitting and the loss on general text, from metrics.jsonl."""
+
 from __future__ import annotations
 
 import json
@@ -6,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from launcher.evaluate.verdict import describe_general_loss
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.goodput import JOINED, LOADED, PHASE, AttemptTimes
 from launcher.tracking.jsonl import JsonlTracker, Tail
-from launcher.tracking.run_metrics import CostSoFar, MetricsTail, read_tail, read_time_lines
+from launcher.tracking.run_metrics import CostSoFar, MetricsTail, read_general_loss, read_overfitting, read_tail, read_time_lines
 
 
 def test_a_run_without_metrics_has_an_empty_tail(tmp_path: Path) -> None:
@@ -112,3 +115,64 @@ def test_a_step_logged_after_the_end_of_an_attempt_hides_no_earlier_step(tmp_pat
     found = goodput.breakdown(read_time_lines(file, [5.0, 120.0, 0.0, 101.0, 102.0]), events, attempts, 130.0)
     assert found == goodput.breakdown(lines, events, attempts, 130.0)
     assert found.kept_s == 90
+
+
+def trained(folder: Path, losses: list[tuple[float, float | None]]) -> RunDir:
+    """A run with these training and held-out losses after each step; ten steps are an epoch."""
+    run = RunDir(folder)
+    log = JsonlTracker(run, 1)
+    for step, (train, held_out) in enumerate(losses, 1):
+        log.log(step, {"train/loss": train, "trainer/epoch": step / 10})
+        if held_out is not None:
+            log.log(step, {"eval/held_out/loss": held_out})
+    return run
+
+
+def test_a_held_out_loss_that_rises_while_the_training_loss_falls_is_overfitting(tmp_path: Path) -> None:
+    run = trained(tmp_path, [(2.0, None), (1.9, 2.0), (1.5, None), (1.4, 1.8), (1.0, None), (0.8, 1.9), (0.6, None), (0.4, 2.2)])
+    found = read_overfitting(run)
+    assert found is not None
+    assert (found.step, found.epoch, found.lowest, found.last) == (4, 0.4, 1.8, 2.2)
+    assert (found.train_at_lowest, found.train_at_last) == (pytest.approx(1.45), pytest.approx(0.5))
+    assert found.gap == pytest.approx(1.7)
+    assert found.summary.startswith("overfitting since step 4 (epoch 0.4): the held-out loss rose from 1.8000 to 2.2000")
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        # In order: still learning; both losses rise, as after a spike; a rise within the noise; one evaluation; no evaluation.
+        [(2.0, 2.0), (1.5, 1.8), (1.0, 1.7)],
+        [(2.0, 2.0), (1.5, 1.8), (1.9, 2.2)],
+        [(2.0, 2.0), (1.5, 1.8), (1.4, 1.81)],
+        [(2.0, 2.0), (1.5, None)],
+        [(2.0, None)],
+    ],
+)
+def test_other_losses_are_not(tmp_path: Path, losses: list[tuple[float, float | None]]) -> None:
+    assert read_overfitting(trained(tmp_path, losses)) is None
+
+
+def evaluated(folder: Path, losses: dict[int, float]) -> RunDir:
+    run = RunDir(folder)
+    log = JsonlTracker(run, 1)
+    for step, loss in losses.items():
+        log.log(step, {"eval/forgetting/loss": loss, "train/loss": 1.0})
+    return run
+
+
+def test_the_last_evaluation_up_to_the_step_counts(tmp_path: Path) -> None:
+    run = evaluated(tmp_path, {0: 2.0, 10: 2.05, 20: 2.3, 30: 9.0})
+    at_20, at_15 = read_general_loss(run, 20), read_general_loss(run, 15)
+    assert at_20 is not None
+    assert at_15 is not None
+    assert (at_20.before, at_20.after, at_20.is_forgetting) == (2.0, 2.3, True)
+    assert (at_15.after, at_15.is_forgetting) == (2.05, False)
+    assert (at_20.measured_at, at_15.measured_at) == (None, 10)
+    assert "until step 10, where it was measured last: no sign of forgetting" in describe_general_loss(at_15)
+    assert "step" not in describe_general_loss(at_20)
+
+
+@pytest.mark.parametrize("losses", [{0: 2.0}, {10: 2.0, 20: 2.1}, {}])
+def test_without_a_loss_before_and_after_there_is_none(tmp_path: Path, losses: dict[int, float]) -> None:
+    assert read_general_loss(evaluated(tmp_path, losses), 20) is None
