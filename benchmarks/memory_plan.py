@@ -27,7 +27,7 @@ from launcher.config.schema import RunConfig
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan, situation_of
-from launcher.plan.sizing.combinations import as_set, evaluate
+from launcher.plan.sizing.combinations import build_combination, evaluate
 
 HERE = Path(__file__).resolve().parent
 _TIMEOUT_S = 600
@@ -198,7 +198,7 @@ def _plan(overrides: tuple[str, ...]) -> LaunchPlan:
     )
     planned = plan(config, facts)
     situation = replace(situation_of(planned), chunk_tokens=_CHUNK_TOKENS)
-    combination = as_set(situation, planned.batch.micro_batch_size, planned.checkpointing)
+    combination = build_combination(situation, planned.batch.micro_batch_size, planned.checkpointing)
     return planned.model_copy(update={"loss_chunk_tokens": _CHUNK_TOKENS, "peak": evaluate(situation, combination).peak})
 
 

@@ -5,11 +5,9 @@ Every verb imports this file, so what loads slowly is imported on use.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ FLAGS_WITH_VALUE = (
 )
 _FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
 _MULTIRUN = {"--multirun", "-m"}
+# Endings of a run's file, and of files of rows. A .json file may be either.
 SUFFIXES = (".yaml", ".yml")
-# Endings of files of rows. A .json file may also hold settings.
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet", ".txt", ".gz", ".zst")
 
 
@@ -110,6 +108,8 @@ def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) 
 
 
 def _unknown_flag_problem(name: str, value: str, own_flags: Sequence[str]) -> Problem:
+    import difflib
+
     from launcher.config.known_settings import meant_setting, settings
     from launcher.security.redaction import looks_secret
     from launcher.shell_commands import launcher_command
@@ -186,6 +186,8 @@ def override_key(token: str) -> str:
 
 def _quote_override(parser: Any, key: str, value: str) -> str:
     """Return an override in shell syntax, quoted so that Hydra takes `value` as one text; empty if that is impossible."""
+    import shlex
+
     for mark in ('"', "'"):
         # A backslash escapes only a quotation mark; backslashes directly before one are doubled.
         inner = re.sub(rf"(\\*)({mark}|$)", lambda match: match[1] * 2 + ("\\" + match[2] if match[2] else ""), value)
@@ -197,12 +199,3 @@ def _quote_override(parser: Any, key: str, value: str) -> str:
         except Exception:  # noqa: S112
             continue
     return ""
-
-
-def config_dirs(tokens: Sequence[str]) -> Iterator[Path]:
-    """Yield the folders that --config-dir names."""
-    for i, token in enumerate(tokens):
-        if token in ("--config-dir", "-cd") and i + 1 < len(tokens):
-            yield Path(tokens[i + 1])
-        elif token.startswith("--config-dir="):
-            yield Path(token.split("=", 1)[1])

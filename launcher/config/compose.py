@@ -20,17 +20,16 @@ from launcher.config.command_line import (
     COMMAND_LINE,
     GROUPS,
     conf_dir,
-    config_dirs,
     override_key,
     split_run_files,
     without_unknown_flags,
     without_unreadable_overrides,
 )
 from launcher.config.error_messages import extra_problems, missing_problem, schema_problems
-from launcher.config.hydra_composition import OVERRIDE, READS_CREDENTIAL, call_hydra
+from launcher.config.hydra_composition import OVERRIDE, READS_CREDENTIAL, call_hydra, config_dirs
 from launcher.config.known_settings import leaves
 from launcher.config.origin import RUN_FILE_GROUP, Origins, short_path
-from launcher.config.run_file import FileContent, read_run_file, the_only_file
+from launcher.config.run_file import FileContent, read_run_file, require_one_file
 from launcher.config.schema import RunConfig
 from launcher.config.sections.fields import derive_name
 from launcher.errors import ConfigError, LauncherError, Problem
@@ -81,7 +80,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     remaining, problems = without_unknown_flags(words, own_flags)
     content: FileContent | None = None
     try:
-        if (path := the_only_file(files)) is not None:
+        if (path := require_one_file(files)) is not None:
             replaced = [group for group in GROUPS if any("=" in word and override_key(word) == group for word in words)]
             has_search_path = any(word.lstrip("+").startswith("hydra.searchpath") for word in words)
             # With a search path of the user's, the options of the groups are not known here.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launcher.config.command_line import GROUPS
@@ -36,41 +36,33 @@ setting.
 
 def render() -> str:
     """Return the whole page."""
-    return "\n".join([_HEAD, *_sections(), *_groups()])
-
-
-def _sections() -> Iterator[str]:
+    parts = [_HEAD]
     for name, field in RunConfig.model_fields.items():
         sections = sections_of(field.annotation)
         rows = [setting for setting in settings().values() if setting.key.startswith(f"{name}.")]
-        yield f"## {name}\n\n{settings()[name].meaning}\n"
-        yield _table(row for row in rows if not row.kinds)
+        parts += [f"## {name}\n\n{settings()[name].meaning}\n", _table(row for row in rows if not row.kinds)]
         for section in sections if len(sections) > 1 else ():
             kind = section.model_fields["kind"].default
             # Two sections may describe a setting of the same name differently.
             of_kind = [row for row in settings_of(section, f"{name}.") if row.key != f"{name}.kind"]
             if rows_of_kind := [row for row in of_kind if row != settings()[row.key]]:
-                yield f"### {name}={kind}\n\n{section.__doc__}\n"
-                yield _table(rows_of_kind)
+                parts += [f"### {name}={kind}\n\n{section.__doc__}\n", _table(rows_of_kind)]
+    parts.append(
+        "# Options of the groups\n\nThe files under `conf/`; `--config-dir DIR` adds your own, laid out in the same way.\n"
+    )
+    for group in GROUPS:
+        files = sorted((conf_dir() / group).glob("*.yaml"))
+        parts += [f"## {group}=\n", *(f"- `{file.stem}`: {about_file(file)}" for file in files), ""]
+    return "\n".join(parts)
 
 
 def _table(rows: Iterable[Setting]) -> str:
-    return "\n".join(["| key | type | default | meaning |\n|---|---|---|---|", *map(_row, rows), ""])
-
-
-def _row(setting: Setting) -> str:
-    default = "required" if setting.default is None else f"`{setting.default}`"
-    cells = (f"`{setting.key}`", f"`{setting.type}`", default, setting.meaning)
-    return f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |"
-
-
-def _groups() -> Iterator[str]:
-    yield "# Options of the groups\n\nThe files under `conf/`; `--config-dir DIR` adds your own, laid out in the same way.\n"
-    for group in GROUPS:
-        yield f"## {group}=\n"
-        for file in sorted((conf_dir() / group).glob("*.yaml")):
-            yield f"- `{file.stem}`: {about_file(file)}"
-        yield ""
+    lines = ["| key | type | default | meaning |\n|---|---|---|---|"]
+    for row in rows:
+        default = "required" if row.default is None else f"`{row.default}`"
+        cells = (f"`{row.key}`", f"`{row.type}`", default, row.meaning)
+        lines.append(f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |")
+    return "\n".join([*lines, ""])
 
 
 def about_file(file: Path) -> str:

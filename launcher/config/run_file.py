@@ -58,8 +58,8 @@ class FileContent:
         return {"defaults": [*chosen, "_self_"], **self.values}
 
 
-def the_only_file(files: Sequence[str]) -> Path | None:
-    """Return the run's file of a command line; None without one.
+def require_one_file(files: Sequence[str]) -> Path | None:
+    """Return the one file of a run that a command line names; None without one.
 
     Raises:
         ConfigError: if there are several.

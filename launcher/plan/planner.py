@@ -194,7 +194,7 @@ def planned_step(planned: LaunchPlan, gpu: GpuType | None = None, rates: Rates |
         return None
     situation = replace(situation_of(planned), chunk_tokens=planned.loss_chunk_tokens, rates=rates)
     situation = situation if gpu is None else replace(situation, gpu=gpu)
-    combination = combinations.as_set(situation, planned.batch.micro_batch_size, planned.checkpointing)
+    combination = combinations.build_combination(situation, planned.batch.micro_batch_size, planned.checkpointing)
     return combinations.evaluate(situation, combination).step
 
 
@@ -206,7 +206,7 @@ def as_run(planned: LaunchPlan, has_liger: bool) -> LaunchPlan:
     config = planned.config.model_copy(update={"model": planned.config.model.model_copy(update={"liger": has_liger})})
     decided = planned.model_copy(update={"config": config, "liger": has_liger})
     situation = replace(situation_of(decided), chunk_tokens=planned.loss_chunk_tokens)
-    combination = combinations.as_set(situation, planned.batch.micro_batch_size, planned.checkpointing)
+    combination = combinations.build_combination(situation, planned.batch.micro_batch_size, planned.checkpointing)
     return decided.model_copy(update={"peak": combinations.evaluate(situation, combination).peak})
 
 
@@ -279,7 +279,7 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     if too_large := _too_large(planned):
         topology = planned.topology
         price = None if planned.price is None else planned.price.usd_per_gpu_hour
-        nearest = combinations.nearest_fits(situation_of(planned), price)
+        nearest = combinations.find_nearest_fits(situation_of(planned), price)
         remedy = f"use more ranks, {offload}, or name larger GPUs with cluster.gpu_type"
         if nearest and nearest[0].startswith(combinations.CHOSEN_BY_PLAN):
             remedy = "leave to the plan what it can choose, or change the machines"

@@ -22,7 +22,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.tracker import start_trackers
-from launcher.tracking.wandb.tracker import is_online, redacted, step_offsets
+from launcher.tracking.wandb.tracker import is_online, redact_data, step_offsets
 
 PlanMaker = Callable[..., LaunchPlan]
 REPO = Path(__file__).resolve().parents[2]
@@ -127,7 +127,7 @@ def test_no_secret_of_the_environment_is_in_the_run_directory(
 def test_only_secrets_are_redacted() -> None:
     value = {"a": ["token is sekret-value", "git@host:x"], "num_tokens": 3, "url": "s3://user:pw@bucket/x", "home": "/home/me"}
     environ = {"MY_API_KEY": "sekret-value", "HOME": "/home/me", "SHORT_KEY": "host"}
-    assert redacted(value, environ) == {
+    assert redact_data(value, environ) == {
         "a": ["token is <redacted>", "git@host:x"],
         "num_tokens": 3,
         "url": "s3://<redacted>@bucket/x",

@@ -9,7 +9,7 @@ from launcher.cli.formatting import table, wrap
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
 from launcher.plan.quantities import format_count
-from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, considered
+from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, rank_combinations
 from launcher.plan.sizing.kernels import describe_liger
 
 _MOST_ROWS = 16
@@ -89,13 +89,13 @@ def why_values(plan: LaunchPlan) -> list[dict[str, Any]]:
             "is_allowed": one.is_allowed,
             "is_chosen": _is_chosen(plan, one),
         }
-        for one in considered(situation_of(plan))
+        for one in rank_combinations(situation_of(plan))
     ]
 
 
 def _combinations(plan: LaunchPlan) -> list[str]:
     """Return a table of at most _MOST_ROWS combinations: the chosen one, those with other settings, and the fastest others."""
-    tried = considered(situation_of(plan))
+    tried = rank_combinations(situation_of(plan))
     kept = [one for one in tried if _is_chosen(plan, one) or not one.is_allowed]
     kept += [one for one in tried if one not in kept][: max(0, _MOST_ROWS - len(kept))]
     head = ("", "micro-batch", "recomputed", "compiled", "Liger", "hpZ", "offload", "peak GiB", "tokens/s", "$/M tokens")

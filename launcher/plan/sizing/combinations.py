@@ -113,7 +113,7 @@ def choose(situation: Situation) -> Considered:
     layers = config.model.activation_checkpointing
     if layers == AUTO:
         layers = ALL if topology.device == "cuda" and situation.model.num_params >= memory.RECOMPUTED_FROM else NONE
-    usual = as_set(situation, split.micro_batch_size, layers)
+    usual = build_combination(situation, split.micro_batch_size, layers)
     first = evaluate(situation, usual)
     if topology.device != "cuda" or situation.device_gib is None:
         return first
@@ -133,7 +133,7 @@ def choose(situation: Situation) -> Considered:
     return min(as_fast, key=lambda one: (max(0, target - one.batch.micro_batch_size * row), one.peak.peak_gib))
 
 
-def as_set(situation: Situation, micro_batch_size: int, checkpointing: str) -> Combination:
+def build_combination(situation: Situation, micro_batch_size: int, checkpointing: str) -> Combination:
     """Return the combination with this micro-batch and these recomputed layers, and everything else as configured."""
     deepspeed = situation.config.deepspeed
     return Combination(
@@ -147,7 +147,7 @@ def as_set(situation: Situation, micro_batch_size: int, checkpointing: str) -> C
     )
 
 
-def considered(situation: Situation) -> list[Considered]:
+def rank_combinations(situation: Situation) -> list[Considered]:
     """Return the chosen combination and its alternatives, including those that the settings exclude, fastest first."""
     chosen = choose(situation)
     base, ranks = chosen.combination, situation.topology.ranks_per_node
@@ -260,7 +260,7 @@ def _preference_key(one: Considered) -> tuple[float, int]:
     return 1 / every if every else 0.0, -one.combination.micro_batch_size
 
 
-def nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[str]:
+def find_nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[str]:
     """Return overrides that make the run fit, each with its peak, predicted speed and cost.
 
     First those that leave to the plan what the settings decide, then more nodes, offload, shorter rows, and larger GPUs.
@@ -280,7 +280,7 @@ def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: s
 
     `situation` has the chosen chunk of the loss, so that it does not use up what a change saves.
     """
-    config, base = situation.config, as_set(situation, micro_batch_size, checkpointing)
+    config, base = situation.config, build_combination(situation, micro_batch_size, checkpointing)
     smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
     changes: dict[str, dict[str, Any]] = {}
     if smaller is not None:

@@ -220,7 +220,7 @@ class Session:
 
         self._run_dir = run
         config = plan.config.tracking
-        before = folders(run, plan.wandb_id)
+        before = session_folders(run, plan.wandb_id)
         _remove_slurm_credentials()
         try:
             self._run = wandb.init(
@@ -234,7 +234,7 @@ class Session:
                 group=config.group,
                 tags=config.tags,
                 mode="offline" if offline else "online",
-                config=redacted({**json.loads(plan.to_json()), "plan_digest": plan.digest()}, os.environ),
+                config=redact_data({**json.loads(plan.to_json()), "plan_digest": plan.digest()}, os.environ),
                 settings=wandb.Settings(
                     silent=True,
                     console="off",
@@ -254,7 +254,7 @@ class Session:
             # Its process keeps the id of a failed start, and another start in this process would find it in use.
             leave_core()
             # They are empty but would count as a session's files.
-            for folder in folders(run, plan.wandb_id):
+            for folder in session_folders(run, plan.wandb_id):
                 if folder not in before:
                     shutil.rmtree(folder, ignore_errors=True)
             reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
@@ -314,7 +314,7 @@ class Session:
         self._last_sent_step = int(step + offset)
 
     def alert(self, text: str, step: int | None) -> None:
-        at, text = "" if step is None else f" at step {step}", redacted(text, os.environ)
+        at, text = "" if step is None else f" at step {step}", redact_data(text, os.environ)
         title = f"{str(self._run.name)[:_MAX_RUN_NAME]}{at}: {text.partition(':')[0]}"
         self._run.alert(title[:_MAX_TITLE], text, level="WARN", wait_duration=_ALERT_WAIT)
 
@@ -398,7 +398,7 @@ def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
     Empty if there are no files.
     """
     missing: list[Path] = []
-    for folder in folders(run, wandb_id):
+    for folder in session_folders(run, wandb_id):
         missing = [] if (folder / _UPLOADED).exists() else [*missing, folder]
     if session is not None and not session.offline:
         missing = [session.folder]
@@ -417,7 +417,7 @@ def _last_step_in(folders: list[Path]) -> int:
     return -1
 
 
-def folders(run: RunDir, wandb_id: str) -> list[Path]:
+def session_folders(run: RunDir, wandb_id: str) -> list[Path]:
     """Return the folders of all sessions, oldest first."""
     paths = (run.root / "wandb").absolute().glob(f"*run-*-{wandb_id}*")
     return sorted(paths, key=lambda folder: folder.name.removeprefix("offline-"))
@@ -441,7 +441,7 @@ def is_online(mode: Literal["auto", "online", "offline", "disabled"]) -> bool:
         return False
 
 
-def redacted(value: Any, environ: Mapping[str, str]) -> Any:
+def redact_data(value: Any, environ: Mapping[str, str]) -> Any:
     """Return JSON data without the values of secret environment variables and the user part of URLs."""
     secrets = environment_secrets(environ).values()
 
