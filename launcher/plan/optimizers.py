@@ -6,11 +6,7 @@ builder in launcher/train/optim.py and add a row here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-
-from launcher.config.schema import RunConfig
-from launcher.errors import Problem
 
 # Bytes per fp32 element; master weights and all optimizer states are fp32.
 FP32_BYTES = 4
@@ -55,17 +51,3 @@ OPTIMIZERS: dict[str, Optimizer] = {
 def find_by_class(name: str) -> Optimizer | None:
     """Find the row that lists the optimizer class `name`, given as module.Class; None without one."""
     return next((optimizer for optimizer in OPTIMIZERS.values() if name in optimizer.classes), None)
-
-
-def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
-    """Yield the problems with `optim.name`: not in the table, or an optimizer that cannot be offloaded as configured."""
-    name = config.optim.name
-    if name not in OPTIMIZERS:
-        yield Problem("unknown optimizer", where="optim.name", value=name, remedy=f"choose one of: {', '.join(OPTIMIZERS)}")
-    elif config.deepspeed.offload_optimizer != "none" and not OPTIMIZERS[name].can_offload:
-        yield Problem(
-            f"the states of {name} cannot be offloaded",
-            where="deepspeed.offload_optimizer",
-            value=config.deepspeed.offload_optimizer,
-            remedy="set deepspeed.offload_optimizer=none, or use optim=adamw",
-        )

@@ -22,9 +22,15 @@ _MAX_LR = 1.0
 _MAX_FACTOR = 1e6
 
 
-def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
-    """Yield problems of settings that would make the run fail or destroy its model."""
+def refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) -> Iterator[Problem]:
+    """Yield problems of settings that would make the run fail or destroy its model; `data` is None before it is built."""
     lr, usual = config.optim.lr, _usual_lr(config)
+    name, offload = config.optim.name, config.deepspeed.offload_optimizer
+    if name not in OPTIMIZERS:
+        yield Problem("unknown optimizer", where="optim.name", value=name, remedy=f"choose one of: {', '.join(OPTIMIZERS)}")
+    elif offload != "none" and not OPTIMIZERS[name].can_offload:
+        remedy = "set deepspeed.offload_optimizer=none, or use optim=adamw"
+        yield Problem(f"the states of {name} cannot be offloaded", "deepspeed.offload_optimizer", offload, remedy)
     if usual is not None and lr > _MAX_LR and config.model.init == "pretrained":
         yield Problem(
             f"optim.lr={lr:g} would destroy the weights in the first step",
@@ -47,10 +53,11 @@ def refusals(config: RunConfig, model: ModelFacts) -> Iterator[Problem]:
             value=str(length),
             remedy=f"set data.max_length to {context} or less, or scale RoPE in the model's config.json (rope_parameters)",
         )
+    yield from _answers_problems(config, data)
 
 
-def answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Problem]:
-    """Yield why prompts cannot be answered every eval.answers_every steps; `data` is None before the data is built."""
+def _answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Problem]:
+    """Yield why prompts cannot be answered every eval.answers_every steps."""
     every, save_every = config.eval.answers_every, config.checkpoint.save_every
     if not every:
         return

@@ -16,7 +16,7 @@ from launcher.plan.architecture import architecture_problems
 from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
 from launcher.plan.gpu_types import GPUS, GpuType, Price, lookup, names_other_memory, typical_price
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, Limits, ModelFacts, Topology
-from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
+from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
 from launcher.plan.sizing import combinations, kernels, memory
@@ -37,8 +37,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     topology = choose_topology(config, facts)
     problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
-    problems += [*optimizer_problems(config), *plan_checks.refusals(config, facts.model)]
-    problems += plan_checks.answers_problems(config, facts.data)
+    problems += plan_checks.refusals(config, facts.model, facts.data)
     gpu_name = config.cluster.gpu_type or facts.device.name
     try:
         split_batch(config.train, config.data, topology.world_size, topology.device, facts.data)
