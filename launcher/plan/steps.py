@@ -20,7 +20,7 @@ _MORE_STEPS = 10
 # A smaller relative change is not worth a note.
 _NOTED_CHANGE = 0.01
 # The settings of optim that the learning rate depends on.
-_SETTINGS = ("lr", "warmup_steps", "schedule", "decay_fraction", "min_lr_ratio")
+_RATE_SETTINGS = ("lr", "warmup_steps", "schedule", "decay_fraction", "min_lr_ratio")
 
 
 def split_batch(train: TrainSection, data: DataSection, world_size: int, device: str, facts: DataFacts | None) -> Batch:
@@ -129,7 +129,7 @@ def describe_changed_rate(saved: LaunchPlan, following: LaunchPlan, step: int) -
     causes = [
         f"{one.key}={one.requested} ({one.saved} in the checkpoint)"
         for one in differing(saved.config.optim.model_dump(), following.config.optim.model_dump(), "optim")
-        if one.key.removeprefix("optim.") in _SETTINGS
+        if one.key.removeprefix("optim.") in _RATE_SETTINGS
     ]
     if saved.batch.max_steps != following.batch.max_steps:
         causes.append(f"its schedule now ends at step {following.batch.max_steps:,} instead of {saved.batch.max_steps:,}")

@@ -37,6 +37,8 @@ from launcher.tracking.metrics import STEP
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 45.0
+# Time that finish() waits beyond W&B's own limits, which a hung wandb-core does not keep.
+FINISH_GRACE_S = 10.0
 # Metrics of up to this time may be missing in the offline file of a killed process.
 FLUSH_INTERVAL_S = 2.0
 _READ_DEADLINE_S = 60.0
@@ -53,8 +55,6 @@ _ALERT_WAIT = timedelta(milliseconds=1)
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # wandb-core logs this when it stops uploading for good: the key was revoked, or the run deleted.
 _UPLOAD_STOPPED = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
-# Time that finish() waits beyond W&B's own limits, which a hung wandb-core does not keep.
-FINISH_GRACE_S = 10.0
 
 
 class WandbTracker:
