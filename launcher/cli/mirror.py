@@ -11,7 +11,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from launcher import json_records, run_store
-from launcher.checkpoint.mirror import MirroredRun, claim_run_dir, download_checkpoint, download_fixed_files, download_progress, read_complete_checkpoints, read_run, write_plans
+from launcher.checkpoint.mirror import (
+    MirroredRun,
+    claim_run_dir,
+    download_checkpoint,
+    download_fixed_files,
+    download_progress,
+    read_complete_checkpoints,
+    read_run,
+    write_plans,
+)
 from launcher.checkpoint.remote_folder import RemoteFolder, convert_storage_errors
 from launcher.cli import formatting
 from launcher.cli.worker_process import prepare, prepare_eval_sets

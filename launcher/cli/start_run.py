@@ -36,7 +36,7 @@ from launcher.plan.throughput import MeasuredMfu, SpeedEstimate, estimate_speed,
 from launcher.run_records import Attempt
 from launcher.security import owners
 from launcher.tracking.costs import largest_usd
-from launcher.tracking.metrics_tail import read_tail
+from launcher.tracking.run_metrics import read_tail
 
 # Ten times the duration on an idle machine.
 _ISOLATION_CHECK_S = 150.0

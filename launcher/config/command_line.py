@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -199,3 +199,12 @@ def _quote_override(parser: Any, key: str, value: str) -> str:
         except Exception:  # noqa: S112
             continue
     return ""
+
+
+def config_dirs(tokens: Sequence[str]) -> Iterator[Path]:
+    """Yield the folders that --config-dir names."""
+    for i, token in enumerate(tokens):
+        if token in ("--config-dir", "-cd") and i + 1 < len(tokens):
+            yield Path(tokens[i + 1])
+        elif token.startswith("--config-dir="):
+            yield Path(token.split("=", 1)[1])

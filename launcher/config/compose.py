@@ -20,13 +20,14 @@ from launcher.config.command_line import (
     COMMAND_LINE,
     GROUPS,
     conf_dir,
+    config_dirs,
     override_key,
     split_run_files,
     without_unknown_flags,
     without_unreadable_overrides,
 )
 from launcher.config.error_messages import extra_problems, missing_problem, schema_problems
-from launcher.config.hydra_composition import OVERRIDE, READS_CREDENTIAL, call_hydra, config_dirs
+from launcher.config.hydra_composition import OVERRIDE, READS_CREDENTIAL, call_hydra
 from launcher.config.known_settings import leaves
 from launcher.config.origin import RUN_FILE_GROUP, Origins, short_path
 from launcher.config.run_file import FileContent, read_run_file, require_one_file

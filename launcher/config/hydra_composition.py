@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from launcher.config.command_line import COMMAND_LINE, GROUPS, flags_first
+from launcher.config.command_line import COMMAND_LINE, GROUPS, config_dirs, flags_first
 from launcher.config.error_messages import find_broken_reference, hydra_problem, yaml_problems
 from launcher.config.known_settings import leaves
 from launcher.config.origin import RUN_FILE_GROUP, short_path
@@ -156,15 +156,6 @@ def _for_hydra(token: str) -> str:
     if not match or match[2] in GROUPS or match[2].startswith("hydra") or token == OVERRIDE:
         return token
     return f"++{match[2]}={token[match.end() :]}"
-
-
-def config_dirs(tokens: Sequence[str]) -> Iterator[Path]:
-    """Yield the folders that --config-dir names."""
-    for i, token in enumerate(tokens):
-        if token in ("--config-dir", "-cd") and i + 1 < len(tokens):
-            yield Path(tokens[i + 1])
-        elif token.startswith("--config-dir="):
-            yield Path(token.split("=", 1)[1])
 
 
 @contextmanager

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from launcher.config.command_line import GROUPS
-from launcher.config.compose import conf_dir
+from launcher.config.command_line import GROUPS, conf_dir
 from launcher.config.known_settings import Setting, sections_of, settings, settings_of
 from launcher.config.schema import RunConfig
 

@@ -11,7 +11,17 @@ from mirror_tools import S3, commit, hooked, make_bucket, make_run, running_s3, 
 
 from launcher.checkpoint import remote_folder, store
 from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
-from launcher.checkpoint.mirror import MARKER, Mirror, claim_run_dir, download_checkpoint, download_fixed_files, download_progress, read_complete_checkpoints, read_run, write_plans
+from launcher.checkpoint.mirror import (
+    MARKER,
+    Mirror,
+    claim_run_dir,
+    download_checkpoint,
+    download_fixed_files,
+    download_progress,
+    read_complete_checkpoints,
+    read_run,
+    write_plans,
+)
 from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.errors import CheckpointError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
