@@ -49,8 +49,8 @@ def write_file(arguments: argparse.Namespace) -> int:
     named = [token.partition("=")[2].strip("'\"") for token in arguments.overrides if override_key(token) == "data.path"]
     data = arguments.data or next(reversed(named), None)
     out = Path(arguments.out or f"{_name_of(data)}.yaml")
-    _require_free(out)
     composed = _compose(arguments.model, arguments.data, arguments.overrides)
+    _require_free(out)
     if composed.config.cluster.runs_on_every_node and composed.config.run.name is None:
         # Every machine must find the same run.
         composed = replace(composed, config=apply_changes(composed.config, {"run.name": _name_of(out.stem)}))

@@ -77,6 +77,8 @@ def resume_run(
         SubmitError: if the run is running, is complete, has reached a limit, or has no such checkpoint.
     """
     require_idle(run, cluster)
+    # Settings are judged before the checkpoint is verified, which takes minutes for a large model.
+    with_overrides(plan.config, overrides, plan.run_name)
     begins_again = automatic and store.newest_step(run.checkpoints) is None
     checkpoint = None if begins_again else _choose_checkpoint(run, step)
     if checkpoint is not None and not run.attempts.is_dir():

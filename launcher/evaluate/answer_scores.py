@@ -90,7 +90,7 @@ class AnswerScorer:
                     Problem(
                         f"{metric} cannot score {len(bad):,} of {len(references):,} references: the first one {bad[0][1]}",
                         where=f"{shown}{' and more' if len(bad) > _MAX_SHOWN else ''}",
-                        remedy="choose other metrics with evaluate.metrics, or correct the rows",
+                        remedy=f"choose others of {', '.join(METRICS)} with evaluate.metrics, or correct the rows",
                     )
                 )
         if problems:

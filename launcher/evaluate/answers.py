@@ -45,7 +45,7 @@ from launcher.plan.quantities import format_size
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.metrics import format_duration
-from launcher.tracking.progress import live_line
+from launcher.tracking.progress import Pace, live_line, say_that_it_works
 from launcher.tracking.verdicts import TUNED
 
 # A factor for the memory that loading needs beyond the weights.
@@ -234,14 +234,17 @@ class AnswerGeneration:
             if self._share.rank:
                 self._folder.require_alike(self._share.rank, self._facts)
             left = self._pace.left(num_own - num_done, self._share.world_size)
-            self._share.say(f"{activity}: {num_done} of {num_own} answers{left}")
-            model, began = engine(), time.monotonic()
-            generated = model.generate(
-                [prompts.prompts[i] for i in missing],
-                num_shared=prompts.num_shared,
-                stop_strings=prompts.stop_strings,
-                max_new_tokens=settings.max_new_tokens,
-            )
+            text = f"{activity}: {num_done} of {num_own} answers{left}"
+            self._share.say(text)
+            # On CPUs, a batch may take many minutes. `say` decides which lines are due.
+            with say_that_it_works(text, self._share.say, Pace(longest_s=1.0)):
+                model, began = engine(), time.monotonic()
+                generated = model.generate(
+                    [prompts.prompts[i] for i in missing],
+                    num_shared=prompts.num_shared,
+                    stop_strings=prompts.stop_strings,
+                    max_new_tokens=settings.max_new_tokens,
+                )
             self._pace.count(len(missing), time.monotonic() - began)
             is_one_gpu = self._device == "cuda" and self._engine_name == TransformersEngine.name
             gpu_s = round((time.monotonic() - began) / len(missing), 4) if is_one_gpu else 0.0

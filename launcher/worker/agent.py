@@ -404,7 +404,7 @@ def _conclude(agent: NodeAgent, mirror: Sidecar | None, answers: Sidecar | None,
     # The attempt holds its machines until here. If the disk is full, the time comes from the liveness file instead.
     with suppress(OSError):
         json_records.write(exit_file(run, attempt), replace(record, ended_at=time.time()))
-    run_store.update_status(run, state=record.state, message=record.message)
+    run_store.update_status(run, state=record.state, step=record.step, message=record.message)
     postmortem.release_disk_space(run, attempt)
     close_wandb_run(agent.plan, agent.plan_path, run, attempt)
     return 0 if record.state == "completed" else 130 if record.state in ("cancelled", "preempted") else 1

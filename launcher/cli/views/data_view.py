@@ -27,10 +27,17 @@ _ROUNDING = 1e-6
 _OUTCOMES = {"dropped": "not trained", "truncated": "trained without the rest"}
 
 
+class _PipeConsole(Console):
+    """A console without rich's own exit code for a reader that has gone: the command ends with 141, as others do."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def show(report: dict[str, Any]) -> None:
     """Print the report of launcher.data.report."""
     report = {key: value if key == "shown" else _printable(value) for key, value in report.items()}
-    console = Console(highlight=False, width=formatting.terminal_columns() or _PIPE_WIDTH)
+    console = _PipeConsole(highlight=False, width=formatting.terminal_columns() or _PIPE_WIDTH)
     for label, value in summary_rows(report):
         _print_text(console, f"{label:<{_LABEL_WIDTH}}{value}", continued_at=_LABEL_WIDTH)
     for rows in source_columns(report):
