@@ -1,0 +1,1 @@
+"""The submit side of cluster=ray. Open cluster.py first."""
