@@ -37,7 +37,7 @@ from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.verdicts import BaselineComparison, ComparisonOutcome, EvaluationVerdict, format_difference
 
-_PREPARE, _NODE, _CONCLUDE, _TASKS = (f"launcher.evaluate.{name}" for name in ("prepare", "node", "conclude", "tasks"))
+_EVALUATION, _NODE, _TASKS = (f"launcher.evaluate.{name}" for name in ("evaluation", "node", "tasks"))
 _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
 # W&B's own limits for startup and shutdown are shorter.
 _WANDB_S = 300.0
@@ -74,11 +74,10 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
             shown = run_reporting(_TASKS, config, str(run_dir.plan), *words)
         else:
             with private_files():
-                run_reporting(
-                    _PREPARE, config, str(run_dir.plan), "--step", str(step), *(f"--set={name}" for name in arguments.set)
-                )
+                sets = [f"--set={name}" for name in arguments.set]
+                run_reporting(_EVALUATION, config, "prepare", str(run_dir.plan), "--step", str(step), *sets)
             _answer(config, folder, run_dir, is_here=arguments.here)
-            shown = run_reporting(_CONCLUDE, config, str(folder))
+            shown = run_reporting(_EVALUATION, config, "conclude", str(folder))
     results = shown["sets" if arguments.tasks is None else "tasks"]
     verdicts = {
         name: json_records.decode(EvaluationVerdict, result["verdict"], "the verdict")

@@ -1,1 +1,1 @@
-"""Everything that judges a model; open prepare.py first: an evaluation is prepare, answers (which node starts) and conclude."""
+"""Everything that judges a model; open evaluation.py first: it prepares and concludes an evaluation; answers.py answers."""

@@ -173,18 +173,19 @@ def score_in_process(metric: str, file: str, answer: GeneratedAnswer, reference:
     `metric` is a metric of the table or, if `file` is not empty, the name of a function in this file.
     """
     # The start of the process, which may import torch again from slow storage, does not count as time for an answer.
-    if problem := _call_in_process(_IMPORT_S, _import_function, file, metric):
-        return f"its file cannot be imported: {problem}" if file else problem
-    return _call_in_process(TIME_LIMIT_S, _compute_score, metric, file, answer, reference, options)
+    if problem := _ask_process(_IMPORT_S, file, metric):
+        return f"its file cannot be imported: {problem}" if file else str(problem)
+    return _ask_process(TIME_LIMIT_S, file, metric, answer, reference, options)
 
 
-def _call_in_process(limit_s: float, function: Callable[..., Any], *arguments: object) -> Any:
-    """Return the result of a function in the process, or why there is none."""
+def _ask_process(limit_s: float, *request: object) -> float | str:
+    """Return the reply of the process, or why there is none."""
     process, connection = _start_process()
     try:
-        connection.send((function, arguments))
+        connection.send(request)
         if connection.poll(limit_s):
-            return connection.recv()
+            reply: float | str = connection.recv()
+            return reply
         problem = f"it took more than {limit_s:g} s for one answer"
     except (EOFError, OSError):
         problem = "it ended its process"
@@ -199,62 +200,43 @@ def _call_in_process(limit_s: float, function: Callable[..., Any], *arguments: o
 def _start_process() -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     connection, other_end = context.Pipe()
-    process = context.Process(target=_serve_calls, args=(other_end, os.getpid()), daemon=True)
+    process = context.Process(target=_serve_scores, args=(other_end, os.getpid()), daemon=True)
     process.start()
     other_end.close()
     return process, connection
 
 
-def _serve_calls(connection: Connection, parent: int) -> None:
+def _serve_scores(connection: Connection, parent: int) -> None:
+    """Import the function of each request, score its answer, if it has one, and reply with the score or why there is none."""
     # Otherwise a function that hangs would outlive a parent that is killed.
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     # Standard output is for the result of the command.
     os.dup2(2, 1)
+    # The functions' files lie in the folder of the evaluation, which needs no bytecode.
+    sys.dont_write_bytecode = True
+    functions: dict[tuple[str, str], Callable[[str, str], Any]] = {}
     while os.getppid() == parent:
         try:
-            function, arguments = connection.recv()
+            file, metric, *case = connection.recv()
         except EOFError:
             return
-        connection.send(function(*arguments))
-
-
-@functools.cache
-def _load_function(file: str, function: str) -> Callable[[str, str], Any]:
-    spec = importlib.util.spec_from_file_location("user_metric", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    # The file lies in the folder of the evaluation, which needs no bytecode.
-    sys.dont_write_bytecode = True
-    spec.loader.exec_module(module)
-    loaded: Callable[[str, str], Any] = getattr(module, function)
-    return loaded
-
-
-def _import_function(file: str, function: str) -> str:
-    try:
-        if file:
-            _load_function(file, function)
-    except BaseException as error:
-        return _describe_error(error, file)
-    return ""
-
-
-def _compute_score(metric: str, file: str, answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float | str:
-    try:
-        value = (
-            _load_function(file, metric)(answer.text, reference) if file else METRICS[metric].score(answer, reference, options)
-        )
-        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
-            return f"it returned {value!r:.60}, which is not a finite number"
-        return float(value)
-    except BaseException as error:
-        return _describe_error(error, file)
-
-
-def _describe_error(error: BaseException, file: str) -> str:
-    """Return the exception, with the line of the user's file that raised it."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS] + (f" (line {lines[-1]})" if lines else "")
+        reply: float | str = ""
+        try:
+            if file and (file, metric) not in functions:
+                spec = importlib.util.spec_from_file_location("user_metric", file)
+                assert spec is not None
+                assert spec.loader is not None
+                module = importlib.util.module_from_spec(spec)
+                sys.modules[spec.name] = module
+                spec.loader.exec_module(module)
+                functions[file, metric] = getattr(module, metric)
+            if case:
+                answer, reference, _ = case
+                value = functions[file, metric](answer.text, reference) if file else METRICS[metric].score(*case)
+                is_number = not isinstance(value, str | bytes) and hasattr(value, "__float__") and math.isfinite(float(value))
+                reply = float(value) if is_number else f"it returned {value!r:.60}, which is not a finite number"
+        except BaseException as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+            reply = f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS] + (f" (line {lines[-1]})" if lines else "")
+        connection.send(reply)

@@ -168,7 +168,13 @@ class AnswerGeneration:
                 self._generate_missing(store, prompts, engine, f"choosing the prompt form, {number} of {len(styles)} ({style})")
                 stores.append((store, len(questions)))
             self._await_answers(stores, "choosing the prompt form")
-            return {style: self._mean_score(store.read()) for style, (store, _) in zip(styles, stores, strict=True)}
+            scorer, scores = AnswerScorer(settings, self._folder.root), {}
+            references, places = [one.reference for one in questions], [one.where for one in questions]
+            for style, (store, _) in zip(styles, stores, strict=True):
+                answers = store.read()
+                generated = [answers[index].as_generated() for index in range(len(questions))]
+                scores[style] = float(scorer.score(scorer.metrics[0], generated, references, places).mean())
+            return scores
 
         forms = self._base_prompts.forms([*questions, *(one for several in self._questions.values() for one in several)])
         if not questions:
@@ -178,12 +184,6 @@ class AnswerGeneration:
                 {},
             )
         return choose_styles(forms, self.task.shots, settings.instructions, score_styles)
-
-    def _mean_score(self, answers: Mapping[int, StoredAnswer]) -> float:
-        scorer, rows = AnswerScorer(self._config.evaluate, self._folder.root), self._selection
-        generated = [answers[index].as_generated() for index in range(len(rows))]
-        scores = scorer.score(scorer.metrics[0], generated, [one.reference for one in rows], [one.where for one in rows])
-        return float(scores.mean())
 
     def _answer_set(
         self,

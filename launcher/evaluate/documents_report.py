@@ -157,36 +157,26 @@ def describe_step(run: RunDir, plan: LaunchPlan, step: int, has_scores: bool, on
             (log_probs,) = score_passes(plan, weights, [one], on_progress)
             losses = [*np.split(-log_probs, np.cumsum(split.row_labels[rows])[:-1])]
             scored_at = weights.step
-    documents = _SplitDocuments(plan, plan.data, split)
-    return {
-        "step": step,
-        "scored_at": scored_at,
-        "not_scored": reason,
-        "rows": [
-            {"row": row, "documents": _describe_row(documents, split, row, of_row)}
-            for row, of_row in zip(rows.tolist(), losses, strict=True)
-        ],
-    }
-
-
-def _describe_row(documents: _SplitDocuments, split: Split, row: int, losses: np.ndarray | None) -> list[dict[str, Any]]:
-    described, first = [], 0
-    for document in range(*split.row_docs(row).indices(split.num_docs)):
-        begin, end = (int(at) for at in split.docs[document : document + 2])
-        num_trained = int(split.trained[begin:end].sum())
-        own = np.empty(0) if losses is None else losses[first : first + num_trained]
-        first += num_trained
-        described.append(
-            documents.describe(document)
-            | {
-                "tokens": end - begin,
-                "trained_tokens": num_trained,
-                "loss": _round_loss(own.mean()) if len(own) else None,
-                "max_token_loss": _round_loss(own.max()) if len(own) else None,
-            }
-            | documents.texts(document)
-        )
-    return described
+    documents, described = _SplitDocuments(plan, plan.data, split), []
+    for row, of_row in zip(rows.tolist(), losses, strict=True):
+        in_row, first = [], 0
+        for document in range(*split.row_docs(row).indices(split.num_docs)):
+            begin, end = (int(at) for at in split.docs[document : document + 2])
+            num_trained = int(split.trained[begin:end].sum())
+            own = np.empty(0) if of_row is None else of_row[first : first + num_trained]
+            first += num_trained
+            in_row.append(
+                documents.describe(document)
+                | {
+                    "tokens": end - begin,
+                    "trained_tokens": num_trained,
+                    "loss": _round_loss(own.mean()) if len(own) else None,
+                    "max_token_loss": _round_loss(own.max()) if len(own) else None,
+                }
+                | documents.texts(document)
+            )
+        described.append({"row": row, "documents": in_row})
+    return {"step": step, "scored_at": scored_at, "not_scored": reason, "rows": described}
 
 
 def main(argv: Sequence[str]) -> int:

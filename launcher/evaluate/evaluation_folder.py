@@ -272,24 +272,17 @@ class AnswerStore:
             if (complete := self.read_complete()) is not None:
                 return {answer.index: answer for answer in complete}
             try:
-                return self._read_parts()
+                parts = [file.read_bytes() for file in sorted(self._partial.glob("*.jsonl"))]
             except FileNotFoundError:
                 # The first process has meanwhile merged the parts.
                 continue
-        return {}
-
-    def _read_parts(self) -> dict[int, StoredAnswer]:
-        answers: dict[int, StoredAnswer] = {}
-        for file in sorted(self._partial.glob("*.jsonl")):
-            for line in file.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    continue
-                try:
+            answers: dict[int, StoredAnswer] = {}
+            for line in (line for part in parts for line in part.splitlines(keepends=True) if line.endswith(b"\n")):
+                with suppress(ValueError, TypeError):
                     answer = StoredAnswer(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                answers.setdefault(answer.index, answer)
-        return answers
+                    answers.setdefault(answer.index, answer)
+            return answers
+        return {}
 
     def append(self, writer: str, answers: Sequence[StoredAnswer]) -> None:
         """Append answers durably to the file of the process `writer`."""
@@ -425,15 +418,16 @@ class CommandWatch:
 
     def start(self, poll_s: float = _ALIVE_POLL_S) -> None:
         """Watch in a thread, because loading a model or a server request takes longer than the timeout for the command."""
-        threading.Thread(target=self._end_process, args=(poll_s,), name="command-watch", daemon=True).start()
 
-    def _end_process(self, poll_s: float) -> None:
-        while not self.has_ended():
-            time.sleep(poll_s)
-        print(f"the command of this evaluation has ended: {self._folder}; start it again, it continues", flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(_END_S)
-        os._exit(1)
+        def end_process() -> None:
+            while not self.has_ended():
+                time.sleep(poll_s)
+            print(f"the command of this evaluation has ended: {self._folder}; start it again, it continues", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(_END_S)
+            os._exit(1)
+
+        threading.Thread(target=end_process, name="command-watch", daemon=True).start()
 
     def _read(self) -> bytes:
         try:

@@ -60,20 +60,19 @@ class AnswerMetric:
         return float(self.compute(answer, reference, options))
 
 
-def _token_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+def _count_words(text: str) -> Counter[str]:
     # Chinese and Japanese words count as their characters.
-    words = (normalized_words(text) for text in (answer.text, reference))
-    return multiset_f1(*(Counter(part for word in those for part in _SPLIT.findall(word)) for those in words))
+    return Counter(part for word in normalized_words(text) for part in _SPLIT.findall(word))
 
 
-def _numeric(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+def _score_number(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     number = final_number(answer.text)
     if is_joined_number(answer.text, with_ranges=False):
         return False
     return number is not None and number == final_number(reference)
 
 
-def _number_problem(reference: str, options: MetricOptions) -> str:
+def _find_number_problem(reference: str, options: MetricOptions) -> str:
     if final_number(reference) is None:
         return "has no number"
     if is_joined_number(reference, with_ranges=True):
@@ -81,7 +80,7 @@ def _number_problem(reference: str, options: MetricOptions) -> str:
     return ""
 
 
-def _regex(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+def _score_pattern(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     """With a group named `answer`, compare its last match with the reference; without, return whether the pattern matches."""
     found = _last_match(answer.text, options)
     if found is None or "answer" not in found.groupdict():
@@ -95,12 +94,12 @@ def _last_match(text: str, options: MetricOptions) -> re.Match[str] | None:
     return max(re.finditer(options.pattern, text), key=lambda one: one.end(), default=None)
 
 
-def _valid_json(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+def _find_json_problem(text: str) -> str:
     try:
-        parse_json(answer.text)
-    except NotJson:
-        return False
-    return True
+        parse_json(text)
+    except NotJson as error:
+        return f"is not JSON ({error})"
+    return ""
 
 
 @functools.cache
@@ -114,7 +113,7 @@ def schema_validator(schema: str) -> Any:
     return validator_for(parsed)(parsed, registry=REGISTRY)
 
 
-def _json_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+def _score_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     try:
         value = parse_json(answer.text)
     except NotJson:
@@ -126,7 +125,7 @@ def _json_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions
         return False
 
 
-def _field_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+def _score_fields(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     try:
         fields = json_fields(parse_json(answer.text))
     except NotJson:
@@ -134,20 +133,12 @@ def _field_f1(answer: GeneratedAnswer, reference: str, options: MetricOptions) -
     return multiset_f1(fields, json_fields(parse_json(reference)))
 
 
-def _json_problem(reference: str, options: MetricOptions) -> str:
-    try:
-        parse_json(reference)
-    except NotJson as error:
-        return f"is not JSON ({error})"
-    return ""
-
-
-def _label_accuracy(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
+def _score_label(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     labels = options.labels or (reference,)
     return first_label(answer.text, labels) == first_label(reference, labels)
 
 
-def _label_problem(reference: str, options: MetricOptions) -> str:
+def _find_label_problem(reference: str, options: MetricOptions) -> str:
     if first_label(reference, options.labels or (reference,)) is None:
         return f"has none of the labels {', '.join(options.labels[:10])}" if options.labels else "is empty"
     return ""
@@ -156,14 +147,14 @@ def _label_problem(reference: str, options: MetricOptions) -> str:
 # Keyed by the name in evaluate.metrics.
 METRICS: dict[str, AnswerMetric] = {
     "exact_match": AnswerMetric(lambda answer, reference, options: normalized_words(answer.text) == normalized_words(reference)),
-    "token_f1": AnswerMetric(_token_f1),
+    "token_f1": AnswerMetric(lambda answer, reference, options: multiset_f1(_count_words(answer.text), _count_words(reference))),
     "rouge_l": AnswerMetric(lambda answer, reference, options: rouge_l(answer.text, reference)),
-    "numeric": AnswerMetric(_numeric, _number_problem),
-    "regex": AnswerMetric(_regex, may_hang=True),
-    "valid_json": AnswerMetric(_valid_json),
-    "json_schema": AnswerMetric(_json_schema, may_hang=True),
-    "field_f1": AnswerMetric(_field_f1, _json_problem),
-    "label_accuracy": AnswerMetric(_label_accuracy, _label_problem),
+    "numeric": AnswerMetric(_score_number, _find_number_problem),
+    "regex": AnswerMetric(_score_pattern, may_hang=True),
+    "valid_json": AnswerMetric(lambda answer, reference, options: not _find_json_problem(answer.text)),
+    "json_schema": AnswerMetric(_score_schema, may_hang=True),
+    "field_f1": AnswerMetric(_score_fields, lambda reference, options: _find_json_problem(reference)),
+    "label_accuracy": AnswerMetric(_score_label, _find_label_problem),
     "stopped": AnswerMetric(lambda answer, reference, options: answer.is_stopped),
     "no_repetition": AnswerMetric(lambda answer, reference, options: 1 - repeated_share(answer.text), with_thoughts=True),
 }
@@ -221,20 +212,16 @@ def normalized_words(text: str) -> list[str]:
 
     Close to the normalization of SQuAD (Rajpurkar et al., arXiv:1606.05250), except that punctuation inside a word stays.
     """
-    parts = unicodedata.normalize("NFKC", text).casefold().split()
-    words = [word for part in parts if (word := _strip_punctuation(part))]
+    parts, words = unicodedata.normalize("NFKC", text).casefold().split(), []
+    for part in parts:
+        start, end = 0, len(part)
+        while start < end and _is_edge(part[start]):
+            start += 1
+        while start < end and _is_edge(part[end - 1]):
+            end -= 1
+        words += [part[start:end]] if start < end else []
     # An answer that is just the letter A keeps it, and so does one that is only punctuation.
     return [word for word in words if word not in _ARTICLES] or words or parts
-
-
-def _strip_punctuation(word: str) -> str:
-    """Return a word without punctuation at its edges, of ASCII only where it cannot belong to the word."""
-    start, end = 0, len(word)
-    while start < end and _is_edge(word[start]):
-        start += 1
-    while start < end and _is_edge(word[end - 1]):
-        end -= 1
-    return word[start:end]
 
 
 def _is_edge(character: str) -> bool:
@@ -385,7 +372,14 @@ def first_label(text: str, labels: Sequence[str]) -> str | None:
     if not any(_SEPARATORS.search(word) for words in own_words.values() for word in words):
         # A sign after the letter A shows that it is not an article.
         text = _SEPARATORS.sub(r"\g<0> " if articles else " ", text)
-    words = normalized_words(text) if not articles else _words_with_articles(text, articles)
+    words = [] if articles else normalized_words(text)
+    parts = unicodedata.normalize("NFKC", text).split() if articles else []
+    for number, part in enumerate(parts, start=1):
+        word = part.strip(_EDGES)
+        folded = word.casefold()
+        can_stand_before_a_word = number < len(parts) and part[-1] not in _EDGES
+        if word and (folded not in _ARTICLES or word in articles or not can_stand_before_a_word):
+            words.append(folded)
     best: tuple[int, int, str] | None = None
     for label, wanted in own_words.items():
         for start in range(len(words) - len(wanted) + 1):
@@ -394,16 +388,3 @@ def first_label(text: str, labels: Sequence[str]) -> str | None:
                 best = place if best is None else min(best, place)
                 break
     return None if best is None else best[2]
-
-
-def _words_with_articles(text: str, labels: Sequence[str]) -> list[str]:
-    """Return normalized words, keeping articles that are one of `labels`."""
-    parts = unicodedata.normalize("NFKC", text).split()
-    words = []
-    for number, part in enumerate(parts, start=1):
-        word = part.strip(_EDGES)
-        folded = word.casefold()
-        can_stand_before_a_word = number < len(parts) and part[-1] not in _EDGES
-        if word and (folded not in _ARTICLES or word in labels or not can_stand_before_a_word):
-            words.append(folded)
-    return words

@@ -112,11 +112,13 @@ class BasePrompts:
         examples = self._examples[: style.shots]
         if style.form == CHAT:
             return _make_batch([self._write_chat(question, examples, style.instruction) for question in questions], ())
-        prompts = [
-            _encode(self._encoder, replace(question, document=Completion(question.where, text, "")))
-            for question in questions
-            for text in [self._make_text(question, examples, style.instruction)]
-        ]
+        prompts = []
+        for question in questions:
+            messages = question.document.messages if isinstance(question.document, Chat) else ()
+            system = "\n\n".join(message.content for message in messages if message.role == "system")
+            parts = [*filter(None, (system, style.instruction)), *map(_write_example, examples), _write_question(question)]
+            text = Completion(question.where, self._separator.join(parts), "")
+            prompts.append(_encode(self._encoder, replace(question, document=text)))
         has_labels = any(isinstance(question.document, Chat) for question in questions)
         return _make_batch(prompts, (self._separator, *((f"\n{_QUESTION}", "\nUser:") if has_labels else ())))
 
@@ -128,7 +130,13 @@ class BasePrompts:
         def write(messages: Sequence[Message]) -> list[int]:
             return _encode(self._encoder, replace(question, document=Chat(chat.where, tuple(messages), chat.tools)))
 
-        shown = [message for example in examples for message in _to_turns(example)]
+        shown: list[Message] = []
+        for example in examples:
+            if isinstance(example.document, Completion):
+                shown.append(Message("user", example.document.prompt))
+            else:
+                shown += [message for message in example.document.messages if message.role != "system"]
+            shown.append(Message("assistant", example.reference))
         system = [message for message in chat.messages if message.role == "system"]
         rest = [message for message in chat.messages if message.role != "system"]
         if not instruction:
@@ -140,12 +148,6 @@ class BasePrompts:
             # Some templates do not support a system message.
             first, *others = [*shown, *rest]
             return write([replace(first, content=f"{text}\n\n{first.content}"), *others])
-
-    def _make_text(self, question: EvalQuestion, examples: Sequence[EvalQuestion], instruction: str) -> str:
-        messages = question.document.messages if isinstance(question.document, Chat) else ()
-        system = "\n\n".join(message.content for message in messages if message.role == "system")
-        parts = [*filter(None, (system, instruction)), *map(_write_example, examples)]
-        return self._separator.join([*parts, _write_question(question)])
 
 
 def _encode(encoder: Encoder, question: EvalQuestion) -> list[int]:
@@ -165,13 +167,6 @@ def _make_batch(prompts: Sequence[Sequence[int]], stop_strings: tuple[str, ...])
         for prompt in prompts[1:]:
             num_shared = next((i for i in range(num_shared) if prompt[i] != first[i]), num_shared)
     return PromptBatch(tuple(map(tuple, prompts)), num_shared if len(prompts) > 1 else 0, stop_strings)
-
-
-def _to_turns(example: EvalQuestion) -> list[Message]:
-    if isinstance(example.document, Completion):
-        return [Message("user", example.document.prompt), Message("assistant", example.reference)]
-    messages = [message for message in example.document.messages if message.role != "system"]
-    return [*messages, Message("assistant", example.reference)]
 
 
 def _write_question(question: EvalQuestion) -> str:

@@ -86,6 +86,7 @@ class TransformersEngine:
         self._tokenizer, self._device, self._stop_ids = tokenizer, device, tuple(stop_ids)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad_id = int(pad if pad is not None else 0)
+        # The examples of the last batch with their keys and values, None if the model needs each prompt as a whole.
         self._shared: tuple[tuple[int, ...], SharedPrefix | None] | None = None
         # On GPUs, transformers' kernels with one copy per prompt are faster than plain products with a single copy.
         self._attends_once = device == "cpu"
@@ -94,14 +95,28 @@ class TransformersEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], *, num_shared: int, stop_strings: Sequence[str], max_new_tokens: int
     ) -> list[GeneratedIds]:
-        prefix = self._prefix_of(prompts[0][:num_shared]) if num_shared >= _MIN_SHARED else None
+        prefix = None
+        if num_shared >= _MIN_SHARED:
+            shared = tuple(prompts[0][:num_shared])
+            if self._shared is None or self._shared[0] != shared:
+                self._shared = None
+                self._shared = (shared, compute_prefix(self.model, torch.tensor([shared], device=self._device)))
+            prefix = self._shared[1]
         if prefix is None:
             num_shared = 0
-        input_ids, mask = self._pad(prompts, num_shared)
+        # The padding lies between the shared part and the rest of each prompt.
+        width = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), width), self._pad_id)
+        mask = torch.zeros((len(prompts), width), dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            start = width - (len(prompt) - num_shared)
+            input_ids[i, :num_shared] = torch.tensor(prompt[:num_shared])
+            input_ids[i, start:] = torch.tensor(prompt[num_shared:])
+            mask[i, :num_shared] = mask[i, start:] = 1
+        input_ids, mask, options = input_ids.to(self._device), mask.to(self._device), {}
         settings = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(self._stop_ids) or None, pad_token_id=self._pad_id
         )
-        width, options = input_ids.shape[1], {}
         if stop_strings:
             options["stopping_criteria"] = StoppingCriteriaList([_StopStrings(self._tokenizer, stop_strings, width)])
         with ExitStack() as stack:
@@ -111,7 +126,7 @@ class TransformersEngine:
             elif prefix is not None:
                 options["cache"] = prefix.copy_cache(len(prompts))
             output = self.model.generate(input_ids, attention_mask=mask, generation_config=settings, **options)
-        return [self._read(row.tolist(), stop_strings) for row in output[:, width:]]
+        return [self._read_answer(row.tolist(), stop_strings) for row in output[:, width:]]
 
     def close(self) -> None:
         self._shared = None
@@ -119,27 +134,7 @@ class TransformersEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _pad(self, prompts: Sequence[Sequence[int]], num_shared: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ids and mask; the padding lies between the shared part and the rest of each prompt."""
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), self._pad_id)
-        mask = torch.zeros((len(prompts), width), dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            start = width - (len(prompt) - num_shared)
-            ids[i, :num_shared] = torch.tensor(prompt[:num_shared])
-            ids[i, start:] = torch.tensor(prompt[num_shared:])
-            mask[i, :num_shared] = mask[i, start:] = 1
-        return ids.to(self._device), mask.to(self._device)
-
-    def _prefix_of(self, shared: Sequence[int]) -> SharedPrefix | None:
-        """Return keys and values of the shared part, which are computed once; None if the model needs each prompt as a whole."""
-        if self._shared is None or self._shared[0] != tuple(shared):
-            self._shared = None
-            prefix = compute_prefix(self.model, torch.tensor([list(shared)], device=self._device))
-            self._shared = (tuple(shared), prefix)
-        return self._shared[1]
-
-    def _read(self, ids: list[int], stop_strings: Sequence[str]) -> GeneratedIds:
+    def _read_answer(self, ids: list[int], stop_strings: Sequence[str]) -> GeneratedIds:
         end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
         kept = ids[:end]
         while kept and kept[-1] == self._pad_id:

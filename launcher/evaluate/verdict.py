@@ -130,7 +130,16 @@ def _compare_sides(metric: str, baseline: str, tuned: Scores, base: Scores, num_
     counts = count_pairs(differences)
     mean = float(differences.mean()) if len(differences) else 0.0
     is_binary = bool(np.isin(np.round(np.abs(differences), 12), (0.0, 1.0)).all())
-    low, high, worst_high = _find_bounds(differences, is_binary, num_baselines)
+    # The bounds of the 95% interval, and the upper bound of the wider one that decides whether the model is worse.
+    low, high, worst_high = -math.inf, math.inf, math.inf
+    wider = 1 - SIGNIFICANCE / num_baselines
+    if len(differences) > 1 and is_binary:
+        low, high = score_interval(counts.wins, counts.losses, len(differences))
+        _, worst_high = score_interval(counts.wins, counts.losses, len(differences), wider)
+    elif len(differences) > 1:
+        means = bootstrap_means(differences)
+        low, high = interval(means, len(differences))
+        _, worst_high = interval(means, len(differences), wider)
     p_value, differing_share = None, 0.0
     if counts.discordant < MIN_DISCORDANT and len(differences) > 1:
         # Of graded scores, as many may differ by 1 that this sample does not contain.
@@ -164,24 +173,6 @@ def _compare_sides(metric: str, baseline: str, tuned: Scores, base: Scores, num_
         needed,
         *(tuple(int(i) for i in order if sign == np.sign(rounded[i]))[:_NUM_EXAMPLES] for sign in (1, -1, 0)),
     )
-
-
-def _find_bounds(differences: Scores, is_binary: bool, num_baselines: int) -> tuple[float, float, float]:
-    """Return the bounds of the 95% interval, and the upper bound of the wider one that decides whether the model is worse.
-
-    For scores of 0 and 1 they are those of the score interval, for graded scores those of the bootstrap.
-    """
-    if len(differences) < 2:
-        return -math.inf, math.inf, math.inf
-    if is_binary:
-        counts = count_pairs(differences)
-        low, high = score_interval(counts.wins, counts.losses, len(differences))
-        wider = 1 - SIGNIFICANCE / num_baselines
-        return low, high, score_interval(counts.wins, counts.losses, len(differences), wider)[1]
-    means = bootstrap_means(differences)
-    low, high = interval(means, len(differences))
-    _, worst_high = interval(means, len(differences), 1 - SIGNIFICANCE / num_baselines)
-    return low, high, worst_high
 
 
 def _write_sentence(

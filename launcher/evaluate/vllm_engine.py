@@ -76,7 +76,15 @@ class VllmEngine:
             start_new_session=True,
         )
         try:
-            self._await_ready()
+            until, is_ready = time.monotonic() + _START_S, False
+            while not is_ready:
+                if self._process.poll() is not None:
+                    raise self._make_error(f"vLLM ended with exit code {self._process.returncode} before it answered")
+                if time.monotonic() > until:
+                    raise self._make_error(f"vLLM did not answer within {_START_S:.0f} s")
+                with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
+                    is_ready = True
+                time.sleep(0 if is_ready else _POLL_S)
         except BaseException:
             self.close()
             raise
@@ -99,11 +107,23 @@ class VllmEngine:
             "stop_token_ids": list(self._weights.stop_ids),
             "return_token_ids": True,
         }
-        answer = self._post("/v1/completions", request)
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        try:
+            with self._opener.open(self._request("/v1/completions", request), timeout=_REQUEST_S) as response:
+                choices = sorted(json.loads(response.read())["choices"], key=lambda choice: choice["index"])
+        except urllib.error.HTTPError as error:
+            raise self._make_error(f"vLLM refused the prompts: {error.read(500).decode(errors='replace')}") from None
+        except (OSError, ValueError) as error:
+            raise self._make_error(f"vLLM gave no answer: {error}") from None
         if len(choices) != len(prompts):
             raise self._make_error(f"vLLM gave {len(choices)} answers to {len(prompts)} prompts")
-        return [self._read(choice) for choice in choices]
+        answers = []
+        for choice in choices:
+            text, ids = str(choice["text"]), choice.get("token_ids")
+            if ids is None:
+                ids = self._tokenizer(text, add_special_tokens=False).input_ids
+            kept = tuple(token for token in ids if token not in self._weights.stop_ids)
+            answers.append(GeneratedIds(kept, text, choice["finish_reason"] == "stop"))
+        return answers
 
     def close(self) -> None:
         """End the server and all processes that it has started."""
@@ -117,34 +137,6 @@ class VllmEngine:
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._log.close()
-
-    def _read(self, choice: Mapping[str, Any]) -> GeneratedIds:
-        text = str(choice["text"])
-        ids = choice.get("token_ids")
-        if ids is None:
-            ids = self._tokenizer(text, add_special_tokens=False).input_ids
-        kept = [token for token in ids if token not in self._weights.stop_ids]
-        return GeneratedIds(tuple(kept), text, choice["finish_reason"] == "stop")
-
-    def _await_ready(self) -> None:
-        until = time.monotonic() + _START_S
-        while time.monotonic() < until:
-            if self._process.poll() is not None:
-                raise self._make_error(f"vLLM ended with exit code {self._process.returncode} before it answered")
-            with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
-                return
-            time.sleep(_POLL_S)
-        raise self._make_error(f"vLLM did not answer within {_START_S:.0f} s")
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            with self._opener.open(self._request(path, body), timeout=_REQUEST_S) as response:
-                answer: dict[str, Any] = json.loads(response.read())
-                return answer
-        except urllib.error.HTTPError as error:
-            raise self._make_error(f"vLLM refused the prompts: {error.read(500).decode(errors='replace')}") from None
-        except (OSError, ValueError) as error:
-            raise self._make_error(f"vLLM gave no answer: {error}") from None
 
     def _request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}

@@ -22,7 +22,7 @@ from launcher.data.sources.documents import Chat, Message
 from launcher.errors import RunError
 from launcher.evaluate import evaluation_folder
 from launcher.evaluate.answers import AnswerGeneration, AnswerPace, Share
-from launcher.evaluate.conclude import conclude
+from launcher.evaluate.evaluation import conclude
 from launcher.evaluate.evaluation_folder import (
     CommandWatch,
     EvaluationFolder,

@@ -12,7 +12,7 @@ _MAX_COPIES = 10
 
 
 def to_lines(shown: dict[str, Any]) -> list[str]:
-    """Return the page from what launcher.evaluate.conclude prints."""
+    """Return the page from what launcher.evaluate.evaluation prints."""
     lines = [f"{shown['run']}, step {shown['step']}"]
     for name, result in shown["sets"].items():
         lines += ["", f"{name}: {result['verdict']['sentence']}", ""]

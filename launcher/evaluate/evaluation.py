@@ -1,28 +1,43 @@
-"""Prepares an evaluation on CPU, before any GPU is requested: `python -m launcher.evaluate.prepare PLAN_JSON --step N`.
+"""The beginning and the end of an evaluation, on CPU and without torch; between them, launcher.evaluate.answers answers.
 
-Reads the run's settings, with the command's overrides, as JSON from standard input. Finds the questions, exports the step if the
-run's export holds a different one, and writes task.json. Prints one JSON object: the folder, or the problems.
+    python -m launcher.evaluate.evaluation prepare PLAN_JSON --step N
+    python -m launcher.evaluate.evaluation conclude FOLDER
+
+The first reads the run's settings, with the command's overrides, as JSON from standard input. It finds the questions, exports the
+step if the run's export holds a different one, and writes task.json. The second scores the answers, judges them, and writes
+verdict.json for each set; the first set's is beside answers.json. Each prints one JSON object: the folder or the verdicts by set,
+or the problems.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from launcher import json_records, run_store
 from launcher.child_process import print_result, run_process
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT, EvaluateSection
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.errors import ConfigError, DataError, Problem, did_you_mean
+from launcher.errors import ConfigError, DataError, Problem, RunError, did_you_mean
 from launcher.evaluate.answer_scores import AnswerScorer, copy_metric_files
-from launcher.evaluate.evaluation_folder import EvaluationFolder, EvaluationTask, reuse_base_answers
+from launcher.evaluate.evaluation_folder import (
+    EvaluatedExport,
+    EvaluationFolder,
+    EvaluationTask,
+    SideAnswers,
+    StoredAnswer,
+    reuse_base_answers,
+)
 from launcher.evaluate.prompts import (
     AUTO_SHOTS,
     NUM_LONGEST,
@@ -32,7 +47,15 @@ from launcher.evaluate.prompts import (
     TunedPrompts,
     list_shots,
 )
-from launcher.evaluate.questions import TRAINING, EvalQuestion, QuestionSet, find_training_copies, read_set
+from launcher.evaluate.questions import (
+    TRAINING,
+    EvalQuestion,
+    QuestionSet,
+    describe_copies,
+    find_training_copies,
+    read_set,
+)
+from launcher.evaluate.verdict import judge, with_examples
 from launcher.evaluate.vllm_engine import read_version
 from launcher.evaluate.weights import count_context, export_tuned_weights, find_base_weights
 from launcher.plan.launch_plan import LaunchPlan
@@ -40,7 +63,8 @@ from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
 from launcher.tracking.progress import Advance, Pace, live_line
-from launcher.tracking.verdicts import remove_verdicts
+from launcher.tracking.run_metrics import read_general_loss
+from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage, digest_checkpoint, remove_verdicts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -238,12 +262,107 @@ def _make_counter(say: Callable[[str], None], make_pace: Callable[[], Pace], act
     return advance
 
 
+def conclude(folder: EvaluationFolder) -> dict[str, Any]:
+    """Score the answers and write the verdicts; returns what the command shows.
+
+    Raises:
+        RunError: if answers are missing.
+        DataError: if a metric fails.
+    """
+    task, answers = folder.read_task(), folder.read_answers()
+    settings = task.settings.evaluate
+    scorer = AnswerScorer(settings, folder.root)
+    run = RunDir(folder.root.parents[1])
+    general_loss = read_general_loss(run, task.step)
+    # The checkpoint may have been removed after its weights were exported.
+    exported = json_records.read_if_present(EvaluatedExport, folder.weights_record)
+    checkpoint = digest_checkpoint(run, task.step) or ("" if exported is None else exported.checkpoint)
+    shown: dict[str, Any] = {}
+    for number, (name, sides) in enumerate(answers.sets.items()):
+        questions, copies = folder.read_questions(name), task.training_copies.get(name, ())
+        stored: dict[SideAnswers, list[StoredAnswer]] = {}
+        for side in sides:
+            # Split bytes: on str, splitlines also splits at U+2028 and other characters that answers may contain.
+            lines = (folder.root / side.file).read_bytes().splitlines()
+            stored[side] = [StoredAnswer(**json.loads(line)) for line in lines]
+            if len(lines) != len(questions):
+                message = f"{side.name} has {len(lines)} answers to {len(questions)} prompts"
+                raise RunError(message, where=str(folder.root / side.file), remedy="start the evaluation again")
+        verdict = replace(_judge_set(scorer, questions, stored, general_loss), checkpoint=checkpoint)
+        if copies:
+            verdict = replace(verdict, sentence=f"{verdict.sentence} {describe_copies(len(questions), copies)}")
+        verdict.write(folder.set_folder(name))
+        if number == 0:
+            verdict.write(folder.root)
+        header, rows = verdict.table
+        num_cut = {side.name: sum(not answer.is_stopped for answer in several) for side, several in stored.items()}
+        limit = f"evaluate.max_new_tokens={settings.max_new_tokens}"
+        shown[name] = {
+            "verdict": json_records.encode(verdict),
+            "header": header,
+            "rows": rows,
+            "left_out": [
+                *task.left_out.get(name, ()),
+                *(
+                    f"{num} of {len(questions)} answers of {side} were cut off at {limit}, and are scored as far as they go"
+                    for side, num in num_cut.items()
+                    if num
+                ),
+            ],
+            "training_copies": list(map(str, copies)),
+            "styles": {side.name: side.style for side in sides},
+        }
+    folder.weights_record.unlink(missing_ok=True)
+    for left in (folder.weights, folder.processes):
+        shutil.rmtree(left, ignore_errors=True)
+    selection = [{"style": one.style, "score": one.score} for one in answers.selection]
+    return {
+        "run": task.run_name,
+        "step": task.step,
+        "folder": str(folder.root),
+        "engine": answers.engine,
+        "dtype": answers.dtype,
+        "seconds": answers.seconds,
+        "num_processes": answers.num_processes,
+        "selection": selection,
+        "overlap_gap": task.overlap_gap,
+        "sets": shown,
+    }
+
+
+def _judge_set(
+    scorer: AnswerScorer,
+    questions: list[EvalQuestion],
+    answers: dict[SideAnswers, list[StoredAnswer]],
+    general_loss: GeneralLoss | None,
+) -> EvaluationVerdict:
+    references, places = [one.reference for one in questions], [one.where for one in questions]
+    by_metric: dict[str, dict[str, np.ndarray]] = {metric: {} for metric in scorer.metrics}
+    usage: dict[str, SideUsage] = {}
+    for side, stored in answers.items():
+        gpu_s = sum(answer.gpu_s for answer in stored) if all(answer.gpu_s for answer in stored) else None
+        usage[side.name] = SideUsage(len(stored), side.prompt_tokens, sum(answer.num_tokens for answer in stored), gpu_s)
+        generated = [answer.as_generated() for answer in stored]
+        for metric, scores in by_metric.items():
+            scores[side.name] = scorer.score(metric, generated, references, places)
+    first, *others = scorer.metrics
+    verdict = judge(first, by_metric[first], others={name: by_metric[name] for name in others}, general_loss=general_loss)
+    texts = {side.name: [answer.text for answer in stored] for side, stored in answers.items()}
+    return replace(with_examples(verdict, [one.text for one in questions], references, texts), usage=usage)
+
+
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m launcher.evaluate.prepare")
-    parser.add_argument("plan", type=Path)
-    parser.add_argument("--step", type=int, required=True)
-    parser.add_argument("--set", action="append", default=[])
+    parser = argparse.ArgumentParser(prog="python -m launcher.evaluate.evaluation")
+    parts = parser.add_subparsers(dest="part", required=True)
+    preparation = parts.add_parser("prepare")
+    preparation.add_argument("plan", type=Path)
+    preparation.add_argument("--step", type=int, required=True)
+    preparation.add_argument("--set", action="append", default=[])
+    parts.add_parser("conclude").add_argument("folder", type=Path)
     arguments = parser.parse_args(argv)
+    if arguments.part == "conclude":
+        with private_files():
+            return print_result(lambda: conclude(EvaluationFolder(arguments.folder)))
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     config = RunConfig.model_validate_json(sys.stdin.read())
