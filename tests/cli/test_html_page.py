@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from launcher.cli.pages import charts, html_page
-from launcher.cli.pages.charts import Series
+from launcher.cli.render import charts, html
+from launcher.cli.render.sections import BarChart, Cards, Charts, Curve, LineChart, MarkedText, Rows, Section, Table, Text
 
 EVIL = "<script>alert('x')</script>\"&"
 
@@ -44,52 +44,49 @@ class Reader(HTMLParser):
             self.text.append(data)
 
 
-def read(html: str) -> Reader:
+def read(page: str) -> Reader:
     reader = Reader()
-    reader.feed(html)
+    reader.feed(page)
     reader.close()
     assert reader.open == []
     return reader
 
 
-TEMPLATE = """{% extends "page.html.jinja" %}
-{% from "components.html.jinja" import cards, marked, side_by_side, table %}
-{% block body %}
-<p class="bad">{{ text }}</p>
-{{ cards([(text, text)]) }}
-{{ table([text], [[text], ["two\\nlines"]]) }}
-{{ table([], [[text, "7"]], numbers=[1]) }}
-{{ marked([(text, True), ("plain", False)]) }}
-{{ charts[0] }}
-{{ side_by_side(charts[1:]) }}
-{% endblock %}
-"""
-
-
 def everything() -> str:
     drawn = [
-        charts.bars(EVIL, [(EVIL, 1.0, EVIL)]),
-        charts.lines(EVIL, [[1, 2], [1, 4]], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
-        charts.lines(EVIL, [[]], [Series(EVIL, [])], EVIL, EVIL),
+        BarChart(EVIL, [(EVIL, 1.0, EVIL)]),
+        LineChart(EVIL, [Curve(EVIL, [1, 2], [1, 2]), Curve("s", [1, 4], [0, 3])], EVIL, EVIL),
+        LineChart(EVIL, [Curve(EVIL, [], [])], EVIL, EVIL),
     ]
-    template = html_page.environment().from_string(TEMPLATE)
-    return template.render(title=EVIL, subtitle=EVIL, text=EVIL, charts=drawn)
+    parts = [
+        Text(EVIL, "bad"),
+        Cards([(EVIL, EVIL)]),
+        Table([EVIL], [[EVIL], ["two\nlines"]]),
+        Table(["", ""], [[EVIL, "7"]], numbers=[1]),
+        Rows([(EVIL, EVIL)]),
+        MarkedText([(EVIL, True), ("plain", False)]),
+        Charts(drawn),
+    ]
+    return html.to_page(EVIL, EVIL, [Section(EVIL, [Section(EVIL, parts, is_folded=True)])])
+
+
+def curve_of(x: list[float], y: list[float]) -> str:
+    return charts.draw(LineChart("t", [Curve("s", x, y)], "x", "y"))
 
 
 def test_texts_are_escaped_and_tags_are_closed() -> None:
-    html = everything()
-    reader = read(html)
+    page = everything()
+    reader = read(page)
     assert "script" not in reader.tags
     assert sum(text.count("alert('x')") for text in reader.text) >= 8
-    assert "default-src 'none'" in html
-    assert not re.search(r"https?:|url\(|@import", html)
-    assert "<td>two<br>lines</td>" in html
-    assert '<td class="number">7</td>' in html
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?:|url\(|@import", page)
+    assert "<td>two<br>lines</td>" in page
+    assert '<td class="number">7</td>' in page
 
 
 def test_lines_are_to_scale() -> None:
-    html = charts.lines("t", [[1, 2, 3]], [Series("s", [0, 50, 100])], "x", "y")
-    (path,) = re.findall(r'points="([^"]+)"', html)
+    (path,) = re.findall(r'points="([^"]+)"', curve_of([1, 2, 3], [0, 50, 100]))
     points = [tuple(map(float, pair.split(","))) for pair in path.split()]
     assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=0.3)
     assert points[0][1] - points[1][1] == pytest.approx(points[1][1] - points[2][1], abs=0.3)
@@ -97,10 +94,10 @@ def test_lines_are_to_scale() -> None:
 
 
 def test_values_that_are_not_finite_are_left_out_and_empty_series_draw_nothing() -> None:
-    html = charts.lines("t", [[0, 1, 2]], [Series("s", [1.0, math.nan, 3.0])], "x", "y")
-    assert len(re.findall(r"[\d.]+,[\d.]+", re.findall(r'points="([^"]+)"', html)[0])) == 2
-    assert "nothing to draw" in charts.lines("t", [[]], [Series("s", [])], "x", "y")
-    assert "<svg" in charts.lines("t", [[3]], [Series("s", [7])], "x", "y")
+    drawn = curve_of([0, 1, 2], [1.0, math.nan, 3.0])
+    assert len(re.findall(r"[\d.]+,[\d.]+", re.findall(r'points="([^"]+)"', drawn)[0])) == 2
+    assert "nothing to draw" in curve_of([], [])
+    assert "<svg" in curve_of([3], [7])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 7), (-3.2, 1e9), (0.001, 0.0012), (1e-5, 1.5e-5), (12.7, 12.701)])

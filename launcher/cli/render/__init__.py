@@ -1,0 +1,1 @@
+"""What verbs show, laid out for a terminal or an HTML page. Open sections.py first."""
