@@ -10,14 +10,15 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launcher.cli.accounts import check_accounts
-from launcher.cli.formatting import as_json, wrap
 from launcher.cli.interaction import ended_by_signals
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Part, Rows, Section, Text, Tone
 from launcher.cli.verbs import flags_of
 from launcher.cli.worker_process import worker_environment
 from launcher.clusters.backends import doctor_for
@@ -42,7 +43,8 @@ from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, RunError, SubmitError
 from launcher.plan.quantities import format_count
 
-_VERDICT_WIDTH, _NAME_WIDTH = 9, 14
+_VERDICT_COLUMNS, _LABEL_COLUMNS = 9, 23
+_TONES: dict[str, Tone] = {OK: "good", WARNING: "warn", FAILURE: "bad"}
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ def check_machines(arguments: argparse.Namespace) -> int:
     if len(jobs) > 1:
         raise ConfigError("doctor checks one set of settings", where="command line", value="-m", remedy="leave out -m")
     report = examine(jobs[0].config, time.monotonic() + arguments.timeout * 60)
-    print(to_json(report) if arguments.json else "\n".join(to_lines(report)))
+    if arguments.json:
+        print(to_json(report))
+    else:
+        terminal.show(*to_sections(report), label_columns=_LABEL_COLUMNS)
     return EXIT_FAILED if worst(report.results) == FAILURE else 0
 
 
@@ -81,7 +86,7 @@ def examine(config: RunConfig, deadline: float) -> DoctorReport:
             submission = doctor.check_submission(config) if doctor is not None else []
             here = [*submission, *here]
             if doctor is None or not doctor.runs_elsewhere(config):
-                _say("checking this machine")
+                print("checking this machine", file=sys.stderr, flush=True)
                 command = [sys.executable, "-m", NODE_MODULE]
                 with NodeCommand(command, config.model_dump_json(), worker_environment()) as checks:
                     checks.show_lines(reader.feed, deadline)
@@ -90,8 +95,8 @@ def examine(config: RunConfig, deadline: float) -> DoctorReport:
                     remedy = "give them more time with --timeout"
                     raise RunError("the checks of this machine did not end", value=messages, remedy=remedy)
             elif worst(submission) != FAILURE:
-                _say("checking the nodes; this may wait in a queue, and Ctrl-C cancels it")
-                with _shared_file(root) as environ:
+                print("checking the nodes; this may wait in a queue, and Ctrl-C cancels it", file=sys.stderr, flush=True)
+                with _write_shared_file(root) as environ:
                     here += doctor.run_on_nodes(config, environ, deadline, reader)
         except (RunError, SubmitError) as error:
             here += [from_problem(problem, name="nodes") for problem in error.problems]
@@ -99,7 +104,7 @@ def examine(config: RunConfig, deadline: float) -> DoctorReport:
 
 
 @contextmanager
-def _shared_file(root: Path) -> Iterator[dict[str, str]]:
+def _write_shared_file(root: Path) -> Iterator[dict[str, str]]:
     """Write a file beside the runs, by which nodes recognize the folder; yields their variable, or nothing if this fails."""
     file, content = existing_folder(root) / f".launcher-doctor-{secrets.token_hex(8)}", secrets.token_hex(16)
     try:
@@ -115,26 +120,22 @@ def _shared_file(root: Path) -> Iterator[dict[str, str]]:
             file.unlink()
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def to_json(report: DoctorReport) -> str:
     """Return the report as JSON, with the worst verdict of all results."""
     nodes = {node.machine: {"verdict": worst(node.results), "results": list(map(asdict, node.results))} for node in report.nodes}
-    return as_json({"verdict": worst(report.results), "here": list(map(asdict, report.here)), "nodes": nodes})
+    return terminal.as_json({"verdict": worst(report.results), "here": list(map(asdict, report.here)), "nodes": nodes})
 
 
-def to_lines(report: DoctorReport) -> list[str]:
-    """Return the page: each result once with the nodes that share it, worst first; one node's measurements stand for all."""
+def to_sections(report: DoctorReport) -> list[Part]:
+    """Return each result once with the nodes that share it, worst first; one node's measurements stand for all."""
     num_nodes = len(report.nodes)
-    # What a line shows, and the nodes that share it; without `seen` it is a measurement.
+    # What a row shows, and the nodes that share it; without `seen` it is a measurement.
     shown: dict[CheckResult, tuple[str, list[str]]] = {}
     for node in report.nodes:
         for result in node.results:
             is_measured = num_nodes > 1 and result.verdict == OK and not result.must_match
             shown.setdefault(replace(result, seen="") if is_measured else result, (result.seen, []))[1].append(node.machine)
-    lines = [line for result in report.here for line in _result_lines(result, "")]
+    results = [(result, result.seen) for result in report.here]
     for result, (seen, machines) in sorted(
         shown.items(), key=lambda item: VERDICTS.index(item[0].verdict) if num_nodes > 1 else 0
     ):
@@ -143,13 +144,12 @@ def to_lines(report: DoctorReport) -> list[str]:
             prefix = f"{len(machines)} of {num_nodes} nodes, such as {machines[0]}: "
         elif num_nodes > 1:
             prefix = "all nodes: " if len(machines) == num_nodes else f"{', '.join(machines)}: "
-        lines += _result_lines(replace(result, seen=seen), prefix)
+        results.append((result, f"{prefix}{seen}"))
+    rows = [
+        (f"{result.verdict:<{_VERDICT_COLUMNS}}{result.name}", text + (f"\nfix: {result.remedy}" if result.remedy else ""))
+        for result, text in results
+    ]
     counts = Counter(result.verdict for result in report.results)
-    parts = [format_count(counts[verdict], verdict) for verdict in (FAILURE, WARNING) if counts[verdict]]
-    return [*lines, "", f"{', '.join(parts) or 'everything is ok'}; {format_count(num_nodes, 'node')} reported"]
-
-
-def _result_lines(result: CheckResult, prefix: str) -> Sequence[str]:
-    indent = _VERDICT_WIDTH + _NAME_WIDTH
-    lines = [f"{result.verdict:<{_VERDICT_WIDTH}}{result.name:<{_NAME_WIDTH}}{prefix}{result.seen}"]
-    return wrap([*lines, *([f"{'':{indent}}fix: {result.remedy}"] if result.remedy else [])], indent)
+    bad = [format_count(counts[verdict], verdict) for verdict in (FAILURE, WARNING) if counts[verdict]]
+    conclusion = f"{', '.join(bad) or 'everything is ok'}; {format_count(num_nodes, 'node')} reported"
+    return [Rows(rows), Section("", [Text(conclusion, _TONES[worst(report.results)])])]

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.cli.formatting import short, table
+from launcher.cli.formatting import short
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Commands, Items, Part, Section, Table, Text
 from launcher.cli.worker_process import run_reporting
-from launcher.errors import EXIT_CHECK_FAILED, DataError, printable
+from launcher.errors import EXIT_CHECK_FAILED, DataError
 from launcher.security import owners
 from launcher.shell_commands import launcher_command
 
@@ -28,22 +30,26 @@ def compare_prompts(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
-        print("\n".join(_to_lines(report, run_dir.root.name)), flush=True)
+        terminal.show(*to_sections(report, run_dir.root.name))
     return EXIT_CHECK_FAILED if report["has_drifted"] else 0
 
 
-def _to_lines(report: dict[str, Any], run: str) -> list[str]:
-    """Return the page from what launcher.evaluate.drift prints."""
+def to_sections(report: dict[str, Any], run: str) -> list[Part]:
+    """Return what is shown of the answer of launcher.evaluate.drift."""
     rows = [["prompts compared", f"{report['num_training']:,}", f"{report['num_prompts']:,}", ""]]
     for one in report["measures"]:
         figures = (f"{one[side]:.0%}" if one["name"] == "words" else f"{one[side]:.4g}" for side in ("training", "now"))
         rows.append([one["title"], *figures, f"p = {one['p_value']:.2g}"])
-    lines = [report["sentence"], "", *(f"  {line}" for line in table(["", "training", "now", "test"], rows))]
-    lines += [f"  no likelihoods, {printable(gap)}" for gap in report["gaps"]]
-    lines += ["", "farthest from training:"]
-    lines += [f"  {short(one['where'])} ({one['similarity']:.2f}): {printable(one['text'])}" for one in report["farthest"]]
+    gaps = Items([f"no likelihoods, {gap}" for gap in report["gaps"]])
+    farthest = [f"{short(one['where'])} ({one['similarity']:.2f}): {one['text']}" for one in report["farthest"]]
+    parts: list[Part] = [
+        Text(report["sentence"], "warn" if report["has_drifted"] else "good"),
+        Section("", [Table(["", "training", "now", "test"], rows, numbers=(1, 2)), gaps]),
+        Section("farthest from training", [Items(farthest)]),
+    ]
     if report["has_drifted"]:
         # The prompts have no answers.
         command = launcher_command("train", f"model.path=run:{run}", "data=jsonl", "data.path=ANSWERED.jsonl")
-        lines += ["", f"With answers to such prompts in ANSWERED.jsonl, train on from this run with: {command}"]
-    return lines
+        advice = "With answers to such prompts in ANSWERED.jsonl, train on from this run with:"
+        parts.append(Section("", [Text(advice), Commands([command])]))
+    return parts

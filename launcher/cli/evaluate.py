@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import json_records, locks, run_store
+from launcher.cli.evaluations import describe_saving, find_price, show_sets, show_tasks, tabulate_costs
 from launcher.cli.export import require_checkpoint
 from launcher.cli.formatting import short, wrap
 from launcher.cli.interaction import alive_file, ended_by_signals
-from launcher.cli.views import evaluation_view
-from launcher.cli.views.request_costs import price_of_evaluation, request_cost_table, saved_tokens
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Items
 from launcher.cli.worker_process import run_reporting, run_worker
 from launcher.clusters.backends import evaluation_nodes_for
 from launcher.config.compose import Composed, run_hydra
@@ -35,7 +36,8 @@ from launcher.run_records import read_export
 from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
-from launcher.tracking.verdicts import BaselineComparison, ComparisonOutcome, EvaluationVerdict, format_difference
+from launcher.shell_commands import launcher_command
+from launcher.tracking.verdicts import ComparisonOutcome, EvaluationVerdict, format_difference
 
 _EVALUATION, _NODE, _TASKS = (f"launcher.evaluate.{name}" for name in ("evaluation", "node", "tasks"))
 _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
@@ -55,29 +57,37 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     owners.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
-    config = _with_overrides(plan.config, arguments.overrides, plan.run_name)
+    config = _change_settings(plan.config, arguments.overrides, plan.run_name)
     if arguments.tasks is None and (arguments.task_folder is not None or arguments.limit is not None):
         message = "--task-folder and --limit apply to tasks, but none are named"
         remedy = "add --tasks NAMES; evaluate.max_prompts=N is the number of held-out prompts"
         raise ConfigError(message, where="command line", remedy=remedy)
     gains = parse_minimum_gains(arguments.min_gain, config.evaluate.metrics if arguments.tasks is None else None)
-    step = _step(run_dir, arguments.step)
+    step = _choose_step(run_dir, arguments.step)
     folder = run_dir.evaluation(step)
     with private_files():
         folder.mkdir(parents=True, exist_ok=True)
-    with ended_by_signals(), _alone(folder), alive_file(folder / "alive"):
-        if arguments.tasks is not None:
-            _require_gpu(config)
-            words = ["--step", str(step), "--tasks", arguments.tasks, *(f"--min-gain={gain}" for gain in gains)]
-            words += [] if arguments.task_folder is None else ["--task-folder", arguments.task_folder]
-            words += [] if arguments.limit is None else ["--limit", str(arguments.limit)]
-            shown = run_reporting(_TASKS, config, str(run_dir.plan), *words)
-        else:
-            with private_files():
-                sets = [f"--set={name}" for name in arguments.set]
-                run_reporting(_EVALUATION, config, "prepare", str(run_dir.plan), "--step", str(step), *sets)
-            _answer(config, folder, run_dir, is_here=arguments.here)
-            shown = run_reporting(_EVALUATION, config, "conclude", str(folder))
+    words = ["--step", str(step), *(f"--min-gain={gain}" for gain in gains)]
+    for flag, value in (("--tasks", arguments.tasks), ("--task-folder", arguments.task_folder), ("--limit", arguments.limit)):
+        words += [] if value is None else [flag, str(value)]
+    sets = [f"--set={name}" for name in arguments.set]
+    # A run that still trains may have a newer checkpoint by then.
+    again = launcher_command(
+        "evaluate", short(run_dir.root), *arguments.overrides, *words, *sets, *(["--here"] if arguments.here else [])
+    )
+    try:
+        with ended_by_signals(), _lock_evaluation(folder), alive_file(folder / "alive"):
+            if arguments.tasks is not None:
+                _require_gpu(config)
+                shown = run_reporting(_TASKS, config, str(run_dir.plan), *words)
+            else:
+                with private_files():
+                    run_reporting(_EVALUATION, config, "prepare", str(run_dir.plan), "--step", str(step), *sets)
+                _generate_answers(config, folder, run_dir, again, is_here=arguments.here)
+                shown = run_reporting(_EVALUATION, config, "conclude", str(folder))
+    except KeyboardInterrupt:
+        print(f"what is done is kept; continue with: {again}", file=sys.stderr)
+        raise
     results = shown["sets" if arguments.tasks is None else "tasks"]
     verdicts = {
         name: json_records.decode(EvaluationVerdict, result["verdict"], "the verdict")
@@ -85,9 +95,9 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         if "verdict" in result
     }
     if arguments.tasks is None:
-        priced = plan.model_copy(update={"config": config, "price": price_of_evaluation(plan, config)})
+        priced = plan.model_copy(update={"config": config, "price": find_price(plan, config)})
         for name, verdict in verdicts.items():
-            results[name] |= {"costs": request_cost_table(verdict, priced), "saved_tokens": saved_tokens(verdict)}
+            results[name] |= {"costs": tabulate_costs(verdict, priced), "saved_tokens": describe_saving(verdict)}
     failed = list[str]()
     for gain in gains:
         about = {name: verdict for name, verdict in verdicts.items() if gain.metric in verdict.means}
@@ -101,8 +111,8 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({**shown, "not_held": failed}, indent=2))
     else:
-        to_lines = evaluation_view.to_lines if arguments.tasks is None else evaluation_view.task_lines
-        print("\n".join([*to_lines(shown), *failed]), flush=True)
+        parts = show_sets(shown) if arguments.tasks is None else show_tasks(shown)
+        terminal.show(*parts, Items(failed, "bad"))
     _send_to_wandb(plan, run_dir, step)
     return EXIT_CHECK_FAILED if failed else 0
 
@@ -133,7 +143,7 @@ def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
         print("\n".join(wrap(output.strip().splitlines(), _INDENT)), file=sys.stderr)
 
 
-def _with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str) -> RunConfig:
+def _change_settings(config: RunConfig, overrides: Sequence[str], run_name: str) -> RunConfig:
     problems = [
         Problem(
             f"{override.partition('=')[0]} cannot change in an evaluation: the run was trained with it",
@@ -155,7 +165,7 @@ def _with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str) 
     return with_overrides(config, overrides, run_name)
 
 
-def _step(run: RunDir, step: int | None) -> int:
+def _choose_step(run: RunDir, step: int | None) -> int:
     """Return the step whose weights to evaluate: the requested step, the export's, or the newest checkpoint's.
 
     Raises:
@@ -171,12 +181,8 @@ def _step(run: RunDir, step: int | None) -> int:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of an evaluation.
-
-    Raises:
-        SubmitError: if another command works on it.
-    """
+def _lock_evaluation(folder: Path) -> Iterator[None]:
+    """Hold the lock of an evaluation. Raises SubmitError if another command works on it."""
     lock = folder / ".lock"
     try:
         with locks.hold(lock, 0.0, redacted_command_line(), mode=0o600):
@@ -190,8 +196,8 @@ def _alone(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _answer(config: RunConfig, folder: Path, run_dir: RunDir, is_here: bool) -> None:
-    """Generate all answers, here or on the nodes of the settings' cluster.
+def _generate_answers(config: RunConfig, folder: Path, run_dir: RunDir, again: str, is_here: bool) -> None:
+    """Generate all answers, here or on the nodes of the settings' cluster; `again` is the command that continues.
 
     Raises:
         RunError, SubmitError: if the answers were not completed.
@@ -209,7 +215,7 @@ def _answer(config: RunConfig, folder: Path, run_dir: RunDir, is_here: bool) -> 
         raise RunError(
             f"the answers are not complete: a process ended with exit code {code}; its messages are above",
             where=short(folder),
-            remedy="start the same command again: it continues",
+            remedy=f"continue with: {again}",
         )
 
 
@@ -229,26 +235,24 @@ class MinimumGain:
 
     def failure(self, verdict: EvaluationVerdict) -> str | None:
         """Return why a verdict does not show the gain, or None if it does."""
-        compared = [one for one in verdict.comparisons if one.metric == self.metric and self._is_about(one.baseline)]
+        compared = [one for one in verdict.comparisons if one.metric == self.metric]
+        if self.baseline == FEW_SHOT:
+            compared = [one for one in compared if one.baseline != "0-shot"]
+        else:
+            compared = [one for one in compared if one.baseline == self.baseline]
         if not compared:
             baselines = ", ".join(dict.fromkeys(one.baseline for one in verdict.comparisons))
             return f"--min-gain {self} did not hold: {self.baseline} was not evaluated; baselines are {baselines or 'none'}"
-        return next((reason for one in compared if (reason := self._shortfall(one))), None)
-
-    def _is_about(self, baseline: str) -> bool:
-        return baseline != "0-shot" if self.baseline == FEW_SHOT else baseline == self.baseline
-
-    def _shortfall(self, one: BaselineComparison) -> str | None:
-        shown = f"the difference to {one.baseline} by {one.metric} is {format_difference(one)}"
-        if one.low is None:
-            return f"--min-gain {self} did not hold: there are too few prompts for a lower bound"
-        if one.low < self.gain:
-            return f"--min-gain {self} did not hold: {shown}, its lower bound is below {self.gain:g}"
-        # If few pairs differ, the exact test decides too.
-        if self.gain > 0 and one.p_value is not None and one.outcome != ComparisonOutcome.BETTER:
-            return (
-                f"--min-gain {self} did not hold: {shown}, but with {one.wins + one.losses} answers that differ it may be chance"
-            )
+        for one in compared:
+            shown = f"the difference to {one.baseline} by {one.metric} is {format_difference(one)}"
+            if one.low is None:
+                return f"--min-gain {self} did not hold: there are too few prompts for a lower bound"
+            if one.low < self.gain:
+                return f"--min-gain {self} did not hold: {shown}, its lower bound is below {self.gain:g}"
+            # If few pairs differ, the exact test decides too.
+            if self.gain > 0 and one.p_value is not None and one.outcome != ComparisonOutcome.BETTER:
+                num_differing = one.wins + one.losses
+                return f"--min-gain {self} did not hold: {shown}, but with {num_differing} answers that differ it may be chance"
         return None
 
 

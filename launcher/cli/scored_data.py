@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.cli import formatting
-from launcher.cli.pages import html_page
+from launcher.cli.render import html, terminal
+from launcher.cli.render.sections import MarkedText, Part, Section, Table, Text
 from launcher.cli.worker_process import run_reporting
 from launcher.data.triage import FINDINGS, MISLABELED, write_exclusions
-from launcher.errors import ConfigError, printable
+from launcher.errors import ConfigError
 from launcher.security import owners
 
 # Number of documents per list on the page.
@@ -21,14 +21,18 @@ _MOST_ON_PAGE = 100
 _MAX_CHARS = 60
 # If a larger share looks mislabeled, the model lacks knowledge: data with that many wrong labels would teach nothing.
 _MOST_LIKELY = 0.5
-_COLUMNS = ("document", "source", ">tokens", ">loss", ">without prompt", ">explained", "answer")
+_COLUMNS, _NUMBERS = ("document", "source", "tokens", "loss", "without prompt", "explained", "answer"), range(2, 6)
+_ABOUT_TEXTS = (
+    "Losses are in nats a token. The marked text is trained: its beginning, after the end of the prompt. Keys, passwords, e-mail "
+    "addresses and telephone numbers are left out here."
+)
 
 
 def rank_documents(arguments: argparse.Namespace) -> int:
     """Score unscored documents, and show which are likely mislabeled, memorized, or have nothing to learn."""
     run_dir = run_store.find_run(arguments.scored, Path(arguments.root))
     owners.require_run(run_dir.root)
-    page = html_page.require_writable_page(Path(arguments.html)) if arguments.html else None
+    page = html.require_writable_page(Path(arguments.html)) if arguments.html else None
     exclude = Path(arguments.exclude) if arguments.exclude else None
     if exclude is not None and (exclude.exists() or not exclude.absolute().parent.is_dir()):
         raise ConfigError("the file exists already, or its folder does not", where="--exclude", value=str(exclude))
@@ -44,30 +48,11 @@ def rank_documents(arguments: argparse.Namespace) -> int:
         ]
         write_exclusions(exclude, {entry["content"]: entry for entry in chosen}.values())
     if page is not None:
-        subtitle, *notes = _summarize(report)
-        lists = [
-            {
-                "title": title,
-                "count": _describe_count(name, report["lists"][name]),
-                "documents": [
-                    {
-                        "cells": _cells(entry)[:-1],
-                        "parts": [(entry.get("prompt", "") + "\n", False), (entry.get("answer", ""), True)],
-                    }
-                    for entry in report["lists"][name][:_MOST_ON_PAGE]
-                ],
-            }
-            for name, title in FINDINGS.items()
-        ]
-        columns = [name.removeprefix(">") for name in _COLUMNS[:-1]]
-        title = f"Scored data: {report['run']}"
-        html_page.write(
-            page, html_page.render("scored", title=title, subtitle=subtitle, notes=notes, columns=columns, lists=lists)
-        )
+        html.write(page, html.to_page(f"Scored data: {report['run']}", _summarize(report), _show_on_page(report)))
     if arguments.json:
         print(json.dumps(report, indent=2))
         return 0
-    print("\n".join(lines(report, arguments.show)))
+    terminal.show(*to_sections(report, arguments.show))
     if exclude is not None:
         print(f"\nwritten: {exclude}; leave these documents out of the next run with data.exclude={exclude}")
     if page is not None:
@@ -75,34 +60,51 @@ def rank_documents(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def lines(report: dict[str, Any], num_shown: int) -> list[str]:
-    """Return the lines of the report, with at most `num_shown` documents of each list."""
-    written = [*_summarize(report)]
+def to_sections(report: dict[str, Any], num_shown: int) -> list[Part]:
+    """Return what a terminal shows, with at most `num_shown` documents of each list."""
+    lists = []
     for name, title in FINDINGS.items():
         entries = report["lists"][name]
-        written += ["", f"{title} ({_describe_count(name, entries)})"]
-        if entries:
-            written += formatting.table(_COLUMNS, [_cells(entry) for entry in entries[:num_shown]])
-    return written
+        table = Table(_COLUMNS, [_make_cells(one) for one in entries[:num_shown]], _NUMBERS)
+        lists.append(Section(f"{title} ({_describe_count(name, entries)})", [table] if entries else []))
+    return [Text(_summarize(report)), *_find_caution(report), *lists]
 
 
-def _summarize(report: dict[str, Any]) -> list[str]:
+def _show_on_page(report: dict[str, Any]) -> list[Part]:
+    """Return what a page shows: documents with the end of their prompt and the beginning of their answer."""
+    parts: list[Part] = [*_find_caution(report), Text(_ABOUT_TEXTS, "soft")]
+    for name, title in FINDINGS.items():
+        entries, shown = report["lists"][name], list[Part]()
+        for entry in entries[:_MOST_ON_PAGE]:
+            shown.append(Table(_COLUMNS[:-1], [_make_cells(entry)[:-1]], _NUMBERS))
+            shown.append(MarkedText([(entry.get("prompt", "") + "\n", False), (entry.get("answer", ""), True)]))
+        parts.append(Section(title, [Text(_describe_count(name, entries), "soft"), *shown]))
+    return parts
+
+
+def _summarize(report: dict[str, Any]) -> str:
     """Return what was scored, and under which weights."""
     weights = "the initial weights" if report["step"] == 0 else f"the weights of step {report['step']:,}"
     scored = f"{report['documents']:,} documents of {report['split']}, {report['trained_tokens']:,} trained tokens"
-    summarized = [f"{report['run']}: {scored}, under {weights}; mean loss {report['mean_loss']:.4f}"]
+    return f"{report['run']}: {scored}, under {weights}; mean loss {report['mean_loss']:.4f}"
+
+
+def _find_caution(report: dict[str, Any]) -> list[Text]:
+    """Return why the lists say little about the documents, if they do."""
     ranked = report["lists"][MISLABELED]
     if report["step"] == 0:
-        summarized.append(
+        caution = (
             "caution: these weights have not trained on the data, so the lists show what the base model knows and does not know: "
             "a hard or unusual document looks mislabeled"
         )
     elif sum(entry["likely"] for entry in ranked) > len(ranked) * _MOST_LIKELY:
-        summarized.append(
+        caution = (
             "caution: for most documents the prompt explains nothing of the answer: the model has hardly learned from "
             "prompts yet, so that likely mislabeled says little about a document; train longer, or score another step with --step"
         )
-    return summarized
+    else:
+        return []
+    return [Text(caution, "warn")]
 
 
 def _describe_count(name: str, entries: Sequence[dict[str, Any]]) -> str:
@@ -115,13 +117,13 @@ def _describe_count(name: str, entries: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _cells(entry: dict[str, Any]) -> tuple[str, ...]:
+def _make_cells(entry: dict[str, Any]) -> tuple[str, ...]:
     """Return the cells of a document under _COLUMNS."""
     loss, alone = entry["loss"], entry["loss_alone"]
-    answer = printable(" ".join(entry.get("answer", "").split()))
+    answer = " ".join(entry.get("answer", "").split())
     return (
-        printable(entry["where"]),
-        printable(entry["source"]),
+        entry["where"],
+        entry["source"],
         f"{entry['tokens']:,}",
         f"{loss:.3f}",
         "-" if alone is None else f"{alone:.3f}",

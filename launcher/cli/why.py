@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.cli import formatting
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Items, Part, Section, Table, Text
 from launcher.cli.worker_process import run_reporting
-from launcher.errors import SubmitError, printable
+from launcher.errors import SubmitError
 from launcher.security import owners
 from launcher.tracking.jsonl import read_events, read_metrics
 
@@ -23,6 +24,7 @@ _METRICS = ("train/loss", "train/grad_norm", "train/lr")
 _MAX_DOCUMENTS, _MIN_CHARS, _MAX_CHARS = 12, 20, 60
 # Characters of a line beside an answer, if the document has a line of its own.
 _OTHER_COLUMNS = 54
+_COLUMNS = ("document", "source", "row", "trained", "loss", "worst token", "answer")
 
 
 def explain_step(arguments: argparse.Namespace) -> int:
@@ -53,55 +55,47 @@ def explain_step(arguments: argparse.Namespace) -> int:
         if event.get("kind") == "alert" and abs(event.get("time", 0.0) - line["time"]) <= _NEAR_S
     ]
     report |= {"run": run_dir.root.name, "steps": near, "events": events}
-    print(json.dumps(report, indent=2) if arguments.json else "\n".join(_lines(report)))
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        terminal.show(*to_sections(report))
     return 0
 
 
-def _lines(report: dict[str, Any]) -> list[str]:
+def to_sections(report: dict[str, Any]) -> list[Part]:
+    """Return what is shown of a step."""
     num_documents = sum(len(row["documents"]) for row in report["rows"])
-    heading = f"step {report['step']} of {report['run']}: {num_documents:,} documents in {len(report['rows']):,} rows"
-    lines = [*formatting.wrap([heading], 0), ""]
     steps = [
-        (f"{one['step']}{' <' if one['step'] == report['step'] else ''}", *(_number(one[name]) for name in _METRICS))
+        (f"{one['step']}{' <' if one['step'] == report['step'] else ''}", *(_format_number(one[name]) for name in _METRICS))
         for one in report["steps"]
     ]
-    lines += [*formatting.table(("step", ">loss", ">gradient norm", ">learning rate"), steps), ""]
     if report["scored_at"] is None:
         about = f"no losses of documents{': ' if report['not_scored'] else ''}{report['not_scored']}"
     else:
         before = "the initial weights" if report["scored_at"] == 0 else f"the weights of step {report['scored_at']}"
         about = f"losses under {before}; the documents with the largest share of the loss first"
-    lines += formatting.wrap([about], 0)
     documents = [(row["row"], one) for row in report["rows"] for one in row["documents"]]
     documents.sort(key=lambda pair: -(pair[1]["loss"] or 0.0) * pair[1]["trained_tokens"])
-    width = formatting.terminal_columns() or _OTHER_COLUMNS + _MAX_CHARS
-    num_chars = max(_MIN_CHARS, min(_MAX_CHARS, width - _OTHER_COLUMNS))
-    lines += formatting.table(
-        ("document", "source", ">row", ">trained", ">loss", ">worst token", "answer"),
-        [_cells(row, document, num_chars) for row, document in documents[:_MAX_DOCUMENTS]],
-    )
-    if num_documents > _MAX_DOCUMENTS:
-        lines.append(f"and {num_documents - _MAX_DOCUMENTS:,} more: --json lists all")
-    lines += ["", "alerts, faults and restarts within 10 minutes" + ("" if report["events"] else ": none")]
+    width = terminal.columns() or _OTHER_COLUMNS + _MAX_CHARS
+    num_chars, rows = max(_MIN_CHARS, min(_MAX_CHARS, width - _OTHER_COLUMNS)), []
+    for row, one in documents[:_MAX_DOCUMENTS]:
+        answer = " ".join(one["answer"].split())
+        losses = (_format_number(one["loss"]), _format_number(one["max_token_loss"]))
+        shortened = answer if len(answer) <= num_chars else f"{answer[:num_chars]}..."
+        rows.append((one["where"], one["source"], f"{row}", f"{one['trained_tokens']:,}", *losses, shortened))
+    more = [f"and {num_documents - _MAX_DOCUMENTS:,} more: --json lists all"] if num_documents > _MAX_DOCUMENTS else []
+    events = []
     for event in report["events"]:
         clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
         step = "" if event["step"] is None else f" step {event['step']}"
-        lines += formatting.wrap([f"  {clock}{step}: {printable(event['text'])}"], 4)
-    return lines
+        events.append(f"{clock}{step}: {event['text']}")
+    return [
+        Text(f"step {report['step']} of {report['run']}: {num_documents:,} documents in {len(report['rows']):,} rows"),
+        Section("", [Table(("step", "loss", "gradient norm", "learning rate"), steps, numbers=range(1, 4))]),
+        Section("", [Text(about), Table(_COLUMNS, rows, numbers=range(2, 6)), Items(more)]),
+        Section("alerts, faults and restarts within 10 minutes", [Items(events or ["none"])]),
+    ]
 
 
-def _cells(row: int, document: dict[str, Any], num_chars: int) -> tuple[str, ...]:
-    answer = printable(" ".join(document["answer"].split()))
-    return (
-        printable(document["where"]),
-        printable(document["source"]),
-        f"{row}",
-        f"{document['trained_tokens']:,}",
-        _number(document["loss"]),
-        _number(document["max_token_loss"]),
-        answer if len(answer) <= num_chars else f"{answer[:num_chars]}...",
-    )
-
-
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:#.4g}"

@@ -8,7 +8,7 @@ from typing import Any
 import hand_made
 import pytest
 
-from launcher.cli.views.request_costs import price_of_evaluation
+from launcher.cli.evaluations import find_price
 from launcher.config.schema import RunConfig
 from launcher.plan.gpu_types import Price, typical_price
 
@@ -26,4 +26,4 @@ from launcher.plan.gpu_types import Price, typical_price
 def test_the_price_is_that_of_the_machines_that_answer(trained: dict[str, Any], chosen: dict[str, Any], price: Price) -> None:
     plan = hand_made.plan(Path("/srv/runs/demo"), {**hand_made.SETTINGS, "cluster": trained}, price=Price(1.5))
     config = RunConfig.model_validate({**hand_made.SETTINGS, "cluster": chosen})
-    assert price_of_evaluation(plan, config) == price
+    assert find_price(plan, config) == price

@@ -54,8 +54,8 @@ def test_every_node_of_the_allocation_reports_and_one_that_sees_other_storage_co
         pytest.skip("this machine may not make network namespaces")
     slurm.private_mount("n2", tmp_path)
     reports = []
-    to_lines = doctor_verb.to_lines
-    monkeypatch.setattr(doctor_verb, "to_lines", lambda report: reports.append(report) or to_lines(report))
+    to_sections = doctor_verb.to_sections
+    monkeypatch.setattr(doctor_verb, "to_sections", lambda report: reports.append(report) or to_sections(report))
     command = (*DOCTOR, "cluster.nodes=2", "cluster.time=10:00", f"run.root={tmp_path}/runs", "cluster.setup=[ls /missing]")
     done = launch_here(*command, **slurm.variables)
     assert done.returncode == 1, done.stdout + done.stderr

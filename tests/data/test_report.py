@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.cli.views.data_view import number_rows, source_notes, summary_rows
+from launcher.cli.data import list_notes, list_numbers, summarize
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import TrainSection
 from launcher.data.build import build
@@ -84,7 +84,7 @@ def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(mixture
     assert (most["padded_rows"], most["padding_is_most"]) == (16, True)
     assert most["padding_frac"] > data_report["padding_frac"]
     assert report(facts, data, tokenizer_dir, global_batch_size=16, micro_batch_size=1)["padding_frac"] == 0
-    ((_, rows), *_) = summary_rows(most)
+    ((_, rows), *_) = summarize(most)
     assert f"at most {most['padding_frac']:.2%} padding in micro-batches of up to 16" in rows
 
 
@@ -95,8 +95,8 @@ def test_a_partly_used_source_is_reported(mixture: DataSection, tokenizer_dir: P
     data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
     passes = data_report["sources"][1]["epochs"]
     assert 0 < passes < 1
-    assert any(note.startswith(f"long: {passes:.2f} passes over it") for note in source_notes(data_report))
-    header, *lines = number_rows(data_report)
+    assert any(note.startswith(f"long: {passes:.2f} passes over it") for note in list_notes(data_report))
+    header, *lines = list_numbers(data_report)
     assert [line[header.index("epochs")] for line in lines] == ["2.00", f"{passes:.2f}", "", ""]
 
 
@@ -110,12 +110,12 @@ def test_documents_outside_the_mixture_are_not_counted_as_truncated(jsonl: Jsonl
     assert 0 < counts["documents"] < 20
     assert counts["truncated_documents"] == counts["documents"]
     assert counts["unused_documents"] == 20 - counts["documents"]
-    unused = [note for note in source_notes(data_report) if "not in the mixture" in note]
+    unused = [note for note in list_notes(data_report) if "not in the mixture" in note]
     assert [note.rpartition("its ")[2] for note in unused] == ["weight", "weight and max_tokens"]
     off = data.model_copy(update={"sources": (sources[0], sources[1].model_copy(update={"weight": 0.0}))})
     data_report = report(build(off, str(tokenizer_dir)), off, tokenizer_dir)
-    assert any(note.startswith("short: not read") for note in source_notes(data_report))
-    assert [line[0] for line in number_rows(data_report)[1:]] == ["long"]
+    assert any(note.startswith("short: not read") for note in list_notes(data_report))
+    assert [line[0] for line in list_numbers(data_report)[1:]] == ["long"]
 
 
 def test_findings_are_judged_by_the_current_settings(numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path) -> None:
@@ -180,6 +180,6 @@ def test_the_report_lists_the_tokens_that_end_turns(jsonl: Jsonl, tokenizer_dir:
     ):
         data_report = report(facts, data, tokenizer_dir, stop_ids=stops)
         assert data_report["turn_ends"] == [{"id": end, "token": "<|endoftext|>", "stops": end in stops}]
-        said_of_end = dict(summary_rows(data_report))["end of turn"]
+        said_of_end = dict(summarize(data_report))["end of turn"]
         assert f"<|endoftext|> (token {end})" in said_of_end
         assert said_of_end.endswith(words)

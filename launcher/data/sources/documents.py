@@ -81,7 +81,9 @@ def read_value(row: Row, key: str, kind: type, where: str, prefix: str = "") -> 
         DataError: if the key is missing, the value has another type, or it is not valid Unicode.
     """
     if key not in row:
-        refuse(f"the row lacks the key {prefix}{key} ({list_keys(row)})", where, _MISSING_REMEDY)
+        # A source's format and columns concern the keys of the row, not those of its messages.
+        remedy = f"write {prefix}{key}, or remove the row" if prefix else _MISSING_REMEDY
+        refuse(f"the row lacks the key {prefix}{key} ({list_keys(row)})", where, remedy)
     value = row[key]
     if not isinstance(value, kind):
         wanted = "a list" if kind is list else "text"
