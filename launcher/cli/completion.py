@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -87,27 +87,23 @@ def print_script(arguments: argparse.Namespace) -> int:
 def complete(words: Sequence[str], keys: Mapping[str, Sequence[str]]) -> list[str]:
     """Return the candidates for the last of the words after the program's name."""
     *before, word = words
-    verb = next((w for w in before[:1] if w in VERBS), None)
-    if not before and "=" not in word and "." not in word and not word.startswith("-"):
-        candidates: Iterable[str] = [*VERBS, *_complete_override(word, before, keys)] if word else VERBS
-    else:
-        candidates = _complete_argument(word, verb or "train", before, keys)
-    return sorted({candidate for candidate in candidates if candidate.startswith(word) and candidate != word})
-
-
-def _complete_argument(word: str, verb: str, before: Sequence[str], keys: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Yield flags, or values of the flag before the word, or else values of positional arguments and settings."""
+    verb = next((w for w in before[:1] if w in VERBS), "train")
+    candidates: list[str] = []
     if word.startswith("-"):
-        yield from flags_of(verb)
-        return
-    arguments = [argument for row in rows_of(verb) for argument in row.arguments]
-    valued = [one for one in arguments if one.options.get("action", "append") == "append" and {*one.names} & {*before[-1:]}]
-    for names, options in valued or [one for one in arguments if not one.names[0].startswith("-")]:
-        yield from options.get("choices", ())
-        if "RUN" in options.get("metavar", names[0]):
-            yield from _complete_run(before)
-        if names[0] == "overrides":
-            yield from _complete_override(word, before, keys)
+        candidates += flags_of(verb)
+    elif not before and "=" not in word and "." not in word:
+        candidates += [*VERBS, *(_complete_override(word, before, keys) if word else ())]
+    else:
+        # Values of the flag before the word, or else of positional arguments and settings.
+        arguments = [argument for row in rows_of(verb) for argument in row.arguments]
+        valued = [one for one in arguments if one.options.get("action", "append") == "append" and {*one.names} & {*before[-1:]}]
+        for names, options in valued or [one for one in arguments if not one.names[0].startswith("-")]:
+            candidates += options.get("choices", ())
+            if "RUN" in options.get("metavar", names[0]):
+                candidates += _complete_run(before)
+            if names[0] == "overrides":
+                candidates += _complete_override(word, before, keys)
+    return sorted({candidate for candidate in candidates if candidate.startswith(word) and candidate != word})
 
 
 def _complete_override(word: str, before: Sequence[str], keys: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -169,11 +165,11 @@ def _newest_source() -> int:
 def _build_keys() -> dict[str, list[str]]:
     from launcher.config.known_settings import settings
 
-    return {key: _parse_choices(setting.type) for key, setting in settings().items() if "[]" not in key and "." in key}
-
-
-def _parse_choices(kind: str) -> list[str]:
-    """Return the values of a setting whose type lists them, such as `bf16 | fp16 | fp32`."""
-    names = kind.removesuffix(" or null").split(" | ")
-    values = [name for name in names if re.fullmatch(r"[\w-]+", name)] if len(names) > 1 else []
-    return [*values, *(["null"] if kind.endswith(" or null") else [])]
+    keys = {}
+    for key, setting in settings().items():
+        if "[]" not in key and "." in key:
+            # A type may list its values, such as `bf16 | fp16 | fp32`.
+            names = setting.type.removesuffix(" or null").split(" | ")
+            values = [name for name in names if re.fullmatch(r"[\w-]+", name)] if len(names) > 1 else []
+            keys[key] = [*values, *(["null"] if setting.type.endswith(" or null") else [])]
+    return keys

@@ -18,7 +18,7 @@ _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
 
 def publish_workspace(arguments: argparse.Namespace) -> int:
     """Create or update the workspace and print its address, or print what would be sent."""
-    target = _target(arguments.target, Path(arguments.root))
+    target = _find_target(arguments.target, Path(arguments.root))
     if arguments.dry_run:
         print(as_json(target))
         return 0
@@ -47,7 +47,7 @@ def publish_workspace(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _target(name: str, root: Path) -> Target:
+def _find_target(name: str, root: Path) -> Target:
     """Return the run with that name, or else a project."""
     try:
         run_dir: RunDir | None = run_store.find_run(name, root)

@@ -338,7 +338,7 @@ def summarize_findings(plan: LaunchPlan, fatal: bool) -> str | None:
     shown = [one for one in judged if one.fatal == fatal and (fatal or one.finding.name != "truncated")]
     shown.sort(key=lambda one: one.action == "drop")
     texts = [
-        f"{'dropped: ' * (one.action == 'drop')}{one.finding.title}: {one.finding.count:,}" for one in shown[:_MOST_FINDINGS]
+        f"{one.finding.title}: {one.finding.count:,}{', dropped' * (one.action == 'drop')}" for one in shown[:_MOST_FINDINGS]
     ]
     if more := len(shown) - len(texts):
         texts.append(format_count(more, "more finding"))

@@ -56,6 +56,7 @@ _POLL_S = 0.2
 _VISIBLE_S = 60.0
 # How long an earlier start's machines have to end, in addition to the time after which a machine counts as lost.
 _LEAVE_S = 60.0
+_PER_START = ("cluster.node_rank=", "cluster.master_addr=", "cluster.master_port=", "cluster.nodes=")
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
@@ -107,7 +108,18 @@ def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) ->
     section = StaticSection.of(config.cluster)
     with composed.located():
         here = identify(section, os.environ, section.model_fields_set)
-        _require_shared_run(config, here)
+        # The other machines, and the next start of the command, must find the run.
+        problems = []
+        if config.run.name is None:
+            remedy = "set run.name, the same on every machine; repeating the command then continues the run"
+            message = "run.name is needed, since every machine must find the same run"
+            problems.append(Problem(message, "run.name", remedy=remedy))
+        if here.nodes > 1 and not config.run.root.startswith(("/", "~")):
+            remedy = "set run.root to an absolute path on storage that all machines share, such as /shared/runs"
+            message = "run.root must be on storage that all machines share, under one absolute path"
+            problems.append(Problem(message, "run.root", config.run.root, remedy))
+        if problems:
+            raise ConfigError(problems)
     name = str(config.run.name)
     run = RunDir(run_dir_of(config, name, str(Path.cwd()), str(Path.home())))
     changes = {"cluster": section.for_plan(here.nodes)}
@@ -145,7 +157,9 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
         return _join(start)
 
     def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
-        overrides = _for_plan(arguments.overrides, plan, here)
+        # Without those specific to this machine and start.
+        overrides = [override for override in arguments.overrides if not override.lstrip("+").startswith(_PER_START)]
+        overrides += [] if plan.config.cluster.nodes == here.nodes else [f"cluster.nodes={here.nodes}"]
         with run_store.start_lock(run):
             _await_idle(run)
             return resume_run(
@@ -155,35 +169,10 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
     return _lead(start, begin, arguments.follow is not False)
 
 
-def _require_shared_run(config: RunConfig, here: NodeIdentity) -> None:
-    """Reject a run that the other machines, and the next start of the command, could not find.
-
-    Raises:
-        ConfigError: with each setting that is missing.
-    """
-    problems = []
-    if config.run.name is None:
-        remedy = "set run.name, the same on every machine; repeating the command then continues the run"
-        problems.append(Problem("run.name is needed, since every machine must find the same run", "run.name", remedy=remedy))
-    if here.nodes > 1 and not config.run.root.startswith(("/", "~")):
-        remedy = "set run.root to an absolute path on storage that all machines share, such as /shared/runs"
-        message = "run.root must be on storage that all machines share, under one absolute path"
-        problems.append(Problem(message, "run.root", config.run.root, remedy))
-    if problems:
-        raise ConfigError(problems)
-
-
 def _command_of(config: RunConfig) -> dict[str, str]:
     """Return the settings that must be the same on every machine, and the launcher's version."""
     values = {key: str(value) for key, value in leaves(config.model_dump(mode="json"))}
     return {**values, "launcher": launcher.__version__}
-
-
-def _for_plan(overrides: Sequence[str], plan: LaunchPlan, here: NodeIdentity) -> list[str]:
-    """Return the overrides without the ones specific to this machine and start, and with the number of machines."""
-    per_start = ("cluster.node_rank=", "cluster.master_addr=", "cluster.master_port=", "cluster.nodes=")
-    kept = [override for override in overrides if not override.lstrip("+").startswith(per_start)]
-    return kept if plan.config.cluster.nodes == here.nodes else [*kept, f"cluster.nodes={here.nodes}"]
 
 
 def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str], shows_steps: bool) -> int:
@@ -226,7 +215,16 @@ def _join(start: _Start) -> int:
         print(answer.message)
         return 0
     attempt, name = answer.attempt, answer.names[here.node]
-    _await_visible(run, attempt)
+    until = time.monotonic() + _VISIBLE_S
+    while True:
+        with suppress(OSError, LauncherError):
+            atomic_files.refresh_directory(run.attempts)
+            if run_store.read_attempt(run, attempt).nodes:
+                break
+        if time.monotonic() > until:
+            message, where = f"attempt {attempt} did not appear on this machine", str(run.attempt(attempt))
+            raise SubmitError(message, where=where, remedy="check the storage of run.root on this machine")
+        time.sleep(_POLL_S)
     owners.require_run(run.root)
     plan_path = run.attempt(attempt) / "plan.json" if answer.own_plan else run.plan
     process = static.NodeProcess(run, attempt, plan_path, here.node, name)
@@ -257,23 +255,6 @@ def _describe_end(config: RunConfig, run: RunDir) -> str | None:
             message = f": {status.message}" if status.message else ""
             return f"{run.root.name} is {status.state}{message}; nothing is left to do"
     return None
-
-
-def _await_visible(run: RunDir, attempt: int) -> None:
-    """Wait until this machine sees the attempt with its nodes.
-
-    Raises:
-        SubmitError: if it does not appear.
-    """
-    until = time.monotonic() + _VISIBLE_S
-    while time.monotonic() < until:
-        with suppress(OSError, LauncherError):
-            atomic_files.refresh_directory(run.attempts)
-            if run_store.read_attempt(run, attempt).nodes:
-                return
-        time.sleep(_POLL_S)
-    remedy = "check the storage of run.root on this machine"
-    raise SubmitError(f"attempt {attempt} did not appear on this machine", where=str(run.attempt(attempt)), remedy=remedy)
 
 
 def _await_conclusion(start: _Start, attempt: int, cluster: StaticCluster, deadline_s: float = math.inf) -> int:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,22 +35,40 @@ def export_run(arguments: argparse.Namespace) -> int:
     run_dir = run_store.find_run(arguments.run, Path(arguments.root))
     owners.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
-    if arguments.push is not None:
-        _require_pushable(arguments.push, run_dir.export)
+    if (repo_id := arguments.push) is not None:
+        # A push that cannot succeed is refused before the export.
+        if not HUB_ID_PATTERN.fullmatch(repo_id):
+            message = "this is not the name of a Hub repository"
+            raise SubmitError(message, where="--push", value=repo_id, remedy="write owner/name")
+        if problem := hub.token_problem("--push", repo_id):
+            raise SubmitError(problem)
+        if hub.is_public(repo_id):
+            raise SubmitError(hub.public_problem("--push", repo_id, run_dir.export))
     step = require_checkpoint(run_dir, arguments.step)
     out = run_dir.export if arguments.out is None else Path(arguments.out).expanduser().absolute()
     _require_writable(out)
     if arguments.out is not None:
         owners.require_own_folder(f"an export to {out}", out, "choose an --out that only you can replace")
-    existing = _read_export(out)
+    existing = None
+    # A damaged record counts as none.
+    with suppress(RunError):
+        existing = json_records.read_if_present(ExportRecord, out / EXPORT_RECORD, "")
     trained = plan.config.model.dtype if plan.config.model.dtype in _DTYPES else _DTYPES[0]
     dtype = arguments.dtype or (existing.dtype if existing is not None else trained)
     if existing is not None:
         _require_replaceable(run_dir, out, existing, step, dtype, arguments.replace)
-    _require_room(out, plan.model.num_params * _BYTES[dtype])
+    # An export that is replaced stays until the new one is complete.
+    needed, free = plan.model.num_params * _BYTES[dtype], shutil.disk_usage(existing_folder(out)).free
+    if free < needed:
+        raise SubmitError(
+            "the disk of the export folder has no room for its weights",
+            where=str(out),
+            value=f"needed {format_size(needed)}, available {format_size(free)}",
+            remedy="free space there, or name a folder on another disk with --out",
+        )
     command = [sys.executable, "-m", "launcher.worker.export", str(run_dir.plan), "--step", str(step), "--dtype", dtype]
     command += ["--out", str(out)] if arguments.out is not None else []
-    command += ["--push", arguments.push] if arguments.push is not None else []
+    command += ["--push", repo_id] if repo_id is not None else []
     command += ["--no-check"] if arguments.no_check else []
     code, _ = run_worker(command)
     return code
@@ -90,30 +109,6 @@ def _require_writable(out: Path) -> None:
         )
 
 
-def _require_room(out: Path, needed: int) -> None:
-    """Reject an export for which the disk has no room; an export that it replaces stays until the new one is complete.
-
-    Raises:
-        SubmitError: with the required and the free space.
-    """
-    free = shutil.disk_usage(existing_folder(out)).free
-    if free < needed:
-        raise SubmitError(
-            "the disk of the export folder has no room for its weights",
-            where=str(out),
-            value=f"needed {format_size(needed)}, available {format_size(free)}",
-            remedy="free space there, or name a folder on another disk with --out",
-        )
-
-
-def _read_export(out: Path) -> ExportRecord | None:
-    """Return the record of an export folder, or None if there is no export or its record is damaged."""
-    try:
-        return json_records.read_if_present(ExportRecord, out / EXPORT_RECORD, "")
-    except RunError:
-        return None
-
-
 def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: int, dtype: str, replace: bool) -> None:
     """Print what an export folder holds before replacing it; without `replace`, reject a different type or a later step.
 
@@ -135,13 +130,3 @@ def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: i
         )
     if (existing.step, existing.dtype) != (step, dtype):
         print(f"replacing the export of {held}", flush=True)
-
-
-def _require_pushable(repo_id: str, folder: Path) -> None:
-    """Reject a push that cannot succeed, before the export."""
-    if not HUB_ID_PATTERN.fullmatch(repo_id):
-        raise SubmitError("this is not the name of a Hub repository", where="--push", value=repo_id, remedy="write owner/name")
-    if problem := hub.token_problem("--push", repo_id):
-        raise SubmitError(problem)
-    if hub.is_public(repo_id):
-        raise SubmitError(hub.public_problem("--push", repo_id, folder))

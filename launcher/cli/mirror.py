@@ -12,7 +12,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from launcher import json_records, run_store
 from launcher.checkpoint.mirror import (
-    MirroredRun,
     claim_run_dir,
     download_checkpoint,
     download_fixed_files,
@@ -69,7 +68,16 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
             download_progress(remote, run)
             with show_progress() as make_progress:
                 step = download_checkpoint(remote, run, step, _say, make_progress)
-        _settle_status(run, mirrored, remote.url, step)
+        # No process on this machine runs it.
+        status = run_store.read_status(run)
+        state = "preempted" if status.state in RUNNING_STATES else status.state
+        if state != status.state:
+            age = format_duration(max(0.0, time.time() - status.updated_at))
+            _say(
+                f"note: {age} ago this run was {status.state} on {mirrored.owner.host}; if it still runs, cancel it there: "
+                "the mirror accepts uploads only from this machine once the run is resumed here"
+            )
+        run_store.update_status(run, state=state, job=None, step=step, message=f"downloaded from {remote.url}")
         write_plans(run, {name: _make_local(plan, run) for name, plan in plans.items()})
     print(f"downloaded {mirrored.run_name} to {formatting.short(run.root)}", flush=True)
     return run
@@ -83,16 +91,20 @@ def ls(url: str, as_json: bool) -> int:
     """
     _require_address(url)
     remote = RemoteFolder(url, origin=_ORIGIN)
-    summaries = []
+    summaries: list[dict[str, Any]] = []
     with convert_storage_errors(remote, "read"):
         for name in remote.names():
             try:
-                run = _summary(RemoteFolder(f"{remote.url}/{name}", origin=_ORIGIN), name)
+                folder = RemoteFolder(f"{remote.url}/{name}", origin=_ORIGIN)
+                content = folder.read("status.json") if read_run(folder) is not None else None
+                if content is not None:
+                    status = json_records.loads(Status, content, f"{folder.url}/status.json")
+                    state = {key: getattr(status, key) for key in ("state", "step", "max_steps", "updated_at")}
+                    checkpoints = list(read_complete_checkpoints(folder))
+                    summaries.append({"name": name, "url": folder.url, **state, "checkpoints": checkpoints})
             except LauncherError as error:
                 # Other users may share the mirror.
                 print(printable(f"{name}: {error.problems[0].message}"), file=sys.stderr)
-            else:
-                summaries += [] if run is None else [run]
     if as_json:
         print(json.dumps(summaries, indent=2))
         return 0
@@ -114,29 +126,6 @@ def _require_address(url: str) -> None:
     except ValidationError as error:
         what, _, remedy = str(error.errors()[0]["ctx"]["error"]).partition("; ")
         raise SubmitError(f"this {what}", where=_ORIGIN, remedy=remedy) from None
-
-
-def _summary(remote: RemoteFolder, name: str) -> dict[str, Any] | None:
-    """Return a run's status and complete checkpoints from the mirror, or None if `name` is not a run."""
-    content = remote.read("status.json") if read_run(remote) is not None else None
-    if content is None:
-        return None
-    status = json_records.loads(Status, content, f"{remote.url}/status.json")
-    state = {key: getattr(status, key) for key in ("state", "step", "max_steps", "updated_at")}
-    return {"name": name, "url": remote.url, **state, "checkpoints": list(read_complete_checkpoints(remote))}
-
-
-def _settle_status(run: RunDir, mirrored: MirroredRun, url: str, step: int) -> None:
-    """Set the status of a downloaded run: no process on this machine runs it."""
-    status = run_store.read_status(run)
-    if status.state in RUNNING_STATES:
-        age = format_duration(max(0.0, time.time() - status.updated_at))
-        _say(
-            f"note: {age} ago this run was {status.state} on {mirrored.owner.host}; if it still runs, cancel it there: "
-            "the mirror accepts uploads only from this machine once the run is resumed here"
-        )
-    state = "preempted" if status.state in RUNNING_STATES else status.state
-    run_store.update_status(run, state=state, job=None, step=step, message=f"downloaded from {url}")
 
 
 def _make_local(plan: LaunchPlan, run: RunDir) -> LaunchPlan:

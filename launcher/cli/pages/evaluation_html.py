@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.cli.pages import charts
 from launcher.cli.pages.charts import Series
-from launcher.cli.views.request_costs import request_cost_table, saved_tokens
+from launcher.cli.evaluations import describe_saving, tabulate_costs
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import TUNED, AnswerExample, EvaluationVerdict, by_steps, format_difference, read_verdicts
@@ -23,8 +23,8 @@ def evaluation_contexts(run: RunDir, plan: LaunchPlan) -> list[dict[str, Any]]:
             "sentence": one.verdict.sentence,
             "means": one.verdict.table,
             "pairs": _pairs(one.verdict),
-            "costs": request_cost_table(one.verdict, plan),
-            "saved": saved_tokens(one.verdict),
+            "costs": tabulate_costs(one.verdict, plan),
+            "saved": describe_saving(one.verdict),
             "examples": [_example(example, one.verdict) for example in one.verdict.examples],
         }
         for one in sorted(read_verdicts(run), key=lambda one: -one.step)
