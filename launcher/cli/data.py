@@ -158,7 +158,16 @@ def to_sections(report: dict[str, Any]) -> list[Part]:
         )
     )
     parts.append(_show_findings(report["findings"]))
-    return [*parts, _show_rows(report["shown"])] if report["shown"] else parts
+    shown: list[Part] = []
+    for number, one in enumerate(report["shown"], start=1):
+        documents, inner = one["documents"], list[Part]()
+        for position, document in enumerate(documents, start=1):
+            order = f"document {position} of {len(documents)}, " if one["whole"] else ""
+            inner.append(Text(f"{order}{document['source']}, {format_count(document['tokens'], 'token')}", "soft"))
+            inner.append(MarkedText([(_show_controls(part["text"]), part["trained"]) for part in document["parts"]]))
+        num_tokens = format_count(sum(document["tokens"] for document in documents), "token")
+        shown.append(Section(f"row {one['row']:,}, {num_tokens}" if one["whole"] else f"document {number}", inner))
+    return [*parts, Section("what is trained", [Text(_MARKED, "soft"), *shown])] if shown else parts
 
 
 def summarize(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -296,22 +305,6 @@ def _show_findings(found: list[dict[str, Any]]) -> Section:
         examples = Items([f"{example['where']}: {example['detail']}" for example in one["examples"]])
         parts.append(Section(title, [examples, *advice], "bad" if one["fatal"] else "warn"))
     return Section("findings", parts)
-
-
-def _show_rows(shown: list[dict[str, Any]]) -> Section:
-    """Return rows, or documents of them, with the trained parts marked."""
-    parts: list[Part] = [Text(_MARKED, "soft")]
-    for number, one in enumerate(shown, start=1):
-        documents = one["documents"]
-        num_tokens = sum(document["tokens"] for document in documents)
-        inner: list[Part] = []
-        for position, document in enumerate(documents, start=1):
-            order = f"document {position} of {len(documents)}, " if one["whole"] else ""
-            inner.append(Text(f"{order}{document['source']}, {format_count(document['tokens'], 'token')}", "soft"))
-            inner.append(MarkedText([(_show_controls(part["text"]), part["trained"]) for part in document["parts"]]))
-        title = f"row {one['row']:,}, {format_count(num_tokens, 'token')}" if one["whole"] else f"document {number}"
-        parts.append(Section(title, inner))
-    return Section("what is trained", parts)
 
 
 def _show_controls(text: str) -> str:

@@ -48,7 +48,14 @@ def rank_documents(arguments: argparse.Namespace) -> int:
         ]
         write_exclusions(exclude, {entry["content"]: entry for entry in chosen}.values())
     if page is not None:
-        html.write(page, html.to_page(f"Scored data: {report['run']}", _summarize(report), _show_on_page(report)))
+        parts: list[Part] = [*_find_caution(report), Text(_ABOUT_TEXTS, "soft")]
+        for name, title in FINDINGS.items():
+            entries, shown = report["lists"][name], list[Part]()
+            for entry in entries[:_MOST_ON_PAGE]:
+                shown.append(Table(_COLUMNS[:-1], [_make_cells(entry)[:-1]], _NUMBERS))
+                shown.append(MarkedText([(entry.get("prompt", "") + "\n", False), (entry.get("answer", ""), True)]))
+            parts.append(Section(title, [Text(_describe_count(name, entries), "soft"), *shown]))
+        html.write(page, html.to_page(f"Scored data: {report['run']}", _summarize(report), parts))
     if arguments.json:
         print(json.dumps(report, indent=2))
         return 0
@@ -68,18 +75,6 @@ def to_sections(report: dict[str, Any], num_shown: int) -> list[Part]:
         table = Table(_COLUMNS, [_make_cells(one) for one in entries[:num_shown]], _NUMBERS)
         lists.append(Section(f"{title} ({_describe_count(name, entries)})", [table] if entries else []))
     return [Text(_summarize(report)), *_find_caution(report), *lists]
-
-
-def _show_on_page(report: dict[str, Any]) -> list[Part]:
-    """Return what a page shows: documents with the end of their prompt and the beginning of their answer."""
-    parts: list[Part] = [*_find_caution(report), Text(_ABOUT_TEXTS, "soft")]
-    for name, title in FINDINGS.items():
-        entries, shown = report["lists"][name], list[Part]()
-        for entry in entries[:_MOST_ON_PAGE]:
-            shown.append(Table(_COLUMNS[:-1], [_make_cells(entry)[:-1]], _NUMBERS))
-            shown.append(MarkedText([(entry.get("prompt", "") + "\n", False), (entry.get("answer", ""), True)]))
-        parts.append(Section(title, [Text(_describe_count(name, entries), "soft"), *shown]))
-    return parts
 
 
 def _summarize(report: dict[str, Any]) -> str:

@@ -133,11 +133,6 @@ def _score_fields(answer: GeneratedAnswer, reference: str, options: MetricOption
     return multiset_f1(fields, json_fields(parse_json(reference)))
 
 
-def _score_label(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
-    labels = options.labels or (reference,)
-    return first_label(answer.text, labels) == first_label(reference, labels)
-
-
 def _find_label_problem(reference: str, options: MetricOptions) -> str:
     if first_label(reference, options.labels or (reference,)) is None:
         return f"has none of the labels {', '.join(options.labels[:10])}" if options.labels else "is empty"
@@ -154,7 +149,12 @@ METRICS: dict[str, AnswerMetric] = {
     "valid_json": AnswerMetric(lambda answer, reference, options: not _find_json_problem(answer.text)),
     "json_schema": AnswerMetric(_score_schema, may_hang=True),
     "field_f1": AnswerMetric(_score_fields, lambda reference, options: _find_json_problem(reference)),
-    "label_accuracy": AnswerMetric(_score_label, _find_label_problem),
+    "label_accuracy": AnswerMetric(
+        lambda answer, reference, options: (
+            first_label(answer.text, options.labels or (reference,)) == first_label(reference, options.labels or (reference,))
+        ),
+        _find_label_problem,
+    ),
     "stopped": AnswerMetric(lambda answer, reference, options: answer.is_stopped),
     "no_repetition": AnswerMetric(lambda answer, reference, options: 1 - repeated_share(answer.text), with_thoughts=True),
 }
