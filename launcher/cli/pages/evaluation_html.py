@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from launcher.cli.evaluations import describe_saving, tabulate_costs
 from launcher.cli.pages import charts
 from launcher.cli.pages.charts import Series
-from launcher.cli.evaluations import describe_saving, tabulate_costs
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import TUNED, AnswerExample, EvaluationVerdict, by_steps, format_difference, read_verdicts
