@@ -111,14 +111,14 @@ def find_scored_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> Scor
         if not Path(folder).is_dir():
             remedy = "fetch them again with: python -m launcher data and the run's settings"
             raise SubmitError("the weights that the run began with no longer exist", where=folder, remedy=remedy)
-        digest = xxhash.xxh3_128()
+        hashed = xxhash.xxh3_128()
         root = Path(folder)
         for path in sorted([*root.glob("*.safetensors"), *root.glob("*.bin"), root / "config.json"]):
-            digest.update(path.name.encode())
+            hashed.update(path.name.encode())
             with path.open("rb") as file:
                 while block := file.read(_READ_BYTES):
-                    digest.update(block)
-        return ScoredWeights(0, digest.hexdigest(), None, root)
+                    hashed.update(block)
+        return ScoredWeights(0, hashed.hexdigest(), None, root)
     checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
     digest = xxhash.xxh3_128_hexdigest((checkpoint.path / MANIFEST).read_bytes())
     return ScoredWeights(checkpoint.step, digest, ParentCheckpoint(run, plan, checkpoint), None)
