@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launcher.cli.plan import LABEL_COLUMNS, plan_rows
 from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
@@ -136,3 +137,8 @@ def golden() -> Callable[[str, str], None]:
         assert text == file.read_text(encoding="utf-8")
 
     return compare
+
+
+def plan_lines(plan: LaunchPlan, **shown: Any) -> list[str]:
+    """The rows of a plan as lines; `shown` is handed to `plan_rows`."""
+    return [f"{label:<{LABEL_COLUMNS}}{value}" for label, value in plan_rows(plan, **shown).rows]

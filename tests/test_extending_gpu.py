@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plan_fixtures import config_of, plan_of
+from plan_fixtures import config_of, plan_lines, plan_of
 
-from launcher.cli.views.plan_view import plan_lines
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, GpuType, Price, recognize

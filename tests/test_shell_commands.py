@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.views.plan_view import started_lines
+from launcher.cli.start_run import show_started
 from launcher.clusters.detached_process import resume_hint
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
@@ -18,14 +18,15 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", ["run", "my run", "it's $HOME; *"])
-def test_a_run_path_is_one_word_of_the_command(tmp_path: Path, name: str) -> None:
+def test_a_run_path_is_one_word_of_the_command(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / name
     assert shlex.split(launcher_command("resume", run, "--step", "3")) == [
         *("python", "-m", "launcher", "resume", str(run)),
         *("--step", "3"),
     ]
     assert shlex.split(resume_hint(RunDir(run)).removeprefix("continue with: "))[-1] == str(run)
-    for line in started_lines(run, [])[2:]:
+    show_started(RunDir(run), [])
+    for line in capsys.readouterr().out.splitlines()[2:]:
         assert str(run) in shlex.split(line), line
 
 

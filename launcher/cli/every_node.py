@@ -22,8 +22,9 @@ import launcher
 from launcher import atomic_files, facts, run_store
 from launcher.cli.follow import follow
 from launcher.cli.interaction import Interrupts
+from launcher.cli.plan import print_plan
 from launcher.cli.resume import resume_run
-from launcher.cli.start_run import check_wandb_accounts, may_start, prepare_plan, print_plan, start_run
+from launcher.cli.start_run import check_wandb_accounts, may_start, prepare_plan, start_run
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters import static
 from launcher.clusters.static import StaticCluster, is_idle

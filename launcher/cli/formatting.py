@@ -116,12 +116,3 @@ def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
         for row in (names, *rows)
     ]
-
-
-def short(path: str | Path) -> str:
-    """Return a path relative to the working directory if that exists and contains the path; commands take it for no flag."""
-    try:
-        text = str(Path(path).relative_to(Path.cwd()))
-    except (ValueError, FileNotFoundError):
-        return str(path)
-    return f"./{text}" if text.startswith("-") else text

@@ -17,7 +17,7 @@ from launcher.cli import formatting
 from launcher.cli.pages import charts, html_page
 from launcher.cli.pages.charts import Series
 from launcher.cli.pages.evaluation_html import evaluation_contexts, step_contexts
-from launcher.cli.views.plan_view import LABEL_WIDTH, plan_lines
+from launcher.cli.plan import plan_rows
 from launcher.clusters.backends import status_reader_for
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
@@ -174,7 +174,7 @@ def _run_context(one: _RunFiles) -> dict[str, Any]:
         "evaluated_steps": step_contexts(one.run),
         "attempts": _attempt_rows(one),
         "checkpoints": _checkpoint_rows(one),
-        "plan": [(line[:LABEL_WIDTH].strip(), line[LABEL_WIDTH:]) for line in plan_lines(one.plan)],
+        "plan": plan_rows(one.plan).rows,
         "alerts": [[_clock(event["time"]), str(event["step"] or ""), event["text"]] for event in alerts],
     }
 

@@ -15,13 +15,12 @@ from launcher import code_snapshot, facts, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.checkpoint.state import read_state
-from launcher.cli import formatting
 from launcher.cli.accounts import check_wandb
 from launcher.cli.checkpoints import verify
 from launcher.cli.interaction import Interrupts
 from launcher.cli.liveness import require_idle
+from launcher.cli.plan import remarks
 from launcher.cli.start_run import may_start
-from launcher.cli.views.plan_view import remarks
 from launcher.cli.worker_process import check_extra, prepare, prepare_eval_sets, worker_environment
 from launcher.clusters.backends import Cluster
 from launcher.clusters.preflight import check_startable, disk_note, push_note
@@ -38,7 +37,7 @@ from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.plan.steps import describe_changed_rate
 from launcher.run_records import Attempt, read_export
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking import goodput
 from launcher.tracking.run_metrics import has_trained
 
@@ -105,7 +104,7 @@ def resume_run(
     interrupts.defer()
     if checkpoint is not None:
         for path in store.set_aside_after(run.checkpoints, checkpoint.step):
-            print(f"set aside: {formatting.short(path)}")
+            print(f"set aside: {short_path(path)}")
     if not code_snapshot.is_current(run):
         earlier = code_snapshot.replace(run, run_store.newest_attempt(run))
         message = "the code of this run reads other plans than this launcher writes: the current code replaces it"
@@ -134,7 +133,7 @@ def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -
         SubmitError: with what to do instead.
     """
     max_steps = plan.batch.max_steps
-    export = launcher_command("export", formatting.short(run.root), "--step", str(checkpoint.step))
+    export = launcher_command("export", short_path(run.root), "--step", str(checkpoint.step))
     if max_steps is not None and checkpoint.step > max_steps:
         key = "train.epochs" if plan.config.train.max_steps is None else "train.max_steps"
         raise SubmitError(
@@ -178,7 +177,7 @@ def _describe_replaced_export(run: RunDir, plan: LaunchPlan, step: int) -> str |
         return None
     if exported.step != step and run_store.read_status(run).state != "completed":
         return None
-    holds = f"{formatting.short(run.export)} holds step {exported.step}"
+    holds = f"{short_path(run.export)} holds step {exported.step}"
     return f"{holds} and is replaced when the run ends; to keep this model, copy the folder before then"
 
 
@@ -238,7 +237,7 @@ def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint | None:
 
 def _resume_command(run: RunDir) -> str:
     """Return the command that resumes a run, for a remedy."""
-    return launcher_command("resume", formatting.short(run.root))
+    return launcher_command("resume", short_path(run.root))
 
 
 def _plan_again(
@@ -251,7 +250,7 @@ def _plan_again(
     config = with_overrides(plan.config, overrides, plan.run_name)
     check_extra(config)
     saved_plan = (_plan_of_checkpoint(run, checkpoint, force) if checkpoint is not None else None) or plan
-    where = formatting.short(run.root if checkpoint is None else checkpoint.path)
+    where = short_path(run.root if checkpoint is None else checkpoint.path)
     accepts = force or checkpoint is None
     # Overrides in this command, and manual changes to plan.json.
     changes = [
@@ -345,7 +344,7 @@ def _plan_of_checkpoint(run: RunDir, checkpoint: Checkpoint, force: bool) -> Lau
     if saved is None and not force:
         raise ConfigError(
             "the run directory no longer has the plan of this checkpoint, so changes since then are unknown",
-            where=formatting.short(checkpoint.path),
+            where=short_path(checkpoint.path),
             value=f"its digest is {digest}",
             remedy=f"undo the changes in plan.json, or continue with the plan as it is: {_resume_command(run)} --force",
         )

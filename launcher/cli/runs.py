@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import run_records, run_store
-from launcher.cli import formatting
 from launcher.cli.follow import StatusWatch, follow, interrupted_start
 from launcher.cli.interaction import Interrupts
 from launcher.cli.resume import resume_run
-from launcher.cli.views.plan_view import started_lines
+from launcher.cli.start_run import show_started
 from launcher.clusters.backends import FilesOnly, cluster_for, status_reader_for
 from launcher.errors import SubmitError
 from launcher.plan.retry import Cause
@@ -22,7 +21,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import owners
 from launcher.security.printable_stream import as_plain_lines
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, short_path
 
 _LOG_POLL_S = 0.3
 # A line may be of any length.
@@ -133,7 +132,7 @@ def cancel_run(arguments: argparse.Namespace) -> int:
     owners.require_run(run.root)
     cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run, save=arguments.save)
     request = "requested: save and stop" if arguments.save else "requested: stop without saving"
-    print(f"{request}; watch it with: {launcher_command('status', formatting.short(run.root))}")
+    print(f"{request}; watch it with: {launcher_command('status', short_path(run.root))}")
     return 0
 
 
@@ -166,5 +165,5 @@ def resume(arguments: argparse.Namespace) -> int:
             )
         if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
             return follow(run, attempt, cluster, interrupts)
-        print("\n".join(started_lines(run.root, cluster.submission_details(run, attempt))))
+        show_started(run, cluster.submission_details(run, attempt))
         return interrupted_start(run) if interrupts.received else 0

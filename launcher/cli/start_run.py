@@ -15,13 +15,13 @@ from typing import Any
 from launcher import facts, run_store
 from launcher.cli import data
 from launcher.cli.accounts import check_wandb
-from launcher.cli.formatting import wrap
 from launcher.cli.interaction import read_yes
 from launcher.cli.liveness import require_idle
-from launcher.cli.views.plan_view import LABEL_WIDTH, plan_lines
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Rows
 from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, cluster_for, status_reader_for
-from launcher.clusters.preflight import check_startable, disk_note, folder_problem, push_note
+from launcher.clusters.preflight import check_startable, folder_problem
 from launcher.config.compose import Composed
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError, describe
@@ -35,9 +35,11 @@ from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import MeasuredMfu, SpeedEstimate, estimate_speed, peak_tflops
 from launcher.run_records import Attempt
 from launcher.security import owners
+from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.costs import largest_usd
 from launcher.tracking.run_metrics import read_tail
 
+_LABEL_COLUMNS = 11
 # Ten times the duration on an idle machine.
 _ISOLATION_CHECK_S = 150.0
 # The number of newest runs to read for an MFU, and the fewest steps, after the first, that count as a measurement.
@@ -128,19 +130,6 @@ def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]]) -> bool
     return read_yes(f"{message} ({where}). Start?")
 
 
-def print_plan(plan: LaunchPlan, cluster: Cluster) -> None:
-    """Print the plan of a run that is about to start."""
-    notes = (
-        device_note(plan, cluster),
-        disk_note(plan),
-        push_note(plan),
-        find_model(plan.config.model).weights_note,
-        data.summarize_findings(plan, fatal=False),
-    )
-    lines = plan_lines(plan, *notes, own_warnings=(location_warning(plan),))
-    print("\n".join(wrap(lines, LABEL_WIDTH)), flush=True)
-
-
 def check_wandb_accounts(jobs: list[Composed]) -> None:
     """Check the W&B login once for each combination of tracking settings and cluster."""
     distinct = {(job.config.tracking, job.config.cluster.kind): job for job in jobs}
@@ -162,6 +151,20 @@ def start_run(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
         attempt = run_store.create_attempt(run_dir, Attempt(resume_step=None))
         cluster.submit(run_dir, attempt, run_dir.plan)
     return run_dir, attempt
+
+
+def show_started(run: RunDir, details: Sequence[tuple[str, str]]) -> None:
+    """Print what a backend tells about a started attempt, the run's directory, and how to follow and stop it."""
+    name = short_path(run.root)
+    rows = [
+        *((label, short_path(value) if value.startswith("/") else value) for label, value in details),
+        ("directory", name),
+        ("follow it", launcher_command("logs", name, "-f")),
+        ("its state", launcher_command("status", name)),
+        ("stop it", launcher_command("cancel", name)),
+    ]
+    print()
+    terminal.show(Rows(rows, wraps=False), label_columns=_LABEL_COLUMNS)
 
 
 def _require_new(existing: RunDir) -> None:

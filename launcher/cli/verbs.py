@@ -190,14 +190,14 @@ _OVERRIDES = _arg("overrides", "settings and options of groups: train.max_steps=
 _SETTINGS = (_arg("FILE", "a YAML file with a run's settings (docs/run-file.md); overrides win over it", nargs="?"), _OVERRIDES)
 
 TABLE = (
-    Verb("train", "Train", "launch:train", "[FILE] [overrides]",
+    Verb("train", "Train", "train:train", "[FILE] [overrides]",
          "Plan, prepare data, start the run; on this machine follow it to its end. The word train may be left out before a file "
          "or an override. With -m it starts several runs. follow=true and follow=false are the same as --follow and --detach.",
          (*_SETTINGS, _FOLLOW, _DETACH,
           _switch("--yes", "start runs that may cost more than run.confirm_usd without a question"),
           _switch("--json", "print an error as JSON")),
          takes_settings=True, elsewhere="run start launch submit fit sft finetune fine-tune"),
-    Verb("plan", "Train", "launch:show_plans", "[FILE] [overrides]",
+    Verb("plan", "Train", "plan:show_plans", "[FILE] [overrides]",
          "Show the complete plan; start nothing.",
          (*_SETTINGS,
           _switch("--why", "add the memory of each stage of a step, and the combinations of settings that were considered"),

@@ -17,7 +17,7 @@ import pytest
 from pace import slowness
 
 from launcher import atomic_files, run_store
-from launcher.cli import launch
+from launcher.cli import train
 from launcher.cli.follow import interrupted_start
 from launcher.cli.interaction import Interrupts
 from launcher.cli.start_run import start_run
@@ -173,10 +173,10 @@ def test_an_interrupt_while_a_run_is_submitted_waits_until_the_run_can_be_stoppe
 def test_after_an_interrupt_no_other_run_of_a_sweep_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "cluster_for", lambda kind: InterruptedCluster())
+    monkeypatch.setattr(train, "cluster_for", lambda kind: InterruptedCluster())
     names = ("one", "two", "three")
     plans = [hand_made.plan(tmp_path / name, hand_made.SETTINGS).model_copy(update={"run_name": name}) for name in names]
-    assert launch.start_all(plans, follows=False) == EXIT_INTERRUPTED
+    assert train.start_all(plans, follows=False) == EXIT_INTERRUPTED
     assert capsys.readouterr().out.endswith("not started: two, three\n")
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from plan_fixtures import plan_lines
 
-from launcher.cli.views.plan_view import plan_lines
 from launcher.plan.checkpoints import checkpoints_at_once, low_room_note, needed_bytes, no_room_problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size

@@ -9,7 +9,7 @@ import bare_memory
 import pytest
 from plan_fixtures import KINDS, facts_for, preset
 
-from launcher.cli.views.memory_view import peak_line
+from launcher.cli.plan import describe_peak
 from launcher.config.schema import RunConfig
 from launcher.config.sections.cluster import ClusterSection, LocalSection
 from launcher.config.sections.deepspeed import DeepSpeedSection
@@ -264,7 +264,7 @@ def test_liger_is_used_where_it_is_installed_and_made_for_the_model(
     assert planned.liger is is_used
     assert choose(situation_of(planned)).combination.liger is is_used
     assert LaunchPlan.from_json(planned.to_json()).liger is is_used
-    line = peak_line(planned)
+    line = describe_peak(planned)
     assert line.endswith(f", {words}") if words else "Liger" not in line
     assert planned.peak == choose(situation_of(planned)).peak
 
@@ -291,7 +291,7 @@ def test_packages_of_this_python_count_only_where_the_ranks_run_in_it(
     config = config.model_copy(update={"cluster": section.model_copy(update=settings)})
     planned = plan(config, facts_for(config))
     assert planned.liger is not is_own
-    line = peak_line(planned)
+    line = describe_peak(planned)
     assert ("without Liger, which is not installed here" in line) is is_own
     assert (", Liger's kernels if the ranks have liger-kernel" in line) is not is_own
 

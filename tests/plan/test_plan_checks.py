@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from plan_fixtures import DATA, H100, facts_for
+from plan_fixtures import DATA, H100, facts_for, plan_lines
 
-from launcher.cli.views.plan_view import plan_lines
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_fixtures import plan_lines
 
-from launcher.cli.views.plan_view import plan_lines
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Limits

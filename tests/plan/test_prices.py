@@ -5,9 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from plan_fixtures import H100
+from plan_fixtures import H100, plan_lines
 
-from launcher.cli.views.plan_view import plan_lines
 from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, Price
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.planner import resized

@@ -6,9 +6,8 @@ import json
 from collections.abc import Callable
 
 import pytest
-from plan_fixtures import DATA
+from plan_fixtures import DATA, plan_lines
 
-from launcher.cli.views.plan_view import plan_lines
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.throughput import estimate_speed
 

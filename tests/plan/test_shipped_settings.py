@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from plan_fixtures import plan_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher import facts as facts_module
-from launcher.cli.views.plan_view import plan_lines
 from launcher.config.compose import conf_dir, run_hydra
 from launcher.config.known_settings import leaves
 from launcher.config.run_file import render, values_to_print

@@ -9,7 +9,8 @@ import moved_bytes
 import pytest
 from plan_fixtures import DATA, preset
 
-from launcher.cli.views.memory_view import peak_line, why_lines, why_values
+from launcher.cli.plan import describe_peak, explain_sizes, list_combinations
+from launcher.cli.render import terminal
 from launcher.plan.architecture import model_facts
 from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GPUS
@@ -145,7 +146,8 @@ def test_a_device_that_does_one_thing_at_a_time_takes_the_sum_of_all(plan_of: Pl
 
 def test_the_combinations_fit_a_terminal_of_80_columns(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    lines = why_lines(plan_of("model=llama3_3_70b", "+cluster=slurm", "cluster.nodes=8", *H100, "train.global_batch_size=64"))
+    planned = plan_of("model=llama3_3_70b", "+cluster=slurm", "cluster.nodes=8", *H100, "train.global_batch_size=64")
+    lines = terminal.to_lines(*explain_sizes(planned))
     assert max(map(len, lines)) <= 80
     assert any(line.endswith("$/M tokens") for line in lines)
     assert any(line.startswith("the same in all rows: micro-batch 1") for line in lines)
@@ -159,6 +161,6 @@ def test_why_marks_the_chosen_combination_and_shows_what_other_settings_would_do
     assert any(one.offload_optimizer == "cpu" for one in others)
     for more, is_compiled in (((), False), (("model.compile=true",), True)):
         planned = plan_of(*H100, *more)
-        assert sum(line.startswith("* ") and "chosen:" not in line for line in why_lines(planned)) == 1
-        assert [one["compiled"] for one in why_values(planned) if one["is_chosen"]] == [is_compiled]
-        assert ("layers are compiled (model.compile)" in peak_line(planned)) is is_compiled
+        assert sum(line.startswith("* ") and "chosen:" not in line for line in terminal.to_lines(*explain_sizes(planned))) == 1
+        assert [one["compiled"] for one in list_combinations(planned) if one["is_chosen"]] == [is_compiled]
+        assert ("layers are compiled (model.compile)" in describe_peak(planned)) is is_compiled

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from plan_fixtures import CPU, H100
+from plan_fixtures import CPU, H100, plan_lines
 
-from launcher.cli.views.plan_view import plan_lines
 from launcher.plan import throughput
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.throughput import MeasuredMfu, estimate_speed

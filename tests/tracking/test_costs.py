@@ -6,8 +6,8 @@ from pathlib import Path
 
 import hand_made
 import pytest
+from plan_fixtures import plan_lines
 
-from launcher.cli.views.plan_view import plan_lines
 from launcher.config.sections.run import CostsSection, HostedPrice
 from launcher.tracking.costs import hosted_training, request_cost
 from launcher.tracking.verdicts import SideUsage

@@ -12,10 +12,11 @@ Tone = Literal["", "soft", "good", "warn", "bad"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Pairs of a label and a value, which may have several lines."""
+    """Pairs of a label and a value, which may have several lines; without `wraps`, values stay whole, to be copied."""
 
     kind: ClassVar = "rows"
     rows: Sequence[tuple[str, str]]
+    wraps: bool = True
 
 
 @dataclass(frozen=True)

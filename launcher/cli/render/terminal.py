@@ -91,7 +91,10 @@ class _Layout:
                     for label, value in part.rows:
                         first, *others = value.split("\n")
                         for line in (f"{label:<{label_columns}}{first}", *(" " * label_columns + line for line in others)):
-                            yield from self._text(line, indent, label_columns)
+                            if part.wraps:
+                                yield from self._text(line, indent, label_columns)
+                            else:
+                                yield printable(" " * indent + line)
                 case Table():
                     yield from (" " * indent + line if line else "" for line in self._table(part, indent))
                 case Text():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cli.formatting import wrap
-from launcher.cli.views.plan_view import remarks
+from launcher.cli.plan import remarks
 from launcher.clusters.preflight import disk_note
 from launcher.config.run_file import render
 from launcher.config.schema import RunConfig

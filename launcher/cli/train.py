@@ -1,0 +1,91 @@
+"""The verb train: plan, prepare, start, and follow runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+
+from launcher.cli.follow import follow, interrupted_start
+from launcher.cli.interaction import Interrupts
+from launcher.cli.plan import compose_jobs, print_plan
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Table
+from launcher.cli.start_run import check_wandb_accounts, may_start, prepare_plan, show_started, start_run
+from launcher.clusters.backends import cluster_for
+from launcher.config.compose import Composed
+from launcher.errors import EXIT_REFUSED
+from launcher.plan.launch_plan import LaunchPlan
+
+_FOLLOW = {"follow=true": True, "follow=false": False}
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Start the run of a command line or, with -m, one per job; returns the largest exit code."""
+    jobs = compose_jobs("train", [token for token in arguments.overrides if token not in _FOLLOW])
+    follows = next((_FOLLOW[token] for token in arguments.overrides if token in _FOLLOW), arguments.follow)
+    if any(job.config.cluster.runs_on_every_node for job in jobs):
+        from launcher.cli import every_node
+
+        return every_node.train(jobs, follows, arguments.yes)
+    plans: list[LaunchPlan] = []
+    check_wandb_accounts(jobs)
+    for note in dict.fromkeys(job.origins.dropped_note() for job in jobs):
+        if note is not None:
+            print(f"note: {note}", flush=True)
+    # All jobs have passed their checks before one starts.
+    for composed in _group_jobs(jobs):
+        with composed.located():
+            plans.append(prepare_plan(composed, taken_names={plan.run_name for plan in plans}))
+    return start_all(plans, follows) if may_start(plans, arguments.yes) else EXIT_REFUSED
+
+
+def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
+    """Show and start each run, and follow it if requested; returns the largest exit code. After Ctrl-C, no further run starts."""
+    codes = []
+    started: list[tuple[LaunchPlan, Sequence[tuple[str, str]]]] = []
+    for number, plan in enumerate(plans, 1):
+        cluster = cluster_for(plan.config.cluster.kind)
+        print_plan(plan, cluster)
+        with Interrupts() as interrupts:
+            interrupts.defer()
+            run_dir, attempt = start_run(plan, cluster)
+            started.append((plan, cluster.submission_details(run_dir, attempt)))
+            if plan.config.cluster.is_followed if follows is None else follows:
+                codes.append(follow(run_dir, attempt, cluster, interrupts))
+            else:
+                show_started(run_dir, started[-1][1])
+                if interrupts.received:
+                    codes.append(interrupted_start(run_dir))
+        if interrupts.received:
+            if rest := [plan.run_name for plan in plans[number:]]:
+                print(f"not started: {', '.join(rest)}", flush=True)
+            break
+    if len(started) > 1:
+        print()
+        terminal.show(_compare_sweep(started))
+    return max(codes, default=0)
+
+
+def _compare_sweep(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]]) -> Table:
+    """Return each run of a sweep: its name, its job, and the overrides in which it differs."""
+    shared = set.intersection(*(set(plan.provenance.overrides) for plan, _ in started))
+    rows = []
+    for plan, details in started:
+        own = [override for override in plan.provenance.overrides if override not in shared]
+        rows.append((plan.run_name, dict(details).get("job", "-"), " ".join(own)))
+    return Table(("run", "job", "settings"), rows)
+
+
+def _group_jobs(jobs: list[Composed]) -> list[Composed]:
+    """Give the runs of a sweep a common W&B group, unless the user has set one."""
+    if len(jobs) < 2:
+        return jobs
+    group = f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
+    with_groups = []
+    for job in jobs:
+        tracking = job.config.tracking
+        with_group = tracking if tracking.group else tracking.model_copy(update={"group": group})
+        with_groups.append(replace(job, config=job.config.model_copy(update={"tracking": with_group})))
+    return with_groups
