@@ -11,9 +11,9 @@ from unittest.mock import MagicMock
 import pytest
 
 from launcher import run_store
+from launcher.cli.render import terminal
 from launcher.cli.report import _read_run_files, page
-from launcher.cli.status import _lines
-from launcher.cli.views.run_summary import summary
+from launcher.cli.status import status_rows, summarize
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.metrics import METRICS, Curve, Metric, Part, StatusPart
@@ -49,7 +49,7 @@ def run(run: RunDir) -> RunDir:
 
 
 def test_status_shows_the_metric(run: RunDir) -> None:
-    lines = _lines(summary(run, run_store.read_status(run)))
+    lines = terminal.to_lines(status_rows(summarize(run, run_store.read_status(run))))
     assert "experts     25% in use" in lines
 
 

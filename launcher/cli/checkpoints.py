@@ -17,8 +17,9 @@ from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, find_leftovers, has_unfinished_saves, remove
 from launcher.checkpoint.manifest import HELD_OUT, MANIFEST, Checkpoint, describe_loss
 from launcher.checkpoint.retention import Retention, retention_of, retention_reasons
-from launcher.cli import formatting
 from launcher.cli.liveness import require_ended
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Items, Rows, Section, Table, Text
 from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
@@ -26,7 +27,7 @@ from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.security import owners
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.progress import show_progress
 
@@ -79,7 +80,7 @@ def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
         raise SubmitError(
             f"the run is {status.state} and prunes its checkpoints itself",
             where=str(run.root),
-            remedy=f"to prune them now, stop it with: {launcher_command('cancel', formatting.short(run.root))}",
+            remedy=f"to prune them now, stop it with: {launcher_command('cancel', short_path(run.root))}",
         )
 
 
@@ -113,14 +114,6 @@ def _plain_storage_errors(run: RunDir) -> Iterator[None]:
             value=error.strerror or str(error),
             remedy="try again",
         ) from error
-
-
-def _saving_attempt(run: RunDir, plan: LaunchPlan) -> int | None:
-    """Return the attempt with a save in progress, if any; the backend is asked only if there is an unfinished save."""
-    if not has_unfinished_saves(run.checkpoints):
-        return None
-    is_running = status_reader_for(run, plan.config.cluster.kind).status(run).state in RUNNING_STATES
-    return run_store.newest_attempt(run) if is_running else None
 
 
 def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftover]:
@@ -161,10 +154,10 @@ def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftov
     return to_remove
 
 
-def _rows(run: RunDir, retention: Retention, verified: Verified) -> list[CheckpointRow]:
+def _list_rows(run: RunDir, retention: Retention, verified: Verified) -> list[CheckpointRow]:
     listed = store.list_checkpoints(run.checkpoints)
     keep_reasons = retention_reasons([checkpoint for checkpoint in listed if not verified.get(checkpoint.path)], retention)
-    rows = [row for checkpoint in listed if (row := _row(checkpoint, keep_reasons.get(checkpoint.step, ()), verified))]
+    rows = [row for checkpoint in listed if (row := _read_row(checkpoint, keep_reasons.get(checkpoint.step, ()), verified))]
     for step, error in store.find_unusable(run.checkpoints).items():
         path = run.checkpoints / store.step_name(step)
         num_bytes = None if isinstance(error, UnreadableCheckpoint) else disk_bytes(path)
@@ -172,7 +165,7 @@ def _rows(run: RunDir, retention: Retention, verified: Verified) -> list[Checkpo
     return sorted(rows, key=lambda row: row.step)
 
 
-def _row(checkpoint: Checkpoint, keep_reasons: tuple[str, ...], verified: Verified) -> CheckpointRow | None:
+def _read_row(checkpoint: Checkpoint, keep_reasons: tuple[str, ...], verified: Verified) -> CheckpointRow | None:
     """Build a checkpoint's row, or return None if the run has removed it since it was listed."""
     manifest, error = checkpoint.manifest, verified.get(checkpoint.path)
     try:
@@ -201,8 +194,13 @@ def _describe(error: CheckpointError) -> tuple[str, ...]:
 def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[Leftover], as_json: bool) -> int:
     """Print the table, or JSON; returns 1 if a checkpoint is or was damaged, even if --prune has removed it."""
     with _plain_storage_errors(run):
-        rows = _rows(run, retention_of(run, plan), verified)
-        left = find_leftovers(run.checkpoints, _saving_attempt(run, plan))
+        rows = _list_rows(run, retention_of(run, plan), verified)
+        saving_attempt = None
+        # The backend is asked only if there is an unfinished save.
+        if has_unfinished_saves(run.checkpoints):
+            is_running = status_reader_for(run, plan.config.cluster.kind).status(run).state in RUNNING_STATES
+            saving_attempt = run_store.newest_attempt(run) if is_running else None
+        left = find_leftovers(run.checkpoints, saving_attempt)
     has_damage = any(verified.values()) or (bool(verified) and any(row.state in ("damaged", "cannot be read") for row in rows))
     num_freed_bytes = sum(leftover.bytes for leftover in removed)
     if as_json:
@@ -216,21 +214,24 @@ def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[L
         }
         print(json.dumps(values, indent=2))
         return EXIT_FAILED if has_damage else 0
-    for leftover in removed:
-        print(f"removed  {leftover.path.name}: {leftover.what}, {format_size(leftover.bytes)}")
+    sections = []
     if removed:
-        print(f"freed    {format_size(num_freed_bytes)} ({num_freed_bytes:,} bytes)\n")
-    print("\n".join(_table(rows)) if rows else f"no checkpoints in {formatting.short(run.checkpoints)}")
+        pruned = [("removed", f"{item.path.name}: {item.what}, {format_size(item.bytes)}") for item in removed]
+        freed = ("freed", f"{format_size(num_freed_bytes)} ({num_freed_bytes:,} bytes)")
+        sections.append(Section("", [Rows([*pruned, freed])]))
+    shown = _build_table(rows) if rows else Text(f"no checkpoints in {short_path(run.checkpoints)}")
+    sections.append(Section("", [shown]))
     in_progress = [item for item in left if item.what == BEING_WRITTEN]
     removable = [item for item in left if item.what != BEING_WRITTEN]
     for items, title in ((in_progress, "a save in progress:"), (removable, "leftovers, which --prune removes:")):
         if items:
-            print(f"\n{title}")
-            print("\n".join(f"  {item.path.name}: {item.what}, {format_size(item.bytes)}" for item in items))
+            texts = [f"{item.path.name}: {item.what}, {format_size(item.bytes)}" for item in items]
+            sections.append(Section(title, [Items(texts)]))
+    terminal.show(*sections, label_columns=9)
     return EXIT_FAILED if has_damage else 0
 
 
-def _table(rows: Sequence[CheckpointRow]) -> list[str]:
+def _build_table(rows: Sequence[CheckpointRow]) -> Table:
     num_newest = sum("newest" in row.kept for row in rows)
     labels = {"newest": f"among the newest {num_newest}"} if num_newest > 1 else {}
     cells = []
@@ -238,11 +239,11 @@ def _table(rows: Sequence[CheckpointRow]) -> list[str]:
         age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
         loss = describe_loss(row.eval_loss, row.eval_set)
         size = "-" if row.bytes is None else format_size(row.bytes)
-        numbers = (str(row.step), size, age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
+        written = ("-" if number is None else str(number) for number in (row.world_size, row.attempt))
         state = f"{row.state}: {'; '.join(row.problems)}" if row.problems else row.state
         kept = "-" if row.problems else ", ".join(labels.get(reason, reason) for reason in row.kept) or "would be pruned"
-        cells.append((*numbers, kept, state))
-    return formatting.table((">step", ">size", ">age", ">ranks", ">attempt", ">eval loss", "kept as", "state"), cells)
+        cells.append((str(row.step), size, age, *written, loss, kept, state))
+    return Table(("step", "size", "age", "ranks", "attempt", "eval loss", "kept as", "state"), cells, numbers=range(6))
 
 
 def verify(checkpoints: Sequence[Checkpoint]) -> dict[Path, CheckpointError | None]:
@@ -267,7 +268,3 @@ def _verify_one(checkpoint: Checkpoint, num_threads: int, on_read: Callable[[int
     except UnreadableCheckpoint as error:
         return error
     return DamagedCheckpoint(problems) if problems else None
-
-
-def _or_dash(number: int | None) -> str:
-    return "-" if number is None else str(number)

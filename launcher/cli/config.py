@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.cli import formatting
+from launcher.cli.render import terminal
 from launcher.cli.verbs import flags_of
 from launcher.config.command_line import GROUPS, conf_dir, is_run_file, list_options
 from launcher.config.compose import compose_one
@@ -43,7 +43,7 @@ def print_settings(arguments: argparse.Namespace) -> int:
         command = " ".join(launcher_command("plan", *rest).split())
         config, head = compose_one(rest, flags_of("config")).config, [f"Settings of: {redact(command)}"]
     if arguments.json:
-        print(formatting.as_json(values_to_print(config, conf_dir(), all_settings=True)))
+        print(terminal.as_json(values_to_print(config, conf_dir(), all_settings=True)))
         return 0
     text = render(values_to_print(config, conf_dir(), has_all))
     if not has_all and not _reads_back(text, config):

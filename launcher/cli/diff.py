@@ -3,78 +3,224 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
-from launcher.cli import formatting
-from launcher.cli.views.compared_run import GIT_COMMIT, SECTIONS, ComparedRun, ValueDifference, compare, of_settings, read
+from launcher import json_records, run_store
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Section, Table, Text
+from launcher.cli.status import summarize
+from launcher.clusters.backends import status_reader_for
 from launcher.config.command_line import is_run_file
+from launcher.errors import LauncherError
 from launcher.security.redaction import redact_setting
+from launcher.tracking.jsonl import read_metrics
 
+# The sections in which differences are shown, in order.
+_SECTIONS = ("settings", "model", "data", "code", "versions", "machines", "results")
+# Settings that every run has its own values for, or that follow from other differences.
+_NAMES = ("run.name", "run.root")
+_PLACES = ("model.path", "model.tokenizer_path", "model.config", "data.cache_dir", "data.chat_template")
+# Results and their metrics: medians over the last steps, and values of the last step.
+_MEDIANS = {
+    "tokens per second": "perf/tokens_per_sec",
+    "MFU": "perf/mfu",
+    "seconds per step": "time/step_s",
+}
+_LAST = {
+    "training loss": "train/loss",
+    "gradient norm": "train/grad_norm",
+    "tokens trained": "trainer/tokens",
+    "epochs": "trainer/epoch",
+    "peak memory, GiB": "memory/peak_active_gib",
+    "dollars per million tokens": "cost/usd_per_million_tokens",
+}
+_GIT_COMMIT = "git commit"
 _MAX_CHARS = 200
 # Smaller changes are not shown; numbers this small are shown with an exponent.
 _LEAST_CHANGE, _MOST = 0.0005, 1e12
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+@dataclass(frozen=True)
+class ComparedRun:
+    """One side of a comparison: its name, and names and values by section. `losses` are the training losses by step."""
+
+    name: str
+    sections: Mapping[str, Mapping[str, Any]]
+    losses: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ValueDifference:
+    """A value that differs, or None if a side does not have it."""
+
+    key: str
+    left: Any
+    right: Any
+
+    @property
+    def relative_change(self) -> float | None:
+        """The change from left to right as a fraction, or None if the values are not numbers."""
+        numbers = [value for value in (self.left, self.right) if isinstance(value, int | float) and not isinstance(value, bool)]
+        return (self.right - self.left) / abs(self.left) if len(numbers) == 2 and self.left else None
+
+
 def compare_runs(arguments: argparse.Namespace) -> int:
     """Print the differences of two runs."""
-    left, right = (_side(word, Path(arguments.root)) for word in (arguments.left, arguments.right))
-    sections = compare(left, right)
+    left, right = (_read_side(word, Path(arguments.root)) for word in (arguments.left, arguments.right))
+    sections = _compare(left, right)
     if arguments.json:
         values = {
             "left": left.name,
             "right": right.name,
             **{
-                name: [_as_json(difference) for difference in sections.get(name, [])]
-                for name in SECTIONS
+                name: [_to_json(difference) for difference in sections.get(name, [])]
+                for name in _SECTIONS
                 if name in left.sections and name in right.sections
             },
         }
-        print(formatting.as_json(values))
+        print(terminal.as_json(values))
     else:
-        print("\n".join(_lines(left, right, sections)))
+        terminal.show(*_list_sections(left, right, sections))
     return 0
 
 
-def _side(word: str, root: Path) -> ComparedRun:
+def _read_side(word: str, root: Path) -> ComparedRun:
     """Return what a command line word names: a run, or a run's file, which has only settings.
 
     Raises:
-        LauncherError: if there is no such run, or the file has mistakes.
+        LauncherError: if there is no such run, its plan or status cannot be read, or the file has mistakes.
     """
-    if not is_run_file(word):
-        return read(run_store.find_run(word, root))
-    from launcher.config.compose import compose_one
+    if is_run_file(word):
+        from launcher.config.compose import compose_one
 
-    return of_settings(word, compose_one([word]).config.model_dump(mode="json"))
+        return ComparedRun(word, {"settings": _flatten(compose_one([word]).config.model_dump(mode="json"), without=_NAMES)})
+    run = run_store.find_run(word, root)
+    plan = run_store.read_plan_values(run_store.newest_plan_path(run))
+    status = status_reader_for(run, run_store.read_placement(run).kind).status(run)
+    lines = read_metrics(run.metrics, ("train/loss",))
+    losses = {int(line["trainer/step"]): float(line["train/loss"]) for line in lines if "train/loss" in line}
+    provenance = plan["provenance"]
+    sections = {
+        "settings": _flatten(plan["config"], without=_NAMES),
+        "model": _flatten({"model": plan["model"], "parent": plan.get("lineage")}, without=_PLACES),
+        "data": _list_data(plan),
+        "code": {
+            "launcher": provenance["launcher_version"],
+            _GIT_COMMIT: provenance["git_commit"],
+            "uncommitted changes": provenance["git_dirty"],
+            "overrides": " ".join(provenance["overrides"]),
+        },
+        "versions": {"python": provenance["python"], **provenance["packages"]},
+        "machines": _flatten({"topology": plan["topology"], "batch": plan["batch"], "memory": plan["memory"]}),
+        "results": _list_results(summarize(run, status)),
+    }
+    return ComparedRun(run.root.name, sections, losses)
 
 
-def _lines(left: ComparedRun, right: ComparedRun, sections: Mapping[str, Sequence[ValueDifference]]) -> list[str]:
+def _flatten(values: Mapping[str, Any], prefix: str = "", without: Collection[str] = ()) -> dict[str, Any]:
+    """Return the leaves of nested mappings and lists, keyed by their paths, without some keys."""
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if key in without:
+            continue
+        if isinstance(value, Mapping) and value:
+            leaves |= _flatten(value, f"{key}.", without)
+        elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
+            leaves |= _flatten({f"{key}[{i}]": item for i, item in enumerate(value)}, without=without)
+        else:
+            leaves[key] = value
+    return leaves
+
+
+def _list_data(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the counts and digests of the data and evaluation sets, and of sources if the cache still exists."""
+    data = plan.get("data")
+    if not isinstance(data, Mapping):
+        return {}
+    values = _flatten({"data": data}, without=_PLACES)
+    if template := data.get("chat_template"):
+        values["data.chat_template"] = f"digest {hashlib.blake2b(template.encode(), digest_size=6).hexdigest()}"
+    for name, facts in (plan.get("eval_sets") or {}).items():
+        prefix = f"eval_sets.{name}"
+        values |= _flatten(facts, f"{prefix}.", without=(f"{prefix}.cache_dir", f"{prefix}.chat_template"))
+    with suppress(LauncherError, OSError, ValueError, KeyError, TypeError):
+        report = json_records.read_json(Path(data["cache_dir"]) / "meta.json")["report"]
+        for source, built in zip(plan["config"]["data"]["sources"], report["sources"], strict=False):
+            values[f"digest of {source['path']}"] = built["digest"]
+    return values
+
+
+def _list_results(values: Mapping[str, Any]) -> dict[str, Any]:
+    cost, kept = values["cost"] or {}, values["goodput"] or {}
+    results = {
+        "state": values["state"],
+        "steps": values["step"],
+        "attempts": values["attempt"],
+        "held-out loss": values["eval_loss"],
+        **{name: values["metrics"].get(metric) for name, metric in _LAST.items()},
+        **{name: values["usual"].get(metric, values["metrics"].get(metric)) for name, metric in _MEDIANS.items()},
+        "goodput": kept.get("fraction"),
+        "hours since submission": None if "wall_s" not in kept else kept["wall_s"] / 3600,
+        "GPU hours" if values["device"] == "cuda" else "rank hours": cost.get("gpu_hours"),
+        "cost, dollars": cost.get("usd"),
+        "checkpoints": values["checkpoints"],
+        "alerts": len(values["alerts"]),
+    }
+    return {name: value for name, value in results.items() if value is not None}
+
+
+def _compare(left: ComparedRun, right: ComparedRun) -> dict[str, list[ValueDifference]]:
+    """Return the differences by section, for sections that both sides have; omit sections without differences."""
+    sections = {}
+    for name in _SECTIONS:
+        if name not in left.sections or name not in right.sections:
+            continue
+        before, after = left.sections[name], right.sections[name]
+        keys = dict.fromkeys((*before, *after))
+        differences = [ValueDifference(k, before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)]
+        if name == "results":
+            differences = [*_compare_losses(left.losses, right.losses), *differences]
+        if differences:
+            sections[name] = differences
+    return sections
+
+
+def _compare_losses(left: Mapping[int, float], right: Mapping[int, float]) -> Iterable[ValueDifference]:
+    """Yield the training losses at the last step that both sides have logged, unless it is the last step of both."""
+    common = left.keys() & right.keys()
+    if common and not (max(common) == max(left) == max(right)):
+        step = max(common)
+        yield ValueDifference(f"training loss at step {step:,}", left[step], right[step])
+
+
+def _list_sections(left: ComparedRun, right: ComparedRun, sections: Mapping[str, Sequence[ValueDifference]]) -> list[Section]:
+    """Return a table for each section with differences."""
     if not sections:
-        return [f"no differences between {left.name} and {right.name}"]
+        return [Section("", [Text(f"no differences between {left.name} and {right.name}")])]
     names = left.name, right.name if right.name != left.name else f"{right.name} (the second)"
-    lines = []
+    tables = []
     for section, differences in sections.items():
-        rows = [(d.key, _shown(d.key, d.left), _shown(d.key, d.right), _change(section, d)) for d in differences]
-        has_changes = any(row[3] for row in rows)
-        columns = (section, *names, *([">change"] if has_changes else []))
-        lines += [*formatting.table(columns, [row if has_changes else row[:3] for row in rows]), ""]
-    return lines[:-1]
+        rows = []
+        for one in differences:
+            change = one.relative_change if section == "results" else None
+            shown = "" if change is None else f"{change:+.1%}" if abs(change) >= _LEAST_CHANGE else "0.0%"
+            rows.append((one.key, _format_value(one.key, one.left), _format_value(one.key, one.right), shown))
+        if any(row[3] for row in rows):
+            tables.append(Table((section, *names, "change"), rows, numbers=(3,)))
+        else:
+            tables.append(Table((section, *names), [row[:3] for row in rows]))
+    return [Section("", [table]) for table in tables]
 
 
-def _change(section: str, difference: ValueDifference) -> str:
-    change = difference.relative_change
-    if section != "results" or change is None:
-        return ""
-    return f"{change:+.1%}" if abs(change) >= _LEAST_CHANGE else "0.0%"
-
-
-def _shown(key: str, value: Any) -> str:
+def _format_value(key: str, value: Any) -> str:
     """Return a value as a single line of text without secrets."""
     if value is None or value == "":
         return "-"
@@ -87,17 +233,17 @@ def _shown(key: str, value: Any) -> str:
             return f"{value:,.0f}"
         return f"{value:,.{1 if abs(value) >= 100 else 4}f}" if 0.001 <= abs(value) < _MOST else f"{value:g}"
     if isinstance(value, list | tuple):
-        return ", ".join(_shown(key, item) for item in value)
+        return ", ".join(_format_value(key, item) for item in value)
     text = _without_secrets(key, str(value)).replace("\n", " ")
     return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}..."
 
 
 def _without_secrets(key: str, text: str) -> str:
     # A commit looks like a W&B key.
-    return text if key == GIT_COMMIT and _COMMIT.fullmatch(text) else redact_setting(key, text)
+    return text if key == _GIT_COMMIT and _COMMIT.fullmatch(text) else redact_setting(key, text)
 
 
-def _as_json(difference: ValueDifference) -> dict[str, Any]:
+def _to_json(difference: ValueDifference) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, str):
             return _without_secrets(difference.key, value)

@@ -10,27 +10,28 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.cli import formatting
 from launcher.cli.interaction import Interrupts
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Rows
 from launcher.cli.resume import resume_run
 from launcher.cli.start_run import prepare_plan, start_run
 from launcher.cli.verbs import flags_of
-from launcher.cli.views import drill_report
-from launcher.cli.views.drill_report import Records, Step
-from launcher.clusters.backends import Cluster, cluster_for
+from launcher.clusters.backends import Cluster, InjectedFault, cluster_for
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
-from launcher.shell_commands import launcher_command
+from launcher.run_records import RUNNING_STATES, ExitRecord
+from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import Tail
 
 _MAX_STEPS, _SAVE_EVERY = 1000, 5
@@ -40,6 +41,48 @@ _STALL_S = 20
 _POLL_S = 0.2
 # Seconds between two calls of `Cluster.status`, which may ask a busy scheduler.
 _STATUS_INTERVAL_S = 1.0
+
+
+# An attempt and the number of restarts of its ranks by the node agents: one life of all ranks.
+Life = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A trained step and its time, in seconds since the epoch."""
+
+    life: Life
+    number: int
+    loss: float
+    time: float
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of a run after a fault, once it has ended or recovered.
+
+    Attributes:
+        injected, life, saved_step: the fault, the life of the run that it hit, and the newest checkpoint at that time.
+        steps: in the order of training.
+        exit_record: of the attempt that was hit; None if the attempt continued.
+        committed, intact: steps of all checkpoints that the drill saw, and of those that are complete at the end.
+        resumed_attempt: the attempt that the drill started with `resume`, as a user would; None if the run continued by itself.
+        last_status: last state and message of the run before that.
+    """
+
+    fault: str
+    device: str
+    run: str
+    keep_last: int
+    injected: InjectedFault
+    life: Life
+    saved_step: int
+    steps: Sequence[Step]
+    exit_record: ExitRecord | None
+    committed: frozenset[int]
+    intact: frozenset[int]
+    resumed_attempt: int | None
+    last_status: str
 
 
 def rehearse_fault(arguments: argparse.Namespace) -> int:
@@ -59,7 +102,7 @@ def rehearse_fault(arguments: argparse.Namespace) -> int:
     if cluster.drill_remedy is not None:
         message = "drill does not support this kind of cluster"
         raise SubmitError(message, where="cluster", value=kind, remedy=cluster.drill_remedy)
-    _say(f"{arguments.fault} on {kind}: the drill's run is {formatting.short(plan.run_dir)}")
+    _say(f"{arguments.fault} on {kind}: the drill's run is {short_path(plan.run_dir)}")
     deadline = time.monotonic() + arguments.timeout * 60
     with Interrupts() as interrupts:
         interrupts.defer()
@@ -72,11 +115,14 @@ def rehearse_fault(arguments: argparse.Namespace) -> int:
         records = _rehearse(arguments.fault, plan, watch)
     finally:
         _stop_run(run_dir, cluster)
-    report = drill_report.judge(replace(records, intact=_committed_steps(run_dir)))
-    print(json.dumps(report, indent=2) if arguments.json else "\n".join(drill_report.lines(report)))
+    report = judge(replace(records, intact=_committed_steps(run_dir)))
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        terminal.show(report_rows(report), label_columns=18)
     if report["has_recovered"]:
         return 0
-    attempt = formatting.short(run_dir.attempt(records.life[0]))
+    attempt = short_path(run_dir.attempt(records.life[0]))
     _say(f"see {attempt}, and for the whole run: {launcher_command('status', records.run)}")
     return EXIT_FAILED
 
@@ -170,7 +216,7 @@ def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
     _say(f"{injected.description} on {injected.host}")
     resumed_attempt, last_status = None, ""
     while watch.poll():
-        last_step, later_steps = drill_report.progress(watch.steps, step.life)
+        last_step, later_steps = split_steps(watch.steps, step.life)
         if any(later.number > last_step for later in later_steps):
             break
         if watch.is_running:
@@ -190,7 +236,7 @@ def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
     return Records(
         fault=fault,
         device=plan.topology.device,
-        run=formatting.short(run.root),
+        run=short_path(run.root),
         keep_last=plan.config.checkpoint.keep_last,
         injected=injected,
         life=step.life,
@@ -206,7 +252,7 @@ def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
 
 def _resume(plan: LaunchPlan, watch: _RunWatch) -> int:
     """Resume the run as a user would, on backends that do not continue runs automatically; returns the attempt."""
-    _say(f"{watch.last_status}; resuming it with: {launcher_command('resume', formatting.short(watch.run.root))}")
+    _say(f"{watch.last_status}; resuming it with: {launcher_command('resume', short_path(watch.run.root))}")
     watch.cluster.await_end(watch.run)
     with Interrupts() as interrupts, run_store.start_lock(watch.run), redirect_stdout(sys.stderr):
         attempt = resume_run(watch.run, plan, watch.cluster, [], None, interrupts)
@@ -235,3 +281,79 @@ def _committed_steps(run: RunDir) -> frozenset[int]:
 def _say(message: str) -> None:
     """Print progress on standard error; the report goes to standard output."""
     print(message, file=sys.stderr, flush=True)
+
+
+def split_steps(steps: Sequence[Step], hit: Life) -> tuple[int, list[Step]]:
+    """Return the last step of the life that was hit, and the steps of later lives."""
+    last = max((step.number for step in steps if step.life <= hit), default=0)
+    return last, [step for step in steps if step.life > hit]
+
+
+def judge(records: Records) -> dict[str, Any]:
+    """Return the report, with `has_recovered` and `problems`; times are seconds since the fault, None for what did not happen."""
+    at = records.injected.at
+    last, again = split_steps(records.steps, records.life)
+    beyond = [step for step in again if step.number > last]
+    resumed = again[0].number - 1 if again else None
+    before = {step.number: step.loss for step in records.steps if step.life <= records.life}
+    replayed = [abs(step.loss - before[step.number]) for step in again if step.number in before]
+    # Retention removes older ones.
+    expected = sorted(records.committed | records.intact)[-records.keep_last :]
+    lost = [step for step in expected if step not in records.intact]
+    num_differing = sum(difference != 0 for difference in replayed)
+    problems = []
+    if resumed is None:
+        problems.append(f"the run did not train again: {records.last_status}")
+    elif not beyond and not records.last_status.startswith("completed"):
+        problems.append(f"the run trained again but did not get past step {last}: {records.last_status}")
+    if lost:
+        problems.append(f"committed checkpoints are missing or damaged: step {', '.join(map(str, lost))}")
+    if resumed is not None and resumed < records.saved_step:
+        problems.append(f"the run continued from step {resumed}, although step {records.saved_step} was saved before the fault")
+    if records.fault == "preempt" and resumed is not None and last > resumed:
+        problems.append("the run lost steps despite the notice: the save after the signal was not committed")
+    # GPUs may add in a different order each time.
+    if num_differing and records.device == "cpu":
+        problems.append("the losses of the repeated steps differ: the restored state or the rows are not the same")
+    happened, continued = _describe_end(records, again)
+    return {
+        "fault": records.fault,
+        "run": records.run,
+        "action": records.injected.description,
+        "host": records.injected.host,
+        "happened": happened,
+        "continued": continued,
+        "reached_step": last,
+        "resumed_step": resumed,
+        "lost_steps": None if resumed is None else last - resumed,
+        "trains_again_s": again[0].time - at if again else None,
+        "caught_up_s": beyond[0].time - at if beyond else None,
+        "checkpoints_kept": sorted(records.intact),
+        "replayed_steps": len(replayed),
+        "differing_steps": num_differing,
+        "problems": problems,
+        "has_recovered": not problems,
+    }
+
+
+def _describe_end(records: Records, again: Sequence[Step]) -> tuple[str, str]:
+    """Return why the life that was hit ended, from the run's records or the cluster, and how the run continued."""
+    number, restart = again[0].life if again else (0, 0)
+    is_same = number == records.life[0]
+    if (record := records.exit_record) is not None:
+        happened = " ".join(f"{record.cause or record.state}: {record.message}".split())
+    else:
+        happened = "the node agents restarted all ranks" if is_same else records.last_status
+    if not again:
+        return happened, "no"
+    if is_same:
+        return happened, f"in the same allocation, restart {restart} of its ranks"
+    who = "the drill, as a user would (python -m launcher resume)" if number == records.resumed_attempt else "the launcher"
+    return happened, f"as attempt {number}, started by {who}"
+
+
+def report_rows(report: Mapping[str, Any]) -> Rows:
+    """Return the report of `judge` without what did not happen."""
+    shown = {name.removesuffix("_s").replace("_", " "): value for name, value in report.items() if value not in (None, [])}
+    values = {name: f"{value:.1f} s" if isinstance(value, float) else value for name, value in shown.items()}
+    return Rows([(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)) for name, value in values.items()])

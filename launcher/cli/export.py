@@ -13,7 +13,6 @@ from pathlib import Path
 
 from launcher import json_records, run_store
 from launcher.checkpoint import store
-from launcher.cli.formatting import short
 from launcher.cli.worker_process import run_worker
 from launcher.clusters.preflight import existing_folder
 from launcher.config.sections.fields import HUB_ID_PATTERN
@@ -23,7 +22,7 @@ from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.security import owners
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.metrics import format_duration
 
 _DTYPES = ("bf16", "fp16", "fp32")
@@ -83,7 +82,7 @@ def require_checkpoint(run: RunDir, step: int | None) -> int:
     try:
         return (store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)).step
     except CheckpointError as error:
-        save = f"continue the run until it saves one: {launcher_command('resume', short(run.root))}"
+        save = f"continue the run until it saves one: {launcher_command('resume', short_path(run.root))}"
         raise SubmitError(replace(problem, remedy=problem.remedy or save) for problem in error.problems) from None
 
 
@@ -120,11 +119,11 @@ def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: i
     age = format_duration(max(0.0, time.time() - (out / EXPORT_RECORD).stat().st_mtime))
     held = f"step {existing.step} in {existing.dtype}, written {age} ago"
     if not replace and (existing.dtype != dtype or existing.step > step):
-        words = ("export", short(run.root), "--step", str(step), "--dtype", dtype)
-        beside = short(out.with_name(f"{out.name}-step{step}-{dtype}"))
+        words = ("export", short_path(run.root), "--step", str(step), "--dtype", dtype)
+        beside = short_path(out.with_name(f"{out.name}-step{step}-{dtype}"))
         raise SubmitError(
             f"the export folder holds another export: {held}",
-            where=short(out),
+            where=short_path(out),
             value=f"asked for: step {step} in {dtype}",
             remedy=f"write beside it with: {launcher_command(*words, '--out', beside)}, or replace it with --replace",
         )

@@ -14,14 +14,15 @@ from typing import Any
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
-from launcher.cli.formatting import short, wrap
 from launcher.cli.interaction import Interrupts
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Commands, Part, Rows, Section
 from launcher.clusters.backends import Cluster, StatusReader
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security.printable_stream import raw
-from launcher.shell_commands import launcher_command, shell_command
+from launcher.shell_commands import launcher_command, shell_command, short_path
 from launcher.tracking.jsonl import Tail, read_events
 from launcher.tracking.metrics import format_step
 from launcher.tracking.progress import EVENT as PROGRESS
@@ -32,8 +33,6 @@ _POLL_S = 0.15
 _HIDDEN_EVENTS = ("summary", "end")
 # Limits that stop a run and must be raised before it can continue.
 _LIMITS = ("run.max_hours", "run.max_usd")
-# Width of the labels of the results.
-_LABEL_WIDTH = 13
 
 
 class StatusWatch:
@@ -86,13 +85,13 @@ def _describe_start(run: RunDir, attempt: int, status: Status) -> str:
     """Return what the run waits for while it is pending, such as its place in a scheduler's queue; else where its logs are."""
     if status.state == "pending" and status.message:
         return f"pending: {printable(status.message)}"
-    return f"starting; logs in {short(run.attempt(attempt))}"
+    return f"starting; logs in {short_path(run.attempt(attempt))}"
 
 
 def _show_line(run: RunDir, line: dict[str, Any], status: Status, screen: _Screen) -> None:
     if "kind" in line:
         # Ranks write absolute paths.
-        text = printable(line["text"]).replace(f"{run.root.absolute()}/", f"{short(run.root.absolute())}/")
+        text = printable(line["text"]).replace(f"{run.root.absolute()}/", f"{short_path(run.root.absolute())}/")
         if line["kind"] == PROGRESS:
             screen.live(text)
         elif line["kind"] not in _HIDDEN_EVENTS and not line.get("fields", {}).get("is_closing"):
@@ -153,16 +152,16 @@ def _request_stop(run: RunDir, cluster: Cluster, screen: _Screen, num_requests: 
 
 def interrupted_start(run: RunDir) -> int:
     """Report that a run continues although its start was interrupted; returns the exit code."""
-    print(f"interrupted, but the run has started; stop it with: {launcher_command('cancel', short(run.root))}", flush=True)
+    print(f"interrupted, but the run has started; stop it with: {launcher_command('cancel', short_path(run.root))}", flush=True)
     return EXIT_INTERRUPTED
 
 
 def _print_result(run: RunDir, attempt: int, status: Status) -> int:
     """Print the result: paths and next commands, or the failure; returns the exit code."""
-    name = short(run.root)
+    name = short_path(run.root)
     print()
     if status.state == "completed":
-        print("\n".join(_result_lines(run)))
+        terminal.show(*_list_results(run), label_columns=13)
         return 0
     page = wandb_words(wandb_page(run, read_events(run.events)))
     if status.state == "failed":
@@ -211,28 +210,25 @@ def wandb_words(page: Mapping[str, Any]) -> str:
     return f"{url}; upload the missing part with: {command}" if url else f"offline; upload it with: {command}"
 
 
-def _result_lines(run: RunDir) -> list[str]:
-    name = short(run.root)
-    lines = []
-    checkpoints = store.list_checkpoints(run.checkpoints)
+def _list_results(run: RunDir) -> list[Part]:
+    """Return where the results of a completed run are, and what to run next."""
+    rows, checkpoints = [], store.list_checkpoints(run.checkpoints)
     if checkpoints:
-        lines.append(f"checkpoint   {short(checkpoints[-1].path)}")
+        rows.append(("checkpoint", short_path(checkpoints[-1].path)))
     if page := wandb_words(wandb_page(run, read_events(run.events))):
-        lines.append(f"W&B run      {page}")
+        rows.append(("W&B run", page))
     if run.export.is_dir():
-        lines.append(_export_line(run, checkpoints[-1] if checkpoints else None))
-    status = run_store.read_status(run)
+        rows.append(("exported to", _describe_export(run, checkpoints[-1] if checkpoints else None)))
+    name, status = short_path(run.root), run_store.read_status(run)
     # With fewer steps than planned, a run is complete because of eval.stop_after.
     ended_early = status.max_steps is not None and status.step < status.max_steps
-    return [
-        *wrap(lines, _LABEL_WIDTH),
-        "",
-        "next:",
-        f"  {launcher_command('status', name)}",
-        *([f"  {launcher_command('evaluate', name)}"] if has_held_out(run) else []),
-        f"  {launcher_command('resume', name, 'eval.stop_after=0' if ended_early else 'train.max_steps=...')}",
-        *(["  python -m launcher init --data YOUR.jsonl --model qwen3_8b"] if is_demonstration(run) else []),
+    commands = [
+        launcher_command("status", name),
+        *([launcher_command("evaluate", name)] if has_held_out(run) else []),
+        launcher_command("resume", name, "eval.stop_after=0" if ended_early else "train.max_steps=..."),
+        *(["python -m launcher init --data YOUR.jsonl --model qwen3_8b"] if is_demonstration(run) else []),
     ]
+    return [Rows(rows), Section("next:", [Commands(commands)])]
 
 
 def has_held_out(run: RunDir) -> bool:
@@ -249,16 +245,15 @@ def is_demonstration(run: RunDir) -> bool:
     return all(source.path == STDLIB_DOCS for source in run_store.load_plan(run).config.data.sources)
 
 
-def _export_line(run: RunDir, newest: Checkpoint | None) -> str:
+def _describe_export(run: RunDir, newest: Checkpoint | None) -> str:
     """Name the export, with its step if that differs from the newest checkpoint's; name an export that is older than that."""
     record = run_records.read_export(run)
-    line = f"exported to  {short(run.export)}"
     if record is None or newest is None or record.step == newest.step:
-        return line
-    line += f", which holds step {record.step}"
+        return short_path(run.export)
+    text = f"{short_path(run.export)}, which holds step {record.step}"
     if run_records.export_file(run).stat().st_mtime >= (newest.path / MANIFEST).stat().st_mtime:
-        return line
-    return f"{line}; export step {newest.step} with: {launcher_command('export', short(run.root))}"
+        return text
+    return f"{text}; export step {newest.step} with: {launcher_command('export', short_path(run.root))}"
 
 
 def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
@@ -271,7 +266,7 @@ def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
             print(failure.traceback, file=sys.stderr)
         print(f"{failure.source} failed first: {failure.message}", file=sys.stderr)
         if failure.log:
-            print(f"  log:    {short(failure.log)}", file=sys.stderr)
+            print(f"  log:    {short_path(failure.log)}", file=sys.stderr)
         reason = f"{failure.source}: {failure.message}"
     # The status says why the run does not continue, for example a spent retry budget.
     if status.message not in ("", reason):
@@ -279,8 +274,8 @@ def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
     if not failure:
         job = run_store.read_attempt(run, attempt).job
         logs = [run.agent_log(attempt), *([run.agent_log(attempt, job)] if job else [])]
-        print(f"  log:    {short(next((log for log in logs if log.is_file()), run.attempt(attempt)))}", file=sys.stderr)
-    command = launcher_command("resume", short(run.root))
+        print(f"  log:    {short_path(next((log for log in logs if log.is_file()), run.attempt(attempt)))}", file=sys.stderr)
+    command = launcher_command("resume", short_path(run.root))
     if store.list_checkpoints(run.checkpoints):
         print(f"  next:   {command}", file=sys.stderr)
     elif not has_trained(run, status):

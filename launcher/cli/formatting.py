@@ -7,15 +7,13 @@ import math
 import os
 import sys
 import textwrap
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from launcher.plan.run_dir import RunDir
-    from launcher.run_records import Status
+from launcher.shell_commands import short_path
+
+short = short_path
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:
@@ -29,30 +27,6 @@ def as_json(value: Any, indent: int | None = 2) -> str:
         return None if isinstance(part, float) and not math.isfinite(part) else part
 
     return json.dumps(plain(value), indent=indent, allow_nan=False)
-
-
-def whereabouts(run: RunDir, status: Status, attempt: int) -> str:
-    """Return an attempt's job or process, its nodes, its user and its start."""
-    job = status.job or {}
-    started_at = job.get("started")
-    if "pid" in job:
-        location = f"process {job['pid']} on {job.get('host')}"
-    elif "id" in job:
-        location = f"job {job['id']}" + (f" on {', '.join(job['nodes'])}" if job.get("nodes") else "")
-    else:
-        location = "no machines yet"
-    if started_at is None:
-        file = run.attempt(attempt) / "attempt.json"
-        started_at = file.stat().st_mtime if file.is_file() else status.updated_at
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(started_at)))
-    return f"attempt {attempt}, {location}, of user {_owner(run.root)}, since {since}"
-
-
-def _owner(path: Path) -> str:
-    try:
-        return path.owner()
-    except KeyError:
-        return str(path.stat().st_uid)
 
 
 def terminal_columns() -> int | None:

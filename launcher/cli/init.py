@@ -6,25 +6,30 @@ import argparse
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launcher import facts
+from launcher.cli.plan import remarks
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Commands, Items, Part, Section, Text
 from launcher.cli.verbs import flags_of
-from launcher.cli.views.starter_file import data_warnings, next_lines, starter_text
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.backends import BACKENDS, cluster_for
+from launcher.clusters.preflight import disk_note
 from launcher.config.command_line import SUFFIXES, override_key
 from launcher.config.compose import Composed, compose_one, conf_dir
 from launcher.config.known_settings import leaves, settings
-from launcher.config.run_file import values_to_print
+from launcher.config.run_file import render, values_to_print
 from launcher.config.schema import RunConfig
 from launcher.config.sections.data import STDLIB_DOCS
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import is_local_path, is_run
+from launcher.data.checks.findings import LIMITS
 from launcher.errors import ConfigError, LauncherError, raise_reported
 from launcher.models.found_model import find_model
 from launcher.plan.architecture import model_facts
@@ -34,8 +39,12 @@ from launcher.plan.planner import plan as make_plan
 from launcher.plan.quantities import format_count
 from launcher.plan.suggested_settings import DataSample, Machine, Suggestion, needs_offload, suggest, suggest_held_out
 from launcher.security.redaction import REDACTED
+from launcher.shell_commands import launcher_command
 from launcher.tracking.progress import show_waiting
 
+# The sections of the file in reading order; others follow.
+_ORDER = ("model", "data", "train", "optim", "deepspeed", "eval", "checkpoint", "cluster", "tracking", "run")
+_FILE_WIDTH = 100
 _OFFLOAD = "zero3_offload"
 # Longer than inspecting the largest data takes: all rows are counted.
 _LOOK_TIMEOUT_S = 3600.0
@@ -57,15 +66,63 @@ def write_file(arguments: argparse.Namespace) -> int:
     with composed.located():
         starter = fit_settings(composed, data)
     values = _list_values(starter, composed)
-    text = starter_text(starter.head, values, starter.reasons)
+    text = format_file(starter.head, values, starter.reasons)
     plan = _require_plan(text, out)
     with out.open("x", encoding="utf-8") as file:
         file.write(text)
     hidden = [key for key, value in leaves(values) if REDACTED in str(value)]
     warnings = [*starter.warnings, *(f"{key} looks like a credential: {out} has {REDACTED} in its place" for key in hidden)]
-    remarks_on_data = [*(f"assumed: {text}" for text in starter.assumptions), *(f"warning: {text}" for text in warnings)]
-    print("\n".join(next_lines(out, starter.config, starter.machines, remarks_on_data, plan)))
+    notes = [f"wrote {out}", f"fitted to: {starter.machines}", *(f"assumed: {text}" for text in starter.assumptions)]
+    notes += [f"warning: {text}" for text in warnings]
+    if plan is not None:
+        notes += remarks(plan, disk_note(plan))
+    commands = [launcher_command(verb, out) for verb in ("data", "plan", "train")]
+    parts: list[Part] = [Items(notes), Section("next:", [Commands(commands)])]
+    cluster = starter.config.cluster
+    if cluster.runs_on_every_node and cluster.nodes > 1:
+        shared = "run.root is a folder that all machines share"
+        parts.append(Text(f"train starts on every machine, with the variables of docs/static.md; {shared}"))
+    elif cluster.is_this_machine:
+        parts.append(
+            Text(
+                "for a cluster, repeat init with another --out and +cluster=slurm cluster.nodes=2 cluster.gpus_per_node=8: "
+                "batch, length and memory depend on the machines"
+            )
+        )
+    terminal.show(*parts)
     return 0
+
+
+def format_file(head: Sequence[str], values: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
+    """Return the file: `head` as comments, then the sections; `reasons` is keyed by section or section.name."""
+    names = [*(name for name in _ORDER if name in values), *(name for name in values if name not in _ORDER)]
+    comments = "\n".join(_format_comment(line, "") for line in head)
+    return "\n\n".join([comments, *(_format_section(name, values[name], reasons) for name in names)]) + "\n"
+
+
+def _format_section(name: str, content: Any, reasons: Mapping[str, str]) -> str:
+    lines = [_format_comment(reasons[name], "")] if name in reasons else []
+    if not isinstance(content, dict):
+        return "\n".join([*lines, render({name: content}).rstrip()])
+    lines.append(f"{name}:")
+    for key, value in content.items():
+        if reason := reasons.get(f"{name}.{key}"):
+            lines.append(_format_comment(reason, "  "))
+        lines.append(textwrap.indent(render({key: value}).rstrip(), "  "))
+    return "\n".join(lines)
+
+
+def _format_comment(text: str, indent: str) -> str:
+    """Return a text as comment lines; no character in it, for example in a data file's name, can end the comment."""
+    prefix = f"{indent}# "
+    return textwrap.fill(
+        " ".join(text.splitlines()),
+        _FILE_WIDTH,
+        initial_indent=prefix,
+        subsequent_indent=prefix,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _name_of(data: str | None) -> str:
@@ -226,8 +283,23 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     machines = _describe_machines(machine, node, config)
     others = ", ".join(kind for kind in BACKENDS if kind != config.cluster.kind)
     reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys below; other clusters: {others}"
-    warnings = [] if is_demo else data_warnings(config, sample_report)
+    warnings = [] if is_demo else _list_refusals(config, sample_report)
     return StarterSettings(config, reasons, _describe_data(sample_report, data), assumptions, warnings, machines)
+
+
+def _list_refusals(config: RunConfig, sample_report: dict[str, Any]) -> list[str]:
+    """Return which data `data` would reject under these settings."""
+    lengths, checks = sample_report["lengths"], config.data.checks
+    # A problem of all rows is not left to data.checks.bad_rows.
+    is_skipped = checks.bad_rows == "drop" and sample_report["is_measured"]
+    warnings = [f"`data` refuses rows such as {refused}"] if (refused := sample_report["refused"]) and not is_skipped else []
+    share = sum(length > config.data.max_length for length in lengths) / max(1, len(lengths))
+    if config.data.long_documents == "truncate" and checks.truncated == "fail" and share > LIMITS["truncated"]:
+        warnings.append(
+            f"{share:.0%} of the documents are longer than data.max_length={config.data.max_length}, and `data` refuses a run in "
+            f"which more than {LIMITS['truncated']:.0%} are cut off: raise it, or set data.long_documents to split or drop"
+        )
+    return warnings
 
 
 def list_chosen(composed: Composed) -> dict[str, Any]:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 
 from launcher import run_store
-from launcher.cli import formatting
 from launcher.clusters import detached_process
 from launcher.clusters.backends import StatusReader, cluster_for
 from launcher.errors import LauncherError, Problem, SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
-from launcher.shell_commands import launcher_command
+from launcher.run_records import RUNNING_STATES, Status
+from launcher.shell_commands import launcher_command, short_path
 
 
 def require_ended(run: RunDir) -> None:
@@ -26,7 +26,7 @@ def require_ended(run: RunDir) -> None:
     raise SubmitError(
         "the run is still alive, although its last sign of life seems to be minutes old: the clocks of two machines differ",
         where=str(run.root),
-        value=formatting.whereabouts(run, run_store.read_status(run), run_store.newest_attempt(run)),
+        value=_describe_attempt(run, run_store.read_status(run), run_store.newest_attempt(run)),
         remedy="compare `date` on both machines, and correct the wrong clock; to stop the run, type cancel on its own machine",
     )
 
@@ -41,10 +41,10 @@ def require_idle(run: RunDir, backend: StatusReader) -> None:
     if status.state not in RUNNING_STATES:
         require_ended(run)
         return
-    name = formatting.short(run.root)
+    name = short_path(run.root)
     starter = run_store.start_lock_holder(run) if status.job is None else None
     number = run_store.newest_attempt(run)
-    where = f"being started by {starter}" if starter is not None else formatting.whereabouts(run, status, number)
+    where = f"being started by {starter}" if starter is not None else _describe_attempt(run, status, number)
     raise SubmitError(
         f"the run is {status.state} already",
         where=str(run.root),
@@ -77,3 +77,24 @@ def find_living_problem(run: RunDir) -> Problem | None:
         message = f"the run {run.root.name} is {status.state}, but its process is still uploading or closing files"
         return Problem(message, str(run.root), f"process {process.pid}", "wait until it has ended")
     return None
+
+
+def _describe_attempt(run: RunDir, status: Status, attempt: int) -> str:
+    """Return an attempt's job or process, its nodes, its user and its start."""
+    job = status.job or {}
+    started_at = job.get("started")
+    if "pid" in job:
+        location = f"process {job['pid']} on {job.get('host')}"
+    elif "id" in job:
+        location = f"job {job['id']}" + (f" on {', '.join(job['nodes'])}" if job.get("nodes") else "")
+    else:
+        location = "no machines yet"
+    if started_at is None:
+        file = run.attempt(attempt) / "attempt.json"
+        started_at = file.stat().st_mtime if file.is_file() else status.updated_at
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(started_at)))
+    try:
+        user = run.root.owner()
+    except KeyError:
+        user = str(run.root.stat().st_uid)
+    return f"attempt {attempt}, {location}, of user {user}, since {since}"

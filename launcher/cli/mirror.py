@@ -21,7 +21,8 @@ from launcher.checkpoint.mirror import (
     write_plans,
 )
 from launcher.checkpoint.remote_folder import RemoteFolder, convert_storage_errors
-from launcher.cli import formatting
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Table
 from launcher.cli.worker_process import prepare, prepare_eval_sets
 from launcher.config.schema import RunConfig
 from launcher.config.sections.fields import Url
@@ -33,7 +34,7 @@ from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import owners
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.progress import show_progress
 
@@ -79,7 +80,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
             )
         run_store.update_status(run, state=state, job=None, step=step, message=f"downloaded from {remote.url}")
         write_plans(run, {name: _make_local(plan, run) for name, plan in plans.items()})
-    print(f"downloaded {mirrored.run_name} to {formatting.short(run.root)}", flush=True)
+    print(f"downloaded {mirrored.run_name} to {short_path(run.root)}", flush=True)
     return run
 
 
@@ -115,7 +116,7 @@ def ls(url: str, as_json: bool) -> int:
         (run["name"], run["state"], f"{run['step']}/{run['max_steps'] or '?'}", ", ".join(map(str, run["checkpoints"])) or "-")
         for run in summaries
     ]
-    print("\n".join(formatting.table(("run", "state", ">step", "checkpoints"), rows)))
+    terminal.show(Table(("run", "state", "step", "checkpoints"), rows, numbers=(2,)))
     return 0
 
 

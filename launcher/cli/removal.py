@@ -18,10 +18,11 @@ from typing import Any
 from launcher import atomic_files, json_records, locks, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import disk_bytes
-from launcher.cli import formatting
 from launcher.cli.follow import wandb_page
 from launcher.cli.interaction import read_yes
 from launcher.cli.liveness import find_living_problem
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Rows, Section, Table, Text
 from launcher.data.cache_dir import cache_root, own_hub_cache, shared_cache_root
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError
 from launcher.plan.quantities import format_count, format_size
@@ -29,15 +30,12 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_damage import plan_remedy
 from launcher.run_records import MirrorRecord
 from launcher.security import owners
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.metrics import format_duration
 
-_LABEL_WIDTH = 12
 _STEPS_SHOWN = 8
 _CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks", "completion")
-# In a narrow terminal, the first column gets its own line above the others.
-_COLUMNS = ("path", "kind", ">size", ">last use", "runs", "action")
 _RUNS_SHOWN = 3
 
 
@@ -66,8 +64,8 @@ def remove_runs(arguments: argparse.Namespace) -> int:
     if problems:
         raise SubmitError(problems)
     if not arguments.json:
-        for one in removable:
-            print("\n".join(_run_lines(one)) + "\n")
+        terminal.show(*(Section("", [_run_rows(one)]) for one in removable))
+        print()
     total = f"{format_count(len(removable), 'run')}, {format_size(sum(one.bytes for one in removable))}"
     if not _is_confirmed(arguments, f"remove {total}?"):
         return EXIT_REFUSED
@@ -76,15 +74,8 @@ def remove_runs(arguments: argparse.Namespace) -> int:
         # A run was named by a link to its directory.
         if link.is_symlink() and os.path.realpath(link) in {one.dir for one in removable}:
             link.unlink()
-    if arguments.json:
-        print(formatting.as_json({"runs": [asdict(one) for one in removable], "removed": not arguments.dry_run, "left": left}))
-    elif arguments.dry_run:
-        print(f"{total}: nothing was removed, because of --dry-run")
-    elif not left:
-        print(f"removed {total}; data and models stay in the cache: {launcher_command('clean')}")
-    for path in left:
-        print(f"not removed: {path}", file=sys.stderr)
-    return EXIT_FAILED if left else 0
+    values = {"runs": [asdict(one) for one in removable], "removed": not arguments.dry_run, "left": left}
+    return _report_removal(arguments, values, total, f"; data and models stay in the cache: {launcher_command('clean')}")
 
 
 def _find_runs(names: list[str], root: Path) -> list[RunDir]:
@@ -157,11 +148,11 @@ def _needed_problem(one: RemovableRun) -> Problem:
     )
 
 
-def _run_lines(one: RemovableRun) -> list[str]:
-    """Return what is removed and what stays, as lines of a label and a value."""
+def _run_rows(one: RemovableRun) -> Rows:
+    """Return what is removed and what stays."""
     more = f" and {len(one.steps) - _STEPS_SHOWN} older" if len(one.steps) > _STEPS_SHOWN else ""
     rows = [
-        ("run", f"{one.name} in {formatting.short(Path(one.dir))}"),
+        ("run", f"{one.name} in {short_path(Path(one.dir))}"),
         ("state", one.state),
         ("size", format_size(one.bytes)),
         ("checkpoints", f"{', '.join(map(str, one.steps[-_STEPS_SHOWN:])) or 'none'}{more}"),
@@ -170,7 +161,7 @@ def _run_lines(one: RemovableRun) -> list[str]:
         *([("W&B", f"{one.wandb} stays")] if one.wandb else []),
         *([("needed by", ", ".join(one.needed_by))] if one.needed_by else []),
     ]
-    return formatting.wrap([f"{label:<{_LABEL_WIDTH}}{value}" for label, value in rows], _LABEL_WIDTH)
+    return Rows(rows)
 
 
 def _remove_run(run: RunDir) -> Iterator[str]:
@@ -212,25 +203,20 @@ def clean_cache(arguments: argparse.Namespace) -> int:
     entries = [entry for entry in entries if not arguments.only or entry.kind in arguments.only]
     oldest = time.time() - arguments.older_than
     chosen = [entry for entry in entries if not entry.kept and entry.used_at < oldest]
-    total = format_size(sum(entry.bytes for entry in chosen))
+    size = format_size(sum(entry.bytes for entry in chosen))
     if not arguments.json:
-        print("\n".join(_cache_lines(entries, chosen)), end="\n\n" if entries else "\n")
-    question = f"remove {len(chosen)} of {format_count(len(entries), 'part')}, {total}?"
-    if chosen and not _is_confirmed(arguments, question):
+        terminal.show(*_list_cache(entries, chosen))
+        if entries:
+            print()
+        if not chosen:
+            print("nothing to remove")
+            return 0
+    if chosen and not _is_confirmed(arguments, f"remove {len(chosen)} of {format_count(len(entries), 'part')}, {size}?"):
         return EXIT_REFUSED
     left = [] if arguments.dry_run else [line for entry in chosen for line in _remove_entry(entry)]
-    if arguments.json:
-        listed = [{name: value for name, value in asdict(entry).items() if name != "lock"} for entry in entries]
-        print(formatting.as_json({"entries": listed, "chosen": [entry.path for entry in chosen], "left": left}))
-    elif not chosen:
-        print("nothing to remove")
-    elif arguments.dry_run:
-        print(f"{format_count(len(chosen), 'part')}, {total}: nothing was removed, because of --dry-run")
-    elif not left:
-        print(f"removed {format_count(len(chosen), 'part')}, {total}")
-    for line in left:
-        print(f"not removed: {line}", file=sys.stderr)
-    return EXIT_FAILED if left else 0
+    listed = [{name: value for name, value in asdict(entry).items() if name != "lock"} for entry in entries]
+    values = {"entries": listed, "chosen": [entry.path for entry in chosen], "left": left}
+    return _report_removal(arguments, values, f"{format_count(len(chosen), 'part')}, {size}")
 
 
 def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry]:
@@ -354,10 +340,10 @@ def _remove_entry(entry: CacheEntry) -> list[str]:
         return [f"{error.filename or entry.path}: {error.strerror or error}"]
 
 
-def _cache_lines(entries: Sequence[CacheEntry], chosen: Sequence[CacheEntry]) -> list[str]:
+def _list_cache(entries: Sequence[CacheEntry], chosen: Sequence[CacheEntry]) -> list[Table | Text]:
     """Return the table of the entries and their total."""
     if not entries:
-        return ["the cache is empty"]
+        return [Text("the cache is empty")]
     rows = []
     for entry in entries:
         names = [Path(run).name for run in entry.runs]
@@ -366,7 +352,21 @@ def _cache_lines(entries: Sequence[CacheEntry], chosen: Sequence[CacheEntry]) ->
         age = f"{format_duration(max(0.0, time.time() - entry.used_at))} ago"
         cells = (entry.path, entry.kind, format_size(entry.bytes), age, ", ".join(names[:_RUNS_SHOWN]) + more or "-", action)
         rows.append(cells)
-    return [*formatting.table(_COLUMNS, rows), f"in all {format_size(sum(entry.bytes for entry in entries))}"]
+    table = Table(("path", "kind", "size", "last use", "runs", "action"), rows, numbers=(2, 3))
+    return [table, Text(f"in all {format_size(sum(entry.bytes for entry in entries))}")]
+
+
+def _report_removal(arguments: argparse.Namespace, values: dict[str, Any], total: str, kept: str = "") -> int:
+    """Print what was removed, `values` as JSON, and what could not be; returns the exit code."""
+    if arguments.json:
+        print(terminal.as_json(values))
+    elif arguments.dry_run:
+        print(f"{total}: nothing was removed, because of --dry-run")
+    elif not values["left"]:
+        print(f"removed {total}{kept}")
+    for path in values["left"]:
+        print(f"not removed: {path}", file=sys.stderr)
+    return EXIT_FAILED if values["left"] else 0
 
 
 def _is_confirmed(arguments: argparse.Namespace, question: str) -> bool:

@@ -1,32 +1,40 @@
-"""The verbs status and ls: the state of runs from their files and backends, as text or JSON."""
+"""The verbs status and ls: the state, remaining time and cost of runs, from their files and backends."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 import textwrap
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.cli import formatting
-from launcher.cli.follow import StatusWatch, wandb_words
+from launcher.checkpoint import store
+from launcher.cli.follow import StatusWatch, wandb_page, wandb_words
+from launcher.cli.render import terminal
+from launcher.cli.render.sections import Rows, Table
 from launcher.cli.verbs import DEFAULT_ROOT
-from launcher.cli.views.run_summary import summary
 from launcher.clusters.backends import StatusReader, status_reader_for
 from launcher.errors import LauncherError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES, Status, read_export
+from launcher.run_store import Placement
 from launcher.security.printable_stream import raw
-from launcher.shell_commands import launcher_command
-from launcher.tracking import goodput
-from launcher.tracking.metrics import format_duration, status_lines
+from launcher.shell_commands import launcher_command, short_path
+from launcher.tracking import goodput, progress
+from launcher.tracking.goodput import Breakdown
+from launcher.tracking.jsonl import read_events
+from launcher.tracking.metrics import format_duration, median_names, status_lines
+from launcher.tracking.run_metrics import MetricsTail, newest_trained_step, read_tail
+from launcher.tracking.verdicts import read_newest_verdict
 
-_LABEL_WIDTH = 12
 _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\x1b[H\x1b[J"
 _ALERTS_SHOWN = 3
@@ -37,7 +45,8 @@ _PARTS_SHOWN = 4
 _STALE_STEP_S = 60.0
 # How long storage may fail while a run is watched.
 _STORAGE_FAILURE_S = 60.0
-_COLUMNS = ("run", "state", ">step", ">loss", ">cost", "updated")
+# The remaining time is omitted after this time, and this many steps, without a report. An evaluation takes minutes.
+_SILENT_S, _SILENT_STEPS = 600.0, 10
 
 
 def show_run(arguments: argparse.Namespace) -> int:
@@ -46,7 +55,7 @@ def show_run(arguments: argparse.Namespace) -> int:
     watch, read_at = StatusWatch(run, _find_reader(run)), time.monotonic()
     while True:
         try:
-            values = summary(run, watch.state())
+            values = summarize(run, watch.state())
         except (OSError, LauncherError) as error:
             # Storage may be available again at the next try.
             if every_s is None or time.monotonic() - read_at > _STORAGE_FAILURE_S:
@@ -55,11 +64,13 @@ def show_run(arguments: argparse.Namespace) -> int:
             time.sleep(every_s)
             continue
         read_at = time.monotonic()
-        block = formatting.as_json(values, 2 if every_s is None else None) if as_json else "\n".join(_lines(values))
         clear = every_s is not None and not as_json and sys.stdout.isatty()
         if clear:
             raw(sys.stdout).write(_CLEAR)
-        print(block, flush=True)
+        if as_json:
+            print(terminal.as_json(values, 2 if every_s is None else None), flush=True)
+        else:
+            terminal.show(status_rows(values))
         if every_s is None or values["state"] not in RUNNING_STATES:
             return 0
         time.sleep(every_s)
@@ -85,11 +96,11 @@ def list_runs(arguments: argparse.Namespace) -> int:
         answers = [pool.submit(lambda run: _find_reader(run).status(run), run) for run in runs]
     for run, answer in zip(runs, answers, strict=True):
         try:
-            values = summary(run, answer.result())
+            values = summarize(run, answer.result())
             if arguments.json:
-                summaries.append(textwrap.indent(formatting.as_json(values), "  "))
+                summaries.append(textwrap.indent(terminal.as_json(values), "  "))
             else:
-                rows.append(_row(values))
+                rows.append(_list_cells(values))
         except Exception as error:
             # One run must not hide the others.
             print(printable(f"{run.root.name}: {_reason(error)}").replace("\n", "\\n"), file=sys.stderr)
@@ -98,7 +109,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
     elif not rows:
         print(f"no runs under {root}; start one with: python -m launcher train; --root names another folder")
     else:
-        print("\n".join(formatting.table(_COLUMNS, rows)))
+        terminal.show(Table(("run", "state", "step", "loss", "cost", "updated"), rows, numbers=(2, 3, 4)))
     return 0
 
 
@@ -133,14 +144,14 @@ def _require_folder(root: Path) -> None:
         raise SubmitError("there is no such folder", where="--root", value=str(root), remedy="name the folder of the runs")
 
 
-def _lines(values: dict[str, Any]) -> list[str]:
-    """Return the state of a run as lines of a label and a value."""
+def status_rows(values: dict[str, Any]) -> Rows:
+    """Return the state of a run from what `summarize` returns."""
     metrics, stop_note = values["metrics"], ", stop requested" if values["asked_to_stop"] else ""
     rows = [
-        ("run", f"{values['name']} in {formatting.short(Path(values['dir']))}"),
+        ("run", f"{values['name']} in {short_path(Path(values['dir']))}"),
         ("state", values["state"] + (f": {values['message']}" if values["message"] else "") + stop_note),
         ("attempt", str(values["attempt"])),
-        ("step", _progress(values)),
+        ("step", _describe_step(values)),
     ]
     if values["progress"] is not None:
         age = format_duration(max(0.0, time.time() - values["progress"]["time"]))
@@ -156,17 +167,19 @@ def _lines(values: dict[str, Any]) -> list[str]:
             limit = f", until {values['limit']} stops it early" if values["limit"] else ""
             rows.append(("time left", f"{format_duration(values['left_s'])}{after}{limit}"))
     if values["goodput"] is not None:
-        rows.append(("goodput", _goodput(values["goodput"])))
+        rows.append(("goodput", _describe_goodput(values["goodput"])))
     if values["cost"] is not None:
-        rows.append(("cost", _money(values["cost"], values["device"])))
+        rows.append(("cost", _describe_cost(values["cost"], values["device"])))
     if values["eval_loss"] is not None:
         rows.append(("held out", f"loss {values['eval_loss']:.4f} after step {values['eval_step']:,}"))
     if values["checkpoints"]:
-        rows.append(("checkpoints", _checkpoints(values["checkpoints"])))
+        shown_steps = ", ".join(f"step {step}" for step in values["checkpoints"][-_CHECKPOINTS_SHOWN:])
+        num_older = len(values["checkpoints"]) - _CHECKPOINTS_SHOWN
+        rows.append(("checkpoints", f"{shown_steps}, and {num_older} older" if num_older > 0 else shown_steps))
     if values["export"] is not None:
         of_step = values["export_step"]
         is_newest = of_step is None or of_step in values["checkpoints"][-1:]
-        rows.append(("export", formatting.short(Path(values["export"])) + ("" if is_newest else f" (step {of_step:,})")))
+        rows.append(("export", short_path(Path(values["export"])) + ("" if is_newest else f" (step {of_step:,})")))
     if page := wandb_words(values["wandb"]):
         rows.append(("W&B", page))
     if values["verdict"] is not None:
@@ -178,22 +191,14 @@ def _lines(values: dict[str, Any]) -> list[str]:
     for alert in values["alerts"][-_ALERTS_SHOWN:]:
         at = "" if alert["step"] is None else f", step {alert['step']}"
         rows.append(("alert", f"{alert['text']} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"))
-    # Texts from other programs may contain line breaks and control characters.
-    lines = [f"{label:<{_LABEL_WIDTH}}{printable(value).replace(chr(10), chr(10) + ' ' * _LABEL_WIDTH)}" for label, value in rows]
-    return formatting.wrap([line for text in lines for line in text.split("\n")], _LABEL_WIDTH)
+    return Rows(rows)
 
 
-def _progress(values: dict[str, Any]) -> str:
+def _describe_step(values: dict[str, Any]) -> str:
     done, total = values["step"], values["max_steps"]
     is_old = values["state"] in RUNNING_STATES and values["age_s"] is not None and values["age_s"] >= _STALE_STEP_S
     age = f", {format_duration(values['age_s'])} ago" if is_old else ""
     return (f"{done:,} of {total:,} ({done / total:.0%})" if total else f"{done:,} of ?") + age
-
-
-def _checkpoints(steps: Sequence[int]) -> str:
-    shown = ", ".join(f"step {step}" for step in steps[-_CHECKPOINTS_SHOWN:])
-    more = len(steps) - _CHECKPOINTS_SHOWN
-    return f"{shown}, and {more} older" if more > 0 else shown
 
 
 def sparkline(values: Sequence[float]) -> str:
@@ -204,7 +209,7 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values)
 
 
-def _goodput(seconds_of: dict[str, float]) -> str:
+def _describe_goodput(seconds_of: dict[str, float]) -> str:
     """Return the goodput and the largest parts of the lost time."""
     parts = sorted(((seconds_of[name], label) for name, label in goodput.LOST.items() if seconds_of[name] >= 1), reverse=True)
     lost = ", ".join(f"{label} {format_duration(seconds)}" for seconds, label in parts[:_PARTS_SHOWN])
@@ -213,7 +218,7 @@ def _goodput(seconds_of: dict[str, float]) -> str:
     )
 
 
-def _money(cost: dict[str, Any], device: str) -> str:
+def _describe_cost(cost: dict[str, Any], device: str) -> str:
     hours = f"{cost['gpu_hours']:,.2f} {'GPU' if device == 'cuda' else 'rank'} hours"
     if cost["usd"] is None:
         return hours
@@ -222,14 +227,185 @@ def _money(cost: dict[str, Any], device: str) -> str:
     return f"${cost['usd']:,.2f} so far ({hours}){end}{of}"
 
 
-def _row(values: dict[str, Any]) -> tuple[str, ...]:
+def _list_cells(values: dict[str, Any]) -> tuple[str, ...]:
     loss, cost = values["metrics"].get("train/loss"), values["cost"] or {}
     about = "~" if cost.get("at_typical_price") else ""
     return (
-        printable(values["name"]),
+        values["name"],
         values["state"],
         f"{values['step']:,}/{values['max_steps']:,}" if values["max_steps"] else f"{values['step']:,}/?",
         "-" if loss is None else f"{loss:.4f}",
         "-" if cost.get("usd") is None else f"{about}${cost['usd']:,.2f}",
         f"{format_duration(max(0.0, time.time() - values['updated_at']))} ago",
     )
+
+
+def summarize(run: RunDir, status: Status) -> dict[str, Any]:
+    """Return the state, the metrics of the last training step, and values derived from both.
+
+    `attempt` is the newest attempt, which may still be waiting for machines. `age_s` is the time since the last step was
+    reported.
+    """
+    number = max(status.attempt, run_store.newest_attempt(run))
+    resumed = _read_resumed_steps(run)
+    tail = read_tail(run.metrics, resumed=resumed)
+    placed = run_store.read_placement(run)
+    checkpoints = [checkpoint.step for checkpoint in store.list_checkpoints(run.checkpoints)]
+    events = read_events(run.events)
+    spent = None
+    # Files that do not show where the time went are left out.
+    with suppress(LauncherError, OSError, KeyError, TypeError, ValueError):
+        spent = goodput.read(run, time.time(), status.state) if run_store.attempt_numbers(run) else None
+    recent = {name: [line[name] for line in tail.recent if name in line] for name in median_names()}
+    medians = {name: statistics.median(numbers) for name, numbers in recent.items() if numbers}
+    step, age_s, rest = newest_trained_step(run, status), None, None
+    if tail.last:
+        # status.json also has the steps between logged ones.
+        reported_at = status.updated_at if step > tail.last["trainer/step"] else tail.last["time"]
+        age_s = max(0.0, time.time() - float(reported_at))
+    if status.state in RUNNING_STATES:
+        # Without the attempt's files, it continues from the last known step.
+        resumed_from = resumed.get(number, int(tail.last.get("trainer/step", 0)))
+        start_step = _find_start_step(tail, status, number, resumed_from, checkpoints)
+        rest = _estimate_remaining(tail, status, medians, start_step, age_s, _Costs.of(tail, spent, placed))
+    verdict = None
+    with suppress(OSError, LauncherError):
+        if (judged := read_newest_verdict(run)) is not None:
+            verdict = {"step": judged.step, "outcome": judged.verdict.outcome.value, "sentence": judged.verdict.sentence}
+    # What the newest attempt does now, such as loading the weights.
+    newest = events[-1] if events else {"kind": None, "attempt": None}
+    is_progress = status.state in RUNNING_STATES and (newest["kind"], newest["attempt"]) == (progress.EVENT, number)
+    return {
+        "name": run.root.name,
+        "dir": str(run.root),
+        **asdict(status),
+        "attempt": number,
+        "step": step,
+        "age_s": age_s,
+        "metrics": tail.last,
+        "usual": medians,
+        "losses": list(tail.losses),
+        "eval_loss": tail.eval_loss,
+        "eval_step": tail.eval_step,
+        "left_s": None if rest is None else rest.seconds,
+        "limit": None if rest is None else rest.limit,
+        "asked_to_stop": status.state in RUNNING_STATES and run.cancel(number).is_file(),
+        "checkpoints": checkpoints,
+        "export": str(run.export) if run.export.is_dir() else None,
+        "export_step": exported.step if run.export.is_dir() and (exported := read_export(run)) is not None else None,
+        "device": placed.device,
+        "cost": _sum_cost(tail, spent, placed, None if rest is None else rest.usd),
+        "goodput": _list_goodput(spent or goodput.breakdown_from_metrics(tail.last)),
+        "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
+        "wandb": wandb_page(run, events),
+        "progress": {"time": newest["time"], "text": newest["text"]} if is_progress else None,
+        "answers": next((e["text"] for e in reversed(events) if e["kind"] == "answers"), None),
+        "verdict": verdict,
+        "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
+    }
+
+
+def _read_resumed_steps(run: RunDir) -> dict[int, int]:
+    """Return the step from which each attempt continued, skipping unreadable attempts."""
+    steps = {}
+    for number in run_store.attempt_numbers(run):
+        with suppress(LauncherError, OSError, TypeError, ValueError):
+            steps[number] = run_store.read_attempt(run, number).resume_step or 0
+    return steps
+
+
+def _find_start_step(tail: MetricsTail, status: Status, number: int, resumed_from: int, checkpoints: Sequence[int]) -> int | None:
+    """Return the step from which the newest attempt will train, or None if it is already training."""
+    has_trained = bool(tail.last) and tail.last["attempt"] == number
+    if has_trained:
+        # A requeued job continues from the newest checkpoint.
+        return max(checkpoints, default=0) if status.state == "pending" else None
+    return resumed_from
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """The cost of an active run; `usd_per_s` is per second with machines. Unknown values are None."""
+
+    usd: float | None
+    usd_per_s: float | None
+    held_s: float
+    logged_usd: float | None
+    max_usd: float | None
+    max_hours: float | None
+
+    @classmethod
+    def of(cls, tail: MetricsTail, spent: Breakdown | None, placed: Placement) -> _Costs:
+        logged = None if tail.spent is None else tail.spent.usd
+        usd = spent.usd if spent is not None and spent.gpu_s else logged
+        num_gpus = max(placed.num_ranks, 0 if spent is None else spent.num_workers)
+        usd_per_s = None if placed.price is None else num_gpus * placed.price.usd_per_gpu_hour / 3600
+        return cls(usd, usd_per_s, 0.0 if spent is None else spent.held_s, logged, placed.max_usd, placed.max_hours)
+
+    def limit(self) -> tuple[str, float] | None:
+        """Return the limit that will be reached first and the seconds with machines until then, or None if there is no limit."""
+        limits = []
+        if self.max_hours is not None:
+            limits.append((f"run.max_hours={self.max_hours:g}", self.max_hours * 3600 - self.held_s))
+        if self.max_usd is not None and self.usd is not None and self.usd_per_s:
+            limits.append((f"run.max_usd={self.max_usd:g}", (self.max_usd - self.usd) / self.usd_per_s))
+        return min(limits, key=lambda one: one[1], default=None)
+
+
+@dataclass(frozen=True)
+class _Remaining:
+    """The remainder of a run: seconds, US dollars at the end, and the limit that stops it early."""
+
+    seconds: float | None
+    usd: float | None
+    limit: str | None
+
+
+def _estimate_remaining(
+    tail: MetricsTail, status: Status, medians: dict[str, float], start_step: int | None, age_s: float | None, costs: _Costs
+) -> _Remaining:
+    """Return the remainder of an active run: from its last step, or from median step times if it will train from `start_step`."""
+    step_s = medians.get("time/step_s", math.nan)
+    if start_step is None:
+        left_s = tail.last.get("trainer/eta_s", math.nan)
+        # The last line's estimate still includes steps that have been paid for since then.
+        from_usd = costs.usd if costs.usd is None or costs.logged_usd is None else min(costs.usd, costs.logged_usd)
+        is_silent = age_s is not None and age_s > max(_SILENT_S, _SILENT_STEPS * (step_s if step_s > 0 else 0.0))
+    else:
+        left_s = max(0, status.max_steps - start_step) * step_s if status.max_steps else math.nan
+        from_usd, is_silent = costs.usd, False
+    if is_silent or not math.isfinite(left_s):
+        return _Remaining(None, None, None)
+    limit, by_limit = None, costs.limit()
+    if by_limit is not None and by_limit[1] < left_s:
+        limit, left_s, from_usd = by_limit[0], max(0.0, by_limit[1]), costs.usd
+    usd = None
+    if costs.usd is not None and from_usd is not None and costs.usd_per_s is not None:
+        usd = max(costs.usd, from_usd + costs.usd_per_s * left_s)
+    return _Remaining(left_s, usd, limit)
+
+
+def _list_goodput(spent: Breakdown | None) -> dict[str, float] | None:
+    """Return the time since submission and its parts in seconds; None before the first kept step."""
+    if spent is None or not spent.kept_s:
+        return None
+    lost = {name: getattr(spent, name) for name in goodput.LOST}
+    return {"fraction": spent.goodput, "wall_s": spent.wall_s, "kept_s": spent.kept_s, **lost, "lost_steps": spent.lost_steps}
+
+
+def _sum_cost(tail: MetricsTail, spent: Breakdown | None, placed: Placement, expected_usd: float | None) -> dict[str, Any] | None:
+    """Return GPU hours and US dollars so far, plus estimated dollars at the end if possible; None if nothing is counted.
+
+    Without the attempts' files, the last metrics line with a cost counts.
+    """
+    counted = tail.spent
+    typical = placed.price is not None and placed.price.assumption is not None
+    if spent is not None and spent.gpu_s:
+        if placed.device == "cpu" and placed.price is None:
+            return None
+        hours, usd, typical = spent.gpu_s / 3600, spent.usd, spent.assumed_usd > 0
+    elif counted is not None:
+        hours, usd = counted.gpu_hours, counted.usd
+    else:
+        return None
+    return {"gpu_hours": hours, "usd": usd, "expected_usd": expected_usd, "at_typical_price": typical}

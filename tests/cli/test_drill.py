@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.cli.views.drill_report import Records, Step, judge, lines
+from launcher.cli.drill import Records, Step, judge, report_rows
 from launcher.clusters.backends import InjectedFault
 from launcher.plan.retry import Cause
 from launcher.run_records import ExitRecord
@@ -49,8 +49,7 @@ def test_a_restart_of_the_ranks_is_a_recovery() -> None:
     report = judge(RESTARTED)
     assert report["has_recovered"]
     assert json.loads(json.dumps(report)) == report
-    shown = dict(line.split("  ", 1) for line in lines(report) if line)
-    assert {name: value.strip() for name, value in shown.items()} == {
+    assert dict(report_rows(report).rows) == {
         "fault": "kill-rank",
         "run": "runs/drill",
         "action": "SIGKILL to rank 1",

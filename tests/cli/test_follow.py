@@ -12,13 +12,13 @@ import pytest
 
 from launcher import json_records, run_records, run_store
 from launcher.cli.follow import follow, wandb_page
-from launcher.cli.formatting import short
 from launcher.cli.verbs import VERBS
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import ExitRecord, ExportRecord, FailureRecord, Status
+from launcher.shell_commands import short_path
 from launcher.tracking.jsonl import append_event, read_events
 
 
@@ -64,7 +64,7 @@ def test_follow_shows_the_last_lines_before_the_end(run: RunDir, capsys: pytest.
     # The closing lines already contain the sync command.
     assert "Weights & Biases was offline" not in output
     assert output.count("wandb sync x") == 1
-    assert f"  python -m launcher evaluate {short(run.root)}\n" in output
+    assert f"  python -m launcher evaluate {short_path(run.root)}\n" in output
     assert "init --data YOUR.jsonl" in output, "the run is the demonstration"
 
 
@@ -132,7 +132,7 @@ def test_the_best_weights_of_a_run_that_ended_early_are_its_result(run: RunDir, 
     assert follow(run, 2, LocalCluster()) == 0
     output = capsys.readouterr().out
     assert "export, which holds step 5" in output
-    assert f"resume {short(run.root)} eval.stop_after=0" in output
+    assert f"resume {short_path(run.root)} eval.stop_after=0" in output
     run_store.update_status(run, step=40)
     assert follow(run, 2, LocalCluster()) == 0
     assert "train.max_steps=..." in capsys.readouterr().out

@@ -12,8 +12,8 @@ import yaml
 from forked import ForkingWorkers
 
 from launcher.cli import worker_process
+from launcher.cli.init import format_file
 from launcher.cli.main import main
-from launcher.cli.views.starter_file import starter_text
 
 Typed = Callable[..., tuple[int, str, str]]
 GPUS = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
@@ -181,7 +181,7 @@ def test_the_name_of_a_file_adds_no_settings(typed: Typed, line_break: str) -> N
     assert code == 2, err
     assert "contains a control character" in err
     assert not Path("run.yaml").exists()
-    text = starter_text([name], {"model": "tiny", "train": {"epochs": 3}}, {"model": name, "train.epochs": name})
+    text = format_file([name], {"model": "tiny", "train": {"epochs": 3}}, {"model": name, "train.epochs": name})
     assert yaml.safe_load(text) == {"model": "tiny", "train": {"epochs": 3}}
 
 

@@ -14,11 +14,10 @@ from dataclasses import replace
 import pytest
 
 from launcher import atomic_files, json_records, run_records, run_store
-from launcher.cli.formatting import short
-from launcher.cli.status import sparkline
-from launcher.cli.views.run_summary import summary
+from launcher.cli.status import sparkline, summarize
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import short_path
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import JsonlTracker
 
@@ -50,9 +49,9 @@ def test_the_step_is_the_newest_of_metrics_and_status(run: RunDir) -> None:
     """The ranks log metrics more often than they write status.json."""
     status = replace(run_store.update_status(run, state="running"), step=8)
     before = replace(status, updated_at=1.0)
-    assert summary(run, before)["step"] == 10
-    assert summary(run, replace(before, attempt=3))["step"] == 8, "what the attempt before has logged may be done anew"
-    assert summary(run, status)["step"] == 8, "as where the ranks have gone back since"
+    assert summarize(run, before)["step"] == 10
+    assert summarize(run, replace(before, attempt=3))["step"] == 8, "what the attempt before has logged may be done anew"
+    assert summarize(run, status)["step"] == 8, "as where the ranks have gone back since"
 
 
 def test_a_run_that_was_asked_to_stop_shows_no_time_left(launch_here: Launch, run: RunDir) -> None:
@@ -67,12 +66,12 @@ def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
     """The previous attempt was, and status.json keeps its number until the next job begins."""
     atomic_files.write_json(run.cancel(2), {"save": True})
     number = run_store.create_attempt(run, run_records.Attempt(resume_step=5))
-    found = summary(run, run_store.update_status(run, state="pending", max_steps=60))
+    found = summarize(run, run_store.update_status(run, state="pending", max_steps=60))
     assert (found["attempt"], found["asked_to_stop"], found["left_s"]) == (number, False, 55 * 2.0)
     assert found["cost"]["expected_usd"] == pytest.approx(found["cost"]["usd"] + 2 * 2.0 * 110 / 3600)
-    assert summary(run, run_store.update_status(run, state="pending", max_steps=3))["left_s"] == 0, "fewer steps than it has"
+    assert summarize(run, run_store.update_status(run, state="pending", max_steps=3))["left_s"] == 0, "fewer steps than it has"
     atomic_files.write_json(run.cancel(number), {"save": True})
-    assert summary(run, run_store.update_status(run, state="pending"))["asked_to_stop"]
+    assert summarize(run, run_store.update_status(run, state="pending"))["asked_to_stop"]
 
 
 def test_a_limit_before_the_last_step_is_shown(launch_here: Launch, run: RunDir) -> None:
@@ -102,7 +101,7 @@ def test_the_time_left_is_omitted_for_a_silent_run(launch_here: Launch, run: Run
     assert "time" not in lines
     # If steps are logged rarely, status.json has a newer step.
     status = run_store.update_status(run, step=12)
-    found = summary(run, status)
+    found = summarize(run, status)
     assert (found["step"], found["left_s"]) == (12, 3600)
     assert found["age_s"] < 60
 
@@ -114,9 +113,9 @@ def test_discarded_steps_are_not_shown(run: RunDir) -> None:
     log.log(10, {"eval/held_out/loss": 2.5})
     number = run_store.create_attempt(run, run_records.Attempt(resume_step=10, pinned=True))
     status = run_store.update_status(run, attempt=number, state="running")
-    assert summary(run, status)["eval_loss"] == 2.5, "the newest line of all"
+    assert summarize(run, status)["eval_loss"] == 2.5, "the newest line of all"
     JsonlTracker(run, number).log(11, {"train/loss": 2.4, "time/step_s": 2.0})
-    found = summary(run, status)
+    found = summarize(run, status)
     assert (found["eval_loss"], found["eval_step"]) == (2.5, 10)
     assert max(found["losses"]) < 5
 
@@ -160,7 +159,7 @@ def test_the_wandb_line_ignores_addresses_of_the_hub(launch_here: Launch, run: R
     log.event("alert", "Weights & Biases does not have all data", sync_command="wandb sync y")
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["W&B"] == "https://wandb.example/run; upload the missing part with: wandb sync y"
-    assert lines["export"] == short(run.export)
+    assert lines["export"] == short_path(run.export)
 
 
 def test_status_shows_goodput_gpus_and_ranks(launch_here: Launch, run: RunDir) -> None:
@@ -210,11 +209,11 @@ def test_time_after_the_last_line_counts_as_in_the_report(launch_here: Launch, r
         earlier = {1: now - 7100, 2: now - 2700}
         moved = [line | {"time": earlier[line["attempt"]] + 60 * i} for i, line in enumerate(lines)]
         file.write_text("".join(json.dumps(line) + "\n" for line in moved))
-    found = summary(run, run_store.update_status(run, state="running"))
+    found = summarize(run, run_store.update_status(run, state="running"))
     assert found["cost"]["gpu_hours"] == pytest.approx(4.0, abs=0.01)
     assert found["cost"]["usd"] == pytest.approx(8.0, abs=0.02)
     atomic_files.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": now - 1800})
-    found = summary(run, run_store.update_status(run, state="completed"))
+    found = summarize(run, run_store.update_status(run, state="completed"))
     assert (found["cost"]["gpu_hours"], found["goodput"]["wall_s"]) == (pytest.approx(3.0), pytest.approx(5400))
     assert launch_here("report", str(run.root)).returncode == 0
     page = (run.root / "report.html").read_text()

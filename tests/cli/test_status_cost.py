@@ -13,7 +13,7 @@ import pytest
 
 from launcher import atomic_files, json_records, run_store
 from launcher.cli.main import main
-from launcher.cli.views.run_summary import summary
+from launcher.cli.status import summarize
 from launcher.plan.run_dir import RunDir
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -33,9 +33,9 @@ def test_on_cpus_rank_hours_are_counted(launch_here: Launch, run: RunDir) -> Non
 def test_the_expected_cost_follows_from_the_pace(run: RunDir) -> None:
     status = run_store.update_status(run, state="running")
     # One more hour on two ranks, at two dollars per GPU hour.
-    assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
+    assert summarize(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
     run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), num_workers=3))
-    assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 3 * 2.0), "an idle worker is paid for"
+    assert summarize(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 3 * 2.0), "an idle worker is paid for"
 
 
 def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunDir) -> None:
@@ -46,7 +46,7 @@ def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunD
         file.unlink()
     run.attempt(2).rmdir()
     status = run_store.update_status(run, state="failed", attempt=1, step=0)
-    cost = summary(run, status)["cost"]
+    cost = summarize(run, status)["cost"]
     assert cost == {
         "gpu_hours": pytest.approx(1.7, abs=0.01),
         "usd": pytest.approx(3.4, abs=0.02),
@@ -56,13 +56,13 @@ def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunD
     assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
     plan = json_records.read_json(run.plan)
     atomic_files.write_json(run.plan, plan | {"price": None})
-    assert summary(run, status)["cost"] == cost | {"usd": None}
+    assert summarize(run, status)["cost"] == cost | {"usd": None}
     atomic_files.write_json(run.plan, plan | {"price": None, "topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
-    assert summary(run, status)["cost"] is None
+    assert summarize(run, status)["cost"] is None
     (run.attempt(1) / "exit.json").unlink()
     run_store.write_attempt(run, 1, replace(run_store.read_attempt(run, 1), begun_at=None))
     atomic_files.write_json(run.plan, plan)
-    assert summary(run, replace(status, state="pending"))["cost"] is None
+    assert summarize(run, replace(status, state="pending"))["cost"] is None
 
 
 def test_a_typical_price_is_marked(launch_here: Launch, run: RunDir) -> None:

@@ -87,7 +87,7 @@ class _Layout:
                             yield ""
                     yield from self.lines(part.parts, indent + _INDENT if part.title else indent)
                 case Rows():
-                    label_columns = max(self.label_columns, *(len(label) + 1 for label, _ in part.rows))
+                    label_columns = max([self.label_columns, *(len(label) + 1 for label, _ in part.rows)])
                     for label, value in part.rows:
                         first, *others = value.split("\n")
                         for line in (f"{label:<{label_columns}}{first}", *(" " * label_columns + line for line in others)):
