@@ -23,7 +23,7 @@ def modules(*folders: str) -> list[str]:
 
 
 SUBMIT_SIDE = [
-    *modules("cli", "cli/views"),
+    *modules("cli", "cli/render"),
     *modules("config", "config/sections", "plan", "clusters"),
     *(
         "launcher.errors",

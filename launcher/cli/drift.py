@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.cli.formatting import short
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Commands, Items, Part, Section, Table, Text
 from launcher.cli.worker_process import run_reporting
 from launcher.errors import EXIT_CHECK_FAILED, DataError
 from launcher.security import owners
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, short_path
 
 
 def compare_prompts(arguments: argparse.Namespace) -> int:
@@ -41,7 +40,7 @@ def to_sections(report: dict[str, Any], run: str) -> list[Part]:
         figures = (f"{one[side]:.0%}" if one["name"] == "words" else f"{one[side]:.4g}" for side in ("training", "now"))
         rows.append([one["title"], *figures, f"p = {one['p_value']:.2g}"])
     gaps = Items([f"no likelihoods, {gap}" for gap in report["gaps"]])
-    farthest = [f"{short(one['where'])} ({one['similarity']:.2f}): {one['text']}" for one in report["farthest"]]
+    farthest = [f"{short_path(one['where'])} ({one['similarity']:.2f}): {one['text']}" for one in report["farthest"]]
     parts: list[Part] = [
         Text(report["sentence"], "warn" if report["has_drifted"] else "good"),
         Section("", [Table(["", "training", "now", "test"], rows, numbers=(1, 2)), gaps]),

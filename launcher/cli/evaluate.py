@@ -19,7 +19,6 @@ from pathlib import Path
 from launcher import json_records, locks, run_store
 from launcher.cli.evaluations import describe_saving, find_price, show_sets, show_tasks, tabulate_costs
 from launcher.cli.export import require_checkpoint
-from launcher.cli.formatting import short, wrap
 from launcher.cli.interaction import alive_file, ended_by_signals
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Items
@@ -36,7 +35,7 @@ from launcher.run_records import read_export
 from launcher.security import owners
 from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.verdicts import ComparisonOutcome, EvaluationVerdict, format_difference
 
 _EVALUATION, _NODE, _TASKS = (f"launcher.evaluate.{name}" for name in ("evaluation", "node", "tasks"))
@@ -44,8 +43,6 @@ _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
 # W&B's own limits for startup and shutdown are shorter.
 _WANDB_S = 300.0
 _STDERR = 2
-# Continued lines of a message.
-_INDENT = 4
 FEW_SHOT, BASE = "few-shot", "base"
 _WHERE = "command line"
 _BASELINE = re.compile(r"\d+-shot")
@@ -73,7 +70,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     sets = [f"--set={name}" for name in arguments.set]
     # A run that still trains may have a newer checkpoint by then.
     again = launcher_command(
-        "evaluate", short(run_dir.root), *arguments.overrides, *words, *sets, *(["--here"] if arguments.here else [])
+        "evaluate", short_path(run_dir.root), *arguments.overrides, *words, *sets, *(["--here"] if arguments.here else [])
     )
     try:
         with ended_by_signals(), _lock_evaluation(folder), alive_file(folder / "alive"):
@@ -140,7 +137,7 @@ def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
     except subprocess.TimeoutExpired:
         output = f"W&B: the verdict is not sent: no answer within {_WANDB_S:.0f} s"
     if output.strip():
-        print("\n".join(wrap(output.strip().splitlines(), _INDENT)), file=sys.stderr)
+        print("\n".join(terminal.to_lines(Items(output.strip().splitlines()))), file=sys.stderr)
 
 
 def _change_settings(config: RunConfig, overrides: Sequence[str], run_name: str) -> RunConfig:
@@ -190,7 +187,7 @@ def _lock_evaluation(folder: Path) -> Iterator[None]:
     except locks.LockTimeout:
         raise SubmitError(
             "another command is evaluating this step",
-            where=short(folder),
+            where=short_path(folder),
             value=str(locks.wait_for_holder(lock) or ""),
             remedy="wait until it ends, or end it",
         ) from None
@@ -214,7 +211,7 @@ def _generate_answers(config: RunConfig, folder: Path, run_dir: RunDir, again: s
     if code:
         raise RunError(
             f"the answers are not complete: a process ended with exit code {code}; its messages are above",
-            where=short(folder),
+            where=short_path(folder),
             remedy=f"continue with: {again}",
         )
 

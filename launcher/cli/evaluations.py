@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.cli.formatting import short
 from launcher.cli.render.sections import Charts, Curve, Items, LineChart, Part, Rows, Section, Table, Text, Tone
 from launcher.config.schema import RunConfig
 from launcher.plan.gpu_types import Price, typical_price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.shell_commands import short_path
 from launcher.tracking.costs import request_cost
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.verdicts import TUNED, EvaluationVerdict, by_steps, format_difference, read_verdicts
@@ -43,7 +43,7 @@ def show_sets(shown: dict[str, Any]) -> list[Part]:
         best = sorted(shown["selection"], key=lambda one: -one["score"])[:_MAX_STYLES]
         styles = [f"{one['score']:.3f}  {one['style']}" for one in best]
         parts.append(Section("prompt forms of the base model, compared on training rows", [Items(styles)]))
-    about = f"{shown['engine']}, {shown['dtype']}, {format_duration(shown['seconds'])}; answers in {short(shown['folder'])}"
+    about = f"{shown['engine']}, {shown['dtype']}, {format_duration(shown['seconds'])}; answers in {short_path(shown['folder'])}"
     return [*parts, Section("", [Text(about)])]
 
 
@@ -61,7 +61,7 @@ def show_tasks(shown: dict[str, Any]) -> list[Part]:
             means = ", ".join(f"{side} {value:.4g}" for side, value in values.items())
             inner.append(Text(f"{metric}, of all questions together: {means}"))
         parts.append(Section(title, inner, tone))
-    return [*parts, Section("", [Text(f"scores in {short(shown['folder'])}")])]
+    return [*parts, Section("", [Text(f"scores in {short_path(shown['folder'])}")])]
 
 
 def show_verdicts(run: RunDir, plan: LaunchPlan) -> list[Section]:

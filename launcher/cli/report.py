@@ -8,30 +8,27 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import describe_loss
-from launcher.cli import formatting
-from launcher.cli.pages import charts, html_page
-from launcher.cli.pages.charts import Series
-from launcher.cli.pages.evaluation_html import evaluation_contexts, step_contexts
+from launcher.cli.evaluations import show_verdicts
 from launcher.cli.plan import plan_rows
+from launcher.cli.render import html
+from launcher.cli.render.sections import BarChart, Cards, Charts, Curve, LineChart, Part, Section, Table, Text
 from launcher.clusters.backends import status_reader_for
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
+from launcher.shell_commands import short_path
 from launcher.tracking import goodput
 from launcher.tracking.costs import hosted_training
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
 from launcher.tracking.metrics import curves, format_duration
 from launcher.tracking.run_metrics import find_overfitting, newest_trained_step
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
 
 _MOST_POINTS = 600
 # Names, or prefixes of names, of the metrics that the page needs in addition to the charts' metrics.
@@ -57,8 +54,8 @@ def write_report(arguments: argparse.Namespace) -> int:
     named = [run_store.find_run(name, Path(arguments.root)) for name in arguments.runs]
     runs = list({run.root: run for run in named}.values())
     file = Path(arguments.html) if arguments.html else (runs[0].root if len(runs) == 1 else Path()) / "report.html"
-    html_page.write(file, page([_read_run_files(run, name) for run, name in zip(runs, _distinct_names(runs), strict=True)]))
-    print(f"page: {formatting.short(file.absolute())}")
+    html.write(file, page([_read_run_files(run, name) for run, name in zip(runs, _distinct_names(runs), strict=True)]))
+    print(f"page: {short_path(file.absolute())}")
     return 0
 
 
@@ -83,17 +80,16 @@ def _read_run_files(run: RunDir, name: str) -> _RunFiles:
 
 def page(runs: Sequence[_RunFiles]) -> str:
     """Return the whole page: the curves of all runs in shared charts, then each run by itself."""
-    return html_page.render(
-        "report",
-        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
-        subtitle=f"written {time.strftime('%Y-%m-%d %H:%M:%S %Z')}",
-        comparison=_comparison(runs),
-        curves=_curves(runs),
-        runs=[_run_context(one) for one in runs],
-    )
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    charts = _list_charts(runs)
+    parts: list[Part] = [Cards(list(_list_facts(runs[0]).items())) if len(runs) == 1 else _compare_facts(runs)]
+    parts.append(Section("Curves", [Charts(charts) if charts else Text("nothing has been logged yet", "soft")]))
+    for one in runs:
+        parts += _list_sections(one) if len(runs) == 1 else [Section(one.name, _list_sections(one))]
+    return html.to_page(title, f"written {time.strftime('%Y-%m-%d %H:%M:%S %Z')}", parts)
 
 
-def _facts(one: _RunFiles) -> dict[str, str]:
+def _list_facts(one: _RunFiles) -> dict[str, str]:
     """Return the main numbers by label."""
     last = next((line for line in reversed(one.steps) if "train/loss" in line), None)
     max_steps = f"{one.status.max_steps:,}" if one.status.max_steps else "?"
@@ -123,27 +119,27 @@ def _facts(one: _RunFiles) -> dict[str, str]:
     return facts
 
 
-def _comparison(runs: Sequence[_RunFiles]) -> dict[str, Any]:
-    """Return a table of the facts of each run."""
-    facts_of_runs = [_facts(one) for one in runs]
+def _compare_facts(runs: Sequence[_RunFiles]) -> Table:
+    """Return a table of the main numbers of each run."""
+    facts_of_runs = [_list_facts(one) for one in runs]
     labels = list(dict.fromkeys(label for facts in facts_of_runs for label in facts))
     rows = [[one.name, *(facts.get(label, "-") for label in labels)] for one, facts in zip(runs, facts_of_runs, strict=True)]
-    return {"header": ["run", *labels], "rows": rows, "numbers": range(2, len(labels) + 1)}
+    return Table(["run", *labels], rows, numbers=range(2, len(labels) + 1))
 
 
-def _curves(runs: Sequence[_RunFiles]) -> list[Markup]:
-    drawn = []
-    for name, curve in curves().items():
-        x, series = [], []
+def _list_charts(runs: Sequence[_RunFiles]) -> list[LineChart]:
+    """Return a chart of each metric that any run has logged, with a curve for each run."""
+    charts = []
+    for metric, drawn in curves().items():
+        of_runs = []
         for one in runs:
-            points = [(line["trainer/step"], line[name] * curve.scale) for line in one.steps if name in line]
+            points = [(line["trainer/step"], line[metric] * drawn.scale) for line in one.steps if metric in line]
             if points:
                 steps, values = zip(*thin_out(points, _MOST_POINTS), strict=True)
-                x.append(steps)
-                series.append(Series(one.name, values))
-        if series:
-            drawn.append(charts.lines(curve.title, x, series, "step", curve.unit))
-    return drawn
+                of_runs.append(Curve(one.name, steps, values))
+        if of_runs:
+            charts.append(LineChart(drawn.title, of_runs, "step", drawn.unit))
+    return charts
 
 
 def thin_out(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
@@ -160,26 +156,39 @@ def thin_out(points: Sequence[tuple[float, float]], most: int) -> list[tuple[flo
     return extremes
 
 
-def _run_context(one: _RunFiles) -> dict[str, Any]:
-    """Return what the template shows for a single run."""
+def _list_sections(one: _RunFiles) -> list[Section]:
+    """Return what the page shows about a single run."""
     spent = one.spent
     shares = [("kept steps", spent.kept_s), *((label, getattr(spent, name)) for name, label in goodput.LOST.items())]
     bars = [(label, seconds, f"{seconds / max(spent.wall_s, 1e-9):.1%}, {format_duration(seconds)}") for label, seconds in shares]
-    alerts = [event for event in one.events if event["kind"] == "alert"]
-    return {
-        "name": one.name,
-        "facts": [(value, label) for label, value in _facts(one).items()],
-        "time_chart": charts.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),
-        "evaluations": evaluation_contexts(one.run, one.plan),
-        "evaluated_steps": step_contexts(one.run),
-        "attempts": _attempt_rows(one),
-        "checkpoints": _checkpoint_rows(one),
-        "plan": plan_rows(one.plan).rows,
-        "alerts": [[_clock(event["time"]), str(event["step"] or ""), event["text"]] for event in alerts],
-    }
+    checkpoints = [
+        [
+            f"{checkpoint.step:,}",
+            format_size(sum(entry.size for entry in checkpoint.manifest.files.values())),
+            describe_loss(checkpoint.eval_loss, checkpoint.eval_set),
+            str(checkpoint.manifest.attempt),
+            str(checkpoint.manifest.world_size),
+        ]
+        for checkpoint in store.list_checkpoints(one.run.checkpoints)
+    ]
+    saved: Part = Text("none", "soft")
+    if checkpoints:
+        saved = Table(["step", "size", "evaluation loss", "attempt", "ranks"], checkpoints, numbers=range(5))
+    alerts = [
+        [_format_time(event["time"]), str(event["step"] or ""), event["text"]] for event in one.events if event["kind"] == "alert"
+    ]
+    verdicts = show_verdicts(one.run, one.plan)
+    return [
+        *([Section("Did fine-tuning help?", verdicts)] if verdicts else []),
+        Section("Where the time went", [Charts([BarChart(f"Of {format_duration(spent.wall_s)} since submission", bars)])]),
+        Section("Attempts", [_list_attempts(one)]),
+        Section("Checkpoints", [saved]),
+        Section("Plan", [plan_rows(one.plan)]),
+        *([Section("Alerts", [Table(["time", "step", "alert"], alerts, numbers=[1])])] if alerts else []),
+    ]
 
 
-def _attempt_rows(one: _RunFiles) -> list[list[str]]:
+def _list_attempts(one: _RunFiles) -> Table:
     rows, unnamed_node = [], one.plan.config.cluster.unnamed_node
     for number in run_store.attempt_numbers(one.run):
         attempt, record = run_store.read_attempt(one.run, number), run_records.read_exit(one.run, number)
@@ -190,16 +199,16 @@ def _attempt_rows(one: _RunFiles) -> list[list[str]]:
                 str(attempt.resume_step or 0),
                 ", ".join(dict.fromkeys(attempt.nodes)) or unnamed_node,
                 f"{max(steps):,.0f}" if steps else "-",
-                _clock(record.ended_at) if record is not None and record.ended_at else "-",
-                _outcome_without_record(one, number, attempt)
+                _format_time(record.ended_at) if record is not None and record.ended_at else "-",
+                _describe_unrecorded(one, number, attempt)
                 if record is None
                 else ": ".join(filter(None, (record.cause or record.state, record.message))),
             ]
         )
-    return rows
+    return Table(["attempt", "from step", "nodes", "to step", "ended", "outcome"], rows, numbers=[1, 3])
 
 
-def _outcome_without_record(one: _RunFiles, number: int, attempt: Attempt) -> str:
+def _describe_unrecorded(one: _RunFiles, number: int, attempt: Attempt) -> str:
     """Return the state of an attempt without an exit record: it may still be running."""
     is_running = one.status.state in run_records.RUNNING_STATES and number == run_store.newest_attempt(one.run)
     if attempt.begun_at is None:
@@ -208,18 +217,5 @@ def _outcome_without_record(one: _RunFiles, number: int, attempt: Attempt) -> st
     return "running" if is_running and one.status.state != "pending" else "ended without a record"
 
 
-def _checkpoint_rows(one: _RunFiles) -> list[list[str]]:
-    return [
-        [
-            f"{checkpoint.step:,}",
-            format_size(sum(entry.size for entry in checkpoint.manifest.files.values())),
-            describe_loss(checkpoint.eval_loss, checkpoint.eval_set),
-            str(checkpoint.manifest.attempt),
-            str(checkpoint.manifest.world_size),
-        ]
-        for checkpoint in store.list_checkpoints(one.run.checkpoints)
-    ]
-
-
-def _clock(at: float) -> str:
+def _format_time(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))

@@ -1,1 +1,0 @@
-"""The HTML pages that commands write. Open html_page.py first."""

@@ -1,1 +1,0 @@
-"""What commands print in a terminal, one file for each kind of output."""
