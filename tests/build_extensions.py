@@ -7,10 +7,15 @@ Takes minutes with an empty cache, and seconds afterwards. Processes that build 
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 EXTENSIONS = ("CPUAdamBuilder", "AsyncIOBuilder")
 
 
 def main() -> None:
+    # PATH, and not CXX, which would be part of the commands: a later build with another compiler would compile all files again.
+    os.environ["PATH"] = f"{Path(__file__).with_name('quick_compiler')}{os.pathsep}{os.environ['PATH']}"
     from launcher.train.engine import lock_builds
 
     lock_builds()
