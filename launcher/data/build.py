@@ -21,7 +21,7 @@ from launcher.data.selection import select_documents
 from launcher.data.sources.formats import rank_keys
 from launcher.data.sources.reading import check_sources, describe_origin, list_inputs, make_set_data, name_set
 from launcher.data.split import write_origins
-from launcher.data.tokenization.batch_encoder import NUM_PROMPTS, PieceTable
+from launcher.data.tokenization.batch_encoder import NUM_PROMPTS
 from launcher.data.tokenization.encoder import read_template
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
@@ -49,10 +49,10 @@ def build(
     with cache_store.lock_folder(key, data.cache_group) as folder:
         if folder is not None:
             _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None), num_embeddings)
-        if folder is not None and cache_key(data, tokenizer_path) != key:
-            # The key describes the bytes before the change.
-            message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
-            raise DataError(Problem(message, where, remedy="try again when no program is writing to it, or pin its revision"))
+            if cache_key(data, tokenizer_path) != key:
+                # The key describes the bytes before the change.
+                message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
+                raise DataError(Problem(message, where, remedy="try again when no program is writing to it, or pin its revision"))
     facts = cache_store.find(key, data.cache_group)
     if facts is None:
         where = str(cache_store.cache_dir(key, data.cache_group))
@@ -129,15 +129,9 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     report = _make_report(corpus, is_dropped, layout, held_out, selection.epochs, data)
     if data.exclude is not None:
         report["num_excluded"] = selection.num_excluded
-    facts = _make_facts(report, pieces, layout, held_out, digest).model_copy(update={"chat_template": read_template(data)})
-    cache_store.finish(folder, facts, report)
-    on_progress("pack and write", 1, 1)
-
-
-def _make_facts(report: dict[str, Any], pieces: PieceTable, layout: RowLayout, held_out: RowLayout, digest: str) -> DataFacts:
     row_tokens = np.add.reduceat(pieces.lengths[layout.order], layout.starts[:-1])
     num_tokens = int(row_tokens.sum())
-    return DataFacts(
+    facts = DataFacts(
         cache_dir="",
         num_rows=layout.num_rows,
         num_docs=len(layout.order),
@@ -150,7 +144,10 @@ def _make_facts(report: dict[str, Any], pieces: PieceTable, layout: RowLayout, h
         padding_frac=1 - num_tokens / (layout.num_rows * int(row_tokens.max())),
         digest=digest,
         turn_end_ids=tuple(report["turn_end_ids"]),
+        chat_template=read_template(data),
     )
+    cache_store.finish(folder, facts, report)
+    on_progress("pack and write", 1, 1)
 
 
 def _make_report(

@@ -36,7 +36,7 @@ from typing import Any
 import xxhash
 
 from launcher import atomic_files
-from launcher.config.sections.data import ChecksSection, DataSection, Source
+from launcher.config.sections.data import DataSection, Source
 from launcher.data.cache_dir import SHARED_CACHE_VARIABLE, cache_root, convert_os_errors, mark_used, shared_cache_root
 from launcher.data.sources.reading import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
@@ -78,19 +78,28 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
         DataError: if the tokenizer's folder has no tokenizer, or a file cannot be read.
     """
     held_out = make_eval_source(data)
+    checks = data.checks.model_dump()
+    if data.checks.bad_rows == "fail":
+        # An existing cache had no such rows.
+        del checks["bad_rows"]
     parts: dict[str, Any] = {
         "format": FORMAT_VERSION,
         "sources": [_make_source_key(source) for source in data.sources],
         "eval": None if held_out is None else _make_source_key(held_out),
         "settings": data.model_dump(exclude=_NOT_IN_KEY),
-        "checks": _select_checks(data.checks),
+        # fail only judges the finished cache.
+        "checks": {name: "keep" if value == "fail" else value for name, value in checks.items()},
         "template": None if data.chat_template is None else compute_file_digest(Path(data.chat_template).expanduser()),
         **({} if data.exclude is None else {"exclude": compute_file_digest(Path(data.exclude).expanduser())}),
-        "tokenizer": [
-            (file.name, compute_file_digest(file)) for file in _list_tokenizer_files(Path(tokenizer_path).expanduser())
-        ],
         "libraries": [version(name) for name in _LIBRARIES],
     }
+    folder = Path(tokenizer_path).expanduser()
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
+    # A template alone is not a tokenizer.
+    if all(file.name == "config.json" or "chat_template" in file.relative_to(folder).parts[0] for file in files):
+        remedy = "set model.tokenizer to a folder with tokenizer.json"
+        raise DataError(Problem("the folder has no tokenizer", "model.tokenizer", str(folder), remedy))
+    parts["tokenizer"] = [(file.name, compute_file_digest(file)) for file in files]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
@@ -105,24 +114,6 @@ def compute_file_digest(path: Path) -> str:
 
 def _make_source_key(source: Source) -> tuple[dict[str, Any], str]:
     return source.model_dump(exclude={"path", "revision"}), compute_source_digest(source)
-
-
-def _select_checks(checks: ChecksSection) -> dict[str, Any]:
-    """Return the parts of the checks that select documents; fail only judges the finished cache."""
-    settings = checks.model_dump()
-    if checks.bad_rows == "fail":
-        # An existing cache had no such rows.
-        del settings["bad_rows"]
-    return {name: "keep" if value == "fail" else value for name, value in settings.items()}
-
-
-def _list_tokenizer_files(folder: Path) -> list[Path]:
-    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
-    # A template alone is not a tokenizer.
-    if all(file.name == "config.json" or "chat_template" in file.relative_to(folder).parts[0] for file in files):
-        remedy = "set model.tokenizer to a folder with tokenizer.json"
-        raise DataError(Problem("the folder has no tokenizer", "model.tokenizer", str(folder), remedy))
-    return files
 
 
 def cache_dir(key: str, group: str | None = None) -> Path:

@@ -117,21 +117,22 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     if not docs:
         raise DataError(problems.to_list())
     table = _concatenate(docs)
-    table = replace(table, held_out=_divide_common_prompts(table, data.eval_fraction))
+    # Documents of a common prompt are held out one by one: all of them in one split would make the held-out split several times too
+    # large, or remove most documents from it.
+    _, group, counts = np.unique(table.prompts, return_inverse=True, return_counts=True)
+    limit = max(_MAX_PER_PROMPT, _MAX_PROMPT_SHARE * data.eval_fraction * len(table.prompts))
+    is_common = table.by_hash & (table.prompts != 0) & (counts[group] > limit)
+    table = replace(table, held_out=np.where(is_common, is_below(table.splits_alone, data.eval_fraction), table.held_out))
     chosen = [prompt for prompt in (*prompts[True], *prompts[False]) if table.held_out[prompt.doc]]
     return EncodedCorpus(table, _concatenate(pieces), hits, chosen, max_token_id, unread_keys, completions, problems, bad_rows)
 
 
-def _divide_common_prompts(docs: DocumentTable, eval_fraction: float) -> np.ndarray:
-    """Return which documents are held out, bool [documents], dividing the documents of a common prompt one by one.
-
-    Keeping all documents of a common prompt in one split would make the held-out split several times too large, or remove most
-    documents from it.
-    """
-    _, group, counts = np.unique(docs.prompts, return_inverse=True, return_counts=True)
-    limit = max(_MAX_PER_PROMPT, _MAX_PROMPT_SHARE * eval_fraction * len(docs.prompts))
-    is_common = docs.by_hash & (docs.prompts != 0) & (counts[group] > limit)
-    return np.where(is_common, is_below(docs.splits_alone, eval_fraction), docs.held_out)
+def _concatenate(tables: Sequence[Columns]) -> Columns:
+    columns: dict[str, Any] = {}
+    for column in fields(tables[0]):
+        values = [getattr(table, column.name) for table in tables]
+        columns[column.name] = list(itertools.chain(*values)) if isinstance(values[0], list) else np.concatenate(values)
+    return type(tables[0])(**columns)
 
 
 def _list_tasks(data: DataSection, problems: RowProblems) -> Iterator[EncodeTask]:
@@ -149,11 +150,3 @@ def _list_tasks(data: DataSection, problems: RowProblems) -> Iterator[EncodeTask
                 yield EncodeTask(batch, number, is_held_out)
         except DataError as error:
             problems.add_file(error)
-
-
-def _concatenate(tables: Sequence[Columns]) -> Columns:
-    columns: dict[str, Any] = {}
-    for column in fields(tables[0]):
-        values = [getattr(table, column.name) for table in tables]
-        columns[column.name] = list(itertools.chain(*values)) if isinstance(values[0], list) else np.concatenate(values)
-    return type(tables[0])(**columns)

@@ -123,29 +123,29 @@ class _Stock:
         free = self.capacity
         while fitting := self.lengths & ((2 << free) - 1):
             longest = fitting.bit_length() - 1
-            chosen = self._exact(free, fitting) if row and free <= 3 * longest else []
+            chosen = self._find_exact(free, fitting) if row and free <= 3 * longest else []
             for n in chosen or [longest]:
                 self.take(n)
                 row.append(n)
                 free -= n
         return row
 
-    def _exact(self, free: int, fitting: int) -> list[int]:
+    def _find_exact(self, free: int, fitting: int) -> list[int]:
         """Return one, two or three lengths with the sum `free`, longest first; empty if there are none."""
         if fitting >> free & 1:
             return [free]
-        if half := self._pair(free):
+        if half := self._find_pair(free):
             return [free - half, half]
         for _ in range(LOOK_AHEAD):
             longest = fitting.bit_length() - 1
             if 3 * longest < free:
                 break
-            if half := self._pair(free - longest, besides=longest):
+            if half := self._find_pair(free - longest, besides=longest):
                 return [longest, free - longest - half, half]
             fitting ^= 1 << longest
         return []
 
-    def _pair(self, total: int, besides: int = 0) -> int:
+    def _find_pair(self, total: int, besides: int = 0) -> int:
         """Return the shorter of two lengths with the sum `total`, as even as possible; 0 if there are none.
 
         One document of length `besides` is reserved. Even pairs leave the short documents to fill later rows.

@@ -122,7 +122,16 @@ def _report_sources(
             "frac": numbers["tokens"] / max(1, facts.num_tokens),
             "epochs": recorded["epochs"],
             "unused_documents": recorded["unused"],
-            "limited_by": _list_limits(data.sources[i]) if i < len(data.sources) else [],
+            "limited_by": [
+                name
+                for source in data.sources[i : i + 1]
+                for name, is_set in (
+                    ("weight", source.weight is not None),
+                    ("max_tokens", source.max_tokens is not None),
+                    ("epochs", source.epochs % 1 != 0),
+                )
+                if is_set
+            ],
             "path": path,
             "is_read": i >= len(data.sources) or data.sources[i].is_read,
             **{key: recorded[key] for key in (*_ORIGIN, *_UNREAD, *_COMPLETIONS)},
@@ -136,12 +145,6 @@ def _report_sources(
         }
         for i, (path, numbers, held_out, recorded) in enumerate(zip(paths, train_numbers, held_out_numbers, counts, strict=True))
     ]
-
-
-def _list_limits(source: Source) -> list[str]:
-    """Return the settings that limit how much the mixture takes of a source."""
-    limits = {"weight": source.weight is not None, "max_tokens": source.max_tokens is not None, "epochs": source.epochs % 1 != 0}
-    return [name for name, is_set in limits.items() if is_set]
 
 
 # The origin of a source's rows, as the build recorded it.
@@ -224,26 +227,21 @@ def _show_rows(split: Split, names: list[str], decode: Decode, num_rows: int) ->
         by_length = np.argsort(np.diff(split.docs), kind="stable")
         picked = sorted({int(by_length[int(q * (split.num_docs - 1))]) for q in _SHOWN_QUANTILES})
         spans = [(int(np.searchsorted(split.rows, split.docs[doc], side="right")) - 1, doc, doc + 1) for doc in picked]
+
+    def show_document(doc: int) -> dict[str, Any]:
+        span = slice(split.docs[doc], split.docs[doc + 1])
+        tokens, trained = split.tokens[span], split.trained[span]
+        offsets = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
+        # Some tokenizers drop the first space of a text, so each part is decoded after the token before it.
+        texts = [
+            decode(tokens[max(0, start - 1) : end].tolist())[len(decode(tokens[max(0, start - 1) : start].tolist())) :]
+            for start, end in itertools.pairwise(offsets)
+        ]
+        redacted = patterns.redact(texts)
+        parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(offsets, redacted, strict=False)]
+        return {"source": names[split.doc_source[doc]], "tokens": len(tokens), "parts": parts}
+
     return [
-        {
-            "row": row,
-            "whole": bool(num_rows),
-            "documents": [_show_document(split, doc, names, decode) for doc in range(first, last)],
-        }
+        {"row": row, "whole": bool(num_rows), "documents": [show_document(doc) for doc in range(first, last)]}
         for row, first, last in spans
     ]
-
-
-def _show_document(split: Split, doc: int, names: list[str], decode: Decode) -> dict[str, Any]:
-    span = slice(split.docs[doc], split.docs[doc + 1])
-    tokens, trained = split.tokens[span], split.trained[span]
-    offsets = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
-    # Some tokenizers drop the first space of a text, so each part is decoded after the token before it.
-    begins = [max(0, start - 1) for start in offsets]
-    texts = [
-        decode(tokens[before:end].tolist())[len(decode(tokens[before:start].tolist())) :]
-        for before, (start, end) in zip(begins, itertools.pairwise(offsets), strict=False)
-    ]
-    redacted = patterns.redact(texts)
-    parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(offsets, redacted, strict=False)]
-    return {"source": names[split.doc_source[doc]], "tokens": len(tokens), "parts": parts}

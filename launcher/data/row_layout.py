@@ -127,7 +127,10 @@ def layout_training(
         sum(int(lengths[one].sum()) for one in passes) / max(1, total) for passes, total in zip(taken, num_tokens, strict=True)
     ]
     rounds = [np.sort(np.concatenate([*passes])) for passes in itertools.zip_longest(*taken, fillvalue=selected[:0])]
-    return _concatenate([_pack(lengths, indices, data) for indices in rounds]), epochs
+    packed = [_pack(lengths, indices, data) for indices in rounds]
+    order = np.concatenate([np.empty(0, np.int64), *(layout.order for layout in packed)])
+    row_docs = np.concatenate([np.empty(0, np.int64), *(np.diff(layout.starts) for layout in packed)])
+    return RowLayout(order, _find_starts(row_docs)), epochs
 
 
 def layout_held_out(lengths: np.ndarray, selected: np.ndarray, data: DataSection) -> RowLayout:
@@ -135,7 +138,7 @@ def layout_held_out(lengths: np.ndarray, selected: np.ndarray, data: DataSection
     layout = _pack(lengths, selected, data)
     rows = packing.choose_evenly(layout.num_rows, data.eval_max_rows)
     order = np.concatenate([selected[:0], *(layout.order[slice(*layout.starts[row : row + 2])] for row in rows)])
-    return RowLayout(order, _starts(np.diff(layout.starts)[rows]))
+    return RowLayout(order, _find_starts(np.diff(layout.starts)[rows]))
 
 
 def _pack(lengths: np.ndarray, indices: np.ndarray, data: DataSection) -> RowLayout:
@@ -143,13 +146,7 @@ def _pack(lengths: np.ndarray, indices: np.ndarray, data: DataSection) -> RowLay
     return RowLayout(indices[packed.order], packed.starts)
 
 
-def _concatenate(layouts: Sequence[RowLayout]) -> RowLayout:
-    order = np.concatenate([np.empty(0, np.int64), *(layout.order for layout in layouts)])
-    row_docs = np.concatenate([np.empty(0, np.int64), *(np.diff(layout.starts) for layout in layouts)])
-    return RowLayout(order, _starts(row_docs))
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
+def _find_starts(lengths: np.ndarray) -> np.ndarray:
     """Return the start of each consecutive piece, and the end of the last piece."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
@@ -167,13 +164,13 @@ def write(
 
     `lengths`, `sources` and `labels` are for all documents, `spooled` holds their tokens and trained marks.
     """
-    docs = _starts(lengths[layout.order])
+    docs = _find_starts(lengths[layout.order])
     row_of = np.repeat(np.arange(layout.num_rows), np.diff(layout.starts))
     doc_source = sources[layout.order].astype(np.uint16)
     cell = row_of * num_sources + doc_source
     tokens_of = np.bincount(cell, weights=np.diff(docs), minlength=layout.num_rows * num_sources)
     tokens, trained = spooled
-    begins = _starts(lengths)[:-1]
+    begins = _find_starts(lengths)[:-1]
     return write_split(
         folder,
         _gather(tokens, begins, lengths, layout.order),
@@ -196,7 +193,7 @@ def write_documents(
     """
     width = max(data.max_length, int(lengths.max(initial=1)))
     layout = packing.pack(lengths, width) if data.packing else packing.one_per_row(len(lengths))
-    labels = np.add.reduceat(trained, _starts(lengths)[:-1], dtype=np.int64) if len(lengths) else np.zeros(0, np.int64)
+    labels = np.add.reduceat(trained, _find_starts(lengths)[:-1], dtype=np.int64) if len(lengths) else np.zeros(0, np.int64)
     num_sources = int(sources.max(initial=0)) + 1
     digest = write(folder, layout, lengths, sources, labels, (tokens, trained), num_sources)
     counts = {name: 0 for name, field in DataFacts.model_fields.items() if field.annotation is int}
@@ -235,28 +232,27 @@ class RowOrder:
         self.seed = seed
         self.lengths = lengths
         self.batch_size = batch_size
-        self._epoch = lru_cache(maxsize=2)(self._permute)
+        self._permute = lru_cache(maxsize=2)(self._permute_epoch)
 
     def at(self, start: int, stop: int) -> np.ndarray:
         """Return the row indices at stream positions start..stop - 1; position p is in epoch p // num_rows."""
         parts = []
         while start < stop:
             epoch, offset = divmod(start, self.num_rows)
-            part = self._epoch(epoch)[offset : offset + stop - start]
+            part = self._permute(epoch)[offset : offset + stop - start]
             parts.append(part)
             start += len(part)
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
-    def _permute(self, epoch: int) -> np.ndarray:
+    def _permute_epoch(self, epoch: int) -> np.ndarray:
         order = np.argsort(np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows), kind="stable")
-        return order if self.lengths is None else self._group_by_length(order, self.lengths, epoch)
-
-    def _group_by_length(self, order: np.ndarray, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        if self.lengths is None:
+            return order
         begin = -epoch * self.num_rows % self.batch_size
         num_batches = max(0, self.num_rows - begin) // self.batch_size
         inside = slice(begin, begin + num_batches * self.batch_size)
         rows = order[inside]
         window = np.arange(len(rows)) // (GROUPED_BATCHES * self.batch_size)
-        batches = rows[np.lexsort((lengths[rows], window))].reshape(num_batches, self.batch_size)
+        batches = rows[np.lexsort((self.lengths[rows], window))].reshape(num_batches, self.batch_size)
         shuffled = np.argsort(np.random.PCG64([self.seed, epoch, 1]).random_raw(num_batches), kind="stable")
         return np.concatenate([order[: inside.start], batches[shuffled].ravel(), order[inside.stop :]])

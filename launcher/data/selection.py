@@ -64,7 +64,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     def require_pieces(is_dropped: np.ndarray) -> np.ndarray:
         selected = corpus.select_pieces(is_dropped, held_out=False)
         if not pieces.labels[selected].any():
-            raise _nothing_left(docs, data, _collect_for_rows(hits, corpus, selected[:0], data))
+            raise _make_empty_error(docs, data, _collect_for_rows(hits, corpus, selected[:0], data))
         return selected
 
     def find_leaks(training: np.ndarray, are_dropped: bool) -> list[tuple[int, CheckHit]]:
@@ -88,7 +88,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     is_dropped = is_excluded | select_dropped(hits, corpus.num_docs, checks)
     layout, epochs = row_layout.layout_training(pieces.lengths, docs.source[pieces.doc], require_pieces(is_dropped), data)
     if not pieces.labels[layout.order].any():
-        raise _nothing_left(docs, data, _collect_for_rows(hits, corpus, layout.order, data))
+        raise _make_empty_error(docs, data, _collect_for_rows(hits, corpus, layout.order, data))
     hits += find_leaks(np.unique(pieces.doc[layout.order]), are_dropped=False)
     hits += find_losses(hits, docs.num_pieces, docs.lost_tokens, docs.num_tokens, checks)
     found = _collect_for_rows(hits, corpus, layout.order, data)
@@ -113,7 +113,7 @@ def _collect_for_rows(hits: list[tuple[int, CheckHit]], corpus: EncodedCorpus, o
     return (Finding("bad_rows", int(num_bad.sum()), int(totals.sum()), by_source, shown, share), *of_documents)
 
 
-def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: Findings) -> DataError:
+def _make_empty_error(docs: DocumentTable, data: DataSection, all_findings: Findings) -> DataError:
     dropped = [one.finding for one in judge(all_findings, data.checks) if one.action == "drop"]
     # Documents dropped by a check or for their length may have trained tokens, which a setting can bring back.
     never = all(finding.name == "no_trained_token" for finding in dropped) and bool((docs.num_pieces > 0).all())
@@ -215,7 +215,7 @@ def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocume
         highest_share = float((counts / np.maximum(1, totals)).max())
         by_source = _count_by_source(documents, corpus)
         found.append(Finding(name, len(documents), len(of_source), by_source, tuple(examples), highest_share))
-    return tuple(found + _check_amount(corpus))
+    return tuple(found + _find_few_examples(corpus))
 
 
 def _group_by_check(hits: Iterable[tuple[int, CheckHit]]) -> dict[str, dict[int, CheckHit]]:
@@ -231,7 +231,7 @@ def _count_by_source(documents: np.ndarray, corpus: CheckedDocuments) -> dict[st
     return {corpus.names[i]: int(count) for i, count in enumerate(counts) if count}
 
 
-def _check_amount(corpus: CheckedDocuments) -> list[Finding]:
+def _find_few_examples(corpus: CheckedDocuments) -> list[Finding]:
     """Return the finding few_examples if there is little data to train on: plain text counts by tokens, all else by examples."""
     examples = np.flatnonzero(corpus.used & ~corpus.is_text)
     documents = examples if len(examples) else np.flatnonzero(corpus.used)

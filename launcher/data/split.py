@@ -61,7 +61,7 @@ class CheckedArray:
         self._verified = bytearray(len(digests))
         self._file = path.open("rb", buffering=0)
         if (size := os.fstat(self._file.fileno()).st_size) != num_bytes:
-            raise _damaged(cache, "a file has the wrong size", path, f"{size:,} bytes, not {num_bytes:,}")
+            raise _make_damage_error(cache, "a file has the wrong size", path, f"{size:,} bytes, not {num_bytes:,}")
         # The first block contains the header, which numpy reads.
         self.verify(0, 1)
         self._values: np.ndarray = np.load(path, mmap_mode="r")
@@ -97,28 +97,25 @@ class CheckedArray:
         Raises:
             DataError: if a block does not match its digest.
         """
-        first, end = start // BLOCK_BYTES, -(-(self._num_bytes if stop is None else stop) // BLOCK_BYTES)
-        block = first
+        block, end = start // BLOCK_BYTES, -(-(self._num_bytes if stop is None else stop) // BLOCK_BYTES)
         while (block := self._verified.find(0, block, end)) >= 0:
-            self._verify_block(block)
+            first, content = block * BLOCK_BYTES, b""
+            try:
+                # Read instead of mapping: an I/O error raises here, but in a memory map it would kill the process.
+                while part := os.pread(self._file.fileno(), BLOCK_BYTES - len(content), first + len(content)):
+                    content += part
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._path)) from error
+            digest, expected = xxhash.xxh3_64_intdigest(content), int(self._digests[block])
+            if digest != expected:
+                last, count = first + len(content) - 1, len(self._digests)
+                where = f"{self._path}, bytes {first} to {last} (block {block} of 0 to {count - 1})"
+                value = f"digest {digest:016x}, not {expected:016x}"
+                raise _make_damage_error(self._cache, "a block does not match its digest", where, value)
             self._verified[block] = 1
 
-    def _verify_block(self, block: int) -> None:
-        start, content = block * BLOCK_BYTES, b""
-        try:
-            # Read instead of mapping: an I/O error raises here, but in a memory map it would kill the process.
-            while part := os.pread(self._file.fileno(), BLOCK_BYTES - len(content), start + len(content)):
-                content += part
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        digest, expected = xxhash.xxh3_64_intdigest(content), int(self._digests[block])
-        if digest != expected:
-            where = f"{self._path}, bytes {start} to {start + len(content) - 1} (block {block} of 0 to {len(self._digests) - 1})"
-            value = f"digest {digest:016x}, not {expected:016x}"
-            raise _damaged(self._cache, "a block does not match its digest", where, value)
 
-
-def _damaged(cache: Path, message: str, where: str | Path, value: str) -> DataError:
+def _make_damage_error(cache: Path, message: str, where: str | Path, value: str) -> DataError:
     """Return the error for a data cache whose files have changed since they were written, with the commands to rebuild it."""
     remedy = (
         f"delete it and build it again: `{shell_command('rm', '-r', cache)}`, then `python -m launcher data ...` with the same "
@@ -157,7 +154,7 @@ class Split:
             content = (folder / DIGESTS).read_bytes()
             if (actual := xxhash.xxh3_128_hexdigest(content)) != digest:
                 message = "its block digests differ from the recorded ones, so its data may have changed"
-                raise _damaged(cache, message, folder / DIGESTS, f"digest {actual}, not {digest or 'recorded'}")
+                raise _make_damage_error(cache, message, folder / DIGESTS, f"digest {actual}, not {digest or 'recorded'}")
             table = np.frombuffer(content, _DTYPE)
             for name in (*_LARGE_ARRAYS, *_INDEX_ARRAYS):
                 end = 1 + -(-int(table[0]) // BLOCK_BYTES)

@@ -116,14 +116,18 @@ def _identify(document: Document, parts: Sequence[_TextPart]) -> tuple[tuple[int
     ]
     texts = [text for text in (system, question, rest) if text]
     comparable = [overlap.make_comparable(text) for text in (system, question, rest)]
-    # With other tools, the same text is another task, see _write_setup; and a shared system text does not make chats similar.
+    # With other roles, weights or tools, the same text is another task; a shared system text does not make chats similar.
+    setup = ""
+    if isinstance(document, Chat):
+        setup = ",".join([f"{message.role}{message.weight}" for message in document.messages])
+        setup += json.dumps(document.tools) if document.tools else ""
     content = _join(comparable)
     prompt = _join(comparable[:2]) if question else b""
     form = prompt.translate(None, _DIGITS)
     of_content, of_prompt = overlap.hash_content(content), overlap.hash_content(prompt) if prompt else 0
     hashes = (
         of_content,
-        overlap.hash_content(content + _write_setup(document)),
+        overlap.hash_content(content + setup.encode()),
         of_prompt,
         overlap.hash_content(form) if len(form) >= _MIN_FORM_BYTES else 0,
         of_prompt or of_content,
@@ -134,14 +138,6 @@ def _identify(document: Document, parts: Sequence[_TextPart]) -> tuple[tuple[int
 
 def _join(texts: Sequence[bytes]) -> bytes:
     return b" ".join([text for text in texts if text])
-
-
-def _write_setup(document: Document) -> bytes:
-    """Return what makes the same text another task: roles, weights, tools."""
-    if not isinstance(document, Chat):
-        return b""
-    turns = ",".join([f"{message.role}{message.weight}" for message in document.messages])
-    return f"{turns}{json.dumps(document.tools) if document.tools else ''}".encode()
 
 
 def _list_parts(document: Document, rendered: RenderedDocument, train_on: TrainOn) -> Iterator[_TextPart]:

@@ -196,7 +196,25 @@ def find_near_leaks(
     if not len(train_signed) or not len(held_out_signed):
         return []
     train_slots, held_out_slots = _stack_signatures(signatures, train_signed), _stack_signatures(signatures, held_out_signed)
-    similar, missed = _find_similar(train_slots, held_out_slots, train_signed, held_out_signed, is_dropped)
+    # The similar training documents of each held-out document.
+    similar: dict[int, dict[int, float]] = defaultdict(dict)
+    is_similar = np.zeros(len(train_signed), dtype=bool)
+
+    def add_pairs(a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
+        is_similar[b] = True
+        for document, other, share in zip(
+            held_out_signed[a].tolist(), train_signed[b].tolist(), similarity.tolist(), strict=True
+        ):
+            similar[document][other] = share
+
+    missed = held_out_signed[find_near_pairs_between(held_out_slots, train_slots, REACH_ACROSS, add_pairs)]
+    if is_dropped:
+        # A held-out document is compared only until a similar one is found, so compare the rest from the other side.
+        rest = np.flatnonzero(~is_similar)
+        not_compared = find_near_pairs_between(
+            train_slots[rest], held_out_slots, REACH, lambda a, b, similarity: add_pairs(b, rest[a], similarity)
+        )
+        missed = np.concatenate([missed, train_signed[rest[not_compared]]])
     hits = [(i, CheckHit("not_compared", "too many other documents are partly the same")) for i in missed.tolist()]
     for document in sorted(similar):
         near = {other: share for other, share in similar[document].items() if contents[other] != contents[document]}
@@ -229,35 +247,6 @@ class _Copies:
 
 def _describe(similarity: float) -> str:
     return "the same as" if similarity == _EXACT else f"{similarity:.0%} the same as"
-
-
-def _find_similar(
-    train_slots: np.ndarray, held_out_slots: np.ndarray, training: np.ndarray, held_out: np.ndarray, is_dropped: bool
-) -> tuple[dict[int, dict[int, float]], np.ndarray]:
-    """Return the similar training documents of each held-out document, and the documents that were not compared with all others.
-
-    `train_slots` and `held_out_slots` are the signatures of the documents `training` and `held_out`.
-    """
-    similar: dict[int, dict[int, float]] = defaultdict(dict)
-    is_similar = np.zeros(len(training), dtype=bool)
-
-    def add_pairs(a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
-        is_similar[b] = True
-        for document, other, share in zip(held_out[a].tolist(), training[b].tolist(), similarity.tolist(), strict=True):
-            similar[document][other] = share
-
-    missed = held_out[find_near_pairs_between(held_out_slots, train_slots, REACH_ACROSS, add_pairs)]
-    if is_dropped:
-        # A held-out document is compared only until a similar one is found, so compare the rest from the other side.
-        rest = np.flatnonzero(~is_similar)
-        not_compared = find_near_pairs_between(
-            train_slots[rest],
-            held_out_slots,
-            REACH,
-            lambda a, b, similarity: add_pairs(b, rest[a], similarity),
-        )
-        missed = np.concatenate([missed, training[rest[not_compared]]])
-    return similar, missed
 
 
 def _list_signed(signatures: Sequence[np.ndarray | None], documents: np.ndarray) -> np.ndarray:

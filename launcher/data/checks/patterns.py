@@ -77,12 +77,16 @@ _BEARER = (
 _GATES = (b"000", b"key", b"token", b"_", b"@", b"+", b"z", b"j", b"x", b"w", b":", b"k")
 
 
-def _find_gate(literal: bytes) -> bytes:
-    return b"000" if literal in _CALLED_LITERALS else next((gate for gate in _GATES if gate in literal), b"")
-
-
 PATTERNS = tuple(
-    TextPattern(finding, kind, tuple((_find_gate(literal), literal) for literal in literals), expression)
+    TextPattern(
+        finding,
+        kind,
+        tuple(
+            (b"000" if literal in _CALLED_LITERALS else next((gate for gate in _GATES if gate in literal), b""), literal)
+            for literal in literals
+        ),
+        expression,
+    )
     for finding, kind, literals, expression in (
         *(("secrets", form.kind, form.literals, form.pattern) for form in FORMS),
         ("secrets", "assigned secret", _ASSIGNED_LITERALS, f"{_QUOTED}|{_BARE}"),

@@ -202,27 +202,19 @@ def list_texts() -> tuple[str, ...]:
     return tuple(json.loads(line)["text"] for line in _GENERAL_TEXT_FILE.read_text(encoding="utf-8").splitlines())
 
 
-def _read_stdlib_docs() -> Iterator[tuple[Document, bool]]:
-    for pair in list_pairs():
-        messages = (Message("user", pair.question), Message("assistant", pair.answer))
-        yield Chat(f"{STDLIB_DOCS}:{pair.symbol}", messages), pair.held_out
-
-
-def _digest_general_text() -> str:
-    return f"{GENERAL_TEXT} {xxhash.xxh3_128_hexdigest(_GENERAL_TEXT_FILE.read_bytes())}"
-
-
-def _read_general_text() -> Iterator[tuple[Document, bool]]:
-    for number, text in enumerate(list_texts(), 1):
-        yield PlainText(f"{GENERAL_TEXT}:{number}", text), False
-
-
 # Keyed by the path of the source.
 BUILTINS: dict[str, BuiltinSource] = {
-    STDLIB_DOCS: BuiltinSource(_read_stdlib_docs, lambda: len(list_pairs()), lambda: f"{STDLIB_DOCS} of Python {sys.version}"),
+    STDLIB_DOCS: BuiltinSource(
+        read=lambda: (
+            (Chat(f"{STDLIB_DOCS}:{p.symbol}", (Message("user", p.question), Message("assistant", p.answer))), p.held_out)
+            for p in list_pairs()
+        ),
+        count=lambda: len(list_pairs()),
+        digest=lambda: f"{STDLIB_DOCS} of Python {sys.version}",
+    ),
     GENERAL_TEXT: BuiltinSource(
-        _read_general_text,
-        lambda: len(list_texts()),
-        _digest_general_text,
+        read=lambda: ((PlainText(f"{GENERAL_TEXT}:{i}", text), False) for i, text in enumerate(list_texts(), 1)),
+        count=lambda: len(list_texts()),
+        digest=lambda: f"{GENERAL_TEXT} {xxhash.xxh3_128_hexdigest(_GENERAL_TEXT_FILE.read_bytes())}",
     ),
 }

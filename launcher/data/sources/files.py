@@ -84,7 +84,15 @@ def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
     if not isinstance(block.data, bytes):
         yield from block.data
     elif block.kind == "parquet":
-        yield from _parse_table(block.data, block.name, block.first)
+        import pyarrow
+
+        try:
+            rows = pyarrow.ipc.open_stream(block.data).read_all().to_pylist()
+        # OverflowError: for example, a time that Python cannot represent.
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+            _refuse_corrupt(error, block.name, block.first - 1)
+        for number, row in enumerate(rows, start=block.first):
+            yield {key: _remove_nulls(value) for key, value in row.items()}, f"{block.name}:row {number}"
     else:
         yield from _LINES[block.kind](enumerate(io.BytesIO(block.data), start=block.first), block.name)
 
@@ -325,18 +333,6 @@ def _cut_table(file: io.BufferedReader, name: str) -> Iterator[Block]:
     # UnicodeError: for example, column names that are not UTF-8.
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         _refuse_corrupt(error, name, first - 1)
-
-
-def _parse_table(data: bytes, name: str, first: int) -> Iterator[tuple[Row, str]]:
-    import pyarrow
-
-    try:
-        rows = pyarrow.ipc.open_stream(data).read_all().to_pylist()
-    # OverflowError: for example, a time that Python cannot represent.
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        _refuse_corrupt(error, name, first - 1)
-    for number, row in enumerate(rows, start=first):
-        yield {key: _remove_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
 
 
 def _refuse_corrupt(error: Exception, name: str, after: int) -> NoReturn:

@@ -240,7 +240,12 @@ def detect_format(row: Row, where: str) -> str:
             problem = f"the row has a question and an answer, and also {', '.join(more)}, which is not read ({list_keys(row)})"
             remedy = "add it to the question, or set the source's format to question_answer to train without it"
             refuse(problem, where, remedy)
-        return _detect_by_message(row, fitting[0])
+        chat_keys = FORMATS[fitting[0]].chat_keys
+        items = from_json(row[chat_keys[0]]) if chat_keys else None
+        first = items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
+        # Files use either key for either kind of message. A message with the keys of both kinds is ShareGPT's, the later entry.
+        chats = [name for name, other in FORMATS.items() if other.chat_keys and other.required_message_keys <= first.keys()]
+        return (fitting + chats)[-1]
     if fitting:
         problem = f"the row fits the formats {' and '.join(fitting)} ({list_keys(row)})"
         refuse(problem, where, "set the source's format to one of them")
@@ -249,18 +254,6 @@ def detect_format(row: Row, where: str) -> str:
         f"question and answer; or name the rows' own keys in the source's columns: {COLUMNS_EXAMPLE}"
     )
     refuse(f"the keys of the row match no known format ({list_keys(row)})", where, remedy)
-
-
-def _detect_by_message(row: Row, format: str) -> str:
-    """Choose between chat formats by the keys of the first message: files use either row key for either kind of message."""
-    chat_keys = FORMATS[format].chat_keys
-    items = from_json(row[chat_keys[0]]) if chat_keys else None
-    first = items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
-    # A message with the keys of both kinds is ShareGPT's, the later entry.
-    for name, row_format in reversed(FORMATS.items()):
-        if row_format.chat_keys and row_format.required_message_keys <= first.keys():
-            return name
-    return format
 
 
 def find_chat_key(keys: Container[str], format: str) -> str:

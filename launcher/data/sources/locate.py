@@ -173,7 +173,7 @@ def _choose_files(
     """
     configs = _read_configs(read(README), where) if README in names else []
     if configs:
-        by_split = _group_by_readme(_select_subset(configs, subset, where), names, where)
+        by_split = _group_by_readme(configs, subset, names, where)
     elif subset is not None:
         refuse(f"there is no subset {subset}: the dataset has only one", where, "remove the source's subset")
     else:
@@ -249,19 +249,20 @@ def _read_configs(readme: bytes, where: str) -> list[dict[str, Any]]:
     return [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else []
 
 
-def _select_subset(configs: Sequence[dict[str, Any]], subset: str | None, where: str) -> dict[str, Any]:
-    names = [str(config.get("config_name", "default")) for config in configs]
-    if subset is not None and subset not in names:
-        refuse(f"there is no subset {subset} (there are: {', '.join(names)})", where, "set the source's subset to one of them")
-    for name, config in zip(names, configs, strict=True):
-        if name == subset or (subset is None and (len(configs) == 1 or name == "default" or config.get("default") is True)):
-            return config
-    refuse(f"the dataset has several subsets: {', '.join(names)}", where, "set the source's subset to one of them")
-
-
-def _group_by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict[str, list[str]]:
+def _group_by_readme(
+    configs: Sequence[dict[str, Any]], subset: str | None, names: Sequence[str], where: str
+) -> dict[str, list[str]]:
+    """Return the files of a subset by split, as the `configs` of the README describe them."""
     from fsspec.utils import glob_translate
 
+    subsets = [str(config.get("config_name", "default")) for config in configs]
+    if subset is not None and subset not in subsets:
+        refuse(f"there is no subset {subset} (there are: {', '.join(subsets)})", where, "set the source's subset to one of them")
+    for name, config in zip(subsets, configs, strict=True):
+        if name == subset or (subset is None and (len(configs) == 1 or name == "default" or config.get("default") is True)):
+            break
+    else:
+        refuse(f"the dataset has several subsets: {', '.join(subsets)}", where, "set the source's subset to one of them")
     folder = str(config.get("data_dir", "")).strip("/")
     inside = [name for name in names if not folder or name.startswith(f"{folder}/")]
     entries = config.get("data_files")
@@ -379,7 +380,17 @@ def _find_at_address(source: RowSource) -> SourceFiles:
         # Another process may have written files since the last listing.
         fs.invalidate_cache()
         paths, left_out = _list_address(fs, str(path), source)
-        versions = {path: _read_version(fs, path) for path in paths}
+        # The address of each file, its size if the storage reports it, and a text that changes with its content.
+        versions: dict[str, tuple[str, int | None, str]] = {}
+        for path in paths:
+            name, info = str(fs.unstrip_protocol(path)), fs.info(path)
+            if info.get("size") == 0:
+                refuse("the data file is empty", name, "add rows to it")
+            version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None), None)
+            if version is None:
+                remedy = "download it, and set the source's path to the copy"
+                refuse("the storage does not tell when this file changes", name, remedy)
+            versions[path] = name, info.get("size"), version
     if not paths:
         refuse("no file matches the pattern", source.path, "check the address")
     return SourceFiles(
@@ -407,18 +418,6 @@ def _list_address(fs: Any, path: str, source: RowSource) -> tuple[list[str], tup
         names, lambda name: bytes(fs.cat_file(f"{root}/{name}")), source.subset, source.split, source.path
     )
     return [f"{root}/{name}" for name in chosen], left_out
-
-
-def _read_version(fs: Any, path: str) -> tuple[str, int | None, str]:
-    """Return a file's address, its size if the storage reports it, and a text that changes with its content."""
-    name, info = str(fs.unstrip_protocol(path)), fs.info(path)
-    size = info.get("size")
-    if size == 0:
-        refuse("the data file is empty", name, "add rows to it")
-    version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None), None)
-    if version is None:
-        refuse("the storage does not tell when this file changes", name, "download it, and set the source's path to the copy")
-    return name, size, version
 
 
 def _fetch_address(fs: Any, path: str, name: str, size: int | None, version: str) -> DataFile:

@@ -214,9 +214,15 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
         try:
             for block in read_blocks(file.path, file.name):
                 if not (format and has_rows):
-                    rows, is_unreadable = _parse_readable(block)
-                    has_rows = has_rows or bool(rows) or is_unreadable
-                    format = format or _detect_format(rows, source)
+                    rows: list[tuple[Row, str]] = []
+                    for one in split_block(block):
+                        try:
+                            rows += parse_block(one)
+                        except DataError:
+                            # Reported when the batch is encoded.
+                            has_rows = True
+                    has_rows = has_rows or bool(rows)
+                    format = format or _detect_first_format(rows, source)
                 yield DocumentBatch(block, format or _ANY_FORMAT, source.columns, source.ignored_keys)
         except DataError as error:
             if on_problem is None:
@@ -227,19 +233,7 @@ def read_batches(source: Source, on_problem: Callable[[DataError], None] | None 
         refuse("the source holds no rows", source.path, "add rows to it, or remove the source")
 
 
-def _parse_readable(block: Block) -> tuple[list[tuple[Row, str]], bool]:
-    """Return the rows of a block that can be parsed, and whether there are others."""
-    rows: list[tuple[Row, str]] = []
-    is_unreadable = False
-    for one in split_block(block):
-        try:
-            rows += parse_block(one)
-        except DataError:
-            is_unreadable = True
-    return rows, is_unreadable
-
-
-def _detect_format(rows: Sequence[tuple[Row, str]], source: Source) -> str:
+def _detect_first_format(rows: Sequence[tuple[Row, str]], source: Source) -> str:
     """Return the format of the first row that has the keys of one; empty without rows. Raises DataError for the first row."""
     keys = RowKeys.of("", source.columns, source.ignored_keys)
     first: DataError | None = None

@@ -142,9 +142,13 @@ def encode_batches(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_pat
         DataError: if a tokenizer or a template cannot be used, or if a worker ended without reporting an exception.
     """
     workers = data.workers or len(os.sched_getaffinity(0))
-    first, is_small = ([], True) if workers == 1 else _read_ahead(tasks)
+    first: list[EncodeTask] = []
+    num_bytes = 0
+    while workers > 1 and num_bytes < MIN_BYTES and (task := next(tasks, None)) is not None:
+        first.append(task)
+        num_bytes += len(pickle.dumps(task)) + _BATCH_BYTES
     tasks = itertools.chain(first, tasks)
-    if is_small:
+    if num_bytes < MIN_BYTES:
         encoder = BatchEncoder(data, tokenizer_path)
         for task in tasks:
             yield encoder.encode_usable(task)
@@ -174,31 +178,19 @@ def encode_batches(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_pat
         pool.shutdown(cancel_futures=True)
 
 
-def _read_ahead(tasks: Iterator[EncodeTask]) -> tuple[list[EncodeTask], bool]:
-    """Return the first batches, and True if these are all batches and too few for several processes."""
-    first: list[EncodeTask] = []
-    num_bytes = 0
-    for task in tasks:
-        first.append(task)
-        num_bytes += len(pickle.dumps(task)) + _BATCH_BYTES
-        if num_bytes >= MIN_BYTES:
-            return first, False
-    return first, True
-
-
 def _start_worker() -> None:
     collect_garbage_rarely()
-    # The workers end with the builder, even if it is killed.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # One thread per process: the processes are the parallelism.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    # The workers end with the builder, even if it is killed.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # One thread per process: the processes are the parallelism.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def _encode_in_worker(settings: str, tokenizer_path: str, task: EncodeTask) -> EncodedTask:
@@ -231,7 +223,14 @@ class BatchEncoder:
             num_completions = sum(isinstance(document, Completion) for document in documents)
             documents = [self.encoder.write_as_chat(document, completions) for document in documents]
             num_written = num_completions - sum(isinstance(document, Completion) for document in documents)
-        rendered = [self._render(document) for document in documents]
+        # Many templates refuse a conversation whose roles are out of order; it has no text if it is dropped.
+        drops_role_order = self.data.checks.role_order == "drop"
+        rendered = [
+            RenderedDocument(document.where, "", (), raw=False)
+            if drops_role_order and isinstance(document, Chat) and inspection.role_fault(document.messages)
+            else self.encoder.render(document)
+            for document in documents
+        ]
         encoded = self.encoder.encode(rendered)
         inspections = inspection.inspect(
             documents, rendered, encoded, self.encoder.special_texts, self.data, self.encoder.split_tokens
@@ -268,7 +267,9 @@ class BatchEncoder:
         )
         # Documents that are dropped before rendering have no tokens.
         is_whole = (docs.num_tokens > 0) & (docs.lost_tokens == 0)
-        others = is_whole & ~docs.held_out & self._may_have_common_prompt(docs)
+        # These are held out if their prompt is common, which then recurs in every batch.
+        _, group, counts = np.unique(docs.prompts, return_inverse=True, return_counts=True)
+        may_be_held_out = docs.by_hash & (counts[group] > 1) & is_below(docs.splits_alone, self.data.eval_fraction)
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
             task.source,
@@ -287,7 +288,9 @@ class BatchEncoder:
             hits=hits,
             prompts=[
                 *self._make_prompts(documents, np.flatnonzero(docs.held_out & is_whole), docs.splits_alone, held_out=True),
-                *self._make_prompts(documents, np.flatnonzero(others), docs.splits_alone, held_out=False),
+                *self._make_prompts(
+                    documents, np.flatnonzero(is_whole & ~docs.held_out & may_be_held_out), docs.splits_alone, held_out=False
+                ),
             ],
         )
 
@@ -310,13 +313,6 @@ class BatchEncoder:
             problems.add_file(error)
         return EncodedTask(task.source, [batch for batch in batches if batch.docs.wheres], problems)
 
-    def _render(self, document: Document) -> RenderedDocument:
-        """Render the document; empty for a conversation that is dropped for its role order, which many templates refuse."""
-        is_dropped = self.data.checks.role_order == "drop"
-        if is_dropped and isinstance(document, Chat) and inspection.role_fault(document.messages):
-            return RenderedDocument(document.where, "", (), raw=False)
-        return self.encoder.render(document)
-
     def _check_pieces(
         self, rendered: RenderedDocument, encoded: EncodedDocument, pieces: Sequence[EncodedDocument]
     ) -> CheckHit | None:
@@ -333,11 +329,6 @@ class BatchEncoder:
             reason = f": the template ends it with {split}, which is not a token of this tokenizer" if split else ""
             return CheckHit("no_turn_end", f"no end of turn is trained{reason}")
         return None
-
-    def _may_have_common_prompt(self, docs: DocumentTable) -> np.ndarray:
-        """Return which documents are held out if their prompt is common (it then recurs in every batch), bool [documents]."""
-        _, group, counts = np.unique(docs.prompts, return_inverse=True, return_counts=True)
-        return docs.by_hash & (counts[group] > 1) & is_below(docs.splits_alone, self.data.eval_fraction)
 
     def _make_prompts(
         self, documents: Sequence[Document], candidates: np.ndarray, ranks: np.ndarray, held_out: bool

@@ -91,15 +91,12 @@ class ChatTemplate:
         # Compare with the same template, because a tokenizer may have another one for chats without tools.
         if chat.tools and text == self._render(chat, chat.messages, False, marks=False, with_tools=False)[0]:
             self.refuse_part("leaves out the definitions of the tools", chat.where)
-        self._require_calls_and_results(chat)
-
-    def _require_calls_and_results(self, chat: Chat) -> None:
-        """Refuse a template that leaves out tool calls or results; unique texts reveal them, as real texts may be escaped."""
         if not any(message.role == "tool" or message.tool_calls for message in chat.messages):
             return
-        messages = with_unique_texts(chat)
-        text = self._render(chat, messages, generation_prompt=False, marks=False)[0]
-        for i, message in enumerate(messages):
+        # Unique texts reveal tool calls and results that are left out; real texts may be escaped.
+        unique = with_unique_texts(chat)
+        text = self._render(chat, unique, generation_prompt=False, marks=False)[0]
+        for i, message in enumerate(unique):
             where = f"{chat.where}, messages[{i}]"
             if message.role == "tool" and message.content.strip() not in text:
                 self.refuse_part("leaves out what the tool answers", where)
@@ -138,7 +135,6 @@ class ChatTemplate:
         source = self._source(chat)
         rows, tools = [_to_template_row(message) for message in messages], (list(chat.tools) if with_tools else []) or None
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
-
         try:
             compiled = _compile_template(source)
             if not marks:
@@ -155,8 +151,8 @@ class ChatTemplate:
             problem = f"the chat template refuses this conversation: {error}"
             remedy = (
                 "change the row, set data.chat_template to a file with a template that accepts it, or drop conversations whose "
+                "roles are out of order with data.checks.role_order=drop"
             )
-            remedy += "roles are out of order with data.checks.role_order=drop"
             raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
 
 

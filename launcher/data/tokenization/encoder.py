@@ -169,13 +169,25 @@ class Encoder:
     def encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
         """Tokenize; if a boundary of the mask is inside a token, split the text there, as in generation."""
         boundaries = [
-            sorted({at for span in text.spans for at in (span.start, span.turn_end, span.end) if at is not None})
-            for text in batch
+            sorted({at for span in rendered.spans for at in (span.start, span.turn_end, span.end) if at is not None})
+            for rendered in batch
         ]
-        texts = [text.text for text in batch]
+        texts = [rendered.text for rendered in batch]
+        # The number of tokens before each boundary; None if one is inside a token.
         cuts: list[list[int] | None] = [None] * len(batch)
         if self.tokenizer.is_fast:
-            ids, cuts = self._encode_fast(texts, boundaries)
+            ids, uncached = [np.empty(0, np.uint32)] * len(texts), []
+            for i, text in enumerate(texts):
+                if self._cached is None or (encoded := self._cached.encode(text)) is None:
+                    uncached.append(i)
+                else:
+                    ids[i], cuts[i] = encoded[0], fast_tokenizer.count_tokens_before(text, boundaries[i], encoded[1])
+            # The tokenizer's own __call__ does the same, but also creates Python objects for the offsets of every token.
+            encodings = self.tokenizer.backend_tokenizer.encode_batch([texts[i] for i in uncached], add_special_tokens=False)
+            for i, encoding in zip(uncached, encodings, strict=True):
+                token_ids = encoding.ids
+                ids[i] = np.asarray(token_ids, dtype=np.uint32)
+                cuts[i] = self._count_tokens(texts[i], token_ids, encoding, boundaries[i])
         else:
             ids = self._encode_ids(texts)
         self._split_at_boundaries(texts, ids, boundaries, cuts)
@@ -200,24 +212,6 @@ class Encoder:
             return []
         encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
         return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
-
-    def _encode_fast(self, texts: list[str], boundaries: list[list[int]]) -> tuple[list[np.ndarray], list[list[int] | None]]:
-        """Return the token ids of each text, and the number of tokens before each of its boundaries, as _count_tokens does."""
-        ids = [np.empty(0, np.uint32)] * len(texts)
-        cuts: list[list[int] | None] = [None] * len(texts)
-        uncached = []
-        for i, text in enumerate(texts):
-            if self._cached is None or (encoded := self._cached.encode(text)) is None:
-                uncached.append(i)
-            else:
-                ids[i], cuts[i] = encoded[0], fast_tokenizer.count_tokens_before(text, boundaries[i], encoded[1])
-        # The tokenizer's own __call__ does the same, but also creates Python objects for the offsets of every token.
-        encodings = self.tokenizer.backend_tokenizer.encode_batch([texts[i] for i in uncached], add_special_tokens=False)
-        for i, encoding in zip(uncached, encodings, strict=True):
-            token_ids = encoding.ids
-            ids[i] = np.asarray(token_ids, dtype=np.uint32)
-            cuts[i] = self._count_tokens(texts[i], token_ids, encoding, boundaries[i])
-        return ids, cuts
 
     def _count_tokens(self, text: str, ids: list[int], encoding: Encoding, boundaries: list[int]) -> list[int] | None:
         """Return the number of tokens before each boundary; None if one is inside a token, or the token's offsets are unsure.

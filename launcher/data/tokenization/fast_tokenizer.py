@@ -30,17 +30,17 @@ _SIGNS = "¢£¥§©«®°±·»×÷–—‘’“”•…€™"
 _SUPPORTED = re.compile(rf"[\x00-\x7f{_LETTERS}{_SIGNS}]*")
 
 
-def _for_python(pattern: str) -> re.Pattern[str]:
+def _translate_pattern(pattern: str) -> re.Pattern[str]:
     """Translate a pattern of the tokenizers library to Python; for supported text, \\s means the same in both."""
     inside = pattern.replace(r"\p{L}\p{N}]", f"{_LETTERS}0-9]")
     return re.compile(inside.replace(r"\p{L}", f"[{_LETTERS}]").replace(r"\p{N}", "[0-9]"), re.ASCII)
 
 
 # The supported expressions, as in tokenizer.json.
-_PATTERNS = {pattern: _for_python(pattern) for pattern in (_GPT2, _QWEN2, _LLAMA3)}
+_PATTERNS = {pattern: _translate_pattern(pattern) for pattern in (_GPT2, _QWEN2, _LLAMA3)}
 # Digits are split off first, one by one or not, followed by _GPT2, in one expression: for _GPT2, text ends before a digit.
 _DIGITS_GPT2 = {
-    one_by_one: _for_python(_GPT2.replace(r" ?\p{N}+", digits).replace(r"(?!\S)", r"(?![^\s0-9])"))
+    one_by_one: _translate_pattern(_GPT2.replace(r" ?\p{N}+", digits).replace(r"(?!\S)", r"(?![^\s0-9])"))
     for one_by_one, digits in ((True, r"\p{N}"), (False, r"\p{N}+"))
 }
 # Bytes without a printable character map to 256 and above, in their order (as in GPT-2's encoder).
@@ -75,7 +75,7 @@ class CachedTokenizer:
         ids = np.frombuffer(b"".join(parts), dtype=np.uint32)
         ends = np.cumsum(self._num_bytes[ids])
         # A byte that is not in the vocabulary has no token.
-        return (ids, ends) if ends[-1:].sum() == _num_bytes(text) else None
+        return (ids, ends) if ends[-1:].sum() == _count_bytes(text) else None
 
 
 class _WordCache(dict[str, bytes]):
@@ -95,7 +95,7 @@ class _WordCache(dict[str, bytes]):
         return ids
 
 
-def _num_bytes(text: str) -> int:
+def _count_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
@@ -104,7 +104,7 @@ def count_tokens_before(text: str, boundaries: Sequence[int], ends: np.ndarray) 
 
     `ends` are the byte offsets that CachedTokenizer.encode returns.
     """
-    offsets = boundaries if text.isascii() else [_num_bytes(text[:boundary]) for boundary in boundaries]
+    offsets = boundaries if text.isascii() else [_count_bytes(text[:boundary]) for boundary in boundaries]
     counts = ends.searchsorted(offsets, side="right").tolist()
     is_exact = all(offset == (ends[count - 1] if count else 0) for offset, count in zip(offsets, counts, strict=True))
     return counts if is_exact else None

@@ -50,45 +50,39 @@ class LossMask:
 
         `last_turn` trains the assistant's messages after the last user message. A message's own weight overrides `train_on`.
         """
-        if train_on == "all":
-            return self._find_all(chat)
-        return self._find_answers(chat, find_trained_messages(chat, train_on))
-
-    def _find_all(self, chat: Chat) -> tuple[str, tuple[TrainedSpan, ...]]:
-        """Return the text, and spans of everything except the messages of weight 0."""
+        if train_on != "all":
+            return self._find_answers(chat, find_trained_messages(chat, train_on))
+        # Everything except the messages of weight 0.
         text, untrained = self._find_answers(chat, [i for i, message in enumerate(chat.messages) if message.weight == 0])
         spans, start = [], 0
         for span in (*untrained, TrainedSpan(len(text), len(text))):
             if span.start > start:
                 # The text before an untrained message ends with the header of that message.
                 ends_chat = span.start == len(text)
-                spans.append(self._with_turn_end(text, start, len(text)) if ends_chat else TrainedSpan(start, span.start))
+                spans.append(self._find_turn_end(text, start, len(text)) if ends_chat else TrainedSpan(start, span.start))
             start = span.end
         return text, tuple(spans)
 
     def _find_answers(self, chat: Chat, selected: Sequence[int]) -> tuple[str, tuple[TrainedSpan, ...]]:
         """Return the text of the chat and the spans of the messages with the indices `selected`."""
-        if selected and self._template.has_marks(chat):
-            return self._find_marked(chat, selected)
-        full = self._template.render(chat)
-        self._template.require_complete(chat, full)
-        return full, tuple(self._find_answer(chat, full, i) for i in selected)
-
-    # Templates with generation marks
-
-    def _find_marked(self, chat: Chat, selected: Sequence[int]) -> tuple[str, tuple[TrainedSpan, ...]]:
+        if not selected or not self._template.has_marks(chat):
+            text = self._template.render(chat)
+            self._template.require_complete(chat, text)
+            return text, tuple(self._find_answer(chat, text, i) for i in selected)
         text, marks = self._template.render_with_marks(chat, chat.messages)
         self._template.require_complete(chat, text)
         spans = []
         for i, own in self._assign_marks(chat, text, marks, selected).items():
             where = f"{chat.where}, messages[{i}]"
-            if not own and _required_texts(chat.messages[i]):
+            if not own and _list_required_texts(chat.messages[i]):
                 self._template.refuse("does not mark what the assistant says here as generated", where, _MARK_ALL)
             if own and not _contains_all(chat.messages[i], text, own):
                 self._template.refuse("marks text that is not the assistant's as generated", where, _MARK_ALL)
-            spans += [self._with_turn_end(text, start, end) for start, end in own if start < end]
+            spans += [self._find_turn_end(text, start, end) for start, end in own if start < end]
         self._verify_marks(chat, selected)
         return text, tuple(spans)
+
+    # Templates with generation marks
 
     def _assign_marks(
         self, chat: Chat, text: str, marks: list[tuple[int, int]], selected: Sequence[int]
@@ -164,9 +158,9 @@ class LossMask:
         if own_end and marked_end.startswith(own_end) and marked_end != own_end:
             self._template.refuse("marks text after the assistant's end of turn as generated", where, _MARK_ALL)
 
-    def _with_turn_end(self, text: str, start: int, end: int) -> TrainedSpan:
+    def _find_turn_end(self, text: str, start: int, end: int) -> TrainedSpan:
         stripped = text[start:end].rstrip()
-        token = self._token_at_end(stripped)
+        token = self._find_end_token(stripped)
         return TrainedSpan(start, end, start + len(stripped) - len(token) if token else None)
 
     # Templates without generation marks: the text after a rendered prefix
@@ -186,11 +180,11 @@ class LossMask:
         if not full.startswith(prefix) or not turn.startswith(prefix):
             self._template.refuse(_REWRITES, where)
         answer = turn[len(prefix) :].rstrip()
-        token = self._token_at_end(answer)
+        token = self._find_end_token(answer)
         body = answer.removesuffix(token).rstrip()
-        required = _required_texts(message)
+        required = _list_required_texts(message)
         positions = [body.rfind(part) for part in required]
-        if unwritten := [call for call in _called_names(message) if call not in body]:
+        if unwritten := [call for call in _list_called_names(message) if call not in body]:
             self._template.refuse_part(f"does not write the call of the tool {unwritten[0]}", where)
         after = body[positions[0] + len(required[0]) :] if required and positions[0] >= 0 else ""
         if split := next((text for text in self._split_tokens if text in after), None):
@@ -213,16 +207,16 @@ class LossMask:
             num_missing = answer.find(beginning, num_missing + 1)
         self._template.refuse("renders this message differently once later ones follow", where)
 
-    def _token_at_end(self, text: str) -> str:
+    def _find_end_token(self, text: str) -> str:
         return next((token for token in self._special_texts if text.endswith(token)), "")
 
 
-def _required_texts(message: Message) -> list[str]:
+def _list_required_texts(message: Message) -> list[str]:
     """Return the texts that every rendering of an assistant's message must contain."""
-    return [text for text in (message.content.strip(), *_called_names(message)) if text]
+    return [text for text in (message.content.strip(), *_list_called_names(message)) if text]
 
 
-def _called_names(message: Message) -> list[str]:
+def _list_called_names(message: Message) -> list[str]:
     """Return the names of the functions that a message calls."""
     return [call["function"]["name"] for call in message.tool_calls]
 
@@ -230,4 +224,4 @@ def _called_names(message: Message) -> list[str]:
 def _contains_all(message: Message, text: str, marks: Sequence[tuple[int, int]]) -> bool:
     """Return True if the text within `marks` contains everything that a rendering of the message must contain."""
     marked = "".join(text[start:end] for start, end in marks)
-    return all(part in marked for part in _required_texts(message))
+    return all(part in marked for part in _list_required_texts(message))
