@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -91,7 +91,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
     except ConfigError as error:
         # Without the file, other settings may only appear to be wrong.
         raise ConfigError([*problems, *error.problems]) from error
-    if _needs_own_rows(words, () if content is None else content.choices):
+    if _names_rows_only(words, () if content is None else content.choices):
         remaining.append("data=jsonl")
     failure: list[BaseException] = []
 
@@ -100,7 +100,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         if failure:
             return
         try:
-            composed = _validate(cfg, content)
+            composed = _validate_settings(cfg, content)
             if not problems:
                 on_composed(composed)
         except ConfigError as error:
@@ -174,7 +174,7 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
     )
 
 
-def _validate(cfg: Any, content: FileContent | None) -> Composed:
+def _validate_settings(cfg: Any, content: FileContent | None) -> Composed:
     """Validate one composed config together with the run's file `content`.
 
     Raises:
@@ -203,7 +203,11 @@ def _validate(cfg: Any, content: FileContent | None) -> Composed:
         # References to the missing value must resolve, so that the other mistakes are reported too.
         OmegaConf.update(cfg, key, "./missing")
     values = {str(k): v for k, v in _resolve_references(cfg, origins).items()}
-    _name_model_after_path(values, {*map(override_key, overrides), *file_keys})
+    keys, model = {*map(override_key, overrides), *file_keys}, values.get("model")
+    if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
+        # The model of the group has another name.
+        last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
+        model["name"] = derive_name(last.partition("@")[0].removesuffix(".gguf")) or model.get("name")
     absent += [key for key in origins.missing_keys() if key in unresolved and key not in (*absent, *replaced)]
     scalars = list(leaves(values))
     held = environment_secrets(os.environ)
@@ -273,15 +277,7 @@ def _settle_alternatives(cfg: Any, origins: Origins) -> list[str]:
     return replaced
 
 
-def _name_model_after_path(values: dict[str, Any], keys: Set[str]) -> None:
-    """Name the model after its path if the user's `keys` include the path but neither a name nor an option of the group."""
-    model = values.get("model")
-    if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
-        last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
-        model["name"] = derive_name(last.partition("@")[0].removesuffix(".gguf")) or model.get("name")
-
-
-def _needs_own_rows(words: Sequence[str], file_choices: Collection[str]) -> bool:
+def _names_rows_only(words: Sequence[str], file_choices: Collection[str]) -> bool:
     """Return whether a command line names rows but no group option that reads them; a run's file may select one.
 
     `file_choices` are the groups whose option the run's file selects.

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from launcher.config.command_line import COMMAND_LINE
-from launcher.config.known_settings import Setting, as_yaml, leaves, settings, suggest_setting
+from launcher.config.known_settings import as_yaml, leaves, settings, suggest_setting
 from launcher.config.origin import RUN_FILE_GROUP, Origins, short_path, yaml_nodes
 from launcher.config.sections.deepspeed import ALLOWED_EXTRA, QGZ, QGZ_IS_WRONG
 from launcher.errors import Problem, causes, did_you_mean
@@ -32,15 +32,14 @@ _TWO_VALUES = re.compile(r"Multiple values for (?P<group>[\w/]+)")
 def schema_problems(error: ValidationError, origins: Origins, values: Mapping[str, Any], skip: set[str]) -> Iterator[Problem]:
     """Yield one problem per key; `values` are the validated settings, `skip` has the keys that are already reported."""
     reported: set[str] = set()
-    items = [(_key_of(item["loc"]), item) for item in error.errors(include_url=False)]
+    items = [(_write_key(item["loc"]), item) for item in error.errors(include_url=False)]
     for key, item in items:
         # A list with a bad item is also "too short", and a union reports each of its branches.
         if key in skip or key in reported or (item["type"] == "too_short" and any(k.startswith(f"{key}[") for k, _ in items)):
             continue
         reported.add(key)
-        setting = settings().get(_UNIFORM_KEY.sub("[]", key))
         if item["type"] == "extra_forbidden":
-            yield _unknown_key_problem(key, item["input"], origins)
+            yield _make_unknown_key_problem(key, item["input"], origins)
         elif item["type"] == "missing":
             yield missing_problem(key, origins)
         elif item["type"] == "union_tag_invalid":
@@ -49,9 +48,17 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
             remedy = f"{did_you_mean(kind, choices)} choose one of: {', '.join(choices)}".strip()
             yield Problem(f"{key}: is not one of its choices", origins.of(key), format_value(key, kind), remedy)
         elif item["type"] == "value_error":
-            yield _rule_problem(key, item["msg"].removeprefix("Value error, "), origins, values)
+            yield _make_rule_problem(key, item["msg"].removeprefix("Value error, "), origins, values)
         else:
-            yield _type_problem(key, setting, item, origins)
+            value, remedy = item["input"], _write_type_remedy(key)
+            setting = settings().get(_UNIFORM_KEY.sub("[]", key))
+            if setting is not None and item["type"] == "literal_error":
+                guess = did_you_mean(str(value), setting.type.removesuffix(" or null").split(" | "))
+                remedy = f"{guess} {remedy}".strip()
+            if item["type"] == "string_type" and isinstance(value, int | float):
+                text = f'"{str(value).lower()}"'
+                remedy = f"quote it: {text} in a file, '{key}={text}' on the command line"
+            yield Problem(f"{key}: {item['msg']}", where=origins.of(key), value=_format_scalar(key, value), remedy=remedy)
 
 
 def missing_problem(key: str, origins: Origins) -> Problem:
@@ -65,14 +72,14 @@ def missing_problem(key: str, origins: Origins) -> Problem:
     return Problem(f"{key}: a value is required and none was given", where=origins.of(key), remedy=remedy)
 
 
-def _type_remedy(key: str) -> str:
+def _write_type_remedy(key: str) -> str:
     # The description of a list or a mapping covers its entries.
     uniform = _UNIFORM_KEY.sub("[]", key)
     setting = max((s for s in settings().values() if uniform.startswith(s.key)), key=lambda s: len(s.key))
     return f"set {setting.key} to a value of the type: {setting.type}. {setting.meaning}"
 
 
-def _unknown_key_problem(key: str, value: Any, origins: Origins) -> Problem:
+def _make_unknown_key_problem(key: str, value: Any, origins: Origins) -> Problem:
     uniform = _UNIFORM_KEY.sub("[]", key)
     elsewhere = settings().get(uniform)
     section = uniform.rpartition(".")[0]
@@ -91,35 +98,24 @@ def _unknown_key_problem(key: str, value: Any, origins: Origins) -> Problem:
     return Problem(message, where=origins.of(key), value=_format_scalar(key, value), remedy=remedy)
 
 
-def _rule_problem(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
+def _make_rule_problem(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
     """Return the problem for a validator's message, `what is wrong; the remedy`, which may name several settings."""
     message, _, remedy = text.partition("; ")
     if "." in key:
-        value = _value_of(key, values)
+        value = _find_value(key, values)
         text = "" if value is _ABSENT else _format_scalar(key, value)
         if key == "model.path" and isinstance(value, str) and Path(value).is_dir():
             remedy = f"to use the folder of this name, write ./{value}"
-        return Problem(f"{key}: {message}", where=origins.of(key), value=text, remedy=remedy or _type_remedy(key))
+        return Problem(f"{key}: {message}", where=origins.of(key), value=text, remedy=remedy or _write_type_remedy(key))
     named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w)", text)]
     origin = {k: origins.of(k) for k in named}
-    shown_values = {k: _format_scalar(k, value) for k in named if (value := _value_of(k, values)) is not _ABSENT}
+    shown_values = {k: _format_scalar(k, value) for k in named if (value := _find_value(k, values)) is not _ABSENT}
     return Problem(
         message,
         where=", ".join(f"{k} ({where})" for k, where in origin.items() if where),
         value=", ".join(f"{k}={value}" for k, value in shown_values.items() if value),
         remedy=remedy,
     )
-
-
-def _type_problem(key: str, setting: Setting | None, item: Mapping[str, Any], origins: Origins) -> Problem:
-    value, remedy = item["input"], _type_remedy(key)
-    if setting is not None and item["type"] == "literal_error":
-        guess = did_you_mean(str(value), setting.type.removesuffix(" or null").split(" | "))
-        remedy = f"{guess} {remedy}".strip()
-    if item["type"] == "string_type" and isinstance(value, int | float):
-        text = f'"{str(value).lower()}"'
-        remedy = f"quote it: {text} in a file, '{key}={text}' on the command line"
-    return Problem(f"{key}: {item['msg']}", where=origins.of(key), value=_format_scalar(key, value), remedy=remedy)
 
 
 def format_value(key: str, value: Any) -> str:
@@ -132,7 +128,7 @@ def _format_scalar(key: str, value: Any) -> str:
     return "" if isinstance(value, dict | list) else format_value(key, value)
 
 
-def _value_of(key: str, values: Any) -> Any:
+def _find_value(key: str, values: Any) -> Any:
     for part in re.split(r"[.\[]", key.replace("]", "")):
         if isinstance(values, dict):
             values = values.get(part, _ABSENT)
@@ -143,7 +139,7 @@ def _value_of(key: str, values: Any) -> Any:
     return values
 
 
-def _key_of(location: tuple[int | str, ...]) -> str:
+def _write_key(location: tuple[int | str, ...]) -> str:
     if location[:1] == ("cluster",) and len(location) > 1:
         # pydantic puts the kind of the cluster after `cluster`.
         location = ("cluster", *location[2:])
@@ -246,7 +242,7 @@ def _locate_hydra_error(
     """
     text = "\n".join(str(cause) for cause in causes(error))
     if run_file is not None and f"{RUN_FILE_GROUP}/" in text:
-        return _location_at(run_file, _line_of(run_file, error, text))
+        return _make_location(run_file, _find_quoted_line(run_file, error, text))
     chosen = [match for token in tokens if (match := _GROUP_CHOICE.fullmatch(token))]
     files = [file for match in chosen if (file := _find_config_file(f"{match['group']}/{match['option']}", folders)) is not None]
     missing = str(getattr(error, "missing_cfg_file", None) or "")
@@ -255,11 +251,11 @@ def _locate_hydra_error(
     for file in files:
         if line := find_broken_reference(file):
             message = "a reference in this value is not written as Hydra reads it"
-            return _location_at(file, line, message, "write ${section.name}, with a } for each ${")
-        if group and (line := _matching_line(file, rf"^\s*-\s*(override\s+)?/?{re.escape(group)}\s*:")):
-            return _location_at(file, line)
+            return _make_location(file, line, message, "write ${section.name}, with a } for each ${")
+        if group and (line := _find_matching_line(file, rf"^\s*-\s*(override\s+)?/?{re.escape(group)}\s*:")):
+            return _make_location(file, line)
     if (named := _IN_FILE.search(text)) and (file := _find_config_file(named["file"], folders)) is not None:
-        return _location_at(file, _line_of(file, error, text.replace(named[0], "")))
+        return _make_location(file, _find_quoted_line(file, error, text.replace(named[0], "")))
     return None
 
 
@@ -267,22 +263,22 @@ def _find_config_file(name: str, folders: Sequence[Path]) -> Path | None:
     return next((file for folder in folders if (file := folder / f"{name.removesuffix('.yaml')}.yaml").is_file()), None)
 
 
-def _location_at(file: Path, line: int, message: str = "", remedy: str = "") -> _Location:
+def _make_location(file: Path, line: int, message: str = "", remedy: str = "") -> _Location:
     lines = file.read_text(errors="replace").splitlines()
     text = lines[line - 1].strip() if line <= len(lines) else ""
     return _Location(f"{short_path(file)}:{line}", text, message, remedy)
 
 
-def _line_of(file: Path, error: Exception, text: str) -> int:
+def _find_quoted_line(file: Path, error: Exception, text: str) -> int:
     """Return the line with a name that the error quotes, or with the key that it is about; otherwise the first content line."""
     keys = [str(key) for cause in causes(error) if (key := getattr(cause, "full_key", None))]
     for key, line, _ in yaml_nodes(file.read_text(errors="replace"), with_sections=True):
         if key in keys:
             return line
     for name in re.findall(r"'([\w/.-]+)'", text):
-        if line := _matching_line(file, rf"(?<![\w-]){re.escape(name.rpartition('/')[2])}(?![\w-])"):
+        if line := _find_matching_line(file, rf"(?<![\w-]){re.escape(name.rpartition('/')[2])}(?![\w-])"):
             return line
-    return _matching_line(file, r"^defaults\s*:") or _matching_line(file, r"^[^#\s]") or 1
+    return _find_matching_line(file, r"^defaults\s*:") or _find_matching_line(file, r"^[^#\s]") or 1
 
 
 def find_broken_reference(file: Path) -> int:
@@ -300,7 +296,7 @@ def find_broken_reference(file: Path) -> int:
     return 0
 
 
-def _matching_line(file: Path, pattern: str) -> int:
+def _find_matching_line(file: Path, pattern: str) -> int:
     """Return the number of the first line that matches; 0 without one."""
     lines = file.read_text(errors="replace").splitlines()
     return next((number for number, line in enumerate(lines, start=1) if re.search(pattern, line)), 0)

@@ -66,8 +66,8 @@ def call_hydra(task: Callable[[Any], None], tokens: Sequence[str], content: File
         ConfigError: if Hydra cannot compose them.
     """
     file = None if content is None else content.file.path
-    with _composable(content) as file_overrides:
-        argv = [_for_hydra(token) for token in flags_first([*file_overrides, *tokens])]
+    with _store_run_file(content) as file_overrides:
+        argv = [_translate_override(token) for token in flags_first([*file_overrides, *tokens])]
         if any(token.startswith("-") or token.lstrip("+~").startswith("hydra") for token in argv):
             _run_hydra_main(task, argv, file, conf)
         else:
@@ -83,7 +83,7 @@ def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: 
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
     try:
         # A sweep always writes a multirun.yaml.
-        with _guarded(), tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
+        with _guard_composition(), tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
             # The flag --info would take the next word as its value, and composes no sweep.
             sys.argv += [] if {"-i", "--info"} & set(argv) else [f"hydra.sweep.dir='{sweep}'"]
             hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(task)()
@@ -131,7 +131,7 @@ def _compose_once(task: Callable[[Any], None], overrides: list[str], run_file: P
     from omegaconf import open_dict
 
     try:
-        with _guarded(), hydra.initialize_config_dir(str(conf), job_name="launcher", version_base="1.3"):
+        with _guard_composition(), hydra.initialize_config_dir(str(conf), job_name="launcher", version_base="1.3"):
             cfg = hydra.compose("config", overrides, return_hydra_config=True)
             _require_composing_only(cfg)
             HydraConfig.instance().set_config(cfg)
@@ -149,7 +149,7 @@ def _as_config_error(error: Exception, argv: Sequence[str], folders: Sequence[Pa
     return refusal or ConfigError(yaml_problems(error) or [hydra_problem(error, argv, folders, run_file)])
 
 
-def _for_hydra(token: str) -> str:
+def _translate_override(token: str) -> str:
     # The launcher's groups are already in the defaults list.
     token = token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
     match = _KEY_OVERRIDE.match(token)
@@ -159,7 +159,7 @@ def _for_hydra(token: str) -> str:
 
 
 @contextmanager
-def _composable(content: FileContent | None) -> Iterator[list[str]]:
+def _store_run_file(content: FileContent | None) -> Iterator[list[str]]:
     """Let Hydra compose the content of a run's file within this block; yield the override that includes it.
 
     Raises:
@@ -186,7 +186,7 @@ def _composable(content: FileContent | None) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _guarded() -> Iterator[None]:
+def _guard_composition() -> Iterator[None]:
     """Guard the composition within this block. Hydra's errors about refused settings become ConfigErrors."""
     from hydra._internal import hydra
     from omegaconf import OmegaConf
@@ -206,6 +206,12 @@ def _guarded() -> Iterator[None]:
 
         return run_checked
 
+    def read_variable(name: str, *default: Any) -> Any:
+        # Within a value, no check would find a credential for certain.
+        if environment_secrets({name: os.environ.get(name, "")}):
+            raise ValueError(f"{name}: {READS_CREDENTIAL}")
+        return oc.env(name, *default)
+
     replacements: list[tuple[Any, str, Any]] = [
         (hydra, "Callbacks", RefusedCallbacks),
         *((importlib.import_module(module), "configure_log", lambda *_, **__: None) for module in _LOGGING),
@@ -215,21 +221,12 @@ def _guarded() -> Iterator[None]:
     try:
         for owner, name, replacement in replacements:
             setattr(owner, name, replacement)
-        OmegaConf.register_new_resolver(_VARIABLE, _read_variable, replace=True)
+        OmegaConf.register_new_resolver(_VARIABLE, read_variable, replace=True)
         yield
     finally:
         OmegaConf.register_new_resolver(_VARIABLE, oc.env, replace=True)
         for (owner, name, _), original in zip(replacements, originals, strict=True):
             setattr(owner, name, original)
-
-
-def _read_variable(name: str, *default: Any) -> Any:
-    """Return an environment variable, unless it holds a credential: within a value, no check would find it for certain."""
-    from omegaconf.resolvers import oc
-
-    if environment_secrets({name: os.environ.get(name, "")}):
-        raise ValueError(f"{name}: {READS_CREDENTIAL}")
-    return oc.env(name, *default)
 
 
 def _require_composing_only(config: Any) -> None:
@@ -248,7 +245,17 @@ def _require_composing_only(config: Any) -> None:
             remedy="remove it from the command line and from the files of the chosen options",
         )
     for key, name in _PLUGINS.items():
-        _require_plain_plugin(key, name, OmegaConf.to_container(OmegaConf.select(config, key), resolve=True))
+        # Hydra instantiates everything inside these, so they may name no class but its own, and nothing below it.
+        values = leaves(OmegaConf.to_container(OmegaConf.select(config, key), resolve=True))
+        targets = {inner: value for inner, value in values if "_target_" in inner.split(".")}
+        if targets != {"_target_": name}:
+            called = next((inner for inner in targets if inner != "_target_"), "_target_")
+            raise ConfigError(
+                f"{key}: a setting must not name code to run; nothing was called",
+                where=f"{key}.{called}",
+                value=str(targets.get(called, "")),
+                remedy=f"remove {key} from the command line and from the files of the chosen options",
+            )
     callbacks = OmegaConf.select(config, "hydra.callbacks")
     if callbacks:
         raise ConfigError(
@@ -257,21 +264,3 @@ def _require_composing_only(config: Any) -> None:
             value=", ".join(map(str, callbacks)),
             remedy="remove hydra.callbacks from the command line and from the files of the chosen options",
         )
-
-
-def _require_plain_plugin(key: str, name: str, values: Any) -> None:
-    """Refuse a class that is not Hydra's own, and values that Hydra would call: it instantiates everything inside them.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    targets = {inner: value for inner, value in leaves(values) if "_target_" in inner.split(".")}
-    if targets == {"_target_": name}:
-        return
-    called = next((inner for inner in targets if inner != "_target_"), "_target_")
-    raise ConfigError(
-        f"{key}: a setting must not name code to run; nothing was called",
-        where=f"{key}.{called}",
-        value=str(targets.get(called, "")),
-        remedy=f"remove {key} from the command line and from the files of the chosen options",
-    )

@@ -79,7 +79,7 @@ def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) 
     Raises:
         ConfigError: if the file cannot be read as a mapping.
     """
-    root = _load(path)
+    root = _read_mapping(path)
     lines = {key: line for key, line, _ in yaml_nodes(path.read_text(encoding="utf-8"), with_sections=True)}
 
     def where(key: str) -> str:
@@ -98,7 +98,7 @@ def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) 
             option, problem = _select_option(key, value, where(key), folders)
             problems += [problem] if problem else []
             choices |= {key: option} if option else {}
-        elif problem := _misplaced_problem(key, value, where(key)):
+        elif problem := _find_misplaced_problem(key, value, where(key)):
             problems.append(problem)
         # Hydra and the schema report unknown keys, and sections that are not mappings.
         elif value is not None or key not in settings():
@@ -121,7 +121,7 @@ def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) 
     return FileContent(file, choices, values), problems
 
 
-def _load(path: Path) -> dict[Any, Any]:
+def _read_mapping(path: Path) -> dict[Any, Any]:
     """Return the mapping in a file, which is read as Hydra reads its own files.
 
     Raises:
@@ -131,9 +131,14 @@ def _load(path: Path) -> dict[Any, Any]:
     from omegaconf._utils import get_yaml_loader
 
     if path.name.endswith(ROW_SUFFIXES):
-        raise ConfigError(_rows_problem(path))
+        raise ConfigError(_make_rows_problem(path))
     if not path.is_file():
-        raise ConfigError(_no_file_problem(path))
+        # All files share the ending, so it must not count as similarity.
+        nearby = {file.stem: file for file in sorted(path.parent.glob("*")) if file.suffix in SUFFIXES and file.is_file()}
+        close = difflib.get_close_matches(path.stem, nearby, n=1)
+        guess = f"did you mean {nearby[close[0]]}? " if close else ""
+        remedy = f"{guess}name a YAML file with settings; a file to start from: {launcher_command('init')}"
+        raise ConfigError("there is no such file", where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
     try:
         with path.open(encoding="utf-8") as stream:
             root = yaml.load(stream, Loader=get_yaml_loader())  # noqa: S506
@@ -142,13 +147,13 @@ def _load(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"the file is not read: {reason}", where=short_path(path), remedy="correct this value") from None
     except yaml.YAMLError as error:
         if path.suffix == ".json":
-            raise ConfigError(_rows_problem(path)) from None
+            raise ConfigError(_make_rows_problem(path)) from None
         unreadable = Problem(
             "the file is not valid YAML", short_path(path), remedy="a line is `key: value`, indented with spaces"
         )
         raise ConfigError(yaml_problems(error) or [unreadable]) from error
     if isinstance(root, list) and path.suffix == ".json":
-        raise ConfigError(_rows_problem(path))
+        raise ConfigError(_make_rows_problem(path))
     if not isinstance(root, dict) or not root:
         message = "the file is not a mapping of sections to settings"
         remedy = f"write settings as `section:` with `name: value` below it; a file to start from: {launcher_command('init')}"
@@ -156,7 +161,7 @@ def _load(path: Path) -> dict[Any, Any]:
     return root
 
 
-def _rows_problem(path: Path) -> Problem:
+def _make_rows_problem(path: Path) -> Problem:
     """Return the problem of a file of rows in the position of a run's file."""
     name = redact(str(path))
     remedy = (
@@ -164,16 +169,6 @@ def _rows_problem(path: Path) -> Problem:
         f"or name them as a setting: data.path={shlex.quote(name)}"
     )
     return Problem("this is a file of rows, not one of settings", where=COMMAND_LINE, value=name, remedy=remedy)
-
-
-def _no_file_problem(path: Path) -> Problem:
-    folder = path.parent
-    # All files share the ending, so it must not count as similarity.
-    nearby = {file.stem: file for file in sorted(folder.glob("*")) if file.suffix in SUFFIXES and file.is_file()}
-    close = difflib.get_close_matches(path.stem, nearby, n=1)
-    guess = f"did you mean {nearby[close[0]]}? " if close else ""
-    remedy = f"{guess}name a YAML file with settings; a file to start from: {launcher_command('init')}"
-    return Problem("there is no such file", where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
 
 
 def _select_option(group: str, value: Any, where: str, folders: Sequence[Path]) -> tuple[str | None, Problem | None]:
@@ -187,7 +182,7 @@ def _select_option(group: str, value: Any, where: str, folders: Sequence[Path]) 
     return str(value), None
 
 
-def _misplaced_problem(key: Any, value: Any, where: str) -> Problem | None:
+def _find_misplaced_problem(key: Any, value: Any, where: str) -> Problem | None:
     """Return the problem of a setting outside its section, or of an experiment with settings."""
     if key == _EXPERIMENT:
         remedy = "write `experiment: NAME`; the settings of a run's file are in its sections"
@@ -222,7 +217,7 @@ def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = Fals
     entries = [entry for entry in composed.pop("defaults") if isinstance(entry, dict)]
     # The option that conf/config.yaml selects for each group, in composition order.
     usual = {group: option for entry in entries for group, option in entry.items() if group in _SECTIONS_OF_GROUPS}
-    chosen = {group: _closest_option(group, conf_dir, target, usual[group]) for group in _SECTIONS_OF_GROUPS}
+    chosen = {group: _find_closest_option(group, conf_dir, target, usual[group]) for group in _SECTIONS_OF_GROUPS}
     for group in usual:
         if group in chosen:
             _merge_into(composed, chosen[group].values)
@@ -232,7 +227,12 @@ def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = Fals
         _merge_into(defaults, composed.get(name, {}))
         changes = _changed_values(section, defaults, target)
         if name == "train":
-            _drop_unset_length(changes)
+            # Write 2 epochs, not 2.0; and leave out the length that is unset, because setting the other one unsets it.
+            if isinstance(epochs := changes.get("epochs"), float) and epochs.is_integer():
+                changes["epochs"] = int(epochs)
+            for length, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+                if changes.get(length) is not None and changes.get(other, _ABSENT) is None:
+                    del changes[other]
         option = chosen.get(name)
         # Readers always want to know the data and the model, but the path alone identifies a user's own model.
         is_named = name == "data" or (name == "model" and "path" not in changes)
@@ -270,7 +270,7 @@ def _read_option(group: str, file: Path) -> _Option:
     return _Option(group, file.stem, section)
 
 
-def _closest_option(group: str, conf_dir: Path, target: Mapping[str, Any], usual: str | None) -> _Option:
+def _find_closest_option(group: str, conf_dir: Path, target: Mapping[str, Any], usual: str | None) -> _Option:
     """Return the option that leaves the fewest keys to write; in a tie, the default option."""
     options = [_Option(group, None, {}), *(_read_option(group, file) for file in sorted((conf_dir / group).glob("*.yaml")))]
 
@@ -343,15 +343,6 @@ def _resolve_references(value: Any, target: Mapping[str, Any]) -> Any:
     if isinstance(value, list):
         return [_resolve_references(item, target) for item in value]
     return {key: _resolve_references(content, target) for key, content in value.items()} if isinstance(value, dict) else value
-
-
-def _drop_unset_length(changes: dict[str, Any]) -> None:
-    """Leave out the unset length, because a file that sets the other length unsets it; write 2 epochs, not 2.0."""
-    if isinstance(epochs := changes.get("epochs"), float) and epochs.is_integer():
-        changes["epochs"] = int(epochs)
-    for length, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
-        if changes.get(length) is not None and changes.get(other, _ABSENT) is None:
-            del changes[other]
 
 
 def _merge_into(values: dict[str, Any], more: Mapping[str, Any]) -> None:

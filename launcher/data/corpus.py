@@ -117,8 +117,8 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     if not docs:
         raise DataError(problems.to_list())
     table = _concatenate(docs)
-    # Documents of a common prompt are held out one by one: all of them in one split would make the held-out split several times too
-    # large, or remove most documents from it.
+    # Documents of a common prompt are held out one by one. Keeping all of them in one split would make the held-out split several
+    # times too large, or remove most documents from it.
     _, group, counts = np.unique(table.prompts, return_inverse=True, return_counts=True)
     limit = max(_MAX_PER_PROMPT, _MAX_PROMPT_SHARE * data.eval_fraction * len(table.prompts))
     is_common = table.by_hash & (table.prompts != 0) & (counts[group] > limit)

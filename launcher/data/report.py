@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher.config.sections.data import DataSection, Source
+from launcher.config.sections.data import DataSection
 from launcher.config.sections.train import TrainSection
 from launcher.data import cache_store
 from launcher.data.checks import findings, patterns

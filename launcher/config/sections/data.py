@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from launcher.config.sections.fields import Flag, Group, Name, Positive, PositiveInt, Section, Text
 from launcher.security.redaction import IN_QUERY
@@ -44,11 +44,14 @@ def without_credentials(path: str) -> str:
     return path
 
 
+RowPath = Annotated[Text, AfterValidator(without_credentials)]
+
+
 class RowSource(Section):
     """Where rows come from, and how they are read."""
 
     name: Name = Field("train", description="Name of the source in reports and metrics.")
-    path: Text = Field(
+    path: RowPath = Field(
         description=(
             "A file (.jsonl, .json, .csv, .parquet or .txt, each also as .gz or .zst), a folder or a pattern (./data/*.jsonl); a "
             f"hub dataset as owner/name; a storage URL, such as s3://bucket/rows.jsonl or hf://datasets/o/n; or {STDLIB_DOCS}. "
@@ -92,11 +95,6 @@ class RowSource(Section):
     revision: Text | None = Field(
         None, description="Branch, tag or commit of a hub dataset; a 40-digit commit never changes. Unset: the default branch."
     )
-
-    @field_validator("path")
-    @classmethod
-    def _no_credentials(cls, value: str) -> str:
-        return without_credentials(value)
 
     @field_validator("columns")
     @classmethod
@@ -216,7 +214,7 @@ class DataSection(Section):
     """The training data and how it becomes rows of tokens."""
 
     name: Name = Field("data", description="Short name; part of the run's default name.")
-    path: Text | None = Field(
+    path: RowPath | None = Field(
         None,
         description="Path that data=jsonl reads; shorthand for a data.sources list with one entry. Set one or the other.",
     )
@@ -258,7 +256,7 @@ class DataSection(Section):
             "counts as an instruction, and its documents are divided one by one."
         ),
     )
-    eval_path: Text | None = Field(
+    eval_path: RowPath | None = Field(
         None, description="Path of held-out documents, in the forms of sources[].path and the sources' format."
     )
     eval_split: Text | None = Field(
@@ -286,31 +284,18 @@ class DataSection(Section):
     )
     checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents that a check finds.")
 
-    @field_validator("path", "eval_path")
-    @classmethod
-    def _no_credentials(cls, value: str | None) -> str | None:
-        return value if value is None else without_credentials(value)
-
     @model_validator(mode="after")
-    def _one_held_out_split(self) -> DataSection:
+    def _consistent(self) -> DataSection:
         if self.eval_fraction and self.eval_path:
             raise ValueError("data.eval_fraction and data.eval_path exclude each other; set one of them")
         names = [s.name for s in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"data.sources uses a name twice ({', '.join(names)}); give every source its own name")
-        return self
-
-    @model_validator(mode="after")
-    def _path_is_read(self) -> DataSection:
         if self.path is not None and all(source.path != self.path for source in self.sources):
             raise ValueError(
                 "data.path and data.sources are both set, and no entry of data.sources has this path; remove one of them: "
                 "data.path is short for a list with one entry"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _something_in_the_mixture(self) -> DataSection:
         if all(source.weight == 0 for source in self.sources):
             raise ValueError("data.sources: the weights of the mixture sum to zero; give at least one source a weight above 0")
         return self

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from launcher.config.sections.data import GENERAL_TEXT, RowSource, without_credentials
-from launcher.config.sections.fields import Count, Flag, Name, PositiveInt, Section, Text
+from launcher.config.sections.fields import Count, Flag, Name, PositiveInt, Section, Text, with_own_names
 from launcher.errors import did_you_mean
 
 HELD_OUT = "held_out"
@@ -61,7 +61,7 @@ class EvalSection(Section):
             "during training at low priority, on GPUs of this machine after training, on Slurm and Ray in a separate allocation."
         ),
     )
-    sets: tuple[EvalSet, ...] = Field(
+    sets: Annotated[tuple[EvalSet, ...], with_own_names("set")] = Field(
         (),
         description=(
             "Additional evaluation sets, each with its own loss: 'eval.sets=[{name: support, path: support.jsonl}]'. Their rows "
@@ -98,14 +98,6 @@ class EvalSection(Section):
     @classmethod
     def _no_credentials(cls, value: bool | str) -> bool | str:
         return without_credentials(value) if isinstance(value, str) else value
-
-    @field_validator("sets")
-    @classmethod
-    def _different_names(cls, value: tuple[EvalSet, ...]) -> tuple[EvalSet, ...]:
-        names = [one.name for one in value]
-        if len({*names}) < len(names):
-            raise ValueError(f"uses a name twice ({', '.join(names)}); give every set its own name")
-        return value
 
     @model_validator(mode="after")
     def _one_forgetting(self) -> EvalSection:

@@ -33,13 +33,6 @@ def no_control_characters(value: str) -> str:
     return value
 
 
-def _name(value: str) -> str:
-    no_control_characters(value)
-    if not NAME_PATTERN.fullmatch(value):
-        raise ValueError("is not a valid name; use at most 100 letters, digits, '.', '_' and '-', a letter or digit first")
-    return value
-
-
 def matching(pattern: str, rule: str) -> AfterValidator:
     """Return a validator for text that matches the whole of `pattern`; `rule` is its message."""
     compiled = re.compile(pattern, re.ASCII)
@@ -55,13 +48,31 @@ def matching(pattern: str, rule: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def with_own_names(kind: str) -> AfterValidator:
+    """Return a validator for sections with different names; `kind` says what they are."""
+
+    def check(value: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [one.name for one in value]
+        if len({*names}) < len(names):
+            raise ValueError(f"uses a name twice ({', '.join(names)}); give every {kind} its own name")
+        return value
+
+    return AfterValidator(check)
+
+
 def number_as_text(value: Any) -> Any:
     """Return a number that YAML parsed as the text that was written; return other values unchanged."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 Text = Annotated[str, AfterValidator(no_control_characters)]
-Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"format": "name"})]
+Name = Annotated[
+    str,
+    matching(
+        NAME_PATTERN.pattern, "is not a valid name; use at most 100 letters, digits, '.', '_' and '-', a letter or digit first"
+    ),
+    Field(json_schema_extra={"format": "name"}),
+]
 Group = Annotated[str, matching(r"[A-Za-z_][\w.-]*|\d+", "is not a group of this machine; write its name as `id` shows it")]
 HubId = Annotated[str, matching(HUB_ID_PATTERN.pattern, "is not the id of a Hub repository; write owner/name")]
 Url = Annotated[
@@ -79,7 +90,7 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
-def _checkpointing(value: Any) -> Any:
+def _write_checkpointing(value: Any) -> Any:
     if isinstance(value, bool):
         return "all" if value else "none"
     return "all" if value == "every 1" else value
@@ -87,6 +98,6 @@ def _checkpointing(value: Any) -> Any:
 
 Checkpointing = Annotated[
     str,
-    BeforeValidator(_checkpointing),
+    BeforeValidator(_write_checkpointing),
     matching(r"auto|all|none|every [1-9]\d{0,3}", "is none of auto, all, none and every N; write every 2 for each second layer"),
 ]

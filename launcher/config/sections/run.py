@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from launcher.config.sections.fields import Count, Name, Positive, Section, Text, matching
+from launcher.config.sections.fields import Count, Name, Positive, Section, Text, matching, with_own_names
 
 
 class RunSection(Section):
@@ -79,18 +79,10 @@ class HostedPrice(Section):
 class CostsSection(Section):
     """What training and requests would cost at hosted services, at your prices; shown by `plan`, `report` and `evaluate`."""
 
-    hosted: tuple[HostedPrice, ...] = Field(
+    hosted: Annotated[tuple[HostedPrice, ...], with_own_names("service")] = Field(
         (),
         description=(
             "Prices of hosted services: 'costs.hosted=[{name: acme-8b, training: 3.0, input: 0.3, output: 1.2}]'. The launcher "
             "ships none, because prices change."
         ),
     )
-
-    @field_validator("hosted")
-    @classmethod
-    def _different_names(cls, value: tuple[HostedPrice, ...]) -> tuple[HostedPrice, ...]:
-        names = [one.name for one in value]
-        if len({*names}) < len(names):
-            raise ValueError(f"uses a name twice ({', '.join(names)}); give every service its own name")
-        return value

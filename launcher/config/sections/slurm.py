@@ -33,7 +33,7 @@ _RESERVED_VARIABLE = (
 )
 
 
-def _no_number(value: Any) -> Any:
+def _refuse_number(value: Any) -> Any:
     if isinstance(value, int):
         raise ValueError(
             "is a number, and YAML reads 24:00:00 as a number too; write D-HH:MM:SS, or HH:MM:SS within quotes in a file"
@@ -47,7 +47,7 @@ Partitions = Annotated[
 ]
 Duration = Annotated[
     str,
-    BeforeValidator(_no_number),
+    BeforeValidator(_refuse_number),
     matching(
         r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}",
         "is not a time that Slurm reads; write minutes, HH:MM:SS or D-HH:MM:SS, such as 2-00:00:00",

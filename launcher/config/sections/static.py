@@ -106,7 +106,7 @@ class Variable:
     fallback: bool = False
 
 
-def _number(text: str, _: Mapping[str, str]) -> int:
+def _read_number(text: str, _: Mapping[str, str]) -> int:
     # torchrun's PET_NNODES may be a range MIN:MAX, which must not vary.
     low, _colon, high = text.partition(":")
     if not low.strip().isdecimal() or high not in ("", low):
@@ -114,11 +114,11 @@ def _number(text: str, _: Mapping[str, str]) -> int:
     return int(low)
 
 
-def _text(text: str, _: Mapping[str, str]) -> str:
+def _read_text(text: str, _: Mapping[str, str]) -> str:
     return text.strip()
 
 
-def _first_of_node_list(text: str, _: Mapping[str, str]) -> str:
+def _read_first_node(text: str, _: Mapping[str, str]) -> str:
     """Return the first host of a Slurm list, such as n1 in n[1-3,7],m2."""
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?", text.strip())
     return "".join(part or "" for part in match.groups()) if match else text
@@ -127,39 +127,39 @@ def _first_of_node_list(text: str, _: Mapping[str, str]) -> str:
 # The first fallback that is set is used. The variables' documentation is linked in docs/static.md.
 VARIABLES: tuple[Variable, ...] = (
     # Used by scripts around torchrun; RunPod, Azure ML and Kubeflow set them too.
-    Variable(NODES, "NNODES", _number),
-    Variable(NODE_RANK, "NODE_RANK", _number),
-    Variable(MASTER_ADDR, "MASTER_ADDR", _text),
-    Variable(MASTER_PORT, "MASTER_PORT", _number),
+    Variable(NODES, "NNODES", _read_number),
+    Variable(NODE_RANK, "NODE_RANK", _read_number),
+    Variable(MASTER_ADDR, "MASTER_ADDR", _read_text),
+    Variable(MASTER_PORT, "MASTER_PORT", _read_number),
     # torchrun's own options as variables; Kubeflow's Trainer sets them, and PyTorchJob with nprocPerNode or an elastic policy.
-    Variable(NODES, "PET_NNODES", _number),
-    Variable(NODE_RANK, "PET_NODE_RANK", _number),
-    Variable(MASTER_ADDR, "PET_MASTER_ADDR", _text),
-    Variable(MASTER_PORT, "PET_MASTER_PORT", _number),
+    Variable(NODES, "PET_NNODES", _read_number),
+    Variable(NODE_RANK, "PET_NODE_RANK", _read_number),
+    Variable(MASTER_ADDR, "PET_MASTER_ADDR", _read_text),
+    Variable(MASTER_PORT, "PET_MASTER_PORT", _read_number),
     # SageMaker: a JSON list of host names.
     Variable(NODES, "SM_HOSTS", lambda text, _: len(json.loads(text))),
     Variable(NODE_RANK, "SM_CURRENT_HOST", lambda text, environ: json.loads(environ.get("SM_HOSTS", "")).index(text)),
     Variable(MASTER_ADDR, "SM_HOSTS", lambda text, _: str(json.loads(text)[0]), fallback=True),
     # Azure ML; the second address is an endpoint such as 10.0.0.4:6000.
-    Variable(NODES, "AZUREML_NODE_COUNT", _number),
-    Variable(MASTER_ADDR, "AZ_BATCHAI_MPI_MASTER_NODE", _text, fallback=True),
+    Variable(NODES, "AZUREML_NODE_COUNT", _read_number),
+    Variable(MASTER_ADDR, "AZ_BATCHAI_MPI_MASTER_NODE", _read_text, fallback=True),
     Variable(MASTER_ADDR, "AZ_BATCH_MASTER_NODE", lambda text, _: text.strip().partition(":")[0], fallback=True),
     # RunPod.
-    Variable(NODES, "NUM_NODES", _number),
-    Variable(MASTER_ADDR, "PRIMARY_ADDR", _text),
-    Variable(MASTER_PORT, "PRIMARY_PORT", _number),
-    Variable(NODES, "SKYPILOT_NUM_NODES", _number),
-    Variable(NODE_RANK, "SKYPILOT_NODE_RANK", _number),
+    Variable(NODES, "NUM_NODES", _read_number),
+    Variable(MASTER_ADDR, "PRIMARY_ADDR", _read_text),
+    Variable(MASTER_PORT, "PRIMARY_PORT", _read_number),
+    Variable(NODES, "SKYPILOT_NUM_NODES", _read_number),
+    Variable(NODE_RANK, "SKYPILOT_NODE_RANK", _read_number),
     Variable(MASTER_ADDR, "SKYPILOT_NODE_IPS", lambda text, _: text.split()[0], fallback=True),
     # With one process per node. Both may be left over from the program that started a provider's agent.
-    Variable(NODES, "OMPI_COMM_WORLD_SIZE", _number, fallback=True),
-    Variable(NODE_RANK, "OMPI_COMM_WORLD_RANK", _number, fallback=True),
-    Variable(NODES, "SLURM_STEP_NUM_NODES", _number, fallback=True),
-    Variable(NODE_RANK, "SLURM_NODEID", _number, fallback=True),
-    Variable(MASTER_ADDR, "SLURM_STEP_NODELIST", _first_of_node_list, fallback=True),
+    Variable(NODES, "OMPI_COMM_WORLD_SIZE", _read_number, fallback=True),
+    Variable(NODE_RANK, "OMPI_COMM_WORLD_RANK", _read_number, fallback=True),
+    Variable(NODES, "SLURM_STEP_NUM_NODES", _read_number, fallback=True),
+    Variable(NODE_RANK, "SLURM_NODEID", _read_number, fallback=True),
+    Variable(MASTER_ADDR, "SLURM_STEP_NODELIST", _read_first_node, fallback=True),
     # Set in a PyTorchJob's pods. Elsewhere they count processes, so they come last and never contradict other values.
-    Variable(NODES, "WORLD_SIZE", _number, fallback=True),
-    Variable(NODE_RANK, "RANK", _number, fallback=True),
+    Variable(NODES, "WORLD_SIZE", _read_number, fallback=True),
+    Variable(NODE_RANK, "RANK", _read_number, fallback=True),
 )
 
 # Variables that reveal several processes on one machine, and the largest value with one process.
@@ -173,7 +173,7 @@ def count_nodes(section: StaticSection, environ: Mapping[str, str], chosen: Coll
         ConfigError: if two values contradict each other, or one cannot be read.
     """
     problems: list[Problem] = []
-    values = _values((NODES,), section, environ, chosen, problems)
+    values = _read_values((NODES,), section, environ, chosen, problems)
     if problems:
         raise ConfigError(problems)
     return int(values.get(NODES, section.nodes))
@@ -192,7 +192,7 @@ def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collect
         for name, most in ONE_PER_NODE.items()
         if (value := environ.get(name, "")).isdecimal() and int(value) > most
     ]
-    values = _values((NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT), section, environ, chosen, problems)
+    values = _read_values((NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT), section, environ, chosen, problems)
     nodes, node, address = int(values.get(NODES, section.nodes)), values.get(NODE_RANK), values.get(MASTER_ADDR)
     if NODES not in values and nodes == 1 and node:
         problems.append(Problem("the number of machines is unknown", "cluster.nodes", f"this is node {node}", "set NNODES"))
@@ -211,7 +211,7 @@ def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collect
     return NodeIdentity(int(node or 0), nodes, None if address is None else str(address), port)
 
 
-def _values(
+def _read_values(
     keys: Iterable[str], section: StaticSection, environ: Mapping[str, str], chosen: Collection[str], problems: list[Problem]
 ) -> dict[str, str | int]:
     """Return the given values of `keys`, settings first; add contradictions and unreadable values to `problems`."""

@@ -202,9 +202,8 @@ def find_near_leaks(
 
     def add_pairs(a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
         is_similar[b] = True
-        for document, other, share in zip(
-            held_out_signed[a].tolist(), train_signed[b].tolist(), similarity.tolist(), strict=True
-        ):
+        documents, others = held_out_signed[a].tolist(), train_signed[b].tolist()
+        for document, other, share in zip(documents, others, similarity.tolist(), strict=True):
             similar[document][other] = share
 
     missed = held_out_signed[find_near_pairs_between(held_out_slots, train_slots, REACH_ACROSS, add_pairs)]

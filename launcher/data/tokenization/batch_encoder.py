@@ -269,7 +269,8 @@ class BatchEncoder:
         is_whole = (docs.num_tokens > 0) & (docs.lost_tokens == 0)
         # These are held out if their prompt is common, which then recurs in every batch.
         _, group, counts = np.unique(docs.prompts, return_inverse=True, return_counts=True)
-        may_be_held_out = docs.by_hash & (counts[group] > 1) & is_below(docs.splits_alone, self.data.eval_fraction)
+        others = is_whole & ~docs.held_out & docs.by_hash & (counts[group] > 1)
+        others &= is_below(docs.splits_alone, self.data.eval_fraction)
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
             task.source,
@@ -288,9 +289,7 @@ class BatchEncoder:
             hits=hits,
             prompts=[
                 *self._make_prompts(documents, np.flatnonzero(docs.held_out & is_whole), docs.splits_alone, held_out=True),
-                *self._make_prompts(
-                    documents, np.flatnonzero(is_whole & ~docs.held_out & may_be_held_out), docs.splits_alone, held_out=False
-                ),
+                *self._make_prompts(documents, np.flatnonzero(others), docs.splits_alone, held_out=False),
             ],
         )
 
