@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.reference import about_file
 from launcher.config.schema import RunConfig
-from launcher.config.sections.deepspeed import DeepSpeedSection
+from launcher.config.sections.train import DeepSpeedSection
 from launcher.models.hub_licenses import find_license
 from launcher.plan.architecture import model_facts
 from launcher.plan.checkpoints import checkpoint_bytes

@@ -14,6 +14,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from launcher.errors import ConfigError, DataError, Problem
 from launcher.hardware import device, has_fast_bf16
 from launcher.models import stored_checks
 from launcher.models.found_model import FoundModel, local_folder
-from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, Lineage, ModelFacts, Provenance
+from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, ModelFacts, Provenance
 
 _PACKAGES = (
     *("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors"),
@@ -78,6 +79,11 @@ def gather(config: RunConfig, found: FoundModel, overrides: Sequence[str], here:
     caches = [*([data] if data is not None else []), *eval_sets.values()]
     if problems := [problem for one in caches if (problem := id_problem(one.cache_dir, model))]:
         raise DataError([*problems, *(findings.problems(findings.read(data.cache_dir), config.data.checks) if data else [])])
+    lineage = None
+    if is_run(config.model.path):
+        from launcher.models import parent_run
+
+        lineage = parent_run.build_lineage(parent_run.find_parent(config.model.path or ""))
     return Facts(
         working_dir=os.getcwd(),
         home_dir=str(Path.home()),
@@ -86,7 +92,7 @@ def gather(config: RunConfig, found: FoundModel, overrides: Sequence[str], here:
         data=data,
         eval_sets=eval_sets,
         provenance=provenance(overrides),
-        lineage=_lineage(config.model.path or ""),
+        lineage=lineage,
     )
 
 
@@ -160,17 +166,16 @@ def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:
     return cache_store.id_problem(cache_store.read_report(cache_dir)["max_token_id"], model.vocab_size, str(model.tokenizer_path))
 
 
-def _lineage(model: str) -> Lineage | None:
-    """Return the origin of the run in `model.path`, or None if the path is not a run."""
-    if not is_run(model):
-        return None
-    from launcher.models import parent_run
-
-    return parent_run.build_lineage(parent_run.find_parent(model))
-
-
 def provenance(overrides: Sequence[str]) -> Provenance:
-    commit, dirty = _git()
+    commit = dirty = None
+    # Of the checkout that the package runs from.
+    folder = Path(launcher.__file__).resolve().parent.parent
+    if (folder / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=10, check=True, cwd=folder)
+            head = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+            dirty = bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+            commit = head
     return Provenance(
         created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         overrides=tuple(overrides),
@@ -187,17 +192,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _git() -> tuple[str | None, bool | None]:
-    """Return the commit and dirty flag of the checkout that the package runs from, or None outside a checkout."""
-    folder = Path(launcher.__file__).resolve().parent.parent
-    if not (folder / ".git").exists():
-        return None, None
-    try:
-        run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=10, check=True, cwd=folder)
-        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
-        dirty = bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
-    except (OSError, subprocess.SubprocessError):
-        return None, None
-    return commit, dirty

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,11 @@ def device() -> DeviceFacts:
             memory_gib=None if memory_gib is None else round(memory_gib, 1),
             host_memory_gib=host_memory_gib,
         )
-    count = os.cpu_count() or 1
-    return DeviceFacts(kind="cpu", name=_cpu_name(), count=count, host_memory_gib=host_memory_gib, problem=problem)
+    count, name = os.cpu_count() or 1, platform.processor() or "CPU"
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return DeviceFacts(kind="cpu", name=name, count=count, host_memory_gib=host_memory_gib, problem=problem)
 
 
 def may_use_gpus() -> bool:
@@ -57,13 +61,3 @@ def has_fast_bf16() -> bool:
     except OSError:
         return False
     return {"avx512bw", "avx512vl", "avx512dq"} <= words or not words.isdisjoint({"amx_bf16", "avx_ne_convert", "bf16"})
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or "CPU"

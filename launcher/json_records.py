@@ -11,6 +11,7 @@ import errno
 import functools
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -116,16 +117,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 @functools.cache
-def _fields(record_type: type) -> tuple[tuple[str, Any, bool], ...]:
+def _list_fields(record_type: type) -> tuple[tuple[str, Any, bool], ...]:
     """Name and type of each field that a constructor takes, and whether the field has a default."""
-    hints = get_type_hints(record_type)
-    missing = dataclasses.MISSING
+    hints, missing = get_type_hints(record_type), dataclasses.MISSING
     return tuple(
-        (
-            field.name,
-            hints[field.name],
-            field.default is not missing or field.default_factory is not missing,
-        )
+        (field.name, hints[field.name], field.default is not missing or field.default_factory is not missing)
         for field in dataclasses.fields(record_type)
         if field.init
     )
@@ -133,9 +129,9 @@ def _fields(record_type: type) -> tuple[tuple[str, Any, bool], ...]:
 
 def _decode_object(record_type: Any, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
-        raise _mismatch(path, "an object", values)
+        raise _make_mismatch(path, "an object", values)
     arguments = {}
-    for name, kind, has_default in _fields(record_type):
+    for name, kind, has_default in _list_fields(record_type):
         field = f"{path}.{name}" if path else name
         if name in values:
             arguments[name] = _decode_value(kind, values[name], field)
@@ -149,12 +145,26 @@ def _decode_value(kind: Any, value: Any, path: str) -> Any:
         return value
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return _decode_union(arguments, value, path)
+        if value is None and NoneType in arguments:
+            return None
+        *first, last = (option for option in arguments if option is not NoneType)
+        for option in first:
+            with suppress(_FieldError):
+                return _decode_value(option, value, path)
+        return _decode_value(last, value, path)
     if origin is tuple:
-        return _decode_tuple(arguments, value, path)
+        if not isinstance(value, list | tuple):
+            raise _make_mismatch(path, "a list", value)
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(arguments) != len(value):
+            raise _make_mismatch(path, f"a list of {len(arguments)} values", value)
+        return tuple(
+            _decode_value(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
+        )
     if origin in (dict, Mapping):
         if not isinstance(value, dict):
-            raise _mismatch(path, "an object", value)
+            raise _make_mismatch(path, "an object", value)
         return {name: _decode_value(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
     if dataclasses.is_dataclass(kind):
         return _decode_object(kind, value, path)
@@ -162,35 +172,13 @@ def _decode_value(kind: Any, value: Any, path: str) -> Any:
         try:
             return kind(value)
         except ValueError:
-            raise _mismatch(path, f"one of {', '.join(str(member.value) for member in kind)}", value) from None
+            raise _make_mismatch(path, f"one of {', '.join(str(member.value) for member in kind)}", value) from None
     if type(value) is kind or (kind is float and type(value) is int):
         return value
-    raise _mismatch(path, _NAMES[kind], value)
+    raise _make_mismatch(path, _NAMES[kind], value)
 
 
-def _decode_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
-    if value is None and NoneType in options:
-        return None
-    some = [option for option in options if option is not NoneType]
-    for option in some[:-1]:
-        try:
-            return _decode_value(option, value, path)
-        except _FieldError:
-            continue
-    return _decode_value(some[-1], value, path)
-
-
-def _decode_tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise _mismatch(path, "a list", value)
-    if len(kinds) == 2 and kinds[1] is Ellipsis:
-        kinds = (kinds[0],) * len(value)
-    if len(kinds) != len(value):
-        raise _mismatch(path, f"a list of {len(kinds)} values", value)
-    return tuple(_decode_value(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
-
-
-def _mismatch(path: str, expected: str, value: Any) -> _FieldError:
+def _make_mismatch(path: str, expected: str, value: Any) -> _FieldError:
     shown = json.dumps(value, default=str)
     if len(shown) > _MAX_VALUE_CHARS:
         shown = f"{shown[:_MAX_VALUE_CHARS]}..."

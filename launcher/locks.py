@@ -85,7 +85,11 @@ class Holder:
     @classmethod
     def this_process(cls, command: str) -> Holder:
         pid = os.getpid()
-        return cls(os.uname().nodename, pid_namespace(), pid, read_start(pid) or 0.0, _user(), time.time(), command)
+        try:
+            user = getpass.getuser()
+        except (KeyError, OSError):
+            user = str(os.getuid())
+        return cls(os.uname().nodename, pid_namespace(), pid, read_start(pid) or 0.0, user, time.time(), command)
 
     @property
     def has_ended(self) -> bool:
@@ -174,10 +178,3 @@ def wait_for_holder(path: Path) -> Holder | None:
 
 def _identity_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return str(os.getuid())

@@ -82,16 +82,18 @@ def copy_parent_weights(parent: ParentCheckpoint, model: ModelSection) -> None:
                 # A check would load the whole model, and this machine may lack the memory.
                 _export(parent, model, tokenizer_of(parent.plan), model.dtype, folder, check=False)
     except locks.LockTimeout as error:
-        raise _parent_error(
+        raise _make_parent_error(
             parent, "another process is preparing them and has not finished in time", "wait for it, or end it"
         ) from error
     except OSError as error:
         reason = f"{error.strerror or error} ({error.filename or folder})"
-        raise _parent_error(parent, reason, "check the free space and that the run still has this checkpoint") from error
+        raise _make_parent_error(parent, reason, "check the free space and that the run still has this checkpoint") from error
     except CheckpointError as error:
         problem = error.problems[0]
         reason = f"{problem.message} ({problem.where})" if problem.where else problem.message
-        raise _parent_error(parent, reason, "use another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
+        raise _make_parent_error(
+            parent, reason, "use another checkpoint (model.path=run:NAME@STEP), and check the disk"
+        ) from error
 
 
 def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | None, check: bool = True) -> ExportedFolder:
@@ -145,23 +147,23 @@ def _export(
 
 def _link_export(exported: Path, folder: Path) -> None:
     """Link an export's files into a separate folder: the run may replace its export while they are in use."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            # A different file system, or one without hard links.
+            shutil.copyfile(source, target)
+
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        shutil.copytree(exported, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
+        shutil.copytree(exported, partial, copy_function=link_or_copy, dirs_exist_ok=True)
         atomic_files.replace_directory(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # A different file system, or one without hard links.
-        shutil.copyfile(source, target)
-
-
-def _parent_error(parent: ParentCheckpoint, reason: str, remedy: str) -> ConfigError:
+def _make_parent_error(parent: ParentCheckpoint, reason: str, remedy: str) -> ConfigError:
     what = f"model.path: the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} cannot be used: {reason}"
     return ConfigError(Problem(what, where="model.path", value=parent.path, remedy=remedy))
 

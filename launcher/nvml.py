@@ -51,6 +51,11 @@ PASSING_XIDS = {
 LOST_GPU = "a GPU is lost"
 
 
+def describe_xid(number: int) -> str:
+    """Return the meaning of an Xid, for any number."""
+    return BROKEN_XIDS.get(number) or PASSING_XIDS.get(number) or "see NVIDIA's catalog of Xid errors"
+
+
 class NvmlError(Exception):
     """The driver is unavailable, does not answer, or returns an error."""
 
@@ -209,18 +214,7 @@ def _name_slowdowns(bits: int) -> tuple[str, ...]:
 # The code below runs in the child process.
 
 
-def _main() -> None:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        gpus = [_read_gpu(pynvml, handle) for handle in _visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))]
-    except pynvml.NVMLError as error:
-        sys.exit(str(error))
-    print(json.dumps([asdict(gpu) for gpu in gpus]))
-
-
-def _visible_handles(nvml: Any, visible: str | None) -> list[Any]:
+def _list_visible(nvml: Any, visible: str | None) -> list[Any]:
     """Return handles of the GPUs in a value of CUDA_VISIBLE_DEVICES: numbers or UUIDs.
 
     Raises:
@@ -286,9 +280,11 @@ def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
 
 
 if __name__ == "__main__":
-    _main()
+    import pynvml
 
-
-def describe_xid(number: int) -> str:
-    """Return the meaning of an Xid, for any number."""
-    return BROKEN_XIDS.get(number) or PASSING_XIDS.get(number) or "see NVIDIA's catalog of Xid errors"
+    try:
+        pynvml.nvmlInit()
+        found = [_read_gpu(pynvml, handle) for handle in _list_visible(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))]
+    except pynvml.NVMLError as error:
+        sys.exit(str(error))
+    print(json.dumps([asdict(gpu) for gpu in found]))

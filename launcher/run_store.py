@@ -1,8 +1,13 @@
-"""Run directories on disk: each is created once, its state is replaced atomically, its attempts are numbered."""
+"""Run directories on disk: each is created once, its state is replaced atomically, its attempts are numbered.
+
+A copy of the package is part of it: queued and resumed jobs run the code that was submitted.
+"""
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import json
 import os
 import shutil
 import stat
@@ -13,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launcher import atomic_files, code_snapshot, json_records, locks
+import xxhash
+
+from launcher import atomic_files, json_records, locks
 from launcher.errors import DamagedRun, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
-from launcher.run_damage import looks_like_run, plan_remedy, record_remedy, unreadable_plan
 from launcher.run_records import Attempt, Status
 from launcher.security import owners
 from launcher.security.folders import make_own_folder
@@ -28,6 +34,10 @@ if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
 _NUM_NAMES = 10
+# The package to copy.
+_PACKAGE = Path(__file__).resolve().parent
+# In the code's folder: which plans this code reads.
+_PLAN_SCHEMA = "plan_schema_version"
 
 
 def create(plan: LaunchPlan) -> RunDir:
@@ -56,7 +66,7 @@ def create(plan: LaunchPlan) -> RunDir:
             )
         atomic_files.fsync_directory(run.root.parent)
         run.attempts.mkdir()
-        code_snapshot.create(run)
+        copy_code(run.code)
         atomic_files.write_text(run.plan, plan.to_json())
         _archive_plan(run, plan)
         write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
@@ -302,9 +312,9 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(locks.hold(_lock_path(run), wait_s, redacted_command_line()))
+            stack.enter_context(locks.hold(_find_lock(run), wait_s, redacted_command_line()))
         except locks.LockTimeout:
-            holder = locks.wait_for_holder(_lock_path(run))
+            holder = locks.wait_for_holder(_find_lock(run))
             raise SubmitError(
                 "another command is starting this run right now",
                 where=str(run.root),
@@ -325,10 +335,10 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
 
 def start_lock_holder(run: RunDir) -> locks.Holder | None:
     """Return the process that is currently starting an attempt of the run, or None."""
-    return locks.read_holder(_lock_path(run))
+    return locks.read_holder(_find_lock(run))
 
 
-def _lock_path(run: RunDir) -> Path:
+def _find_lock(run: RunDir) -> Path:
     return run.root / ".lock"
 
 
@@ -341,16 +351,15 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
     for candidate in (root / name, Path(name).expanduser()):
         try:
             if (candidate / marker).is_file():
-                run = RunDir(candidate.resolve())
-                return run
+                return RunDir(candidate.resolve())
         except OSError as error:
             remedy = "check the storage and your access to it, then try again"
             message = f"the run {name} cannot be read: {error.strerror}"
             raise SubmitError(message, where=str(candidate), remedy=remedy) from None
-    raise _no_such_run(name, root, marker)
+    raise _make_not_found_error(name, root, marker)
 
 
-def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
+def _make_not_found_error(name: str, root: Path, marker: str) -> SubmitError:
     for candidate in (root / name, Path(name).expanduser().absolute()):
         # Path.resolve raises for a link that points to itself.
         if os.path.realpath(candidate) != os.path.realpath(root) and looks_like_run(candidate):
@@ -376,16 +385,99 @@ def _no_such_run(name: str, root: Path, marker: str) -> SubmitError:
 
 def list_runs(root: Path) -> Iterator[RunDir]:
     """Yield the runs under `root`, the most recent first."""
-    if root.is_dir():
-        planned_at = {path: at for path in root.iterdir() if (at := _planned_at(path)) is not None}
-        yield from (RunDir(path) for path in sorted(planned_at, key=planned_at.__getitem__, reverse=True))
+    planned_at: dict[Path, float] = {}
+    for path in root.iterdir() if root.is_dir() else ():
+        # Each file may be removed at any time, and another user's run may not be readable.
+        with suppress(OSError):
+            if not path.name.startswith(atomic_files.REMOVING_PREFIX) and (path / "status.json").is_file():
+                plan = (path / "plan.json").stat()
+                if stat.S_ISREG(plan.st_mode):
+                    planned_at[path] = plan.st_mtime
+    yield from (RunDir(path) for path in sorted(planned_at, key=planned_at.__getitem__, reverse=True))
 
 
-def _planned_at(path: Path) -> float | None:
-    """Return the time of a run's plan, or None if this is not a run or not readable, as other users' runs may be."""
-    # Each file may be removed at any time.
+# The code of a run
+
+
+def copy_code(folder: Path) -> None:
+    """Copy the package to a folder that does not exist yet, and make everything durable.
+
+    The copy includes the bytecode, so that nodes need not compile the package again.
+    """
+
+    def list_left_out(parent: str, names: list[str]) -> set[str]:
+        # Plans hold the settings; and files that are being written, and bytecode that this user may not read.
+        bytecode = [name for name in names if name == "__pycache__" or name.endswith(".pyc")]
+        unreadable = {name for name in bytecode if not os.access(f"{parent}/{name}", os.R_OK, effective_ids=True)}
+        return {"conf", *fnmatch.filter(names, "*.pyc.*"), *unreadable}
+
+    shutil.copytree(_PACKAGE, folder / "launcher", ignore=list_left_out)
+    (folder / _PLAN_SCHEMA).write_text(f"{plan_schema()}\n", encoding="utf-8")
+    # Without this, files may be empty after a power loss, and every later attempt runs them.
+    atomic_files.fsync_tree(folder)
+
+
+def is_code_current(run: RunDir) -> bool:
+    """Return True if the code of the run reads the plans that this launcher writes."""
+    try:
+        return (run.code / _PLAN_SCHEMA).read_text(encoding="utf-8").strip() == plan_schema()
+    except FileNotFoundError:
+        return False
+
+
+def plan_schema() -> str:
+    """Return the schema version of plans with a digest of their keys: code rejects unknown settings."""
+    from launcher.plan.launch_plan import LaunchPlan
+
+    schema = LaunchPlan.model_json_schema()
+    keys = {name: sorted(one.get("properties", ())) for name, one in {**schema.get("$defs", {}), "": schema}.items()}
+    return f"{SCHEMA_VERSION} {xxhash.xxh3_64_hexdigest(json.dumps(keys, sort_keys=True).encode())}"
+
+
+def replace_code(run: RunDir, newest_attempt: int) -> Path:
+    """Replace the code that previous attempts ran with a copy of this package; returns the folder that keeps the earlier code."""
+    earlier = run.earlier_code(newest_attempt)
+    copy = run.root / ".code"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy_code(copy)
+    if run.code.is_dir() and not earlier.exists():
+        run.code.rename(earlier)
+    shutil.rmtree(run.code, ignore_errors=True)
+    atomic_files.rename(copy, run.code)
+    return earlier
+
+
+# Missing and damaged files, with the commands to copy
+
+
+def record_remedy(run: RunDir) -> str:
+    """Return how to continue without a record such as status.json."""
+    weights = launcher_command(f"model.path=run:{run.root}")
+    return f"restore the file from a backup, or start another run from this run's newest checkpoint: {weights} ..."
+
+
+def plan_remedy(path: Path) -> str:
+    """Return how to restore a plan: plans/ keeps a copy of each, under its digest."""
+    from launcher.plan.launch_plan import digest_of
+
+    run = RunDir(path.parent if path.parent.parent.name != "attempts" else path.parents[2])
+    copies = []
     with suppress(OSError):
-        if not path.name.startswith(atomic_files.REMOVING_PREFIX) and (path / "status.json").is_file():
-            plan = (path / "plan.json").stat()
-            return plan.st_mtime if stat.S_ISREG(plan.st_mode) else None
-    return None
+        copies = sorted(run.plans.glob("*.json"), key=lambda copy: copy.stat().st_mtime)
+    # The run's own plan was stored first; an attempt's plan may be any of the others.
+    for copy in copies if path == run.plan else reversed(copies):
+        with suppress(OSError, ValueError):
+            if digest_of(json_records.read_bytes(copy).decode()) == copy.stem:
+                return f"restore it with: {shell_command('cp', copy, path)}"
+    return "restore the file from a backup"
+
+
+def unreadable_plan(path: Path, value: str) -> DamagedRun:
+    """Return the error of a plan that is damaged or of an unknown schema; `value` is the reason."""
+    message = "the plan of this run cannot be read by this launcher"
+    return DamagedRun(message, where=str(path), value=value, remedy=plan_remedy(path))
+
+
+def looks_like_run(folder: Path) -> bool:
+    """Return whether a folder holds files of a run."""
+    return any((folder / name).exists() for name in ("plan.json", "status.json", "plans", "checkpoints", "attempts"))

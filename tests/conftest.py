@@ -141,14 +141,14 @@ def _little_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         shutil.copy(REPO / "launcher" / name, package / name)
     py_compile.compile(str(package / "errors.py"), doraise=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.code_snapshot._PACKAGE", package)
+        patch.setattr("launcher.run_store._PACKAGE", package)
         yield
 
 
 def _copied_whole() -> Iterator[None]:
     """Runs get a copy of the whole package, as they do for users."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.code_snapshot._PACKAGE", REPO / "launcher")
+        patch.setattr("launcher.run_store._PACKAGE", REPO / "launcher")
         yield
 
 

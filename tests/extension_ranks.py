@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from launcher.checkpoint import shards, store
 from launcher.checkpoint.saver import Saved, Saver
-from launcher.config.sections.deepspeed import DeepSpeedSection
-from launcher.config.sections.train import OptimSection
+from launcher.config.sections.train import DeepSpeedSection, OptimSection
 from launcher.data.loader import IGNORED, MicroBatch, RowBatches, StepBatch
 from launcher.distributed import RankInfo
 from launcher.errors import CheckpointError

@@ -8,27 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from launcher import code_snapshot
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    code_snapshot.create(RunDir(tmp_path))
+    run_store.copy_code(RunDir(tmp_path).code)
     return RunDir(tmp_path)
 
 
 def test_code_of_an_earlier_launcher_is_replaced_and_kept(run: RunDir) -> None:
-    assert code_snapshot.is_current(run)
+    assert run_store.is_code_current(run)
     shutil.rmtree(run.code)
     (run.code / "launcher").mkdir(parents=True)
     (run.code / "launcher/__init__.py").write_text("earlier")
-    assert not code_snapshot.is_current(run)
-    earlier = code_snapshot.replace(run, 1)
+    assert not run_store.is_code_current(run)
+    earlier = run_store.replace_code(run, 1)
     assert earlier == run.root / "code-until-attempt-001"
     assert (earlier / "launcher/__init__.py").read_text() == "earlier"
-    assert code_snapshot.is_current(run)
+    assert run_store.is_code_current(run)
     assert (run.code / "launcher/run_store.py").is_file()
 
 
@@ -37,17 +37,17 @@ def test_code_that_does_not_know_a_setting_of_today_is_replaced(run: RunDir, mon
         setting_of_today: int = 0
 
     monkeypatch.setattr("launcher.plan.launch_plan.LaunchPlan", Later)
-    assert not code_snapshot.is_current(run)
-    code_snapshot.replace(run, 1)
-    assert code_snapshot.is_current(run)
+    assert not run_store.is_code_current(run)
+    run_store.replace_code(run, 1)
+    assert run_store.is_code_current(run)
 
 
 def test_replacing_code_continues_after_an_interruption(run: RunDir) -> None:
     run.code.rename(run.earlier_code(1))
     (run.root / ".code").mkdir()
-    assert not code_snapshot.is_current(run)
-    code_snapshot.replace(run, 1)
-    assert code_snapshot.is_current(run)
+    assert not run_store.is_code_current(run)
+    run_store.replace_code(run, 1)
+    assert run_store.is_code_current(run)
     assert (run.earlier_code(1) / "launcher/run_store.py").is_file()
 
 
@@ -61,5 +61,5 @@ def test_code_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(os, "fsync", record)
     run = RunDir(tmp_path)
-    code_snapshot.create(run)
+    run_store.copy_code(run.code)
     assert {str(path) for path in (run.code, *run.code.rglob("*"))} <= synced

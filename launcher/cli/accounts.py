@@ -20,7 +20,7 @@ from launcher.errors import ConfigError, Problem
 from launcher.export.hub import TOKEN_VARIABLE, token_problem
 from launcher.models.found_model import locate
 from launcher.models.hub_licenses import find_license
-from launcher.security.credentials import request_json
+from launcher.security.redaction import request_json
 
 _WANDB_DEADLINE_S = 30.0
 _HUB_DEADLINE_S = 10.0

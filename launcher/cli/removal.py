@@ -27,8 +27,8 @@ from launcher.data.cache_dir import cache_root, own_hub_cache, shared_cache_root
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
-from launcher.run_damage import plan_remedy
 from launcher.run_records import MirrorRecord
+from launcher.run_store import plan_remedy
 from launcher.security import owners
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import read_events

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import code_snapshot, facts, run_store
+from launcher import facts, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.checkpoint.state import read_state
@@ -105,8 +105,8 @@ def resume_run(
     if checkpoint is not None:
         for path in store.set_aside_after(run.checkpoints, checkpoint.step):
             print(f"set aside: {short_path(path)}")
-    if not code_snapshot.is_current(run):
-        earlier = code_snapshot.replace(run, run_store.newest_attempt(run))
+    if not run_store.is_code_current(run):
+        earlier = run_store.replace_code(run, run_store.newest_attempt(run))
         message = "the code of this run reads other plans than this launcher writes: the current code replaces it"
         print(f"{message}, {earlier.name} keeps it")
     resume_step = None if checkpoint is None else checkpoint.step

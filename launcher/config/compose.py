@@ -34,8 +34,7 @@ from launcher.config.run_file import FileContent, read_run_file, require_one_fil
 from launcher.config.schema import RunConfig
 from launcher.config.sections.fields import derive_name
 from launcher.errors import ConfigError, LauncherError, Problem
-from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
+from launcher.security.redaction import LOGIN_IN_ADDRESS, environment_secrets, has_login, redact, secret_problem
 
 # Hydra's flags that replace the files in conf/.
 _OTHER_FILES = ("--config-name", "-cn", "--config-path", "-cp")

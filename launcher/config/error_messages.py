@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from launcher.config.command_line import COMMAND_LINE
 from launcher.config.known_settings import as_yaml, leaves, settings, suggest_setting
 from launcher.config.origin import RUN_FILE_GROUP, Origins, short_path, yaml_nodes
-from launcher.config.sections.deepspeed import ALLOWED_EXTRA, QGZ, QGZ_IS_WRONG
+from launcher.config.sections.train import ALLOWED_EXTRA, QGZ, QGZ_IS_WRONG
 from launcher.errors import Problem, causes, did_you_mean
 from launcher.security.redaction import looks_secret, redact, redact_setting
 

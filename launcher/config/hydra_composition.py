@@ -25,8 +25,7 @@ from launcher.config.known_settings import leaves
 from launcher.config.origin import RUN_FILE_GROUP, short_path
 from launcher.config.run_file import FileContent
 from launcher.errors import ConfigError, causes
-from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import REDACTED, looks_secret, redact
+from launcher.security.redaction import REDACTED, environment_secrets, looks_secret, redact
 
 # Hydra needs a group and an option for each config; these exist in no folder.
 _OPTION = "settings"

@@ -17,8 +17,7 @@ from launcher.config.known_settings import leaves, settings, suggest_setting
 from launcher.config.origin import Origins
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem
-from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import LOGIN_IN_ADDRESS, has_login, redact, secret_problem
+from launcher.security.redaction import LOGIN_IN_ADDRESS, environment_secrets, has_login, redact, secret_problem
 from launcher.shell_commands import launcher_command
 
 # Settings that may change freely on resume.

@@ -14,7 +14,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.config.sections.cluster import ClusterSection, LocalSection
 from launcher.config.sections.data import DataSection
-from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.config.sections.evaluation import HELD_OUT, EvalSection, EvaluateSection
 from launcher.config.sections.fields import Section
 from launcher.config.sections.model import ModelSection
@@ -22,7 +21,7 @@ from launcher.config.sections.ray import RaySection
 from launcher.config.sections.run import CostsSection, RunSection, TrackingSection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.config.sections.static import StaticSection
-from launcher.config.sections.train import CheckpointSection, ExportSection, OptimSection, TrainSection
+from launcher.config.sections.train import CheckpointSection, DeepSpeedSection, ExportSection, OptimSection, TrainSection
 
 # By `cluster.kind`. The classes that submit are in launcher.clusters.backends.BACKENDS.
 SECTIONS: dict[str, type[ClusterSection]] = {

@@ -99,20 +99,22 @@ class CheckedArray:
         """
         block, end = start // BLOCK_BYTES, -(-(self._num_bytes if stop is None else stop) // BLOCK_BYTES)
         while (block := self._verified.find(0, block, end)) >= 0:
-            first, content = block * BLOCK_BYTES, b""
-            try:
-                # Read instead of mapping: an I/O error raises here, but in a memory map it would kill the process.
-                while part := os.pread(self._file.fileno(), BLOCK_BYTES - len(content), first + len(content)):
-                    content += part
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self._path)) from error
-            digest, expected = xxhash.xxh3_64_intdigest(content), int(self._digests[block])
-            if digest != expected:
-                last, count = first + len(content) - 1, len(self._digests)
-                where = f"{self._path}, bytes {first} to {last} (block {block} of 0 to {count - 1})"
-                value = f"digest {digest:016x}, not {expected:016x}"
-                raise _make_damage_error(self._cache, "a block does not match its digest", where, value)
+            self._verify_block(block)
             self._verified[block] = 1
+
+    def _verify_block(self, block: int) -> None:
+        start, content = block * BLOCK_BYTES, b""
+        try:
+            # Read instead of mapping: an I/O error raises here, but in a memory map it would kill the process.
+            while part := os.pread(self._file.fileno(), BLOCK_BYTES - len(content), start + len(content)):
+                content += part
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        digest, expected = xxhash.xxh3_64_intdigest(content), int(self._digests[block])
+        if digest != expected:
+            where = f"{self._path}, bytes {start} to {start + len(content) - 1} (block {block} of 0 to {len(self._digests) - 1})"
+            value = f"digest {digest:016x}, not {expected:016x}"
+            raise _make_damage_error(self._cache, "a block does not match its digest", where, value)
 
 
 def _make_damage_error(cache: Path, message: str, where: str | Path, value: str) -> DataError:

@@ -22,7 +22,7 @@ from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import COMMIT_PATTERN, ModelSection, is_local_path, is_run
 from launcher.data.cache_dir import cache_root, mark_used, repository_folders
 from launcher.errors import ConfigError, Problem
-from launcher.models import gguf_header, stored_checks, weight_files
+from launcher.models import stored_checks, weight_files
 from launcher.models.remote_code import adapter_problems, code_problems
 from launcher.models.weight_files import WeightReport
 from launcher.plan.architecture import config_problems, model_facts
@@ -93,8 +93,19 @@ class FoundModel:
             config, num_params = parent.plan.model.config, parent_run.count_params(parent)
         elif model.config is not None:
             config = model.config
+        elif (file := package_file(model.path or "")) is not None and file.suffix == ".gguf":
+            try:
+                config = weight_files.read_gguf_config(file)
+            except ValueError as error:
+                remedy = "reinstall the package that contains the file"
+                raise ConfigError(str(error), where="model.path", value=model.path or "", remedy=remedy) from error
         else:
-            config = _read_gguf_config(model.path or "")
+            raise ConfigError(
+                f"the architecture of {model.path or ''} is not known: the model is not on this machine",
+                where="model.path",
+                value=model.path or "",
+                remedy="download it with `python -m launcher data` and the same settings, or describe it in model.config",
+            )
         folder, tokenizer = (str(path) if path else None for path in (self.folder, self.tokenizer))
         facts = model_facts(config, folder, tokenizer, num_params)
         if num_params is None and (counted := stored_checks.load_num_params(facts, model)) is not None:
@@ -162,7 +173,7 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
         message, remedy = "model.path: the folder has no config.json", "use a Hugging Face model folder"
         if inner := sorted(file.parent for file in folder.glob("*/config.json")):
             remedy = f"did you mean {' or '.join(map(str, inner[:_NUM_NAMED]))}?"
-        return [_problem(message, folder, remedy)]
+        return [_make_problem(message, folder, remedy)]
     problems = [*link_problems(folder), *adapter_problems(folder)]
     if problems:
         # A link may lead to a pipe or a device, which must not be read.
@@ -170,8 +181,19 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     problems += file_problems(folder) if model.tokenizer is None else ()
     try:
         config = weight_files.read_json(config_file)
-        problems += _config_problems(config, config_file, model)
-        problems += code_problems(model, folder)
+        if not config.get("model_type"):
+            remedy = "use the config.json of the model; transformers chooses the architecture by this key"
+            found = [Problem("model.path: config.json has no model_type", str(config_file), remedy=remedy)]
+        else:
+            found = list(config_problems(config, str(config_file)))
+            found += _architecture_problems(config, config_file) if not model.trust_remote_code else ()
+            # The other problems explain why numbers are missing.
+            if not found:
+                try:
+                    model_facts(dict(config), str(config_file), None, None)
+                except ConfigError as error:
+                    found += error.problems
+        problems += [*found, *code_problems(model, folder)]
         problems += _weight_problems(folder, model) if model.init != "random" else ()
     except ConfigError as error:
         problems += error.problems
@@ -184,23 +206,7 @@ def file_problems(folder: Path, patterns: Sequence[str] = TOKENIZER_FILES, key: 
     return [problem for file in files if (problem := weight_files.file_problem(file, key)) is not None]
 
 
-def _config_problems(config: Mapping[str, Any], file: Path, model: ModelSection) -> list[Problem]:
-    if not config.get("model_type"):
-        remedy = "use the config.json of the model; transformers chooses the architecture by this key"
-        return [Problem("model.path: config.json has no model_type", str(file), remedy=remedy)]
-    problems = list(config_problems(config, str(file)))
-    if not model.trust_remote_code:
-        problems += _code_problems(config, file)
-    # The other problems explain why numbers are missing.
-    if not problems:
-        try:
-            model_facts(dict(config), str(file), None, None)
-        except ConfigError as error:
-            problems += error.problems
-    return problems
-
-
-def _code_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
+def _architecture_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
     """Yield why transformers cannot build this architecture without code that comes with the model."""
     model_type = str(config["model_type"])
     package = importlib.metadata.distribution("transformers")
@@ -223,24 +229,26 @@ def _weight_problems(folder: Path, model: ModelSection) -> Iterator[Problem]:
     files = weight_files.weight_files(folder, model.allow_pickled_weights)
     if not files and any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:
         remedy = "convert them to safetensors, or set model.allow_pickled_weights=true if you trust their source"
-        yield _problem("model.path: the weights are pickled (.bin); loading a pickle can run code", folder, remedy)
+        yield _make_problem("model.path: the weights are pickled (.bin); loading a pickle can run code", folder, remedy)
     elif not files:
         remedy = "use a folder with model.safetensors, or its shards and their index, or set model.init=random"
-        yield _problem("model.path: the folder holds no weights", folder, remedy)
+        yield _make_problem("model.path: the folder holds no weights", folder, remedy)
     if missing := [file.name for file in files if not file.is_file()]:
         message = f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: "
-        yield _problem(message + _names(missing), folder, "download the missing files again")
+        yield _make_problem(message + _list_names(missing), folder, "download the missing files again")
     damaged = [(file, one) for file in files if file.is_file() and (one := weight_files.file_problem(file)) is not None]
     yield from (problem for _, problem in damaged[:_NUM_NAMED])
     if more := [file.name for file, _ in damaged[_NUM_NAMED:]]:
-        yield _problem(f"model.path: {len(more)} more weight files are unusable: {_names(more)}", folder, "download them again")
+        yield _make_problem(
+            f"model.path: {len(more)} more weight files are unusable: {_list_names(more)}", folder, "download them again"
+        )
 
 
-def _names(names: list[str]) -> str:
+def _list_names(names: list[str]) -> str:
     return ", ".join(names[:_NUM_NAMED]) + (f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else "")
 
 
-def _problem(message: str, path: Path, remedy: str) -> Problem:
+def _make_problem(message: str, path: Path, remedy: str) -> Problem:
     return Problem(message, "model.path", str(path), remedy)
 
 
@@ -296,7 +304,7 @@ def locate(source: str, model: ModelSection) -> Located:
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
     is_model = source == model.path
-    for snapshot in _hub_snapshots(source, model.revision if is_model else None):
+    for snapshot in _list_snapshots(source, model.revision if is_model else None):
         if not is_model or model.init == "random":
             return Located(snapshot)
         files = weight_files.weight_files(snapshot, model.allow_pickled_weights)
@@ -326,7 +334,7 @@ def converted_folder(file: Path) -> Path:
     return cache_root() / "models" / f"{file.stem}-{digest.hexdigest()}"
 
 
-def _hub_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
+def _list_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
     """Yield the local snapshots of a Hub model, by the layout of huggingface_hub's cache."""
     for repo in repository_folders(repo_id):
         reference = repo / "refs" / (revision or "main")
@@ -336,21 +344,3 @@ def _hub_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
         snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
         if snapshot is not None and (snapshot / "config.json").is_file():
             yield snapshot
-
-
-def _read_gguf_config(path: str) -> dict[str, Any]:
-    """Return the architecture in the header of a GGUF file, before its conversion."""
-    file = package_file(path)
-    if file is None or file.suffix != ".gguf":
-        raise ConfigError(
-            f"the architecture of {path} is not known: the model is not on this machine",
-            where="model.path",
-            value=path,
-            remedy="download it with `python -m launcher data` and the same settings, or describe it in model.config",
-        )
-    try:
-        return gguf_header.model_config(file)
-    except ValueError as error:
-        raise ConfigError(
-            str(error), where="model.path", value=path, remedy="reinstall the package that contains the file"
-        ) from error

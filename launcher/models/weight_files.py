@@ -1,7 +1,7 @@
-"""Reads the headers of a model folder's weight files, and the stored result of comparing them with the model.
+"""Reads the headers of weight files, and the stored result of comparing those of a folder with the model.
 
-The comparison needs transformers and runs in `launcher.worker.checks.model_check`. The header format is documented at
-https://huggingface.co/docs/safetensors.
+The comparison needs transformers and runs in `launcher.worker.checks.model_check`. The header of safetensors files is documented
+at https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import functools
 import importlib.metadata
 import json
 import math
+import mmap
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,6 +34,11 @@ _NUM_NAMED = 5
 # Number of bytes to recognize a file whose content does not match its name.
 _NUM_HEAD_BYTES = 512
 _DOWNLOAD = "download this file again"
+# struct formats by GGUF type number; 8 is a string and 9 an array.
+_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_LENGTH = struct.Struct("<Q")
+_GGUF_VERSIONS = (2, 3)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 
@@ -62,14 +69,13 @@ class WeightReport:
         elif folder.parent.name == "snapshots":
             repair = f"delete {folder.parent.parent}, which is downloaded again, or choose another model.revision"
         if self.missing:
-            message = f"the weight files lack {_count(self.missing)} of the model: {_first(self.missing)}"
+            message = f"the weight files lack {_count(self.missing)} of the model: {_list_first(self.missing)}"
             remedy = f"{repair}; model.init=random trains the whole model from random weights"
-            problems.append(_problem(message, folder, remedy))
+            problems.append(_make_problem(message, folder, remedy))
         if self.mismatched:
-            message = (
-                f"the weight files have {_count(self.mismatched)} in another shape than the model: {_first(self.mismatched)}"
-            )
-            problems.append(_problem(message, folder, f"use the config.json that belongs to these weights, or {repair}"))
+            count = _count(self.mismatched)
+            message = f"the weight files have {count} in another shape than the model: {_list_first(self.mismatched)}"
+            problems.append(_make_problem(message, folder, f"use the config.json that belongs to these weights, or {repair}"))
         return problems
 
     @property
@@ -78,18 +84,18 @@ class WeightReport:
         if not self.unexpected:
             return None
         count = _count(self.unexpected)
-        return f"the model does not have {count} of the weight files; they are not loaded: {_first(self.unexpected)}"
+        return f"the model does not have {count} of the weight files; they are not loaded: {_list_first(self.unexpected)}"
 
 
 def _count(items: Sequence[str]) -> str:
     return f"{len(items):,} tensor" if len(items) == 1 else f"{len(items):,} tensors"
 
 
-def _first(items: Sequence[str]) -> str:
+def _list_first(items: Sequence[str]) -> str:
     return ", ".join(items[:_NUM_NAMED]) + (f" and {len(items) - _NUM_NAMED:,} more" if len(items) > _NUM_NAMED else "")
 
 
-def _problem(message: str, path: Path, remedy: str) -> Problem:
+def _make_problem(message: str, path: Path, remedy: str) -> Problem:
     return Problem(f"model.path: {message}", where="model.path", value=str(path), remedy=remedy)
 
 
@@ -104,7 +110,7 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
     file = next((folder / name for name in names if is_plain_name(name) and (folder / name).is_file()), None)
     if isinstance(chosen, str) and not is_plain_name(chosen):
         message = "transformers_weights in config.json names a file outside the folder"
-        raise ConfigError(_problem(message, folder, "use another model folder"))
+        raise ConfigError(_make_problem(message, folder, "use another model folder"))
     if file is None:
         return []
     if not file.name.endswith(".index.json"):
@@ -112,7 +118,7 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
     shards = read_json(file).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(is_plain_name(name) for name in shards.values()):
         message = f"the weight_map of {file.name} does not name a file of this folder for each tensor"
-        raise ConfigError(_problem(message, file, _DOWNLOAD))
+        raise ConfigError(_make_problem(message, file, _DOWNLOAD))
     return sorted({folder / name for name in shards.values()})
 
 
@@ -152,7 +158,7 @@ def _require_content(file: Path, head: bytes) -> None:
     elif head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         reason, remedy = "is an HTML page", f"{_DOWNLOAD}; addresses on the hub contain /resolve/ instead of /blob/"
     if reason:
-        raise ConfigError(_problem(f"{file.name} {reason}", file, remedy))
+        raise ConfigError(_make_problem(f"{file.name} {reason}", file, remedy))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -181,10 +187,10 @@ def read_header(file: Path) -> Mapping[str, TensorHeader]:
     Raises:
         ConfigError: if it is not a complete safetensors file.
     """
-    return _header(file)[0]
+    return _read_header(file)[0]
 
 
-def _header(file: Path) -> tuple[Mapping[str, TensorHeader], str]:
+def _read_header(file: Path) -> tuple[Mapping[str, TensorHeader], str]:
     stat = file.stat()
     return _parse_header(file, stat.st_size, stat.st_mtime_ns)
 
@@ -200,7 +206,7 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
                 pass
         except SafetensorError as error:
             message = f"{file.name} is not a complete safetensors file: {error} ({num_bytes:,} bytes)"
-            raise ConfigError(_problem(message, file, _DOWNLOAD)) from error
+            raise ConfigError(_make_problem(message, file, _DOWNLOAD)) from error
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         raw = stream.read(length)
@@ -236,7 +242,7 @@ def load_report(folder: Path, model: ModelSection) -> WeightReport | None:
     Raises:
         ConfigError: if a weight file is damaged.
     """
-    values = stored_checks.load("weight-checks", _key(folder, model))
+    values = stored_checks.load("weight-checks", _make_key(folder, model))
     return None if values is None else WeightReport(**{name: tuple(tensors) for name, tensors in values.items()})
 
 
@@ -246,11 +252,17 @@ def save_report(folder: Path, model: ModelSection, report: WeightReport) -> None
     Raises:
         DataError: if the launcher's cache cannot be written.
     """
-    stored_checks.save("weight-checks", _key(folder, model), asdict(report))
+    stored_checks.save("weight-checks", _make_key(folder, model), asdict(report))
 
 
-def _key(folder: Path, model: ModelSection) -> list[Any]:
+def _make_key(folder: Path, model: ModelSection) -> list[Any]:
     """Return the content that a comparison depends on, without the folder's path."""
+    contents = []
+    for file in weight_files(folder, model.allow_pickled_weights):
+        stat = file.stat()
+        # A pickle cannot be read without loading it.
+        is_safe = file.suffix == ".safetensors"
+        contents.append([file.name, _read_header(file)[1] if is_safe else f"{stat.st_size}-{stat.st_mtime_ns}"])
     described = [folder / "config.json", *sorted(folder.glob("*.index.json"))]
     if model.trust_remote_code:
         described += sorted(folder.glob("*.py"))
@@ -259,14 +271,82 @@ def _key(folder: Path, model: ModelSection) -> list[Any]:
         importlib.metadata.version("transformers"),
         model.trust_remote_code,
         [[file.name, xxhash.xxh3_64_hexdigest(file.read_bytes())] for file in described],
-        [[file.name, _content_key(file)] for file in weight_files(folder, model.allow_pickled_weights)],
+        contents,
     ]
 
 
-def _content_key(file: Path) -> str:
-    """Return a text that changes with the content of the file."""
-    if file.suffix == ".safetensors":
-        return _header(file)[1]
-    # A pickle cannot be read without loading it.
-    stat = file.stat()
-    return f"{stat.st_size}-{stat.st_mtime_ns}"
+# GGUF files (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The gguf package's reader creates a NumPy array for each
+# of the tokenizer's hundred thousand strings, which takes seconds; commands that plan a run need only a few numbers.
+
+
+def read_gguf_config(file: Path) -> dict[str, Any]:
+    """Return the architecture of the model, under the keys of a config.json.
+
+    Raises:
+        ValueError: if the file is not a GGUF file, or lacks one of the numbers.
+    """
+    fields = read_gguf(file)
+    try:
+        architecture = str(fields["general.architecture"])
+
+        def number(name: str) -> int:
+            return int(fields[f"{architecture}.{name}"])
+
+        return {
+            "model_type": architecture,
+            "hidden_size": number("embedding_length"),
+            "intermediate_size": number("feed_forward_length"),
+            "num_hidden_layers": number("block_count"),
+            "num_attention_heads": number("attention.head_count"),
+            "num_key_value_heads": number("attention.head_count_kv"),
+            "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+            "tie_word_embeddings": True,
+        }
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error.args[0]} in its metadata") from error
+
+
+def read_gguf(file: Path) -> dict[str, Any]:
+    """Read the metadata by key; strings in arrays stay bytes, because only the length of such an array is used.
+
+    Raises:
+        ValueError: if the file is not a GGUF file of a supported version, or is truncated.
+    """
+    try:
+        with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            magic, version, _, num_fields = struct.unpack_from("<4sIQQ", data)
+            if magic != b"GGUF" or version not in _GGUF_VERSIONS:
+                raise ValueError("another kind of file")
+            fields, offset = {}, struct.calcsize("<4sIQQ")
+            for _ in range(num_fields):
+                key, offset = _read_gguf_string(data, offset)
+                (kind,) = struct.unpack_from("<I", data, offset)
+                fields[key.decode()], offset = _read_gguf_value(data, offset + 4, kind)
+            return fields
+    except (struct.error, KeyError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{file} is not a complete GGUF file of version 2 or 3") from error
+
+
+def _read_gguf_value(data: mmap.mmap, offset: int, kind: int) -> tuple[Any, int]:
+    if kind == _GGUF_STRING:
+        text, offset = _read_gguf_string(data, offset)
+        return text.decode(), offset
+    if kind != _GGUF_ARRAY:
+        layout = struct.Struct(f"<{_GGUF_SCALARS[kind]}")
+        return layout.unpack_from(data, offset)[0], offset + layout.size
+    kind, count = struct.unpack_from("<IQ", data, offset)
+    offset += struct.calcsize("<IQ")
+    if kind in _GGUF_SCALARS:
+        layout = struct.Struct(f"<{count}{_GGUF_SCALARS[kind]}")
+        return [*layout.unpack_from(data, offset)], offset + layout.size
+    values = []
+    for _ in range(count):
+        value, offset = _read_gguf_string(data, offset) if kind == _GGUF_STRING else _read_gguf_value(data, offset, kind)
+        values.append(value)
+    return values, offset
+
+
+def _read_gguf_string(data: mmap.mmap, offset: int) -> tuple[bytes, int]:
+    (length,) = _GGUF_LENGTH.unpack_from(data, offset)
+    start = offset + _GGUF_LENGTH.size
+    return data[start : start + length], start + length

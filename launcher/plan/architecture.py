@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from launcher.errors import ConfigError, Problem
-from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
+from launcher.plan.launch_plan import ModelFacts
 
 # Architectures with norms only after attention and MLP, or both before and after; all others have two norms, before each.
 POST_NORMS, FOUR_NORMS = ("olmo2", "olmo3", "exaone4"), ("gemma2", "gemma3_text", "glm4")
@@ -202,11 +202,16 @@ class AttentionSizes:
 def attention_sizes(model: ModelFacts) -> AttentionSizes:
     """Return the sizes of the attention of a model's layers."""
     hidden, config = model.hidden_size, model.config
-    latent, query_latent = _positive_int(config, "kv_lora_rank"), _positive_int(config, "q_lora_rank")
-    unrotated_dim, rotated_dim, value_dim = (_positive_int(config, key) for key in _HEAD_PARTS)
+    latent, query_latent = _read_positive(config, "kv_lora_rank"), _read_positive(config, "q_lora_rank")
+    unrotated_dim, rotated_dim, value_dim = (_read_positive(config, key) for key in _HEAD_PARTS)
     if not (latent and rotated_dim and value_dim):
         query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-        rotated_dim = _rotated_dim(model)
+        rope = config.get("rope_parameters")
+        share = config.get("partial_rotary_factor") or (rope.get("partial_rotary_factor") if isinstance(rope, dict) else None)
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            share = 0.5 if model.model_type in _HALF_ROTATED else 1.0
+        own = _read_positive(config, "rotary_dim") if model.model_type == "minimax_m2" else 0
+        rotated_dim = min(own or int(model.head_dim * share), model.head_dim)
         return AttentionSizes(
             query=query,
             key=key,
@@ -230,16 +235,6 @@ def attention_sizes(model: ModelFacts) -> AttentionSizes:
     )
 
 
-def _rotated_dim(model: ModelFacts) -> int:
-    """Return the elements of a head with a rotary embedding."""
-    rope = model.config.get("rope_parameters")
-    share = model.config.get("partial_rotary_factor") or (rope.get("partial_rotary_factor") if isinstance(rope, dict) else None)
-    if not isinstance(share, int | float) or not 0 < share <= 1:
-        share = 0.5 if model.model_type in _HALF_ROTATED else 1.0
-    own = _positive_int(model.config, "rotary_dim") if model.model_type == "minimax_m2" else 0
-    return min(own or int(model.head_dim * share), model.head_dim)
-
-
 def num_layer_norms(model: ModelFacts) -> int:
     """Return the number of a layer's norms over its hidden states."""
     return 4 if model.model_type in FOUR_NORMS else 2
@@ -259,14 +254,14 @@ def experts_of(config: Mapping[str, Any]) -> Experts | None:
     """
     keys = MIXTURES.get(str(config.get("model_type")))
     if keys is None:
-        number = _positive_int(config, *_ALIASES, "n_routed_experts")
-        size = _positive_int(config, "moe_intermediate_size", "intermediate_size")
-        chosen, shared = _positive_int(config, "num_experts_per_tok"), _positive_int(config, "n_shared_experts")
-        shared_size = _positive_int(config, "shared_expert_intermediate_size")
+        number = _read_positive(config, *_ALIASES, "n_routed_experts")
+        size = _read_positive(config, "moe_intermediate_size", "intermediate_size")
+        chosen, shared = _read_positive(config, "num_experts_per_tok"), _read_positive(config, "n_shared_experts")
+        shared_size = _read_positive(config, "shared_expert_intermediate_size")
     else:
-        number = _positive_int(config, keys.number, *_ALIASES)
-        size, chosen = _positive_int(config, keys.size), _positive_int(config, keys.chosen)
-        shared, shared_size = _positive_int(config, keys.shared), _positive_int(config, keys.shared_size)
+        number = _read_positive(config, keys.number, *_ALIASES)
+        size, chosen = _read_positive(config, keys.size), _read_positive(config, keys.chosen)
+        shared, shared_size = _read_positive(config, keys.shared), _read_positive(config, keys.shared_size)
     # A single expert is a dense MLP, as in Hunyuan's dense models.
     if number < 2 or not size:
         return None
@@ -275,26 +270,22 @@ def experts_of(config: Mapping[str, Any]) -> Experts | None:
 
 def experts_by_layer(model: ModelFacts) -> tuple[Experts | None, ...]:
     """Return the experts of each layer; None for a layer that does not route its tokens to experts."""
-    experts = experts_of(model.config)
+    config, layers = model.config, range(model.num_layers)
+    experts = experts_of(config)
     if experts is None:
         return (None,) * model.num_layers
-    is_sparse = _sparse_layers(model.config)
-    return tuple(experts if is_sparse(layer) else None for layer in range(model.num_layers))
-
-
-def _sparse_layers(config: Mapping[str, Any]) -> Callable[[int], bool]:
-    """Return whether a layer of a mixture of experts routes its tokens to experts, as a function of its number."""
-    model_type = str(config.get("model_type"))
-    keys = MIXTURES.get(model_type, _ExpertKeys(first="first_k_dense_replace", step="decoder_sparse_step"))
-    if model_type == "glm4_moe_lite":
+    keys = MIXTURES.get(model.model_type, _ExpertKeys(first="first_k_dense_replace", step="decoder_sparse_step"))
+    if model.model_type == "glm4_moe_lite":
         kinds = config.get("mlp_layer_types")
-        return lambda layer: layer < len(kinds) and kinds[layer] == "sparse" if isinstance(kinds, list) else layer > 0
-    first, step = _positive_int(config, keys.first), _positive_int(config, keys.step) or 1
-    dense = config.get("mlp_only_layers") if keys.step == "decoder_sparse_step" else None
-    dense = dense if isinstance(dense, list) else []
-    last = config.get("moe_layer_end_index") if keys.step == "moe_layer_interval" else None
-    end = last if isinstance(last, int) and last >= 0 else math.inf
-    return lambda layer: first <= layer <= end and (layer + 1) % step == 0 and layer not in dense
+        sparse = {i for i, kind in enumerate(kinds) if kind == "sparse"} if isinstance(kinds, list) else {*layers[1:]}
+    else:
+        first, step = _read_positive(config, keys.first), _read_positive(config, keys.step) or 1
+        dense = config.get("mlp_only_layers") if keys.step == "decoder_sparse_step" else None
+        dense = dense if isinstance(dense, list) else []
+        last = config.get("moe_layer_end_index") if keys.step == "moe_layer_interval" else None
+        end = last if isinstance(last, int) and last >= 0 else math.inf
+        sparse = {i for i in layers if first <= i <= end and (i + 1) % step == 0 and i not in dense}
+    return tuple(experts if layer in sparse else None for layer in layers)
 
 
 def largest_weight(model: ModelFacts) -> int:
@@ -331,7 +322,7 @@ def _has_dropout(model: ModelFacts, key: str) -> bool:
     return isinstance(value, int | float) and value > 0
 
 
-def _positive_int(config: Mapping[str, Any], *keys: str) -> int:
+def _read_positive(config: Mapping[str, Any], *keys: str) -> int:
     """Return the first positive whole number under these keys; 0 if there is none."""
     return next((value for key in keys if isinstance(value := config.get(key), int) and value > 0), 0)
 
@@ -344,11 +335,9 @@ def architecture_problems(model: ModelFacts, packing: bool) -> Iterator[Problem]
         if (value := model.config.get(name)) not in (None, 1, 1.0):
             message = f"this architecture transforms its logits ({name}={value}), which the chunked loss does not support"
             yield Problem(message, "model.path", model_type, "choose another model")
-    if model.isolation is not None:
-        yield from _verdict_problems(model_type, model.isolation, packing)
-
-
-def _verdict_problems(model_type: str, verdict: IsolationVerdict, packing: bool) -> Iterator[Problem]:
+    verdict = model.isolation
+    if verdict is None:
+        return
     kernel, detail = verdict.kernel, verdict.detail
     if verdict.outcome == "not_causal":
         message = f"this architecture sees later tokens, with the attention kernel {kernel}: {detail}"

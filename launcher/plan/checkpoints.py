@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from launcher.config.sections.deepspeed import DeepSpeedSection
+from launcher.config.sections.train import DeepSpeedSection
 from launcher.errors import Problem
 from launcher.plan.launch_plan import LaunchPlan, Memory, Saving, Topology
 from launcher.plan.optimizers import Optimizer

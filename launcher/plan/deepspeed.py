@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.config.sections.model import ModelSection
-from launcher.config.sections.train import TrainSection
+from launcher.config.sections.train import DeepSpeedSection, TrainSection
 from launcher.plan.architecture import experts_of
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.optimizers import Optimizer

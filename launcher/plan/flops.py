@@ -27,40 +27,24 @@ class _Family:
     listed: bool = False
 
 
-def _int(config: Mapping[str, Any], key: str, default: int) -> int:
+def _read_int(config: Mapping[str, Any], key: str, default: int) -> int:
     return value if isinstance(value := config.get(key), int) else default
 
 
-def _past_the_full_layers(config: Mapping[str, Any], layer: int) -> bool:
+def _is_past_full_layers(config: Mapping[str, Any], layer: int) -> bool:
     default = 62 if config.get("model_type") == "dots1" else 28
-    return layer >= _int(config, "max_window_layers", default)
+    return layer >= _read_int(config, "max_window_layers", default)
 
 
-def _every_other(config: Mapping[str, Any], layer: int) -> bool:
+def _is_even(config: Mapping[str, Any], layer: int) -> bool:
     return layer % 2 == 0
 
 
-def _every_other_of_the_first(config: Mapping[str, Any], layer: int) -> bool:
-    return layer % 2 == 0 and layer < _int(config, "max_window_layers", 28)
-
-
-def _all_but_every_sixth(config: Mapping[str, Any], layer: int) -> bool:
-    return (layer + 1) % (_int(config, "sliding_window_pattern", 6) or 1) != 0
-
-
-def _all_but_every_fourth(config: Mapping[str, Any], layer: int) -> bool:
-    return (layer + 1) % 4 != 0
-
-
-def _without_rope(config: Mapping[str, Any], layer: int) -> bool:
+def _has_no_rope(config: Mapping[str, Any], layer: int) -> bool:
     has_rope = config.get("no_rope_layers")
     if isinstance(has_rope, list) and layer < len(has_rope):
         return not has_rope[layer]
-    return (layer + 1) % (_int(config, "no_rope_layer_interval", 4) or 1) == 0
-
-
-def _all_but_the_first_of_four(config: Mapping[str, Any], layer: int) -> bool:
-    return layer % 4 != 0
+    return (layer + 1) % (_read_int(config, "no_rope_layer_interval", 4) or 1) == 0
 
 
 _KV_HEADS = ("num_key_value_heads",)
@@ -72,31 +56,41 @@ FAMILIES = {
     "mistral": _Family(window=4096),
     "ministral": _Family(needs=_OWN_HEAD_DIM, window=4096, listed=True),
     "ministral3": _Family(needs=_OWN_HEAD_DIM),
-    "qwen2": _Family(window=4096, switched=True, slides=_past_the_full_layers, listed=True),
-    "qwen3": _Family(needs=_OWN_HEAD_DIM, window=4096, switched=True, slides=_past_the_full_layers, listed=True),
+    "qwen2": _Family(window=4096, switched=True, slides=_is_past_full_layers, listed=True),
+    "qwen3": _Family(needs=_OWN_HEAD_DIM, window=4096, switched=True, slides=_is_past_full_layers, listed=True),
     "gemma": _Family(needs=_OWN_HEAD_DIM),
-    "gemma2": _Family(needs=_OWN_HEAD_DIM, window=4096, slides=_every_other, listed=True),
-    "gemma3_text": _Family(needs=_OWN_HEAD_DIM, window=4096, slides=_all_but_every_sixth, listed=True),
+    "gemma2": _Family(needs=_OWN_HEAD_DIM, window=4096, slides=_is_even, listed=True),
+    "gemma3_text": _Family(
+        needs=_OWN_HEAD_DIM,
+        window=4096,
+        slides=lambda config, layer: (layer + 1) % (_read_int(config, "sliding_window_pattern", 6) or 1) != 0,
+        listed=True,
+    ),
     "olmo2": _Family(needs=()),
-    "olmo3": _Family(needs=(), window=4096, slides=_all_but_every_fourth, listed=True),
+    "olmo3": _Family(needs=(), window=4096, slides=lambda config, layer: (layer + 1) % 4 != 0, listed=True),
     "phi3": _Family(needs=()),
-    "smollm3": _Family(switched=True, slides=_without_rope, listed=True),
+    "smollm3": _Family(switched=True, slides=_has_no_rope, listed=True),
     "glm": _Family(needs=_OWN_HEAD_DIM),
     "glm4": _Family(needs=_OWN_HEAD_DIM),
     "ernie4_5": _Family(needs=_OWN_HEAD_DIM),
     "exaone4": _Family(needs=(*_KV_HEADS, "layer_types"), window=4096, listed=True),
-    "cwm": _Family(needs=_OWN_HEAD_DIM, window=8192, slides=_all_but_the_first_of_four, listed=True),
+    "cwm": _Family(needs=_OWN_HEAD_DIM, window=8192, slides=lambda config, layer: layer % 4 != 0, listed=True),
     "hunyuan_v1_dense": _Family(needs=("head_dim",)),
     "internlm3": _Family(needs=_OWN_HEAD_DIM),
     "seed_oss": _Family(needs=_OWN_HEAD_DIM),
     "olmoe": _Family(needs=()),
     "mixtral": _Family(),
-    "qwen2_moe": _Family(window=4096, switched=True, slides=_every_other_of_the_first, listed=True),
+    "qwen2_moe": _Family(
+        window=4096,
+        switched=True,
+        slides=lambda config, layer: layer % 2 == 0 and layer < _read_int(config, "max_window_layers", 28),
+        listed=True,
+    ),
     "qwen3_moe": _Family(window=4096, switched=True),
     "glm4_moe": _Family(needs=_OWN_HEAD_DIM),
-    "dots1": _Family(window=4096, slides=_past_the_full_layers, listed=True),
+    "dots1": _Family(window=4096, slides=_is_past_full_layers, listed=True),
     "minimax_m2": _Family(needs=_OWN_HEAD_DIM),
-    "gpt_oss": _Family(needs=_OWN_HEAD_DIM, window=128, slides=_every_other, listed=True),
+    "gpt_oss": _Family(needs=_OWN_HEAD_DIM, window=128, slides=_is_even, listed=True),
     "ernie4_5_moe": _Family(),
     "deepseek_v3": _Family(needs=_LATENTS),
     "glm4_moe_lite": _Family(needs=_LATENTS),
@@ -119,11 +113,15 @@ class TrainFlops:
         """Return the FLOPs for documents with these lengths in tokens and `num_labels` trained labels, without padding."""
         # A batch has many documents, but few distinct lengths.
         counts = Counter(doc_lengths)
-        pairs = sum(
-            per_pair * sum(count * _pairs(length, window) for length, count in counts.items())
-            for window, per_pair in self.per_pair
-        )
-        return self.per_token * sum(doc_lengths) + self.per_label * num_labels + pairs
+        of_pairs: float = 0
+        for window, per_pair in self.per_pair:
+            num_pairs = 0
+            for length, count in counts.items():
+                # Each token attends to itself and to earlier tokens, `window` in total.
+                span = length if window is None else min(length, window)
+                num_pairs += count * (span * (span + 1) // 2 + (length - span) * span)
+            of_pairs += per_pair * num_pairs
+        return self.per_token * sum(doc_lengths) + self.per_label * num_labels + of_pairs
 
 
 def missing_sizes(model: ModelFacts) -> tuple[str, ...]:
@@ -154,9 +152,19 @@ def train_flops(model: ModelFacts) -> TrainFlops | None:
     family = FAMILIES.get(model.model_type)
     if family is None or missing_sizes(model) or model.config.get("use_bidirectional_attention"):
         return None
-    windows = _windows(family, model)
-    if windows is None:
-        return None
+    # The number of tokens that the queries of each layer attend to, including themselves: None for the whole document.
+    window = model.config.get("sliding_window", family.window)
+    if not isinstance(window, int) or window < 1 or (family.switched and not model.config.get("use_sliding_window", False)):
+        window = None
+    kinds = model.config.get("layer_types") if family.listed else None
+    if isinstance(kinds, list):
+        kinds = kinds[: model.num_layers]
+        if len(kinds) < model.num_layers or not all(kind in ("full_attention", "sliding_attention") for kind in kinds):
+            return None
+        windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    else:
+        slides = [window is not None and family.slides(model.config, layer) for layer in range(model.num_layers)]
+        windows = [window if one else None for one in slides]
     attention = attention_sizes(model)
     # Of the experts, only the chosen ones multiply a token.
     of_mlps = Counter(experts_by_layer(model))
@@ -168,27 +176,3 @@ def train_flops(model: ModelFacts) -> TrainFlops | None:
         per_label=6.0 * model.vocab_size * model.hidden_size,
         per_pair=tuple((window, per_pair * count) for window, count in Counter(windows).items()),
     )
-
-
-def _pairs(length: int, window: int | None) -> int:
-    """Count query-key pairs in a document: each token attends to itself and to earlier tokens, `window` in total."""
-    span = length if window is None else min(length, window)
-    return span * (span + 1) // 2 + (length - span) * span
-
-
-def _windows(family: _Family, model: ModelFacts) -> list[int | None] | None:
-    """Return the number of tokens that the queries of each layer attend to, including themselves: None for the whole document.
-
-    Returns None if a layer is of an unknown kind.
-    """
-    config, layers = model.config, range(model.num_layers)
-    window = config.get("sliding_window", family.window)
-    if not isinstance(window, int) or window < 1 or (family.switched and not config.get("use_sliding_window", False)):
-        window = None
-    kinds = config.get("layer_types") if family.listed else None
-    if isinstance(kinds, list):
-        kinds = kinds[: model.num_layers]
-        if len(kinds) < model.num_layers or not all(kind in ("full_attention", "sliding_attention") for kind in kinds):
-            return None
-        return [window if kind == "sliding_attention" else None for kind in kinds]
-    return [window if window is not None and family.slides(config, layer) else None for layer in layers]

@@ -24,7 +24,7 @@ _MAX_FACTOR = 1e6
 
 def refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) -> Iterator[Problem]:
     """Yield problems of settings that would make the run fail or destroy its model; `data` is None before it is built."""
-    lr, usual = config.optim.lr, _usual_lr(config)
+    lr, usual = config.optim.lr, _find_usual_lr(config)
     name, offload = config.optim.name, config.deepspeed.offload_optimizer
     if name not in OPTIMIZERS:
         yield Problem("unknown optimizer", where="optim.name", value=name, remedy=f"choose one of: {', '.join(OPTIMIZERS)}")
@@ -36,9 +36,9 @@ def refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) -> It
             f"optim.lr={lr:g} would destroy the weights in the first step",
             where="optim.lr",
             value=f"{lr:g}",
-            remedy=f"fine-tuning with {config.optim.name} usually takes {_range(usual)}: set optim.lr=1e-5",
+            remedy=f"fine-tuning with {config.optim.name} usually takes {_write_range(usual)}: set optim.lr=1e-5",
         )
-    if config.eval.stop_after and not _best_set_interval(config):
+    if config.eval.stop_after and not _find_best_set_interval(config):
         yield Problem(
             f"eval.stop_after needs evaluations during training; {config.checkpoint.best_set} is evaluated before and after it",
             where="eval.stop_after",
@@ -53,33 +53,25 @@ def refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) -> It
             value=str(length),
             remedy=f"set data.max_length to {context} or less, or scale RoPE in the model's config.json (rope_parameters)",
         )
-    yield from _answers_problems(config, data)
-
-
-def _answers_problems(config: RunConfig, data: DataFacts | None) -> Iterator[Problem]:
-    """Yield why prompts cannot be answered every eval.answers_every steps."""
     every, save_every = config.eval.answers_every, config.checkpoint.save_every
-    if not every:
-        return
-    key, value = "eval.answers_every", str(every)
-    if not save_every or every % save_every:
+    if every and (not save_every or every % save_every):
         fitting = math.ceil(every / save_every) * save_every if save_every else 0
         yield Problem(
             f"eval.answers_every={every} is not a multiple of checkpoint.save_every={save_every}: answers come from checkpoints",
-            where=key,
-            value=value,
+            where="eval.answers_every",
+            value=str(every),
             remedy=f"set checkpoint.save_every={every}" + (f", or eval.answers_every={fitting}" if fitting else ""),
         )
-    if data is not None and not data.num_eval_rows and not config.eval.sets:
+    if every and data is not None and not data.num_eval_rows and not config.eval.sets:
         yield Problem(
             "eval.answers_every needs prompts to answer, and there are no held-out rows and no eval.sets",
-            where=key,
-            value=value,
+            where="eval.answers_every",
+            value=str(every),
             remedy="hold out documents with prompts (data.eval_fraction=0.05), name a file of them in eval.sets, or remove it",
         )
 
 
-def _best_set_interval(config: RunConfig) -> int:
+def _find_best_set_interval(config: RunConfig) -> int:
     """Return the steps between evaluations of the set checkpoint.best_set; 0 if it is not evaluated during training."""
     intervals = {one.name: one.every for one in config.eval.all_sets}
     every = intervals.get(config.checkpoint.best_set)
@@ -89,15 +81,15 @@ def _best_set_interval(config: RunConfig) -> int:
 def warnings(plan: LaunchPlan) -> Iterator[str]:
     """Yield a warning for each probable mistake, with a suitable value."""
     config, data, world_size = plan.config, plan.data, plan.topology.world_size
-    lr, usual = config.optim.lr, _usual_lr(config)
+    lr, usual = config.optim.lr, _find_usual_lr(config)
     allowed = _HIGH_LR if config.model.init == "pretrained" else _HIGH_LR_RANDOM
     if usual is not None and lr > allowed * usual[1]:
-        yield f"optim.lr={lr:g} is high: fine-tuning with {config.optim.name} usually takes {_range(usual)}"
+        yield f"optim.lr={lr:g} is high: fine-tuning with {config.optim.name} usually takes {_write_range(usual)}"
     settings = {"eval.stop_after": config.eval.stop_after, "checkpoint.keep_best": config.checkpoint.keep_best}
     uses_best = [name for name, value in settings.items() if value]
     if uses_best and config.checkpoint.best_set == HELD_OUT and data is not None and not data.num_eval_rows:
         yield f"{' and '.join(uses_best)} need held-out rows, and there are none: set data.eval_fraction=0.05"
-    elif config.checkpoint.keep_best and not _best_set_interval(config):
+    elif config.checkpoint.keep_best and not _find_best_set_interval(config):
         yield "checkpoint.keep_best needs evaluations while training: set eval.every to a number of steps"
     batch = config.train.global_batch_size
     if data is not None and (few := single_step_warning(config.train, data.num_rows, world_size)):
@@ -131,10 +123,10 @@ def context_tokens(config: Mapping[str, Any]) -> int | None:
     return max(positions, *scaled) if scaled else positions
 
 
-def _usual_lr(config: RunConfig) -> tuple[float, float] | None:
+def _find_usual_lr(config: RunConfig) -> tuple[float, float] | None:
     optimizer = OPTIMIZERS.get(config.optim.name)
     return None if optimizer is None else optimizer.usual_lr
 
 
-def _range(usual: tuple[float, float]) -> str:
+def _write_range(usual: tuple[float, float]) -> str:
     return f"{usual[0]:g} to {usual[1]:g}"

@@ -51,18 +51,27 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
     nvme_folder = _nvme_folder(config, run_name, run_dir)
     liger = kernels.uses_liger(config, facts.model, topology.device, facts.provenance.packages)
+    hours, usd, own_price = config.run.max_hours, config.run.max_usd, config.cluster.price_per_gpu_hour
+    # Of a GPU, or of a rank on CPUs.
+    price = None if own_price is None else Price(usd_per_gpu_hour=own_price)
+    if price is None and topology.device != "cpu":
+        price = typical_price(gpu_name)
     planned = LaunchPlan(
         run_name=run_name,
         run_dir=str(run_dir),
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
         config=config,
-        **_parts_by_ranks(
+        **_plan_by_ranks(
             config, facts.model, facts.data, topology, gpu_name, nvme_folder, device_gib(config, facts), host_memory_gib, liger
         ),
         liger=liger,
         checkpoint_bytes=checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
-        limits=_limits(config),
-        price=_price(config, facts, topology),
+        limits=Limits(
+            max_seconds=None if hours is None else hours * 3600,
+            # At the current price; past attempts of a resumed run keep their own prices.
+            max_gpu_seconds=None if usd is None or own_price is None else usd / own_price * 3600,
+        ),
+        price=price,
         model=facts.model,
         data=facts.data,
         eval_sets=facts.eval_sets,
@@ -118,7 +127,7 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
         raise ConfigError(problems)
     nvme_folder = _nvme_folder(config, planned.run_name, Path(planned.run_dir))
     device_gib, node_gib = planned.memory.device_gib, planned.memory.node_gib
-    parts = _parts_by_ranks(
+    parts = _plan_by_ranks(
         config, planned.model, planned.data, topology, planned.gpu_name, nvme_folder, device_gib, node_gib, planned.liger
     )
     if not planned.saving.background:
@@ -126,7 +135,7 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
     return planned.model_copy(update=parts)
 
 
-def _parts_by_ranks(
+def _plan_by_ranks(
     config: RunConfig,
     model: ModelFacts,
     data: DataFacts | None,
@@ -275,7 +284,7 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     offload = "deepspeed.offload_params=cpu" if states.offload_optimizer != "none" else "deepspeed=zero3_offload"
     if memory.num_hpz_ranks(states, planned.topology.ranks_per_node) > 1:
         offload += ", deepspeed.hpz_partition_size=1"
-    if too_large := _too_large(planned):
+    if too_large := _describe_excess(planned):
         topology = planned.topology
         price = None if planned.price is None else planned.price.usd_per_gpu_hour
         nearest = combinations.find_nearest_fits(situation_of(planned), price)
@@ -288,7 +297,7 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
         yield Problem(too_large, where="cluster", value=size, remedy=remedy)
         return
     smallest = fewest(planned)
-    if smallest is not None and (too_large := _too_large(smallest)):
+    if smallest is not None and (too_large := _describe_excess(smallest)):
         fewest_workers = planned.config.cluster.fewest_workers
         yield Problem(
             f"cluster.min_workers={fewest_workers}: {too_large}",
@@ -298,7 +307,7 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
         )
 
 
-def _too_large(planned: LaunchPlan) -> str:
+def _describe_excess(planned: LaunchPlan) -> str:
     """Return a message if a rank's states, or its tensors at their peak, exceed a GPU; empty if they fit or if that is unknown.
 
     The memory for CUDA, NCCL and fragmentation is an assumption. A plan that exceeds a GPU only with it gets a note instead.
@@ -347,21 +356,3 @@ def run_dir_of(config: RunConfig, name: str, working_dir: str, home_dir: str) ->
 def device_gib(config: RunConfig, facts: Facts) -> float | None:
     gpu = lookup(config.cluster.gpu_type) if config.cluster.gpu_type is not None else None
     return gpu.memory_gib if gpu is not None else facts.device.memory_gib
-
-
-def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
-    """Return the configured price of a GPU, or of a rank on CPUs; otherwise the typical price of the GPU type."""
-    if config.cluster.price_per_gpu_hour is not None:
-        return Price(usd_per_gpu_hour=config.cluster.price_per_gpu_hour)
-    if topology.device == "cpu":
-        return None
-    return typical_price(config.cluster.gpu_type or facts.device.name)
-
-
-def _limits(config: RunConfig) -> Limits:
-    """Convert run.max_usd to GPU time at the current price; past attempts of a resumed run keep their own prices."""
-    hours, usd, price = config.run.max_hours, config.run.max_usd, config.cluster.price_per_gpu_hour
-    return Limits(
-        max_seconds=None if hours is None else hours * 3600,
-        max_gpu_seconds=None if usd is None or price is None else usd / price * 3600,
-    )

@@ -101,7 +101,7 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     if last.cause is Cause.USER_ERROR:
         return Decision(False, "failed", last.message)
     attempts = [*history, last]
-    reason = describe_repetition(attempts) or _spent(attempts, budgets) or _stuck(attempts)
+    reason = describe_repetition(attempts) or _describe_spent_budget(attempts, budgets)
     if reason:
         return Decision(False, "failed", "; ".join(filter(None, (last.message, reason))))
     # A failed check may be temporary: a run that has begun gets one more attempt with the same nodes.
@@ -109,7 +109,7 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     if last.cause is Cause.BAD_NODE and not budgets.leaves_out_bad_nodes and not is_first_failed_check:
         doctor = launcher_command("doctor", f"+cluster={budgets.kind}")
         return Decision(False, "failed", f"{last.message}; {budgets.bad_node_remedy}; check the nodes with: {doctor}")
-    bad_nodes = dict.fromkeys(node for attempt in attempts[_newest_progress(attempts) :] for node in attempt.bad_nodes)
+    bad_nodes = dict.fromkeys(node for attempt in attempts[_find_newest_progress(attempts) :] for node in attempt.bad_nodes)
     return Decision(True, "pending", last.message, tuple(bad_nodes) if budgets.leaves_out_bad_nodes else ())
 
 
@@ -120,7 +120,7 @@ def describe_repetition(attempts: Sequence[AttemptEnd]) -> str:
     have ended and would be restarted.
     """
     last = attempts[-1]
-    ends = [end for attempt in attempts for end in _ends_of_ranks(attempt)][-_NUM_REPEATS:]
+    ends = [end for attempt in attempts for end in _list_ends_of_ranks(attempt)][-_NUM_REPEATS:]
     expected = (last.exception, last.step, last.saved_step)
     is_same = all((ranks.exception, ranks.step, ranks.saved_step) == expected for _, ranks in ends)
     is_resumed = all(began_step == last.saved_step for began_step, _ in ends[1:])
@@ -131,7 +131,7 @@ def describe_repetition(attempts: Sequence[AttemptEnd]) -> str:
     return f"{last.exception} {activity} occurred {_NUM_REPEATS} times, twice after a resume from {start}: it repeats"
 
 
-def _ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedRanks]]:
+def _list_ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedRanks]]:
     """Yield, for each start of the ranks in an attempt, the step from which they started and how they ended.
 
     Machine failures are left out: they say nothing about the exceptions before and after them.
@@ -145,13 +145,13 @@ def _ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedR
         yield began_step, RestartedRanks(attempt.exception, attempt.step, attempt.saved_step)
 
 
-def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:
-    """Return the message about the budget that the last attempt exceeded; empty if none is exceeded.
+def _describe_spent_budget(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:
+    """Return a message if the last attempt exceeded a budget, or too many attempts left no newer checkpoint; otherwise "".
 
     Causes are counted from the last attempt that left a newer checkpoint. The end of that attempt counts too, because it came
     after the checkpoint.
     """
-    since = _newest_progress(attempts)
+    since = _find_newest_progress(attempts)
     kinds: tuple[tuple[str, int, tuple[Cause, ...]], ...] = (
         ("cluster.max_infrastructure_failures", budgets.max_infrastructure_failures, _FAILED_MACHINES),
         ("cluster.max_failures", budgets.max_failures, (Cause.FAILURE,)),
@@ -165,10 +165,14 @@ def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:
         interruptions = "preemptions and changes of size" if Cause.RESIZED in fruitless else "preemptions"
         remedy = "save more often with checkpoint.save_every"
         return f"{len(fruitless)} {interruptions} without a newer checkpoint between them; {remedy}"
-    return ""
+    in_a_row = 0
+    for attempt in attempts:
+        # Machine failures say nothing about the run, and have their own budgets.
+        in_a_row = 0 if _made_progress(attempt) or attempt.cause in _OF_THE_MACHINES else in_a_row + 1
+    return f"{in_a_row} attempts in a row without a newer checkpoint" if in_a_row > _MOST_WITHOUT_PROGRESS else ""
 
 
-def _newest_progress(attempts: Sequence[AttemptEnd]) -> int:
+def _find_newest_progress(attempts: Sequence[AttemptEnd]) -> int:
     """Return the index of the last attempt that left a newer checkpoint, 0 if none did."""
     return max((i for i, attempt in enumerate(attempts) if _made_progress(attempt)), default=0)
 
@@ -176,12 +180,3 @@ def _newest_progress(attempts: Sequence[AttemptEnd]) -> int:
 def _made_progress(attempt: AttemptEnd) -> bool:
     """Return whether the attempt left a newer checkpoint than it started with."""
     return attempt.saved_step is not None and (attempt.began_step is None or attempt.saved_step > attempt.began_step)
-
-
-def _stuck(attempts: Sequence[AttemptEnd]) -> str:
-    """Return a message if too many consecutive attempts left no newer checkpoint; empty otherwise."""
-    in_a_row = 0
-    for attempt in attempts:
-        # Machine failures say nothing about the run, and have their own budgets.
-        in_a_row = 0 if _made_progress(attempt) or attempt.cause in _OF_THE_MACHINES else in_a_row + 1
-    return f"{in_a_row} attempts in a row without a newer checkpoint" if in_a_row > _MOST_WITHOUT_PROGRESS else ""

@@ -75,18 +75,48 @@ def suggest(
 ) -> list[Suggestion]:
     """Return suggested settings, except those that are `chosen`; dependent settings follow the chosen values."""
     chosen = chosen or {}
-    length = chosen.get("data.max_length") or _suggest_length(max_positions, data, machine.device)
-    usual_epochs = 1 if data.num_documents >= 1_000_000 else 2 if data.num_documents >= 10_000 else 3
-    epochs = chosen.get("train.epochs") or usual_epochs
+
+    # The power of two that holds 99 of 100 documents, within the limits of the model and the device.
+    low, high = _LENGTHS[machine.device]
+    tokens = data.p99_tokens * (1 if data.is_measured else _ESTIMATE_MARGIN)
+    length = min(high, max(low, 1 << max(4, math.ceil(math.log2(max(1, tokens))))))
+    length = chosen.get("data.max_length") or (min(length, max_positions) if max_positions else length)
+    counted = "tokens" if data.is_measured else "tokens, estimated from characters"
+    of_length = f"99 of 100 documents have up to {data.p99_tokens:,} {counted}; rows are packed with several documents"
+    if data.longest_tokens > length:
+        of_length += f", and the end of longer ones (up to {data.longest_tokens:,}) is cut off"
+    of_length += f"; the model takes {max_positions:,}" if max_positions == length else ""
+
+    epochs = chosen.get("train.epochs") or (1 if data.num_documents >= 1_000_000 else 2 if data.num_documents >= 10_000 else 3)
+    documents = format_count(data.num_documents, "document")
+    of_epochs = {
+        1: f"{data.num_documents:,} documents: a second pass adds little",
+        2: f"as OLMo 2 and Tulu 3, for {data.num_documents:,} documents; the held-out loss shows when more would overfit",
+    }.get(epochs, f"only {documents}; watch the held-out loss, which rises when the model overfits")
+
+    # A multiple of the ranks with as many tokens per step as in published runs, or fewer if the data has few rows.
     rows = max(1, math.ceil(data.mean_tokens * data.num_documents / length))
-    batch = chosen.get("train.global_batch_size") or _suggest_batch(math.ceil(rows * epochs), length, machine)
+    most_tokens = _MAX_STEP_TOKENS[machine.device]
+    per_rank = max(1, min(most_tokens // length, math.ceil(rows * epochs) // _MIN_STEPS) // machine.world_size)
+    batch = chosen.get("train.global_batch_size") or machine.world_size * (1 << (per_rank.bit_length() - 1))
     steps = chosen.get("train.max_steps") or max(1, math.ceil(rows * epochs / batch))
     of_steps = f"about {format_count(steps, 'step')}"
+    why = f"published runs have about {most_tokens:,} tokens in a step" if machine.device == "cuda" else "small, for a CPU"
+    why += f"; fewer here, for {of_steps}" if batch * length < most_tokens // 2 else ""
+    ranks = format_count(machine.world_size, "rank")
+    of_batch = f"rows of a step: a multiple of {ranks}, {batch * length:,} tokens; {why}"
+
+    smallest, largest = _PUBLISHED_SIZES
+    is_published = smallest <= num_params <= largest
+    source = f"between {_RATE_SOURCE}" if is_published else f"extrapolated from {_RATE_SOURCE}; try a few"
+    # With three digits, 999,900,000 would be 1.00 billion.
+    size = f"{num_params / 1e9:.2f} billion" if num_params >= 999.5e6 else f"{num_params / 1e6:.3g} million"
+
     suggestions = [
-        Suggestion("data.max_length", length, _length_reason(length, max_positions, data)),
-        Suggestion("train.epochs", epochs, _epochs_reason(epochs, data.num_documents)),
-        Suggestion("train.global_batch_size", batch, _batch_reason(batch, length, steps, machine)),
-        Suggestion("optim.lr", learning_rate(num_params), _rate_reason(num_params)),
+        Suggestion("data.max_length", length, of_length),
+        Suggestion("train.epochs", epochs, of_epochs),
+        Suggestion("train.global_batch_size", batch, of_batch),
+        Suggestion("optim.lr", learning_rate(num_params), f"for {size} parameters: {source}"),
         Suggestion("optim.warmup_steps", max(1, round(steps * _WARMUP_SHARE)), f"3% of {of_steps}; as OLMo 2 and Tulu 3"),
         Suggestion("eval.every", steps // _NUM_EVALUATIONS, f"a tenth of {of_steps}, and before and after training"),
         Suggestion("checkpoint.save_every", steps // _NUM_CHECKPOINTS, f"a fifth of {of_steps}, and at the end"),
@@ -116,52 +146,3 @@ def learning_rate(num_params: int) -> float:
 def needs_offload(states_gib: float, machine: Machine) -> bool:
     """Return whether model states leave too little of a GPU for activations and gathered weights."""
     return machine.device == "cuda" and machine.memory_gib is not None and states_gib > _MAX_STATES_SHARE * machine.memory_gib
-
-
-def _rate_reason(num_params: int) -> str:
-    smallest, largest = _PUBLISHED_SIZES
-    is_published = smallest <= num_params <= largest
-    source = f"between {_RATE_SOURCE}" if is_published else f"extrapolated from {_RATE_SOURCE}; try a few"
-    # With three digits, 999,900,000 would be 1.00 billion.
-    size = f"{num_params / 1e9:.2f} billion" if num_params >= 999.5e6 else f"{num_params / 1e6:.3g} million"
-    return f"for {size} parameters: {source}"
-
-
-def _suggest_length(max_positions: int | None, data: DataSample, device: str) -> int:
-    """Return the power of two that holds 99 of 100 documents, within the limits of the model and the device."""
-    tokens = data.p99_tokens * (1 if data.is_measured else _ESTIMATE_MARGIN)
-    low, high = _LENGTHS[device]
-    wanted = min(high, max(low, 1 << max(4, math.ceil(math.log2(max(1, tokens))))))
-    return min(wanted, max_positions) if max_positions else wanted
-
-
-def _suggest_batch(num_rows: int, length: int, machine: Machine) -> int:
-    """Return a multiple of the ranks with as many tokens per step as in published runs, or fewer if the data has few rows."""
-    wanted = min(_MAX_STEP_TOKENS[machine.device] // length, num_rows // _MIN_STEPS)
-    per_rank = max(1, wanted // machine.world_size)
-    return machine.world_size * (1 << (per_rank.bit_length() - 1))
-
-
-def _length_reason(length: int, max_positions: int | None, data: DataSample) -> str:
-    counted = "tokens" if data.is_measured else "tokens, estimated from characters"
-    reason = f"99 of 100 documents have up to {data.p99_tokens:,} {counted}; rows are packed with several documents"
-    if data.longest_tokens > length:
-        reason += f", and the end of longer ones (up to {data.longest_tokens:,}) is cut off"
-    return reason + (f"; the model takes {max_positions:,}" if max_positions == length else "")
-
-
-def _epochs_reason(epochs: int, num_documents: int) -> str:
-    if epochs == 2:
-        return f"as OLMo 2 and Tulu 3, for {num_documents:,} documents; the held-out loss shows when more would overfit"
-    if epochs == 1:
-        return f"{num_documents:,} documents: a second pass adds little"
-    return f"only {format_count(num_documents, 'document')}; watch the held-out loss, which rises when the model overfits"
-
-
-def _batch_reason(batch: int, length: int, steps: int, machine: Machine) -> str:
-    ranks = format_count(machine.world_size, "rank")
-    limit = _MAX_STEP_TOKENS[machine.device]
-    why = f"published runs have about {limit:,} tokens in a step" if machine.device == "cuda" else "small, for a CPU"
-    if batch * length < limit // 2:
-        why += f"; fewer here, for about {format_count(steps, 'step')}"
-    return f"rows of a step: a multiple of {ranks}, {batch * length:,} tokens; {why}"

@@ -95,7 +95,7 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
     """
     if plan.topology.device != "cuda":
         return SpeedEstimate("the run is planned for CPUs, for which no MFU is published")
-    peak, flops = peak_tflops(plan, gpu), _flops_per_token(plan)
+    peak, flops = peak_tflops(plan, gpu), _count_flops_per_token(plan)
     if peak is None:
         return SpeedEstimate(f"{gpu} is not in the table of GPU types; a type in cluster.gpu_type gives one")
     if flops is None:
@@ -112,7 +112,7 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
         few = f"a micro-batch has {micro_batch_tokens:,.0f} tokens, and below {MIN_TOKENS:,} no MFU is published"
         return SpeedEstimate(f"{few}: raise train.micro_batch_size or data.max_length, or use fewer GPUs")
     else:
-        published = _published_mfu(plan, gpu)
+        published = _find_published_mfu(plan, gpu)
         if isinstance(published, str):
             return SpeedEstimate(f"{published}; a run of this model gives one to later plans")
         low, high = ZERO3_SHARE * published[0], published[1]
@@ -122,7 +122,11 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
             low *= share
             basis += f" and by {share:.2g} for micro-batches of {micro_batch_tokens:,.0f} tokens"
     if adds_network:
-        low = _with_network(plan, low, peak, flops, micro_batch_tokens)
+        # The traffic between nodes adds its whole time to each micro-batch.
+        nodes = plan.topology.nodes
+        num_bytes = _BYTES_PER_PARAM * plan.model.num_params * (nodes - 1) / nodes
+        ideal_s = micro_batch_tokens * flops / (peak * 1e12)
+        low = ideal_s / (ideal_s / low + num_bytes / (ASSUMED_GBITS * 1e9 / 8))
         basis += f"; the low end assumes {ASSUMED_GBITS} Gbit/s between nodes"
     if plan.data is None:
         basis += "; assumes one document of data.max_length tokens per row, all trained"
@@ -137,15 +141,7 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
     return SpeedEstimate(basis, (low, high), per_second, per_gpu, hours, usd)
 
 
-def _with_network(plan: LaunchPlan, mfu: float, peak: float, flops: float, micro_batch_tokens: float) -> float:
-    """Return the MFU if the traffic between nodes adds its whole time to each micro-batch."""
-    nodes = plan.topology.nodes
-    num_bytes = _BYTES_PER_PARAM * plan.model.num_params * (nodes - 1) / nodes
-    ideal_s = micro_batch_tokens * flops / (peak * 1e12)
-    return ideal_s / (ideal_s / mfu + num_bytes / (ASSUMED_GBITS * 1e9 / 8))
-
-
-def _flops_per_token(plan: LaunchPlan) -> float | None:
+def _count_flops_per_token(plan: LaunchPlan) -> float | None:
     """Return the FLOPs per token, in a document of mean length; without data, in a fully trained document that fills a row."""
     flops, data = train_flops(plan.model), plan.data
     if flops is None:
@@ -157,7 +153,7 @@ def _flops_per_token(plan: LaunchPlan) -> float | None:
     return flops.of([length], 0) / length + flops.per_label * data.num_trained_tokens / data.num_tokens
 
 
-def _published_mfu(plan: LaunchPlan, gpu: str) -> tuple[float, float] | str:
+def _find_published_mfu(plan: LaunchPlan, gpu: str) -> tuple[float, float] | str:
     """Return the published MFU of this kind of run, or why there is none."""
     deepspeed, key = plan.config.deepspeed, recognize(gpu) or gpu
     if plan.config.model.dtype not in ("bf16", "fp16"):

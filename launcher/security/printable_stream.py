@@ -38,7 +38,12 @@ def printable_output() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (PrintableStream(raw(stream)) for stream in before)
     # Logging handlers of already imported libraries keep the stream from their import.
-    handlers = [handler for handler in _log_handlers() if handler.stream is before[1]]
+    handlers = [
+        handler
+        for logger in (logging.root, *logging.root.manager.loggerDict.values())
+        for handler in getattr(logger, "handlers", ())
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before[1]
+    ]
     for handler in handlers:
         handler.setStream(cast("TextIO", sys.stderr))
     try:
@@ -47,13 +52,6 @@ def printable_output() -> Iterator[None]:
         for handler in handlers:
             handler.setStream(before[1])
         sys.stdout, sys.stderr = before
-
-
-def _log_handlers() -> Iterator[logging.StreamHandler[TextIO]]:
-    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
-        for handler in getattr(logger, "handlers", ()):
-            if isinstance(handler, logging.StreamHandler):
-                yield handler
 
 
 def raw(stream: TextIO) -> TextIO:

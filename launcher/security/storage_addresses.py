@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from contextlib import suppress
 from typing import Any
@@ -27,12 +26,8 @@ def access_remedy(address: str) -> str:
 
 def require_known_hosts(address: str) -> None:
     """Make sftp connect only to hosts whose keys ssh knows; fsspec accepts every key, also that of an impostor."""
-    if _SSH & set(_PROTOCOL.findall(address)):
-        _require_known_hosts()
-
-
-@functools.cache
-def _require_known_hosts() -> None:
+    if not _SSH & set(_PROTOCOL.findall(address)):
+        return
     # fsspec itself reports which package is missing.
     with suppress(ImportError):
         import paramiko

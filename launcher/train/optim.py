@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launcher.config.sections.deepspeed import DeepSpeedSection
-from launcher.config.sections.train import OptimSection
+from launcher.config.sections.train import DeepSpeedSection, OptimSection
 from launcher.plan.optimizers import OPTIMIZERS
 
 # Builds an optimizer for parameter groups, each with its `weight_decay`; the loop sets the learning rate before each step.

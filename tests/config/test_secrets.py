@@ -10,8 +10,7 @@ from launcher.cli.main import main
 from launcher.config.resume import with_overrides
 from launcher.config.sections.data import Source
 from launcher.errors import ConfigError
-from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import has_login, looks_secret, redact, redact_setting, secret_problem
+from launcher.security.redaction import environment_secrets, has_login, looks_secret, redact, redact_setting, secret_problem
 
 Shown = Callable[..., str]
 

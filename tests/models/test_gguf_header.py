@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from launcher.models import gguf_header
+from launcher.models import weight_files
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_every_type_of_value_is_read_as_the_package_reads_it(file: Path) -> None:
     fields = {name: field.contents() for name, field in GGUFReader(file).fields.items() if not name.startswith("GGUF.")}
-    read = gguf_header.read(file)
+    read = weight_files.read_gguf(file)
     assert read.pop("tokenizer.ggml.tokens") == [token.encode() for token in fields.pop("tokenizer.ggml.tokens")]
     assert read == fields
     assert (read["llama.embedding_length"], read["general.architecture"]) == (576, "llama")
@@ -38,7 +38,7 @@ def test_every_type_of_value_is_read_as_the_package_reads_it(file: Path) -> None
 
 def test_a_missing_number_is_reported(file: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.gguf has no llama\.feed_forward_length in its metadata"):
-        gguf_header.model_config(file)
+        weight_files.read_gguf_config(file)
 
 
 def long_array(data: bytes) -> bytes:
@@ -60,4 +60,4 @@ def long_array(data: bytes) -> bytes:
 def test_a_damaged_file_is_refused(file: Path, damage) -> None:
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=str(file)):
-        gguf_header.read(file)
+        weight_files.read_gguf(file)

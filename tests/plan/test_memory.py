@@ -12,10 +12,10 @@ from plan_fixtures import KINDS, facts_for, preset
 from launcher.cli.plan import describe_peak
 from launcher.config.schema import RunConfig
 from launcher.config.sections.cluster import ClusterSection, LocalSection
-from launcher.config.sections.deepspeed import DeepSpeedSection
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.config.sections.static import StaticSection
+from launcher.config.sections.train import DeepSpeedSection
 from launcher.plan.architecture import model_facts
 from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
 from launcher.plan.launch_plan import LaunchPlan, Memory, Topology

@@ -10,7 +10,7 @@ import pytest
 from http_server import Answer, Request, serving
 
 from launcher.config.sections.run import TrackingSection
-from launcher.security.credentials import request_json
+from launcher.security.redaction import request_json
 from launcher.tracking.wandb import account
 
 KEY = "0123456789abcdef" * 2 + "01234567"

@@ -14,8 +14,7 @@ import torch
 from forked_ranks import RankServer
 from torch import nn
 
-from launcher.config.sections.deepspeed import DeepSpeedSection
-from launcher.config.sections.train import OptimSection
+from launcher.config.sections.train import DeepSpeedSection, OptimSection
 from launcher.train.engine import LockedBaton
 from launcher.train.optim import build_optimizer, set_learning_rate
 

@@ -13,7 +13,7 @@ import hand_made
 import pytest
 from fake_slurm import FakeSlurm
 
-from launcher import atomic_files, code_snapshot, json_records, run_records, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
@@ -101,7 +101,7 @@ def submitted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Job]:
     """A run as `python -m launcher` leaves it for its job, but without the code snapshot."""
-    monkeypatch.setattr(code_snapshot, "create", lambda run: (run.code / "launcher").mkdir(parents=True))
+    monkeypatch.setattr(run_store, "copy_code", lambda folder: (folder / "launcher").mkdir(parents=True))
 
     def submit(**settings: Any) -> Job:
         return Job(hand_made.run(slurm_plan(str(tmp_path), nodes=3, **settings), Attempt(None)), capsys)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from launcher.security.credentials import FORMS
+from launcher.security.redaction import FORMS
 
 
 @dataclass(frozen=True, eq=False)

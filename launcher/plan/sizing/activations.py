@@ -65,12 +65,17 @@ class LayerActivations:
 def layer_activations(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> LayerActivations:
     """Return the activations of a layer with these experts in bytes per token."""
     hidden, width, is_fp32 = model.hidden_size, kernels.width, has_fp32_norms(model)
-    saved = num_layer_norms(model) * _norm(hidden, 1, is_fp32, kernels)
+    saved = num_layer_norms(model) * _count_norm(hidden, 1, is_fp32, kernels)
     # Inputs of the projections of attention and of the MLP. In fp32, without a preceding norm, the input of attention is the
     # layer's.
     saved += 2 * width * hidden
-    saved += _attention(model, kernels)
-    of_mlp = _experts(model, experts, kernels) if experts else _mlp(model.intermediate_size, kernels)
+    saved += _count_attention(model, kernels)
+    of_mlp = _count_mlp(experts.shared_size if experts else model.intermediate_size, kernels)
+    if experts:
+        gate_elements = (7 if model.model_type in LIMITED_GATES else 4) * experts.size
+        of_mlp += experts.chosen * (width * (2 * hidden + gate_elements) + _ROUTING_BYTES) + FP32 * (experts.number + 1)
+        of_mlp += FP32 * hidden + experts.number if model.model_type in FP32_ROUTERS else 0
+        of_mlp += width * hidden if experts.has_shared_gate else 0
     saved += of_mlp
     if has_residual_dropout(model):
         # The factors of both outputs that are added to the layer's input.
@@ -84,11 +89,14 @@ def layer_activations(model: ModelFacts, experts: Experts | None, kernels: Kerne
         recomputed -= width * hidden
     if model.model_type in FOUR_NORMS and not is_fp32:
         recomputed += FP32 * hidden
-    backward = _mlp_backward(model, experts, kernels)
+    backward = _count_mlp_backward(model, experts, kernels)
     if model.model_type in (*POST_NORMS, *FOUR_NORMS):
-        backward = max(backward - _norm(hidden, 0, is_fp32, kernels), (3 * FP32 + 2 * width) * hidden)
-    # In the backward pass of attention, the activations of the MLP are already free.
-    return LayerActivations(saved, recomputed, max(backward, _softmax_gradients(model, kernels) - of_mlp))
+        backward = max(backward - _count_norm(hidden, 0, is_fp32, kernels), (3 * FP32 + 2 * width) * hidden)
+    if kernels.attention == "eager":
+        # Gradients of the probabilities and the softmax. The activations of the MLP are already free.
+        of_softmax = width if model.model_type in _NARROW_SOFTMAX else FP32
+        backward = max(backward, (width + of_softmax) * model.num_heads * kernels.row_tokens - of_mlp)
+    return LayerActivations(saved, recomputed, backward)
 
 
 def has_fp32_norms(model: ModelFacts) -> bool:
@@ -99,7 +107,9 @@ def has_fp32_norms(model: ModelFacts) -> bool:
 def final_norm_bytes(model: ModelFacts, kernels: Kernels) -> tuple[int, int]:
     """Return the bytes per token of the norm before the head: those that it keeps, and its peak in the backward pass."""
     # This norm is in no layer, so it is not compiled.
-    return _norm(model.hidden_size, 1, has_fp32_norms(model), replace(kernels, compiled=False)), 6 * FP32 * model.hidden_size
+    return _count_norm(
+        model.hidden_size, 1, has_fp32_norms(model), replace(kernels, compiled=False)
+    ), 6 * FP32 * model.hidden_size
 
 
 def shared_bytes(model: ModelFacts, kernels: Kernels) -> int:
@@ -109,25 +119,25 @@ def shared_bytes(model: ModelFacts, kernels: Kernels) -> int:
     return 2 * kinds * kernels.width * model.head_dim + 16 + mask
 
 
-def _norm(size: int, num_rows: int, is_fp32: bool, kernels: Kernels) -> int:
+def _count_norm(size: int, num_rows: int, is_fp32: bool, kernels: Kernels) -> int:
     if kernels.is_fused:
         return kernels.width * size + FP32 * num_rows
     return (FP32 + (FP32 if is_fp32 else kernels.width)) * size + FP32 * num_rows
 
 
-def _attention(model: ModelFacts, kernels: Kernels) -> int:
+def _count_attention(model: ModelFacts, kernels: Kernels) -> int:
     width, heads, sizes, is_fp32 = kernels.width, model.num_heads, attention_sizes(model), has_fp32_norms(model)
     saved = 0
     if norms := query_key_norms(model):
         num_rows = heads + model.num_kv_heads if norms == "per head" else 2
-        saved += _norm(sizes.query + sizes.key, num_rows, is_fp32, kernels)
+        saved += _count_norm(sizes.query + sizes.key, num_rows, is_fp32, kernels)
     for latent in sizes.latents:
-        saved += _norm(latent, 1, is_fp32, kernels) + width * latent
+        saved += _count_norm(latent, 1, is_fp32, kernels) + width * latent
     if model.model_type in FUSED_QKV:
         # Queries, keys and values are one product, whose memory is kept as long as the values are.
         saved += width * (2 * sizes.query + sizes.key)
     elif sizes.unrotated:
-        saved += width * _joined_elements(sizes, kernels)
+        saved += width * _count_joined_elements(sizes, kernels)
     if model.model_type in FP32_ROTARY_TABLES:
         saved += 2 * FP32 * model.head_dim
     is_masked = kernels.packed and kernels.attention not in FLASH_KERNELS
@@ -135,12 +145,18 @@ def _attention(model: ModelFacts, kernels: Kernels) -> int:
     is_repeated = is_masked or kernels.attention == "eager"
     saved += width * (sizes.query + sizes.output + (sizes.query + sizes.output if is_repeated else sizes.key + sizes.value))
     if kernels.attention == "eager":
-        return saved + _softmax(model, kernels)
+        # The softmax in its own type and in that of the weights.
+        has_one_type = model.model_type in _NARROW_SOFTMAX or width == FP32
+        of_pair = width if has_one_type else FP32 + width
+        if has_attention_dropout(model):
+            # The mask, and the result if it is not a copy in another type anyway.
+            of_pair += 1 + (width if has_one_type else 0)
+        return saved + of_pair * heads * kernels.row_tokens
     # SDPA converts the mask to numbers that it adds, in every layer.
     return saved + FP32 * heads + (width * kernels.row_tokens if is_masked else 0)
 
 
-def _joined_elements(sizes: AttentionSizes, kernels: Kernels) -> int:
+def _count_joined_elements(sizes: AttentionSizes, kernels: Kernels) -> int:
     """Return the additional elements per token where each head is joined from a rotated and a plain part.
 
     Joining changes the order in memory. The output of a kernel has the same order, so the next projection gets a copy of it.
@@ -154,39 +170,11 @@ def _joined_elements(sizes: AttentionSizes, kernels: Kernels) -> int:
     return sizes.unrotated + sizes.output
 
 
-def _softmax(model: ModelFacts, kernels: Kernels) -> int:
-    """Return the bytes of the eager kernel's softmax, in its own type and in that of the weights, and of its dropout."""
-    width = kernels.width
-    has_one_type = model.model_type in _NARROW_SOFTMAX or width == FP32
-    of_pair = width if has_one_type else FP32 + width
-    if has_attention_dropout(model):
-        # The mask, and the result if it is not a copy in another type anyway.
-        of_pair += 1 + (width if has_one_type else 0)
-    return of_pair * model.num_heads * kernels.row_tokens
-
-
-def _softmax_gradients(model: ModelFacts, kernels: Kernels) -> int:
-    """Return the bytes of the gradients of the eager kernel's probabilities and softmax; 0 for other kernels."""
-    if kernels.attention != "eager":
-        return 0
-    of_softmax = kernels.width if model.model_type in _NARROW_SOFTMAX else FP32
-    return (kernels.width + of_softmax) * model.num_heads * kernels.row_tokens
-
-
-def _mlp(size: int, kernels: Kernels) -> int:
+def _count_mlp(size: int, kernels: Kernels) -> int:
     return (3 if kernels.is_fused else 4) * kernels.width * size
 
 
-def _experts(model: ModelFacts, experts: Experts, kernels: Kernels) -> int:
-    width, hidden = kernels.width, model.hidden_size
-    gate_elements = (7 if model.model_type in LIMITED_GATES else 4) * experts.size
-    saved = experts.chosen * (width * (2 * hidden + gate_elements) + _ROUTING_BYTES) + FP32 * (experts.number + 1)
-    if model.model_type in FP32_ROUTERS:
-        saved += FP32 * hidden + experts.number
-    return saved + _mlp(experts.shared_size, kernels) + (width * hidden if experts.has_shared_gate else 0)
-
-
-def _mlp_backward(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> int:
+def _count_mlp_backward(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> int:
     """Return the bytes at the peak of the MLP's backward pass: gradients of the output, and of both factors of the product."""
     width, hidden = kernels.width, model.hidden_size
     if experts is None:
@@ -194,6 +182,6 @@ def _mlp_backward(model: ModelFacts, experts: Experts | None, kernels: Kernels) 
     in_experts = width * experts.chosen * max(3 * hidden, 2 * experts.size - hidden)
     if model.model_type in FP32_ROUTING_WEIGHTS:
         # The gradients of the weighted outputs are in fp32. The shared expert has freed its activations by then.
-        in_weighting = (2 * FP32 + 3 * width) * experts.chosen * hidden - _mlp(experts.shared_size, kernels)
+        in_weighting = (2 * FP32 + 3 * width) * experts.chosen * hidden - _count_mlp(experts.shared_size, kernels)
         return width * hidden + max(in_experts, in_weighting)
     return in_experts + FP32 * experts.number + (2 if experts.has_shared_gate else 1) * width * hidden

@@ -125,11 +125,16 @@ def choose(situation: Situation) -> Considered:
         limit_gib = PREFERRED_SHARE * situation.device_gib
         fitting = [one for one in fitting if one.peak.peak_gib <= limit_gib] or fitting
     if first.tokens_per_sec is None:
-        return min(fitting, key=_preference_key)
+        # Less recomputation first, then more tokens per forward pass.
+        def recomputed_share(one: Considered) -> float:
+            every = interval(one.combination.checkpointing)
+            return 1 / every if every else 0.0
+
+        return min(fitting, key=lambda one: (recomputed_share(one), -one.combination.micro_batch_size))
     fastest = max(one.tokens_per_sec or 0.0 for one in fitting)
     as_fast = [one for one in fitting if (one.tokens_per_sec or 0.0) >= _AS_FAST * fastest]
     # Among equally fast ones, prefer the tokens that keep a GPU busy, because hooks and launches may take longer than assumed.
-    target, row = _busy_tokens(situation.model.num_params), config.data.max_length
+    target, row = _count_busy_tokens(situation.model.num_params), config.data.max_length
     return min(as_fast, key=lambda one: (max(0, target - one.batch.micro_batch_size * row), one.peak.peak_gib))
 
 
@@ -243,21 +248,15 @@ def _list_allowed(situation: Situation, base: Combination) -> Iterator[Combinati
     config, per_rank = situation.config, situation.config.train.global_batch_size // situation.topology.world_size
     sizes = [base.micro_batch_size]
     if config.train.micro_batch_size is None:
-        most = max(1, max(_MOST_TOKENS, _busy_tokens(situation.model.num_params)) // config.data.max_length)
+        most = max(1, max(_MOST_TOKENS, _count_busy_tokens(situation.model.num_params)) // config.data.max_length)
         sizes = [size for size in divisors(per_rank) if size <= most]
     layers = _CHECKPOINTING if config.model.activation_checkpointing == AUTO else (base.checkpointing,)
     yield from (replace(base, micro_batch_size=size, checkpointing=one) for size in sizes for one in layers)
 
 
-def _busy_tokens(num_params: int) -> int:
+def _count_busy_tokens(num_params: int) -> int:
     """Return the tokens per forward pass that keep a GPU busy between DeepSpeed's hooks: more for small models."""
     return min(_MOST_BUSY_TOKENS, max(_BUSY_TOKENS, round(_BUSY_FLOPS / (6 * max(1, num_params)))))
-
-
-def _preference_key(one: Considered) -> tuple[float, int]:
-    """Return the sort key without a prediction: less recomputation first, then more tokens per forward pass."""
-    every = interval(one.combination.checkpointing)
-    return 1 / every if every else 0.0, -one.combination.micro_batch_size
 
 
 def find_nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> list[str]:
@@ -266,13 +265,71 @@ def find_nearest_fits(situation: Situation, usd_per_gpu_hour: float | None) -> l
     First those that leave to the plan what the settings decide, then more nodes, offload, shorter rows, and larger GPUs.
     """
     fits = []
-    for changes in (_leave_to_plan, _add_nodes, _add_offload, _shorten_rows, _take_larger_gpu):
-        for words, changed in changes(situation):
+    for changes in _list_changes(situation):
+        for words, changed in changes:
             with suppress(ConfigError):
-                if (chosen := choose(changed)).fits:
-                    fits.append(_describe_fit(words, changed, chosen, usd_per_gpu_hour))
-                    break
+                if not (chosen := choose(changed)).fits:
+                    continue
+                parts = [f"{chosen.peak.peak_gib:.0f} of {changed.device_gib:.0f} GiB"]
+                price = changed.gpu.usd_per_hour if words.startswith("cluster.gpu_type") and changed.gpu else usd_per_gpu_hour
+                if chosen.tokens_per_sec is not None:
+                    parts.append(f"about {chosen.tokens_per_sec:,.0f} tokens/s")
+                    if price is not None:
+                        usd = changed.topology.world_size * price / 3600 / chosen.tokens_per_sec * 1e6
+                        parts.append(f"${usd:,.2f} per million tokens")
+                if chosen.host_gib:
+                    parts.append(f"{chosen.host_gib:.0f} GiB of main memory per node")
+                fits.append(f"{words} ({', '.join(parts)})")
+                break
     return fits
+
+
+def _list_changes(situation: Situation) -> Iterator[list[tuple[str, Situation]]]:
+    """Yield the changes of each kind that may make a run fit, the smallest one first, with the situation after it."""
+    config, topology = situation.config, situation.topology
+
+    def change(base: RunConfig, section: str, **values: object) -> RunConfig:
+        return base.model_copy(update={section: getattr(base, section).model_copy(update=values)})
+
+    def list_situations(configs: dict[str, RunConfig]) -> list[tuple[str, Situation]]:
+        return [(words, replace(situation, config=changed)) for words, changed in configs.items()]
+
+    sets_size = config.train.micro_batch_size is not None
+    sets_layers = config.model.activation_checkpointing != AUTO
+    free: dict[str, RunConfig] = {}
+    if sets_size:
+        free[_MICRO_BATCH] = change(config, "train", micro_batch_size=None)
+    if sets_layers:
+        free[_LAYERS] = change(config, "model", activation_checkpointing=AUTO)
+    if sets_size and sets_layers:
+        free[" ".join(CHOSEN_BY_PLAN)] = change(free[_MICRO_BATCH], "model", activation_checkpointing=AUTO)
+    yield list_situations(free)
+
+    more_nodes = []
+    for nodes in (factor * topology.nodes for factor in _NODE_FACTORS):
+        ranks = topology.ranks_per_node
+        larger = topology.model_copy(update={"nodes": nodes, "world_size": nodes * ranks})
+        more_nodes.append((f"{nodes} nodes of {ranks} GPUs", replace(situation, topology=larger)))
+    yield more_nodes
+
+    offloads = (config.deepspeed.offload_optimizer, config.deepspeed.offload_params)
+    if OPTIMIZERS[config.optim.name].can_offload and "nvme" not in offloads:
+        offloaded: dict[str, RunConfig] = {}
+        if offloads[0] == "none":
+            offloaded["deepspeed.offload_optimizer=cpu"] = change(config, "deepspeed", offload_optimizer="cpu")
+        both = {"offload_optimizer": "cpu", "offload_params": "cpu"}
+        offloaded[" ".join(f"deepspeed.{key}=cpu" for key in both)] = change(config, "deepspeed", **both)
+        yield list_situations(offloaded)
+
+    shorter: dict[str, RunConfig] = {}
+    length = config.data.max_length // 2
+    while length >= _SHORTEST_ROW:
+        shorter[f"data.max_length={length}"] = change(config, "data", max_length=length)
+        length //= 2
+    yield list_situations(shorter)
+
+    gpus = sorted((gpu.memory_gib, name) for name, gpu in GPUS.items() if gpu.memory_gib > (situation.device_gib or 0))
+    yield [(f"cluster.gpu_type={name}", replace(situation, gpu=GPUS[name], device_gib=gib)) for gib, name in gpus]
 
 
 def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: str) -> list[str]:
@@ -294,64 +351,3 @@ def memory_savings(situation: Situation, micro_batch_size: int, checkpointing: s
     peak_gib = evaluate(situation, base).peak.tensors_gib
     saved = {words: peak_gib - evaluate(situation, replace(base, **one)).peak.tensors_gib for words, one in changes.items()}
     return [f"{words} (saves {gib:.1f} GiB)" for words, gib in sorted(saved.items(), key=lambda one: -one[1]) if gib >= 0.05]
-
-
-def _change_settings(situation: Situation, section: str, **values: object) -> Situation:
-    config = situation.config
-    return replace(situation, config=config.model_copy(update={section: getattr(config, section).model_copy(update=values)}))
-
-
-def _leave_to_plan(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    """Yield the situation with one, then with both, of the settings of a pass that the plan would choose."""
-    sets_size = situation.config.train.micro_batch_size is not None
-    sets_layers = situation.config.model.activation_checkpointing != AUTO
-    any_size = _change_settings(situation, "train", micro_batch_size=None)
-    if sets_size:
-        yield _MICRO_BATCH, any_size
-    if sets_layers:
-        yield _LAYERS, _change_settings(situation, "model", activation_checkpointing=AUTO)
-    if sets_size and sets_layers:
-        yield " ".join(CHOSEN_BY_PLAN), _change_settings(any_size, "model", activation_checkpointing=AUTO)
-
-
-def _add_nodes(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    for factor in _NODE_FACTORS:
-        nodes, ranks = factor * situation.topology.nodes, situation.topology.ranks_per_node
-        topology = situation.topology.model_copy(update={"nodes": nodes, "world_size": nodes * ranks})
-        yield f"{nodes} nodes of {ranks} GPUs", replace(situation, topology=topology)
-
-
-def _add_offload(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    section = situation.config.deepspeed
-    offloads = (section.offload_optimizer, section.offload_params)
-    if OPTIMIZERS[situation.config.optim.name].can_offload and "nvme" not in offloads:
-        if offloads[0] == "none":
-            yield "deepspeed.offload_optimizer=cpu", _change_settings(situation, "deepspeed", offload_optimizer="cpu")
-        both = {"offload_optimizer": "cpu", "offload_params": "cpu"}
-        yield " ".join(f"deepspeed.{key}=cpu" for key in both), _change_settings(situation, "deepspeed", **both)
-
-
-def _shorten_rows(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    length = situation.config.data.max_length // 2
-    while length >= _SHORTEST_ROW:
-        yield f"data.max_length={length}", _change_settings(situation, "data", max_length=length)
-        length //= 2
-
-
-def _take_larger_gpu(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    larger = [(gpu.memory_gib, name) for name, gpu in GPUS.items() if gpu.memory_gib > (situation.device_gib or 0)]
-    for memory_gib, name in sorted(larger):
-        yield f"cluster.gpu_type={name}", replace(situation, gpu=GPUS[name], device_gib=memory_gib)
-
-
-def _describe_fit(words: str, situation: Situation, chosen: Considered, usd_per_gpu_hour: float | None) -> str:
-    price = situation.gpu.usd_per_hour if words.startswith("cluster.gpu_type") and situation.gpu else usd_per_gpu_hour
-    parts = [f"{chosen.peak.peak_gib:.0f} of {situation.device_gib:.0f} GiB"]
-    if chosen.tokens_per_sec is not None:
-        parts.append(f"about {chosen.tokens_per_sec:,.0f} tokens/s")
-        if price is not None:
-            usd = situation.topology.world_size * price / 3600 / chosen.tokens_per_sec * 1e6
-            parts.append(f"${usd:,.2f} per million tokens")
-    if chosen.host_gib:
-        parts.append(f"{chosen.host_gib:.0f} GiB of main memory per node")
-    return f"{words} ({', '.join(parts)})"

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.config.sections.deepspeed import DeepSpeedSection
+from launcher.config.sections.train import DeepSpeedSection
 from launcher.plan.architecture import experts_by_layer, largest_weight
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Memory, ModelFacts, PeakMemory, StageMemory, Topology

@@ -166,7 +166,8 @@ def predict_step(
         products_s=batch.accumulation * products / rates.products * (tokens + rates.half_tokens) / tokens,
         attention_s=batch.accumulation * pairs / rates.attention,
         elementwise_s=batch.accumulation * moved / rates.memory,
-        communication_s=batch.accumulation * _communication_s(model.num_params, sharding, topology, kernels.width, passes, rates),
+        communication_s=batch.accumulation
+        * _predict_transfer_s(model.num_params, sharding, topology, kernels.width, passes, rates),
         hooks_s=batch.accumulation * passes * model.num_layers * python_s,
         optimizer_s=optimizer_s,
         overlap=rates.overlap,
@@ -174,7 +175,9 @@ def predict_step(
     )
 
 
-def _communication_s(num_params: int, sharding: Sharding, topology: Topology, width: int, passes: float, rates: Rates) -> float:
+def _predict_transfer_s(
+    num_params: int, sharding: Sharding, topology: Topology, width: int, passes: float, rates: Rates
+) -> float:
     """Return the seconds of communication per micro-batch: each transfer takes as long as its slowest link."""
     ranks, nodes, world_size = topology.ranks_per_node, topology.nodes, topology.world_size
     # For one byte per parameter.
@@ -196,7 +199,7 @@ def _communication_s(num_params: int, sharding: Sharding, topology: Topology, wi
     return seconds
 
 
-def _bytes_of_layer(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> float:
+def _count_layer_bytes(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> float:
     """Return the bytes per token that a layer's forward and backward pass move, excluding products and attention."""
     width, hidden, attention = kernels.width, model.hidden_size, attention_sizes(model)
     norm = 10 * width if kernels.liger else 124 + 2 * width + (28 if has_fp32_norms(model) else 0)
@@ -212,7 +215,7 @@ def _bytes_of_layer(model: ModelFacts, experts: Experts | None, kernels: Kernels
 def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float) -> float:
     """Return the bytes per token that all layers move; `recomputed_share` of them repeat their forward pass."""
     kinds = Counter(experts_by_layer(model))
-    layers = sum(count * _bytes_of_layer(model, experts, kernels) for experts, count in kinds.items())
+    layers = sum(count * _count_layer_bytes(model, experts, kernels) for experts, count in kinds.items())
     return layers * (1 + FORWARD_SHARE * recomputed_share)
 
 

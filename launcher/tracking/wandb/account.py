@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.config.sections.run import TrackingSection
-from launcher.security.credentials import request_json
+from launcher.security.redaction import request_json
 
 ANSWER_DEADLINE_S = 10.0
 _VIEWER = "query Viewer { viewer { entity username admin teams { edges { node { name } } } } }"

@@ -28,8 +28,7 @@ from launcher import run_store
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security.credentials import environment_secrets
-from launcher.security.redaction import looks_secret
+from launcher.security.redaction import environment_secrets, looks_secret
 from launcher.shell_commands import shell_command
 from launcher.tracking import metrics as metrics_table
 from launcher.tracking.jsonl import NON_METRIC_FIELDS, SUPERSEDED, iter_lines, merge_steps, read_metrics
