@@ -356,31 +356,27 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
             remedy = "check the storage and your access to it, then try again"
             message = f"the run {name} cannot be read: {error.strerror}"
             raise SubmitError(message, where=str(candidate), remedy=remedy) from None
-    raise _make_not_found_error(name, root, marker)
-
-
-def _make_not_found_error(name: str, root: Path, marker: str) -> SubmitError:
     for candidate in (root / name, Path(name).expanduser().absolute()):
         # Path.resolve raises for a link that points to itself.
         if os.path.realpath(candidate) != os.path.realpath(root) and looks_like_run(candidate):
             run = RunDir(candidate.resolve())
             remedy = plan_remedy(run.plan) if run.plan.name == marker else record_remedy(run)
-            return SubmitError(f"the run {name} has no {marker}", where=str(run.root), remedy=remedy)
+            raise SubmitError(f"the run {name} has no {marker}", where=str(run.root), remedy=remedy)
         if inside := next((folder for folder in candidate.parents if (folder / marker).is_file()), None):
             remedy = f"use the run's directory: {shell_command(inside)}"
-            return SubmitError(f"{name} is not a run directory", where=str(candidate), remedy=remedy)
+            raise SubmitError(f"{name} is not a run directory", where=str(candidate), remedy=remedy)
         if candidate.is_dir():
             remedy = f"list runs with: {launcher_command('ls')}"
-            return SubmitError(f"{name} is a folder, but not a run: it has no {marker}", where=str(candidate), remedy=remedy)
+            raise SubmitError(f"{name} is a folder, but not a run: it has no {marker}", where=str(candidate), remedy=remedy)
     if not root.is_dir():
         remedy = f"name the folder of runs with --root, or start a run with: {launcher_command('train')}"
         message = f"there is no run named {name}"
-        return SubmitError(message, where=str(root), value="the folder does not exist", remedy=remedy)
+        raise SubmitError(message, where=str(root), value="the folder does not exist", remedy=remedy)
     names = [run.root.name for run in list_runs(root)]
     close = difflib.get_close_matches(name, names, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     remedy = f"{guess}choose one of: {', '.join(names[:_NUM_NAMES])}" if names else f"start one with: {launcher_command('train')}"
-    return SubmitError(f"there is no run named {name}", where=str(root), remedy=f"{remedy}; --root names another folder of runs")
+    raise SubmitError(f"there is no run named {name}", where=str(root), remedy=f"{remedy}; --root names another folder of runs")
 
 
 def list_runs(root: Path) -> Iterator[RunDir]:

@@ -181,6 +181,7 @@ def _validate_settings(cfg: Any, content: FileContent | None) -> Composed:
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     hydra_config = HydraConfig.get()
     # Unresolved, because the text of an override such as a=${b} is not one of Hydra's references.
@@ -201,7 +202,19 @@ def _validate_settings(cfg: Any, content: FileContent | None) -> Composed:
     for key in absent:
         # References to the missing value must resolve, so that the other mistakes are reported too.
         OmegaConf.update(cfg, key, "./missing")
-    values = {str(k): v for k, v in _resolve_references(cfg, origins).items()}
+    try:
+        raw = OmegaConf.to_container(cfg, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        key = str(getattr(error, "full_key", None) or "")
+        is_refused = READS_CREDENTIAL in str(error)
+        raise ConfigError(
+            f"{key}: the reference in this value cannot be resolved: {str(error).splitlines()[0]}",
+            where=origins.written_at(key),
+            remedy=IN_ENVIRONMENT if is_refused else "write the key of a setting between ${ and }",
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")
+    values = {str(k): v for k, v in raw.items()}
     keys, model = {*map(override_key, overrides), *file_keys}, values.get("model")
     if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
         # The model of the group has another name.
@@ -230,26 +243,6 @@ def _validate_settings(cfg: Any, content: FileContent | None) -> Composed:
     if problems:
         raise ConfigError(problems)
     return Composed(config, overrides if file is None else (str(file.path), *overrides), origins)
-
-
-def _resolve_references(cfg: Any, origins: Origins) -> dict[Any, Any]:
-    """Return the settings with their references resolved."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        raw = OmegaConf.to_container(cfg, resolve=True)
-    except (OmegaConfBaseException, RecursionError) as error:
-        key = str(getattr(error, "full_key", None) or "")
-        is_refused = READS_CREDENTIAL in str(error)
-        raise ConfigError(
-            f"{key}: the reference in this value cannot be resolved: {str(error).splitlines()[0]}",
-            where=origins.written_at(key),
-            remedy=IN_ENVIRONMENT if is_refused else "write the key of a setting between ${ and }",
-        ) from error
-    if not isinstance(raw, dict):
-        raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")
-    return raw
 
 
 def _settle_alternatives(cfg: Any, origins: Origins) -> list[str]:

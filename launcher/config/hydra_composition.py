@@ -66,11 +66,33 @@ def call_hydra(task: Callable[[Any], None], tokens: Sequence[str], content: File
     """
     file = None if content is None else content.file.path
     with _store_run_file(content) as file_overrides:
-        argv = [_translate_override(token) for token in flags_first([*file_overrides, *tokens])]
+        argv = []
+        for token in flags_first([*file_overrides, *tokens]):
+            # The launcher's groups are already in the defaults list.
+            token = token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
+            match = _KEY_OVERRIDE.match(token)
+            if match and match[2] not in GROUPS and not match[2].startswith("hydra") and token != OVERRIDE:
+                token = f"++{match[2]}={token[match.end() :]}"
+            argv.append(token)
         if any(token.startswith("-") or token.lstrip("+~").startswith("hydra") for token in argv):
             _run_hydra_main(task, argv, file, conf)
-        else:
-            _compose_once(task, argv, file, conf)
+            return
+        import hydra
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import open_dict
+
+        try:
+            # As in hydra.main, which composes a first time just to read hydra.mode.
+            with _guard_composition(), hydra.initialize_config_dir(str(conf), job_name="launcher", version_base="1.3"):
+                cfg = hydra.compose("config", argv, return_hydra_config=True)
+                _require_composing_only(cfg)
+                HydraConfig.instance().set_config(cfg)
+                with open_dict(cfg):
+                    del cfg["hydra"]
+                task(cfg)
+        # The task raises nothing, so every other exception here is Hydra's; not all of them are HydraExceptions.
+        except Exception as error:
+            raise _as_config_error(error, argv, [conf], file) from error
 
 
 def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], run_file: Path | None, conf: Path) -> None:
@@ -123,38 +145,10 @@ def _redact_settings(text: str, secrets: Mapping[str, str]) -> str:
     return redact("".join(lines), secrets)
 
 
-def _compose_once(task: Callable[[Any], None], overrides: list[str], run_file: Path | None, conf: Path) -> None:
-    """Compose as hydra.main does, but only once: hydra.main composes a first time just to read hydra.mode."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import open_dict
-
-    try:
-        with _guard_composition(), hydra.initialize_config_dir(str(conf), job_name="launcher", version_base="1.3"):
-            cfg = hydra.compose("config", overrides, return_hydra_config=True)
-            _require_composing_only(cfg)
-            HydraConfig.instance().set_config(cfg)
-            with open_dict(cfg):
-                del cfg["hydra"]
-            task(cfg)
-    # The task raises nothing, so every other exception here is Hydra's; not all of them are HydraExceptions.
-    except Exception as error:
-        raise _as_config_error(error, overrides, [conf], run_file) from error
-
-
 def _as_config_error(error: Exception, argv: Sequence[str], folders: Sequence[Path], run_file: Path | None) -> ConfigError:
     """Return the refusal that caused an error of Hydra, or the problems that the error stands for."""
     refusal = next((cause for cause in causes(error) if isinstance(cause, ConfigError)), None)
     return refusal or ConfigError(yaml_problems(error) or [hydra_problem(error, argv, folders, run_file)])
-
-
-def _translate_override(token: str) -> str:
-    # The launcher's groups are already in the defaults list.
-    token = token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
-    match = _KEY_OVERRIDE.match(token)
-    if not match or match[2] in GROUPS or match[2].startswith("hydra") or token == OVERRIDE:
-        return token
-    return f"++{match[2]}={token[match.end() :]}"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -47,26 +47,21 @@ def settings_of(section: type[BaseModel], prefix: str) -> Iterator[Setting]:
         nested = sections_of(field.annotation)
         meaning = field.description or (nested[0].__mro__[len(nested) > 1].__doc__ if nested else "") or ""
         if len(nested) > 1:
+            # Sections that `kind` selects from: first the settings of all of them, then those of each one.
             yield Setting(key, "mapping", None, meaning)
-            yield from _settings_of_kinds(nested, f"{key}.")
+            by_kind = {one.model_fields["kind"].default: {s.key: s for s in settings_of(one, f"{key}.")} for one in nested}
+            any_kind = next(iter(by_kind.values()))
+            shared = [k for k in any_kind if all(k in of_kind for of_kind in by_kind.values())]
+            for k in shared:
+                yield replace(any_kind[k], type=" | ".join(by_kind)) if k == f"{key}.kind" else any_kind[k]
+            own = {k: setting for of_kind in by_kind.values() for k, setting in of_kind.items() if k not in shared}
+            for k, setting in own.items():
+                yield replace(setting, kinds=tuple(kind for kind, of_kind in by_kind.items() if k in of_kind))
             continue
         default = None if field.is_required() else as_yaml(field.get_default(call_default_factory=True))
         yield Setting(key, _type_text(properties[name]), default, meaning)
         if nested:
             yield from settings_of(nested[0], f"{key}[]." if nested[0] is not field.annotation else f"{key}.")
-
-
-def _settings_of_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Setting]:
-    """Yield the settings of sections that `kind` selects from: first those in all sections, then those of each section."""
-    by_kind = {member.model_fields["kind"].default: {s.key: s for s in settings_of(member, prefix)} for member in members}
-    shared = [key for key in next(iter(by_kind.values())) if all(key in of_kind for of_kind in by_kind.values())]
-    any_kind = next(iter(by_kind.values()))
-    for key in shared:
-        is_kind = key == f"{prefix}kind"
-        yield replace(any_kind[key], type=" | ".join(by_kind)) if is_kind else any_kind[key]
-    own = {key: setting for of_kind in by_kind.values() for key, setting in of_kind.items() if key not in shared}
-    for key, setting in own.items():
-        yield replace(setting, kinds=tuple(kind for kind, of_kind in by_kind.items() if key in of_kind))
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:

@@ -215,7 +215,19 @@ def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocume
         highest_share = float((counts / np.maximum(1, totals)).max())
         by_source = _count_by_source(documents, corpus)
         found.append(Finding(name, len(documents), len(of_source), by_source, tuple(examples), highest_share))
-    return tuple(found + _find_few_examples(corpus))
+    # Plain text counts by tokens, all else by examples.
+    used = np.flatnonzero(corpus.used)
+    examples = np.flatnonzero(corpus.used & ~corpus.is_text)
+    if len(examples):
+        is_few, detail = len(examples) < FEW_EXAMPLES, f"{len(examples):,} examples to train on; {_USUAL_EXAMPLES}"
+    else:
+        num_tokens = int(corpus.num_tokens[used].sum())
+        is_few, detail = num_tokens < FEW_TOKENS_OF_TEXT, f"{num_tokens:,} tokens of text to train on; {_USUAL_TEXT}"
+    documents = examples if len(examples) else used
+    if is_few and len(documents):
+        example = Example(corpus.wheres[documents[0]], detail)
+        found.append(Finding("few_examples", len(documents), len(used), _count_by_source(documents, corpus), (example,)))
+    return tuple(found)
 
 
 def _group_by_check(hits: Iterable[tuple[int, CheckHit]]) -> dict[str, dict[int, CheckHit]]:
@@ -229,18 +241,3 @@ def _group_by_check(hits: Iterable[tuple[int, CheckHit]]) -> dict[str, dict[int,
 def _count_by_source(documents: np.ndarray, corpus: CheckedDocuments) -> dict[str, int]:
     counts = np.bincount(corpus.source[documents], minlength=len(corpus.names))
     return {corpus.names[i]: int(count) for i, count in enumerate(counts) if count}
-
-
-def _find_few_examples(corpus: CheckedDocuments) -> list[Finding]:
-    """Return the finding few_examples if there is little data to train on: plain text counts by tokens, all else by examples."""
-    examples = np.flatnonzero(corpus.used & ~corpus.is_text)
-    documents = examples if len(examples) else np.flatnonzero(corpus.used)
-    num_tokens = int(corpus.num_tokens[documents].sum())
-    if len(examples):
-        is_few, detail = len(examples) < FEW_EXAMPLES, f"{len(examples):,} examples to train on; {_USUAL_EXAMPLES}"
-    else:
-        is_few, detail = num_tokens < FEW_TOKENS_OF_TEXT, f"{num_tokens:,} tokens of text to train on; {_USUAL_TEXT}"
-    if not is_few or not len(documents):
-        return []
-    example = Example(corpus.wheres[documents[0]], detail)
-    return [Finding("few_examples", len(documents), int(corpus.used.sum()), _count_by_source(documents, corpus), (example,))]

@@ -304,7 +304,18 @@ def locate(source: str, model: ModelSection) -> Located:
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
     is_model = source == model.path
-    for snapshot in _list_snapshots(source, model.revision if is_model else None):
+    revision = model.revision if is_model else None
+    # By the layout of huggingface_hub's cache.
+    for repo in repository_folders(source):
+        reference = repo / "refs" / (revision or "main")
+        # A commit is used as it is: a reference with its name could lead to a different commit.
+        is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
+        commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
+        if not commit or not weight_files.is_plain_name(commit):
+            continue
+        snapshot = repo / "snapshots" / commit
+        if not (snapshot / "config.json").is_file():
+            continue
         if not is_model or model.init == "random":
             return Located(snapshot)
         files = weight_files.weight_files(snapshot, model.allow_pickled_weights)
@@ -332,15 +343,3 @@ def converted_folder(file: Path) -> Path:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return cache_root() / "models" / f"{file.stem}-{digest.hexdigest()}"
-
-
-def _list_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
-    """Yield the local snapshots of a Hub model, by the layout of huggingface_hub's cache."""
-    for repo in repository_folders(repo_id):
-        reference = repo / "refs" / (revision or "main")
-        # A commit is used as it is: a reference with its name could lead to a different commit.
-        is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
-        commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
-        snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
-        if snapshot is not None and (snapshot / "config.json").is_file():
-            yield snapshot

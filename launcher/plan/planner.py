@@ -15,7 +15,7 @@ from launcher.plan import deepspeed, plan_checks
 from launcher.plan.architecture import architecture_problems
 from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
 from launcher.plan.gpu_types import GPUS, GpuType, Price, lookup, names_other_memory, typical_price
-from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, Limits, ModelFacts, Topology
+from launcher.plan.launch_plan import Facts, LaunchPlan, Limits, Topology
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
@@ -49,8 +49,17 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     run_dir = run_dir_of(config, run_name, facts.working_dir, facts.home_dir)
     # The main memory of this machine only counts if the plan is for machines of the same kind.
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
-    nvme_folder = _nvme_folder(config, run_name, run_dir)
+    nvme_folder = _name_nvme_folder(config, run_name, run_dir)
     liger = kernels.uses_liger(config, facts.model, topology.device, facts.provenance.packages)
+    situation = combinations.Situation(
+        config,
+        facts.model,
+        facts.data,
+        topology,
+        lookup(gpu_name),
+        device_gib(config, facts),
+        liger and not kernels.may_lack_liger(config),
+    )
     hours, usd, own_price = config.run.max_hours, config.run.max_usd, config.cluster.price_per_gpu_hour
     # Of a GPU, or of a rank on CPUs.
     price = None if own_price is None else Price(usd_per_gpu_hour=own_price)
@@ -61,9 +70,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         run_dir=str(run_dir),
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
         config=config,
-        **_plan_by_ranks(
-            config, facts.model, facts.data, topology, gpu_name, nvme_folder, device_gib(config, facts), host_memory_gib, liger
-        ),
+        **_plan_by_ranks(situation, gpu_name, nvme_folder, host_memory_gib),
         liger=liger,
         checkpoint_bytes=checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
         limits=Limits(
@@ -125,41 +132,26 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
     topology = planned.topology.model_copy(update=sizes)
     if problems := list(_hpz_problems(config, topology)):
         raise ConfigError(problems)
-    nvme_folder = _nvme_folder(config, planned.run_name, Path(planned.run_dir))
-    device_gib, node_gib = planned.memory.device_gib, planned.memory.node_gib
-    parts = _plan_by_ranks(
-        config, planned.model, planned.data, topology, planned.gpu_name, nvme_folder, device_gib, node_gib, planned.liger
-    )
+    nvme_folder = _name_nvme_folder(config, planned.run_name, Path(planned.run_dir))
+    situation = replace(situation_of(planned), topology=topology)
+    parts = _plan_by_ranks(situation, planned.gpu_name, nvme_folder, planned.memory.node_gib)
     if not planned.saving.background:
         parts["saving"] = planned.saving
     return planned.model_copy(update=parts)
 
 
 def _plan_by_ranks(
-    config: RunConfig,
-    model: ModelFacts,
-    data: DataFacts | None,
-    topology: Topology,
-    gpu_name: str,
-    nvme_folder: str | None,
-    device_gib: float | None,
-    host_memory_gib: float | None,
-    liger: bool,
+    situation: combinations.Situation, gpu_name: str, nvme_folder: str | None, host_memory_gib: float | None
 ) -> dict[str, Any]:
     """Return the parts of a plan that depend on the number of ranks."""
+    config, model, topology = situation.config, situation.model, situation.topology
     optimizer = OPTIMIZERS[config.optim.name]
-    situation = combinations.Situation(
-        config, model, data, topology, lookup(gpu_name), device_gib, liger and not kernels.may_lack_liger(config)
-    )
     chosen = combinations.choose(situation)
     split = chosen.batch
     states = memory.estimate_model_states(
-        model.num_params, config.model.dtype, split.accumulation, optimizer, config.deepspeed, topology, device_gib
+        model.num_params, config.model.dtype, split.accumulation, optimizer, config.deepspeed, topology, situation.device_gib
     )
     states = states.model_copy(update={"node_gib": host_memory_gib})
-    saving = plan_saving(
-        model.num_params, config.checkpoint.async_save, optimizer, config.deepspeed, states, topology, host_memory_gib
-    )
     return {
         "topology": topology,
         "gpu_name": gpu_name if topology.device == "cuda" else "",
@@ -171,7 +163,9 @@ def _plan_by_ranks(
             config.deepspeed, config.model, config.train, split, topology, model, optimizer, nvme_folder
         ),
         "memory": states,
-        "saving": saving,
+        "saving": plan_saving(
+            model.num_params, config.checkpoint.async_save, optimizer, config.deepspeed, states, topology, host_memory_gib
+        ),
     }
 
 
@@ -339,7 +333,7 @@ def _hpz_problems(config: RunConfig, topology: Topology) -> Iterator[Problem]:
         )
 
 
-def _nvme_folder(config: RunConfig, run_name: str, run_dir: Path) -> str | None:
+def _name_nvme_folder(config: RunConfig, run_name: str, run_dir: Path) -> str | None:
     """Return a folder for this run only, the same in every attempt: the next attempt overwrites what a killed attempt left."""
     if config.deepspeed.nvme_path is None:
         return None

@@ -158,7 +158,12 @@ def _list_members(node: ast.Module | ast.ClassDef | ast.If | ast.Try, prefix: st
                     decorators = [ast.unparse(decorator) for decorator in child.decorator_list]
                     is_property = any(name.endswith(("property", ".setter", "DynamicClassAttribute")) for name in decorators)
                     kind = "attribute" if is_property else "method" if inside_class else "function"
-                    yield _Documented(f"{prefix}.{child.name}", kind, doc, _write_signature(child, inside_class))
+                    arguments = ast.unparse(child.args)
+                    arguments = arguments.partition(",")[2].strip() if inside_class else arguments
+                    # A decorator may change them.
+                    is_shown = arguments.strip("/* ,") and not decorators
+                    signature = f"{child.name}({arguments})" if is_shown else ""
+                    yield _Documented(f"{prefix}.{child.name}", kind, doc, signature)
             case ast.ClassDef() if not child.name.startswith("_"):
                 symbol = f"{prefix}.{child.name}"
                 if doc := _trim_docstring(child):
@@ -166,16 +171,6 @@ def _list_members(node: ast.Module | ast.ClassDef | ast.If | ast.Try, prefix: st
                 yield from _list_members(child, symbol, inside_class=True)
             case ast.If() | ast.Try():
                 yield from _list_members(child, prefix, inside_class)
-
-
-def _write_signature(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: bool) -> str:
-    """Return `name(arguments)` as in the source; empty without arguments, or if a decorator may change them."""
-    if function.decorator_list:
-        return ""
-    arguments = ast.unparse(function.args)
-    if inside_class:
-        arguments = arguments.partition(",")[2].strip()
-    return f"{function.name}({arguments})" if arguments.strip("/* ,") else ""
 
 
 def _trim_docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:

@@ -171,33 +171,27 @@ def _choose_files(
     Raises:
         DataError: if the subset or split does not exist, with those that do.
     """
-    configs = _read_configs(read(README), where) if README in names else []
-    if configs:
-        by_split = _group_by_readme(configs, subset, names, where)
-    elif subset is not None:
-        refuse(f"there is no subset {subset}: the dataset has only one", where, "remove the source's subset")
-    else:
+    by_split = _group_by_readme(read(README), subset, names, where) if README in names else None
+    if by_split is None:
+        if subset is not None:
+            refuse(f"there is no subset {subset}: the dataset has only one", where, "remove the source's subset")
         by_split = _group_by_name(_list_data_files(names, where))
-    chosen = by_split[_select_split(by_split, split, where)]
-    return tuple(chosen), tuple(sorted(set(filter(_may_be_data, names)).difference(chosen)))
-
-
-def _select_split(by_split: dict[str, list[str]], split: str | None, where: str) -> str:
     if by_split.keys() == {""}:
         if split not in (None, HELD_OUT):
             remedy = "remove the source's split, or name the files themselves in its path"
             refuse(f"no file belongs to the split {split}: the file names show no splits", where, remedy)
-        return ""
-    if "" in by_split:
-        names = {key: ", ".join(files[:3]) for key, files in by_split.items() if key}
-        message = f"{', '.join(by_split[''][:3])} belongs to no split, but other files do ({'; '.join(names.values())})"
+        candidates = [""]
+    elif "" in by_split:
+        others = "; ".join(", ".join(files[:3]) for key, files in by_split.items() if key)
+        message = f"{', '.join(by_split[''][:3])} belongs to no split, but other files do ({others})"
         refuse(message, where, "name the files in the source's path with a pattern, such as DIR/train*.jsonl")
-    candidates = split.split(" or ") if split is not None else ["train"] if len(by_split) > 1 else list(by_split)
-    for name in candidates:
-        if name in by_split:
-            return name
-    message = f"there is no split {' or '.join(candidates)} (there are: {', '.join(by_split)})"
-    refuse(message, where, "set the source's split (for held-out documents data.eval_split) to one of them")
+    else:
+        candidates = split.split(" or ") if split is not None else ["train"] if len(by_split) > 1 else list(by_split)
+    chosen = next((by_split[name] for name in candidates if name in by_split), None)
+    if chosen is None:
+        message = f"there is no split {' or '.join(candidates)} (there are: {', '.join(by_split)})"
+        refuse(message, where, "set the source's split (for held-out documents data.eval_split) to one of them")
+    return tuple(chosen), tuple(sorted(set(filter(_may_be_data, names)).difference(chosen)))
 
 
 def _may_be_data(name: str) -> bool:
@@ -234,27 +228,20 @@ def _group_by_name(data: Sequence[str]) -> dict[str, list[str]]:
     return by_split
 
 
-def _read_configs(readme: bytes, where: str) -> list[dict[str, Any]]:
-    """Return the `configs` of a dataset's README."""
+def _group_by_readme(readme: bytes, subset: str | None, names: Sequence[str], where: str) -> dict[str, list[str]] | None:
+    """Return the files of a subset by split, as the `configs` of the dataset's README describe them; None without any."""
     import yaml
+    from fsspec.utils import glob_translate
 
     front_matter = _FRONT_MATTER.match(readme.decode(errors="replace"))
-    if front_matter is None:
-        return []
     try:
-        head = yaml.safe_load(front_matter[1])
+        head = yaml.safe_load(front_matter[1]) if front_matter is not None else None
     except yaml.YAMLError as error:
         refuse(f"the head of {README} is not YAML: {str(error).splitlines()[0]}", where, "name the files in the source's path")
     configs = head.get("configs") if isinstance(head, dict) else None
-    return [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else []
-
-
-def _group_by_readme(
-    configs: Sequence[dict[str, Any]], subset: str | None, names: Sequence[str], where: str
-) -> dict[str, list[str]]:
-    """Return the files of a subset by split, as the `configs` of the README describe them."""
-    from fsspec.utils import glob_translate
-
+    configs = [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
+    if not configs:
+        return None
     subsets = [str(config.get("config_name", "default")) for config in configs]
     if subset is not None and subset not in subsets:
         refuse(f"there is no subset {subset} (there are: {', '.join(subsets)})", where, "set the source's subset to one of them")
@@ -379,7 +366,21 @@ def _find_at_address(source: RowSource) -> SourceFiles:
         fs, path = url_to_fs(source.path)
         # Another process may have written files since the last listing.
         fs.invalidate_cache()
-        paths, left_out = _list_address(fs, str(path), source)
+        path, left_out = str(path), tuple[str, ...]()
+        root, before_query = path.rstrip("/"), path.partition("?")[0]
+        if path.startswith(("http://", "https://")) and detect_kind(before_query) and not glob.has_magic(before_query):
+            # fsspec would read the file for links to find out whether it is a folder.
+            paths = [path]
+        elif glob.has_magic(path):
+            paths = sorted(name for name in fs.glob(path) if fs.isfile(name))
+        elif not fs.isdir(path):
+            paths = [path]
+        else:
+            names = [str(name).removeprefix(f"{root}/") for name in fs.find(root)]
+            chosen, left_out = _choose_files(
+                names, lambda name: bytes(fs.cat_file(f"{root}/{name}")), source.subset, source.split, source.path
+            )
+            paths = [f"{root}/{name}" for name in chosen]
         # The address of each file, its size if the storage reports it, and a text that changes with its content.
         versions: dict[str, tuple[str, int | None, str]] = {}
         for path in paths:
@@ -400,24 +401,6 @@ def _find_at_address(source: RowSource) -> SourceFiles:
         lambda: json.dumps([*versions.values()]),
         lambda: tuple(_fetch_address(fs, path, *version) for path, version in versions.items()),
     )
-
-
-def _list_address(fs: Any, path: str, source: RowSource) -> tuple[list[str], tuple[str, ...]]:
-    """Return the paths of the files to read, and the names of files of the folder that are left out."""
-    before_query = path.partition("?")[0]
-    if path.startswith(("http://", "https://")) and detect_kind(before_query) and not glob.has_magic(before_query):
-        # fsspec would read the file for links to find out whether it is a folder.
-        return [path], ()
-    if glob.has_magic(path):
-        return sorted(name for name in fs.glob(path) if fs.isfile(name)), ()
-    if not fs.isdir(path):
-        return [path], ()
-    root = path.rstrip("/")
-    names = [str(name).removeprefix(f"{root}/") for name in fs.find(root)]
-    chosen, left_out = _choose_files(
-        names, lambda name: bytes(fs.cat_file(f"{root}/{name}")), source.subset, source.split, source.path
-    )
-    return [f"{root}/{name}" for name in chosen], left_out
 
 
 def _fetch_address(fs: Any, path: str, name: str, size: int | None, version: str) -> DataFile:

@@ -47,21 +47,12 @@ def make_eval_source(data: DataSection) -> Source | None:
         return None
     read = [source for source in data.sources if source.path not in BUILTINS]
     same = next((source for source in read if source.path == data.eval_path), None)
-    alike = (
-        len({(source.format, source.completions, source.ignored_keys, *sorted(source.columns.items())) for source in read}) == 1
-    )
-    like = same or (read[0] if alike else None)
-    return Source(
-        name="held_out",
-        path=data.eval_path,
-        format=like.format if like else "auto",
-        completions=like.completions if like else "auto",
-        columns=like.columns if like else {},
-        ignored_keys=like.ignored_keys if like else (),
-        subset=same.subset if same else None,
-        revision=same.revision if same else None,
-        split=data.eval_split or (HELD_OUT if locate.has_splits(data.eval_path) else None),
-    )
+    shared = [source.model_dump(include={"format", "completions", "columns", "ignored_keys"}) for source in read]
+    if same is not None:
+        shared = [same.model_dump(include={*shared[0], "subset", "revision"})]
+    is_alike = bool(shared) and all(one == shared[0] for one in shared)
+    split = data.eval_split or (HELD_OUT if locate.has_splits(data.eval_path) else None)
+    return Source(name="held_out", path=data.eval_path, split=split, **(shared[0] if is_alike else {}))
 
 
 def list_inputs(data: DataSection) -> list[Source]:

@@ -248,6 +248,10 @@ class BatchEncoder:
         ]
         num_tokens = np.asarray([len(tokens.ids) for tokens in encoded], dtype=np.int64)
         kept_tokens = np.asarray([sum(len(piece.ids) for piece in pieces) for pieces in cut], dtype=np.int64)
+
+        def hashes(name: str) -> np.ndarray:
+            return np.asarray([getattr(one, name) for one in inspections], dtype=np.uint64)
+
         docs = DocumentTable(
             source=np.full(len(documents), task.source, dtype=np.uint16),
             held_out=np.asarray(held_out, dtype=bool),
@@ -255,11 +259,11 @@ class BatchEncoder:
             lost_tokens=num_tokens - kept_tokens,
             num_pieces=np.asarray([len(pieces) for pieces in cut], dtype=np.int64),
             turn_end=np.asarray([one.ids[one.turn_ends[-1]] if one.turn_ends else -1 for one in encoded], dtype=np.int64),
-            contents=np.asarray([one.content for one in inspections], dtype=np.uint64),
-            tasks=np.asarray([one.task for one in inspections], dtype=np.uint64),
-            prompts=np.asarray([one.prompt for one in inspections], dtype=np.uint64),
-            prompt_forms=np.asarray([one.prompt_form for one in inspections], dtype=np.uint64),
-            splits_alone=np.asarray([one.split_alone for one in inspections], dtype=np.uint64),
+            contents=hashes("content"),
+            tasks=hashes("task"),
+            prompts=hashes("prompt"),
+            prompt_forms=hashes("prompt_form"),
+            splits_alone=hashes("split_alone"),
             by_hash=np.full(len(documents), is_by_hash),
             is_text=np.asarray([one.is_text for one in inspections], dtype=bool),
             wheres=[document.where for document in documents],

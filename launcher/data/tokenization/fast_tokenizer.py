@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -114,7 +114,22 @@ def make_cached(tokenizer: Tokenizer) -> CachedTokenizer | None:
     """Return a cached tokenizer with the same tokens; None if `tokenizer` splits text in an unsupported way."""
     parts = json.loads(tokenizer.to_str())
     model, added = parts["model"], parts["added_tokens"]
-    splitter = _find_splitter(parts["pre_tokenizer"])
+    before = parts["pre_tokenizer"] or {"type": None}
+    # An expression whose consecutive matches are the words.
+    splitter = None
+    match before["pretokenizers"] if before["type"] == "Sequence" else [before]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            splitter = _PATTERNS[_GPT2]
+        case [
+            {"type": "Digits", "individual_digits": one_by_one},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]:
+            splitter = _DIGITS_GPT2[one_by_one]
+        case [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ]:
+            splitter = _PATTERNS.get(pattern)
     has_plain_text = parts["normalizer"] is None or parts["normalizer"] == {"type": "NFC"}
     has_plain_added = not any(token[key] for token in added for key in ("lstrip", "rstrip", "single_word", "normalized"))
     if model["type"] != "BPE" or model.get("dropout") or splitter is None or not has_plain_text or not has_plain_added:
@@ -125,23 +140,3 @@ def make_cached(tokenizer: Tokenizer) -> CachedTokenizer | None:
     probe = _PROBE + "".join(token["content"] for token in added if token["content"].isascii())
     encoded = cached.encode(probe)
     return cached if encoded and encoded[0].tolist() == tokenizer.encode(probe, add_special_tokens=False).ids else None
-
-
-def _find_splitter(pre_tokenizer: dict[str, Any] | None) -> re.Pattern[str] | None:
-    """Return an expression whose consecutive matches are the words; None for an unsupported pre-tokenizer."""
-    if pre_tokenizer is None:
-        return None
-    match pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]:
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return _PATTERNS[_GPT2]
-        case [
-            {"type": "Digits", "individual_digits": one_by_one},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        ]:
-            return _DIGITS_GPT2[one_by_one]
-        case [
-            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            return _PATTERNS.get(pattern)
-    return None

@@ -31,7 +31,6 @@ from launcher.plan.architecture import (
     FUSED_QKV,
     LIMITED_GATES,
     POST_NORMS,
-    AttentionSizes,
     Experts,
     attention_sizes,
     has_attention_dropout,
@@ -89,7 +88,17 @@ def layer_activations(model: ModelFacts, experts: Experts | None, kernels: Kerne
         recomputed -= width * hidden
     if model.model_type in FOUR_NORMS and not is_fp32:
         recomputed += FP32 * hidden
-    backward = _count_mlp_backward(model, experts, kernels)
+    # Of the MLP: gradients of its output, and of both factors of the product.
+    if experts is None:
+        backward = width * (2 * model.intermediate_size + hidden)
+    else:
+        backward = width * experts.chosen * max(3 * hidden, 2 * experts.size - hidden)
+        if model.model_type in FP32_ROUTING_WEIGHTS:
+            # The gradients of the weighted outputs are in fp32. The shared expert has freed its activations by then.
+            in_weighting = (2 * FP32 + 3 * width) * experts.chosen * hidden - _count_mlp(experts.shared_size, kernels)
+            backward = width * hidden + max(backward, in_weighting)
+        else:
+            backward += FP32 * experts.number + (2 if experts.has_shared_gate else 1) * width * hidden
     if model.model_type in (*POST_NORMS, *FOUR_NORMS):
         backward = max(backward - _count_norm(hidden, 0, is_fp32, kernels), (3 * FP32 + 2 * width) * hidden)
     if kernels.attention == "eager":
@@ -137,7 +146,16 @@ def _count_attention(model: ModelFacts, kernels: Kernels) -> int:
         # Queries, keys and values are one product, whose memory is kept as long as the values are.
         saved += width * (2 * sizes.query + sizes.key)
     elif sizes.unrotated:
-        saved += width * _count_joined_elements(sizes, kernels)
+        # Each head is joined from a rotated and a plain part, which changes the order in memory. The output of a kernel has this
+        # order, so the next projection gets a copy of it.
+        if not sizes.latents:
+            saved += width * sizes.output if kernels.attention in FLASH_KERNELS else 0
+        elif kernels.attention in FLASH_KERNELS and sizes.query > sizes.output:
+            # Values are padded to the width of queries, and so is the output.
+            saved += width * (2 * sizes.query - sizes.output)
+        else:
+            # Values are a view of the product that also holds the plain part of the keys.
+            saved += width * (sizes.unrotated + sizes.output)
     if model.model_type in FP32_ROTARY_TABLES:
         saved += 2 * FP32 * model.head_dim
     is_masked = kernels.packed and kernels.attention not in FLASH_KERNELS
@@ -156,32 +174,5 @@ def _count_attention(model: ModelFacts, kernels: Kernels) -> int:
     return saved + FP32 * heads + (width * kernels.row_tokens if is_masked else 0)
 
 
-def _count_joined_elements(sizes: AttentionSizes, kernels: Kernels) -> int:
-    """Return the additional elements per token where each head is joined from a rotated and a plain part.
-
-    Joining changes the order in memory. The output of a kernel has the same order, so the next projection gets a copy of it.
-    """
-    if not sizes.latents:
-        return sizes.output if kernels.attention in FLASH_KERNELS else 0
-    if kernels.attention in FLASH_KERNELS and sizes.query > sizes.output:
-        # Values are padded to the width of queries, and so is the output.
-        return 2 * (sizes.query - sizes.output) + sizes.output
-    # Values are a view of the product that also holds the plain part of the keys.
-    return sizes.unrotated + sizes.output
-
-
 def _count_mlp(size: int, kernels: Kernels) -> int:
     return (3 if kernels.is_fused else 4) * kernels.width * size
-
-
-def _count_mlp_backward(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> int:
-    """Return the bytes at the peak of the MLP's backward pass: gradients of the output, and of both factors of the product."""
-    width, hidden = kernels.width, model.hidden_size
-    if experts is None:
-        return width * (2 * model.intermediate_size + hidden)
-    in_experts = width * experts.chosen * max(3 * hidden, 2 * experts.size - hidden)
-    if model.model_type in FP32_ROUTING_WEIGHTS:
-        # The gradients of the weighted outputs are in fp32. The shared expert has freed its activations by then.
-        in_weighting = (2 * FP32 + 3 * width) * experts.chosen * hidden - _count_mlp(experts.shared_size, kernels)
-        return width * hidden + max(in_experts, in_weighting)
-    return in_experts + FP32 * experts.number + (2 if experts.has_shared_gate else 1) * width * hidden

@@ -38,7 +38,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from launcher.plan.architecture import Experts, attention_sizes, experts_by_layer, num_layer_norms, query_key_norms
+from launcher.plan.architecture import attention_sizes, experts_by_layer, num_layer_norms, query_key_norms
 from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, DataFacts, ModelFacts, Topology
@@ -199,24 +199,22 @@ def _predict_transfer_s(
     return seconds
 
 
-def _count_layer_bytes(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> float:
-    """Return the bytes per token that a layer's forward and backward pass move, excluding products and attention."""
-    width, hidden, attention = kernels.width, model.hidden_size, attention_sizes(model)
+def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float) -> float:
+    """Return the bytes per token that all layers move, excluding products and attention.
+
+    `recomputed_share` of the layers repeat their forward pass.
+    """
+    width, hidden, attention, total = kernels.width, model.hidden_size, attention_sizes(model), 0.0
     norm = 10 * width if kernels.liger else 124 + 2 * width + (28 if has_fp32_norms(model) else 0)
     rotary, gate = (4, 8) if kernels.liger else (23, 14)
     normalized = attention.query + attention.key if query_key_norms(model) else sum(attention.latents)
-    moved = norm * (num_layer_norms(model) * hidden + normalized) + rotary * width * (attention.query + attention.key)
-    moved += gate * width * (experts.shared_size if experts else model.intermediate_size) + 21 * width * hidden
-    if experts:
-        moved += experts.chosen * width * (14 * experts.size + 20 * hidden)
-    return moved * (COMPILED_SHARE if kernels.compiled and not kernels.liger else 1.0)
-
-
-def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float) -> float:
-    """Return the bytes per token that all layers move; `recomputed_share` of them repeat their forward pass."""
-    kinds = Counter(experts_by_layer(model))
-    layers = sum(count * _count_layer_bytes(model, experts, kernels) for experts, count in kinds.items())
-    return layers * (1 + FORWARD_SHARE * recomputed_share)
+    for experts, count in Counter(experts_by_layer(model)).items():
+        moved = norm * (num_layer_norms(model) * hidden + normalized) + rotary * width * (attention.query + attention.key)
+        moved += gate * width * (experts.shared_size if experts else model.intermediate_size) + 21 * width * hidden
+        if experts:
+            moved += experts.chosen * width * (14 * experts.size + 20 * hidden)
+        total += count * (moved * (COMPILED_SHARE if kernels.compiled and not kernels.liger else 1.0))
+    return total * (1 + FORWARD_SHARE * recomputed_share)
 
 
 def bytes_of_loss(model: ModelFacts, width: int, trained_tokens: float, chunk_tokens: int) -> float:
