@@ -54,6 +54,13 @@ class ClusterSection(Section):
     gpu_kind_remedy: ClassVar[str] = "use nodes of the planned kind"
     memory_remedy: ClassVar[str] = "give the node, or its container, more"
 
+    # Whether the run executes on the machine of the command, and on no other.
+    is_this_machine: ClassVar[bool] = False
+    # Whether each machine runs the same command, which stays active for the whole attempt.
+    runs_on_every_node: ClassVar[bool] = False
+    # Whether the backend starts another attempt after a failed one.
+    continues_by_itself: ClassVar[bool] = False
+
     @classmethod
     def of(cls, section: ClusterSection) -> Self:
         """Return `section` typed as this class, for a backend that only receives sections of its own class."""
@@ -66,24 +73,9 @@ class ClusterSection(Section):
         return False
 
     @property
-    def is_this_machine(self) -> bool:
-        """True if the run executes on the machine of the command, and on no other."""
-        return False
-
-    @property
     def uses_own_python(self) -> bool:
         """True if the ranks run in this Python, so that the packages installed here are those that the ranks have."""
         return True
-
-    @property
-    def runs_on_every_node(self) -> bool:
-        """True if each machine runs the same command, which stays active for the whole attempt."""
-        return False
-
-    @property
-    def continues_by_itself(self) -> bool:
-        """True if the backend starts another attempt after a failed one."""
-        return False
 
     @property
     def has_unknown_gpus(self) -> bool:
@@ -129,13 +121,10 @@ class LocalSection(ClusterSection):
     kind: Literal["local"] = Field("local", description="The backend that starts the workers.")
 
     unnamed_node: ClassVar[str] = "this machine"
+    is_this_machine: ClassVar[bool] = True
 
     @property
     def is_followed(self) -> bool:
-        return True
-
-    @property
-    def is_this_machine(self) -> bool:
         return True
 
 
@@ -163,10 +152,7 @@ class ManagedSection(ClusterSection):
 
     # The remedy if a bad node ended a run.
     bad_node_remedy: ClassVar[str] = "repair the node or remove it from the cluster"
-
-    @property
-    def continues_by_itself(self) -> bool:
-        return True
+    continues_by_itself: ClassVar[bool] = True
 
     @property
     def leaves_out_bad_nodes(self) -> bool:

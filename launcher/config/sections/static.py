@@ -47,19 +47,13 @@ class StaticSection(ManagedSection):
 
     unnamed_node: ClassVar[str] = "this machine"
     bad_node_remedy: ClassVar[str] = "repair or replace the machine, then repeat the command on every machine"
-
-    @property
-    def runs_on_every_node(self) -> bool:
-        return True
+    runs_on_every_node: ClassVar[bool] = True
+    # A person or the provider starts the command again.
+    continues_by_itself: ClassVar[bool] = False
 
     @property
     def is_followed(self) -> bool:
         return True
-
-    @property
-    def continues_by_itself(self) -> bool:
-        """False: a person or the provider starts the command again."""
-        return False
 
     def completed(self, environ: Mapping[str, str]) -> StaticSection:
         return self.for_plan(count_nodes(self, environ, self.model_fields_set))
