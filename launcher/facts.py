@@ -135,17 +135,17 @@ def needs_isolation_check(config: RunConfig, model: ModelFacts) -> bool:
 
 def is_extra_accepted(config: RunConfig) -> bool:
     """Return True if `deepspeed.extra` is empty, or the installed DeepSpeed accepted it on this machine."""
-    return not config.deepspeed.extra or stored_checks.load(*_extra_key(config)) is not None
+    return not config.deepspeed.extra or stored_checks.load(*_make_extra_key(config)) is not None
 
 
 def accept_extra(config: RunConfig) -> None:
     """Store that DeepSpeed has accepted these settings. Raises DataError if the launcher's cache cannot be written."""
-    stored_checks.save(*_extra_key(config), {})
+    stored_checks.save(*_make_extra_key(config), {})
 
 
-def _extra_key(config: RunConfig) -> tuple[str, Any]:
+def _make_extra_key(config: RunConfig) -> tuple[str, Any]:
     settings = [config.model.dtype, config.deepspeed.model_dump(mode="json")]
-    return "deepspeed-checks", [_version("deepspeed"), launcher.__version__, *settings]
+    return "deepspeed-checks", [_find_version("deepspeed"), launcher.__version__, *settings]
 
 
 def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:
@@ -183,11 +183,11 @@ def provenance(overrides: Sequence[str]) -> Provenance:
         git_commit=commit,
         git_dirty=dirty,
         python=platform.python_version(),
-        packages={name: version for name in _PACKAGES if (version := _version(name))},
+        packages={name: version for name in _PACKAGES if (version := _find_version(name))},
     )
 
 
-def _version(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

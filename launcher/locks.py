@@ -118,7 +118,7 @@ def hold(path: Path, timeout_s: float, command: str, mode: int = -1) -> Iterator
     # Commands that only read runs take no lock, and the import takes a while.
     from filelock import FileLock, Timeout
 
-    lock, identity = FileLock(path, timeout=timeout_s, mode=mode), _identity_path(path)
+    lock, identity = FileLock(path, timeout=timeout_s, mode=mode), _name_identity(path)
     try:
         lock.acquire()
     except Timeout:
@@ -162,7 +162,7 @@ def wait_and_hold(path: Path, activity: str, command: str) -> Iterator[None]:
 def read_holder(path: Path) -> Holder | None:
     """Return the process that holds the lock file `path`, or None if no process does or its identity is not published."""
     try:
-        holder = Holder(**json.loads(_identity_path(path).read_text()))
+        holder = Holder(**json.loads(_name_identity(path).read_text()))
     except (OSError, ValueError, TypeError):
         return None
     return None if holder.has_ended else holder
@@ -176,5 +176,5 @@ def wait_for_holder(path: Path) -> Holder | None:
     return holder
 
 
-def _identity_path(path: Path) -> Path:
+def _name_identity(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")

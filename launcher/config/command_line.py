@@ -99,7 +99,7 @@ def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) 
         if not equals and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
             value = rest.pop(0)
         if name not in FLAGS_WITH_VALUE:
-            problems.append(_unknown_flag_problem(name, value, own_flags))
+            problems.append(_make_unknown_flag_problem(name, value, own_flags))
         elif value or name in ("--info", "-i"):
             remaining += [name, value] if value else [name]
         else:
@@ -107,7 +107,7 @@ def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) 
     return remaining, problems
 
 
-def _unknown_flag_problem(name: str, value: str, own_flags: Sequence[str]) -> Problem:
+def _make_unknown_flag_problem(name: str, value: str, own_flags: Sequence[str]) -> Problem:
     import difflib
 
     from launcher.config.known_settings import meant_setting, settings
@@ -142,14 +142,14 @@ def without_unreadable_overrides(tokens: Sequence[str]) -> tuple[list[str], list
         token = rest.pop(0)
         if token in FLAGS_WITH_VALUE and rest and "=" not in rest[0]:
             remaining += [token, rest.pop(0)]
-        elif not token.startswith("-") and (problem := _override_problem(parser, token, has_multirun)):
+        elif not token.startswith("-") and (problem := _find_override_problem(parser, token, has_multirun)):
             problems.append(problem)
         else:
             remaining.append(token)
     return remaining, problems
 
 
-def _override_problem(parser: Any, token: str, has_multirun: bool) -> Problem | None:
+def _find_override_problem(parser: Any, token: str, has_multirun: bool) -> Problem | None:
     from launcher.config.known_settings import settings, suggest_setting
     from launcher.security.redaction import looks_secret
 

@@ -59,7 +59,7 @@ def settings_of(section: type[BaseModel], prefix: str) -> Iterator[Setting]:
                 yield replace(setting, kinds=tuple(kind for kind, of_kind in by_kind.items() if k in of_kind))
             continue
         default = None if field.is_required() else as_yaml(field.get_default(call_default_factory=True))
-        yield Setting(key, _type_text(properties[name]), default, meaning)
+        yield Setting(key, _describe_type(properties[name]), default, meaning)
         if nested:
             yield from settings_of(nested[0], f"{key}[]." if nested[0] is not field.annotation else f"{key}.")
 
@@ -71,10 +71,10 @@ def sections_of(annotation: Any) -> list[type[BaseModel]]:
     return [section for part in get_args(annotation) for section in sections_of(part)]
 
 
-def _type_text(schema: Mapping[str, Any]) -> str:
+def _describe_type(schema: Mapping[str, Any]) -> str:
     """Return a JSON Schema as text: `bf16 | fp16 | fp32`, `int > 0 or null`, `0 <= float <= 1`, `list of name`."""
     if "anyOf" in schema:
-        parts = [_type_text(part) for part in schema["anyOf"] if part.get("type") != "null"]
+        parts = [_describe_type(part) for part in schema["anyOf"] if part.get("type") != "null"]
         optional = any(part.get("type") == "null" for part in schema["anyOf"])
         return " | ".join(parts) + (" or null" if optional else "")
     if "const" in schema or "enum" in schema:
@@ -84,8 +84,8 @@ def _type_text(schema: Mapping[str, Any]) -> str:
         return "true | false"
     if kind == "array":
         if "prefixItems" in schema:
-            return f"[{', '.join(_type_text(item) for item in schema['prefixItems'])}]"
-        return f"list of {_type_text(schema['items'])}"
+            return f"[{', '.join(_describe_type(item) for item in schema['prefixItems'])}]"
+        return f"list of {_describe_type(schema['items'])}"
     if kind is None:
         return "mapping"
     name = schema.get("format") or _SCALARS[kind]
@@ -169,16 +169,16 @@ _NUM_SHOWN = 3
 
 
 @functools.cache
-def _synonyms() -> Mapping[str, str]:
+def _list_synonyms() -> Mapping[str, str]:
     return {name: setting for setting, names in _NAMES_ELSEWHERE.items() for name in names.split()}
 
 
 def meant_setting(key: str) -> str:
     """Return the setting that another trainer's name stands for; empty for all other names. The section is ignored."""
-    return _synonyms().get(_last_part_of(key), "")
+    return _list_synonyms().get(_take_last_part(key), "")
 
 
-def _last_part_of(key: str) -> str:
+def _take_last_part(key: str) -> str:
     return key.rpartition(".")[2].lower().lstrip("-").replace("-", "_")
 
 
@@ -193,7 +193,7 @@ def suggest_setting(key: str) -> str:
         return f"did you mean {of_data}?"
     if meant := meant_setting(key):
         return f"did you mean {meant}?"
-    if instead := next((text for pattern, text in _NOT_SERVED.items() if pattern.search(_last_part_of(key))), ""):
+    if instead := next((text for pattern, text in _NOT_SERVED.items() if pattern.search(_take_last_part(key))), ""):
         return instead
     names = list(settings())
     if guess := did_you_mean(key, names):
@@ -202,7 +202,7 @@ def suggest_setting(key: str) -> str:
     for name in names:
         if "." in name and "[]" not in name:
             by_last_part.setdefault(name.rpartition(".")[2], []).append(name)
-    for name, setting in _synonyms().items():
+    for name, setting in _list_synonyms().items():
         by_last_part.setdefault(name, []).append(setting)
     close = difflib.get_close_matches(key.rpartition(".")[2], by_last_part, n=1, cutoff=0.75)
     return f"did you mean {' or '.join(by_last_part[close[0]][:_NUM_SHOWN])}?" if close else ""

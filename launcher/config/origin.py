@@ -52,18 +52,18 @@ class Origins:
     def resolve(self, key: str) -> tuple[str, str]:
         """Return the key that holds the value (another key if `key` is an interpolation), and its origin."""
         seen = {key}
-        where, value = self._location(key)
+        where, value = self._locate(key)
         while (reference := re.fullmatch(r"\$\{([\w.\[\]]+)\}", value or "")) and reference[1] not in seen:
             key = reference[1]
             seen.add(key)
-            where, value = self._location(key)
+            where, value = self._locate(key)
         return key, where
 
     def written_at(self, key: str) -> str:
         """Return the origin of a setting's text, which may be an interpolation."""
-        return self._location(key)[0]
+        return self._locate(key)[0]
 
-    def _location(self, key: str) -> tuple[str, str | None]:
+    def _locate(self, key: str) -> tuple[str, str | None]:
         """Return the origin of a setting, and its text if it is a scalar in a file."""
         for override in reversed(self.overrides):
             name = override.split("=", 1)[0].lstrip("+~")
@@ -122,7 +122,7 @@ class Origins:
         for group in self.choices:
             if (file := self.file_of(group)) is not None:
                 yield file, "" if re.search(r"^#\s*@package\s+_global_", file.read_text(), re.MULTILINE) else group
-        if (root := self._file("config.yaml")) is not None:
+        if (root := self._find_file("config.yaml")) is not None:
             yield root, ""
 
     def missing_keys(self) -> list[str]:
@@ -139,9 +139,9 @@ class Origins:
     def file_of(self, group: str) -> Path | None:
         """Return the file of the chosen option of a group; None if no option is chosen."""
         option = self.choices.get(group)
-        return None if group.startswith("hydra") or option in (None, "null") else self._file(f"{group}/{option}.yaml")
+        return None if group.startswith("hydra") or option in (None, "null") else self._find_file(f"{group}/{option}.yaml")
 
-    def _file(self, relative: str) -> Path | None:
+    def _find_file(self, relative: str) -> Path | None:
         return next((f / relative for f in self.folders if (f / relative).is_file()), None)
 
 

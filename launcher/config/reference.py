@@ -39,13 +39,13 @@ def render() -> str:
     for name, field in RunConfig.model_fields.items():
         sections = sections_of(field.annotation)
         rows = [setting for setting in settings().values() if setting.key.startswith(f"{name}.")]
-        parts += [f"## {name}\n\n{settings()[name].meaning}\n", _table(row for row in rows if not row.kinds)]
+        parts += [f"## {name}\n\n{settings()[name].meaning}\n", _render_table(row for row in rows if not row.kinds)]
         for section in sections if len(sections) > 1 else ():
             kind = section.model_fields["kind"].default
             # Two sections may describe a setting of the same name differently.
             of_kind = [row for row in settings_of(section, f"{name}.") if row.key != f"{name}.kind"]
             if rows_of_kind := [row for row in of_kind if row != settings()[row.key]]:
-                parts += [f"### {name}={kind}\n\n{section.__doc__}\n", _table(rows_of_kind)]
+                parts += [f"### {name}={kind}\n\n{section.__doc__}\n", _render_table(rows_of_kind)]
     parts.append(
         "# Options of the groups\n\nThe files under `conf/`; `--config-dir DIR` adds your own, laid out in the same way.\n"
     )
@@ -55,7 +55,7 @@ def render() -> str:
     return "\n".join(parts)
 
 
-def _table(rows: Iterable[Setting]) -> str:
+def _render_table(rows: Iterable[Setting]) -> str:
     lines = ["| key | type | default | meaning |\n|---|---|---|---|"]
     for row in rows:
         default = "required" if row.default is None else f"`{row.default}`"

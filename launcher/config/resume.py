@@ -145,22 +145,22 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
         if equals and key in (*RunConfig.model_fields, _EXPERIMENT):
             fresh = launcher_command(f"model.path=run:{run_name}")
             remedy = f"write each setting that changes; another model needs another run: {fresh} ..."
-            problems.append(_problem(f"{key}={raw}: a resume changes single settings, not a whole group", remedy))
+            problems.append(_make_problem(f"{key}={raw}: a resume changes single settings, not a whole group", remedy))
         elif not equals or key not in settings():
             guess = suggest_setting(key)
-            problems.append(_problem(f"{key}: there is no such setting", guess or "write settings as key=value"))
+            problems.append(_make_problem(f"{key}: there is no such setting", guess or "write settings as key=value"))
         else:
             section, _, name = key.partition(".")
             try:
                 value = yaml.safe_load(raw)
             except yaml.YAMLError:
-                problems.append(_problem(f"{key}: the value is not valid YAML", "write the value in YAML", value=raw))
+                problems.append(_make_problem(f"{key}: the value is not valid YAML", "write the value in YAML", value=raw))
                 continue
             secrets = []
             for leaf, content in leaves(value, key):
                 login = f"{leaf}: {LOGIN_IN_ADDRESS}" if has_login(content) else None
                 if message := secret_problem(leaf, content, held) or login:
-                    secrets.append(_problem(message, IN_ENVIRONMENT))
+                    secrets.append(_make_problem(message, IN_ENVIRONMENT))
             problems += secrets
             if not secrets:
                 if key == "data.path" and (before := values["data"]["path"]) is not None:
@@ -182,5 +182,5 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
     return changed
 
 
-def _problem(message: str, remedy: str, value: str = "") -> Problem:
+def _make_problem(message: str, remedy: str, value: str = "") -> Problem:
     return Problem(redact(message), where=COMMAND_LINE, value=redact(value), remedy=remedy)

@@ -223,9 +223,9 @@ def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = Fals
             _merge_into(composed, chosen[group].values)
     printed: dict[str, Any] = {}
     for name, section in target.items():
-        defaults = _section_defaults(name, section)
+        defaults = _list_section_defaults(name, section)
         _merge_into(defaults, composed.get(name, {}))
-        changes = _changed_values(section, defaults, target)
+        changes = _find_changed_values(section, defaults, target)
         if name == "train":
             # Write 2 epochs, not 2.0; and leave out the length that is unset, because setting the other one unsets it.
             if isinstance(epochs := changes.get("epochs"), float) and epochs.is_integer():
@@ -277,38 +277,38 @@ def _find_closest_option(group: str, conf_dir: Path, target: Mapping[str, Any], 
     def cost(option: _Option) -> tuple[int, bool]:
         num_keys = 0
         for name, section in target.items():
-            defaults = _section_defaults(name, section)
+            defaults = _list_section_defaults(name, section)
             _merge_into(defaults, option.values.get(name, {}))
             if _has_other_keys(defaults, section):
                 return (1 << 30, True)
-            num_keys += len(list(leaves(_changed_values(section, defaults, target))))
+            num_keys += len(list(leaves(_find_changed_values(section, defaults, target))))
         return num_keys, option.name != usual
 
     return min(options, key=cost)
 
 
-def _section_defaults(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
+def _list_section_defaults(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
     """Return the schema's defaults of a section; `section` has its values, of which `kind` may select the class."""
     classes = sections_of(RunConfig.model_fields[name].annotation)
     if len(classes) == 1:
-        return _field_defaults(classes[0])
+        return _list_field_defaults(classes[0])
     chosen = next(one for one in classes if one.model_fields["kind"].default == section["kind"])
     # If a section has no kind, its class is not the one that has this kind as its default.
-    return {**_field_defaults(chosen), **choose_kind({})}
+    return {**_list_field_defaults(chosen), **choose_kind({})}
 
 
-def _field_defaults(section: type[BaseModel]) -> dict[str, Any]:
+def _list_field_defaults(section: type[BaseModel]) -> dict[str, Any]:
     fields = section.model_fields.items()
     return {key: to_jsonable_python(f.get_default(call_default_factory=True)) for key, f in fields if not f.is_required()}
 
 
-def _changed_values(values: Mapping[str, Any], defaults: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
+def _find_changed_values(values: Mapping[str, Any], defaults: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that differ from the defaults; references in the defaults are resolved with `target`."""
     changes: dict[str, Any] = {}
     for key, value in values.items():
         default = _resolve_references(defaults.get(key, _ABSENT), target)
         if isinstance(value, dict) and isinstance(default, dict):
-            if inner := _changed_values(value, default, target):
+            if inner := _find_changed_values(value, default, target):
                 changes[key] = inner
         elif _drop_default_keys(value) != _drop_default_keys(default):
             changes[key] = _drop_default_keys(value)
@@ -319,7 +319,7 @@ def _drop_default_keys(value: Any) -> Any:
     """Return a list of mappings, such as data.sources, without the keys that equal the schema's defaults."""
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) and "path" in item for item in value):
         return value
-    unset = {key: default for key, default in _field_defaults(Source).items() if key != "name"}
+    unset = {key: default for key, default in _list_field_defaults(Source).items() if key != "name"}
     return [{key: content for key, content in item.items() if unset.get(key, _ABSENT) != content} for item in value]
 
 

@@ -122,7 +122,7 @@ def find_model(model: ModelSection) -> FoundModel:
             continue
         try:
             located[key] = locate(value, model)
-            problems += _source_problems(key, value, located[key].folder, model)
+            problems += _check_source(key, value, located[key].folder, model)
         except ConfigError as error:
             problems += error.problems
     if model.config is not None:
@@ -141,7 +141,7 @@ def find_model(model: ModelSection) -> FoundModel:
     return FoundModel(model, own.folder, own.source, tokenizer.folder, report, problems)
 
 
-def _source_problems(key: str, value: str, folder: Path | None, model: ModelSection) -> list[Problem]:
+def _check_source(key: str, value: str, folder: Path | None, model: ModelSection) -> list[Problem]:
     """Return the problems of the files in a folder that the user or a download has written."""
     if is_local_path(value):
         local = Path(value).expanduser()
@@ -186,7 +186,7 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
             found = [Problem("model.path: config.json has no model_type", str(config_file), remedy=remedy)]
         else:
             found = list(config_problems(config, str(config_file)))
-            found += _architecture_problems(config, config_file) if not model.trust_remote_code else ()
+            found += _check_architecture(config, config_file) if not model.trust_remote_code else ()
             # The other problems explain why numbers are missing.
             if not found:
                 try:
@@ -194,7 +194,7 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
                 except ConfigError as error:
                     found += error.problems
         problems += [*found, *code_problems(model, folder)]
-        problems += _weight_problems(folder, model) if model.init != "random" else ()
+        problems += _check_weights(folder, model) if model.init != "random" else ()
     except ConfigError as error:
         problems += error.problems
     return problems
@@ -206,7 +206,7 @@ def file_problems(folder: Path, patterns: Sequence[str] = TOKENIZER_FILES, key: 
     return [problem for file in files if (problem := weight_files.file_problem(file, key)) is not None]
 
 
-def _architecture_problems(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
+def _check_architecture(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
     """Yield why transformers cannot build this architecture without code that comes with the model."""
     model_type = str(config["model_type"])
     package = importlib.metadata.distribution("transformers")
@@ -224,7 +224,7 @@ def _architecture_problems(config: Mapping[str, Any], file: Path) -> Iterator[Pr
     yield Problem(message, str(file), model_type, remedy)
 
 
-def _weight_problems(folder: Path, model: ModelSection) -> Iterator[Problem]:
+def _check_weights(folder: Path, model: ModelSection) -> Iterator[Problem]:
     """Yield why the weights cannot be loaded. Raises ConfigError if the index cannot be read."""
     files = weight_files.weight_files(folder, model.allow_pickled_weights)
     if not files and any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:
@@ -304,18 +304,7 @@ def locate(source: str, model: ModelSection) -> Located:
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
     is_model = source == model.path
-    revision = model.revision if is_model else None
-    # By the layout of huggingface_hub's cache.
-    for repo in repository_folders(source):
-        reference = repo / "refs" / (revision or "main")
-        # A commit is used as it is: a reference with its name could lead to a different commit.
-        is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
-        commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
-        if not commit or not weight_files.is_plain_name(commit):
-            continue
-        snapshot = repo / "snapshots" / commit
-        if not (snapshot / "config.json").is_file():
-            continue
+    for snapshot in _list_snapshots(source, model.revision if is_model else None):
         if not is_model or model.init == "random":
             return Located(snapshot)
         files = weight_files.weight_files(snapshot, model.allow_pickled_weights)
@@ -343,3 +332,15 @@ def converted_folder(file: Path) -> Path:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return cache_root() / "models" / f"{file.stem}-{digest.hexdigest()}"
+
+
+def _list_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
+    """Yield the local snapshots of a Hub model, by the layout of huggingface_hub's cache."""
+    for repo in repository_folders(repo_id):
+        reference = repo / "refs" / (revision or "main")
+        # A commit is used as it is: a reference with its name could lead to a different commit.
+        is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
+        commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
+        snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
+        if snapshot is not None and (snapshot / "config.json").is_file():
+            yield snapshot

@@ -48,7 +48,7 @@ def resolve_parent(config: RunConfig) -> ParentCheckpoint:
     root = Path(config.run.root).expanduser()
     parent = find_parent(config.model.path or "", root)
     if config.run.name is not None and (root / config.run.name).resolve() == parent.run.root:
-        raise _problem(
+        raise _make_error(
             "a run cannot start from its own weights",
             config.model.path or "",
             f"continue it with: {launcher_command('resume', parent.run.root)}, or choose another run.name",
@@ -64,13 +64,13 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
     """
     match = RUN_PATTERN.fullmatch(path)
     if match is None:
-        raise _problem("is not a run", path, "write run:NAME or run:NAME@STEP")
+        raise _make_error("is not a run", path, "write run:NAME or run:NAME@STEP")
     try:
         run = run_store.find_run(match["run"], root)
         owners.require_run(run.root)
         plan = run_store.load_plan(run)
     except LauncherError as error:
-        raise _problem(error.problems[0].message, path, error.problems[0].remedy or "choose another run") from error
+        raise _make_error(error.problems[0].message, path, error.problems[0].remedy or "choose another run") from error
     try:
         step = match["step"]
         checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, int(step))
@@ -78,7 +78,7 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
         (problem,) = error.problems
         value = f": {problem.value}" if problem.value else ""
         remedy = problem.remedy or f"continue the run until it saves one: {launcher_command('resume', run.root)}"
-        raise _problem(f"run {run.root.name}: {problem.message}{value}", path, remedy) from error
+        raise _make_error(f"run {run.root.name}: {problem.message}{value}", path, remedy) from error
     return ParentCheckpoint(run, plan, checkpoint)
 
 
@@ -124,5 +124,5 @@ def build_lineage(parent: ParentCheckpoint) -> Lineage:
     )
 
 
-def _problem(message: str, path: str, remedy: str) -> ConfigError:
+def _make_error(message: str, path: str, remedy: str) -> ConfigError:
     return ConfigError(Problem(f"model.path: {message}", where="model.path", value=path, remedy=remedy))

@@ -132,7 +132,7 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
         return folder
     source = folder if code is None else code
     # transformers names a model's modules after its folder.
-    copy = _private_folder() / str(next(_numbers)) / folder.resolve().name
+    copy = _make_private_folder() / str(next(_numbers)) / folder.resolve().name
     copy.mkdir(parents=True)
     shutil.copyfile(folder / _CONFIG, copy / _CONFIG)
     # List the files once: transformers cannot find a file that is added later.
@@ -153,8 +153,8 @@ def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Pa
 
 def remove_copies() -> None:
     """Remove the private copies of this process, as a normal exit does."""
-    if _private_folder.cache_info().currsize:
-        _remove(_private_folder(), os.getpid())
+    if _make_private_folder.cache_info().currsize:
+        _remove(_make_private_folder(), os.getpid())
 
 
 def _hide_kernels() -> None:
@@ -183,7 +183,7 @@ def _admit_private_copies_only() -> None:
 
     @functools.wraps(find)
     def find_in_copy(source: Any, module_file: str, *args: Any, **options: Any) -> str:
-        if not Path(os.path.realpath(source)).is_relative_to(os.path.realpath(_private_folder())):
+        if not Path(os.path.realpath(source)).is_relative_to(os.path.realpath(_make_private_folder())):
             message = "model.path: the model leads to code that is not its own pinned code; it is not run"
             remedy = "look in config.json for what names it, and remove that; or choose another model"
             raise ConfigError(message, where="model.path", value=f"{source}: {module_file}", remedy=remedy)
@@ -195,7 +195,7 @@ def _admit_private_copies_only() -> None:
 
 
 @functools.cache
-def _private_folder() -> Path:
+def _make_private_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="launcher-code-"))
     # Forked processes do not remove it.
     atexit.register(_remove, folder, os.getpid())
@@ -213,7 +213,7 @@ def use_private_modules() -> Path:
 
     Returns the folder, which other packages that read HF_MODULES_CACHE also use.
     """
-    modules = _private_folder() / "modules"
+    modules = _make_private_folder() / "modules"
     modules.mkdir()
     os.environ[MODULES_CACHE] = str(modules)
     for name, module in list(sys.modules.items()):

@@ -30,7 +30,7 @@ def load(kind: str, key: Any) -> dict[str, Any] | None:
     Raises:
         DataError: if another user could have written it.
     """
-    file = _file(kind, key)
+    file = _name_file(kind, key)
     try:
         values = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -44,26 +44,26 @@ def save(kind: str, key: Any, values: Mapping[str, Any]) -> None:
     Raises:
         DataError: if the launcher's cache cannot be written.
     """
-    file = _file(kind, key)
+    file = _name_file(kind, key)
     with cache_dir.convert_os_errors(file.parent):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_files.write_json(file, values)
 
 
-def _file(kind: str, key: Any) -> Path:
+def _name_file(kind: str, key: Any) -> Path:
     digest = xxhash.xxh3_128_hexdigest(json.dumps(key, sort_keys=True).encode())
     return cache_dir.cache_root() / kind / f"{digest}.json"
 
 
 def load_verdict(facts: ModelFacts, model: ModelSection) -> IsolationVerdict | None:
     """Read the stored verdict on this architecture and attention kernel; None if it was not probed."""
-    values = load(_ISOLATION, _isolation_key(facts, model))
+    values = load(_ISOLATION, _make_isolation_key(facts, model))
     return None if values is None else IsolationVerdict.model_validate(values)
 
 
 def save_verdict(facts: ModelFacts, model: ModelSection, verdict: IsolationVerdict) -> None:
     """Store a verdict. Raises DataError if the launcher's cache cannot be written."""
-    save(_ISOLATION, _isolation_key(facts, model), verdict.model_dump())
+    save(_ISOLATION, _make_isolation_key(facts, model), verdict.model_dump())
 
 
 def unknown_verdict(model: ModelSection, reason: str) -> IsolationVerdict:
@@ -74,21 +74,21 @@ def unknown_verdict(model: ModelSection, reason: str) -> IsolationVerdict:
 
 def load_num_params(facts: ModelFacts, model: ModelSection) -> int | None:
     """Read the number of parameters of this architecture; None if transformers did not count them."""
-    values = load(_COUNTS, _architecture_key(facts, model))
+    values = load(_COUNTS, _make_architecture_key(facts, model))
     return None if values is None else int(values["num_params"])
 
 
 def save_num_params(facts: ModelFacts, model: ModelSection, num_params: int) -> None:
     """Store the number of parameters. Raises DataError if the launcher's cache cannot be written."""
-    save(_COUNTS, _architecture_key(facts, model), {"num_params": num_params})
+    save(_COUNTS, _make_architecture_key(facts, model), {"num_params": num_params})
 
 
-def _isolation_key(facts: ModelFacts, model: ModelSection) -> list[Any]:
-    version, *architecture = _architecture_key(facts, model)
+def _make_isolation_key(facts: ModelFacts, model: ModelSection) -> list[Any]:
+    version, *architecture = _make_architecture_key(facts, model)
     return [_FORMAT, version, model.attention, *architecture]
 
 
-def _architecture_key(facts: ModelFacts, model: ModelSection) -> list[Any]:
+def _make_architecture_key(facts: ModelFacts, model: ModelSection) -> list[Any]:
     code = sorted(Path(facts.path).glob("*.py")) if model.trust_remote_code and facts.path else []
     digests = [[file.name, xxhash.xxh3_64_hexdigest(file.read_bytes())] for file in code]
     return [importlib.metadata.version("transformers"), facts.config, digests]

@@ -74,11 +74,11 @@ def render(
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     if deepspeed.offload_optimizer != "none":
-        zero["offload_optimizer"] = _offload(deepspeed.offload_optimizer, nvme_folder)
+        zero["offload_optimizer"] = _describe_offload(deepspeed.offload_optimizer, nvme_folder)
     if deepspeed.offload_optimizer == "nvme" and num_nvme_buffers(optimizer) > _DEFAULT_NVME_BUFFERS:
         zero["offload_optimizer"]["buffer_count"] = num_nvme_buffers(optimizer)
     if deepspeed.offload_params != "none":
-        zero["offload_param"] = _offload(deepspeed.offload_params, nvme_folder)
+        zero["offload_param"] = _describe_offload(deepspeed.offload_params, nvme_folder)
     if deepspeed.offload_params == "nvme":
         zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": -(-max_parameter_elements(facts) // topology.world_size)}
         zero |= _NO_PREFETCH
@@ -108,7 +108,7 @@ def render(
     return merge_keys(config, deepspeed.extra)
 
 
-def _offload(device: str, nvme_folder: str | None) -> dict[str, Any]:
+def _describe_offload(device: str, nvme_folder: str | None) -> dict[str, Any]:
     offload: dict[str, Any] = {"device": device, "pin_memory": True}
     if device == "nvme":
         offload["nvme_path"] = nvme_folder

@@ -36,7 +36,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         # facts.resolve has chosen fp32 if bf16 is slow.
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     topology = choose_topology(config, facts)
-    problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
+    problems = [*_check_topology(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
     problems += plan_checks.refusals(config, facts.model, facts.data)
     gpu_name = config.cluster.gpu_type or facts.device.name
     try:
@@ -85,7 +85,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         provenance=facts.provenance,
         lineage=facts.lineage,
     )
-    if problems := list(_memory_problems(planned)):
+    if problems := list(_check_memory(planned)):
         raise ConfigError(problems)
     return planned
 
@@ -130,7 +130,7 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
     config, nodes = planned.config, -(-world_size // ranks_per_node)
     sizes = {"nodes": nodes, "ranks_per_node": ranks_per_node, "world_size": world_size}
     topology = planned.topology.model_copy(update=sizes)
-    if problems := list(_hpz_problems(config, topology)):
+    if problems := list(_check_hpz(config, topology)):
         raise ConfigError(problems)
     nvme_folder = _name_nvme_folder(config, planned.run_name, Path(planned.run_dir))
     situation = replace(situation_of(planned), topology=topology)
@@ -233,7 +233,7 @@ def choose_topology(config: RunConfig, facts: Facts) -> Topology:
     )
 
 
-def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> Iterator[Problem]:
+def _check_topology(config: RunConfig, facts: Facts, topology: Topology) -> Iterator[Problem]:
     gpu_type = config.cluster.gpu_type
     if gpu_type is not None and (lookup(gpu_type) is None or names_other_memory(gpu_type)):
         guess, choices = did_you_mean(gpu_type, list(GPUS)), ", ".join(GPUS)
@@ -267,10 +267,10 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
         )
     if problem := config.cluster.topology_problem(topology.world_size):
         yield problem
-    yield from _hpz_problems(config, topology)
+    yield from _check_hpz(config, topology)
 
 
-def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
+def _check_memory(planned: LaunchPlan) -> Iterator[Problem]:
     """Yield problems with model states that exceed a GPU's memory: on all workers, or on an elastic run's minimum number."""
     cluster, states = planned.config.cluster, planned.config.deepspeed
     if planned.topology.device != "cuda" or cluster.has_unknown_gpus:
@@ -322,7 +322,7 @@ def _describe_excess(planned: LaunchPlan) -> str:
     )
 
 
-def _hpz_problems(config: RunConfig, topology: Topology) -> Iterator[Problem]:
+def _check_hpz(config: RunConfig, topology: Topology) -> Iterator[Problem]:
     hpz = memory.num_hpz_ranks(config.deepspeed, topology.ranks_per_node)
     if topology.world_size % hpz:
         yield Problem(

@@ -117,16 +117,16 @@ def folder_problem(subject: str, folder: Path, trust: Trust | None = None) -> Pr
         is_outside = step != real and status.st_uid == uid_of_unmapped_users()
         if not trust.accepts_owner(status.st_uid) and not is_outside:
             user = user_name(status.st_uid)
-            return _problem(subject, step, f"belongs to {user}", _trust_remedy(user))
+            return _make_problem(subject, step, f"belongs to {user}", _write_trust_remedy(user))
         if stat.S_ISLNK(mode) or is_hidden or (step != real and mode & stat.S_ISVTX):
             continue
         sticky = " (or +t, for a folder that several users share)" if step != real else ""
         if mode & stat.S_IWOTH:
             anyone = f"if the storage shows these permissions for all files and only you use the machine, set {VARIABLE}={ANYONE}"
-            return _problem(subject, step, "can be written by everyone", f"chmod o-w {step}{sticky}; {anyone}")
-        if (mode & stat.S_IWGRP) and (writer := _distrusted_writer(step, status, trust)):
-            remedy = f"chmod g-w {step}{sticky}; {_trust_remedy(writer)}"
-            return _problem(subject, step, f"can be written by {writer.replace(GROUP_PREFIX, 'the group ')}", remedy)
+            return _make_problem(subject, step, "can be written by everyone", f"chmod o-w {step}{sticky}; {anyone}")
+        if (mode & stat.S_IWGRP) and (writer := _find_distrusted_writer(step, status, trust)):
+            remedy = f"chmod g-w {step}{sticky}; {_write_trust_remedy(writer)}"
+            return _make_problem(subject, step, f"can be written by {writer.replace(GROUP_PREFIX, 'the group ')}", remedy)
         is_hidden = not mode & (stat.S_IXGRP | stat.S_IXOTH)
     return None
 
@@ -199,17 +199,17 @@ def uid_of_unmapped_users() -> int | None:
     return None
 
 
-def _problem(subject: str, path: Path, fact: str, remedy: str) -> Problem:
+def _make_problem(subject: str, path: Path, fact: str, remedy: str) -> Problem:
     return Problem(f"{subject} is not trusted: {path} {fact}", str(path), describe_permissions(path), remedy)
 
 
-def _trust_remedy(owner: str) -> str:
+def _write_trust_remedy(owner: str) -> str:
     """Return how to accept files of an owner, given in the format of LAUNCHER_TRUST_OWNERS."""
     name = owner.replace(GROUP_PREFIX, "all members of the group ")
     return f"if you trust {name} with your account, add {FLAG} {owner}, or set {VARIABLE}={owner}"
 
 
-def _distrusted_writer(path: Path, status: os.stat_result, trust: Trust) -> str:
+def _find_distrusted_writer(path: Path, status: os.stat_result, trust: Trust) -> str:
     """Return a user or group that can write to a group-writable folder but should not, as in LAUNCHER_TRUST_OWNERS."""
     users, groups = list[int](), [status.st_gid]
     with suppress(OSError, struct.error):

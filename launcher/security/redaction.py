@@ -154,7 +154,7 @@ def hide_secrets(text: str, secrets: Mapping[str, str]) -> str:
     """Return the text with `<redacted>` in place of these variables' values."""
     for value in secrets.values():
         if text == value or _is_part(value, text):
-            text = text.replace(value, "<redacted>")
+            text = text.replace(value, REDACTED)
     return text
 
 

@@ -41,9 +41,7 @@ def paramiko(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
     module.__dict__["SSHClient"] = Client
     monkeypatch.setitem(sys.modules, "paramiko", module)
-    storage_addresses._require_known_hosts.cache_clear()
     yield module
-    storage_addresses._require_known_hosts.cache_clear()
     sys.modules.pop("fsspec.implementations.sftp", None)
     for protocol in ("sftp", "ssh"):
         sys.modules["fsspec.registry"]._registry.pop(protocol, None)

@@ -82,7 +82,7 @@ def inspect(
     hits: list[tuple[CheckHit, ...]] = []
     for document, rendering, tokens in zip(documents, rendered, encoded, strict=True):
         parts = list(_list_parts(document, rendering, data.train_on))
-        hashes, signed, text = _identify(document, parts)
+        hashes, signed, text = _compute_hashes(document, parts)
         identities.append((hashes, signed))
         trained_parts = _list_trained_parts(document, parts, data.system)
         if trained_parts is not parts:
@@ -98,7 +98,7 @@ def inspect(
     ]
 
 
-def _identify(document: Document, parts: Sequence[_TextPart]) -> tuple[tuple[int, int, int, int, int, int], bytes, str]:
+def _compute_hashes(document: Document, parts: Sequence[_TextPart]) -> tuple[tuple[int, int, int, int, int, int], bytes, str]:
     """Return the hashes of `Inspection`, in its order, the text of the signature, and the normalized text of all parts.
 
     `parts` are the document's own, in order: tools, system, messages.

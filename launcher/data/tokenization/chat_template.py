@@ -74,7 +74,7 @@ class ChatTemplate:
 
     def has_marks(self, chat: Chat) -> bool:
         """Return True if the template for this chat has generation marks."""
-        return _MARK.search(self._source(chat)) is not None
+        return _MARK.search(self._find_source(chat)) is not None
 
     def require_complete(self, chat: Chat, text: str) -> None:
         """Refuse a template whose `text` leaves out the prompts, the tools, or the reasoning before the last answer."""
@@ -114,7 +114,7 @@ class ChatTemplate:
         """Refuse the template, by default because it leaves out a part of the conversation."""
         raise DataError(Problem(f"the chat template {does}", where, self.name, remedy))
 
-    def _source(self, chat: Chat) -> str:
+    def _find_source(self, chat: Chat) -> str:
         if self._text is not None:
             return self._text
         if not self._tokenizer.chat_template:
@@ -132,7 +132,7 @@ class ChatTemplate:
     def _render(
         self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
-        source = self._source(chat)
+        source = self._find_source(chat)
         rows, tools = [_to_template_row(message) for message in messages], (list(chat.tools) if with_tools else []) or None
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
         try:

@@ -190,7 +190,7 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     in_backward = width * min(model.num_params, max(ahead, unit) + unit + held) * is_gathered
     # A gradient waits for the next one before it is reduced; its partitions are converted to the accumulation type.
     pending = (2 * width + sharding.gradient_width / sharding.world_size) * weight
-    pending += _reduction_copies(weight, width, sharding)
+    pending += _count_reduction_copies(weight, width, sharding)
     if sharding.whole_layers:
         # The gradients of a layer wait until its last gradient exists.
         pending += width * max(0, layer_elements(model) - weight)
@@ -201,16 +201,16 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     # The head's gradient is converted while the norm's temporary values are freed.
     converted = sharding.gradient_width * head / sharding.world_size
     if not model.tie_word_embeddings:
-        converted += _reduction_copies(head, width, sharding)
+        converted += _count_reduction_copies(head, width, sharding)
     norm_temporary = max(converted, activations.final_norm - activations.saved)
     in_layer = activations.backward - activations.saved
     sub_group = min(zero["sub_group_size"], model.num_params / sharding.world_size)
     copies = FP32 + (sharding.gradient_width if sharding.gradient_width != FP32 else 0)
     stages = (
-        _stage("loss", activations.saved, in_loss, 0, loss_bytes(model, one_pass)),
-        _stage("final norm", activations.saved, in_backward, head_gradient, norm_temporary),
-        _stage("backward", activations.saved, in_backward, pending, in_layer),
-        _stage("optimizer step", 0, 0, 0, copies * sub_group if sharding.offload_optimizer == "none" else 0),
+        _make_stage("loss", activations.saved, in_loss, 0, loss_bytes(model, one_pass)),
+        _make_stage("final norm", activations.saved, in_backward, head_gradient, norm_temporary),
+        _make_stage("backward", activations.saved, in_backward, pending, in_layer),
+        _make_stage("optimizer step", 0, 0, 0, copies * sub_group if sharding.offload_optimizer == "none" else 0),
     )
     buckets = sharding.reduced_width * zero["reduce_bucket_size"]
     tensors = (sharding.states_bytes + buckets) / GIB + max(stage.total_gib for stage in stages)
@@ -219,8 +219,8 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
         runtime = DEFAULT_RUNTIME_GIB if gpu.runtime_gib is None else gpu.runtime_gib
         fragmentation = DEFAULT_FRAGMENTATION if gpu.fragmentation is None else gpu.fragmentation
     return PeakMemory(
-        states_gib=_gib(sharding.states_bytes),
-        buckets_gib=_gib(buckets),
+        states_gib=_to_gib(sharding.states_bytes),
+        buckets_gib=_to_gib(buckets),
         stages=stages,
         fragmentation_gib=round(tensors * (fragmentation - 1), 4),
         runtime_gib=runtime,
@@ -229,7 +229,7 @@ def estimate_peak(model: ModelFacts, one_pass: Pass, sharding: Sharding, gpu: Gp
     )
 
 
-def _reduction_copies(elements: int, width: int, sharding: Sharding) -> int:
+def _count_reduction_copies(elements: int, width: int, sharding: Sharding) -> int:
     """Return the bytes of the copies of a gradient while it is reduced (coalesced_collectives.py, reduce_scatter_coalesced).
 
     One copy is in the type in which ranks sum, if that is wider. Another copy is padded, if the ranks do not divide the elements.
@@ -238,15 +238,15 @@ def _reduction_copies(elements: int, width: int, sharding: Sharding) -> int:
     return copies * sharding.reduced_width * elements
 
 
-def _stage(name: str, activations: float, gathered: float, gradients: float, temporary: float) -> StageMemory:
+def _make_stage(name: str, activations: float, gathered: float, gradients: float, temporary: float) -> StageMemory:
     return StageMemory(
         name=name,
-        activations_gib=_gib(activations),
-        gathered_gib=_gib(gathered),
-        gradients_gib=_gib(gradients),
-        temporary_gib=_gib(temporary),
+        activations_gib=_to_gib(activations),
+        gathered_gib=_to_gib(gathered),
+        gradients_gib=_to_gib(gradients),
+        temporary_gib=_to_gib(temporary),
     )
 
 
-def _gib(num_bytes: float) -> float:
+def _to_gib(num_bytes: float) -> float:
     return round(num_bytes / GIB, 4)

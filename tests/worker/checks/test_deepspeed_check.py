@@ -53,7 +53,7 @@ def test_keys_that_are_accepted_once_need_no_process_again(
     assert answer(bad) != {"problems": []}
     assert not facts.is_extra_accepted(bad)
     # Another version may have other keys.
-    monkeypatch.setattr(facts, "_version", lambda name: "99.0")
+    monkeypatch.setattr(facts, "_find_version", lambda name: "99.0")
     assert not facts.is_extra_accepted(good)
 
 
