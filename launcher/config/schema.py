@@ -60,7 +60,7 @@ class RunConfig(Section):
     costs: CostsSection = Field(default_factory=CostsSection)
 
     @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
+    def _check_limits_and_sets(self) -> RunConfig:
         if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
             raise ValueError("run.max_usd needs the price of a GPU hour; set cluster.price_per_gpu_hour")
         sets = (HELD_OUT, *(one.name for one in self.eval.all_sets))

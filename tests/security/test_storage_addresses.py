@@ -12,7 +12,6 @@ from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.config.sections.data import Source
 from launcher.data.sources import locate
 from launcher.errors import DataError, SubmitError
-from launcher.security import storage_addresses
 
 
 @pytest.fixture

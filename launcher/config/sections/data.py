@@ -98,7 +98,7 @@ class RowSource(Section):
 
     @field_validator("columns")
     @classmethod
-    def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
+    def _check_columns(cls, value: dict[str, str]) -> dict[str, str]:
         if unknown := [name for name in value if name not in COLUMNS]:
             raise ValueError(
                 f"has no column {', '.join(unknown)}; the columns are {', '.join(COLUMNS)}; such as {COLUMNS_EXAMPLE}"
@@ -285,7 +285,7 @@ class DataSection(Section):
     checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents that a check finds.")
 
     @model_validator(mode="after")
-    def _consistent(self) -> DataSection:
+    def _check_sources(self) -> DataSection:
         if self.eval_fraction and self.eval_path:
             raise ValueError("data.eval_fraction and data.eval_path exclude each other; set one of them")
         names = [s.name for s in self.sources]

@@ -35,7 +35,7 @@ class EvalSet(RowSource):
 
     @field_validator("name")
     @classmethod
-    def _not_held_out(cls, value: str) -> str:
+    def _refuse_reserved_name(cls, value: str) -> str:
         if value == HELD_OUT:
             raise ValueError("names the held-out rows of the training data; choose another name")
         return value
@@ -96,11 +96,11 @@ class EvalSection(Section):
 
     @field_validator("forgetting")
     @classmethod
-    def _no_credentials(cls, value: bool | str) -> bool | str:
+    def _refuse_credentials(cls, value: bool | str) -> bool | str:
         return without_credentials(value) if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _one_forgetting(self) -> EvalSection:
+    def _refuse_second_forgetting(self) -> EvalSection:
         if self.forgetting is not False and any(one.name == FORGETTING for one in self.sets):
             raise ValueError(f"eval.forgetting and one of eval.sets are both called {FORGETTING}; give the set another name")
         return self
@@ -157,7 +157,7 @@ class AnswerMetrics(Section):
 
     @field_validator("metrics")
     @classmethod
-    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_metrics(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in METRIC_NAMES and split_function(name) is None:
                 guess = did_you_mean(name, METRIC_NAMES)
@@ -166,7 +166,7 @@ class AnswerMetrics(Section):
 
     @field_validator("pattern")
     @classmethod
-    def _compiles(cls, value: str | None) -> str | None:
+    def _check_pattern(cls, value: str | None) -> str | None:
         try:
             re.compile(value or "")
         except re.error as error:
@@ -174,7 +174,7 @@ class AnswerMetrics(Section):
         return value
 
     @model_validator(mode="after")
-    def _options(self) -> Self:
+    def _require_options(self) -> Self:
         for metric, setting in NEEDED_SETTINGS.items():
             if metric in self.metrics and not getattr(self, setting):
                 raise ValueError(f"the metric {metric} needs evaluate.{setting}; set it, or leave out the metric")

@@ -100,7 +100,7 @@ class ModelSection(Section):
 
     @field_validator("path", "tokenizer")
     @classmethod
-    def _source_has_a_known_form(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _check_form(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None or is_local_path(value) or HUB_ID_PATTERN.fullmatch(value):
             return value
         if PACKAGE_PATTERN.fullmatch(value) or (info.field_name == "path" and RUN_PATTERN.fullmatch(value)):
@@ -117,7 +117,7 @@ class ModelSection(Section):
         )
 
     @model_validator(mode="after")
-    def _complete(self) -> ModelSection:
+    def _require_weights(self) -> ModelSection:
         if self.init == "pretrained" and self.path is None:
             raise ValueError("model.path is required with model.init=pretrained; set it to a folder or a hub id")
         if self.init == "random" and self.path is None and self.config is None:

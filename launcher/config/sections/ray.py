@@ -109,7 +109,7 @@ class RaySection(ManagedSection):
         return urlsplit(self.address if self.is_http else f"ray://{self.address}").hostname
 
     @model_validator(mode="after")
-    def _consistent(self) -> RaySection:
+    def _refuse_public_address(self) -> RaySection:
         if self.host is not None and is_exposed(self.host):
             raise ValueError(
                 f"cluster.address names {self.host}, which is public or stands for all interfaces; use a private address or an "

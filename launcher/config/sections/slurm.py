@@ -175,7 +175,7 @@ class SlurmSection(ManagedSection):
         return minutes(self.time)
 
     @model_validator(mode="after")
-    def _consistent(self) -> SlurmSection:
+    def _check_parameters(self) -> SlurmSection:
         if self.gpus_per_node and asks_for_gpus(self.additional_parameters.get("gres")):
             raise ValueError("cluster.gpus_per_node and gres in cluster.additional_parameters both ask for GPUs; set one of them")
         if self.time_minutes * 60 <= self.signal_lead_seconds:

@@ -27,7 +27,7 @@ class TrainSection(Section):
     )
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainSection:
+    def _require_one_length(self) -> TrainSection:
         if self.max_steps is None and self.epochs is None:
             raise ValueError("neither train.max_steps nor train.epochs is set; set one of them")
         if self.max_steps is not None and self.epochs is not None:
@@ -56,7 +56,7 @@ class OptimSection(Section):
 
     @field_validator("betas")
     @classmethod
-    def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+    def _check_betas(cls, value: tuple[float, float]) -> tuple[float, float]:
         if max(value) >= 1:
             raise ValueError("each must be below 1; 0.9 and 0.95 are usual")
         return value
@@ -123,7 +123,7 @@ class DeepSpeedSection(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> DeepSpeedSection:
+    def _check_storage_and_extra(self) -> DeepSpeedSection:
         if "nvme" in (self.offload_optimizer, self.offload_params) and not self.nvme_path:
             nvme_settings = [f"deepspeed.{k}" for k in ("offload_optimizer", "offload_params") if getattr(self, k) == "nvme"]
             raise ValueError(
@@ -175,7 +175,7 @@ class ExportSection(Section):
     )
 
     @model_validator(mode="after")
-    def _something_to_push(self) -> ExportSection:
+    def _require_export(self) -> ExportSection:
         if self.push_to_hub and not self.enabled:
             raise ValueError("export.push_to_hub needs the exported folder, and export.enabled is off; set export.enabled=true")
         return self
