@@ -217,13 +217,13 @@ def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocume
         found.append(Finding(name, len(documents), len(of_source), by_source, tuple(examples), highest_share))
     # Plain text counts by tokens, all else by examples.
     used = np.flatnonzero(corpus.used)
-    examples = np.flatnonzero(corpus.used & ~corpus.is_text)
-    if len(examples):
-        is_few, detail = len(examples) < FEW_EXAMPLES, f"{len(examples):,} examples to train on; {_USUAL_EXAMPLES}"
+    no_text = np.flatnonzero(corpus.used & ~corpus.is_text)
+    if len(no_text):
+        is_few, detail = len(no_text) < FEW_EXAMPLES, f"{len(no_text):,} examples to train on; {_USUAL_EXAMPLES}"
     else:
         num_tokens = int(corpus.num_tokens[used].sum())
         is_few, detail = num_tokens < FEW_TOKENS_OF_TEXT, f"{num_tokens:,} tokens of text to train on; {_USUAL_TEXT}"
-    documents = examples if len(examples) else used
+    documents = no_text if len(no_text) else used
     if is_few and len(documents):
         example = Example(corpus.wheres[documents[0]], detail)
         found.append(Finding("few_examples", len(documents), len(used), _count_by_source(documents, corpus), (example,)))
