@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.checkpoint import store
+from launcher.checkpoint import staging, store
 from launcher.checkpoint.safetensors_io import TensorFile, as_bytes, weight_digest
 
 # Includes the runs that these tests need, possibly while other tests compile extensions.
 pytestmark = pytest.mark.timeout(900)
-
 # Where a save is interrupted, and which rank is killed there; only rank 0 reaches the last three points.
 KILLS = [
     *(("begun", "1"), ("copied", "0"), ("half-written", "0"), ("half-written", "1"), ("half-written", "all")),
@@ -22,6 +22,7 @@ KILLS = [
 ]
 UNCOMMITTED = [".saving-step-00000003-001", "step-00000002"]
 COMMITTED = ["step-00000002", "step-00000003"]
+GIB = 2**30
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
@@ -118,3 +119,33 @@ def test_a_kill_at_any_point_of_a_save_leaves_an_intact_checkpoint_to_resume_fro
     swept = sorted(path.name for path in (killed / name / "checkpoints").iterdir())
     assert swept == [name for name in left if name.startswith("step-")] + ["step-00000004"]
     assert store.verify(killed / name / "checkpoints/step-00000004") == []
+
+
+@pytest.mark.parametrize(
+    ("files", "left_gib"),
+    [
+        ({}, 100),
+        ({"job/memory.max": "max", "job/memory.current": "5"}, 100),
+        ({"job/memory.max": 40 * GIB, "job/memory.current": 30 * GIB, "job/memory.stat": "anon 1\nfile 2\n"}, 10),
+        # After a model is read or a checkpoint written, the page cache fills the rest of a job's memory.
+        (
+            {
+                "job/memory.max": 40 * GIB,
+                "job/memory.current": 39 * GIB,
+                "job/memory.stat": f"anon 1\ninactive_file {29 * GIB}\n",
+            },
+            30,
+        ),
+        ({"memory.max": 20 * GIB, "memory.current": 15 * GIB, "memory.stat": "", "job/memory.max": "max"}, 5),
+    ],
+)
+def test_available_memory_respects_limits_of_all_cgroups(tmp_path, monkeypatch, files, left_gib):
+    free = psutil.virtual_memory()._replace(available=100 * GIB)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    (tmp_path / "own").write_text("0::/job/step_0\n")
+    (tmp_path / "job" / "step_0").mkdir(parents=True)
+    for name, content in files.items():
+        (tmp_path / name).write_text(str(content))
+    monkeypatch.setattr(staging, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(staging, "CGROUPS", tmp_path)
+    assert staging.available_bytes() == left_gib * GIB

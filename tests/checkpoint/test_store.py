@@ -1,27 +1,50 @@
+"""Committed checkpoints: their manifests, which of them are kept, and a store on a disk that is really full."""
+
 from __future__ import annotations
 
 import errno
 import itertools
+import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import hand_made
+import plan_fixtures
 import pytest
+from missing_program import skip_or_fail
 
-from launcher import atomic_files
+from launcher import atomic_files, run_store
+from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import find_leftovers
 from launcher.checkpoint.manifest import (
+    HELD_OUT,
     LATER_EVALUATION,
     MANIFEST,
+    Checkpoint,
     LaterEvaluation,
     Manifest,
     read_manifest,
     record_evaluation,
 )
+from launcher.checkpoint.retention import Retention, retention_of, retention_reasons, select_outdated
 from launcher.errors import CheckpointError, UnreadableCheckpoint
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_size
+from launcher.run_records import Attempt
+
+WHOLE = Manifest(
+    step=7, world_size=2, plan_digest="d1ge57", attempt=1, eval_loss=1.5, files={"rank-00000.safetensors": FileEntry(3, "ab")}
+)
+REMOVED = object()
+UNEVALUATED = dict.fromkeys((10, 20, 30, 40, 50))
+DISK = 2**20
+SHARD = b"x" * 300_000
 
 
 def committed(root, step, content=b"weights", attempt=1):
@@ -272,3 +295,195 @@ def test_the_store_needs_no_torch():
     code = "import sys, launcher.checkpoint.store; print([m for m in ('torch', 'numpy', 'safetensors') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_manifest_survives_a_round_trip():
+    assert Manifest.from_json(WHOLE.to_json().encode()) == WHOLE
+
+
+@pytest.mark.parametrize("loss", [None, math.nan, math.inf])
+def test_a_non_finite_loss_is_stored_as_null(loss):
+    text = Manifest(step=7, world_size=2, plan_digest="d", attempt=1, eval_loss=loss, files={}).to_json()
+    assert Manifest.from_json(text.encode()).eval_loss is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("step", REMOVED),
+        ("world_size", "2"),
+        ("eval_loss", "low"),
+        ("files", []),
+        ("files", {"../state.json": {"size": 1, "xxh3_128": "ab"}}),
+        ("files", {"state.json": {"size": 1}}),
+    ],
+)
+def test_an_invalid_field_is_refused_by_name(key, value):
+    values = json.loads(WHOLE.to_json())
+    values = {name: of for name, of in values.items() if name != key} | ({} if value is REMOVED else {key: value})
+    with pytest.raises(ValueError, match=key):
+        Manifest.from_json(json.dumps(values).encode())
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe\x00"])
+def test_content_that_is_not_an_object_is_refused(content):
+    with pytest.raises(ValueError, match=r"."):
+        Manifest.from_json(content)
+
+
+def checkpoints(losses: dict[int, float | None]) -> list[Checkpoint]:
+    """A checkpoint for each step, with its held-out loss."""
+    return [
+        Checkpoint(
+            Path(f"step-{step:08d}"), Manifest(step=step, world_size=1, plan_digest="d", attempt=1, eval_loss=loss, files={})
+        )
+        for step, loss in sorted(losses.items())
+    ]
+
+
+def gone(losses: dict[int, float | None], **rules: int) -> list[int]:
+    return [checkpoint.step for checkpoint in select_outdated(checkpoints(losses), Retention(**rules))]
+
+
+@pytest.mark.parametrize(
+    ("losses", "rules", "expected"),
+    [
+        (UNEVALUATED, {"keep_last": 2}, [10, 20, 30]),
+        (UNEVALUATED, {"keep_last": 9}, []),
+        (UNEVALUATED, {"keep_last": 0}, [10, 20, 30, 40]),
+        (UNEVALUATED, {"keep_every": 20}, [10, 30]),
+        (UNEVALUATED, {"keep_best": 3}, [10, 20, 30, 40]),
+        ({0: None, 5: None, 7: None}, {"keep_every": 5}, []),
+        ({10: 2.0, 20: 1.0, 30: None, 40: 3.0}, {"keep_best": 1}, [10, 30]),
+        ({10: 2.0, 20: 1.0, 30: None, 40: 3.0}, {"keep_best": 2}, [30]),
+        ({10: 1.0, 20: 1.0, 30: 1.0, 40: 2.0}, {"keep_best": 1}, [10, 20]),
+        ({10: float("nan"), 20: 5.0, 30: 6.0, 40: float("-inf")}, {"keep_best": 1}, [10, 30]),
+        ({10: 1.0, 20: 9.0, 30: 8.0, 40: 7.0, 50: 6.0}, {"keep_last": 2, "keep_every": 20, "keep_best": 1}, [30]),
+        ({}, {"keep_last": 2, "keep_best": 1}, []),
+    ],
+)
+def test_checkpoints_that_no_rule_keeps_are_outdated(losses, rules, expected):
+    assert gone(losses, **rules) == expected
+
+
+def test_each_rule_names_the_steps_that_it_keeps():
+    found = checkpoints({100: 1.0, 150: 2.0, 200: None, 250: 3.0})
+    kept = retention_reasons(found, Retention(keep_last=1, keep_every=100, keep_best=1))
+    assert kept == {100: ("every 100", "best"), 150: (), 200: ("every 100",), 250: ("newest",)}
+
+
+def test_only_losses_of_the_chosen_set_are_compared() -> None:
+    made = checkpoints({10: 3.0, 20: 1.0, 30: 2.0})
+    of_other = [replace(one, manifest=replace(one.manifest, eval_set="general")) for one in made[1:2]]
+    mixed = [made[0], *of_other, made[2]]
+    steps = [one.step for one in mixed]
+    assert retention_reasons(mixed, Retention(keep_last=1, keep_best=1))[steps[2]] == ("newest", "best")
+    kept = retention_reasons(mixed, Retention(keep_last=1, keep_best=1, best_set="general"))
+    assert kept == {steps[0]: (), steps[1]: ("best",), steps[2]: ("newest",)}
+
+
+def test_losses_on_other_rows_count_only_where_too_few_are_on_these_rows() -> None:
+    made = checkpoints({10: 1.0, 20: 4.0, 30: 3.0, 40: 5.0})
+    before = replace(made[0], manifest=replace(made[0].manifest, plan_digest="earlier"))
+    rules = Retention(keep_last=1, keep_best=1, rows="these", other_rows=frozenset({"earlier"}))
+    assert retention_reasons([before, *made[1:]], rules) == {10: (), 20: (), 30: ("best",), 40: ("newest",)}
+    unevaluated = checkpoints({40: None})
+    assert retention_reasons([before, *unevaluated], rules) == {10: ("best",), 40: ("newest",)}, "nothing better is known"
+    assert retention_reasons([before, *made[1:]], replace(rules, keep_best=4))[10] == ("best",)
+
+
+@pytest.mark.parametrize(("rows", "is_best"), [("these", True), ("others", False), ("", False)])
+def test_a_later_evaluation_names_its_rows(rows: str, is_best: bool) -> None:
+    made = checkpoints({10: None, 20: 4.0})
+    manifest = replace(made[0].manifest, plan_digest="earlier")
+    later = replace(made[0], manifest=manifest, later_evaluation=LaterEvaluation(HELD_OUT, 2.0, rows))
+    rules = Retention(keep_last=1, keep_best=1, rows="these", other_rows=frozenset({"earlier"}))
+    assert ("best" in retention_reasons([later, made[1]], rules)[10]) is is_best
+
+
+def test_the_plans_of_a_run_say_which_losses_are_on_other_rows(tmp_path: Path) -> None:
+    def plan_with(digest: str, **settings: object) -> LaunchPlan:
+        values = {**hand_made.SETTINGS, "checkpoint": {"keep_best": 1, **settings}}
+        return hand_made.plan(tmp_path / "a", values, data=plan_fixtures.DATA.model_copy(update={"digest": digest}))
+
+    # The first part is the digest of the training rows.
+    first, same, other = plan_with("a-1"), plan_with("b-1", keep_last=3), plan_with("a-2")
+    run = run_store.create(first)
+    for plan in (same, other):
+        run_store.write_plan(run, run_store.create_attempt(run, Attempt(resume_step=4)), plan)
+    assert (retention_of(run, first).rows, retention_of(run, first).other_rows) == ("1", {other.digest()})
+    assert retention_of(run, other).other_rows == {first.digest(), same.digest()}
+    assert retention_of(run, plan_with("a-2", keep_best=0)).other_rows == frozenset()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """The checkpoints folder of a run on a disk of 1 MiB."""
+    if os.geteuid():
+        skip_or_fail("only root can mount a small disk")
+    options = ["-t", "tmpfs", "-o", f"size={DISK}", "tmpfs"]
+    subprocess.run(["mount", *options, tmp_path], check=True, capture_output=True, timeout=10)
+    try:
+        yield tmp_path / "checkpoints"
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True, timeout=10)
+
+
+def save(root: Path, step: int, shard: bytes = SHARD, needed_bytes: int = 1) -> Path:
+    return hand_made.checkpoint(root, step, files={store.shard_name(0): shard}, needed_bytes=needed_bytes)
+
+
+def fill(root: Path) -> Path:
+    """Fill the disk completely."""
+    path = root / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        path.write_bytes(b"0" * DISK)
+    return path
+
+
+def test_a_full_disk_names_the_shard_and_keeps_earlier_checkpoints(root: Path) -> None:
+    first = save(root, 1)
+    with pytest.raises(OSError, match="No space left") as error:
+        save(root, 2, b"x" * DISK)
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.filename.endswith(".saving-step-00000002-001/rank-00000.safetensors")
+    assert store.get_latest(root).path == first
+    assert store.verify(first) == []
+    # The next save removes what the failed one wrote.
+    assert store.verify(save(root, 3)) == []
+    assert [checkpoint.step for checkpoint in store.list_checkpoints(root)] == [1, 3]
+
+
+def test_a_full_disk_during_the_manifest_commits_nothing(root: Path) -> None:
+    first = save(root, 1)
+    saving = store.begin_save(root, step=2, attempt=1, needed_bytes=1)
+    files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [SHARD])}
+    filler = fill(root)
+    with pytest.raises(OSError, match="No space left"):
+        store.commit(saving, Manifest(step=2, world_size=1, plan_digest="d", attempt=1, files=files))
+    assert [checkpoint.path for checkpoint in store.list_checkpoints(root)] == [first]
+    filler.unlink()
+    assert store.verify(save(root, 2)) == []
+
+
+def test_checkpoints_to_be_pruned_do_not_count_as_free_space(root: Path) -> None:
+    """The disk holds three shards: beside two, one of twice the size does not fit, although one will be pruned."""
+    save(root, 1)
+    save(root, 2)
+    with pytest.raises(CheckpointError) as error:
+        save(root, 3, SHARD * 2, needed_bytes=len(SHARD) * 2)
+    (problem,) = error.value.problems
+    available = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
+    assert f"needed 585.94 KiB, available {format_size(available)}" in problem.value
+    assert f"free {format_size(600_000 - available)}" in problem.remedy
+    assert store.prune(root, store.Retention(1)) == [root / "step-00000001"]
+    assert store.verify(save(root, 3, SHARD * 2, needed_bytes=len(SHARD) * 2)) == []
+
+
+def test_a_read_only_disk_is_readable(root: Path) -> None:
+    first = save(root, 1)
+    subprocess.run(["mount", "-o", "remount,ro", root.parent], check=True, capture_output=True, timeout=10)
+    with pytest.raises(OSError, match="Read-only file system"):
+        save(root, 2)
+    assert store.get_latest(root).path == first
+    assert store.verify(first, threads=2) == []

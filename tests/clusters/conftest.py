@@ -10,31 +10,14 @@ from typing import Any
 import pytest
 from pace import slowness
 from plan_fixtures import config_of, golden, ray_plan, slurm_plan
-from sandbox import Sandbox, sandbox
 from testbed_cluster import Testbed
 
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
-from launcher.plan.run_dir import RunDir
 
-__all__ = ["config_of", "golden", "ray_plan", "sandbox", "slurm_plan"]
+__all__ = ["config_of", "golden", "ray_plan", "slurm_plan"]
 
 CPU = DeviceFacts(kind="cpu", name="CPU", count=4)
 WAIT_S = 90.0
-
-
-@pytest.fixture
-def begun_plan(slurm_plan: Callable[..., LaunchPlan], sandbox: Sandbox) -> Callable[..., LaunchPlan]:
-    """Plan a run on Slurm whose directory is in the sandbox and exists, as it does when a job starts."""
-
-    def planned(**settings: Any) -> LaunchPlan:
-        plan = slurm_plan(str(sandbox.folder), **settings)
-        run = RunDir(Path(plan.run_dir))
-        run.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (run.code / "launcher").mkdir(parents=True, exist_ok=True)
-        run.jobs.mkdir(exist_ok=True)
-        return plan
-
-    return planned
 
 
 @pytest.fixture

@@ -1,22 +1,32 @@
-"""The Ray backend without Ray: preview, refused settings, states and cancel requests."""
+"""The Ray backend without Ray: preview, refused settings, states, cancel requests, job submissions, and other users' Ray."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import pwd
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hand_made
+import psutil
 import pytest
+from missing_program import skip_or_fail
+from pace import wait_for
 from plan_fixtures import H100
 from pydantic import ValidationError
+from special_files import make_pipe
 
 from launcher import atomic_files, json_records, run_store
 from launcher.cli.liveness import require_idle
@@ -25,11 +35,21 @@ from launcher.clusters.local import LocalCluster
 from launcher.clusters.ray import auto_address, jobs
 from launcher.clusters.ray import cluster as module
 from launcher.clusters.ray.cluster import RayCluster
+from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.security.owners import Trust
+from launcher.worker.ray import connection
+from launcher.worker.ray import doctor as driver_of_doctor
+
+SECTION = RaySection(kind="ray", address="http://head:8265")
+NO_AGENT = "Request failed with status code 500: No available agent to submit job, please try again later."
+DAEMON = 1
+MINE, THEIRS = "127.0.0.1:7001", "127.0.0.1:7002"
+StartRaylet = Callable[..., Path]
 
 
 def section(**settings: Any) -> RaySection:
@@ -314,3 +334,228 @@ def test_a_job_that_the_cluster_does_not_have_or_report_is_running_while_its_liv
     lost = RayCluster().status(run)
     assert lost.state == "failed"
     assert f"python -m launcher resume {run.root}" in lost.message
+
+
+class Client:
+    """Fails with each of `messages` in turn, then accepts the job."""
+
+    def __init__(self, *messages: str) -> None:
+        self.messages = list(messages)
+        self.variables: dict[str, str] = {}
+        self.entrypoint = ""
+
+    def submit_job(self, runtime_env: dict[str, dict[str, str]], entrypoint: str, **job: Any) -> str:
+        self.entrypoint = entrypoint
+        self.variables = runtime_env["env_vars"]
+        if self.messages:
+            raise RuntimeError(self.messages.pop(0))
+        return "raysubmit_1"
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+def submit(monkeypatch: pytest.MonkeyPatch, client: Client, folder: Path) -> str:
+    monkeypatch.setattr(jobs, "_client", lambda address: client)
+    return jobs.submit(SECTION, RunDir(folder), "launcher.worker.ray.driver", ["plan.json"])
+
+
+def test_a_missing_agent_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
+    assert submit(monkeypatch, Client(NO_AGENT, NO_AGENT), tmp_path) == "raysubmit_1"
+    assert slept == [1, 1]
+
+
+def test_the_driver_accepts_the_owners_that_the_command_and_its_own_node_accept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver may run as another user, where this machine's user names are unknown and the volume shows other owners."""
+    from ray._private.utils import update_envs
+
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon,group:54322")
+    client = Client()
+    submit(monkeypatch, client, tmp_path)
+    for own, expected_gids in (("group:54323", {54322, 54323}), (None, {54322})):
+        monkeypatch.delenv("LAUNCHER_TRUST_OWNERS")
+        if own is not None:
+            monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", own)
+        update_envs({"LAUNCHER_TRUST_OWNERS": client.variables["LAUNCHER_TRUST_OWNERS"]})
+        accepted = Trust.from_environ(os.environ)
+        assert {os.geteuid(), 0, pwd.getpwnam("daemon").pw_uid} <= accepted.uids
+        assert accepted.gids == expected_gids
+
+
+def test_other_errors_end_the_submission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
+    with pytest.raises(SubmitError):
+        submit(monkeypatch, Client("the entrypoint is invalid"), tmp_path)
+    assert slept == []
+
+
+def test_a_cluster_without_agents_is_reported_after_the_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]
+) -> None:
+    monkeypatch.setattr(jobs, "_AGENT_DEADLINE_S", 0.0)
+    with pytest.raises(SubmitError):
+        submit(monkeypatch, Client(NO_AGENT), tmp_path)
+    assert slept == []
+
+
+class BusyClient(Client):
+    """A job that ends after `num_failures` requests that the head node leaves unanswered."""
+
+    def __init__(self, num_failures: int) -> None:
+        super().__init__()
+        self.num_failures = num_failures
+        self.has_stopped = False
+
+    def get_job_info(self, job: str) -> Any:
+        if self.num_failures and not self.has_stopped:
+            self.num_failures -= 1
+            raise ConnectionError("timed out")
+        return SimpleNamespace(status=SimpleNamespace(value="SUCCEEDED"), message="done")
+
+    def get_job_logs(self, job: str) -> str:
+        return "answered\n"
+
+    def stop_job(self, job: str) -> None:
+        self.has_stopped = True
+
+    def delete_job(self, job: str) -> None:
+        pass
+
+
+def test_a_command_outlasts_requests_that_fail(monkeypatch: pytest.MonkeyPatch, slept: list[float]) -> None:
+    now = 0.0
+
+    def monotonic() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    monkeypatch.setattr(time, "monotonic", monotonic)
+    client = BusyClient(num_failures=20)
+    monkeypatch.setattr(jobs, "_client", lambda address: client)
+    shown: list[str] = []
+    run = partial(jobs.run_driver, SECTION, "evaluate", "a_module", [], {}, math.inf, shown.append)
+    assert run() == ["answered", "done"]
+    assert shown == ["answered\n"]
+    client = BusyClient(num_failures=100_000)
+    with pytest.raises(SubmitError, match="does not answer"):
+        run()
+    assert client.has_stopped
+
+
+@pytest.fixture
+def start_raylet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartRaylet]:
+    """Start a process that looks like a user's raylet; other Rays on this machine are ignored."""
+    if os.geteuid() != 0:
+        skip_or_fail("only root can start processes of other users: run pytest as root")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.delenv("LAUNCHER_TRUST_OWNERS", raising=False)
+    pids: list[int] = []
+    all_processes = psutil.process_iter
+    of_this_test = lambda attributes: (process for process in all_processes(attributes) if process.pid in pids)  # noqa: E731
+    monkeypatch.setattr(auto_address.psutil, "process_iter", of_this_test)
+    with ExitStack() as stack:
+
+        def start(address: str, uid: int = 0) -> Path:
+            session = tmp_path / f"session-{len(pids)}"
+            session.mkdir()
+            flags = [f"--gcs-address={address}", f"--session_dir={session}"]
+            # A program that other users can run too; it waits for input.
+            command = ["/ray/raylet", "-c", "read _", *flags]
+            process = subprocess.Popen(command, executable="/bin/sh", user=uid, cwd="/", stdin=subprocess.PIPE)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            pids.append(process.pid)
+            wait_for("the arguments", lambda: flags[0] in psutil.Process(process.pid).cmdline())
+            return session
+
+        yield start
+
+
+def name_newest(tmp_path: Path, address: str) -> None:
+    """Write the file that `ray start` leaves, which any user can write first."""
+    folder = tmp_path / "tmp/ray"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ray_current_cluster").write_text(address)
+
+
+@pytest.mark.rest
+def test_the_ray_of_another_user_is_not_joined(
+    start_raylet: StartRaylet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_raylet(THEIRS, DAEMON)
+    name_newest(tmp_path, THEIRS)
+    with pytest.raises(SubmitError, match="the Ray on this machine belongs to daemon") as error:
+        auto_address.find_address()
+    assert "--trust-owner daemon" in error.value.problems[0].remedy
+    monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon")
+    assert auto_address.find_address() == THEIRS
+    monkeypatch.delenv("LAUNCHER_TRUST_OWNERS")
+    start_raylet(MINE)
+    assert auto_address.find_address() == MINE, "a file of another user names theirs"
+
+
+@pytest.mark.rest
+@pytest.mark.timeout(300)
+def test_the_newest_of_several_own_rays_is_joined(start_raylet: StartRaylet, tmp_path: Path) -> None:
+    start_raylet(MINE)
+    start_raylet(other := "127.0.0.1:7003")
+    name_newest(tmp_path, THEIRS)
+    with pytest.raises(SubmitError, match="several Rays run on this machine") as error:
+        auto_address.find_address()
+    assert error.value.problems[0].value == f"{MINE}, {other}"
+    name_newest(tmp_path, other)
+    assert auto_address.find_address() == other
+    (tmp_path / "tmp/ray/ray_current_cluster").unlink()
+    make_pipe(tmp_path / "tmp/ray/ray_current_cluster")
+    with pytest.raises(SubmitError, match="several Rays run on this machine"):
+        auto_address.find_address()
+
+
+@pytest.mark.rest
+def test_a_session_folder_that_another_user_has_replaced_is_refused(start_raylet: StartRaylet) -> None:
+    session = start_raylet(MINE)
+    # The mode that Ray gives the folder.
+    session.parent.chmod(0o777)
+    assert auto_address.find_address() == MINE
+    os.chown(session, DAEMON, -1)
+    with pytest.raises(SubmitError, match="the folder of the Ray on this machine belongs to daemon"):
+        auto_address.find_address()
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize("driver", ["run", "doctor"])
+def test_a_driver_joins_the_ray_that_was_checked(
+    start_raylet: StartRaylet,
+    config_of: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    driver: str,
+) -> None:
+    """Ray's own search would join the Ray that was started last, whoever started it."""
+    import ray
+
+    def init(address: str, **_: object) -> None:
+        raise ConnectionError(address)
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = config_of("cluster=ray", "cluster.address=auto")
+    request = json.dumps({"config": config.model_dump(mode="json"), "environ": {}})
+    section = RaySection.of(config.cluster)
+    join = {"run": lambda: connection.join(section, {}), "doctor": lambda: driver_of_doctor.main(request, 60)}[driver]
+    start_raylet(THEIRS, DAEMON)
+    name_newest(tmp_path, THEIRS)
+    with pytest.raises(SubmitError, match="the Ray on this machine belongs to daemon"):
+        join()
+    start_raylet(MINE)
+    with pytest.raises(ConnectionError, match=MINE):
+        join()
+    monkeypatch.setenv("RAY_ADDRESS", other := "127.0.0.1:7004")
+    with pytest.raises(ConnectionError, match=other):
+        join()
