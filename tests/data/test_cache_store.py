@@ -1,3 +1,5 @@
+"""The data cache, and the cache into which repositories are downloaded."""
+
 from __future__ import annotations
 
 import json
@@ -8,8 +10,9 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,21 +20,95 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
+from file_owners import MALLORY, as_root, give
 from plan_fixtures import GOLDEN, REGENERATE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
+from launcher.config.sections.model import ModelSection
+from launcher.data import cache_dir
 from launcher.data.build import build
 from launcher.data.cache_dir import cache_root
 from launcher.data.cache_store import FORMAT_VERSION, cache_key, find, read_report, read_samples
 from launcher.data.packing import choose_evenly
 from launcher.data.split import DocumentOrigins, Split
 from launcher.errors import DataError
+from launcher.models import found_model
 from launcher.plan.launch_plan import DataFacts
 
+__all__ = ["as_root"]
 Section = Callable[..., DataSection]
 Jsonl = Callable[..., Path]
+BUILDER = """
+import sys
+from launcher.config.sections.data import DataSection
+from launcher.data import build as module
+from launcher.data.tokenization.encoder import import_tokenizers_without_torch
+# As launcher.worker.prepare does.
+import_tokenizers_without_torch()
+data, tokenizer, pause = DataSection.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3] == "pause"
+def progress(stage, done, total):
+    print(stage, flush=True)
+    if pause and stage == "pack and write" and done == 1:
+        import time
+        time.sleep(120)
+print(module.build(data, tokenizer, progress).model_dump_json(), flush=True)
+"""
+# The same sources give the same cache unless FORMAT_VERSION changes, because caches of one version are reused
+
+DIGESTS_FILE = GOLDEN / "data_cache.json"
+END = "<|im_end|>"
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+# One secret or contact detail of each kind that the checks detect, and harmless lookalikes.
+TOLD = (
+    "sk-proj-" + "aB3" * 12,
+    "hf_" + "aB3" * 11,
+    "ghp_" + "aB3" * 12,
+    "github_pat_" + "aB3" * 12,
+    "AKIA" + "ABCD2345" * 2,
+    "xoxb-123456789012-abcdef",
+    "AIza" + "aB3_-" * 7,
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.SflKxwRJSMeKKF2QT4",
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA",
+    "postgres://admin:hunter2!@db.host:5432",
+    'password = "correct-horse-battery"',
+    "export API_KEY=9f8e7d6c5b4a39281706f5e4d3c2b1a0",
+    "db password is s3cretPassw0rd!",
+    "Authorization: Bearer abcdef1234567890abcdef",
+    "password=hunter2hunter2[/INST]",
+    "jane.roe+x@company.co.uk",
+    "+49 170 1234567",
+    "555-123-4567",
+    "0171-1234567",
+    "Tel. 089 / 1234 5678",
+    "Phone: 0891234567",
+    *("password = getpass()", "API_KEY=${API_KEY_V1}", "password: SHA-256-hashed", "from 0900-0130, 100-200 apples"),
+    *("opens 0900-1000 1030-1130", "10.000.000 of a@example.com", "key=lambda x: x", "token: str"),
+)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "packed": {"max_length": 2048, "eval_fraction": 0.1},
+    "one document per row": {"max_length": 512, "packing": False, "eval_fraction": 0.3, "eval_max_rows": 5},
+    "split": {"max_length": 128, "long_documents": "split", "train_on": "last_turn"},
+    "long documents dropped": {"max_length": 1024, "long_documents": "drop", "train_on": "all", "system": "Be brief."},
+    "faults dropped": {
+        "max_length": 4096,
+        "checks": ChecksSection(
+            **dict.fromkeys(("secrets", "personal_data", "role_order", "special_token_in_text", "broken_encoding"), "drop"),
+            **dict.fromkeys(("exact_duplicate", "near_duplicate", "held_out_in_train", "near_held_out_in_train"), "drop"),
+            **dict.fromkeys(("repetitive_answer", "no_turn_end"), "drop"),
+        ),
+    },
+}
+COMMIT = "1" * 40
+REPOSITORY = "models--owner--name"
 
 
 def documents(split: Split) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -231,23 +308,6 @@ def test_a_damaged_cache_is_rebuilt(section: Section, tokenizer_dir: Path) -> No
         assert tokens.read_bytes() == good
 
 
-BUILDER = """
-import sys
-from launcher.config.sections.data import DataSection
-from launcher.data import build as module
-from launcher.data.tokenization.encoder import import_tokenizers_without_torch
-# As launcher.worker.prepare does.
-import_tokenizers_without_torch()
-data, tokenizer, pause = DataSection.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3] == "pause"
-def progress(stage, done, total):
-    print(stage, flush=True)
-    if pause and stage == "pack and write" and done == 1:
-        import time
-        time.sleep(120)
-print(module.build(data, tokenizer, progress).model_dump_json(), flush=True)
-"""
-
-
 def start_builder(data: DataSection, tokenizer_dir: Path, pause: bool = False) -> subprocess.Popen:
     command = [sys.executable, "-c", BUILDER, data.model_dump_json(), str(tokenizer_dir), "pause" if pause else ""]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -325,60 +385,6 @@ def test_a_cache_folder_that_cannot_be_written_is_reported(
     with pytest.raises(DataError, match="the launcher's cache cannot be used: Not a directory") as caught:
         build(section(), str(tokenizer_dir))
     assert "set LAUNCHER_CACHE to a folder on another disk" in caught.value.problems[0].remedy
-
-
-# The same sources give the same cache unless FORMAT_VERSION changes, because caches of one version are reused
-
-DIGESTS_FILE = GOLDEN / "data_cache.json"
-END = "<|im_end|>"
-TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
-CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
-# One secret or contact detail of each kind that the checks detect, and harmless lookalikes.
-TOLD = (
-    "sk-proj-" + "aB3" * 12,
-    "hf_" + "aB3" * 11,
-    "ghp_" + "aB3" * 12,
-    "github_pat_" + "aB3" * 12,
-    "AKIA" + "ABCD2345" * 2,
-    "xoxb-123456789012-abcdef",
-    "AIza" + "aB3_-" * 7,
-    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.SflKxwRJSMeKKF2QT4",
-    "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA",
-    "postgres://admin:hunter2!@db.host:5432",
-    'password = "correct-horse-battery"',
-    "export API_KEY=9f8e7d6c5b4a39281706f5e4d3c2b1a0",
-    "db password is s3cretPassw0rd!",
-    "Authorization: Bearer abcdef1234567890abcdef",
-    "password=hunter2hunter2[/INST]",
-    "jane.roe+x@company.co.uk",
-    "+49 170 1234567",
-    "555-123-4567",
-    "0171-1234567",
-    "Tel. 089 / 1234 5678",
-    "Phone: 0891234567",
-    *("password = getpass()", "API_KEY=${API_KEY_V1}", "password: SHA-256-hashed", "from 0900-0130, 100-200 apples"),
-    *("opens 0900-1000 1030-1130", "10.000.000 of a@example.com", "key=lambda x: x", "token: str"),
-)
-SETTINGS: dict[str, dict[str, Any]] = {
-    "packed": {"max_length": 2048, "eval_fraction": 0.1},
-    "one document per row": {"max_length": 512, "packing": False, "eval_fraction": 0.3, "eval_max_rows": 5},
-    "split": {"max_length": 128, "long_documents": "split", "train_on": "last_turn"},
-    "long documents dropped": {"max_length": 1024, "long_documents": "drop", "train_on": "all", "system": "Be brief."},
-    "faults dropped": {
-        "max_length": 4096,
-        "checks": ChecksSection(
-            **dict.fromkeys(("secrets", "personal_data", "role_order", "special_token_in_text", "broken_encoding"), "drop"),
-            **dict.fromkeys(("exact_duplicate", "near_duplicate", "held_out_in_train", "near_held_out_in_train"), "drop"),
-            **dict.fromkeys(("repetitive_answer", "no_turn_end"), "drop"),
-        ),
-    },
-}
 
 
 @pytest.fixture
@@ -473,3 +479,58 @@ def test_the_cache_of_the_same_sources_changes_only_with_the_format_version(
         name: digests(Path(build(data, str(bytes_as_tokens)).cache_dir), str(tmp_path)) for name, data in sections(jsonl).items()
     }
     compare_digests(DIGESTS_FILE, {"format": FORMAT_VERSION, "digests": digests_now})
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The Hub's cache, which others can reach, and a launcher's cache of this user."""
+    temporary = tempfile.TemporaryDirectory(dir="/tmp")
+    Path(temporary.name).chmod(0o755)
+    folder = Path(temporary.name, "home/shared")
+    folder.mkdir(mode=0o755, parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "launcher"))
+    cache_dir._print_once.cache_clear()
+    with temporary:
+        yield folder
+
+
+def add_snapshot(cache: Path) -> Path:
+    repository = cache / REPOSITORY
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(COMMIT)
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).write_text("{}")
+    return snapshot
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda cache: cache.chmod(0o777), "can be written by everyone"),
+        (lambda cache: cache.parent.chmod(0o777), "can be written by everyone"),
+        (lambda cache: give(cache), f"belongs to {MALLORY}"),
+    ],
+)
+def test_where_others_can_write_nothing_is_downloaded(
+    shared: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object], reason: str
+) -> None:
+    snapshot = add_snapshot(shared)
+    assert cache_dir.download_cache("owner/name") == shared
+    assert capsys.readouterr().err == ""
+    change(shared)
+    own = cache_dir.own_hub_cache()
+    assert cache_dir.download_cache("owner/name") == own
+    said = capsys.readouterr().err
+    assert said.startswith("the Hub's cache is not trusted: ")
+    assert reason in said
+    assert f"; downloads go to {own}; to use the Hub's cache: " in said
+    assert own.stat().st_mode & 0o777 == 0o700
+    model = ModelSection(path="owner/name")
+    assert found_model.locate("owner/name", model).folder == snapshot, "what is there is still read"
+    downloaded = add_snapshot(own)
+    assert found_model.locate("owner/name", model).folder == downloaded, "nobody else can replace it"

@@ -1,15 +1,24 @@
+"""The exported folder: the engine's weights bit for bit, written by one process or by all ranks, and the `export` command."""
+
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import transformers
+from forked_ranks import RankServer
+from plan_fixtures import DATA
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shard_tools import llama_config, with_metadata
+from shard_tools import engine_metadata, flip_bit, llama_config, plan_of, with_metadata
 
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, REFERENCE_LOGITS, read_manifest
@@ -19,6 +28,7 @@ from launcher.export import hf_folder as exporting
 from launcher.export import parity as proving
 from launcher.export.hf_folder import ExportTask, export
 from launcher.export.parity import check_parity, load_exported, read_reference_logits, require_finite, require_parity
+from launcher.worker import export as command
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -297,3 +307,150 @@ def test_licenses_are_copied(runs, tmp_path):
     assert (result.path / "LICENSE").read_text() == "LICENSE"
     assert (result.path / "NOTICE.txt").read_text() == "NOTICE.txt"
     assert not (result.path / "README.md").exists(), "another model's card"
+
+
+@pytest.fixture
+def checkpoint(runs, tmp_path: Path) -> Path:
+    newest = store.get_latest(runs.checkpoints("bf16")).path
+    return with_metadata(newest, tmp_path / "checkpoints", engine_metadata(runs.dump("bf16", "saved"), "bf16", 2))
+
+
+def exported_by_ranks(
+    rank_server: RankServer, run: Path, checkpoint: Path, limited: int = -1, push_to_hub: str | None = None
+) -> list[tuple[int, str]]:
+    """The exit code and output of two ranks that export the checkpoint of `run`."""
+    plan = plan_of(run)
+    export = plan.config.export.model_copy(update={"push_to_hub": push_to_hub})
+    config = plan.config.model_copy(update={"export": export})
+    (run / "plan.json").write_text(plan.model_copy(update={"config": config}).to_json())
+    arguments = [(str(run / "plan.json"), str(checkpoint), limited)] * 2
+    return [(rank.code, rank.output) for rank in rank_server.run("export_ranks:main", arguments, run / "ranks")]
+
+
+def test_two_ranks_write_one_folder(rank_server, runs, checkpoint, tmp_path):
+    (code, output), other = exported_by_ranks(rank_server, tmp_path, checkpoint)
+    assert (code, *other) == (0, 0, ""), output + other[1]
+    index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2, "both ranks have something to write"
+    weights = {name: tensor for file in files for name, tensor in load_file(tmp_path / "export" / file).items()}
+    trained = load_file(runs.dump("bf16", "saved"))
+    assert weights.keys() == index["weight_map"].keys()
+    assert all((tensor == trained[f"{name}|compute"]).all() for name, tensor in weights.items())
+    assert f"export: Hugging Face folder: {tmp_path / 'export'} (bf16; {len(weights)} tensors equal the engine's" in output
+    assert "mean KL to the trained model" in output
+    assert (tmp_path / "export" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("limited", [0, 1])
+def test_a_failing_rank_fails_the_export_on_all_ranks(rank_server, checkpoint, tmp_path, limited):
+    for code, output in exported_by_ranks(rank_server, tmp_path, checkpoint, limited=limited):
+        assert code == 3, output
+        assert "training is complete and saved, but the Hugging Face folder could not be written" in output
+        assert f"rank {limited}, {tmp_path}" in output
+        assert f"then: python -m launcher export {tmp_path}" in output
+    assert not (tmp_path / "export").exists()
+    assert not (tmp_path / ".export.partial").exists()
+    assert store.verify(checkpoint) == []
+
+
+def test_a_wrong_weight_raises_on_all_ranks(rank_server, checkpoint, tmp_path):
+    flip_bit(checkpoint, 1, "model.layers.0.mlp.up_proj.weight|fp32", bit=30)
+    for code, output in exported_by_ranks(rank_server, tmp_path, checkpoint):
+        assert code == 3, output
+        assert "differs from the engine's" in output
+        assert "model.layers.0.mlp.up_proj.weight, part of rank 1" in output
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_failed_push_is_an_alert_and_keeps_the_folder(rank_server, checkpoint, tmp_path):
+    (code, output), _ = exported_by_ranks(rank_server, tmp_path, checkpoint, push_to_hub="owner/name")
+    assert code == 0, output
+    assert "alert: a push to the Hub needs HF_TOKEN" in output
+    assert f"python -m launcher export {tmp_path} --push owner/name" in output
+    assert (tmp_path / "export" / "config.json").is_file()
+
+
+@pytest.fixture
+def run(runs, tmp_path: Path) -> Path:
+    """A run directory with checkpoints of the bf16 engine; the newest has the engine's digests."""
+    path = tmp_path / "run"
+    shutil.copytree(store.get_at_step(runs.checkpoints("bf16"), 0).path, path / "checkpoints" / "step-00000000")
+    newest = store.get_at_step(runs.checkpoints("bf16"), 2).path
+    with_metadata(newest, path / "checkpoints", engine_metadata(runs.dump("bf16", "saved"), "bf16", 2))
+    (path / "plan.json").write_text(plan_of(path).to_json())
+    return path
+
+
+def test_the_command(runs, run, tmp_path, capsys):
+    command_line = [sys.executable, "-m", "launcher.worker.export", str(run / "plan.json")]
+    result = subprocess.run(command_line, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"exported step 2 to {run / 'export'}" in result.stdout
+    assert "over 24 tokens: mean KL" in result.stdout
+    weights = load_file(run / "export" / "model.safetensors")
+    assert f"all {len(weights)} tensors equal the engine's" in result.stdout
+    trained = load_file(runs.dump("bf16", "saved"))
+    assert all((tensor == trained[f"{name}|compute"]).all() for name, tensor in weights.items())
+
+    plan = str(run / "plan.json")
+    assert command.main([plan, "--step", "3"]) == 1
+    assert "choose one of: 0, 2" in capsys.readouterr().err
+    assert command.main([str(tmp_path / "none.json")]) == 1
+    assert "none.json" in capsys.readouterr().err
+
+
+def test_skipped_checks_are_reported(run, tmp_path, capsys):
+    checkpoint = run / "checkpoints" / "step-00000002"
+    plain = with_metadata(checkpoint, tmp_path)
+    shutil.rmtree(checkpoint)
+    plain.rename(checkpoint)
+    assert command.main([str(run / "plan.json"), "--no-check"]) == 0
+    said = capsys.readouterr().out
+    assert "digests: not compared" in said
+    assert "not loaded by transformers: not asked for" in said
+
+
+def test_an_export_elsewhere_is_readable_for_its_user_alone(run, tmp_path):
+    mask = os.umask(0o022)
+    try:
+        assert command.main([str(run / "plan.json"), "--no-check", "--out", str(tmp_path / "elsewhere")]) == 0
+    finally:
+        assert os.umask(mask) == 0o022
+    folder = tmp_path / "elsewhere"
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert (folder.stat().st_mode & 0o777, modes) == (0o700, {0o600})
+
+
+def test_a_damaged_checkpoint_is_refused_before_writing(run, tmp_path, capsys):
+    flip_bit(run / "checkpoints" / "step-00000002", 1, "model.norm.weight|exp_avg", bit=3)
+    arguments = [str(run / "plan.json"), "--no-check", "--out", str(tmp_path / "elsewhere")]
+    assert command.main([*arguments, "--dtype", "fp32"]) == 1
+    assert "digest differs" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_exported_template_is_the_one_that_rendered_the_data(run, tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text("of the file")
+    plan = plan_of(run)
+    config = plan.config.model_copy(update={"data": plan.config.data.model_copy(update={"chat_template": str(file)})})
+    data = DATA.model_copy(update={"chat_template": "of the plan"})
+    (run / "plan.json").write_text(plan.model_copy(update={"config": config, "data": data}).to_json())
+    made = command.export_run(run / "plan.json", step=2, dtype="bf16", out=None, check=False)
+    assert (made.path / "chat_template.jinja").read_text() == "of the plan"
+
+
+def test_the_card_describes_the_attempt_that_saved(run):
+    attempt = run / "attempts" / "001"
+    attempt.mkdir(parents=True)
+    plan = plan_of(run)
+    changed = plan.config.model_copy(update={"optim": plan.config.optim.model_copy(update={"lr": 7e-6})})
+    (attempt / "plan.json").write_text(plan.model_copy(update={"config": changed}).to_json())
+    lines = [{"trainer/step": step, "attempt": 1, "train/loss": 3.0 - step} for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    made = command.export_run(run / "plan.json", step=2, dtype="bf16", out=None, check=False)
+    card = (made.path / "README.md").read_text()
+    assert "7e-06 at its peak" in card
+    assert "settings of optim differed in earlier attempts" in card
+    assert "| training, step 2 | 1.0000 |" in card

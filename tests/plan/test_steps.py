@@ -1,4 +1,4 @@
-"""Batches and the learning rate of each step, and the note on a rate that a resumed run changes."""
+"""Batches and the learning rate of each step, checkpoints and their disk space, and the settings that `init` suggests."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from plan_fixtures import plan_lines
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import OptimSection, TrainSection
 from launcher.errors import ConfigError
+from launcher.plan.checkpoints import checkpoints_at_once, low_room_note, needed_bytes, no_room_problem
 from launcher.plan.launch_plan import Batch, DataFacts, LaunchPlan
+from launcher.plan.quantities import format_size
 from launcher.plan.steps import compute_learning_rate, describe_changed_rate, divisors, split_batch
+from launcher.plan.suggested_settings import DataSample, Machine, learning_rate, needs_offload, suggest, suggest_held_out
 
 GLOBALS = (1, 2, 6, 7, 8, 12, 30, 64, 96, 100, 127, 128, 1024)
 WORLDS = (1, 2, 3, 4, 6, 7, 8, 16, 24, 32, 100)
 LENGTHS = (16, 256, 1024, 8192, 131072)
+PlanOf = Callable[..., LaunchPlan]
+GPUS = Machine(world_size=16, device="cuda", memory_gib=79.1)
 
 
 def divide(global_batch: int, world: int, length: int = 256, micro: int | None = None, device: str = "cpu") -> Batch:
@@ -169,3 +175,142 @@ def test_a_rate_that_continues_needs_no_note(of_steps: Any) -> None:
     assert describe_changed_rate(of_steps(100), of_steps(200), 0) is None, "nothing was trained"
     assert describe_changed_rate(of_steps(None), of_steps(200), 50) is None
     assert describe_changed_rate(of_steps(100), of_steps(50), 50) is None, "no step follows"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count"),
+    [
+        (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2"], 3),
+        (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=1"], 2),
+        (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2", "checkpoint.keep_every=50"], 5),
+        (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2", "checkpoint.keep_best=3"], 6),
+        # The number of saves limits the number of checkpoints.
+        (["train.max_steps=100"], 1),
+        (["train.max_steps=100", "checkpoint.save_every=60", "checkpoint.keep_last=9"], 2),
+        (["train.max_steps=100", "checkpoint.save_every=50", "checkpoint.keep_last=9"], 2),
+    ],
+)
+def test_kept_checkpoints_and_the_one_being_written_need_room(plan_of: PlanOf, tokens: list[str], count: int) -> None:
+    assert checkpoints_at_once(plan_of(*tokens)) == count
+
+
+def test_unknown_steps_do_not_limit_the_number_of_checkpoints(plan_of: PlanOf) -> None:
+    plan = plan_of("train.epochs=1", "train.max_steps=null", "checkpoint.keep_last=2", data=None)
+    assert plan.batch.max_steps is None
+    assert checkpoints_at_once(plan) == 3
+
+
+def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> None:
+    plan = plan_of("train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2")
+    one = needed_bytes(plan)
+    assert one > plan.checkpoint_bytes + 64 * plan.model.vocab_size * 2, "the logits for the check of the export count"
+    refused = no_room_problem(plan, one - 1)
+    assert refused is not None
+    assert refused.value == f"needed {format_size(one)}, available {format_size(one - 1)}"
+    assert no_room_problem(plan, one) is None
+    three = needed_bytes(plan, 3)
+    note = low_room_note(plan, three - 1, present=0)
+    assert note is not None
+    assert f"has {format_size(three - 1)} free and needs {format_size(three)} for 3 checkpoints" in note
+    assert low_room_note(plan, three, present=0) is None
+    # Existing checkpoints need no additional space.
+    assert low_room_note(plan, one, present=2) is None
+    assert f"needs {format_size(needed_bytes(plan, 2))} for 2 more checkpoints" in (low_room_note(plan, one, present=1) or "")
+    assert f"needs {format_size(one)} for 1 more checkpoint," in (low_room_note(plan, one - 1, present=9) or "")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (["checkpoint.keep_last=1"], "each, the newest is kept;"),
+        (["checkpoint.keep_last=3"], "each, the newest 3 are kept;"),
+        (["checkpoint.keep_last=1", "checkpoint.keep_every=100"], "each, the newest and every 100 steps are kept;"),
+        (
+            ["checkpoint.keep_last=2", "checkpoint.keep_every=100", "checkpoint.keep_best=2"],
+            "each, the newest 2 and the best 2 and every 100 steps are kept;",
+        ),
+    ],
+)
+def test_the_plan_shows_which_checkpoints_are_kept(plan_of: PlanOf, tokens: list[str], text: str) -> None:
+    (line,) = [line for line in plan_lines(plan_of(*tokens)) if line.startswith("checkpoint")]
+    assert text in line
+
+
+def sample(num_documents: int = 20_000, mean: float = 400.0, p99: int = 1500, measured: bool = True) -> DataSample:
+    return DataSample(num_documents, mean, p99, p99 * 3, measured)
+
+
+def values(
+    data: DataSample, machine: Machine = GPUS, num_params: int = 8_000_000_000, positions: int | None = 32768
+) -> dict[str, Any]:
+    suggestions = suggest(num_params, positions, data, machine)
+    assert all(one.reason for one in suggestions)
+    return {one.key: one.value for one in suggestions}
+
+
+@pytest.mark.parametrize(("num_params", "published"), [(1e9, 3e-5), (7e9, 2e-5), (8e9, 5e-6), (13e9, 5e-6), (70e9, 2e-6)])
+def test_the_learning_rate_is_within_a_factor_of_three_of_published_ones(num_params: float, published: float) -> None:
+    assert published / 3 <= learning_rate(int(num_params)) <= published * 3
+
+
+def test_the_learning_rate_falls_with_the_size_and_is_a_round_number() -> None:
+    sizes = [10**exponent for exponent in range(6, 13)]
+    rates = [learning_rate(size) for size in sizes]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 1e-4
+    assert (learning_rate(1_000_000_000), learning_rate(70_000_000_000)) == (3e-5, 2e-6)
+
+
+@pytest.mark.parametrize(("num_documents", "share"), [(10, 0.1), (300, 0.1), (1_000, 0.1), (1_100, 0.1), (2_500, 0.04)])
+def test_an_evaluation_gets_a_hundred_documents_of_small_data_but_at_most_a_tenth(num_documents: int, share: float) -> None:
+    suggestion = suggest_held_out(num_documents, 0.02)
+    assert suggestion is not None
+    assert (suggestion.key, suggestion.value) == ("data.eval_fraction", share)
+
+
+def test_a_share_that_holds_out_enough_documents_stays() -> None:
+    assert suggest_held_out(5_000, 0.02) is None
+    assert suggest_held_out(300, 0.2) is None
+    assert suggest_held_out(9, 0.02) is None, "a tenth is less than a document"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6, 8, 24, 64])
+@pytest.mark.parametrize("num_documents", [1, 100, 20_000, 5_000_000])
+def test_the_batch_divides_over_the_ranks(num_documents: int, world_size: int) -> None:
+    machine = Machine(world_size, "cuda", 79.1)
+    found = values(sample(num_documents), machine)
+    assert found["train.global_batch_size"] % world_size == 0
+    assert found["train.global_batch_size"] * found["data.max_length"] <= max(128 * 4096, world_size * found["data.max_length"])
+    assert found["optim.warmup_steps"] >= 1
+
+
+def test_little_data_has_many_steps_and_much_data_the_batch_of_published_runs() -> None:
+    few, many = values(sample(2_000)), values(sample(5_000_000))
+    assert (few["train.epochs"], few["train.global_batch_size"]) == (3, 16)
+    assert (many["train.epochs"], many["train.global_batch_size"] * many["data.max_length"]) == (1, 128 * 4096)
+    assert (few["checkpoint.save_every"], few["eval.every"]) == (14, 7)
+
+
+def test_the_length_holds_99_of_100_documents_within_what_the_model_takes() -> None:
+    assert values(sample(p99=3000))["data.max_length"] == 4096
+    assert values(sample(p99=3500, measured=False))["data.max_length"] == 8192
+    assert values(sample(p99=100))["data.max_length"] == 2048
+    assert values(sample(p99=9000), positions=8192)["data.max_length"] == 8192
+    assert values(sample(p99=9000), positions=None)["data.max_length"] == 16384
+    assert values(sample(p99=100), Machine(2, "cpu", None))["data.max_length"] == 256
+
+
+def test_memory_decides_about_offload() -> None:
+    assert "model.activation_checkpointing" not in values(sample()), "the plan decides"
+    assert needs_offload(60.0, GPUS)
+    assert not needs_offload(40.0, GPUS)
+    assert not needs_offload(60.0, Machine(2, "cpu", None))
+
+
+def test_what_is_chosen_is_not_suggested_and_the_rest_follows_it() -> None:
+    chosen = {"train.epochs": 6, "data.max_length": 4096, "train.global_batch_size": 16}
+    found = {one.key: one.value for one in suggest(8_000_000_000, None, sample(), GPUS, chosen)}
+    assert not set(chosen) & set(found)
+    assert found["checkpoint.save_every"] == math.ceil(400 * 20_000 / 4096 * 6 / 16) // 5
+    found = {one.key: one.value for one in suggest(8_000_000_000, None, sample(), GPUS, {"train.max_steps": 50})}
+    assert ("train.epochs" in found, found["checkpoint.save_every"]) == (False, 10)

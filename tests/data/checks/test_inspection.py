@@ -1,4 +1,4 @@
-"""Checks on single documents: faults are located, good text has no findings, and secrets are never shown."""
+"""Checks on single documents: faults are located, good text has no findings, secrets are never shown, and findings are stored."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import pytest
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, inspection, patterns
+from launcher.data.checks.findings import Example, Finding, judge, refuse
 from launcher.data.checks.inspection import inspect
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.data.tokenization.loss_mask import TrainedSpan
+from launcher.errors import DataError
 
 CHECKS = ChecksSection()
 SPECIAL = ("<|im_start|>", "<|im_end|>")
@@ -32,7 +34,6 @@ SECRETS = {
     "e-mail address": "jane.roe+x@company.co.uk",
     "telephone number": "+49 170 1234567",
 }
-
 # ‹ › mark the secret.
 HIDDEN = [
     "AWS_SECRET_ACCESS_KEY=‹wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY›",
@@ -54,6 +55,9 @@ NOT_SECRET = [
     "from 0900-0130, 100-200 apples, 300/400, 01/02/2020",
     "her phone 742 / 106 = 7",
 ]
+LEAK = Finding("held_out_in_train", 3, 100, {"a": 3}, (Example("a.jsonl:7", "the same as a.jsonl:2"),))
+SECRET = Finding("secrets", 1, 1000, {"a": 1}, (Example("a.jsonl:9", "[API key: s…, 40 characters]"),))
+NO_END = Finding("no_turn_end", 50, 1000, {"a": 50}, (Example("a.jsonl:1", "no end of turn is trained"),), highest_share=0.6)
 
 
 def encoded(trained: int = 5, prompt: int = 5, turn_end: bool = True) -> EncodedDocument:
@@ -241,3 +245,47 @@ def test_code_and_numbers_are_no_secrets(text: str) -> None:
 def test_every_check_of_the_settings_has_its_texts() -> None:
     checks = ChecksSection.model_fields
     assert {name for name in checks if checks[name].default in ("keep", "drop", "fail")} < set(findings.CHECKS)
+
+
+def test_the_settings_of_the_run_decide_what_is_fatal() -> None:
+    judged = judge((SECRET, LEAK, NO_END), ChecksSection())
+    assert [(one.finding.name, one.action, one.fatal) for one in judged] == [
+        ("held_out_in_train", "fail", True),
+        ("no_turn_end", "fail", True),
+        ("secrets", "keep", False),
+    ]
+    lenient = ChecksSection(held_out_in_train="keep", no_turn_end="keep", secrets="fail")
+    assert [(one.finding.name, one.fatal) for one in judge((LEAK, NO_END, SECRET), lenient)] == [
+        ("secrets", True),
+        ("held_out_in_train", False),
+        ("no_turn_end", False),
+    ]
+
+
+def test_near_leaks_refuse_a_run_if_the_settings_say_fail() -> None:
+    near = Finding("near_held_out_in_train", 3, 100, {"a": 3}, LEAK.examples)
+    strict = ChecksSection(near_held_out_in_train="fail")
+    for checks, fatal in ((ChecksSection(), False), (strict, True)):
+        (judged,) = judge((near,), checks)
+        assert judged.fatal is fatal
+
+
+@pytest.mark.parametrize(("share", "fatal"), [(0.99, False), (1.0, True)])
+def test_a_whole_source_without_a_trained_token_refuses_a_run(share: float, fatal: bool) -> None:
+    (judged,) = judge((Finding("no_trained_token", 99, 200, {"a": 99}, LEAK.examples, share),), ChecksSection())
+    assert judged.fatal is fatal
+
+
+def test_a_refusal_names_the_places_and_the_setting_that_accepts_it() -> None:
+    with pytest.raises(DataError) as caught:
+        refuse((SECRET, LEAK, NO_END), ChecksSection())
+    first, second = caught.value.problems
+    assert first.message == (
+        "3 of 100 (3.0%): held-out documents that are also in the training split, ignoring case, white space and punctuation. "
+        "The evaluation loss is too low"
+    )
+    assert (first.where, first.value) == ("a.jsonl:7", "the same as a.jsonl:2")
+    assert first.remedy.endswith("data.checks.held_out_in_train=keep")
+    assert second.remedy.endswith("data.checks.no_turn_end=keep")
+    refuse((SECRET, LEAK, NO_END), ChecksSection(held_out_in_train="keep", no_turn_end="keep"))
+    refuse((), ChecksSection())

@@ -1,4 +1,4 @@
-"""Every file format gives the same rows, in blocks that workers parse, and broken files are reported."""
+"""Every row and file format is read and recognized, in blocks that workers parse; broken files are reported; built-in data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.config.sections.data import Source
-from launcher.data.sources.documents import Chat, Completion, Message
+from launcher.config.sections.data import STDLIB_DOCS, DataSection, Source
+from launcher.data.sources.builtin import MAX_WORDS, NUM_PAIRS, list_pairs
+from launcher.data.sources.documents import Chat, Completion, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_array, read_blocks
-from launcher.data.sources.reading import compute_source_digest, count_rows, read_documents
+from launcher.data.sources.reading import check_sources, compute_source_digest, count_rows, read_documents
 from launcher.errors import DataError, Problem
 
+# Blocks of rows that workers parse, and JSON arrays of any size
+
+
+BIG = "x" * (1 << 19)
+ANY_ROWS = st.lists(
+    st.dictionaries(
+        st.text(max_size=4), st.one_of(st.text(max_size=20), st.integers(), st.booleans(), st.lists(st.text())), max_size=3
+    )
+)
 ROWS = [{"prompt": f'Q{i}: é, "{i}"\nnext', "completion": f"A{i}"} for i in range(5)]
 
 
@@ -214,12 +226,6 @@ def test_a_table_that_is_named_jsonl_is_named(tmp_path: Path) -> None:
         assert (problem.where, "CSV" in problem.message, ".csv" in problem.remedy) == (str(path), True, True)
 
 
-# Blocks of rows that workers parse, and JSON arrays of any size
-
-
-BIG = "x" * (1 << 19)
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     match path.suffix:
         case ".jsonl":
@@ -250,13 +256,6 @@ def test_blocks_are_bounded_and_hold_every_row_once_in_order(tmp_path: Path, kin
     made = list(read_blocks(write_rows(tmp_path / f"long.{kind}", long), f"long.{kind}"))
     assert kind == "parquet" or len(made) >= 3
     assert [row for block in made for row, _ in parse_block(block)] == long
-
-
-ANY_ROWS = st.lists(
-    st.dictionaries(
-        st.text(max_size=4), st.one_of(st.text(max_size=20), st.integers(), st.booleans(), st.lists(st.text())), max_size=3
-    )
-)
 
 
 def parsed(content: bytes) -> list[Any]:
@@ -293,3 +292,150 @@ def test_an_error_in_a_json_array_has_line_and_column(content: str, where: str) 
     with pytest.raises(DataError) as caught:
         parsed(content.encode())
     assert caught.value.problems[0].where == f"a.json:{where}"
+
+
+ROW_OF = {
+    "messages": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "é"}]},
+    "prompt_completion": {"prompt": "a", "completion": "b"},
+    "text": {"text": "a\nb"},
+}
+
+
+def read_as(path: Path, format: Any = "auto") -> list[Any]:
+    return [document for document, _ in read_documents(Source(path=str(path), format=format))]
+
+
+@pytest.mark.parametrize("format", list(ROW_OF))
+@pytest.mark.parametrize("named", [True, False])
+def test_each_format_is_read_and_recognized(tmp_path: Path, format: str, named: bool) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n" + json.dumps(ROW_OF[format], ensure_ascii=False) + "\n\n" + json.dumps(ROW_OF[format]))
+    where = f"{path}:2"
+    expected = {
+        "messages": Chat(where, (Message("user", "a"), Message("assistant", "é"))),
+        "prompt_completion": Completion(where, "a", "b"),
+        "text": PlainText(where, "a\nb"),
+    }
+    documents = read_as(path, format if named else "auto")
+    assert documents[0] == expected[format]
+    assert [document.where for document in documents] == [where, f"{path}:4"]
+    assert count_rows(Source(path=str(path))) >= 2
+
+
+@pytest.mark.parametrize(("text", "count"), [("a\nb\n", 2), ("a\nb", 2), ("a\n", 1), ("a", 1)])
+def test_the_lines_of_a_file_are_counted_exactly(tmp_path: Path, text: str, count: int) -> None:
+    path = tmp_path / "rows.txt"
+    path.write_text(text)
+    assert count_rows(Source(path=str(path))) == count
+
+
+@pytest.mark.parametrize(
+    ("line", "format", "column", "words"),
+    [
+        ('{"text": "a"', "auto", 13, "not JSON"),
+        ('"hunter2"', "auto", None, "the line holds a string, not an object"),
+        ('{"body": "a"}', "auto", None, "no known format (found: body)"),
+        ('{"text": "a"}', "messages", None, "lacks the key messages (found: text)"),
+        ('{"text": null}', "text", None, "text is null, not text"),
+        ('{"text": "\\ud83d"}', "text", None, "surrogate"),
+    ],
+)
+def test_an_unusable_row_is_reported_with_its_place(
+    tmp_path: Path, line: str, format: str, column: int | None, words: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(DataError) as caught:
+        read_as(path, format)
+    problem = caught.value.problems[0]
+    assert problem.where == f"{path}:2" + (f":{column}" if column else "")
+    assert words in problem.message
+    assert problem.remedy
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"}]', '[\n{"text": "a"}\n]\n'])
+def test_one_json_array_is_read_from_a_file_of_either_name(tmp_path: Path, text: str) -> None:
+    for name in ("a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz"):
+        array = tmp_path / name
+        array.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        assert read_as(array) == [PlainText(f"{array}:row 1", "a")]
+        assert count_rows(Source(path=str(array))) >= 1
+
+
+def test_a_source_without_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n")
+    with pytest.raises(DataError, match="holds no rows"):
+        read_as(path)
+
+
+def test_columns_name_the_rows_own_keys(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "1+1?", "answer": "2", "text": "hidden", "prompt": "hidden"}))
+    as_chat = Source(path=str(path), columns={"instruction": "question", "output": "answer"}, format="alpaca")
+    (document,) = (document for document, _ in read_documents(as_chat))
+    assert document == Chat(f"{path}:1", (Message("user", "1+1?"), Message("assistant", "2")))
+    raw = Source(path=str(path), columns={"prompt": "question", "completion": "answer"}, format="prompt_completion")
+    assert [document for document, _ in read_documents(raw)] == [Completion(f"{path}:1", "1+1?", "2")]
+    with pytest.raises(DataError, match=r"lacks the key answr, which columns\.output names"):
+        list(read_documents(as_chat.model_copy(update={"columns": {"output": "answr"}})))
+
+
+def test_a_mapping_to_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no column promt"):
+        Source(path="a.jsonl", columns={"promt": "question"})
+
+
+def test_every_path_is_checked_at_once(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    paths = [STDLIB_DOCS, str(tmp_path / "missing"), str(tmp_path), str(empty), "builtin:poems"]
+    sources = tuple(Source(name=f"s{i}", path=path) for i, path in enumerate(paths))
+    problems = check_sources(DataSection(sources=sources, eval_path="nowhere.jsonl"))
+    assert [(problem.where, problem.value) for problem in problems] == [
+        *((f"data.sources[{i}].path", paths[i]) for i in range(1, 5)),
+        ("data.eval_path", "nowhere.jsonl"),
+    ]
+
+
+def test_there_are_about_3000_pairs_of_sensible_length() -> None:
+    assert 0.9 * NUM_PAIRS <= len(list_pairs()) <= NUM_PAIRS
+    assert all(pair.symbol in pair.question for pair in list_pairs())
+    assert all(3 <= len(pair.answer.split()) <= MAX_WORDS + 60 for pair in list_pairs())
+    assert len({pair.question.replace(pair.symbol, "X") for pair in list_pairs()}) >= 12
+
+
+def test_the_held_out_pairs_share_nothing_with_the_others() -> None:
+    held_out = [pair for pair in list_pairs() if pair.held_out]
+    rest = [pair for pair in list_pairs() if not pair.held_out]
+    assert 0.03 <= len(held_out) / len(list_pairs()) <= 0.07
+    assert not {pair.symbol for pair in held_out} & {pair.symbol for pair in rest}
+
+    def docstrings(split: list) -> set[str]:
+        return {pair.answer.split("\n\n", 1)[1] if pair.answer.startswith("`") else pair.answer for pair in split}
+
+    assert not docstrings(held_out) & docstrings(rest)
+
+
+@pytest.mark.rest
+def test_stdlib_docs_import_nothing_and_are_the_same_in_every_process() -> None:
+    code = (
+        "import sys, hashlib; from launcher.data.sources.builtin import list_pairs;"
+        "got = repr(list_pairs()).encode();"
+        "odd = {'antigravity', 'this', 'tkinter', 'turtle', 'idlelib', 'smtplib', 'sqlite3'} & set(sys.modules);"
+        "print(hashlib.sha256(got).hexdigest(), sorted(odd))"
+    )
+    command = [sys.executable, "-c", code]
+    outputs = {
+        subprocess.run(
+            command,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+    assert outputs.pop().endswith("[]\n")

@@ -1,23 +1,25 @@
-"""Sources given as folders, patterns, Hub datasets and addresses."""
+"""Folders with splits and subsets, for tests of local and remote sources."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
-from dataset_hub import DatasetHub, running_dataset_hub
 from file_owners import as_root
 from http_server import Answer, Request, serving
 from mirror_tools import S3, make_bucket, running_s3
-from source_folders import CARD, SPLITS, SUBSETS, Files, row
 from special_files import link_to_device, make_pipe
 
 from launcher.config.sections.data import DataSection, Source
@@ -25,6 +27,104 @@ from launcher.data.sources.reading import check_sources, compute_source_digest, 
 from launcher.errors import DataError, Problem
 
 __all__ = ["as_root"]
+# File text by path.
+Files = dict[str, str]
+# The dataset card of SUBSETS.
+CARD = """---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/first*
+  - split: held
+    path: [main/second.jsonl]
+- config_name: socratic
+  data_dir: socratic
+---
+"""
+# Web servers that provide more or less metadata, and downloads that are cut off
+
+
+ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'
+
+
+def row(text: str) -> str:
+    return json.dumps({"text": text}) + "\n"
+
+
+SPLITS = {"train-0.jsonl": row("a"), "train-1.jsonl": row("b"), "test.jsonl": row("t"), "README.md": "# Rows"}
+SUBSETS = {
+    "README.md": CARD,
+    "main/first.jsonl": row("m"),
+    "main/second.jsonl": row("h"),
+    "socratic/train.jsonl": row("s"),
+    "socratic/test.jsonl": row("st"),
+}
+
+
+@dataclass
+class DatasetHub:
+    """The repository owner/name; `revisions` maps branches, tags and commits to commits, `commits` maps commits to files.
+
+    If `fails_with` is an HTTP status, every answer has that status.
+    """
+
+    address: str = ""
+    revisions: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    fails_with: int | None = None
+
+    def commit(self, files: dict[str, bytes], *names: str) -> str:
+        """Add a commit with these files; `names` point to it."""
+        sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        self.commits[sha] = files
+        self.revisions.update(dict.fromkeys((sha, *names), sha))
+        return sha
+
+    def _tree(self, sha: str, folder: str | None, recursive: bool) -> list[dict[str, Any]]:
+        """The files and folders in a folder, recursively or not."""
+        root = f"{folder}/" if folder else ""
+        entries: dict[str, dict[str, Any]] = {}
+        for name, content in self.commits[sha].items():
+            parts = name.removeprefix(root).split("/")
+            if not name.startswith(root):
+                continue
+            for depth in range(1, len(parts)):
+                path = root + "/".join(parts[:depth])
+                if recursive or depth == 1:
+                    entries[path] = {"type": "directory", "oid": sha, "size": 0, "path": path}
+            if recursive or len(parts) == 1:
+                entries[name] = {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": name}
+        return list(entries.values())
+
+    def answer(self, request: Request) -> Answer:
+        path, query = request.path, request.query
+        self.requests.append(path)
+        if self.fails_with is not None:
+            return self.fails_with, {}
+        if match := re.fullmatch(r"/api/datasets/owner/name/tree/(\w+)(?:/(.+))?", path):
+            return 200, self._tree(self.revisions[match[1]], match[2], "recursive=true" in query)
+        if match := re.fullmatch(r"/api/datasets/owner/name(?:/revision/(\w+))?", path):
+            sha = self.revisions.get(match[1] or "main")
+            if sha is not None:
+                siblings = [{"rfilename": name} for name in self.commits[sha]]
+                return 200, {"id": "owner/name", "sha": sha, "siblings": siblings}
+            return 404, {}, {"X-Error-Code": "RevisionNotFound"}
+        if (match := re.fullmatch(r"/datasets/owner/name/resolve/(\w+)/(.+)", path)) and match[1] in self.revisions:
+            sha = self.revisions[match[1]]
+            content = self.commits[sha].get(match[2])
+            if content is not None:
+                return 200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": sha}
+            return 404, {}, {"X-Error-Code": "EntryNotFound"}
+        return 401, {}, {"X-Error-Code": "RepoNotFound"}
+
+
+@contextmanager
+def running_dataset_hub() -> Iterator[DatasetHub]:
+    hub = DatasetHub()
+    with serving(hub.answer) as hub.address:
+        yield hub
 
 
 def write(folder: Path, files: Files) -> Path:
@@ -255,12 +355,6 @@ def test_a_pipe_or_a_device_is_not_read(tmp_path: Path, make: Callable[[Path], N
     for path in ("data", "data/train.jsonl", "data/*.jsonl"):
         (problem,) = check_sources(DataSection(sources=(Source(path=f"{tmp_path}/{path}"),)))
         assert problem.value == f"{tmp_path}/{path}"
-
-
-# Web servers that provide more or less metadata, and downloads that are cut off
-
-
-ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'
 
 
 class Web:
