@@ -1,10 +1,14 @@
-"""A lock names its holder, and a process that has ended holds no lock."""
+"""A lock names its holder, and a process that has ended holds no lock.
+
+Files and directories are complete or absent after a crash.
+"""
 
 from __future__ import annotations
 
 import getpass
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -13,12 +17,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 from filelock import FileLock
+from steps import start_of_process
 
+from launcher import atomic_files
+from launcher.clusters import detached_process
 from launcher.errors import SubmitError
-from launcher.locks import Holder, hold, pid_namespace, read_holder
+from launcher.locks import Holder, hold, is_same_start, pid_namespace, read_holder, read_start
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import Status
 from launcher.run_store import start_lock, start_lock_holder
 
 REPO = Path(__file__).resolve().parents[1]
@@ -137,3 +146,114 @@ def test_hold_waits_until_the_holder_ends(tmp_path: Path) -> None:
         process.terminate()
         with hold(tmp_path / ".lock", 10, "pytest"):
             assert read_holder(tmp_path / ".lock") is not None
+
+
+@pytest.fixture
+def set_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After this, the machine's clock is an hour ahead, as far as psutil knows."""
+    booted = psutil.boot_time()
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: booted + 3600)
+    assert psutil.boot_time() == booted + 3600
+
+
+def test_a_process_is_known_by_its_start_after_the_clock_was_set(request: pytest.FixtureRequest) -> None:
+    holder, job = Holder.this_process("pytest"), detached_process.describe_this_process()
+    status = Status("running", 1, job=job)
+    request.getfixturevalue("set_the_clock")
+    assert psutil.Process().create_time() - job["started"] == pytest.approx(3600)
+    assert not holder.has_ended
+    found = detached_process.find_process(status)
+    assert found is not None
+    assert found.pid == os.getpid()
+    # Another process with this pid:
+    assert replace(holder, started=holder.started - 1).has_ended
+    assert (
+        detached_process.find_process(replace(status, job={**job, "started_after_boot": job["started_after_boot"] - 1})) is None
+    )
+
+
+def test_a_process_that_has_ended_has_no_start() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+        assert read_start(process.pid) is None
+    assert read_start(process.pid) is None
+
+
+def test_starts_are_compared_with_a_tolerance_below_the_time_in_which_pids_are_reused() -> None:
+    assert is_same_start(8.0, 8.02)
+    assert not is_same_start(8.0, 8.6)
+
+
+def test_the_start_of_a_process_in_time_of_day_is_exact() -> None:
+    before = time.time()
+    with subprocess.Popen(["sleep", "60"]) as process:
+        after = time.time()
+        started = start_of_process(process.pid)
+        process.kill()
+    # The kernel counts in ticks of 0.01 s.
+    assert before - 0.02 <= started <= after + 0.02
+
+
+def test_a_failed_write_leaves_the_previous_file_and_no_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "status.json"
+    atomic_files.write_json(file, {"step": 1})
+
+    def no_space(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", no_space)
+        with pytest.raises(OSError, match="No space"):
+            atomic_files.write_json(file, {"step": 2})
+    assert json.loads(file.read_text()) == {"step": 1}
+    with pytest.raises(TypeError):
+        atomic_files.write_json(file, {"step": object()})
+    assert json.loads(file.read_text()) == {"step": 1}
+    atomic_files.write_json(file, {"step": 3})
+    assert json.loads(file.read_text()) == {"step": 3}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_file_and_directory_are_fsynced_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        calls.append("fsync directory" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "fsync file")
+        fsync(descriptor)
+
+    def recorded_replace(source: Path, target: Path) -> None:
+        calls.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    atomic_files.write_text(tmp_path / "file", "text")
+    assert calls == ["fsync file", "replace", "fsync directory"]
+
+
+def test_permissions_are_those_asked_for(tmp_path: Path) -> None:
+    atomic_files.write_bytes(tmp_path / "private", b"rows", mode=0o600)
+    assert stat.S_IMODE((tmp_path / "private").stat().st_mode) == 0o600
+    (tmp_path / "plain").write_bytes(b"")
+    atomic_files.write_bytes(tmp_path / "public", b"")
+    assert (tmp_path / "public").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_rename_refuses_a_directory_with_content(tmp_path: Path) -> None:
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(OSError, match="not empty"):
+        atomic_files.rename(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target/file").read_text() == "target"
+
+
+def test_replace_directory_removes_the_previous_one(tmp_path: Path) -> None:
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    atomic_files.replace_directory(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target/file").read_text() == "source"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

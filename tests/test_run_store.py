@@ -1,4 +1,7 @@
-"""A run directory is created once, replaced atomically, and found by name and by path."""
+"""A run directory is created once, replaced atomically, and found by name and by path.
+
+Its records are read as they were written, or a damaged one is named; its code is durable and checked against its digests.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +13,36 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import hand_made
 import pytest
 from stale_directory import stale
 
-from launcher import atomic_files, locks, run_store
+from launcher import atomic_files, json_records, locks, run_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
-from launcher.errors import RunError, SubmitError, Superseded
+from launcher.errors import Problem, RunError, SubmitError, Superseded
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, CancelRequest, ExitRecord, FailureRecord, NodeRecord, OutcomeRecord, Status
+
+FAILURE = FailureRecord(3, "ValueError", "ValueError: own", at=1.5, exit_code=1, traceback="Traceback", log="/log")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     return hand_made.run(tmp_path / "runs/a")
+
+
+@pytest.fixture
+def submitted(run: RunDir) -> RunDir:
+    """The run after its first attempt has been submitted."""
+    run_store.create_attempt(run, Attempt(None))
+    return run
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -272,3 +287,143 @@ def test_a_plan_without_a_section_is_damaged(run: RunDir) -> None:
     run.plan.write_text(json.dumps(values))
     with pytest.raises(RunError, match="settings are missing"):
         run_store.read_placement(run)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        Status("running", 2, 40, 100, {"id": "41"}, "saving", 1.0, 2.0),
+        Attempt(20, job="41", nodes=("n1", "n2"), port=4000, begun_at=3.0, automatic=True),
+        CancelRequest(1.0, save=False),
+        NodeRecord(1, 9.0, host="n2", killed=True, first_failure=FAILURE, problems=(Problem("has no GPU", "n2", "0", "repair"),)),
+        ExitRecord("pending", 40, "lost", Cause.BAD_NODE, None, 20, ("n2",), FAILURE, ended_at=None),
+        OutcomeRecord("completed", "completed", 100, "done", "/checkpoint"),
+    ],
+    ids=lambda record: type(record).__name__,
+)
+def test_a_record_is_read_as_it_was_written(tmp_path: Path, record: Any) -> None:
+    json_records.write(tmp_path / "record.json", record)
+    assert json_records.read(type(record), tmp_path / "record.json") == record
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "field", "value"),
+    [
+        ('{"state": "running", "att', "Unterminated string", "", ""),
+        ("[]", "is not a JSON object", "", ""),
+        ('{"state": "running"}', "this field is missing", "attempt", ""),
+        ('{"state": "running", "attempt": "one"}', "expected an integer", "attempt", '"one"'),
+        ('{"state": "running", "attempt": 1, "job": []}', "expected an object", "job", "[]"),
+    ],
+)
+def test_a_damaged_record_names_file_field_value_and_remedy(
+    submitted: RunDir, text: str, message: str, field: str, value: str
+) -> None:
+    submitted.status.write_text(text)
+    with pytest.raises(RunError) as refused:
+        run_store.read_status(submitted)
+    (problem,) = refused.value.problems
+    assert message in problem.message
+    assert problem.where == (f"{submitted.status}: {field}" if field else str(submitted.status))
+    assert problem.value == value
+    assert "backup" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"cause": "weather"}, "cause"),
+        ({"bad_nodes": [1]}, "bad_nodes[0]"),
+        ({"first_failure": {"rank": 1, "kind": "killed"}}, "first_failure.message"),
+        ({"first_failure": "killed"}, "first_failure"),
+    ],
+)
+def test_a_damaged_part_of_a_record_is_named_by_its_path(submitted: RunDir, change: dict[str, Any], field: str) -> None:
+    path = run_records.exit_file(submitted, 1)
+    path.write_text(json.dumps({"state": "pending", **change}))
+    with pytest.raises(RunError, match="a record of the run is damaged") as refused:
+        run_records.read_exit(submitted, 1)
+    assert refused.value.problems[0].where == f"{path}: {field}"
+
+
+def test_a_missing_record_is_none_and_a_missing_status_is_an_error(submitted: RunDir) -> None:
+    assert run_records.read_exit(submitted, 1) is None
+    assert run_records.read_outcome(submitted, 1) is None
+    assert run_records.read_node(submitted, 1, 0) is None
+    assert run_records.read_cancel(submitted, 1) is None
+    submitted.status.unlink()
+    with pytest.raises(RunError, match="a file of the run is missing"):
+        run_store.read_status(submitted)
+
+
+def test_unknown_keys_are_ignored_and_absent_ones_get_their_defaults(submitted: RunDir) -> None:
+    """Records of older and later launchers can be read."""
+    run_records.exit_file(submitted, 1).write_text('{"state": "completed", "weather": "fine"}')
+    assert run_records.read_exit(submitted, 1) == ExitRecord("completed")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    first: int | str
+    second: tuple[int, str]
+    third: dict[str, float]
+
+
+def test_unions_fixed_tuples_and_dictionaries_are_decoded() -> None:
+    values = {"first": "a", "second": [1, "b"], "third": {"c": 2}}
+    assert json_records.decode(_Pair, values, "here") == _Pair("a", (1, "b"), {"c": 2})
+    for wrong in ({"first": 1.5}, {"second": [1]}, {"second": 1}, {"third": {"c": "2"}}):
+        with pytest.raises(RunError):
+            json_records.decode(_Pair, values | wrong, "here")
+
+
+@pytest.fixture
+def coded(tmp_path: Path) -> RunDir:
+    run_store.copy_code(RunDir(tmp_path).code)
+    return RunDir(tmp_path)
+
+
+def test_code_of_an_earlier_launcher_is_replaced_and_kept(coded: RunDir) -> None:
+    assert run_store.is_code_current(coded)
+    shutil.rmtree(coded.code)
+    (coded.code / "launcher").mkdir(parents=True)
+    (coded.code / "launcher/__init__.py").write_text("earlier")
+    assert not run_store.is_code_current(coded)
+    earlier = run_store.replace_code(coded, 1)
+    assert earlier == coded.root / "code-until-attempt-001"
+    assert (earlier / "launcher/__init__.py").read_text() == "earlier"
+    assert run_store.is_code_current(coded)
+    assert (coded.code / "launcher/run_store.py").is_file()
+
+
+def test_code_that_does_not_know_a_setting_of_today_is_replaced(coded: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Later(LaunchPlan):
+        setting_of_today: int = 0
+
+    monkeypatch.setattr("launcher.plan.launch_plan.LaunchPlan", Later)
+    assert not run_store.is_code_current(coded)
+    run_store.replace_code(coded, 1)
+    assert run_store.is_code_current(coded)
+
+
+def test_replacing_code_continues_after_an_interruption(coded: RunDir) -> None:
+    coded.code.rename(coded.earlier_code(1))
+    (coded.root / ".code").mkdir()
+    assert not run_store.is_code_current(coded)
+    run_store.replace_code(coded, 1)
+    assert run_store.is_code_current(coded)
+    assert (coded.earlier_code(1) / "launcher/run_store.py").is_file()
+
+
+def test_code_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[str] = set()
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    coded = RunDir(tmp_path)
+    run_store.copy_code(coded.code)
+    assert {str(path) for path in (coded.code, *coded.code.rglob("*"))} <= synced

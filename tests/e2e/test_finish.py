@@ -24,7 +24,7 @@ pytestmark = pytest.mark.rest
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 12
 CANARY = "canary-7f3a9c51d2"
-# The metrics that a run without GPUs must log; tests/train/monitoring/test_gpu_metrics.py checks the others.
+# The metrics that a run without GPUs must log; tests/train/monitoring/test_rank_stats.py checks the others.
 METRICS = {
     *(f"trainer/{name}" for name in ("step", "epoch", "tokens", "samples", "progress", "eta_s")),
     *(f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")),

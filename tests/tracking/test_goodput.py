@@ -1,4 +1,4 @@
-"""The breakdown of a run's time, from handwritten files; its parts always add up."""
+"""The breakdown of a run's time and its cost, from handwritten files; the parts always add up."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from typing import Any
 
 import hand_made
 import pytest
+from plan_fixtures import plan_lines
 
 from launcher import atomic_files, json_records, run_store
+from launcher.config.sections.run import CostsSection, HostedPrice
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
+from launcher.tracking.costs import hosted_training, request_cost
 from launcher.tracking.goodput import JOINED, LOADED, LOST, AttemptTimes, Breakdown, breakdown
+from launcher.tracking.verdicts import SideUsage
 
 RANKS = 4
+H100, A100 = {"kind": "local", "gpu_type": "H100-80GB"}, {"kind": "local", "gpu_type": "A100-80GB"}
+STATED, TYPICAL = Price(usd_per_gpu_hour=2.0), Price(usd_per_gpu_hour=2.95, assumption="typical")
+PRICES = (HostedPrice(name="acme", training=3.0, input=0.3, output=1.2), HostedPrice(name="other", input=1.0))
 
 
 def step(number: int, attempt: int, at: float, **more: float) -> dict[str, Any]:
@@ -200,10 +207,6 @@ def test_a_queued_run_spends_time_but_no_money(make_plan: Callable[..., LaunchPl
     assert len(goodput.complete_attempts(goodput.read_attempt_times(run), "pending", [], [])) == 2
 
 
-H100, A100 = {"kind": "local", "gpu_type": "H100-80GB"}, {"kind": "local", "gpu_type": "A100-80GB"}
-STATED, TYPICAL = Price(usd_per_gpu_hour=2.0), Price(usd_per_gpu_hour=2.95, assumption="typical")
-
-
 @pytest.mark.parametrize(
     ("plans", "usd", "assumed"),
     [
@@ -255,3 +258,26 @@ def test_a_later_plan_prices_attempts_without_a_known_price(
 def _submitted(run: RunDir, number: int, at: float) -> None:
     values = json_records.read_json(run.attempt(number) / "attempt.json")
     atomic_files.write_json(run.attempt(number) / "attempt.json", {**values, "submitted_at": at})
+
+
+def test_training_tokens_at_hosted_services() -> None:
+    assert hosted_training(PRICES, 80_000) == {"acme": pytest.approx(0.24)}
+    plan = hand_made.plan(Path("/srv/demo"), {**hand_made.SETTINGS, "costs": {"hosted": [{"name": "acme", "training": 3.0}]}})
+    (line,) = [line for line in plan_lines(plan) if line.startswith("hosted")]
+    # 40 steps of 2,000 tokens each.
+    assert line.split(maxsplit=1)[1] == "acme $0.24 for 80,000 training tokens"
+
+
+def test_a_million_requests() -> None:
+    """200 requests of 150 prompt and 20 answer tokens took 90 seconds on a GPU that costs $4 an hour."""
+    cost = request_cost(SideUsage(200, 30_000, 4_000, gpu_s=90), 4.0, PRICES)
+    assert (cost.prompt_tokens, cost.answer_tokens) == (150, 20)
+    # At this rate, a million requests take 125 hours.
+    assert cost.usd_here == pytest.approx(500)
+    assert cost.usd_hosted == {"acme": pytest.approx(150 * 0.3 + 20 * 1.2)}
+    assert request_cost(SideUsage(200, 30_000, 4_000), 4.0, ()).usd_here is None
+
+
+def test_a_service_has_one_row() -> None:
+    with pytest.raises(ValueError, match="uses a name twice"):
+        CostsSection(hosted=(PRICES[0], PRICES[0]))

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import hand_made
 import pytest
 import torch
 from forked_ranks import RankServer
+from plan_fixtures import DATA
 from torch import Tensor, nn
 
 from launcher.data.loader import IGNORED
@@ -24,9 +26,10 @@ from launcher.distributed import STOP_REASONS, RankInfo, pack_step
 from launcher.errors import DivergedError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.tracker import RateLimit
 from launcher.train import stop as stop_module
-from launcher.train.held_out_loss import Evaluation, SetLoss
+from launcher.train.held_out_loss import Evaluation, ForgettingCheck, SetLoss
 from launcher.train.loop import TrainingLoop
 from launcher.train.loss import LossHead
 from launcher.train.model import CausalLMLoss
@@ -299,3 +302,37 @@ def test_a_step_never_synchronises_with_the_gpu(kind: str) -> None:
     assert 0 < times["time/fwd_bwd_s"] <= times["time/step_s"]
     assert math.isfinite(per_token := probe.read())
     assert per_token > 0
+
+
+def evaluation(step: int, loss: float, name: str = "forgetting") -> Evaluation:
+    return Evaluation(step, (SetLoss(name, loss, 100, {}),), 1.0)
+
+
+def plan_of(folder: Path, rows: str = "1", **settings: object) -> LaunchPlan:
+    values = {**hand_made.SETTINGS, "eval": {"forgetting": True, **settings}}
+    return hand_made.plan(folder, values, eval_sets={"forgetting": DATA.model_copy(update={"digest": rows})})
+
+
+def test_a_loss_far_above_that_before_training_is_an_alert(tmp_path: Path) -> None:
+    check = ForgettingCheck(RunDir(tmp_path), plan_of(tmp_path))
+    assert check.find_rise(evaluation(0, 2.0)) is None
+    assert check.find_rise(evaluation(10, 2.09)) is None
+    assert check.find_rise(evaluation(20, 9.0, "support")) is None
+    alert = check.find_rise(evaluation(20, 2.5))
+    assert alert is not None
+    assert alert.startswith(
+        "the model is forgetting: the loss on general text is 2.5000, 25% above its value before training (2.0000)"
+    )
+
+
+def test_after_a_resume_the_loss_before_training_is_read_from_the_metrics(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "a")
+    run = hand_made.run(plan)
+    assert ForgettingCheck(run, plan).find_rise(evaluation(20, 2.5)) is None
+    log = JsonlTracker(run, 1)
+    log.log(0, {"eval/forgetting/loss": 2.0})
+    log.log(10, {"eval/forgetting/loss": 2.01})
+    assert ForgettingCheck(run, plan).find_rise(evaluation(20, 2.5)) is not None
+    assert ForgettingCheck(None, plan).find_rise(evaluation(20, 2.5)) is None
+    other = plan_of(tmp_path / "a", rows="2")
+    assert ForgettingCheck(run, other).find_rise(evaluation(20, 2.5)) is None, "the loss before training is of other rows"

@@ -1,10 +1,13 @@
-"""How the driver of a run on Ray handles signals and the failures of Ray and Ray Train."""
+"""The driver of a run on Ray: what it passes to Ray Train, signals, failures of Ray and Ray Train, and evaluations."""
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -15,17 +18,23 @@ from typing import Any
 import hand_made
 import pytest
 from file_owners import as_root
+from pace import slowness
+from plan_fixtures import CPU, H100
 
+import launcher
 from launcher import json_records, run_store
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.config.sections.ray import RaySection
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import coordinator_actor, driver
 from launcher.worker.ray.connection import LocalRaylet
 from launcher.worker.ray.messages import CoordinatorState
+from launcher.worker.ray.trainer import RESIZE_VARIABLE, build_trainer
 
 __all__ = ["as_root"]
+REPO = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -250,3 +259,113 @@ def test_missing_workers_are_reported_with_total_and_free_resources(run: RunDir,
 def test_workers_that_could_not_start_are_not_reported_as_missing(run: RunDir) -> None:
     driver_of(run)._watch(Fitting(), FakeCoordinator(run, lambda: state(idle_s=1900.0, early_failure="n2: no interface ib0")))
     assert run_store.read_status(run).message.endswith("could not start their ranks: n2: no interface ib0")
+
+
+@pytest.mark.parametrize(
+    "device, settings",
+    [
+        (CPU, {}),
+        (CPU, {"resources_per_worker": {"memory": 1e9}}),
+        (H100, {}),
+        (H100, {"resources_per_worker": {"CPU": 8.0}}),
+    ],
+)
+def test_workers_get_what_ray_train_gives_by_default(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, device: DeviceFacts, settings: dict[str, Any]
+) -> None:
+    """The plan lists each worker's resources in full; they must equal what Ray Train derives from the settings alone."""
+    from ray.train import ScalingConfig
+
+    plan = ray_plan(device=device, workers=4, **settings)
+    gpus = device is H100
+    by_ray = ScalingConfig(num_workers=4, use_gpu=gpus, resources_per_worker=settings.get("resources_per_worker"))
+    wanted = by_ray._resources_per_worker_not_none
+    asked = build_trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
+    assert RaySection.of(plan.config.cluster).resources(device.kind) == wanted
+    assert (asked._resources_per_worker_not_none, asked.use_gpu, asked.num_workers) == (wanted, gpus, 4)
+
+
+def test_the_settings_of_placement_reach_ray_train(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RESIZE_VARIABLE, "5")
+    settings = {"accelerator_type": "H100", "stop_grace_seconds": 90.0}
+    elastic = ray_plan(device=H100, workers=4, min_workers=2, **settings)
+    trainer = build_trainer(elastic, RunDir(tmp_path), "attempt-001", None)
+    scaling, running = trainer.scaling_config, trainer.run_config
+    assert scaling.num_workers == (2, 4)
+    assert scaling.accelerator_type == "H100"
+    assert scaling.elastic_resize_monitor_interval_s == 5.0
+    assert running.failure_config.preemption_grace_s == 90.0
+    spot = ray_plan(device=H100, workers=4, label_selector={"ray.io/market-type": "spot"})
+    trainer = build_trainer(spot, RunDir(tmp_path), "attempt-001", None)
+    assert trainer.scaling_config.label_selector == {"ray.io/market-type": "spot"}
+    assert trainer.run_config.storage_path == str(tmp_path / "ray")
+
+
+@pytest.mark.parametrize("address", [None, "head:6379"])
+def test_ray_train_starts_only_processes_that_the_run_uses(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, address: str | None
+) -> None:
+    """Without datasets, and without other jobs on the cluster, Ray Train has no use for some of its processes."""
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    trainer = build_trainer(ray_plan(address=address, workers=4), RunDir(tmp_path), "attempt-001", None)
+    by_default = {type(callback).__name__ for callback in DataParallelTrainer._create_default_callbacks(trainer)}
+    left_out = by_default - {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+    assert left_out == {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if address is None else set())
+
+
+def test_no_driver_gives_its_working_directory_to_workers() -> None:
+    """Unless told otherwise, Ray puts the working directory first in the workers' sys.path."""
+    files = Path(launcher.__file__).parent.rglob("*.py")
+    calls = [
+        (file.name, {keyword.arg for keyword in node.keywords})
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.init"
+    ]
+    assert len(calls) > 2
+    assert [name for name, keywords in calls if "job_config" not in keywords] == []
+
+
+# Runs in a process of its own: Ray reads its variables once per process, and other tests use a Ray with a token.
+WAITING = """
+import math, sys
+import ray
+from ray.util.placement_group import placement_group
+from launcher.worker.ray import connection, evaluation
+
+slowness = float(sys.argv[1])
+ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+try:
+    evaluation._RECOUNT_S = 1
+    assert len(evaluation.task_options(ray, 1, 60.0 * slowness)) == 1
+    # At first, Ray still counts the GPU that has just been reserved.
+    count, old = ray.available_resources, [{"GPU": 2.0}]
+    ray.available_resources = lambda: old.pop() if old else count()
+    (second,) = evaluation.task_options(ray, None, 60.0 * slowness)
+    code = ray.remote(lambda: 7).options(**second).remote()
+    assert ray.get(code, timeout=120 * slowness) == 7
+    assert evaluation.task_options(ray, None, 1.0) == [], "both GPUs are reserved"
+    assert evaluation.task_options(ray, None, 1.0, gpus_per_task=2) == []
+    assert not placement_group([{"GPU": 1}]).wait(0.1)
+    connection.remove_placement_groups()
+    assert placement_group([{"GPU": 2}]).wait(math.ceil(60 * slowness))
+finally:
+    ray.shutdown()
+"""
+
+
+@pytest.mark.rest
+@pytest.mark.ray
+def test_an_evaluation_waits_for_gpus_only_as_long_as_it_may() -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_gcs_server_port_wait_time_s": "120",
+    }
+    command = [sys.executable, "-c", WAITING, str(slowness())]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=REPO, timeout=240 * slowness())
+    assert done.returncode == 0, done.stdout + done.stderr

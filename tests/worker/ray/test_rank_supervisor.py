@@ -1,4 +1,7 @@
-"""A Ray worker reports its rank to the coordinator; the rank is a real process that fails at once."""
+"""A Ray worker reports its rank to the coordinator; the rank is a real process that fails at once.
+
+A run continues with fewer, more or other workers; the workers are fake.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_workers import FakeWorkers
+from fake_workers import KILLED, FakeWorkers, kind
 from file_owners import as_root
 from plan_fixtures import H100
 
@@ -20,10 +23,11 @@ from launcher import json_records, run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.tracking import goodput
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ray import node_checks, rank_supervisor
 from launcher.worker.ray.coordinator_actor import CoordinatorLost, call_coordinator
-from launcher.worker.ray.messages import Assignment, BeatReply, CheckNode, RankResult, RankSign, Train, Verdict
+from launcher.worker.ray.messages import Assignment, BeatReply, CheckNode, RankResult, RankSign, ResizeProgress, Train, Verdict
 
 __all__ = ["as_root"]
 
@@ -161,3 +165,158 @@ def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monk
 
     monkeypatch.setattr(rank_supervisor, "_take_part", lose)
     rank_supervisor.supervise({"coordinator": None, "interface": None})
+
+
+def test_before_a_node_is_drained_the_run_saves_and_continues_elsewhere(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.draining = {"id-of-another-run"}
+    fake.begin("a", "n1", "n2")
+    assert fake.coordinator.beat("a", 0, None).signal is None
+    fake.draining = {"id-n2"}
+    assert fake.coordinator.beat("a", 0, None).signal == "USR2"
+    assert "about to lose n2" in fake.run.events.read_text()
+    fake.save(7)
+    fake.outcome("preempted", 7)
+    for rank in range(2):
+        fake.end(rank, stopped=True)
+        answer = fake.coordinator.beat("a", rank, "done")
+    assert answer.verdict.again
+    assert fake.causes == ["preempted"]
+
+
+def test_a_drained_node_that_is_lost_before_the_save_counts_as_preempted(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(max_infrastructure_failures=0)
+    fake.begin("a", "n1", "n2")
+    fake.draining = {"id-n2"}
+    fake.coordinator.beat("a", 0, None)
+    orders = fake.begin("b", "n1", "n1")
+    assert orders[0] is not None
+    assert kind(orders[0]) == "train"
+    assert fake.causes == ["preempted"]
+
+
+def test_a_rank_that_dies_on_a_drained_node_counts_as_preempted(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(max_infrastructure_failures=0)
+    fake.begin("a", "n1", "n2")
+    fake.draining = {"id-n2"}
+    fake.coordinator.beat("a", 0, None)
+    fake.end(0, stopped=True)
+    fake.end(1, KILLED, stopped=True)
+    fake.coordinator.beat("a", 0, "failed")
+    assert fake.coordinator.beat("a", 1, "failed").verdict.again
+    assert fake.causes == ["preempted"]
+
+
+@pytest.mark.parametrize("num_workers, active", [(1, 1), (3, 2), (4, 4)])
+def test_on_another_number_of_workers_the_global_batch_is_the_same(
+    make_fake: Callable[..., FakeWorkers], num_workers: int, active: int
+) -> None:
+    fake = make_fake(workers=2, min_workers=1)
+    orders = fake.begin("a", *["n1"] * num_workers)
+    assert [kind(o) for o in orders] == ["train"] * active + ["wait"] * (num_workers - active)
+    assert orders[0] is not None
+    plan = LaunchPlan.load(orders[0].assignment.plan_path)
+    assert plan.topology.world_size == active
+    assert plan.batch.global_batch_size == fake.plan.batch.global_batch_size == 4
+    assert plan.batch.micro_batch_size * plan.batch.accumulation * active == 4
+    assert plan.deepspeed["gradient_accumulation_steps"] == plan.batch.accumulation
+    assert [attempt.num_workers for attempt in goodput.read_attempt_times(fake.run)] == [num_workers], "idle ones too"
+    assert run_store.find_plan(fake.run, plan.digest()) == plan
+
+
+def test_a_run_that_grows_is_not_charged_for_it(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, min_workers=1, max_infrastructure_failures=0)
+    fake.begin("a", "n1")
+    orders = fake.begin("b", "n1", "n2")
+    assert orders[0] is not None
+    assert kind(orders[0]) == "train"
+
+
+def test_a_run_saves_before_it_gets_more_workers(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, min_workers=1, max_infrastructure_failures=0)
+    assert fake.coordinator.prepare_resize() is ResizeProgress.ENDED, "there is nobody yet"
+    fake.begin("a", "n1")
+    run_store.update_status(fake.run, message="")
+    assert fake.coordinator.prepare_resize() is ResizeProgress.REQUESTED
+    assert "another number of workers" in fake.run.events.read_text()
+    fake.save(7)
+    answer = fake.coordinator.beat("a", 0, None)
+    assert (answer.signal, answer.verdict) == ("USR2", None)
+    assert fake.coordinator.prepare_resize() is ResizeProgress.REQUESTED
+    fake.outcome("preempted", 7)
+    fake.end(0, stopped=True)
+    assert fake.coordinator.beat("a", 0, "done").verdict.again
+    assert fake.coordinator.prepare_resize() is ResizeProgress.ENDED
+    assert fake.causes == ["resized"]
+    assert fake.run.events.read_text().count("another number of workers") == 1
+    orders = fake.begin("b", "n1", "n2")
+    assert orders[0] is not None
+    assert kind(orders[0]) == "train"
+    assert run_store.read_attempt(fake.run, 2).resume_step == 7
+
+
+def test_ranks_that_still_load_are_replaced_at_once(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, min_workers=1)
+    fake.begin("a", "n1")
+    assert fake.coordinator.prepare_resize() is ResizeProgress.ENDED
+    answer = fake.coordinator.beat("a", 0, None)
+    assert (answer.signal, answer.verdict.again) == ("TERM", True)
+    assert fake.causes == ["resized"]
+
+
+def test_an_elastic_run_continues_without_an_unfit_node(make_fake: Callable[..., FakeWorkers]) -> None:
+    """The excluded node has rank 0, so the other ranks move up."""
+    fake = make_fake(workers=4, min_workers=2)
+    nodes = ["bad", "bad", "n2", "n2"]
+    fake.enter("a", nodes)
+    fake.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
+    assert fake.coordinator.beat("a", 0, None).verdict.again
+    orders = fake.begin("b", *nodes)
+    assert [kind(o) for o in orders] == ["wait", "wait", "train", "train"]
+    third, fourth = orders[2], orders[3]
+    assert third is not None
+    assert fourth is not None
+    assert [
+        (found.assignment.rank, found.assignment.world_size, found.assignment.local_world_size) for found in (third, fourth)
+    ] == [(0, 2, 2), (1, 2, 2)]
+    assert (third.assignment.port, fourth.assignment.port) == (4002, 4002), "they meet at the first of those that train"
+    attempt = run_store.read_attempt(fake.run, 2)
+    assert attempt.nodes == ("n2", "n2")
+    assert "without bad, which failed the node checks before" in fake.run.events.read_text()
+    assert run_store.load_plan(fake.run).topology.world_size == 2
+    # A failure is recorded under the new rank numbers.
+    fake.coordinator.beat("b", 2, "done")
+    fake.end(0)
+    fake.end(1, KILLED)
+    verdict = fake.coordinator.beat("b", 3, "failed").verdict
+    assert verdict.again
+    assert "rank 1: killed by SIGKILL" in verdict.reason
+    again = fake.begin("c", *nodes)
+    assert [kind(o) for o in again] == ["wait", "wait", "train", "train"], "it stays out until there is a newer checkpoint"
+
+
+def test_a_bad_node_is_used_again_where_too_few_workers_remain_without_it(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=4, min_workers=3, max_infrastructure_failures=1)
+    nodes = ["n1", "n1", "bad", "bad"]
+    fake.enter("a", nodes)
+    fake.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
+    assert fake.coordinator.beat("a", 0, None).verdict.again
+    fake.enter("b", nodes)
+    assert kind(fake.coordinator.orders("b", 0)) == "checknode"
+    assert "on n1, bad, still with bad, which failed the node checks before" in fake.run.events.read_text()
+    fake.check("b", nodes, {"bad": "GPU 1 computes wrong numbers"})
+    over = fake.coordinator.state().over
+    assert "bad: GPU 1 computes wrong numbers" in over
+    assert "cluster.max_infrastructure_failures=1 is used up" in over
+
+
+def test_after_a_run_has_shrunk_and_grown_its_plan_is_that_of_the_newest_attempt(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, min_workers=1)
+    sizes = []
+    for name, nodes in (("a", ["n1", "n2"]), ("b", ["n1"]), ("c", ["n1"]), ("d", ["n1", "n2"])):
+        orders = fake.begin(name, *nodes)
+        assert orders[0] is not None
+        assert LaunchPlan.load(orders[0].assignment.plan_path) == run_store.load_plan(fake.run)
+        sizes.append(run_store.load_plan(fake.run).topology.world_size)
+    assert sizes == [2, 1, 1, 2]
+    assert run_store.load_plan(fake.run).limits == fake.plan.limits
