@@ -63,6 +63,7 @@ LONGEST_FILES = (
     "e2e/test_drill.py",
     "tracking/test_wandb_faults.py",
     "e2e/test_causes.py",
+    "e2e/test_local.py",
     "e2e/test_finish.py",
 )
 

@@ -1,16 +1,20 @@
-"""Handwritten plans, run directories and checkpoints, for tests of the code that reads them."""
+"""Handwritten plans, run directories, checkpoints and verdicts, for tests of the code that reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
+from launcher.evaluate.verdict import judge, with_examples
 from launcher.plan.launch_plan import (
     Batch,
     LaunchPlan,
@@ -25,6 +29,7 @@ from launcher.plan.launch_plan import (
 )
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage
 
 # The minimal settings of a run.
 SETTINGS = {
@@ -32,6 +37,12 @@ SETTINGS = {
     "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
     "train": {"max_steps": 40},
 }
+# The files of a checkpoint of one rank.
+ONE_RANK = {store.shard_name(0): b"weights", STATE: b"weights"}
+SIDES = {"0-shot": 24, "8-shot": 38, "tuned": 62}
+NUM_PROMPTS = 200
+# Looks like a key, but is none.
+TOKEN = "hf_" + "Qm7" * 8
 
 
 def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None = None, **parts: Any) -> LaunchPlan:
@@ -108,10 +119,6 @@ def run(made: LaunchPlan | Path, *attempts: Attempt, **status: Any) -> RunDir:
     return run
 
 
-# The files of a checkpoint of one rank.
-ONE_RANK = {store.shard_name(0): b"weights", STATE: b"weights"}
-
-
 def checkpoint(
     run: RunDir | Path,
     step: int,
@@ -130,3 +137,32 @@ def checkpoint(
         saving,
         Manifest(step=step, world_size=num_ranks, plan_digest=digest, attempt=attempt, eval_loss=loss, files=written),
     )
+
+
+def made_verdict() -> EvaluationVerdict:
+    """A verdict on 200 prompts in which fine-tuning helped; each model's correct answers are its first ones."""
+
+    def scores(right: int) -> np.ndarray:
+        return (np.arange(NUM_PROMPTS) < right).astype(np.float64)
+
+    verdict = judge(
+        "exact_match",
+        {side: scores(right) for side, right in SIDES.items()},
+        others={
+            "token_f1": {side: 0.2 + scores(right) * 0.8 for side, right in SIDES.items()},
+            "stopped": {side: scores(200 if side == "tuned" else 150) for side in SIDES},
+        },
+        general_loss=GeneralLoss(2.50, 2.51),
+    )
+    prompts = [f"Question {n}:\nHow many <b>apples</b> are {n} apples, says {TOKEN}?" for n in range(NUM_PROMPTS)]
+    references = [str(number) for number in range(NUM_PROMPTS)]
+    answers = {
+        side: [reference if number < right else f"{'many ' * 600}" for number, reference in enumerate(references)]
+        for side, right in SIDES.items()
+    }
+    usage = {
+        "0-shot": SideUsage(NUM_PROMPTS, 60 * NUM_PROMPTS, 30 * NUM_PROMPTS, 40.0),
+        "8-shot": SideUsage(NUM_PROMPTS, 1_260 * NUM_PROMPTS, 25 * NUM_PROMPTS, 90.0),
+        "tuned": SideUsage(NUM_PROMPTS, 40 * NUM_PROMPTS, 5 * NUM_PROMPTS, 12.5),
+    }
+    return replace(with_examples(verdict, prompts, references, answers), usage=usage)

@@ -19,7 +19,7 @@ from typing import Any
 
 import hand_made
 import pytest
-from stale_directory import stale
+from unusual_files import stale
 
 from launcher import atomic_files, json_records, locks, run_records, run_store
 from launcher.clusters import detached_process

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import testbed_config
-from browser import show
+from missing_program import show
 from progress import Estimate, means_by_file
 
 PLUGIN = """

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from fake_wandb import KEY, FakeWandb, fake_wandb
 from forked import ForkingSubprocess, preloaded
 from http_server import Answer, Request, serving
 from pace import wait_for
 from plan_fixtures import config_of
-from wandb_server import KEY, FakeWandb, fake_wandb
 
 from launcher.cli import accounts
 from launcher.cli.accounts import check_accounts, is_gated

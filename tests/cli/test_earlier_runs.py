@@ -10,8 +10,8 @@ from subprocess import CompletedProcess
 
 import hand_made
 import pytest
-from file_owners import as_root, give
 from plan_fixtures import H100
+from unusual_files import as_root, give
 
 from launcher.cli.start_run import find_measured_mfu
 from launcher.plan.launch_plan import LaunchPlan

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser import Box, Shown, show
-from made_verdict import made_verdict
+from hand_made import made_verdict
+from missing_program import Box, Shown, show
 
 from launcher.plan.run_dir import RunDir
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from made_verdict import TOKEN, made_verdict
+from hand_made import TOKEN, made_verdict
 
 from launcher import atomic_files, run_store
 from launcher.cli.report import _read_run_files, page, thin_out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from made_verdict import made_verdict
+from hand_made import made_verdict
 
 from launcher import atomic_files, run_store
 from launcher.cli.main import main

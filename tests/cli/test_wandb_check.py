@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_wandb import ENTITY, KEY, FakeWandb, fake_wandb
 from forked import ForkingSubprocess, preloaded
-from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 
 from launcher.cli import accounts
 from launcher.cli.accounts import check_wandb

@@ -26,7 +26,7 @@ from missing_program import skip_or_fail
 from pace import wait_for
 from plan_fixtures import H100
 from pydantic import ValidationError
-from special_files import make_pipe
+from unusual_files import make_pipe
 
 from launcher import atomic_files, json_records, run_store
 from launcher.cli.liveness import require_idle

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from file_owners import as_root
 from pydantic import ValidationError
+from unusual_files import as_root
 
 from launcher.clusters.slurm import sbatch
 from launcher.config.compose import run_hydra

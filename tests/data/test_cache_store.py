@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from file_owners import MALLORY, as_root, give
 from plan_fixtures import GOLDEN, REGENERATE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from unusual_files import MALLORY, as_root, give
 
 from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.model import ModelSection

@@ -11,10 +11,10 @@ import pytest
 import torch
 from e2e_tools import TINY, assembled, committed, json_lines, losses, metrics, processes_of, status
 from fake_hub import FakeHub, running_hub
+from fake_wandb import records
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from wandb_files import records
 
 from launcher.tracking.metrics import panels
 from launcher.train.model import DTYPES

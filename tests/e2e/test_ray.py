@@ -18,7 +18,6 @@ import psutil
 import pytest
 from causes import assert_attempt_named_first
 from e2e_tools import TINY, command_line, last_step, losses, metrics, slow_steps, status
-from ray_cluster import RAY as RAY_COMMAND
 from ray_tools import (
     DEADLINE_S,
     Fault,
@@ -32,6 +31,7 @@ from ray_tools import (
     started_by,
     wait_for,
 )
+from ray_tools import RAY as RAY_COMMAND
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 

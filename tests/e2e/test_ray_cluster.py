@@ -16,9 +16,9 @@ import psutil
 import pytest
 from causes import assert_attempt_named_first
 from e2e_tools import TINY, last_step, losses, metrics, rows_environment, slow_steps, status
-from ray_cluster import RayCluster, hiding
 from ray_tools import (
     DEADLINE_S,
+    RayCluster,
     alerts,
     assert_survived,
     await_no_launcher,
@@ -26,6 +26,7 @@ from ray_tools import (
     causes,
     environments_of,
     hang_worker,
+    hiding,
     kill_all,
     newest_saved,
     ranks_of,

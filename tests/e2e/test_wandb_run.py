@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from causes import assert_run_named_first
 from e2e_tools import TINY, last_step, losses, processes_of, ranks_of, slow_steps, status
+from fake_wandb import KEY, FakeWandb, Run, fake_wandb
 from pace import wait_for
-from wandb_server import KEY, FakeWandb, Run, fake_wandb
 
 from launcher.tracking.jsonl import read_events
 

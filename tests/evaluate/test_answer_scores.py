@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from file_owners import as_root
 from pace import wait_for
+from unusual_files import as_root
 
 from launcher.config.sections.evaluation import METRIC_NAMES, AnswerMetrics
 from launcher.errors import ConfigError, DataError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_verdict import made_verdict
+from hand_made import made_verdict
 
 from launcher.evaluate.verdict import Scores, bootstrap_means, exact_mcnemar, interval, judge, score_interval, t_quantile
 from launcher.plan.run_dir import RunDir

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import hand_made
 import pytest
-from file_owners import MALLORY, TEAM, as_root, give
+from unusual_files import MALLORY, TEAM, as_root, give
 
 from launcher import run_store
 from launcher.config.sections.ray import RaySection

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from fake_wandb import KEY, FakeWandb
 from forked import ForkedProcess, preloaded
 from pace import wait_for
-from wandb_server import KEY, FakeWandb
 
 from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan

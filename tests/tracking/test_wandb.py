@@ -17,11 +17,10 @@ from typing import Any
 import psutil
 import pytest
 import wandb
+from fake_wandb import ENTITY, KEY, FakeWandb, fake_wandb, history, records
 from forked import preloaded
 from pace import slowness, wait_for
 from rank_tools import IMPORTED, QUICK_S, alerts, has_steps, infos, rank, wait_for_another_second
-from wandb_files import history, records
-from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 
 from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fake_wandb import KEY, FakeWandb, fake_wandb
 from forked import preloaded
 from pace import slowness, wait_for
 from rank_tools import AT_ONCE, IMPORTED, QUICK_S, Rank, alerts, infos, rank, wait_for_another_second
-from wandb_server import KEY, FakeWandb, fake_wandb
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_events, read_metrics

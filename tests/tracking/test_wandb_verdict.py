@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import fake_wandb
 import hand_made
 import pytest
-import wandb_files
-from made_verdict import TOKEN, made_verdict
+from hand_made import TOKEN, made_verdict
 
 from launcher.cli.follow import wandb_page
 from launcher.plan.launch_plan import LaunchPlan
@@ -46,7 +46,7 @@ def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest
     command = wandb_page(run, read_events(run.events))["sync_command"]
     assert command.startswith(f"wandb sync --include-online {run_dir}/wandb/offline-run-")
     summary: dict[str, object] = {}
-    for record in wandb_files.records(run_dir):
+    for record in fake_wandb.records(run_dir):
         if record["type"] == "summary":
             summary |= record["summary"]["update"]
     assert str(summary["verdict/support"]).startswith("Fine-tuning helped: exact match 0.31 against 0.12 (0-shot)")

@@ -379,7 +379,7 @@ def test_each_rank_reads_its_own_part_of_the_weights_alone(rank_server: RankServ
             name: tensor.nbytes * (1 + name.endswith(ROUTER_BUFFER)) for tensors in files for name, tensor in tensors.items()
         }
         sizes.append(sum(reads.values()))
-    ranks = rank_server.values("weight_ranks:read_own_parts", [[cases]] * 2, tmp_path / "ranks")
+    ranks = rank_server.values("train_ranks:read_own_parts", [[cases]] * 2, tmp_path / "ranks")
     for kind, size, *results in zip(kinds, sizes, *ranks, strict=True):
         assert [differing for _, _, differing in results] == [[], []], kind
         assert sum(num for num, _, _ in results) == size, kind

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked_ranks import RankServer
-from stale_directory import stale
+from unusual_files import stale
 
 from launcher import atomic_files, run_store
 from launcher.checkpoint import store

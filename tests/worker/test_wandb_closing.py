@@ -11,12 +11,11 @@ from typing import Any
 
 import hand_made
 import pytest
-from fake_slurm import FakeSlurm
+from fake_slurm import FakeSlurm, Job
+from fake_wandb import KEY, fake_wandb
 from forked import ForkingSubprocess, preloaded
-from job_tools import Job
-from made_verdict import made_verdict
+from hand_made import made_verdict
 from rank_tools import IMPORTED, rank
-from wandb_server import KEY, fake_wandb
 
 from launcher import atomic_files, run_store
 from launcher.plan.launch_plan import LaunchPlan

@@ -17,10 +17,9 @@ from typing import Any
 
 import fsspec
 import pytest
-from file_owners import as_root
 from http_server import Answer, Request, serving
 from mirror_tools import S3, make_bucket, running_s3
-from special_files import link_to_device, make_pipe
+from unusual_files import as_root, link_to_device, make_pipe
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources.reading import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents

@@ -21,10 +21,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from fake_nvml import Nvml, NVMLError, NVMLError_GpuIsLost, NVMLError_ResetRequired
+from fake_wandb import history
 from forked_ranks import RankServer
 from plan_fixtures import H100
 from torch import nn
-from wandb_files import history
 
 from launcher.data.loader import TrainBatches
 from launcher.data.split import Split

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_workers import FIT, KILLED, FakeWorkers, kind
-from stale_directory import stale
+from unusual_files import stale
 
 from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store

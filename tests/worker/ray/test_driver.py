@@ -17,9 +17,9 @@ from typing import Any
 
 import hand_made
 import pytest
-from file_owners import as_root
 from pace import slowness
 from plan_fixtures import CPU, H100
+from unusual_files import as_root
 
 import launcher
 from launcher import json_records, run_store

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from fake_workers import KILLED, FakeWorkers, kind
-from file_owners import as_root
 from plan_fixtures import H100
+from unusual_files import as_root
 
 from launcher import json_records, run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan

@@ -16,7 +16,7 @@ import hand_made
 import psutil
 import pytest
 from fake_slurm import FakeSlurm
-from made_verdict import made_verdict
+from hand_made import made_verdict
 from mirror_tools import commit
 from pace import wait_for
 from plan_fixtures import DATA, facts_for

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import slurm_said
-from fake_slurm import FakeSlurm
-from job_tools import Job
+from fake_slurm import FakeSlurm, Job
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters.slurm import cluster, queue

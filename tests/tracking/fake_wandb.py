@@ -1,8 +1,4 @@
-"""A fake W&B server on a local port: real HTTP, all data in memory.
-
-`_OPERATIONS` holds the GraphQL answers by operation name. A file stream stores each line at its offset, so a line that is sent
-twice is stored once, as on the real server.
-"""
+"""A W&B server on a local port, and W&B's files, read with its own reader."""
 
 from __future__ import annotations
 
@@ -10,14 +6,17 @@ import base64
 import json
 import math
 import re
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from http_server import Answer, Request, serving
+from wandb.util import get_core_path
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 ENTITY = "team"
@@ -228,3 +227,28 @@ def fake_wandb(**settings: Any) -> Iterator[FakeWandb]:
             yield server
         finally:
             server.freed.set()
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of all offline files of a run, oldest file first."""
+    lines = []
+    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        # The command that `wandb leet inspect` runs after it has imported W&B's package.
+        command = [
+            get_core_path(),
+            "leet",
+            "inspect",
+            "--no-observability",
+            "--json",
+            "--run-file",
+            str(file),
+            str(file.parent.parent),
+        ]
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        lines += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return lines
+
+
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    """The logged values, one dict for each of W&B's steps."""
+    return [record["history"]["item"] for record in records(run_dir) if record["type"] == "history"]

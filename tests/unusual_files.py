@@ -1,4 +1,4 @@
-"""A directory as an NFS client may see it: without what others have created since the client last read it."""
+"""Files of other users, pipes, devices, and a directory as an NFS client may see it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from missing_program import skip_or_fail
+
+# IDs that no user of a fresh machine has.
+MALLORY, TEAM = 54321, 54322
+
+
+@pytest.fixture
+def as_root() -> None:
+    if os.geteuid() != 0:
+        skip_or_fail("only root can give files to another user: run pytest as root")
+
+
+def give(path: Path, uid: int = MALLORY) -> None:
+    """Give a folder and its contents to another user."""
+    for one in (path, *path.rglob("*")):
+        os.chown(one, uid, -1, follow_symlinks=False)
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def link_to_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
 
 
 @contextmanager
