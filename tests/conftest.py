@@ -25,7 +25,7 @@ import hypothesis
 import progress
 import pytest
 from filelock import FileLock
-from forked import ForkedProcess, ForkingWorkers, ForkServer
+from forked import ForkedProcess, ForkingWorkers, ForkServer, Launch
 from forked_ranks import VARIABLES as RANK_VARIABLES
 from forked_ranks import RankServer
 from forked_stack import ForkingAgents
@@ -168,7 +168,7 @@ def launcher_env(launcher_cache: Path, pytestconfig: pytest.Config) -> dict[str,
 
 
 @pytest.fixture(scope="session")
-def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def launch(launcher_env: Mapping[str, str]) -> Launch:
     """Run `python -m launcher ARGUMENTS` to completion."""
 
     def run(
@@ -202,9 +202,7 @@ def torch_server(launcher_env: Mapping[str, str]) -> Iterator[Callable[[], ForkS
 
 
 @pytest.fixture(scope="session")
-def launch_here(
-    launcher_env: Mapping[str, str], torch_server: Callable[[], ForkServer]
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+def launch_here(launcher_env: Mapping[str, str], torch_server: Callable[[], ForkServer]) -> Launch:
     """Like `launch`, but calls main() in this process: a second faster, for tests that are not about processes.
 
     Environment, working directory and output are the same as for the command. The processes that it starts, except agents, are
@@ -214,15 +212,13 @@ def launch_here(
 
 
 @pytest.fixture(scope="session")
-def train_here(
-    launcher_env: Mapping[str, str], torch_server: Callable[[], ForkServer]
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+def train_here(launcher_env: Mapping[str, str], torch_server: Callable[[], ForkServer]) -> Launch:
     """Like `launch_here`, but agents of local runs are forked too, see forked_stack.py: a third of the CPU time of `launch`."""
     workers, agents = ForkingWorkers(launcher_env, torch_server), ForkingAgents(torch_server)
     return _called_here(launcher_env, {"worker_process": workers, "detached_process": agents})
 
 
-def _called_here(launcher_env: Mapping[str, str], starters: Mapping[str, Any]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def _called_here(launcher_env: Mapping[str, str], starters: Mapping[str, Any]) -> Launch:
     """Call main() in this process, with `starters` in place of the module `subprocess` of modules of the launcher."""
     from launcher.cli import worker_process
     from launcher.cli.main import main
@@ -322,7 +318,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 @pytest.fixture(scope="session")
-def demo_model(launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo_model(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model as a Hugging Face folder; its data cache is built too."""
     done = launch("data", "--json")
     assert done.returncode == 0, done.stderr

@@ -31,6 +31,8 @@ import setproctitle
 
 REPO = Path(__file__).resolve().parents[1]
 _LONGEST_MESSAGE = 2**20
+# Fixtures that run the launcher to completion: `launch`, `launch_here`, `train_here`.
+Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class ForkServer:

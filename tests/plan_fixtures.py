@@ -47,6 +47,9 @@ PROVENANCE = Provenance(
     packages={"torch": "2.13.0"},
 )
 WORKING_DIR = "/srv/project"
+# Fixtures that make a run's settings, or its plan, from overrides.
+ConfigOf = Callable[..., RunConfig]
+PlanOf = Callable[..., LaunchPlan]
 # One preset for each way in which transformers builds a layer.
 KINDS = (
     "llama3_2_1b",
@@ -83,7 +86,7 @@ def facts_for(
 
 
 @pytest.fixture
-def config_of() -> Callable[..., RunConfig]:
+def config_of() -> ConfigOf:
     """The settings of a command line, with a model whose numbers are in its preset."""
 
     def config(*tokens: str) -> RunConfig:
@@ -93,7 +96,7 @@ def config_of() -> Callable[..., RunConfig]:
 
 
 @pytest.fixture
-def plan_of(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
+def plan_of(config_of: ConfigOf) -> PlanOf:
     def planned(
         *tokens: str, device: DeviceFacts = CPU, data: DataFacts | None = DATA, working_dir: Path | str = WORKING_DIR
     ) -> LaunchPlan:
@@ -106,7 +109,7 @@ def plan_of(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
 def _cluster_plan(section: type[SlurmSection | RaySection], *tokens: str) -> Any:
     """A fixture: the plan of a small run with these cluster settings; `workers` are all its ranks, `device` is one node's."""
 
-    def fixture(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
+    def fixture(config_of: ConfigOf) -> PlanOf:
         def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, workers: int = 0, **settings: Any) -> LaunchPlan:
             if workers:
                 ranks = settings.setdefault("ranks_per_node", workers)

@@ -9,7 +9,7 @@ import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ import torch
 from doc_tools import REPO, Block, blocks
 from extension_ranks import MOMENTUM_SGD
 from forked_ranks import RankServer
-from plan_fixtures import CPU, DATA, config_of, facts_for, plan_lines, plan_of
+from plan_fixtures import CPU, DATA, ConfigOf, PlanOf, config_of, facts_for, plan_lines, plan_of
 from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -65,7 +65,6 @@ from launcher.train.monitoring.step_metrics import find_peak_tflops
 from launcher.train.objectives import OBJECTIVES
 
 __all__ = ["config_of", "plan_of"]
-PlanOf = Callable[..., LaunchPlan]
 METRIC = "perf/experts_used_frac"
 GPU_ROW = GpuType(95.5, bf16=1200, tf32=600, fp32=80, memory_tbs=4.0, usd_per_hour=4.25, names=r"\bx100\b")
 DEVICE = DeviceFacts(kind="cuda", name="NVIDIA X100 96GB HBM3", count=8, memory_gib=95.2)
@@ -263,9 +262,7 @@ def test_the_columns_of_the_settings_are_keys_of_the_formats() -> None:
 
 
 @pytest.mark.rest
-def test_a_registered_objective_is_trained_and_evaluated(
-    config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path
-) -> None:
+def test_a_registered_objective_is_trained_and_evaluated(config_of: ConfigOf, rank_server: RankServer, tmp_path: Path) -> None:
     settings = ("optim.lr=0.01", "model.dtype=fp32", "run.name=own", "train.global_batch_size=2", "train.micro_batch_size=1")
     config = config_of("model=tiny", *settings, "cluster.ranks_per_node=1")
     path = tmp_path / "plan.json"
@@ -317,7 +314,7 @@ def test_a_state_file_that_names_no_optimizer_states_has_those_of_adamw() -> Non
 
 @pytest.mark.rest
 def test_two_ranks_train_with_it_and_one_resumes_with_the_same_losses(
-    config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_of: ConfigOf, rank_server: RankServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(OPTIMIZERS, "sgd", MOMENTUM_SGD)
 
@@ -435,7 +432,7 @@ def added_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("added_gpu")
-def test_a_gpu_type_that_is_added_gives_a_plan_memory_and_price(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_gpu_type_that_is_added_gives_a_plan_memory_and_price(plan_of: PlanOf) -> None:
     planned = plan_of("cluster.gpu_type=X100-96GB", "cluster.ranks_per_node=8")
     assert planned.topology.device == "cuda"
     assert planned.memory.device_gib == 95.5
@@ -444,18 +441,18 @@ def test_a_gpu_type_that_is_added_gives_a_plan_memory_and_price(plan_of: Callabl
 
 
 @pytest.mark.usefixtures("added_gpu")
-def test_a_gpu_type_that_is_added_is_recognized_by_its_drivers_name(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_gpu_type_that_is_added_is_recognized_by_its_drivers_name(plan_of: PlanOf) -> None:
     assert recognize(DEVICE.name) == "X100-96GB"
     assert plan_of(device=DEVICE).price == Price(4.25, PRICE_ASSUMPTION)
 
 
 @pytest.mark.usefixtures("added_gpu")
-def test_a_gpu_type_that_is_added_has_a_peak(config_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_type_that_is_added_has_a_peak(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE.name)
     assert find_peak_tflops(config_of("model.dtype=bf16"), torch.device("cuda", 0)) == 1200
 
 
-def test_a_gpu_type_that_is_not_in_the_table_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_gpu_type_that_is_not_in_the_table_is_refused(plan_of: PlanOf) -> None:
     with pytest.raises(ConfigError, match=r"cluster\.gpu_type=X100-96GB is not in the table of GPU types"):
         plan_of("cluster.gpu_type=X100-96GB", "cluster.ranks_per_node=8")
 
@@ -499,7 +496,7 @@ def test_every_section_has_an_example() -> None:
 
 
 def test_a_backend_of_the_page_has_the_whole_protocol_and_previews_its_job(
-    plan_of: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
+    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = execute("A cluster backend")
     module, _, name = BACKENDS["queue"].partition(":")
@@ -535,7 +532,7 @@ def test_an_objective_of_the_page_sums_over_the_trained_tokens() -> None:
     torch.testing.assert_close(loss.total, 0.5 * expected)
 
 
-def test_an_optimizer_of_the_page_keeps_the_states_that_its_row_names(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_an_optimizer_of_the_page_keeps_the_states_that_its_row_names(plan_of: PlanOf) -> None:
     names = execute("An optimizer")
     parameter = torch.nn.Parameter(torch.ones(3))
     plan = plan_of("optim.name=sgd")
@@ -547,7 +544,7 @@ def test_an_optimizer_of_the_page_keeps_the_states_that_its_row_names(plan_of: C
     assert plan.checkpoint_bytes == 8 * plan.model.num_params
 
 
-def test_a_gpu_type_of_the_page_gives_a_plan_its_memory_and_price(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_gpu_type_of_the_page_gives_a_plan_its_memory_and_price(plan_of: PlanOf) -> None:
     execute("A GPU type")
     plan = plan_of("cluster.gpu_type=X100-96GB", "cluster.ranks_per_node=8")
     assert plan.memory.device_gib == 95.5

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 from fake_nvml import H100, OTHER, driver
+from forked import Launch
 
 from launcher import hardware, nvml
 from launcher.nvml import GpuInfo, GpuProcess, NvmlError
@@ -101,9 +101,7 @@ def test_the_device_facts_are_those_of_the_gpus_or_of_the_cpu(driver: Driver, mo
     assert device().kind == "cpu", "no child process is started without a driver"
 
 
-def test_a_driver_that_cannot_be_asked_is_a_note_of_the_plan(
-    driver: Driver, launch_here: Callable[..., CompletedProcess[str]]
-) -> None:
+def test_a_driver_that_cannot_be_asked_is_a_note_of_the_plan(driver: Driver, launch_here: Launch) -> None:
     driver(init="Driver/library version mismatch")
     shown = launch_here("plan", "model=tiny", PYTHONPATH=os.environ["PYTHONPATH"], COLUMNS="200")
     assert "no GPU is used: the NVIDIA driver cannot be queried: Driver/library version mismatch" in shown.stdout

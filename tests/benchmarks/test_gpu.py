@@ -17,7 +17,7 @@ from gpu_report import COMPILE, Measured, Side
 from gpu_wheels import first_requirements, is_satisfied, lacking, read_freeze
 from pace import slowness
 from packaging.requirements import Requirement
-from plan_fixtures import H100, config_of, plan_of
+from plan_fixtures import H100, PlanOf, config_of, plan_of
 
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import LaunchPlan
@@ -38,7 +38,7 @@ triton @ file:///wheels/triton-3.5.0.whl
 
 
 @pytest.fixture
-def plan(plan_of: Callable[..., LaunchPlan]) -> LaunchPlan:
+def plan(plan_of: PlanOf) -> LaunchPlan:
     return plan_of(*CASE, device=replace_count(1))
 
 
@@ -93,7 +93,7 @@ def test_the_row_of_a_measured_gpu_gives_its_speed_and_memory(plan: LaunchPlan) 
     assert planned_tokens_per_sec(plan, replace(GPUS["H100-80GB"], gemm_share=share)) == pytest.approx(1.1 * planned, rel=1e-3)
 
 
-def test_a_run_on_cpus_has_neither_planned_speed_nor_a_row(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_run_on_cpus_has_neither_planned_speed_nor_a_row(plan_of: PlanOf) -> None:
     on_cpus = plan_of()
     found = Measured(
         "a CPU", cases={"tiny": [Side("launcher", "varlen", "none", on_cpus, {"tokens_per_sec": 9.0, "step_s": 1.0})]}

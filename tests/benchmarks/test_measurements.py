@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import predicted_speed
 import process_tree
 import pytest
 import results
-from plan_fixtures import config_of, plan_of
+from plan_fixtures import PlanOf, config_of, plan_of
 from predicted_speed import FACTORS, Outcome
 from saving import Saves, measured_saves
 from steps import faster_half
@@ -171,11 +170,11 @@ MEASURED = {
 }
 
 
-def planned(plan_of: Callable[..., LaunchPlan], *more: str) -> LaunchPlan:
+def planned(plan_of: PlanOf, *more: str) -> LaunchPlan:
     return plan_of("model=tiny", "model.dtype=bf16", "model.attention=varlen", *more)
 
 
-def outcomes(plan_of: Callable[..., LaunchPlan]) -> list[Outcome]:
+def outcomes(plan_of: PlanOf) -> list[Outcome]:
     """Made-up runs that take exactly as long as the model predicts with TRUE_FACTORS."""
     made = []
     for number, case in enumerate(predicted_speed.CASES[:-1]):
@@ -190,7 +189,7 @@ def outcomes(plan_of: Callable[..., LaunchPlan]) -> list[Outcome]:
     return made
 
 
-def test_rates_give_the_seconds_that_were_measured(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_rates_give_the_seconds_that_were_measured(plan_of: PlanOf) -> None:
     plan = planned(plan_of, "data.max_length=256", "train.micro_batch_size=4", "model.activation_checkpointing=all")
     step = planned_step(plan, rates=predicted_speed.rates_of(plan, MEASURED))
     assert step is not None
@@ -205,7 +204,7 @@ def test_rates_give_the_seconds_that_were_measured(plan_of: Callable[..., Launch
     assert not step.runs_ahead
 
 
-def test_shapes_are_those_of_the_models_products(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_shapes_are_those_of_the_models_products(plan_of: PlanOf) -> None:
     plan = planned(plan_of, *predicted_speed.CASES[-2].overrides)
     shapes = predicted_speed.shapes_of(plan)
     weights = sum(inputs * outputs for inputs, outputs in shapes["products"])
@@ -215,7 +214,7 @@ def test_shapes_are_those_of_the_models_products(plan_of: Callable[..., LaunchPl
 
 
 @pytest.mark.rest
-def test_factors_are_found_again_and_errors_are_those_of_the_other_half(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_factors_are_found_again_and_errors_are_those_of_the_other_half(plan_of: PlanOf) -> None:
     made = outcomes(plan_of)
     factors = predicted_speed.fit([outcome for outcome in made if outcome.case.is_fit])
     assert len(factors) == len(FACTORS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pace import slowness
-from plan_fixtures import config_of, golden, ray_plan, slurm_plan
+from plan_fixtures import PlanOf, config_of, golden, ray_plan, slurm_plan
 from testbed_cluster import Testbed
 
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -21,7 +21,7 @@ WAIT_S = 90.0
 
 
 @pytest.fixture
-def plan_at(slurm_plan: Callable[..., LaunchPlan], tmp_path: Path) -> Callable[..., LaunchPlan]:
+def plan_at(slurm_plan: PlanOf, tmp_path: Path) -> PlanOf:
     """Plan a small run on Slurm with these cluster settings; `device` is the device of one node."""
 
     def planned(device: DeviceFacts = CPU, cache_dir: str = str(tmp_path / "cache"), **settings: Any) -> LaunchPlan:

@@ -24,7 +24,7 @@ import psutil
 import pytest
 from missing_program import skip_or_fail
 from pace import wait_for
-from plan_fixtures import H100
+from plan_fixtures import H100, ConfigOf, PlanOf
 from pydantic import ValidationError
 from unusual_files import make_pipe
 
@@ -35,10 +35,8 @@ from launcher.clusters.local import LocalCluster
 from launcher.clusters.ray import auto_address, jobs
 from launcher.clusters.ray import cluster as module
 from launcher.clusters.ray.cluster import RayCluster
-from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.errors import ConfigError, RunError, SubmitError
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.security.owners import Trust
@@ -56,7 +54,7 @@ def section(**settings: Any) -> RaySection:
     return RaySection.model_validate({"kind": "ray", **settings})
 
 
-def test_the_preview_shows_rays_defaults(ray_plan: Callable[..., LaunchPlan], golden: Callable[[str, str], None]) -> None:
+def test_the_preview_shows_rays_defaults(ray_plan: PlanOf, golden: Callable[[str, str], None]) -> None:
     settings = {
         "address": "10.0.0.1:6379",
         "workers": 4,
@@ -89,15 +87,13 @@ def test_invalid_addresses_are_refused(address: str) -> None:
         section(address=address)
 
 
-def test_a_name_that_resolves_to_a_public_address_is_refused(
-    ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_resolves_to_a_public_address_is_refused(ray_plan: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.socket, "getaddrinfo", lambda *_: [(2, 1, 6, "", ("8.8.8.8", 0))])
     with pytest.raises(SubmitError, match="the whole internet can reach"):
         RayCluster().check(ray_plan(address="head.example:6379"))
 
 
-def test_min_workers_with_labels_is_refused(ray_plan: Callable[..., LaunchPlan]) -> None:
+def test_min_workers_with_labels_is_refused(ray_plan: PlanOf) -> None:
     labels = {"label_selector": {"gpu": "h100"}}
     with pytest.raises(ConfigError) as error:
         ray_plan(workers=4, min_workers=2, **labels)
@@ -111,13 +107,13 @@ def test_only_an_elastic_run_excludes_bad_nodes() -> None:
         assert not section(nodes=2, ranks_per_node=1, **settings).leaves_out_bad_nodes
 
 
-def test_ray_without_an_address_refuses_several_nodes(ray_plan: Callable[..., LaunchPlan]) -> None:
+def test_ray_without_an_address_refuses_several_nodes(ray_plan: PlanOf) -> None:
     with pytest.raises(SubmitError, match="the plan needs 2 nodes and this is one machine"):
         RayCluster().check(ray_plan(nodes=2))
 
 
 @pytest.fixture
-def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
+def run(ray_plan: PlanOf, tmp_path: Path) -> RunDir:
     return hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
 
 
@@ -229,12 +225,12 @@ def test_the_second_cancel_skips_the_save_and_the_third_kills_the_driver(run: Ru
         RayCluster().cancel(run)
 
 
-def test_an_unreachable_jobs_api_is_refused_by_the_check(ray_plan: Callable[..., LaunchPlan]) -> None:
+def test_an_unreachable_jobs_api_is_refused_by_the_check(ray_plan: PlanOf) -> None:
     with pytest.raises(SubmitError, match="does not answer"):
         RayCluster().check(ray_plan(address="http://127.0.0.1:1"))
 
 
-def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_needs_a_ray_on_this_machine(ray_plan: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(auto_address.psutil, "process_iter", lambda attrs: iter(()))
     with pytest.raises(SubmitError, match="no Ray runs on this machine"):
@@ -251,7 +247,7 @@ def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], m
             RayCluster().check(ray_plan(address="auto"))
 
 
-def test_a_request_to_a_silent_jobs_api_times_out(ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_to_a_silent_jobs_api_times_out(ray_plan: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_REQUEST_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address, began = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
@@ -262,7 +258,7 @@ def test_a_request_to_a_silent_jobs_api_times_out(ray_plan: Callable[..., Launch
 
 
 def test_a_head_node_without_the_run_directory_is_reported_by_submit_and_status(
-    run: RunDir, ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
+    run: RunDir, ray_plan: PlanOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = "http://127.0.0.1:8265"
     plan = ray_plan(working_dir=str(run.root.parent.parent), address=address)
@@ -285,9 +281,7 @@ def test_a_head_node_without_the_run_directory_is_reported_by_submit_and_status(
     assert (later_status.state, later_status.message) == ("failed", status.message)
 
 
-def test_a_job_in_rays_queue_is_pending(
-    run: RunDir, ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_in_rays_queue_is_pending(run: RunDir, ray_plan: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = ray_plan(working_dir=str(run.root.parent.parent), address="http://127.0.0.1:8265")
     monkeypatch.setattr(module, "_DRIVER_START_DEADLINE_S", 0.05)
     monkeypatch.setattr(module, "_JOB_POLL_S", 0.01)
@@ -532,7 +526,7 @@ def test_a_session_folder_that_another_user_has_replaced_is_refused(start_raylet
 @pytest.mark.parametrize("driver", ["run", "doctor"])
 def test_a_driver_joins_the_ray_that_was_checked(
     start_raylet: StartRaylet,
-    config_of: Callable[..., RunConfig],
+    config_of: ConfigOf,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     driver: str,

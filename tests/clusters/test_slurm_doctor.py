@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
+from forked import Launch
+from plan_fixtures import PlanOf
 from testbed_cluster import Testbed
 
 from launcher.cli import doctor as doctor_verb
@@ -24,9 +26,7 @@ from launcher.errors import Problem, SubmitError
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 pytestmark = [pytest.mark.slurm, pytest.mark.rest]
-PlanAt = Callable[..., LaunchPlan]
 Use = Callable[[Testbed], Testbed]
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 DEADLINE_S = 600.0
 
 
@@ -66,7 +66,7 @@ def there(slurm_cluster: Testbed, use: Use) -> Testbed:
         {"partition": "short,main", "time": "1-00:00:00"},
     ],
 )
-def test_a_job_that_the_site_can_run_is_accepted(there: Testbed, plan_at: PlanAt, settings: dict[str, Any]) -> None:
+def test_a_job_that_the_site_can_run_is_accepted(there: Testbed, plan_at: PlanOf, settings: dict[str, Any]) -> None:
     assert problems(plan_at(**settings)) == ()
 
 
@@ -83,7 +83,7 @@ def test_a_job_that_the_site_can_run_is_accepted(there: Testbed, plan_at: PlanAt
     ],
 )
 def test_a_job_that_the_site_cannot_run_is_refused(
-    there: Testbed, plan_at: PlanAt, settings: dict[str, Any], where: str, remedy: str
+    there: Testbed, plan_at: PlanOf, settings: dict[str, Any], where: str, remedy: str
 ) -> None:
     (problem,) = problems(plan_at(**settings))
     assert problem.where == where
@@ -91,14 +91,14 @@ def test_a_job_that_the_site_cannot_run_is_refused(
     assert remedy in problem.remedy
 
 
-def test_a_save_longer_than_the_signal_lead_is_refused(there: Testbed, plan_at: PlanAt) -> None:
+def test_a_save_longer_than_the_signal_lead_is_refused(there: Testbed, plan_at: PlanOf) -> None:
     plan = plan_at(nodes=2, signal_lead_seconds=60)
     assert problems(plan.model_copy(update={"checkpoint_bytes": 120 * 2**30})) == ()
     (problem,) = problems(plan.model_copy(update={"checkpoint_bytes": 800 * 2**30}))
     assert (problem.where, problem.value) == ("cluster.signal_lead_seconds", "60")
 
 
-def test_drained_nodes_and_closed_partitions_are_named(here: Testbed, plan_at: PlanAt) -> None:
+def test_drained_nodes_and_closed_partitions_are_named(here: Testbed, plan_at: PlanOf) -> None:
     slurm("scontrol", "update", "NodeName=n[2-3]", "State=DRAIN", "Reason=fan")
     (problem,) = problems(plan_at(nodes=2))
     assert "2 nodes with 4 CPUs, 4000 MiB, no GPU, out of service" in problem.remedy
@@ -112,7 +112,7 @@ def test_drained_nodes_and_closed_partitions_are_named(here: Testbed, plan_at: P
 
 
 def test_a_controller_that_does_not_answer_is_reported_with_the_other_problems(
-    bare_slurm: Testbed, use: Use, plan_at: PlanAt
+    bare_slurm: Testbed, use: Use, plan_at: PlanOf
 ) -> None:
     use(bare_slurm)
     bare_slurm.stop_controller()
@@ -125,7 +125,7 @@ def test_a_controller_that_does_not_answer_is_reported_with_the_other_problems(
 
 
 def test_a_machine_without_sbatch_or_configuration_is_refused(
-    plan_at: PlanAt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    plan_at: PlanOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if not Path("/etc/slurm/slurm.conf").exists():
         monkeypatch.delenv("SLURM_CONF", raising=False)
@@ -156,7 +156,7 @@ def test_requested_gpus_take_precedence_over_the_nodes_gpus(gpu_slurm: Testbed, 
     assert gpus_of(**options(gres="nvme:1")).count == 2
 
 
-def test_nodes_with_too_few_gpus_are_refused(gpu_slurm: Testbed, use: Use, plan_at: PlanAt) -> None:
+def test_nodes_with_too_few_gpus_are_refused(gpu_slurm: Testbed, use: Use, plan_at: PlanOf) -> None:
     use(gpu_slurm)
     assert problems(plan_at(nodes=2, gpus_per_node=2)) == ()
     (problem,) = problems(plan_at(nodes=2, gpus_per_node=3))
@@ -164,7 +164,7 @@ def test_nodes_with_too_few_gpus_are_refused(gpu_slurm: Testbed, use: Use, plan_
 
 
 def test_gpu_types_are_distinguished(
-    other_slurm: Callable[..., Any], use: Use, plan_at: PlanAt, eventually: Callable[[Callable[[], Any]], Any]
+    other_slurm: Callable[..., Any], use: Use, plan_at: PlanOf, eventually: Callable[[Callable[[], Any]], Any]
 ) -> None:
     with other_slurm(nodes=2, gpus=2, accounting=False) as bed:
         use(bed)

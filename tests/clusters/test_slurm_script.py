@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_fixtures import H100
+from plan_fixtures import H100, PlanOf
 from testbed_cluster import Testbed
 
 from launcher.clusters.slurm import queue, sbatch
@@ -22,7 +22,6 @@ from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
-SlurmPlan = Callable[..., LaunchPlan]
 REPO = str(Path(__file__).resolve().parents[2])
 PYTHON = "/srv/project/.venv/bin/python"
 
@@ -89,7 +88,7 @@ def rendered(plan: LaunchPlan) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_scripts_equal_the_golden_files(slurm_plan: SlurmPlan, golden: Callable[[str, str], None], name: str) -> None:
+def test_scripts_equal_the_golden_files(slurm_plan: PlanOf, golden: Callable[[str, str], None], name: str) -> None:
     text = rendered(slurm_plan(**CASES[name]))
     # The private group of the user who runs the tests is also trusted, so remove it.
     golden(f"{name}.sbatch", text.replace(f" '!' -gid {os.getgid()}", "") if os.getgid() else text)
@@ -119,7 +118,7 @@ def test_every_setting_occurs_in_a_golden_file() -> None:
         ({}, []),
     ],
 )
-def test_gpus_are_requested_once(slurm_plan: SlurmPlan, settings: dict[str, Any], options: list[str]) -> None:
+def test_gpus_are_requested_once(slurm_plan: PlanOf, settings: dict[str, Any], options: list[str]) -> None:
     text = rendered(slurm_plan(**settings))
     assert re.findall(r"^#SBATCH (--g(?:pu|re)s.*)$", text, re.MULTILINE) == options
 
@@ -127,17 +126,13 @@ def test_gpus_are_requested_once(slurm_plan: SlurmPlan, settings: dict[str, Any]
 @pytest.mark.parametrize(
     ("settings", "memory"), [({}, "0"), ({"additional_parameters": {"mem": "64G"}}, "64G"), ({"exclusive": False}, None)]
 )
-def test_an_exclusive_node_is_requested_with_its_memory(
-    slurm_plan: SlurmPlan, settings: dict[str, Any], memory: str | None
-) -> None:
+def test_an_exclusive_node_is_requested_with_its_memory(slurm_plan: PlanOf, settings: dict[str, Any], memory: str | None) -> None:
     text = rendered(slurm_plan(**settings))
     assert re.findall(r"^#SBATCH --mem=(.*)$", text, re.MULTILINE) == ([] if memory is None else [memory])
 
 
 @pytest.mark.parametrize("root", ["it's", "100%", "$HOME", "a;b", "a,b", "a\tb"])
-def test_a_path_with_special_characters_is_refused_before_the_run_exists(
-    slurm_plan: SlurmPlan, tmp_path: Path, root: str
-) -> None:
+def test_a_path_with_special_characters_is_refused_before_the_run_exists(slurm_plan: PlanOf, tmp_path: Path, root: str) -> None:
     plan = slurm_plan(str(tmp_path / root))
     with pytest.raises(SubmitError) as error:
         SlurmCluster().check(plan)
@@ -148,7 +143,7 @@ def test_a_path_with_special_characters_is_refused_before_the_run_exists(
 
 
 @pytest.mark.parametrize("root", ["with blank", "données"])
-def test_a_path_with_blanks_or_accents_is_quoted(slurm_plan: SlurmPlan, tmp_path: Path, root: str) -> None:
+def test_a_path_with_blanks_or_accents_is_quoted(slurm_plan: PlanOf, tmp_path: Path, root: str) -> None:
     plan = slurm_plan(str(tmp_path / root))
     text = rendered(plan)
     assert f"#SBATCH --chdir='{plan.run_dir}'" in text
@@ -158,7 +153,7 @@ def test_a_path_with_blanks_or_accents_is_quoted(slurm_plan: SlurmPlan, tmp_path
 
 
 @pytest.mark.parametrize("root", ["with blank", "données"])
-def test_a_path_that_a_container_cannot_mount_is_refused(slurm_plan: SlurmPlan, tmp_path: Path, root: str) -> None:
+def test_a_path_that_a_container_cannot_mount_is_refused(slurm_plan: PlanOf, tmp_path: Path, root: str) -> None:
     plan = slurm_plan(str(tmp_path / root), container_image="/images/torch.sqsh", container_runtime="pyxis")
     with pytest.raises(SubmitError):
         SlurmCluster().check(plan)
@@ -166,7 +161,7 @@ def test_a_path_that_a_container_cannot_mount_is_refused(slurm_plan: SlurmPlan, 
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("name", CASES)
-def test_the_script_is_the_one_that_submitit_submits(slurm_plan: SlurmPlan, here: Testbed, name: str) -> None:
+def test_the_script_is_the_one_that_submitit_submits(slurm_plan: PlanOf, here: Testbed, name: str) -> None:
     import submitit
 
     plan = slurm_plan(**CASES[name])
@@ -186,7 +181,7 @@ def racks(here: Testbed) -> Iterator[None]:
 
 
 @pytest.mark.slurm
-def test_slurm_parses_the_options_of_the_script(slurm_plan: SlurmPlan, racks: None, tmp_path: Path) -> None:
+def test_slurm_parses_the_options_of_the_script(slurm_plan: PlanOf, racks: None, tmp_path: Path) -> None:
     """sbatch parses quotes and comments by its own rules, so compare what it understood."""
     options = {
         **EVERYTHING["additional_parameters"],

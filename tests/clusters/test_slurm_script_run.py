@@ -10,12 +10,13 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_fixtures import PlanOf
 from pydantic import ValidationError
 from unusual_files import as_root
 
@@ -41,7 +42,6 @@ if "begin" in argv:
     print(os.environ.get("ATTEMPT", "7"))
 sys.exit(int(os.environ.get("SRUN_RC", "0")) if "submitit.core._submit" in argv else int(os.environ.get("JOB_RC", "0")))
 """
-SlurmPlan = Callable[..., LaunchPlan]
 SETUP = ["export A=1", "source {folder}/env.sh", "ulimit -n 64", "conda activate train", "cd {folder}/elsewhere", "B=2"]
 ENV_SH = """\
 conda() { export CONDA_DEFAULT_ENV="$2"; }
@@ -89,7 +89,7 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
 
 @pytest.fixture
-def begun_plan(slurm_plan: Callable[..., LaunchPlan], sandbox: Sandbox) -> Callable[..., LaunchPlan]:
+def begun_plan(slurm_plan: PlanOf, sandbox: Sandbox) -> PlanOf:
     """Plan a run on Slurm whose directory is in the sandbox and exists, as it does when a job starts."""
 
     def planned(**settings: Any) -> LaunchPlan:
@@ -116,7 +116,7 @@ def rendered(plan: LaunchPlan, folder: Path) -> str:
     return sbatch.render(plan, file)
 
 
-def test_setup_commands_run_in_bash(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_setup_commands_run_in_bash(begun_plan: PlanOf, sandbox: Sandbox) -> None:
     (sandbox.folder / "elsewhere").mkdir()
     (sandbox.folder / "env.sh").write_text(ENV_SH)
     commands = [command.format(folder=sandbox.folder) for command in SETUP]
@@ -138,7 +138,7 @@ def test_setup_commands_run_in_bash(begun_plan: SlurmPlan, sandbox: Sandbox) -> 
         }
 
 
-def test_the_code_snapshot_comes_first_in_pythonpath(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_the_code_snapshot_comes_first_in_pythonpath(begun_plan: PlanOf, sandbox: Sandbox) -> None:
     plan = begun_plan(env={"PYTHONPATH": "/mine"})
     sandbox.run(rendered(plan, sandbox.folder), PYTHONPATH="/login", PYTHONSAFEPATH="")
     paths = {call["env"]["PYTHONPATH"] for call in sandbox.calls}
@@ -148,7 +148,7 @@ def test_the_code_snapshot_comes_first_in_pythonpath(begun_plan: SlurmPlan, sand
     assert {call["env"]["PYTHONPATH"] for call in sandbox.calls} == {f"{plan.run_dir}/code"}
 
 
-def test_a_job_opens_an_attempt_runs_its_tasks_and_concludes(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_a_job_opens_an_attempt_runs_its_tasks_and_concludes(begun_plan: PlanOf, sandbox: Sandbox) -> None:
     text = rendered(begun_plan(), sandbox.folder)
     plan = str(sandbox.folder / "plan.json")
     for code in ("0", "9", "143"):
@@ -161,7 +161,7 @@ def test_a_job_opens_an_attempt_runs_its_tasks_and_concludes(begun_plan: SlurmPl
         assert done.returncode == 0, "conclude decides"
 
 
-def test_a_job_without_an_attempt_succeeds_and_one_that_is_refused_fails(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_a_job_without_an_attempt_succeeds_and_one_that_is_refused_fails(begun_plan: PlanOf, sandbox: Sandbox) -> None:
     text = rendered(begun_plan(), sandbox.folder)
     assert sandbox.run(text, ATTEMPT="").returncode == 0
     assert (len(sandbox.called("python")), sandbox.called("srun")) == (1, [])
@@ -170,17 +170,17 @@ def test_a_job_without_an_attempt_succeeds_and_one_that_is_refused_fails(begun_p
 
 
 @pytest.mark.parametrize("strict", ["set -e", "set -u", "set -euo pipefail", "trap true EXIT"])
-def test_set_e_in_setup_does_not_skip_the_conclusion(begun_plan: SlurmPlan, sandbox: Sandbox, strict: str) -> None:
+def test_set_e_in_setup_does_not_skip_the_conclusion(begun_plan: PlanOf, sandbox: Sandbox, strict: str) -> None:
     sandbox.run(rendered(begun_plan(setup=[strict]), sandbox.folder), SRUN_RC="9")
     assert sandbox.called("python")[-1][-2:] == ["7", "9"]
 
 
-def test_a_failing_setup_command_with_set_e_ends_the_job(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_a_failing_setup_command_with_set_e_ends_the_job(begun_plan: PlanOf, sandbox: Sandbox) -> None:
     done = sandbox.run(rendered(begun_plan(setup=["set -e", "tool fail"]), sandbox.folder), JOB_RC="3")
     assert (done.returncode, sandbox.called("python")) == (3, [])
 
 
-def test_a_task_without_access_to_the_plan_reports_it(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_a_task_without_access_to_the_plan_reports_it(begun_plan: PlanOf, sandbox: Sandbox) -> None:
     text = rendered(begun_plan(), sandbox.folder)
     (sandbox.folder / "plan.json").unlink()
     done = sandbox.run(text)
@@ -188,7 +188,7 @@ def test_a_task_without_access_to_the_plan_reports_it(begun_plan: SlurmPlan, san
     assert sandbox.called("python")[-1][-2:] == ["7", "78"]
 
 
-def test_apptainer_receives_separate_arguments(begun_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_apptainer_receives_separate_arguments(begun_plan: PlanOf, sandbox: Sandbox) -> None:
     settings = {"container_image": "/opt/train#1.sif", "container_python": "/venv/bin/python", "container_mounts": ["/a:/b:ro"]}
     plan = begun_plan(container_runtime="apptainer", **settings)
     assert sandbox.run(rendered(plan, sandbox.folder)).returncode == 0
@@ -340,7 +340,7 @@ def laden(key: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("key", [key for key in GOOD if key not in UNWRITTEN])
-def test_accepted_values_arrive_unchanged(begun_plan: SlurmPlan, sandbox: Sandbox, key: str) -> None:
+def test_accepted_values_arrive_unchanged(begun_plan: PlanOf, sandbox: Sandbox, key: str) -> None:
     for value in dict.fromkeys(laden(key)):
         # Only the sandbox's programs record their calls.
         value = f"tool {value}" if key == "setup[]" else value

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import Launch
 
 from launcher.cli.main import main
 from launcher.config.compose import Composed
@@ -69,7 +70,7 @@ def test_info_prints_and_starts_nothing(capsys: pytest.CaptureFixture[str], toke
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_multirun_prints_only_the_plans(launch_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_a_multirun_prints_only_the_plans(launch_here: Launch, tmp_path: Path) -> None:
     done = launch_here("plan", "-m", "model=tiny", "optim.lr=0.5,0.25", "data.packing=false", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line.split()[:1] for line in done.stdout.splitlines()].count(["model"]) == 2

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from plan_fixtures import config_of
+from plan_fixtures import ConfigOf, config_of
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
@@ -418,7 +418,7 @@ def test_a_set_is_read_as_held_out_data_is(section: Section, tmp_path: Path) -> 
 
 
 def test_general_text_is_an_evaluation_set_and_no_training_data(
-    section: Section, tokenizer_dir: Path, config_of: Callable[..., RunConfig]
+    section: Section, tokenizer_dir: Path, config_of: ConfigOf
 ) -> None:
     evaluation = config_of("model=tiny", "eval.forgetting=true", "checkpoint.best_set=forgetting").eval
     (setting,) = evaluation.sets_by_setting

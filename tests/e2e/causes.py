@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
-from launcher.tracking.jsonl import read_events
+from forked import Launch
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
+from launcher.tracking.jsonl import read_events
 
 _CONSEQUENCE = r"(; no record from [\w, ]+)?(; as a consequence, .*)?( \(srun ended with \d+\))?"
 _RESUME = r"; continue with: python -m launcher resume \S+"

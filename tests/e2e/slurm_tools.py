@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from e2e_tools import TINY, command_line, json_lines, metrics, slow_steps, status
+from forked import Launch
 from pace import wait_for
 from testbed_cluster import Testbed
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 120
 SETTINGS = (

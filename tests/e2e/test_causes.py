@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,11 +18,11 @@ import psutil
 import pytest
 from causes import CAUSES, assert_run_named_first
 from e2e_tools import TINY, agent_of, alerts, kill_all_of, last_step, metrics, processes_of, ranks_of, slow_steps, status
+from forked import Launch
 from pace import slowness, wait_for
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(900)]
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 SETTINGS = (
     *TINY,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, processes_of
+from forked import Launch
 from pace import slowness, wait_for
 from testbed_cluster import Testbed
 
 pytestmark = pytest.mark.rest
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 ON_SLURM = ("+cluster=slurm", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.exclusive=false")
 

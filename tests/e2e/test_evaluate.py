@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, held, json_lines, processes_of, slow_steps, status
+from forked import Launch
 from pace import wait_for
 
 from launcher.evaluate.metrics import normalized_words
@@ -20,7 +20,6 @@ from launcher.plan.launch_plan import LaunchPlan
 
 pytestmark = pytest.mark.rest
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 DEADLINE_S = 600
 NUM_PROMPTS = 6

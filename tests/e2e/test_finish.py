@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from e2e_tools import TINY, assembled, committed, json_lines, losses, metrics, processes_of, status
 from fake_hub import FakeHub, running_hub
 from fake_wandb import records
+from forked import Launch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +21,6 @@ from launcher.train.model import DTYPES
 
 pytestmark = pytest.mark.rest
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 12
 CANARY = "canary-7f3a9c51d2"
 # The metrics that a run without GPUs must log; tests/train/monitoring/test_rank_stats.py checks the others.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from e2e_tools import FIRST_RUN, FIRST_STEPS, losses, modes_of, status
+from forked import Launch
 from ray_tools import DEADLINE_S, await_no_process, causes, kill_all
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -33,7 +33,7 @@ def temporary() -> Iterator[Path]:
 
 def test_a_run_on_ray_has_the_losses_of_a_local_run(
     request: pytest.FixtureRequest,
-    launch: Callable[..., subprocess.CompletedProcess[str]],
+    launch: Launch,
     root: Path,
     temporary: Path,
     working_dir: Path,

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +22,8 @@ from e2e_tools import (
     processes_of,
     status,
 )
+from forked import Launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_a_run_trains_saves_and_exports(first_run: Path) -> None:

@@ -32,12 +32,12 @@ from e2e_tools import (
     status,
     truncate,
 )
+from forked import Launch
 from pace import slowness, wait_for
 
 from launcher.checkpoint import store
 
 pytestmark = pytest.mark.rest
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = (*TINY, "eval.at_start=false", "export.enabled=false", "train.max_steps=100000")
 # Starting and loading alone exceed these limits: the run stops after its first steps.
 PRICE = 0.6

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, agent_of, alerts, json_lines, last_step, losses, processes_of, ranks_of, slow_steps, status
+from forked import Launch
 from mirror_tools import S3, make_bucket, running_s3
 from pace import wait_for
 
 pytestmark = pytest.mark.rest
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 20
 QUICK = ("eval.at_start=false", "export.enabled=false")

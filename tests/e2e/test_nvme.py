@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import signal
 import stat
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, held, last_step, losses, ranks_of, status
+from forked import Launch
 
 pytestmark = pytest.mark.rest
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.timeout(1500)

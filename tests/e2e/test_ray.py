@@ -18,6 +18,7 @@ import psutil
 import pytest
 from causes import assert_attempt_named_first
 from e2e_tools import TINY, command_line, last_step, losses, metrics, slow_steps, status
+from forked import Launch
 from ray_tools import (
     DEADLINE_S,
     Fault,
@@ -32,8 +33,6 @@ from ray_tools import (
     wait_for,
 )
 from ray_tools import RAY as RAY_COMMAND
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 SETTINGS = (
     *TINY,

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from causes import assert_attempt_named_first
 from e2e_tools import TINY, last_step, losses, metrics, rows_environment, slow_steps, status
+from forked import Launch
 from ray_tools import (
     DEADLINE_S,
     RayCluster,
@@ -38,8 +39,6 @@ from ray_tools import (
 from launcher import json_records, run_store
 from launcher.plan.run_dir import RunDir
 from launcher.worker.ray.trainer import RESIZE_VARIABLE
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 # Steps that the undisturbed run trains at first, about as many as the longest run that is compared with it.
 STEPS = 80

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +27,12 @@ from e2e_tools import (
     status,
     truncate,
 )
+from forked import Launch
 from killed_runs import MOMENTS, Killer, differences, draw_kills, restart_reasons, row_differences, steps_for
 from pace import wait_for
 
 from launcher.run_records import RUNNING_STATES
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 44
 SAVE_EVERY = 4
 # max_steps of the interrupted run at first; the resume raises it to STEPS.

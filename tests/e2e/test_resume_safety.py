@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e_tools import TINY, committed, json_lines, last_step, losses, status
+from forked import Launch
 
 from launcher.plan.launch_plan import LaunchPlan
 
 pytestmark = pytest.mark.rest
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 SETTINGS = (*(s for s in TINY if s != "model=tiny"), "model=tiny", "data=jsonl", "data.eval_fraction=0", "export.enabled=false")
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e_tools import TINY, losses, metrics
+from forked import Launch
 
 from launcher.data.split import Split
 from launcher.plan.launch_plan import LaunchPlan
 
 pytestmark = pytest.mark.rest
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 5
 # Tolerance: training and scoring use the same micro-batches, but add the losses in a different order.

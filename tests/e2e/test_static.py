@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from e2e_tools import FIRST_RUN, FIRST_STEPS, alerts, command_line, committed, json_lines, last_step, losses, slow_steps, status
-from forked import ForkServer
+from forked import ForkServer, Launch
 from pace import slowness, wait_for
 
 from launcher.clusters.network import free_port
@@ -30,7 +30,6 @@ SETTINGS = (*FIRST_RUN, "export.enabled=false")
 # Seconds per step: all attempts but the last together train fewer steps than FIRST_RUN has.
 SLOW_S = 3.0
 ONE_RANK = ("cluster.ranks_per_node=1",)
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Machine:

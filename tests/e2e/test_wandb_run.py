@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ import pytest
 from causes import assert_run_named_first
 from e2e_tools import TINY, last_step, losses, processes_of, ranks_of, slow_steps, status
 from fake_wandb import KEY, FakeWandb, Run, fake_wandb
+from forked import Launch
 from pace import wait_for
 
 from launcher.tracking.jsonl import read_events
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = (*TINY, "tracking=wandb", "checkpoint.save_every=5", "eval.at_start=false", "export.enabled=false")
 
 pytestmark = pytest.mark.rest

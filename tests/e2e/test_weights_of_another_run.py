@@ -6,16 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e_tools import TINY, metrics, status
+from forked import Launch
 
 pytestmark = pytest.mark.rest
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 SETTINGS = tuple(s for s in TINY if s != "tracking=none")
 # Override the preset, which draws random weights and names its own tokenizer.

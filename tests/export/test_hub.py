@@ -9,12 +9,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_hub import FakeHub, running_hub
+from forked import Launch
 from huggingface_hub import ModelCard
 from plan_fixtures import composed, facts_for
 
@@ -139,7 +140,7 @@ def test_a_wrong_token_and_an_unreachable_hub_are_reported(hub: FakeHub, folder:
 
 @pytest.mark.rest
 def test_a_run_that_would_be_pushed_to_a_public_repository_is_refused_before_it_starts(
-    hub: FakeHub, launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    hub: FakeHub, launch: Launch, tmp_path: Path
 ) -> None:
     """The check comes before the start, not after days of training."""
     hub.exists, hub.private = True, False

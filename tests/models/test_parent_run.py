@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hand_made
 import pytest
-from plan_fixtures import CPU, H100, config_of, facts_for
+from plan_fixtures import CPU, H100, ConfigOf, config_of, facts_for
 from pydantic import ValidationError
 
 from launcher import atomic_files, facts, run_store
@@ -38,7 +38,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def make_run(config_of: Callable[..., RunConfig], tmp_path: Path) -> MakeRun:
+def make_run(config_of: ConfigOf, tmp_path: Path) -> MakeRun:
     """Create a run directory with committed checkpoints of `steps`, whose files contain `content`."""
 
     def make(name: str, *steps: int, lineage: Lineage | None = None, content: bytes = b"weights") -> RunDir:
@@ -58,7 +58,7 @@ def add_checkpoint(run: RunDir, step: int, content: bytes = b"weights") -> Path:
     return hand_made.checkpoint(run, step, files=files, digest=LaunchPlan.load(run.plan).digest())
 
 
-def settings(config_of: Callable[..., RunConfig], path: str, *more: str) -> RunConfig:
+def settings(config_of: ConfigOf, path: str, *more: str) -> RunConfig:
     tokens = ("model=tiny", "model.init=pretrained", "model.config=null", "model.dtype=bf16")
     return config_of(*tokens, f"model.path='{path}'", *more)
 
@@ -96,7 +96,7 @@ def test_invalid_names_of_a_run_are_refused(values: dict[str, str], expected: st
         ModelSection(**values)  # type: ignore[arg-type]
 
 
-def test_a_missing_step_is_resolved_to_the_newest_one(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+def test_a_missing_step_is_resolved_to_the_newest_one(make_run: MakeRun, config_of: ConfigOf) -> None:
     run = make_run("a", 5, 10)
     config = resolved(settings(config_of, "run:a"))
     assert config.model.path == f"run:{run.root}@10"
@@ -108,7 +108,7 @@ def test_a_missing_step_is_resolved_to_the_newest_one(make_run: MakeRun, config_
     assert resolved(settings(config_of, "run:a@5", f"run.root={run.root.parent}")).model.path == f"run:{run.root}@5"
 
 
-def test_settings_without_a_parent_are_unchanged(config_of: Callable[..., RunConfig]) -> None:
+def test_settings_without_a_parent_are_unchanged(config_of: ConfigOf) -> None:
     config = config_of("model=tiny", "model.dtype=bf16")
     assert resolved(config) is config
 
@@ -118,7 +118,7 @@ def test_settings_without_a_parent_are_unchanged(config_of: Callable[..., RunCon
     [(H100, "null", False, "bf16"), (CPU, "H100-80GB", False, "bf16"), (CPU, "null", True, "bf16"), (CPU, "null", False, "fp32")],
 )
 def test_an_automatic_dtype_is_bf16_where_that_is_fast(
-    config_of: Callable[..., RunConfig],
+    config_of: ConfigOf,
     monkeypatch: pytest.MonkeyPatch,
     node: DeviceFacts,
     gpu_type: str,
@@ -131,9 +131,7 @@ def test_an_automatic_dtype_is_bf16_where_that_is_fast(
     assert facts.resolve(config, lambda: node).model.dtype == dtype
 
 
-def test_unknown_runs_and_steps_are_refused_with_the_existing_ones(
-    make_run: MakeRun, config_of: Callable[..., RunConfig]
-) -> None:
+def test_unknown_runs_and_steps_are_refused_with_the_existing_ones(make_run: MakeRun, config_of: ConfigOf) -> None:
     make_run("a", 5, 10)
     make_run("empty")
     missing = problem_of(settings(config_of, "run:b"))
@@ -150,15 +148,13 @@ def test_unknown_runs_and_steps_are_refused_with_the_existing_ones(
     assert "resume" in itself.remedy
 
 
-def test_an_unreadable_plan_of_the_parent_is_refused(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+def test_an_unreadable_plan_of_the_parent_is_refused(make_run: MakeRun, config_of: ConfigOf) -> None:
     run = make_run("a", 5)
     run.plan.write_text("{}")
     assert "cannot be read by this launcher" in problem_of(settings(config_of, "run:a")).message
 
 
-def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(
-    make_run: MakeRun, config_of: Callable[..., RunConfig]
-) -> None:
+def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(make_run: MakeRun, config_of: ConfigOf) -> None:
     run = make_run("a", 5)
     # The parent's architecture takes precedence over the preset's.
     config = resolved(config_of("model=qwen3_8b", "model.path=run:a"))

@@ -11,13 +11,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from forked import Launch
 from safetensors.torch import save_file
 from weight_tools import save_model
 
@@ -230,9 +230,7 @@ def test_code_of_another_folder_does_not_run(hostile: Path, tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
-def test_plan_does_not_run_the_code_of_a_model(
-    hostile: Path, tmp_path: Path, launch_here: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_plan_does_not_run_the_code_of_a_model(hostile: Path, tmp_path: Path, launch_here: Launch) -> None:
     """Another user's settings file can name that user's model and allow its code."""
     # The embedding covers all tokens of the data, which may be prepared already.
     config = {**CONFIG, "model_type": "llama", "max_position_embeddings": 2048, "vocab_size": 49152}

@@ -12,12 +12,13 @@ after the other, and `addmm_`, with which the loss head sums its gradient, is re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from plan_fixtures import PlanOf
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +26,7 @@ from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import architecture_problems, model_facts
 from launcher.plan.flops import FAMILIES, TrainFlops, train_flops
-from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan, ModelFacts
+from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
 from launcher.train.model import CausalLMLoss, build_model
 
 SMALL: dict[str, Any] = {
@@ -344,6 +345,6 @@ def test_architectures_that_cannot_be_trained_correctly_are_problems(
         assert all(words in problem for words, problem in zip(expected, problems, strict=True))
 
 
-def test_the_plan_refuses_such_an_architecture(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_the_plan_refuses_such_an_architecture(plan_of: PlanOf) -> None:
     with pytest.raises(ConfigError, match="final_logit_softcapping"):
         plan_of("model=tiny", "+model.config.final_logit_softcapping=30.0")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from plan_fixtures import H100, plan_lines
+from plan_fixtures import H100, PlanOf, plan_lines
 
 from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, Price, lookup, recognize, typical_price
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -53,7 +52,6 @@ NAMES = {
     "rtx5090": "RTX-5090",
     "mi300x": "MI300X",
 }
-PlanOf = Callable[..., LaunchPlan]
 A100 = DeviceFacts(kind="cuda", name="NVIDIA A100-SXM4-80GB", count=8, memory_gib=79.2)
 UNHEARD_OF = DeviceFacts(kind="cuda", name="Abacus 3000", count=8, memory_gib=8)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import bare_memory
 import pytest
-from plan_fixtures import KINDS, facts_for, preset
+from plan_fixtures import KINDS, ConfigOf, PlanOf, facts_for, preset
 
 from launcher.cli.plan import describe_peak
-from launcher.config.schema import RunConfig
 from launcher.config.sections.cluster import ClusterSection, LocalSection
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
@@ -127,7 +125,6 @@ def test_saves_block_training_where_copies_do_not_fit() -> None:
 # Enough tokens that the weight gradients do not hide the activations.
 TOKENS = 16_384
 H100 = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "data.max_length=4096", "train.global_batch_size=64")
-PlanOf = Callable[..., LaunchPlan]
 
 
 @pytest.mark.rest
@@ -255,7 +252,7 @@ INSTALLED = {"torch": "2.13.0", "liger-kernel": "0.8.5"}
     ids=["installed", "not installed", "true", "false", "experts", "true on CPUs", "CPUs"],
 )
 def test_liger_is_used_where_it_is_installed_and_made_for_the_model(
-    config_of: Callable[..., RunConfig], settings: tuple[str, ...], packages: dict[str, str], is_used: bool, words: str
+    config_of: ConfigOf, settings: tuple[str, ...], packages: dict[str, str], is_used: bool, words: str
 ) -> None:
     config = config_of(*(settings if "model=" in " ".join(settings) else ("model=llama3_1_8b", *settings)))
     facts = facts_for(config)
@@ -284,7 +281,7 @@ def test_liger_is_used_where_it_is_installed_and_made_for_the_model(
     ],
 )
 def test_packages_of_this_python_count_only_where_the_ranks_run_in_it(
-    config_of: Callable[..., RunConfig], section: ClusterSection, is_own: bool
+    config_of: ConfigOf, section: ClusterSection, is_own: bool
 ) -> None:
     settings = {"gpu_type": "H100-80GB", "ranks_per_node": 8}
     config = config_of("model=llama3_1_8b", "train.global_batch_size=64", "data.max_length=4096")

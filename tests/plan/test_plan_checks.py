@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from plan_fixtures import DATA, H100, facts_for, plan_lines
+from plan_fixtures import DATA, H100, ConfigOf, PlanOf, facts_for, plan_lines
 
-from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.plan_checks import context_tokens
 from launcher.plan.planner import plan
 
-ConfigOf = Callable[..., RunConfig]
-PlanOf = Callable[..., LaunchPlan]
 LLAMA_8B = ("model=llama3_1_8b", "train.global_batch_size=64")
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_fixtures import DATA, plan_lines
+from plan_fixtures import DATA, ConfigOf, PlanOf, plan_lines
 
 from launcher import run_store
-from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, RunError
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Limits
 from launcher.plan.planner import fewest, plan, resized
@@ -31,11 +30,10 @@ LLAMA_70B = ("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl")
 SEVENTY = ("model=llama3_3_70b", "train.global_batch_size=128", "data.max_length=2048")
 Golden = Callable[[str, str], None]
 GPUS = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gib=79.1, host_memory_gib=2000.0)
-PlanOf = Callable[..., LaunchPlan]
 
 
 @pytest.fixture
-def facts(plan_of: Callable[..., LaunchPlan]) -> Facts:
+def facts(plan_of: PlanOf) -> Facts:
     known = plan_of()
     device = DeviceFacts(kind="cpu", name="a CPU", count=2)
     return Facts(
@@ -48,7 +46,7 @@ def facts(plan_of: Callable[..., LaunchPlan]) -> Facts:
     )
 
 
-def problems(plan_of: Callable[..., LaunchPlan], *tokens: str, **how: Any) -> list[Problem]:
+def problems(plan_of: PlanOf, *tokens: str, **how: Any) -> list[Problem]:
     with pytest.raises(ConfigError) as error:
         plan_of(*tokens, **how)
     assert all(p.where and p.value and p.remedy for p in error.value.problems)
@@ -56,7 +54,7 @@ def problems(plan_of: Callable[..., LaunchPlan], *tokens: str, **how: Any) -> li
 
 
 def test_planning_reads_neither_disk_nor_clock_nor_environment(
-    config_of: Callable[..., RunConfig], facts: Facts, monkeypatch: pytest.MonkeyPatch
+    config_of: ConfigOf, facts: Facts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = [config_of(f'run.root="{root}"') for root in ("runs", "~/runs", "/shared/runs")]
     expected = [plan(config, facts) for config in configs]
@@ -83,7 +81,7 @@ def test_planning_reads_neither_disk_nor_clock_nor_environment(
     assert plans == expected
 
 
-def test_the_digest_survives_the_file(config_of: Callable[..., RunConfig], facts: Facts, tmp_path: Path) -> None:
+def test_the_digest_survives_the_file(config_of: ConfigOf, facts: Facts, tmp_path: Path) -> None:
     planned = plan(config_of("tracking.tags=[a,b]", "model.config.extra={x: [1, 2.5, null]}"), facts)
     for number in range(3):
         (tmp_path / f"{number}.json").write_text(planned.to_json())
@@ -97,18 +95,16 @@ def test_the_digest_survives_the_file(config_of: Callable[..., RunConfig], facts
     ("root", "expected"),
     [("runs", "/srv/project/runs/a"), ("/shared", "/shared/a"), ("~/runs", "/home/me/runs/a"), ("~", "/home/me/a")],
 )
-def test_the_run_directory_is_below_run_root(config_of: Callable[..., RunConfig], facts: Facts, root: str, expected: str) -> None:
+def test_the_run_directory_is_below_run_root(config_of: ConfigOf, facts: Facts, root: str, expected: str) -> None:
     assert plan(config_of(f'run.root="{root}"', "run.name=a"), facts).run_dir == expected
 
 
-def test_the_generated_name_has_model_data_and_time(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_the_generated_name_has_model_data_and_time(plan_of: PlanOf) -> None:
     assert plan_of().run_name == "tiny-stdlib_docs-20260131-091500"
 
 
 @pytest.mark.parametrize(("file", "name"), [("settings/small one.yaml", "small-one"), ("..yaml", "tiny-stdlib_docs")])
-def test_the_generated_name_begins_with_the_runs_file(
-    config_of: Callable[..., RunConfig], facts: Facts, file: str, name: str
-) -> None:
+def test_the_generated_name_begins_with_the_runs_file(config_of: ConfigOf, facts: Facts, file: str, name: str) -> None:
     of_file = facts.provenance.model_copy(update={"overrides": (file,)})
     assert plan(config_of(), facts.model_copy(update={"provenance": of_file})).run_name == f"{name}-20260131-091500"
 
@@ -125,7 +121,7 @@ def test_the_generated_name_begins_with_the_runs_file(
     ],
 )
 def test_topology(
-    plan_of: Callable[..., LaunchPlan],
+    plan_of: PlanOf,
     tokens: tuple[str, ...],
     device: DeviceFacts | None,
     expected: tuple[int, int, str, str],
@@ -135,14 +131,14 @@ def test_topology(
     assert topology.world_size == topology.nodes * topology.ranks_per_node
 
 
-def test_gpus_of_other_machines_need_ranks_per_node(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_gpus_of_other_machines_need_ranks_per_node(plan_of: PlanOf) -> None:
     (problem,) = problems(plan_of, "cluster.gpu_type=H200")
     assert problem.message == "this machine has no GPU, so the number of GPUs per node is unknown"
     assert problem.remedy == "set cluster.ranks_per_node to the GPUs of one node"
     assert plan_of("cluster.gpu_type=H200", "cluster.ranks_per_node=8").memory.device_gib == 139.8
 
 
-def test_an_unknown_gpu_type_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_an_unknown_gpu_type_is_refused(plan_of: PlanOf) -> None:
     (problem,) = problems(plan_of, "cluster.gpu_type=Z900-NONE", "cluster.ranks_per_node=8")
     assert problem.message == "cluster.gpu_type=Z900-NONE is not in the table of GPU types"
     assert "choose one of A100-40GB" in problem.remedy
@@ -152,7 +148,7 @@ def test_an_unknown_gpu_type_is_refused(plan_of: Callable[..., LaunchPlan]) -> N
     assert problem.remedy.startswith("did you mean H100-80GB?")
 
 
-def test_an_hpz_partition_that_does_not_divide_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_an_hpz_partition_that_does_not_divide_is_refused(plan_of: PlanOf) -> None:
     (problem,) = problems(plan_of, *LLAMA_70B, "deepspeed.hpz_partition_size=5")
     assert problem.message == "deepspeed.hpz_partition_size=5 does not divide the 32 ranks"
     assert problem.remedy == "set it to the ranks of one node (8), to node, or to 1"
@@ -160,7 +156,7 @@ def test_an_hpz_partition_that_does_not_divide_is_refused(plan_of: Callable[...,
         assert plan_of(*LLAMA_70B, f"deepspeed.hpz_partition_size={size}").topology.world_size == 32
 
 
-def test_resizing_a_plan_equals_planning_for_the_other_ranks(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_resizing_a_plan_equals_planning_for_the_other_ranks(plan_of: PlanOf) -> None:
     full = plan_of(*LLAMA_70B, "cluster.nodes=8")
     assert resized(full, 64, 8) == full
     half, planned = resized(full, 32, 8), plan_of(*LLAMA_70B, "cluster.nodes=4")
@@ -169,7 +165,7 @@ def test_resizing_a_plan_equals_planning_for_the_other_ranks(plan_of: Callable[.
     assert half.batch.global_batch_size == full.batch.global_batch_size
 
 
-def test_resizing_to_ranks_that_do_not_divide_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_resizing_to_ranks_that_do_not_divide_is_refused(plan_of: PlanOf) -> None:
     full = plan_of(*LLAMA_70B, "deepspeed.hpz_partition_size=8")
     with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
         resized(full, 4, 4)
@@ -177,14 +173,14 @@ def test_resizing_to_ranks_that_do_not_divide_is_refused(plan_of: Callable[..., 
         resized(plan_of(*LLAMA_70B), 7, 7)
 
 
-def test_min_workers_above_the_world_size_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_min_workers_above_the_world_size_are_refused(plan_of: PlanOf) -> None:
     (problem,) = problems(plan_of, "cluster=ray", "cluster.min_workers=3")
     assert problem.message == "cluster.min_workers=3 is more than the 2 workers of the run"
     settings = ("cluster=ray", "cluster.ranks_per_node=3", "cluster.min_workers=3", "train.global_batch_size=6")
     assert plan_of(*settings).topology.world_size == 3
 
 
-def test_all_problems_of_a_plan_come_in_one_pass(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_all_problems_of_a_plan_come_in_one_pass(plan_of: PlanOf) -> None:
     mistakes = problems(
         plan_of, *LLAMA_70B, "deepspeed.hpz_partition_size=5", "cluster.gpu_type=ABACUS", "train.global_batch_size=100"
     )
@@ -203,21 +199,21 @@ def test_all_problems_of_a_plan_come_in_one_pass(plan_of: Callable[..., LaunchPl
     ],
 )
 def test_limits_of_hours_and_dollars_become_seconds(
-    plan_of: Callable[..., LaunchPlan], tokens: tuple[str, ...], seconds: float | None, gpu_seconds: float | None
+    plan_of: PlanOf, tokens: tuple[str, ...], seconds: float | None, gpu_seconds: float | None
 ) -> None:
     planned = plan_of(*LLAMA_70B, *tokens)
     assert planned.limits == Limits(max_seconds=seconds, max_gpu_seconds=gpu_seconds)
     assert resized(planned, 16, 8).limits == planned.limits
 
 
-def test_model_states_that_exceed_a_gpu_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_model_states_that_exceed_a_gpu_are_refused(plan_of: PlanOf) -> None:
     (problem,) = problems(plan_of, *SEVENTY, device=CUDA)
     assert problem.message == "model states over 8 ranks need 148 GiB per GPU, and a GPU has 79"
     assert "deepspeed=zero3_offload" in problem.remedy
     assert plan_of(*SEVENTY, "deepspeed=zero3_offload", device=CUDA).topology.world_size == 8
 
 
-def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_room(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_room(plan_of: PlanOf) -> None:
     settings = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.ranks_per_node=8", "cluster.min_workers=16", *H200)
     planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 300.0}))
     assert planned.saving.background
@@ -226,7 +222,7 @@ def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_roo
     assert not smallest.saving.background, "384 GiB of a node that has 300"
 
 
-def test_a_run_that_saves_while_training_waits_does_so_on_fewer_ranks(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_run_that_saves_while_training_waits_does_so_on_fewer_ranks(plan_of: PlanOf) -> None:
     settings = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.ranks_per_node=8", "cluster.min_workers=16", *H200)
     planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 100.0}))
     assert not planned.saving.background
@@ -235,14 +231,14 @@ def test_a_run_that_saves_while_training_waits_does_so_on_fewer_ranks(plan_of: C
     assert resized(unknown, 16, 8).saving == planned.saving
 
 
-def test_unknown_gpus_of_a_ray_cluster_are_not_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_unknown_gpus_of_a_ray_cluster_are_not_refused(plan_of: PlanOf) -> None:
     settings = (*SEVENTY, "cluster=ray", "cluster.address=http://127.0.0.1:8265", "cluster.nodes=1", "cluster.ranks_per_node=8")
     assert plan_of(*settings, device=CUDA).topology.world_size == 8
     (problem,) = problems(plan_of, *settings, "cluster.gpu_type=H100-80GB", device=CUDA)
     assert "model states over 8 ranks" in problem.message
 
 
-def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: PlanOf) -> None:
     elastic = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=8")
     assert problem.where == "cluster.min_workers"
@@ -258,7 +254,7 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
 
 
 @pytest.mark.parametrize(("gpu", "is_noted"), [(24.0, False), (2.2, True), (2.5, False)])
-def test_a_peak_near_the_memory_of_a_gpu_is_noted(plan_of: Callable[..., LaunchPlan], gpu: float, is_noted: bool) -> None:
+def test_a_peak_near_the_memory_of_a_gpu_is_noted(plan_of: PlanOf, gpu: float, is_noted: bool) -> None:
     planned = plan_of(device=CUDA)
     assert planned.peak is not None
     assert 2.0 < planned.peak.peak_gib < 0.9 * 2.5, "CUDA and NCCL take 2 GiB"
@@ -267,7 +263,7 @@ def test_a_peak_near_the_memory_of_a_gpu_is_noted(plan_of: Callable[..., LaunchP
     assert ("leaves less than 5% of a GPU's 2 GiB" in lines) is is_noted
 
 
-def test_the_plan_warns_of_states_that_exceed_main_memory_on_cpus(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_the_plan_warns_of_states_that_exceed_main_memory_on_cpus(plan_of: PlanOf) -> None:
     lines = plan_lines(plan_of("model=llama3_1_8b"))
     warnings = [line for line in lines if line.startswith("warning")]
     assert "GiB of main memory per node, which has 24 GiB: they do not fit" in warnings[0]
@@ -275,7 +271,7 @@ def test_the_plan_warns_of_states_that_exceed_main_memory_on_cpus(plan_of: Calla
 
 
 @pytest.mark.parametrize("deepspeed", ["zero3", "zero3_offload", "zero3_nvme", "zero3_pp"])
-def test_the_zero3_json_matches_its_golden_file(plan_of: Callable[..., LaunchPlan], golden: Golden, deepspeed: str) -> None:
+def test_the_zero3_json_matches_its_golden_file(plan_of: PlanOf, golden: Golden, deepspeed: str) -> None:
     planned = plan_of(
         "model=llama3_1_8b",
         "data=jsonl",
@@ -289,13 +285,13 @@ def test_the_zero3_json_matches_its_golden_file(plan_of: Callable[..., LaunchPla
     golden(f"{deepspeed}.ds.json", json.dumps(planned.deepspeed, indent=2) + "\n")
 
 
-def test_the_plan_of_a_tiny_run_matches_its_golden_file(plan_of: Callable[..., LaunchPlan], golden: Golden) -> None:
+def test_the_plan_of_a_tiny_run_matches_its_golden_file(plan_of: PlanOf, golden: Golden) -> None:
     planned = plan_of("train.max_steps=20")
     golden("tiny.plan.json", planned.to_json())
     golden("tiny.plan.txt", "\n".join(plan_lines(planned)) + "\n")
 
 
-def test_the_plan_of_many_nodes_as_text_matches_its_golden_file(plan_of: Callable[..., LaunchPlan], golden: Golden) -> None:
+def test_the_plan_of_many_nodes_as_text_matches_its_golden_file(plan_of: PlanOf, golden: Golden) -> None:
     planned = plan_of(
         *("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl", "run.max_hours=12", "tracking.entity=us"), data=None
     )
@@ -303,7 +299,7 @@ def test_the_plan_of_many_nodes_as_text_matches_its_golden_file(plan_of: Callabl
     golden("llama3_70b.plan.txt", "\n".join(plan_lines(planned, speed=speed)) + "\n")
 
 
-def test_sizes_follow_the_model_and_can_be_set(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_sizes_follow_the_model_and_can_be_set(plan_of: PlanOf) -> None:
     zero = plan_of("model=llama3_3_70b", "deepspeed.offload_optimizer=cpu", device=GPUS).deepspeed["zero_optimization"]
     assert zero["reduce_bucket_size"] == 8192 * 8192
     assert zero["stage3_param_persistence_threshold"] == 81920
@@ -314,7 +310,7 @@ def test_sizes_follow_the_model_and_can_be_set(plan_of: Callable[..., LaunchPlan
     assert zero["stage3_param_persistence_threshold"] == 0
 
 
-def test_large_models_and_many_ranks_fetch_by_layers_and_sum_in_fp32(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_large_models_and_many_ranks_fetch_by_layers_and_sum_in_fp32(plan_of: PlanOf) -> None:
     settings = ("model=llama3_3_70b", "model.dtype=bf16", "train.global_batch_size=128", "train.micro_batch_size=1")
     many = plan_of(*settings, "cluster.nodes=16", device=GPUS)
     zero = many.deepspeed["zero_optimization"]
@@ -328,7 +324,7 @@ def test_large_models_and_many_ranks_fetch_by_layers_and_sum_in_fp32(plan_of: Ca
     assert many.peak.buckets_gib == pytest.approx(4 * 8192 * 8192 / 2**30, rel=1e-3)
 
 
-def test_a_buffer_for_weights_on_nvme_holds_a_ranks_part_of_the_largest(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_buffer_for_weights_on_nvme_holds_a_ranks_part_of_the_largest(plan_of: PlanOf) -> None:
     planned = plan_of("model=llama3_1_8b", "deepspeed=zero3_nvme", "run.name=first", device=GPUS)
     zero = planned.deepspeed["zero_optimization"]
     assert zero["offload_param"]["buffer_size"] == 128_256 * 4096 // 8
@@ -340,7 +336,7 @@ def test_a_buffer_for_weights_on_nvme_holds_a_ranks_part_of_the_largest(plan_of:
     assert {folder.rpartition("/")[0] for folder in folders} == {"/local_nvme"}
 
 
-def test_raw_keys_come_last_and_are_merged(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_raw_keys_come_last_and_are_merged(plan_of: PlanOf) -> None:
     rendered = plan_of("deepspeed.extra={zero_optimization: {overlap_comm: false}, wall_clock_breakdown: true}").deepspeed
     assert rendered["wall_clock_breakdown"] is True
     assert rendered["zero_optimization"]["overlap_comm"] is False
@@ -348,7 +344,7 @@ def test_raw_keys_come_last_and_are_merged(plan_of: Callable[..., LaunchPlan]) -
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_precision_of_compute_and_states(plan_of: Callable[..., LaunchPlan], dtype: str) -> None:
+def test_precision_of_compute_and_states(plan_of: PlanOf, dtype: str) -> None:
     rendered = plan_of(f"model.dtype={dtype}", "train.micro_batch_size=1").deepspeed
     assert {key for key in ("bf16", "fp16") if key in rendered} == {dtype} - {"fp32"}
     # Half-precision gradients are summed in fp32.
@@ -356,11 +352,11 @@ def test_precision_of_compute_and_states(plan_of: Callable[..., LaunchPlan], dty
 
 
 @pytest.mark.parametrize(("epochs", "text"), [(1, "(1 epoch)"), (2, "(2 epochs)")])
-def test_one_epoch_is_singular(plan_of: Callable[..., LaunchPlan], epochs: int, text: str) -> None:
+def test_one_epoch_is_singular(plan_of: PlanOf, epochs: int, text: str) -> None:
     assert any(line.startswith("steps ") and text in line for line in plan_lines(plan_of(f"train.epochs={epochs}", data=None)))
 
 
-def test_the_plan_notes_truncated_documents(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_the_plan_notes_truncated_documents(plan_of: PlanOf) -> None:
     def notes(**counts: int) -> list[str]:
         facts = DATA.model_copy(update=counts)
         return [line.removeprefix("note").strip() for line in plan_lines(plan_of(data=facts)) if "documents cut" in line]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 import torch
-from plan_fixtures import plan_lines
+from plan_fixtures import ConfigOf, PlanOf, plan_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher import facts as facts_module
@@ -122,7 +121,7 @@ def test_every_file_under_conf_is_covered(request: pytest.FixtureRequest) -> Non
 
 
 @pytest.mark.rest
-def test_the_plan_and_transformers_count_the_published_parameters(config_of: Callable[..., RunConfig]) -> None:
+def test_the_plan_and_transformers_count_the_published_parameters(config_of: ConfigOf) -> None:
     sections = {name: config_of(f"model={name}").model for name in PARAMETERS}
     planned = {name: model_facts(model.config or {}, model.path, None, None).num_params for name, model in sections.items()}
     assert planned == PARAMETERS
@@ -132,7 +131,7 @@ def test_the_plan_and_transformers_count_the_published_parameters(config_of: Cal
     assert {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()} == PARAMETERS
 
 
-def test_experiments_fit_the_gpus_that_they_name(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_experiments_fit_the_gpus_that_they_name(plan_of: PlanOf) -> None:
     names = {file.stem for file in (conf_dir() / "experiment").glob("*.yaml")}
     plans = {name: plan_of(f"experiment={name}", "data.path=rows.jsonl") for name in names}
     assert {planned.topology.world_size for planned in plans.values()} == {1, 8, 16, 32}

@@ -5,12 +5,11 @@ A plan's estimates of speed, time and cost, and the settings that fit where a ru
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import moved_bytes
 import pytest
-from plan_fixtures import CPU, DATA, H100, plan_lines, preset
+from plan_fixtures import CPU, DATA, H100, PlanOf, plan_lines, preset
 
 from launcher.cli.plan import describe_peak, explain_sizes, list_combinations
 from launcher.cli.render import terminal
@@ -38,7 +37,6 @@ from launcher.plan.sizing.step_time import (
 )
 from launcher.plan.throughput import MeasuredMfu, estimate_speed
 
-PlanOf = Callable[..., LaunchPlan]
 ON_H100 = (
     *("model=llama3_1_8b", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "data.max_length=4096"),
     *("train.global_batch_size=64", "train.micro_batch_size=1", "model.activation_checkpointing=none"),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from plan_fixtures import plan_lines
+from plan_fixtures import PlanOf, plan_lines
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import OptimSection, TrainSection
@@ -22,7 +21,6 @@ from launcher.plan.suggested_settings import DataSample, Machine, learning_rate,
 GLOBALS = (1, 2, 6, 7, 8, 12, 30, 64, 96, 100, 127, 128, 1024)
 WORLDS = (1, 2, 3, 4, 6, 7, 8, 16, 24, 32, 100)
 LENGTHS = (16, 256, 1024, 8192, 131072)
-PlanOf = Callable[..., LaunchPlan]
 GPUS = Machine(world_size=16, device="cuda", memory_gib=79.1)
 
 
@@ -86,7 +84,7 @@ def test_a_micro_batch_that_is_set() -> None:
     ("rows", "epochs", "batch", "steps"),
     [(1000, 1, 8, 125), (1000, 1, 64, 16), (1000, 2, 64, 32), (1000, 0.5, 100, 5), (3, 1, 64, 1), (1, 0.01, 2, 1)],
 )
-def test_epochs_become_steps(plan_of: Callable[..., LaunchPlan], rows: int, epochs: float, batch: int, steps: int) -> None:
+def test_epochs_become_steps(plan_of: PlanOf, rows: int, epochs: float, batch: int, steps: int) -> None:
     data = DataFacts(
         cache_dir="/c",
         num_rows=rows,
@@ -106,7 +104,7 @@ def test_epochs_become_steps(plan_of: Callable[..., LaunchPlan], rows: int, epoc
     assert planned.tokens_per_step == batch * 200
 
 
-def test_without_data_the_number_of_steps_is_unknown(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_without_data_the_number_of_steps_is_unknown(plan_of: PlanOf) -> None:
     planned = plan_of("train.epochs=2", data=None).batch
     assert (planned.max_steps, planned.epochs, planned.tokens_per_step) == (None, 2, None)
     assert plan_of("train.max_steps=5", data=None).batch.max_steps == 5
@@ -147,7 +145,7 @@ def test_short_runs_have_a_rate_in_range(schedule: str, max_steps: int) -> None:
 
 
 @pytest.fixture
-def of_steps(plan_of: Callable[..., LaunchPlan]) -> Any:
+def of_steps(plan_of: PlanOf) -> Any:
     """Return a plan of a number of steps, with settings of optim."""
     plan = plan_of()
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import hand_made
 import pytest
+from forked import Launch
 from unusual_files import MALLORY, TEAM, as_root, give
 
 from launcher import run_store
@@ -27,7 +28,6 @@ from launcher.security.owners import VARIABLE, folder_problem
 from launcher.worker.ray import connection
 
 __all__ = ["as_root"]
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 Change = Callable[[Path], object]
 # The path that Ray creates below its folder, with the longest process id.
 _SOCKET = f"session_2026-11-29_13-50-58_775902_{2**22}/sockets/plasma_store"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hand_made
 import pytest
+from plan_fixtures import PlanOf
 
 from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
@@ -25,7 +25,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_plan(run_dir: Path) -> Callable[..., LaunchPlan]:
+def make_plan(run_dir: Path) -> PlanOf:
     """Make a plan for `run_dir` with these tracking.* settings."""
     return functools.partial(_plan, run_dir)
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hand_made
 import pytest
-from plan_fixtures import plan_lines
+from plan_fixtures import PlanOf, plan_lines
 
 from launcher import atomic_files, json_records, run_store
 from launcher.config.sections.run import CostsSection, HostedPrice
 from launcher.plan.gpu_types import Price
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
@@ -154,7 +152,7 @@ def test_idle_workers_are_paid_for() -> None:
     assert breakdown([], [], attempts, now=60).gpu_s == result.gpu_s, "also before they train"
 
 
-def test_the_files_of_a_long_run_are_read_quickly(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
+def test_the_files_of_a_long_run_are_read_quickly(make_plan: PlanOf, run_dir: Path) -> None:
     """10,000 steps and an attempt without an exit record. The time limit is generous, because other programs may run."""
     shutil.rmtree(run_dir)
     now = time.time()
@@ -173,7 +171,7 @@ def test_the_files_of_a_long_run_are_read_quickly(make_plan: Callable[..., Launc
     assert took < 5
 
 
-def test_an_attempt_that_never_joined_has_the_ranks_of_its_own_plan(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
+def test_an_attempt_that_never_joined_has_the_ranks_of_its_own_plan(make_plan: PlanOf, run_dir: Path) -> None:
     shutil.rmtree(run_dir)
     plan = make_plan()
     run = hand_made.run(plan, *[Attempt(None)] * 3)
@@ -185,7 +183,7 @@ def test_an_attempt_that_never_joined_has_the_ranks_of_its_own_plan(make_plan: C
 
 
 @pytest.mark.parametrize("word", [True, False])
-def test_a_queued_run_spends_time_but_no_money(make_plan: Callable[..., LaunchPlan], run_dir: Path, word: bool) -> None:
+def test_a_queued_run_spends_time_but_no_money(make_plan: PlanOf, run_dir: Path, word: bool) -> None:
     """This also holds if its machines were lost without a record, or if the attempt is numbered before its job is queued."""
     shutil.rmtree(run_dir)
     run = hand_made.run(
@@ -220,7 +218,7 @@ def test_a_queued_run_spends_time_but_no_money(make_plan: Callable[..., LaunchPl
     ],
 )
 def test_a_later_plan_prices_attempts_without_a_known_price(
-    make_plan: Callable[..., LaunchPlan],
+    make_plan: PlanOf,
     run_dir: Path,
     plans: list[tuple[dict[str, Any], Price | None]],
     usd: float | None,

@@ -12,13 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from plan_fixtures import PlanOf
 
 from launcher.errors import RunError
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import progress
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
@@ -26,7 +26,6 @@ from launcher.tracking.metrics import format_duration, format_step
 from launcher.tracking.progress import ByteProgress, Pace
 from launcher.tracking.tracker import REPEAT_S, Composite, ConsoleTracker, RateLimit, start_trackers
 
-PlanMaker = Callable[..., LaunchPlan]
 FULL = {
     "trainer/step": 12,
     "trainer/eta_s": 100.2,
@@ -120,7 +119,7 @@ def test_alerts_of_one_kind_are_rate_limited(run_dir: Path) -> None:
 
 
 def test_without_wandb_files_and_console_lines_are_written(
-    make_plan: PlanMaker, run_dir: Path, capsys: pytest.CaptureFixture[str]
+    make_plan: PlanOf, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     composite = start_trackers(make_plan(kind="none"), run_dir, attempt=1, on_stop=no_stop)
     composite.log(1, {"train/loss": 2.0})
@@ -129,13 +128,13 @@ def test_without_wandb_files_and_console_lines_are_written(
     assert not (run_dir / "wandb").exists()
 
 
-def test_a_folder_that_cannot_be_written_fails_the_start(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_a_folder_that_cannot_be_written_fails_the_start(make_plan: PlanOf, run_dir: Path) -> None:
     (run_dir / "metrics.jsonl").mkdir()
     with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written"):
         start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
 
 
-def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_plan: PlanOf, run_dir: Path) -> None:
     plan = make_plan()
     # Validation of settings rejects tags that are known to be too long; W&B may reject more.
     tracking = plan.config.tracking.model_copy(update={"tags": ("x" * 100,)})

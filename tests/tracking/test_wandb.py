@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,15 @@ import wandb
 from fake_wandb import ENTITY, KEY, FakeWandb, fake_wandb, history, records
 from forked import preloaded
 from pace import slowness, wait_for
+from plan_fixtures import PlanOf
 from rank_tools import IMPORTED, QUICK_S, alerts, has_steps, infos, rank, wait_for_another_second
 
 from launcher import run_records, run_store
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb.tracker import is_online, redact_data, step_offsets
 
-PlanMaker = Callable[..., LaunchPlan]
 REPO = Path(__file__).resolve().parents[2]
 CANARY = "canary-5f1c0ffee5f1c0ffee"
 # A minimal rank: it starts the trackers, logs two steps and ends. With `hang`, W&B's process is suspended before the end. A
@@ -86,7 +85,7 @@ def run_script(code: str, plan_file: Path, run_dir: Path, forked: bool = True) -
             return process.wait(timeout=10)
 
 
-def test_an_offline_run_reports_the_upload_command(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_an_offline_run_reports_the_upload_command(make_plan: PlanOf, run_dir: Path) -> None:
     trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
     trackers.finish("failed")
     (folder,) = run_dir.glob("wandb/offline-run-*-abcd1234")
@@ -97,7 +96,7 @@ def test_an_offline_run_reports_the_upload_command(make_plan: PlanMaker, run_dir
     assert [record["exit"]["exit_code"] for record in records(run_dir) if record["type"] == "exit"] == [1]
 
 
-def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_the_next_attempt_continues_the_same_run(make_plan: PlanOf, run_dir: Path) -> None:
     for attempt, steps in ((1, (1, 2)), (2, (2, 3, 4))):
         trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
         for step in steps:
@@ -114,7 +113,7 @@ def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: 
 
 
 def test_no_secret_of_the_environment_is_in_the_run_directory(
-    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    make_plan: PlanOf, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CANARY_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SLURM_JWT"):
         monkeypatch.setenv(name, CANARY)
@@ -138,7 +137,7 @@ def test_only_secrets_are_redacted() -> None:
     }
 
 
-def test_a_login_makes_auto_online(make_plan: PlanMaker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_login_makes_auto_online(make_plan: PlanOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     # W&B reads the environment only once.
     wandb.teardown()
@@ -150,7 +149,7 @@ def test_a_login_makes_auto_online(make_plan: PlanMaker, monkeypatch: pytest.Mon
 
 
 @pytest.mark.rest
-def test_a_hung_wandb_is_reported_and_the_process_exits(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
+def test_a_hung_wandb_is_reported_and_the_process_exits(make_plan: PlanOf, run_dir: Path, tmp_path: Path) -> None:
     plan_file = tmp_path / "plan.json"
     plan_file.write_text(make_plan().to_json())
     hang = "module.FINISH_TIMEOUT_S, module.FINISH_GRACE_S = 1.0, 1.0\nhang = True" + TRAIN
@@ -164,7 +163,7 @@ def test_a_hung_wandb_is_reported_and_the_process_exits(make_plan: PlanMaker, ru
     assert "metrics.jsonl has all data" in alerts[0]["text"]
 
 
-def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
+def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanOf, run_dir: Path, tmp_path: Path) -> None:
     plan_file = tmp_path / "plan.json"
     plan_file.write_text(make_plan().to_json())
     begun = 'while not times_begun(Path(run_dir)):\n    trackers.event("note", "still here")\n    time.sleep(0.05)\n'
@@ -181,7 +180,7 @@ def test_a_superseded_attempt_does_not_finish_the_wandb_run(make_plan: PlanMaker
 
 
 @pytest.mark.rest
-def test_steps_repeated_after_a_resume_are_shown_beside_the_earlier_ones(make_plan: PlanMaker, run_dir: Path) -> None:
+def test_steps_repeated_after_a_resume_are_shown_beside_the_earlier_ones(make_plan: PlanOf, run_dir: Path) -> None:
     """This also holds in the next attempt, after a crash."""
     run, plan = RunDir(run_dir), make_plan()
     run.plan.write_text(plan.to_json())
@@ -219,7 +218,7 @@ def server() -> Iterator[FakeWandb]:
 
 
 @pytest.mark.rest
-def test_all_metrics_alerts_and_the_summary_arrive(make_plan: PlanMaker, server: FakeWandb) -> None:
+def test_all_metrics_alerts_and_the_summary_arrive(make_plan: PlanOf, server: FakeWandb) -> None:
     plan = make_plan(project="demo", entity=ENTITY, group="sweep", tags=["tagged"])
     with rank(plan, base_url=server.address, imports=True, sends_at_once=False) as it:
         it.start()
@@ -256,7 +255,7 @@ def test_all_metrics_alerts_and_the_summary_arrive(make_plan: PlanMaker, server:
 
 @pytest.mark.rest
 @pytest.mark.parametrize("reached", [False, True], ids=["W&B is behind the checkpoint", "W&B is ahead of it"])
-def test_after_a_crash_each_step_is_there_once(make_plan: PlanMaker, server: FakeWandb, reached: bool) -> None:
+def test_after_a_crash_each_step_is_there_once(make_plan: PlanOf, server: FakeWandb, reached: bool) -> None:
     plan, first = make_plan(), 1
     if not reached:
         with rank(plan, base_url=server.address) as it:
@@ -289,7 +288,7 @@ def test_after_a_crash_each_step_is_there_once(make_plan: PlanMaker, server: Fak
     assert not alerts(plan)
 
 
-def test_simultaneous_alerts_are_all_sent(make_plan: PlanMaker, server: FakeWandb) -> None:
+def test_simultaneous_alerts_are_all_sent(make_plan: PlanOf, server: FakeWandb) -> None:
     """W&B shortens titles, so alerts with the same title must be sent too."""
     texts = ["attempt 1 ended (failure): what it said", "the checkpoint of step 9 is damaged", *(f"{'w' * 60} {i}" for i in "12")]
     with rank(make_plan(), base_url=server.address) as it:
@@ -307,7 +306,7 @@ def test_simultaneous_alerts_are_all_sent(make_plan: PlanMaker, server: FakeWand
 
 
 @pytest.mark.rest
-def test_an_interrupted_evaluation_is_sent_by_the_next_attempt(make_plan: PlanMaker, server: FakeWandb) -> None:
+def test_an_interrupted_evaluation_is_sent_by_the_next_attempt(make_plan: PlanOf, server: FakeWandb) -> None:
     plan = make_plan()
     with rank(plan, base_url=server.address) as it:
         it.start_and_wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -12,14 +12,13 @@ import pytest
 from fake_wandb import KEY, FakeWandb, fake_wandb
 from forked import preloaded
 from pace import slowness, wait_for
+from plan_fixtures import PlanOf
 from rank_tools import AT_ONCE, IMPORTED, QUICK_S, Rank, alerts, infos, rank, wait_for_another_second
 
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_events, read_metrics
 
 pytestmark = pytest.mark.rest
 
-PlanMaker = Callable[..., LaunchPlan]
 # For a server that fails after it has accepted the run, and for one that does not answer from the start.
 SHORT = {"FINISH_TIMEOUT_S": 2.0, "FINISH_GRACE_S": 1.0}
 LIMITS = {**SHORT, "INIT_TIMEOUT_S": 1.0, "FINISH_TIMEOUT_S": 10.0, "FINISH_GRACE_S": 4.0}
@@ -52,7 +51,7 @@ def kill_core(it: Rank) -> None:
 
 
 @pytest.mark.parametrize("fault", ["error", "hang"])
-def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, fault: str) -> None:
+def test_a_server_that_fails_in_the_middle(make_plan: PlanOf, server: FakeWandb, run_dir: Path, fault: str) -> None:
     plan = make_plan()
     with rank(plan, base_url=server.address) as it:
         it.limits(**SHORT)
@@ -75,7 +74,7 @@ def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWan
 
 @pytest.mark.parametrize("fault", ["refuse", "hang"])
 def test_an_attempt_whose_server_fails_at_the_start_is_tracked_offline(
-    make_plan: PlanMaker, server: FakeWandb, run_dir: Path, fault: str
+    make_plan: PlanOf, server: FakeWandb, run_dir: Path, fault: str
 ) -> None:
     plan, server.fault = make_plan(), fault
     with rank(plan, base_url=server.address) as it:
@@ -97,7 +96,7 @@ def test_an_attempt_whose_server_fails_at_the_start_is_tracked_offline(
 
 @pytest.mark.parametrize("online", [True, False], ids=["online", "offline"])
 def test_what_a_killed_wandb_process_lacks_is_sent_at_the_end(
-    make_plan: PlanMaker, server: FakeWandb, run_dir: Path, online: bool
+    make_plan: PlanOf, server: FakeWandb, run_dir: Path, online: bool
 ) -> None:
     plan = make_plan()
     with rank(plan, key=KEY if online else None, base_url=server.address) as it:
@@ -125,7 +124,7 @@ def test_what_a_killed_wandb_process_lacks_is_sent_at_the_end(
     assert server.run().exits[-1:] == [0]
 
 
-def test_offline_attempts_are_uploaded_as_one_run(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
+def test_offline_attempts_are_uploaded_as_one_run(make_plan: PlanOf, server: FakeWandb, run_dir: Path) -> None:
     plan = make_plan()
     for attempt, first, last in ((1, 1, 6), (2, 5, 9)):
         with rank(plan, attempt, automatic=attempt > 1, key=None, base_url=server.address) as it:
@@ -137,7 +136,7 @@ def test_offline_attempts_are_uploaded_as_one_run(make_plan: PlanMaker, server: 
     assert server.run().steps == list(range(1, 10))
 
 
-def test_an_online_attempt_sends_the_steps_of_an_offline_one(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
+def test_an_online_attempt_sends_the_steps_of_an_offline_one(make_plan: PlanOf, server: FakeWandb, run_dir: Path) -> None:
     plan = make_plan()
     for attempt, first, last, key in ((1, 1, 6, None), (2, 5, 9, KEY), (3, 8, 12, None)):
         with rank(plan, attempt, automatic=attempt > 1, key=key, base_url=server.address) as it:

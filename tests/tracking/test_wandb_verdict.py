@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import fake_wandb
 import hand_made
 import pytest
 from hand_made import TOKEN, made_verdict
+from plan_fixtures import PlanOf
 
 from launcher.cli.follow import wandb_page
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.wandb import verdict_upload
-
-PlanMaker = Callable[..., LaunchPlan]
 
 
 def evaluated(plan: LaunchPlan, state: str) -> RunDir:
@@ -34,7 +32,7 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_and_answers(make_plan: PlanOf, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = evaluated(make_plan(mode="offline"), "completed")
     earlier = run.root / "evaluations/step-00000020/support"
     earlier.mkdir(parents=True)
@@ -73,7 +71,7 @@ def test_summary_and_answers(make_plan: PlanMaker, run_dir: Path, capsys: pytest
     ],
 )
 def test_where_nothing_is_sent(
-    make_plan: PlanMaker, tracking: dict[str, str], state: str, line: str, capsys: pytest.CaptureFixture[str]
+    make_plan: PlanOf, tracking: dict[str, str], state: str, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = evaluated(make_plan(**tracking), state)
     assert verdict_upload.main(str(run.root), "40") == 0
@@ -83,7 +81,7 @@ def test_where_nothing_is_sent(
     assert not (run.root / "wandb").exists()
 
 
-def test_a_refusing_server_is_one_line(make_plan: PlanMaker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refusing_server_is_one_line(make_plan: PlanOf, capsys: pytest.CaptureFixture[str]) -> None:
     """W&B is online but not logged in."""
     run = evaluated(make_plan(mode="online"), "completed")
     assert verdict_upload.main(str(run.root), "40") == 0

@@ -8,17 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from forked_ranks import RankServer
+from plan_fixtures import PlanOf
 from torch import nn
 from transformers.utils import is_scipy_available
 
 from launcher.config.sections.train import DeepSpeedSection, OptimSection
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.train import build_tools
 from launcher.train.build_tools import missing_build_tools
 from launcher.train.engine import LockedBaton
@@ -204,7 +203,7 @@ def test_headers_may_be_in_a_folder_that_the_compiler_is_told_of(tools: Path, mo
 
 @pytest.mark.compiler
 @pytest.mark.rest
-def test_a_rank_imports_what_it_needs_and_starts_no_helper_processes(plan_of: Callable[..., LaunchPlan], tmp_path: Path) -> None:
+def test_a_rank_imports_what_it_needs_and_starts_no_helper_processes(plan_of: PlanOf, tmp_path: Path) -> None:
     """Other threads must not start them either: autograd's threads compile too, and torch's settings are per thread."""
     plan = tmp_path / "plan.json"
     plan.write_text(plan_of("model.dtype=fp32").to_json())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +10,8 @@ import pytest
 import torch
 import transformers
 from forked_ranks import RankServer
-from plan_fixtures import facts_for
+from plan_fixtures import ConfigOf, facts_for
 
-from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import IsolationVerdict
@@ -103,7 +101,7 @@ def test_the_ranks_refuse_a_model_that_sees_later_tokens_packed_or_not() -> None
 
 @pytest.mark.rest
 def test_training_goes_on_after_a_model_whose_own_forward_pass_failed_in_the_middle(
-    config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path
+    config_of: ConfigOf, rank_server: RankServer, tmp_path: Path
 ) -> None:
     settings = ("model.dtype=fp32", "run.name=probed", "train.global_batch_size=2", "cluster.ranks_per_node=2")
     config = config_of("model=tiny", *settings)

@@ -10,7 +10,6 @@ The decoder is a plain stack of layers, because waits inside transformers and De
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ import hand_made
 import pytest
 import torch
 from forked_ranks import RankServer
-from plan_fixtures import DATA
+from plan_fixtures import DATA, PlanOf
 from torch import Tensor, nn
 
 from launcher.data.loader import IGNORED
@@ -36,7 +35,6 @@ from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring.rank_stats import LayerTimer
 from launcher.train.monitoring.step_metrics import StepTimer
 
-PlanOf = Callable[..., LaunchPlan]
 ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from forked_ranks import RankServer
 from liger_package import APPLIED_IN_PART, FILES, write_package
+from plan_fixtures import PlanOf
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,6 @@ from launcher.config.sections.model import ModelSection
 from launcher.distributed import RankInfo
 from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train import liger
 from launcher.train.finish import write_weights
@@ -152,7 +152,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 def test_a_model_that_is_built_after_training_computes_without_liger(
-    install: Callable[..., None], plan_of: Callable[..., LaunchPlan], tmp_path: Path
+    install: Callable[..., None], plan_of: PlanOf, tmp_path: Path
 ) -> None:
     """The export check builds such a model; with Liger, it would report a completed run as failed."""
     without = build()

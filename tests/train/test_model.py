@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from forked_ranks import RankServer
+from plan_fixtures import PlanOf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from weight_tools import ROUTER_BUFFER, SIZES, change_weights, save_model, without
@@ -28,7 +29,6 @@ from launcher.config.sections.model import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.train import attention, liger
 from launcher.train.model import DTYPES, CausalLMLoss, build_model, compile_layers, convert_gguf
 
@@ -233,9 +233,7 @@ def test_a_gguf_file_in_the_working_directory_is_not_converted_in_place_of_the_m
 
 @pytest.mark.compiler
 @pytest.mark.rest
-def test_compiled_layers_train_as_single_modules_do(
-    rank_server: RankServer, plan_of: Callable[..., LaunchPlan], tmp_path: Path
-) -> None:
+def test_compiled_layers_train_as_single_modules_do(rank_server: RankServer, plan_of: PlanOf, tmp_path: Path) -> None:
     results: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for settings in ((), (COMPILED,), EXPERTS, (*EXPERTS, COMPILED)):
         folder = tmp_path / str(len(results))
@@ -265,7 +263,7 @@ def test_compiled_layers_train_as_single_modules_do(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("uses_liger", [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_LIGER, reason="needs Liger"))])
-def test_on_a_gpu_compiled_layers_compute_what_others_do(plan_of: Callable[..., LaunchPlan], uses_liger: bool) -> None:
+def test_on_a_gpu_compiled_layers_compute_what_others_do(plan_of: PlanOf, uses_liger: bool) -> None:
     plan = plan_of(*SMALL)
     ids = torch.arange(48)[None].cuda()
     positions = torch.cat([torch.arange(20), torch.arange(28)])[None].cuda()

@@ -6,7 +6,7 @@ Rank 0 reports why the previous ranks failed, because their own message is only 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked_ranks import RankServer
+from plan_fixtures import PlanOf
 from unusual_files import stale
 
 from launcher import atomic_files, run_store
@@ -22,7 +23,6 @@ from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, STATE
 from launcher.distributed import RankInfo
 from launcher.errors import Superseded
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
@@ -122,7 +122,7 @@ def alone() -> Iterator[None]:
 
 @pytest.mark.usefixtures("alone")
 def test_a_successor_that_the_directory_does_not_show_yet_is_seen_before_anything_is_changed(
-    plan_of: Callable[..., LaunchPlan], tmp_path: Path
+    plan_of: PlanOf, tmp_path: Path
 ) -> None:
     fresh = run_with(tmp_path / "fresh", None, before=[10], automatic=True)
     with stale(fresh.attempts):

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 from forked_ranks import RankServer
-from plan_fixtures import facts_for
+from plan_fixtures import ConfigOf, facts_for
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from launcher.config.schema import RunConfig
 from launcher.data.split import Split, write_split
 from launcher.evaluate.document_losses import ScoreStore
 from launcher.plan.launch_plan import DataFacts
@@ -108,7 +107,7 @@ def write_cache(folder: Path, documents: Documents, rows: Sequence[Sequence[int]
 
 
 @pytest.fixture
-def plan_for(config_of: Callable[..., RunConfig], model_dir: Path, tmp_path: Path) -> Callable[[int], Path]:
+def plan_for(config_of: ConfigOf, model_dir: Path, tmp_path: Path) -> Callable[[int], Path]:
     """Write a plan for a given number of ranks, with the weights of `model_dir`."""
 
     def plan_for(num_ranks: int) -> Path:

@@ -15,10 +15,10 @@ from typing import Any
 import hand_made
 import pytest
 import slurm_said
+from plan_fixtures import PlanOf
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters.slurm import commands
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, ExitRecord
@@ -199,15 +199,19 @@ class Job:
         json_records.write(run_records.exit_file(self.run, number), record)
 
 
+# Submits a run to the fake Slurm.
+Submitted = Callable[..., Job]
+
+
 @pytest.fixture
 def submitted(
-    slurm_plan: Callable[..., LaunchPlan],
+    slurm_plan: PlanOf,
     fake_slurm: FakeSlurm,
     own_signals: None,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., Job]:
+) -> Submitted:
     """A run as `python -m launcher` leaves it for its job, but without the code snapshot."""
     monkeypatch.setattr(run_store, "copy_code", lambda folder: (folder / "launcher").mkdir(parents=True))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import hand_made
 import pytest
+from plan_fixtures import PlanOf
 
 from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
@@ -79,8 +80,11 @@ class FakeWorkers:
         return [json.loads(path.read_text())["cause"] for path in sorted(self.run.attempts.glob("*/exit.json"))]
 
 
+MakeFake = Callable[..., FakeWorkers]
+
+
 @pytest.fixture
-def make_fake(ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeWorkers]:
+def make_fake(ray_plan: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeFake:
     """`make_fake(**cluster_settings)`; the coordinator reads the disk on each call."""
     monkeypatch.setattr(module, "_LOOK_S", -1.0)
     monkeypatch.setattr(module, "_DRAIN_LOOK_S", -1.0)

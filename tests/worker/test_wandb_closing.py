@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import hand_made
 import pytest
-from fake_slurm import FakeSlurm, Job
+from fake_slurm import FakeSlurm, Submitted
 from fake_wandb import KEY, fake_wandb
 from forked import ForkingSubprocess, preloaded
 from hand_made import made_verdict
@@ -131,7 +131,7 @@ def test_verdicts_of_checkpoints_are_sent_when_the_run_has_ended(tmp_path: Path,
 
 
 def test_a_slurm_job_that_ends_for_good_closes_the_wandb_run(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+    submitted: Submitted, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = submitted()
     with fake_wandb() as server:

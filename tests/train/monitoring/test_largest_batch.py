@@ -5,13 +5,13 @@ tests/e2e/test_resume_exact.py checks that a run that tries the largest batch fi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from forked_ranks import RankServer
+from plan_fixtures import PlanOf
 
 from launcher import json_records, run_store
 from launcher.data.split import Split
@@ -24,7 +24,6 @@ from launcher.train.monitoring.largest_batch import (
     explained_out_of_memory,
 )
 
-PlanOf = Callable[..., LaunchPlan]
 H100 = ("model=llama3_1_8b", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8", "train.global_batch_size=64")
 REASON = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.03 GiB is free."
 

@@ -8,7 +8,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,13 +18,12 @@ import hand_made
 import pytest
 import torch
 import torch.distributed as dist
-from plan_fixtures import H100
+from plan_fixtures import H100, PlanOf
 from torch import nn
 
 from launcher import run_store
 from launcher.distributed import RankInfo
 from launcher.plan.gpu_types import Price
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.goodput import Breakdown, cost, spent_limit
@@ -32,7 +31,6 @@ from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import Composite, RateLimit
 from launcher.train.monitoring.monitor import Monitor, StatusFile, record_fault, spent_before
 
-PlanOf = Callable[..., LaunchPlan]
 SPENT = Breakdown(wall_s=9000, held_s=7200, gpu_s=8 * 7200, usd=48.0)
 
 

@@ -9,7 +9,6 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,12 @@ import torch.distributed as dist
 from fake_nvml import Nvml, NVMLError, NVMLError_GpuIsLost, NVMLError_ResetRequired
 from fake_wandb import history
 from forked_ranks import RankServer
-from plan_fixtures import H100
+from plan_fixtures import H100, PlanOf
 from torch import nn
 
 from launcher.data.loader import TrainBatches
 from launcher.data.split import Split
 from launcher.distributed import RankInfo
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_tokens_per_sec
 from launcher.run_records import Attempt
 from launcher.tracking.tracker import start_trackers
@@ -359,7 +357,7 @@ def rows_of_eight(num_rows: int) -> Split:
 
 
 def test_what_gpus_measure_and_cost_is_in_wandb(
-    plan_of: Callable[..., LaunchPlan], nvml: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan_of: PlanOf, nvml: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: MEMORY)
     nvml.faults = [79]

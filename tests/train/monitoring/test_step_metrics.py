@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import hand_made
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from forked_ranks import RankServer
+from plan_fixtures import ConfigOf, PlanOf
 
-from launcher.config.schema import RunConfig
 from launcher.data.loader import IGNORED, StepBatch, TrainBatches
 from launcher.data.split import Split
 from launcher.plan.flops import train_flops
@@ -22,11 +21,9 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.step_metrics import Meter, StepTimer, find_peak_tflops, perplexity
 
-PlanOf = Callable[..., LaunchPlan]
 TIMES = {"time/step_s": 0.5}
 # Document lengths by row. A micro-batch of two rows has padding if the row lengths differ.
 ROWS = [[8], [1, 2, 1], [5, 3, 4], [2], [6, 6], [3, 1], [7], [2, 2]]
-ConfigOf = Callable[..., RunConfig]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -190,7 +187,7 @@ def test_two_ranks_measure_the_same_bandwidth(rank_server: RankServer, tmp_path:
     ],
 )
 def test_a_network_that_is_slower_than_the_model_needs_is_a_warning(
-    plan_of: Callable[..., LaunchPlan], nodes: int, gpu: str | None, rows: int, gb_per_s: float, warns: bool
+    plan_of: PlanOf, nodes: int, gpu: str | None, rows: int, gb_per_s: float, warns: bool
 ) -> None:
     """The required bandwidth is 0.75 x 0.48 x 989e12 FLOP/s / 8192 tokens = 43 GB/s."""
     on_gpus = () if gpu is None else (f"cluster.gpu_type={gpu}",)
@@ -214,7 +211,7 @@ def test_a_network_that_is_slower_than_the_model_needs_is_a_warning(
     ],
 )
 def test_the_needed_bandwidth_follows_the_bytes_of_the_plan(
-    plan_of: Callable[..., LaunchPlan], nodes: int, settings: tuple[str, ...], num_bytes: float
+    plan_of: PlanOf, nodes: int, settings: tuple[str, ...], num_bytes: float
 ) -> None:
     """An H100 computes 989 TFLOP/s in bf16 and 67 in fp32; ranks do not use TF32."""
     sizes = ("data.max_length=4096", "train.global_batch_size=256", "train.micro_batch_size=2", "model.dtype=bf16")

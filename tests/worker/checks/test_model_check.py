@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
 import transformers
 import yaml
+from forked import Launch
+from plan_fixtures import ConfigOf
 from safetensors.torch import load_file
 from weight_tools import change_weights, save_model, without
 
@@ -33,7 +32,6 @@ from launcher.plan.launch_plan import ModelFacts
 from launcher.worker.checks import deepspeed_check, model_check
 
 LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
-ConfigOf = Callable[..., RunConfig]
 # One preset of each architecture.
 PRESETS = {
     settings["config"]["model_type"]: settings["config"]
@@ -263,9 +261,7 @@ def test_a_probe_without_memory_has_no_verdict(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.rest
-def test_plan_refuses_a_model_whose_packed_documents_affect_each_other(
-    launch_here: Callable[..., CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_plan_refuses_a_model_whose_packed_documents_affect_each_other(launch_here: Launch, tmp_path: Path) -> None:
     cache = {"LAUNCHER_CACHE": str(tmp_path / "cache")}
     settings = ("model=tiny", "model.config.model_type=opt", "+model.config.ffn_dim=64", "model.attention=eager")
     refused = launch_here("plan", *settings, **cache)
@@ -319,9 +315,7 @@ def test_keys_that_are_accepted_once_need_no_process_again(
 
 
 @pytest.mark.rest
-def test_a_run_with_a_value_that_deepspeed_refuses_leaves_nothing(
-    launch_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_a_run_with_a_value_that_deepspeed_refuses_leaves_nothing(launch_here: Launch, tmp_path: Path) -> None:
     extra = "deepspeed.extra={zero_optimization: {reduce_scatter: 3.5}}"
     done = launch_here("model=tiny", "tracking=none", f"run.root={tmp_path}/runs", extra)
     assert done.returncode == 2, done.stderr

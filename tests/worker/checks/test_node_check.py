@@ -20,12 +20,11 @@ from types import SimpleNamespace
 
 import pytest
 from fake_nvml import H100, OTHER, driver
-from plan_fixtures import config_of, facts_for
+from plan_fixtures import ConfigOf, config_of, facts_for
 from torch.distributed import TCPStore
 
 from launcher import json_records, run_store
 from launcher.clusters.check_results import FAILURE, OK, SHARED_FILE_VARIABLE, WARNING, CheckResult, MachineReport, ok
-from launcher.config.schema import RunConfig
 from launcher.errors import Problem, RunError
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
@@ -53,13 +52,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def node_of(config_of: Callable[..., RunConfig], tmp_path: Path) -> OfConfig:
+def node_of(config_of: ConfigOf, tmp_path: Path) -> OfConfig:
     """The node that doctor checks, with one rank on this device."""
     return lambda *tokens, device="cpu": CheckedNode(config_of(f"run.root={tmp_path}/runs", *tokens), device, 1)
 
 
 @pytest.fixture
-def planned(config_of: Callable[..., RunConfig], tmp_path: Path) -> Planned:
+def planned(config_of: ConfigOf, tmp_path: Path) -> Planned:
     """A plan whose data cache and tokenizer exist, with attempt 1 started in its run directory."""
 
     def make(*tokens: str) -> tuple[LaunchPlan, RunDir]:

@@ -8,20 +8,19 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hand_made
 import pytest
 from pace import slowness
-from plan_fixtures import facts_for
+from plan_fixtures import ConfigOf, facts_for
 from torch.distributed import HashStore
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
 from launcher import json_records, run_store
 from launcher.clusters.network import free_port
-from launcher.config.schema import RunConfig
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, FailureRecord
@@ -94,7 +93,7 @@ READS_S = 12
 
 
 @pytest.fixture
-def run(config_of: Callable[..., RunConfig], tmp_path: Path) -> RunDir:
+def run(config_of: ConfigOf, tmp_path: Path) -> RunDir:
     """A run on two local ranks whose attempt 1 is about to start."""
     cluster = ("cluster.max_restarts=4", "cluster.ranks_per_node=2")
     config = config_of("tracking=none", "run.name=tried", *cluster)
@@ -301,7 +300,7 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
 
 
 @pytest.mark.rest
-def test_a_rank_waits_for_one_of_another_node_as_long_as_that_reads(config_of: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_a_rank_waits_for_one_of_another_node_as_long_as_that_reads(config_of: ConfigOf, tmp_path: Path) -> None:
     cluster = ("cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.max_restarts=1")
     config = config_of("tracking=none", "run.name=tried", "cluster.stall_seconds=2", *cluster)
     run = hand_made.run(plan(config, facts_for(config, working_dir=str(tmp_path))), Attempt(None))

@@ -19,10 +19,8 @@ import psutil
 import pytest
 import torch
 from pace import wait_for
-from plan_fixtures import H100, config_of, facts_for, plan_of
+from plan_fixtures import H100, ConfigOf, PlanOf, config_of, facts_for, plan_of
 
-from launcher.config.schema import RunConfig
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.train import loop
@@ -70,7 +68,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def plan_path(config_of: Callable[..., RunConfig], tmp_path: Path) -> str:
+def plan_path(config_of: ConfigOf, tmp_path: Path) -> str:
     config = config_of("tracking=none", "run.name=tried")
     (tmp_path / "plan.json").write_text(plan(config, facts_for(config, working_dir=str(tmp_path))).to_json())
     return str(tmp_path / "plan.json")
@@ -372,9 +370,7 @@ def test_an_optimizer_on_cpus_keeps_the_first_number_of_omp_num_threads_busy(val
     assert num_busy_threads(environ, steps_on_cpu=False) == min(expected, 4)
 
 
-def test_a_rank_binds_itself_before_it_trains(
-    plan_of: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_rank_binds_itself_before_it_trains(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The agent and Ray start the same module."""
     bound: list[set[int]] = []
 

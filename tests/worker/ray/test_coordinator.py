@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_workers import FIT, KILLED, FakeWorkers, kind
+from fake_workers import FIT, KILLED, MakeFake, kind
 from unusual_files import stale
 
 from launcher import atomic_files, json_records, run_store
@@ -25,7 +24,7 @@ from launcher.worker.ray import node_checks, run_end
 from launcher.worker.ray.messages import BeatReply, Leave, Member, Verdict, Wait
 
 
-def test_training_starts_when_all_workers_have_entered_and_all_nodes_are_checked(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_training_starts_when_all_workers_have_entered_and_all_nodes_are_checked(make_fake: MakeFake) -> None:
     fake = make_fake()
     coordinator = fake.coordinator
     coordinator.enter("a", 2, Member(0, 0, "n1", "1", "10.0.0.1", 4000))
@@ -51,14 +50,14 @@ def test_training_starts_when_all_workers_have_entered_and_all_nodes_are_checked
     assert run_store.read_attempt(fake.run, 1).nodes == ("n1", "n2")
 
 
-def test_one_worker_of_each_node_checks_it(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_one_worker_of_each_node_checks_it(make_fake: MakeFake) -> None:
     fake = make_fake(ranks_per_node=4)
     fake.enter("a", ["n1", "n1", "n2", "n2"])
     orders = [fake.coordinator.orders("a", rank) for rank in range(4)]
     assert [kind(o) for o in orders] == ["checknode", None, "checknode", None]
 
 
-def test_an_unfit_node_is_named_and_nothing_is_loaded(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_an_unfit_node_is_named_and_nothing_is_loaded(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.enter("a", ["n1", "n2"])
     fake.check("a", ["n1", "n2"], {"n2": "the run directory is not visible"})
@@ -70,7 +69,7 @@ def test_an_unfit_node_is_named_and_nothing_is_loaded(make_fake: Callable[..., F
     assert fake.causes == ["bad_node"]
 
 
-def test_a_package_version_that_differs_on_a_node_is_named(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_package_version_that_differs_on_a_node_is_named(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.enter("a", ["n1", "n2"])
     assert fake.coordinator.orders("a", 0) is not None
@@ -80,7 +79,7 @@ def test_a_package_version_that_differs_on_a_node_is_named(make_fake: Callable[.
     assert "n2: nodes differ in packages: torch 1; most nodes: torch 2" in fake.coordinator.state().over
 
 
-def test_a_completed_run_ends_with_a_final_verdict(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_completed_run_ends_with_a_final_verdict(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     assert fake.coordinator.beat("a", 0, None) == BeatReply()
@@ -94,7 +93,7 @@ def test_a_completed_run_ends_with_a_final_verdict(make_fake: Callable[..., Fake
     assert run_store.read_status(fake.run).state == "completed"
 
 
-def test_after_a_killed_rank_the_others_get_term_and_the_next_group_resumes(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_after_a_killed_rank_the_others_get_term_and_the_next_group_resumes(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     fake.save(5)
@@ -114,7 +113,7 @@ def test_after_a_killed_rank_the_others_get_term_and_the_next_group_resumes(make
     assert fake.causes == ["infrastructure"]
 
 
-def test_workers_without_records_count_until_the_budget_is_spent(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_workers_without_records_count_until_the_budget_is_spent(make_fake: MakeFake) -> None:
     fake = make_fake(max_infrastructure_failures=2)
     for number, group in enumerate("abc", start=1):
         fake.begin(group, "n1", "n2")
@@ -134,9 +133,7 @@ def test_workers_without_records_count_until_the_budget_is_spent(make_fake: Call
         (None, "no record from n1, n2, n3, n4"),
     ],
 )
-def test_lost_nodes_are_named_where_no_worker_left_a_record(
-    make_fake: Callable[..., FakeWorkers], lost: list[str] | None, words: str
-) -> None:
+def test_lost_nodes_are_named_where_no_worker_left_a_record(make_fake: MakeFake, lost: list[str] | None, words: str) -> None:
     """When one node is lost, Ray ends the workers on all others as well."""
     fake = make_fake(workers=4)
     nodes = ["n1", "n2", "n3", "n4"]
@@ -150,7 +147,7 @@ def test_lost_nodes_are_named_where_no_worker_left_a_record(
     assert read_events(fake.run.events)[-2]["attempt"] == 1
 
 
-def test_the_end_of_an_attempt_alerts_once(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_the_end_of_an_attempt_alerts_once(make_fake: MakeFake) -> None:
     fake = make_fake(max_infrastructure_failures=1)
     fake.begin("a", "n1", "n2")
     for rank in range(2):
@@ -165,7 +162,7 @@ def test_the_end_of_an_attempt_alerts_once(make_fake: Callable[..., FakeWorkers]
     ]
 
 
-def test_the_wait_for_the_next_group_counts_as_queue_time(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_the_wait_for_the_next_group_counts_as_queue_time(make_fake: MakeFake) -> None:
     fake, now, hour = make_fake(), time.time(), 3600
     fake.begin("a", "n1", "n1")
     times = {"submitted_at": now - 7 * hour, "begun_at": now - 7 * hour}
@@ -182,9 +179,7 @@ def test_the_wait_for_the_next_group_counts_as_queue_time(make_fake: Callable[..
     assert found.held_s == pytest.approx(hour, abs=60)
 
 
-def test_a_reached_limit_ends_the_run_before_its_workers_load(
-    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reached_limit_ends_the_run_before_its_workers_load(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     fake.end(1, KILLED)
@@ -196,7 +191,7 @@ def test_a_reached_limit_ends_the_run_before_its_workers_load(
     assert fake.causes == ["infrastructure"], "the attempt before was not ended by the limit: W&B has to be told"
 
 
-def test_a_failure_of_the_training_that_repeats_ends_the_run(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_failure_of_the_training_that_repeats_ends_the_run(make_fake: MakeFake) -> None:
     fake = make_fake(max_failures=1)
     for group in "ab":
         fake.begin(group, "n1", "n1")
@@ -208,7 +203,7 @@ def test_a_failure_of_the_training_that_repeats_ends_the_run(make_fake: Callable
     assert "cluster.max_failures=1 is used up" in verdict.reason
 
 
-def test_cancel_asks_for_a_save_and_a_second_one_kills(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_cancel_asks_for_a_save_and_a_second_one_kills(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     file = fake.run.cancel(1)
@@ -223,7 +218,7 @@ def test_cancel_asks_for_a_save_and_a_second_one_kills(make_fake: Callable[..., 
     assert run_store.read_status(fake.run).state == "cancelled"
 
 
-def test_a_save_beyond_the_grace_period_is_killed(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_save_beyond_the_grace_period_is_killed(make_fake: MakeFake) -> None:
     fake = make_fake(stop_grace_seconds=0.01)
     fake.begin("a", "n1", "n1")
     atomic_files.write_json(fake.run.cancel(1), {"save": True})
@@ -232,7 +227,7 @@ def test_a_save_beyond_the_grace_period_is_killed(make_fake: Callable[..., FakeW
     assert fake.coordinator.beat("a", 0, None).signal == "KILL"
 
 
-def test_workers_leave_a_run_that_another_command_has_restarted(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_workers_leave_a_run_that_another_command_has_restarted(make_fake: MakeFake) -> None:
     fake = make_fake()
     run_store.create_attempt(fake.run, Attempt(resume_step=None))
     before = run_store.read_status(fake.run)
@@ -242,7 +237,7 @@ def test_workers_leave_a_run_that_another_command_has_restarted(make_fake: Calla
     assert run_store.read_status(fake.run) == before
 
 
-def test_workers_of_a_replaced_group_are_ordered_to_exit(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_workers_of_a_replaced_group_are_ordered_to_exit(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     fake.begin("b", "n1", "n1")
@@ -252,7 +247,7 @@ def test_workers_of_a_replaced_group_are_ordered_to_exit(make_fake: Callable[...
 
 
 def test_an_attempt_that_cannot_be_written_ends_the_run_after_a_deadline(
-    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
+    make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = make_fake()
 
@@ -269,7 +264,7 @@ def test_an_attempt_that_cannot_be_written_ends_the_run_after_a_deadline(
     assert run_store.read_status(fake.run).state == "failed"
 
 
-def test_a_node_whose_check_never_ends_is_named(make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_whose_check_never_ends_is_named(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_checks, "DEADLINE_S", 0.05)
     fake = make_fake()
     fake.enter("a", ["n1", "n2"])
@@ -283,7 +278,7 @@ def test_a_node_whose_check_never_ends_is_named(make_fake: Callable[..., FakeWor
     assert "n1:" not in reason
 
 
-def test_a_cancel_request_ends_the_node_checks(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_cancel_request_ends_the_node_checks(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.enter("a", ["n1", "n2"])
     assert fake.coordinator.orders("a", 0) is not None
@@ -293,9 +288,7 @@ def test_a_cancel_request_ends_the_node_checks(make_fake: Callable[..., FakeWork
     assert run_store.read_status(fake.run).state == "cancelled"
 
 
-def test_silent_workers_make_the_run_pending_until_they_return(
-    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_workers_make_the_run_pending_until_they_return(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SILENT_S", 0.05)
     fake = make_fake()
     fake.begin("a", "n1", "n1")
@@ -313,7 +306,7 @@ def test_silent_workers_make_the_run_pending_until_they_return(
 
 
 def test_workers_that_repeatedly_cannot_start_end_the_run_with_their_error(
-    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
+    make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
@@ -335,14 +328,14 @@ def test_workers_that_repeatedly_cannot_start_end_the_run_with_their_error(
     assert (status.state, status.message) == ("failed", "workers cannot start: n2: no interface ib0")
 
 
-def test_the_error_of_workers_that_could_not_start_is_cleared_when_others_begin(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_the_error_of_workers_that_could_not_start_is_cleared_when_others_begin(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.coordinator.report_early_failure("n2: no interface ib0")
     fake.begin("a", "n1", "n1")
     assert fake.coordinator.state().early_failure == ""
 
 
-def test_a_superseded_attempt_on_ray_writes_no_exit_record(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_superseded_attempt_on_ray_writes_no_exit_record(make_fake: MakeFake) -> None:
     """The same holds if a network file system does not show the other attempt yet."""
     fake = make_fake()
     fake.begin("a", "n1", "n1")
@@ -357,9 +350,7 @@ def test_a_superseded_attempt_on_ray_writes_no_exit_record(make_fake: Callable[.
     assert fake.causes == []
 
 
-def test_unreadable_storage_only_delays_an_attempt(
-    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_storage_only_delays_an_attempt(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     with monkeypatch.context() as patch:
@@ -376,7 +367,7 @@ def test_unreadable_storage_only_delays_an_attempt(
     assert (kind(orders), orders.assignment.attempt) == ("checknode", 2)
 
 
-def test_ranks_do_not_meet_at_a_public_address(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_ranks_do_not_meet_at_a_public_address(make_fake: MakeFake) -> None:
     fake = make_fake(workers=1)
     fake.coordinator.enter("a", 1, Member(0, 0, "n1", "1", "8.8.8.8", 4000))
     orders = fake.coordinator.orders("a", 0)
@@ -385,7 +376,7 @@ def test_ranks_do_not_meet_at_a_public_address(make_fake: Callable[..., FakeWork
     assert "a public address: n1 at 8.8.8.8" in orders.reason
 
 
-def test_a_cancel_request_between_two_groups_ends_the_run(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_cancel_request_between_two_groups_ends_the_run(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.begin("a", "n1", "n1")
     fake.end(1, KILLED)
@@ -400,9 +391,7 @@ def test_a_cancel_request_between_two_groups_ends_the_run(make_fake: Callable[..
     assert fake.number == 1
 
 
-def test_a_check_report_after_the_verdict_changes_nothing(
-    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_check_report_after_the_verdict_changes_nothing(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_checks, "DEADLINE_S", -1.0)
     fake = make_fake()
     fake.enter("a", ["n1", "n2"])

@@ -18,7 +18,7 @@ from typing import Any
 import hand_made
 import pytest
 from pace import slowness
-from plan_fixtures import CPU, H100
+from plan_fixtures import CPU, H100, PlanOf
 from unusual_files import as_root
 
 import launcher
@@ -51,7 +51,7 @@ def own_signals() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures("own_signals")
 def test_the_first_signal_to_the_driver_asks_for_a_save_and_the_second_for_an_end(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, number: signal.Signals
+    ray_plan: PlanOf, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
     asked = run.cancel(1)
@@ -66,7 +66,7 @@ def test_the_first_signal_to_the_driver_asks_for_a_save_and_the_second_for_an_en
 
 
 @pytest.fixture
-def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
+def run(ray_plan: PlanOf, tmp_path: Path) -> RunDir:
     """A run whose first attempt trains."""
     begun = Attempt(None, job="here:1", begun_at=time.time())
     return hand_made.run(ray_plan(working_dir=str(tmp_path)), begun, state="running")
@@ -92,9 +92,7 @@ def test_a_connection_that_is_closed_at_once_is_named(run: RunDir, monkeypatch: 
     assert run_store.read_status(run).message.startswith("Ray cannot be used: the connection was closed as soon as it was made")
 
 
-def test_the_coordinator_writes_nothing_that_others_can_read(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, own_signals: None
-) -> None:
+def test_the_coordinator_writes_nothing_that_others_can_read(ray_plan: PlanOf, tmp_path: Path, own_signals: None) -> None:
     """Its process has the umask of the cluster's Ray."""
     run = hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
     os.umask(0o000)
@@ -271,7 +269,7 @@ def test_workers_that_could_not_start_are_not_reported_as_missing(run: RunDir) -
     ],
 )
 def test_workers_get_what_ray_train_gives_by_default(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, device: DeviceFacts, settings: dict[str, Any]
+    ray_plan: PlanOf, tmp_path: Path, device: DeviceFacts, settings: dict[str, Any]
 ) -> None:
     """The plan lists each worker's resources in full; they must equal what Ray Train derives from the settings alone."""
     from ray.train import ScalingConfig
@@ -285,9 +283,7 @@ def test_workers_get_what_ray_train_gives_by_default(
     assert (asked._resources_per_worker_not_none, asked.use_gpu, asked.num_workers) == (wanted, gpus, 4)
 
 
-def test_the_settings_of_placement_reach_ray_train(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_settings_of_placement_reach_ray_train(ray_plan: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RESIZE_VARIABLE, "5")
     settings = {"accelerator_type": "H100", "stop_grace_seconds": 90.0}
     elastic = ray_plan(device=H100, workers=4, min_workers=2, **settings)
@@ -304,9 +300,7 @@ def test_the_settings_of_placement_reach_ray_train(
 
 
 @pytest.mark.parametrize("address", [None, "head:6379"])
-def test_ray_train_starts_only_processes_that_the_run_uses(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, address: str | None
-) -> None:
+def test_ray_train_starts_only_processes_that_the_run_uses(ray_plan: PlanOf, tmp_path: Path, address: str | None) -> None:
     """Without datasets, and without other jobs on the cluster, Ray Train has no use for some of its processes."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 

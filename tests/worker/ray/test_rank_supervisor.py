@@ -15,8 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_workers import KILLED, FakeWorkers, kind
-from plan_fixtures import H100
+from fake_workers import KILLED, FakeWorkers, MakeFake, kind
+from plan_fixtures import H100, PlanOf
 from unusual_files import as_root
 
 from launcher import json_records, run_records, run_store
@@ -64,7 +64,7 @@ class Endless:
 
 
 def test_a_failed_rank_is_reported_before_the_wait_for_the_mirror(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_plan: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeWorkers(ray_plan(working_dir=str(tmp_path), workers=1))
     worker = Told(BeatReply())
@@ -76,7 +76,7 @@ def test_a_failed_rank_is_reported_before_the_wait_for_the_mirror(
 
 
 def test_a_damaged_final_record_does_not_fail_the_worker(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_plan: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeWorkers(ray_plan(working_dir=str(tmp_path), workers=1, device=H100, ranks_per_node=1))
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
@@ -96,9 +96,7 @@ def test_a_damaged_final_record_does_not_fail_the_worker(
     assert expected <= {*Path(f"{rank}.env").read_text().splitlines()}
 
 
-def test_a_node_with_another_run_directory_than_the_head_node_is_refused(
-    ray_plan: Callable[..., LaunchPlan], tmp_path: Path
-) -> None:
+def test_a_node_with_another_run_directory_than_the_head_node_is_refused(ray_plan: PlanOf, tmp_path: Path) -> None:
     """The folder exists and has the same attempt; only this start's marker tells the two apart."""
     made = ray_plan(working_dir=str(tmp_path), workers=1)
     assert made.data is not None
@@ -124,7 +122,7 @@ def test_a_node_with_another_run_directory_than_the_head_node_is_refused(
 
 @pytest.mark.parametrize("local_rank, is_newest, is_kept", [(0, True, False), (1, True, True), (0, False, True)])
 def test_offloaded_states_are_removed_with_the_newest_attempt_only(
-    ray_plan: Callable[..., LaunchPlan],
+    ray_plan: PlanOf,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     local_rank: int,
@@ -167,7 +165,7 @@ def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monk
     rank_supervisor.supervise({"coordinator": None, "interface": None})
 
 
-def test_before_a_node_is_drained_the_run_saves_and_continues_elsewhere(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_before_a_node_is_drained_the_run_saves_and_continues_elsewhere(make_fake: MakeFake) -> None:
     fake = make_fake()
     fake.draining = {"id-of-another-run"}
     fake.begin("a", "n1", "n2")
@@ -184,7 +182,7 @@ def test_before_a_node_is_drained_the_run_saves_and_continues_elsewhere(make_fak
     assert fake.causes == ["preempted"]
 
 
-def test_a_drained_node_that_is_lost_before_the_save_counts_as_preempted(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_drained_node_that_is_lost_before_the_save_counts_as_preempted(make_fake: MakeFake) -> None:
     fake = make_fake(max_infrastructure_failures=0)
     fake.begin("a", "n1", "n2")
     fake.draining = {"id-n2"}
@@ -195,7 +193,7 @@ def test_a_drained_node_that_is_lost_before_the_save_counts_as_preempted(make_fa
     assert fake.causes == ["preempted"]
 
 
-def test_a_rank_that_dies_on_a_drained_node_counts_as_preempted(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_rank_that_dies_on_a_drained_node_counts_as_preempted(make_fake: MakeFake) -> None:
     fake = make_fake(max_infrastructure_failures=0)
     fake.begin("a", "n1", "n2")
     fake.draining = {"id-n2"}
@@ -208,9 +206,7 @@ def test_a_rank_that_dies_on_a_drained_node_counts_as_preempted(make_fake: Calla
 
 
 @pytest.mark.parametrize("num_workers, active", [(1, 1), (3, 2), (4, 4)])
-def test_on_another_number_of_workers_the_global_batch_is_the_same(
-    make_fake: Callable[..., FakeWorkers], num_workers: int, active: int
-) -> None:
+def test_on_another_number_of_workers_the_global_batch_is_the_same(make_fake: MakeFake, num_workers: int, active: int) -> None:
     fake = make_fake(workers=2, min_workers=1)
     orders = fake.begin("a", *["n1"] * num_workers)
     assert [kind(o) for o in orders] == ["train"] * active + ["wait"] * (num_workers - active)
@@ -224,7 +220,7 @@ def test_on_another_number_of_workers_the_global_batch_is_the_same(
     assert run_store.find_plan(fake.run, plan.digest()) == plan
 
 
-def test_a_run_that_grows_is_not_charged_for_it(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_run_that_grows_is_not_charged_for_it(make_fake: MakeFake) -> None:
     fake = make_fake(workers=2, min_workers=1, max_infrastructure_failures=0)
     fake.begin("a", "n1")
     orders = fake.begin("b", "n1", "n2")
@@ -232,7 +228,7 @@ def test_a_run_that_grows_is_not_charged_for_it(make_fake: Callable[..., FakeWor
     assert kind(orders[0]) == "train"
 
 
-def test_a_run_saves_before_it_gets_more_workers(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_run_saves_before_it_gets_more_workers(make_fake: MakeFake) -> None:
     fake = make_fake(workers=2, min_workers=1, max_infrastructure_failures=0)
     assert fake.coordinator.prepare_resize() is ResizeProgress.ENDED, "there is nobody yet"
     fake.begin("a", "n1")
@@ -255,7 +251,7 @@ def test_a_run_saves_before_it_gets_more_workers(make_fake: Callable[..., FakeWo
     assert run_store.read_attempt(fake.run, 2).resume_step == 7
 
 
-def test_ranks_that_still_load_are_replaced_at_once(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_ranks_that_still_load_are_replaced_at_once(make_fake: MakeFake) -> None:
     fake = make_fake(workers=2, min_workers=1)
     fake.begin("a", "n1")
     assert fake.coordinator.prepare_resize() is ResizeProgress.ENDED
@@ -264,7 +260,7 @@ def test_ranks_that_still_load_are_replaced_at_once(make_fake: Callable[..., Fak
     assert fake.causes == ["resized"]
 
 
-def test_an_elastic_run_continues_without_an_unfit_node(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_an_elastic_run_continues_without_an_unfit_node(make_fake: MakeFake) -> None:
     """The excluded node has rank 0, so the other ranks move up."""
     fake = make_fake(workers=4, min_workers=2)
     nodes = ["bad", "bad", "n2", "n2"]
@@ -295,7 +291,7 @@ def test_an_elastic_run_continues_without_an_unfit_node(make_fake: Callable[...,
     assert [kind(o) for o in again] == ["wait", "wait", "train", "train"], "it stays out until there is a newer checkpoint"
 
 
-def test_a_bad_node_is_used_again_where_too_few_workers_remain_without_it(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_bad_node_is_used_again_where_too_few_workers_remain_without_it(make_fake: MakeFake) -> None:
     fake = make_fake(workers=4, min_workers=3, max_infrastructure_failures=1)
     nodes = ["n1", "n1", "bad", "bad"]
     fake.enter("a", nodes)
@@ -310,7 +306,7 @@ def test_a_bad_node_is_used_again_where_too_few_workers_remain_without_it(make_f
     assert "cluster.max_infrastructure_failures=1 is used up" in over
 
 
-def test_after_a_run_has_shrunk_and_grown_its_plan_is_that_of_the_newest_attempt(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_after_a_run_has_shrunk_and_grown_its_plan_is_that_of_the_newest_attempt(make_fake: MakeFake) -> None:
     fake = make_fake(workers=2, min_workers=1)
     sizes = []
     for name, nodes in (("a", ["n1", "n2"]), ("b", ["n1"]), ("c", ["n1"]), ("d", ["n1", "n2"])):

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from fake_workers import FakeWorkers, kind, sign
+from fake_workers import FakeWorkers, MakeFake, kind, sign
 
 from launcher import run_store
 from launcher.worker.ranks.heartbeat import Heartbeat, HeartbeatTable
@@ -39,7 +39,7 @@ def beats(fake: FakeWorkers, *signs: RankSign | None) -> list[BeatReply]:
     return answers
 
 
-def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_node(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_node(make_fake: MakeFake) -> None:
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
     late = beats(fake, sign(0, 61), sign(1, 61, count=499))
@@ -52,9 +52,7 @@ def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_nod
 
 
 @pytest.mark.parametrize("silent_s", [(61, 61), (61, 5)])
-def test_all_ranks_dump_their_stacks_once_before_any_is_killed(
-    silent_s: tuple[float, float], make_fake: Callable[..., FakeWorkers]
-) -> None:
+def test_all_ranks_dump_their_stacks_once_before_any_is_killed(silent_s: tuple[float, float], make_fake: MakeFake) -> None:
     """A rank that is not late yet also dumps its stacks: it may wait for the stalled one."""
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
@@ -68,7 +66,7 @@ def test_all_ranks_dump_their_stacks_once_before_any_is_killed(
     assert asked == {0: 1, 1: 1}
 
 
-def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(make_fake: MakeFake) -> None:
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
     answers = beats(fake, sign(0, 61, count=499), sign(1, 61, state=psutil.STATUS_STOPPED))
@@ -79,7 +77,7 @@ def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(make_
 LOADING = {"trained": False, "phase": "joined"}
 
 
-def test_ranks_that_load_are_killed_when_none_of_the_run_reads(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_ranks_that_load_are_killed_when_none_of_the_run_reads(make_fake: MakeFake) -> None:
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
     # Rank 1 waits for rank 0, which reads; nothing is known about a rank that has not started.
@@ -91,7 +89,7 @@ def test_ranks_that_load_are_killed_when_none_of_the_run_reads(make_fake: Callab
     assert "rank 0 on n1" in answers[0].hang
 
 
-def test_a_rank_that_is_stopped_while_it_loads_is_killed_alone(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_rank_that_is_stopped_while_it_loads_is_killed_alone(make_fake: MakeFake) -> None:
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
     answers = beats(fake, sign(0, 61, **LOADING), sign(1, 61, state=psutil.STATUS_STOPPED, **LOADING))
@@ -109,9 +107,7 @@ def alone(fake: FakeWorkers, clock: list[float], seconds: int, goes_on: bool = F
     return found
 
 
-def test_a_silent_worker_is_named_and_the_run_continues_without_it(
-    make_fake: Callable[..., FakeWorkers], clock: list[float]
-) -> None:
+def test_a_silent_worker_is_named_and_the_run_continues_without_it(make_fake: MakeFake, clock: list[float]) -> None:
     fake = make_fake(workers=2, min_workers=1, stall_seconds=200)
     fake.begin("a", "n1", "n2")
     beats(fake, sign(0, 0), sign(1, 0))
@@ -139,7 +135,7 @@ def test_a_silent_worker_is_named_and_the_run_continues_without_it(
     ],
 )
 def test_a_silent_worker_does_not_end_an_attempt_that_loads_saves_or_progresses(
-    make_fake: Callable[..., FakeWorkers], clock: list[float], settings: dict[str, Any], told: dict[str, Any]
+    make_fake: MakeFake, clock: list[float], settings: dict[str, Any], told: dict[str, Any]
 ) -> None:
     fake = make_fake(**{"workers": 2, "stall_seconds": 200, **settings})
     fake.begin("a", "n1", "n2")
@@ -148,9 +144,7 @@ def test_a_silent_worker_does_not_end_an_attempt_that_loads_saves_or_progresses(
     assert "from the worker of rank 1 on n2" in fake.run.events.read_text()
 
 
-def test_the_run_continues_without_a_rank_that_cannot_be_killed(
-    make_fake: Callable[..., FakeWorkers], clock: list[float]
-) -> None:
+def test_the_run_continues_without_a_rank_that_cannot_be_killed(make_fake: MakeFake, clock: list[float]) -> None:
     """The rank hangs in the kernel, for example on lost storage, and its worker keeps reporting that."""
     fake = make_fake(workers=2, stall_seconds=60)
     fake.begin("a", "n1", "n2")
@@ -174,7 +168,7 @@ def test_the_run_continues_without_a_rank_that_cannot_be_killed(
     "phase, progress, signal", [("finishing", "writing", None), ("saving", "writing", "USR2"), ("training", "requested", "USR2")]
 )
 def test_a_resize_does_not_interrupt_writes(
-    make_fake: Callable[..., FakeWorkers], clock: list[float], phase: str, progress: str, signal: str | None
+    make_fake: MakeFake, clock: list[float], phase: str, progress: str, signal: str | None
 ) -> None:
     fake = make_fake(workers=2, min_workers=1)
     fake.begin("a", "n1")
@@ -202,9 +196,7 @@ def test_ray_trains_controller_waits_while_the_run_writes_and_for_the_grace_peri
     assert clock[0] - began == 99 + 10, "from the last word that it writes"
 
 
-def test_no_rank_is_judged_while_a_worker_is_silent(
-    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_rank_is_judged_while_a_worker_is_silent(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
     """A silent worker's last report is outdated, and its rank may be the one that all others wait for."""
     monkeypatch.setattr(watchdog, "_FRESH_S", -1.0)
     fake = make_fake(workers=2, stall_seconds=60)
@@ -296,7 +288,7 @@ def test_a_worker_reports_a_stopped_rank(table: HeartbeatTable) -> None:
             process.kill()
 
 
-def test_a_late_worker_of_a_replaced_group_is_refused(make_fake: Callable[..., FakeWorkers]) -> None:
+def test_a_late_worker_of_a_replaced_group_is_refused(make_fake: MakeFake) -> None:
     fake = make_fake(workers=2)
     late = Member(1, 0, "n9", "id-n9", "10.0.0.9", 1)
     fake.coordinator.enter("old", 2, replace(late, rank=0))

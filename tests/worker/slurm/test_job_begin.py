@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import slurm_said
-from fake_slurm import FakeSlurm, Job
+from fake_slurm import FakeSlurm, Job, Submitted
 
 from launcher import atomic_files, run_records, run_store
 from launcher.clusters import network
@@ -36,7 +36,7 @@ def alerts(of: Job) -> list[str]:
     return [event["text"] for event in read_events(of.run.events) if event["kind"] == "alert"]
 
 
-def test_the_first_start_claims_the_attempt(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_the_first_start_claims_the_attempt(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     code, out, err = of.begin()
     assert (code, out) == (0, "1\n")
@@ -50,9 +50,7 @@ def test_the_first_start_claims_the_attempt(submitted: Callable[..., Job], fake_
     assert fake_slurm.told() == []
 
 
-def test_a_requeue_opens_the_next_attempt_from_the_newest_checkpoint(
-    submitted: Callable[..., Job], in_slurm: Callable[..., None]
-) -> None:
+def test_a_requeue_opens_the_next_attempt_from_the_newest_checkpoint(submitted: Submitted, in_slurm: Callable[..., None]) -> None:
     of = submitted()
     of.saved(20)
     of.saved(40)
@@ -65,7 +63,7 @@ def test_a_requeue_opens_the_next_attempt_from_the_newest_checkpoint(
     assert of.status.attempt == 2
 
 
-def test_an_attempt_that_was_numbered_while_a_checkpoint_was_not_visible_begins_at_it(submitted: Callable[..., Job]) -> None:
+def test_an_attempt_that_was_numbered_while_a_checkpoint_was_not_visible_begins_at_it(submitted: Submitted) -> None:
     of = submitted()
     of.ended(1, "preempted")
     run_store.create_attempt(of.run, Attempt(resume_step=None, automatic=True))
@@ -74,7 +72,7 @@ def test_an_attempt_that_was_numbered_while_a_checkpoint_was_not_visible_begins_
     assert of.attempt(2).resume_step == 40
 
 
-def test_the_wait_of_a_requeued_job_counts_as_queue_time(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
+def test_the_wait_of_a_requeued_job_counts_as_queue_time(submitted: Submitted, in_slurm: Callable[..., None]) -> None:
     of, now, hour = submitted(), time.time(), 3600
     of.ended(1, "preempted", None, 20, submitted_at=now - 7 * hour, begun_at=now - 7 * hour)
     atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 6 * hour})
@@ -86,7 +84,7 @@ def test_the_wait_of_a_requeued_job_counts_as_queue_time(submitted: Callable[...
 
 
 def test_a_start_after_lost_machines_records_the_end_of_the_previous_attempt(
-    submitted: Callable[..., Job], in_slurm: Callable[..., None]
+    submitted: Submitted, in_slurm: Callable[..., None]
 ) -> None:
     of = submitted()
     of.begun()
@@ -116,7 +114,7 @@ REQUEUED = "the job was requeued at step 0 without saving"
     ],
 )
 def test_an_operators_requeue_is_told_apart_from_a_lost_node_without_accounting_too(
-    submitted: Callable[..., Job],
+    submitted: Submitted,
     in_slurm: Callable[..., None],
     fake_slurm: FakeSlurm,
     accounted: str,
@@ -143,9 +141,7 @@ def test_an_operators_requeue_is_told_apart_from_a_lost_node_without_accounting_
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "SUSPENDED"])
-def test_a_job_does_not_start_a_run_that_another_job_runs(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, state: str
-) -> None:
+def test_a_job_does_not_start_a_run_that_another_job_runs(submitted: Submitted, fake_slurm: FakeSlurm, state: str) -> None:
     of = submitted()
     of.begun(job="40")
     before = of.attempt(), of.status
@@ -158,7 +154,7 @@ def test_a_job_does_not_start_a_run_that_another_job_runs(
 
 
 def test_a_job_fails_where_slurm_does_not_say_whether_another_job_runs_the_run(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+    submitted: Submitted, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "_BEGIN_PATIENCE_S", 3.0)
     of = submitted()
@@ -172,7 +168,7 @@ def test_a_job_fails_where_slurm_does_not_say_whether_another_job_runs_the_run(
     assert (of.attempt(), of.status) == before
 
 
-def test_the_job_waits_for_a_restarting_controller(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_the_job_waits_for_a_restarting_controller(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun(job="40")
     fake_slurm.answer("squeue", out=slurm_said.squeue("40", "RUNNING"))
@@ -185,7 +181,7 @@ def test_the_job_waits_for_a_restarting_controller(submitted: Callable[..., Job]
     assert of.attempt(2).ends_at == 1795554098.0
 
 
-def test_only_the_number_is_printed(submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_number_is_printed(submitted: Submitted, monkeypatch: pytest.MonkeyPatch) -> None:
     of = submitted()
     addresses = network.node_addresses
 
@@ -200,9 +196,7 @@ def test_only_the_number_is_printed(submitted: Callable[..., Job], monkeypatch: 
 
 
 @pytest.mark.parametrize("known", ["PENDING", "COMPLETED", "another's", "accounted", "unknown"])
-def test_a_job_starts_a_run_whose_previous_job_has_ended(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, known: str
-) -> None:
+def test_a_job_starts_a_run_whose_previous_job_has_ended(submitted: Submitted, fake_slurm: FakeSlurm, known: str) -> None:
     of = submitted()
     of.ended(1, "preempted", job="40")
     fake_slurm.answer("sacct", out=slurm_said.sacct("40", "FAILED") if known == "accounted" else "")
@@ -216,7 +210,7 @@ def test_a_job_starts_a_run_whose_previous_job_has_ended(
 
 
 @pytest.mark.parametrize("cause", ["completed", "cancelled", "limit"])
-def test_a_finished_run_is_not_started_again(submitted: Callable[..., Job], cause: str, in_slurm: Callable[..., None]) -> None:
+def test_a_finished_run_is_not_started_again(submitted: Submitted, cause: str, in_slurm: Callable[..., None]) -> None:
     of = submitted()
     of.begun()
     # The result is the same whether the job was killed before its conclusion or not.
@@ -229,9 +223,7 @@ def test_a_finished_run_is_not_started_again(submitted: Callable[..., Job], caus
     assert run_store.newest_attempt(of.run) == 1
 
 
-def test_a_spent_budget_refuses_the_next_start(
-    submitted: Callable[..., Job], in_slurm: Callable[..., None], told: list[int]
-) -> None:
+def test_a_spent_budget_refuses_the_next_start(submitted: Submitted, in_slurm: Callable[..., None], told: list[int]) -> None:
     of = submitted(max_failures=1)
     of.ended(1, "failure", None, 20)
     of.ended(2, "failure", 20, 20, automatic=True)
@@ -248,7 +240,7 @@ def test_a_spent_budget_refuses_the_next_start(
 
 @pytest.mark.parametrize("numbered", [False, True])
 def test_a_reached_limit_ends_the_run_before_the_model_loads(
-    submitted: Callable[..., Job], in_slurm: Callable[..., None], told: list[int], numbered: bool
+    submitted: Submitted, in_slurm: Callable[..., None], told: list[int], numbered: bool
 ) -> None:
     """The limit also applies if the attempt was numbered before its job waited in the queue."""
     of = submitted()
@@ -273,7 +265,7 @@ def test_a_reached_limit_ends_the_run_before_the_model_loads(
     assert of.begin()[:2] == (0, "2\n")
 
 
-def test_a_resume_by_a_person_resets_the_budgets(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
+def test_a_resume_by_a_person_resets_the_budgets(submitted: Submitted, in_slurm: Callable[..., None]) -> None:
     of = submitted(max_failures=1)
     of.ended(1, "failure", None, 20)
     of.ended(2, "failure", 20, 40, automatic=False)
@@ -282,7 +274,7 @@ def test_a_resume_by_a_person_resets_the_budgets(submitted: Callable[..., Job], 
 
 
 def test_a_public_master_address_is_refused(
-    submitted: Callable[..., Job],
+    submitted: Submitted,
     fake_slurm: FakeSlurm,
     in_slurm: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
@@ -307,13 +299,13 @@ def test_a_public_master_address_is_refused(
     assert told == [1]
 
 
-def test_a_single_node_meets_on_loopback_whatever_its_interface(submitted: Callable[..., Job]) -> None:
+def test_a_single_node_meets_on_loopback_whatever_its_interface(submitted: Submitted) -> None:
     of = submitted(interface="eth7")
     assert of.begin()[0] == 0
     assert (of.attempt().address, of.attempt().interface) == ("127.0.0.1", "lo")
 
 
-def test_two_starts_at_once_do_not_open_two_attempts(submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_starts_at_once_do_not_open_two_attempts(submitted: Submitted, monkeypatch: pytest.MonkeyPatch) -> None:
     of = submitted()
     monkeypatch.setattr(job, "_LOCK_WAIT_S", 0.1)
     with run_store.start_lock(of.run):

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import slurm_said
-from fake_slurm import FakeSlurm, Job
+from fake_slurm import FakeSlurm, Submitted
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters.slurm import cluster, queue
@@ -25,7 +24,7 @@ from launcher.worker.slurm import job
 pytestmark = pytest.mark.rest
 
 
-def test_a_completed_run_is_over(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_completed_run_is_over(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("completed", step=60)
@@ -38,7 +37,7 @@ def test_a_completed_run_is_over(submitted: Callable[..., Job], fake_slurm: Fake
 
 
 @pytest.mark.parametrize("left_s, cause", [(3600, "preempted"), (30, "time_limit")])
-def test_an_interrupted_run_is_requeued(submitted: Callable[..., Job], fake_slurm: FakeSlurm, left_s: float, cause: str) -> None:
+def test_an_interrupted_run_is_requeued(submitted: Submitted, fake_slurm: FakeSlurm, left_s: float, cause: str) -> None:
     of = submitted()
     of.begun(ends_at=time.time() + left_s)
     of.outcome("preempted")
@@ -52,7 +51,7 @@ def test_an_interrupted_run_is_requeued(submitted: Callable[..., Job], fake_slur
 
 @pytest.mark.parametrize("settings", [{}, {"requeue": False}])
 def test_where_a_requeue_is_refused_the_run_is_submitted_again(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    submitted: Submitted, fake_slurm: FakeSlurm, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = submitted(additional_parameters={"dependency": "afterok:7", "exclude": "n9"}, **settings)
     of.begun()
@@ -80,7 +79,7 @@ def test_where_a_requeue_is_refused_the_run_is_submitted_again(
     assert of.status.state == "pending"
 
 
-def test_the_error_of_sbatch_is_in_the_status(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_the_error_of_sbatch_is_in_the_status(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted(requeue=False)
     of.begun()
     of.outcome("preempted")
@@ -91,9 +90,7 @@ def test_the_error_of_sbatch_is_in_the_status(submitted: Callable[..., Job], fak
 
 
 @pytest.mark.parametrize("exclude", [None, "n9"])
-def test_a_bad_node_is_excluded_from_the_next_start(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, exclude: str | None
-) -> None:
+def test_a_bad_node_is_excluded_from_the_next_start(submitted: Submitted, fake_slurm: FakeSlurm, exclude: str | None) -> None:
     of = submitted(exclude_bad_nodes=True, additional_parameters={"exclude": exclude} if exclude else {})
     of.begun()
     of.bad_node()
@@ -108,7 +105,7 @@ def test_a_bad_node_is_excluded_from_the_next_start(
 
 @pytest.mark.parametrize("exclude", [None, "n9"])
 def test_a_bad_node_is_not_excluded_after_a_newer_checkpoint(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, exclude: str | None
+    submitted: Submitted, fake_slurm: FakeSlurm, exclude: str | None
 ) -> None:
     of = submitted(exclude_bad_nodes=True, additional_parameters={"exclude": exclude} if exclude else {})
     of.begun()
@@ -123,7 +120,7 @@ def test_a_bad_node_is_not_excluded_after_a_newer_checkpoint(
     ]
 
 
-def test_a_bad_node_ends_the_run_where_exclusion_is_off(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_bad_node_ends_the_run_where_exclusion_is_off(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.bad_node()
@@ -133,7 +130,7 @@ def test_a_bad_node_ends_the_run_where_exclusion_is_off(submitted: Callable[...,
     assert "cluster.exclude_bad_nodes=true" in of.status.message
 
 
-def test_a_job_is_not_left_held(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_job_is_not_left_held(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted(exclude_bad_nodes=True)
     of.begun()
     of.bad_node()
@@ -143,9 +140,7 @@ def test_a_job_is_not_left_held(submitted: Callable[..., Job], fake_slurm: FakeS
     assert fake_slurm.told()[3][0] == "sbatch"
 
 
-def test_a_job_that_slurm_preempts_and_requeues_is_not_requeued_twice(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm
-) -> None:
+def test_a_job_that_slurm_preempts_and_requeues_is_not_requeued_twice(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -157,7 +152,7 @@ def test_a_job_that_slurm_preempts_and_requeues_is_not_requeued_twice(
 
 @pytest.mark.parametrize("how", [{"requeue": 0}, {"partition": "high"}])
 def test_a_preempted_job_that_slurm_does_not_requeue_is_requeued(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, how: dict[str, Any]
+    submitted: Submitted, fake_slurm: FakeSlurm, how: dict[str, Any]
 ) -> None:
     of = submitted()
     of.begun()
@@ -169,7 +164,7 @@ def test_a_preempted_job_that_slurm_does_not_requeue_is_requeued(
 
 @pytest.mark.parametrize("kind", ["preempt/qos", None])
 def test_a_preempted_job_is_requeued_where_slurms_requeue_is_uncertain(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, kind: str | None
+    submitted: Submitted, fake_slurm: FakeSlurm, kind: str | None
 ) -> None:
     of = submitted()
     of.begun()
@@ -183,7 +178,7 @@ def test_a_preempted_job_is_requeued_where_slurms_requeue_is_uncertain(
     assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
 
 
-def test_a_job_that_an_operator_requeues_is_not_requeued_twice(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_job_that_an_operator_requeues_is_not_requeued_twice(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -193,7 +188,7 @@ def test_a_job_that_an_operator_requeues_is_not_requeued_twice(submitted: Callab
     assert of.status.state == "pending"
 
 
-def test_a_cancelled_run_is_not_requeued(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_cancelled_run_is_not_requeued(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -203,7 +198,7 @@ def test_a_cancelled_run_is_not_requeued(submitted: Callable[..., Job], fake_slu
     assert (of.status.state, of.exit()["cause"]) == ("cancelled", "cancelled")
 
 
-def test_a_user_error_is_not_requeued(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_user_error_is_not_requeued(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.failed("DataError")
@@ -213,7 +208,7 @@ def test_a_user_error_is_not_requeued(submitted: Callable[..., Job], fake_slurm:
     assert of.exit()["first_failure"]["kind"] == "DataError"
 
 
-def test_budgets_count_from_the_last_start_by_a_person(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_budgets_count_from_the_last_start_by_a_person(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted(max_failures=2)
     of.ended(1, "failure")
     of.ended(2, "failure", automatic=True)
@@ -229,7 +224,7 @@ def test_budgets_count_from_the_last_start_by_a_person(submitted: Callable[..., 
     assert of.conclude(5) == 0
 
 
-def test_a_superseded_slurm_attempt_writes_nothing(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_superseded_slurm_attempt_writes_nothing(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -241,7 +236,7 @@ def test_a_superseded_slurm_attempt_writes_nothing(submitted: Callable[..., Job]
     assert fake_slurm.told() == []
 
 
-def test_the_job_concludes_where_slurm_does_not_answer(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_the_job_concludes_where_slurm_does_not_answer(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("completed")
@@ -260,7 +255,7 @@ def test_calls_to_slurm_end_before_the_jobs_time_does(ends_in_s: float | None, l
     assert least <= job._patience_s(run_records.Attempt(None, ends_at=ends_at)) <= most
 
 
-def test_a_requeue_without_an_answer_is_retried(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_requeue_without_an_answer_is_retried(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -270,7 +265,7 @@ def test_a_requeue_without_an_answer_is_retried(submitted: Callable[..., Job], f
     assert run_store.newest_attempt(of.run) == 1
 
 
-def test_a_requeue_whose_answer_was_lost_is_not_repeated(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_requeue_whose_answer_was_lost_is_not_repeated(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -282,7 +277,7 @@ def test_a_requeue_whose_answer_was_lost_is_not_repeated(submitted: Callable[...
 
 
 def test_a_job_that_cannot_be_released_is_cancelled_before_another_is_submitted(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm
+    submitted: Submitted, fake_slurm: FakeSlurm
 ) -> None:
     of = submitted(exclude_bad_nodes=True)
     of.begun()
@@ -294,7 +289,7 @@ def test_a_job_that_cannot_be_released_is_cancelled_before_another_is_submitted(
 
 
 def test_a_resubmission_fails_where_another_command_holds_the_run(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+    submitted: Submitted, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = submitted(requeue=False)
     of.begun()
@@ -307,7 +302,7 @@ def test_a_resubmission_fails_where_another_command_holds_the_run(
 
 
 def test_a_full_disk_does_not_prevent_the_requeue(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+    submitted: Submitted, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = submitted()
     of.begun()
@@ -371,9 +366,7 @@ def test_a_refusal_of_slurm_is_final_and_silence_is_retried(fake_slurm: FakeSlur
         slurm("sinfo", deadline_s=0.2)
 
 
-def test_term_from_the_jobs_own_requeue_does_not_stop_the_conclusion(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm
-) -> None:
+def test_term_from_the_jobs_own_requeue_does_not_stop_the_conclusion(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
     """As soon as Slurm accepts the requeue, it ends the job and this process with it."""
     of = submitted(exclude_bad_nodes=True)
     of.begun()
