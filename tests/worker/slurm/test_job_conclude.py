@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import slurm_said
-from fake_slurm import FakeSlurm, Submitted
+from fake_slurm import FakeSlurm, Job, Submitted
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters.slurm import cluster, queue
@@ -22,6 +22,24 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.worker.slurm import job
 
 pytestmark = pytest.mark.rest
+
+
+@pytest.fixture
+def stopped(submitted: Submitted) -> Job:
+    """A job whose ranks have saved and stopped before its end."""
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    return of
+
+
+@pytest.fixture
+def on_bad_node(submitted: Submitted) -> Job:
+    """A job that may exclude nodes, after one of its nodes failed its checks."""
+    of = submitted(exclude_bad_nodes=True)
+    of.begun()
+    of.bad_node()
+    return of
 
 
 def test_a_completed_run_is_over(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
@@ -130,72 +148,54 @@ def test_a_bad_node_ends_the_run_where_exclusion_is_off(submitted: Submitted, fa
     assert "cluster.exclude_bad_nodes=true" in of.status.message
 
 
-def test_a_job_is_not_left_held(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
-    of = submitted(exclude_bad_nodes=True)
-    of.begun()
-    of.bad_node()
+def test_a_job_is_not_left_held(on_bad_node: Job, fake_slurm: FakeSlurm) -> None:
     fake_slurm.refuse("scontrol", "update", said="slurm_update error: Invalid node name specified")
-    assert of.conclude() == 0
+    assert on_bad_node.conclude() == 0
     assert [call[:2] for call in fake_slurm.told()[:3]] == [["scontrol", verb] for verb in ("requeuehold", "update", "release")]
     assert fake_slurm.told()[3][0] == "sbatch"
 
 
-def test_a_job_that_slurm_preempts_and_requeues_is_not_requeued_twice(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
-    of = submitted()
-    of.begun()
-    of.outcome("preempted")
+def test_a_job_that_slurm_preempts_and_requeues_is_not_requeued_twice(stopped: Job, fake_slurm: FakeSlurm) -> None:
     fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(preempted="1795553524"))
-    assert of.conclude() == 0
+    assert stopped.conclude() == 0
     assert fake_slurm.told() == []
-    assert (of.status.state, of.exit()["cause"]) == ("pending", "preempted")
+    assert (stopped.status.state, stopped.exit()["cause"]) == ("pending", "preempted")
 
 
 @pytest.mark.parametrize("how", [{"requeue": 0}, {"partition": "high"}])
 def test_a_preempted_job_that_slurm_does_not_requeue_is_requeued(
-    submitted: Submitted, fake_slurm: FakeSlurm, how: dict[str, Any]
+    stopped: Job, fake_slurm: FakeSlurm, how: dict[str, Any]
 ) -> None:
-    of = submitted()
-    of.begun()
-    of.outcome("preempted")
     fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(preempted="1795553524", **how))
-    assert of.conclude() == 0
+    assert stopped.conclude() == 0
     assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
 
 
 @pytest.mark.parametrize("kind", ["preempt/qos", None])
 def test_a_preempted_job_is_requeued_where_slurms_requeue_is_uncertain(
-    submitted: Submitted, fake_slurm: FakeSlurm, kind: str | None
+    stopped: Job, fake_slurm: FakeSlurm, kind: str | None
 ) -> None:
-    of = submitted()
-    of.begun()
-    of.outcome("preempted")
     fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(preempted="1795553524"))
     if kind is None:
         fake_slurm.refuse("scontrol", "show", "config", said="slurm_load_ctl_conf error: Access/permission denied")
     else:
         fake_slurm.answer("scontrol", "show", "config", out=slurm_said.CONFIG.replace("preempt/partition_prio", kind))
-    assert of.conclude() == 0
+    assert stopped.conclude() == 0
     assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
 
 
-def test_a_job_that_an_operator_requeues_is_not_requeued_twice(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
-    of = submitted()
-    of.begun()
-    of.outcome("preempted")
+def test_a_job_that_an_operator_requeues_is_not_requeued_twice(stopped: Job, fake_slurm: FakeSlurm) -> None:
     fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("PENDING", "COMPLETING"))
-    assert of.conclude() == 0
+    assert stopped.conclude() == 0
     assert fake_slurm.told() == []
-    assert of.status.state == "pending"
+    assert stopped.status.state == "pending"
 
 
-def test_a_cancelled_run_is_not_requeued(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
-    of = submitted()
-    of.begun()
-    of.outcome("preempted")
+def test_a_cancelled_run_is_not_requeued(stopped: Job, fake_slurm: FakeSlurm) -> None:
     fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("CANCELLED", "COMPLETING"))
-    assert of.conclude() == 1
+    assert stopped.conclude() == 1
     assert fake_slurm.told() == []
-    assert (of.status.state, of.exit()["cause"]) == ("cancelled", "cancelled")
+    assert (stopped.status.state, stopped.exit()["cause"]) == ("cancelled", "cancelled")
 
 
 def test_a_user_error_is_not_requeued(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
@@ -224,15 +224,12 @@ def test_budgets_count_from_the_last_start_by_a_person(submitted: Submitted, fak
     assert of.conclude(5) == 0
 
 
-def test_a_superseded_slurm_attempt_writes_nothing(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
-    of = submitted()
-    of.begun()
-    of.outcome("preempted")
-    of.begun(2, automatic=True)
-    before = of.status
-    assert of.conclude(1) == 1
-    assert not (of.run.attempt(1) / "exit.json").exists()
-    assert of.status == before
+def test_a_superseded_slurm_attempt_writes_nothing(stopped: Job, fake_slurm: FakeSlurm) -> None:
+    stopped.begun(2, automatic=True)
+    before = stopped.status
+    assert stopped.conclude(1) == 1
+    assert not (stopped.run.attempt(1) / "exit.json").exists()
+    assert stopped.status == before
     assert fake_slurm.told() == []
 
 
@@ -255,24 +252,18 @@ def test_calls_to_slurm_end_before_the_jobs_time_does(ends_in_s: float | None, l
     assert least <= job._patience_s(run_records.Attempt(None, ends_at=ends_at)) <= most
 
 
-def test_a_requeue_without_an_answer_is_retried(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
-    of = submitted()
-    of.begun()
-    of.outcome("preempted")
+def test_a_requeue_without_an_answer_is_retried(stopped: Job, fake_slurm: FakeSlurm) -> None:
     fake_slurm.refuse("scontrol", "requeue", said=slurm_said.UNREACHABLE, times=2)
-    assert of.conclude() == 0
+    assert stopped.conclude() == 0
     assert fake_slurm.told() == [["scontrol", "requeue", "41"]] * 3
-    assert run_store.newest_attempt(of.run) == 1
+    assert run_store.newest_attempt(stopped.run) == 1
 
 
-def test_a_requeue_whose_answer_was_lost_is_not_repeated(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
-    of = submitted()
-    of.begun()
-    of.outcome("preempted")
+def test_a_requeue_whose_answer_was_lost_is_not_repeated(stopped: Job, fake_slurm: FakeSlurm) -> None:
     fake_slurm.refuse("scontrol", "requeue", said="Requeue: Socket timed out on send/recv operation for job 41")
     fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("PENDING", "COMPLETING"))
     fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("RUNNING"), times=1)
-    assert of.conclude() == 0
+    assert stopped.conclude() == 0
     assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
 
 
@@ -301,18 +292,13 @@ def test_a_resubmission_fails_where_another_command_holds_the_run(
     assert fake_slurm.told() == []
 
 
-def test_a_full_disk_does_not_prevent_the_requeue(
-    submitted: Submitted, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    of = submitted()
-    of.begun()
-    of.outcome("preempted")
+def test_a_full_disk_does_not_prevent_the_requeue(stopped: Job, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(atomic_files, "write_text", full)
-    code, _, err = of._main("conclude", str(of.run.plan), "1", "1")
+    code, _, err = stopped._main("conclude", str(stopped.run.plan), "1", "1")
     assert code == 0
     assert err.count("but the launcher acts on it: [Errno 28] No space left on device\n") == 2
     assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
@@ -366,13 +352,10 @@ def test_a_refusal_of_slurm_is_final_and_silence_is_retried(fake_slurm: FakeSlur
         slurm("sinfo", deadline_s=0.2)
 
 
-def test_term_from_the_jobs_own_requeue_does_not_stop_the_conclusion(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
+def test_term_from_the_jobs_own_requeue_does_not_stop_the_conclusion(on_bad_node: Job, fake_slurm: FakeSlurm) -> None:
     """As soon as Slurm accepts the requeue, it ends the job and this process with it."""
-    of = submitted(exclude_bad_nodes=True)
-    of.begun()
-    of.bad_node()
     fake_slurm.answer("scontrol", "requeuehold", signals=[signal.SIGTERM])
-    command = [sys.executable, "-m", "launcher.worker.slurm.job", "conclude", str(of.run.plan), "1", "1"]
+    command = [sys.executable, "-m", "launcher.worker.slurm.job", "conclude", str(on_bad_node.run.plan), "1", "1"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path(job.__file__).parents[2])}, timeout=60)
     assert done.returncode == 0
     assert [call[1] for call in fake_slurm.told()] == ["requeuehold", "update", "release"]
