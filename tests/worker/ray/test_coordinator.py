@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_workers import FIT, KILLED, MakeFake, kind
+from fake_workers import FIT, KILLED, FakeWorkers, MakeFake, kind
 from unusual_files import stale
 
 from launcher import atomic_files, json_records, run_store
@@ -22,6 +22,14 @@ from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray import node_checks, run_end
 from launcher.worker.ray.messages import BeatReply, Leave, Member, Verdict, Wait
+
+
+@pytest.fixture
+def fake(make_fake: MakeFake) -> FakeWorkers:
+    """A group of two workers on one node, which trains."""
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
+    return fake
 
 
 def test_training_starts_when_all_workers_have_entered_and_all_nodes_are_checked(make_fake: MakeFake) -> None:
@@ -79,9 +87,7 @@ def test_a_package_version_that_differs_on_a_node_is_named(make_fake: MakeFake) 
     assert "n2: nodes differ in packages: torch 1; most nodes: torch 2" in fake.coordinator.state().over
 
 
-def test_a_completed_run_ends_with_a_final_verdict(make_fake: MakeFake) -> None:
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
+def test_a_completed_run_ends_with_a_final_verdict(fake: FakeWorkers) -> None:
     assert fake.coordinator.beat("a", 0, None) == BeatReply()
     fake.save(5)
     fake.outcome("completed", 5)
@@ -93,9 +99,7 @@ def test_a_completed_run_ends_with_a_final_verdict(make_fake: MakeFake) -> None:
     assert run_store.read_status(fake.run).state == "completed"
 
 
-def test_after_a_killed_rank_the_others_get_term_and_the_next_group_resumes(make_fake: MakeFake) -> None:
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
+def test_after_a_killed_rank_the_others_get_term_and_the_next_group_resumes(fake: FakeWorkers) -> None:
     fake.save(5)
     fake.end(1, KILLED)
     assert fake.coordinator.beat("a", 1, "failed").verdict is None
@@ -179,9 +183,7 @@ def test_the_wait_for_the_next_group_counts_as_queue_time(make_fake: MakeFake) -
     assert found.held_s == pytest.approx(hour, abs=60)
 
 
-def test_a_reached_limit_ends_the_run_before_its_workers_load(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
+def test_a_reached_limit_ends_the_run_before_its_workers_load(fake: FakeWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.end(1, KILLED)
     monkeypatch.setattr(goodput, "reached_limit", lambda run, plan, now: "run.max_hours=2 is reached")
     assert fake.begin("b", "n1", "n1")[0] == Leave("run.max_hours=2 is reached")
@@ -203,9 +205,7 @@ def test_a_failure_of_the_training_that_repeats_ends_the_run(make_fake: MakeFake
     assert "cluster.max_failures=1 is used up" in verdict.reason
 
 
-def test_cancel_asks_for_a_save_and_a_second_one_kills(make_fake: MakeFake) -> None:
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
+def test_cancel_asks_for_a_save_and_a_second_one_kills(fake: FakeWorkers) -> None:
     file = fake.run.cancel(1)
     atomic_files.write_json(file, {"save": True})
     assert fake.coordinator.beat("a", 0, None).signal == "USR1"
@@ -237,9 +237,7 @@ def test_workers_leave_a_run_that_another_command_has_restarted(make_fake: MakeF
     assert run_store.read_status(fake.run) == before
 
 
-def test_workers_of_a_replaced_group_are_ordered_to_exit(make_fake: MakeFake) -> None:
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
+def test_workers_of_a_replaced_group_are_ordered_to_exit(fake: FakeWorkers) -> None:
     fake.begin("b", "n1", "n1")
     answer = fake.coordinator.beat("a", 0, None)
     assert (answer.signal, answer.verdict.again) == ("KILL", False)
@@ -288,10 +286,8 @@ def test_a_cancel_request_ends_the_node_checks(make_fake: MakeFake) -> None:
     assert run_store.read_status(fake.run).state == "cancelled"
 
 
-def test_silent_workers_make_the_run_pending_until_they_return(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_workers_make_the_run_pending_until_they_return(fake: FakeWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SILENT_S", 0.05)
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
     time.sleep(0.06)
     assert fake.coordinator.state().idle_s > 0
     assert run_store.read_status(fake.run).state == "pending"
@@ -335,10 +331,8 @@ def test_the_error_of_workers_that_could_not_start_is_cleared_when_others_begin(
     assert fake.coordinator.state().early_failure == ""
 
 
-def test_a_superseded_attempt_on_ray_writes_no_exit_record(make_fake: MakeFake) -> None:
+def test_a_superseded_attempt_on_ray_writes_no_exit_record(fake: FakeWorkers) -> None:
     """The same holds if a network file system does not show the other attempt yet."""
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
     before = run_store.read_status(fake.run)
     with stale(fake.run.attempts):
         run_store.create_attempt(fake.run, Attempt(resume_step=None))
@@ -350,9 +344,7 @@ def test_a_superseded_attempt_on_ray_writes_no_exit_record(make_fake: MakeFake) 
     assert fake.causes == []
 
 
-def test_unreadable_storage_only_delays_an_attempt(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
+def test_unreadable_storage_only_delays_an_attempt(fake: FakeWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
 
         def down(root: Path) -> int | None:
@@ -376,9 +368,7 @@ def test_ranks_do_not_meet_at_a_public_address(make_fake: MakeFake) -> None:
     assert "a public address: n1 at 8.8.8.8" in orders.reason
 
 
-def test_a_cancel_request_between_two_groups_ends_the_run(make_fake: MakeFake) -> None:
-    fake = make_fake()
-    fake.begin("a", "n1", "n1")
+def test_a_cancel_request_between_two_groups_ends_the_run(fake: FakeWorkers) -> None:
     fake.end(1, KILLED)
     fake.end(0)
     fake.coordinator.beat("a", 1, "failed")

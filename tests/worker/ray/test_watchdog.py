@@ -25,6 +25,14 @@ from launcher.worker.ray.messages import BeatReply, Leave, Member, RankSign, Res
 from launcher.worker.ray.watchdog import GroupLiveness, Observer
 
 
+@pytest.fixture
+def fake(make_fake: MakeFake) -> FakeWorkers:
+    """A group of two workers on two nodes, which trains."""
+    fake = make_fake(workers=2, stall_seconds=60)
+    fake.begin("a", "n1", "n2")
+    return fake
+
+
 @pytest.fixture(autouse=True)
 def stacks_need_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "DUMP_S", 0.0)
@@ -39,9 +47,7 @@ def beats(fake: FakeWorkers, *signs: RankSign | None) -> list[BeatReply]:
     return answers
 
 
-def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_node(make_fake: MakeFake) -> None:
-    fake = make_fake(workers=2, stall_seconds=60)
-    fake.begin("a", "n1", "n2")
+def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_node(fake: FakeWorkers) -> None:
     late = beats(fake, sign(0, 61), sign(1, 61, count=499))
     assert [answer.hang for answer in late] == [None, None]
     late = beats(fake, sign(0, 74), sign(1, 76, count=499))
@@ -52,10 +58,8 @@ def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_nod
 
 
 @pytest.mark.parametrize("silent_s", [(61, 61), (61, 5)])
-def test_all_ranks_dump_their_stacks_once_before_any_is_killed(silent_s: tuple[float, float], make_fake: MakeFake) -> None:
+def test_all_ranks_dump_their_stacks_once_before_any_is_killed(silent_s: tuple[float, float], fake: FakeWorkers) -> None:
     """A rank that is not late yet also dumps its stacks: it may wait for the stalled one."""
-    fake = make_fake(workers=2, stall_seconds=60)
-    fake.begin("a", "n1", "n2")
     asked = {0: 0, 1: 0}
     fake.coordinator._group.liveness._since = 0.0  # type: ignore[union-attr]
     for _ in range(4):
@@ -66,9 +70,7 @@ def test_all_ranks_dump_their_stacks_once_before_any_is_killed(silent_s: tuple[f
     assert asked == {0: 1, 1: 1}
 
 
-def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(make_fake: MakeFake) -> None:
-    fake = make_fake(workers=2, stall_seconds=60)
-    fake.begin("a", "n1", "n2")
+def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(fake: FakeWorkers) -> None:
     answers = beats(fake, sign(0, 61, count=499), sign(1, 61, state=psutil.STATUS_STOPPED))
     assert answers[0].hang is None
     assert "rank 1 on n2 (pid 4001) is stopped" in answers[1].hang
@@ -77,9 +79,7 @@ def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(make_
 LOADING = {"trained": False, "phase": "joined"}
 
 
-def test_ranks_that_load_are_killed_when_none_of_the_run_reads(make_fake: MakeFake) -> None:
-    fake = make_fake(workers=2, stall_seconds=60)
-    fake.begin("a", "n1", "n2")
+def test_ranks_that_load_are_killed_when_none_of_the_run_reads(fake: FakeWorkers) -> None:
     # Rank 1 waits for rank 0, which reads; nothing is known about a rank that has not started.
     for first in (None, sign(0, 5, **LOADING), sign(0, 299, **LOADING)):
         assert [answer.hang for answer in beats(fake, first, sign(1, 600, **LOADING))] == [None, None]
@@ -89,9 +89,7 @@ def test_ranks_that_load_are_killed_when_none_of_the_run_reads(make_fake: MakeFa
     assert "rank 0 on n1" in answers[0].hang
 
 
-def test_a_rank_that_is_stopped_while_it_loads_is_killed_alone(make_fake: MakeFake) -> None:
-    fake = make_fake(workers=2, stall_seconds=60)
-    fake.begin("a", "n1", "n2")
+def test_a_rank_that_is_stopped_while_it_loads_is_killed_alone(fake: FakeWorkers) -> None:
     answers = beats(fake, sign(0, 61, **LOADING), sign(1, 61, state=psutil.STATUS_STOPPED, **LOADING))
     assert answers[0].hang is None
     assert answers[1].hang.endswith("is stopped by a signal (SIGSTOP): no progress for 61 s while the model is loaded; killed it")
@@ -144,10 +142,8 @@ def test_a_silent_worker_does_not_end_an_attempt_that_loads_saves_or_progresses(
     assert "from the worker of rank 1 on n2" in fake.run.events.read_text()
 
 
-def test_the_run_continues_without_a_rank_that_cannot_be_killed(make_fake: MakeFake, clock: list[float]) -> None:
+def test_the_run_continues_without_a_rank_that_cannot_be_killed(fake: FakeWorkers, clock: list[float]) -> None:
     """The rank hangs in the kernel, for example on lost storage, and its worker keeps reporting that."""
-    fake = make_fake(workers=2, stall_seconds=60)
-    fake.begin("a", "n1", "n2")
     late = beats(fake, sign(0, 61), sign(1, 61, state=psutil.STATUS_DISK_SLEEP))
     assert "hangs in the kernel" in late[1].hang
     for _ in range(2):
@@ -196,11 +192,9 @@ def test_ray_trains_controller_waits_while_the_run_writes_and_for_the_grace_peri
     assert clock[0] - began == 99 + 10, "from the last word that it writes"
 
 
-def test_no_rank_is_judged_while_a_worker_is_silent(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rank_is_judged_while_a_worker_is_silent(fake: FakeWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A silent worker's last report is outdated, and its rank may be the one that all others wait for."""
     monkeypatch.setattr(watchdog, "_FRESH_S", -1.0)
-    fake = make_fake(workers=2, stall_seconds=60)
-    fake.begin("a", "n1", "n2")
     answers = beats(fake, sign(0, 74), sign(1, 76, count=499))
     assert [answer.hang for answer in answers] == [None, None]
 
