@@ -142,7 +142,7 @@ def test_a_silent_worker_does_not_end_an_attempt_that_loads_saves_or_progresses(
     assert "from the worker of rank 1 on n2" in fake.run.events.read_text()
 
 
-def test_the_run_continues_without_a_rank_that_cannot_be_killed(fake: FakeWorkers, clock: list[float]) -> None:
+def test_the_run_continues_without_a_rank_that_cannot_be_killed(clock: list[float], fake: FakeWorkers) -> None:
     """The rank hangs in the kernel, for example on lost storage, and its worker keeps reporting that."""
     late = beats(fake, sign(0, 61), sign(1, 61, state=psutil.STATUS_DISK_SLEEP))
     assert "hangs in the kernel" in late[1].hang
