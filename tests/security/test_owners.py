@@ -50,7 +50,9 @@ def above() -> Iterator[Path]:
 @pytest.fixture
 def own(above: Path) -> Path:
     folder = above / "runs/demo"
-    folder.mkdir(parents=True, mode=0o755)
+    folder.mkdir(parents=True)
+    for one in (folder.parent, folder):
+        one.chmod(0o755)
     return folder
 
 
