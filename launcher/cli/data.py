@@ -21,7 +21,6 @@ from launcher.cli.render.sections import (
     Section,
     Table,
     Text,
-    Tone,
 )
 from launcher.cli.verbs import flags_of
 from launcher.cli.worker_process import check_extra, prepare
@@ -147,7 +146,7 @@ def to_sections(report: dict[str, Any]) -> list[Part]:
     for columns in ([*range(split)], [0, *range(split, len(header))]) if rows else ():
         cells = [[row[i] for i in columns] for row in (header, *rows)]
         parts.append(Section("", [Table(cells[0], cells[1:], range(1, len(columns)))]))
-    parts.append(Items([_show_controls(note) for note in list_notes(report)]))
+    parts.append(Items([_show_controls(note) for note in list_notes(report)], "soft"))
     parts.append(
         Charts(
             [
@@ -167,7 +166,7 @@ def to_sections(report: dict[str, Any]) -> list[Part]:
             inner.append(MarkedText([(_show_controls(part["text"]), part["trained"]) for part in document["parts"]]))
         num_tokens = format_count(sum(document["tokens"] for document in documents), "token")
         shown.append(Section(f"row {one['row']:,}, {num_tokens}" if one["whole"] else f"document {number}", inner))
-    return [*parts, Section("what is trained", [Text(_MARKED, "soft"), *shown])] if shown else parts
+    return [*parts, Section("What is trained", [Text(_MARKED, "soft"), *shown])] if shown else parts
 
 
 def summarize(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -191,7 +190,7 @@ def summarize(report: dict[str, Any]) -> list[tuple[str, str]]:
     if report["dropped_documents"]:
         too_long, excluded = report["too_long_documents"], report["excluded_documents"]
         by_checks = report["dropped_documents"] - too_long - excluded
-        dropped = f"{by_checks:,} documents by data.checks, {too_long:,} that are longer than a row"
+        dropped = f"{format_count(by_checks, 'document')} by data.checks, {too_long:,} longer than a row"
         rows.append(("dropped", dropped + (f", {excluded:,} by data.exclude" if excluded else "")))
     for one in report["eval_sets"]:
         packed = format_count(one["rows"], "packed row")
@@ -279,18 +278,12 @@ def list_notes(report: dict[str, Any]) -> list[str]:
 
 def _show_findings(found: list[dict[str, Any]]) -> Section:
     """Return what the findings mean for a run, and each finding with its examples and remedy."""
-    refused = [one for one in found if one["fatal"]]
-    tone: Tone = "bad" if refused else "warn" if found else "good"
-    verdict = "none"
-    if refused:
-        reasons = (f"{one['title']}: {one['count']:,} ({one['accepted_by']} accepts them)" for one in refused)
-        verdict = f"a run is refused: {'; '.join(reasons)}"
-    elif found:
-        verdict = f"{'1 check has' if len(found) == 1 else f'{len(found)} checks have'} findings; the run is not refused"
-    parts: list[Part] = [Text(verdict, tone)]
+    is_refused = any(one["fatal"] for one in found)
+    verdict = f"a run is {'' if is_refused else 'not '}refused" if found else "none"
+    parts: list[Part] = [Text(verdict, "bad" if is_refused else "" if found else "good")]
     for one in found:
         if one["fatal"]:
-            outcome = "the run is refused"
+            outcome = f"the run is refused; {one['accepted_by']} accepts them"
         elif one["action"] == "drop":
             outcome = "dropped"
         else:
@@ -304,7 +297,7 @@ def _show_findings(found: list[dict[str, Any]]) -> Section:
             advice.append(Text(f"by source: {', '.join(f'{name} {count:,}' for name, count in one['sources'].items())}", "soft"))
         examples = Items([f"{example['where']}: {example['detail']}" for example in one["examples"]])
         parts.append(Section(title, [examples, *advice], "bad" if one["fatal"] else "warn"))
-    return Section("findings", parts)
+    return Section("Findings", parts)
 
 
 def _show_controls(text: str) -> str:
