@@ -64,7 +64,7 @@ def _judge_wandb_account(config: RunConfig, account: dict[str, Any]) -> list[str
         return []
     if not config.cluster.forwards_environment:
         # The login of the cluster's nodes counts; it is unknown here.
-        return _wandb_login_notes(config.cluster, account["login"])
+        return _list_wandb_login_notes(config.cluster, account["login"])
     if account["refused"]:
         raise ConfigError(
             f"Weights & Biases does not accept this run: {account['refused']}",
@@ -75,10 +75,10 @@ def _judge_wandb_account(config: RunConfig, account: dict[str, Any]) -> list[str
         )
     notes = [f"the launcher could not check whether W&B accepts this run: {account['unknown']}"] if account["unknown"] else []
     notes += [account["note"]] if account["note"] else []
-    return [*notes, *_wandb_login_notes(config.cluster, account["login"])]
+    return [*notes, *_list_wandb_login_notes(config.cluster, account["login"])]
 
 
-def _wandb_login_notes(cluster: ClusterSection, login: str | None) -> list[str]:
+def _list_wandb_login_notes(cluster: ClusterSection, login: str | None) -> list[str]:
     """Return why the ranks may lack this login. Without one they track offline, or fail in mode online."""
     if not cluster.forwards_environment:
         return ["API keys are not sent to this cluster: its nodes need WANDB_API_KEY in their environment"]

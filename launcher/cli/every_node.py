@@ -125,13 +125,13 @@ def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) ->
     run = RunDir(run_dir_of(config, name, str(Path.cwd()), str(Path.home())))
     changes = {"cluster": section.for_plan(here.nodes)}
     composed = replace(composed, config=config.model_copy(update=changes))
-    start = _Start(here, run, section, _command_of(composed.config), lambda: _describe_end(composed.config, run))
+    start = _Start(here, run, section, _list_shared_settings(composed.config), lambda: _describe_end(composed.config, run))
     if not here.is_head:
-        return _join(start)
+        return _join_run(start)
 
     def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
         if run.plan.is_file():
-            return _continue(composed, run, cluster, interrupts)
+            return _continue_run(composed, run, cluster, interrupts)
         check_wandb_accounts([composed])
         with composed.located():
             plan = prepare_plan(composed, taken_names=set())
@@ -142,7 +142,7 @@ def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) ->
         interrupts.defer()
         return start_run(plan, cluster)[1]
 
-    return _lead(start, begin, follows is not False)
+    return _lead_run(start, begin, follows is not False)
 
 
 def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
@@ -152,10 +152,10 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
     keys = [override.lstrip("+").partition("=")[0] for override in arguments.overrides]
     here = identify(section, os.environ, [key.removeprefix("cluster.") for key in keys if key.startswith("cluster.")])
     config = config.model_copy(update={"cluster": section.for_plan(here.nodes)})
-    command = {**_command_of(config), "resume --step": str(arguments.step), "resume --force": str(arguments.force)}
+    command = {**_list_shared_settings(config), "resume --step": str(arguments.step), "resume --force": str(arguments.force)}
     start = _Start(here, run, section, command)
     if not here.is_head:
-        return _join(start)
+        return _join_run(start)
 
     def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
         # Without those specific to this machine and start.
@@ -167,16 +167,16 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
                 run, plan, cluster, overrides, arguments.step, interrupts, arguments.force, accepts_cost=arguments.yes
             )
 
-    return _lead(start, begin, arguments.follow is not False)
+    return _lead_run(start, begin, arguments.follow is not False)
 
 
-def _command_of(config: RunConfig) -> dict[str, str]:
+def _list_shared_settings(config: RunConfig) -> dict[str, str]:
     """Return the settings that must be the same on every machine, and the launcher's version."""
     values = {key: str(value) for key, value in leaves(config.model_dump(mode="json"))}
     return {**values, "launcher": launcher.__version__}
 
 
-def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str], shows_steps: bool) -> int:
+def _lead_run(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str], shows_steps: bool) -> int:
     """Run node 0's part: `begin` returns the attempt that it started, or why nothing is left to do."""
     here, signals = start.here, _Signals()
     signals.install()
@@ -207,7 +207,7 @@ def _lead(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str]
         return _await_conclusion(start, attempt, cluster)
 
 
-def _join(start: _Start) -> int:
+def _join_run(start: _Start) -> int:
     """Run the part of a machine other than node 0."""
     here, run, signals = start.here, start.run, _Signals()
     signals.install()
@@ -279,7 +279,7 @@ def _await_conclusion(start: _Start, attempt: int, cluster: StaticCluster, deadl
     return 0 if status.state == "completed" else EXIT_INTERRUPTED if status.state in ("cancelled", "preempted") else EXIT_FAILED
 
 
-def _continue(composed: Composed, run: RunDir, cluster: StaticCluster, interrupts: Interrupts) -> int | str:
+def _continue_run(composed: Composed, run: RunDir, cluster: StaticCluster, interrupts: Interrupts) -> int | str:
     """Start the next attempt of an existing run because the same command was repeated, or return why nothing is left to do.
 
     Raises:

@@ -68,13 +68,13 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
             plans = download_fixed_files(remote, mirrored, run)
             download_progress(remote, run)
             with show_progress() as make_progress:
-                step = download_checkpoint(remote, run, step, _say, make_progress)
+                step = download_checkpoint(remote, run, step, _print_note, make_progress)
         # No process on this machine runs it.
         status = run_store.read_status(run)
         state = "preempted" if status.state in RUNNING_STATES else status.state
         if state != status.state:
             age = format_duration(max(0.0, time.time() - status.updated_at))
-            _say(
+            _print_note(
                 f"note: {age} ago this run was {status.state} on {mirrored.owner.host}; if it still runs, cancel it there: "
                 "the mirror accepts uploads only from this machine once the run is resumed here"
             )
@@ -146,7 +146,7 @@ def _make_local(plan: LaunchPlan, run: RunDir) -> LaunchPlan:
     data = plan.config.data.model_copy(update={"cache_group": None})
     config = plan.config.model_copy(update={"data": data})
     on_this_machine = config.model_copy(update={"model": model})
-    kept = {name: one for name, trained in plan.eval_sets.items() if (one := _find(trained)) is not None}
+    kept = {name: one for name, trained in plan.eval_sets.items() if (one := _find_cache(trained)) is not None}
     tokenizer = model.tokenizer or model.path
     facts = {"path": model.path, "tokenizer_path": tokenizer, "has_weights": False}
     return plan.model_copy(
@@ -160,7 +160,7 @@ def _make_local(plan: LaunchPlan, run: RunDir) -> LaunchPlan:
     )
 
 
-def _find(trained: DataFacts) -> DataFacts | None:
+def _find_cache(trained: DataFacts) -> DataFacts | None:
     return cache_store.find(Path(trained.cache_dir).name)
 
 
@@ -173,7 +173,7 @@ def _find_or_build_data(plan: LaunchPlan, config: RunConfig) -> DataFacts:
     trained = plan.data
     if trained is None:
         raise SubmitError("the plan in the mirror has no data", where=plan.run_name)
-    if (local := _find(trained)) is None:
+    if (local := _find_cache(trained)) is None:
         if problems := check_sources(config.data):
             remedy = "copy the data to this path; nothing else is missing on this machine"
             raise ConfigError([Problem(problem.message, problem.where, problem.value, remedy) for problem in problems])
@@ -195,5 +195,5 @@ def _find_or_build_data(plan: LaunchPlan, config: RunConfig) -> DataFacts:
     return local
 
 
-def _say(line: str) -> None:
+def _print_note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -53,13 +53,13 @@ def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
         if metric == "json_schema":
             contents[_SCHEMA] = _read_schema(Path(settings.json_schema or "").expanduser())
         elif parts := split_function(metric):
-            contents[_copy_name(settings, metric)] = _read_function(metric, Path(parts[0]).expanduser(), parts[1])
+            contents[_name_copy(settings, metric)] = _read_function(metric, Path(parts[0]).expanduser(), parts[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         atomic_files.write_bytes(folder / name, content)
 
 
-def _copy_name(settings: AnswerMetrics, metric: str) -> str:
+def _name_copy(settings: AnswerMetrics, metric: str) -> str:
     return f"metric-{settings.metrics.index(metric)}.py"
 
 
@@ -109,7 +109,7 @@ class AnswerScorer:
         if known is not None and not known.may_hang:
             scores = [known.score(answer, one, self._options) for answer, one in zip(answers, references, strict=True)]
             return np.array(scores, np.float64)
-        name, file = (metric, "") if function is None else (function[1], str(self._folder / _copy_name(self._settings, metric)))
+        name, file = (metric, "") if function is None else (function[1], str(self._folder / _name_copy(self._settings, metric)))
         scores = []
         for answer, reference, place in zip(answers, references, places, strict=True):
             score = score_in_process(name, file, answer, reference, self._options)

@@ -407,11 +407,11 @@ class CommandWatch:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._content, self._changed_at = self._read(), time.monotonic()
+        self._content, self._changed_at = self._read_count(), time.monotonic()
 
     def has_ended(self) -> bool:
         """Return whether the command has shown no sign of life for two minutes."""
-        content, now = self._read(), time.monotonic()
+        content, now = self._read_count(), time.monotonic()
         if content not in (b"", self._content):
             self._content, self._changed_at = content, now
         return now - self._changed_at > _ALIVE_TIMEOUT_S
@@ -429,7 +429,7 @@ class CommandWatch:
 
         threading.Thread(target=end_process, name="command-watch", daemon=True).start()
 
-    def _read(self) -> bytes:
+    def _read_count(self) -> bytes:
         try:
             return (self._folder / ALIVE).read_bytes()
         except OSError:

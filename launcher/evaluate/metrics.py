@@ -82,15 +82,15 @@ def _find_number_problem(reference: str, options: MetricOptions) -> str:
 
 def _score_pattern(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     """With a group named `answer`, compare its last match with the reference; without, return whether the pattern matches."""
-    found = _last_match(answer.text, options)
+    found = _find_last_match(answer.text, options)
     if found is None or "answer" not in found.groupdict():
         return found is not None
-    expected = _last_match(reference, options)
+    expected = _find_last_match(reference, options)
     words = (found["answer"], reference if expected is None else expected["answer"])
     return normalized_words(words[0] or "") == normalized_words(words[1] or "")
 
 
-def _last_match(text: str, options: MetricOptions) -> re.Match[str] | None:
+def _find_last_match(text: str, options: MetricOptions) -> re.Match[str] | None:
     return max(re.finditer(options.pattern, text), key=lambda one: one.end(), default=None)
 
 
@@ -236,7 +236,7 @@ def final_number(text: str) -> Fraction | None:
     This is the first number after the last `####`, `answer is` or `answer:`, or else the last number. Fractions and powers of ten
     are numbers too, such as 3/4, \\frac{3}{4} and 3 x 10^8.
     """
-    found = _find_final_number(_plain_numbers(text))
+    found = _find_final_number(_write_plain_numbers(text))
     if found is None:
         return None
     if len(found[0]) > _MAX_NUMBER_CHARS:
@@ -250,7 +250,7 @@ def is_joined_number(text: str, with_ranges: bool) -> bool:
 
     `with_ranges`: or whether it ends a range, such as 3-5, which may also be a subtraction.
     """
-    plain = _plain_numbers(text)
+    plain = _write_plain_numbers(text)
     found = _find_final_number(plain)
     if found is None:
         return False
@@ -259,7 +259,7 @@ def is_joined_number(text: str, with_ranges: bool) -> bool:
     return bool(_JOINED_BEFORE.search(plain, 0, found.start()) or _JOINED_AFTER.match(plain, found.end()))
 
 
-def _plain_numbers(text: str) -> str:
+def _write_plain_numbers(text: str) -> str:
     """Return the text with fractions as 3/4, powers of ten as 3e8, and a space after codes of currencies."""
 
     def fraction(match: re.Match[str]) -> str:
@@ -305,18 +305,18 @@ def json_fields(value: Any) -> Counter[tuple[str, str]]:
         NotJson: if it is nested too deeply.
     """
     try:
-        return Counter(_fields(value, ""))
+        return Counter(_list_fields(value, ""))
     except RecursionError:
         raise NotJson("it is nested too deeply") from None
 
 
-def _fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
+def _list_fields(value: Any, path: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _fields(item, f"{path}.{key}")
+            yield from _list_fields(item, f"{path}.{key}")
     elif isinstance(value, list) and value:
         for item in value:
-            yield from _fields(item, f"{path}[]")
+            yield from _list_fields(item, f"{path}[]")
     elif isinstance(value, str):
         yield path, f"text {' '.join(normalized_words(value))}"
     elif isinstance(value, bool) or value is None:

@@ -62,7 +62,7 @@ class TunedPrompts:
         self._encoder = Encoder(tokenizer, data)
 
     def write(self, questions: Sequence[EvalQuestion]) -> PromptBatch:
-        return _make_batch([_encode(self._encoder, question) for question in questions], ())
+        return _make_batch([_encode_question(self._encoder, question) for question in questions], ())
 
 
 class BasePrompts:
@@ -118,7 +118,7 @@ class BasePrompts:
             system = "\n\n".join(message.content for message in messages if message.role == "system")
             parts = [*filter(None, (system, style.instruction)), *map(_write_example, examples), _write_question(question)]
             text = Completion(question.where, self._separator.join(parts), "")
-            prompts.append(_encode(self._encoder, replace(question, document=text)))
+            prompts.append(_encode_question(self._encoder, replace(question, document=text)))
         has_labels = any(isinstance(question.document, Chat) for question in questions)
         return _make_batch(prompts, (self._separator, *((f"\n{_QUESTION}", "\nUser:") if has_labels else ())))
 
@@ -128,7 +128,7 @@ class BasePrompts:
         assert isinstance(chat, Chat)
 
         def write(messages: Sequence[Message]) -> list[int]:
-            return _encode(self._encoder, replace(question, document=Chat(chat.where, tuple(messages), chat.tools)))
+            return _encode_question(self._encoder, replace(question, document=Chat(chat.where, tuple(messages), chat.tools)))
 
         shown: list[Message] = []
         for example in examples:
@@ -150,7 +150,7 @@ class BasePrompts:
             return write([replace(first, content=f"{text}\n\n{first.content}"), *others])
 
 
-def _encode(encoder: Encoder, question: EvalQuestion) -> list[int]:
+def _encode_question(encoder: Encoder, question: EvalQuestion) -> list[int]:
     document = question.document
     if isinstance(document, Chat):
         document = replace(document, messages=(*document.messages, Message("assistant", question.reference)))

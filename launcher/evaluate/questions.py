@@ -241,7 +241,7 @@ class PromptIndex:
     """The prompts of questions, for comparison with the prompts of documents."""
 
     def __init__(self, questions: Sequence[EvalQuestion]) -> None:
-        texts = [_prompt_text(question) for question in questions]
+        texts = [_normalize_prompt(question) for question in questions]
         self._num_equal, self._num_similar = Counter[bytes](), Counter[int]()
         self._by_text: dict[bytes, list[int]] = {}
         for i, text in enumerate(texts):
@@ -256,7 +256,7 @@ class PromptIndex:
         For each question, yields the first MAX_CANDIDATES documents with an equal prompt, and as many with a similar one.
         """
         asked = [(at, question) for at, one in enumerate(documents) if (question := split_question(one, system)) is not None]
-        texts = [_prompt_text(question) for _, question in asked]
+        texts = [_normalize_prompt(question) for _, question in asked]
         for (at, _), text in zip(asked, texts, strict=True):
             if text in self._by_text and self._num_equal[text] < MAX_CANDIDATES:
                 self._num_equal[text] += 1
@@ -305,7 +305,7 @@ def _find_trained(
     return copies
 
 
-def _prompt_text(question: EvalQuestion) -> bytes:
+def _normalize_prompt(question: EvalQuestion) -> bytes:
     return overlap.make_comparable(overlap.normalize(question.prompt))
 
 

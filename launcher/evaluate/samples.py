@@ -26,20 +26,20 @@ def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Compo
     if not samples or weights_gib(plan) > _MAX_SAMPLED_GIB:
         return
     sample = samples[0]
-    _report(tracker, f"held-out question: {sample['prompt']}")
-    _report(tracker, f"reference answer:  {' '.join(sample['answer'].split())}")
+    _record_text(tracker, f"held-out question: {sample['prompt']}")
+    _record_text(tracker, f"reference answer:  {' '.join(sample['answer'].split())}")
     if plan.config.model.init == "pretrained" and plan.model.path and plan.model.has_weights:
-        _report(tracker, f"answer before:     {_answer(plan, Path(plan.model.path), sample['prompt_ids'], device)}")
-    _report(tracker, f"answer after:      {_answer(plan, exported, sample['prompt_ids'], device)}")
+        _record_text(tracker, f"answer before:     {_continue_prompt(plan, Path(plan.model.path), sample['prompt_ids'], device)}")
+    _record_text(tracker, f"answer after:      {_continue_prompt(plan, exported, sample['prompt_ids'], device)}")
 
 
-def _report(tracker: Composite, text: str) -> None:
+def _record_text(tracker: Composite, text: str) -> None:
     """Record a text without secrets: a model may repeat a key from its training data, and events are kept in logs."""
     (redacted,) = patterns.redact([text])
     tracker.event("sample", redacted)
 
 
-def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) -> str:
+def _continue_prompt(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) -> str:
     """Continue a prompt greedily with the model in `folder`; the answer is on one line."""
     tokenizer, settings = load_tokenizer(plan.model.tokenizer_path or ""), plan.config.model
     code = Path(plan.model.path) if plan.model.path and settings.trust_remote_code else None

@@ -163,15 +163,15 @@ def find_tasks(names: Sequence[str], task_folder: Path | None = None) -> dict[st
             problems.append(Problem("there is no such task", where=_WHERE, value=name, remedy=remedy))
             continue
         try:
-            with _no_code_of_models():
+            with _refuse_code_of_models():
                 loaded = manager.load([files.get(name, name)])["tasks"]
         except LauncherError as error:
             problems += [replace(problem, value=name) for problem in error.problems]
         except (ConnectionError, FileNotFoundError) as error:
-            missing.append(_missing_data(name, error))
+            missing.append(_describe_missing_data(name, error))
         # A task is third-party configuration and code, and may raise anything.
         except Exception as error:
-            text = f"a task cannot be loaded: {type(error).__name__}: {_one_line(error)}"
+            text = f"a task cannot be loaded: {type(error).__name__}: {_write_one_line(error)}"
             problems.append(Problem(text, where=_WHERE, value=name))
         else:
             tasks |= loaded
@@ -248,7 +248,7 @@ def require_metrics(gains: Sequence[str], tasks: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _no_code_of_models() -> Iterator[None]:
+def _refuse_code_of_models() -> Iterator[None]:
     """Keep transformers from importing model code in this block, whatever trust_remote_code a task passes.
 
     Raises:
@@ -270,8 +270,8 @@ def _no_code_of_models() -> Iterator[None]:
             setattr(dynamic_module_utils, name, function)
 
 
-def _missing_data(name: str, error: Exception) -> Problem:
-    text = _one_line(error)
+def _describe_missing_data(name: str, error: Exception) -> Problem:
+    text = _write_one_line(error)
     match = _REPOSITORY.search(text)
     repository = match[1] if match else "OWNER/NAME"
     remedy = (
@@ -281,7 +281,7 @@ def _missing_data(name: str, error: Exception) -> Problem:
     return Problem(f"the data of a task is not on this machine: {text}", where=_WHERE, value=name, remedy=remedy)
 
 
-def _one_line(error: Exception) -> str:
+def _write_one_line(error: Exception) -> str:
     return " ".join(str(error.args[0] if error.args else error).split())
 
 
@@ -327,7 +327,7 @@ def _score_task(name: str, task: Any, model: Any, limit: int | None, belongs_to:
     has_template = bool(model.tokenizer.chat_template)
     options = {"apply_chat_template": has_template, "fewshot_as_multiturn": has_template}
     try:
-        with _no_code_of_models():
+        with _refuse_code_of_models():
             result: Any = simple_evaluate(model, tasks=[task], limit=limit, bootstrap_iters=0, **options)
     except LauncherError:
         raise

@@ -270,10 +270,10 @@ def score_interval(wins: int, losses: int, num_prompts: int, confidence: float =
     They hold for few pairs too: without any that differ, they are z^2 / (n + z^2) below and above zero.
     """
     z = _NORMAL.inv_cdf(1 - (1 - confidence) / 2)
-    return -_upper_score_bound(losses, wins, num_prompts, z), _upper_score_bound(wins, losses, num_prompts, z)
+    return -_find_upper_score_bound(losses, wins, num_prompts, z), _find_upper_score_bound(wins, losses, num_prompts, z)
 
 
-def _upper_score_bound(wins: int, losses: int, num_prompts: int, z: float) -> float:
+def _find_upper_score_bound(wins: int, losses: int, num_prompts: int, z: float) -> float:
     """Return the largest difference from which the observed one is less than z standard errors away, by bisection."""
     low, high = (wins - losses) / num_prompts, 1.0
     for _ in range(60):

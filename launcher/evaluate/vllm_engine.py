@@ -82,7 +82,7 @@ class VllmEngine:
                     raise self._make_error(f"vLLM ended with exit code {self._process.returncode} before it answered")
                 if time.monotonic() > until:
                     raise self._make_error(f"vLLM did not answer within {_START_S:.0f} s")
-                with suppress(OSError), self._opener.open(self._request("/health"), timeout=_POLL_S * 10):
+                with suppress(OSError), self._opener.open(self._make_request("/health"), timeout=_POLL_S * 10):
                     is_ready = True
                 time.sleep(0 if is_ready else _POLL_S)
         except BaseException:
@@ -108,7 +108,7 @@ class VllmEngine:
             "return_token_ids": True,
         }
         try:
-            with self._opener.open(self._request("/v1/completions", request), timeout=_REQUEST_S) as response:
+            with self._opener.open(self._make_request("/v1/completions", request), timeout=_REQUEST_S) as response:
                 choices = sorted(json.loads(response.read())["choices"], key=lambda choice: choice["index"])
         except urllib.error.HTTPError as error:
             raise self._make_error(f"vLLM refused the prompts: {error.read(500).decode(errors='replace')}") from None
@@ -138,7 +138,7 @@ class VllmEngine:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._log.close()
 
-    def _request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
+    def _make_request(self, path: str, body: Mapping[str, Any] | None = None) -> urllib.request.Request:
         headers = {"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"}
         data = None if body is None else json.dumps(body).encode()
         return urllib.request.Request(f"http://{_HOST}:{self._port}{path}", data, headers)

@@ -25,7 +25,7 @@ def test_secrets_in_questions_and_answers_are_redacted(
     sample = {"prompt": f"Is it {KEY}?", "prompt_ids": [1], "answer": f"Mail eve@corp.com,\nkey {KEY}."}
     cache_store.write_json(tmp_path / "samples.json", [sample])
     # The fake answer repeats a key, as a real model may.
-    monkeypatch.setattr(samples, "_answer", lambda *inputs: f"Yes, {KEY}.")
+    monkeypatch.setattr(samples, "_continue_prompt", lambda *inputs: f"Yes, {KEY}.")
     plan = plan_of("model=tiny").model_copy(update={"data": DATA.model_copy(update={"cache_dir": str(tmp_path)})})
     run = RunDir(tmp_path / "run")
     run.root.mkdir()

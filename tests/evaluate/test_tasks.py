@@ -60,7 +60,7 @@ def test_a_line_that_is_no_question_is_named(wrong: dict[str, Any] | None) -> No
 def test_a_data_set_that_is_not_here_is_named_with_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/cache/hub")
     error = ConnectionError("Couldn't reach 'allenai/ai2_arc' on the Hub (OfflineModeIsEnabled)")
-    remedy = tasks._missing_data("arc_easy", error).remedy
+    remedy = tasks._describe_missing_data("arc_easy", error).remedy
     assert "hf download --repo-type dataset allenai/ai2_arc" in remedy
     assert "copy datasets--allenai--ai2_arc" in remedy
     assert remedy.endswith("to /cache/hub")
@@ -87,7 +87,7 @@ def test_a_task_runs_no_code_of_a_model_that_its_settings_name(tmp_path: Path) -
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.C"}}))
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with tasks._no_code_of_models(), pytest.raises(ConfigError):
+    with tasks._refuse_code_of_models(), pytest.raises(ConfigError):
         AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert not (tmp_path / "ran").exists()
 
