@@ -208,7 +208,8 @@ class Testbed:
         log = self.root / "log/mariadb-install-db.out"
         with log.open("w") as out:
             if self.run(*commands["mariadb-install-db"], stdout=out, stderr=out, check=False).returncode != 0:
-                raise TestbedError(f"mariadb-install-db failed: {log.read_text()[-1000:]}")
+                errors = "; ".join(line for line in log.read_text().splitlines() if "ERROR" in line)
+                raise TestbedError(f"mariadb-install-db failed: {errors or log.read_text()[-1000:]}")
         # Create the database here, not by slurmdbd: with libmariadb3 11.8.9, after a handle's first connection meets an unknown
         # database, each query on it fails ("maximum allowed number of columns (=0)") and slurmdbd dies.
         (db / "init.sql").write_text("CREATE DATABASE IF NOT EXISTS slurm;\n")
