@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -120,7 +120,18 @@ def describe_repetition(attempts: Sequence[AttemptEnd]) -> str:
     have ended and would be restarted.
     """
     last = attempts[-1]
-    ends = [end for attempt in attempts for end in _list_ends_of_ranks(attempt)][-_NUM_REPEATS:]
+    # For each start of the ranks, the step from which they started and how they ended. Machine failures are left out: they say
+    # nothing about the exceptions before and after them.
+    ends: list[tuple[int | None, RestartedRanks]] = []
+    for attempt in attempts:
+        began_step = attempt.began_step
+        for ranks in attempt.restarts:
+            if ranks.exception:
+                ends.append((began_step, ranks))
+            began_step = ranks.saved_step
+        if attempt.cause not in _OF_THE_MACHINES:
+            ends.append((began_step, RestartedRanks(attempt.exception, attempt.step, attempt.saved_step)))
+    ends = ends[-_NUM_REPEATS:]
     expected = (last.exception, last.step, last.saved_step)
     is_same = all((ranks.exception, ranks.step, ranks.saved_step) == expected for _, ranks in ends)
     is_resumed = all(began_step == last.saved_step for began_step, _ in ends[1:])
@@ -129,20 +140,6 @@ def describe_repetition(attempts: Sequence[AttemptEnd]) -> str:
     activity = "before the first step" if last.step is None else f"in step {last.step + 1}"
     start = "the initial weights" if last.saved_step is None else f"the checkpoint of step {last.saved_step}"
     return f"{last.exception} {activity} occurred {_NUM_REPEATS} times, twice after a resume from {start}: it repeats"
-
-
-def _list_ends_of_ranks(attempt: AttemptEnd) -> Iterator[tuple[int | None, RestartedRanks]]:
-    """Yield, for each start of the ranks in an attempt, the step from which they started and how they ended.
-
-    Machine failures are left out: they say nothing about the exceptions before and after them.
-    """
-    began_step = attempt.began_step
-    for ranks in attempt.restarts:
-        if ranks.exception:
-            yield began_step, ranks
-        began_step = ranks.saved_step
-    if attempt.cause not in _OF_THE_MACHINES:
-        yield began_step, RestartedRanks(attempt.exception, attempt.step, attempt.saved_step)
 
 
 def _describe_spent_budget(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -407,29 +407,22 @@ def _fetch_address(fs: Any, path: str, name: str, size: int | None, version: str
     """Download a file that is not in the cache."""
     # Do not use the address as the name, because it may be longer than a file name can be.
     folder = source_folder("address", name, size, version)
-    target = folder / "rows"
-    with convert_os_errors(folder):
+    target, partial = folder / "rows", folder / "rows.partial"
+    with convert_os_errors(folder), ExitStack() as stack:
         if not target.exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with wait_and_hold(folder / ".lock", f"fetches {name}", redacted_command_line()):
-                if not target.exists():
-                    _download_address(fs, path, target, name, size)
+            stack.enter_context(wait_and_hold(folder / ".lock", f"fetches {name}", redacted_command_line()))
+        if not target.exists():
+            stack.callback(partial.unlink, missing_ok=True)
+            with _convert_storage_errors(name):
+                fs.get_file(path, str(partial))
+            num_bytes = partial.stat().st_size
+            if num_bytes == 0 or (size is not None and num_bytes != size):
+                message = f"the download is empty or incomplete: {num_bytes:,} of {size or num_bytes:,} bytes"
+                refuse(message, name, "try again when no program is writing the file")
+            partial.replace(target)
         mark_used(folder)
     return DataFile(target, name)
-
-
-def _download_address(fs: Any, path: str, target: Path, name: str, size: int | None) -> None:
-    partial = target.with_suffix(".partial")
-    try:
-        with _convert_storage_errors(name):
-            fs.get_file(path, str(partial))
-        num_bytes = partial.stat().st_size
-        if num_bytes == 0 or (size is not None and num_bytes != size):
-            message = f"the download is empty or incomplete: {num_bytes:,} of {size or num_bytes:,} bytes"
-            refuse(message, name, "try again when no program is writing the file")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
