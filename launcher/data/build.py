@@ -15,7 +15,7 @@ from launcher.config.sections.evaluation import EvalSet
 from launcher.data import cache_store, row_layout
 from launcher.data.cache_store import cache_key
 from launcher.data.checks import findings
-from launcher.data.corpus import EncodedCorpus, Progress, list_names, read_corpus
+from launcher.data.corpus import EncodedCorpus, Progress, read_corpus
 from launcher.data.packing import RowLayout
 from launcher.data.selection import select_documents
 from launcher.data.sources.formats import rank_keys
@@ -182,18 +182,19 @@ def _make_report(
         "held_out_unused": docs.held_out & ~gone & filled & ~evaluated,
         "held_out_truncated_docs": docs.held_out & cut,
     }
-    names = list_names(data)
-    by_source = {key: np.bincount(docs.source[chosen], minlength=len(names)).tolist() for key, chosen in counted.items()}
-    lost = np.bincount(docs.source, weights=np.where(used & cut, docs.lost_tokens, 0), minlength=len(names))
-    in_rows = docs.source[pieces.doc[layout.order]]
-    by_source["truncated_tokens"] = lost.astype(int).tolist()
-    by_source["num_docs"] = np.bincount(in_rows, minlength=len(names)).tolist()
-    by_source["num_tokens"] = np.bincount(in_rows, pieces.lengths[layout.order], minlength=len(names)).astype(int).tolist()
-    by_source["docs_with_turn_end"] = (
-        np.bincount(in_rows, pieces.turn_end[layout.order], minlength=len(names)).astype(int).tolist()
-    )
-    by_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
     inputs = list_inputs(data)
+
+    def count(sources: np.ndarray, weights: np.ndarray | None = None) -> list[int]:
+        counts: list[int] = np.bincount(sources, weights, len(inputs)).astype(int).tolist()
+        return counts
+
+    in_rows = docs.source[pieces.doc[layout.order]]
+    by_source: dict[str, list[Any]] = {key: count(docs.source[chosen]) for key, chosen in counted.items()}
+    by_source["truncated_tokens"] = count(docs.source, np.where(used & cut, docs.lost_tokens, 0))
+    by_source["num_docs"] = count(in_rows)
+    by_source["num_tokens"] = count(in_rows, pieces.lengths[layout.order])
+    by_source["docs_with_turn_end"] = count(in_rows, pieces.turn_end[layout.order])
+    by_source["epochs"] = [*epochs, *[0.0] * (len(inputs) - len(epochs))]
     origins = [describe_origin(source) for source in inputs]
     per_source = [
         {
