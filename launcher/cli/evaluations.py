@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.cli.render.sections import Charts, Curve, Items, LineChart, Part, Rows, Section, Table, Text, Tone
+from launcher.cli.render.sections import ChartCurve, Charts, Items, LineChart, Part, Rows, Section, Table, Text, Tone
 from launcher.config.schema import RunConfig
 from launcher.plan.gpu_types import Price, typical_price
 from launcher.plan.launch_plan import LaunchPlan
@@ -70,7 +70,7 @@ def show_verdicts(run: RunDir, plan: LaunchPlan) -> list[Section]:
     for one in by_steps(verdicts):
         steps, name = [verdict.step for verdict in one.verdicts], one.set_name or "prompts"
         means = {side: [math.nan if mean is None else mean for mean in values] for side, values in one.means.items()}
-        chart = LineChart(f"{one.metric} of {name}", [Curve(side, steps, values) for side, values in means.items()], "step")
+        chart = LineChart(f"{one.metric} of {name}", [ChartCurve(side, steps, values) for side, values in means.items()], "step")
         header, rows = one.table
         sections.append(Section(f"{name}, by step", [Charts([chart]), Table(header, rows, range(len(header)))]))
     for newest in sorted(verdicts, key=lambda one: -one.step):

@@ -16,7 +16,7 @@ from launcher.checkpoint.manifest import describe_loss
 from launcher.cli.evaluations import show_verdicts
 from launcher.cli.plan import plan_rows
 from launcher.cli.render import html
-from launcher.cli.render.sections import BarChart, Cards, Charts, Curve, LineChart, Part, Section, Table, Text
+from launcher.cli.render.sections import BarChart, Cards, ChartCurve, Charts, LineChart, Part, Section, Table, Text
 from launcher.clusters.backends import status_reader_for
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
@@ -136,7 +136,7 @@ def _list_charts(runs: Sequence[_RunFiles]) -> list[LineChart]:
             points = [(line["trainer/step"], line[metric] * drawn.scale) for line in one.steps if metric in line]
             if points:
                 steps, values = zip(*thin_out(points, _MOST_POINTS), strict=True)
-                of_runs.append(Curve(one.name, steps, values))
+                of_runs.append(ChartCurve(one.name, steps, values))
         if of_runs:
             charts.append(LineChart(drawn.title, of_runs, "step", drawn.unit))
     return charts

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from launcher.config.sections.cluster import ClusterSection, LocalSection
 from launcher.config.sections.data import DataSection
 from launcher.config.sections.evaluation import HELD_OUT, EvalSection, EvaluateSection
-from launcher.config.sections.fields import Section
+from launcher.config.sections.fields import SettingsSection
 from launcher.config.sections.model import ModelSection
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.run import CostsSection, RunSection, TrackingSection
@@ -42,7 +42,7 @@ def choose_kind(value: Any) -> Any:
     return {"kind": "local", **value} if isinstance(value, dict) else value
 
 
-class RunConfig(Section):
+class RunConfig(SettingsSection):
     """All settings of a run, resolved and checked."""
 
     run: RunSection = Field(default_factory=RunSection)

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from launcher.cli.render import charts, html
-from launcher.cli.render.sections import BarChart, Cards, Charts, Curve, LineChart, MarkedText, Rows, Section, Table, Text
+from launcher.cli.render.sections import BarChart, Cards, ChartCurve, Charts, LineChart, MarkedText, Rows, Section, Table, Text
 
 EVIL = "<script>alert('x')</script>\"&"
 
@@ -55,8 +55,8 @@ def read(page: str) -> Reader:
 def everything() -> str:
     drawn = [
         BarChart(EVIL, [(EVIL, 1.0, EVIL)]),
-        LineChart(EVIL, [Curve(EVIL, [1, 2], [1, 2]), Curve("s", [1, 4], [0, 3])], EVIL, EVIL),
-        LineChart(EVIL, [Curve(EVIL, [], [])], EVIL, EVIL),
+        LineChart(EVIL, [ChartCurve(EVIL, [1, 2], [1, 2]), ChartCurve("s", [1, 4], [0, 3])], EVIL, EVIL),
+        LineChart(EVIL, [ChartCurve(EVIL, [], [])], EVIL, EVIL),
     ]
     parts = [
         Text(EVIL, "bad"),
@@ -71,7 +71,7 @@ def everything() -> str:
 
 
 def curve_of(x: list[float], y: list[float]) -> str:
-    return charts.draw(LineChart("t", [Curve("s", x, y)], "x", "y"))
+    return charts.draw(LineChart("t", [ChartCurve("s", x, y)], "x", "y"))
 
 
 def test_texts_are_escaped_and_tags_are_closed() -> None:

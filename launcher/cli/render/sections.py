@@ -72,7 +72,7 @@ class MarkedText:
 
 
 @dataclass(frozen=True)
-class Curve:
+class ChartCurve:
     """A named curve through the points (x[i], y[i]); values that are not finite are left out."""
 
     name: str
@@ -85,7 +85,7 @@ class LineChart:
     """Curves over a common axis."""
 
     title: str
-    curves: Sequence[Curve]
+    curves: Sequence[ChartCurve]
     x_label: str
     y_label: str = ""
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from launcher.config.sections.fields import Count, Flag, Name, Positive, PositiveInt, Section, matching
+from launcher.config.sections.fields import Count, Flag, Name, Positive, PositiveInt, SettingsSection, matching
 from launcher.errors import Problem
 
 Interface = Annotated[
@@ -15,7 +15,7 @@ Interface = Annotated[
 ]
 
 
-class ClusterSection(Section):
+class ClusterSection(SettingsSection):
     """Where the run executes."""
 
     kind: str = Field(description="The backend that starts the workers.")

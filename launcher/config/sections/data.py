@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from launcher.config.sections.fields import Flag, Group, Name, Positive, PositiveInt, Section, Text
+from launcher.config.sections.fields import Flag, Group, Name, Positive, PositiveInt, SettingsSection, Text
 from launcher.security.redaction import IN_QUERY
 
 # The keys that a column mapping may use, which are the keys that the formats read.
@@ -47,7 +47,7 @@ def without_credentials(path: str) -> str:
 RowPath = Annotated[Text, AfterValidator(without_credentials)]
 
 
-class RowSource(Section):
+class RowSource(SettingsSection):
     """Where rows come from, and how they are read."""
 
     name: Name = Field("train", description="Name of the source in reports and metrics.")
@@ -133,7 +133,7 @@ class Source(RowSource):
         return self.weight != 0
 
 
-class ChecksSection(Section):
+class ChecksSection(SettingsSection):
     """What happens to documents that a check finds: keep them, drop them, or fail before anything is submitted."""
 
     bad_rows: Literal["drop", "fail"] = Field(
@@ -210,7 +210,7 @@ class ChecksSection(Section):
     )
 
 
-class DataSection(Section):
+class DataSection(SettingsSection):
     """The training data and how it becomes rows of tokens."""
 
     name: Name = Field("data", description="Short name; part of the run's default name.")

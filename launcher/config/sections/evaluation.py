@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from launcher.config.sections.data import GENERAL_TEXT, RowSource, without_credentials
-from launcher.config.sections.fields import Count, Flag, Name, PositiveInt, Section, Text, with_own_names
+from launcher.config.sections.fields import Count, Flag, Name, PositiveInt, SettingsSection, Text, with_own_names
 from launcher.errors import did_you_mean
 
 HELD_OUT = "held_out"
@@ -41,7 +41,7 @@ class EvalSet(RowSource):
         return value
 
 
-class EvalSection(Section):
+class EvalSection(SettingsSection):
     """Evaluation during training: the held-out rows of the training data, and sets of other rows."""
 
     every: Count = Field(0, description="Steps between evaluations; 0: only before and after training.")
@@ -132,7 +132,7 @@ def split_function(metric: str) -> tuple[str, str] | None:
     return None if match is None else (match["file"], match["function"])
 
 
-class AnswerMetrics(Section):
+class AnswerMetrics(SettingsSection):
     """How answers are scored. Part of the section `evaluate`."""
 
     metrics: tuple[Text, ...] = Field(

@@ -15,7 +15,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DERIVED_CHARACTERS = 60
 
 
-class Section(BaseModel):
+class SettingsSection(BaseModel):
     """A section of settings: frozen, and without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from launcher.config.sections.fields import HUB_ID_PATTERN, NAME_PATTERN, Checkpointing, Flag, Name, Section, Sha256, Text
+from launcher.config.sections.fields import HUB_ID_PATTERN, NAME_PATTERN, Checkpointing, Flag, Name, SettingsSection, Sha256, Text
 
 PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
@@ -15,7 +15,7 @@ RUN_PREFIX = "run:"
 RUN_PATTERN = re.compile(rf"{RUN_PREFIX}(?P<run>{NAME_PATTERN.pattern}|(?:/|\./|\.\./|~).*?)(?:@(?P<step>[0-9]+))?")
 
 
-class ModelSection(Section):
+class ModelSection(SettingsSection):
     """The model: its weights, tokenizer, number types and kernels."""
 
     name: Name = Field("model", description="Short name; part of the run's default name.")

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from launcher.config.sections.fields import Count, Name, Positive, Section, Text, matching, with_own_names
+from launcher.config.sections.fields import Count, Name, Positive, SettingsSection, Text, matching, with_own_names
 
 
-class RunSection(Section):
+class RunSection(SettingsSection):
     """Name, directory, seed and limits of the run."""
 
     name: Name | None = Field(
@@ -49,7 +49,7 @@ class RunSection(Section):
 Tag = Annotated[Name, matching(r".{1,64}", "is longer than W&B's limit of 64 characters; shorten it")]
 
 
-class TrackingSection(Section):
+class TrackingSection(SettingsSection):
     """Where metrics go besides metrics.jsonl and the terminal."""
 
     kind: Literal["wandb", "none"] = Field(
@@ -67,7 +67,7 @@ class TrackingSection(Section):
 UsdPerMillion = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class HostedPrice(Section):
+class HostedPrice(SettingsSection):
     """Prices of a hosted service, in US dollars per million tokens."""
 
     name: Name = Field(description="Name of the service and its model, such as acme-8b.")
@@ -76,7 +76,7 @@ class HostedPrice(Section):
     output: UsdPerMillion | None = Field(None, description="Price per million answer tokens of the fine-tuned model.")
 
 
-class CostsSection(Section):
+class CostsSection(SettingsSection):
     """What training and requests would cost at hosted services, at your prices; shown by `plan`, `report` and `evaluate`."""
 
     hosted: Annotated[tuple[HostedPrice, ...], with_own_names("service")] = Field(

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from launcher.config.sections.fields import Count, Flag, Fraction, HubId, Name, Positive, PositiveInt, Section, Text, Url
+from launcher.config.sections.fields import Count, Flag, Fraction, HubId, Name, Positive, PositiveInt, SettingsSection, Text, Url
 
 
-class TrainSection(Section):
+class TrainSection(SettingsSection):
     """How long training lasts, and in which batches."""
 
     max_steps: PositiveInt | None = Field(None, description="Number of optimizer steps; set either this or train.epochs.")
@@ -35,7 +35,7 @@ class TrainSection(Section):
         return self
 
 
-class OptimSection(Section):
+class OptimSection(SettingsSection):
     """The optimizer and its learning-rate schedule."""
 
     name: str = Field("adamw", description="The optimizer: adamw, or another row of OPTIMIZERS in launcher/plan/optimizers.py.")
@@ -91,7 +91,7 @@ _KEPT_AHEAD = {"stage3_prefetch_bucket_size", "stage3_max_live_parameters", "sta
 _COUNTED = {"reduce_bucket_size", "sub_group_size", "stage3_param_persistence_threshold", *_KEPT_AHEAD}
 
 
-class DeepSpeedSection(Section):
+class DeepSpeedSection(SettingsSection):
     """DeepSpeed ZeRO stage 3: where its states are stored, and how it communicates."""
 
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
@@ -140,7 +140,7 @@ class DeepSpeedSection(Section):
         return self
 
 
-class CheckpointSection(Section):
+class CheckpointSection(SettingsSection):
     """When checkpoints are written, which are kept, and where copies go."""
 
     save_every: Count = Field(0, description="Steps between checkpoints; 0: only at the end and when stopped.")
@@ -166,7 +166,7 @@ class CheckpointSection(Section):
     )
 
 
-class ExportSection(Section):
+class ExportSection(SettingsSection):
     """The Hugging Face folder that is written when training is complete, and its upload."""
 
     enabled: Flag = Field(True, description="Write the Hugging Face folder when training is complete.")
