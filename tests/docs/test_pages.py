@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -18,6 +19,12 @@ from missing_program import skip_or_fail
 import launcher
 from launcher.plan.run_dir import RunDir
 
+# The rows of the tables that say where to make a change: the change, the files to edit with the names in them, the tests.
+CHANGES = [
+    tuple(cell.strip() for cell in line.strip("|").split(" | "))
+    for table in (REPO / "docs/extending.md").read_text(encoding="utf-8").split("| to change or add | edit | tests |")[1:]
+    for line in table.split("\n\n")[0].splitlines()[2:]
+]
 SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "make_pictures.py"
 
 
@@ -40,6 +47,37 @@ def test_every_file_of_the_repository_that_a_page_names_exists(page: Path) -> No
     paths = set(re.findall(r"`((?:launcher|tests|conf|docs|benchmarks|slurm|docker)/[\w./-]*)`", text))
     examples = {"conf/cluster/queue.yaml", "docs/config.md"}
     assert {path for path in paths - examples if not (REPO / path).exists()} == set()
+
+
+def defined_names(path: Path) -> set[str]:
+    """Return what a module defines at its top level, and the members of its classes as CLASS.MEMBER."""
+    names: set[str] = set()
+    bodies = [("", ast.parse(path.read_text(encoding="utf-8")).body)]
+    for prefix, body in bodies:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                bodies.append((f"{node.name}.", node.body))
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+            names |= {prefix + name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+    return names
+
+
+@pytest.mark.parametrize(("change", "edit", "tests"), CHANGES, ids=[row[0] for row in CHANGES])
+def test_each_file_that_a_change_edits_defines_what_the_row_names(change: str, edit: str, tests: str) -> None:
+    for names, path in re.findall(r"((?:`[\w.]+`, )*`[\w.]+`) (?:in|of) `([\w/]+\.py)`", edit):
+        assert set(re.findall(r"[\w.]+", names)) <= defined_names(REPO / path), f"{path} does not define all of {names}"
+    spans = [span for cell in (edit, tests) for span in re.findall(r"`([^`]+)`", cell)]
+    paths = [span for span in spans if "/" in span or span.endswith((".toml", ".txt"))]
+    assert [path for path in paths if not (REPO / path).exists()] == []
+    assert paths
+    assert re.search(r"`tests/", tests)
+
+
+def test_the_tables_of_changes_are_read() -> None:
+    assert len(CHANGES) >= 30
+    assert {len(row) for row in CHANGES} == {3}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
