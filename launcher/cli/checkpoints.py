@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,23 +65,18 @@ def show_checkpoints(arguments: argparse.Namespace) -> int:
     # While this holds the lock, no other command starts an attempt.
     owners.require_run(run_dir.root)
     with run_store.start_lock(run_dir):
-        _require_ended(run_dir, plan)
+        status = cluster_for(plan.config.cluster.kind).status(run_dir)
+        if status.state in RUNNING_STATES:
+            raise SubmitError(
+                f"the run is {status.state} and prunes its checkpoints itself",
+                where=str(run_dir.root),
+                remedy=f"to prune them now, stop it with: {launcher_command('cancel', short_path(run_dir.root))}",
+            )
+        require_ended(run_dir)
         verified = _verify_all(run_dir) if arguments.verify else _verify_until_intact(run_dir)
         with _plain_storage_errors(run_dir):
             removed = _prune(run_dir, retention_of(run_dir, plan), verified)
     return _show(run_dir, plan, verified, removed, arguments.json)
-
-
-def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
-    status = cluster_for(plan.config.cluster.kind).status(run)
-    if status.state not in RUNNING_STATES:
-        require_ended(run)
-    else:
-        raise SubmitError(
-            f"the run is {status.state} and prunes its checkpoints itself",
-            where=str(run.root),
-            remedy=f"to prune them now, stop it with: {launcher_command('cancel', short_path(run.root))}",
-        )
 
 
 def _verify_all(run: RunDir) -> dict[Path, CheckpointError | None]:
@@ -252,19 +247,18 @@ def verify(checkpoints: Sequence[Checkpoint]) -> dict[Path, CheckpointError | No
     Returns, keyed by path, DamagedCheckpoint, UnreadableCheckpoint, or None for an intact checkpoint.
     """
     num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    verified: dict[Path, CheckpointError | None] = {}
     with show_progress() as make_progress:
         on_read = make_progress("verifying", sum(_num_bytes(checkpoint) for checkpoint in checkpoints))
-        return {checkpoint.path: _verify_one(checkpoint, num_threads, on_read) for checkpoint in checkpoints}
+        for checkpoint in checkpoints:
+            try:
+                problems = store.verify(checkpoint.path, threads=num_threads, on_read=on_read)
+                verified[checkpoint.path] = DamagedCheckpoint(problems) if problems else None
+            except UnreadableCheckpoint as error:
+                verified[checkpoint.path] = error
+    return verified
 
 
 def _num_bytes(checkpoint: Checkpoint) -> int:
     """Sum the sizes of the files that the manifest names."""
     return sum(entry.size for entry in checkpoint.manifest.files.values())
-
-
-def _verify_one(checkpoint: Checkpoint, num_threads: int, on_read: Callable[[int], None]) -> CheckpointError | None:
-    try:
-        problems = store.verify(checkpoint.path, threads=num_threads, on_read=on_read)
-    except UnreadableCheckpoint as error:
-        return error
-    return DamagedCheckpoint(problems) if problems else None

@@ -192,14 +192,13 @@ def wandb_page(run: RunDir, events: Iterable[Mapping[str, Any]]) -> dict[str, An
         if "sync_command" in fields:
             page |= {name: fields[name] for name in ("url", "sync_command") if name in fields}
     if command := page.get("sync_command"):
-        page["sync_command"] = shell_command(*(_present_path(run, word) for word in shlex.split(str(command))))
+        words = shlex.split(str(command))
+        for number, path in enumerate(map(Path, words)):
+            folder = run.root.absolute() / "wandb" / path.name
+            if path.parent.name == "wandb" and folder.is_dir():
+                words[number] = str(folder)
+        page["sync_command"] = shell_command(*words)
     return page
-
-
-def _present_path(run: RunDir, path: str) -> str:
-    """Return the present path of a session's folder in the run directory; any other word as it is."""
-    folder = run.root.absolute() / "wandb" / Path(path).name
-    return str(folder) if Path(path).parent.name == "wandb" and folder.is_dir() else path
 
 
 def wandb_words(page: Mapping[str, Any]) -> str:

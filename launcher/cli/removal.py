@@ -60,11 +60,21 @@ def remove_runs(arguments: argparse.Namespace) -> int:
     runs = _find_runs(arguments.runs, root)
     removable = [_inspect_run(one, root, {run.root for run in runs}) for one in runs]
     problems = [problem for one in runs if (problem := find_living_problem(one))]
-    problems += [_needed_problem(one) for one in removable if one.needed_by and not arguments.even_if_needed]
+    problems += [
+        Problem(
+            f"other runs start from the weights of the run {one.name}",
+            where=one.dir,
+            value=", ".join(one.needed_by),
+            remedy="remove them first, or name them in the same command; --even-if-needed removes this run anyway: "
+            "they can then be resumed only from their own checkpoints",
+        )
+        for one in removable
+        if one.needed_by and not arguments.even_if_needed
+    ]
     if problems:
         raise SubmitError(problems)
     if not arguments.json:
-        terminal.show(*(Section("", [_run_rows(one)]) for one in removable))
+        terminal.show(*(Section("", [_list_rows(one)]) for one in removable))
         print()
     total = f"{format_count(len(removable), 'run')}, {format_size(sum(one.bytes for one in removable))}"
     if not _is_confirmed(arguments, f"remove {total}?"):
@@ -138,17 +148,7 @@ def _starts_from(other: RunDir, folder: Path) -> bool:
     return False
 
 
-def _needed_problem(one: RemovableRun) -> Problem:
-    return Problem(
-        f"other runs start from the weights of the run {one.name}",
-        where=one.dir,
-        value=", ".join(one.needed_by),
-        remedy="remove them first, or name them in the same command; --even-if-needed removes this run anyway: "
-        "they can then be resumed only from their own checkpoints",
-    )
-
-
-def _run_rows(one: RemovableRun) -> Rows:
+def _list_rows(one: RemovableRun) -> Rows:
     """Return what is removed and what stays."""
     more = f" and {len(one.steps) - _STEPS_SHOWN} older" if len(one.steps) > _STEPS_SHOWN else ""
     rows = [

@@ -82,7 +82,12 @@ def page(runs: Sequence[_RunFiles]) -> str:
     """Return the whole page: the curves of all runs in shared charts, then each run by itself."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     charts = _list_charts(runs)
-    parts: list[Part] = [Cards(list(_list_facts(runs[0]).items())) if len(runs) == 1 else _compare_facts(runs)]
+    facts_of_runs = [_list_facts(one) for one in runs]
+    parts: list[Part] = [Cards(list(facts_of_runs[0].items()))]
+    if len(runs) > 1:
+        labels = list(dict.fromkeys(label for facts in facts_of_runs for label in facts))
+        rows = [[one.name, *(facts.get(label, "-") for label in labels)] for one, facts in zip(runs, facts_of_runs, strict=True)]
+        parts = [Table(["run", *labels], rows, numbers=range(2, len(labels) + 1))]
     parts.append(Section("Curves", [Charts(charts) if charts else Text("nothing has been logged yet", "soft")]))
     for one in runs:
         parts += _list_sections(one) if len(runs) == 1 else [Section(one.name, _list_sections(one))]
@@ -117,14 +122,6 @@ def _list_facts(one: _RunFiles) -> dict[str, str]:
     for service, usd in hosted_training(one.plan.config.costs.hosted, tokens).items():
         facts[f"these tokens at {service}"] = f"${usd:,.2f}"
     return facts
-
-
-def _compare_facts(runs: Sequence[_RunFiles]) -> Table:
-    """Return a table of the main numbers of each run."""
-    facts_of_runs = [_list_facts(one) for one in runs]
-    labels = list(dict.fromkeys(label for facts in facts_of_runs for label in facts))
-    rows = [[one.name, *(facts.get(label, "-") for label in labels)] for one, facts in zip(runs, facts_of_runs, strict=True)]
-    return Table(["run", *labels], rows, numbers=range(2, len(labels) + 1))
 
 
 def _list_charts(runs: Sequence[_RunFiles]) -> list[LineChart]:

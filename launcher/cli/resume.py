@@ -249,24 +249,26 @@ def _plan_again(
     """
     config = with_overrides(plan.config, overrides, plan.run_name)
     check_extra(config)
-    saved_plan = (_plan_of_checkpoint(run, checkpoint, force) if checkpoint is not None else None) or plan
+    saved_plan = (_find_saved_plan(run, checkpoint, force) if checkpoint is not None else None) or plan
     where = short_path(run.root if checkpoint is None else checkpoint.path)
     accepts = force or checkpoint is None
     # Overrides in this command, and manual changes to plan.json.
+    paths = {"path", "tokenizer_path", "has_weights", "isolation"}
+    models = [one.model.model_dump(exclude=paths) for one in (saved_plan, plan)]
     changes = [
-        *_model_differences(saved_plan.model, plan.model),
+        *differing(*models, f"{_PLAN_PREFIX}model"),
         *differences(saved_plan.config, config),
-        *_data_differences(saved_plan.data, plan.data),
+        *_compare_data(saved_plan.data, plan.data),
     ]
     is_newest = checkpoint is not None and checkpoint.step == store.newest_step(run.checkpoints)
-    known = _accepted_before(saved_plan, plan) if is_newest else []
+    known = _list_accepted(saved_plan, plan) if is_newest else []
     asks_for_data = any(override.lstrip("+").startswith(_SOURCE_KEYS) for override in overrides)
     remedy = _NEW_ROWS.format(command=_resume_command(run)) if asks_for_data else ""
     require_same([one for one in changes if one not in known], accepts, run.root, where, remedy)
     model = _restore_model(plan, config)
     data = _restore_data(plan, config, model, asks_for_data)
     # Source files may have changed, so a rebuilt cache may contain different rows.
-    data_changes = _data_differences(saved_plan.data, data)
+    data_changes = _compare_data(saved_plan.data, data)
     changes = [*differences(saved_plan.config, config), *data_changes]
     require_same([one for one in changes if one not in known], accepts, run.root, where, remedy)
     if changes:
@@ -295,11 +297,11 @@ def _plan_again(
     return next_plan
 
 
-def _accepted_before(saved_plan: LaunchPlan, plan: LaunchPlan) -> list[Difference]:
+def _list_accepted(saved_plan: LaunchPlan, plan: LaunchPlan) -> list[Difference]:
     """Return the differences from the checkpoint that --force accepted for an attempt that has not saved since."""
     accepted = plan.provenance.overrides[len(saved_plan.provenance.overrides) :]
     keys = tuple(override.lstrip("+").partition("=")[0] for override in accepted)
-    changes = [*differences(saved_plan.config, plan.config), *_data_differences(saved_plan.data, plan.data)]
+    changes = [*differences(saved_plan.config, plan.config), *_compare_data(saved_plan.data, plan.data)]
     asked_for_data = any(override.lstrip("+").startswith(_SOURCE_KEYS) for override in accepted)
     return [one for one in changes if one.key.startswith((*keys, *(("plan.data", "data.") if asked_for_data else ())))]
 
@@ -310,7 +312,7 @@ def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int
     A step's rows depend only on its number, the global batch size and the data.
     """
     num_trained, next_row = (step * plan.batch.global_batch_size for plan in (saved_plan, next_plan))
-    if next_plan.data is not None and _data_differences(saved_plan.data, next_plan.data):
+    if next_plan.data is not None and _compare_data(saved_plan.data, next_plan.data):
         begins = next_row % max(1, next_plan.data.num_rows)
         if begins == 0:
             return None
@@ -333,7 +335,7 @@ def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int
     return f"step {step} starts at row {next_row:,} of the order after {format_count(num_trained, 'trained row')}: {change}"
 
 
-def _plan_of_checkpoint(run: RunDir, checkpoint: Checkpoint, force: bool) -> LaunchPlan | None:
+def _find_saved_plan(run: RunDir, checkpoint: Checkpoint, force: bool) -> LaunchPlan | None:
     """Return the plan that a checkpoint was saved under; None if it is missing and `force` is true.
 
     Raises:
@@ -351,20 +353,14 @@ def _plan_of_checkpoint(run: RunDir, checkpoint: Checkpoint, force: bool) -> Lau
     return saved
 
 
-def _model_differences(saved: ModelFacts, current: ModelFacts) -> list[Difference]:
-    """Return the architecture numbers that differ; paths may differ."""
-    paths = {"path", "tokenizer_path", "has_weights", "isolation"}
-    return differing(saved.model_dump(exclude=paths), current.model_dump(exclude=paths), f"{_PLAN_PREFIX}model")
-
-
-def _data_differences(saved: DataFacts | None, current: DataFacts | None) -> list[Difference]:
+def _compare_data(saved: DataFacts | None, current: DataFacts | None) -> list[Difference]:
     if saved and current and saved.digest and saved.contents() == current.contents():
         # The key also changes with the versions of libraries and of the cache format; the digest depends only on the rows.
         return []
-    return differing(_cache_contents(saved), _cache_contents(current), f"{_PLAN_PREFIX}data")
+    return differing(_list_contents(saved), _list_contents(current), f"{_PLAN_PREFIX}data")
 
 
-def _cache_contents(data: DataFacts | None) -> dict[str, Any]:
+def _list_contents(data: DataFacts | None) -> dict[str, Any]:
     """Return the content of a data cache, with its key instead of its path."""
     return {} if data is None else {"key": Path(data.cache_dir).name, **data.contents()}
 

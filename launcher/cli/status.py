@@ -147,11 +147,14 @@ def _require_folder(root: Path) -> None:
 def status_rows(values: dict[str, Any]) -> Rows:
     """Return the state of a run from what `summarize` returns."""
     metrics, stop_note = values["metrics"], ", stop requested" if values["asked_to_stop"] else ""
+    done, total, age_s = values["step"], values["max_steps"], values["age_s"]
+    is_old = values["state"] in RUNNING_STATES and age_s is not None and age_s >= _STALE_STEP_S
+    reached = f"{done:,} of {total:,} ({done / total:.0%})" if total else f"{done:,} of ?"
     rows = [
         ("run", f"{values['name']} in {short_path(Path(values['dir']))}"),
         ("state", values["state"] + (f": {values['message']}" if values["message"] else "") + stop_note),
         ("attempt", str(values["attempt"])),
-        ("step", _describe_step(values)),
+        ("step", f"{reached}, {format_duration(age_s)} ago" if is_old else reached),
     ]
     if values["progress"] is not None:
         age = format_duration(max(0.0, time.time() - values["progress"]["time"]))
@@ -192,13 +195,6 @@ def status_rows(values: dict[str, Any]) -> Rows:
         at = "" if alert["step"] is None else f", step {alert['step']}"
         rows.append(("alert", f"{alert['text']} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"))
     return Rows(rows)
-
-
-def _describe_step(values: dict[str, Any]) -> str:
-    done, total = values["step"], values["max_steps"]
-    is_old = values["state"] in RUNNING_STATES and values["age_s"] is not None and values["age_s"] >= _STALE_STEP_S
-    age = f", {format_duration(values['age_s'])} ago" if is_old else ""
-    return (f"{done:,} of {total:,} ({done / total:.0%})" if total else f"{done:,} of ?") + age
 
 
 def sparkline(values: Sequence[float]) -> str:

@@ -40,7 +40,7 @@ def test_the_report_of_one_run_has_all_sections(launch: Launch, run: RunDir) -> 
     curves = ("Training loss", "Learning rate", "Gradient norm", "Tokens per second", "MFU", "Main memory of rank 0")
     assert [title for title in re.findall(r"<h3>([^<]*)", page) if title in curves] == list(curves)
     assert page.count("<polyline") == len(curves), "no curve without values"
-    rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in page.split("<tr>")]
+    rows = [re.findall(r"<(?:td|th)(?: [^>]*)?>([^<]*)", row) for row in page.split("<tr>")]
     assert ["5", "1.95 KiB", "-", "1", "2"] in rows
     assert ["10", "1.95 KiB", "2.7500", "2", "2"] in rows
     told = {row[0]: row[1] for row in rows if len(row) == 2}

@@ -73,9 +73,9 @@ def to_page(title: str, subtitle: str, parts: Sequence[Part]) -> str:
 
 def _cell(text: object) -> Markup:
     """Return a table cell's text with its line breaks, and with places where long words such as paths may break."""
-    lines = (Markup(" ").join(_breakable(word) for word in line.split(" ")) for line in str(text).split("\n"))
+
+    def breakable(word: str) -> Markup:
+        return escape(word) if len(word) <= _LONG_WORD else Markup("<wbr>").join(re.split(r"(?<=[/.,:;=_&?-])", word))
+
+    lines = (Markup(" ").join(breakable(word) for word in line.split(" ")) for line in str(text).split("\n"))
     return Markup("<br>").join(lines)
-
-
-def _breakable(word: str) -> Markup:
-    return escape(word) if len(word) <= _LONG_WORD else Markup("<wbr>").join(re.split(r"(?<=[/.,:;=_&?-])", word))

@@ -106,7 +106,12 @@ class _Layout:
                 case Commands():
                     yield from (printable(" " * indent + line) for line in part.lines)
                 case MarkedText():
-                    yield self._marked(part)
+                    begin, end = ("", "") if self.has_colors else TRAINED_MARKS
+                    yield "".join(
+                        self._colored(f"{begin}{printable(text)}{end}" if is_marked else printable(text), color)
+                        for text, is_marked in part.parts
+                        for color in [_TRAINED if is_marked else _UNTRAINED]
+                    )
 
     def _text(self, line: str, indent: int, hanging: int = 0, color: str = "") -> Iterator[str]:
         for wrapped in wrap(printable(" " * indent + line), self.width, indent + hanging):
@@ -114,14 +119,6 @@ class _Layout:
 
     def _colored(self, text: str, color: str) -> str:
         return f"\x1b[{color}m{text}\x1b[0m" if color and self.has_colors else text
-
-    def _marked(self, part: MarkedText) -> str:
-        if self.has_colors:
-            texts = (self._colored(printable(text), _TRAINED if marked else _UNTRAINED) for text, marked in part.parts)
-        else:
-            begin, end = TRAINED_MARKS
-            texts = (f"{begin}{printable(text)}{end}" if marked else printable(text) for text, marked in part.parts)
-        return "".join(texts)
 
     def _table(self, table: Table, indent: int) -> list[str]:
         """Return the rows under the columns' names.
