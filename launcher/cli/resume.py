@@ -254,9 +254,9 @@ def _plan_again(
     accepts = force or checkpoint is None
     # Overrides in this command, and manual changes to plan.json.
     paths = {"path", "tokenizer_path", "has_weights", "isolation"}
-    models = [one.model.model_dump(exclude=paths) for one in (saved_plan, plan)]
+    saved_model, model_now = (one.model.model_dump(exclude=paths) for one in (saved_plan, plan))
     changes = [
-        *differing(*models, f"{_PLAN_PREFIX}model"),
+        *differing(saved_model, model_now, f"{_PLAN_PREFIX}model"),
         *differences(saved_plan.config, config),
         *_compare_data(saved_plan.data, plan.data),
     ]
