@@ -20,6 +20,7 @@ from launcher import atomic_files, run_store
 from launcher.cli import train
 from launcher.cli.follow import interrupted_start
 from launcher.cli.interaction import Interrupts
+from launcher.cli.main import main
 from launcher.cli.start_run import start_run
 from launcher.cli.worker_process import run_worker
 from launcher.clusters.local import LocalCluster
@@ -43,6 +44,15 @@ try:
 finally:
     (folder / "partial").unlink()
 """
+
+
+def test_an_interrupted_evaluation_names_the_command_that_continues_at_its_step(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launcher.cli.evaluate.run_reporting", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(["evaluate", str(run.root), "evaluate.max_prompts=5", "--set=held_out"]) == EXIT_INTERRUPTED
+    command = f"evaluate {run.root} evaluate.max_prompts=5 --step 10 --set=held_out"
+    assert command in capsys.readouterr().err
 
 
 def interrupt_after(file: Path) -> None:
@@ -79,6 +89,7 @@ import sys
 from pathlib import Path
 from launcher import run_store
 from launcher.cli.interaction import Interrupts
+from launcher.cli.main import main
 from launcher.cli.start_run import start_run
 from launcher.clusters.slurm.cluster import SlurmCluster
 from launcher.errors import SubmitError

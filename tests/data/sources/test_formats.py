@@ -167,6 +167,7 @@ def test_an_unusable_message_is_reported_with_its_place(jsonl: Jsonl, messages: 
     assert words in problem.message
     assert problem.where == f"{path}:1"
     assert problem.remedy
+    assert "columns" not in problem.remedy, "they name keys of the row"
 
 
 @pytest.mark.parametrize(
