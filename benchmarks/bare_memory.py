@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from launcher.plan.architecture import model_facts
 from launcher.plan.sizing.kernels import Kernels, checkpointed_layers
 from launcher.plan.sizing.memory import Pass, activation_bytes, head_elements, loss_bytes
-from launcher.train.model import DTYPES, _find_decoder, _replace_head, checkpoint_layers
+from launcher.train.model import DTYPES, checkpoint_layers, find_decoder, replace_head
 
 Watch = TypeVar("Watch", bound=TorchDispatchMode)
 # Registered separately, because on CPUs the launcher's varlen computes documents one by one.
@@ -71,7 +71,7 @@ def run_pass(
     with FakeTensorMode(allow_non_fake_inputs=True):
         options = {"dtype": DTYPES[dtype], "attn_implementation": _NAME if attention == "varlen" else attention}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **options)
-        _replace_head(model, chunk_tokens)
+        replace_head(model, chunk_tokens)
         checkpoint_layers(model, checkpointing)
         model.train()
         for parameter in model.parameters():
@@ -82,7 +82,7 @@ def run_pass(
         documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": tokens, "max_length_k": tokens}
         watching = watch(model)
         with watching:
-            decoder = _find_decoder(model)
+            decoder = find_decoder(model)
             hidden = decoder(input_ids=ids, position_ids=ids, use_cache=False, **documents).last_hidden_state
             selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
             del hidden

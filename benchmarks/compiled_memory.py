@@ -21,7 +21,7 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.sizing.activations import layer_activations
 from launcher.plan.sizing.kernels import Kernels
 from launcher.train import attention
-from launcher.train.model import _find_decoder, compile_layers
+from launcher.train.model import compile_layers, find_decoder
 
 PRESETS = ("llama3_2_1b", "qwen3_0_6b")
 TOKENS, LAYERS = 512, (1, 3)
@@ -90,7 +90,7 @@ def _saved_bytes(model: Any) -> int:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    decoder = _find_decoder(model)
+    decoder = find_decoder(model)
     # The first call compiles and is not measured.
     decoder(input_ids=ids, position_ids=positions, use_cache=False, **documents)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -35,30 +35,20 @@ def choose_kernel(model: ModelSection, device: torch.device, config: Any) -> str
     """Return the attention kernel for a model with this transformers config: the configured one, else the fastest available.
 
     Raises:
-        ConfigError: if transformers would load the configured kernel from the Hub.
+        ConfigError: if FlashAttention is configured and its package is missing: transformers would fetch a kernel from the Hub.
     """
-    if model.attention != "auto":
-        _require_package(model.attention)
-        return model.attention
+    chosen = model.attention
+    if chosen != "auto":
+        if any(kernel == chosen and not _can_import(module) for kernel, module, _ in _FLASH_KERNELS):
+            message = f"model.attention: {chosen} is not installed here, and the launcher does not use code from the Hub instead"
+            remedy = "install flash-attn, or leave model.attention=auto"
+            raise ConfigError(message, where="model.attention", value=chosen, remedy=remedy)
+        return chosen
     if device.type == "cuda" and can_flash(model, config) and (flash := _find_flash_kernel(device)):
         return flash
     if can_varlen(model, config, device):
         return VARLEN
     return "sdpa" if _has(config, "_supports_sdpa", default=True) else "eager"
-
-
-def _require_package(kernel: str) -> None:
-    """Refuse FlashAttention without its package; the package `kernels`, which would fetch a replacement from the Hub, is hidden.
-
-    Raises:
-        ConfigError: with the remedy.
-    """
-    module = {name: module for name, module, _ in _FLASH_KERNELS}.get(kernel)
-    if module is None or _can_import(module):
-        return
-    message = f"model.attention: {kernel} is not installed here, and the launcher does not use code from the Hub instead"
-    remedy = "install flash-attn, or leave model.attention=auto"
-    raise ConfigError(message, where="model.attention", value=kernel, remedy=remedy)
 
 
 def describe(config: Any, packing: bool) -> str:

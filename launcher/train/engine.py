@@ -39,8 +39,15 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+
+    def meet_ranks(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
+        """Do as torch's env://, but let the store listen only on MASTER_ADDR."""
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        yield open_store(address, port, is_server=rank == 0, num_members=world_size, timeout=timeout), rank, world_size
+
     with suppress(RuntimeError):  # already registered
-        dist.register_rendezvous_handler("launcher", _meet_ranks)
+        dist.register_rendezvous_handler("launcher", meet_ranks)
     deepspeed.init_distributed(
         dist_backend=plan.topology.backend,
         timeout=timedelta(minutes=plan.config.cluster.timeout_minutes),
@@ -48,14 +55,6 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
         verbose=False,
     )
     return device
-
-
-def _meet_ranks(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[dist.Store, int, int]]:
-    """Yield the store of all ranks, this rank and the world size: torch's env://, but its store listens only on MASTER_ADDR."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = open_store(address, port, is_server=rank == 0, num_members=world_size, timeout=timeout)
-    yield store, rank, world_size
 
 
 def build_engine(
@@ -72,8 +71,20 @@ def build_engine(
     """
     import deepspeed
 
-    _prepare_nvme_folder(plan, rank_info)
-    with _partitioned_model(plan, make_progress, has_checkpoint) as model:
+    if (folder := plan.nvme_folder) is not None:
+        # DeepSpeed would create the folder itself, and fill the system disk if nothing is mounted there.
+        if not folder.parent.is_dir():
+            raise RunError(
+                "this node does not have the folder for states on NVMe",
+                where="deepspeed.nvme_path",
+                value=str(folder.parent),
+                remedy="mount a local NVMe disk there, or use deepspeed=zero3_offload",
+            )
+        # It is emptied: earlier attempts may have had more ranks.
+        if rank_info.local_rank == 0:
+            make_private_folder(folder, "deepspeed.nvme_path")
+        dist.barrier()
+    with _partition_model(plan, make_progress, has_checkpoint) as model:
         optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
         import_muon()
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)
@@ -88,36 +99,34 @@ def build_inference_engine(plan: LaunchPlan, make_progress: MakeProgress = silen
     """
     import deepspeed
 
-    with _partitioned_model(plan, make_progress, trains=False) as model:
+    with _partition_model(plan, make_progress, trains=False) as model:
         import_muon()
         engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=plan.deepspeed)
     return engine, model
 
 
 @contextmanager
-def _partitioned_model(
+def _partition_model(
     plan: LaunchPlan, make_progress: MakeProgress, has_checkpoint: bool = False, trains: bool = True
 ) -> Iterator[CausalLMLoss]:
-    """Yield the model of a plan with partitioned weights."""
+    """Build the model of a plan with partitioned weights, and keep its partitioning alive within the block."""
     from transformers import set_seed
     from transformers.integrations import HfDeepSpeedConfig
 
     set_seed(plan.config.run.seed)
     # transformers holds only a weak reference to this object; weights are partitioned as they load while it is alive.
     partitioning = HfDeepSpeedConfig(plan.deepspeed)
-    config = plan.config
-    device, chunk_tokens = plan.topology.device, plan.loss_chunk_tokens
     yield build_model(
-        config.model,
+        plan.config.model,
         plan.model,
-        device,
-        chunk_tokens,
-        packing=config.data.packing,
+        plan.topology.device,
+        plan.loss_chunk_tokens,
+        packing=plan.config.data.packing,
         make_progress=make_progress,
         has_checkpoint=has_checkpoint,
         checkpointing=plan.checkpointing,
         uses_liger=plan.liger,
-        compiles=trains and config.model.compile,
+        compiles=trains and plan.config.model.compile,
     )
     del partitioning
 
@@ -139,24 +148,6 @@ def leave_process_group() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-
-
-def _prepare_nvme_folder(plan: LaunchPlan, rank_info: RankInfo) -> None:
-    """Create an empty folder for this run's states; earlier attempts may have had more ranks."""
-    folder = plan.nvme_folder
-    if folder is None:
-        return
-    # DeepSpeed would create the folder itself, and fill the system disk if nothing is mounted there.
-    if not folder.parent.is_dir():
-        raise RunError(
-            "this node does not have the folder for states on NVMe",
-            where="deepspeed.nvme_path",
-            value=str(folder.parent),
-            remedy="mount a local NVMe disk there, or use deepspeed=zero3_offload",
-        )
-    if rank_info.local_rank == 0:
-        make_private_folder(folder, "deepspeed.nvme_path")
-    dist.barrier()
 
 
 class LockedBaton:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,18 +306,15 @@ class ForgettingCheck:
             return None
         if evaluation.step == 0:
             self._before = loss
-        elif self._before is None and self._has_first_rows(self._run):
-            self._before = read_loss_before(self._run)
+        elif self._before is None:
+            plans: list[LaunchPlan] = []
+            with suppress(LauncherError):
+                plans = run_store.load_plans_until(self._run, 0)
+            # Comparable if the set has the rows of the run's first attempt.
+            if not plans or plans[0].eval_rows_digest(FORGETTING) == self._rows:
+                self._before = read_loss_before(self._run)
         if self._before is None or not GeneralLoss(self._before, loss).is_forgetting:
             return None
         rise = f"{loss:.4f}, {loss / self._before - 1:.0%} above its value before training ({self._before:.4f})"
         remedy = "lower optim.lr, train fewer steps, or add general rows to data.sources"
         return f"the model is forgetting: the loss on general text is {rise}; {remedy}"
-
-    def _has_first_rows(self, run: RunDir) -> bool:
-        """Return whether the set has the rows of the run's first attempt, whose loss before training is then comparable."""
-        try:
-            plans = run_store.load_plans_until(run, 0)
-        except LauncherError:
-            return True
-        return not plans or plans[0].eval_rows_digest(FORGETTING) == self._rows

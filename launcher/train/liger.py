@@ -41,7 +41,7 @@ def find_problem(section: ModelSection, model_type: str, device: torch.device, d
     Raises:
         ConfigError: on all ranks, if model.liger is true and Liger cannot be used on one of them.
     """
-    return _agree(section, device, lambda: try_kernels(model_type, device, dtype))
+    return _agree_on_problem(section, device, lambda: try_kernels(model_type, device, dtype))
 
 
 def apply(hf: Any, section: ModelSection, device: torch.device) -> str:
@@ -55,7 +55,7 @@ def apply(hf: Any, section: ModelSection, device: torch.device) -> str:
     before = [(part, dict(vars(part))) for part in hf.modules()]
     is_applied = False
     try:
-        problem = _agree(section, device, lambda: _replace(hf))
+        problem = _agree_on_problem(section, device, lambda: _replace_kernels(hf))
         is_applied = not problem and any(vars(part).get("forward") is not values.get("forward") for part, values in before)
     finally:
         if not is_applied:
@@ -120,14 +120,14 @@ def _require_finite_gradients(inputs: Sequence[torch.Tensor], outputs: Sequence[
         raise ArithmeticError("Liger's kernels computed gradients that are not finite")
 
 
-def _agree(section: ModelSection, device: torch.device, action: Callable[[], None]) -> str:
+def _agree_on_problem(section: ModelSection, device: torch.device, action: Callable[[], None]) -> str:
     """Run an action; return the problem, the same on all ranks, if it fails on any. Collective."""
     reason = remedy = ""
     try:
         action()
     # A build for another torch, transformers or Triton may raise any exception.
     except Exception as error:
-        reason, remedy = describe(error).strip().splitlines()[0][:_MOST_CHARACTERS], _remedy(device)
+        reason, remedy = describe(error).strip().splitlines()[0][:_MOST_CHARACTERS], _find_remedy(device)
     if dist.is_initialized():
         failed = torch.tensor(int(bool(reason)), device=device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
@@ -140,8 +140,7 @@ def _agree(section: ModelSection, device: torch.device, action: Callable[[], Non
     return f"training runs without Liger, slower than planned, because it cannot be used ({reason}): {remedy}"
 
 
-def _remedy(device: torch.device) -> str:
-    """Return the remedy for a failure of Liger on this machine."""
+def _find_remedy(device: torch.device) -> str:
     if importlib.util.find_spec("liger_kernel") is None:
         return "install liger-kernel where the ranks run, in their image if they have one: pip install 'launcher[gpu]'"
     if problems := missing_build_tools(device.type):
@@ -149,7 +148,7 @@ def _remedy(device: torch.device) -> str:
     return "pip install --upgrade 'launcher[gpu]', and see what python -m launcher doctor says about Liger on this machine"
 
 
-def _replace(hf: Any) -> None:
+def _replace_kernels(hf: Any) -> None:
     """Apply Liger, and record what it replaces outside the model, even if it fails."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 

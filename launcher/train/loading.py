@@ -38,7 +38,7 @@ _MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight co
 
 
 @contextmanager
-def _shared_hpz_group() -> Iterator[None]:
+def _share_hpz_group() -> Iterator[None]:
     """Let the models that a process builds share hpZ's process group, which DeepSpeed refuses to create twice."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -60,7 +60,7 @@ def _shared_hpz_group() -> Iterator[None]:
         groups._create_zero_param_parallel_group = create
 
 
-@_shared_hpz_group()
+@_share_hpz_group()
 def build_with_weights(
     config: Any,
     model: ModelSection,
@@ -90,7 +90,7 @@ def build_with_weights(
     hf = _load_own_parts(source, model, config, advance, **options)
     if hf is None:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
-        with _counted_loading(advance):
+        with _count_loaded_bytes(advance):
             hf = _replace_frozen_parameters(_load_pretrained(folder, str(source), model, **options, **pickled))
     return hf
 
@@ -157,7 +157,7 @@ def _build_for_checkpoint(folder: Path | None, config: Any, **options: Any) -> A
 
 
 @contextmanager
-def _counted_loading(on_load: Callable[[int], None]) -> Iterator[None]:
+def _count_loaded_bytes(on_load: Callable[[int], None]) -> Iterator[None]:
     """Call `on_load` with the bytes of each module's parameters as transformers fills them; under ZeRO-3, only on rank 0."""
     fill = nn.Module._load_from_state_dict
 

@@ -16,7 +16,6 @@ import torch
 
 from launcher import run_store
 from launcher.checkpoint import shards, store, zero3
-from launcher.checkpoint.manifest import Checkpoint
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import StepBatch
 from launcher.distributed import RankInfo, StepReduction, all_reduce_step
@@ -125,13 +124,26 @@ class TrainingLoop:
         Raises:
             CheckpointError: if the run has neither a checkpoint nor initial weights.
         """
-        checkpoint, plan = self.parts.start.checkpoint, self.run.plan
-        if checkpoint is not None:
-            self._load(checkpoint)
-        elif plan.config.model.init == "pretrained" and not plan.model.has_weights:
-            where = str(self.run.run_dir.root)
-            remedy = "restore a checkpoint into this directory, or start a new run"
-            raise CheckpointError("the run has neither a checkpoint nor initial weights", where=where, remedy=remedy)
+        run, parts, tracker = self.run, self.parts, self.run.tracker
+        if (agreed := parts.start.checkpoint) is None:
+            if run.plan.config.model.init == "pretrained" and not run.plan.model.has_weights:
+                remedy = "restore a checkpoint into this directory, or start a new run"
+                message = "the run has neither a checkpoint nor initial weights"
+                raise CheckpointError(message, where=str(run.run_dir.root), remedy=remedy)
+            return
+        parameters, buffers = parts.model.parameters_by_name(), parts.model.buffers_by_name()
+        make_progress = as_events(tracker.event) if run.rank_info.is_main else silent
+        checkpoint, state = load_newest_intact(
+            run.run_dir,
+            run.rank_info,
+            agreed,
+            lambda path: shards.load(parts.engine, parameters, path, named_buffers=buffers, make_progress=make_progress),
+            lambda message: tracker.event("alert", message),
+        )
+        self.step = parts.checkpointer.saved_step = checkpoint.step
+        parts.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
+        self.evaluations.restore(state)
+        tracker.event("info", f"continuing from {checkpoint.path}", self.step)
 
     def check_model(self) -> None:
         """Refuse a model in which packed documents affect each other; run the largest batch if it is due. Collective."""
@@ -320,7 +332,11 @@ class TrainingLoop:
         has_time = has_time_to_save(self.run.plan.config.cluster, reason, self.stop.at, checkpointer.save_s, self.run.device)
         if has_time:
             self.save_and_wait()
-        outcome = self._early_outcome(reason, has_time)
+        kept_step = self.step if has_time or checkpointer.saved_step is None else checkpointer.saved_step
+        checkpoint, max_steps = self._checkpoint_path(kept_step), self.parts.max_steps
+        outcome = Outcome.interrupted(
+            reason, self.reached_limit, self.step, max_steps, kept_step, checkpointer.save_s, checkpoint
+        )
         if reason != "cancelled":
             self.run.tracker.event("alert", outcome.message, self.step)
         return outcome
@@ -360,22 +376,6 @@ class TrainingLoop:
         self.parts.checkpointer.close()
         zero3.release_engine(self.parts.engine)
 
-    def _load(self, agreed: Checkpoint) -> None:
-        parts, tracker = self.parts, self.run.tracker
-        parameters, buffers = parts.model.parameters_by_name(), parts.model.buffers_by_name()
-        make_progress = as_events(tracker.event) if self.run.rank_info.is_main else silent
-        checkpoint, state = load_newest_intact(
-            self.run.run_dir,
-            self.run.rank_info,
-            agreed,
-            lambda path: shards.load(parts.engine, parameters, path, named_buffers=buffers, make_progress=make_progress),
-            lambda message: tracker.event("alert", message),
-        )
-        self.step = parts.checkpointer.saved_step = checkpoint.step
-        parts.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
-        self.evaluations.restore(state)
-        tracker.event("info", f"continuing from {checkpoint.path}", self.step)
-
     def _state(self) -> dict[str, Any]:
         counts = {"tokens": self.parts.meter.tokens, "skipped_steps": self.parts.meter.skipped_steps}
         return {**counts, **self.evaluations.state(self.step)}
@@ -386,9 +386,3 @@ class TrainingLoop:
 
     def _checkpoint_path(self, step: int) -> Path:
         return self.run.run_dir.checkpoints / store.step_name(step)
-
-    def _early_outcome(self, reason: str, is_saved: bool) -> Outcome:
-        checkpointer = self.parts.checkpointer
-        kept_step = self.step if is_saved or checkpointer.saved_step is None else checkpointer.saved_step
-        checkpoint, max_steps = self._checkpoint_path(kept_step), self.parts.max_steps
-        return Outcome.interrupted(reason, self.reached_limit, self.step, max_steps, kept_step, checkpointer.save_s, checkpoint)

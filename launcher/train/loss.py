@@ -33,18 +33,15 @@ class LossHead(nn.Linear):
         """
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        if per_token:
-            return self._token_losses(hidden, labels)
-        # Inside an autograd function, gradients are always off.
-        wants_grad = torch.is_grad_enabled()
-        return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, factor, self.chunk_tokens, wants_grad)
-
-    @torch.no_grad()
-    def _token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if not per_token:
+            # Inside an autograd function, gradients are always off.
+            wants_grad = torch.is_grad_enabled()
+            return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, factor, self.chunk_tokens, wants_grad)
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), self.chunk_tokens):
-            chunk = slice(start, start + self.chunk_tokens)
-            losses[chunk], _, _ = _token_nll(_fp32_logits(hidden[chunk], self.weight, self.bias), labels[chunk, None])
+        with torch.no_grad():
+            for start in range(0, len(hidden), self.chunk_tokens):
+                chunk = slice(start, start + self.chunk_tokens)
+                losses[chunk], _, _ = _token_nll(_fp32_logits(hidden[chunk], self.weight, self.bias), labels[chunk, None])
         return losses
 
 

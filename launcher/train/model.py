@@ -50,7 +50,7 @@ class CausalLMLoss(nn.Module):
         # FlashAttention and varlen keep documents apart only in a batch of one row.
         self.flatten = flatten
         # In a tuple, so that torch does not register the module twice.
-        self._decoder = (_find_decoder(model),)
+        self._decoder = (find_decoder(model),)
         # Remote code may lack the keyword arguments of transformers' models.
         parameters = inspect.signature(self._decoder[0].forward).parameters.values()
         self._takes_cu_seqlens = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -74,7 +74,7 @@ class CausalLMLoss(nn.Module):
         """
         if by_model:
             return self.hf(input_ids=input_ids, use_cache=False).logits
-        hidden = self._hidden(input_ids, position_ids, cu_seqlens)
+        hidden = self._compute_hidden_states(input_ids, position_ids, cu_seqlens)
         if labels is None:
             return self.hf.get_output_embeddings()(hidden)
         flat = labels.reshape(-1)
@@ -85,7 +85,7 @@ class CausalLMLoss(nn.Module):
         del hidden  # freed while the loss is computed
         return self.hf.get_output_embeddings()(selected, targets, factor, per_token)
 
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _compute_hidden_states(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Return the last hidden states [B, T, H] (or [1, B * T, H]) of token ids and positions [B, T]."""
         documents: dict[str, Any] = {}
         if self.flatten:
@@ -108,7 +108,7 @@ class CausalLMLoss(nn.Module):
         return stored_buffers(self.hf)
 
 
-def _find_decoder(model: Any) -> Any:
+def find_decoder(model: Any) -> Any:
     """Return the part of a model between token ids and hidden states.
 
     In some architectures, transformers' `get_decoder` returns the whole model, or the head if that is named decoder.
@@ -168,7 +168,7 @@ def build_model(
     if uses_liger:
         liger_problem = liger.find_problem(model, str(config.model_type), torch.device(device), options["dtype"])
     hf = build_with_weights(config, model, facts, folder, make_progress, has_checkpoint, **options, **remote)
-    _replace_head(hf, chunk_tokens)
+    replace_head(hf, chunk_tokens)
     if uses_liger and not liger_problem:
         liger_problem = liger.apply(hf, model, torch.device(device))
     checkpoint_layers(hf, checkpointing)
@@ -247,7 +247,12 @@ def compile_layers(hf: Any, device: torch.device) -> None:
         layer.forward = torch.compile(layer.forward)
 
 
-def _replace_head(hf: Any, chunk_tokens: int) -> None:
+def replace_head(hf: Any, chunk_tokens: int) -> None:
+    """Make the model's head compute the loss, `chunk_tokens` labels at a time.
+
+    Raises:
+        ConfigError: if the head is not a plain linear layer.
+    """
     head = hf.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ConfigError(

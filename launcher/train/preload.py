@@ -31,8 +31,17 @@ def import_stack(plan: LaunchPlan, tracks: bool) -> None:
         from launcher.train.engine import import_muon
 
         import_muon()
-        with suppress(Exception), _unused_packages_hidden():
-            _import_model_classes(plan)
+        # Only the ranks run remote code.
+        if not plan.config.model.trust_remote_code:
+            with suppress(Exception), _hide_unused_packages():
+                from transformers import AutoConfig, AutoModelForCausalLM
+
+                config = (
+                    AutoConfig.from_pretrained(plan.model.path, trust_remote_code=False)
+                    if plan.model.path is not None
+                    else AutoConfig.for_model(**plan.model.config)
+                )
+                AutoModelForCausalLM._model_mapping.get(type(config), None)
         if tracks and plan.config.tracking.kind == "wandb":
             with suppress(Exception):
                 import wandb  # noqa: F401
@@ -43,7 +52,7 @@ def import_stack(plan: LaunchPlan, tracks: bool) -> None:
 
 
 @contextmanager
-def _unused_packages_hidden() -> Iterator[None]:
+def _hide_unused_packages() -> Iterator[None]:
     """Make transformers treat packages that no rank uses as absent: importing them takes 0.4 of 5 seconds."""
     utils = importlib.import_module("transformers.utils")
     names = [f"is_{package}_available" for package in _UNUSED_PACKAGES]
@@ -55,18 +64,3 @@ def _unused_packages_hidden() -> Iterator[None]:
     finally:
         for name, check in checks.items():
             setattr(utils, name, check)
-
-
-def _import_model_classes(plan: LaunchPlan) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model = plan.model
-    if plan.config.model.trust_remote_code:
-        # Only the ranks run remote code.
-        return
-    config = (
-        AutoConfig.from_pretrained(model.path, trust_remote_code=False)
-        if model.path is not None
-        else AutoConfig.for_model(**model.config)
-    )
-    AutoModelForCausalLM._model_mapping.get(type(config), None)

@@ -116,7 +116,16 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         tracker.event("alert" if problem else "info", liger.describe_use(problem, plan.config, run.run_dir.root), 0)
     # Refuse an engine that cannot be saved here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
-    batches, eval_rows = _open_batches(run, data), _open_eval_rows(run, data)
+    train_batches = TrainBatches(
+        Split.open(data),
+        plan.batch,
+        plan.config.run.seed,
+        rank_info.rank,
+        rank_info.world_size,
+        pad_id=_PAD_ID,
+        group_by_length=not plan.config.data.packing,
+    )
+    batches, eval_rows = PrefetchLoader(train_batches, device), _open_eval_rows(plan, data)
     # If the optimizer steps on the node's CPUs, its time identifies slow ranks.
     steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
     monitored = as_run(plan, has_liger=not model.liger_problem) if plan.liger else plan
@@ -161,30 +170,13 @@ def _build_saver(run: RunContext, engine: Any, model: CausalLMLoss, fence: Calla
     )
 
 
-def _open_batches(run: RunContext, data: DataFacts) -> PrefetchLoader:
-    plan, rank_info = run.plan, run.rank_info
-    batches = TrainBatches(
-        Split.open(data),
-        plan.batch,
-        plan.config.run.seed,
-        rank_info.rank,
-        rank_info.world_size,
-        pad_id=_PAD_ID,
-        group_by_length=not plan.config.data.packing,
-    )
-    return PrefetchLoader(batches, run.device)
-
-
-def _open_eval_rows(run: RunContext, data: DataFacts) -> list[EvalRows]:
+def _open_eval_rows(plan: LaunchPlan, data: DataFacts) -> list[EvalRows]:
     """Open the rows of all sets that are evaluated during training."""
-    plan, micro_batch_size = run.plan, run.plan.batch.micro_batch_size
-    opened = []
+    opened, micro_batch_size = [], plan.batch.micro_batch_size
     if data.num_eval_rows:
-        section = plan.config.data
-        eval_source = make_eval_source(section)
-        sources = (*section.sources, *([eval_source] if eval_source is not None else []))
+        sources = (*plan.config.data.sources, make_eval_source(plan.config.data))
         batches = RowBatches(Split.open(data, held_out=True), micro_batch_size, pad_id=_PAD_ID)
-        opened.append(EvalRows(HELD_OUT, batches, tuple(source.name for source in sources)))
+        opened.append(EvalRows(HELD_OUT, batches, tuple(source.name for source in sources if source is not None)))
     for eval_set in plan.config.eval.all_sets:
         split = Split.open(plan.eval_sets[eval_set.name])
         batches = RowBatches(split, micro_batch_size, _PAD_ID, choose_evenly(split.num_rows, eval_set.max_rows))

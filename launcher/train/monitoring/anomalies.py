@@ -222,7 +222,12 @@ class StallAlarm:
 
     def start(self) -> StallAlarm:
         """Start the thread."""
-        threading.Thread(target=self._watch, name="stall-alarm", daemon=True).start()
+
+        def watch() -> None:
+            while not self._stopped.wait(_CHECK_INTERVAL_S):
+                self.check()
+
+        threading.Thread(target=watch, name="stall-alarm", daemon=True).start()
         return self
 
     def stop(self) -> None:
@@ -249,10 +254,6 @@ class StallAlarm:
         limit_s = max(self._min_stall_s, STALL_FACTOR * median_s)
         if silent_s >= (max(limit_s, _SAVE_STALL_S) if phase == "saving" else limit_s):
             self._send_alert(f"no progress: {silent_s:.0f} s in {phase}; a step usually takes {median_s:.1f} s", step)
-
-    def _watch(self) -> None:
-        while not self._stopped.wait(_CHECK_INTERVAL_S):
-            self.check()
 
 
 class SkippedSteps:

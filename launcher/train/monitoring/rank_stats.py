@@ -75,7 +75,11 @@ class DeviceMonitor:
 
     def _watch(self) -> None:
         try:
-            gpu = _open_sensor(self._device) if self._device.type == "cuda" else None
+            gpu = None
+            if self._device.type == "cuda":
+                properties = torch.cuda.get_device_properties(self._device)
+                bus_id = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+                gpu = GpuSensor.open(f"GPU-{properties.uuid}", bus_id)
             if gpu is None and not self._reads_host:
                 return
             gpu_name, is_reported, num_slow = "", False, 0
@@ -98,12 +102,12 @@ class DeviceMonitor:
                     self._on_fault(
                         f"the clocks of a GPU are lowered{gpu_name}: {reasons}; check the node's cooling and power supply"
                     )
-                self._wait(gpu)
+                self._watch_faults(gpu)
         except Exception as error:
             # Only the charts lose these readings.
             print(f"note: the readings of this rank's device have stopped: {type(error).__name__}: {error}", file=sys.stderr)
 
-    def _wait(self, gpu: GpuSensor | None) -> None:
+    def _watch_faults(self, gpu: GpuSensor | None) -> None:
         """Wait until the next reading is due, reporting GPU faults meanwhile."""
         until = time.monotonic() + self._interval_s
         while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
@@ -112,13 +116,6 @@ class DeviceMonitor:
             elif (number := gpu.next_xid(left)) is not None:
                 self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
                 self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {describe_xid(number)}")
-
-
-def _open_sensor(device: torch.device) -> GpuSensor | None:
-    """Open the GPU that this process computes on; None without NVIDIA's driver."""
-    properties = torch.cuda.get_device_properties(device)
-    bus_id = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
-    return GpuSensor.open(f"GPU-{properties.uuid}", bus_id)
 
 
 class RankStats(NamedTuple):

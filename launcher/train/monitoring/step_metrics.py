@@ -97,27 +97,35 @@ class Meter:
         self, step: int, batch: StepBatch, loss: float, grad_norm: float, lr: float, times: dict[str, float]
     ) -> dict[str, float]:
         """Return the metrics of optimizer step `step`, counted from 1; `loss` is per trained token of the global batch."""
-        topology, step_s = self._plan.topology, times["time/step_s"]
+        world_size, step_s = self._plan.topology.world_size, times["time/step_s"]
         self._recent.append(step_s)
-        self.overall_tokens_per_sec = batch.num_tokens / (step_s + self._between(step_s))
+        # Evaluation, saves and logging, from the end of the previous step.
+        now, between_s = self._clock(), 0.0
+        if self._ended_at is not None:
+            between_s = max(0.0, now - self._ended_at - step_s)
+            self._between_s, self._num_between = self._between_s + between_s, self._num_between + 1
+        self._ended_at = now
+        pace_s = statistics.median(self._recent) + self._between_s / max(1, self._num_between)
+        self.overall_tokens_per_sec = batch.num_tokens / (step_s + between_s)
         self.tokens += batch.num_tokens
         samples = step * self._plan.batch.global_batch_size
         per_sec = batch.num_tokens / step_s
+        sources = zip(self._plan.config.data.sources, batch.source_tokens, strict=True)
         metrics = {
             "trainer/step": float(step),
             "trainer/tokens": float(self.tokens),
             "trainer/samples": float(samples),
             "trainer/progress": step / self._max_steps,
-            "trainer/eta_s": (self._max_steps - step) * self._pace_s(),
+            "trainer/eta_s": (self._max_steps - step) * pace_s,
             "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/lr": lr,
             "train/skipped_steps": float(self.skipped_steps),
             "perf/tokens_per_sec": per_sec,
-            "perf/tokens_per_sec_per_gpu": per_sec / topology.world_size,
+            "perf/tokens_per_sec_per_gpu": per_sec / world_size,
             "perf/padding_frac": 1 - batch.num_tokens / batch.num_slots,
             "data/label_frac": batch.num_labels / batch.num_tokens,
-            **self._shares(batch),
+            **{f"data/source/{source.name}/frac": tokens / batch.num_tokens for source, tokens in sources},
             "memory/host_rss_gib": self._process.memory_info().rss / 2**30,
             **times,
             **self._fixed,
@@ -125,37 +133,12 @@ class Meter:
         if self._plan.data is not None:
             metrics["trainer/epoch"] = samples / self._plan.data.num_rows
             metrics["data/truncated_frac"] = self._plan.data.truncated_frac
-        return metrics | self._utilization(batch, step_s)
-
-    def _between(self, step_s: float) -> float:
-        """Return seconds between the previous step and the one that has just ended: evaluation, saves, logging."""
-        now = self._clock()
-        previous_end, self._ended_at = self._ended_at, now
-        if previous_end is None:
-            return 0.0
-        between = max(0.0, now - previous_end - step_s)
-        self._between_s, self._num_between = self._between_s + between, self._num_between + 1
-        return between
-
-    def _pace_s(self) -> float:
-        """Return seconds from step to step: the median of recent steps plus the mean time between steps."""
-        return statistics.median(self._recent) + self._between_s / max(1, self._num_between)
-
-    def _utilization(self, batch: StepBatch, step_s: float) -> dict[str, float]:
-        """Return TFLOP/s per GPU for the whole batch, and MFU."""
-        if self._flops is None:
-            return {}
-        flops = self._flops.of(batch.doc_lengths, batch.num_labels)
-        tflops = flops / step_s / self._plan.topology.world_size / 1e12
-        metrics = {"perf/tflops_per_gpu": tflops}
-        if self._peak_tflops is not None:
-            metrics["perf/mfu"] = tflops / self._peak_tflops
+        if self._flops is not None:
+            tflops = self._flops.of(batch.doc_lengths, batch.num_labels) / step_s / world_size / 1e12
+            metrics["perf/tflops_per_gpu"] = tflops
+            if self._peak_tflops is not None:
+                metrics["perf/mfu"] = tflops / self._peak_tflops
         return metrics
-
-    def _shares(self, batch: StepBatch) -> dict[str, float]:
-        """Return the fraction of this batch's tokens from each source."""
-        names = [source.name for source in self._plan.config.data.sources]
-        return {f"data/source/{n}/frac": k / batch.num_tokens for n, k in zip(names, batch.source_tokens, strict=True)}
 
 
 def perplexity(loss: float) -> float:
