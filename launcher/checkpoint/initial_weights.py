@@ -147,7 +147,8 @@ def can_fill(model: nn.Module, sources: Mapping[str, ParameterSource]) -> bool:
         if own is None or not _is_readable(sources.get(name), _shape(parameter)):
             return False
         # Weights on NVMe are in files.
-        if own.numel() < _own_elements(parameter):
+        start, stop = _own_range(parameter)
+        if own.numel() < stop - start:
             return False
     return True
 
@@ -231,8 +232,3 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 def _own_range(parameter: nn.Parameter) -> tuple[int, int]:
     return partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
-
-
-def _own_elements(parameter: nn.Parameter) -> int:
-    start, stop = _own_range(parameter)
-    return stop - start

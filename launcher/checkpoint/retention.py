@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,25 +76,17 @@ def select_outdated(checkpoints: Sequence[Checkpoint], retention: Retention) -> 
 
 def retention_of(run: RunDir, plan: LaunchPlan) -> Retention:
     """Return the rules of a plan of the run; `keep_best` prefers losses on the plan's evaluation rows."""
-    section = plan.config.checkpoint
-    if not section.keep_best:
-        return Retention.of(section)
-    rows = plan.eval_rows_digest(section.best_set)
-    return Retention.of(section, rows, _plans_with_other_rows(run, rows, section.best_set))
-
-
-def _plans_with_other_rows(run: RunDir, rows: str, set_name: str) -> frozenset[str]:
-    """Return the digests of the run's plans in which an evaluation set has other rows than those with the digest `rows`."""
     # Commands that show runs import this module without the settings.
     from launcher.plan.launch_plan import LaunchPlan, digest_of
 
-    others = set()
+    section = plan.config.checkpoint
+    if not section.keep_best:
+        return Retention.of(section)
+    rows, plans_with_other_rows = plan.eval_rows_digest(section.best_set), set()
     for path in (run.plan, *run_store.changed_plan_paths(run), *run.plans.glob("*.json")):
-        try:
+        # Nothing is known of the rows of a plan that cannot be read, so its checkpoints count.
+        with suppress(OSError, ValueError):
             text = json_records.read_bytes(path).decode()
-            if LaunchPlan.from_json(text).eval_rows_digest(set_name) != rows:
-                others.add(digest_of(text))
-        except (OSError, ValueError):
-            # Its checkpoints count: nothing is known of their rows.
-            continue
-    return frozenset(others)
+            if LaunchPlan.from_json(text).eval_rows_digest(section.best_set) != rows:
+                plans_with_other_rows.add(digest_of(text))
+    return Retention.of(section, rows, frozenset(plans_with_other_rows))

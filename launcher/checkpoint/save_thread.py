@@ -106,7 +106,8 @@ class SaveJob:
             receipt = ShardReceipt(problems=tuple((p.message, p.where, p.value, p.remedy) for p in problems))
         self.copied.set()
         try:
-            _write_receipt(receipt, self.saving, self.context.rank)
+            # Atomically, because rank 0 polls for it.
+            atomic_files.write_text(_receipt_path(self.saving, self.context.rank), receipt.model_dump_json())
             atomic_files.fault_point("noted")
         except OSError as error:
             self.error = self.error or error
@@ -123,10 +124,10 @@ class SaveJob:
         atomic_files.fault_point("begun")
         path = self.saving / store.shard_name(self.context.rank)
         states = zero3.local_states(self.context.engine, self.context.parameters)
-        with _side_stream(self.context.engine.device, self.after), closing(states):
+        with _use_side_stream(self.context.engine.device, self.after), closing(states):
             digests = weight_digests(self.context.parameters)
             if self.copy is None:
-                return self.shard.write(path, _with_fault_point(_finite_bytes(states), self.shard.num_bytes), digests)
+                return self.shard.write(path, _pass_fault_point(_require_finite(states), self.shard.num_bytes), digests)
             self.copy.fill(states)
         self.copied.set()
         atomic_files.fault_point("copied")
@@ -134,11 +135,11 @@ class SaveJob:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         if not self.copy.is_finite():
             raise _not_finite_error()
-        return self.shard.write(path, _with_fault_point(self.copy.blocks(), self.shard.num_bytes), digests)
+        return self.shard.write(path, _pass_fault_point(self.copy.blocks(), self.shard.num_bytes), digests)
 
     def _commit(self) -> None:
         """Wait for the receipts of all ranks and rename the checkpoint into place."""
-        receipts = self._receipts()
+        receipts = self._await_receipts()
         problems = [Problem(*parts) for receipt in receipts for parts in receipt.problems]
         if problems:
             raise CheckpointError(dict.fromkeys(problems))
@@ -153,7 +154,9 @@ class SaveJob:
             _receipt_path(self.saving, rank).unlink()
         files[STATE] = atomic_files.write_file(self.saving / STATE, [self.state])
         if self.reference_logits:
-            files[REFERENCE_LOGITS] = _write_reference_logits(self.saving / REFERENCE_LOGITS, self.reference_logits)
+            specs = _reference_logits_specs(self.reference_logits)
+            blocks = (as_bytes(tensor.cpu().contiguous()) for tensor in self.reference_logits.values())
+            files[REFERENCE_LOGITS] = safetensors_io.write(self.saving / REFERENCE_LOGITS, specs, blocks, {})
         self.context.fence()
         manifest = Manifest(
             step=self.step,
@@ -175,7 +178,7 @@ class SaveJob:
                 f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error.problems[0].message)
             )
 
-    def _receipts(self) -> list[ShardReceipt]:
+    def _await_receipts(self) -> list[ShardReceipt]:
         receipts: dict[int, ShardReceipt] = {}
         deadline, pause_s = time.monotonic() + self.context.deadline_s, 0.01
         while True:
@@ -197,7 +200,7 @@ class SaveJob:
 
 
 @contextmanager
-def _side_stream(device: torch.device, after: Any) -> Iterator[None]:
+def _use_side_stream(device: torch.device, after: Any) -> Iterator[None]:
     """On a GPU, run the body in a separate stream, after the event `after`; if `after` is None, run it directly."""
     if after is None:
         yield
@@ -209,7 +212,7 @@ def _side_stream(device: torch.device, after: Any) -> Iterator[None]:
     stream.synchronize()
 
 
-def _finite_bytes(states: Iterator[torch.Tensor]) -> Iterator[memoryview]:
+def _require_finite(states: Iterator[torch.Tensor]) -> Iterator[memoryview]:
     """Yield the bytes of states, directly from the engine's memory.
 
     Raises:
@@ -221,7 +224,7 @@ def _finite_bytes(states: Iterator[torch.Tensor]) -> Iterator[memoryview]:
         yield as_bytes(state.cpu())
 
 
-def _with_fault_point(blocks: Iterator[memoryview], num_bytes: int) -> Iterator[memoryview]:
+def _pass_fault_point(blocks: Iterator[memoryview], num_bytes: int) -> Iterator[memoryview]:
     done = 0
     for block in blocks:
         if done < num_bytes // 2 <= done + len(block):
@@ -243,15 +246,5 @@ def reference_logits_bytes(reference_logits: Mapping[str, torch.Tensor]) -> int:
     return safetensors_io.file_bytes(_reference_logits_specs(reference_logits), {})
 
 
-def _write_reference_logits(path: Path, reference_logits: Mapping[str, torch.Tensor]) -> atomic_files.FileEntry:
-    blocks = (as_bytes(tensor.cpu().contiguous()) for tensor in reference_logits.values())
-    return safetensors_io.write(path, _reference_logits_specs(reference_logits), blocks, {})
-
-
 def _receipt_path(saving: Path, rank: int) -> Path:
     return saving / f"rank-{rank:05d}.json"
-
-
-def _write_receipt(receipt: ShardReceipt, saving: Path, rank: int) -> None:
-    """Write the receipt atomically: rank 0 polls for it."""
-    atomic_files.write_text(_receipt_path(saving, rank), receipt.model_dump_json())

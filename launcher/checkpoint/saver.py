@@ -107,11 +107,10 @@ class Saver:
         """
         self.wait()
         began = time.monotonic()
-        run_on_all_ranks(
-            self._engine.device, "the checkpoint may not be written", self._context.fence if self._is_main else _noop
-        )
+        fence = self._context.fence if self._is_main else lambda: None
+        run_on_all_ranks(self._engine.device, "the checkpoint may not be written", fence)
         try:
-            self._job = self._begin(step, extra_state, eval_loss, reference_logits or {}, wait, began)
+            self._job = self._begin_job(step, extra_state, eval_loss, reference_logits or {}, wait, began)
         except CheckpointError as error:
             self._outcome = error
             return
@@ -141,7 +140,9 @@ class Saver:
         job = self._job
         if job is None or not self._is_main or not job.ended.is_set():
             return None
-        return _saved(job) if job.error is None else _as_launcher_error(job.error)
+        if job.error is None or isinstance(job.error, LauncherError):
+            return job.error or _saved(job)
+        return CheckpointError(to_problems("the checkpoint failed", job.error, 0))
 
     def wait(self) -> Saved | CheckpointError | None:
         """Wait for the last save and return its outcome, the same on every rank; None if there was none. Collective."""
@@ -180,7 +181,7 @@ class Saver:
         if self._job is not None:
             (self._job.ended if self._is_main else self._job.written).wait(seconds)
 
-    def _begin(
+    def _begin_job(
         self,
         step: int,
         extra_state: Mapping[str, Any],
@@ -221,14 +222,6 @@ def _saved(job: SaveJob) -> Saved:
     return Saved(job.path, job.step, job.num_bytes, job.seconds, job.stall_s, job.not_pruned)
 
 
-def _as_launcher_error(error: Exception) -> LauncherError:
-    return error if isinstance(error, LauncherError) else CheckpointError(to_problems("the checkpoint failed", error, 0))
-
-
 def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
-
-
-def _noop() -> None:
-    """Do nothing, on ranks other than 0."""

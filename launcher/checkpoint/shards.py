@@ -9,6 +9,7 @@ that dtype, by which an export verifies that it writes the same values.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _STORED_DTYPES = {
     torch.bool: "BOOL",
 }
 MakeProgress = Callable[[str, int], Callable[[int], None]]
+Shape = tuple[int, ...]
 _RNG_CPU = "rng|cpu"
 _RNG_CUDA = "rng|cuda"
 _NO_DIGEST = "0" * 16
@@ -76,23 +78,15 @@ class Shard:
         """Exact size of the file in bytes."""
         return safetensors_io.file_bytes(self.specs, self._metadata(dict.fromkeys(self.names, _NO_DIGEST)))
 
-    @property
-    def _buffer_digests(self) -> dict[str, str]:
-        buffers = {key: tensor for key, tensor in self.whole_tensors.items() if buffer_name(key) is not None}
-        return {key: weight_digest(as_bytes(tensor)) for key, tensor in buffers.items()}
-
     def write(self, path: Path, states: Iterator[memoryview], digests: Mapping[str, str]) -> atomic_files.FileEntry:
         """Write and fsync the file; `states` yields the bytes of all fp32 states, split anywhere, `digests` by weight name."""
-        return safetensors_io.write(path, self.specs, self._blocks(states), self._metadata(digests))
-
-    def _blocks(self, states: Iterator[memoryview]) -> Iterator[memoryview]:
-        yield from states
-        for tensor in self.whole_tensors.values():
-            yield as_bytes(tensor)
+        blocks = itertools.chain(states, map(as_bytes, self.whole_tensors.values()))
+        return safetensors_io.write(path, self.specs, blocks, self._metadata(digests))
 
     def _metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
-        all_digests = json.dumps({**digests, **self._buffer_digests}, separators=(",", ":"))
-        return {safetensors_io.DTYPE: self.dtype, safetensors_io.WEIGHTS: all_digests}
+        buffers = {key: tensor for key, tensor in self.whole_tensors.items() if buffer_name(key) is not None}
+        all_digests = {**digests, **{key: weight_digest(as_bytes(tensor)) for key, tensor in buffers.items()}}
+        return {safetensors_io.DTYPE: self.dtype, safetensors_io.WEIGHTS: json.dumps(all_digests, separators=(",", ":"))}
 
 
 def weight_digests(named_parameters: Mapping[str, Parameter]) -> dict[str, str]:
@@ -112,10 +106,6 @@ def build_state(engine: Any, named_parameters: Mapping[str, Parameter], extra_st
     )
 
 
-def _silent(activity: str, total: int) -> Callable[[int], None]:
-    return lambda num_bytes: None
-
-
 def load(
     engine: Any,
     named_parameters: Mapping[str, Parameter],
@@ -123,7 +113,7 @@ def load(
     *,
     named_buffers: Mapping[str, torch.Tensor] | None = None,
     plan_digest: str | None = None,
-    make_progress: MakeProgress = _silent,
+    make_progress: MakeProgress = lambda activity, total: lambda num_bytes: None,
 ) -> dict[str, Any]:
     """Load a committed checkpoint into the engine and return its `extra_state`. Collective.
 
@@ -157,10 +147,21 @@ def load(
         advance = make_progress("verifying the checkpoint", sum(manifest.files[name].size for name in own_files))
         if problems := store.verify_files(checkpoint, manifest, own_files, on_read=advance):
             raise DamagedCheckpoint(problems)
-        state = read_state(checkpoint)
-        _require_same_parameters(state, named_parameters, checkpoint)
-        _require_same_buffers(checkpoint, manifest.world_size, named_buffers or {})
-        _require_same_states(state, zero3.find_optimizer(engine).states, checkpoint)
+        state, states = read_state(checkpoint), zero3.find_optimizer(engine).states
+        shapes = {name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()}
+        _require_same_shapes("parameters", state.parameters, shapes, checkpoint)
+        with ShardSet(checkpoint, manifest.world_size) as shards:
+            named = ((buffer_name(key), spec.shape) for key, spec in shards.shard(0).specs.items())
+            saved_buffers = {name: shape for name, shape in named if name is not None}
+        shapes = {name: tuple(buffer.shape) for name, buffer in (named_buffers or {}).items()}
+        _require_same_shapes("buffers", saved_buffers, shapes, checkpoint)
+        if state.optimizer_step and state.optimizer_states != states:
+            raise CheckpointError(
+                "the checkpoint holds the states of another optimizer",
+                where=str(checkpoint),
+                value=f"{', '.join(state.optimizer_states)} in the checkpoint, {', '.join(states)} in this run's optimizer",
+                remedy="resume with the optimizer that saved it, or start a run from its exported weights",
+            )
         return manifest, state
 
     manifest, state = run_on_all_ranks(engine.device, "the checkpoint cannot be loaded", check)
@@ -207,29 +208,13 @@ def _restore_random_states(shard: safetensors_io.TensorFile) -> None:
             restore(state)
 
 
-def _require_same_parameters(state: State, named_parameters: Mapping[str, Parameter], checkpoint: Path) -> None:
-    saved, model = state.parameters, {name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()}
+def _require_same_shapes(kind: str, saved: Mapping[str, Shape], model: Mapping[str, Shape], checkpoint: Path) -> None:
     if differing := sorted(name for name in model.keys() | saved.keys() if model.get(name) != saved.get(name)):
         first = differing[0]
         raise CheckpointError(
-            f"the model and the checkpoint differ in {len(differing)} parameters",
+            f"the model and the checkpoint differ in {len(differing)} {kind}",
             where=str(checkpoint),
             value=f"{first}: {saved.get(first, 'absent')} in the checkpoint, {model.get(first, 'absent')} in the model",
-        )
-
-
-def _require_same_buffers(checkpoint: Path, world_size: int, named_buffers: Mapping[str, torch.Tensor]) -> None:
-    """Compare the buffers of the checkpoint and the model."""
-    with ShardSet(checkpoint, world_size) as shards:
-        saved = {key: spec.shape for key, spec in shards.shard(0).specs.items() if buffer_name(key) is not None}
-    model = {buffer_key(name): tuple(buffer.shape) for name, buffer in named_buffers.items()}
-    if differing := sorted(key for key in saved.keys() | model.keys() if saved.get(key) != model.get(key)):
-        first, *_ = differing
-        shapes = f"{saved.get(first, 'absent')} in the checkpoint, {model.get(first, 'absent')} in the model"
-        raise CheckpointError(
-            f"the model and the checkpoint differ in {len(differing)} buffers",
-            where=str(checkpoint),
-            value=f"{buffer_name(first)}: {shapes}",
         )
 
 
@@ -242,13 +227,3 @@ def require_known_dtypes(named_buffers: Mapping[str, torch.Tensor]) -> None:
     for name, buffer in named_buffers.items():
         if buffer.dtype not in _STORED_DTYPES:
             raise CheckpointError("checkpoints cannot hold a buffer of this dtype", where=name, value=str(buffer.dtype))
-
-
-def _require_same_states(state: State, states: tuple[str, ...], checkpoint: Path) -> None:
-    if state.optimizer_step and state.optimizer_states != states:
-        raise CheckpointError(
-            "the checkpoint holds the states of another optimizer",
-            where=str(checkpoint),
-            value=f"{', '.join(state.optimizer_states)} in the checkpoint, {', '.join(states)} in this run's optimizer",
-            remedy="resume with the optimizer that saved it, or start a run from its exported weights",
-        )

@@ -32,7 +32,7 @@ class StagingBuffer:
         self._memory: torch.Tensor | None = None
         self._used = 0
         self._ready = threading.Event()
-        threading.Thread(target=self._make, args=(num_elements, sharers), name="host-copy", daemon=True).start()
+        threading.Thread(target=self._allocate, args=(num_elements, sharers), name="host-copy", daemon=True).start()
 
     def is_there(self) -> bool:
         """Wait for the allocation; return False if the machine lacks the memory."""
@@ -66,7 +66,7 @@ class StagingBuffer:
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
         self._memory = None
 
-    def _make(self, num_elements: int, sharers: int) -> None:
+    def _allocate(self, num_elements: int, sharers: int) -> None:
         try:
             set_current_device(self._device)
             if sharers * 4 * num_elements > available_bytes():

@@ -330,17 +330,14 @@ def _make_optimizer_state(engine: Any, sub_group: int, step: int) -> None:
         return
     state: dict[str, Any] = {key: torch.zeros_like(flat.data) for key in optimizer.states}
     if optimizer.counts_steps:
-        group = base.param_groups[zero.sub_group_to_group_id[sub_group]]
-        state = {"step": _step_count(base, group, flat, step), **state}
+        count: int | torch.Tensor = step
+        if not isinstance(base, DeepSpeedCPUAdam):
+            group = base.param_groups[zero.sub_group_to_group_id[sub_group]]
+            # torch reads it there.
+            device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+            count = torch.tensor(float(step), dtype=torch.float32, device=device)
+        state = {"step": count, **state}
     base.state[flat] = state
-
-
-def _step_count(base: torch.optim.Optimizer, group: Mapping[str, Any], flat: torch.Tensor, step: int) -> int | torch.Tensor:
-    """Convert `step` to the optimizer's form: an int for DeepSpeed, else an fp32 tensor on the device where torch reads it."""
-    if isinstance(base, DeepSpeedCPUAdam):
-        return step
-    on_device = group.get("fused") or group.get("capturable")
-    return torch.tensor(float(step), dtype=torch.float32, device=flat.device if on_device else "cpu")
 
 
 def _replay_bias_correction(adam: DeepSpeedCPUAdam, step: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -20,9 +20,6 @@ from launcher.export.hf_folder import CARD, ExportedFolder
 from launcher.plan.launch_plan import Batch, LaunchPlan
 from launcher.plan.quantities import format_count, format_size
 from launcher.security.redaction import redact
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -48,19 +45,28 @@ def render_model_card(
     of metrics.jsonl with METRICS; lines after the checkpoint's step are ignored.
     """
     # The import takes longer than the rest of the card.
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     base = base_front_matter(Path(plan.model.path)) if plan.model.path else {}
+    license_fields = {key: base[key] for key in _LICENSE_KEYS if isinstance(base.get(key), str)}
+    data = ModelCardData(
+        **({"license": "unknown"} | license_fields),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["deepspeed", "fine-tuned"],
+        base_model=_hub_origin(plan, base),
+    )
     card = ModelCard.from_template(
-        _card_data(plan, base),
+        data,
         template_path=str(TEMPLATE),
         run_name=plan.run_name,
         random_init=plan.config.model.init == "random",
-        cell=_escape_cell,
+        # Text of a cell is neither Markdown nor HTML.
+        cell=lambda text: re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split())),
         sections={
             "Base model": _base_rows(plan, base),
             "Data": _data_rows(plan),
-            "Settings": [*_settings_rows(plan, manifest.step), *_changed_rows(plan, plans)],
+            "Settings": _settings_rows(plan, manifest.step, plans),
             "Losses": _loss_rows(manifest, metrics),
             "Weights": _weight_rows(exported),
             "Lineage": _lineage_rows(plan, manifest),
@@ -88,19 +94,6 @@ def _lineage_rows(plan: LaunchPlan, manifest: Manifest) -> Rows:
         for origin in (plan.lineage, *plan.lineage.ancestors):
             rows.append(("from", f"run {origin.run_name} at step {origin.step:,}, plan digest {origin.plan_digest}"))
     return rows
-
-
-def _card_data(plan: LaunchPlan, base: Mapping[str, Any]) -> ModelCardData:
-    from huggingface_hub import ModelCardData
-
-    license_fields = {key: base[key] for key in _LICENSE_KEYS if isinstance(base.get(key), str)}
-    return ModelCardData(
-        **({"license": "unknown"} | license_fields),
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["deepspeed", "fine-tuned"],
-        base_model=_hub_origin(plan, base),
-    )
 
 
 def _hub_origin(plan: LaunchPlan, base: Mapping[str, Any]) -> str | None:
@@ -146,8 +139,8 @@ def _data_rows(plan: LaunchPlan) -> Rows:
     return rows
 
 
-def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
-    """Return the settings of the plan that the checkpoint of `step` was saved under."""
+def _settings_rows(plan: LaunchPlan, step: int, plans: Sequence[LaunchPlan]) -> Rows:
+    """Return the settings of the plan that the checkpoint of `step` was saved under, and which sections resumes changed."""
     config, batch, topology = plan.config, plan.batch, plan.topology
     optim, zero = config.optim, config.deepspeed
     decay = f"weight decay {optim.weight_decay:g}, betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}"
@@ -155,12 +148,15 @@ def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
     warmup = format_count(optim.warmup_steps, "step")
     split = f"{format_count(batch.micro_batch_size, 'row')} per rank, {batch.accumulation} accumulated"
     nodes = f"{format_count(topology.world_size, 'rank')} on {format_count(topology.nodes, 'node')} ({topology.device})"
+    sections = ("model", "data", "optim", "train", "deepspeed")
+    changed = [name for name in sections if any(getattr(p.config, name) != getattr(config, name) for p in plans)]
+    text = f"settings of {', '.join(changed)} differed in earlier attempts; those above are the last ones"
     return [
         ("optimizer", f"{optim.name}, {decay}; {clip}"),
         ("learning rate", f"{optim.lr:g} at its peak"),
         ("schedule", f"{optim.schedule}, {warmup} of warm-up, down to {optim.min_lr_ratio:g} of the peak"),
         ("batch", f"{format_count(batch.global_batch_size, 'row')} per step ({split})"),
-        ("length", _length(batch, step)),
+        ("length", _describe_length(batch, step)),
         (
             "packing",
             "several documents per row, without attention between them" if config.data.packing else "one document per row",
@@ -169,19 +165,11 @@ def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
         ("dtype", f"{config.model.dtype}; master weights and optimizer states in fp32"),
         ("ZeRO", f"stage 3, optimizer offload {zero.offload_optimizer}, parameter offload {zero.offload_params}"),
         ("world size", nodes),
+        *([("changed", text)] if changed else []),
     ]
 
 
-def _changed_rows(plan: LaunchPlan, plans: Sequence[LaunchPlan]) -> Rows:
-    """Return the sections of the settings that resumes changed."""
-    sections = ("model", "data", "optim", "train", "deepspeed")
-    changed = [name for name in sections if any(getattr(p.config, name) != getattr(plan.config, name) for p in plans)]
-    if not changed:
-        return []
-    return [("changed", f"settings of {', '.join(changed)} differed in earlier attempts; those above are the last ones")]
-
-
-def _length(batch: Batch, step: int) -> str:
+def _describe_length(batch: Batch, step: int) -> str:
     """Return the length of the training up to `step`, and the planned length if it is longer."""
     if not batch.max_steps:
         return format_count(step, "step")
@@ -253,8 +241,3 @@ def _public(source: str) -> str:
     if HUB_ID_PATTERN.fullmatch(source) or source.startswith(("package:", "builtin:")):
         return redact(source)
     return redact(source.rstrip("/").rpartition("/")[2])
-
-
-def _escape_cell(text: str) -> str:
-    """Escape text for a table cell, so that it is read neither as Markdown nor as HTML."""
-    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))

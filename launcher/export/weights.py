@@ -176,17 +176,16 @@ def write_files(
     Raises:
         CheckpointError: if a weight or a buffer differs from the engine's.
     """
-    for name in names:
+
+    def read_file(name: str) -> Iterator[memoryview]:
         before, after = planned.buffers_in(name)
-        parameters = _blocks(shards, engine, planned.files[name], planned.dtype)
-        blocks = itertools.chain(_buffer_blocks(shards, engine, before), parameters, _buffer_blocks(shards, engine, after))
-        safetensors_io.write(folder / name, planned.tensors(name), _report_written(blocks, on_write), {"format": "pt"})
+        parameters = _parameter_blocks(shards, engine, planned.files[name], planned.dtype)
+        for block in itertools.chain(_buffer_blocks(shards, engine, before), parameters, _buffer_blocks(shards, engine, after)):
+            yield block
+            on_write(block.nbytes)
 
-
-def _report_written(blocks: Iterable[memoryview], on_write: Callable[[int], None]) -> Iterator[memoryview]:
-    for block in blocks:
-        yield block
-        on_write(block.nbytes)
+    for name in names:
+        safetensors_io.write(folder / name, planned.tensors(name), read_file(name), {"format": "pt"})
 
 
 def write_index(planned: FileLayout, folder: Path) -> None:
@@ -206,7 +205,7 @@ def _buffer_blocks(shards: ShardSet, engine: EngineWeights | None, buffers: Iter
         yield block
 
 
-def _blocks(
+def _parameter_blocks(
     shards: ShardSet, engine: EngineWeights | None, parameters: Sequence[StoredParameter], dtype: str
 ) -> Iterator[memoryview]:
     """Yield the bytes of all parameters; each rank's part is read once and compared with that rank's digest."""

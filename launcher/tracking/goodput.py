@@ -157,7 +157,7 @@ def breakdown(
     parts = dict.fromkeys(("kept_s", *LOST), 0.0)
     spent, held, lost_steps = Breakdown(), 0.0, 0
     before = attempts[0].submitted_at
-    starts = _starts(lines, events, attempts, now)
+    starts = _find_starts(lines, events, attempts, now)
     for i, attempt in enumerate(attempts):
         # Node clocks differ: an attempt never ends before its predecessor.
         end = max(_end(attempts, i, now), before)
@@ -173,14 +173,14 @@ def breakdown(
         spent = spent.with_gpu_time((end - started_at) * max(num_ranks, attempt.num_workers), attempt.price)
         parts["start_s"] += max(0.0, (own[0].joined_at if own else end) - started_at)
         for start in own:
-            lost_steps += _count(start, parts, is_last=start is starts[-1] and attempt is attempts[-1])
+            lost_steps += _add_parts(start, parts, is_last=start is starts[-1] and attempt is attempts[-1])
         before = max(before, end)
     wall = before - attempts[0].submitted_at
     parts["other_s"] = max(0.0, wall - sum(parts.values()))
     return replace(spent, wall_s=wall, **parts, held_s=held, lost_steps=lost_steps, num_workers=attempts[-1].num_workers)
 
 
-def _count(start: _RankStart, parts: dict[str, float], is_last: bool) -> int:
+def _add_parts(start: _RankStart, parts: dict[str, float], is_last: bool) -> int:
     """Add the parts of one start of the ranks; return the number of its steps that were lost."""
     if start.loaded_at is None:
         parts["load_s"] += start.end - start.joined_at
@@ -204,7 +204,7 @@ def _count(start: _RankStart, parts: dict[str, float], is_last: bool) -> int:
     return int(lost)
 
 
-def _starts(
+def _find_starts(
     lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[AttemptTimes], now: float
 ) -> list[_RankStart]:
     """Return all starts of the ranks, oldest first."""

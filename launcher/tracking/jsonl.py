@@ -235,7 +235,7 @@ def _open_for_append(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
-        whole = _end_of_lines(descriptor, size)
+        whole = _find_end_of_lines(descriptor, size)
         if whole < size:
             os.ftruncate(descriptor, whole)
         os.fsync(descriptor)
@@ -245,7 +245,7 @@ def _open_for_append(path: Path) -> int:
     return descriptor
 
 
-def _end_of_lines(descriptor: int, size: int) -> int:
+def _find_end_of_lines(descriptor: int, size: int) -> int:
     """Return the offset at which the last complete line ends."""
     end = size
     while end:

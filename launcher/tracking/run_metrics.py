@@ -62,8 +62,8 @@ def read_tail(path: str | Path, num_points: int = 40, resumed: Mapping[int, int]
     `resumed` are the steps from which attempts continued: lines of later steps before the resume belong to a discarded model.
     """
     try:
-        with _mapped(path) as data:
-            recent = tuple(islice(_backwards(data, _TRAINED), _NUM_RECENT))
+        with _map_file(path) as data:
+            recent = tuple(islice(_iter_backwards(data, _TRAINED), _NUM_RECENT))
             newest = recent[0]["attempt"] if recent else 0
             begins = {number: step for number, step in (resumed or {}).items() if number <= newest}
 
@@ -71,10 +71,10 @@ def read_tail(path: str | Path, num_points: int = 40, resumed: Mapping[int, int]
                 later = (step for number, step in begins.items() if number > line["attempt"])
                 return bool(line["trainer/step"] <= min(later, default=math.inf))
 
-            evaluated = next(filter(counts, _backwards(data, b'"eval/held_out/loss"')), {})
-            costs = _backwards(data, b'"cost/gpu_hours"')
+            evaluated = next(filter(counts, _iter_backwards(data, b'"eval/held_out/loss"')), {})
+            costs = _iter_backwards(data, b'"cost/gpu_hours"')
             spent = next((CostSoFar(line["cost/gpu_hours"], line.get("cost/usd"), line["time"]) for line in costs), None)
-            losses = tuple(line["train/loss"] for line in filter(counts, _sampled(data, num_points)))
+            losses = tuple(line["train/loss"] for line in filter(counts, _sample_steps(data, num_points)))
             return MetricsTail(
                 tuple(line for line in recent if line["attempt"] == recent[0]["attempt"]),
                 losses,
@@ -88,8 +88,8 @@ def read_tail(path: str | Path, num_points: int = 40, resumed: Mapping[int, int]
 
 def newest_trained_step(run: RunDir, status: Status) -> int:
     """Return the newest known step of a run with this status: the ranks log more often than they write status.json."""
-    with suppress(OSError, ValueError), _mapped(run.metrics) as data:
-        last = next(_backwards(data, _TRAINED), None)
+    with suppress(OSError, ValueError), _map_file(run.metrics) as data:
+        last = next(_iter_backwards(data, _TRAINED), None)
         if last is not None and last["attempt"] == status.attempt and last["time"] > status.updated_at:
             return int(last["trainer/step"])
     return status.step
@@ -112,12 +112,12 @@ def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[
         boundaries: times (seconds since the epoch) at which ranks started and attempts began and ended.
     """
     try:
-        with _mapped(path) as data:
-            ends = [*(_after(data, at) for at in boundaries), data.rfind(b"\n") + 1]
+        with _map_file(path) as data:
+            ends = [*(_find_first_after(data, at) for at in boundaries), data.rfind(b"\n") + 1]
             offsets = {data.rfind(_TRAINED, 0, end) for end in ends}
-            offsets |= {offset for pattern in _WAITS for offset in _offsets(data, pattern)}
+            offsets |= {offset for pattern in _WAITS for offset in _find_offsets(data, pattern)}
             begins = sorted({data.rfind(b"\n", 0, offset) + 1 for offset in offsets - {-1}})
-            return [line for begin in begins for line in decode_lines(_line(data, begin))]
+            return [line for begin in begins for line in decode_lines(_read_line(data, begin))]
     except (FileNotFoundError, ValueError):
         return []
 
@@ -203,25 +203,25 @@ def _read_general_losses(run: RunDir) -> dict[int, float]:
 
 
 @contextmanager
-def _mapped(path: str | Path) -> Iterator[mmap.mmap]:
+def _map_file(path: str | Path) -> Iterator[mmap.mmap]:
     """Map a file. Raises ValueError for an empty one."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         yield data
 
 
-def _after(data: mmap.mmap, at: float) -> int:
+def _find_first_after(data: mmap.mmap, at: float) -> int:
     """Return the offset of the first line written after a time; lines are in time order."""
     low, high = 0, len(data)
     while low < high:
         middle = max(low, data.rfind(b"\n", 0, (low + high) // 2) + 1)
-        if any(line["time"] > at for line in decode_lines(_line(data, middle))):
+        if any(line["time"] > at for line in decode_lines(_read_line(data, middle))):
             high = middle
         else:
             low = data.find(b"\n", middle) + 1 or len(data)
     return low
 
 
-def _offsets(data: mmap.mmap, pattern: bytes) -> Iterator[int]:
+def _find_offsets(data: mmap.mmap, pattern: bytes) -> Iterator[int]:
     """Yield the offset of the first occurrence of `pattern` in each line that contains it."""
     offset = data.find(pattern)
     while offset >= 0:
@@ -230,20 +230,20 @@ def _offsets(data: mmap.mmap, pattern: bytes) -> Iterator[int]:
         offset = data.find(pattern, end) if end >= 0 else -1
 
 
-def _backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:
+def _iter_backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:
     """Yield the lines that contain `pattern`, newest first; skip torn lines."""
     end = len(data)
     while (offset := data.rfind(pattern, 0, end)) >= 0:
         end = data.rfind(b"\n", 0, offset) + 1
-        yield from decode_lines(_line(data, end))
+        yield from decode_lines(_read_line(data, end))
 
 
-def _line(data: mmap.mmap, start: int) -> bytes:
+def _read_line(data: mmap.mmap, start: int) -> bytes:
     end = data.find(b"\n", start)
     return data[start : end if end >= 0 else len(data)]
 
 
-def _sampled(data: mmap.mmap, num_points: int) -> Iterator[dict[str, Any]]:
+def _sample_steps(data: mmap.mmap, num_points: int) -> Iterator[dict[str, Any]]:
     """Yield the training steps that follow evenly spaced offsets."""
     before = -1
     for i in range(num_points):
@@ -251,4 +251,4 @@ def _sampled(data: mmap.mmap, num_points: int) -> Iterator[dict[str, Any]]:
         start = data.rfind(b"\n", 0, offset) + 1 if offset >= 0 else before
         if start > before:
             before = start
-            yield from decode_lines(_line(data, start))
+            yield from decode_lines(_read_line(data, start))

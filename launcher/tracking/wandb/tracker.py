@@ -264,7 +264,7 @@ class Session:
         self.folder = Path(self._run.dir).parent
         # W&B drops steps that it already has, each with a warning.
         if self.offline:
-            self._last_sent_step = _last_step_in(before)
+            self._last_sent_step = _read_last_step(before)
         else:
             self._last_sent_step = int(self._run.summary.get("_step", -1)) if self._run.resumed else -1
         self._caught_up = False
@@ -405,7 +405,7 @@ def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
     return shell_command("wandb", "sync", "--include-online", *missing) if missing else ""
 
 
-def _last_step_in(folders: list[Path]) -> int:
+def _read_last_step(folders: list[Path]) -> int:
     """Return the last step in the newest of these folders that has steps, read with W&B's own program; -1 if there is none."""
     for folder in reversed(folders):
         for file in folder.glob("*.wandb"):

@@ -40,7 +40,7 @@ def workspace(target: Target) -> Any:
         entity=target.entity or "",
         project=target.project,
         name=target.title,
-        sections=_sections(),
+        sections=_build_sections(),
         settings=ws.WorkspaceSettings(x_axis=STEP),
         runset_settings=ws.RunsetSettings(filters=only),
     )
@@ -81,7 +81,7 @@ def publish(target: Target) -> str:
     return str(existing.save().url)
 
 
-def _sections() -> list[Any]:
+def _build_sections() -> list[Any]:
     import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as ws
 
