@@ -93,14 +93,14 @@ def find_sources(model: Any, stored: Mapping[str, StoredTensor]) -> ParameterSou
             sources[target] = ParameterSource(tensor.shape, (tensor,))
         else:
             fused.setdefault(target, {}).setdefault(pattern, []).append(tensor)
-    shapes = {name: _shape(parameter) for name, parameter in model.named_parameters()}
+    shapes = {name: _full_shape(parameter) for name, parameter in model.named_parameters()}
     missing: list[str] = []
     for name, tensors in fused.items():
         converter = by_pattern[next(iter(tensors))]
         if not can_fuse(converter) or name not in shapes:
             return None
         if len(tensors) == len(converter.source_patterns):
-            missing += (part for parts in tensors.values() for part in _missing_parts(parts, shapes[name][0]))
+            missing += (part for parts in tensors.values() for part in _list_missing_parts(parts, shapes[name][0]))
         if source := _fuse([tensors.get(pattern, []) for pattern in converter.source_patterns]):
             sources[name] = source
     return ParameterSources(sources, tuple(missing))
@@ -120,7 +120,7 @@ def _fuse(patterns: Sequence[Sequence[StoredTensor]]) -> ParameterSource | None:
     return ParameterSource((num_experts, sum(shape[0] for shape in shapes), *first.shape[1:]), parts)
 
 
-def _missing_parts(parts: Iterable[StoredTensor], number: int) -> Iterable[str]:
+def _list_missing_parts(parts: Iterable[StoredTensor], number: int) -> Iterable[str]:
     """Yield the names of the parts that are missing among `number` parts, which are numbered from 0 in their names."""
     names = {part.name for part in parts}
     if len(names) >= number:
@@ -144,7 +144,7 @@ def can_fill(model: nn.Module, sources: Mapping[str, ParameterSource]) -> bool:
     """Return whether every parameter is partitioned in memory, and stored in the files with the same shape."""
     for name, parameter in model.named_parameters():
         own = getattr(parameter, "ds_tensor", None)
-        if own is None or not _is_readable(sources.get(name), _shape(parameter)):
+        if own is None or not _is_readable(sources.get(name), _full_shape(parameter)):
             return False
         # Weights on NVMe are in files.
         start, stop = _own_range(parameter)
@@ -225,7 +225,7 @@ def _read_fully(descriptor: int, block: bytearray, offset: int, stored: StoredTe
         done += num_bytes
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Return the whole shape of a parameter that may be partitioned."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 

@@ -122,7 +122,7 @@ def read_complete_checkpoints(remote: RemoteFolder) -> dict[int, Manifest]:
 
 def _read_evaluation(remote: RemoteFolder, step: int) -> LaterEvaluation | None:
     """Read the loss that was computed after the save of a checkpoint in a run's mirror, or None if there is none."""
-    content = remote.read(f"{_folder(step)}/{LATER_EVALUATION}")
+    content = remote.read(f"{_folder_name(step)}/{LATER_EVALUATION}")
     return None if content is None else parse_later_evaluation(content)
 
 
@@ -183,7 +183,7 @@ class Mirror:
             CheckpointError: if a file differs from its manifest.
             MirrorTaken, Superseded: if another attempt has taken over.
         """
-        folder = _folder(checkpoint.step)
+        folder = _folder_name(checkpoint.step)
         self._require_ours()
         # A crash must not leave files of two checkpoints, nor the loss of another.
         self._complete.pop(checkpoint.step, None)
@@ -226,7 +226,7 @@ class Mirror:
             is_sent = self._complete.get(step) == checkpoint.manifest
             if is_sent and evaluation is not None and self._evaluations.get(step) != evaluation:
                 self._require_ours()
-                self._remote.write(f"{_folder(step)}/{LATER_EVALUATION}", evaluation.to_json().encode())
+                self._remote.write(f"{_folder_name(step)}/{LATER_EVALUATION}", evaluation.to_json().encode())
                 self._evaluations[step] = evaluation
 
     def prune(self) -> list[int]:
@@ -311,7 +311,7 @@ def require_usable_mirror(plan: LaunchPlan) -> None:
         )
 
 
-def _folder(step: int) -> str:
+def _folder_name(step: int) -> str:
     return f"{CHECKPOINTS}/{store.step_name(step)}"
 
 
@@ -426,7 +426,7 @@ def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, not
         raise CheckpointError(message, where=remote.url, value=f"complete: {steps}")
     damaged: list[Problem] = []
     for candidate in wanted:
-        problems = _download(remote, run.checkpoints, complete[candidate], notify, make_progress)
+        problems = _download_one(remote, run.checkpoints, complete[candidate], notify, make_progress)
         if not problems:
             return candidate
         damaged += problems
@@ -434,7 +434,9 @@ def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, not
     raise CheckpointError(damaged)
 
 
-def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Notify, make_progress: MakeProgress) -> list[Problem]:
+def _download_one(
+    remote: RemoteFolder, root: Path, manifest: Manifest, notify: Notify, make_progress: MakeProgress
+) -> list[Problem]:
     """Download one checkpoint; return its problems, none if it is intact."""
     target = root / store.step_name(manifest.step)
     if target.is_dir() and not store.verify(target):

@@ -141,7 +141,7 @@ class Saver:
         if job is None or not self._is_main or not job.ended.is_set():
             return None
         if job.error is None or isinstance(job.error, LauncherError):
-            return job.error or _saved(job)
+            return job.error or _describe_saved(job)
         return CheckpointError(to_problems("the checkpoint failed", job.error, 0))
 
     def wait(self) -> Saved | CheckpointError | None:
@@ -152,16 +152,16 @@ class Saver:
         began = time.monotonic()
         job.written.wait()
         try:
-            run_on_all_ranks(self._engine.device, "the checkpoint could not be written", lambda: _raise(job.error))
+            run_on_all_ranks(self._engine.device, "the checkpoint could not be written", lambda: _raise_if_error(job.error))
             if self._is_main:
                 job.ended.wait()
-            run_on_all_ranks(self._engine.device, "the checkpoint could not be committed", lambda: _raise(job.error))
+            run_on_all_ranks(self._engine.device, "the checkpoint could not be committed", lambda: _raise_if_error(job.error))
             # Only rank 0's thread knows the time of the commit; this rank may have called wait() much later.
             seconds = torch.tensor(job.seconds, dtype=torch.float32, device=self._engine.device)
             dist.broadcast(seconds, 0)
             job.seconds = float(seconds)
             job.stall_s += time.monotonic() - began
-            self._outcome = _saved(job)
+            self._outcome = _describe_saved(job)
         except CheckpointError as error:
             job.abandoned.set()
             if self._is_main:
@@ -218,10 +218,10 @@ class Saver:
         return job
 
 
-def _saved(job: SaveJob) -> Saved:
+def _describe_saved(job: SaveJob) -> Saved:
     return Saved(job.path, job.step, job.num_bytes, job.seconds, job.stall_s, job.not_pruned)
 
 
-def _raise(error: Exception | None) -> None:
+def _raise_if_error(error: Exception | None) -> None:
     if error is not None:
         raise error

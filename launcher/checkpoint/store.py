@@ -1,4 +1,4 @@
-"""Checkpoints on disk: begin, commit, list, verify, prune. Needs no torch, so that login nodes can use it.
+"""Checkpoints on disk: begin, commit, list, verify, prune, leftovers of saves. Needs no torch, so that login nodes can use it.
 
     checkpoints/step-00000100/
       manifest.json          step, world size, plan digest, and the size and digest of every other file
@@ -90,10 +90,18 @@ def require_free_bytes(root: Path, needed: int) -> None:
 
 
 def begin_save(root: Path, *, step: int, attempt: int, needed_bytes: int) -> Path:
-    """Remove leftovers of unfinished saves, check the free space, and create the directory of a save (mode 0700)."""
+    """Remove leftovers of saves, replacements and removals, check the free space, and create a save's directory (mode 0700)."""
     # Do not create the run directory itself: if it has been moved, the save fails.
     root.mkdir(mode=0o700, exist_ok=True)
-    _sweep(root, attempt)
+    for path in list(root.iterdir()):
+        unfinished = _SAVING.fullmatch(path.name)
+        # A save of a later attempt stays.
+        if (unfinished and int(unfinished.group(1)) <= attempt) or (
+            path.name.startswith(atomic_files.REPLACED_PREFIX) and _is_replaced(path)
+        ):
+            atomic_files.remove_directory(path)
+        elif path.name.startswith(atomic_files.REMOVING_PREFIX):
+            shutil.rmtree(path, ignore_errors=True)
     require_free_bytes(root, needed_bytes)
     saving = saving_path(root, step, attempt)
     saving.mkdir(mode=0o700)
@@ -110,7 +118,7 @@ def commit(saving: Path, manifest: Manifest) -> Path:
     atomic_files.fault_point("manifest")
     target = saving.parent / step_name(manifest.step)
     if target.exists() and atomic_files.replaced_path(target).exists():
-        # The sweep leaves a replaced checkpoint only if its successor is damaged.
+        # `begin_save` leaves a replaced checkpoint only if its successor is damaged.
         atomic_files.remove_directory(target)
     atomic_files.replace_directory(saving, target)
     return target
@@ -291,12 +299,24 @@ def verify_files(
 ) -> list[Problem]:
     """Verify the files `names` against a manifest that was read before; otherwise like `verify`."""
 
-    def problem_of(name: str) -> Problem | None:
-        return _file_problem(path / name, manifest.files[name], on_read)
+    def verify_file(name: str) -> Problem | None:
+        file, expected = path / name, manifest.files[name]
+        if problem := _size_problem(file, expected):
+            return problem
+        try:
+            actual = atomic_files.digest_file(file, on_read)
+        except FileNotFoundError as error:
+            return _missing(file, error)
+        except OSError as error:
+            raise unreadable_error(file, error) from error
+        if actual == expected:
+            return None
+        message = "a checkpoint file is damaged: its digest differs from the manifest's"
+        return Problem(message, where=str(file), remedy="resume from another checkpoint, and check the disk")
 
     # xxhash releases the GIL while it digests a block.
     with ThreadPoolExecutor(threads) as pool:
-        return [problem for problem in pool.map(problem_of, names) if problem]
+        return [problem for problem in pool.map(verify_file, names) if problem]
 
 
 def find_foreign_files(path: Path, manifest: Manifest) -> list[Problem]:
@@ -359,7 +379,7 @@ def _is_in_use(path: Path) -> bool:
     """Return whether a replaced checkpoint still counts as committed, because its successor is not in place."""
     if not path.name.startswith(atomic_files.REPLACED_PREFIX):
         return False
-    if _is_committed(path.with_name(path.name.removeprefix(atomic_files.REPLACED_PREFIX))):
+    if _is_replaced(path):
         return False
     try:
         open_checkpoint(path)
@@ -398,22 +418,10 @@ def disk_bytes(path: Path) -> int:
     return num_bytes
 
 
-def _sweep(root: Path, attempt: int) -> None:
-    """Remove leftovers of unfinished saves, replacements and removals, except saves of later attempts."""
-    for path in list(root.iterdir()):
-        saving = _SAVING.fullmatch(path.name)
-        replaced = path.name.startswith(atomic_files.REPLACED_PREFIX) and _is_committed(
-            path.with_name(path.name.removeprefix(atomic_files.REPLACED_PREFIX))
-        )
-        if (saving and int(saving.group(1)) <= attempt) or replaced:
-            atomic_files.remove_directory(path)
-        elif path.name.startswith(atomic_files.REMOVING_PREFIX):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_committed(path: Path) -> bool:
+def _is_replaced(path: Path) -> bool:
+    """Return whether the successor of a replaced checkpoint is committed."""
     try:
-        open_checkpoint(path)
+        open_checkpoint(path.with_name(path.name.removeprefix(atomic_files.REPLACED_PREFIX)))
     except CheckpointError:
         return False
     return True
@@ -444,24 +452,6 @@ def _step_problem(path: Path, manifest: Manifest) -> Problem | None:
     if path.name.removeprefix(atomic_files.REPLACED_PREFIX) == step_name(manifest.step):
         return None
     return Problem("a manifest belongs to another step", where=str(path), value=f"step {manifest.step}")
-
-
-def _file_problem(file: Path, expected: atomic_files.FileEntry, on_read: Callable[[int], None] | None) -> Problem | None:
-    if problem := _size_problem(file, expected):
-        return problem
-    try:
-        actual = atomic_files.digest_file(file, on_read)
-    except FileNotFoundError as error:
-        return _missing(file, error)
-    except OSError as error:
-        raise unreadable_error(file, error) from error
-    if actual != expected:
-        return Problem(
-            "a checkpoint file is damaged: its digest differs from the manifest's",
-            where=str(file),
-            remedy="resume from another checkpoint, and check the disk",
-        )
-    return None
 
 
 def _size_problem(file: Path, expected: atomic_files.FileEntry) -> Problem | None:

@@ -52,9 +52,11 @@ def require_supported_engine(engine: Any, named_parameters: Mapping[str, Paramet
             remedy="set the ratio to 1.0",
         )
     if frozen := [name for name, p in named_parameters.items() if not p.requires_grad]:
-        raise CheckpointError("frozen parameters cannot be checkpointed: ZeRO-3 has no fp32 weights of them", value=_some(frozen))
+        raise CheckpointError(
+            "frozen parameters cannot be checkpointed: ZeRO-3 has no fp32 weights of them", value=_name_some(frozen)
+        )
     if split := [n for n, p in named_parameters.items() if p.ds_zero_partition_world_size != dist.get_world_size()]:
-        raise CheckpointError("parameters must be partitioned over all ranks", value=_some(split))
+        raise CheckpointError("parameters must be partitioned over all ranks", value=_name_some(split))
     if {id(p) for p in named_parameters.values()} != {id(p) for p in engine.module.parameters()}:
         raise CheckpointError("the named parameters differ from those of the engine's model")
 
@@ -116,7 +118,7 @@ def state_layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list
     """
     keys = stored_keys(engine, optimizer_step(engine))
     _require_named_states(engine, keys)
-    members = [member for group in _members(engine, named_parameters).values() for member in group]
+    members = [member for group in _group_members(engine, named_parameters).values() for member in group]
     return [(name, key, local_elements(parameter)) for name, parameter, _ in members for key in keys]
 
 
@@ -134,11 +136,11 @@ def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Gene
     """
     zero = engine.optimizer
     keys = stored_keys(engine, optimizer_step(engine))
-    for group, members in _members(engine, named_parameters).items():
+    for group, members in _group_members(engine, named_parameters).items():
         with _load_sub_group(zero, group):
             for name, parameter, offset in members:
                 for key in keys:
-                    state = _flat(zero, group, key)
+                    state = _get_flat(zero, group, key)
                     if state.dtype != torch.float32:
                         problem = "weights and optimizer states must be kept in fp32"
                         raise CheckpointError(problem, where=name, value=f"{key} is {state.dtype}")
@@ -191,14 +193,14 @@ def _load_partition(parameter: Parameter) -> Iterator[None]:
         swapper.remove_partition_and_release_buffers([parameter])
 
 
-def _flat(zero: Any, group: int, key: str) -> torch.Tensor:
+def _get_flat(zero: Any, group: int, key: str) -> torch.Tensor:
     """Return a sub-group's flat fp32 weights or one of its optimizer states, with padding."""
     flat = zero.fp32_partitioned_groups_flat[group]
     state: torch.Tensor = flat if key == FP32 else zero.optimizer.state[flat][key]
     return state.detach()
 
 
-def _members(engine: Any, named_parameters: Mapping[str, Parameter]) -> dict[int, list[tuple[str, Parameter, int]]]:
+def _group_members(engine: Any, named_parameters: Mapping[str, Parameter]) -> dict[int, list[tuple[str, Parameter, int]]]:
     """Return (name, parameter, offset in the flat state) by the optimizer's sub-groups, in ascending order."""
     members: dict[int, list[tuple[str, Parameter, int]]] = {}
     for name, parameter in named_parameters.items():
@@ -233,7 +235,7 @@ def load_states(engine: Any, named_parameters: Mapping[str, Parameter], step: in
     if zero.swap_optimizer:
         # Keep only the fp32 weights of each sub-group on NVMe; states created after this are appended there.
         zero.optimizer_swapper.purge_state()
-    for group, members in _members(engine, named_parameters).items():
+    for group, members in _group_members(engine, named_parameters).items():
         with _load_sub_group(zero, group, changed=True):
             _make_optimizer_state(engine, group, step)
             for name, parameter, offset in members:
@@ -241,7 +243,7 @@ def load_states(engine: Any, named_parameters: Mapping[str, Parameter], step: in
                 padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32)
                 for key in stored_keys(engine, step):
                     read(name, key, parameter.ds_numel, start, padded[: stop - start])
-                    _flat(zero, group, key).narrow(0, offset, padded.numel()).copy_(padded)
+                    _get_flat(zero, group, key).narrow(0, offset, padded.numel()).copy_(padded)
             zero._reassign_or_swap_out_partitioned_parameters(group)
     if isinstance(zero.optimizer, DeepSpeedCPUAdam):
         _replay_bias_correction(zero.optimizer, step)
@@ -289,23 +291,23 @@ def release_engine(engine: Any) -> None:
         [p.ds_secondary_tensor for p in engine.module.parameters()],
         list(engine.module.parameters()),
     ]
-    for tensor in _tensors(containers):
+    for tensor in _iter_tensors(containers):
         storage = tensor.untyped_storage()
         if storage.resizable():
             storage.resize_(0)
 
 
-def _tensors(content: Any) -> Iterator[torch.Tensor]:
+def _iter_tensors(content: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested containers, and their gradients."""
     if isinstance(content, torch.Tensor):
         yield content
         if content.is_leaf and content.grad is not None:
             yield content.grad
     elif isinstance(content, Mapping):
-        yield from _tensors(list(content.values()))
+        yield from _iter_tensors(list(content.values()))
     elif isinstance(content, list | tuple):
         for item in content:
-            yield from _tensors(item)
+            yield from _iter_tensors(item)
 
 
 def _require_named_states(engine: Any, keys: tuple[str, ...]) -> None:
@@ -353,5 +355,5 @@ def _replay_bias_correction(adam: DeepSpeedCPUAdam, step: int) -> None:
         adam.ds_opt_adam.adam_update(adam.opt_id, past, *settings, *scratch)
 
 
-def _some(names: list[str]) -> str:
+def _name_some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -292,7 +292,7 @@ def _continue_run(composed: Composed, run: RunDir, cluster: StaticCluster, inter
         with composed.located():
             _require_same_command(composed.config, LaunchPlan.load(run.plan), run)
         plan = run_store.load_plan(run)
-        module, newest = "launcher.worker.repeated_command", run_store.newest_plan_path(run)
+        module, newest = "launcher.worker.static", run_store.newest_plan_path(run)
         previous = run_worker_module(module, composed.config, str(newest))
         if previous["over"]:
             return f"{previous['reason']}; nothing is left to do"

@@ -17,7 +17,7 @@ from typing import Any
 
 from launcher import atomic_files, json_records, locks, run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.cleanup import disk_bytes
+from launcher.checkpoint.store import disk_bytes
 from launcher.cli.follow import wandb_page
 from launcher.cli.interaction import read_yes
 from launcher.cli.liveness import find_living_problem

@@ -86,17 +86,21 @@ class LimitEvents:
     @property
     def memory_bytes(self) -> int | None:
         """The lowest limit on memory, or None if there is none."""
-        return self._lowest("oom_kill")
+        return self._find_lowest("oom_kill")
 
     @property
     def num_processes(self) -> int | None:
         """The lowest limit on processes and threads, or None if there is none."""
-        return self._lowest("max")
+        return self._find_lowest("max")
 
     def cause_since(self, earlier: LimitEvents) -> str:
         """Return the limit that was enforced since `earlier`, as the beginning of a message; empty if none was."""
         before = {(counter.file, counter.name): counter.value for counter in earlier.counters}
-        judged = (*self._memory(), *self._processes(), *(counter for counter in self.counters if not counter.limit_file))
+        judged = (
+            *self._memory_counters(),
+            *self._process_counters(),
+            *(counter for counter in self.counters if not counter.limit_file),
+        )
         grown = [counter for counter in judged if counter.value > before.get((counter.file, counter.name), 0)]
         kinds = {(counter.name, bool(counter.limit_file)) for counter in grown}
         if ("oom_kill", True) in kinds:
@@ -109,7 +113,7 @@ class LimitEvents:
             return f"the limit{limit} on processes and threads of this job or container (pids.max) was reached"
         return ""
 
-    def _memory(self) -> Iterator[Counter]:
+    def _memory_counters(self) -> Iterator[Counter]:
         """Yield the counter of the lowest control group that still exists.
 
         Groups above it also count the processes of other jobs (version 2). Slurm and systemd remove a group with its last
@@ -121,7 +125,7 @@ class LimitEvents:
             if lowest is counters[0] or lowest.limit is not None or not _has_groups(Path(lowest.file).parent):
                 yield lowest
 
-    def _processes(self) -> Iterator[Counter]:
+    def _process_counters(self) -> Iterator[Counter]:
         """Yield the counters up to the lowest limit: kernels count in the limit's group or in that of the process that hit it."""
         for counter in self.counters:
             if counter.name == "max":
@@ -129,7 +133,7 @@ class LimitEvents:
                 if counter.limit is not None:
                     return
 
-    def _lowest(self, name: str) -> int | None:
+    def _find_lowest(self, name: str) -> int | None:
         limits = [counter.limit for counter in self.counters if counter.name == name]
         return min((limit for limit in limits if limit is not None), default=None)
 

@@ -53,10 +53,10 @@ def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
     """
     if interface is not None:
         return Endpoint(_address_of(interface), interface)
-    peer = _first_other(peers)
+    peer = _find_first_other(peers)
     if peer is None:
         return LOOPBACK
-    return _routed_from(peer)
+    return _find_route_to(peer)
 
 
 def endpoint_of(host: str, interface: str | None) -> Endpoint:
@@ -72,13 +72,13 @@ def endpoint_of(host: str, interface: str | None) -> Endpoint:
         return Endpoint(_address_of(interface), interface)
     address = _resolve(host)
     if address is not None and (_is_address(host) or not _is_local(address)):
-        for name, addresses in _interfaces().items():
+        for name, addresses in _list_interfaces().items():
             if address in addresses:
                 return Endpoint(address, name)
         if ipaddress.ip_address(address).is_loopback:
             # All of 127.0.0.0/8 belongs to the loopback interface.
             return Endpoint(address, LOOPBACK.interface)
-    return _routed_from(_ANYWHERE)
+    return _find_route_to(_ANYWHERE)
 
 
 def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
@@ -143,7 +143,7 @@ def await_reachable(address: str, port: int, deadline_s: float) -> float | None:
 
 
 def _address_of(interface: str) -> str:
-    usable = {name: [a for a in addresses if not _is_local(a)] for name, addresses in _interfaces().items()}
+    usable = {name: [a for a in addresses if not _is_local(a)] for name, addresses in _list_interfaces().items()}
     if usable.get(interface):
         return min(usable[interface], key=_family)
     listed = "; ".join(f"{name}: {', '.join(addresses)}" for name, addresses in usable.items() if addresses)
@@ -155,9 +155,9 @@ def _address_of(interface: str) -> str:
     )
 
 
-def _first_other(peers: Sequence[str]) -> str | None:
+def _find_first_other(peers: Sequence[str]) -> str | None:
     """Return the address of the first peer other than this node, or None if there is none."""
-    own = {address for addresses in _interfaces().values() for address in addresses}
+    own = {address for addresses in _list_interfaces().values() for address in addresses}
     names = {node_name(), os.uname().nodename, "localhost"}
     for peer in peers:
         if peer in names or peer in own or (_is_address(peer) and ipaddress.ip_address(peer).is_loopback):
@@ -175,7 +175,7 @@ def _first_other(peers: Sequence[str]) -> str | None:
     return None
 
 
-def _routed_from(peer: str) -> Endpoint:
+def _find_route_to(peer: str) -> Endpoint:
     """Return the endpoint from which this node connects to `peer`."""
     with socket.socket(_family(peer), socket.SOCK_DGRAM) as probe:
         try:
@@ -192,7 +192,7 @@ def _routed_from(peer: str) -> Endpoint:
             value=f"the route to {peer}",
             remedy=_REMEDY,
         )
-    return Endpoint(address, next((name for name, addresses in _interfaces().items() if address in addresses), ""))
+    return Endpoint(address, next((name for name, addresses in _list_interfaces().items() if address in addresses), ""))
 
 
 def _resolve(name: str) -> str | None:
@@ -205,7 +205,7 @@ def _resolve(name: str) -> str | None:
     return str(min(entries, key=lambda entry: entry[0])[4][0])
 
 
-def _interfaces() -> dict[str, list[str]]:
+def _list_interfaces() -> dict[str, list[str]]:
     """Return the IP addresses of every interface, without zones of link-local addresses."""
     families = (socket.AF_INET, socket.AF_INET6)
     return {

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import IO, Self
+from typing import Self
 
 from launcher.errors import printable
 
@@ -46,15 +46,18 @@ class NodeCommand:
                 start_new_session=True,
             )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        threads = (
-            threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True),
-            threading.Thread(target=self.errors.extend, args=(self._process.stderr,), daemon=True),
-        )
-        for thread in threads:
-            thread.start()
-        self._errors_thread = threads[-1]
+        output, errors = self._process.stdout, self._process.stderr
+        assert output is not None
+        assert errors is not None
+
+        def read_lines() -> None:
+            for line in output:
+                self._lines.put(line)
+            self._lines.put(None)
+
+        threading.Thread(target=read_lines, daemon=True).start()
+        self._errors_thread = threading.Thread(target=self.errors.extend, args=(errors,), daemon=True)
+        self._errors_thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -90,11 +93,6 @@ class NodeCommand:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_END_S)
                 return
-
-    def _read(self, stream: IO[str]) -> None:
-        for line in stream:
-            self._lines.put(line)
-        self._lines.put(None)
 
 
 def show_line(line: str) -> None:

@@ -118,7 +118,7 @@ class StaticCluster:
             return replace(status, state="failed", message=NEVER_SUBMITTED) if late else status
         states = read_states(run, number, record)
         if self.process is not None and self.process.poll() is None:
-            return _with_nodes(status, states)
+            return _add_node_states(status, states)
         # The record may have been written after the status was read.
         latest = run_store.read_status(run)
         if latest.state not in RUNNING_STATES:
@@ -132,7 +132,7 @@ class StaticCluster:
             others = [state.lost for state in states[1:] if state.lost]
             message = "; ".join([reason or f"the agent of {head.name} never started", *others, REPEAT])
             return replace(latest, state="failed", message=message + run_store.describe_storage_problem(run))
-        return _with_nodes(latest, states)
+        return _add_node_states(latest, states)
 
     def await_end(self, run: RunDir) -> None:
         if self.process is not None:
@@ -160,7 +160,7 @@ def is_idle(run: RunDir) -> bool:
     return not any(state.is_alive for state in read_states(run, number, record))
 
 
-def _with_nodes(status: Status, states: list[NodeState]) -> Status:
+def _add_node_states(status: Status, states: list[NodeState]) -> Status:
     if len(states) == 1:
         return status
     silent = [state for state in states if state.lost or state.silent_s is None]
@@ -246,22 +246,18 @@ class HeartbeatWatch:
             passed_s, self._looked_at = began - self._looked_at, began
             atomic_files.refresh_directory(self._run.attempt(self._attempt))
             for node in range(len(self._record.nodes)):
-                self._count(node, passed_s if passed_s <= 2 * INTERVAL_S else 0.0)
+                with suppress(FileNotFoundError):
+                    status = alive_file(self._run, self._attempt, node).stat()
+                    # Each heartbeat is another file that takes the name; looking at its content would cost the storage more.
+                    version = (status.st_ino, status.st_mtime_ns)
+                    counted_s = passed_s if passed_s <= 2 * INTERVAL_S else 0.0
+                    is_changed = version != self._versions.get(node)
+                    self._versions[node] = version
+                    self._silent_s[node] = 0.0 if is_changed else self._silent_s[node] + counted_s
             return [
-                _judge(self._run, self._attempt, node, name, self._silent_s.get(node))
+                _judge_node(self._run, self._attempt, node, name, self._silent_s.get(node))
                 for node, name in enumerate(self._record.nodes)
             ]
-
-    def _count(self, node: int, passed_s: float) -> None:
-        try:
-            status = alive_file(self._run, self._attempt, node).stat()
-        except FileNotFoundError:
-            return
-        # Each heartbeat is another file that takes the name; looking at its content would cost the storage more.
-        version = (status.st_ino, status.st_mtime_ns)
-        is_changed = version != self._versions.get(node)
-        self._versions[node] = version
-        self._silent_s[node] = 0.0 if is_changed else self._silent_s[node] + passed_s
 
 
 def read_states(run: RunDir, attempt: int, record: Attempt) -> list[NodeState]:
@@ -277,11 +273,11 @@ def read_states(run: RunDir, attempt: int, record: Attempt) -> list[NodeState]:
         silent_s: float | None = None
         with suppress(OSError):
             silent_s = max(0.0, now - alive_file(run, attempt, node).stat().st_mtime)
-        states.append(_judge(run, attempt, node, name, silent_s))
+        states.append(_judge_node(run, attempt, node, name, silent_s))
     return states
 
 
-def _judge(run: RunDir, attempt: int, node: int, name: str, silent_s: float | None) -> NodeState:
+def _judge_node(run: RunDir, attempt: int, node: int, name: str, silent_s: float | None) -> NodeState:
     if node_file(run, attempt, node).is_file():
         return NodeState(name, silent_s, True)
     with suppress(LauncherError):

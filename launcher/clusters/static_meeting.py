@@ -199,7 +199,7 @@ class Meeting:
                 processes.append(question.process)
                 self._seen.pop(node, None)
             begun = self._seen[node][2] if node in self._seen else now
-            self._problem = self._problem or self._check(question, now - begun, processes)
+            self._problem = self._problem or self._find_problem(question, now - begun, processes)
             self._seen[node] = question, now, begun
             if self._problem is not None and self._answer.state == WAITING:
                 return replace(self._answer, state=REFUSED, message=str(self._problem))
@@ -207,7 +207,7 @@ class Meeting:
                 self._heard.add(node)
             return self._answer
 
-    def _check(self, question: Question, waited_s: float, processes: list[str]) -> Problem | None:
+    def _find_problem(self, question: Question, waited_s: float, processes: list[str]) -> Problem | None:
         """Return why the machine that asks, and has done so for `waited_s` seconds, does not belong to this start."""
         who = f"node {question.node} ({question.host})"
         if question.nodes != self._here.nodes:
@@ -269,7 +269,7 @@ def await_plan(here: NodeIdentity, run: Path, command: Mapping[str, str], descri
     begun = time.monotonic()
     answered: float | None = None
     while True:
-        answer, now = _ask(here, question), time.monotonic()
+        answer, now = _ask_head(here, question), time.monotonic()
         if answer is not None:
             answered, awaited = now, f"the plan ({answer.message})"
             if answer.state == REFUSED:
@@ -298,7 +298,7 @@ def await_plan(here: NodeIdentity, run: Path, command: Mapping[str, str], descri
         time.sleep(_ASK_EVERY_S)
 
 
-def _ask(here: NodeIdentity, question: Question) -> Answer | None:
+def _ask_head(here: NodeIdentity, question: Question) -> Answer | None:
     """Return node 0's answer, or None if it does not listen or answer."""
     address = str(here.address), here.port
     try:

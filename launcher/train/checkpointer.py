@@ -59,7 +59,7 @@ class Checkpointer:
         """Begin a save, in the background where possible; its outcome is reported as soon as it is known. Collective."""
         self.wait(step)
         self._is_unreported, self._eval_loss, self._saving_step = True, eval_loss, step
-        with self._shown():
+        with self._show_waiting():
             self._saver.save(step, state, eval_loss=eval_loss)
         if not self._saver.is_saving:
             self.wait(step)
@@ -79,7 +79,7 @@ class Checkpointer:
         """
         self.wait(step)
         self._is_unreported, self._eval_loss, self._saving_step, self._is_run_complete = True, eval_loss, step, is_run_complete
-        with self._shown():
+        with self._show_waiting():
             self._saver.save(step, state, eval_loss=eval_loss, reference_logits=reference_logits, wait=True)
         outcome = self.wait(step)
         if isinstance(outcome, CheckpointError):
@@ -89,14 +89,14 @@ class Checkpointer:
         """Wait for the in-flight save and return its outcome; a failed one is reported, and training continues. Collective."""
         # Otherwise the watchdog would take this wait for a stalled step.
         self._beat("saving", step)
-        with self._shown():
+        with self._show_waiting():
             outcome = self._saver.wait()
         if isinstance(outcome, Saved):
             self.saved_step, self.save_s = outcome.step, outcome.seconds
         self._report(outcome, step)
         return outcome
 
-    def _shown(self) -> AbstractContextManager[None]:
+    def _show_waiting(self) -> AbstractContextManager[None]:
         """Say on rank 0 how long training has waited for a save."""
         if not self._is_main or not self._is_unreported:
             return nullcontext()

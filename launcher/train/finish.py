@@ -61,7 +61,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
             tracker.event("alert", overfitting.summary)
     if not plan.config.export.enabled:
         return
-    task = _export_task(plan, checkpoint)
+    task = _build_export_task(plan, checkpoint)
     make_progress = as_events(tracker.event) if rank_info.is_main else silent
     try:
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin_export(task) if rank_info.is_main else None)
@@ -72,7 +72,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         leave_process_group()
         if rank_info.is_main:
             shutil.rmtree(task.partial, ignore_errors=True)
-        raise _export_error(plan, error.problems) from error
+        raise _build_export_error(plan, error.problems) from error
 
 
 def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: OnExported) -> None:
@@ -85,7 +85,7 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
     """
     if not plan.config.export.enabled:
         return
-    task = _export_task(plan, checkpoint)
+    task = _build_export_task(plan, checkpoint)
     try:
         device = "cpu"
         if torch.cuda.is_available() and 2 * weights_gib(plan) < torch.cuda.mem_get_info()[0] / 2**30:
@@ -97,23 +97,23 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
             task, lambda folder: model_card.render_model_card(plan, manifest, metrics, folder, plans), device
         )
         _report_export(exported, tracker)
-        _push(plan, exported, tracker)
+        _push_to_hub(plan, exported, tracker)
         on_exported(plan, exported.path, device, tracker)
     except CheckpointError as error:
-        raise _export_error(plan, error.problems) from error
+        raise _build_export_error(plan, error.problems) from error
     except OSError as error:
         problem = Problem(f"{_NOT_WRITTEN}: {error.strerror}", where=str(error.filename or plan.run_dir))
-        raise _export_error(plan, [problem]) from error
+        raise _build_export_error(plan, [problem]) from error
     finally:
         shutil.rmtree(task.partial, ignore_errors=True)
 
 
-def _export_error(plan: LaunchPlan, problems: Iterable[Problem]) -> ExportError:
+def _build_export_error(plan: LaunchPlan, problems: Iterable[Problem]) -> ExportError:
     again = f"then: {launcher_command('export', plan.run_dir)}"
     return ExportError(replace(problem, remedy=problem.remedy or again) for problem in problems)
 
 
-def _export_task(plan: LaunchPlan, checkpoint: Path) -> ExportTask:
+def _build_export_task(plan: LaunchPlan, checkpoint: Path) -> ExportTask:
     return ExportTask(
         checkpoint=checkpoint,
         model=Path(plan.model.path) if plan.model.path else plan.model.config,
@@ -150,7 +150,7 @@ def _report_export(exported: ExportedFolder, tracker: Composite) -> None:
         tracker.event("export", names)
 
 
-def _push(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> None:
+def _push_to_hub(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> None:
     """Push the folder to the Hub. A failure is only an alert: the run is complete and the folder exists."""
     repo_id = plan.config.export.push_to_hub
     if repo_id is None:

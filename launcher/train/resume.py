@@ -92,7 +92,7 @@ def load_newest_intact(
             break
         except DamagedCheckpoint as error:
             damaged[checkpoint.step] = Damage(checkpoint.path, error)
-            step = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _next_candidate(run, rank_info.attempt, damaged))
+            step = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _choose_next(run, rank_info.attempt, damaged))
             checkpoint = store.get_at_step(run.checkpoints, step)
     for message in rank0_broadcast(
         rank_info, _NOT_USABLE, lambda: _set_aside_damaged(run, rank_info.attempt, checkpoint.step, damaged)
@@ -103,12 +103,12 @@ def load_newest_intact(
 
 def _choose_checkpoint(run: RunDir, number: int) -> Checkpoint | None:
     attempt = _update_resume_step(run, number)
-    candidates = _candidates(run, number)
+    candidates = _list_candidates(run, number)
     if candidates and (candidates[0].manifest.attempt == number or candidates[0].step == attempt.resume_step):
         return candidates[0]
     if attempt.resume_step is None:
-        if unusable := _unusable_checkpoints(run):
-            raise _no_intact_checkpoint(run, unusable)
+        if unusable := _find_unusable(run):
+            raise _explain_no_intact(run, unusable)
         return None
     try:
         return store.get_at_step(run.checkpoints, attempt.resume_step)
@@ -116,7 +116,7 @@ def _choose_checkpoint(run: RunDir, number: int) -> Checkpoint | None:
         if attempt.pinned:
             raise
         if not candidates:
-            raise _no_intact_checkpoint(run, _unusable_checkpoints(run)) from None
+            raise _explain_no_intact(run, _find_unusable(run)) from None
         return candidates[0]
 
 
@@ -149,7 +149,7 @@ def _update_resume_step(run: RunDir, number: int) -> Attempt:
     return attempt
 
 
-def _candidates(run: RunDir, number: int) -> list[Checkpoint]:
+def _list_candidates(run: RunDir, number: int) -> list[Checkpoint]:
     """Return checkpoints that the attempt may start from, best first: its own, then those up to its `resume_step`.
 
     Later checkpoints of earlier attempts are ignored.
@@ -165,7 +165,7 @@ def _candidates(run: RunDir, number: int) -> list[Checkpoint]:
     return sorted(candidates, key=lambda c: (c.manifest.attempt == number, c.step), reverse=True)
 
 
-def _next_candidate(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
+def _choose_next(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
     """Return the step of the best undamaged candidate. Rank 0 verifies the latest damage that any rank has reported.
 
     So a node with bad memory, or one that does not see all files yet, cannot discard a checkpoint.
@@ -178,13 +178,13 @@ def _next_candidate(run: RunDir, number: int, damaged: dict[int, Damage]) -> int
             value=damage.summary,
             remedy="resume the run; if it is always the same node, exclude that node and check its memory and storage",
         )
-    if remaining := [candidate.step for candidate in _candidates(run, number) if candidate.step not in damaged]:
+    if remaining := [candidate.step for candidate in _list_candidates(run, number) if candidate.step not in damaged]:
         _require_later_readable(run, number, remaining[0])
         return remaining[0]
     attempt = run_store.read_attempt(run, number)
     if attempt.pinned and step == attempt.resume_step:
         raise store.damaged_step_error(step, damage.error.problems, run.checkpoints)
-    raise _no_intact_checkpoint(run, {**_unusable_checkpoints(run), **damaged})
+    raise _explain_no_intact(run, {**_find_unusable(run), **damaged})
 
 
 def _require_later_readable(run: RunDir, number: int, step: int) -> None:
@@ -193,7 +193,7 @@ def _require_later_readable(run: RunDir, number: int, step: int) -> None:
         store.require_readable_after(run.checkpoints, step)
 
 
-def _no_intact_checkpoint(run: RunDir, damaged: dict[int, Damage]) -> CheckpointError:
+def _explain_no_intact(run: RunDir, damaged: dict[int, Damage]) -> CheckpointError:
     summaries = [f"step {step}: {damage.summary}" for step, damage in sorted(damaged.items())]
     # Storage errors may be temporary, so this error type makes the launcher retry.
     is_unread = any(isinstance(damage.error, UnreadableCheckpoint) for damage in damaged.values())
@@ -210,7 +210,7 @@ def _set_aside_damaged(run: RunDir, number: int, start_step: int, damaged: dict[
 
     This includes checkpoints that cannot be opened and were never candidates.
     """
-    later = {step: damage for step, damage in sorted({**_unusable_checkpoints(run), **damaged}.items()) if step > start_step}
+    later = {step: damage for step, damage in sorted({**_find_unusable(run), **damaged}.items()) if step > start_step}
     # Another version of the launcher may be able to read a checkpoint in another format.
     damaged_later = {step: damage for step, damage in later.items() if isinstance(damage.error, DamagedCheckpoint)}
     if not damaged_later:
@@ -229,6 +229,6 @@ def _set_aside_damaged(run: RunDir, number: int, start_step: int, damaged: dict[
     return messages
 
 
-def _unusable_checkpoints(run: RunDir) -> dict[int, Damage]:
+def _find_unusable(run: RunDir) -> dict[int, Damage]:
     unusable = store.find_unusable(run.checkpoints)
     return {step: Damage(run.checkpoints / store.step_name(step), error) for step, error in unusable.items()}

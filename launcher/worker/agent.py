@@ -41,11 +41,10 @@ from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
 from launcher.worker import failure_record, postmortem
 from launcher.worker.failure_record import ErrorMemory
-from launcher.worker.ranks import heartbeat
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import NodeInfo, allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcesses
-from launcher.worker.ranks.watchdog import Watchdog
+from launcher.worker.ranks.watchdog import HEARTBEATS_VARIABLE, HeartbeatTable, Watchdog
 from launcher.worker.sidecars import sidecar
 from launcher.worker.sidecars.sidecar import Sidecar
 from launcher.worker.signals import CANCEL, PREEMPT, Stopper
@@ -203,9 +202,9 @@ class NodeAgent:
         rendezvous = NodeRendezvous(
             store, run_id, node, _MEET_DEADLINE_S, failures.is_final, failures.describe_own, failures.report_restart
         )
-        heartbeats = heartbeat.HeartbeatTable(topology.ranks_per_node)
+        heartbeats = HeartbeatTable(topology.ranks_per_node)
         errors = ErrorMemory(topology.ranks_per_node)
-        os.environ |= {heartbeat.VARIABLE: str(heartbeats.path), failure_record.ERROR_MEMORY_VARIABLE: str(errors.path)}
+        os.environ |= {HEARTBEATS_VARIABLE: str(heartbeats.path), failure_record.ERROR_MEMORY_VARIABLE: str(errors.path)}
         shared = store if len(node.hosts) > 1 else None
         recorder = FlightRecorder(self.run, self.attempt, topology.world_size, cluster.stall_seconds)
         os.environ.update(recorder.variables)
@@ -229,12 +228,9 @@ class NodeAgent:
             heartbeats.close()
             errors.close()
             recorder.close(os.environ)
-            self._remove_offloaded_states()
-
-    def _remove_offloaded_states(self) -> None:
-        """Otherwise the offloaded states would keep filling the disk of a node that the run no longer uses."""
-        if self.plan.nvme_folder is not None and run_store.newest_attempt(self.run) == self.attempt:
-            shutil.rmtree(self.plan.nvme_folder, ignore_errors=True)
+            # Otherwise offloaded states would keep filling the disk of a node that the run no longer uses.
+            if self.plan.nvme_folder is not None and run_store.newest_attempt(self.run) == self.attempt:
+                shutil.rmtree(self.plan.nvme_folder, ignore_errors=True)
 
 
 class _FailureLog:

@@ -23,7 +23,7 @@ from launcher.config.sections.model import is_run
 from launcher.data.cache_dir import download_cache
 from launcher.data.sources.documents import Chat, Completion, Document
 from launcher.data.sources.files import Block
-from launcher.data.sources.reading import DocumentBatch, RowProblems, count_rows, find_row_problems, list_usable, read_batches
+from launcher.data.sources.reading import RowProblems, count_rows, find_row_problems, list_usable, read_batches
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import DataError, LauncherError, Problem
 from launcher.model_folders import convert_local, hub_reason
@@ -46,8 +46,17 @@ def look(config: RunConfig) -> dict[str, Any]:
     Raises:
         DataError: for an unusable source, or unusable rows unless the settings skip them.
     """
+    row_sources = []
+    documents: list[Document] = []
     try:
-        return _look(config)
+        for source in config.data.sources:
+            if source.is_read:
+                sampled, row_format, num_rows = _sample_rows(source, count_rows(source), config.data.checks)
+                row_sources.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
+                documents += sampled
+        with tempfile.TemporaryDirectory() as fetched:
+            folder, model_config, note = _find_tokenizer(config, Path(fetched))
+            lengths, is_measured, problem = _count_tokens(documents, config.data, folder)
     except DataError as error:
         # Reading stopped at the first problem.
         problems = RowProblems()
@@ -55,19 +64,6 @@ def look(config: RunConfig) -> dict[str, Any]:
             if source.is_read:
                 problems.merge(find_row_problems(source))
         raise DataError(problems.refused(config.data.checks).to_list() or error.problems) from error
-
-
-def _look(config: RunConfig) -> dict[str, Any]:
-    row_sources = []
-    documents: list[Document] = []
-    for source in config.data.sources:
-        if source.is_read:
-            sampled, row_format, num_rows = _sample_rows(source, count_rows(source), config.data.checks)
-            row_sources.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
-            documents += sampled
-    with tempfile.TemporaryDirectory() as fetched:
-        folder, model_config, note = _find_tokenizer(config, Path(fetched))
-        lengths, is_measured, problem = _count_tokens(documents, config.data, folder)
     lengths.sort()
     return {
         "sources": row_sources,
@@ -97,18 +93,14 @@ def _sample_rows(source: Source, upper_bound: int, checks: ChecksSection) -> tup
             kept += [document for document, _ in usable][: _NUM_SAMPLED - len(kept)]
         elif num_rows < _NUM_CHECKED:
             deque(usable, maxlen=0)
-        num_rows += _count_rows(batch, upper_bound)
+        rows = batch.rows.data if isinstance(batch.rows, Block) else batch.rows
+        if isinstance(rows, bytes):
+            # The rows of a table would have to be read.
+            is_table = isinstance(batch.rows, Block) and batch.rows.kind == "parquet"
+            num_rows += upper_bound if is_table else sum(1 for line in rows.splitlines() if line.strip())
+        else:
+            num_rows += len(rows)
     return kept, row_format, min(num_rows, upper_bound)
-
-
-def _count_rows(batch: DocumentBatch, upper_bound: int) -> int:
-    """Return the number of rows in a batch; for a table, which would have to be read, the number in the whole source."""
-    if not isinstance(batch.rows, Block):
-        return len(batch.rows)
-    data = batch.rows.data
-    if isinstance(data, tuple):
-        return len(data)
-    return upper_bound if batch.rows.kind == "parquet" else sum(1 for line in data.splitlines() if line.strip())
 
 
 def _find_tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict[str, Any] | None, str]:

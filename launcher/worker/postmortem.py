@@ -107,7 +107,7 @@ def conclude(
     )
     saved_step = store.newest_step(run.checkpoints)
     ended = AttemptEnd(ending.cause, attempt.resume_step, saved_step, ending.message, ending.bad_nodes)
-    ended = _with_failures(run, number, ended, ending.first_failure)
+    ended = _add_failures(run, number, ended, ending.first_failure)
     return Conclusion(ending, ended, decide(ended, history(run, number), section))
 
 
@@ -155,10 +155,10 @@ def _from_record(run: RunDir, number: int, record: ExitRecord) -> AttemptEnd:
         path = str(run_records.exit_file(run, number))
         raise RunError("a record of the run is damaged: this field is missing", where=f"{path}: cause", remedy="remove the file")
     ended = AttemptEnd(record.cause, record.began_step, record.saved_step, record.message, record.bad_nodes)
-    return _with_failures(run, number, ended, record.first_failure)
+    return _add_failures(run, number, ended, record.first_failure)
 
 
-def _with_failures(run: RunDir, number: int, ended: AttemptEnd, failure: FailureRecord | None) -> AttemptEnd:
+def _add_failures(run: RunDir, number: int, ended: AttemptEnd, failure: FailureRecord | None) -> AttemptEnd:
     """Return the end of attempt `number` with the exceptions of its last ranks and of the ranks that were restarted."""
     restarts = tuple(
         RestartedRanks(failure_record.exception_of(record.first_failure), record.first_failure.step, record.saved_step)
@@ -176,7 +176,7 @@ def describe_repetition(run: RunDir, number: int, failure: FailureRecord) -> str
     launcher.plan.retry.
     """
     attempt, saved_step = run_store.read_attempt(run, number), store.newest_step(run.checkpoints)
-    ended = _with_failures(run, number, AttemptEnd(Cause.FAILURE, attempt.resume_step, saved_step), failure)
+    ended = _add_failures(run, number, AttemptEnd(Cause.FAILURE, attempt.resume_step, saved_step), failure)
     return retry.describe_repetition([*history(run, number), ended])
 
 
@@ -198,7 +198,7 @@ def judge(
     if unknown; `failed_nodes` names those that Slurm has lost, if known. `silence` maps a node's name to the reason why it left
     no record, for backends without a scheduler.
     """
-    ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes, silence or {})
+    ending = _find_ending(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes, silence or {})
     if ending.cause is not Cause.INFRASTRUCTURE:
         return ending
     if job_output.exceeded_memory(job_output.read_output(run, number, attempt)):
@@ -208,7 +208,7 @@ def judge(
     return replace(ending, message=f"{limit}: {ending.message}") if limit and limit not in ending.message else ending
 
 
-def _judge(
+def _find_ending(
     run: RunDir,
     number: int,
     attempt: Attempt,
@@ -226,7 +226,7 @@ def _judge(
     cancelled = run.cancel(number).is_file() or state == "CANCELLED"
     if outcome is not None:
         written_at = run_records.outcome_file(run, number).stat().st_mtime
-        interruption = _interruption(attempt, lead_s, written_at)
+        interruption = _find_interruption(attempt, lead_s, written_at)
         # Ranks cannot know why they were interrupted: scancel sends the same TERM as a preemption.
         interruption = Cause.CANCELLED if cancelled else Cause.RESIZED if state == "RESIZED" else interruption
         causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT, "preempted": interruption}
@@ -250,10 +250,10 @@ def _judge(
     failed = [node for node in attempt.nodes if node in {*job_output.find_failed_nodes(output), *failed_nodes}]
     first = failure_record.first_of(failures.values())
     if first is not None and first.kind in _FINAL and first.rank is not None:
-        return Ending(Cause.USER_ERROR, step, _describe(first), first_failure=first)
+        return Ending(Cause.USER_ERROR, step, _describe_failure(first), first_failure=first)
     taken = _TAKEN.get(state)
     if killed := [record.ended_at for record in records if record.stopped and record.killed]:
-        cause = taken or _interruption(attempt, lead_s, min(killed))
+        cause = taken or _find_interruption(attempt, lead_s, min(killed))
         return Ending(cause, step, f"killed at step {step}: it had not stopped within the grace period", first_failure=first)
     if taken is not None:
         event = "the number of workers changed" if taken is Cause.RESIZED else f"the job ended as {state}"
@@ -272,7 +272,7 @@ def _judge(
     if first is not None:
         return _from_failure(first, {attempt.nodes[node]: failure for node, failure in failures.items()}, lost, attempt, step)
     if stopped := [record.ended_at for record in records if record.stopped]:
-        return Ending(_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
+        return Ending(_find_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
     if exit_code is not None:
         output = job_output.read_output(run, number, attempt)
         if refused := job_output.find_refusals(output, attempt, by_node):
@@ -313,7 +313,7 @@ def _describe_silent(
     return "; ".join(parts)
 
 
-def _interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
+def _find_interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
     """Return what took the machines away at that time; the next start may judge this hours later."""
     near = attempt.ends_at is not None and at > attempt.ends_at - lead_s - _SIGNAL_SPREAD_S
     return Cause.TIME_LIMIT if near else Cause.PREEMPTED
@@ -333,7 +333,7 @@ def _from_failure(
     first: FailureRecord, failures: Mapping[str, FailureRecord], silent: str, attempt: Attempt, step: int
 ) -> Ending:
     """Judge a failure that is not a user error; `failures` is keyed by node, `silent` describes the nodes without a record."""
-    message = _describe(first)
+    message = _describe_failure(first)
     if silent:
         if first.rank is None or failure_record.is_consequence(first):
             message, silent = silent, f"as a consequence, {first.line}"
@@ -348,7 +348,7 @@ def _from_failure(
     return Ending(cause, step, message, first_failure=first)
 
 
-def _describe(failure: FailureRecord) -> str:
+def _describe_failure(failure: FailureRecord) -> str:
     return f"{failure.source}: {failure.message}"
 
 
@@ -369,13 +369,13 @@ def judge_local(run: RunDir, attempt: int, failure: FailureRecord | None, stoppe
         return ExitRecord("cancelled", step, f"stopped before training had begun; {newest}", first_failure=failure)
     if failure is None:
         return ExitRecord("failed", step, "the ranks ended without an outcome")
-    message = "; ".join(filter(None, (_describe(failure), describe_repetition(run, attempt, failure))))
+    message = "; ".join(filter(None, (_describe_failure(failure), describe_repetition(run, attempt, failure))))
     return ExitRecord("failed", step, message, first_failure=failure)
 
 
 def reserve_disk_space(run: RunDir, attempt: int) -> None:
     """Reserve space with a file for the records of an attempt's end; without it, the end on a full disk is not recorded."""
-    with suppress(OSError), open(_reserve_file(run, attempt), "wb") as file:
+    with suppress(OSError), open(_reserve_path(run, attempt), "wb") as file:
         # Write random bytes: compressing and copy-on-write file systems allocate nothing for zeros.
         file.write(os.urandom(_RESERVED_BYTES))
         os.fsync(file.fileno())
@@ -384,7 +384,7 @@ def reserve_disk_space(run: RunDir, attempt: int) -> None:
 def release_disk_space(run: RunDir, attempt: int) -> None:
     """Free the space; call it when the records are written."""
     with suppress(OSError):
-        _reserve_file(run, attempt).unlink()
+        _reserve_path(run, attempt).unlink()
 
 
 def release_space_if_full(run: RunDir, attempt: int) -> bool:
@@ -405,5 +405,5 @@ def release_space_if_full(run: RunDir, attempt: int) -> bool:
     return is_full
 
 
-def _reserve_file(run: RunDir, attempt: int) -> Path:
+def _reserve_path(run: RunDir, attempt: int) -> Path:
     return run.attempt(attempt) / ".reserve"

@@ -136,9 +136,20 @@ class Stopper:
 
     def request(self, stop_signal: signal.Signals) -> None:
         """Ask the ranks to save and stop, unless they were asked before."""
-        if not self.requested:
-            self._signal, self.requested, self._requested_at = stop_signal, True, time.monotonic()
-            threading.Thread(target=self._repeat, name="stopper", daemon=True).start()
+        if self.requested:
+            return
+        self._signal, self.requested, self._requested_at = stop_signal, True, time.monotonic()
+
+        def repeat_signal() -> None:
+            deadline = time.monotonic() + self._grace_s
+            while not self._disarmed.is_set():
+                if time.monotonic() > deadline or (self.kill_at is not None and time.monotonic() > self.kill_at):
+                    self._signal, self.killed = signal.SIGKILL, True
+                if self._signal is not None:
+                    self._signal_ranks(self._signal)
+                self._disarmed.wait(_RESEND_S)
+
+        threading.Thread(target=repeat_signal, name="stopper", daemon=True).start()
 
     def _listen(self) -> None:
         while True:
@@ -148,12 +159,3 @@ class Stopper:
             self._cancelled = self._cancelled or stop_signal == CANCEL
             self._num_cancels += stop_signal == CANCEL
             self.request(stop_signal)
-
-    def _repeat(self) -> None:
-        deadline = time.monotonic() + self._grace_s
-        while not self._disarmed.is_set():
-            if time.monotonic() > deadline or (self.kill_at is not None and time.monotonic() > self.kill_at):
-                self._signal, self.killed = signal.SIGKILL, True
-            if self._signal is not None:
-                self._signal_ranks(self._signal)
-            self._disarmed.wait(_RESEND_S)

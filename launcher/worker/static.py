@@ -2,10 +2,13 @@
 
 As on Slurm, it meets the agents of the other machines, checks its machine, runs its ranks and writes its record. The agent of
 node 0 concludes the attempt when the other machines have left their records or are lost.
+
+`python -m launcher.worker.static PLAN` judges the previous attempt for a repeated command, and prints a JSON object.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -15,6 +18,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from launcher import run_records, run_store
 from launcher.child_process import die_with_parent
@@ -22,7 +27,8 @@ from launcher.clusters import detached_process, static
 from launcher.clusters.limits import record_limits
 from launcher.config.sections.static import StaticSection
 from launcher.errors import LauncherError
-from launcher.plan.retry import Cause, Decision
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.retry import AttemptEnd, Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
@@ -62,16 +68,23 @@ def main(plan_path: str, attempt: int, number: int) -> int:
     peers.ranks_have_ended()
     agent.close()
     agent.write_record(number, record.nodes[number], result)
-    if number == 0:
-        _await_records(peers.heartbeats, section)
+    if number != 0:
+        return result.exit_code
+    # Wait for the records of the other machines for as long as their ranks need to end. A machine whose ranks hang still sends
+    # heartbeats: its agent kills them once this machine's record shows a failure.
+    until = time.monotonic() + section.stop_grace_seconds + static.LOST_S
+    while time.monotonic() < until:
+        with suppress(OSError):
+            if all(state.ended or state.lost for state in peers.heartbeats.look()):
+                break
+        time.sleep(_LOOK_S)
 
-        def finish(state: str) -> None:
-            # A machine that is taken back has no time for answers.
-            stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)
-            stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
+    def finish(state: str) -> None:
+        # A machine that is taken back has no time for answers.
+        stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)
+        stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
 
-        return _conclude(agent, record, section, peers.heartbeats, finish)
-    return result.exit_code
+    return _conclude(agent, record, section, peers.heartbeats, finish)
 
 
 class Peers:
@@ -158,19 +171,6 @@ class Peers:
                 self._reason = self._reason or f"remote process exited: {reason}"
 
 
-def _await_records(heartbeats: static.HeartbeatWatch, section: StaticSection) -> None:
-    """Wait until every other machine has left its record or is lost, for as long as their ranks need to end.
-
-    A machine whose ranks hang still sends heartbeats: its agent kills them once this machine's record shows a failure.
-    """
-    until = time.monotonic() + section.stop_grace_seconds + static.LOST_S
-    while time.monotonic() < until:
-        with suppress(OSError):
-            if not any(not state.ended and not state.lost for state in heartbeats.look()):
-                return
-        time.sleep(_LOOK_S)
-
-
 def _conclude(
     agent: NodeAgent, record: Attempt, section: StaticSection, heartbeats: static.HeartbeatWatch, finish: Callable[[str], None]
 ) -> int:
@@ -181,14 +181,19 @@ def _conclude(
         silence = static.describe_silence(heartbeats.look())
     judged = postmortem.conclude(run, number, record, section, silence=silence)
     run_store.fence(run, number, refresh=True)
-    conclusion = replace(judged, decision=_without_successor(judged.ending.cause, judged.decision))
+    decision = judged.decision
+    if decision.again:
+        # Whoever started the command may repeat it.
+        state = "preempted" if judged.ending.cause in (Cause.PREEMPTED, Cause.TIME_LIMIT) else "failed"
+        decision = Decision(False, state, f"{decision.reason}; {static.REPEAT}")
+    conclusion = replace(judged, decision=decision)
     postmortem.release_space_if_full(run, number)
     with suppress(OSError):
         conclusion.record(run, number)
     if (alert := conclusion.alert) is not None:
         with suppress(OSError):
             append_event(run, number, "alert", alert, conclusion.ending.step)
-    state = conclusion.decision.state
+    state = decision.state
     # The status shows the end only when the mirror has every committed checkpoint, and prompts are answered.
     finish(state)
     with suppress(OSError, LauncherError):
@@ -198,13 +203,41 @@ def _conclude(
     return 0 if state == "completed" else _EXIT_INTERRUPTED if state in ("cancelled", "preempted") else 1
 
 
-def _without_successor(cause: Cause, decision: Decision) -> Decision:
-    """Return the decision for a backend that starts no further attempts: whoever started the command may repeat it."""
-    if not decision.again:
-        return decision
-    state = "preempted" if cause in (Cause.PREEMPTED, Cause.TIME_LIMIT) else "failed"
-    return Decision(False, state, f"{decision.reason}; {static.REPEAT}")
+def judge_previous(plan: LaunchPlan) -> dict[str, Any]:
+    """Judge the newest attempt of a run whose machines have all ended: whether a repeated command continues the run.
+
+    A user error, which ends the run on backends that start attempts by themselves, counts as a failure here, because a person may
+    have corrected it meanwhile. The budgets that apply on every backend stop a provider that repeats the command endlessly.
+
+    `over` means that nothing is left to do. Otherwise `again` is whether the run continues, and `reason` why it does not.
+    """
+    run, section = RunDir(Path(plan.run_dir)), StaticSection.of(plan.config.cluster)
+    number = run_store.newest_attempt(run)
+    if not number:
+        return {"over": False, "again": True, "reason": ""}
+    record = run_store.read_attempt(run, number)
+
+    def alert(text: str) -> None:
+        with suppress(OSError):
+            append_event(run, number, "alert", text)
+
+    silence = static.describe_silence(static.read_states(run, number, record))
+    end = postmortem.end_of_attempt(run, number, section, on_alert=alert, silence=silence)
+    if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
+        return {"over": True, "again": False, "reason": f"{plan.run_name} is {end.cause}: {end.message}"}
+    history = postmortem.history(run, number)
+    decision = decide(_correctable(end), [_correctable(earlier) for earlier in history], section)
+    # A machine that failed its check may since have been replaced.
+    again = decision.again or (end.cause is Cause.BAD_NODE and len(history) < section.max_failures)
+    return {"over": False, "again": again, "reason": decision.reason}
+
+
+def _correctable(end: AttemptEnd) -> AttemptEnd:
+    return replace(end, cause=Cause.FAILURE) if end.cause is Cause.USER_ERROR else end
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    if len(sys.argv) == 2:
+        print(json.dumps(judge_previous(LaunchPlan.load(sys.argv[1]))))
+    else:
+        sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))

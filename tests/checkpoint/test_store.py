@@ -21,7 +21,6 @@ from missing_program import skip_or_fail
 from launcher import atomic_files, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
-from launcher.checkpoint.cleanup import find_leftovers
 from launcher.checkpoint.manifest import (
     HELD_OUT,
     LATER_EVALUATION,
@@ -233,7 +232,7 @@ def test_a_step_set_aside_again_gets_a_free_name(tmp_path, monkeypatch, prefix):
     assert len(renamed) == 3, "a second rename of the same directory could be missed by a crash"
     assert [(tmp_path / name / "state.json").read_bytes() for name in names] == [b"firstfirst", b"secondsecond", b"thirdthird"]
     assert steps(tmp_path) == []
-    assert [left.path.name for left in find_leftovers(tmp_path)] == names
+    assert [left.path.name for left in store.find_leftovers(tmp_path)] == names
 
 
 def test_begin_save_removes_leftovers_except_of_later_attempts(tmp_path):

@@ -65,7 +65,7 @@ def test_the_final_state_of_a_job_is_known_at_once(
     job_id = submit(command=command)
     ended = eventually(lambda: (found := look(job_id)) and not found.queued and found)
     assert (ended.state, ended.exit_signal) == (state, exit_signal)
-    accounted = eventually(lambda: queue._accounted(job_id, time.time() - 60, NAME, 0.0))
+    accounted = eventually(lambda: queue._read_accounting(job_id, time.time() - 60, NAME, 0.0))
     assert (accounted.state, accounted.exit_signal) == (state, exit_signal)
     assert queue.lost_nodes(["n1", "n2"], time.time()) == []
 

@@ -17,7 +17,7 @@ from launcher.checkpoint import store
 from launcher.clusters.check_results import OK, CheckResult, MachineReport, failure
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
-from launcher.worker.ranks.heartbeat import Beat
+from launcher.worker.ranks.watchdog import Beat
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.messages import CheckNode, Member, Orders, RankSign

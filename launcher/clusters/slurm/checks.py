@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.clusters.check_results import NODE_MODULE, OK, WARNING, CheckResult, ReportReader, from_problem
-from launcher.clusters.slurm import allocation, sbatch, site
+from launcher.clusters.slurm import sbatch, site
 from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
@@ -73,7 +73,7 @@ def site_problems(config: RunConfig, num_gpus: int) -> list[Problem]:
     # Slurm accepts jobs above a partition's limit by default, and never starts them.
     startable = [one for one in partitions if one.max_minutes is None or section.time_minutes <= one.max_minutes]
     if not startable:
-        limits = ", ".join(f"{_duration(one.max_minutes or 0)} in {one.name}" for one in partitions)
+        limits = ", ".join(f"{_format_minutes(one.max_minutes or 0)} in {one.name}" for one in partitions)
         remedy = "set it to that or less; a run that needs longer continues in the next job"
         return [Problem(f"the time limit is {limits}", "cluster.time", section.time, remedy)]
     closed = [one for one in startable if one.state != "UP"]
@@ -83,7 +83,7 @@ def site_problems(config: RunConfig, num_gpus: int) -> list[Problem]:
         return [Problem("the partition does not start jobs", "cluster.partition", states, remedy)]
     try:
         with sbatch.clean_environment():
-            request = allocation.request_words(config, "launcher-test", num_gpus, section.time_minutes)
+            request = sbatch.request_words(config, "launcher-test", num_gpus, section.time_minutes)
             slurm("sbatch", "--test-only", *request, "--wrap", "true")
     except SlurmUnreachable:
         raise
@@ -100,7 +100,7 @@ def _describe_nodes(partition: site.Partition) -> str:
     return "; ".join(f"{format_count(count, 'node')} with {kind}" for kind, count in kinds.most_common(5)) or "no nodes"
 
 
-def _duration(minutes: int) -> str:
+def _format_minutes(minutes: int) -> str:
     days, rest = divmod(minutes, 1440)
     return (f"{days}-" if days else "") + f"{rest // 60:02d}:{rest % 60:02d}:00"
 
@@ -112,7 +112,7 @@ def runs_elsewhere(config: RunConfig) -> bool:
 def check_submission(config: RunConfig) -> list[CheckResult]:
     """Check that Slurm answers, and that its partitions can run the job."""
     try:
-        problems = site_problems(config, allocation.num_gpus_per_node(config))
+        problems = site_problems(config, sbatch.num_gpus_per_node(config))
         partitions = site.chosen_partitions(SlurmSection.of(config.cluster))
     except LauncherError as error:
         problems = list(error.problems)
@@ -131,28 +131,28 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
     Raises:
         RunError: if Slurm grants no allocation in time, or if nodes did not report.
     """
-    section, num_gpus = SlurmSection.of(config.cluster), allocation.num_gpus_per_node(config)
+    section, num_gpus = SlurmSection.of(config.cluster), sbatch.num_gpus_per_node(config)
     name = f"launcher-doctor-{secrets.token_hex(4)}"
     minutes = min(section.time_minutes, _MAX_MINUTES, math.ceil((deadline - time.monotonic()) / 60))
     folders, flags = (Path(config.run.root).absolute(), cache_root()), ("--kill-on-bad-exit=0", "--wait=0")
-    script = allocation.node_script(config, (NODE_MODULE,), num_gpus, environ, folders, flags)
+    script = sbatch.node_script(config, (NODE_MODULE,), num_gpus, environ, folders, flags)
     if num_gpus:
         # Each node checks that it has the GPUs.
         config = config.model_copy(update={"cluster": section.model_copy(update={"ranks_per_node": num_gpus})})
     request = (config, name, config.model_dump_json(), num_gpus, minutes, script, environ)
-    with allocation.allocate(*request) as started:
+    with sbatch.allocate(*request) as started:
         started.show_lines(reader.feed, deadline)
         if (num_missing := section.nodes - len(reader.reports)) <= 0:
             remedy = "run it on a node by hand; correct or remove it in the settings"
             seen = "a command of cluster.setup failed: "
             return [
-                CheckResult("setup", WARNING, seen + line.removeprefix(allocation.FAILED).strip(), remedy)
+                CheckResult("setup", WARNING, seen + line.removeprefix(sbatch.FAILED_SETUP).strip(), remedy)
                 for line in started.errors
-                if line.startswith(allocation.FAILED)
+                if line.startswith(sbatch.FAILED_SETUP)
             ]
         message = f"{num_missing} of {section.nodes} nodes did not report"
         if time.monotonic() < deadline:
-            raise RunError(message, where="salloc, srun", value=allocation.last_errors(started), remedy=allocation.REMEDY)
+            raise RunError(message, where="salloc, srun", value=sbatch.last_errors(started), remedy=sbatch.ALLOCATION_REMEDY)
         state = ""
         with suppress(SlurmError):
             state = slurm("squeue", "--me", f"--name={name}", "--noheader", "--format=the job is %T (%r)").strip()

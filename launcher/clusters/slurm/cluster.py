@@ -96,7 +96,7 @@ class SlurmCluster:
         if status.state not in RUNNING_STATES:
             return status
         number = run_store.newest_attempt(run)
-        job_id, submitted_at = _job_of(run, number)
+        job_id, submitted_at = _find_job(run, number)
         if job_id is None:
             lost = status.state == "pending" and time.time() - status.updated_at > _UNLISTED_S
             return replace(status, state="failed", message=NEVER_SUBMITTED) if lost else status
@@ -108,7 +108,7 @@ class SlurmCluster:
 
     def await_end(self, run: RunDir) -> None:
         deadline = time.monotonic() + _END_DEADLINE_S
-        job_id, submitted_at = _job_of(run, run_store.newest_attempt(run))
+        job_id, submitted_at = _find_job(run, run_store.newest_attempt(run))
         while job_id is not None and time.monotonic() < deadline:
             try:
                 job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
@@ -121,7 +121,7 @@ class SlurmCluster:
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
         number = run_store.newest_attempt(run)
-        job_id, submitted_at = _job_of(run, number)
+        job_id, submitted_at = _find_job(run, number)
         if status.state not in RUNNING_STATES or job_id is None:
             raise not_running_error(run, status)
         job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
@@ -240,7 +240,7 @@ def submission_file(run: RunDir, attempt: int) -> Path:
     return run.attempt(attempt) / "submitted.json"
 
 
-def _job_of(run: RunDir, attempt: int) -> tuple[str | None, float]:
+def _find_job(run: RunDir, attempt: int) -> tuple[str | None, float]:
     """Return an attempt's job (None if there is none yet) and its submission time."""
     if not attempt:
         return None, run_store.read_status(run).created_at

@@ -57,11 +57,11 @@ def slurm(*argv: str, deadline_s: float = DEADLINE_S, retry_s: float = 0.0, is_d
         if is_done is not None and attempt.retry_state.attempt_number > 1 and is_done():
             break
         with attempt:
-            return _once(argv, deadline_s)
+            return _run_once(argv, deadline_s)
     return ""
 
 
-def _once(argv: tuple[str, ...], deadline_s: float) -> str:
+def _run_once(argv: tuple[str, ...], deadline_s: float) -> str:
     name = argv[0]
     if shutil.which(name) is None:
         raise SlurmError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.clusters.node_command import show_line
-from launcher.clusters.slurm import allocation, sbatch
+from launcher.clusters.slurm import sbatch
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection
@@ -45,22 +45,22 @@ def run_on_nodes(config: RunConfig, run: RunDir, folder: Path) -> None:
         RunError: if Slurm grants no allocation, or a process has failed.
     """
     section, name = SlurmSection.of(config.cluster), f"launcher-evaluate-{secrets.token_hex(4)}"
-    num_gpus = allocation.num_gpus_per_node(config)
+    num_gpus = sbatch.num_gpus_per_node(config)
     module = (_MODULE, str(folder), str(num_gpus))
     task = json.loads((folder / "task.json").read_bytes())
     models = [task["tuned"], *([task["base"]] if task["base"] else [])]
     folders = (run.root, cache_root(), *(Path(model["folder"]) for model in models), Path(task["tokenizer"]))
     # Nodes may not know user names.
     trusted = {owners.VARIABLE: owners.Trust.from_environ(os.environ).as_numbers()}
-    script = allocation.node_script(config, module, num_gpus, trusted, folders, ("--kill-on-bad-exit=1",))
-    with allocation.allocate(config, name, "", num_gpus, section.time_minutes, script, {}) as started:
+    script = sbatch.node_script(config, module, num_gpus, trusted, folders, ("--kill-on-bad-exit=1",))
+    with sbatch.allocate(config, name, "", num_gpus, section.time_minutes, script, {}) as started:
         lines = started.show_lines(show_line, time.monotonic() + _LONGEST_WAIT_S)
         if not (folder / "answers.json").is_file():
             raise RunError(
                 "the nodes have not answered all prompts",
                 where="salloc, srun",
-                value=" / ".join([*lines[-2:], allocation.last_errors(started)]),
-                remedy=f"start the same command again, it continues; or {allocation.REMEDY}",
+                value=" / ".join([*lines[-2:], sbatch.last_errors(started)]),
+                remedy=f"start the same command again, it continues; or {sbatch.ALLOCATION_REMEDY}",
             )
 
 
@@ -74,12 +74,17 @@ def submit_job(plan: LaunchPlan, run: RunDir, step: int) -> str:
     section = SlurmSection.of(plan.config.cluster)
     config = plan.config.model_copy(update={"cluster": section.model_copy(update={"nodes": 1})})
     num_gpus = plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0
+    words = ("evaluate", sbatch.plain_path(str(run.root)), "--step", str(step), "--here")
+    trusted = {owners.VARIABLE: owners.Trust.from_environ(os.environ).as_numbers()}
+    folders = [Path(folder) for folder in (*sbatch.needed_folders(plan), str(cache_root()))]
+    task = sbatch.node_script(config, ("launcher", *words), num_gpus, trusted, folders, ())
     folder = run.evaluation(step)
     with private_files():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         script = folder / "job.sh"
-        script.write_text(_job_script(plan, config, run, step, num_gpus))
-    request = allocation.request_words(config, _job_name(plan), num_gpus, section.time_minutes)
+        # The run's own job sets OMP_NUM_THREADS to divide a node's cores over its ranks.
+        script.write_text("\n".join(["#!/bin/bash", "umask 077", "unset OMP_NUM_THREADS", task, ""]))
+    request = sbatch.request_words(config, _job_name(plan), num_gpus, section.time_minutes)
     # Jobs with the same name and user wait for each other, so the base model is asked only once.
     options = ("--parsable", "--dependency=singleton", f"--chdir={run.root}", f"--output={folder}/job-%j.log")
     with sbatch.clean_environment():
@@ -96,13 +101,3 @@ def cancel_jobs(plan: LaunchPlan) -> None:
 
 def _job_name(plan: LaunchPlan) -> str:
     return f"launcher-answers-{plan.wandb_id}"
-
-
-def _job_script(plan: LaunchPlan, config: RunConfig, run: RunDir, step: int, num_gpus: int) -> str:
-    """Return a batch script that runs `launcher evaluate` on its own node."""
-    words = ("evaluate", sbatch.plain_path(str(run.root)), "--step", str(step), "--here")
-    trusted = {owners.VARIABLE: owners.Trust.from_environ(os.environ).as_numbers()}
-    folders = [Path(folder) for folder in (*sbatch.needed_folders(plan), str(cache_root()))]
-    task = allocation.node_script(config, ("launcher", *words), num_gpus, trusted, folders, ())
-    # The run's own job sets it to divide a node's cores over its ranks.
-    return "\n".join(["#!/bin/bash", "umask 077", "unset OMP_NUM_THREADS", task, ""])

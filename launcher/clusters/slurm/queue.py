@@ -62,7 +62,7 @@ def job(job_id: str, submitted_at: float, name: str, retry_s: float = 0.0) -> Jo
     Raises:
         SlurmError: if Slurm does not answer within `retry_s` seconds; the state is then unknown.
     """
-    return jobs({job_id: name}, retry_s).get(job_id) or _accounted(job_id, submitted_at, name, retry_s)
+    return jobs({job_id: name}, retry_s).get(job_id) or _read_accounting(job_id, submitted_at, name, retry_s)
 
 
 def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
@@ -87,30 +87,25 @@ def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
             return {}
         raise
     known = {}
-    for row in _rows(output, len(_SQUEUE_FIELDS)):
+    for row in _iter_rows(output, len(_SQUEUE_FIELDS)):
         number, name, state, reason, start, restarts, nodes, exit_code = row
         if names.get(number) == name:
             is_waiting = state not in FINAL_STATES and not nodes
             known[number] = Job(
                 id=number,
                 state=state,
-                reason=_value(reason),
+                reason=_parse_value(reason),
                 # For a held job that was requeued, this is its earliest start time, not an estimate.
-                start_estimate=None if _is_held(reason) or not is_waiting else _time(start),
+                start_estimate=_parse_time(start) if is_waiting and not re.search("held|hold", reason, re.IGNORECASE) else None,
                 restarts=int(restarts),
                 node_list=nodes,
                 queued=state not in FINAL_STATES,
-                exit_signal=_exit_signal(exit_code),
+                exit_signal=_parse_exit_signal(exit_code),
             )
     return known
 
 
-def _is_held(reason: str) -> bool:
-    """Return whether the job waits for a person to release it."""
-    return re.search("held|hold", reason, re.IGNORECASE) is not None
-
-
-def _accounted(job_id: str, submitted_at: float, name: str, retry_s: float) -> Job | None:
+def _read_accounting(job_id: str, submitted_at: float, name: str, retry_s: float) -> Job | None:
     """Read the end of a job from sacct, which has one record per start of the job."""
     since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(submitted_at - _CLOCK_SLACK_S))
     output_format = ("--noheader", "--parsable2", f"--delimiter={_SEPARATOR}", f"--format={','.join(_SACCT_FIELDS)}")
@@ -122,15 +117,17 @@ def _accounted(job_id: str, submitted_at: float, name: str, retry_s: float) -> J
         if "accounting storage is disabled" in error.problems[0].value:
             return None
         raise
-    rows = [row for row in _rows(output, len(_SACCT_FIELDS)) if row[:2] == [job_id, name]]
+    rows = [row for row in _iter_rows(output, len(_SACCT_FIELDS)) if row[:2] == [job_id, name]]
     if not rows:
         return None
-    _, _, state, reason, nodes, exit_code, _ = max(rows, key=lambda row: _time(row[-1]) or 0)
+    _, _, state, reason, nodes, exit_code, _ = max(rows, key=lambda row: _parse_time(row[-1]) or 0)
     # The state may be followed by details, as in "CANCELLED by 1000".
     state = state.split()[0]
     if state not in FINAL_STATES:
         return None
-    return Job(job_id, state, _value(reason), None, len(rows) - 1, _value(nodes), False, _exit_signal(exit_code))
+    return Job(
+        job_id, state, _parse_value(reason), None, len(rows) - 1, _parse_value(nodes), False, _parse_exit_signal(exit_code)
+    )
 
 
 def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:
@@ -172,7 +169,7 @@ def waiting_or_running(name: str, working_dir: str) -> list[str]:
     except SlurmError:
         return []
     asking = os.environ.get("SLURM_JOB_ID")
-    return [number for number, *of in _rows(output, 3) if of == [name, working_dir] and number != asking]
+    return [number for number, *of in _iter_rows(output, 3) if of == [name, working_dir] and number != asking]
 
 
 def details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
@@ -184,10 +181,13 @@ def details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
     # Do not use --oneliner: in the long form, free text ends with its line.
     record = slurm("scontrol", "show", "job", job_id, retry_s=retry_s).strip().split("\n\n")[0]
     fields: dict[str, str] = {}
-    for line in record.splitlines():
-        for key, value in _pairs(line.strip()):
+    for line in map(str.strip, record.splitlines()):
+        while line:
+            key, _, rest = line.partition("=")
+            value, _, line = (rest, "", "") if key in _FREE_TEXT else rest.partition(" ")
             # The first value counts: a comment with a line break may contain text that looks like a key.
             fields.setdefault(key, value)
+            line = line.lstrip()
     return fields
 
 
@@ -199,7 +199,7 @@ def describe_drained_nodes(nodes: str = "", partition: str = "") -> str:
     chosen = f"--nodes={nodes}" if nodes else f"--partition={partition}"
     columns = ",".join(f"{field}:{_SEPARATOR}" for field in ("NodeHost", "StateLong", "Reason"))
     try:
-        rows = _rows(slurm("sinfo", "--noheader", "--Node", "--states=drain", chosen, f"--Format={columns}"), 3)
+        rows = _iter_rows(slurm("sinfo", "--noheader", "--Node", "--states=drain", chosen, f"--Format={columns}"), 3)
         drained = {node: f"{node} is {state.rstrip('*')} ({reason})" for node, state, reason in rows}
     except SlurmError:
         return ""
@@ -237,9 +237,9 @@ def _state_from_details(fields: Mapping[str, str], restarts: int, ends_at: float
     if fields.get("Restarts", "").isdigit() and int(fields["Restarts"]) > restarts:
         return "PENDING"
     start, end, limit_s = (
-        _time(fields.get("StartTime", "")),
-        _time(fields.get("EndTime", "")),
-        _duration(fields.get("TimeLimit", "")),
+        _parse_time(fields.get("StartTime", "")),
+        _parse_time(fields.get("EndTime", "")),
+        _parse_duration(fields.get("TimeLimit", "")),
     )
     # Until the job is ended, EndTime is its start plus the time limit, which an administrator may change.
     latest = start + limit_s if start is not None and limit_s is not None else ends_at
@@ -252,15 +252,7 @@ def _state_from_details(fields: Mapping[str, str], restarts: int, ends_at: float
     return "CANCELLED" if has_ended and not has_cause else ""
 
 
-def _pairs(line: str) -> Iterator[tuple[str, str]]:
-    while line:
-        key, _, rest = line.partition("=")
-        value, _, line = (rest, "", "") if key in _FREE_TEXT else rest.partition(" ")
-        yield key, value
-        line = line.lstrip()
-
-
-def _rows(output: str, num_columns: int) -> Iterator[list[str]]:
+def _iter_rows(output: str, num_columns: int) -> Iterator[list[str]]:
     for line in output.split("\n"):
         row = line.split(_SEPARATOR)
         # squeue also writes a separator after the last column.
@@ -268,11 +260,11 @@ def _rows(output: str, num_columns: int) -> Iterator[list[str]]:
             yield row[:num_columns]
 
 
-def _time(text: str) -> float | None:
+def _parse_time(text: str) -> float | None:
     return float(text) if text.isdigit() else None
 
 
-def _duration(text: str) -> float | None:
+def _parse_duration(text: str) -> float | None:
     """Return the seconds of a duration such as 1-02:30:00 or 10:00; None for UNLIMITED."""
     days, _, rest = text.rpartition("-")
     parts = rest.split(":")
@@ -284,13 +276,13 @@ def _duration(text: str) -> float | None:
     return 86400 * int(days or 0) + seconds
 
 
-def _exit_signal(exit_code: str) -> int:
+def _parse_exit_signal(exit_code: str) -> int:
     """Return the second number of an exit code such as 0:9."""
     _, _, number = exit_code.partition(":")
     return int(number) if number.isdigit() else 0
 
 
-def _value(text: str) -> str:
+def _parse_value(text: str) -> str:
     return "" if text in ("None", "None assigned", "(null)") else text
 
 
@@ -364,9 +356,6 @@ def explain(job: Job) -> str:
     # Slurm renews its estimates in the background, so an estimate may be in the past.
     if job.start_estimate is None or job.start_estimate <= time.time():
         return explanation
-    return f"{explanation}; Slurm expects it to start at {_clock(job.start_estimate)}"
-
-
-def _clock(at: float) -> str:
-    day, now = time.localtime(at), time.localtime()
-    return time.strftime("%H:%M" if day[:3] == now[:3] else "%Y-%m-%d %H:%M", day)
+    start, now = time.localtime(job.start_estimate), time.localtime()
+    at = time.strftime("%H:%M" if start[:3] == now[:3] else "%Y-%m-%d %H:%M", start)
+    return f"{explanation}; Slurm expects it to start at {at}"

@@ -1,4 +1,8 @@
-"""A run's batch script, rendered by submitit: it opens the attempt, starts one task per node, and concludes the attempt."""
+"""Job scripts: a run's batch script, rendered by submitit, and the script of a short allocation for a command.
+
+The batch script opens the attempt, starts one task per node, and concludes the attempt. In a short allocation, salloc starts a
+task on each node, whose output comes back through srun's connections.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,18 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.clusters.slurm import queue
+import launcher
+from launcher.clusters.node_command import NodeCommand, uninterrupted
+from launcher.clusters.preflight import existing_folder
+from launcher.clusters.slurm import queue, site
+from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.clusters.slurm.submitit_task import NodeTask
+from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection, asks_for_gpus
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
@@ -29,6 +38,15 @@ _MOUNTED_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
 # Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to the task whatever it
 # executes, and would kill a starting Python. A node without access to the plan reports this at once.
 _SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) cannot read $0" >&2; exit 78; }; exec "$@"\' '
+ALLOCATION_REMEDY = (
+    "try the same request by hand: salloc --nodes=1 srun true; the launcher and its environment must be on storage that all "
+    "nodes share, under the same path"
+)
+# Prefix of the line that reports a failed command of cluster.setup.
+FAILED_SETUP = "launcher-setup: this command failed: "
+_CANCEL_PATIENCE_S = 10.0
+# Options of a run's job that do not belong to a short allocation beside it.
+_OF_RUNS = frozenset({"array", "begin", "deadline", "dependency", "mail-type", "mail-user", "mail_type", "mail_user"})
 
 
 class UnknownSubmission(SubmitError):
@@ -64,13 +82,13 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
     executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=python_command(plan, plan_path))
     executor.update_parameters(**parameters(plan, plan_path))
     try:
-        with clean_environment(), _blocked_interrupts():
+        with clean_environment(), _block_interrupts():
             job = executor.submit(NodeTask(str(plan_path)))
     except (FailedJobError, FailedSubmissionError) as error:
         cause = error.__cause__
         # A signal ended sbatch, or sbatch printed nothing.
         if (isinstance(cause, subprocess.CalledProcessError) and cause.returncode < 0) or not str(error).strip():
-            raise _unknown_submission(plan) from None
+            raise _explain_unknown_submission(plan) from None
         # The error is submitit's report of a failed command.
         lines = [line.strip() for line in str(error).splitlines()]
         message = "\n".join([line for line in lines if line.startswith("sbatch:")] or lines)
@@ -79,7 +97,7 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
 
 
 @contextmanager
-def _blocked_interrupts() -> Iterator[None]:
+def _block_interrupts() -> Iterator[None]:
     """Block Ctrl-C in this process until the end of the block, and in sbatch, which inherits the mask.
 
     The terminal sends it to both; if it killed sbatch, a job whose number nobody knows might remain.
@@ -91,7 +109,7 @@ def _blocked_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _unknown_submission(plan: LaunchPlan) -> UnknownSubmission:
+def _explain_unknown_submission(plan: LaunchPlan) -> UnknownSubmission:
     """Return the error for a job that Slurm may have. It could not run, because its task is stored after sbatch answers."""
     start_again = launcher_command("resume", plan.run_dir)
     if jobs := queue.waiting_or_running(plan.run_name, plan.run_dir):
@@ -135,7 +153,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "wckey": None,
         "additional_parameters": additional,
-        "setup": _setup(plan, section, plan_path),
+        "setup": _setup_lines(plan, section, plan_path),
         "teardown": ["rc=$?", f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"],
         "srun_args": ["--kill-on-bad-exit=1", *task_arguments(section, ("LAUNCHER_ATTEMPT",), needed_folders(plan))],
     }
@@ -171,12 +189,12 @@ def python_words(section: SlurmSection, has_gpus: bool, folders: Sequence[str]) 
     """Return the command that starts Python in a task, in its container if there is one, where `folders` are mounted."""
     if section.container_image and section.container_runtime == "apptainer":
         gpu = ["--nv"] if has_gpus else []
-        binds = [word for mount in _mounts(folders, section) for word in ("--bind", mount)]
+        binds = [word for mount in _list_mounts(folders, section) for word in ("--bind", mount)]
         return ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
     return [section.container_python if section.container_image else plain_path(sys.executable)]
 
 
-def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
+def _setup_lines(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
     run = RunDir(Path(plan.run_dir))
     code = plain_path(str(run.code))
     # With -c and -m, Python would import from the current folder first, but the submitted snapshot must run.
@@ -212,7 +230,7 @@ def task_arguments(section: SlurmSection, variables: Sequence[str], folders: Seq
     # No CPU binding: one task starts all ranks of its node, and they share the job's CPUs there.
     arguments = ["--export=ALL", "--cpu-bind=none"]
     if section.container_image and section.container_runtime == "pyxis":
-        mounts = ",".join(_mounts(folders, section))
+        mounts = ",".join(_list_mounts(folders, section))
         # Without this, variables that the image sets would take precedence.
         environment = f"--container-env={','.join(('PYTHONPATH', 'PYTHONSAFEPATH', *variables))}"
         arguments += [f"--container-image={section.container_image}", environment, f"--container-mounts={mounts}"]
@@ -225,7 +243,7 @@ def needed_folders(plan: LaunchPlan) -> list[str]:
     return [folder for folder in folders if folder is not None]
 
 
-def _mounts(folders: Sequence[str], section: SlurmSection) -> list[str]:
+def _list_mounts(folders: Sequence[str], section: SlurmSection) -> list[str]:
     """Return the mounts: `folders` under the same paths, and those in cluster.container_mounts."""
     # A snapshot in the Hub's cache contains links to files next to it.
     roots = (path.parents[1] if path.parent.name == "snapshots" else path for path in map(Path, folders))
@@ -250,3 +268,84 @@ def plain_path(path: str) -> str:
             remedy="use an absolute path of letters, digits, blanks and . _ @ + = - / only",
         )
     return path
+
+
+# A short allocation for a command.
+
+
+def num_gpus_per_node(config: RunConfig) -> int:
+    """Return how many GPUs per node a run with these settings uses; 0 for a run on CPUs."""
+    section = SlurmSection.of(config.cluster)
+    device = site.gpus_of(section)
+    return (section.ranks_per_node or device.count) if device.kind == "cuda" else 0
+
+
+@contextmanager
+def allocate(
+    config: RunConfig, name: str, stdin: str, num_gpus: int, minutes: int, script: str, environ: Mapping[str, str]
+) -> Iterator[NodeCommand]:
+    """Start salloc with `script`, which reads `stdin`; cancel the job `name` at the end.
+
+    Variables that describe another job, or change salloc's options, are left out of the environment.
+    """
+    dropped = ("SALLOC_", "SLURM_", "SLURMD_", "SRUN_")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(dropped) or name == "SLURM_CONF"}
+    command = ["salloc", *request_words(config, name, num_gpus, minutes), "bash", "-c", script]
+    try:
+        with NodeCommand(command, stdin, {**own, **SlurmSection.of(config.cluster).env, **environ}) as started:
+            yield started
+    finally:
+        # By name, which works even if salloc ended before it knew the job's number.
+        with uninterrupted(), suppress(SlurmError):
+            slurm("scancel", "--me", f"--name={name}", retry_s=_CANCEL_PATIENCE_S)
+
+
+def request_words(config: RunConfig, name: str, num_gpus: int, minutes: int) -> list[str]:
+    """Return the arguments of salloc or sbatch for the job's name and its request."""
+    section = SlurmSection.of(config.cluster)
+    requested = requested_nodes(section, section.nodes, num_gpus)
+    additional = {key: value or True for key, value in section.additional_parameters.items() if key not in _OF_RUNS}
+    options = {"job-name": name, "time": str(minutes), **requested, **additional}
+    return [
+        f"--{key.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for key, value in options.items()
+        if value is not None
+    ]
+
+
+def node_script(
+    config: RunConfig,
+    module: Sequence[str],
+    num_gpus: int,
+    environ: Mapping[str, str],
+    folders: Sequence[Path],
+    flags: Sequence[str],
+) -> str:
+    """Return the script that salloc starts: it runs the settings' commands, and a task on each node.
+
+    `module` is a Python module and its arguments, `flags` are srun's flags, `folders` are the folders that a container needs.
+    """
+    section = SlurmSection.of(config.cluster)
+    mounted = [*(str(existing_folder(folder)) for folder in folders), _package_folder()]
+    task = [
+        *("srun", *flags, f"--nodes={section.nodes}", "--ntasks-per-node=1"),
+        *([f"--cpus-per-task={section.cpus_per_task}"] if section.cpus_per_task else []),
+        *task_arguments(section, tuple(environ), mounted),
+        *python_words(section, num_gpus > 0, mounted),
+        *("-u", "-m", *module),
+    ]
+    # Standard input is for the tasks. As in a run, a failed command does not end the script.
+    setup = "\n".join([f"{line} || echo {shlex.quote(FAILED_SETUP + line)}" for line in setup_commands(section)] or [":"])
+    variables = {"PYTHONSAFEPATH": "1", **section.env, **environ}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    path = f'export PYTHONPATH={shlex.quote(_package_folder())}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+    return "\n".join(["{", setup, "} </dev/null >&2", "set +e", *exports, path, f"exec {shlex.join(task)}"])
+
+
+def last_errors(command: NodeCommand) -> str:
+    """Return the last messages of salloc, srun and Python."""
+    return " / ".join([line.strip() for line in command.errors if line.strip()][-4:])
+
+
+def _package_folder() -> str:
+    return str(Path(launcher.__file__).resolve().parents[1])

@@ -97,7 +97,7 @@ def read_partitions() -> tuple[Partition, ...]:
     nodes_of: dict[str, list[Node]] = {}
     for line in nodes.splitlines():
         name, partition, state, cpus, memory, gres = line.split(_SEPARATOR)[: len(_NODE_FIELDS)]
-        nodes_of.setdefault(partition, []).append(Node(name, state, int(cpus), int(memory), _gpus(gres)))
+        nodes_of.setdefault(partition, []).append(Node(name, state, int(cpus), int(memory), _parse_gpus(gres)))
     records = [dict(word.partition("=")[::2] for word in line.split()) for line in partitions.splitlines() if "=" in line]
     return tuple(
         Partition(
@@ -153,7 +153,7 @@ def requested_gpus(section: SlurmSection) -> Gpus | None:
     """Return the GPUs per node that the settings request (a count of 0 for none), or None if they do not specify any."""
     if section.gpus_per_node is not None:
         return Gpus(None, section.gpus_per_node)
-    return next(iter(_gpus(section.additional_parameters.get("gres", ""))), None)
+    return next(iter(_parse_gpus(section.additional_parameters.get("gres", ""))), None)
 
 
 def requested_memory_mib(section: SlurmSection) -> int | None:
@@ -166,7 +166,7 @@ def requested_memory_mib(section: SlurmSection) -> int | None:
     return -(-kib // 1024) or None
 
 
-def _gpus(gres: str) -> tuple[Gpus, ...]:
+def _parse_gpus(gres: str) -> tuple[Gpus, ...]:
     """Parse the GPUs of a generic resource list such as `gpu:h100:8(S:0-1),nvme:1`."""
     gpus = []
     for entry in re.sub(r"\([^)]*\)", "", gres).split(","):

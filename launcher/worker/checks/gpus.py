@@ -118,7 +118,7 @@ def _check_memory(gpus: list[GpuInfo], node: CheckedNode) -> Iterator[CheckResul
 
 def check_torch(node: CheckedNode) -> Iterator[CheckResult]:
     """Import torch, and run a kernel on every GPU that the driver lists."""
-    output, problem = run_python(["-m", __spec__.name, "torch", _computing_device()], COMPUTE_DEADLINE_S)
+    output, problem = run_python(["-m", __spec__.name, "torch", _choose_device()], COMPUTE_DEADLINE_S)
     if problem:
         remedy = (
             "compare nvidia-smi's CUDA version with torch's, and install the build that fits: https://pytorch.org/get-started"
@@ -130,7 +130,7 @@ def check_torch(node: CheckedNode) -> Iterator[CheckResult]:
 
 def check_all_reduce(node: CheckedNode) -> Iterator[CheckResult]:
     """All-reduce over all GPUs of this machine with NCCL, or over two processes with gloo if there is no GPU."""
-    device = _computing_device()
+    device = _choose_device()
     loopback = {"GLOO_SOCKET_IFNAME": LOOPBACK.interface, "NCCL_SOCKET_IFNAME": f"={LOOPBACK.interface}", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="launcher-doctor-") as folder:
         arguments = ["-m", __spec__.name, "all-reduce", device, folder]
@@ -148,7 +148,7 @@ def check_all_reduce(node: CheckedNode) -> Iterator[CheckResult]:
         yield ok(f"{seen}: {bandwidth:.2f} GB/s" if num_ranks > 1 else "NCCL starts on the GPU")
 
 
-def _computing_device() -> str:
+def _choose_device() -> str:
     return "cuda" if may_use_gpus() else "cpu"
 
 
@@ -170,7 +170,7 @@ def _try_torch(device: str) -> str:
     return f"{version}, a kernel ran on each of {torch.cuda.device_count()} GPUs"
 
 
-def _all_reduce(device: str, folder: str) -> str:
+def _run_all_reduce(device: str, folder: str) -> str:
     import torch
 
     num_ranks = torch.cuda.device_count() if device == "cuda" else _RANKS_ON_CPU
@@ -201,7 +201,7 @@ def _run_rank(rank: int, device: str, num_ranks: int, folder: str) -> None:
 
 if __name__ == "__main__":
     try:
-        print(_try_torch(sys.argv[2]) if sys.argv[1] == "torch" else _all_reduce(*sys.argv[2:]))
+        print(_try_torch(sys.argv[2]) if sys.argv[1] == "torch" else _run_all_reduce(*sys.argv[2:]))
     # torch raises many types of exceptions; the first line of a message, or the last of a rank's traceback, names the problem.
     except Exception as error:
         lines = describe(error).strip().splitlines()

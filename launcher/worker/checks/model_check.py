@@ -105,7 +105,7 @@ def compare_weights(folder: Path, model: ModelSection) -> WeightReport:
                 tensors[name] = torch.empty(header.shape, dtype=str_to_torch_dtype[header.dtype], device="meta")
         else:
             tensors.update(load_state_dict(file, map_location="meta"))
-    blank = _blank_model(folder, model)
+    blank = _build_blank_model(folder, model)
     try:
         _, info = type(blank).from_pretrained(
             None,
@@ -118,7 +118,7 @@ def compare_weights(folder: Path, model: ModelSection) -> WeightReport:
         )
     except RuntimeError as error:
         # Raised where parts of a tensor are missing or have another shape.
-        message = f"model.path: the weight files do not fit the model: {_reason(error)}"
+        message = f"model.path: the weight files do not fit the model: {_find_reason(error)}"
         raise ConfigError(Problem(message, "model.path", str(folder), "download the model folder again")) from error
     mismatched = (
         f"{name} is {list(in_files)} in the files and {list(in_model)} in the model"
@@ -127,7 +127,7 @@ def compare_weights(folder: Path, model: ModelSection) -> WeightReport:
     return WeightReport(tuple(sorted(info["missing_keys"])), tuple(sorted(mismatched)), tuple(sorted(info["unexpected_keys"])))
 
 
-def _blank_model(folder: Path, model: ModelSection) -> Any:
+def _build_blank_model(folder: Path, model: ModelSection) -> Any:
     """Build the ranks' model on the meta device.
 
     Raises:
@@ -148,12 +148,12 @@ def _blank_model(folder: Path, model: ModelSection) -> Any:
     except (LauncherError, OSError, ImportError):
         raise
     except Exception as error:
-        message = f"model.path: transformers does not accept config.json: {_reason(error)}"
+        message = f"model.path: transformers does not accept config.json: {_find_reason(error)}"
         remedy = "correct this value, or use the config.json of a causal language model that belongs to the weights"
         raise ConfigError(Problem(message, where="model.path", value=str(folder / "config.json"), remedy=remedy)) from error
 
 
-def _reason(error: Exception) -> str:
+def _find_reason(error: Exception) -> str:
     """Return the line of an error that names the reason: the first lines of some only name the check."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1] if lines[0].endswith(":") else lines[0]
@@ -272,7 +272,7 @@ def reduce_config(config: Any) -> Iterator[Any]:
     """
     for is_narrow in (True, False):
         reduced = copy.deepcopy(config)
-        for part in _parts(reduced):
+        for part in _iter_parts(reduced):
             if isinstance(_get(part, "num_hidden_layers"), int):
                 _cut_layers(part)
                 if is_narrow:
@@ -281,12 +281,12 @@ def reduce_config(config: Any) -> Iterator[Any]:
         yield reduced
 
 
-def _parts(config: Any) -> Iterator[Any]:
+def _iter_parts(config: Any) -> Iterator[Any]:
     """Yield a config and its nested configs, such as those of a text model and an image encoder."""
     yield config
     for value in list(vars(config).values()):
         if hasattr(value, "get_text_config"):
-            yield from _parts(value)
+            yield from _iter_parts(value)
 
 
 def _narrow(config: Any) -> None:

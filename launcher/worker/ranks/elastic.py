@@ -99,7 +99,7 @@ class _Agent(SimpleElasticAgent):
         self._remaining_restarts = worker_group.spec.max_restarts - self._rendezvous_handler.num_restarts
         self._processes, self._exits = {}, {}
         for worker in worker_group.workers:
-            self._processes[worker.local_rank] = self._start(self._environment(worker_group, worker))
+            self._processes[worker.local_rank] = self._start(self._build_environment(worker_group, worker))
         return {local_rank: process.pid for local_rank, process in self._processes.items()}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -107,7 +107,7 @@ class _Agent(SimpleElasticAgent):
         failed = {worker: code for worker, code in codes.items() if code}
         if failed:
             now = time.time()
-            self._exits = {worker.global_rank: self._exit(worker, code, now) for worker, code in failed.items()}
+            self._exits = {worker.global_rank: self._describe_exit(worker, code, now) for worker, code in failed.items()}
             self._on_failure([*self._exits.values()])
             failures = {
                 worker.global_rank: ProcessFailure(worker.local_rank, worker.id, code, os.devnull)
@@ -120,18 +120,13 @@ class _Agent(SimpleElasticAgent):
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         self._shutdown()
-        self._report_late_exits(worker_group)
-
-    def _report_late_exits(self, worker_group: WorkerGroup) -> None:
-        """Report the ranks that failed by themselves but ended later than the ranks that noticed.
-
-        A rank that dumps core or frees a lot of memory ends after its peers have lost their connections.
-        """
+        # Report the ranks that failed by themselves but ended later than the ranks that noticed: a rank that dumps core or frees
+        # a lot of memory ends after its peers have lost their connections.
         now, late = time.time(), {}
         for worker in worker_group.workers:
             code = self._processes[worker.local_rank].returncode if worker.local_rank in self._processes else None
             if code and code not in _STOPPED_BY_AGENT and worker.global_rank not in self._exits:
-                late[worker.global_rank] = self._exit(worker, code, now)
+                late[worker.global_rank] = self._describe_exit(worker, code, now)
         if late:
             self._exits |= late
             self._on_failure([*self._exits.values()])
@@ -148,7 +143,7 @@ class _Agent(SimpleElasticAgent):
         for process in self._processes.values():
             process.wait()
 
-    def _environment(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
+    def _build_environment(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
         """Return torchrun's variables; see "Environment Variables" in its documentation."""
         spec = worker_group.spec
         return {
@@ -171,7 +166,7 @@ class _Agent(SimpleElasticAgent):
             "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
         }
 
-    def _exit(self, worker: Worker, code: int, now: float) -> RankExit:
+    def _describe_exit(self, worker: Worker, code: int, now: float) -> RankExit:
         error = self._errors.read(worker.local_rank, self._processes[worker.local_rank].pid)
         return RankExit(worker.global_rank, code, now if error is None or error.at is None else error.at, error)
 
@@ -223,7 +218,7 @@ class NodeRendezvous(RendezvousHandler):
         self._round += 1
         keys = [f"{self._round}/{node}" for node in range(len(self._node.hosts))]
         self._store.set(keys[self._node.node], self._own_failure() if self._round > 1 else "")
-        self._store.add(self._waiting(self._round), 1)
+        self._store.add(self._waiting_key(self._round), 1)
         try:
             self._store.wait(keys, self._deadline)
         except DistStoreError:
@@ -231,24 +226,22 @@ class NodeRendezvous(RendezvousHandler):
             raise RendezvousTimeoutError(
                 f"{', '.join(missing)} did not reach the rendezvous within {self._deadline.total_seconds():.0f} s"
             ) from None
-        if self._round > 1 and (reason := self._decide(keys)):
-            raise RendezvousClosedError(reason)
+        if self._round > 1:
+            # The head node decides for all whether the ranks are restarted: other nodes may see the disk with a delay.
+            decision = f"decision/{self._round}"
+            if self._node.is_head:
+                self._store.set(decision, self._on_restart(self.num_restarts, [self._store.get(key).decode() for key in keys]))
+            self._store.wait([decision], self._deadline)
+            if reason := self._store.get(decision).decode():
+                raise RendezvousClosedError(reason)
         store = PrefixStore(f"ranks/{self._round}", self._store)
         port = network.free_port(self._node.address) if self._node.is_head else None
         info = RendezvousStoreInfo.build(self._node.node, store, self._node.address, port)
         return RendezvousInfo(store, self._node.node, len(self._node.hosts), info)
 
-    def _decide(self, keys: list[str]) -> str:
-        """Return why the ranks are not restarted. The head node decides for all: other nodes may see the disk with a delay."""
-        decision = f"decision/{self._round}"
-        if self._node.is_head:
-            self._store.set(decision, self._on_restart(self.num_restarts, [self._store.get(key).decode() for key in keys]))
-        self._store.wait([decision], self._deadline)
-        return self._store.get(decision).decode()
-
     def num_nodes_waiting(self) -> int:
         """Return the number of nodes that wait for the next round because their ranks failed."""
-        return self._store.add(self._waiting(self._round + 1), 0)
+        return self._store.add(self._waiting_key(self._round + 1), 0)
 
     def is_closed(self) -> bool:
         return False
@@ -260,5 +253,5 @@ class NodeRendezvous(RendezvousHandler):
         return True
 
     @staticmethod
-    def _waiting(number: int) -> str:
+    def _waiting_key(number: int) -> str:
         return f"waiting/{number}"

@@ -66,7 +66,13 @@ class FlightRecorder:
         # The modification times of the files that have been copied.
         self._copied: dict[Path, int] = {}
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._copy_until_closed, name="flight-recorder", daemon=True)
+
+        def copy_until_closed() -> None:
+            while not self._closed.wait(_POLL_S):
+                self._copy()
+            self._copy()
+
+        self._thread = threading.Thread(target=copy_until_closed, name="flight-recorder", daemon=True)
         # Start the thread before the ranks: a limit on threads that is reached later does not affect it.
         with suppress(RuntimeError):
             self._thread.start()
@@ -90,7 +96,22 @@ class FlightRecorder:
     def explain(self) -> str:
         """Describe the collective in which the ranks of all nodes hang; empty if that is unknown."""
         explanation: list[str] = []
-        thread = threading.Thread(target=lambda: explanation.append(self._explain()), name="hung-collective", daemon=True)
+
+        def read_and_explain() -> None:
+            with suppress(OSError, LauncherError):
+                files = {path: path.stat().st_mtime for path in self._target.glob(_SUMMARIES)}
+                # Skip summaries from before a restart of the ranks.
+                newest = max(files.values(), default=0.0)
+                calls: dict[int, Calls] = {}
+                members: Members = {}
+                for path in (path for path, at in files.items() if at > newest - self._stall_s):
+                    of_agent = json_records.read(_Summary, path)
+                    calls |= {int(rank): of_rank for rank, of_rank in of_agent.ranks.items()}
+                    members |= of_agent.members
+                hosts = run_store.read_attempt(self._run, self._attempt).nodes
+                explanation.append(explain_hang(calls, members, self._world_size, hosts))
+
+        thread = threading.Thread(target=read_and_explain, name="hung-collective", daemon=True)
         # Raised when a limit on threads is reached.
         with suppress(RuntimeError):
             thread.start()
@@ -105,11 +126,6 @@ class FlightRecorder:
         if self._thread.is_alive():
             self._thread.join(_CLOSING_S)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _copy_until_closed(self) -> None:
-        while not self._closed.wait(_POLL_S):
-            self._copy()
-        self._copy()
 
     def _copy(self) -> None:
         """Copy the dumps that are complete and not copied yet; the summary goes first because other nodes wait for it."""
@@ -133,21 +149,6 @@ class FlightRecorder:
             json_records.write(self._target / _SUMMARIES.replace("*", self._folder.name[-8:]), _Summary(recent, self._members))
             for path, content in contents.items():
                 atomic_files.write_bytes(self._target / path.name, content)
-
-    def _explain(self) -> str:
-        with suppress(OSError, LauncherError):
-            files = {path: path.stat().st_mtime for path in self._target.glob(_SUMMARIES)}
-            # Skip summaries from before a restart of the ranks.
-            newest = max(files.values(), default=0.0)
-            calls: dict[int, Calls] = {}
-            members: Members = {}
-            for path in (path for path, at in files.items() if at > newest - self._stall_s):
-                of_agent = json_records.read(_Summary, path)
-                calls |= {int(rank): of_rank for rank, of_rank in of_agent.ranks.items()}
-                members |= of_agent.members
-            hosts = run_store.read_attempt(self._run, self._attempt).nodes
-            return explain_hang(calls, members, self._world_size, hosts)
-        return ""
 
 
 def answer_requests(environ: Mapping[str, str], rank: int) -> None:
@@ -212,9 +213,9 @@ def read_dump(content: bytes) -> tuple[Calls, Members] | None:
                 num_elements = max(sum(map(math.prod, entry[sizes])) for sizes in ("input_sizes", "output_sizes"))
                 is_completed = bool(entry["retired"]) or entry["state"] == "completed"
                 collective = Collective(entry["collective_seq_id"], name, num_elements, is_completed, entry["time_created_ns"])
-                calls[_group(*entry["process_group"])].append(collective)
+                calls[_name_group(*entry["process_group"])].append(collective)
         groups = [group for group in dump.get("pg_config", {}).values() if group["name"]]
-        members = {_group(group["name"], group["desc"]): tuple(map(int, json.loads(group["ranks"]))) for group in groups}
+        members = {_name_group(group["name"], group["desc"]): tuple(map(int, json.loads(group["ranks"]))) for group in groups}
     # Damaged pickles raise almost anything.
     except Exception:
         return None
@@ -225,7 +226,7 @@ def read_dump(content: bytes) -> tuple[Calls, Members] | None:
     return kept, members
 
 
-def _group(name: str, description: str) -> str:
+def _name_group(name: str, description: str) -> str:
     return f"{name} ({description})" if description not in ("", "undefined") else name
 
 

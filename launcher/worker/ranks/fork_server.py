@@ -40,7 +40,7 @@ _READ_LATER = (
 )
 
 
-def differing(environment: Mapping[str, str], imported_with: Mapping[str, str]) -> list[str]:
+def find_differing(environment: Mapping[str, str], imported_with: Mapping[str, str]) -> list[str]:
     """Return the rank's variables whose values differ from those that libraries may have read when the server imported them."""
     names = environment.keys() | imported_with.keys()
     changed = (name for name in names if environment.get(name) != imported_with.get(name))

@@ -26,8 +26,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file
 from launcher.worker.failure_record import ErrorRecord, ErrorSlot
 from launcher.worker.ranks import flight_recorder
-from launcher.worker.ranks.heartbeat import Heartbeat
 from launcher.worker.ranks.rank_env import RankEnv, bind_to_gpu, num_busy_threads, redirect_output, set_title
+from launcher.worker.ranks.watchdog import Heartbeat
 from launcher.worker.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -54,30 +54,26 @@ def main(plan_path: str, attempt: int) -> None:
     stop = StopFlag(loading=True).install()
     slot, progress = ErrorSlot.from_environ(os.environ), _Progress()
     try:
-        _run(plan_path, attempt, stop, progress)
+        # A crash leaves no record; the log then has the stacks of all threads.
+        faulthandler.enable(all_threads=True)
+        # The watchdog sends SIGQUIT to a stuck rank to get the stacks of all threads.
+        faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
+        env = RankEnv.from_environ(os.environ)
+        # This comes before any access to storage, which may hang.
+        progress.heartbeat = Heartbeat.from_environ(os.environ, env)
+        plan = LaunchPlan.load(plan_path)
+        run = RunDir(Path(plan.run_dir))
+        set_title(env.rank, plan_path, attempt)
+        redirect_output(run.rank_log(attempt, env.rank))
+        # DeepSpeed chooses a device on import, but a plan may use the CPUs of a machine with GPUs.
+        os.environ["DS_ACCELERATOR"] = plan.topology.device
+        _train(plan, run, env, attempt, stop, progress)
     except Exception as error:
         slot.write(ErrorRecord.of(error, limits.cause_of(error, Path(plan_path).parent), progress.step))
         raise
     remove_copies()
     # Everything is on disk.
     exit_without_shutdown(0)
-
-
-def _run(plan_path: str, attempt: int, stop: StopFlag, progress: _Progress) -> None:
-    # A crash leaves no record; the log then has the stacks of all threads.
-    faulthandler.enable(all_threads=True)
-    # The watchdog sends SIGQUIT to a stuck rank to get the stacks of all threads.
-    faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
-    env = RankEnv.from_environ(os.environ)
-    # This comes before any access to storage, which may hang.
-    progress.heartbeat = Heartbeat.from_environ(os.environ, env)
-    plan = LaunchPlan.load(plan_path)
-    run = RunDir(Path(plan.run_dir))
-    set_title(env.rank, plan_path, attempt)
-    redirect_output(run.rank_log(attempt, env.rank))
-    # DeepSpeed chooses a device on import, but a plan may use the CPUs of a machine with GPUs.
-    os.environ["DS_ACCELERATOR"] = plan.topology.device
-    _train(plan, run, env, attempt, stop, progress)
 
 
 def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag, progress: _Progress) -> None:

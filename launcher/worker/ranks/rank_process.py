@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.worker.ranks.fork_server import differing
+from launcher.worker.ranks.fork_server import find_differing
 from launcher.worker.signals import CANCEL
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -129,16 +129,16 @@ class ForkServer:
             ForkFailed: if it cannot be forked safely, or at all.
         """
         environment = {**environment, **_VARIABLES}
-        if names := differing(environment, self._environment):
+        if names := find_differing(environment, self._environment):
             raise ForkFailed(f"{', '.join(names)} must be set before anything is imported")
         request = json.dumps({"arguments": [*arguments], "environment": environment})
         if not self._has_answered:
-            self._answer()
+            self._read_answer()
             self._has_answered = True
-        with _adopting_orphans():
-            return ForkedProcess(_await_child(self._answer(request)["pid"]))
+        with _adopt_orphans():
+            return ForkedProcess(_await_child(self._read_answer(request)["pid"]))
 
-    def _answer(self, request: str = "") -> dict[str, Any]:
+    def _read_answer(self, request: str = "") -> dict[str, Any]:
         try:
             if request:
                 self._connection.sendall(request.encode() + b"\n")
@@ -166,7 +166,7 @@ class ForkServer:
 
 
 @contextmanager
-def _adopting_orphans() -> Iterator[None]:
+def _adopt_orphans() -> Iterator[None]:
     """Become a child subreaper (Linux), the new parent of orphaned descendants, for the duration of this block.
 
     Outside the block, processes that killed ranks leave behind go to init, as they do without a fork server.
@@ -215,7 +215,13 @@ class RankProcesses:
     def start(self, plan_path: str, attempt: int, environment: Mapping[str, str]) -> RankProcess:
         """Start a rank with these variables; a forked rank also gets the fork server's variables."""
         arguments = (plan_path, str(attempt))
-        process = self._fork(arguments, environment) if self._server is not None else None
+        process: RankProcess | None = None
+        if self._server is not None:
+            try:
+                process = self._server.fork(arguments, environment)
+            except ForkFailed as error:
+                print(f"ranks are started as new processes: {error}", flush=True)
+                self.close()
         if process is None:
             command = [sys.executable, "-u", "-m", "launcher.worker.ranks.rank_main", *arguments]
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=self._folder)
@@ -240,12 +246,3 @@ class RankProcesses:
         if self._server is not None:
             self._server.close()
             self._server = None
-
-    def _fork(self, arguments: Sequence[str], environment: Mapping[str, str]) -> RankProcess | None:
-        assert self._server is not None
-        try:
-            return self._server.fork(arguments, environment)
-        except ForkFailed as error:
-            print(f"ranks are started as new processes: {error}", flush=True)
-            self.close()
-            return None

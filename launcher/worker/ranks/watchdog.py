@@ -1,5 +1,7 @@
 """The watchdog finds a rank that makes no progress, makes it dump its stacks, and kills it so that the ranks can restart.
 
+Each rank reports its progress to its node's agent by heartbeats, through a few bytes of shared memory.
+
 In a hang, all ranks on all nodes stall because they wait for one. Each node's agent judges its own ranks; on Ray, the run's
 coordinator judges the ranks of all nodes (launcher.worker.ray.watchdog). The clearer the culprit, the sooner it is killed: first
 a rank that cannot run, later one that is behind the others, and last, if none stands out, all ranks. By then the culprit is most
@@ -13,9 +15,11 @@ nodes of a job share a counter of the progress that they see.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import re
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -26,11 +30,19 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launcher.worker.ranks.heartbeat import Beat, HeartbeatTable
+from launcher.errors import RunError
+from launcher.worker.ranks.rank_env import RankEnv
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+# Set by the agent to `HeartbeatTable.path`; if it is not set, the rank is not watched.
+HEARTBEATS_VARIABLE = "LAUNCHER_HEARTBEATS"
+PHASES = ("starting", "joined", "loaded", "training", "evaluating", "saving", "finishing")
+_CODES = {phase: code for code, phase in enumerate(PHASES)}
+# The count is at both ends, so that a reader can detect a partly written record.
+_RECORD = struct.Struct("=Qqqqqd?7xQ")
+_READ_TRIES = 5
 _LONGEST_INTERVAL_S = 1.0
 # Seconds between the request for a rank's stacks and collectives and its kill. Other nodes notice the request within two seconds,
 # torch checks for it once a second, and looking up the stacks of the calls takes another second.
@@ -58,6 +70,102 @@ _HANGS = "hangs"
 _UNANSWERED_S = 5.0
 # Seconds between a failed request and the next one.
 _RETRY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The last heartbeat of a rank.
+
+    `count` is the number of heartbeats from process `pid`, `step` its completed optimizer steps. `at` is a time.monotonic() time;
+    all processes of a machine share this clock. `trained` is whether the rank has begun to train.
+    """
+
+    count: int
+    pid: int
+    rank: int
+    phase: str
+    step: int
+    at: float
+    trained: bool
+
+
+class HeartbeatTable:
+    """The agent's side: a record per local rank in anonymous memory, which is freed when the agent ends.
+
+    A file could block, be on a full disk, or be removed at logout (as in /dev/shm).
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._descriptor = os.memfd_create("heartbeats")
+        os.ftruncate(self._descriptor, num_ranks * _RECORD.size)
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+
+    def read(self) -> dict[int, Beat]:
+        """Return the last heartbeat of each local rank that has sent one, whether or not its process still lives."""
+        beats = {}
+        for local_rank in range(self._num_ranks):
+            for _ in range(_READ_TRIES):
+                record = os.pread(self._descriptor, _RECORD.size, local_rank * _RECORD.size)
+                count, pid, rank, code, step, at, trained, count_again = _RECORD.unpack(record)
+                if count == count_again:
+                    if count:
+                        beats[local_rank] = Beat(count, pid, rank, PHASES[code], step, at, trained)
+                    break
+        return beats
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class Heartbeat:
+    """A rank's side."""
+
+    def __init__(self, table: Path | None, local_rank: int, rank: int) -> None:
+        """Send heartbeats to the table at this path; None sends none.
+
+        Raises:
+            RunError: if the table cannot be opened.
+        """
+        self._table: mmap.mmap | None = None
+        self._offset = local_rank * _RECORD.size
+        self._pid, self._rank = os.getpid(), rank
+        self._count, self._trained = 0, False
+        if table is not None:
+            try:
+                with open(table, "r+b", buffering=0) as file:
+                    self._table = mmap.mmap(file.fileno(), 0)
+            except OSError as error:
+                raise RunError(
+                    f"this rank cannot send heartbeats to its node's agent: {error.strerror}",
+                    where=str(table),
+                    remedy="run agent and ranks in one container, or turn the watchdog off with cluster.stall_seconds=0",
+                ) from None
+            self.beat("starting", 0)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str], env: RankEnv) -> Heartbeat:
+        table = environ.get(HEARTBEATS_VARIABLE)
+        return cls(Path(table) if table else None, env.local_rank, env.rank)
+
+    def beat(self, phase: str, step: int) -> None:
+        """Send one of PHASES and the number of completed optimizer steps; takes about a microsecond and cannot fail."""
+        if self._table is None:
+            return
+        self._trained |= phase == "training"
+        self._count += 1
+        _RECORD.pack_into(
+            self._table,
+            self._offset,
+            self._count,
+            self._pid,
+            self._rank,
+            _CODES[phase],
+            step,
+            time.monotonic(),
+            self._trained,
+            self._count,
+        )
 
 
 @dataclass(frozen=True)
@@ -217,12 +325,12 @@ class Watchdog:
         beats = {r: beat for r, beat in read.items() if beat.pid not in self._done}
         beats = self._progress.update(beats, now)
         ranks, states = _find_processes(beats)
-        others_at = self._others_at({r: beats[r] for r in states}, has_started=bool(read))
+        others_at = self._share_progress({r: beats[r] for r in states}, has_started=bool(read))
         verdict = stalled(beats, states, now, self._limits, self._since, others_at)
         asked, self._asked = self._asked, {beats[r].pid: self._asked.get(beats[r].pid, now) for r in verdict.stalled}
         late = [r for r in verdict.stalled if beats[r].pid not in asked]
         for r in late:
-            _send(ranks[r], signal.SIGQUIT)
+            _send_signal(ranks[r], signal.SIGQUIT)
         if late and not asked and self._shared is not None:
             self._shared.report_hang()
         # At a silence on any node, ask all ranks for their collectives: waiting ranks may only be late later.
@@ -238,13 +346,13 @@ class Watchdog:
             # Report before the kill: the agent reports the failure as soon as the rank has ended.
             explanation = self._explain()
         for r in verdict.kill:
-            _send(ranks[r], signal.SIGKILL)
+            _send_signal(ranks[r], signal.SIGKILL)
         # The agent ends the other ranks, which wait for the killed one and may take a while to end.
         self._done |= {beat.pid for beat in beats.values()}
         messages = [describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()]
         self._on_stall("; ".join(filter(None, (*messages, explanation))))
 
-    def _others_at(self, living: Mapping[int, Beat], has_started: bool) -> float:
+    def _share_progress(self, living: Mapping[int, Beat], has_started: bool) -> float:
         """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to progress.
 
         Until this node's first rank `has_started`, the fork server is importing, which has its own deadline.
@@ -272,7 +380,7 @@ def _find_processes(beats: Mapping[int, Beat]) -> tuple[dict[int, psutil.Process
     return ranks, states
 
 
-def _send(process: psutil.Process, number: signal.Signals) -> None:
+def _send_signal(process: psutil.Process, number: signal.Signals) -> None:
     try:
         process.send_signal(number)
     except psutil.NoSuchProcess:
@@ -316,7 +424,7 @@ class SharedProgress:
         self._has_progressed = self._has_hang = self._has_others_hang = False
         self._changed_at, self._asked_at = time.monotonic(), math.inf
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._share, name="load-progress", daemon=True)
+        self._thread = threading.Thread(target=self._exchange_counters, name="load-progress", daemon=True)
         self._thread.start()
 
     @property
@@ -341,7 +449,7 @@ class SharedProgress:
         self._ended.set()
         self._thread.join(_JOIN_S)
 
-    def _share(self) -> None:
+    def _exchange_counters(self) -> None:
         connection, last, num_hangs, wait_s = None, -1, -1, self._interval_s
         while not self._ended.wait(wait_s):
             has_progressed, self._has_progressed = self._has_progressed, False

@@ -1,4 +1,4 @@
-"""The attempts of a run on Ray, one per group of training workers: opens and judges them, and decides what follows."""
+"""The attempts of a run on Ray, one per group of workers: opens and judges them, decides what follows, and records the end."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
@@ -17,7 +20,7 @@ from launcher.errors import LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, DrainRecord
+from launcher.run_records import RUNNING_STATES, Attempt, DrainRecord
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
@@ -28,6 +31,10 @@ _DRAINED = "drained.json"
 # The status message until the ranks write their own.
 _STARTING = "starting"
 _LOCK_WAIT_S = 60.0
+# How long and how often to retry a read while storage does not answer.
+_STORAGE_S, _RETRY_S = 600.0, 1.0
+
+T = TypeVar("T")
 
 
 class Attempts:
@@ -170,3 +177,45 @@ class Attempts:
         decision = decide(ended, postmortem.history(self._run, self.number), self._section)
         reached = goodput.reached_limit(self._run, self._plan, time.time()) if decision.again else ""
         return Decision(False, "preempted", reached) if reached else decision
+
+
+def retry(read: Callable[[], T]) -> T:
+    """Call `read`; retry for a while if storage does not answer.
+
+    Raises:
+        OSError: the last error.
+    """
+    return Retrying(
+        retry=retry_if_exception_type(OSError),
+        stop=stop_after_delay(_STORAGE_S),
+        wait=wait_fixed(_RETRY_S),
+        reraise=True,
+    )(read)
+
+
+def record_end(run: RunDir, attempt: int, state: str, message: str) -> None:
+    """Write the state of a run, preceded by an alert for a failure, unless the state is final or another command has restarted
+    the run.
+    """
+
+    def write() -> None:
+        run_store.fence(run, attempt, refresh=True)
+        if run_store.read_status(run).state not in RUNNING_STATES:
+            return
+        with suppress(OSError):
+            if state == "failed":
+                append_event(run, attempt, "alert", f"the run ends: {message}")
+        run_store.update_status(run, state=state, message=message)
+
+    with suppress(OSError, LauncherError):
+        retry(write)
+
+
+def newest_own_attempt(run: RunDir, attempt: int) -> int:
+    """Return the newest attempt of the driver whose first attempt was `attempt`.
+
+    An attempt that another command has started since is not taken over.
+    """
+    while run.attempt(attempt + 1).exists() and run_store.read_attempt(run, attempt + 1).automatic:
+        attempt += 1
+    return attempt

@@ -15,10 +15,10 @@ from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, LostCoordinator
 from launcher.tracking.jsonl import append_event
+from launcher.worker.ray.attempts import newest_own_attempt
 from launcher.worker.ray.connection import RAYLET_LOST, raylet_of_this_node
 from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.messages import CoordinatorState
-from launcher.worker.ray.run_end import newest_own_attempt
 
 _CALL_S = 30.0
 # A worker repeats a call after this time, well before it counts as silent.

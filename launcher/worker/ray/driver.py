@@ -26,6 +26,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
+from launcher.worker.ray.attempts import record_end, retry
 from launcher.worker.ray.connection import (
     RAYLET_LOST,
     LocalRaylet,
@@ -37,7 +38,6 @@ from launcher.worker.ray.connection import (
 )
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, RayletLost, shorten
 from launcher.worker.ray.messages import CoordinatorState
-from launcher.worker.ray.run_end import record_end, retry
 from launcher.worker.ray.trainer import build_trainer, import_ray_train
 from launcher.worker.wandb_closing import close_wandb_run
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from launcher.worker.ranks.heartbeat import Beat
+from launcher.worker.ranks.watchdog import Beat
 
 
 @dataclass(frozen=True)

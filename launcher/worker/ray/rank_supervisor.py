@@ -29,10 +29,10 @@ from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.security.folders import private_variables
 from launcher.worker import failure_record
 from launcher.worker.failure_record import ErrorMemory, ErrorRecord
-from launcher.worker.ranks import heartbeat
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
+from launcher.worker.ranks.watchdog import HEARTBEATS_VARIABLE, HeartbeatTable
 from launcher.worker.ray import node_checks
 from launcher.worker.ray.coordinator_actor import WORKER_CALL_S, CoordinatorLost, call_coordinator
 from launcher.worker.ray.messages import (
@@ -215,7 +215,7 @@ class _Worker:
         plan = LaunchPlan.load(assignment.plan_path)
         run, attempt = RunDir(Path(plan.run_dir)), assignment.attempt
         started_at = time.time()
-        table, errors = heartbeat.HeartbeatTable(self.local_rank + 1), ErrorMemory(self.local_rank + 1)
+        table, errors = HeartbeatTable(self.local_rank + 1), ErrorMemory(self.local_rank + 1)
         record_limits(run, attempt, assignment.rank)
         limits = LimitEvents.read()
         mirror: Sidecar | None = None
@@ -318,9 +318,7 @@ class _Worker:
         with _blocked_signals():
             self.ranks.warm_up(setup.plan_path, _node_environment(planned, setup.environment))
 
-    def _rank_environment(
-        self, plan: LaunchPlan, orders: Train, table: heartbeat.HeartbeatTable, errors: ErrorMemory
-    ) -> dict[str, str]:
+    def _rank_environment(self, plan: LaunchPlan, orders: Train, table: HeartbeatTable, errors: ErrorMemory) -> dict[str, str]:
         section, assignment = RaySection.of(plan.config.cluster), orders.assignment
         environment = {
             **_node_environment(plan, orders.environment),
@@ -330,7 +328,7 @@ class _Worker:
             "LOCAL_WORLD_SIZE": str(assignment.local_world_size),
             "MASTER_ADDR": assignment.address if len(assignment.peers) > 1 else network.LOOPBACK.address,
             "MASTER_PORT": str(assignment.port),
-            heartbeat.VARIABLE: str(table.path),
+            HEARTBEATS_VARIABLE: str(table.path),
             failure_record.ERROR_MEMORY_VARIABLE: str(errors.path),
         }
         endpoint = network.LOOPBACK

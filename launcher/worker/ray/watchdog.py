@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import psutil
 
-from launcher.worker.ranks.heartbeat import Beat, HeartbeatTable
-from launcher.worker.ranks.watchdog import DUMP_S, LoadProgress, StallLimits, is_loading, stalled
+from launcher.worker.ranks.watchdog import DUMP_S, Beat, HeartbeatTable, LoadProgress, StallLimits, is_loading, stalled
 from launcher.worker.ray.messages import RankSign
 
 # Workers send several heartbeats a second. One that is silent for this long is cut off, or its machine hangs. If the limit for

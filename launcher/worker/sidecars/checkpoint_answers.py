@@ -37,7 +37,7 @@ _REMOVED = "its checkpoint was removed before its weights were exported; raise c
 
 
 @dataclass(frozen=True)
-class _StepProcess:
+class _CheckpointProcess:
     """A process that works on one checkpoint, with its output in `log`; it ends with this process."""
 
     step: int
@@ -59,8 +59,8 @@ class CheckpointAnswers:
     def __init__(self, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
         self._run, self._plan, self._attempt = run, plan, attempt
         self._source = answer_source(plan.config, plan.topology.device)
-        self._evaluation: _StepProcess | None = None
-        self._export: _StepProcess | None = None
+        self._evaluation: _CheckpointProcess | None = None
+        self._export: _CheckpointProcess | None = None
         # Steps that this attempt does not try again, with the reason, and those that have a job.
         self._failures: dict[int, str] = {}
         self._jobs: dict[int, str] = {}
@@ -76,10 +76,10 @@ class CheckpointAnswers:
 
     def work(self, is_complete: bool) -> bool:
         """Collect finished work and start what is due; returns whether training is complete and nothing is left to do."""
-        self._collect()
+        self._collect_ended()
         self._list_steps()
         if self._source is AnswerSource.JOBS:
-            self._submit(is_complete)
+            self._submit_jobs(is_complete)
         # After training, Ray's other nodes would answer, but this one is given back.
         elif self._evaluation is None and self._source is not (
             AnswerSource.NODES if is_complete else AnswerSource.AFTER_TRAINING
@@ -90,9 +90,9 @@ class CheckpointAnswers:
             if (step := next(ready, None)) is not None:
                 if is_complete:
                     text = f"training is complete, and the run waits for the answers of step {step} ({len(self._waiting)} left)"
-                    self._event(EVENT, f"{text}; cancel the run to end it without them", step)
+                    self._record_event(EVENT, f"{text}; cancel the run to end it without them", step)
                 evaluate = ["-m", "launcher", "evaluate", str(self._run.root), "--step", str(step)]
-                self._evaluation = self._start(
+                self._evaluation = self._start_process(
                     step, "evaluate", evaluate, not is_complete, 0 if is_complete else _EVALUATION_NICE
                 )
         if not is_complete and self._export is None:
@@ -100,7 +100,7 @@ class CheckpointAnswers:
             step = next((step for step in self._waiting if not self._is_exported(step)), None)
             if step is not None:
                 export = ["-m", "launcher.evaluate.weights", str(self._run.plan), str(step)]
-                self._export = self._start(step, "export", export, True, 0)
+                self._export = self._start_process(step, "export", export, True, 0)
         has_ended = self._source in (AnswerSource.JOBS, AnswerSource.NODES) or not (self._waiting or self._evaluation)
         return is_complete and has_ended
 
@@ -121,13 +121,13 @@ class CheckpointAnswers:
         with suppress(OSError, LauncherError):
             self._list_steps()
         left = {**dict.fromkeys(self._waiting, ""), **self._jobs, **self._failures}
-        left = {step: reason for step, reason in sorted(left.items()) if self._verdict(step) is None}
+        left = {step: reason for step, reason in sorted(left.items()) if self._find_verdict(step) is None}
         if left:
             text = f"no answers yet: {', '.join(f'step {step}' + (reason and f' ({reason})') for step, reason in left.items())}"
             if any(reason != _REMOVED for reason in left.values()):
                 again = "" if is_complete else "a resumed run continues with them; "
                 text += f"; {again}answer them with: {launcher_command('evaluate', self._run.root, '--step', 'STEP')}"
-            self._event("alert" if is_complete and self._failures else EVENT, text)
+            self._record_event("alert" if is_complete and self._failures else EVENT, text)
 
     @property
     def _scheduler(self) -> EvaluationJobs:
@@ -142,15 +142,17 @@ class CheckpointAnswers:
         # Exports after the newest checkpoint come from an attempt whose later steps were abandoned.
         passed = range(every, max(present, default=0) + 1, every)
         present |= {step for one in self._run.evaluations.glob("step-*/weights.json") if (step := parse_step(one.parent.name))}
-        due = [step for step in passed if step not in self._failures.keys() | self._jobs.keys() and self._verdict(step) is None]
+        due = [
+            step for step in passed if step not in self._failures.keys() | self._jobs.keys() and self._find_verdict(step) is None
+        ]
         for step in due:
             if step not in present and step > self._from_step:
-                self._fail(step, _REMOVED)
+                self._record_failure(step, _REMOVED)
         self._waiting = [step for step in due if step in present]
         # Set this last: if storage failed, the next round lists the steps again.
         self._contents = contents
 
-    def _verdict(self, step: int) -> EvaluationVerdict | None:
+    def _find_verdict(self, step: int) -> EvaluationVerdict | None:
         with suppress(OSError, LauncherError):
             verdict = read_verdict(self._folder(step).root)
             if verdict is not None and is_current(verdict, self._run, step):
@@ -162,30 +164,32 @@ class CheckpointAnswers:
             return read_exported(self._folder(step), digest_checkpoint(self._run, step)) is not None
         return False
 
-    def _collect(self) -> None:
+    def _collect_ended(self) -> None:
         """Report the processes that have ended, and the verdicts of jobs."""
         if self._export is not None and self._export.process.poll() is not None:
             ended, self._export, self._contents = self._export, None, None
             if failure := ended.failure():
-                self._fail(ended.step, f"its weights could not be exported: {failure}")
+                self._record_failure(ended.step, f"its weights could not be exported: {failure}")
             elif not self._is_exported(ended.step):
-                self._fail(ended.step, "another command is evaluating it")
+                self._record_failure(ended.step, "another command is evaluating it")
         answered = list(self._jobs)
         if self._evaluation is not None and self._evaluation.process.poll() is not None:
             ended, self._evaluation, self._contents = self._evaluation, None, None
             answered.append(ended.step)
-            if self._verdict(ended.step) is None:
-                self._fail(ended.step, ended.failure() or "the evaluation has left no verdict")
+            if self._find_verdict(ended.step) is None:
+                self._record_failure(ended.step, ended.failure() or "the evaluation has left no verdict")
         for step in answered:
-            if (verdict := self._verdict(step)) is not None:
+            if (verdict := self._find_verdict(step)) is not None:
                 self._jobs.pop(step, None)
-                self._event(EVENT, f"answers of step {step}: {verdict.sentence}", step)
+                self._record_event(EVENT, f"answers of step {step}: {verdict.sentence}", step)
 
-    def _fail(self, step: int, reason: str) -> None:
+    def _record_failure(self, step: int, reason: str) -> None:
         self._failures[step] = reason
-        self._event("alert", f"no answers of step {step}: {reason}", step)
+        self._record_event("alert", f"no answers of step {step}: {reason}", step)
 
-    def _start(self, step: int, name: str, words: list[str], is_beside_training: bool, niceness: int) -> _StepProcess:
+    def _start_process(
+        self, step: int, name: str, words: list[str], is_beside_training: bool, niceness: int
+    ) -> _CheckpointProcess:
         """Start this Python interpreter with the arguments `words`; during training, with one thread and without GPUs."""
         # The ranks' thread settings divide a node's cores.
         environ = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")}
@@ -198,9 +202,9 @@ class CheckpointAnswers:
         command = [sys.executable, "-m", _STARTER, "--launcher", str(niceness), *words]
         with open(folder / f"{name}.log", "wb") as log:
             process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        return _StepProcess(step, process, folder / f"{name}.log")
+        return _CheckpointProcess(step, process, folder / f"{name}.log")
 
-    def _submit(self, is_complete: bool) -> None:
+    def _submit_jobs(self, is_complete: bool) -> None:
         """Submit a job for each step whose weights are exported; after the end of training, for all steps."""
         if is_complete and self._export is not None:
             # The job exports the step; its checkpoint stays.
@@ -216,16 +220,16 @@ class CheckpointAnswers:
                 value = error.problems[0].value if isinstance(error, LauncherError) else ""
                 reason = " ".join(f"no job could be submitted: {describe(error)} {value}".split())
                 if not is_complete:
-                    self._event(EVENT, f"no answers of step {step} yet: {reason}", step)
+                    self._record_event(EVENT, f"no answers of step {step} yet: {reason}", step)
                     self._refused_at = time.monotonic()
                     return
-                self._fail(step, reason)
+                self._record_failure(step, reason)
             else:
-                self._event(EVENT, f"the answers of step {step} come from {self._jobs[step]}", step)
+                self._record_event(EVENT, f"the answers of step {step} come from {self._jobs[step]}", step)
             self._waiting.remove(step)
 
     def _folder(self, step: int) -> EvaluationFolder:
         return EvaluationFolder.of(self._run.root, step)
 
-    def _event(self, kind: str, text: str, step: int | None = None) -> None:
+    def _record_event(self, kind: str, text: str, step: int | None = None) -> None:
         record_event(self._run, self._attempt, kind, text, step)

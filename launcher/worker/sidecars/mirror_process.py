@@ -84,7 +84,7 @@ class Sender:
             failed = bool(self._last_error) and time.monotonic() - tried > _RETRY_S
             if last or committed != seen or failed:
                 seen, tried = committed, time.monotonic()
-                self._round()
+                self._upload_missing()
             if last:
                 return
             self._has_ended.wait(_LOOK_S)
@@ -93,13 +93,13 @@ class Sender:
         """After the attempt's end, report upload progress at intervals, so that the user knows what the run waits for."""
         self._has_ended.wait()
         time.sleep(_FIRST_PROGRESS_S)
-        while (missing := self._behind()) and not self._concluding.locked():
+        while (missing := self._list_missing()) and not self._concluding.locked():
             done = self._mirror.num_arrived if self._mirror is not None else 0
             total = sum(entry.size for c in missing for entry in c.manifest.files.values())
             names = ", ".join(str(c.step) for c in missing)
             text = f"training has ended, and the run waits for the mirror: step {names} is not complete there"
             text += f", {done / 2**30:.2f} of {total / 2**30:.2f} GiB are there"
-            self._event("mirror", f"{text}; cancel the run to end it without the upload", missing[0].step)
+            self._record_event("mirror", f"{text}; cancel the run to end it without the upload", missing[0].step)
             time.sleep(_PROGRESS_EVERY_S)
 
     def conclude(self) -> int:
@@ -107,21 +107,21 @@ class Sender:
         # Never released: a second caller has nothing to add, and this process ends.
         self._concluding.acquire()
         steps = self._mirror.steps if self._mirror is not None else []
-        missing = self._behind()
-        self._record(missing)
+        missing = self._list_missing()
+        self._write_record(missing)
         if self._taken:
             return 1
         if missing:
             command = f"{module_command(_MODULE, self._run.plan, str(self._attempt))} < /dev/null"
             names = ", ".join(str(c.step) for c in missing)
-            self._event("alert", f"not in the mirror: step {names}; send it with: {command}")
+            self._record_event("alert", f"not in the mirror: step {names}; send it with: {command}")
             return 1
         if steps:
             text = f"the mirror holds step {steps[-1]}; continue it anywhere with: {launcher_command('resume', self._url)}"
-            self._event("mirror", text, steps[-1])
+            self._record_event("mirror", text, steps[-1])
         return 0
 
-    def _round(self) -> None:
+    def _upload_missing(self) -> None:
         """Upload what the mirror lacks, oldest first; a failure ends the round, and its alerts are rate-limited."""
         try:
             if self._mirror is None:
@@ -130,24 +130,24 @@ class Sender:
                 self._mirror = mirror
                 # Prune before hours of uploads: until then, a download of the run takes the highest step.
                 mirror.prune()
-            while waiting := self._behind():
-                self._send(self._mirror, waiting[0])
+            while waiting := self._list_missing():
+                self._send_checkpoint(self._mirror, waiting[0])
             self._mirror.send_evaluations()
             self._mirror.prune()
             self._mirror.send_progress()
             self._last_error = ""
         except (MirrorTaken, Superseded) as error:
             self._taken = True
-            self._event("alert", f"uploads to the mirror have stopped: {error.problems[0].message}")
+            self._record_event("alert", f"uploads to the mirror have stopped: {error.problems[0].message}")
         except Exception as error:
             self._last_error = describe(error).partition("\n")[0]
             # One outage causes many different errors; mirror.json has the last one.
             if self._alerts.admit("the mirror cannot be written"):
                 text = "the mirror cannot be written; training continues and the next checkpoint retries"
-                self._event("alert", f"{text}: {self._last_error}")
-        self._record(self._behind())
+                self._record_event("alert", f"{text}: {self._last_error}")
+        self._write_record(self._list_missing())
 
-    def _send(self, mirror: Mirror, checkpoint: Checkpoint) -> None:
+    def _send_checkpoint(self, mirror: Mirror, checkpoint: Checkpoint) -> None:
         began = time.monotonic()
         try:
             num_bytes = mirror.send(checkpoint)
@@ -156,25 +156,27 @@ class Sender:
                 f"step {checkpoint.step} was removed before it was in the mirror; "
                 "raise checkpoint.keep_last or checkpoint.save_every if the mirror does not keep up"
             )
-            self._event("mirror", text, checkpoint.step)
+            self._record_event("mirror", text, checkpoint.step)
             return
         except CheckpointError as error:
             # Skip a checkpoint whose local copy is damaged, so that it does not block later ones.
             self._unsendable.append(checkpoint.manifest)
             kind = "alert" if self._alerts.admit("a checkpoint is not sent") else "mirror"
-            self._event(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].message}", checkpoint.step)
+            self._record_event(
+                kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].message}", checkpoint.step
+            )
             return
         seconds = time.monotonic() - began
         text = f"step {checkpoint.step} is in the mirror: {num_bytes / 2**30:.2f} GiB in {seconds:.1f} s"
-        self._event("mirror", text, checkpoint.step)
+        self._record_event("mirror", text, checkpoint.step)
         mirror.prune()
 
-    def _behind(self) -> list[Checkpoint]:
+    def _list_missing(self) -> list[Checkpoint]:
         if self._mirror is None:
             return store.list_checkpoints(self._run.checkpoints)
         return [c for c in self._mirror.behind() if c.manifest not in self._unsendable]
 
-    def _record(self, missing: list[Checkpoint]) -> None:
+    def _write_record(self, missing: list[Checkpoint]) -> None:
         steps = self._mirror.steps if self._mirror is not None else []
         record = MirrorRecord(
             url=self._url,
@@ -188,7 +190,7 @@ class Sender:
         except OSError as error:
             print_to_log(f"mirror.json cannot be written: {error}")
 
-    def _event(self, kind: str, text: str, step: int | None = None) -> None:
+    def _record_event(self, kind: str, text: str, step: int | None = None) -> None:
         record_event(self._run, self._attempt, kind, text, step)
 
 

@@ -77,7 +77,7 @@ def start_mirror(
     """Start the process that copies checkpoints to the mirror, or return None if the plan has no mirror."""
     if plan.config.checkpoint.mirror is None:
         return None
-    return Sidecar(_start("mirror_process", plan_path, run, attempt, "mirror.log", environment), MIRROR_END_S)
+    return Sidecar(_start_process("mirror_process", plan_path, run, attempt, "mirror.log", environment), MIRROR_END_S)
 
 
 def start_answers(
@@ -86,10 +86,10 @@ def start_answers(
     """Start the process that answers prompts with the run's checkpoints, or return None if no answers are wanted."""
     if not plan.config.eval.answers_every:
         return None
-    return Sidecar(_start("answers_process", plan_path, run, attempt, "answers.log", environment), _ANSWERS_END_S)
+    return Sidecar(_start_process("answers_process", plan_path, run, attempt, "answers.log", environment), _ANSWERS_END_S)
 
 
-def _start(
+def _start_process(
     module: str, plan_path: str, run: RunDir, attempt: int, log_name: str, environment: Mapping[str, str] | None
 ) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", f"launcher.worker.sidecars.{module}", plan_path, str(attempt)]

@@ -64,7 +64,7 @@ def begin(plan_path: str) -> int | None:
                 print(f"job {attempt.job} runs {plan.run_name} already; this job does not run it", file=sys.stderr)
                 return None
             is_concluded = exit_file(run, number).is_file()
-            state, lost = ("", []) if is_concluded else _end_of_start(attempt, job, restart, until)
+            state, lost = ("", []) if is_concluded else _find_end_of_start(attempt, job, restart, until)
 
             def alert(text: str, number: int = number) -> None:
                 _if_possible(lambda: append_event(run, number, "alert", text))
@@ -75,11 +75,11 @@ def begin(plan_path: str) -> int | None:
                 return None
             decision = decide(end, postmortem.history(run, number), section)
             if not decision.again:
-                _end(plan, plan_path, run, number, decision)
+                _end_run(plan, plan_path, run, number, decision)
                 raise RunError(decision.reason, where=str(run.attempt(number)))
         if limit := goodput.reached_limit(run, plan, time.time()):
             # It would cost more to load the model and train one step, only to stop.
-            _end(plan, plan_path, run, number, Decision(False, "preempted", limit))
+            _end_run(plan, plan_path, run, number, Decision(False, "preempted", limit))
             print(f"{plan.run_name}: {limit}; the attempt is not started", file=sys.stderr)
             return None
         if attempt.job is not None:
@@ -89,11 +89,11 @@ def begin(plan_path: str) -> int | None:
             # The attempt was numbered before the job waited, possibly on a machine that did not see the newest checkpoint yet.
             attempt = replace(attempt, resume_step=store.newest_step(run.checkpoints))
         try:
-            opened = _with_nodes(attempt, section, job, restart, until)
+            opened = _add_nodes(attempt, section, job, restart, until)
         except LauncherError as error:
             problem = error.problems[0]
             message = "; ".join(filter(None, (problem.message, problem.remedy)))
-            _end(plan, plan_path, run, number, Decision(False, "failed", message))
+            _end_run(plan, plan_path, run, number, Decision(False, "failed", message))
             raise
         run_store.write_attempt(run, number, opened)
         postmortem.reserve_disk_space(run, number)
@@ -102,20 +102,20 @@ def begin(plan_path: str) -> int | None:
     return number
 
 
-def _end_of_start(attempt: Attempt, job: str, restart: int, until: float) -> tuple[str, list[str]]:
+def _find_end_of_start(attempt: Attempt, job: str, restart: int, until: float) -> tuple[str, list[str]]:
     """Return Slurm's state for the job's previous start and that start's lost nodes; it may have been killed before it concluded.
 
     Without accounting the state is inferred: a start that was followed by another and lost no node was requeued by a person or
     by preemption. A node that was cut off and came back without a reboot leaves no trace.
     """
-    lost = queue.lost_nodes(attempt.nodes, attempt.begun_at or 0.0, _left(until)) if attempt.nodes else []
+    lost = queue.lost_nodes(attempt.nodes, attempt.begun_at or 0.0, _seconds_left(until)) if attempt.nodes else []
     if attempt.job != job or not restart:
         return "", lost or []
-    state = queue.state_of_start(job, restart - 1, _left(until))
+    state = queue.state_of_start(job, restart - 1, _seconds_left(until))
     return state or ("REQUEUED" if lost == [] else ""), lost or []
 
 
-def _end(plan: LaunchPlan, plan_path: str, run: RunDir, number: int, decision: Decision) -> None:
+def _end_run(plan: LaunchPlan, plan_path: str, run: RunDir, number: int, decision: Decision) -> None:
     """Report in the status, events.jsonl and W&B that the run ends before its next attempt has begun.
 
     The run is locked meanwhile. W&B may take most of a minute; another start waits longer than that for the lock.
@@ -133,7 +133,7 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     conclusion = postmortem.conclude(run, number, attempt, section, "", exit_code)
     until = time.monotonic() + _patience_s(attempt)
     # A finished run does not hold its nodes to wait for Slurm's answer.
-    state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _left(until) if conclusion.decision.again else 0.0)
+    state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _seconds_left(until) if conclusion.decision.again else 0.0)
     if state:
         conclusion = postmortem.conclude(run, number, attempt, section, state, exit_code)
     run_store.fence(run, number)
@@ -146,8 +146,8 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     postmortem.release_disk_space(run, number)
     _if_possible(lambda: print(f"attempt {number}: {ending.cause}: {conclusion.message}", flush=True))
     if decision.again:
-        by_slurm = state == "PENDING" or _preempted_by_slurm(_details(job, until), until)
-        slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, retry_s=_left(until))
+        by_slurm = state == "PENDING" or _is_preempted_by_slurm(_read_details(job, until), until)
+        slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, retry_s=_seconds_left(until))
     else:
         _if_possible(lambda: close_wandb_run(plan, plan_path, run, number))
     return 0 if decision.again or decision.state == "completed" else EXIT_FAILED
@@ -159,7 +159,7 @@ def _patience_s(attempt: Attempt) -> float:
     return max(0.0, min(_CONCLUDE_PATIENCE_S, left))
 
 
-def _left(until: float) -> float:
+def _seconds_left(until: float) -> float:
     """Return the seconds until a time of time.monotonic(), at least 0."""
     return max(0.0, until - time.monotonic())
 
@@ -173,9 +173,9 @@ def _if_possible(write: Callable[[], object]) -> None:
             print(f"the conclusion could not be written, but the launcher acts on it: {error}", file=sys.stderr, flush=True)
 
 
-def _with_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, until: float) -> Attempt:
+def _add_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, until: float) -> Attempt:
     """Return the attempt with the nodes of this start, and the address and port where their agents meet."""
-    addresses = network.node_addresses(os.environ["SLURM_JOB_NODELIST"], _left(until))
+    addresses = network.node_addresses(os.environ["SLURM_JOB_NODELIST"], _seconds_left(until))
     several = len(addresses) > 1
     endpoint = network.own_endpoint(list(addresses.values()), section.interface) if several else network.LOOPBACK
     if section.interface is None and network.is_public(endpoint.address):
@@ -193,20 +193,20 @@ def _with_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int,
         address=endpoint.address,
         interface=endpoint.interface,
         port=network.free_port(endpoint.address),
-        ends_at=float(ends) if (ends := _details(job, until).get("EndTime", "")).isdigit() else None,
+        ends_at=float(ends) if (ends := _read_details(job, until).get("EndTime", "")).isdigit() else None,
         begun_at=time.time(),
     )
 
 
-def _details(job: str, until: float) -> Mapping[str, str]:
+def _read_details(job: str, until: float) -> Mapping[str, str]:
     """Return Slurm's details of the job; empty if Slurm does not answer in time."""
     try:
-        return queue.details(job, _left(until))
+        return queue.details(job, _seconds_left(until))
     except SlurmError:
         return {}
 
 
-def _preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
+def _is_preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
     """Return whether Slurm is preempting the job and will requeue it by itself.
 
     With preempt/partition_prio the partition's PreemptMode decides this; with preempt/qos the QOS does. In doubt the answer is
@@ -216,8 +216,8 @@ def _preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
     if not preempted or details.get("Requeue") != "1":
         return False
     try:
-        config = slurm("scontrol", "show", "config", retry_s=_left(until))
-        partition = slurm("scontrol", "show", "partition", details.get("Partition", ""), retry_s=_left(until))
+        config = slurm("scontrol", "show", "config", retry_s=_seconds_left(until))
+        partition = slurm("scontrol", "show", "partition", details.get("Partition", ""), retry_s=_seconds_left(until))
     except SlurmError:
         return False
     by_partition = re.search(r"^PreemptType\s*=\s*preempt/partition_prio\s*$", config, re.MULTILINE)
@@ -232,7 +232,7 @@ def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
         RunError: if Slurm does not answer; the run's status is not changed because the other job may write it.
     """
     try:
-        known = queue.job(job, 0.0, plan.run_name, _left(until))
+        known = queue.job(job, 0.0, plan.run_name, _seconds_left(until))
     except SlurmError as error:
         problem = error.problems[0]
         raise RunError(

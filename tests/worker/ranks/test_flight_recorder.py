@@ -21,7 +21,7 @@ from pace import wait_for
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.worker.ranks.flight_recorder import Calls, FlightRecorder, Members, explain_hang, read_dump
-from launcher.worker.ranks.fork_server import differing
+from launcher.worker.ranks.fork_server import find_differing
 
 STALL_S = 600.0
 NODES, RANKS_PER_NODE = 64, 8
@@ -46,7 +46,7 @@ def test_the_collective_is_named_that_ranks_wait_in_and_who_has_not_called_it(
     environ: dict[str, str] = {}
     recorder = FlightRecorder(run, 1, 3, STALL_S)
     environ.update(recorder.variables)
-    assert differing(environ, {}) == [], "the fork server may import without them"
+    assert find_differing(environ, {}) == [], "the fork server may import without them"
     values: list[list[None]] = []
     arguments = [[2, str(tmp_path)]] * 3
     ranks = threading.Thread(

@@ -25,9 +25,21 @@ from pace import wait_for
 from launcher.errors import RunError
 from launcher.worker.ranks import watchdog
 from launcher.worker.ranks import watchdog as watchdog_module
-from launcher.worker.ranks.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, HeartbeatTable
 from launcher.worker.ranks.rank_env import RankEnv
-from launcher.worker.ranks.watchdog import LoadProgress, SharedProgress, StallLimits, StallVerdict, Watchdog, count_bytes, stalled
+from launcher.worker.ranks.watchdog import (
+    HEARTBEATS_VARIABLE,
+    PHASES,
+    Beat,
+    Heartbeat,
+    HeartbeatTable,
+    LoadProgress,
+    SharedProgress,
+    StallLimits,
+    StallVerdict,
+    Watchdog,
+    count_bytes,
+    stalled,
+)
 
 STALL_S = 1.0
 # Fork, because the watchdog watches only children; they also need no imports.
@@ -49,7 +61,7 @@ def table() -> Iterator[HeartbeatTable]:
 def test_a_heartbeat_is_read_as_it_was_written(table: HeartbeatTable) -> None:
     assert table.read() == {}
     env = RankEnv(rank=5, local_rank=1, world_size=8, restart=0)
-    heart = Heartbeat.from_environ({VARIABLE: str(table.path)}, env)
+    heart = Heartbeat.from_environ({HEARTBEATS_VARIABLE: str(table.path)}, env)
     assert table.read()[1].phase == "starting"
     before = time.monotonic()
     for phase in PHASES:
@@ -66,7 +78,7 @@ def test_heartbeats_need_no_table_and_a_missing_table_is_refused() -> None:
     env = RankEnv(rank=0, local_rank=0, world_size=1, restart=0)
     Heartbeat.from_environ({}, env).beat("training", 1)
     with pytest.raises(RunError, match="cannot send heartbeats to its node's agent"):
-        Heartbeat.from_environ({VARIABLE: "/proc/self/fd/999"}, env)
+        Heartbeat.from_environ({HEARTBEATS_VARIABLE: "/proc/self/fd/999"}, env)
 
 
 def read_until_told(log: Path) -> None:

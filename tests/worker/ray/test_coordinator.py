@@ -19,8 +19,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
+from launcher.worker.ray import attempts, node_checks
 from launcher.worker.ray import coordinator as module
-from launcher.worker.ray import node_checks, run_end
 from launcher.worker.ray.messages import BeatReply, Leave, Member, Verdict, Wait
 
 
@@ -338,7 +338,7 @@ def test_a_superseded_attempt_on_ray_writes_no_exit_record(fake: FakeWorkers) ->
         run_store.create_attempt(fake.run, Attempt(resume_step=None))
         for rank in range(2):
             answer = fake.coordinator.beat("a", rank, "done")
-        run_end.record_end(fake.run, 1, "failed", "as it says")
+        attempts.record_end(fake.run, 1, "failed", "as it says")
     assert answer.verdict.again is False
     assert run_store.read_status(fake.run) == before
     assert fake.causes == []

@@ -18,8 +18,7 @@ import pytest
 from fake_workers import FakeWorkers, MakeFake, kind, sign
 
 from launcher import run_store
-from launcher.worker.ranks.heartbeat import Heartbeat, HeartbeatTable
-from launcher.worker.ranks.watchdog import StallLimits
+from launcher.worker.ranks.watchdog import Heartbeat, HeartbeatTable, StallLimits
 from launcher.worker.ray import node_checks, trainer, watchdog
 from launcher.worker.ray.messages import BeatReply, Leave, Member, RankSign, ResizeProgress
 from launcher.worker.ray.watchdog import GroupLiveness, Observer
@@ -265,7 +264,7 @@ def test_a_worker_reports_what_a_rank_that_loads_reads_as_progress(
 STOPS_ITSELF = """
 import os, signal, sys
 from pathlib import Path
-from launcher.worker.ranks.heartbeat import Heartbeat
+from launcher.worker.ranks.watchdog import Heartbeat
 Heartbeat(Path(sys.argv[1]), 0, 0).beat("training", 1)
 os.kill(os.getpid(), signal.SIGSTOP)
 """
