@@ -426,7 +426,7 @@ def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, not
         raise CheckpointError(message, where=remote.url, value=f"complete: {steps}")
     damaged: list[Problem] = []
     for candidate in wanted:
-        problems = _download_one(remote, run.checkpoints, complete[candidate], notify, make_progress)
+        problems = _fetch(remote, run.checkpoints, complete[candidate], notify, make_progress)
         if not problems:
             return candidate
         damaged += problems
@@ -434,9 +434,7 @@ def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, not
     raise CheckpointError(damaged)
 
 
-def _download_one(
-    remote: RemoteFolder, root: Path, manifest: Manifest, notify: Notify, make_progress: MakeProgress
-) -> list[Problem]:
+def _fetch(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Notify, make_progress: MakeProgress) -> list[Problem]:
     """Download one checkpoint; return its problems, none if it is intact."""
     target = root / store.step_name(manifest.step)
     if target.is_dir() and not store.verify(target):

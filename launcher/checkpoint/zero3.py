@@ -52,11 +52,9 @@ def require_supported_engine(engine: Any, named_parameters: Mapping[str, Paramet
             remedy="set the ratio to 1.0",
         )
     if frozen := [name for name, p in named_parameters.items() if not p.requires_grad]:
-        raise CheckpointError(
-            "frozen parameters cannot be checkpointed: ZeRO-3 has no fp32 weights of them", value=_name_some(frozen)
-        )
+        raise CheckpointError("frozen parameters cannot be checkpointed: ZeRO-3 has no fp32 weights of them", value=_some(frozen))
     if split := [n for n, p in named_parameters.items() if p.ds_zero_partition_world_size != dist.get_world_size()]:
-        raise CheckpointError("parameters must be partitioned over all ranks", value=_name_some(split))
+        raise CheckpointError("parameters must be partitioned over all ranks", value=_some(split))
     if {id(p) for p in named_parameters.values()} != {id(p) for p in engine.module.parameters()}:
         raise CheckpointError("the named parameters differ from those of the engine's model")
 
@@ -355,5 +353,5 @@ def _replay_bias_correction(adam: DeepSpeedCPUAdam, step: int) -> None:
         adam.ds_opt_adam.adam_update(adam.opt_id, past, *settings, *scratch)
 
 
-def _name_some(names: list[str]) -> str:
+def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -126,15 +126,13 @@ def with_differences(reports: Sequence[MachineReport]) -> list[MachineReport]:
     return [
         replace(
             report,
-            results=tuple(
-                _compare_with_usual(result, usual[result.name]) if result.must_match else result for result in report.results
-            ),
+            results=tuple(_compare(result, usual[result.name]) if result.must_match else result for result in report.results),
         )
         for report in reports
     ]
 
 
-def _compare_with_usual(result: CheckResult, usual: str) -> CheckResult:
+def _compare(result: CheckResult, usual: str) -> CheckResult:
     """Return a failure that shows only the parts between commas that differ, or the result itself if none does."""
     if result.seen == usual:
         return result

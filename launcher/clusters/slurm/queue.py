@@ -100,7 +100,7 @@ def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
                 restarts=int(restarts),
                 node_list=nodes,
                 queued=state not in FINAL_STATES,
-                exit_signal=_parse_exit_signal(exit_code),
+                exit_signal=_parse_signal(exit_code),
             )
     return known
 
@@ -125,9 +125,7 @@ def _read_accounting(job_id: str, submitted_at: float, name: str, retry_s: float
     state = state.split()[0]
     if state not in FINAL_STATES:
         return None
-    return Job(
-        job_id, state, _parse_value(reason), None, len(rows) - 1, _parse_value(nodes), False, _parse_exit_signal(exit_code)
-    )
+    return Job(job_id, state, _parse_value(reason), None, len(rows) - 1, _parse_value(nodes), False, _parse_signal(exit_code))
 
 
 def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:
@@ -276,7 +274,7 @@ def _parse_duration(text: str) -> float | None:
     return 86400 * int(days or 0) + seconds
 
 
-def _parse_exit_signal(exit_code: str) -> int:
+def _parse_signal(exit_code: str) -> int:
     """Return the second number of an exit code such as 0:9."""
     _, _, number = exit_code.partition(":")
     return int(number) if number.isdigit() else 0

@@ -37,7 +37,7 @@ _REMOVED = "its checkpoint was removed before its weights were exported; raise c
 
 
 @dataclass(frozen=True)
-class _CheckpointProcess:
+class _StepWorker:
     """A process that works on one checkpoint, with its output in `log`; it ends with this process."""
 
     step: int
@@ -59,8 +59,8 @@ class CheckpointAnswers:
     def __init__(self, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
         self._run, self._plan, self._attempt = run, plan, attempt
         self._source = answer_source(plan.config, plan.topology.device)
-        self._evaluation: _CheckpointProcess | None = None
-        self._export: _CheckpointProcess | None = None
+        self._evaluation: _StepWorker | None = None
+        self._export: _StepWorker | None = None
         # Steps that this attempt does not try again, with the reason, and those that have a job.
         self._failures: dict[int, str] = {}
         self._jobs: dict[int, str] = {}
@@ -187,9 +187,7 @@ class CheckpointAnswers:
         self._failures[step] = reason
         self._record_event("alert", f"no answers of step {step}: {reason}", step)
 
-    def _start_process(
-        self, step: int, name: str, words: list[str], is_beside_training: bool, niceness: int
-    ) -> _CheckpointProcess:
+    def _start_process(self, step: int, name: str, words: list[str], is_beside_training: bool, niceness: int) -> _StepWorker:
         """Start this Python interpreter with the arguments `words`; during training, with one thread and without GPUs."""
         # The ranks' thread settings divide a node's cores.
         environ = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")}
@@ -202,7 +200,7 @@ class CheckpointAnswers:
         command = [sys.executable, "-m", _STARTER, "--launcher", str(niceness), *words]
         with open(folder / f"{name}.log", "wb") as log:
             process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        return _CheckpointProcess(step, process, folder / f"{name}.log")
+        return _StepWorker(step, process, folder / f"{name}.log")
 
     def _submit_jobs(self, is_complete: bool) -> None:
         """Submit a job for each step whose weights are exported; after the end of training, for all steps."""

@@ -99,7 +99,7 @@ class Sender:
             names = ", ".join(str(c.step) for c in missing)
             text = f"training has ended, and the run waits for the mirror: step {names} is not complete there"
             text += f", {done / 2**30:.2f} of {total / 2**30:.2f} GiB are there"
-            self._record_event("mirror", f"{text}; cancel the run to end it without the upload", missing[0].step)
+            self._report("mirror", f"{text}; cancel the run to end it without the upload", missing[0].step)
             time.sleep(_PROGRESS_EVERY_S)
 
     def conclude(self) -> int:
@@ -114,11 +114,11 @@ class Sender:
         if missing:
             command = f"{module_command(_MODULE, self._run.plan, str(self._attempt))} < /dev/null"
             names = ", ".join(str(c.step) for c in missing)
-            self._record_event("alert", f"not in the mirror: step {names}; send it with: {command}")
+            self._report("alert", f"not in the mirror: step {names}; send it with: {command}")
             return 1
         if steps:
             text = f"the mirror holds step {steps[-1]}; continue it anywhere with: {launcher_command('resume', self._url)}"
-            self._record_event("mirror", text, steps[-1])
+            self._report("mirror", text, steps[-1])
         return 0
 
     def _upload_missing(self) -> None:
@@ -138,13 +138,13 @@ class Sender:
             self._last_error = ""
         except (MirrorTaken, Superseded) as error:
             self._taken = True
-            self._record_event("alert", f"uploads to the mirror have stopped: {error.problems[0].message}")
+            self._report("alert", f"uploads to the mirror have stopped: {error.problems[0].message}")
         except Exception as error:
             self._last_error = describe(error).partition("\n")[0]
             # One outage causes many different errors; mirror.json has the last one.
             if self._alerts.admit("the mirror cannot be written"):
                 text = "the mirror cannot be written; training continues and the next checkpoint retries"
-                self._record_event("alert", f"{text}: {self._last_error}")
+                self._report("alert", f"{text}: {self._last_error}")
         self._write_record(self._list_missing())
 
     def _send_checkpoint(self, mirror: Mirror, checkpoint: Checkpoint) -> None:
@@ -156,19 +156,17 @@ class Sender:
                 f"step {checkpoint.step} was removed before it was in the mirror; "
                 "raise checkpoint.keep_last or checkpoint.save_every if the mirror does not keep up"
             )
-            self._record_event("mirror", text, checkpoint.step)
+            self._report("mirror", text, checkpoint.step)
             return
         except CheckpointError as error:
             # Skip a checkpoint whose local copy is damaged, so that it does not block later ones.
             self._unsendable.append(checkpoint.manifest)
             kind = "alert" if self._alerts.admit("a checkpoint is not sent") else "mirror"
-            self._record_event(
-                kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].message}", checkpoint.step
-            )
+            self._report(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].message}", checkpoint.step)
             return
         seconds = time.monotonic() - began
         text = f"step {checkpoint.step} is in the mirror: {num_bytes / 2**30:.2f} GiB in {seconds:.1f} s"
-        self._record_event("mirror", text, checkpoint.step)
+        self._report("mirror", text, checkpoint.step)
         mirror.prune()
 
     def _list_missing(self) -> list[Checkpoint]:
@@ -190,7 +188,7 @@ class Sender:
         except OSError as error:
             print_to_log(f"mirror.json cannot be written: {error}")
 
-    def _record_event(self, kind: str, text: str, step: int | None = None) -> None:
+    def _report(self, kind: str, text: str, step: int | None = None) -> None:
         record_event(self._run, self._attempt, kind, text, step)
 
 
