@@ -210,19 +210,15 @@ def _read_part(stored: StoredTensor, start: int, stop: int, target: Tensor) -> i
         for first in range(start, stop, step):
             count = min(step, stop - first)
             block = bytearray(count * dtype.itemsize)
-            _read_fully(file.fileno(), block, stored.offset + first * dtype.itemsize, stored)
+            view, offset = memoryview(block), stored.offset + first * dtype.itemsize
+            while view:
+                num_bytes = os.preadv(file.fileno(), [view], offset)
+                if not num_bytes:
+                    message = f"a weight file is incomplete: it ends within the tensor {stored.name}"
+                    raise ConfigError(message, where="model.path", value=str(stored.path), remedy="download this file again")
+                view, offset = view[num_bytes:], offset + num_bytes
             target[first - start : first - start + count].copy_(torch.frombuffer(block, dtype=dtype))
     return (stop - start) * dtype.itemsize
-
-
-def _read_fully(descriptor: int, block: bytearray, offset: int, stored: StoredTensor) -> None:
-    view, done = memoryview(block), 0
-    while done < len(block):
-        num_bytes = os.preadv(descriptor, [view[done:]], offset + done)
-        if not num_bytes:
-            message = f"a weight file is incomplete: it ends within the tensor {stored.name}"
-            raise ConfigError(message, where="model.path", value=str(stored.path), remedy="download this file again")
-        done += num_bytes
 
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

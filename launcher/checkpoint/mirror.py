@@ -163,7 +163,12 @@ class Mirror:
         """
         self._require_ours(is_begun=False)
         files = {name: self._remote.send(name, path) for name, path in _list_fixed_files(self._run, self._plan)}
-        files[CODE] = self._remote.write(CODE, _build_code_archive(self._run.code))
+        code = io.BytesIO()
+        with zipfile.ZipFile(code, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+            for path in sorted(self._run.code.rglob("*")):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    archive.write(path, path.relative_to(self._run.code))
+        files[CODE] = self._remote.write(CODE, code.getvalue())
         self.send_progress()
         mine = MirroredRun(run_name=self._plan.run_name, owner=self._owner, files=files)
         self._remote.write(RUN, mine.model_dump_json(indent=2).encode())
@@ -189,8 +194,18 @@ class Mirror:
         self._complete.pop(checkpoint.step, None)
         self._evaluations.pop(checkpoint.step, None)
         self._remote.remove_folder(folder, MANIFEST)
+        self.num_arrived, files = 0, checkpoint.manifest.files
+
+        def send_file(name: str) -> None:
+            entry = self._remote.send(f"{folder}/{name}", checkpoint.path / name)
+            if entry != files[name]:
+                raise CheckpointError("a checkpoint file differs from its manifest", where=str(checkpoint.path / name))
+            self.num_arrived += entry.size
+
         try:
-            self._send_files(checkpoint, folder)
+            with ThreadPoolExecutor(PARALLEL, thread_name_prefix="send") as pool:
+                # Large files first, so that a small one finishes last.
+                list(pool.map(send_file, sorted(files, key=lambda name: -files[name].size)))
         except Exception:
             # Network file systems raise various errors for a file that is removed while it is read.
             if _is_there(checkpoint):
@@ -203,7 +218,7 @@ class Mirror:
         self._require_ours()
         self._remote.write(f"{folder}/{MANIFEST}", checkpoint.manifest.to_json().encode())
         self._complete[checkpoint.step] = checkpoint.manifest
-        return sum(entry.size for entry in checkpoint.manifest.files.values())
+        return sum(entry.size for entry in files.values())
 
     def send_progress(self) -> None:
         """Upload metrics and events if they have grown, and the status."""
@@ -258,20 +273,6 @@ class Mirror:
             self._remote.remove_folder(f"{CHECKPOINTS}/{name}", MANIFEST)
             removed.append(step)
         return removed
-
-    def _send_files(self, checkpoint: Checkpoint, folder: str) -> None:
-        self.num_arrived = 0
-
-        def send(name: str) -> None:
-            entry = self._remote.send(f"{folder}/{name}", checkpoint.path / name)
-            if entry != files[name]:
-                raise CheckpointError("a checkpoint file differs from its manifest", where=str(checkpoint.path / name))
-            self.num_arrived += entry.size
-
-        files = checkpoint.manifest.files
-        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="send") as pool:
-            # Large files first, so that a small one finishes last.
-            list(pool.map(send, sorted(files, key=lambda name: -files[name].size)))
 
     def _require_ours(self, is_begun: bool = True) -> None:
         run_store.fence(self._run, self._owner.attempt)
@@ -339,15 +340,6 @@ def _list_fixed_files(run: RunDir, plan: LaunchPlan) -> Iterator[tuple[str, Path
         for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
             if not path.name.endswith(".index.json"):
                 yield f"{kind}/{path.relative_to(folder)}", path
-
-
-def _build_code_archive(folder: Path) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                archive.write(path, path.relative_to(folder))
-    return buffer.getvalue()
 
 
 def claim_run_dir(run: RunDir, url: str) -> None:

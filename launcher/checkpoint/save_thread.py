@@ -22,13 +22,12 @@ from launcher import atomic_files
 from launcher.checkpoint import safetensors_io, store, zero3
 from launcher.checkpoint.manifest import REFERENCE_LOGITS, STATE, Manifest
 from launcher.checkpoint.safetensors_io import TensorSpec, as_bytes
-from launcher.checkpoint.shards import Shard, weight_digests
+from launcher.checkpoint.shards import STORED_DTYPES, Shard, weight_digests
 from launcher.checkpoint.staging import StagingBuffer, is_finite, set_current_device
 from launcher.distributed import to_problems
 from launcher.errors import CheckpointError, Problem
 from launcher.plan.launch_plan import Record
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 _MAX_PAUSE_S = 1.0
 _LOWEST_PRIORITY = 19
 
@@ -238,7 +237,7 @@ def _not_finite_error() -> CheckpointError:
 
 
 def _reference_logits_specs(reference_logits: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in reference_logits.items()]
+    return [TensorSpec(name, STORED_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in reference_logits.items()]
 
 
 def reference_logits_bytes(reference_logits: Mapping[str, torch.Tensor]) -> int:

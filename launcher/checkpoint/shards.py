@@ -29,7 +29,7 @@ from launcher.distributed import run_on_all_ranks
 from launcher.errors import CheckpointError, DamagedCheckpoint
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_STORED_DTYPES = {
+STORED_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -68,7 +68,7 @@ class Shard:
             whole[_RNG_CUDA] = torch.cuda.get_rng_state()
         layout = zero3.state_layout(engine, named_parameters)
         specs = [TensorSpec(tensor_key(name, key), "F32", (count,)) for name, key, count in layout]
-        specs += [TensorSpec(name, _STORED_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in whole.items()]
+        specs += [TensorSpec(name, STORED_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in whole.items()]
         # Use the parameter's dtype: a partition that DeepSpeed holds on NVMe has a different one.
         dtype = next(iter(named_parameters.values())).dtype
         return cls(tuple(specs), whole, _DTYPES[dtype], tuple(named_parameters))
@@ -195,7 +195,7 @@ def _restore_buffers(shard: safetensors_io.TensorFile, named_buffers: Mapping[st
     for name, buffer in named_buffers.items():
         # A checkpoint without buffers leaves those that were read with the weights.
         if (spec := shard.specs.get(buffer_key(name))) is not None:
-            saved = torch.empty(spec.shape, dtype=next(one for one, stored in _STORED_DTYPES.items() if stored == spec.dtype))
+            saved = torch.empty(spec.shape, dtype=next(one for one, stored in STORED_DTYPES.items() if stored == spec.dtype))
             shard.read_into(spec.name, 0, as_bytes(saved))
             buffer.copy_(saved)
 
@@ -225,5 +225,5 @@ def require_known_dtypes(named_buffers: Mapping[str, torch.Tensor]) -> None:
         CheckpointError: with the name and the dtype of the first one.
     """
     for name, buffer in named_buffers.items():
-        if buffer.dtype not in _STORED_DTYPES:
+        if buffer.dtype not in STORED_DTYPES:
             raise CheckpointError("checkpoints cannot hold a buffer of this dtype", where=name, value=str(buffer.dtype))

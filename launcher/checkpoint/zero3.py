@@ -114,8 +114,16 @@ def state_layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list
     Raises:
         CheckpointError: if the optimizer's states differ from those in the table of optimizers.
     """
-    keys = stored_keys(engine, optimizer_step(engine))
-    _require_named_states(engine, keys)
+    keys, zero = stored_keys(engine, optimizer_step(engine)), engine.optimizer
+    for flat in zero.fp32_partitioned_groups_flat:
+        state = zero.optimizer.state.get(flat, {})
+        actual = {key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
+        if actual != set(keys) - {FP32}:
+            raise CheckpointError(
+                "the optimizer's states differ from those that OPTIMIZERS (launcher/plan/optimizers.py) lists for it",
+                value=f"it keeps {', '.join(sorted(actual))}",
+                remedy=f"list them in its row, which lists {', '.join(keys[1:]) or 'none'}",
+            )
     members = [member for group in _group_members(engine, named_parameters).values() for member in group]
     return [(name, key, local_elements(parameter)) for name, parameter, _ in members for key in keys]
 
@@ -306,19 +314,6 @@ def _iter_tensors(content: Any) -> Iterator[torch.Tensor]:
     elif isinstance(content, list | tuple):
         for item in content:
             yield from _iter_tensors(item)
-
-
-def _require_named_states(engine: Any, keys: tuple[str, ...]) -> None:
-    zero = engine.optimizer
-    for flat in zero.fp32_partitioned_groups_flat:
-        state = zero.optimizer.state.get(flat, {})
-        actual = {key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
-        if actual != set(keys) - {FP32}:
-            raise CheckpointError(
-                "the optimizer's states differ from those that OPTIMIZERS (launcher/plan/optimizers.py) lists for it",
-                value=f"it keeps {', '.join(sorted(actual))}",
-                remedy=f"list them in its row, which lists {', '.join(keys[1:]) or 'none'}",
-            )
 
 
 def _make_optimizer_state(engine: Any, sub_group: int, step: int) -> None:

@@ -72,12 +72,17 @@ class LimitEvents:
     @classmethod
     def read(cls) -> LimitEvents:
         """Read the counters of this process; unreadable ones count as 0."""
-        groups = [
-            Counter(str(level / file), name, str(level / limit))
-            for level, (file, name, limit) in _list_cgroups()
-            if (level / file).is_file()
-        ]
-        return cls((*groups, Counter(str(VMSTAT), "oom_kill", ""))).read_again()
+        counters = []
+        with suppress(OSError, ValueError):
+            for line in OWN_CGROUPS.read_text().splitlines():
+                _, controllers, group = line.split(":", 2)
+                kinds = {"": (_MEMORY_V2, _PIDS), "memory": (_MEMORY_V1,), "pids": (_PIDS,)}
+                for file, name, limit in kinds.get(controllers, ()):
+                    for level in (Path(group), *Path(group).parents):
+                        folder = _CGROUPS / controllers / level.relative_to("/")
+                        if (folder / file).is_file():
+                            counters.append(Counter(str(folder / file), name, str(folder / limit)))
+        return cls((*counters, Counter(str(VMSTAT), "oom_kill", ""))).read_again()
 
     def read_again(self) -> LimitEvents:
         """Read the same counters again; counters of control groups that are gone keep their values."""
@@ -189,18 +194,6 @@ def _has_groups(folder: Path) -> bool:
 
 def _limits_file(run: RunDir, attempt: int, node: int) -> Path:
     return run.attempt(attempt) / f"limits-{node:05d}.json"
-
-
-def _list_cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Yield the folders of this process's control groups up to the root, with the files to read there."""
-    with suppress(OSError, ValueError):
-        for line in OWN_CGROUPS.read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            kinds = {"": (_MEMORY_V2, _PIDS), "memory": (_MEMORY_V1,), "pids": (_PIDS,)}
-            folder = _CGROUPS / controllers
-            for files in kinds.get(controllers, ()):
-                for level in (Path(group), *Path(group).parents):
-                    yield folder / level.relative_to("/"), files
 
 
 def cause_of(error: BaseException, folder: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[
         with _map_file(path) as data:
             ends = [*(_find_first_after(data, at) for at in boundaries), data.rfind(b"\n") + 1]
             offsets = {data.rfind(_TRAINED, 0, end) for end in ends}
-            offsets |= {offset for pattern in _WAITS for offset in _find_offsets(data, pattern)}
+            offsets |= {match.start() for pattern in _WAITS for match in re.finditer(pattern, data)}
             begins = sorted({data.rfind(b"\n", 0, offset) + 1 for offset in offsets - {-1}})
             return [line for begin in begins for line in decode_lines(_read_line(data, begin))]
     except (FileNotFoundError, ValueError):
@@ -219,15 +220,6 @@ def _find_first_after(data: mmap.mmap, at: float) -> int:
         else:
             low = data.find(b"\n", middle) + 1 or len(data)
     return low
-
-
-def _find_offsets(data: mmap.mmap, pattern: bytes) -> Iterator[int]:
-    """Yield the offset of the first occurrence of `pattern` in each line that contains it."""
-    offset = data.find(pattern)
-    while offset >= 0:
-        yield offset
-        end = data.find(b"\n", offset)
-        offset = data.find(pattern, end) if end >= 0 else -1
 
 
 def _iter_backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:

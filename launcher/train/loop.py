@@ -178,6 +178,12 @@ class TrainingLoop:
             return self.stop_early(stop_reason)
         return self.complete()
 
+    def is_cancelled_before_training(self) -> bool:
+        """Return whether a person asked any rank to stop. From here on, ranks stop only at the end of a step. Collective."""
+        reduction = all_reduce_step(torch.zeros((), device=self.run.device), self.stop(), [], self.run.device)
+        self.stop.begin_training()
+        return reduction.stop_reason == "cancelled"
+
     def train_step(self) -> str | None:
         """Run one optimizer step and return the reason to stop, None if no rank has one. Collective."""
         parts, timer = self.parts, self.parts.timer
@@ -224,6 +230,24 @@ class TrainingLoop:
             if i < len(batch.micro) - 1:
                 parts.engine.step()
         return loss_sum / world_size
+
+    def require_finite_loss(self, loss: float, name: str = "loss") -> None:
+        if not math.isfinite(loss):
+            raise self.diverged(f"the {name} is {loss}")
+
+    def count_skipped_step(self) -> None:
+        """Count and report a step that DeepSpeed skipped because its gradients are not finite.
+
+        Raises:
+            DivergedError: if too many steps in a row were skipped.
+        """
+        parts = self.parts
+        if parts.engine.was_step_applied():
+            self.skipped_steps.num_in_a_row = 0
+            return
+        parts.meter.skipped_steps += 1
+        if alert := self.skipped_steps.count(self.step, parts.meter.skipped_steps):
+            self.run.tracker.event("alert", alert, self.step)
 
     def report_step(self, batch: StepBatch, reduction: StepReduction, lr: float, times: dict[str, float]) -> None:
         """Log the metrics of the step just completed, on rank 0."""
@@ -289,8 +313,8 @@ class TrainingLoop:
         """Begin a save of the current step in the background. Collective."""
         parts = self.parts
         parts.checkpointer.wait(self.step)
-        parts.checkpointer.save(self.step, self._state(), self.evaluations.best_set_loss(self.step))
-        self._after_save()
+        parts.checkpointer.save(self.step, self._build_state(), self.evaluations.best_set_loss(self.step))
+        self._report_save()
 
     def save_and_wait(self, is_run_complete: bool = False) -> Path:
         """Save the current step with its reference logits, unless it is saved already; return the checkpoint. Collective."""
@@ -302,9 +326,9 @@ class TrainingLoop:
                 raise self.diverged("the logits are not finite")
             parts.status.write_state("saving", self.step)
             best_loss = self.evaluations.best_set_loss(self.step)
-            parts.checkpointer.save_and_wait(self.step, self._state(), best_loss, logits, is_run_complete)
+            parts.checkpointer.save_and_wait(self.step, self._build_state(), best_loss, logits, is_run_complete)
         parts.status.write_state("running", self.step)
-        self._after_save()
+        self._report_save()
         return self._checkpoint_path(self.step)
 
     def complete(self) -> Outcome:
@@ -318,12 +342,6 @@ class TrainingLoop:
         early_stopping = self.evaluations.early_stopping
         best = self._checkpoint_path(early_stopping.best_step)
         return Outcome.early_stopped(self.run.rank_info, self.step, early_stopping, best, checkpoint)
-
-    def is_cancelled_before_training(self) -> bool:
-        """Return whether a person asked any rank to stop. From here on, ranks stop only at the end of a step. Collective."""
-        reduction = all_reduce_step(torch.zeros((), device=self.run.device), self.stop(), [], self.run.device)
-        self.stop.begin_training()
-        return reduction.stop_reason == "cancelled"
 
     def stop_early(self, reason: str) -> Outcome:
         """Save if there is time, and report why training stopped. Collective."""
@@ -340,24 +358,6 @@ class TrainingLoop:
         if reason != "cancelled":
             self.run.tracker.event("alert", outcome.message, self.step)
         return outcome
-
-    def count_skipped_step(self) -> None:
-        """Count and report a step that DeepSpeed skipped because its gradients are not finite.
-
-        Raises:
-            DivergedError: if too many steps in a row were skipped.
-        """
-        parts = self.parts
-        if parts.engine.was_step_applied():
-            self.skipped_steps.num_in_a_row = 0
-            return
-        parts.meter.skipped_steps += 1
-        if alert := self.skipped_steps.count(self.step, parts.meter.skipped_steps):
-            self.run.tracker.event("alert", alert, self.step)
-
-    def require_finite_loss(self, loss: float, name: str = "loss") -> None:
-        if not math.isfinite(loss):
-            raise self.diverged(f"the {name} is {loss}")
 
     def diverged(self, problem: str) -> DivergedError:
         """Wait for an in-flight save, and return the error. All ranks call this together. Collective."""
@@ -376,11 +376,11 @@ class TrainingLoop:
         self.parts.checkpointer.close()
         zero3.release_engine(self.parts.engine)
 
-    def _state(self) -> dict[str, Any]:
+    def _build_state(self) -> dict[str, Any]:
         counts = {"tokens": self.parts.meter.tokens, "skipped_steps": self.parts.meter.skipped_steps}
         return {**counts, **self.evaluations.state(self.step)}
 
-    def _after_save(self) -> None:
+    def _report_save(self) -> None:
         self.parts.monitor.save_s = self.parts.checkpointer.stall_s
         self.parts.monitor.beat("training", self.step)
 

@@ -107,7 +107,20 @@ class Peers:
 
     def start(self) -> Peers:
         self._write_alive()
-        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+        def watch() -> None:
+            while not self._ended.wait(_PEERS_LOOK_S):
+                if time.monotonic() - self._written_at > static.INTERVAL_S:
+                    self._write_alive()
+                # Storage may fail for a while; no machine is judged by unreadable files.
+                with suppress(OSError, LauncherError):
+                    self._look_for_cancel()
+                    if self._watches_peers and len(self._record.nodes) > 1:
+                        self._look_at_peers()
+                if self._reason and self._watches_peers:
+                    self._kill_ranks(signal.SIGKILL)
+
+        threading.Thread(target=watch, name="peers", daemon=True).start()
         return self
 
     def ranks_have_ended(self) -> None:
@@ -120,18 +133,6 @@ class Peers:
     def why_ended(self) -> str:
         """Return why the ranks were killed; empty if they were not."""
         return self._reason
-
-    def _watch(self) -> None:
-        while not self._ended.wait(_PEERS_LOOK_S):
-            if time.monotonic() - self._written_at > static.INTERVAL_S:
-                self._write_alive()
-            # Storage may fail for a while; no machine is judged by unreadable files.
-            with suppress(OSError, LauncherError):
-                self._look_for_cancel()
-                if self._watches_peers and len(self._record.nodes) > 1:
-                    self._look_at_peers()
-            if self._reason and self._watches_peers:
-                self._kill_ranks(signal.SIGKILL)
 
     def _write_alive(self) -> None:
         with suppress(OSError):

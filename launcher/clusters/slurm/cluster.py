@@ -23,7 +23,6 @@ from launcher.run_records import RUNNING_STATES, Attempt, CancelRequest, Status
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection
-    from launcher.config.sections.slurm import SlurmSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
     from launcher.plan.retry import Decision
 
@@ -156,6 +155,7 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
     Raises:
         SubmitError: if the job cannot be requeued and another submission is rejected.
     """
+    from launcher.clusters.slurm import sbatch
     from launcher.config.sections.slurm import SlurmSection
 
     section = SlurmSection.of(plan.config.cluster)
@@ -165,7 +165,12 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
     exclude = ",".join(filter(None, (section.additional_parameters.get("exclude"), *decision.exclude)))
     if section.requeue:
         try:
-            has_exclusions = decision.exclude or _has_other_exclusions(job, section, retry_s)
+            has_exclusions = bool(decision.exclude)
+            if section.leaves_out_bad_nodes and not has_exclusions:
+                # The job keeps excluding a bad node that an earlier requeue excluded while enough nodes are left.
+                with suppress(SlurmError):
+                    excluded = queue.details(job, retry_s).get("ExcNodeList", _NO_NODES)
+                    has_exclusions = excluded not in (_NO_NODES, section.additional_parameters.get("exclude"))
             _requeue(job, exclude if has_exclusions else None, retry_s)
             return
         except SlurmError as error:
@@ -173,18 +178,21 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
             # The disk with the job's output may be full.
             with suppress(OSError):
                 print(f"the job cannot be requeued ({problem.value or problem.message}); submitting another job", flush=True)
-    _submit_again(plan, run, job, exclude)
-
-
-def _has_other_exclusions(job: str, section: SlurmSection, retry_s: float) -> bool:
-    """Return whether an earlier requeue excluded a bad node; the job keeps excluding it while enough nodes are left."""
-    if not section.leaves_out_bad_nodes:
-        return False
+    options = {**section.additional_parameters, **({"exclude": exclude} if exclude else {}), "dependency": f"afterany:{job}"}
+    cluster = section.model_copy(update={"additional_parameters": options})
+    changed_plan = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
+    resume_step = store.newest_step(run.checkpoints)
+    # Another command may be starting an attempt.
+    with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
+        number = run_store.create_attempt(run, Attempt(resume_step, automatic=True))
+        path = run_store.write_plan(run, number, changed_plan)
     try:
-        excluded = queue.details(job, retry_s).get("ExcNodeList", _NO_NODES)
-    except SlurmError:
-        return False
-    return excluded not in (_NO_NODES, section.additional_parameters.get("exclude"))
+        next_job = sbatch.submit(changed_plan, path)
+    except SubmitError as error:
+        message = f"the run could not be submitted again: {error.problems[0].message}: {error.problems[0].value}"
+        run_store.update_status(run, state="failed", message=message)
+        raise
+    json_records.write(submission_file(run, number), SlurmSubmission(next_job, time.time()))
 
 
 def _requeue(job: str, exclude: str | None, retry_s: float) -> None:
@@ -211,28 +219,6 @@ def _requeue(job: str, exclude: str | None, retry_s: float) -> None:
         except SlurmError:
             run_command("scancel", job)
             raise
-
-
-def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None:
-    from launcher.clusters.slurm import sbatch
-    from launcher.config.sections.slurm import SlurmSection
-
-    section = SlurmSection.of(plan.config.cluster)
-    options = {**section.additional_parameters, **({"exclude": exclude} if exclude else {}), "dependency": f"afterany:{job}"}
-    cluster = section.model_copy(update={"additional_parameters": options})
-    changed_plan = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
-    resume_step = store.newest_step(run.checkpoints)
-    # Another command may be starting an attempt.
-    with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
-        number = run_store.create_attempt(run, Attempt(resume_step, automatic=True))
-        path = run_store.write_plan(run, number, changed_plan)
-    try:
-        next_job = sbatch.submit(changed_plan, path)
-    except SubmitError as error:
-        message = f"the run could not be submitted again: {error.problems[0].message}: {error.problems[0].value}"
-        run_store.update_status(run, state="failed", message=message)
-        raise
-    json_records.write(submission_file(run, number), SlurmSubmission(next_job, time.time()))
 
 
 def submission_file(run: RunDir, attempt: int) -> Path:

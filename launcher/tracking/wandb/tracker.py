@@ -160,7 +160,16 @@ class WandbTracker:
             self._offline = not is_online(self._plan.config.tracking.mode)
             self._start_session()
             while (call := self._calls.get()) is not None:
-                self._execute(call)
+                if self._session is None:
+                    continue
+                try:
+                    call(self._session)
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}"
+                    self._report(f"W&B's process failed: {reason}; what it lacks is sent at the end of the attempt")
+                    kill_core()
+                    leave_core()
+                    self._session = None
             if self._session is None and not self._failure:
                 self._start_session()
             if self._session is not None:
@@ -186,18 +195,6 @@ class WandbTracker:
         command = sync_command(self._run, self._plan.wandb_id, self._session) if self._offline else None
         where = f"see it at {self._session.url}" if self._session.url else "offline"
         self._send_event("info", f"Weights & Biases: {where}", url=self._session.url, sync_command=command)
-
-    def _execute(self, call: Callable[[Session], None]) -> None:
-        if self._session is None:
-            return
-        try:
-            call(self._session)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            self._report(f"W&B's process failed: {reason}; what it lacks is sent at the end of the attempt")
-            kill_core()
-            leave_core()
-            self._session = None
 
 
 class Session:
