@@ -189,7 +189,7 @@ def test_a_taken_port_and_a_root_that_cannot_be_written_are_refused(tmp_path: Pa
 
 
 def test_a_public_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "_interfaces", lambda: {"eth0": ["8.8.4.4"]})
+    monkeypatch.setattr(network, "_list_interfaces", lambda: {"eth0": ["8.8.4.4"]})
     with pytest.raises(SubmitError, match="public address"):
         head_endpoint(NodeIdentity(0, 2, "8.8.4.4", 29500), None)
     assert head_endpoint(NodeIdentity(0, 2, "8.8.4.4", 29500), "eth0") == network.Endpoint("8.8.4.4", "eth0")
@@ -197,8 +197,8 @@ def test_a_public_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_address_of_a_service_or_of_localhost_leaves_the_choice_to_the_default_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "_interfaces", lambda: {"lo": ["127.0.0.1"], "eth0": ["10.1.0.7"], "ib0": ["10.9.0.7"]})
-    monkeypatch.setattr(network, "_routed_from", lambda peer: network.Endpoint("10.1.0.7", "eth0"))
+    monkeypatch.setattr(network, "_list_interfaces", lambda: {"lo": ["127.0.0.1"], "eth0": ["10.1.0.7"], "ib0": ["10.9.0.7"]})
+    monkeypatch.setattr(network, "_find_route_to", lambda peer: network.Endpoint("10.1.0.7", "eth0"))
     for host in ("localhost", "10.96.0.1"):
         assert network.endpoint_of(host, None) == network.Endpoint("10.1.0.7", "eth0")
     assert network.endpoint_of("10.9.0.7", None) == network.Endpoint("10.9.0.7", "ib0")

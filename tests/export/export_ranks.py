@@ -97,8 +97,8 @@ def main(plan_path: str, checkpoint: str, limited: int) -> None:
     """
     rank, world_size = meet()
     plan = LaunchPlan.load(plan_path)
-    task_of = finish._export_task
-    finish._export_task = lambda *parts: replace(task_of(*parts), max_file_bytes=20_000)
+    task_of = finish._build_export_task
+    finish._build_export_task = lambda *parts: replace(task_of(*parts), max_file_bytes=20_000)
     if rank == limited:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))

@@ -182,9 +182,9 @@ def test_an_evaluation_that_a_preemption_skipped_is_made_after_the_resume(
     stopped = EvaluatedLoop(plan_of("eval.every=4", "train.max_steps=6"), 6, losses)
     stopped.parts.meter.tokens = 0
     stopped.step = 4
-    assert stopped._state()["is_evaluated"] is False
+    assert stopped._build_state()["is_evaluated"] is False
     stopped.evaluate("at step 4")
-    assert stopped._state()["is_evaluated"] is True
+    assert stopped._build_state()["is_evaluated"] is True
     for is_missing in (True, False):
         resumed = EvaluatedLoop(plan_of("eval.every=4", "train.max_steps=6"), 6, losses)
         resumed.step, resumed.evaluations.is_missing = step, is_missing

@@ -157,7 +157,7 @@ def measure_link() -> tuple[float, float, float]:
     measured = bandwidth.measure_bus_bandwidth(CPU)
     cost_s = time.perf_counter() - started
     times = iter([9.0, *([1e-3, 9.0, 2e-3] if rank == 0 else [1e-3, 4e-3, 5e-3])])
-    bandwidth._seconds = lambda buffer: next(times)
+    bandwidth._time_all_reduce = lambda buffer: next(times)
     return measured, cost_s, bandwidth.measure_bus_bandwidth(CPU)
 
 

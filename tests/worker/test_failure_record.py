@@ -32,7 +32,7 @@ from launcher.worker.ranks import rank_main
 def fail(*_):
     raise ValueError("lost the connection to a peer \\ud800")
 
-rank_main._run = fail
+rank_main.RankEnv.from_environ = fail
 rank_main.main("plan.json", 1)
 """
 RAISED = FailureRecord(3, "IndexError", "IndexError: as it says", at=100.0, exit_code=1, log="/log", step=43)

@@ -34,16 +34,8 @@ def measure_bus_bandwidth(device: torch.device, repeats: int = 3) -> float:
     speed for any n. With one rank it is 0. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
     """
     buffer = torch.zeros(_BYTES[device.type] // 4, dtype=torch.float32, device=device)
-
-    def time_all_reduce() -> float:
-        _synchronize(device)
-        started = time.perf_counter()
-        dist.all_reduce(buffer)
-        _synchronize(device)
-        return time.perf_counter() - started
-
-    time_all_reduce()
-    seconds = torch.tensor(statistics.median(time_all_reduce() for _ in range(repeats)), device=device)
+    _time_all_reduce(buffer)
+    seconds = torch.tensor(statistics.median(_time_all_reduce(buffer) for _ in range(repeats)), device=device)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     num_ranks = dist.get_world_size()
     return buffer.nbytes / seconds.item() * 2 * (num_ranks - 1) / num_ranks / 1e9
@@ -76,6 +68,14 @@ def bandwidth_warning(plan: LaunchPlan, gb_per_s: float) -> str:
         "NCCL_DEBUG=INFO to see which one NCCL chose, check that the container sees InfiniBand or RoCE, or raise "
         "train.micro_batch_size"
     )
+
+
+def _time_all_reduce(buffer: torch.Tensor) -> float:
+    _synchronize(buffer.device)
+    started = time.perf_counter()
+    dist.all_reduce(buffer)
+    _synchronize(buffer.device)
+    return time.perf_counter() - started
 
 
 def _synchronize(device: torch.device) -> None:
