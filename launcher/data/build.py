@@ -15,9 +15,8 @@ from launcher.config.sections.evaluation import EvalSet
 from launcher.data import cache_store, row_layout
 from launcher.data.cache_store import cache_key
 from launcher.data.checks import findings
-from launcher.data.corpus import EncodedCorpus, Progress, read_corpus
+from launcher.data.corpus import EncodedCorpus, Progress, read_corpus, select_documents
 from launcher.data.packing import RowLayout
-from launcher.data.selection import select_documents
 from launcher.data.sources.formats import rank_keys
 from launcher.data.sources.reading import check_sources, describe_origin, list_inputs, make_set_data, name_set
 from launcher.data.split import write_origins

@@ -84,9 +84,18 @@ def inspect(
         parts = list(_list_parts(document, rendering, data.train_on))
         hashes, signed, text = _compute_hashes(document, parts)
         identities.append((hashes, signed))
-        trained_parts = _list_trained_parts(document, parts, data.system)
-        if trained_parts is not parts:
-            text = overlap.normalize("\n".join([part.text for part in trained_parts]))
+        trained_parts = parts
+        if isinstance(document, Chat):
+            # data.system stands in for the row's own system text, and speakers have names. Neither changes the identity of a
+            # document, because the split and the duplicates depend on the row's own text.
+            if data.system is not None:
+                first = int(bool(document.tools))
+                rest = parts[first + (document.messages[0].role == "system") :]
+                trained_parts = [*parts[:first], _TextPart("data.system", data.system, None), *rest]
+            names = [(i, message.name) for i, message in enumerate(document.messages) if message.name]
+            trained_parts = [*trained_parts, *(_TextPart(f"messages[{i}].name", name, None) for i, name in names)]
+            if names or data.system is not None:
+                text = overlap.normalize("\n".join([part.text for part in trained_parts]))
         text_hits = _check_texts(trained_parts, text, patterns.find_candidates(text.encode()), special_texts)
         split = [] if rendering.raw else [token for token in split_tokens if token in rendering.text]
         split_hits = [CheckHit("split_control_token", f"{', '.join(split)}: not a token of this tokenizer")] if split else []
@@ -159,22 +168,6 @@ def _list_parts(document: Document, rendered: RenderedDocument, train_on: TrainO
             yield _TextPart("completion", completion, completion)
         case PlainText(text=text):
             yield _TextPart("text", text, None)
-
-
-def _list_trained_parts(document: Document, parts: list[_TextPart], system: str | None) -> list[_TextPart]:
-    """Return the parts with data.system instead of the row's own system text, and with the names of the speakers.
-
-    Neither changes the identity of a document, because the split and the duplicates depend on the row's own text.
-    """
-    if not isinstance(document, Chat):
-        return parts
-    messages = document.messages
-    names = [_TextPart(f"messages[{i}].name", message.name, None) for i, message in enumerate(messages) if message.name]
-    if system is None:
-        return [*parts, *names] if names else parts
-    num_before = int(bool(document.tools))
-    has_system = messages[0].role == "system"
-    return [*parts[:num_before], _TextPart("data.system", system, None), *parts[num_before + has_system :], *names]
 
 
 def _write_message(message: Message, reasoning: str | None) -> str:

@@ -13,7 +13,7 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, overlap
 from launcher.data.checks.findings import CheckHit
 from launcher.data.checks.inspection import Inspection, inspect
-from launcher.data.selection import CheckedDocuments, collect_findings, select_dropped
+from launcher.data.corpus import CheckedDocuments, collect_findings, select_dropped
 from launcher.data.sources.documents import Chat, Document, Message, PlainText
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 
