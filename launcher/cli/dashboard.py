@@ -18,7 +18,22 @@ _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
 
 def publish_workspace(arguments: argparse.Namespace) -> int:
     """Create or update the workspace and print its address, or print what would be sent."""
-    target = _find_target(arguments.target, Path(arguments.root))
+    name = arguments.target
+    try:
+        run_dir: RunDir | None = run_store.find_run(name, Path(arguments.root))
+    except SubmitError:
+        run_dir = None
+    if run_dir is not None:
+        # It names the project that this user's key writes to.
+        owners.require_run(run_dir.root)
+        plan = run_store.load_plan(run_dir)
+        tracking = plan.config.tracking
+        target = Target(tracking.project, tracking.entity, plan.wandb_id, plan.run_name)
+    elif (matched := _PROJECT.fullmatch(name)) is not None:
+        target = Target(matched["project"], matched["entity"])
+    else:
+        message, remedy = "this is neither a run nor a W&B project", "write RUN, PROJECT or ENTITY/PROJECT"
+        raise ConfigError(message, where="dashboard", value=name, remedy=remedy)
     if arguments.dry_run:
         print(as_json(target))
         return 0
@@ -45,26 +60,3 @@ def publish_workspace(arguments: argparse.Namespace) -> int:
         ) from error
     print(f"dashboard: {address}")
     return 0
-
-
-def _find_target(name: str, root: Path) -> Target:
-    """Return the run with that name, or else a project."""
-    try:
-        run_dir: RunDir | None = run_store.find_run(name, root)
-    except SubmitError:
-        run_dir = None
-    if run_dir is not None:
-        # It names the project that this user's key writes to.
-        owners.require_run(run_dir.root)
-        plan = run_store.load_plan(run_dir)
-        tracking = plan.config.tracking
-        return Target(tracking.project, tracking.entity, plan.wandb_id, plan.run_name)
-    matched = _PROJECT.fullmatch(name)
-    if matched is None:
-        raise ConfigError(
-            "this is neither a run nor a W&B project",
-            where="dashboard",
-            value=name,
-            remedy="write RUN, PROJECT or ENTITY/PROJECT",
-        )
-    return Target(matched["project"], matched["entity"])

@@ -112,11 +112,17 @@ class BasePrompts:
         examples = self._examples[: style.shots]
         if style.form == CHAT:
             return _make_batch([self._write_chat(question, examples, style.instruction) for question in questions], ())
+        shown = []
+        for example in examples:
+            document, answer = example.document, example.reference
+            # A space precedes the answer unless the text has its own.
+            has_space = isinstance(document, Completion) and (document.prompt[-1:].isspace() or not answer[:1].isspace())
+            shown.append(f"{_write_question(example)}{'' if has_space else ' '}{answer.strip()}")
         prompts = []
         for question in questions:
             messages = question.document.messages if isinstance(question.document, Chat) else ()
             system = "\n\n".join(message.content for message in messages if message.role == "system")
-            parts = [*filter(None, (system, style.instruction)), *map(_write_example, examples), _write_question(question)]
+            parts = [*filter(None, (system, style.instruction)), *shown, _write_question(question)]
             text = Completion(question.where, self._separator.join(parts), "")
             prompts.append(_encode_question(self._encoder, replace(question, document=text)))
         has_labels = any(isinstance(question.document, Chat) for question in questions)
@@ -178,13 +184,6 @@ def _write_question(question: EvalQuestion) -> str:
         return f"{_QUESTION} {messages[0].content.strip()}\n{_ANSWER}"
     lines = [f"{_ROLES.get(message.role, message.role)}: {message.content.strip()}" for message in messages]
     return "\n".join([*lines, "Assistant:"])
-
-
-def _write_example(example: EvalQuestion) -> str:
-    """Return an example's question and answer as text, with a space between them unless the text has its own."""
-    document, answer = example.document, example.reference
-    has_space = isinstance(document, Completion) and (document.prompt[-1:].isspace() or not answer[:1].isspace())
-    return f"{_write_question(example)}{'' if has_space else ' '}{answer.strip()}"
 
 
 def list_shots(setting: Literal["auto"] | int) -> tuple[int, ...]:

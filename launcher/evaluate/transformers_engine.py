@@ -126,23 +126,23 @@ class TransformersEngine:
             elif prefix is not None:
                 options["cache"] = prefix.copy_cache(len(prompts))
             output = self.model.generate(input_ids, attention_mask=mask, generation_config=settings, **options)
-        return [self._read_answer(row.tolist(), stop_strings) for row in output[:, width:]]
+        answers = []
+        for row in output[:, width:].tolist():
+            end = next((i for i, token in enumerate(row) if token in self._stop_ids), None)
+            kept = row[:end]
+            while kept and kept[-1] == self._pad_id:
+                # Remove the padding of an answer that ended before others.
+                kept.pop()
+            text = self._tokenizer.decode(kept, skip_special_tokens=True)
+            cut = cut_at(text, stop_strings)
+            answers.append(GeneratedIds(tuple(kept), cut, end is not None or len(cut) < len(text)))
+        return answers
 
     def close(self) -> None:
         self._shared = None
         del self.model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _read_answer(self, ids: list[int], stop_strings: Sequence[str]) -> GeneratedIds:
-        end = next((i for i, token in enumerate(ids) if token in self._stop_ids), None)
-        kept = ids[:end]
-        while kept and kept[-1] == self._pad_id:
-            # Remove the padding of an answer that ended before others.
-            kept.pop()
-        text = self._tokenizer.decode(kept, skip_special_tokens=True)
-        cut = cut_at(text, stop_strings)
-        return GeneratedIds(tuple(kept), cut, end is not None or len(cut) < len(text))
 
 
 def cut_at(text: str, stop_strings: Sequence[str]) -> str:
