@@ -1,4 +1,7 @@
-"""The command line in separate processes in which importing a heavy package fails."""
+"""The command line in separate processes in which importing a heavy package fails.
+
+Shell completion in a real bash, and its speed without heavy imports.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,26 @@ import importlib.util
 import json
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import pytest
-from forked import preloaded
+from forked import Launch, preloaded
 
 from launcher import __version__
+from launcher.cli import completion
+from launcher.cli.completion import WORDS_VARIABLE, complete
 from launcher.cli.main import main
 from launcher.cli.verbs import VERBS
+from launcher.data import cache_dir
 from launcher.plan.launch_plan import LaunchPlan
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 REPO = Path(__file__).resolve().parents[2]
-
 # Runs first in each process and ends it when it imports a forbidden package.
 WALL = """\
 import sys
@@ -38,6 +42,7 @@ class Wall:
 sys.meta_path.insert(0, Wall())
 """
 TORCH = ("torch", "deepspeed", "transformers", "datasets", "ray", "wandb")
+KEYS = {"train.max_steps": ["null"], "model.dtype": ["auto", "bf16"]}
 # Modules that commands import; none may import a forbidden package.
 IMPORTED = (
     *(
@@ -49,7 +54,7 @@ IMPORTED = (
 
 
 @pytest.fixture
-def walled(launch: Run, tmp_path: Path) -> Run:
+def walled(launch: Launch, tmp_path: Path) -> Launch:
     """Run the launcher in a new process that fails if it imports one of `forbidden`."""
 
     def run(*arguments: str, forbidden: tuple[str, ...] = TORCH, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -63,7 +68,7 @@ def walled(launch: Run, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
-def forked(launcher_env: dict[str, str]) -> Run:
+def forked(launcher_env: dict[str, str]) -> Launch:
     """Run the launcher in a forked process that fails if it imports a package of TORCH."""
 
     def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -79,13 +84,13 @@ def empty(tmp_path: Path) -> Path:
     return tmp_path / "empty"
 
 
-def test_the_import_block_of_these_tests_works(walled: Run) -> None:
+def test_the_import_block_of_these_tests_works(walled: Launch) -> None:
     assert walled("plan", "model=tiny", forbidden=("pydantic",)).returncode == 77
     assert preloaded(*IMPORTED, forbidden=TORCH).run("torch").returncode == 77
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["help"]])
-def test_help_imports_only_the_standard_library(walled: Run, arguments: list[str]) -> None:
+def test_help_imports_only_the_standard_library(walled: Launch, arguments: list[str]) -> None:
     before = os.times()
     done = walled(*arguments, forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
     after = os.times()
@@ -102,7 +107,7 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> N
     assert f"python -m launcher {verb}" in capsys.readouterr().out.replace("[train]", "train")
 
 
-def test_a_plan_needs_no_torch_and_works_from_anywhere(launch: Run, walled: Run, empty: Path) -> None:
+def test_a_plan_needs_no_torch_and_works_from_anywhere(launch: Launch, walled: Launch, empty: Path) -> None:
     # Another process probes an unknown model with torch. This first command stores the result.
     assert launch("plan", "model=tiny", "data.packing=false", cwd=empty).returncode == 0
     done = walled("plan", "model=tiny", "data.packing=false", cwd=empty)
@@ -126,7 +131,7 @@ def test_a_plan_needs_no_torch_and_works_from_anywhere(launch: Run, walled: Run,
     assert list(empty.iterdir()) == []
 
 
-def test_plan_json_can_be_loaded(forked: Run, empty: Path) -> None:
+def test_plan_json_can_be_loaded(forked: Launch, empty: Path) -> None:
     done = forked("plan", "--json", "model=tiny", "optim.lr=0.5", cwd=empty)
     assert done.returncode == 0, done.stderr
     values = json.loads(done.stdout)
@@ -159,7 +164,7 @@ def test_help_and_version_are_shown_where_people_look_for_them(
     assert texts[0] == texts[1] != ""
 
 
-def test_version_lists_the_packages_and_imports_none(walled: Run) -> None:
+def test_version_lists_the_packages_and_imports_none(walled: Launch) -> None:
     done = walled("--version", forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
     assert (done.returncode, done.stderr) == (0, "")
     versions = dict(line.split() for line in done.stdout.splitlines())
@@ -205,7 +210,7 @@ def test_a_name_that_a_run_has_is_refused_before_anything_that_takes_time(
     assert not [*(tmp_path / "cache").glob("*")], "neither data nor the verdict of a probe"
 
 
-def test_only_debug_shows_a_traceback(forked: Run) -> None:
+def test_only_debug_shows_a_traceback(forked: Launch) -> None:
     assert "Traceback" in forked("plan", "model=tyni", "--debug").stderr
 
 
@@ -229,7 +234,9 @@ def test_an_empty_root_lists_nothing(capsys: pytest.CaptureFixture[str], empty: 
     assert json.loads(capsys.readouterr().out) == []
 
 
-def test_a_closed_pipe_ends_the_command_without_a_traceback(launch_here: Run, launcher_env: dict[str, str], empty: Path) -> None:
+def test_a_closed_pipe_ends_the_command_without_a_traceback(
+    launch_here: Launch, launcher_env: dict[str, str], empty: Path
+) -> None:
     # The first command reports one-time work on standard error, which would otherwise appear below.
     assert launch_here("plan", "model=tiny", cwd=empty).returncode == 0
     read_end, write_end = os.pipe()
@@ -259,7 +266,7 @@ def test_with_json_an_error_is_one_object(capsys: pytest.CaptureFixture[str]) ->
     assert [problem["value"] for problem in error["problems"]] == ["0", "1"]
 
 
-def test_secrets_of_the_environment_are_not_in_the_plan(forked: Run, empty: Path) -> None:
+def test_secrets_of_the_environment_are_not_in_the_plan(forked: Launch, empty: Path) -> None:
     canaries = {"HF_TOKEN": "hf_" + "Canary" * 5, "WANDB_API_KEY": "cafe" * 10, "MY_PASSWORD": "canary-canary-canary"}
     done = forked("plan", "--json", "model=tiny", cwd=empty, **canaries)
     assert done.returncode == 0, done.stderr
@@ -296,3 +303,140 @@ def test_an_older_python_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         runpy.run_module("launcher", run_name="__main__")
     assert refusal.value.code == 2
     assert capsys.readouterr().err.startswith("Python 3.11 or newer is needed")
+
+
+# Simulates TAB: the shell sets COMP_LINE and COMP_POINT, calls the function and reads COMPREPLY.
+PRESS_TAB = """\
+eval "$(launcher completion bash)"
+COMP_LINE={line}; COMP_POINT=${{#COMP_LINE}}
+compopt() {{ printf 'compopt %s\n' "$2" >&2; }}
+_launcher_complete
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.fixture(scope="module")
+def env(launcher_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment with a `launcher` command and a separate cache of completion words."""
+    folder = tmp_path_factory.mktemp("completion")
+    command = folder / "launcher"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
+    command.chmod(0o755)
+    return {**launcher_env, "PATH": f"{folder}:{os.environ['PATH']}", "LAUNCHER_CACHE": str(folder / "cache")}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with two runs, a folder whose name is unsafe in a shell, and a folder that is no run."""
+    for name in ("first-run", "second-run", "$(touch planted)", "no-run"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        if name != "no-run":
+            (tmp_path / "runs" / name / "status.json").write_text("{}")
+    return tmp_path
+
+
+def tab(line: str, env: dict[str, str], folder: Path) -> tuple[list[str], str]:
+    """Return the completions offered to bash at the end of `line`, and the arguments passed to compopt."""
+    script = PRESS_TAB.format(line=shlex.quote(line))
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, cwd=folder, timeout=180)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(), done.stderr
+
+
+@pytest.mark.rest
+def test_a_tab_in_bash(env: dict[str, str], folder: Path) -> None:
+    assert tab("launcher ", env, folder) == (sorted(VERBS), "")
+    assert tab("launcher repo", env, folder)[0] == ["report"]
+    assert tab("launcher status ", env, folder)[0] == ["first-run", "second-run"]
+    assert tab("launcher diff first-run ", env, folder)[0] == ["second-run"]
+    assert tab("launcher config fir", env, folder)[0] == ["first-run"]
+    assert tab("launcher rm --ye", env, folder)[0] == ["--yes"]
+    # bash replaces only the text after the equals sign, so candidates omit the key.
+    assert tab("launcher plan model=qwen3_8", env, folder) == (["qwen3_8b"], "")
+    assert tab("launcher plan model.dtype=b", env, folder)[0] == ["bf16"]
+    assert tab("launcher plan train.max_st", env, folder) == (["train.max_steps="], "compopt nospace\n")
+    assert "slurm" in tab("launcher plan model=tiny +cluster=", env, folder)[0]
+    assert not (folder / "planted").exists()
+
+
+def test_an_answer_is_quick_and_imports_nothing_heavy(env: dict[str, str], folder: Path) -> None:
+    heavy = ("torch", "hydra", "omegaconf", "pydantic", "transformers", "ray", "rich", "numpy")
+    code = (
+        "import sys, resource\nfrom launcher.cli.main import main\nmain(['completion', 'bash'])\n"
+        f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF); print(used.ru_utime + used.ru_stime, file=sys.stderr)"
+    )
+    question = {**env, WORDS_VARIABLE: "launcher\nplan\ntrain.max_st"}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=question, cwd=folder, timeout=120)
+        assert done.stdout == "train.max_steps=\n", done.stderr
+    imported, seconds = done.stderr.splitlines()
+    assert imported == "[]"
+    # Typically 0.07 s of one core; the limit allows for a busy machine.
+    assert float(seconds) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("words", "candidates"),
+    [
+        (["model.dtype=b"], ["model.dtype=bf16"]),
+        (["resume", "x", "train.max"], ["train.max_steps="]),
+        (["plan", "++model.d"], ["++model.dtype="]),
+        (["plan", "train"], ["train."]),
+        (["status", "model"], []),
+        (["completion", ""], ["bash", "fish", "zsh"]),
+        (["drill", "--fault", "kill"], ["kill-node", "kill-rank"]),
+        (["data", "--scored", ""], ["demo"]),
+        (["rm", "--ye"], ["--yes"]),
+        (["rm", ""], ["demo"]),
+        (["rm", "~"], []),
+        (["clus"], ["cluster.", "cluster="]),
+    ],
+)
+def test_candidates(words: list[str], candidates: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "--yes", "~root"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "status.json").touch()
+    assert complete(words, KEYS if words != ["clus"] else {"cluster.kind": []}) == candidates
+
+
+def test_options_of_a_folder_on_the_command_line_are_offered(tmp_path: Path) -> None:
+    (tmp_path / "my_conf/model").mkdir(parents=True)
+    (tmp_path / "my_conf/model/ours.yaml").touch()
+    before = ["plan", "--config-dir", str(tmp_path / "my_conf")]
+    assert complete([*before, "model=our"], KEYS) == ["model=ours"]
+
+
+def test_the_words_are_stored_for_each_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path))
+    built: list[int] = []
+
+    def build() -> dict[str, list[str]]:
+        built.append(1)
+        return KEYS
+
+    monkeypatch.setattr(completion, "_build_keys", build)
+    assert completion.read_keys() == completion.read_keys() == KEYS
+    (file,) = (cache_dir.cache_root() / "completion").iterdir()
+    assert json.loads(file.read_text())["train.max_steps"] == ["null"]
+    file.write_text("{")
+    assert completion.read_keys() == KEYS
+    monkeypatch.setattr(completion, "_newest_source", lambda: 5)
+    assert completion.read_keys() == KEYS
+    assert len(built) == 3
+    assert [path.name for path in file.parent.iterdir()] == ["0.1.0-5.json"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_each_shell(shell: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completion, "read_keys", lambda: KEYS)
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert WORDS_VARIABLE in script
+    assert "%" not in script.replace("%s", "").replace('%"${word', "")
+
+
+def test_an_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "csh"]) == 2
+    assert "bash" in capsys.readouterr().err

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from forked import preloaded
+from forked import Launch, preloaded
 from http_server import Answer, Request, serving
 
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.metrics import SECTIONS
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 class Views:

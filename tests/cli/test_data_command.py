@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import pytest
+from forked import Launch
 
 from launcher.data.tokenization.batch_encoder import MIN_BYTES
 from launcher.plan.quantities import format_size
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = ("model=tiny", "data=jsonl", "data.max_length=128", "data.workers=1", "tracking=none")
 EVIL = "<script>alert(1)</script> [bold]not markup[/bold]"
 KEY = "sk-proj-" + "aB3" * 12
@@ -43,7 +42,7 @@ def leaking(rows: Path, tmp_path: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.rest
-def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Run, rows: Path, tmp_path: Path) -> None:
+def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Launch, rows: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     # Long enough for two documents to fit in a row.
     longer = tuple(setting.replace("max_length=128", "max_length=256") for setting in SETTINGS)
@@ -78,7 +77,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Run, rows: Path, t
     assert re.search(r"^source +epochs +rows +tokens +share +trained", shown, re.MULTILINE)
 
 
-def test_the_report_for_programs_needs_no_scheduler(launch_here: Run, rows: Path, tmp_path: Path) -> None:
+def test_the_report_for_programs_needs_no_scheduler(launch_here: Launch, rows: Path, tmp_path: Path) -> None:
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "cluster=slurm")
     done = launch_here("data", *settings, "--json", "--show=1", cwd=tmp_path, SLURM_CONF="/nowhere")
     assert done.returncode == 0, done.stderr
@@ -91,7 +90,7 @@ def test_the_report_for_programs_needs_no_scheduler(launch_here: Run, rows: Path
 
 
 def test_token_ids_beyond_the_embedding_refuse_the_report_as_they_refuse_the_plan(
-    launch_here: Run, rows: Path, tmp_path: Path
+    launch_here: Launch, rows: Path, tmp_path: Path
 ) -> None:
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "model.config.vocab_size=100")
     for verb in ("data", "plan"):
@@ -106,7 +105,7 @@ def imported(stderr: str) -> set[str]:
 
 
 @pytest.mark.rest
-def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path: Path) -> None:
+def test_a_file_of_real_size_is_built_by_several_processes(launch: Launch, tmp_path: Path) -> None:
     """Workers import the main module of the building process, so only the real command shows what they load."""
     random, words = Random(0), "apple river stone cloud light music paper green window garden".split()  # noqa: SIM905
     num_rows = 1000
@@ -126,11 +125,11 @@ def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path
 
 @pytest.mark.rest
 def test_a_finished_cache_is_reported_without_a_second_process(
-    launch: Run, launch_here: Run, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launch: Launch, launch_here: Launch, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
 
-    def answers(run: Run, **env: str) -> list[subprocess.CompletedProcess[str]]:
+    def answers(run: Launch, **env: str) -> list[subprocess.CompletedProcess[str]]:
         """Return the report as text, as JSON and as an HTML page."""
         page = tmp_path / "page.html"
         return [
@@ -155,7 +154,7 @@ def test_a_finished_cache_is_reported_without_a_second_process(
 
 
 @pytest.mark.rest
-def test_held_out_rows_in_training_refuse_report_and_run(launch_here: Run, leaking: tuple[str, ...], tmp_path: Path) -> None:
+def test_held_out_rows_in_training_refuse_report_and_run(launch_here: Launch, leaking: tuple[str, ...], tmp_path: Path) -> None:
     runs = f"run.root={tmp_path / 'runs'}"
     reported = launch_here("data", *leaking, cwd=tmp_path)
     assert reported.returncode == 2
@@ -180,7 +179,7 @@ def test_held_out_rows_in_training_refuse_report_and_run(launch_here: Run, leaki
         (["--html", "notes.html"], "not a page of the launcher"),
     ],
 )
-def test_invalid_options_are_refused_at_once(launch_here: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_invalid_options_are_refused_at_once(launch_here: Launch, tmp_path: Path, arguments: list[str], words: str) -> None:
     (tmp_path / "notes.html").write_text("mine")
     done = launch_here("data", *SETTINGS, "data.path=rows.jsonl", *arguments, cwd=tmp_path)
     assert done.returncode == 2

@@ -7,17 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 from fake_wandb import KEY, FakeWandb, fake_wandb
-from forked import ForkingSubprocess, preloaded
+from forked import ForkingSubprocess, Launch, preloaded
 from http_server import Answer, Request, serving
 from pace import wait_for
-from plan_fixtures import config_of
+from plan_fixtures import ConfigOf, config_of
 
 from launcher.cli import accounts
 from launcher.cli.accounts import check_accounts, is_gated
@@ -27,7 +27,6 @@ from launcher.config.schema import RunConfig
 
 __all__ = ["config_of"]
 
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 TOKEN = "hf_" + "abcdefgh" * 4
 CHECKS = {"W&B", "Hub", "machine", "packages", "GPUs", "torch", "all-reduce", "/dev/shm", "run.root", "caches"}
 
@@ -124,7 +123,7 @@ def of(name: str, config: RunConfig) -> CheckResult:
 
 
 def test_a_wandb_login_is_missing_refused_or_accepted(
-    wandb: FakeWandb, config_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+    wandb: FakeWandb, config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = of("W&B", config_of())
     assert missing.verdict == WARNING
@@ -153,7 +152,7 @@ def answer_one_token(request: Request) -> Answer:
 
 
 def test_a_hub_token_is_missing_refused_accepted_or_not_checked(
-    wandb: FakeWandb, config_of: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    wandb: FakeWandb, config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     config = config_of("tracking.mode=offline")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from forked import Launch
 
 from launcher.cli.drill import Records, Step, judge, report_rows
 from launcher.clusters.backends import InjectedFault
@@ -119,9 +118,7 @@ def test_a_run_that_loses_more_than_it_may_has_not_recovered(records: Records, c
         (["--fault", "hang", "model=tiny", "checkpoint.save_every=1"], "checkpoint.save_every"),
     ],
 )
-def test_invalid_drills_are_refused(
-    launch_here: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str], message: str, tmp_path: object
-) -> None:
+def test_invalid_drills_are_refused(launch_here: Launch, arguments: list[str], message: str, tmp_path: object) -> None:
     done = launch_here("drill", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr

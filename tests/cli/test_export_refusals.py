@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import Launch
 
 from launcher import json_records, run_store
 from launcher.cli import export
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import re
 import shutil
-import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked import Launch
 from hand_made import TOKEN, made_verdict
 
 from launcher import atomic_files, run_store
@@ -19,8 +18,6 @@ from launcher.cli.report import _read_run_files, page, thin_out
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_the_report_of_one_run_has_all_sections(launch: Launch, run: RunDir) -> None:

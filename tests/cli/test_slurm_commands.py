@@ -7,15 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import Launch
 from testbed_cluster import Testbed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
 
 @pytest.fixture
-def site(launch_here: Run, slurm_cluster: Testbed, tmp_path: Path) -> Run:
+def site(launch_here: Launch, slurm_cluster: Testbed, tmp_path: Path) -> Launch:
     """Run the launcher for a small model and three rows, in an empty folder, on the login node of a cluster of three nodes."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)
     (tmp_path / "empty").mkdir()
@@ -42,7 +41,7 @@ def script_of(text: str) -> str:
     return script
 
 
-def test_the_plan_shows_the_script(site: Run, nothing_made: Callable[[], bool], tmp_path: Path) -> None:
+def test_the_plan_shows_the_script(site: Launch, nothing_made: Callable[[], bool], tmp_path: Path) -> None:
     settings = ("run.name=shown", "cluster.nodes=2")
     assert "#SBATCH" not in (hidden := site("plan", *settings).stdout)
     assert "plan --script shows what the scheduler gets (" in hidden
@@ -76,7 +75,7 @@ def test_the_plan_shows_the_script(site: Run, nothing_made: Callable[[], bool], 
     ],
 )
 def test_refused_settings_create_and_submit_nothing(
-    site: Run, nothing_made: Callable[[], bool], arguments: list[str], said: str
+    site: Launch, nothing_made: Callable[[], bool], arguments: list[str], said: str
 ) -> None:
     done = site("train", *arguments)
     assert done.returncode == 2, done.stdout + done.stderr

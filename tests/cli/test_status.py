@@ -1,27 +1,28 @@
-"""The `status` and `ls` commands, which read only the files of runs."""
+"""`status` and `ls`, which read only the files of runs: state, times, costs, verdicts, and records that are damaged."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from forked import Launch
+from hand_made import made_verdict
 
 from launcher import atomic_files, json_records, run_records, run_store
+from launcher.cli.main import main
 from launcher.cli.status import sparkline, summarize
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import short_path
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import JsonlTracker
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_status_reads_the_files_of_the_run(launch_here: Launch, run: RunDir) -> None:
@@ -267,3 +268,155 @@ def test_a_sparkline_shows_the_shape() -> None:
     assert sparkline([]) == ""
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([0.0, 7.0, math.nan, 3.0]) == "▁█!▄"
+
+
+def test_on_cpus_rank_hours_are_counted(launch_here: Launch, run: RunDir) -> None:
+    plan = json_records.read_json(run.plan)
+    atomic_files.write_json(run.plan, plan | {"topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
+    assert "cost        $3.40 so far (1.70 rank hours)" in launch_here("status", str(run.root)).stdout
+    assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
+    assert launch_here("report", str(run.root)).returncode == 0
+    page = (run.root / "report.html").read_text()
+    assert "rank hours" in page
+    assert "GPU hours" not in page
+
+
+def test_the_expected_cost_follows_from_the_pace(run: RunDir) -> None:
+    status = run_store.update_status(run, state="running")
+    # One more hour on two ranks, at two dollars per GPU hour.
+    assert summarize(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
+    run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), num_workers=3))
+    assert summarize(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 3 * 2.0), "an idle worker is paid for"
+
+
+def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunDir) -> None:
+    """Two GPUs ran for 51 minutes without logging a step. Waiting for the first machines costs nothing."""
+    run.metrics.unlink()
+    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
+    for file in run.attempt(2).iterdir():
+        file.unlink()
+    run.attempt(2).rmdir()
+    status = run_store.update_status(run, state="failed", attempt=1, step=0)
+    cost = summarize(run, status)["cost"]
+    assert cost == {
+        "gpu_hours": pytest.approx(1.7, abs=0.01),
+        "usd": pytest.approx(3.4, abs=0.02),
+        "expected_usd": None,
+        "at_typical_price": False,
+    }
+    assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
+    plan = json_records.read_json(run.plan)
+    atomic_files.write_json(run.plan, plan | {"price": None})
+    assert summarize(run, status)["cost"] == cost | {"usd": None}
+    atomic_files.write_json(run.plan, plan | {"price": None, "topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
+    assert summarize(run, status)["cost"] is None
+    (run.attempt(1) / "exit.json").unlink()
+    run_store.write_attempt(run, 1, replace(run_store.read_attempt(run, 1), begun_at=None))
+    atomic_files.write_json(run.plan, plan)
+    assert summarize(run, replace(status, state="pending"))["cost"] is None
+
+
+def test_a_typical_price_is_marked(launch_here: Launch, run: RunDir) -> None:
+    plan = run_store.load_plan(run)
+    assert plan.price is not None
+    typical = replace(plan.price, assumption="typical")
+    atomic_files.write_text(run.plan, plan.model_copy(update={"price": typical}).to_json())
+    words = "$3.40 so far (1.70 GPU hours); at a typical price; set yours with cluster.price_per_gpu_hour"
+    assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
+    assert json.loads(launch_here("status", str(run.root), "--json").stdout)["cost"]["at_typical_price"] is True
+    assert " ~$3.40 " in launch_here("ls", "--root", str(run.root.parent)).stdout
+    assert launch_here("report", str(run.root)).returncode == 0
+    assert "$3.40 at a typical price" in (run.root / "report.html").read_text()
+    # Without the attempts' files, the plan provides the price.
+    shutil.rmtree(run.attempts)
+    assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
+
+
+@pytest.mark.parametrize("price", [[], {"usd_per_gpu_hour": "much"}])
+def test_a_plan_with_a_damaged_price_is_an_error_that_names_it(
+    run: RunDir, capsys: pytest.CaptureFixture[str], price: object
+) -> None:
+    plan = json.loads(run.plan.read_text())
+    atomic_files.write_json(run.plan, plan | {"price": price})
+    assert main(["status", str(run.root)]) == 2
+    said = capsys.readouterr().err
+    assert "the plan of this run cannot be read by this launcher" in said
+    assert str(run.plan) in said
+
+
+def test_a_long_run_is_shown_as_fast_as_a_short_one(launch: Launch, run: RunDir) -> None:
+    """The run has 10,000 steps; the limit is generous because other programs may be running."""
+    log = JsonlTracker(run, 2)
+    metrics = {f"group/metric_{i}": 0.123456789 * i for i in range(40)}
+    for step in range(11, 10_011):
+        log.log(step, {"train/loss": 3.0, "perf/tokens_per_sec": 1.0, "time/step_s": 1.0, "memory/host_rss_gib": 1.0, **metrics})
+    began = time.monotonic()
+    done = launch("status", str(run.root), "--json")
+    took = time.monotonic() - began
+    assert json.loads(done.stdout)["metrics"]["trainer/step"] == 10_010
+    assert took < 3
+
+
+@pytest.mark.parametrize("state", ["completed", "running"])
+def test_status_does_not_load_the_models_of_plans(launch: Launch, run: RunDir, state: str) -> None:
+    """Importing pydantic would take as long as the rest of `status`."""
+    run_store.update_status(run, state=state, job={"pid": os.getpid(), "host": "here", "started": 1.0})
+    done = launch("status", str(run.root), PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    assert "launcher.checkpoint.manifest" in done.stderr
+    assert "pydantic" not in done.stderr
+
+
+def test_the_newest_verdict_and_what_is_still_to_be_answered_are_shown(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run_store.read_status(run)
+    assert (summarize(run, status)["verdict"], summarize(run, status)["answers"]) == (None, None)
+    for step in (10, 20):
+        folder = run.root / f"evaluations/step-{step:08d}"
+        folder.mkdir(parents=True)
+        made_verdict().write(folder)
+    (run.root / "evaluations/step-00000030").mkdir()
+    JsonlTracker(run, 2).event("answers", "the answers of step 30 come from job 77")
+    shown = summarize(run, status)["verdict"]
+    assert (shown["step"], shown["outcome"]) == (20, "better")
+    assert main(["status", str(run.root)]) == 0
+    out = capsys.readouterr().out
+    assert "verdict     step 20: Fine-tuning helped: exact match 0.31" in out
+    assert "answers     the answers of step 30 come from job 77" in out
+    (run.root / "evaluations/step-00000030/verdict.json").write_text("{")
+    assert summarize(run, status)["verdict"] is None, "a damaged one hides nothing else"
+
+
+def test_the_verdict_of_a_step_that_was_set_aside_is_not_shown(run: RunDir) -> None:
+    folder = run.root / "evaluations/step-00000020"
+    folder.mkdir(parents=True)
+    aside = run.checkpoints / "aside-step-00000020"
+    aside.mkdir()
+    (aside / "manifest.json").write_text("{}")
+    evaluated = atomic_files.digest_file(aside / "manifest.json").xxh3_128
+    replace(made_verdict(), checkpoint="d" * 32).write(folder)
+    status = run_store.read_status(run)
+    assert summarize(run, status)["verdict"]["step"] == 20, "retention has removed its checkpoint"
+    replace(made_verdict(), checkpoint=evaluated).write(folder)
+    assert summarize(run, status)["verdict"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('{"state": "runn', "a file of the run is damaged: Unterminated string"),
+        ('{"state": "running", "attempt": "two"}', "a record of the run is damaged: expected an integer"),
+        ('{"state": "running"}', "a record of the run is damaged: this field is missing"),
+    ],
+    ids=["truncated", "wrong type", "missing key"],
+)
+def test_a_damaged_status_is_reported_in_one_message(launch_here: Launch, run: RunDir, text: str, problem: str) -> None:
+    run.status.write_text(text)
+    listed = launch_here("ls", "--root", str(run.root.parent))
+    assert listed.returncode == 0
+    assert f"{run.root.name}: {problem}" in listed.stderr
+    shown = launch_here("status", str(run.root))
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith(problem)
+    assert f"where:  {run.status}" in shown.stderr
+    assert "remedy: restore the file from a backup" in shown.stderr
+    assert "Traceback" not in shown.stderr

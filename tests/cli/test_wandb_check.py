@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_wandb import ENTITY, KEY, FakeWandb, fake_wandb
-from forked import ForkingSubprocess, preloaded
+from forked import ForkingSubprocess, Launch, preloaded
 
 from launcher.cli import accounts
 from launcher.cli.accounts import check_wandb
@@ -127,7 +126,7 @@ def test_a_login_that_the_ranks_would_lack_is_a_note(
 
 
 def test_a_wrong_entity_ends_the_command_before_anything_is_created(
-    launch_here: Callable[..., subprocess.CompletedProcess[str]], server: FakeWandb, tmp_path: Path
+    launch_here: Launch, server: FakeWandb, tmp_path: Path
 ) -> None:
     settings = ("model=tiny", "tracking.mode=online", "tracking.entity=taem", f"run.root={tmp_path / 'runs'}")
     done = launch_here(*settings, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.address)

@@ -1,15 +1,21 @@
-"""--min-gain: its syntax, and when the condition is met."""
+"""--min-gain, when its condition is met, and the GPU price of an evaluation, whose settings may select another cluster."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
+import hand_made
 import numpy as np
 import pytest
 
 from launcher.cli.evaluate import MinimumGain, parse_minimum_gains
+from launcher.cli.evaluations import find_price
+from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.evaluate.verdict import judge
+from launcher.plan.gpu_types import Price, typical_price
 from launcher.tracking.verdicts import EvaluationVerdict
 
 METRICS = ("exact_match", "own/metric.py:score")
@@ -68,3 +74,19 @@ def test_tasks_have_metrics_of_their_own_and_one_baseline() -> None:
     assert parse_minimum_gains(["acc_norm:base:-0.02"], None) == (MinimumGain("acc_norm", "base", -0.02),)
     with pytest.raises(ConfigError):
         parse_minimum_gains(["acc:few-shot:0.1"], None)
+
+
+@pytest.mark.parametrize(
+    ("trained", "chosen", "price"),
+    [
+        ({"kind": "local", "price_per_gpu_hour": 2.0}, {"kind": "local", "price_per_gpu_hour": 3.0}, Price(3.0)),
+        ({"kind": "local", "price_per_gpu_hour": 2.0}, {"kind": "slurm"}, None),
+        ({"kind": "local"}, {"kind": "slurm", "gpu_type": "H100"}, typical_price("H100")),
+        ({"kind": "local"}, {"kind": "slurm"}, None),
+        ({"kind": "local"}, {"kind": "local"}, Price(1.5)),
+    ],
+)
+def test_the_price_is_that_of_the_machines_that_answer(trained: dict[str, Any], chosen: dict[str, Any], price: Price) -> None:
+    plan = hand_made.plan(Path("/srv/runs/demo"), {**hand_made.SETTINGS, "cluster": trained}, price=Price(1.5))
+    config = RunConfig.model_validate({**hand_made.SETTINGS, "cluster": chosen})
+    assert find_price(plan, config) == price

@@ -1,0 +1,322 @@
+"""What `train` checks before it starts: the price, the disk, the model's weights, and names and speeds of earlier runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import hand_made
+import pytest
+from forked import Launch
+from http_server import Answer, Request, serving
+from plan_fixtures import H100, PlanOf
+from unusual_files import as_root, give
+from weight_tools import change_weights, save_model, without
+
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.cli.start_run import find_measured_mfu, require_consent
+from launcher.errors import ConfigError
+from launcher.plan.gpu_types import Price
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.plan.throughput import SpeedEstimate
+from launcher.run_records import Attempt
+from launcher.tracking.jsonl import JsonlTracker
+
+__all__ = ["as_root"]
+UNKNOWN = SpeedEstimate("no estimate")
+MODEL = ("model=qwen3_0_6b", "data=jsonl", "data.path=rows.jsonl", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=2")
+
+
+def estimate(usd: float) -> SpeedEstimate:
+    return replace(UNKNOWN, usd=(usd / 2, usd))
+
+
+def plan(price: float | None = 2.0, **run: float) -> LaunchPlan:
+    """The plan of a run of two ranks."""
+    costs = None if price is None else Price(price)
+    cluster = {} if price is None else {"cluster": {"kind": "local", "price_per_gpu_hour": price}}
+    return hand_made.plan(Path("/srv/runs/demo"), {**hand_made.SETTINGS, **cluster, "run": run}, price=costs)
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize(
+    ("planned", "message"),
+    [
+        ([(plan(confirm_usd=50), estimate(50))], None),
+        ([(plan(confirm_usd=50), estimate(60))], r"the run may cost up to \$60\.00"),
+        ([(plan(confirm_usd=50, max_usd=40), estimate(60))], None),
+        ([(plan(confirm_usd=50), UNKNOWN)], "the cost of the run is not known"),
+        ([(plan(None, confirm_usd=50), UNKNOWN)], None),
+        ([(plan(confirm_usd=50), estimate(30)), (plan(confirm_usd=90), estimate(30))], r"2 runs may cost up to \$60\.00"),
+        (
+            [(plan(confirm_usd=50), estimate(30)), (plan(confirm_usd=50), UNKNOWN)],
+            r"2 runs may cost more than \$30\.00: the cost of 1 is not known",
+        ),
+    ],
+)
+def test_without_a_terminal_costly_runs_are_refused(planned: list[tuple[LaunchPlan, SpeedEstimate]], message: str | None) -> None:
+    if message is None:
+        assert require_consent(planned)
+        return
+    with pytest.raises(ConfigError, match=f"{message}, and there is no terminal to ask on") as error:
+        require_consent(planned)
+    assert "add --yes" in error.value.problems[0].remedy
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize(("typed", "may_start"), [(b"y\n", True), (b"\n", False), (b"no\n", False), (b"\x04", False)])
+def test_the_answer_on_a_terminal_decides(typed: bytes, may_start: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, terminal = pty.openpty()
+    with open(terminal, closefd=False) as stdin, open(terminal, "w") as stdout:
+        monkeypatch.setattr("sys.stdin", stdin)
+        monkeypatch.setattr("sys.stdout", stdout)
+        os.write(controller, typed)
+        assert require_consent([(plan(confirm_usd=50), estimate(60))]) == may_start
+        shown = b""
+        while b"Start? [y/N]" not in shown:
+            shown += os.read(controller, 4096)
+    assert b"the run may cost up to $60.00 (run.confirm_usd=50). Start? [y/N]" in shown
+    os.close(controller)
+
+
+@pytest.mark.rest
+def test_a_declined_cost_is_refused_on_every_machine(launcher_env: Mapping[str, str], tmp_path: Path) -> None:
+    settings = ("model=tiny", "run.confirm_usd=1", "run.name=costly", f"run.root={tmp_path}", "cluster.price_per_gpu_hour=2")
+    command = [sys.executable, "-m", "launcher", "train", "+cluster=static", *settings, "train.max_steps=1", "tracking.kind=none"]
+    controller, terminal = pty.openpty()
+    os.write(controller, b"no\n")
+    try:
+        done = subprocess.run(
+            command, env=launcher_env, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, text=True, timeout=300
+        )
+    finally:
+        os.close(controller)
+        os.close(terminal)
+    assert done.returncode == 2, done.stderr
+    assert "the cost of the run was not accepted" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+SETTINGS = (
+    "model=tiny",
+    "model.dtype=fp32",
+    "tracking=none",
+    "train.max_steps=20",
+    "checkpoint.save_every=5",
+    "checkpoint.keep_last=2",
+    "run.name=room",
+)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount an empty disk of a given size, such as `disk("8m")`."""
+    if os.geteuid():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str) -> Path:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", folder], check=True, timeout=10)
+        return folder
+
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=False, capture_output=True, timeout=10)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused(launch_here: Launch, disk: Callable[[str], Path]) -> None:
+    root = disk("8m") / "not" / "there"
+    done = launch_here("train", *SETTINGS, f"run.root={root}")
+    assert done.returncode == 2
+    assert "no room for a single checkpoint" in done.stderr
+    assert "MiB, available 8.00 MiB" in done.stderr
+    assert "remedy: " in done.stderr
+    assert not root.parent.exists()
+
+
+def test_a_run_root_that_cannot_be_made_is_refused_before_anything_that_takes_time(
+    launch_here: Launch, tmp_path: Path, disk: Callable[[str], Path]
+) -> None:
+    (tmp_path / "file").touch()
+    closed = disk("8m")
+    subprocess.run(["mount", "-o", "remount,ro", closed], check=True, timeout=10)
+    for above, reason in ((tmp_path / "file", "is not a folder"), (closed, "cannot be written")):
+        message = f"the run directory cannot be created: {above} {reason}"
+        done = launch_here("train", *SETTINGS, f"run.root={above}/runs")
+        assert done.returncode == 2
+        assert done.stderr.startswith(message)
+        done = launch_here("plan", *SETTINGS, f"run.root={above}/runs")
+        assert done.returncode == 0, done.stderr
+        assert f"train will be refused: {message}; choose another run.root" in " ".join(done.stdout.split())
+
+
+def test_a_disk_too_small_for_all_kept_checkpoints_is_noted(launch_here: Launch, disk: Callable[[str], Path]) -> None:
+    root = disk("40m")
+    done = launch_here("plan", *SETTINGS, f"run.root={root}")
+    assert done.returncode == 0, done.stderr
+    (note,) = [line for line in done.stdout.splitlines() if line.startswith("note")]
+    assert "has 40.00 MiB free and needs 46.85 MiB for 3 checkpoints" in note
+    assert "note" not in launch_here("plan", *SETTINGS, "checkpoint.keep_last=1", f"run.root={root}").stdout
+
+
+@pytest.mark.rest
+def test_resume_refuses_a_disk_without_room_for_a_save(launch_here: Launch, disk: Callable[[str], Path], tmp_path: Path) -> None:
+    """The checkpoints folder is on another disk, which is nearly full."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)
+    settings = (*SETTINGS, "data=jsonl", f"data.path={tmp_path}/rows.jsonl", "data.eval_fraction=0")
+    assert launch_here("data", *settings).returncode == 0  # `train` prepares the data before it plans
+    printed = json.loads(launch_here("plan", "--json", *settings, f"run.root={tmp_path}").stdout)
+    plan = LaunchPlan.model_validate({key: value for key, value in printed.items() if key in LaunchPlan.model_fields})
+    run = hand_made.run(plan, state="failed")
+    run.checkpoints.symlink_to(disk("9m"))
+    hand_made.checkpoint(run, 5, files={store.shard_name(0): b"x" * 2**20}, digest=plan.digest())
+    done = launch_here("resume", str(run.root))
+    assert done.returncode == 2
+    assert "no room for a single checkpoint" in done.stderr
+    assert run_store.newest_attempt(run) == 0
+
+
+@pytest.mark.rest
+def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(launch_here: Launch, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", {"model_type": "llama"})
+    change_weights(folder, without("model.layers.1.mlp.up_proj.weight", "lm_head.weight"))
+    # Only read after the weights are checked, so its content does not matter.
+    (folder / "tokenizer.json").write_text("{}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": f" {i + 1}"}) + "\n" for i in range(8)))
+    settings = [f"model.path={folder}", "model.name=mine", "data=jsonl", f"data.path={rows}", "tracking=none"]
+    settings += [f"run.root={tmp_path / 'runs'}", "train.max_steps=2", "data.max_length=64"]
+    cache = tmp_path / "cache"
+    refusal = (
+        "model.path: the weight files lack 2 tensors of the model: lm_head.weight, model.layers.1.mlp.up_proj.weight\n"
+        "  where:  model.path (command line)\n"
+        f"  value:  {folder}\n"
+        "  remedy: download the model folder again; model.init=random trains the whole model from random weights\n"
+    )
+    isolation = "checking that packed documents do not affect each other in this model (once)\n"
+    first = launch_here("train", *settings, LAUNCHER_CACHE=str(cache))
+    assert (first.returncode, first.stdout) == (2, "")
+    assert first.stderr == f"{isolation}comparing the weight files with the model (once)\n{refusal}"
+    # The result is cached: nothing is compared again, and `plan` uses it.
+    again = launch_here("plan", *settings, LAUNCHER_CACHE=str(cache))
+    assert (again.returncode, again.stderr) == (2, refusal)
+    assert not (tmp_path / "runs").exists()
+    assert sorted(path.name for path in cache.iterdir()) == ["isolation-checks", "weight-checks"], "no data was built"
+
+
+def answer_without_token(request: Request) -> Answer:
+    """The Hub as seen without a token: it lists the files of a gated model but refuses to send them."""
+    names = ("config.json", "model.safetensors")
+    if not request.path.startswith("/api/models/"):
+        return 401, b"", {"X-Error-Code": "GatedRepo"}
+    if "/tree/" in request.path:
+        return 200, [{"type": "file", "path": name, "size": 1, "oid": "1" * 40} for name in names]
+    return 200, {"id": "meta-llama/Llama-3.2-1B-Instruct", "sha": "1" * 40, "siblings": [{"rfilename": n} for n in names]}
+
+
+@pytest.mark.rest
+def test_a_gated_preset_names_license_and_token(launch_here: Launch, tmp_path: Path) -> None:
+    folders = {"LAUNCHER_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+    with serving(answer_without_token) as address:
+        done = launch_here("data", "model=llama3_2_1b", HF_ENDPOINT=address, **folders)
+    assert (done.returncode, done.stdout) == (2, "")
+    repository = "meta-llama/Llama-3.2-1B-Instruct"
+    assert done.stderr.endswith(
+        f"{repository} is gated: the Hub gives it only to accounts that accepted its license\n"
+        "  where:  model.path\n"
+        f"  value:  {repository}\n"
+        f"  remedy: accept it at https://huggingface.co/{repository}, and set HF_TOKEN to a token of that account\n"
+    )
+
+
+def trained(plan_of: PlanOf, root: Path, name: str, mfu: float, peak: float = 989, num_steps: int = 9, *settings: str) -> RunDir:
+    """Create a run with a slow first step, whose MFU then rises by 0.001 per step."""
+    plan = plan_of(*MODEL, *settings, f"run.root={root}", f"run.name={name}", device=H100)
+    run = hand_made.run(plan, Attempt(None), state="completed", step=num_steps, max_steps=num_steps)
+    log = JsonlTracker(run, 1)
+    for step in range(1, num_steps + 1):
+        rate = mfu + step / 1000 if step > 1 else 0.01
+        log.log(step, {"train/loss": 1.0, "perf/mfu": rate, "perf/tflops_per_gpu": rate * peak})
+    return run
+
+
+@pytest.mark.rest
+def test_the_newest_run_of_the_same_model_and_gpu_is_the_measurement(plan_of: PlanOf, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    later = plan_of(*MODEL, f"run.root={root}", "run.name=later", device=H100)
+    assert find_measured_mfu(later, "H100-80GB") is None
+    for age, (name, mfu, *different) in enumerate(
+        [
+            ("recomputing", 0.9, 989, 9, "model.activation_checkpointing=true"),
+            ("offloaded", 0.8, 989, 9, "deepspeed=zero3_offload"),
+            ("on-a100", 0.7, 312),
+            ("short", 0.6, 989, 5),
+            ("newer", 0.3),
+            ("older", 0.2),
+        ]
+    ):
+        run = trained(plan_of, root, name, mfu, *different)
+        os.utime(run.plan, (2e9 - age, 2e9 - age))
+    (root / "newer" / "notes.txt").write_text("not read")
+    damaged = trained(plan_of, root, "damaged", 0.9)
+    damaged.plan.write_text("{")
+    found = find_measured_mfu(later, "NVIDIA H100 80GB HBM3")
+    assert found is not None
+    assert (found.run_name, found.num_ranks, found.low, found.high) == ("newer", 2, pytest.approx(0.302), pytest.approx(0.309))
+    # An H200 has the same peak FLOP/s as an H100; an A100 does not.
+    assert find_measured_mfu(later, "H200") == found
+    assert [found.run_name for found in [find_measured_mfu(later, "A100-80GB")] if found] == ["on-a100"]
+    assert find_measured_mfu(later, "Abacus 3000") is None
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("as_root")
+def test_a_run_of_another_user_is_no_measurement(plan_of: PlanOf, tmp_path: Path) -> None:
+    """In a shared folder of runs, reading a pipe in place of metrics.jsonl would block every plan."""
+    root = tmp_path / "runs"
+    later = plan_of(*MODEL, f"run.root={root}", "run.name=later", device=H100)
+    trained(plan_of, root, "own", 0.3)
+    give(trained(plan_of, root, "forged", 0.9).root)
+    piped = trained(plan_of, root, "piped", 0.9)
+    piped.metrics.unlink()
+    os.mkfifo(piped.metrics)
+    give(piped.root)
+    found = find_measured_mfu(later, "H100-80GB")
+    assert found is not None
+    assert found.run_name == "own"
+
+
+@pytest.mark.rest
+def test_plan_shows_the_measurement_and_that_the_name_is_taken(plan_of: PlanOf, launch_here: Launch, tmp_path: Path) -> None:
+    run = trained(plan_of, tmp_path / "runs", "first", 0.3)
+    (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n')
+    settings = [*MODEL[:1], "data=jsonl", f"data.path={tmp_path}/rows.jsonl", *MODEL[3:], f"run.root={tmp_path}/runs"]
+    settings += ["train.max_steps=1000", "cluster.price_per_gpu_hour=3", "model.attention=sdpa"]
+    environment = {"LAUNCHER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = launch_here("plan", "--json", *settings, "run.name=first", **environment)
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    estimate = values["estimate"]
+    assert estimate["mfu"] == pytest.approx([0.302, 0.309])
+    assert estimate["basis"].startswith("measured in run first on 2 ranks; assumes one document of")
+    low, high = estimate["hours"]
+    assert 0 < low < high
+    assert estimate["usd"] == pytest.approx([6 * low, 6 * high])
+    assert values["checkpoint_gib"] == pytest.approx(values["checkpoint_bytes"] / 2**30, abs=0.001)
+    (warning,) = values["warnings"]
+    assert f"python -m launcher status {run.root}" in warning
+    text = launch_here("plan", *settings, "run.name=first", **environment).stdout
+    assert f"warning    {warning}\n" in text
+    assert "MFU 30% to 31%, measured in run first on 2 ranks" in text
+    free = json.loads(launch_here("plan", "--json", *settings, "run.name=second", **environment).stdout)
+    assert (free["warnings"], free["estimate"]["mfu"]) == ([], estimate["mfu"])
