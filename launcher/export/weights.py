@@ -251,15 +251,11 @@ class _Cast:
         if self._dtype == "fp32":
             return _bytes(block)
         out = self._out[: len(block)]
-        if self._dtype == "bf16":
-            self._to_bf16(block, out)
-        else:
+        if self._dtype == "fp16":
             with np.errstate(over="ignore"):  # values too large become infinite, as on a device
                 np.copyto(out, block, casting="same_kind")
-        return _bytes(out)
-
-    def _to_bf16(self, block: np.ndarray, out: np.ndarray) -> None:
-        """Keep the upper half of each float's bits, rounded to nearest, ties to even."""
+            return _bytes(out)
+        # Keep the upper half of each float's bits, rounded to nearest, ties to even.
         bits, rounded = block.view(np.uint32), self._rounded[: len(block)]
         np.right_shift(bits, 16, out=rounded)
         rounded &= 1
@@ -269,6 +265,7 @@ class _Cast:
         # A NaN may have been rounded up into another number.
         if np.isnan(block.min()):
             out[np.isnan(block)] = _BF16_NAN
+        return _bytes(out)
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -44,8 +44,15 @@ def choose_kernel(model: ModelSection, device: torch.device, config: Any) -> str
             remedy = "install flash-attn, or leave model.attention=auto"
             raise ConfigError(message, where="model.attention", value=chosen, remedy=remedy)
         return chosen
-    if device.type == "cuda" and can_flash(model, config) and (flash := _find_flash_kernel(device)):
-        return flash
+    if device.type == "cuda" and can_flash(model, config):
+        from transformers import utils
+
+        major, _ = torch.cuda.get_device_capability(device)
+        for kernel, module, capabilities in _FLASH_KERNELS:
+            is_installed = getattr(utils, f"is_flash_attn_{kernel[-1]}_available", lambda: False)
+            # Only the import tells whether it works, not package metadata.
+            if major in capabilities and is_installed() and _can_import(module):
+                return kernel
     if can_varlen(model, config, device):
         return VARLEN
     return "sdpa" if _has(config, "_supports_sdpa", default=True) else "eager"
@@ -185,18 +192,6 @@ def _varlen_parameters() -> frozenset[str]:
     except ImportError:
         return frozenset()
     return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _find_flash_kernel(device: torch.device) -> str | None:
-    """Return the fastest FlashAttention that is built for this GPU and can be imported, which package metadata does not tell."""
-    from transformers import utils
-
-    major, _ = torch.cuda.get_device_capability(device)
-    for kernel, module, capabilities in _FLASH_KERNELS:
-        is_installed = getattr(utils, f"is_flash_attn_{kernel[-1]}_available", lambda: False)
-        if major in capabilities and is_installed() and _can_import(module):
-            return kernel
-    return None
 
 
 @cache

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launcher import json_records, run_records, run_store
@@ -89,22 +89,25 @@ class Conclusion:
         json_records.write(run_records.exit_file(run, number), record)
 
 
-def conclude(
-    run: RunDir,
-    number: int,
-    attempt: Attempt,
-    section: ManagedSection,
-    state: str = "",
-    exit_code: int | None = None,
-    lost_nodes: Collection[str] | None = None,
-    failed_nodes: Collection[str] = (),
-    silence: Mapping[str, str] | None = None,
-) -> Conclusion:
-    """Judge attempt `number` and decide what follows; for the arguments see `judge`."""
-    lead_s = section.save_lead_s or 0.0
-    ending = judge(
-        run, number, attempt, state, lead_s, exit_code, lost_nodes=lost_nodes, failed_nodes=failed_nodes, silence=silence
-    )
+@dataclass(frozen=True)
+class Evidence:
+    """What a backend knows about the end of an attempt, beside the records of its ranks and nodes.
+
+    `state` is the scheduler's state of the job, empty if unknown. `exit_code` is srun's, None if the job did not record it.
+    `lost_nodes` names the attempt's nodes that Ray has lost, None if unknown; `failed_nodes` names those that Slurm has lost, if
+    known. `silence` maps a node's name to the reason why it left no record, for backends without a scheduler.
+    """
+
+    state: str = ""
+    exit_code: int | None = None
+    lost_nodes: Collection[str] | None = None
+    failed_nodes: Collection[str] = ()
+    silence: Mapping[str, str] = field(default_factory=dict)
+
+
+def conclude(run: RunDir, number: int, attempt: Attempt, section: ManagedSection, evidence: Evidence) -> Conclusion:
+    """Judge attempt `number` and decide what follows."""
+    ending = judge(run, number, attempt, section.save_lead_s or 0.0, evidence)
     saved_step = store.newest_step(run.checkpoints)
     ended = AttemptEnd(ending.cause, attempt.resume_step, saved_step, ending.message, ending.bad_nodes)
     ended = _add_failures(run, number, ended, ending.first_failure)
@@ -112,27 +115,16 @@ def conclude(
 
 
 def end_of_attempt(
-    run: RunDir,
-    number: int,
-    section: ManagedSection,
-    state: str = "",
-    lost_nodes: Collection[str] | None = None,
-    failed_nodes: Collection[str] = (),
-    on_alert: Callable[[str], None] | None = None,
-    silence: Mapping[str, str] | None = None,
+    run: RunDir, number: int, section: ManagedSection, evidence: Evidence, on_alert: Callable[[str], None] | None = None
 ) -> AttemptEnd:
     """Return how attempt `number` ended: from its exit.json, or else by judging and recording it now.
 
-    For `state`, `lost_nodes`, `failed_nodes` and `silence` see `judge`. `on_alert` receives the alert of an attempt that is
-    judged now, if the run continues; otherwise the caller sends the alert.
+    `on_alert` receives the alert of an attempt that is judged now, if the run continues; otherwise the caller sends the alert.
     """
     record = run_records.read_exit(run, number)
     if record is not None:
         return _from_record(run, number, record)
-    attempt = run_store.read_attempt(run, number)
-    conclusion = conclude(
-        run, number, attempt, section, state=state, lost_nodes=lost_nodes, failed_nodes=failed_nodes, silence=silence
-    )
+    conclusion = conclude(run, number, run_store.read_attempt(run, number), section, evidence)
     conclusion.record(run, number, decided=False)
     if on_alert is not None and conclusion.decision.again and conclusion.alert is not None:
         on_alert(conclusion.alert)
@@ -180,25 +172,9 @@ def describe_repetition(run: RunDir, number: int, failure: FailureRecord) -> str
     return retry.describe_repetition([*history(run, number), ended])
 
 
-def judge(
-    run: RunDir,
-    number: int,
-    attempt: Attempt,
-    state: str,
-    lead_s: float,
-    exit_code: int | None,
-    lost_nodes: Collection[str] | None = None,
-    failed_nodes: Collection[str] = (),
-    silence: Mapping[str, str] | None = None,
-) -> Ending:
-    """Return why attempt `number` of a managed run ended.
-
-    `state` is the scheduler's state of the job, empty if unknown. `exit_code` is srun's, None if the job did not record it.
-    `lead_s` is how long before its end the job is asked to save. `lost_nodes` names the attempt's nodes that Ray has lost, None
-    if unknown; `failed_nodes` names those that Slurm has lost, if known. `silence` maps a node's name to the reason why it left
-    no record, for backends without a scheduler.
-    """
-    ending = _find_ending(run, number, attempt, state, lead_s, exit_code, lost_nodes, failed_nodes, silence or {})
+def judge(run: RunDir, number: int, attempt: Attempt, lead_s: float, evidence: Evidence) -> Ending:
+    """Return why attempt `number` of a managed run ended; `lead_s` is how long before its end the job is asked to save."""
+    ending = _find_ending(run, number, attempt, lead_s, evidence)
     if ending.cause is not Cause.INFRASTRUCTURE:
         return ending
     if job_output.exceeded_memory(job_output.read_output(run, number, attempt)):
@@ -208,17 +184,8 @@ def judge(
     return replace(ending, message=f"{limit}: {ending.message}") if limit and limit not in ending.message else ending
 
 
-def _find_ending(
-    run: RunDir,
-    number: int,
-    attempt: Attempt,
-    state: str,
-    lead_s: float,
-    exit_code: int | None,
-    lost_nodes: Collection[str] | None,
-    failed_nodes: Collection[str],
-    silence: Mapping[str, str],
-) -> Ending:
+def _find_ending(run: RunDir, number: int, attempt: Attempt, lead_s: float, evidence: Evidence) -> Ending:
+    state, exit_code, silence = evidence.state, evidence.exit_code, evidence.silence
     step = newest_trained_step(run, run_store.read_status(run))
     outcome = run_records.read_outcome(run, number)
     by_node = {node: run_records.read_node(run, number, node) for node in range(len(attempt.nodes))}
@@ -247,7 +214,7 @@ def _find_ending(
     }
     silent = list(dict.fromkeys(attempt.nodes[node] for node, record in by_node.items() if record is None))
     output = job_output.read_output(run, number, attempt) if silent or state in _REQUEUED else ""
-    failed = [node for node in attempt.nodes if node in {*job_output.find_failed_nodes(output), *failed_nodes}]
+    failed = [node for node in attempt.nodes if node in {*job_output.find_failed_nodes(output), *evidence.failed_nodes}]
     first = failure_record.first_of(failures.values())
     if first is not None and first.kind in _FINAL and first.rank is not None:
         return Ending(Cause.USER_ERROR, step, _describe_failure(first), first_failure=first)
@@ -260,7 +227,7 @@ def _find_ending(
         return Ending(taken, step, f"{event} at step {step} without saving", first_failure=first)
     if state in _REQUEUED and not failed and (first is None or _is_interruption(first)):
         return Ending(Cause.PREEMPTED, step, f"the job was requeued at step {step} without saving", first_failure=first)
-    lost = _describe_silent(silent, lost_nodes, failed, output, attempt.nodes)
+    lost = _describe_silent(silent, evidence.lost_nodes, failed, output, attempt.nodes)
     if any(node in silence for node in silent):
         lost = "; ".join(silence.get(node, f"no record from {node}") for node in silent)
     is_explained = first is None or failure_record.is_consequence(first)

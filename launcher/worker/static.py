@@ -34,6 +34,7 @@ from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 from launcher.worker.agent import NodeAgent
+from launcher.worker.postmortem import Evidence
 from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.wandb_closing import close_wandb_run
@@ -180,7 +181,7 @@ def _conclude(
     silence: dict[str, str] = {}
     with suppress(OSError):
         silence = static.describe_silence(heartbeats.look())
-    judged = postmortem.conclude(run, number, record, section, silence=silence)
+    judged = postmortem.conclude(run, number, record, section, Evidence(silence=silence))
     run_store.fence(run, number, refresh=True)
     decision = judged.decision
     if decision.again:
@@ -223,7 +224,7 @@ def judge_previous(plan: LaunchPlan) -> dict[str, Any]:
             append_event(run, number, "alert", text)
 
     silence = static.describe_silence(static.read_states(run, number, record))
-    end = postmortem.end_of_attempt(run, number, section, on_alert=alert, silence=silence)
+    end = postmortem.end_of_attempt(run, number, section, Evidence(silence=silence), alert)
     if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
         return {"over": True, "again": False, "reason": f"{plan.run_name} is {end.cause}: {end.message}"}
     history = postmortem.history(run, number)

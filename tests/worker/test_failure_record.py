@@ -161,7 +161,7 @@ def test_only_an_exception_that_repeats_is_final_in_attempts_and_in_their_restar
             json_records.write(run_records.restart_file(run, number, count), RestartRecord(restarted, None))
         json_records.write(run_records.node_file(run, number, 0), NodeRecord(0, time.time(), first_failure=last))
         assert bool(postmortem.describe_repetition(run, number, last)) is (is_final and number == len(failures))
-        conclusion = postmortem.conclude(run, number, attempt, section, exit_code=1)
+        conclusion = postmortem.conclude(run, number, attempt, section, postmortem.Evidence(exit_code=1))
         conclusion.record(run, number)
         assert conclusion.decision.again is not (is_final and number == len(failures))
     assert conclusion is not None

@@ -19,7 +19,7 @@ from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord
 from launcher.worker import postmortem
-from launcher.worker.postmortem import Ending
+from launcher.worker.postmortem import Ending, Evidence
 from launcher.worker.slurm import job_output
 
 LEAD_S = 120.0
@@ -42,7 +42,7 @@ def judge(run: RunDir) -> Judge:
         *, left_s: float | None = 3600, state: str = "RUNNING", code: int | None = 0, nodes: tuple[str, ...] = NODES
     ) -> Ending:
         ends_at = None if left_s is None else time.time() + left_s
-        return postmortem.judge(run, 1, Attempt(None, job="41", nodes=nodes, ends_at=ends_at), state, LEAD_S, code)
+        return postmortem.judge(run, 1, Attempt(None, job="41", nodes=nodes, ends_at=ends_at), LEAD_S, Evidence(state, code))
 
     return read
 
@@ -397,7 +397,7 @@ def test_a_lost_coordinator_is_named_instead_of_the_workers_that_left_no_record(
     json_records.write(run_records.lost_coordinator_file(run, 1), LostCoordinator(1.0))
 
     def said(lost: set[str]) -> str:
-        return postmortem.judge(run, 1, Attempt(None, job="host:7", nodes=("n1", "n2")), "", 0.0, None, lost).message
+        return postmortem.judge(run, 1, Attempt(None, job="host:7", nodes=("n1", "n2")), 0.0, Evidence(lost_nodes=lost)).message
 
     named = "the run's coordinator was killed or has ended, and the ranks on n1, n2 with it"
     assert said(set()) == named

@@ -257,21 +257,23 @@ class LayerTimer:
         return seconds / tokens
 
     def _begin(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self._start = self._mark() if module.training else None
+        self._start = mark_time(self._cuda) if module.training else None
 
     def _end(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         if self._start is not None:
             output = output[0] if isinstance(output, tuple) else output
             # Count tokens in the output: a layer that is called by keyword has no inputs here.
-            self._spans.append((self._start, self._mark(), output.numel() // output.shape[-1]))
+            self._spans.append((self._start, mark_time(self._cuda), output.numel() // output.shape[-1]))
             self._start = None
 
-    def _mark(self) -> Any:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+
+def mark_time(on_gpu: bool) -> Any:
+    """Return a CUDA event that is recorded now, without waiting for the GPU, or else the CPU's clock in seconds."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class OptimizerTimer:

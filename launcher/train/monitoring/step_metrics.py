@@ -18,6 +18,7 @@ from launcher.data.loader import StepBatch
 from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.train.monitoring.rank_stats import mark_time
 
 
 class StepTimer:
@@ -37,16 +38,10 @@ class StepTimer:
 
     @contextmanager
     def part(self, name: str, on_host: bool = False) -> Iterator[None]:
-        start = self._mark(on_host)
+        on_gpu = self._cuda and not on_host
+        start = mark_time(on_gpu)
         yield
-        self._spans.append((name, start, self._mark(on_host)))
-
-    def _mark(self, on_host: bool) -> Any:
-        if on_host or not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._spans.append((name, start, mark_time(on_gpu)))
 
     def read(self) -> dict[str, float]:
         """Return `time/<part>_s` and `time/step_s`. Call it when the device has finished the step; it does not wait."""

@@ -24,6 +24,7 @@ from launcher.run_records import RUNNING_STATES, Attempt, DrainRecord
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
+from launcher.worker.postmortem import Evidence
 from launcher.worker.ray.messages import Member, Verdict
 from launcher.worker.ray.worker_group import Group, require_private
 
@@ -111,7 +112,9 @@ class Attempts:
             run_store.fence(self._run, self.number, refresh=True)
             attempt = run_store.read_attempt(self._run, self.number)
             state = "PREEMPTED" if group.draining else "RESIZED" if group.resizing else ""
-            conclusion = postmortem.conclude(self._run, self.number, attempt, self._section, state, lost_nodes=self.lost())
+            conclusion = postmortem.conclude(
+                self._run, self.number, attempt, self._section, Evidence(state, lost_nodes=self.lost())
+            )
         except Superseded as error:
             group.verdict = Verdict(False, error.problems[0].message)
             self.end(error.problems[0].message, state=None)
@@ -173,7 +176,9 @@ class Attempts:
         grown = not run_records.exit_file(self._run, self.number).is_file() and 0 < self._size < group.size
         state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
         on_alert = partial(self.report, "alert")
-        ended = postmortem.end_of_attempt(self._run, self.number, self._section, state, self.lost(), on_alert=on_alert)
+        ended = postmortem.end_of_attempt(
+            self._run, self.number, self._section, Evidence(state, lost_nodes=self.lost()), on_alert
+        )
         decision = decide(ended, postmortem.history(self._run, self.number), self._section)
         reached = goodput.reached_limit(self._run, self._plan, time.time()) if decision.again else ""
         return Decision(False, "preempted", reached) if reached else decision

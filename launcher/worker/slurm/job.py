@@ -33,6 +33,7 @@ from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
+from launcher.worker.postmortem import Evidence
 from launcher.worker.slurm import job_output
 from launcher.worker.wandb_closing import close_wandb_run
 
@@ -69,7 +70,7 @@ def begin(plan_path: str) -> int | None:
             def alert(text: str, number: int = number) -> None:
                 _if_possible(lambda: append_event(run, number, "alert", text))
 
-            end = postmortem.end_of_attempt(run, number, section, state, failed_nodes=lost, on_alert=alert)
+            end = postmortem.end_of_attempt(run, number, section, Evidence(state, failed_nodes=lost), alert)
             if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
                 print(f"{plan.run_name} is {end.cause}; there is nothing left to do", file=sys.stderr)
                 return None
@@ -130,12 +131,12 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     plan = LaunchPlan.load(plan_path)
     run, section, job = RunDir(Path(plan.run_dir)), SlurmSection.of(plan.config.cluster), os.environ["SLURM_JOB_ID"]
     attempt = run_store.read_attempt(run, number)
-    conclusion = postmortem.conclude(run, number, attempt, section, "", exit_code)
+    conclusion = postmortem.conclude(run, number, attempt, section, Evidence("", exit_code))
     until = time.monotonic() + _patience_s(attempt)
     # A finished run does not hold its nodes to wait for Slurm's answer.
     state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _seconds_left(until) if conclusion.decision.again else 0.0)
     if state:
-        conclusion = postmortem.conclude(run, number, attempt, section, state, exit_code)
+        conclusion = postmortem.conclude(run, number, attempt, section, Evidence(state, exit_code))
     run_store.fence(run, number)
     ending, decision = conclusion.ending, conclusion.decision
     postmortem.release_space_if_full(run, number)
