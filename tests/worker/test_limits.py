@@ -115,13 +115,11 @@ def test_a_limit_that_killed_the_agent_itself_is_named_by_who_notices(
     assert LocalCluster().status(run) == shown
     # The job's conclusion and the run's next start judge this too; the agent of n2 ran on another machine.
     attempt = Attempt(None, job="41", nodes=("n1", "n2"))
-    ended = postmortem.judge(run, 1, attempt, 0.0, postmortem.Evidence(exit_code=9))
+    killed = postmortem.Evidence(exit_code=9)
+    ended = postmortem.judge(run, 1, attempt, 0.0, killed)
     assert ended.message == ": ".join(filter(None, (limit, "no record from n1, n2 (srun ended with 9)")))
     json_records.write(run_records.node_file(run, 1, 0), NodeRecord(0, 1.0))
-    assert (
-        postmortem.judge(run, 1, attempt, 0.0, postmortem.Evidence(exit_code=9)).message
-        == "no record from n2 (srun ended with 9)"
-    )
+    assert postmortem.judge(run, 1, attempt, 0.0, killed).message == "no record from n2 (srun ended with 9)"
 
 
 def test_an_agent_of_another_machine_or_container_is_not_judged_by_the_counters_here(
