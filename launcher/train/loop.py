@@ -150,8 +150,7 @@ class TrainingLoop:
         run, parts = self.run, self.parts
         if message := require_isolation(run.plan, parts.engine, parts.model, run.device):
             run.tracker.event("info", message, self.step)
-        batches = (parts.objective, parts.batches.split)
-        run_largest_batch(run.run_dir, run.plan, run.rank_info, parts.engine, *batches, run.device, run.tracker)
+        run_largest_batch(run, parts.engine, parts.objective, parts.batches.split)
 
     def run_to_end(self) -> Outcome:
         """Train to the last step, or until any rank has a reason to stop, and save. Collective."""

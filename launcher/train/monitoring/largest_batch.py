@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from launcher import json_records, run_store
 from launcher.checkpoint import zero3
 from launcher.data.loader import MicroBatch, micro_batch
 from launcher.data.split import Split
-from launcher.distributed import RankInfo, rank0_broadcast
+from launcher.distributed import rank0_broadcast
 from launcher.errors import LauncherError, OutOfMemory
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import situation_of
@@ -26,8 +26,10 @@ from launcher.plan.run_dir import RunDir
 from launcher.plan.sizing.combinations import memory_savings
 from launcher.plan.sizing.memory import DEFAULT_RUNTIME_GIB
 from launcher.tracking.run_metrics import has_trained
-from launcher.tracking.tracker import Composite
 from launcher.train.objectives import Objective
+
+if TYPE_CHECKING:
+    from launcher.train.setup import RunContext
 
 _GIB = 2**30
 # If other processes hold at least this many GiB of a GPU, they are the reason, not the run. This includes the memory that CUDA
@@ -43,31 +45,23 @@ class LargestBatchRecord:
     device: str
 
 
-def run_largest_batch(
-    run_dir: RunDir,
-    plan: LaunchPlan,
-    rank_info: RankInfo,
-    engine: Any,
-    objective: Objective,
-    split: Split,
-    device: torch.device,
-    tracker: Composite,
-) -> None:
+def run_largest_batch(run: RunContext, engine: Any, objective: Objective, split: Split) -> None:
     """Run the micro-batch that needs the most memory, once per plan and device type. Collective.
 
     Raises:
         torch.OutOfMemoryError: if it does not fit.
     """
+    plan, device = run.plan, run.device
     setting = plan.config.train.largest_batch_first
     if not (device.type == "cuda" if setting is None else setting):
         return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    record, file = LargestBatchRecord(plan.digest(), name), run_dir.largest_batch
+    record, file = LargestBatchRecord(plan.digest(), name), run.run_dir.largest_batch
 
     def is_done() -> bool:
         return file.is_file() and json_records.read(LargestBatchRecord, file) == record
 
-    if rank0_broadcast(rank_info, "the record of the largest batch cannot be read", is_done):
+    if rank0_broadcast(run.rank_info, "the record of the largest batch cannot be read", is_done):
         return
     micro = choose_largest(split, plan.batch.micro_batch_size, plan.config.data.packing)
     if device.type == "cuda":
@@ -81,9 +75,9 @@ def run_largest_batch(
         peak = f": {torch.cuda.max_memory_allocated(device) / _GIB:.1f} GiB at its peak"
         # The blocks that it left in the allocator may not suit the shapes that follow.
         torch.cuda.empty_cache()
-    rank0_broadcast(rank_info, "the record of the largest batch cannot be written", lambda: json_records.write(file, record))
+    rank0_broadcast(run.rank_info, "the record of the largest batch cannot be written", lambda: json_records.write(file, record))
     labels = int((micro.labels >= 0).sum())
-    tracker.event("info", f"the largest batch, {micro.input_ids.numel():,} tokens with {labels:,} trained, fits{peak}", 0)
+    run.tracker.event("info", f"the largest batch, {micro.input_ids.numel():,} tokens with {labels:,} trained, fits{peak}", 0)
 
 
 def choose_largest(split: Split, micro_batch_size: int, packing: bool) -> MicroBatch:
