@@ -32,8 +32,8 @@ from launcher.errors import ConfigError
 from launcher.models.found_model import find_model
 from launcher.plan.flops import FAMILIES, missing_sizes, train_flops
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
-from launcher.plan.plan_checks import warnings
-from launcher.plan.planner import fewest, run_dir_of, situation_of
+from launcher.plan.plan_checks import find_warnings
+from launcher.plan.planner import plan_fewest_workers, run_dir_of, situation_of
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, rank_combinations
@@ -379,7 +379,7 @@ def _list_warnings(plan: LaunchPlan, own_warnings: Sequence[str | None]) -> list
             f"model states take {plan.memory.host_per_node_gib:.0f} GiB of main memory per node, which has "
             f"{plan.memory.node_gib:.0f} GiB: they do not fit; use more nodes or a smaller model{gpus}"
         )
-    return [warning for warning in (overfull, *warnings(plan), *own_warnings) if warning]
+    return [warning for warning in (overfull, *find_warnings(plan), *own_warnings) if warning]
 
 
 def _is_overfull(plan: LaunchPlan) -> bool:
@@ -431,7 +431,7 @@ def _list_notes(plan: LaunchPlan, own_notes: Sequence[str | None]) -> list[str]:
 def _find_smallest(plan: LaunchPlan) -> LaunchPlan | None:
     """Return the plan on the fewest workers with which the run continues, or None if it is this plan or the plan is old."""
     with suppress(ConfigError):
-        return fewest(plan)
+        return plan_fewest_workers(plan)
     return None
 
 

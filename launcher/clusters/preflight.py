@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from launcher.checkpoint import store
 from launcher.errors import Problem, SubmitError
 from launcher.export import hub
-from launcher.plan.checkpoints import low_room_note, no_room_problem
+from launcher.plan.checkpoints import describe_low_room, find_room_problem
 from launcher.plan.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def check_startable(plan: LaunchPlan) -> None:
     if repo_id and hub.is_public(repo_id):
         raise SubmitError(hub.public_problem("export.push_to_hub", repo_id, RunDir(Path(plan.run_dir)).export))
     num_free_bytes = _free_bytes(plan)
-    if num_free_bytes is not None and (problem := no_room_problem(plan, num_free_bytes)):
+    if num_free_bytes is not None and (problem := find_room_problem(plan, num_free_bytes)):
         raise SubmitError(problem)
     if plan.config.checkpoint.mirror is not None:
         from launcher.checkpoint.mirror import require_usable_mirror
@@ -67,7 +67,7 @@ def disk_note(plan: LaunchPlan) -> str | None:
     num_free_bytes = _free_bytes(plan)
     if num_free_bytes is None:
         return None
-    return low_room_note(plan, num_free_bytes, len(store.list_checkpoints(RunDir(Path(plan.run_dir)).checkpoints)))
+    return describe_low_room(plan, num_free_bytes, len(store.list_checkpoints(RunDir(Path(plan.run_dir)).checkpoints)))
 
 
 def _free_bytes(plan: LaunchPlan) -> int | None:

@@ -110,13 +110,13 @@ def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) 
 def _make_unknown_flag_problem(name: str, value: str, own_flags: Sequence[str]) -> Problem:
     import difflib
 
-    from launcher.config.known_settings import meant_setting, settings
+    from launcher.config.known_settings import find_meant_setting, settings
     from launcher.security.redaction import looks_secret
     from launcher.shell_commands import launcher_command
 
     key = name.lstrip("-").replace("-", "_")
     same = [option for option in settings() if option.rpartition(".")[2] == key and "[]" not in option]
-    meant = key if key in (*GROUPS, *settings()) else meant_setting(key) or " or ".join(same[:3])
+    meant = key if key in (*GROUPS, *settings()) else find_meant_setting(key) or " or ".join(same[:3])
     known = [flag for flag in (*own_flags, *_FLAGS, *FLAGS_WITH_VALUE) if flag.startswith("--")]
     if value.endswith(SUFFIXES):
         remedy = f"a file of settings is named without a flag: {launcher_command('train', value)}"

@@ -26,7 +26,7 @@ from launcher.config.command_line import (
     without_unknown_flags,
     without_unreadable_overrides,
 )
-from launcher.config.error_messages import extra_problems, missing_problem, schema_problems
+from launcher.config.error_messages import find_extra_problems, list_schema_problems, make_missing_problem
 from launcher.config.hydra_composition import OVERRIDE, READS_CREDENTIAL, call_hydra
 from launcher.config.known_settings import leaves
 from launcher.config.origin import RUN_FILE_GROUP, Origins, short_path
@@ -225,18 +225,18 @@ def _validate_settings(cfg: Any, content: FileContent | None) -> Composed:
     held = environment_secrets(os.environ)
     secrets = {key: reason for key, value in scalars if (reason := secret_problem(key, value, held)) is not None}
     targets = [key for key, _ in scalars if "_target_" in key.split(".")]
-    problems = [missing_problem(key, origins) for key in absent]
+    problems = [make_missing_problem(key, origins) for key in absent]
     problems += [Problem(reason, where=origins.of(key), remedy=IN_ENVIRONMENT) for key, reason in secrets.items()]
     problems += [
         Problem(f"{key}: a setting must not name code to run; nothing was called", where=origins.of(key), remedy=f"remove {key}")
         for key in targets
     ]
     reported = {*absent, *secrets, *targets}
-    problems += extra_problems(values, origins, skip=reported)
+    problems += find_extra_problems(values, origins, skip=reported)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        problems += schema_problems(error, origins, values, skip=reported)
+        problems += list_schema_problems(error, origins, values, skip=reported)
     # Settings that take addresses have their own messages.
     logins = [key for key, value in scalars if has_login(value) and not any(p.message.startswith(key) for p in problems)]
     problems += [Problem(f"{key}: {LOGIN_IN_ADDRESS}", where=origins.of(key), remedy=IN_ENVIRONMENT) for key in logins]

@@ -29,7 +29,9 @@ _GROUP_CHOICE = re.compile(r"\+{0,2}(?P<group>[A-Za-z_][\w/]*)=(?P<option>[\w/.-
 _TWO_VALUES = re.compile(r"Multiple values for (?P<group>[\w/]+)")
 
 
-def schema_problems(error: ValidationError, origins: Origins, values: Mapping[str, Any], skip: set[str]) -> Iterator[Problem]:
+def list_schema_problems(
+    error: ValidationError, origins: Origins, values: Mapping[str, Any], skip: set[str]
+) -> Iterator[Problem]:
     """Yield one problem per key; `values` are the validated settings, `skip` has the keys that are already reported."""
     reported: set[str] = set()
     items = [(_write_key(item["loc"]), item) for item in error.errors(include_url=False)]
@@ -41,7 +43,7 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
         if item["type"] == "extra_forbidden":
             yield _make_unknown_key_problem(key, item["input"], origins)
         elif item["type"] == "missing":
-            yield missing_problem(key, origins)
+            yield make_missing_problem(key, origins)
         elif item["type"] == "union_tag_invalid":
             key, kind = f"{key}.kind", item["ctx"]["tag"]
             choices = settings()[key].type.split(" | ")
@@ -61,7 +63,7 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
             yield Problem(f"{key}: {item['msg']}", where=origins.of(key), value=_format_scalar(key, value), remedy=remedy)
 
 
-def missing_problem(key: str, origins: Origins) -> Problem:
+def make_missing_problem(key: str, origins: Origins) -> Problem:
     """Return the problem of a required setting that has no value."""
     section, _, name = key.rpartition(".")
     remedy = f"add {key}=... to the command line"
@@ -149,7 +151,7 @@ def _write_key(location: tuple[int | str, ...]) -> str:
     return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)
 
 
-def extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] = frozenset()) -> Iterator[Problem]:
+def find_extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] = frozenset()) -> Iterator[Problem]:
     """Yield a problem for each key of `deepspeed.extra` in unvalidated settings that is not allowed, unless `skip` has it."""
     section = values.get("deepspeed")
     extra = section.get("extra") if isinstance(section, dict) else None
@@ -164,7 +166,7 @@ def extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] =
             yield Problem(message, origins.of(key), format_value(key, value), remedy)
 
 
-def unknown_option_problem(group: str, option: str, options: Sequence[str], token: str) -> Problem:
+def make_unknown_option_problem(group: str, option: str, options: Sequence[str], token: str) -> Problem:
     """Return the problem of an unknown option of a config group. The option may be meant as the path of a model or of rows."""
     close = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in options}.get(re.sub(r"[^a-z0-9]", "", option.lower()))
     guess = f"did you mean {close}?" if close else did_you_mean(option.lower(), options)
@@ -174,7 +176,7 @@ def unknown_option_problem(group: str, option: str, options: Sequence[str], toke
     return Problem(f"{group}={option}: there is no such option", where=COMMAND_LINE, value=token, remedy=remedy)
 
 
-def yaml_problems(error: BaseException) -> list[Problem]:
+def find_yaml_problems(error: BaseException) -> list[Problem]:
     """Return the problem of a file that is not valid YAML, from the error or its causes; empty for any other error."""
     import yaml
 
@@ -195,7 +197,7 @@ def yaml_problems(error: BaseException) -> list[Problem]:
     ]
 
 
-def hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None) -> Problem:
+def make_hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None) -> Problem:
     """Return the problem for an error in Hydra's composition, without the `++` that the launcher added.
 
     `tokens` are the overrides, `folders` hold the composed files, in search order; `run_file` is composed with them.
@@ -212,7 +214,7 @@ def hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Pat
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
     location = _locate_hydra_error(error, tokens, folders, run_file)
     if option and (options := getattr(error, "options", None)):
-        problem = unknown_option_problem(group, option, options, f"{group}={option}")
+        problem = make_unknown_option_problem(group, option, options, f"{group}={option}")
         is_typed = any(token.lstrip("+") == f"{group}={option}" for token in tokens)
         return problem if is_typed or location is None else replace(problem, where=location.where, value=location.line)
     if location is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.command_line import COMMAND_LINE, GROUPS, config_dirs, flags_first
-from launcher.config.error_messages import find_broken_reference, hydra_problem, yaml_problems
+from launcher.config.error_messages import find_broken_reference, find_yaml_problems, make_hydra_problem
 from launcher.config.known_settings import leaves
 from launcher.config.origin import RUN_FILE_GROUP, short_path
 from launcher.config.run_file import FileContent
@@ -148,7 +148,7 @@ def _redact_settings(text: str, secrets: Mapping[str, str]) -> str:
 def _as_config_error(error: Exception, argv: Sequence[str], folders: Sequence[Path], run_file: Path | None) -> ConfigError:
     """Return the refusal that caused an error of Hydra, or the problems that the error stands for."""
     refusal = next((cause for cause in causes(error) if isinstance(cause, ConfigError)), None)
-    return refusal or ConfigError(yaml_problems(error) or [hydra_problem(error, argv, folders, run_file)])
+    return refusal or ConfigError(find_yaml_problems(error) or [make_hydra_problem(error, argv, folders, run_file)])
 
 
 @contextmanager

@@ -173,7 +173,7 @@ def _list_synonyms() -> Mapping[str, str]:
     return {name: setting for setting, names in _NAMES_ELSEWHERE.items() for name in names.split()}
 
 
-def meant_setting(key: str) -> str:
+def find_meant_setting(key: str) -> str:
     """Return the setting that another trainer's name stands for; empty for all other names. The section is ignored."""
     return _list_synonyms().get(_take_last_part(key), "")
 
@@ -191,7 +191,7 @@ def suggest_setting(key: str) -> str:
     # Settings of held-out rows belong to the data: eval.max_rows is data.eval_max_rows.
     if key.startswith("eval.") and (of_data := f"data.eval_{key.removeprefix('eval.')}") in settings():
         return f"did you mean {of_data}?"
-    if meant := meant_setting(key):
+    if meant := find_meant_setting(key):
         return f"did you mean {meant}?"
     if instead := next((text for pattern, text in _NOT_SERVED.items() if pattern.search(_take_last_part(key))), ""):
         return instead

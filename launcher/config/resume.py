@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from launcher.config.command_line import COMMAND_LINE
 from launcher.config.compose import IN_ENVIRONMENT
-from launcher.config.error_messages import extra_problems, format_value, schema_problems
+from launcher.config.error_messages import find_extra_problems, format_value, list_schema_problems
 from launcher.config.known_settings import leaves, settings, suggest_setting
 from launcher.config.origin import Origins
 from launcher.config.schema import RunConfig
@@ -172,11 +172,11 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
                 values["train"]["epochs" if key == "train.max_steps" else "max_steps"] = None
     origins = Origins(overrides=tuple(overrides), choices={}, folders=())
     if any(override.lstrip("+").startswith("deepspeed.") for override in overrides):
-        problems += extra_problems(values, origins)
+        problems += find_extra_problems(values, origins)
     try:
         changed = RunConfig.model_validate(values)
     except ValidationError as error:
-        problems += schema_problems(error, origins, values, skip=set())
+        problems += list_schema_problems(error, origins, values, skip=set())
     if problems:
         raise ConfigError(problems)
     return changed

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from launcher.config.command_line import COMMAND_LINE, GROUPS, ROW_SUFFIXES, SUFFIXES
-from launcher.config.error_messages import unknown_option_problem, yaml_problems
+from launcher.config.error_messages import find_yaml_problems, make_unknown_option_problem
 from launcher.config.known_settings import leaves, sections_of, settings
 from launcher.config.origin import RunFile, short_path, yaml_nodes
 from launcher.config.schema import RunConfig, choose_kind
@@ -151,7 +151,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         unreadable = Problem(
             "the file is not valid YAML", short_path(path), remedy="a line is `key: value`, indented with spaces"
         )
-        raise ConfigError(yaml_problems(error) or [unreadable]) from error
+        raise ConfigError(find_yaml_problems(error) or [unreadable]) from error
     if isinstance(root, list) and path.suffix == ".json":
         raise ConfigError(_make_rows_problem(path))
     if not isinstance(root, dict) or not root:
@@ -178,7 +178,7 @@ def _select_option(group: str, value: Any, where: str, folders: Sequence[Path]) 
         return None, None
     if folders and not any((folder / group / f"{value}.yaml").is_file() for folder in folders):
         name = redact(str(value))
-        return None, replace(unknown_option_problem(group, name, options, ""), where=where, value=name)
+        return None, replace(make_unknown_option_problem(group, name, options, ""), where=where, value=name)
     return str(value), None
 
 

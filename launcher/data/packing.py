@@ -68,7 +68,7 @@ def choose_evenly(num_rows: int, max_rows: int | None) -> np.ndarray:
     return np.linspace(0, num_rows - 1, max_rows).round().astype(int)
 
 
-def one_per_row(num_docs: int) -> RowLayout:
+def place_one_per_row(num_docs: int) -> RowLayout:
     """Return the layout without packing: document i is row i."""
     return RowLayout(np.arange(num_docs), np.arange(num_docs + 1))
 

@@ -142,7 +142,7 @@ def layout_held_out(lengths: np.ndarray, selected: np.ndarray, data: DataSection
 
 
 def _pack(lengths: np.ndarray, indices: np.ndarray, data: DataSection) -> RowLayout:
-    packed = packing.pack(lengths[indices], data.max_length) if data.packing else packing.one_per_row(len(indices))
+    packed = packing.pack(lengths[indices], data.max_length) if data.packing else packing.place_one_per_row(len(indices))
     return RowLayout(indices[packed.order], packed.starts)
 
 
@@ -192,7 +192,7 @@ def write_documents(
     and the indices of the documents in the order of the split.
     """
     width = max(data.max_length, int(lengths.max(initial=1)))
-    layout = packing.pack(lengths, width) if data.packing else packing.one_per_row(len(lengths))
+    layout = packing.pack(lengths, width) if data.packing else packing.place_one_per_row(len(lengths))
     labels = np.add.reduceat(trained, _find_starts(lengths)[:-1], dtype=np.int64) if len(lengths) else np.zeros(0, np.int64)
     num_sources = int(sources.max(initial=0)) + 1
     digest = write(folder, layout, lengths, sources, labels, (tokens, trained), num_sources)

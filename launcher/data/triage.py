@@ -70,7 +70,7 @@ def write_answers_alone(split: Split, folder: Path, data: DataSection) -> tuple[
     return facts, documents[order]
 
 
-def mean_losses(split: Split, log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def compute_mean_losses(split: Split, log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the number of trained tokens of each document of a split, and their mean loss in nats, NaN if there are none.
 
     `log_probs` are those of all trained tokens of the split, in order.
@@ -83,7 +83,7 @@ def mean_losses(split: Split, log_probs: np.ndarray) -> tuple[np.ndarray, np.nda
         return counts, -(sums[ends[1:]] - sums[ends[:-1]]) / counts
 
 
-def explained_shares(loss: np.ndarray, loss_alone: np.ndarray) -> np.ndarray:
+def compute_explained_shares(loss: np.ndarray, loss_alone: np.ndarray) -> np.ndarray:
     """Return the share of each answer's loss that its prompt explains, at most 1; NaN without a prompt.
 
     An answer with a share of 0 or less is no likelier with its prompt: it is likely mislabeled.
@@ -100,7 +100,7 @@ def rank_documents(num_tokens: np.ndarray, loss: np.ndarray, loss_alone: np.ndar
     is_long, has_prompt = num_tokens >= _MIN_KNOWN_TOKENS, ~np.isnan(loss_alone)
     is_known_alone = loss_alone <= KNOWN_LOSS
     ranked = {
-        MISLABELED: (has_prompt, explained_shares(loss, loss_alone)),
+        MISLABELED: (has_prompt, compute_explained_shares(loss, loss_alone)),
         MEMORIZED: (is_long & (loss <= KNOWN_LOSS) & ~is_known_alone & has_prompt, loss),
         NOTHING_TO_LEARN: (is_long & is_known_alone, loss_alone),
     }

@@ -90,12 +90,12 @@ def rank_documents(plan_path: Path, step: int | None, split_name: str, on_progre
         if alone is not None:
             passes.append(ScorePass(title="answers without prompts", facts=alone[0]))
         log_probs = score_passes(plan, weights, passes, on_progress)
-        num_tokens, loss = triage.mean_losses(split, log_probs[0])
+        num_tokens, loss = triage.compute_mean_losses(split, log_probs[0])
         loss_alone = np.full(split.num_docs, np.nan)
         if alone is not None:
-            loss_alone[alone[1]] = triage.mean_losses(passes[1].open(), log_probs[1])[1]
+            loss_alone[alone[1]] = triage.compute_mean_losses(passes[1].open(), log_probs[1])[1]
     documents = _SplitDocuments(plan, facts, split, split_name == HELD_OUT)
-    is_likely = triage.explained_shares(loss, loss_alone) <= 0
+    is_likely = triage.compute_explained_shares(loss, loss_alone) <= 0
     lists: dict[str, list[dict[str, Any]]] = {}
     for name, ranked in triage.rank_documents(num_tokens, loss, loss_alone).items():
         # Documents of sources with epochs above 1 are repeated.

@@ -29,7 +29,7 @@ from launcher.data.sources.formats import FORMATS, detect_format
 from launcher.data.sources.reading import find_shared_completions
 from launcher.data.split import Split
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.data.triage import mean_losses
+from launcher.data.triage import compute_mean_losses
 from launcher.errors import DataError, LauncherError, Problem
 from launcher.evaluate.document_losses import Progress, ScorePass, score_passes, temporary_folder
 from launcher.evaluate.weights import find_scored_weights
@@ -152,7 +152,7 @@ def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progres
         with ExitStack() as stack:
             passes = list(_make_passes(plan, name, prompts, training, stack))
             scored = score_passes(plan, weights, passes, on_progress)
-            now, before = (mean_losses(one.open(), part)[1] for one, part in zip(passes, scored, strict=True))
+            now, before = (compute_mean_losses(one.open(), part)[1] for one, part in zip(passes, scored, strict=True))
         losses[name] = now[~np.isnan(now)], before[~np.isnan(before)]
     return compare_prompts(prompts, training, losses, gaps)
 

@@ -66,7 +66,7 @@ def save_seconds(plan: LaunchPlan) -> int:
     return math.ceil(plan.checkpoint_bytes / 2**30 / (CHECKPOINT_GIB_PER_SECOND * plan.topology.nodes))
 
 
-def short_save_warnings(plan: LaunchPlan) -> Iterator[str]:
+def warn_of_short_saves(plan: LaunchPlan) -> Iterator[str]:
     """Yield a warning for each limit of the cluster settings that is shorter than a save may take."""
     cluster = plan.config.cluster
     limits = {"cluster.stop_grace_seconds": cluster.stop_grace_seconds}
@@ -106,7 +106,7 @@ def needed_bytes(plan: LaunchPlan, count: int = 1) -> int:
     return count * (plan.checkpoint_bytes + _SMALL_FILES_BYTES) + REFERENCE_TOKENS * plan.model.vocab_size * logit_bytes
 
 
-def no_room_problem(plan: LaunchPlan, available: int) -> Problem | None:
+def find_room_problem(plan: LaunchPlan, available: int) -> Problem | None:
     """Return the problem if not even one checkpoint fits; None if one does."""
     needed = needed_bytes(plan)
     if available >= needed:
@@ -119,7 +119,7 @@ def no_room_problem(plan: LaunchPlan, available: int) -> Problem | None:
     )
 
 
-def low_room_note(plan: LaunchPlan, available: int, present: int) -> str | None:
+def describe_low_room(plan: LaunchPlan, available: int, present: int) -> str | None:
     """Return a note if fewer checkpoints fit than will be kept; None if all fit. `present` of them exist already."""
     count = max(1, checkpoints_at_once(plan) - present)
     needed = needed_bytes(plan, count)

@@ -9,7 +9,7 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.errors import Problem
-from launcher.plan.checkpoints import short_save_warnings
+from launcher.plan.checkpoints import warn_of_short_saves
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, ModelFacts
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
@@ -22,7 +22,7 @@ _MAX_LR = 1.0
 _MAX_FACTOR = 1e6
 
 
-def refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) -> Iterator[Problem]:
+def find_refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) -> Iterator[Problem]:
     """Yield problems of settings that would make the run fail or destroy its model; `data` is None before it is built."""
     lr, usual = config.optim.lr, _find_usual_lr(config)
     name, offload = config.optim.name, config.deepspeed.offload_optimizer
@@ -78,7 +78,7 @@ def _find_best_set_interval(config: RunConfig) -> int:
     return config.eval.every if every is None else every
 
 
-def warnings(plan: LaunchPlan) -> Iterator[str]:
+def find_warnings(plan: LaunchPlan) -> Iterator[str]:
     """Yield a warning for each probable mistake, with a suitable value."""
     config, data, world_size = plan.config, plan.data, plan.topology.world_size
     lr, usual = config.optim.lr, _find_usual_lr(config)
@@ -103,7 +103,7 @@ def warnings(plan: LaunchPlan) -> Iterator[str]:
         )
         rows = format_count(data.num_rows, "row")
         yield f"a batch of {format_count(batch, 'row')} is more than the {rows} of the data, so each step repeats rows: {fitting}"
-    yield from short_save_warnings(plan)
+    yield from warn_of_short_saves(plan)
 
 
 def context_tokens(config: Mapping[str, Any]) -> int | None:

@@ -37,7 +37,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     topology = choose_topology(config, facts)
     problems = [*_check_topology(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
-    problems += plan_checks.refusals(config, facts.model, facts.data)
+    problems += plan_checks.find_refusals(config, facts.model, facts.data)
     gpu_name = config.cluster.gpu_type or facts.device.name
     try:
         split_batch(config.train, config.data, topology.world_size, topology.device, facts.data)
@@ -100,7 +100,7 @@ def fit_workers(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> L
         if ranks == planned.topology.world_size:
             return planned
         with suppress(ConfigError):
-            return resized(planned, ranks, min(ranks, ranks_per_node))
+            return resize_plan(planned, ranks, min(ranks, ranks_per_node))
     raise ConfigError(
         f"the global batch cannot be split evenly over any number of workers up to {num_workers}",
         where="train.global_batch_size",
@@ -109,7 +109,7 @@ def fit_workers(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> L
     )
 
 
-def fewest(planned: LaunchPlan) -> LaunchPlan | None:
+def plan_fewest_workers(planned: LaunchPlan) -> LaunchPlan | None:
     """Return the plan of an elastic run on its minimum number of workers; None for a run of one size.
 
     Raises:
@@ -121,7 +121,7 @@ def fewest(planned: LaunchPlan) -> LaunchPlan | None:
     return fit_workers(planned, num_workers, planned.topology.ranks_per_node)
 
 
-def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> LaunchPlan:
+def resize_plan(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> LaunchPlan:
     """Return the plan of the same run on another number of ranks: each step has the same rows, split differently. Pure.
 
     Raises:
@@ -290,7 +290,7 @@ def _check_memory(planned: LaunchPlan) -> Iterator[Problem]:
         size = f"{format_count(topology.nodes, 'node')} of {format_count(topology.ranks_per_node, 'rank')}"
         yield Problem(too_large, where="cluster", value=size, remedy=remedy)
         return
-    smallest = fewest(planned)
+    smallest = plan_fewest_workers(planned)
     if smallest is not None and (too_large := _describe_excess(smallest)):
         fewest_workers = planned.config.cluster.fewest_workers
         yield Problem(

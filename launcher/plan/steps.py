@@ -33,7 +33,7 @@ def split_batch(train: TrainSection, data: DataSection, world_size: int, device:
     if total % world_size:
         lower, upper = total // world_size * world_size, math.ceil(total / world_size) * world_size
         sizes = " or ".join(str(s) for s in (lower, upper) if s)
-        worlds = ", ".join(map(str, divisors(total)))
+        worlds = ", ".join(map(str, list_divisors(total)))
         raise ConfigError(
             f"train.global_batch_size={total} cannot be split evenly over {world_size} ranks",
             where="train.global_batch_size",
@@ -43,13 +43,13 @@ def split_batch(train: TrainSection, data: DataSection, world_size: int, device:
     per_rank = total // world_size
     if micro is None:
         rows = max(1, _TOKENS_PER_FORWARD.get(device, 8192) // data.max_length)
-        micro = max(d for d in divisors(per_rank) if d <= rows)
+        micro = max(d for d in list_divisors(per_rank) if d <= rows)
     elif per_rank % micro:
         raise ConfigError(
             f"train.micro_batch_size={micro} does not divide the {per_rank} rows that each of {world_size} ranks gets per step",
             where="train.micro_batch_size",
             value=str(micro),
-            remedy=f"set it to one of {', '.join(map(str, divisors(per_rank)))}, or leave it unset",
+            remedy=f"set it to one of {', '.join(map(str, list_divisors(per_rank)))}, or leave it unset",
         )
     steps = train.max_steps
     if steps is None and facts is not None and train.epochs is not None:
@@ -67,7 +67,7 @@ def split_batch(train: TrainSection, data: DataSection, world_size: int, device:
     )
 
 
-def divisors(n: int) -> list[int]:
+def list_divisors(n: int) -> list[int]:
     """Return the divisors of `n` in ascending order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})

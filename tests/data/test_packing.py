@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.packing import RowLayout, choose_evenly, one_per_row, pack
+from launcher.data.packing import RowLayout, choose_evenly, pack, place_one_per_row
 from launcher.data.row_layout import _gather as gathered
 from launcher.data.row_layout import compute_budgets, draw_passes, layout_training
 from launcher.data.tokenization.batch_encoder import cut_document
@@ -131,7 +131,7 @@ def test_a_document_longer_than_a_row_is_refused(length: int) -> None:
 
 
 def test_without_packing_each_document_is_a_row() -> None:
-    assert [row.tolist() for row in rows(one_per_row(3))] == [[0], [1], [2]]
+    assert [row.tolist() for row in rows(place_one_per_row(3))] == [[0], [1], [2]]
 
 
 def source(name: str = "a", **settings: object) -> Source:

@@ -100,7 +100,7 @@ def test_documents_are_ranked_by_what_the_prompt_explains() -> None:
     ranked = triage.rank_documents(num_tokens, loss, loss_alone)
     # Document 0 has the highest loss because its answer is hard to guess. The prompt of document 1 does not help at all.
     assert ranked[MISLABELED].tolist() == [1, 3, 0, 2, 5]
-    assert np.flatnonzero(triage.explained_shares(loss, loss_alone) <= 0).tolist() == [1]
+    assert np.flatnonzero(triage.compute_explained_shares(loss, loss_alone) <= 0).tolist() == [1]
     assert ranked[MEMORIZED].tolist() == [2]
     assert ranked[NOTHING_TO_LEARN].tolist() == [3]
 
@@ -109,7 +109,7 @@ def test_mean_losses_are_those_of_each_document(jsonl: Jsonl, tokenizer_dir: Pat
     split = Split.open(build(chats(jsonl), str(tokenizer_dir)))
     counts = [len(trained_tokens(split, document)) for document in range(split.num_docs)]
     log_probs = -np.repeat(np.arange(split.num_docs, dtype=np.float32), counts)
-    num_tokens, losses = triage.mean_losses(split, log_probs)
+    num_tokens, losses = triage.compute_mean_losses(split, log_probs)
     assert num_tokens.tolist() == counts
     np.testing.assert_allclose(losses, np.arange(split.num_docs))
 

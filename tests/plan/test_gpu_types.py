@@ -11,7 +11,7 @@ from plan_fixtures import H100, PlanOf, plan_lines
 
 from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, Price, lookup, recognize, typical_price
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
-from launcher.plan.planner import resized
+from launcher.plan.planner import resize_plan
 
 NAMES = {
     # Names from NVML, torch and nvidia-smi.
@@ -122,7 +122,7 @@ def cost(planned: LaunchPlan) -> list[str]:
 def test_the_price_of_a_plan(plan_of: PlanOf, tokens: tuple[str, ...], device: DeviceFacts, price: Price | None) -> None:
     planned = plan_of(*tokens, device=device)
     assert planned.price == price
-    assert resized(planned, 4, 4).price == price
+    assert resize_plan(planned, 4, 4).price == price
 
 
 def test_a_cpu_costs_the_price_of_the_settings(plan_of: PlanOf) -> None:

@@ -20,7 +20,7 @@ from plan_fixtures import DATA, ConfigOf, PlanOf, plan_lines
 from launcher import run_store
 from launcher.errors import ConfigError, Problem, RunError
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Limits
-from launcher.plan.planner import fewest, plan, resized
+from launcher.plan.planner import plan, plan_fewest_workers, resize_plan
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import estimate_speed
 
@@ -158,8 +158,8 @@ def test_an_hpz_partition_that_does_not_divide_is_refused(plan_of: PlanOf) -> No
 
 def test_resizing_a_plan_equals_planning_for_the_other_ranks(plan_of: PlanOf) -> None:
     full = plan_of(*LLAMA_70B, "cluster.nodes=8")
-    assert resized(full, 64, 8) == full
-    half, planned = resized(full, 32, 8), plan_of(*LLAMA_70B, "cluster.nodes=4")
+    assert resize_plan(full, 64, 8) == full
+    half, planned = resize_plan(full, 32, 8), plan_of(*LLAMA_70B, "cluster.nodes=4")
     identity = {"config": half.config, "wandb_id": half.wandb_id, "run_dir": half.run_dir, "run_name": half.run_name}
     assert half == planned.model_copy(update=identity | {"provenance": half.provenance})
     assert half.batch.global_batch_size == full.batch.global_batch_size
@@ -168,9 +168,9 @@ def test_resizing_a_plan_equals_planning_for_the_other_ranks(plan_of: PlanOf) ->
 def test_resizing_to_ranks_that_do_not_divide_is_refused(plan_of: PlanOf) -> None:
     full = plan_of(*LLAMA_70B, "deepspeed.hpz_partition_size=8")
     with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
-        resized(full, 4, 4)
+        resize_plan(full, 4, 4)
     with pytest.raises(ConfigError):
-        resized(plan_of(*LLAMA_70B), 7, 7)
+        resize_plan(plan_of(*LLAMA_70B), 7, 7)
 
 
 def test_min_workers_above_the_world_size_are_refused(plan_of: PlanOf) -> None:
@@ -203,7 +203,7 @@ def test_limits_of_hours_and_dollars_become_seconds(
 ) -> None:
     planned = plan_of(*LLAMA_70B, *tokens)
     assert planned.limits == Limits(max_seconds=seconds, max_gpu_seconds=gpu_seconds)
-    assert resized(planned, 16, 8).limits == planned.limits
+    assert resize_plan(planned, 16, 8).limits == planned.limits
 
 
 def test_model_states_that_exceed_a_gpu_are_refused(plan_of: PlanOf) -> None:
@@ -217,7 +217,7 @@ def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_roo
     settings = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.ranks_per_node=8", "cluster.min_workers=16", *H200)
     planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 300.0}))
     assert planned.saving.background
-    smallest = fewest(planned)
+    smallest = plan_fewest_workers(planned)
     assert smallest is not None
     assert not smallest.saving.background, "384 GiB of a node that has 300"
 
@@ -228,7 +228,7 @@ def test_a_run_that_saves_while_training_waits_does_so_on_fewer_ranks(plan_of: P
     assert not planned.saving.background
     # Plans of earlier launchers do not record a node's main memory.
     unknown = planned.model_copy(update={"memory": planned.memory.model_copy(update={"node_gib": None})})
-    assert resized(unknown, 16, 8).saving == planned.saving
+    assert resize_plan(unknown, 16, 8).saving == planned.saving
 
 
 def test_unknown_gpus_of_a_ray_cluster_are_not_refused(plan_of: PlanOf) -> None:
@@ -245,12 +245,12 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: PlanOf) -> None:
     assert "cluster.min_workers=8: model states over 8 ranks need 148 GiB per GPU, and a GPU has 79" in problem.message
     # Of 40 workers, 32 train: the global batch of 128 divides evenly over 32, but not 40.
     planned = plan_of(*elastic, "cluster.min_workers=40")
-    smallest = fewest(planned)
+    smallest = plan_fewest_workers(planned)
     assert smallest is not None
     assert (smallest.topology.world_size, smallest.batch.global_batch_size) == (32, planned.batch.global_batch_size)
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=16")
     assert "cluster.min_workers=16: the loss stage needs 87 GiB" in problem.message
-    assert fewest(plan_of(*elastic)) is None
+    assert plan_fewest_workers(plan_of(*elastic)) is None
 
 
 @pytest.mark.parametrize(("gpu", "is_noted"), [(24.0, False), (2.2, True), (2.5, False)])

@@ -20,7 +20,7 @@ from launcher.config.schema import RunConfig
 from launcher.models.found_model import find_model
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.plan_checks import warnings
+from launcher.plan.plan_checks import find_warnings
 from launcher.plan.planner import plan, situation_of
 from launcher.plan.sizing.combinations import USABLE_SHARE, choose
 
@@ -140,7 +140,7 @@ def test_experiments_fit_the_gpus_that_they_name(plan_of: PlanOf) -> None:
         assert planned.memory.device_gib == 79.1
         assert planned.peak is not None
         assert planned.peak.peak_gib <= USABLE_SHARE * 79.1, name
-        assert list(warnings(planned)) == [], name
+        assert list(find_warnings(planned)) == [], name
         offloaded = planned.memory.host_per_node_gib > 0
         assert offloaded == name.endswith("_offload"), name
         if offloaded:

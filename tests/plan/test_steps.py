@@ -12,10 +12,10 @@ from plan_fixtures import PlanOf, plan_lines
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import OptimSection, TrainSection
 from launcher.errors import ConfigError
-from launcher.plan.checkpoints import checkpoints_at_once, low_room_note, needed_bytes, no_room_problem
+from launcher.plan.checkpoints import checkpoints_at_once, describe_low_room, find_room_problem, needed_bytes
 from launcher.plan.launch_plan import Batch, DataFacts, LaunchPlan
 from launcher.plan.quantities import format_size
-from launcher.plan.steps import compute_learning_rate, describe_changed_rate, divisors, split_batch
+from launcher.plan.steps import compute_learning_rate, describe_changed_rate, list_divisors, split_batch
 from launcher.plan.suggested_settings import DataSample, Machine, learning_rate, needs_offload, suggest, suggest_held_out
 
 GLOBALS = (1, 2, 6, 7, 8, 12, 30, 64, 96, 100, 127, 128, 1024)
@@ -32,7 +32,7 @@ def divide(global_batch: int, world: int, length: int = 256, micro: int | None =
 
 @pytest.mark.parametrize("n", range(1, 200))
 def test_divisors(n: int) -> None:
-    assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+    assert list_divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -65,7 +65,7 @@ def test_an_indivisible_batch_is_refused_with_the_sizes_and_ranks_that_divide() 
         divide(100, 8)
     (problem,) = error.value.problems
     assert (problem.where, problem.value) == ("train.global_batch_size", "100")
-    assert [int(n) for n in re.findall(r"\d+", problem.remedy)] == [96, 104, *divisors(100)]
+    assert [int(n) for n in re.findall(r"\d+", problem.remedy)] == [96, 104, *list_divisors(100)]
 
 
 def test_a_micro_batch_that_is_set() -> None:
@@ -202,19 +202,19 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
     plan = plan_of("train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2")
     one = needed_bytes(plan)
     assert one > plan.checkpoint_bytes + 64 * plan.model.vocab_size * 2, "the logits for the check of the export count"
-    refused = no_room_problem(plan, one - 1)
+    refused = find_room_problem(plan, one - 1)
     assert refused is not None
     assert refused.value == f"needed {format_size(one)}, available {format_size(one - 1)}"
-    assert no_room_problem(plan, one) is None
+    assert find_room_problem(plan, one) is None
     three = needed_bytes(plan, 3)
-    note = low_room_note(plan, three - 1, present=0)
+    note = describe_low_room(plan, three - 1, present=0)
     assert note is not None
     assert f"has {format_size(three - 1)} free and needs {format_size(three)} for 3 checkpoints" in note
-    assert low_room_note(plan, three, present=0) is None
+    assert describe_low_room(plan, three, present=0) is None
     # Existing checkpoints need no additional space.
-    assert low_room_note(plan, one, present=2) is None
-    assert f"needs {format_size(needed_bytes(plan, 2))} for 2 more checkpoints" in (low_room_note(plan, one, present=1) or "")
-    assert f"needs {format_size(one)} for 1 more checkpoint," in (low_room_note(plan, one - 1, present=9) or "")
+    assert describe_low_room(plan, one, present=2) is None
+    assert f"needs {format_size(needed_bytes(plan, 2))} for 2 more checkpoints" in (describe_low_room(plan, one, present=1) or "")
+    assert f"needs {format_size(one)} for 1 more checkpoint," in (describe_low_room(plan, one - 1, present=9) or "")
 
 
 @pytest.mark.parametrize(

@@ -197,11 +197,11 @@ def _check_structure(document: Document, parts: list[_TextPart], encoded: Encode
             length = len(part.answer or "")
             yield CheckHit("repetitive_answer", f"{part.where} is {length:,} characters that compress to 1/{ratio:.0f}")
             break
-    if isinstance(document, Chat) and (fault := role_fault(document.messages)):
+    if isinstance(document, Chat) and (fault := find_role_fault(document.messages)):
         yield CheckHit("role_order", fault)
 
 
-def role_fault(messages: Sequence[Message]) -> str | None:
+def find_role_fault(messages: Sequence[Message]) -> str | None:
     """Return where a conversation first deviates from the order: system, then user and assistant in turns, the assistant last."""
     previous = "start"
     for i, message in enumerate(messages):

@@ -227,7 +227,7 @@ class BatchEncoder:
         drops_role_order = self.data.checks.role_order == "drop"
         rendered = [
             RenderedDocument(document.where, "", (), raw=False)
-            if drops_role_order and isinstance(document, Chat) and inspection.role_fault(document.messages)
+            if drops_role_order and isinstance(document, Chat) and inspection.find_role_fault(document.messages)
             else self.encoder.render(document)
             for document in documents
         ]

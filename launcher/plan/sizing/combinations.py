@@ -30,7 +30,7 @@ from launcher.plan.sizing.kernels import (
 )
 from launcher.plan.sizing.memory import Pass, Sharding, estimate_peak
 from launcher.plan.sizing.step_time import Rates, StepTime, gpu_rates, predict_step
-from launcher.plan.steps import divisors, split_batch
+from launcher.plan.steps import list_divisors, split_batch
 
 # A combination fits up to USABLE_SHARE of a GPU's memory; up to PREFERRED_SHARE is preferred until a GPU of the type is measured.
 USABLE_SHARE, PREFERRED_SHARE = 0.95, 0.90
@@ -249,7 +249,7 @@ def _list_allowed(situation: Situation, base: Combination) -> Iterator[Combinati
     sizes = [base.micro_batch_size]
     if config.train.micro_batch_size is None:
         most = max(1, max(_MOST_TOKENS, _count_busy_tokens(situation.model.num_params)) // config.data.max_length)
-        sizes = [size for size in divisors(per_rank) if size <= most]
+        sizes = [size for size in list_divisors(per_rank) if size <= most]
     layers = _CHECKPOINTING if config.model.activation_checkpointing == AUTO else (base.checkpointing,)
     yield from (replace(base, micro_batch_size=size, checkpointing=one) for size in sizes for one in layers)
 
