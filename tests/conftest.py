@@ -25,7 +25,7 @@ import hypothesis
 import progress
 import pytest
 from filelock import FileLock
-from forked import ForkedProcess, ForkingWorkers, ForkServer, Launch
+from forked import ForkedProcess, ForkingWorkers, ForkServer, Launch, require_exit
 from forked_ranks import VARIABLES as RANK_VARIABLES
 from forked_ranks import RankServer
 from forked_stack import ForkingAgents
@@ -321,7 +321,7 @@ def run(tmp_path: Path) -> RunDir:
 def demo_model(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model as a Hugging Face folder; its data cache is built too."""
     done = launch("data", "--json")
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     plan = json.loads(launch("plan", "--json").stdout)
     return Path(plan["model"]["path"])
 

@@ -35,6 +35,11 @@ _LONGEST_MESSAGE = 2**20
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def require_exit(done: subprocess.CompletedProcess[str], code: int = 0) -> None:
+    """Fail with the output of a command unless it ended with this exit code."""
+    assert done.returncode == code, f"{done.stdout}{done.stderr}"
+
+
 class ForkServer:
     """A process that has imported `modules`, with `variables` in its environment, and forks others.
 

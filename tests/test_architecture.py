@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import require_exit
 
 from launcher.clusters.backends import BACKENDS
 from launcher.config.schema import SECTIONS
@@ -43,7 +44,7 @@ def loaded_after(statement: str) -> set[str]:
     """The top-level modules that a new interpreter has loaded after `statement`."""
     code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -83,7 +84,7 @@ def test_status_and_ls_do_not_load_pydantic() -> None:
 def test_the_import_contracts_hold() -> None:
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([linter, "--no-cache"], capture_output=True, text=True, cwd=REPO, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert "4 kept, 0 broken" in done.stdout
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forked import require_exit
 from packaging.requirements import Requirement
 
 from launcher.config.compose import run_hydra
@@ -115,7 +116,7 @@ def test_skypilot_accepts_the_task_file() -> None:
     assert all(value is None for value in task["secrets"].values()), "no key stands in the file"
     assert task["envs"]["RAY_memory_monitor_refresh_ms"] == "0"
     checked = subprocess.run(["bash", "-n"], input=task["run"], text=True, capture_output=True, timeout=10)
-    assert checked.returncode == 0, checked.stderr
+    require_exit(checked)
     if importlib.util.find_spec("sky") is not None:
         import sky
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import testbed_config
+from forked import require_exit
 from missing_program import show
 from progress import Estimate, means_by_file
 
@@ -78,7 +79,7 @@ def test_progress_lines_are_printed_and_durations_stored(tmp_path: Path, nodes: 
     folders = ["--rootdir", str(tmp_path), "--basetemp", str(tmp_path / "folders")]
     command = [sys.executable, "-m", "pytest", *folders, "-c", "/dev/null", *nodes, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert len(re.findall(r"^\d:\d\d elapsed, \d+%", done.stdout, re.MULTILINE)) >= 2, done.stdout
     (file,) = tmp_path.glob(".pytest_cache/v/progress/durations")
     durations = json.loads(file.read_text())
@@ -117,7 +118,7 @@ def test_tests_that_pass_only_alone_are_named_and_others_fail_the_target(tmp_pat
 
     headline = "=== test: these tests failed beside others and passed alone, so they depend on the machine's load: ==="
     done = run(always=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert done.stdout.endswith(f"{headline}\ntest_it.py::test_passes_alone\n")
     done = run(always=False)
     assert done.returncode != 0

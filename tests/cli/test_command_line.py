@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from forked import Launch, preloaded
+from forked import Launch, preloaded, require_exit
 
 from launcher import __version__
 from launcher.cli import completion
@@ -94,7 +94,7 @@ def test_help_imports_only_the_standard_library(walled: Launch, arguments: list[
     before = os.times()
     done = walled(*arguments, forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
     after = os.times()
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert all(verb in done.stdout for verb in VERBS)
     # Typically 0.2 s. CPU time is measured because other tests run at the same time.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
@@ -111,7 +111,7 @@ def test_a_plan_needs_no_torch_and_works_from_anywhere(launch: Launch, walled: L
     # Another process probes an unknown model with torch. This first command stores the result.
     assert launch("plan", "model=tiny", "data.packing=false", cwd=empty).returncode == 0
     done = walled("plan", "model=tiny", "data.packing=false", cwd=empty)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert done.stderr == ""
     labels = [line.split()[0] for line in done.stdout.splitlines()]
     assert labels == [
@@ -133,7 +133,7 @@ def test_a_plan_needs_no_torch_and_works_from_anywhere(launch: Launch, walled: L
 
 def test_plan_json_can_be_loaded(forked: Launch, empty: Path) -> None:
     done = forked("plan", "--json", "model=tiny", "optim.lr=0.5", cwd=empty)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     values = json.loads(done.stdout)
     warnings, notes, estimate = values.pop("warnings"), values.pop("notes"), values.pop("estimate")
     assert values.pop("checkpoint_gib") == round(values["checkpoint_bytes"] / 2**30, 3)
@@ -269,7 +269,7 @@ def test_with_json_an_error_is_one_object(capsys: pytest.CaptureFixture[str]) ->
 def test_secrets_of_the_environment_are_not_in_the_plan(forked: Launch, empty: Path) -> None:
     canaries = {"HF_TOKEN": "hf_" + "Canary" * 5, "WANDB_API_KEY": "cafe" * 10, "MY_PASSWORD": "canary-canary-canary"}
     done = forked("plan", "--json", "model=tiny", cwd=empty, **canaries)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert not [name for name, value in canaries.items() if value in done.stdout + done.stderr]
 
 
@@ -339,7 +339,7 @@ def tab(line: str, env: dict[str, str], folder: Path) -> tuple[list[str], str]:
     """Return the completions offered to bash at the end of `line`, and the arguments passed to compopt."""
     script = PRESS_TAB.format(line=shlex.quote(line))
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=env, cwd=folder, timeout=180)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     return done.stdout.split(), done.stderr
 
 

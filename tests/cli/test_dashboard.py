@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from forked import Launch, preloaded
+from forked import Launch, preloaded, require_exit
 from http_server import Answer, Request, serving
 
 from launcher.plan.run_dir import RunDir
@@ -70,7 +70,7 @@ def sections(view: dict[str, Any]) -> list[str]:
 
 def test_the_workspace_equals_the_golden_file(launch: Launch, golden: Callable[[str, str], None]) -> None:
     done = launch("dashboard", "team/demo", "--dry-run")
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     golden("dashboard.json", done.stdout)
 
 
@@ -83,7 +83,7 @@ def test_a_run_has_a_workspace_of_its_own(launch: Launch, run: RunDir) -> None:
 
 def test_the_workspace_is_created_once_and_sections_of_people_stay(launch: Launch, views: Views) -> None:
     done = launch("dashboard", "demo", **views.environ)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     address = f"{views.environ['WANDB_BASE_URL']}/team/demo?nw=launcher"
     assert done.stdout == f"dashboard: {address}\n"
     (view,) = views.saved.values()
@@ -95,7 +95,7 @@ def test_the_workspace_is_created_once_and_sections_of_people_stay(launch: Launc
     bank["sections"] = [own, *bank["sections"][2:]]
     view["spec"] = json.dumps(spec)
     again = launch("dashboard", "demo", **views.environ)
-    assert again.returncode == 0, again.stderr
+    require_exit(again)
     (view,) = views.saved.values()
     assert sections(view) == [*SECTIONS, "Mine"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from forked import Launch
+from forked import Launch, require_exit
 
 from launcher.data.tokenization.batch_encoder import MIN_BYTES
 from launcher.plan.quantities import format_size
@@ -48,7 +48,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Launch, rows: Path
     longer = tuple(setting.replace("max_length=128", "max_length=256") for setting in SETTINGS)
     settings = (*longer, f"data.path={rows}", "data.eval_fraction=0")
     done = launch("data", *settings, "--show", "2", "--html", str(page), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert "tokenize: 123 of 123 documents" in done.stderr
     shown = done.stdout
     assert "\x1b" not in shown
@@ -80,7 +80,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colors(launch: Launch, rows: Path
 def test_the_report_for_programs_needs_no_scheduler(launch_here: Launch, rows: Path, tmp_path: Path) -> None:
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "cluster=slurm")
     done = launch_here("data", *settings, "--json", "--show=1", cwd=tmp_path, SLURM_CONF="/nowhere")
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     report = json.loads(done.stdout)
     assert report["documents"] == 122
     assert not report["refused"]
@@ -116,7 +116,7 @@ def test_a_file_of_real_size_is_built_by_several_processes(launch: Launch, tmp_p
     settings = ("model=tiny", "data=jsonl", f"data.path={path}", "data.max_length=256", "data.workers=2", "data.eval_fraction=0")
     settings = (*settings, "data.checks.no_turn_end=keep", "data.checks.truncated=keep")
     done = launch("data", *settings, "--json", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert json.loads(done.stdout)["read_documents"] == num_rows
     assert "Traceback" not in done.stderr
     assert {"launcher.data.tokenization.forkserver_preload", "transformers"} <= imported(done.stderr)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from fake_wandb import KEY, FakeWandb, fake_wandb
-from forked import ForkingSubprocess, Launch, preloaded
+from forked import ForkingSubprocess, Launch, preloaded, require_exit
 from http_server import Answer, Request, serving
 from pace import wait_for
 from plan_fixtures import ConfigOf, config_of
@@ -58,7 +58,7 @@ def test_a_failure_is_shown_with_its_fix_and_ends_with_code_1(launch: Launch, tm
     """The settings push to the Hub without a token; slow checks are stopped at the timeout."""
     (tmp_path / "my.yaml").write_text("model: tiny\nexport:\n  push_to_hub: owner/name\n")
     done = launch("doctor", f"{tmp_path}/my.yaml", f"run.root={tmp_path}", "--timeout", "0.01", timeout=600)
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     lines = done.stdout.splitlines()
     (failed,) = [i for i, line in enumerate(lines) if line.startswith("failure  Hub ")]
     assert "HF_TOKEN" in lines[failed]

@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from forked import Launch
+from forked import Launch, require_exit
 
 from launcher.cli.drill import Records, Step, judge, report_rows
 from launcher.clusters.backends import InjectedFault
@@ -120,5 +120,5 @@ def test_a_run_that_loses_more_than_it_may_has_not_recovered(records: Records, c
 )
 def test_invalid_drills_are_refused(launch_here: Launch, arguments: list[str], message: str, tmp_path: object) -> None:
     done = launch_here("drill", *arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
+    require_exit(done, 2)
     assert message in done.stderr

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from forked import Launch
+from forked import Launch, require_exit
 from hand_made import made_verdict
 from missing_program import Box, Shown, show
 
@@ -163,7 +163,7 @@ def test_the_charts_of_the_report_are_visible(launch_here: Launch, run: RunDir, 
     folder.mkdir(parents=True)
     made_verdict().write(folder)
     done = launch_here("report", str(run.root))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert_drawn(show(run.root / "report.html", tmp_path), num_charts=5)
 
 
@@ -177,7 +177,7 @@ def test_two_runs_are_drawn_over_each_other(launch_here: Launch, run: RunDir, tm
     other.metrics.write_text("".join(json.dumps(line | {"train/loss": line["train/loss"] + 0.5}) + "\n" for line in lines))
     page = tmp_path / "both.html"
     done = launch_here("report", "demo", "other", "--root", str(run.root.parent), "--html", str(page))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     shown = show(page, tmp_path)
     assert_drawn(shown, num_charts=8)
     losses, rates = ([mark for mark in chart.marks if mark[2] - mark[0] > 100] for chart in shown.charts[:2])
@@ -196,5 +196,5 @@ def test_the_charts_of_the_data_page_are_visible(launch_here: Launch, tmp_path: 
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = tmp_path / "data.html"
     done = launch_here("data", "model=tiny", f"data.sources=[{{path: {tmp_path}/train.jsonl}}]", "--html", str(page))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert_drawn(show(page, tmp_path), num_charts=2)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from forked import Launch
+from forked import Launch, require_exit
 from hand_made import TOKEN, made_verdict
 
 from launcher import atomic_files, run_store
@@ -24,7 +24,7 @@ def test_the_report_of_one_run_has_all_sections(launch: Launch, run: RunDir) -> 
     ended = {"state": "failed", "cause": "infrastructure", "message": "<b>n1</b> was lost", "ended_at": time.time()}
     atomic_files.write_json(run.attempt(1) / "exit.json", ended)
     done = launch("report", str(run.root))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     file = run.root / "report.html"
     assert done.stdout == f"page: {file}\n"
     page = file.read_text()
@@ -72,7 +72,7 @@ def test_the_evaluations_of_a_run(launch_here: Launch, run: RunDir) -> None:
     # The verdict outside the set folders repeats that of the first set.
     made_verdict().write(folder.parent)
     done = launch_here("report", str(run.root))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     page = (run.root / "report.html").read_text()
     assert re.findall(r"<h3>(step [^<]*)", page) == ["step 10, set held_out", "step 10, set support"]
     assert "<p>Fine-tuning helped: exact match 0.31 against 0.12 (0-shot) and 0.19 (8-shot); difference to 8-shot +0.12" in page
@@ -104,7 +104,7 @@ def test_several_runs_share_their_charts(launch_here: Launch, run: RunDir, tmp_p
     shutil.copytree(run.root, run.root.with_name("other"))
     file = tmp_path / "both.html"
     done = launch_here("report", "demo", "other", "--root", str(run.root.parent), "--html", str(file))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     page = file.read_text()
     assert "2 runs" in page
     assert page.count("<title>other</title></polyline>") == page.count("<title>demo</title></polyline>") == 6
@@ -134,7 +134,7 @@ def test_a_run_that_has_not_started_has_a_page(launch_here: Launch, run: RunDir)
     run.metrics.unlink()
     run_store.update_status(run, state="failed", step=0)
     done = launch_here("report", str(run.root))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert "nothing has been logged yet" in (run.root / "report.html").read_text()
 
 
@@ -159,6 +159,6 @@ def test_the_report_of_a_long_run_takes_seconds(launch: Launch, run: RunDir) -> 
     began = time.monotonic()
     done = launch("report", str(run.root))
     took = time.monotonic() - began
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert took < 15
     assert (run.root / "report.html").stat().st_size < 500_000

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import Launch
+from forked import Launch, require_exit
 from testbed_cluster import Testbed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.rest]
@@ -78,7 +78,7 @@ def test_refused_settings_create_and_submit_nothing(
     site: Launch, nothing_made: Callable[[], bool], arguments: list[str], said: str
 ) -> None:
     done = site("train", *arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
+    require_exit(done, 2)
     assert said in done.stderr
     assert "remedy: " in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import hand_made
 import pytest
-from forked import Launch
+from forked import Launch, require_exit
 from http_server import Answer, Request, serving
 from plan_fixtures import H100, PlanOf
 from unusual_files import as_root, give
@@ -100,7 +100,7 @@ def test_a_declined_cost_is_refused_on_every_machine(launcher_env: Mapping[str, 
     finally:
         os.close(controller)
         os.close(terminal)
-    assert done.returncode == 2, done.stderr
+    require_exit(done, 2)
     assert "the cost of the run was not accepted" in done.stderr
     assert not any(tmp_path.iterdir())
 
@@ -156,14 +156,14 @@ def test_a_run_root_that_cannot_be_made_is_refused_before_anything_that_takes_ti
         assert done.returncode == 2
         assert done.stderr.startswith(message)
         done = launch_here("plan", *SETTINGS, f"run.root={above}/runs")
-        assert done.returncode == 0, done.stderr
+        require_exit(done)
         assert f"train will be refused: {message}; choose another run.root" in " ".join(done.stdout.split())
 
 
 def test_a_disk_too_small_for_all_kept_checkpoints_is_noted(launch_here: Launch, disk: Callable[[str], Path]) -> None:
     root = disk("40m")
     done = launch_here("plan", *SETTINGS, f"run.root={root}")
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     (note,) = [line for line in done.stdout.splitlines() if line.startswith("note")]
     assert "has 40.00 MiB free and needs 46.85 MiB for 3 checkpoints" in note
     assert "note" not in launch_here("plan", *SETTINGS, "checkpoint.keep_last=1", f"run.root={root}").stdout
@@ -304,7 +304,7 @@ def test_plan_shows_the_measurement_and_that_the_name_is_taken(plan_of: PlanOf, 
     settings += ["train.max_steps=1000", "cluster.price_per_gpu_hour=3", "model.attention=sdpa"]
     environment = {"LAUNCHER_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = launch_here("plan", "--json", *settings, "run.name=first", **environment)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     values = json.loads(done.stdout)
     estimate = values["estimate"]
     assert estimate["mfu"] == pytest.approx([0.302, 0.309])

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from forked import Launch
+from forked import Launch, require_exit
 from hand_made import made_verdict
 
 from launcher import atomic_files, json_records, run_records, run_store
@@ -27,7 +27,7 @@ from launcher.tracking.jsonl import JsonlTracker
 
 def test_status_reads_the_files_of_the_run(launch_here: Launch, run: RunDir) -> None:
     done = launch_here("status", str(run.root))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert lines["state"] == "completed"
     assert lines["step"] == "10 of 40 (25%)"
@@ -257,7 +257,7 @@ def test_ls_is_a_table_with_the_newest_run_first(launch_here: Launch, run: RunDi
     plan = run_store.load_plan(run)
     run_store.create(plan.model_copy(update={"run_dir": str(run.root.with_name("later-run"))}))
     done = launch_here("ls", "--root", str(run.root.parent))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     names, later, demo = (line.split() for line in done.stdout.splitlines())
     assert names == ["run", "state", "step", "loss", "cost", "updated"]
     assert later[:2] == ["later-run", "pending"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hand_made
 import pytest
+from forked import require_exit
 from pace import slowness
 
 from launcher import atomic_files, run_store
@@ -144,7 +145,7 @@ def submit(tmp_path: Path) -> Callable[[str, str], list[str]]:
         env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         env["PATH"] = f"{tmp_path}:{env['PATH']}"
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60 * slowness(), start_new_session=True)
-        assert done.returncode == 0, done.stderr
+        require_exit(done)
         return done.stdout.splitlines()
 
     return run

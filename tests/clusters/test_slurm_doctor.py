@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from forked import Launch
+from forked import Launch, require_exit
 from plan_fixtures import PlanOf
 from testbed_cluster import Testbed
 
@@ -228,7 +228,7 @@ def test_every_node_of_the_allocation_reports_and_one_that_sees_other_storage_co
     monkeypatch.setattr(doctor_verb, "to_sections", lambda report: reports.append(report) or to_sections(report))
     command = (*DOCTOR, "cluster.nodes=2", "cluster.time=10:00", f"run.root={tmp_path}/runs", "cluster.setup=[ls /missing]")
     done = launch_here(*command, **slurm.variables)
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     lines = done.stdout.splitlines()
     (failed,) = [line for line in lines if line.startswith("failure")]
     assert "n2: " in failed
@@ -280,7 +280,7 @@ def test_a_job_that_does_not_start_in_time_is_cancelled(launch_here: Launch, slu
     # The timeout, in minutes, is long enough for the job to reach the queue.
     command = (*DOCTOR, "cluster.nodes=2", f"run.root={tmp_path}/runs", "--timeout", "0.2")
     done = launch_here(*command, **slurm.variables)
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     assert "2 of 2 nodes did not report in time (the job is PENDING (" in done.stdout
     assert "--timeout" in done.stdout
     await_no_job(slurm)

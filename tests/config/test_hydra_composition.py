@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from forked import Launch
+from forked import Launch, require_exit
 
 from launcher.cli.main import main
 from launcher.config.compose import Composed
@@ -72,7 +72,7 @@ def test_info_prints_and_starts_nothing(capsys: pytest.CaptureFixture[str], toke
 
 def test_a_multirun_prints_only_the_plans(launch_here: Launch, tmp_path: Path) -> None:
     done = launch_here("plan", "-m", "model=tiny", "optim.lr=0.5,0.25", "data.packing=false", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert [line.split()[:1] for line in done.stdout.splitlines()].count(["model"]) == 2
     assert all(line[:11].split()[0] == line[:11].strip() for line in done.stdout.splitlines())
     assert done.stderr in ("", "checking that this model sees no later tokens (once)\n")
@@ -239,7 +239,7 @@ def test_nothing_is_imported_from_the_working_directory(marker: Path, session_ca
     environment = {**os.environ, "PYTHONPATH": ""}
     command = [sys.executable, "-m", "launcher", "plan", "model=tiny", "tracking=none", "-m"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert not marker.exists()
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 import hand_made
 import pytest
 from doc_tools import PAGES, README, REPO, anchors, links, name_of
+from forked import require_exit
 from missing_program import skip_or_fail
 
 import launcher
@@ -114,7 +115,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     index = (tmp_path / "site/index.html").read_text(encoding="utf-8")
     assert "quickstart.html" in index
     for page in (tmp_path / "site").rglob("*.html"):

@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from forked import Launch
+from forked import Launch, require_exit
 
 from launcher.tracking.jsonl import read_events
 
@@ -73,5 +73,5 @@ def _alerts(run: Path) -> list[tuple[int, str]]:
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     return done.stdout.splitlines()[-1]

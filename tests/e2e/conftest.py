@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from e2e_tools import FIRST_RUN, kill_all_of
 from filelock import FileLock
+from forked import require_exit
 from slurm_tools import Launch, SlurmRun, submit
 from testbed_cluster import Testbed
 
@@ -67,6 +68,6 @@ def first_run(launch: Launch, launcher_cache: Path) -> Path:
                 done = launch(*settings, cwd=_make_working_dir(root / "work"), PYTHONSAFEPATH="1")
             finally:
                 kill_all_of(root)
-            assert done.returncode == 0, done.stdout + done.stderr
+            require_exit(done)
             assert "exported to" in done.stdout
     return run

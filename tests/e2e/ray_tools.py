@@ -20,6 +20,7 @@ from pathlib import Path
 import pace
 import psutil
 from e2e_tools import by_rank, command_line, json_lines, metrics
+from forked import require_exit
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
@@ -282,7 +283,7 @@ class RayCluster:
             "--reason-message=taken",
             f"--deadline-remaining-seconds={seconds}",
         )
-        assert completed.returncode == 0, completed.stdout + completed.stderr
+        require_exit(completed)
 
     def node_id(self, name: str) -> str:
         """Ray's ID of a node, which is on the command line of its raylet."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 from e2e_tools import TINY, command_line, json_lines, metrics, slow_steps, status
-from forked import Launch
+from forked import Launch, require_exit
 from pace import wait_for
 from testbed_cluster import Testbed
 
@@ -73,7 +73,7 @@ class SlurmRun:
     def shown(self) -> dict:
         """What `status --json` reports."""
         done = self.launch("status", str(self.path), "--json", **self.bed.variables)
-        assert done.returncode == 0, done.stderr
+        require_exit(done)
         return json.loads(done.stdout)
 
     def queued(self, job: str | None = None) -> str:
@@ -132,5 +132,5 @@ def events(run: Path) -> list[dict]:
 def submit(launch: Launch, bed: Testbed, root: Path, name: str, *overrides: str, **env: str) -> SlurmRun:
     """Submit a short run of slow steps on two nodes and return at once."""
     done = launch(*SETTINGS, f"run.root={root}", f"run.name={name}", *overrides, **{**bed.variables, **slow_steps(), **env})
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     return SlurmRun(root / name, bed, launch)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, processes_of
-from forked import Launch
+from forked import Launch, require_exit
 from pace import slowness, wait_for
 from testbed_cluster import Testbed
 
@@ -20,7 +20,7 @@ ON_SLURM = ("+cluster=slurm", "cluster.nodes=2", "cluster.ranks_per_node=1", "cl
 def drill(launch_here: Launch, fault: str, *settings: str, **env: str) -> dict:
     """The report of a drill; checks that the drill recovered and left no process running."""
     done = launch_here("drill", "--fault", fault, "--timeout", "8", "--json", *settings, "checkpoint.save_every=3", **env)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     report = json.loads(done.stdout)
     assert report["has_recovered"]
     assert report["differing_steps"] == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, held, json_lines, processes_of, slow_steps, status
-from forked import Launch
+from forked import Launch, require_exit
 from pace import wait_for
 
 from launcher.evaluate.metrics import normalized_words
@@ -36,12 +36,12 @@ def run(train_here: Launch, module_runs: Path) -> Path:
     """A one-step run that started from another run's weights and left them unchanged, without an export."""
     steps = ("train.max_steps=1", "eval.at_start=false", f"run.root={module_runs}")
     done = train_here(*TINY, *steps, "run.name=base")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     source = ("model.init=pretrained", "model.config=null", "model.tokenizer=null", "model.path=run:base")
     # A step this small is lost in rounding.
     unchanged = ("optim.lr=1e-15", "model.dtype=fp32")
     done = train_here(*TINY, *source, *steps, *unchanged, "export.enabled=false", "run.name=tuned")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     return module_runs / "tuned"
 
 
@@ -62,7 +62,7 @@ def test_a_killed_evaluation_leaves_no_process_and_continues(launch_here: Launch
     assert not (folder / "answers.json").exists()
     assert not (folder / "verdict.json").exists()
     done = launch_here("evaluate", str(run), *SMALL, "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     result = json.loads(done.stdout)["sets"]["held_out"]
     assert [*result["styles"]] == ["0-shot", "8-shot", "tuned"]
     questions = [json.loads(line)["reference"] for line in (folder / "held_out.questions.jsonl").read_text().splitlines()]
@@ -98,7 +98,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(
         return [line["text"] for line in json_lines(going / "events.jsonl") if line["kind"] == kind]
 
     done = train_here(*settings, "train.max_steps=100000", "--detach", **slow_steps(0.2))
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     # Wait for the checkpoint first: a suspended rank writes no shard.
     wait_for("the checkpoint", (going / "checkpoints/step-00000020/manifest.json").is_file, DEADLINE_S)
     with held(going, 20):
@@ -116,7 +116,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(
     assert not [text for text in said("alert") if "answers" in text]
     last = status(going)["step"] + 1
     done = train_here("resume", str(going), f"train.max_steps={last}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert "training is complete, and the run waits for the answers of step" in done.stdout
     steps = list(range(20, last + 1, 20))
     assert [path.parent.name for path in sorted(going.glob("evaluations/*/verdict.json"))] == [folder(s).name for s in steps]
@@ -151,7 +151,7 @@ def test_checkpoints_are_answered_while_the_run_goes_on(
 )
 def test_what_cannot_be_evaluated_is_one_block(launch_here: Launch, run: Path, words: tuple[str, ...], message: str) -> None:
     done = launch_here("evaluate", str(run), *words)
-    assert done.returncode == 2, done.stdout + done.stderr
+    require_exit(done, 2)
     (first, *_) = [line for line in done.stderr.splitlines() if message in line] or [""]
     assert message in first, done.stderr
     assert "where: " in done.stderr
@@ -165,7 +165,7 @@ def test_a_run_without_checkpoint_and_export_is_refused(launch_here: Launch, run
         (empty / name).write_bytes((run / name).read_bytes())
     (empty / "attempts").mkdir()
     done = launch_here("evaluate", str(empty))
-    assert done.returncode == 2, done.stdout + done.stderr
+    require_exit(done, 2)
     assert "resume" in done.stderr
     assert not os.path.exists(empty / "evaluations")
 
@@ -213,7 +213,7 @@ def test_tasks_of_the_harness_compare_both_models(launch_here: Launch, run: Path
     """A file of multiple-choice questions is a task, too."""
     command = ("evaluate", str(run), "--task-folder", str(tasks), "--limit", "10", "--json", "evaluate.prompts_per_batch=4")
     done = launch_here(*command, "--tasks", f"{tasks}/rows.jsonl,own_answers", "--min-gain", "acc:base:0.9")
-    assert done.returncode == 3, done.stdout + done.stderr
+    require_exit(done, 3)
     shown = json.loads(done.stdout)
     assert list(shown["tasks"]) == ["rows", "own_answers"]
     assert [task["num_questions"] for task in shown["tasks"].values()] == [10, 10]
@@ -229,7 +229,7 @@ def test_tasks_of_the_harness_compare_both_models(launch_here: Launch, run: Path
     assert "step 1, set rows" in (run / "report.html").read_text()
     before = {file: file.stat().st_mtime_ns for file in folder.parent.glob("*/*.json") if file.name != "verdict.json"}
     again = launch_here(*[word for word in command if word != "--json"], "--tasks", f"{tasks}/rows.jsonl")
-    assert again.returncode == 0, again.stdout + again.stderr
+    require_exit(again)
     assert "rows, 10 questions: The data cannot tell" in again.stdout
     assert all(file.stat().st_mtime_ns == before[file] for file in before), "scores that exist are used"
     refused = launch_here(*command, "--tasks", "own_answer,own_hub,own_code")
@@ -271,7 +271,7 @@ def test_prompts_of_today_are_compared_with_those_of_training(launch_here: Launc
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     wrong.write_text('{"answer": 1}\nno json\n')
     done = launch_here("drift", str(run), str(other), "--likelihood")
-    assert done.returncode == 3, done.stdout + done.stderr
+    require_exit(done, 3)
     assert done.stdout.startswith("The prompts have drifted: different words (p = 0.001)")
     assert f"{other}:" in done.stdout
     assert "model.path=run:tuned" in done.stdout

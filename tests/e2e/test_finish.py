@@ -11,7 +11,7 @@ import torch
 from e2e_tools import TINY, assembled, committed, json_lines, losses, metrics, processes_of, status
 from fake_hub import FakeHub, running_hub
 from fake_wandb import records
-from forked import Launch
+from forked import Launch, require_exit
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,7 +81,7 @@ def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str
         HF_HUB_DISABLE_XET="1",
         AWS_SECRET_ACCESS_KEY=CANARY,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     template.unlink()
     sums.unlink()
     return module_runs / "finished", done.stdout
@@ -106,10 +106,10 @@ def test_its_settings_are_printed_as_a_file_that_plans_the_same(
     (run.parent / "chat.jinja").write_text(TEMPLATE)
     (run.parent / "sums.jsonl").write_text(SUMS)
     printed = launch_here("config", str(run), cwd=tmp_path)
-    assert printed.returncode == 0, printed.stderr
+    require_exit(printed)
     (tmp_path / "again.yaml").write_text(printed.stdout)
     planned = launch_here("plan", "again.yaml", "--json", cwd=tmp_path)
-    assert planned.returncode == 0, planned.stderr
+    require_exit(planned)
     again, before = json.loads(planned.stdout), json.loads((run / "plan.json").read_text())
     assert len(printed.stdout.splitlines()) < 40
     for part in ("config", "topology", "batch", "deepspeed", "memory", "limits", "run_dir"):
@@ -230,7 +230,7 @@ def test_export_writes_a_checkpoint_in_another_dtype(launch_here: Launch, finish
     run, _ = finished
     out = tmp_path / "again"
     done = launch_here("export", str(run), "--step", "12", "--dtype", "fp32", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
     assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
     missing = launch_here("export", str(run), "--step", "2")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import FIRST_RUN, FIRST_STEPS, losses, modes_of, status
-from forked import Launch
+from forked import Launch, require_exit
 from ray_tools import DEADLINE_S, await_no_process, causes, kill_all
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -42,7 +42,7 @@ def test_a_run_on_ray_has_the_losses_of_a_local_run(
     env = {"TMPDIR": str(temporary), "PYTHONSAFEPATH": "1"}
     own = ("+cluster=ray", "cluster.ranks_per_node=2", "checkpoint.save_every=6", "export.enabled=false")
     done = launch(*FIRST_RUN, *own, f"run.root={root}", "run.name=alone", cwd=working_dir, timeout=DEADLINE_S, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     run = root / "alone"
     assert status(run)["state"] == "completed"
     assert sorted(losses(run)) == list(range(1, FIRST_STEPS + 1))

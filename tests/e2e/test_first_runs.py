@@ -22,7 +22,7 @@ from e2e_tools import (
     processes_of,
     status,
 )
-from forked import Launch
+from forked import Launch, require_exit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -50,5 +50,5 @@ def test_a_stopped_and_resumed_run_has_the_same_losses(launch: Launch, start: Ca
     assert last_step(run) == stopped_at < FIRST_STEPS
     assert (run / f"checkpoints/step-{stopped_at:08d}/manifest.json").is_file()
     done = launch("resume", str(run))
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert losses(run) == losses(first_run)

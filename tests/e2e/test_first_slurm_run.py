@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import losses, modes_of
+from forked import require_exit
 from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun
 from testbed_cluster import Testbed
@@ -19,14 +20,14 @@ STEPS = 12
 def test_submitting_prints_the_job_and_following_it_ends_with_its_result(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     limits = (f"train.max_steps={STEPS}", "optim.lr=1e-3", "optim.schedule=constant")
     done = launch_here(*SETTINGS, *limits, f"run.root={runs}", "run.name=shown", **slurm.variables)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     job = re.search(r"^job +(\d+)$", done.stdout, re.MULTILINE)
     assert job is not None
     assert slurm.output("squeue", "-h", "-j", job[1], "-o", "%j").strip() == "shown"
     for command in ("logs", "status", "cancel"):
         assert f"python -m launcher {command} " in done.stdout
     followed = launch_here("logs", "shown", "-f", "--root", str(runs), **slurm.variables)
-    assert followed.returncode == 0, followed.stdout + followed.stderr
+    require_exit(followed)
     assert f"step {STEPS}" in followed.stdout or f"step-{STEPS:08d}" in followed.stdout
     run = SlurmRun(runs / "shown", slurm, launch_here)
     assert run.shown()["state"] == "completed"

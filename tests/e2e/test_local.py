@@ -32,7 +32,7 @@ from e2e_tools import (
     status,
     truncate,
 )
-from forked import Launch
+from forked import Launch, require_exit
 from missing_program import skip_or_fail
 from pace import slowness, wait_for
 
@@ -94,7 +94,7 @@ def test_a_refused_run_leaves_no_directory(launch_here: Launch, runs: Path) -> N
 
 def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: str) -> None:
     """Check the state, message, alert and exit code of a run stopped by a limit, and that its last step was saved."""
-    assert done.returncode == 130, done.stdout + done.stderr
+    require_exit(done, 130)
     final = status(run)
     assert final["state"] == "preempted"
     assert re.match(words, final["message"])
@@ -119,7 +119,7 @@ def test_a_run_stops_at_its_budget_and_resumes_with_a_larger_one(train_here: Lau
     assert len(list((run / "attempts").iterdir())) == 1, "nothing was started"
 
     done = train_here("resume", str(run), "run.max_usd=1000", f"train.max_steps={stopped_at + 10}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert status(run)["state"] == "completed"
     last_line = [line for line in metrics(run) if "train/loss" in line and "perf/goodput" in line][-1]
     assert set(losses(run)) == set(range(1, stopped_at + 11)), "each step once"
@@ -235,7 +235,7 @@ def test_a_run_resumes_after_a_full_and_after_a_read_only_disk_failed_its_save(
     assert 3 < step < FIRST_STEPS
     assert store.verify(store.get_latest(run / "checkpoints").path) == []
     done = train_here("resume", str(run))
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert f"continuing disturbed from step {step} of" in done.stdout
     assert losses(run) == losses(first_run)
     assert committed(run) == [NEWEST]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, agent_of, alerts, json_lines, last_step, losses, processes_of, ranks_of, slow_steps, status
-from forked import Launch
+from forked import Launch, require_exit
 from mirror_tools import S3, make_bucket, running_s3
 from pace import wait_for
 
@@ -95,7 +95,7 @@ def test_a_run_resumes_from_the_mirror_after_its_disk_is_lost(
     listed = launch_here("ls", f"s3://{s3.bucket}/runs", "--json", **other)
     assert [listed_run["name"] for listed_run in json.loads(listed.stdout)] == ["lost"], listed.stderr
     done = train_here("resume", address, "--root", str(elsewhere), **other)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     restored = elsewhere / "lost"
     began = next(e for e in events(restored) if e["attempt"] == 2 and e["text"].startswith("continuing from"))
     assert int(began["text"].rpartition("-")[2]) >= 8
@@ -124,7 +124,7 @@ def test_a_mirror_that_cannot_be_written_is_refused(launch_here: Launch, runs: P
     (tmp_path / "file").write_text("")
     for address in (f"file://{tmp_path}/file/runs", "s3://no-such-bucket/runs", "gs://bucket/runs"):
         done = launch_here(*SETTINGS, f"checkpoint.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)
-        assert done.returncode == 2, done.stdout + done.stderr
+        require_exit(done, 2)
         assert "Traceback" not in done.stderr
         assert "remedy: " in done.stderr
     assert not runs.exists()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, held, last_step, losses, ranks_of, status
-from forked import Launch
+from forked import Launch, require_exit
 
 pytestmark = pytest.mark.rest
 
@@ -49,7 +49,7 @@ def test_a_run_on_nvme_is_saved_resumed_and_exported(
     before = losses(run)
 
     resumed = launch("resume", str(run))
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    require_exit(resumed)
     assert "continuing" in resumed.stdout
     assert (status(run)["state"], status(run)["step"]) == ("completed", 8)
     assert sorted(losses(run)) == list(range(1, 9))

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from causes import assert_attempt_named_first
 from e2e_tools import TINY, command_line, last_step, losses, metrics, slow_steps, status
-from forked import Launch
+from forked import Launch, require_exit
 from ray_tools import (
     DEADLINE_S,
     Fault,
@@ -52,7 +52,7 @@ def assert_losses_of_a_local_run(launch: Launch, run: Path) -> None:
     alone = run.with_name("alone")
     steps = (f"train.max_steps={last_step(run)}", "checkpoint.save_every=0", "cluster.ranks_per_node=1")
     done = launch(*SETTINGS, *steps, f"run.root={alone.parent}", f"run.name={alone.name}", timeout=DEADLINE_S)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert losses(run) == losses(alone)
 
 
@@ -93,7 +93,7 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
     )
     began = time.time()
     done = launch(*SETTINGS, *own, **env)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert f"driver     {run}/attempts/001/agent.log" in done.stdout
     assert f"python -m launcher cancel {run}" in done.stdout
     wait_for("a step", lambda: last_step(run))

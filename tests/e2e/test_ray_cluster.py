@@ -16,7 +16,7 @@ import psutil
 import pytest
 from causes import assert_attempt_named_first
 from e2e_tools import TINY, last_step, losses, metrics, rows_environment, slow_steps, status
-from forked import Launch
+from forked import Launch, require_exit
 from ray_tools import (
     DEADLINE_S,
     RayCluster,
@@ -69,7 +69,7 @@ def undisturbed(launch: Launch, module_runs: Path) -> Callable[[int], Path]:
         begin = ("resume", str(run)) if run.exists() else (*SETTINGS, f"run.root={module_runs}", f"run.name={run.name}")
         if last_step(run) < num_steps:
             done = launch(*begin, f"train.max_steps={max(num_steps, STEPS)}", timeout=DEADLINE_S, **rows)
-            assert done.returncode == 0, done.stdout + done.stderr
+            require_exit(done)
         return run
 
     return at_least
@@ -161,7 +161,7 @@ def test_a_wrong_token_and_a_wrong_address_are_refused_with_a_remedy(
 def test_an_unmet_request_fails_at_its_deadline(launch_here: Launch, cluster: RayCluster, root: Path) -> None:
     cluster.have_only()
     done = launch_here(*ray(cluster, root, "many", "cluster.nodes=3", "cluster.placement_minutes=0.1", "--follow"), **cluster.env)
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     assert "asked for 3 workers with CPU: 1 each; it has CPU: 1 on 1 node" in status(root / "many")["message"]
     await_no_launcher(root / "many")
 
@@ -170,7 +170,7 @@ def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
     launch_here: Launch, cluster: RayCluster, unseen: Path
 ) -> None:
     done = launch_here(*ray(cluster, unseen, "unseen", *by_job(cluster), "cluster.nodes=1"), **cluster.env)
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     assert "Ray's job ended before it could write to the run directory" in done.stderr
     assert "does not see the run directory" in done.stderr
     assert "set run.root to a folder that the cluster's nodes can write to" in done.stderr
@@ -192,7 +192,7 @@ def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_
 
     fixed = ("cluster.nodes=3", "--follow")
     done = launch_here(*ray(cluster, root, "fixed", *fixed), **cluster.env, **UNTAKEN)
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     message = str(status(root / "fixed")["message"])
     assert "nodes differ in packages: transformers " in message
     assert "transformers 4.0.0" in message
@@ -202,7 +202,7 @@ def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_
     diverging = ("optim.lr=1e30", "optim.warmup_steps=0")
     elastic = ("cluster.nodes=2", "cluster.min_workers=1", *diverging, "--follow")
     done = launch_here(*ray(cluster, hidden, "without", *elastic), **cluster.env, **UNTAKEN)
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     run = RunDir(hidden / "without")
     # An earlier attempt may have started with the one worker that joined first.
     assert causes(run.root)[-2:] == ["bad_node", "user_error"]
@@ -248,7 +248,7 @@ def test_prompts_are_answered_on_every_node(
     for address in (cluster.address, cluster.http):
         place = f"cluster.address={address}"
         evaluated = launch(*command, place, cwd=working_dir, timeout=DEADLINE_S, **cluster.env, PYTHONSAFEPATH="1")
-        assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+        require_exit(evaluated)
         result = json.loads(evaluated.stdout)
         assert result["num_processes"] == 2
         assert result["sets"]["held_out"]["verdict"]["num_prompts"] == 4
@@ -327,7 +327,7 @@ def test_a_run_through_the_jobs_api_is_cancelled_and_completed(
     assert canary not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json"))
 
     resumed = launch_here("resume", str(run), f"train.max_steps={step + 2}", **env)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    require_exit(resumed)
     job = json_records.read_json(run / "attempts/002/submitted.json")["job"]
     assert f"job        {job}" in resumed.stdout
     assert f"{cluster.http}/#/jobs/{job}" in resumed.stdout

@@ -27,7 +27,7 @@ from e2e_tools import (
     status,
     truncate,
 )
-from forked import Launch
+from forked import Launch, require_exit
 from killed_runs import MOMENTS, Killer, differences, draw_kills, restart_reasons, row_differences, steps_for
 from pace import wait_for
 
@@ -79,7 +79,7 @@ def undisturbed(train_here: Launch, settings: tuple[str, ...], module_runs: Path
         f"checkpoint.keep_every={SAVE_EVERY}",
     )
     done = train_here(*settings, *overrides, **rows_environment(rows_of(module_runs)))
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     plan = json.loads((run / "plan.json").read_text())
     assert plan["data"]["num_rows"] == 20
     assert plan["batch"]["accumulation"] == 2
@@ -97,11 +97,11 @@ def parts(train_here: Launch, settings: tuple[str, ...], module_runs: Path) -> P
     (first, ranks), *others = PARTS
     overrides = (f"run.root={module_runs}", "run.name=parts", f"train.max_steps={first}", f"cluster.ranks_per_node={ranks}")
     done = train_here(*settings, *overrides, "checkpoint.keep_last=9", "train.largest_batch_first=true")
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     for step, ranks in others:
         part = (f"train.max_steps={step}", f"cluster.ranks_per_node={ranks}", f"model.activation_checkpointing={ranks == 1}")
         done = train_here("resume", str(module_runs / "parts"), *part)
-        assert done.returncode == 0, done.stdout + done.stderr
+        require_exit(done)
     assert status(module_runs / "parts")["step"] == PARTS[-1][0]
     events = (module_runs / "parts" / "events.jsonl").read_text()
     assert events.count("the largest batch, ") == len(PARTS)
@@ -187,7 +187,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
 
     # 3. The run is detached; a second command is refused and names the running attempt; then the run completes.
     done = train_here("resume", str(run), "--detach", **env)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     assert "continuing" in done.stdout
     with held(run, stopped_at + 2):
         shown = json.loads(launch_here("status", "disturbed", "--root", str(runs), "--json").stdout)
@@ -197,7 +197,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
         agent = status(run)["job"]["pid"]
         for second in (overrides, ("resume", str(run))):
             refused = launch_here(*second)
-            assert refused.returncode == 2, refused.stdout + refused.stderr
+            require_exit(refused, 2)
             assert f"attempt 3, process {agent} on {os.uname().nodename}, of user {run.owner()}, since 2" in refused.stderr
             assert f"python -m launcher logs {run} -f" in refused.stderr
             assert f"python -m launcher cancel {run}" in refused.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from e2e_tools import TINY, committed, json_lines, last_step, losses, status
-from forked import Launch
+from forked import Launch, require_exit
 
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -31,7 +31,7 @@ def trained(train_here: Launch, module_runs: Path) -> Path:
     write_rows(module_runs.parent / "rows.jsonl", 0, 40)
     overrides = (f"data.path={module_runs.parent / 'rows.jsonl'}", f"run.root={module_runs}", "run.name=trained")
     done = train_here(*SETTINGS, *overrides, "train.max_steps=2", "checkpoint.save_every=1", "checkpoint.keep_last=2")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     return module_runs / "trained"
 
 
@@ -66,7 +66,7 @@ def refused(
     launch_here: Launch, run: Path, *arguments: str, attempts: int = 1, steps: tuple[int, ...] = (1, 2), **environ: str
 ) -> str:
     done = launch_here("resume", str(run), *arguments, **environ)
-    assert done.returncode == 2, done.stdout + done.stderr
+    require_exit(done, 2)
     assert "Traceback" not in done.stderr
     assert "remedy: " in done.stderr
     assert len(list((run / "attempts").iterdir())) == attempts
@@ -193,7 +193,7 @@ def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(
         "cluster.max_restarts=2",
     )
     done = train_here("resume", str(run), *same, *free, **own_cache)
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     assert "the data cache is damaged: a block does not match its digest" in done.stderr
     assert f"where:  {marks}, bytes 0 to {len(content) - 1}" in done.stderr
     assert f"`rm -r {folder}`, then `python -m launcher data ...`" in done.stderr
@@ -202,7 +202,7 @@ def test_a_damaged_cache_is_refused_and_a_deleted_one_is_rebuilt(
     assert (status(run)["attempt"], last_step(run)) == (2, 2)
     shutil.rmtree(folder)
     done = train_here("resume", str(run), *same, *free, **own_cache)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert "the data cache differs from the one in the plan; building it again from the sources" in done.stdout
     assert "differences from the checkpoint" not in done.stdout
     assert (folder / "meta.json").is_file()
@@ -223,7 +223,7 @@ def test_force_trains_on_changed_data_in_another_dtype_and_records_it(
     other_dtype = "fp32" if dtype == "bf16" else "bf16"
     changes = (f"data.path={other}", "optim.weight_decay=0.1", f"model.dtype={other_dtype}")
     done = train_here("resume", str(run), "--force", *changes, *more)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert "continuing with differences from the checkpoint:" in done.stdout
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  ")}
     assert shown["data.path"][1] == f"'{other}'"

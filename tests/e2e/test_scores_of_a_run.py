@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from e2e_tools import TINY, losses, metrics
-from forked import Launch
+from forked import Launch, require_exit
 
 from launcher.data.split import Split
 from launcher.plan.launch_plan import LaunchPlan
@@ -31,13 +31,13 @@ def run(train_here: Launch, module_runs: Path) -> Path:
         "model.dtype=fp32",
     )
     done = train_here(*TINY, *settings, "export.enabled=false", f"run.root={module_runs}", "run.name=scored")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     return module_runs / "scored"
 
 
 def answer(launch_here: Launch, *arguments: str) -> dict[str, Any]:
     done = launch_here(*arguments, "--json")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     return json.loads(done.stdout)
 
 
@@ -53,7 +53,7 @@ def test_the_held_out_loss_is_the_one_that_training_logged(launch_here: Launch, 
     assert all(entry["where"] and entry["prompt"] and entry["answer"] for entry in ranked[:10])
     page, exclude = tmp_path / "page.html", tmp_path / "exclude.jsonl"
     again = launch_here("data", "--scored", str(run), "--split", "held_out", "--html", str(page), "--exclude", str(exclude))
-    assert again.returncode == 0, again.stderr
+    require_exit(again)
     assert "answers with their prompts:" not in again.stderr, "the scores are stored"
     assert ranked[0]["where"] in again.stdout
     assert ranked[0]["where"].rpartition(":")[2] in page.read_text()
@@ -74,7 +74,7 @@ def test_the_rows_of_a_step_have_the_loss_that_training_logged(launch_here: Laun
     assert {line["step"] for line in report["steps"]} == {2, 3, 4, 5}
     # This model started from random weights, and no checkpoint before step 2 is kept.
     text = launch_here("why", str(run), "2")
-    assert text.returncode == 0, text.stderr
+    require_exit(text)
     assert "no losses of documents: there is no checkpoint before step 2" in text.stdout
     assert "checkpoint.keep_last keeps more" in text.stdout
 
@@ -86,6 +86,6 @@ def test_an_unknown_split_or_step_names_those_that_exist(launch_here: Launch, ru
         (("why", str(run), "9"), f"it has logged 1 to {STEPS}"),
     ):
         done = launch_here(*arguments)
-        assert done.returncode == 2, done.stdout + done.stderr
+        require_exit(done, 2)
         assert words in done.stderr
         assert "Traceback" not in done.stderr

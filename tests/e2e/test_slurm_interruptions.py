@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from causes import assert_attempt_named_first
 from e2e_tools import last_step, losses, metrics, slow_steps, status
+from forked import require_exit
 from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, events, submit
 from testbed_cluster import Testbed
@@ -175,7 +176,7 @@ def test_a_run_interrupted_in_every_way_has_the_losses_of_an_uninterrupted_run(
         f"run.root={runs}",
         "run.name=alone",
     )
-    assert alone.returncode == 0, alone.stdout + alone.stderr
+    require_exit(alone)
     assert last_step(runs / "alone") == steps
     assert losses(run.path) == losses(runs / "alone")
     # A step that was trained more than once had the same loss each time.

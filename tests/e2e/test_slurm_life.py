@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import losses, metrics
+from forked import require_exit
 from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, submit
 from testbed_cluster import Testbed
@@ -61,7 +62,7 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_never_runs_twice_and_re
     # Only one step is a multiple of this, so the run saves only there and at its end.
     again += (f"checkpoint.save_every={middle}", f"eval.answers_every={middle}", *FEW_ANSWERS)
     done = run.launch("resume", str(run.path), *again, "--follow", **run.bed.variables)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert f"step-{end:08d}" in done.stdout
     assert sorted(losses(run.path)) == list(range(1, end + 1))
     nodes = {m["trainer/step"]: m["run/nodes"] for m in metrics(run.path) if "run/nodes" in m}
@@ -104,7 +105,7 @@ def step_is_answered_by_a_job_of_its_own(run: SlurmRun, step: int) -> None:
 def prompts_are_answered_on_two_nodes(run: SlurmRun, step: int) -> None:
     nodes = ("cluster.nodes=2", "cluster.ranks_per_node=1")
     evaluated = run.launch("evaluate", str(run.path), *nodes, *FEW_ANSWERS, "--json", **run.bed.variables)
-    assert evaluated.returncode == 0, evaluated.stdout + evaluated.stderr
+    require_exit(evaluated)
     # The first process that is forked from a preloaded one may print DeepSpeed's choice of an accelerator.
     result = json.loads(evaluated.stdout[evaluated.stdout.index("{") :])
     assert (result["step"], result["num_processes"]) == (step, 2), "each of the two nodes has answered its share"
@@ -138,11 +139,11 @@ def test_a_pending_run_shows_the_reason_and_can_be_cancelled(launch_here: Launch
     slurm.run("scontrol", "hold", held.job)
     assert "held" in held.shown()["message"].lower()
     cancelled = launch_here("cancel", str(held.path), **slurm.variables)
-    assert cancelled.returncode == 0, cancelled.stderr
+    require_exit(cancelled)
     assert held.shown()["state"] == "cancelled"
     assert not held.queued()
     again = launch_here("resume", str(held.path), **slurm.variables)
-    assert again.returncode == 0, again.stderr
+    require_exit(again)
     assert "continuing held from the beginning: no step was trained yet" in again.stdout
     assert held.shown()["state"] == "pending"
     assert launch_here("cancel", str(held.path), **slurm.variables).returncode == 0
@@ -156,7 +157,7 @@ def test_a_sweep_submits_a_job_for_each_point_and_returns(launch_here: Launch, s
     waiting = "+cluster.additional_parameters.begin=now+3600"
     sweep = (*SETTINGS, "cluster.nodes=1", "train.max_steps=3", waiting, f"run.root={runs}")
     done = launch_here(*sweep, "-m", "optim.lr=1e-5,2e-5", **slurm.variables)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     names = [p.name for p in runs.iterdir()]
     assert len(names) == 2
     table = done.stdout[done.stdout.rindex("settings") :]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from causes import CAUSES, assert_run_named_first
 from e2e_tools import command_line, last_step, losses, metrics, slow_steps, status
+from forked import require_exit
 from pace import wait_for
 from slurm_tools import Launch, submit
 from testbed_cluster import Testbed
@@ -70,7 +71,7 @@ def test_a_run_works_without_slurm_accounting(
 
         def resume(*overrides: str) -> None:
             done = launch_here("resume", str(run.path), *overrides, **bare.variables, **slow_steps())
-            assert done.returncode == 0, done.stderr
+            require_exit(done)
 
         run.await_step(5)
         run.kill_batch_script()

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 from e2e_tools import FIRST_RUN, FIRST_STEPS, alerts, command_line, committed, json_lines, last_step, losses, slow_steps, status
-from forked import ForkServer, Launch
+from forked import ForkServer, Launch, require_exit
 from pace import slowness, wait_for
 
 from launcher.clusters.network import free_port
@@ -144,7 +144,7 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
     trains(3)
     assert min(attempts_with_steps(run)[3]) == saved + 1
     cancelled = launch_here("cancel", str(run))
-    assert cancelled.returncode == 0, cancelled.stderr
+    require_exit(cancelled)
     for machine in (head, other):
         code, output = machine.end()
         assert code == 130, output

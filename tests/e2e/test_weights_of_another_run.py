@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from e2e_tools import TINY, metrics, status
-from forked import Launch
+from forked import Launch, require_exit
 
 pytestmark = pytest.mark.rest
 
@@ -49,7 +49,7 @@ def parent(train_here: Launch, module_runs: Path) -> Path:
     """Three steps at a high learning rate, with checkpoints of steps 2 and 3 and an export."""
     settings = ("train.max_steps=3", "checkpoint.save_every=2", "checkpoint.keep_last=2", "optim.lr=1e-2", "tracking=none")
     done = train_here(*SETTINGS, *settings, f"run.root={module_runs}", "run.name=parent")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert len(held_out(module_runs / "parent")) == 2
     return module_runs / "parent"
 
@@ -59,7 +59,7 @@ def child(train_here: Launch, parent: Path) -> tuple[Path, str]:
     """A run from the newest checkpoint of `parent`, on other rows, with offline W&B files. Returns its directory and output."""
     settings = ("train.max_steps=2", "tracking.mode=offline", "export.enabled=false", "run.seed=7")
     done = train_here(*SETTINGS, *FROM_RUN, *settings, "model.path=run:parent", f"run.root={parent.parent}", "run.name=child")
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     return parent.parent / "child", done.stdout
 
 
@@ -105,7 +105,7 @@ def test_a_run_starts_from_a_chosen_step_of_a_run_that_had_a_parent(
     settings = ("train.max_steps=1", "tracking=none", "export.enabled=false", "model.dtype=fp32")
     from_child = (f"model.path=run:{child[0]}@2", f"run.root={parent.parent}", "run.name=third")
     done = train_here(*SETTINGS, *FROM_RUN, *settings, *from_child)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     third = parent.parent / "third"
     recorded = plan(third)["lineage"]
     assert (recorded["run_name"], recorded["step"]) == ("child", 2)
@@ -113,14 +113,14 @@ def test_a_run_starts_from_a_chosen_step_of_a_run_that_had_a_parent(
     assert "begins with run child at step 2, which began with run parent at step 3\n" in done.stdout
     assert held_out(third)[0] == pytest.approx(held_out(child[0])[-1], abs=1e-2)
     again = train_here("resume", str(third), "train.max_steps=2")
-    assert again.returncode == 0, again.stdout + again.stderr
+    require_exit(again)
     assert json.loads((third / "attempts/002/plan.json").read_text())["lineage"] == recorded
 
 
 def test_weights_of_an_earlier_step_are_written_once(launch_here: Launch, parent: Path) -> None:
     overrides = ("data", *SETTINGS, *FROM_RUN, "model.path=run:parent@2", f"run.root={parent.parent}")
     first = launch_here(*overrides)
-    assert first.returncode == 0, first.stderr
+    require_exit(first)
     assert "copying the weights of run parent at step 2 (once)" in first.stderr
     assert "copying the weights" not in launch_here(*overrides).stderr
     planned = json.loads(launch_here("plan", "--json", *overrides[1:]).stdout)
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_before_anything_starts(launch_here: Launc
     (damaged / "plan.json").write_text((parent / "plan.json").read_text().replace(plan(parent)["wandb_id"], "abcdef012345"))
     overrides = (*SETTINGS, *FROM_RUN, "tracking=none", f"run.root={damaged.parent}", "run.name=never")
     done = launch_here(*overrides, "model.path=run:damaged@2")
-    assert done.returncode == 2, done.stdout + done.stderr
+    require_exit(done, 2)
     assert "cannot be used: a weight of the checkpoint differs from the engine's" in done.stderr
     assert str(shard) in done.stderr
     assert "Traceback" not in done.stderr

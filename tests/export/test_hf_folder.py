@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 import transformers
+from forked import require_exit
 from forked_ranks import RankServer
 from plan_fixtures import DATA
 from safetensors import safe_open
@@ -385,7 +386,7 @@ def run(runs, tmp_path: Path) -> Path:
 def test_the_command(runs, run, tmp_path, capsys):
     command_line = [sys.executable, "-m", "launcher.worker.export", str(run / "plan.json")]
     result = subprocess.run(command_line, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 0, result.stderr
+    require_exit(result)
     assert f"exported step 2 to {run / 'export'}" in result.stdout
     assert "over 24 tokens: mean KL" in result.stdout
     weights = load_file(run / "export" / "model.safetensors")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from fake_hub import FakeHub, running_hub
-from forked import Launch
+from forked import Launch, require_exit
 from huggingface_hub import ModelCard
 from plan_fixtures import composed, facts_for
 
@@ -84,7 +84,7 @@ def test_a_push_replaces_the_files_of_an_earlier_export(hub: FakeHub, folder: Pa
         "model.safetensors.index.json": b"{}",
     }
     done = push(hub, folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert done.stdout.strip() == f"{hub.address}/owner/name"
     assert hub.unknown == []
     assert hub.private is True
@@ -97,7 +97,7 @@ def test_a_push_replaces_the_files_of_an_earlier_export(hub: FakeHub, folder: Pa
 def test_a_public_repository_gets_nothing(hub: FakeHub, folder: Path) -> None:
     hub.exists, hub.private = True, False
     refused = push(hub, folder)
-    assert refused.returncode == 1, refused.stdout + refused.stderr
+    require_exit(refused, 1)
     assert f"hf upload owner/name {folder}" in refused.stdout
     assert (hub.commits, hub.stored, hub.files) == ([], {}, {})
 
@@ -108,7 +108,7 @@ def test_a_link_to_a_file_outside_of_the_folder_is_not_pushed(hub: FakeHub, fold
     secret.write_text("key")
     (folder / "LICENSE").symlink_to(secret)
     refused = push(hub, folder)
-    assert refused.returncode == 1, refused.stdout + refused.stderr
+    require_exit(refused, 1)
     assert "the file LICENSE is a link to a file outside the folder" in refused.stdout
     assert (hub.commits, hub.exists) == ([], False)
 
@@ -119,7 +119,7 @@ def test_a_refused_push_names_the_command_that_repeats_it(hub: FakeHub, folder: 
     hub.refuse = {end: status}
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = push(hub, folder)
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     assert "could not be pushed to the Hub; it is complete on this machine" in done.stdout
     assert "then: the same command" in done.stdout
     assert TOKEN not in done.stdout + done.stderr

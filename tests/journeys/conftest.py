@@ -9,6 +9,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from forked import require_exit
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -18,7 +19,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(REPO)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     return next(folder.glob("*.whl"))
 
 

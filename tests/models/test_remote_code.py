@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from forked import Launch
+from forked import Launch, require_exit
 from safetensors.torch import save_file
 from weight_tools import save_model
 
@@ -237,7 +237,7 @@ def test_plan_does_not_run_the_code_of_a_model(hostile: Path, tmp_path: Path, la
     (hostile / "config.json").write_text(json.dumps(config))
     allowed = ("model.trust_remote_code=true", f"model.code_digest={remote_code.code_digest(hostile)}")
     done = launch_here("plan", "model=tiny", f"model.path={hostile}", "data=stdlib_docs", *allowed)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert "plan does not run the code of a model" in " ".join(done.stdout.split())
     assert not (tmp_path / "ran").exists()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_wandb import KEY, FakeWandb, fake_wandb
-from forked import preloaded
+from forked import preloaded, require_exit
 from pace import slowness, wait_for
 from plan_fixtures import PlanOf
 from rank_tools import AT_ONCE, IMPORTED, QUICK_S, Rank, alerts, infos, rank, wait_for_another_second
@@ -40,7 +40,7 @@ def upload(run_dir: Path, server: FakeWandb) -> None:
     assert program == "wandb"
     environ = {**os.environ, **AT_ONCE, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY}
     done = preloaded(*IMPORTED).run("wandb", *arguments, env=environ)
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
 
 
 def kill_core(it: Rank) -> None:

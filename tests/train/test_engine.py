@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import require_exit
 from forked_ranks import RankServer
 from plan_fixtures import PlanOf
 from torch import nn
@@ -208,7 +209,7 @@ def test_a_rank_imports_what_it_needs_and_starts_no_helper_processes(plan_of: Pl
     plan = tmp_path / "plan.json"
     plan.write_text(plan_of("model.dtype=fp32").to_json())
     done = subprocess.run([sys.executable, "-c", COMPILE, str(plan)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["helpers"] == {"threads": [1, 1], "processes": 0}
     # transformers reports scipy as available again to other code.

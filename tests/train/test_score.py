@@ -14,6 +14,7 @@ import hand_made
 import numpy as np
 import pytest
 import torch
+from forked import require_exit
 from forked_ranks import RankServer
 from plan_fixtures import ConfigOf, facts_for
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -188,7 +189,7 @@ np.savez(sys.argv[3], *log_probs)
     arguments = [str(plan_for(2)), packed.model_dump_json(), str(out)]
     environment = {**os.environ, "LAUNCHER_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     scores = np.load(out)
     np.testing.assert_allclose(scores["arr_0"], np.concatenate(plain_log_probs), rtol=0, atol=1e-4)
     in_rows = [Split.open(packed).row_docs(row) for row in (4, 0, 2)]

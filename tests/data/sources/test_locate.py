@@ -17,6 +17,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from forked import require_exit
 from http_server import Answer, Request, serving
 from mirror_tools import S3, make_bucket, running_s3
 from unusual_files import as_root, link_to_device, make_pipe
@@ -476,7 +477,7 @@ def read_elsewhere(source: Source, environ: dict[str, str]) -> tuple[str, Any]:
     done = run_elsewhere(source, environ)
     if done.returncode == 2:
         return "refused", done.stdout
-    assert done.returncode == 0, done.stderr
+    require_exit(done)
     digest, rows, _ = json.loads(done.stdout)
     return digest, rows
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from forked import Launch
+from forked import Launch, require_exit
 from plan_fixtures import ConfigOf
 from safetensors.torch import load_file
 from weight_tools import change_weights, save_model, without
@@ -318,7 +318,7 @@ def test_keys_that_are_accepted_once_need_no_process_again(
 def test_a_run_with_a_value_that_deepspeed_refuses_leaves_nothing(launch_here: Launch, tmp_path: Path) -> None:
     extra = "deepspeed.extra={zero_optimization: {reduce_scatter: 3.5}}"
     done = launch_here("model=tiny", "tracking=none", f"run.root={tmp_path}/runs", extra)
-    assert done.returncode == 2, done.stderr
+    require_exit(done, 2)
     assert "deepspeed.extra" in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "runs").exists()

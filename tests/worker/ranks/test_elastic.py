@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hand_made
 import pytest
+from forked import require_exit
 from pace import slowness
 from plan_fixtures import ConfigOf, facts_for
 from torch.distributed import HashStore
@@ -115,7 +116,7 @@ def alerts(run: RunDir) -> list[str]:
 @pytest.mark.rest
 def test_killed_ranks_and_ranks_without_a_record_each_cost_one_restart(run: RunDir, tmp_path: Path) -> None:
     done = run_agent(run, tmp_path, LOCK=str(tmp_path / "lock"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
     assert json_records.read_json(run.attempt(1) / "exit.json")["state"] == "completed"
     for rank in (0, 1):
         # What the agent sets for the C library's allocator reaches the ranks, as PyTorch's does on GPUs.
@@ -130,7 +131,7 @@ def test_killed_ranks_and_ranks_without_a_record_each_cost_one_restart(run: RunD
 def test_an_exception_that_comes_back_at_one_step_after_two_restarts_ends_the_run(run: RunDir, tmp_path: Path) -> None:
     """One more restart is left. The killed rank in between is not evidence about the exception."""
     done = run_agent(run, tmp_path, STEPS="[43, null, 43, 43, 43]")
-    assert done.returncode == 1, done.stdout + done.stderr
+    require_exit(done, 1)
     exit_record = json_records.read_json(run.attempt(1) / "exit.json")
     reason = "IndexError in step 44 occurred 3 times, twice after a resume from the initial weights: it repeats"
     assert (exit_record["state"], exit_record["message"]) == ("failed", f"rank 1: IndexError: as it says; {reason}")

@@ -17,6 +17,7 @@ from typing import Any
 
 import hand_made
 import pytest
+from forked import require_exit
 from pace import slowness
 from plan_fixtures import CPU, H100, PlanOf
 from unusual_files import as_root
@@ -362,4 +363,4 @@ def test_an_evaluation_waits_for_gpus_only_as_long_as_it_may() -> None:
     }
     command = [sys.executable, "-c", WAITING, str(slowness())]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=REPO, timeout=240 * slowness())
-    assert done.returncode == 0, done.stdout + done.stderr
+    require_exit(done)
