@@ -29,6 +29,7 @@ from launcher.plan.launch_plan import (
 )
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.tracking.jsonl import read_events
 from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage
 
 # The minimal settings of a run.
@@ -137,6 +138,11 @@ def checkpoint(
         saving,
         Manifest(step=step, world_size=num_ranks, plan_digest=digest, attempt=attempt, eval_loss=loss, files=written),
     )
+
+
+def event_texts(run: RunDir, kind: str = "alert") -> list[str]:
+    """Return the texts of a run's events of this kind."""
+    return [event["text"] for event in read_events(run.events) if event["kind"] == kind]
 
 
 def made_verdict() -> EvaluationVerdict:

@@ -19,6 +19,7 @@ from typing import Any
 
 import hand_made
 import pytest
+from mirror_tools import tree
 from unusual_files import stale
 
 from launcher import atomic_files, json_records, locks, run_records, run_store
@@ -43,10 +44,6 @@ def submitted(run: RunDir) -> RunDir:
     """The run after its first attempt has been submitted."""
     run_store.create_attempt(run, Attempt(None))
     return run
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_a_run_is_created_with_plan_status_and_code(tmp_path: Path, whole_code: None) -> None:

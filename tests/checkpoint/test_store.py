@@ -16,7 +16,7 @@ from pathlib import Path
 import hand_made
 import plan_fixtures
 import pytest
-from missing_program import skip_or_fail
+from unusual_files import small_disk
 
 from launcher import atomic_files, run_store
 from launcher.atomic_files import FileEntry
@@ -418,14 +418,8 @@ def test_the_plans_of_a_run_say_which_losses_are_on_other_rows(tmp_path: Path) -
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
     """The checkpoints folder of a run on a disk of 1 MiB."""
-    if os.geteuid():
-        skip_or_fail("only root can mount a small disk")
-    options = ["-t", "tmpfs", "-o", f"size={DISK}", "tmpfs"]
-    subprocess.run(["mount", *options, tmp_path], check=True, capture_output=True, timeout=10)
-    try:
+    with small_disk(tmp_path, str(DISK)):
         yield tmp_path / "checkpoints"
-    finally:
-        subprocess.run(["umount", "--lazy", tmp_path], check=True, timeout=10)
 
 
 def save(root: Path, step: int, shard: bytes = SHARD, needed_bytes: int = 1) -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import hand_made
@@ -8,6 +9,7 @@ import pytest
 from plan_fixtures import DATA, config_of, golden, plan_of
 
 from launcher import run_store
+from launcher.cli.main import main
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
@@ -46,3 +48,9 @@ def run(tmp_path: Path) -> RunDir:
     # A status that is newer than the metrics.
     run_store.update_status(found, state="completed", step=10)
     return found
+
+
+@pytest.fixture
+def typed(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the launcher with these arguments; return exit code, standard output and standard error."""
+    return lambda *arguments: (main(arguments), *capsys.readouterr())

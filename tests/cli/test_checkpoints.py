@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import hand_made
@@ -16,7 +17,6 @@ import pytest
 from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
-from launcher.cli.main import main
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -55,14 +55,9 @@ StorageFails = Callable[..., AbstractContextManager[None]]
 
 
 @pytest.fixture
-def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Run `checkpoints RUN FLAGS`; return exit code, standard output and standard error."""
-
-    def asked(*flags: str) -> tuple[int, str, str]:
-        code = main(["checkpoints", str(run.root), *flags])
-        return code, *capsys.readouterr()
-
-    return asked
+def ask(run: RunDir, typed: Ask) -> Ask:
+    """Run `checkpoints RUN FLAGS`."""
+    return partial(typed, "checkpoints", str(run.root))
 
 
 def cells(text: str) -> dict[str, list[str]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import hand_made
 import pytest
 from plan_fixtures import DATA, PROVENANCE
 
-from launcher.cli.main import main
 from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -20,12 +20,8 @@ Ask = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
-    def asked(*arguments: str) -> tuple[int, str, str]:
-        code = main(["diff", "--root", str(run.root.parent), *arguments])
-        return code, *capsys.readouterr()
-
-    return asked
+def ask(run: RunDir, typed: Ask) -> Ask:
+    return partial(typed, "diff", "--root", str(run.root.parent))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,14 +30,9 @@ AGES = {"data/old": 90, "data/young": 9, "data/fresh": 2, "models/tiny-0123": 40
 
 
 @pytest.fixture
-def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Run `rm ARGUMENTS` in the fixture's folder of runs; return exit code, standard output and standard error."""
-
-    def asked(*arguments: str) -> tuple[int, str, str]:
-        code = main(["rm", "--root", str(run.root.parent), *arguments])
-        return code, *capsys.readouterr()
-
-    return asked
+def ask(run: RunDir, typed: Ask) -> Ask:
+    """Run `rm ARGUMENTS` in the fixture's folder of runs."""
+    return partial(typed, "rm", "--root", str(run.root.parent))
 
 
 @pytest.fixture

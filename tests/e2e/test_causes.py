@@ -19,8 +19,8 @@ import pytest
 from causes import CAUSES, assert_run_named_first
 from e2e_tools import TINY, agent_of, alerts, kill_all_of, last_step, metrics, processes_of, ranks_of, slow_steps, status
 from forked import Launch
-from missing_program import skip_or_fail
 from pace import slowness, wait_for
+from unusual_files import small_disk
 
 pytestmark = [pytest.mark.rest, pytest.mark.timeout(900)]
 
@@ -143,23 +143,20 @@ def groups() -> Iterator[dict[str, Path]]:
 
 
 @pytest.fixture(scope="module")
-def small_disk(module_runs: Path) -> Iterator[Path]:
+def disk(module_runs: Path) -> Iterator[Path]:
     """A separate small disk for the run."""
-    if os.geteuid():
-        skip_or_fail("only root can mount a small disk")
     module_runs.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", module_runs], check=True, timeout=10)
-    try:
-        yield module_runs
-    finally:
-        kill_all_of(module_runs)
-        subprocess.run(["umount", "--lazy", module_runs], check=True, timeout=10)
+    with small_disk(module_runs, "200m"):
+        try:
+            yield module_runs
+        finally:
+            kill_all_of(module_runs)
 
 
 @pytest.fixture(scope="module")
-def run(small_disk: Path) -> Path:
+def run(disk: Path) -> Path:
     """One run for all faults."""
-    return small_disk / "faulty"
+    return disk / "faulty"
 
 
 def lift_limits(groups: Mapping[str, Path]) -> None:

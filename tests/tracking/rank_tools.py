@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 from fake_wandb import KEY, FakeWandb
 from forked import ForkedProcess, preloaded
+from hand_made import event_texts
 from pace import wait_for
 
 from launcher import run_records, run_store
@@ -146,13 +147,11 @@ def times_begun(run_dir: Path) -> int:
 
 
 def alerts(plan: LaunchPlan) -> list[str]:
-    events = read_events(RunDir(Path(plan.run_dir)).events)
-    return [event["text"] for event in events if event["kind"] == "alert"]
+    return event_texts(RunDir(Path(plan.run_dir)))
 
 
 def infos(plan: LaunchPlan) -> list[str]:
-    events = read_events(RunDir(Path(plan.run_dir)).events)
-    return [event["text"] for event in events if event["kind"] == "info"]
+    return event_texts(RunDir(Path(plan.run_dir)), "info")
 
 
 def has_steps(server: FakeWandb, last: int) -> Callable[[], bool]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from hand_made import event_texts
 from plan_fixtures import PlanOf
 
 from launcher.errors import RunError
@@ -64,7 +65,7 @@ def test_a_failing_tracker_is_reported_once_and_removed(run_dir: Path) -> None:
     composite.finish("completed")
     assert stream.getvalue().count("\n") == 1
     assert [line["trainer/step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3]
-    alerts = [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
+    alerts = event_texts(RunDir(run_dir))
     assert alerts == ["Broken failed and is off for the rest of the run; training continues. ValueError: no such column"]
 
 
@@ -142,16 +143,12 @@ def test_settings_that_wandb_rejects_are_an_alert_and_training_continues(make_pl
     composite = start_trackers(plan, run_dir, attempt=1, on_stop=no_stop)
     composite.log(1, {"train/loss": 2.0})
     composite.finish("completed")
-    (alert,) = _alerts(run_dir)
+    (alert,) = event_texts(RunDir(run_dir))
     assert alert.startswith(
         "this attempt is not tracked in W&B, only in metrics.jsonl: Weights & Biases cannot start: ValidationError"
     )
     texts = [event["text"] for event in read_events(run_dir / "events.jsonl")]
     assert any(text.endswith("; metrics.jsonl has all data") for text in texts)
-
-
-def _alerts(run_dir: Path) -> list[str]:
-    return [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
 
 
 def test_the_rate_limit_admits_an_alert_again_after_its_interval() -> None:

@@ -6,13 +6,12 @@ import errno
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import hand_made
 import pytest
-from missing_program import skip_or_fail
+from unusual_files import small_disk
 
 from launcher import json_records, run_records, run_store
 from launcher.clusters import limits
@@ -257,24 +256,19 @@ def test_the_rank_that_could_not_write_is_named_by_whichever_rank_reports_it(tmp
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid():
-        skip_or_fail("only root can mount a small disk")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True, timeout=10)
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True, timeout=10)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path, "2m"):
+        yield tmp_path
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_a_full_disk_still_takes_the_records_of_an_end(small_disk: Path, full: bool) -> None:
-    run = RunDir(small_disk)
+def test_a_full_disk_still_takes_the_records_of_an_end(disk: Path, full: bool) -> None:
+    run = RunDir(disk)
     run.attempt(1).mkdir(parents=True)
     postmortem.reserve_disk_space(run, 1)
     if full:
         with pytest.raises(OSError, match="No space left"):
-            (small_disk / "filler").write_bytes(b"x" * 2**21)
+            (disk / "filler").write_bytes(b"x" * 2**21)
     assert postmortem.release_space_if_full(run, 1) is full
     (run.attempt(1) / "exit.json").write_bytes(b"x" * 50_000)
     postmortem.release_disk_space(run, 1)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import hand_made
 import pytest
 from fake_nvml import H100, OTHER, driver
+from hand_made import event_texts
 
 from launcher import json_records, run_store
 from launcher.errors import RunError
@@ -145,7 +146,7 @@ def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_
     monkeypatch.setattr(agent, "close_wandb_run", lambda *arguments: None)
     assert agent.main(str(run.plan), 1) == 1
     assert of_server["PYTORCH_ALLOC_CONF"] == of_ranks["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    texts = [event["text"].partition(": ")[2] for event in read_events(run.events) if event["kind"] == "alert"]
+    texts = [text.partition(": ")[2] for text in event_texts(run)]
     expected = ("too little shared memory", "clocks of a GPU are lowered", "process outside")
     assert len(texts) == 4
     for part, text in zip(expected, texts, strict=False):

@@ -15,6 +15,7 @@ from pathlib import Path
 import hand_made
 import pytest
 from forked import require_exit
+from hand_made import event_texts
 from pace import slowness
 from plan_fixtures import ConfigOf, facts_for
 from torch.distributed import HashStore
@@ -109,10 +110,6 @@ def run_agent(run: RunDir, folder: Path, **variables: str) -> subprocess.Complet
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100 * slowness())
 
 
-def alerts(run: RunDir) -> list[str]:
-    return [event["text"] for event in read_events(run.events) if event["kind"] == "alert"]
-
-
 @pytest.mark.rest
 def test_killed_ranks_and_ranks_without_a_record_each_cost_one_restart(run: RunDir, tmp_path: Path) -> None:
     done = run_agent(run, tmp_path, LOCK=str(tmp_path / "lock"))
@@ -123,7 +120,7 @@ def test_killed_ranks_and_ranks_without_a_record_each_cost_one_restart(run: RunD
         variables = json_records.read_json(tmp_path / f"lock.{rank}")
         assert variables["LOCAL_RANK"] == str(rank)
         assert {"MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS"} <= variables.keys()
-    restarts = [text.partition(": ")[2] for text in alerts(run)]
+    restarts = [text.partition(": ")[2] for text in event_texts(run)]
     assert restarts == ["rank 0: killed by SIGKILL", "rank 1: ended with exit code 7 and left no record of an error"]
 
 
@@ -138,7 +135,7 @@ def test_an_exception_that_comes_back_at_one_step_after_two_restarts_ends_the_ru
     assert exit_record["first_failure"]["step"] == 43
     failures = ["rank 1: IndexError: as it says", "rank 1: killed by SIGKILL", "rank 1: IndexError: as it says"]
     restarts = [f"all ranks are restarted (restart {count}): {failure}" for count, failure in enumerate(failures, 1)]
-    assert alerts(run) == [*restarts, f"the attempt failed: {exit_record['message']}"]
+    assert event_texts(run) == [*restarts, f"the attempt failed: {exit_record['message']}"]
 
 
 def meet(first: NodeRendezvous, then: NodeRendezvous) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_workers import FIT, KILLED, FakeWorkers, MakeFake, kind
+from hand_made import event_texts
 from unusual_files import stale
 
 from launcher import atomic_files, json_records, run_store
@@ -146,7 +147,7 @@ def test_lost_nodes_are_named_where_no_worker_left_a_record(make_fake: MakeFake,
     fake.lost = None if lost is None else {"id-of-another-run", *(f"id-{node}" for node in lost)}  # type: ignore[assignment]
     orders = fake.begin("b", *nodes)
     assert [kind(o) for o in orders] == ["train"] * 4
-    alerts = [event["text"] for event in read_events(fake.run.events) if event["kind"] == "alert"]
+    alerts = event_texts(fake.run)
     assert alerts == [f"the attempt ended (infrastructure): {words}; runs again"]
     assert read_events(fake.run.events)[-2]["attempt"] == 1
 
@@ -159,7 +160,7 @@ def test_the_end_of_an_attempt_alerts_once(make_fake: MakeFake) -> None:
         fake.coordinator.beat("a", rank, "failed" if rank else "done")
     fake.begin("b", "n1", "n2")
     fake.begin("c", "n1", "n2")
-    alerts = [event["text"] for event in read_events(fake.run.events) if event["kind"] == "alert"]
+    alerts = event_texts(fake.run)
     assert alerts == [
         "the attempt ended (infrastructure): rank 1 on n2: killed by SIGKILL; runs again",
         "the run ends: no record from n1, n2, which Ray still has; cluster.max_infrastructure_failures=1 is used up",

@@ -16,7 +16,7 @@ import hand_made
 import psutil
 import pytest
 from fake_slurm import FakeSlurm
-from hand_made import made_verdict
+from hand_made import event_texts, made_verdict
 from mirror_tools import commit
 from pace import wait_for
 from plan_fixtures import DATA, facts_for
@@ -28,7 +28,6 @@ from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
-from launcher.tracking.jsonl import read_events
 from launcher.tracking.verdicts import digest_checkpoint
 from launcher.worker.sidecars import checkpoint_answers
 from launcher.worker.sidecars.checkpoint_answers import CheckpointAnswers
@@ -49,10 +48,6 @@ def make(config_of: Callable, tmp_path: Path) -> Callable[..., tuple[LaunchPlan,
         return planned, hand_made.run(planned, Attempt(None), state="running")
 
     return make_run
-
-
-def said(run: RunDir, kind: str) -> list[str]:
-    return [event["text"] for event in read_events(run.events) if event["kind"] == kind]
 
 
 def export_by_hand(run: RunDir, step: int) -> None:
@@ -82,15 +77,15 @@ def test_on_gpus_weights_are_exported_while_training_and_nothing_else(make: Call
     export_by_hand(run, 4)
     assert not answers.work(False)
     began = time.monotonic()
-    while not said(run, "alert"):
+    while not event_texts(run, "alert"):
         assert time.monotonic() - began < 300
         answers.work(False)
         time.sleep(0.1)
-    (alert,) = said(run, "alert")
+    (alert,) = event_texts(run, "alert")
     assert alert.startswith("no answers of step 8: its weights could not be exported: ")
     assert [path.parent.name for path in run.root.glob("evaluations/*/*.log")] == ["step-00000008"], "of no other step"
     answers.conclude(False)
-    (left,) = said(run, "answers")
+    (left,) = event_texts(run, "answers")
     assert left.startswith("no answers yet: step 4, step 8 (its weights could not be exported: ")
     assert left.endswith(f"; a resumed run continues with them; {command(run)}")
 
@@ -107,10 +102,10 @@ def test_a_checkpoint_that_is_gone_is_skipped_with_the_reason_unless_its_weights
     answers = CheckpointAnswers(run, planned, 1)
     answers.work(False)
     answers.conclude(False)
-    (alert,) = said(run, "alert")
+    (alert,) = event_texts(run, "alert")
     reason = "its checkpoint was removed before its weights were exported; raise checkpoint.keep_last"
     assert alert == f"no answers of step 4: {reason}"
-    (left,) = said(run, "answers")
+    (left,) = event_texts(run, "answers")
     assert left.startswith(f"no answers yet: step 4 ({reason}), step 8; ")
     # An attempt that resumes from an earlier step neither repeats the alert nor uses the weights of the abandoned step.
     shutil.rmtree(run.checkpoints)
@@ -119,7 +114,7 @@ def test_a_checkpoint_that_is_gone_is_skipped_with_the_reason_unless_its_weights
     later = CheckpointAnswers(run, planned, 2)
     later.work(False)
     later.conclude(False)
-    assert (len(said(run, "alert")), len(said(run, "answers"))) == (1, 1)
+    assert (len(event_texts(run, "alert")), len(event_texts(run, "answers"))) == (1, 1)
 
 
 def test_another_checkpoint_of_the_same_step_is_answered_again(make: Callable) -> None:
@@ -132,7 +127,7 @@ def test_another_checkpoint_of_the_same_step_is_answered_again(make: Callable) -
     commit(run, 4, b"others")
     answers.work(False)
     answers.conclude(False)
-    assert said(run, "answers")[-1].startswith("no answers yet: step 4; ")
+    assert event_texts(run, "answers")[-1].startswith("no answers yet: step 4; ")
 
 
 @pytest.fixture
@@ -150,7 +145,7 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     export_by_hand(run, 4)
     answers = CheckpointAnswers(run, planned, 1)
     assert not answers.work(False)
-    assert said(run, "answers") == ["the answers of step 4 come from job 77"]
+    assert event_texts(run, "answers") == ["the answers of step 4 come from job 77"]
     (submitted,) = [call for call in fake_slurm.calls if call[0] == "sbatch"]
     folder = run.root / "evaluations/step-00000004"
     for word in ("--parsable", "--dependency=singleton", "--nodes=1", "--partition=short", "--gpus-per-node=2"):
@@ -163,7 +158,7 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     assert "SLURM_JOB_ID" not in fake_slurm.variables_of("sbatch"), "that of the run's own job"
     # The attempt ends before the job. A resumed run cancels it and submits another one, and cancelling the run cancels that.
     answers.conclude(True)
-    assert said(run, "answers")[-1] == f"no answers yet: step 4 (job 77); {command(run)}"
+    assert event_texts(run, "answers")[-1] == f"no answers yet: step 4 (job 77); {command(run)}"
     run_store.create_attempt(run, Attempt(resume_step=4))
     fake_slurm.answer("sbatch", out="78\n", times=1)
     later = CheckpointAnswers(run, planned, 2)
@@ -173,7 +168,7 @@ def test_on_slurm_each_step_is_a_job_of_one_node(on_slurm: tuple[LaunchPlan, Run
     run.cancel(2).write_text("{}")
     later.conclude(False)
     assert fake_slurm.calls[-1] == cancelled
-    assert said(run, "answers")[-1].startswith("no answers yet: step 4 (its job was cancelled); ")
+    assert event_texts(run, "answers")[-1].startswith("no answers yet: step 4 (its job was cancelled); ")
 
 
 def test_the_verdict_of_a_job_is_reported(on_slurm: tuple[LaunchPlan, RunDir]) -> None:
@@ -184,9 +179,9 @@ def test_the_verdict_of_a_job_is_reported(on_slurm: tuple[LaunchPlan, RunDir]) -
     assert answers.work(True)
     answer_by_hand(run, 4)
     answers.work(True)
-    assert said(run, "answers")[-1].startswith("answers of step 4: ")
+    assert event_texts(run, "answers")[-1].startswith("answers of step 4: ")
     answers.conclude(True)
-    assert len(said(run, "answers")) == 2
+    assert len(event_texts(run, "answers")) == 2
 
 
 def test_a_step_without_a_job_is_an_alert(on_slurm: tuple[LaunchPlan, RunDir], fake_slurm: FakeSlurm) -> None:
@@ -196,7 +191,7 @@ def test_a_step_without_a_job_is_an_alert(on_slurm: tuple[LaunchPlan, RunDir], f
     answers = CheckpointAnswers(run, planned, 1)
     answers.work(True)
     answers.conclude(True)
-    first, left = said(run, "alert")
+    first, left = event_texts(run, "alert")
     assert first.startswith("no answers of step 4: no job could be submitted: ")
     assert "QOS policy" in first
     assert left.startswith("no answers yet: step 4 (no job could be submitted: ")
@@ -213,12 +208,12 @@ def test_a_job_that_slurm_refuses_for_a_while_is_submitted_later(
     answers = CheckpointAnswers(run, planned, 1)
     for _ in range(3):
         answers.work(False)
-    (refused,) = said(run, "answers")
+    (refused,) = event_texts(run, "answers")
     assert "QOS policy" in refused
     monkeypatch.setattr(checkpoint_answers, "_SUBMIT_AGAIN_S", 0.0)
     answers.work(False)
-    assert said(run, "answers")[-1].startswith("the answers of step 4 come from job ")
-    assert not said(run, "alert")
+    assert event_texts(run, "answers")[-1].startswith("the answers of step 4 come from job ")
+    assert not event_texts(run, "alert")
 
 
 def test_storage_that_fails_for_a_moment_loses_no_step(make: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +227,7 @@ def test_storage_that_fails_for_a_moment_loses_no_step(make: Callable, monkeypat
         patch.setattr(json_records, "read_bytes", fail_to_read)
         answers.work(False)
     answers.conclude(False)
-    assert said(run, "answers")[-1].startswith("no answers yet: step 4; ")
+    assert event_texts(run, "answers")[-1].startswith("no answers yet: step 4; ")
 
 
 def fail_to_read(*_: object) -> NoReturn:
@@ -261,7 +256,7 @@ def test_the_process_ends_at_once_with_all_it_has_started_where_training_is_not_
     finally:
         for one in (process, *process.children(recursive=True)) if process.is_running() else ():
             one.kill()
-    assert said(run, "answers")[-1].startswith("no answers yet: step 4; ")
+    assert event_texts(run, "answers")[-1].startswith("no answers yet: step 4; ")
 
 
 @pytest.mark.rest

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from forked import ForkedProcess, preloaded
+from hand_made import event_texts
 from mirror_tools import commit, make_run, tree
 from pace import wait_for
 
@@ -41,10 +42,6 @@ def sending(run: RunDir, attempt: int = 1, module: str = "quick_mirror") -> Iter
     finally:
         process.kill()
         process.wait(timeout=10)
-
-
-def said(run: RunDir, kind: str) -> list[str]:
-    return [event["text"] for event in read_events(run.events) if event["kind"] == kind]
 
 
 def record(run: RunDir) -> dict[str, Any]:
@@ -72,7 +69,7 @@ def test_committed_checkpoints_are_uploaded_and_reported(tmp_path: Path) -> None
         assert end(process) == 0
     assert tree(tmp_path / "mirror/a/checkpoints") == tree(run.checkpoints)
     assert (record(run)["steps"], record(run)["missing_steps"], record(run)["failure"]) == ([5, 10, 15], [], None)
-    assert [text.partition(":")[0] for text in said(run, "mirror")] == [
+    assert [text.partition(":")[0] for text in event_texts(run, "mirror")] == [
         *(f"step {step} is in the mirror" for step in (5, 10, 15)),
         "the mirror holds step 15; continue it anywhere with",
     ]
@@ -84,11 +81,11 @@ def test_a_failed_upload_alerts_once_and_the_next_checkpoint_retries(tmp_path: P
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     (tmp_path / "mirror").write_text("in the way")
     with sending(run) as process:
-        wait_for("the alert", lambda: said(run, "alert"))
+        wait_for("the alert", lambda: event_texts(run, "alert"))
         commit(run, 5)
         wait_for("another try", lambda: record(run).get("missing_steps") == [5])
-        assert len(said(run, "alert")) == 1
-        assert "training continues" in said(run, "alert")[0]
+        assert len(event_texts(run, "alert")) == 1
+        assert "training continues" in event_texts(run, "alert")[0]
         (tmp_path / "mirror").unlink()
         commit(run, 10)
         wait_for("both", lambda: record(run)["steps"] == [5, 10])
@@ -103,14 +100,14 @@ def test_a_failed_upload_alerts_once_and_the_next_checkpoint_retries(tmp_path: P
         commit(run, 20)
         wait_for("the last", lambda: record(run)["steps"] == [5, 10, 15, 20])
         assert end(process) == 0
-    assert len(said(run, "alert")) == 1
+    assert len(event_texts(run, "alert")) == 1
 
 
 def test_a_disk_without_room_for_the_log_does_not_end_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     monkeypatch.setattr("builtins.print", no_room)
     record_event(run, 1, "alert", "no room")
-    assert said(run, "alert") == ["no room"]
+    assert event_texts(run, "alert") == ["no room"]
 
 
 def no_room(*_: object, **__: object) -> None:
@@ -128,7 +125,7 @@ def test_the_process_ends_when_told_and_names_the_missing_steps(tmp_path: Path) 
         began = time.monotonic()
         assert end(process, END) == 1
         assert time.monotonic() - began < 10
-    (alert,) = said(run, "alert")
+    (alert,) = event_texts(run, "alert")
     assert "not in the mirror: step 5" in alert
     assert record(run)["missing_steps"] == [5]
     # The command in the alert uploads the rest.
@@ -156,7 +153,7 @@ def test_without_a_stop_request_the_upload_has_no_deadline(tmp_path: Path, late_
             stopper.kill_at = time.monotonic() + 4 + 2
         waiting = threading.Thread(target=stopper.finish, args=(Sidecar(process, 2.0),))
         waiting.start()
-        wait_for("the reason", lambda: said(run, "mirror"))
+        wait_for("the reason", lambda: event_texts(run, "mirror"))
         assert waiting.is_alive(), "more than the grace has passed"
         # As the signal thread does.
         if late_wish == "a person's":
@@ -166,7 +163,7 @@ def test_without_a_stop_request_the_upload_has_no_deadline(tmp_path: Path, late_
         assert process.poll() is not None
     (event,) = [e for e in read_events(run.events) if e["kind"] == "mirror"]
     assert "the run waits for the mirror: step 5 is not complete there" in event["text"]
-    (alert,) = said(run, "alert")
+    (alert,) = event_texts(run, "alert")
     assert "not in the mirror: step 5" in alert
 
 
@@ -194,9 +191,9 @@ def test_a_damaged_checkpoint_does_not_block_the_upload_of_the_next(tmp_path: Pa
     with sending(run) as process:
         wait_for("step 10", lambda: record(run)["steps"] == [10])
         assert end(process) == 0
-    (alert,) = said(run, "alert")
+    (alert,) = event_texts(run, "alert")
     assert alert.startswith("step 5 is not sent to the mirror")
-    assert any(text.startswith("step 7 is not sent to the mirror") for text in said(run, "mirror"))
+    assert any(text.startswith("step 7 is not sent to the mirror") for text in event_texts(run, "mirror"))
 
 
 def test_uploads_stop_where_another_attempt_owns_the_mirror(tmp_path: Path) -> None:
@@ -208,5 +205,5 @@ def test_uploads_stop_where_another_attempt_owns_the_mirror(tmp_path: Path) -> N
         commit(run, 10)
         wait_for("its end", lambda: process.poll() is not None)
     assert process.returncode == 1
-    assert any("uploads to the mirror have stopped" in text for text in said(run, "alert"))
+    assert any("uploads to the mirror have stopped" in text for text in event_texts(run, "alert"))
     assert not (tmp_path / "mirror/a/checkpoints/step-00000010/manifest.json").exists()

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import slurm_said
-from fake_slurm import FakeSlurm, Job, Submitted
+from fake_slurm import FakeSlurm, Submitted
+from hand_made import event_texts
 
 from launcher import atomic_files, run_records, run_store
 from launcher.clusters import network
@@ -18,7 +19,6 @@ from launcher.clusters.slurm import queue
 from launcher.plan.retry import Cause
 from launcher.run_records import Attempt, ExitRecord
 from launcher.tracking import goodput
-from launcher.tracking.jsonl import read_events
 from launcher.worker.slurm import job
 
 pytestmark = pytest.mark.rest
@@ -30,10 +30,6 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     monkeypatch.setattr(job, "close_wandb_run", lambda plan, plan_path, run, attempt: found.append(attempt))
     return found
-
-
-def alerts(of: Job) -> list[str]:
-    return [event["text"] for event in read_events(of.run.events) if event["kind"] == "alert"]
 
 
 def test_the_first_start_claims_the_attempt(submitted: Submitted, fake_slurm: FakeSlurm) -> None:
@@ -94,7 +90,7 @@ def test_a_start_after_lost_machines_records_the_end_of_the_previous_attempt(
     assert of.begin()[:2] == (0, "2\n")
     expected = ExitRecord("failed", message="no record from n1, n3", cause=Cause.INFRASTRUCTURE, saved_step=20)
     assert run_records.read_exit(of.run, 1) == expected
-    assert alerts(of) == ["the attempt ended (infrastructure): no record from n1, n3; runs again"]
+    assert event_texts(of.run) == ["the attempt ended (infrastructure): no record from n1, n3; runs again"]
     assert of.attempt(2).resume_step == 20
 
 
@@ -137,7 +133,7 @@ def test_an_operators_requeue_is_told_apart_from_a_lost_node_without_accounting_
         # The lost node is back, so nothing shows which one it was.
         cause, message = "infrastructure", "no record from n1, n3"
     assert (of.exit()["cause"], of.exit()["message"]) == (cause, message)
-    assert alerts(of) == [f"the attempt ended ({cause}): {message}; runs again"]
+    assert event_texts(of.run) == [f"the attempt ended ({cause}): {message}; runs again"]
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "SUSPENDED"])
@@ -234,7 +230,7 @@ def test_a_spent_budget_refuses_the_next_start(submitted: Submitted, in_slurm: C
     assert err.startswith(reason)
     assert (of.status.state, of.status.message) == ("failed", reason)
     assert run_store.newest_attempt(of.run) == 2
-    assert alerts(of) == [f"the run ends: {reason}"]
+    assert event_texts(of.run) == [f"the run ends: {reason}"]
     assert told == [2], "W&B hears of it"
 
 
@@ -258,7 +254,7 @@ def test_a_reached_limit_ends_the_run_before_the_model_loads(
     code, out, err = of.begin()
     assert (code, out, err) == (0, "\n", "tried: run.max_hours=2 is reached; the attempt is not started\n")
     assert (of.status.state, of.status.message) == ("preempted", "run.max_hours=2 is reached")
-    assert alerts(of) == ["the run ends: run.max_hours=2 is reached"]
+    assert event_texts(of.run) == ["the run ends: run.max_hours=2 is reached"]
     assert told == [1 + numbered]
     assert run_store.newest_attempt(of.run) == 1 + numbered
     atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 100})
@@ -295,7 +291,7 @@ def test_a_public_master_address_is_refused(
     assert of.attempt() == before
     assert of.status.state == "failed"
     assert "over a public address; set cluster.interface" in of.status.message
-    assert alerts(of) == [f"the run ends: {of.status.message}"]
+    assert event_texts(of.run) == [f"the run ends: {of.status.message}"]
     assert told == [1]
 
 
