@@ -24,7 +24,7 @@ from launcher.data.cache_dir import cache_root, mark_used, repository_folders
 from launcher.errors import ConfigError, Problem
 from launcher.models import stored_checks, weight_files
 from launcher.models.remote_code import adapter_problems, code_problems
-from launcher.models.weight_files import WeightReport
+from launcher.models.weight_files import WeightReport, make_path_problem
 from launcher.plan.architecture import config_problems, model_facts
 from launcher.plan.launch_plan import ModelFacts
 
@@ -170,10 +170,10 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     """Return all problems with the files of a model folder, without reading the data of tensors."""
     config_file = folder / "config.json"
     if not config_file.is_file():
-        message, remedy = "model.path: the folder has no config.json", "use a Hugging Face model folder"
+        message, remedy = "the folder has no config.json", "use a Hugging Face model folder"
         if inner := sorted(file.parent for file in folder.glob("*/config.json")):
             remedy = f"did you mean {' or '.join(map(str, inner[:_NUM_NAMED]))}?"
-        return [_make_problem(message, folder, remedy)]
+        return [make_path_problem(message, folder, remedy)]
     problems = [*link_problems(folder), *adapter_problems(folder)]
     if problems:
         # A link may lead to a pipe or a device, which must not be read.
@@ -229,27 +229,21 @@ def _check_weights(folder: Path, model: ModelSection) -> Iterator[Problem]:
     files = weight_files.weight_files(folder, model.allow_pickled_weights)
     if not files and any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:
         remedy = "convert them to safetensors, or set model.allow_pickled_weights=true if you trust their source"
-        yield _make_problem("model.path: the weights are pickled (.bin); loading a pickle can run code", folder, remedy)
+        yield make_path_problem("the weights are pickled (.bin); loading a pickle can run code", folder, remedy)
     elif not files:
         remedy = "use a folder with model.safetensors, or its shards and their index, or set model.init=random"
-        yield _make_problem("model.path: the folder holds no weights", folder, remedy)
+        yield make_path_problem("the folder holds no weights", folder, remedy)
     if missing := [file.name for file in files if not file.is_file()]:
-        message = f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: "
-        yield _make_problem(message + _list_names(missing), folder, "download the missing files again")
+        message = f"{len(missing)} of the {len(files)} files that the index names are not in the folder: "
+        yield make_path_problem(message + _list_names(missing), folder, "download the missing files again")
     damaged = [(file, one) for file in files if file.is_file() and (one := weight_files.file_problem(file)) is not None]
     yield from (problem for _, problem in damaged[:_NUM_NAMED])
     if more := [file.name for file, _ in damaged[_NUM_NAMED:]]:
-        yield _make_problem(
-            f"model.path: {len(more)} more weight files are unusable: {_list_names(more)}", folder, "download them again"
-        )
+        yield make_path_problem(f"{len(more)} more weight files are unusable: {_list_names(more)}", folder, "download them again")
 
 
 def _list_names(names: list[str]) -> str:
     return ", ".join(names[:_NUM_NAMED]) + (f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else "")
-
-
-def _make_problem(message: str, path: Path, remedy: str) -> Problem:
-    return Problem(message, "model.path", str(path), remedy)
 
 
 def local_folder(value: str) -> str:

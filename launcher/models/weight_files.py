@@ -71,11 +71,11 @@ class WeightReport:
         if self.missing:
             message = f"the weight files lack {_count(self.missing)} of the model: {_list_first(self.missing)}"
             remedy = f"{repair}; model.init=random trains the whole model from random weights"
-            problems.append(_make_problem(message, folder, remedy))
+            problems.append(make_path_problem(message, folder, remedy))
         if self.mismatched:
             count = _count(self.mismatched)
             message = f"the weight files have {count} in another shape than the model: {_list_first(self.mismatched)}"
-            problems.append(_make_problem(message, folder, f"use the config.json that belongs to these weights, or {repair}"))
+            problems.append(make_path_problem(message, folder, f"use the config.json that belongs to these weights, or {repair}"))
         return problems
 
     @property
@@ -95,7 +95,8 @@ def _list_first(items: Sequence[str]) -> str:
     return ", ".join(items[:_NUM_NAMED]) + (f" and {len(items) - _NUM_NAMED:,} more" if len(items) > _NUM_NAMED else "")
 
 
-def _make_problem(message: str, path: Path, remedy: str) -> Problem:
+def make_path_problem(message: str, path: Path, remedy: str) -> Problem:
+    """Return a problem with a file or folder of model.path."""
     return Problem(f"model.path: {message}", where="model.path", value=str(path), remedy=remedy)
 
 
@@ -110,7 +111,7 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
     file = next((folder / name for name in names if is_plain_name(name) and (folder / name).is_file()), None)
     if isinstance(chosen, str) and not is_plain_name(chosen):
         message = "transformers_weights in config.json names a file outside the folder"
-        raise ConfigError(_make_problem(message, folder, "use another model folder"))
+        raise ConfigError(make_path_problem(message, folder, "use another model folder"))
     if file is None:
         return []
     if not file.name.endswith(".index.json"):
@@ -118,7 +119,7 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
     shards = read_json(file).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(is_plain_name(name) for name in shards.values()):
         message = f"the weight_map of {file.name} does not name a file of this folder for each tensor"
-        raise ConfigError(_make_problem(message, file, _DOWNLOAD))
+        raise ConfigError(make_path_problem(message, file, _DOWNLOAD))
     return sorted({folder / name for name in shards.values()})
 
 
@@ -158,7 +159,7 @@ def _require_content(file: Path, head: bytes) -> None:
     elif head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         reason, remedy = "is an HTML page", f"{_DOWNLOAD}; addresses on the hub contain /resolve/ instead of /blob/"
     if reason:
-        raise ConfigError(_make_problem(f"{file.name} {reason}", file, remedy))
+        raise ConfigError(make_path_problem(f"{file.name} {reason}", file, remedy))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
                 pass
         except SafetensorError as error:
             message = f"{file.name} is not a complete safetensors file: {error} ({num_bytes:,} bytes)"
-            raise ConfigError(_make_problem(message, file, _DOWNLOAD)) from error
+            raise ConfigError(make_path_problem(message, file, _DOWNLOAD)) from error
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
         raw = stream.read(length)
