@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from launcher.data.checks.findings import (
     Example,
     Finding,
     Findings,
+    Hits,
     get_action,
     judge,
 )
@@ -66,14 +67,14 @@ Columns = TypeVar("Columns", DocumentTable, PieceTable)
 class EncodedCorpus:
     """All documents that were read, the pieces they were cut into, and the hits of the checks on single documents.
 
-    A hit is (document, hit). `unread_keys`, `completions` and `bad_rows` have one entry per item of `list_inputs`.
+    `unread_keys`, `completions` and `bad_rows` have one entry per item of `list_inputs`.
     `completions` counts prompts with a completion if the tokenizer has a chat template, and how many of them are written with it.
     `bad_rows` counts unusable rows. `problems` are the problems of these rows, and of files.
     """
 
     docs: DocumentTable
     pieces: PieceTable
-    hits: list[tuple[int, CheckHit]]
+    hits: Hits
     prompts: list[EvalPrompt]
     max_token_id: int
     unread_keys: list[Counter[str]]
@@ -106,7 +107,7 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     on_progress("tokenize", 0, total)
     docs: list[DocumentTable] = []
     pieces: list[PieceTable] = []
-    hits: list[tuple[int, CheckHit]] = []
+    hits: Hits = []
     prompts: dict[bool, list[EvalPrompt]] = {True: [], False: []}
     num_docs = max_token_id = 0
     unread_keys = [Counter[str]() for _ in list_inputs(data)]
@@ -205,7 +206,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
             raise _make_empty_error(docs, data, _collect_for_rows(hits, corpus, selected[:0], data))
         return selected
 
-    def find_leaks(training: np.ndarray, are_dropped: bool) -> list[tuple[int, CheckHit]]:
+    def find_leaks(training: np.ndarray, are_dropped: bool) -> Hits:
         leaks = []
         if (checks.held_out_in_train == "drop") == are_dropped:
             leaks += overlap.find_leaks(docs.contents, training, held_out)
@@ -233,7 +234,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     return Selection(is_dropped, layout, epochs, found, int(np.count_nonzero(is_excluded)))
 
 
-def _collect_for_rows(hits: list[tuple[int, CheckHit]], corpus: EncodedCorpus, order: np.ndarray, data: DataSection) -> Findings:
+def _collect_for_rows(hits: Hits, corpus: EncodedCorpus, order: np.ndarray, data: DataSection) -> Findings:
     """Return the findings if the training rows consist of the pieces `order`."""
     docs, pieces, names = corpus.docs, corpus.pieces, tuple(source.name for source in list_inputs(data))
     trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
@@ -287,8 +288,8 @@ class CheckedDocuments:
     used: np.ndarray
 
 
-def select_dropped(hits: Iterable[tuple[int, CheckHit]], num_docs: int, checks: ChecksSection) -> np.ndarray:
-    """Return which documents the settings drop, bool [documents]; `hits` are (document, hit)."""
+def select_dropped(hits: Hits, num_docs: int, checks: ChecksSection) -> np.ndarray:
+    """Return which documents the settings drop, bool [documents]."""
     by_name = _group_by_check(hits)
     is_dropped = np.zeros(num_docs, dtype=bool)
     for name, of_name in by_name.items():
@@ -309,10 +310,8 @@ def select_dropped(hits: Iterable[tuple[int, CheckHit]], num_docs: int, checks: 
     return is_dropped
 
 
-def find_losses(
-    hits: Iterable[tuple[int, CheckHit]], num_pieces: np.ndarray, lost: np.ndarray, num_tokens: np.ndarray, checks: ChecksSection
-) -> list[tuple[int, CheckHit]]:
-    """Find documents that are truncated or left out, as (document, hit); `hits` are those of the other checks.
+def find_losses(hits: Hits, num_pieces: np.ndarray, lost: np.ndarray, num_tokens: np.ndarray, checks: ChecksSection) -> Hits:
+    """Find documents that are truncated or left out; `hits` are those of the other checks.
 
     The arrays are int64 [documents]: the pieces of a document, its tokens that are in no piece, and all of its tokens. Documents
     that are left out because they resemble others do not count as losses.
@@ -330,8 +329,8 @@ def find_losses(
     ]
 
 
-def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocuments) -> Findings:
-    """Return the findings of all checks, with counts and examples; `hits` are (document, hit)."""
+def collect_findings(hits: Hits, corpus: CheckedDocuments) -> Findings:
+    """Return the findings of all checks, with counts and examples."""
     by_name = _group_by_check(hits)
     scopes = {**dict.fromkeys(OF_HELD_OUT, corpus.held_out), "no_turn_end": corpus.trained}
     found = []
@@ -368,7 +367,7 @@ def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocume
     return tuple(found)
 
 
-def _group_by_check(hits: Iterable[tuple[int, CheckHit]]) -> dict[str, dict[int, CheckHit]]:
+def _group_by_check(hits: Hits) -> dict[str, dict[int, CheckHit]]:
     """Return the first hit of each document, by check."""
     by_name: dict[str, dict[int, CheckHit]] = defaultdict(dict)
     for document, hit in hits:

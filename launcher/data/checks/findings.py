@@ -175,6 +175,10 @@ class CheckHit:
     others: tuple[int, ...] = ()
 
 
+# Each with the index of its document.
+Hits = list[tuple[int, CheckHit]]
+
+
 @dataclass(frozen=True)
 class Example:
     """A place (file:line) and the text that the check found there, with secrets redacted."""

@@ -17,7 +17,7 @@ import numpy as np
 import rensa
 import xxhash
 
-from launcher.data.checks.findings import CheckHit
+from launcher.data.checks.findings import CheckHit, Hits
 
 NUM_SLOTS = 128
 # Estimated Jaccard similarity at which two documents count as nearly identical.
@@ -124,8 +124,8 @@ def find_duplicates(
     tasks: np.ndarray,
     signatures: Sequence[np.ndarray | None],
     training: np.ndarray,
-) -> list[tuple[int, CheckHit]]:
-    """Find duplicates among the documents `training`, as (document, hit); the first of several copies does not count.
+) -> Hits:
+    """Find duplicates among the documents `training`; the first of several copies does not count.
 
     `contents` and `tasks` are uint64 [documents], `training` indices. The hits of each check are in the order of `training`.
     """
@@ -144,8 +144,8 @@ def find_duplicates(
     return [*hits, *((document, CheckHit("near_duplicate", _describe(share), (other,))) for document, other, share in pairs)]
 
 
-def find_leaks(contents: np.ndarray, training: np.ndarray, held_out: np.ndarray) -> list[tuple[int, CheckHit]]:
-    """Find the documents `held_out` that are also among the documents `training`, as (document, hit).
+def find_leaks(contents: np.ndarray, training: np.ndarray, held_out: np.ndarray) -> Hits:
+    """Find the documents `held_out` that are also among the documents `training`.
 
     `others` of a hit are all copies in `training`; `contents` is uint64 [documents], the other arguments are indices.
     """
@@ -160,8 +160,8 @@ def find_leaks(contents: np.ndarray, training: np.ndarray, held_out: np.ndarray)
 
 def find_prompt_leaks(
     contents: np.ndarray, prompts: np.ndarray, forms: np.ndarray, training: np.ndarray, held_out: np.ndarray
-) -> list[tuple[int, CheckHit]]:
-    """Find the documents `held_out` whose prompt occurs in documents `training` with another answer, as (document, hit).
+) -> Hits:
+    """Find the documents `held_out` whose prompt occurs in documents `training` with another answer.
 
     If no such document has the same prompt, one may have it with other numbers: see `forms`. In the hashes `prompts` and `forms`,
     uint64 [documents], 0 means none. `others` of a hit are all training documents with the prompt.
@@ -186,7 +186,7 @@ def find_near_leaks(
     training: np.ndarray,
     held_out: np.ndarray,
     is_dropped: bool,
-) -> list[tuple[int, CheckHit]]:
+) -> Hits:
     """Like `find_leaks`, for nearly identical documents; also report the documents that were not compared with all others.
 
     With `is_dropped`, `others` of the hits contain all similar training documents; otherwise only the first ones.

@@ -24,7 +24,7 @@ import numpy as np
 from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import inspection
-from launcher.data.checks.findings import CheckHit
+from launcher.data.checks.findings import CheckHit, Hits
 from launcher.data.sources.documents import Chat, Completion, Document
 from launcher.data.sources.formats import redact_keys
 from launcher.data.sources.reading import DocumentBatch, RowProblems, list_inputs
@@ -122,7 +122,7 @@ class EncodedBatch:
     pieces: PieceTable
     tokens: np.ndarray
     trained: np.ndarray
-    hits: list[tuple[int, CheckHit]]
+    hits: Hits
     prompts: list[EvalPrompt]
 
 
