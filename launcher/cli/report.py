@@ -13,7 +13,7 @@ from typing import Any
 from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import describe_loss
-from launcher.cli.evaluations import show_verdicts
+from launcher.cli.evaluate import show_verdicts
 from launcher.cli.plan import plan_rows
 from launcher.cli.render import html
 from launcher.cli.render.sections import BarChart, Cards, ChartCurve, Charts, LineChart, Part, Section, Table, Text

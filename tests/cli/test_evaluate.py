@@ -10,8 +10,7 @@ import hand_made
 import numpy as np
 import pytest
 
-from launcher.cli.evaluate import MinimumGain, parse_minimum_gains
-from launcher.cli.evaluations import find_price
+from launcher.cli.evaluate import MinimumGain, find_price, parse_minimum_gains
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.evaluate.verdict import judge
