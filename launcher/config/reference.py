@@ -51,7 +51,13 @@ def render() -> str:
     )
     for group in GROUPS:
         files = sorted((conf_dir() / group).glob("*.yaml"))
-        parts += [f"## {group}=\n", *(f"- `{file.stem}`: {about_file(file)}" for file in files), ""]
+        abouts = [about_file(file) for file in files]
+        parts.append(f"## {group}=\n")
+        if group in ("model", "experiment"):
+            parts.append("[Presets](presets.md) has their sizes, licenses and hardware; each file says where its numbers come from.\n")
+            # The address of the weights, or the first sentence.
+            abouts = [about.partition(" " if about.startswith("https:") else ". ")[0] for about in abouts]
+        parts += [*(f"- `{file.stem}`: {about}" for file, about in zip(files, abouts, strict=True)), ""]
     return "\n".join(parts)
 
 
