@@ -54,7 +54,9 @@ def render() -> str:
         abouts = [about_file(file) for file in files]
         parts.append(f"## {group}=\n")
         if group in ("model", "experiment"):
-            parts.append("[Presets](presets.md) has their sizes, licenses and hardware; each file says where its numbers come from.\n")
+            parts.append(
+                "[Presets](presets.md) has their sizes, licenses and hardware; each file says where its numbers come from.\n"
+            )
             # The address of the weights, or the first sentence.
             abouts = [about.partition(" " if about.startswith("https:") else ". ")[0] for about in abouts]
         parts += [*(f"- `{file.stem}`: {about}" for file, about in zip(files, abouts, strict=True)), ""]
