@@ -45,6 +45,8 @@ _NOT_WRITTEN = "training is complete and saved, but the Hugging Face folder coul
 def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, device: torch.device, tracker: Composite) -> None:
     """Write the weight files of the Hugging Face folder, each on one rank; call `finish` on rank 0 afterwards. Collective.
 
+    Also undoes Liger's changes to transformers, and sends an alert if the run overfits.
+
     Raises:
         ExportError: on every rank, after leaving the process group, if any rank cannot write, or if a weight differs from
             the engine's.
@@ -77,8 +79,6 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
 
 def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: OnExported) -> None:
     """Complete the Hugging Face folder, verify that it is the trained model, push it if configured, and call `on_exported`.
-
-    Sends an alert if the run overfits.
 
     Raises:
         ExportError: if the folder cannot be written, or does not compute what the trained model computed.
