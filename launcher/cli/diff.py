@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -186,19 +186,15 @@ def _compare(left: ComparedRun, right: ComparedRun) -> dict[str, list[ValueDiffe
         before, after = left.sections[name], right.sections[name]
         keys = dict.fromkeys((*before, *after))
         differences = [ValueDifference(k, before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)]
-        if name == "results":
-            differences = [*_compare_losses(left.losses, right.losses), *differences]
+        common = left.losses.keys() & right.losses.keys()
+        if name == "results" and common and not (max(common) == max(left.losses) == max(right.losses)):
+            # The training losses at the last step that both sides have logged, unless it is the last step of both.
+            step = max(common)
+            loss = ValueDifference(f"training loss at step {step:,}", left.losses[step], right.losses[step])
+            differences = [loss, *differences]
         if differences:
             sections[name] = differences
     return sections
-
-
-def _compare_losses(left: Mapping[int, float], right: Mapping[int, float]) -> Iterable[ValueDifference]:
-    """Yield the training losses at the last step that both sides have logged, unless it is the last step of both."""
-    common = left.keys() & right.keys()
-    if common and not (max(common) == max(left) == max(right)):
-        step = max(common)
-        yield ValueDifference(f"training loss at step {step:,}", left[step], right[step])
 
 
 def _list_sections(left: ComparedRun, right: ComparedRun, sections: Mapping[str, Sequence[ValueDifference]]) -> list[Section]:

@@ -21,7 +21,7 @@ from launcher.clusters.backends import status_reader_for
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, Status
+from launcher.run_records import Status
 from launcher.shell_commands import short_path
 from launcher.tracking import goodput
 from launcher.tracking.costs import hosted_training
@@ -190,6 +190,14 @@ def _list_attempts(one: _RunFiles) -> Table:
     for number in run_store.attempt_numbers(one.run):
         attempt, record = run_store.read_attempt(one.run, number), run_records.read_exit(one.run, number)
         steps = [line["trainer/step"] for line in one.lines if line["attempt"] == number]
+        is_running = one.status.state in run_records.RUNNING_STATES and number == run_store.newest_attempt(one.run)
+        if record is not None:
+            outcome = ": ".join(filter(None, (record.cause or record.state, record.message)))
+        elif attempt.begun_at is None:
+            outcome = "waiting for machines" if is_running else "never started"
+        else:
+            # A pending run with a begun attempt has lost that attempt's machines.
+            outcome = "running" if is_running and one.status.state != "pending" else "ended without a record"
         rows.append(
             [
                 str(number),
@@ -197,21 +205,10 @@ def _list_attempts(one: _RunFiles) -> Table:
                 ", ".join(dict.fromkeys(attempt.nodes)) or unnamed_node,
                 f"{max(steps):,.0f}" if steps else "-",
                 _format_time(record.ended_at) if record is not None and record.ended_at else "-",
-                _describe_unrecorded(one, number, attempt)
-                if record is None
-                else ": ".join(filter(None, (record.cause or record.state, record.message))),
+                outcome,
             ]
         )
     return Table(["attempt", "from step", "nodes", "to step", "ended", "outcome"], rows, numbers=[1, 3])
-
-
-def _describe_unrecorded(one: _RunFiles, number: int, attempt: Attempt) -> str:
-    """Return the state of an attempt without an exit record: it may still be running."""
-    is_running = one.status.state in run_records.RUNNING_STATES and number == run_store.newest_attempt(one.run)
-    if attempt.begun_at is None:
-        return "waiting for machines" if is_running else "never started"
-    # A pending run with a begun attempt has lost that attempt's machines.
-    return "running" if is_running and one.status.state != "pending" else "ended without a record"
 
 
 def _format_time(at: float) -> str:

@@ -100,7 +100,18 @@ def list_runs(arguments: argparse.Namespace) -> int:
             if arguments.json:
                 summaries.append(textwrap.indent(terminal.as_json(values), "  "))
             else:
-                rows.append(_list_cells(values))
+                loss, cost = values["metrics"].get("train/loss"), values["cost"] or {}
+                about = "~" if cost.get("at_typical_price") else ""
+                rows.append(
+                    (
+                        values["name"],
+                        values["state"],
+                        f"{values['step']:,}/{values['max_steps']:,}" if values["max_steps"] else f"{values['step']:,}/?",
+                        "-" if loss is None else f"{loss:.4f}",
+                        "-" if cost.get("usd") is None else f"{about}${cost['usd']:,.2f}",
+                        f"{format_duration(max(0.0, time.time() - values['updated_at']))} ago",
+                    )
+                )
         except Exception as error:
             # One run must not hide the others.
             print(printable(f"{run.root.name}: {_reason(error)}").replace("\n", "\\n"), file=sys.stderr)
@@ -221,19 +232,6 @@ def _describe_cost(cost: dict[str, Any], device: str) -> str:
     end = f", about ${cost['expected_usd']:,.2f} at the end" if cost["expected_usd"] is not None else ""
     of = "; at a typical price; set yours with cluster.price_per_gpu_hour" if cost["at_typical_price"] else ""
     return f"${cost['usd']:,.2f} so far ({hours}){end}{of}"
-
-
-def _list_cells(values: dict[str, Any]) -> tuple[str, ...]:
-    loss, cost = values["metrics"].get("train/loss"), values["cost"] or {}
-    about = "~" if cost.get("at_typical_price") else ""
-    return (
-        values["name"],
-        values["state"],
-        f"{values['step']:,}/{values['max_steps']:,}" if values["max_steps"] else f"{values['step']:,}/?",
-        "-" if loss is None else f"{loss:.4f}",
-        "-" if cost.get("usd") is None else f"{about}${cost['usd']:,.2f}",
-        f"{format_duration(max(0.0, time.time() - values['updated_at']))} ago",
-    )
 
 
 def summarize(run: RunDir, status: Status) -> dict[str, Any]:

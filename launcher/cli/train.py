@@ -63,19 +63,14 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
                 print(f"not started: {', '.join(rest)}", flush=True)
             break
     if len(started) > 1:
+        shared = set.intersection(*(set(plan.provenance.overrides) for plan, _ in started))
+        rows = []
+        for plan, details in started:
+            own = [override for override in plan.provenance.overrides if override not in shared]
+            rows.append((plan.run_name, dict(details).get("job", "-"), " ".join(own)))
         print()
-        terminal.show(_compare_sweep(started))
+        terminal.show(Table(("run", "job", "settings"), rows))
     return max(codes, default=0)
-
-
-def _compare_sweep(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]]) -> Table:
-    """Return each run of a sweep: its name, its job, and the overrides in which it differs."""
-    shared = set.intersection(*(set(plan.provenance.overrides) for plan, _ in started))
-    rows = []
-    for plan, details in started:
-        own = [override for override in plan.provenance.overrides if override not in shared]
-        rows.append((plan.run_name, dict(details).get("job", "-"), " ".join(own)))
-    return Table(("run", "job", "settings"), rows)
 
 
 def _group_jobs(jobs: list[Composed]) -> list[Composed]:

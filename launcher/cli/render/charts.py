@@ -70,7 +70,13 @@ def _draw_lines(chart: LineChart) -> Markup:
         shapes.append(_text(min(at, WIDTH - _CHARACTER * len(label) / 2), HEIGHT - _BOTTOM + 17, label, "middle"))
     for number, curve in enumerate(chart.curves):
         line = [(x_axis.position(a), y_axis.position(b)) for a, b in zip(curve.x, curve.y, strict=True) if math.isfinite(b)]
-        shapes.append(_curve(line, curve.name, _color(number)))
+        tip = f"<title>{escape(curve.name)}</title>"
+        if len(line) == 1:
+            # A line with one point would be invisible.
+            shapes += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{_color(number)}">{tip}</circle>' for a, b in line]
+        else:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in line)
+            shapes.append(f'<polyline class="line" stroke="{_color(number)}" points="{path}">{tip}</polyline>')
     shapes.append(_text((left + WIDTH - _RIGHT) / 2, HEIGHT - 6, chart.x_label, "middle"))
     shapes.append(_text(2, 13, chart.y_label, "start"))
     names = (f'<span><i style="background:{_color(i)}"></i>{escape(one.name)}</span>' for i, one in enumerate(chart.curves))
@@ -79,16 +85,6 @@ def _draw_lines(chart: LineChart) -> Markup:
     drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{"".join(shapes)}</svg>'
     # Every text above is escaped.
     return Markup(f"<figure><h3>{title}</h3>{legend}{drawing}</figure>")  # noqa: S704
-
-
-def _curve(points: Sequence[tuple[float, float]], name: str, color: str) -> str:
-    tip = f"<title>{escape(name)}</title>"
-    if len(points) == 1:
-        # A line with one point would be invisible.
-        (a, b), *_ = points
-        return f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{color}">{tip}</circle>'
-    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    return f'<polyline class="line" stroke="{color}" points="{path}">{tip}</polyline>'
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
