@@ -176,7 +176,7 @@ class Mirror:
         evaluations = {step: _read_evaluation(self._remote, step) for step in self._complete}
         self._evaluations = {step: one for step, one in evaluations.items() if one is not None}
 
-    def behind(self) -> list[Checkpoint]:
+    def list_missing_checkpoints(self) -> list[Checkpoint]:
         """Return the committed checkpoints that are missing in the mirror, oldest first."""
         return [c for c in store.list_checkpoints(self._run.checkpoints) if self._complete.get(c.step) != c.manifest]
 
@@ -208,9 +208,9 @@ class Mirror:
                 list(pool.map(send_file, sorted(files, key=lambda name: -files[name].size)))
         except Exception:
             # Network file systems raise various errors for a file that is removed while it is read.
-            if _is_there(checkpoint):
+            if _is_unchanged_locally(checkpoint):
                 raise
-        if not _is_there(checkpoint):
+        if not _is_unchanged_locally(checkpoint):
             self._remote.remove_folder(folder, MANIFEST)
             raise CheckpointGone(checkpoint.path.name)
         # Metrics first: a complete checkpoint in the mirror has the metrics of its steps.
@@ -316,7 +316,7 @@ def _folder_name(step: int) -> str:
     return f"{CHECKPOINTS}/{store.step_name(step)}"
 
 
-def _is_there(checkpoint: Checkpoint) -> bool:
+def _is_unchanged_locally(checkpoint: Checkpoint) -> bool:
     """Return whether the checkpoint is still in the run directory; another one of the same step does not count."""
     try:
         return read_manifest(checkpoint.path) == checkpoint.manifest

@@ -45,7 +45,7 @@ from launcher.plan.quantities import format_size
 from launcher.security.folders import private_files
 from launcher.security.printable_stream import printable_output
 from launcher.tracking.metrics import format_duration
-from launcher.tracking.progress import Pace, live_line, say_that_it_works
+from launcher.tracking.progress import Pace, live_line, report_elapsed_time
 from launcher.tracking.verdicts import TUNED
 
 # A factor for the memory that loading needs beyond the weights.
@@ -237,7 +237,7 @@ class AnswerGeneration:
             text = f"{activity}: {num_done} of {num_own} answers{left}"
             self._share.say(text)
             # On CPUs, a batch may take many minutes. `say` decides which lines are due.
-            with say_that_it_works(text, self._share.say, Pace(longest_s=1.0)):
+            with report_elapsed_time(text, self._share.say, Pace(longest_s=1.0)):
                 model, began = engine(), time.monotonic()
                 generated = model.generate(
                     [prompts.prompts[i] for i in missing],

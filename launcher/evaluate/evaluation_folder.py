@@ -100,10 +100,11 @@ class EvaluationFolder:
         for file in files:
             other = json_records.read_if_present(ProcessFacts, file)
             if other is not None and other != facts:
+                first, second = (vars(facts), vars(other)) if rank == 0 else (vars(other), vars(facts))
                 raise RunError(
                     f"process {rank or int(file.stem)} of the evaluation differs from the first one",
                     where=str(self.root),
-                    value=f"{facts} and {other}",
+                    value=", ".join(f"{key}: {first[key]} and {second[key]}" for key in first if first[key] != second[key]),
                     remedy="install the same packages on all nodes, and check their GPUs with: python -m launcher doctor",
                 )
 

@@ -144,7 +144,7 @@ def show_progress() -> Iterator[MakeProgress]:
 @contextmanager
 def show_waiting(activity: str) -> Iterator[None]:
     """Show on standard error how long something that reports no progress has been working."""
-    with live_line() as (say, make_pace), say_that_it_works(activity, say, make_pace()):
+    with live_line() as (say, make_pace), report_elapsed_time(activity, say, make_pace()):
         yield
 
 
@@ -155,7 +155,7 @@ def show_documents(noun: str = "documents") -> Iterator[Callable[[str, int, int]
     `noun` names what is counted. Until the first count is shown, it shows how long the preparation has been working.
     """
     with live_line() as (say, make_pace), ExitStack() as preparation:
-        preparation.enter_context(say_that_it_works("preparing", say, make_pace()))
+        preparation.enter_context(report_elapsed_time("preparing", say, make_pace()))
         paces: dict[str, Pace] = {}
         first_counts: dict[str, int] = {}
         ended: set[str] = set()
@@ -176,7 +176,7 @@ def show_documents(noun: str = "documents") -> Iterator[Callable[[str, int, int]
 
 
 @contextmanager
-def say_that_it_works(activity: str, say: Say, pace: Pace) -> Iterator[None]:
+def report_elapsed_time(activity: str, say: Say, pace: Pace) -> Iterator[None]:
     """Report how long something that reports no progress has been working."""
     ended = threading.Event()
 

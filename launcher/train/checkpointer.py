@@ -18,7 +18,7 @@ from launcher.data.split import Split
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.checkpoints import REFERENCE_TOKENS
 from launcher.plan.quantities import format_size
-from launcher.tracking.progress import EVENT, Pace, say_that_it_works
+from launcher.tracking.progress import EVENT, Pace, report_elapsed_time
 from launcher.tracking.tracker import Composite
 from launcher.train.model import CausalLMLoss
 
@@ -100,7 +100,7 @@ class Checkpointer:
         """Say on rank 0 how long training has waited for a save."""
         if not self._is_main or not self._is_unreported:
             return nullcontext()
-        return say_that_it_works(f"saving step {self._saving_step}", partial(self._tracker.event, EVENT), Pace())
+        return report_elapsed_time(f"saving step {self._saving_step}", partial(self._tracker.event, EVENT), Pace())
 
     def poll(self, step: int) -> None:
         """Report the outcome of the in-flight save if it is known. Does not wait.

@@ -30,7 +30,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
-from launcher.tracking.progress import EVENT, Pace, as_events, say_that_it_works, silent
+from launcher.tracking.progress import EVENT, Pace, as_events, report_elapsed_time, silent
 from launcher.tracking.run_metrics import read_overfitting
 from launcher.tracking.tracker import Composite
 from launcher.train import liger
@@ -158,7 +158,7 @@ def _push_to_hub(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite)
     try:
         again = launcher_command("export", plan.run_dir, "--push", repo_id)
         activity = f"pushing {exported.num_bytes / 2**30:.2f} GiB to {repo_id}"
-        with say_that_it_works(activity, lambda text: tracker.event(EVENT, text), Pace()):
+        with report_elapsed_time(activity, lambda text: tracker.event(EVENT, text), Pace()):
             address = hub.push(exported.path, repo_id, again=again)
     except PushError as error:
         problem, *_ = error.problems

@@ -232,7 +232,7 @@ class TrainingLoop:
 
     def require_finite_loss(self, loss: float, name: str = "loss") -> None:
         if not math.isfinite(loss):
-            raise self.diverged(f"the {name} is {loss}")
+            raise self.make_divergence_error(f"the {name} is {loss}")
 
     def count_skipped_step(self) -> None:
         """Count and report a step that DeepSpeed skipped because its gradients are not finite.
@@ -313,7 +313,7 @@ class TrainingLoop:
         parts = self.parts
         parts.checkpointer.wait(self.step)
         parts.checkpointer.save(self.step, self._build_state(), self.evaluations.best_set_loss(self.step))
-        self._report_save()
+        self._record_save_time()
 
     def save_and_wait(self, is_run_complete: bool = False) -> Path:
         """Save the current step with its reference logits, unless it is saved already; return the checkpoint. Collective."""
@@ -322,12 +322,12 @@ class TrainingLoop:
         if parts.checkpointer.saved_step != self.step:
             logits = compute_reference_logits(parts.engine, parts.model, parts.batches.split, self.run.device)
             if not torch.isfinite(logits["logits"]).all():
-                raise self.diverged("the logits are not finite")
+                raise self.make_divergence_error("the logits are not finite")
             parts.status.write_state("saving", self.step)
             best_loss = self.evaluations.best_set_loss(self.step)
             parts.checkpointer.save_and_wait(self.step, self._build_state(), best_loss, logits, is_run_complete)
         parts.status.write_state("running", self.step)
-        self._report_save()
+        self._record_save_time()
         return self._checkpoint_path(self.step)
 
     def complete(self) -> Outcome:
@@ -358,7 +358,7 @@ class TrainingLoop:
             self.run.tracker.event("alert", outcome.message, self.step)
         return outcome
 
-    def diverged(self, problem: str) -> DivergedError:
+    def make_divergence_error(self, problem: str) -> DivergedError:
         """Wait for an in-flight save, and return the error. All ranks call this together. Collective."""
         self.parts.checkpointer.wait(self.step)
         saved = self.parts.checkpointer.saved_step
@@ -379,7 +379,7 @@ class TrainingLoop:
         counts = {"tokens": self.parts.meter.tokens, "skipped_steps": self.parts.meter.skipped_steps}
         return {**counts, **self.evaluations.state(self.step)}
 
-    def _report_save(self) -> None:
+    def _record_save_time(self) -> None:
         self.parts.monitor.save_s = self.parts.checkpointer.stall_s
         self.parts.monitor.beat("training", self.step)
 

@@ -175,7 +175,7 @@ def begun(plan: LaunchPlan, run: RunDir, attempt: int = 1) -> Mirror:
 
 def send_all(mirror: Mirror) -> int:
     sent = 0
-    while waiting := mirror.behind():
+    while waiting := mirror.list_missing_checkpoints():
         sent += mirror.send(waiting[0])
         mirror.prune()
     return sent

@@ -340,7 +340,7 @@ def test_a_loss_that_was_computed_after_the_save_counts_where_only_the_mirror_ha
     # Saved without a loss, as when a preemption skips the evaluation.
     later = run.checkpoints / store.step_name(10)
     assert record_evaluation(later, LaterEvaluation(HELD_OUT, 1.0))
-    for checkpoint in mirror.behind():
+    for checkpoint in mirror.list_missing_checkpoints():
         mirror.send(checkpoint)
     for _ in range(2):
         with finished_files() as names:
@@ -378,7 +378,7 @@ def mirrored(url: str, folder: Path, steps: tuple[int, ...] = (5, 10)) -> tuple[
     there = RemoteFolder(f"{url}/a")
     mirror = Mirror(there, run, plan, 1)
     mirror.begin()
-    for checkpoint in mirror.behind():
+    for checkpoint in mirror.list_missing_checkpoints():
         mirror.send(checkpoint)
     return plan, run, there
 

@@ -162,7 +162,7 @@ def test_a_process_that_differs_from_the_first_one_is_refused(
     log: list[str] = []
     with pytest.raises(RunError, match="process 1 of the evaluation differs from the first one") as caught:
         AnswerGeneration(folder, Share(1, 2), "parrot", "cpu", "bf16").run(lambda weights: Parrot(weights, tokenizer, log))
-    assert "device='cuda'" in caught.value.problems[0].value
+    assert "device: cuda and cpu" in caught.value.problems[0].value
     assert log == []
     with pytest.raises(RunError, match="process 1 of the evaluation differs from the first one"):
         folder.require_alike(0, first)

@@ -277,7 +277,7 @@ def test_something_that_does_not_tell_how_far_it_is_is_seen_to_work() -> None:
         lines.append(text)
         said.set()
 
-    with progress.say_that_it_works("pushing 3 GiB", say, progress.Pace(first_s=0.0, longest_s=0.1)):
+    with progress.report_elapsed_time("pushing 3 GiB", say, progress.Pace(first_s=0.0, longest_s=0.1)):
         assert said.wait(60)
     num_lines = len(lines)
     time.sleep(0.3)

@@ -334,7 +334,7 @@ class Watchdog:
         if late and not asked and self._shared is not None:
             self._shared.report_hang()
         # At a silence on any node, ask all ranks for their collectives: waiting ranks may only be late later.
-        if late or (self._shared is not None and self._shared.has_others_hang()):
+        if late or (self._shared is not None and self._shared.take_others_hang()):
             with suppress(Exception):
                 self._on_silence({beats[r].rank for r in ranks})
         # The dumps take a moment; this is also the rank's last chance to progress.
@@ -440,7 +440,7 @@ class SharedProgress:
         """Tell the other nodes that a rank on this node is silent."""
         self._has_hang = True
 
-    def has_others_hang(self) -> bool:
+    def take_others_hang(self) -> bool:
         """Return whether another node has reported a hang since the last call."""
         has_others_hang, self._has_others_hang = self._has_others_hang, False
         return has_others_hang

@@ -172,7 +172,7 @@ class Sender:
     def _list_missing(self) -> list[Checkpoint]:
         if self._mirror is None:
             return store.list_checkpoints(self._run.checkpoints)
-        return [c for c in self._mirror.behind() if c.manifest not in self._unsendable]
+        return [c for c in self._mirror.list_missing_checkpoints() if c.manifest not in self._unsendable]
 
     def _write_record(self, missing: list[Checkpoint]) -> None:
         steps = self._mirror.steps if self._mirror is not None else []
