@@ -17,7 +17,8 @@ _RESUME = r"; continue with: python -m launcher resume \S+"
 CAUSES = {
     # On this machine.
     "segv": r"rank 1: killed by SIGSEGV \(a segmentation fault; its log ends with the stacks\)",
-    "kill": r"rank 1: killed by SIGKILL",
+    # Linux counts kills of memory limits for the whole machine: another test may fill a memory group of its own at this moment.
+    "kill": r"rank 1: (the node ran out of memory, and the kernel killed a process: )?killed by SIGKILL",
     "stop": r"rank 1: \(pid \d+\) is stopped by a signal \(SIGSTOP\): no progress for \d+ s "
     r"(in step \d+; killed it; rank 0 waits in collective \d+ of process group \S+( \(\w+\))?, \w+ of [\d.]+ \w+; "
     r"rank 1 left no record|while saving after step \d+; killed it.*)",
