@@ -17,9 +17,9 @@ from launcher.checkpoint import store
 from launcher.checkpoint.manifest import HELD_OUT, MANIFEST, Checkpoint, describe_loss
 from launcher.checkpoint.retention import Retention, retention_of, retention_reasons
 from launcher.checkpoint.store import BEING_WRITTEN, Leftover, disk_bytes, find_leftovers, has_unfinished_saves, remove
-from launcher.cli.liveness import require_ended
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Items, Rows, Section, Table, Text
+from launcher.cli.status import require_ended
 from launcher.clusters.backends import cluster_for, status_reader_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan

@@ -16,11 +16,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from launcher.cli.accounts import check_accounts
-from launcher.cli.interaction import ended_by_signals
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Part, Rows, Section, Text, Tone
 from launcher.cli.verbs import flags_of
-from launcher.cli.worker_process import worker_environment
+from launcher.cli.worker_process import ended_by_signals, worker_environment
 from launcher.clusters.backends import doctor_for
 from launcher.clusters.check_results import (
     FAILURE,

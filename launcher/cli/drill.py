@@ -18,7 +18,7 @@ from typing import Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.cli.interaction import Interrupts
+from launcher.cli.follow import Interrupts
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Rows
 from launcher.cli.resume import resume_run

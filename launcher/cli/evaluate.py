@@ -12,6 +12,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,10 +21,9 @@ from typing import Any
 
 from launcher import json_records, locks, run_store
 from launcher.cli.export import require_checkpoint
-from launcher.cli.interaction import alive_file, ended_by_signals
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import ChartCurve, Charts, Items, LineChart, Part, Rows, Section, Table, Text, Tone
-from launcher.cli.worker_process import run_reporting, run_worker
+from launcher.cli.worker_process import ended_by_signals, run_reporting, run_worker
 from launcher.clusters.backends import evaluation_nodes_for
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import with_overrides
@@ -51,6 +51,8 @@ from launcher.tracking.verdicts import (
 
 _EVALUATION, _NODE, _TASKS = (f"launcher.evaluate.{name}" for name in ("evaluation", "node", "tasks"))
 _CHANGEABLE = ("evaluate.", "cluster.", "costs.")
+# Seconds between two signs of life of this command.
+_ALIVE_S = 10.0
 # W&B's own limits for startup and shutdown are shorter.
 _WANDB_S = 300.0
 _STDERR = 2
@@ -88,7 +90,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         "evaluate", short_path(run_dir.root), *arguments.overrides, *words, *sets, *(["--here"] if arguments.here else [])
     )
     try:
-        with ended_by_signals(), _lock_evaluation(folder), alive_file(folder / "alive"):
+        with ended_by_signals(), _lock_evaluation(folder), _alive_file(folder / "alive"):
             if arguments.tasks is not None:
                 _require_gpu(config)
                 shown = run_reporting(_TASKS, config, str(run_dir.plan), *words)
@@ -206,6 +208,30 @@ def _lock_evaluation(folder: Path) -> Iterator[None]:
             value=str(locks.wait_for_holder(lock) or ""),
             remedy="wait until it ends, or end it",
         ) from None
+
+
+@contextmanager
+def _alive_file(path: Path) -> Iterator[None]:
+    """Increment a counter in a file every few seconds: processes on other machines end themselves if this command is killed."""
+    ended = threading.Event()
+
+    def count() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            with suppress(OSError):
+                path.write_text(f"{number}\n")
+            ended.wait(_ALIVE_S)
+
+    thread = threading.Thread(target=count, name="alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        with suppress(OSError):
+            path.unlink()
 
 
 def _generate_answers(config: RunConfig, folder: Path, run_dir: RunDir, again: str, is_here: bool) -> None:

@@ -20,8 +20,7 @@ from types import FrameType
 
 import launcher
 from launcher import atomic_files, facts, run_store
-from launcher.cli.follow import follow
-from launcher.cli.interaction import Interrupts
+from launcher.cli.follow import Interrupts, follow
 from launcher.cli.plan import print_plan
 from launcher.cli.resume import resume_run
 from launcher.cli.start_run import check_wandb_accounts, may_start, prepare_plan, start_run

@@ -19,10 +19,9 @@ from launcher import atomic_files, json_records, locks, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.store import disk_bytes
 from launcher.cli.follow import wandb_page
-from launcher.cli.interaction import read_yes
-from launcher.cli.liveness import find_living_problem
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Rows, Section, Table, Text
+from launcher.cli.status import find_living_problem
 from launcher.data.cache_dir import cache_root, own_hub_cache, shared_cache_root
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError
 from launcher.plan.quantities import format_count, format_size
@@ -380,7 +379,7 @@ def _is_confirmed(arguments: argparse.Namespace, question: str) -> bool:
     if not sys.stdin.isatty() or not sys.stdout.isatty():
         remedy = f"to remove it without a question: {launcher_command(*arguments.command, '--yes')}"
         raise SubmitError("nothing was removed: there is no terminal to ask on", where="command line", remedy=remedy)
-    if read_yes(question):
+    if terminal.read_yes(question):
         return True
     print("nothing was removed")
     return False

@@ -1,9 +1,11 @@
-"""The verb report: one or several runs on one self-contained page."""
+"""The verbs report and dashboard: runs on one self-contained page, and in a workspace of W&B."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +20,12 @@ from launcher.cli.plan import plan_rows
 from launcher.cli.render import html
 from launcher.cli.render.sections import BarChart, Cards, ChartCurve, Charts, LineChart, Part, Section, Table, Text
 from launcher.clusters.backends import status_reader_for
+from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
+from launcher.security import owners
 from launcher.shell_commands import short_path
 from launcher.tracking import goodput
 from launcher.tracking.costs import hosted_training
@@ -29,10 +33,12 @@ from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
 from launcher.tracking.metrics import curves, format_duration
 from launcher.tracking.run_metrics import find_overfitting, newest_trained_step
+from launcher.tracking.wandb import workspace
 
 _MOST_POINTS = 600
 # Names, or prefixes of names, of the metrics that the page needs in addition to the charts' metrics.
 _OTHER_METRICS = ("eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens", "trainer/epoch")
+_PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
 
 
 @dataclass(frozen=True)
@@ -213,3 +219,49 @@ def _list_attempts(one: _RunFiles) -> Table:
 
 def _format_time(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def publish_workspace(arguments: argparse.Namespace) -> int:
+    """Create or update the workspace and print its address, or print what would be sent."""
+    name = arguments.target
+    try:
+        run_dir: RunDir | None = run_store.find_run(name, Path(arguments.root))
+    except SubmitError:
+        run_dir = None
+    if run_dir is not None:
+        # It names the project that this user's key writes to.
+        owners.require_run(run_dir.root)
+        plan = run_store.load_plan(run_dir)
+        tracking = plan.config.tracking
+        target = workspace.Target(tracking.project, tracking.entity, plan.wandb_id, plan.run_name)
+    elif (matched := _PROJECT.fullmatch(name)) is not None:
+        target = workspace.Target(matched["project"], matched["entity"])
+    else:
+        message, remedy = "this is neither a run nor a W&B project", "write RUN, PROJECT or ENTITY/PROJECT"
+        raise ConfigError(message, where="dashboard", value=name, remedy=remedy)
+    if arguments.dry_run:
+        print(workspace.as_json(target))
+        return 0
+    # Keep W&B's own lines out of the output.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        address = workspace.publish(target)
+    except LookupError as error:
+        raise ConfigError(
+            "no such W&B project, or this login cannot see it",
+            where="dashboard",
+            value=str(error),
+            remedy="a project is created by its first online run; name a run of ./runs, or PROJECT or ENTITY/PROJECT",
+        ) from None
+    except Exception as error:  # W&B raises far more than wandb.Error.
+        if "No API key" in str(error):
+            remedy = "log in with `wandb login`, or set WANDB_API_KEY; --dry-run shows the workspace without a login"
+            raise ConfigError("there is no login for Weights & Biases", where="dashboard", remedy=remedy) from None
+        raise RunError(
+            f"Weights & Biases did not accept the workspace: {type(error).__name__}: {error}",
+            where="dashboard",
+            remedy="check that the server is reachable, and the key (`wandb login`, or WANDB_API_KEY); "
+            "--dry-run shows the workspace without it",
+        ) from error
+    print(f"dashboard: {address}")
+    return 0

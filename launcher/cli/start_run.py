@@ -15,10 +15,9 @@ from typing import Any
 from launcher import facts, run_store
 from launcher.cli import data
 from launcher.cli.accounts import check_wandb
-from launcher.cli.interaction import read_yes
-from launcher.cli.liveness import require_idle
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Rows
+from launcher.cli.status import require_idle
 from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
 from launcher.clusters.backends import Cluster, cluster_for, status_reader_for
 from launcher.clusters.preflight import check_startable, folder_problem
@@ -127,7 +126,7 @@ def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]]) -> bool
     if not sys.stdin.isatty() or not sys.stdout.isatty():
         remedy = "to start without a question, add --yes; or raise run.confirm_usd, or limit the cost with run.max_usd"
         raise ConfigError(f"{message}, and there is no terminal to ask on", where=where, remedy=remedy)
-    return read_yes(f"{message} ({where}). Start?")
+    return terminal.read_yes(f"{message} ({where}). Start?")
 
 
 def check_wandb_accounts(jobs: list[Composed]) -> None:

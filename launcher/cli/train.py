@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from launcher.cli.follow import follow, interrupted_start
-from launcher.cli.interaction import Interrupts
+from launcher.cli.follow import Interrupts, follow, interrupted_start
 from launcher.cli.plan import compose_jobs, print_plan
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Table

@@ -250,7 +250,7 @@ TABLE = (
           _arg("--watch", "refresh every SECONDS until the run ends (default: 5)", metavar="SECONDS", type=_SECONDS,
                nargs="?", const=5.0)),
          elsewhere="show info describe watch monitor"),
-    Verb("logs", "Watch", "runs:show_log", "RUN [-f] [--rank N]",
+    Verb("logs", "Watch", "follow:show_log", "RUN [-f] [--rank N]",
          "Show the output of a rank.",
          (_ROOT, _RUN,
           _arg("-f --follow", "follow until the run ends", action="store_true"),
@@ -262,18 +262,18 @@ TABLE = (
          (_RUNS, _ROOT,
           _arg("--html", "file to write (default: report.html in the run directory, or in the working directory for several "
                "runs)", metavar="FILE"))),
-    Verb("dashboard", "Watch", "dashboard:publish_workspace", "RUN|PROJECT [--dry-run]",
+    Verb("dashboard", "Watch", "report:publish_workspace", "RUN|PROJECT [--dry-run]",
          "Create the W&B workspace of a run or a project, or bring its panels up to date.",
          (_arg("target", "name or directory of a run; or a W&B project, ENTITY/PROJECT", metavar="RUN|PROJECT"), _ROOT,
           _switch("--dry-run", "print the workspace as JSON; no network"))),
 
-    Verb("cancel", "Continue", "runs:cancel_run", "RUN",
+    Verb("cancel", "Continue", "follow:cancel_run", "RUN",
          "Save and stop a run; a second cancel kills it.",
          (_ROOT, _RUN,
           _arg("--save", "save a checkpoint before stopping (default); a second cancel kills the run",
                action=argparse.BooleanOptionalAction, default=True)),
          elsewhere="stop kill abort interrupt"),
-    Verb("resume", "Continue", "runs:resume", "RUN [--force] [--yes] [overrides]",
+    Verb("resume", "Continue", "resume:resume", "RUN [--force] [--yes] [overrides]",
          "Continue a run from its newest checkpoint; RUN may be an address in a mirror.",
          (_ROOT,
           _arg("run", "name of the run, or path of its directory, or its address in a mirror, URL/NAME", metavar="RUN"),
@@ -334,13 +334,13 @@ TABLE = (
           _arg("--push", "upload the folder to this repository of the Hub; needs HF_TOKEN", metavar="OWNER/NAME")),
          elsewhere="convert merge push upload"),
 
-    Verb("why", "Explain", "why:explain_step", "RUN STEP",
+    Verb("why", "Explain", "explain:explain_step", "RUN STEP",
          "Show the documents of a step, their losses, and what happened around it. Documents come with file and line, their "
          "losses are under the checkpoint before the step, computed on this machine only for these rows; then loss and gradient "
          "norm around it, and alerts, GPU faults and restarts near it.",
          (_RUN, _arg("step", "the step, as in metrics and alerts", metavar="STEP", type=int), _ROOT,
           _switch("--no-scores", "do not compute losses, which loads the model"), _JSON)),
-    Verb("data --scored", "Explain", "scored_data:rank_documents", "RUN [--step N] [--exclude FILE]",
+    Verb("data --scored", "Explain", "explain:rank_documents", "RUN [--step N] [--exclude FILE]",
          "Rank a run's documents: likely mislabeled, memorized, or with nothing to learn. They are scored on this machine with "
          "and without their prompts, once: later calls read the scores.",
          (_arg("--scored", "name of the run, or path of its directory", metavar="RUN", required=True), _ROOT,
@@ -353,7 +353,7 @@ TABLE = (
           _arg("--exclude", "write a list of documents, which data.exclude=FILE leaves out of the next run", metavar="FILE"),
           _arg("--finding", "finding whose documents --exclude writes, repeatable (default: mislabeled)", action="append",
                choices=("mislabeled", "memorized", "nothing_to_learn")))),
-    Verb("drift", "Explain", "drift:compare_prompts", "RUN PROMPTS",
+    Verb("drift", "Explain", "explain:compare_prompts", "RUN PROMPTS",
          "Compare prompts of today with those that a run was trained on; exit code 3 if they have drifted. Compared are words, "
          "lengths, and how likely the prompts are under the tuned model and the base model, scored on this machine.",
          (_RUN, _arg("prompts", "file of prompts or chats, such as JSON lines", metavar="PROMPTS"),

@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,21 @@ def run_worker(
                 process.kill()
             raise
     return process.returncode, output or ""
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Make TERM and HUP end the command like Ctrl-C, so that it cancels its allocation and ends its processes."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def worker_environment() -> dict[str, str]:

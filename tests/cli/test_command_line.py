@@ -47,7 +47,7 @@ KEYS = {"train.max_steps": ["null"], "model.dtype": ["auto", "bf16"]}
 IMPORTED = (
     *(
         f"launcher.cli.{name}"
-        for name in ("main", "plan", "train", "status", "report", "checkpoints", "dashboard", "runs", "export", "drill")
+        for name in ("main", "plan", "train", "status", "report", "checkpoints", "resume", "export", "drill")
     ),
     *("hydra", "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "launcher.plan.planner"),
 )

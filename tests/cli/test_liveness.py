@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from launcher import json_records, run_store
-from launcher.cli.liveness import find_living_problem, require_ended, require_idle
+from launcher.cli.status import find_living_problem, require_ended, require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.errors import SubmitError

@@ -19,8 +19,7 @@ from pace import slowness
 
 from launcher import atomic_files, run_store
 from launcher.cli import config, train
-from launcher.cli.follow import interrupted_start
-from launcher.cli.interaction import Interrupts
+from launcher.cli.follow import Interrupts, interrupted_start
 from launcher.cli.main import main
 from launcher.cli.start_run import start_run
 from launcher.cli.worker_process import run_worker, run_worker_module
@@ -111,7 +110,7 @@ SUBMIT = """
 import sys
 from pathlib import Path
 from launcher import run_store
-from launcher.cli.interaction import Interrupts
+from launcher.cli.follow import Interrupts
 from launcher.cli.main import main
 from launcher.cli.start_run import start_run
 from launcher.clusters.slurm.cluster import SlurmCluster

@@ -29,7 +29,7 @@ from pydantic import ValidationError
 from unusual_files import make_pipe
 
 from launcher import atomic_files, json_records, run_store
-from launcher.cli.liveness import require_idle
+from launcher.cli.status import require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.clusters.ray import auto_address, jobs

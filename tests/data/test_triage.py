@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launcher.cli import scored_data
+from launcher.cli.explain import show_ranking
 from launcher.cli.render.terminal import to_lines
 from launcher.config.sections.data import DataSection, Source
 from launcher.data import triage
@@ -144,6 +144,6 @@ def test_a_model_that_has_not_learned_from_prompts_accuses_no_documents(num_like
     ranked = [{**entry, "likely": number < num_likely} for number in range(4)]
     lists = {name: ranked if name == MISLABELED else [] for name in triage.FINDINGS}
     counts = {"documents": 4, "split": "train", "trained_tokens": 36, "mean_loss": 10.0}
-    lines = to_lines(*scored_data.to_sections({"run": "first", "step": 6, "lists": lists, **counts}, 1))
+    lines = to_lines(*show_ranking({"run": "first", "step": 6, "lists": lists, **counts}, 1))
     assert any("the model has hardly learned from prompts yet" in line for line in lines) is is_cautioned
     assert not any("-0%" in line for line in lines)

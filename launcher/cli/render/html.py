@@ -1,17 +1,18 @@
-"""Sections as one self-contained HTML page, without scripts, fonts or external files."""
+"""Sections as one self-contained HTML page, without scripts, fonts or external files: its charts are inline SVG."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup, escape
 
 from launcher import atomic_files
-from launcher.cli.render import charts
-from launcher.cli.render.sections import Part
+from launcher.cli.render.sections import BarChart, LineChart, Part
 from launcher.errors import ConfigError
 
 # Part of every page (templates/page.html.jinja), and used to recognize one: nothing is fetched and nothing runs, whatever a text
@@ -19,6 +20,18 @@ from launcher.errors import ConfigError
 _POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 # Longer words in tables may break after punctuation.
 _LONG_WORD = 16
+# Size of a line chart, and its margins beside the axes' labels. Colors and fonts come from templates/page.css.
+_WIDTH, _HEIGHT = 480, 230
+_RIGHT, _TOP, _BOTTOM = 20, 28, 44
+# Width of a character in a label, in page.css's font.
+_CHARACTER = 7.4
+_COLORS = 8
+# Values whose relative range is smaller than this are drawn as a constant.
+_CONSTANT = 1e-5
+# Units of tick labels: the largest label from which a unit is used, its factor, and its letter.
+_UNITS = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
+# Labels that need more decimal places are written without a unit.
+_UNIT_DIGITS = 2
 
 
 def require_writable_page(file: Path) -> Path:
@@ -67,7 +80,7 @@ def to_page(title: str, subtitle: str, parts: Sequence[Part]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"cell": _cell, "draw": charts.draw}
+    templates.filters |= {"cell": _cell, "draw": draw}
     return templates.get_template("page.html.jinja").render(title=title, subtitle=subtitle, parts=parts)
 
 
@@ -79,3 +92,121 @@ def _cell(text: object) -> Markup:
 
     lines = (Markup(" ").join(breakable(word) for word in line.split(" ")) for line in str(text).split("\n"))
     return Markup("<br>").join(lines)
+
+
+def draw(chart: LineChart | BarChart) -> Markup:
+    """Draw a chart."""
+    return _draw_lines(chart) if isinstance(chart, LineChart) else _draw_bars(chart)
+
+
+def _draw_bars(chart: BarChart) -> Markup:
+    """Draw one horizontal bar for each label as HTML: texts keep their size on any screen."""
+    most = chart.highest if chart.highest is not None else max((value for _, value, _ in chart.bars), default=1) or 1
+    lines = []
+    for number, (label, value, text) in enumerate(chart.bars):
+        # A bar for a value above 0 is always visible.
+        percent = min(100.0, max(0.4, 100 * value / most)) if value else 0.0
+        track = f'<span class="track"><i style="width:{percent:.2f}%;background:{_color(number)}"></i></span>'
+        lines.append(f'<span class="label">{escape(label)}</span>{track}<span class="value">{escape(text)}</span>')
+    # Every text above is escaped.
+    return Markup(f'<figure><h3>{escape(chart.title)}</h3><div class="bars">{"".join(lines)}</div></figure>')  # noqa: S704
+
+
+def _draw_lines(chart: LineChart) -> Markup:
+    """Draw curves with their axes, and with a legend if there are several."""
+    points = [value for curve in chart.curves for value in curve.x]
+    values = [value for curve in chart.curves for value in curve.y if math.isfinite(value)]
+    if not points or not values:
+        return Markup('<p class="soft">{}: nothing to draw</p>').format(chart.title)
+    y_axis = _linear_axis(values, _HEIGHT - _BOTTOM, _TOP)
+    left = max(40.0, 8 + _CHARACTER * max(len(label) for _, label in y_axis.ticks))
+    x_axis = _linear_axis(points, left, _WIDTH - _RIGHT)
+    shapes = []
+    for at, label in y_axis.ticks:
+        shapes.append(f'<line class="grid" x1="{left:.1f}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        shapes.append(_text(left - 6, at + 4, label, "end"))
+    for at, label in x_axis.ticks:
+        # Labels stay within the chart.
+        shapes.append(_text(min(at, _WIDTH - _CHARACTER * len(label) / 2), _HEIGHT - _BOTTOM + 17, label, "middle"))
+    for number, curve in enumerate(chart.curves):
+        line = [(x_axis.position(a), y_axis.position(b)) for a, b in zip(curve.x, curve.y, strict=True) if math.isfinite(b)]
+        tip = f"<title>{escape(curve.name)}</title>"
+        if len(line) == 1:
+            # A line with one point would be invisible.
+            shapes += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{_color(number)}">{tip}</circle>' for a, b in line]
+        else:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in line)
+            shapes.append(f'<polyline class="line" stroke="{_color(number)}" points="{path}">{tip}</polyline>')
+    shapes.append(_text((left + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, chart.x_label, "middle"))
+    shapes.append(_text(2, 13, chart.y_label, "start"))
+    names = (f'<span><i style="background:{_color(i)}"></i>{escape(one.name)}</span>' for i, one in enumerate(chart.curves))
+    legend = f'<div class="key">{"".join(names)}</div>' if len(chart.curves) > 1 else ""
+    title = escape(chart.title)
+    drawing = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{title}">{"".join(shapes)}</svg>'
+    # Every text above is escaped.
+    return Markup(f"<figure><h3>{title}</h3>{legend}{drawing}</figure>")  # noqa: S704
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _color(number: int) -> str:
+    return f"var(--c{number % _COLORS})"
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Positions and labels of the ticks, and the function from a value to its position."""
+
+    ticks: Sequence[tuple[float, str]]
+    position: Callable[[float], float]
+
+
+def _scale(low: float, high: float, at_low: float, at_high: float) -> Callable[[float], float]:
+    return lambda value: at_low + (value - low) / (high - low) * (at_high - at_low)
+
+
+def _linear_axis(values: Sequence[float], at_low: float, at_high: float) -> _Axis:
+    """Return an axis from `at_low` to `at_high` with round ticks; a constant has one tick, in the middle, with its value."""
+    low, high = min(values), max(values)
+    if high - low <= _CONSTANT * max(abs(low), abs(high)):
+        half = abs(low) or 1.0
+        position = _scale(low - half, low + half, at_low, at_high)
+        return _Axis([(position(low), f"{low:,.6g}" if abs(low) < 1e6 else f"{low:,.0f}")], position)
+    ticks = _ticks(low, high, are_whole=all(float(value).is_integer() for value in values))
+    position = _scale(ticks[0], ticks[-1], at_low, at_high)
+    return _Axis([(position(tick), label) for tick, label in zip(ticks, _tick_labels(ticks), strict=True)], position)
+
+
+def _ticks(low: float, high: float, are_whole: bool = False) -> list[float]:
+    """Return about five round numbers from at most `low` to at least `high`, without fractions if `are_whole`."""
+    rough = (high - low) / 4
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
+    if are_whole:
+        step = max(1, math.ceil(step))
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Return the ticks in one unit, with enough digits to distinguish them: 1.5k, 20M."""
+    step, largest = ticks[1] - ticks[0], max(map(abs, ticks))
+    if largest < 1e-3:
+        digits = _num_digits(step, lambda tick, digits: float(f"{tick:.{digits}e}"), ticks)
+        return [f"{tick:.{digits}e}" if tick else "0" for tick in ticks]
+    for least, factor, unit in _UNITS:
+        scaled = [tick / factor for tick in ticks]
+        digits = _num_digits(step / factor, round, scaled)
+        if largest >= least and digits <= _UNIT_DIGITS:
+            return [f"{tick:,.{digits}f}{unit}" if tick else "0" for tick in scaled]
+    digits = _num_digits(step, round, ticks)
+    return [f"{tick:,.{digits}f}" if tick else "0" for tick in ticks]
+
+
+def _num_digits(step: float, rounded: Callable[[float, int], float], values: Sequence[float]) -> int:
+    """Return the fewest decimal places with which rounding moves no value by more than a hundredth of `step`."""
+    return next(
+        (digits for digits in range(16) if all(abs(rounded(value, digits) - value) <= step / 100 for value in values)), 16
+    )

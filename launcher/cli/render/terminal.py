@@ -53,6 +53,14 @@ def are_colors_shown() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
+def read_yes(question: str) -> bool:
+    """Ask on the terminal; no answer means no."""
+    try:
+        return input(f"{printable(question)} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
 def as_json(value: Any, indent: int | None = 2) -> str:
     """Return strict JSON: NaN and infinity are null, as in metrics.jsonl."""
 
