@@ -22,8 +22,7 @@ import bare_memory
 import yaml
 from sides import RESULTS, record
 
-from launcher.config.compose import conf_dir, run_hydra
-from launcher.config.schema import RunConfig
+from launcher.config.compose import compose_one, conf_dir
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan, situation_of
@@ -183,11 +182,9 @@ def _measure_engine(case: Case) -> Measured:
 
 
 def _plan(overrides: tuple[str, ...]) -> LaunchPlan:
-    configs: list[RunConfig] = []
     keys = {one.partition("=")[0].lstrip("+") for one in overrides}
     shared = [one for one in _SHARED if one.partition("=")[0].lstrip("+") not in keys]
-    run_hydra([*shared, *overrides], lambda composed: configs.append(composed.config))
-    (config,) = configs
+    config = compose_one([*shared, *overrides]).config
     assert config.model.config is not None
     facts = Facts(
         working_dir=str(HERE),

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.config.compose import Composed, conf_dir, run_hydra
+from launcher.config.compose import compose_one, conf_dir
 from launcher.config.reference import about_file
 from launcher.config.schema import RunConfig
 from launcher.config.sections.train import DeepSpeedSection
@@ -114,14 +114,13 @@ def _experiments() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     rows = []
     for file in (conf_dir() / "experiment").glob("*.yaml"):
-        done: list[Composed] = []
-        run_hydra([f"experiment={file.stem}", "data.path=rows.jsonl"], done.append)
-        config = done[0].config
+        composed_file = compose_one([f"experiment={file.stem}", "data.path=rows.jsonl"])
+        config = composed_file.config
         num_gpus = config.cluster.nodes * (config.cluster.ranks_per_node or 1)
         cells = (
             f"`{file.stem}`",
             str(num_gpus),
-            f"`{done[0].origins.choices['deepspeed']}`",
+            f"`{composed_file.origins.choices['deepspeed']}`",
             str(config.train.global_batch_size),
             f"{config.data.max_length:,}",
             f"{config.optim.lr:g}",
@@ -134,9 +133,7 @@ def _experiments() -> Iterator[str]:
 
 def composed(*tokens: str) -> RunConfig:
     """Return the settings of a command line."""
-    configs: list[RunConfig] = []
-    run_hydra(tokens, lambda done: configs.append(done.config))
-    return configs[0]
+    return compose_one(tokens).config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from launcher.cli.plan import LABEL_COLUMNS, plan_rows
-from launcher.config.compose import conf_dir, run_hydra
+from launcher.config.compose import compose_one, conf_dir
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
@@ -71,9 +71,7 @@ def preset(name: str, **changes: Any) -> dict[str, Any]:
 
 @functools.cache
 def composed(tokens: tuple[str, ...]) -> RunConfig:
-    configs: list[RunConfig] = []
-    run_hydra(tokens, lambda done: configs.append(done.config))
-    return configs[0]
+    return compose_one(tokens).config
 
 
 def facts_for(

@@ -16,7 +16,7 @@ import yaml
 from forked import require_exit
 from packaging.requirements import Requirement
 
-from launcher.config.compose import run_hydra
+from launcher.config.compose import compose_one
 from launcher.config.sections.static import NodeIdentity, identify
 from launcher.security.owners import Trust
 
@@ -96,11 +96,9 @@ def test_the_pods_of_the_pytorchjob_run_one_command() -> None:
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     assert Trust.from_environ(environment).accepts_group(pods[0]["securityContext"]["fsGroup"], owner=0)
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pods[0]["volumes"]}
-    configs: list[Any] = []
     verb, *words = container["args"]
     assert verb == "train"
-    run_hydra(words, lambda done: configs.append(done.config))
-    (config,) = configs
+    config = compose_one(words).config
     assert (config.cluster.kind, config.run.root, config.run.name) == ("static", "/shared/runs", "llama")
     assert config.cluster.ranks_per_node == int(container["resources"]["limits"]["nvidia.com/gpu"])
     assert config.cluster.stop_grace_seconds < pods[0]["terminationGracePeriodSeconds"]
@@ -157,9 +155,7 @@ def test_the_commands_in_the_files_are_settings_of_the_launcher(name: str) -> No
     text = document["spec"]["entrypoint"] if "spec" in document else document["run"]
     (command,) = launcher_commands(text)
     assert "--follow" in command
-    configs: list[Any] = []
-    run_hydra([word for word in command if "=" in word], lambda done: configs.append(done.config))
-    (config,) = configs
+    config = compose_one([word for word in command if "=" in word]).config
     assert (config.cluster.kind, config.cluster.nodes, config.cluster.gpu_type) == ("ray", 2, "H100-80GB")
     assert config.run.root == "/shared/runs"
 

@@ -24,7 +24,7 @@ from launcher.cli.render.sections import (
 )
 from launcher.cli.verbs import flags_of
 from launcher.cli.worker_process import check_extra, prepare
-from launcher.config.compose import Composed, run_hydra
+from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.data import cache_store
 from launcher.data import report as data_report
@@ -50,8 +50,7 @@ _MARKED = "The marked tokens are trained. Keys, passwords, e-mail addresses and 
 def report_data(arguments: Namespace) -> int:
     """Compose the settings and report on the data, once or, with -m, once per job."""
     page = html.require_writable_page(Path(arguments.html)) if arguments.html is not None else None
-    jobs: list[Composed] = []
-    run_hydra(arguments.overrides, jobs.append, flags_of("data"))
+    jobs = run_hydra(arguments.overrides, flags_of("data"))
     if page is not None and len(jobs) > 1:
         raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
     for composed in jobs:

@@ -37,7 +37,7 @@ from launcher.clusters.check_results import (
 )
 from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.clusters.preflight import existing_folder
-from launcher.config.compose import Composed, run_hydra
+from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, RunError, SubmitError
 from launcher.plan.quantities import format_count
@@ -60,8 +60,7 @@ class DoctorReport:
 
 def check_machines(arguments: argparse.Namespace) -> int:
     """Print the findings of the checks; returns 1 if one failed."""
-    jobs: list[Composed] = []
-    run_hydra(arguments.overrides, jobs.append, flags_of("doctor"))
+    jobs = run_hydra(arguments.overrides, flags_of("doctor"))
     if not jobs:
         return 0
     if len(jobs) > 1:

@@ -25,7 +25,7 @@ from launcher.cli.resume import resume_run
 from launcher.cli.start_run import prepare_plan, start_run
 from launcher.cli.verbs import flags_of
 from launcher.clusters.backends import Cluster, InjectedFault, cluster_for
-from launcher.config.compose import Composed, run_hydra
+from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
@@ -87,8 +87,7 @@ class Records:
 
 def rehearse_fault(arguments: argparse.Namespace) -> int:
     """Rehearse one fault; returns 0 if the run recovered, 1 if not."""
-    jobs: list[Composed] = []
-    run_hydra(arguments.overrides, jobs.append, flags_of("drill"))
+    jobs = run_hydra(arguments.overrides, flags_of("drill"))
     if not jobs:
         return 0
     if len(jobs) > 1:

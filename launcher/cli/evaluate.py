@@ -25,7 +25,7 @@ from launcher.cli.render import terminal
 from launcher.cli.render.sections import ChartCurve, Charts, Items, LineChart, Part, Rows, Section, Table, Text, Tone
 from launcher.cli.worker_process import ended_by_signals, run_reporting, run_worker
 from launcher.clusters.backends import evaluation_nodes_for
-from launcher.config.compose import Composed, run_hydra
+from launcher.config.compose import compose_one
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_CHECK_FAILED, ConfigError, Problem, RunError, SubmitError, did_you_mean
@@ -172,10 +172,9 @@ def _change_settings(config: RunConfig, overrides: Sequence[str], run_name: str)
         raise ConfigError(problems)
     if any(override.lstrip("+").startswith("cluster=") for override in overrides):
         # The cluster differs from the run's, so its settings are composed anew.
-        composed: list[Composed] = []
-        run_hydra([override for override in overrides if override.lstrip("+").startswith("cluster")], composed.append)
-        config = config.model_copy(update={"cluster": composed[0].config.cluster})
-        overrides = [override for override in overrides if not override.lstrip("+").startswith("cluster")]
+        of_cluster = [override for override in overrides if override.lstrip("+").startswith("cluster")]
+        config = config.model_copy(update={"cluster": compose_one(of_cluster).config.cluster})
+        overrides = [override for override in overrides if override not in of_cluster]
     return with_overrides(config, overrides, run_name)
 
 

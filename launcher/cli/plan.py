@@ -75,8 +75,7 @@ def show_plans(arguments: argparse.Namespace) -> int:
 
 def compose_jobs(verb: str, tokens: Sequence[str]) -> list[Composed]:
     """Compose the settings of a command line: one job or, with -m, several, each with a run of its own."""
-    jobs: list[Composed] = []
-    run_hydra(tokens, jobs.append, flags_of(verb))
+    jobs = run_hydra(tokens, flags_of(verb))
     require_distinct_runs(jobs)
     return jobs
 

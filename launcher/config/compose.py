@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -63,16 +63,15 @@ class Composed:
             raise type(error)(self.origins.located(problem) for problem in error.problems) from error
 
 
-def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], own_flags: Sequence[str] = ()) -> None:
-    """Compose `tokens` (a command line without the verb) and call `on_composed` once, or once per job with `-m`.
+def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Composed]:
+    """Compose `tokens` (a command line without the verb); returns the settings of one job or, with `-m`, of each.
 
     A word that names a run's file adds its settings. They take precedence over groups and experiments; overrides take precedence
-    over them. With --cfg, --info and similar flags Hydra only prints, and nothing is called. `own_flags` are the verb's flags,
+    over them. With --cfg, --info and similar flags Hydra only prints, and nothing is returned. `own_flags` are the verb's flags,
     which `tokens` no longer contains; they serve as suggestions for mistyped flags.
     Raises:
         ConfigError: with every mistake.
         FileNotFoundError: if the working directory was deleted.
-        LauncherError: whatever `on_composed` raises.
     """
     # Hydra needs the working directory, but would not report that it was deleted.
     os.getcwd()
@@ -92,6 +91,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         raise ConfigError([*problems, *error.problems]) from error
     if _names_rows_only(words, () if content is None else content.choices):
         remaining.append("data=jsonl")
+    jobs: list[Composed] = []
     failure: list[BaseException] = []
 
     def task(cfg: Any) -> None:
@@ -99,9 +99,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         if failure:
             return
         try:
-            composed = _validate_settings(cfg, content)
-            if not problems:
-                on_composed(composed)
+            jobs.append(_validate_settings(cfg, content))
         except ConfigError as error:
             problems.extend(error.problems)
         except BaseException as error:
@@ -136,6 +134,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None], ow
         )
     if failure:
         raise failure[0]
+    return jobs
 
 
 def compose_one(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> Composed:
@@ -144,8 +143,7 @@ def compose_one(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> Compose
     Raises:
         ConfigError: with the mistakes in it, or if it is for several runs.
     """
-    jobs: list[Composed] = []
-    run_hydra(tokens, jobs.append, own_flags)
+    jobs = run_hydra(tokens, own_flags)
     if len(jobs) != 1:
         remedy = "leave out -m and Hydra's own flags"
         raise ConfigError(

@@ -17,7 +17,7 @@ from jsonschema import Draft7Validator
 from launcher import atomic_files
 from launcher.cli.config import build_schema
 from launcher.cli.main import main
-from launcher.config.compose import Composed, run_hydra
+from launcher.config.compose import compose_one
 from launcher.config.schema import RunConfig
 from launcher.plan.run_dir import RunDir
 
@@ -39,9 +39,7 @@ def out(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 
 def config_of(*words: str) -> RunConfig:
-    composed: list[Composed] = []
-    run_hydra(words, composed.append)
-    return composed[0].config
+    return compose_one(words).config
 
 
 @pytest.mark.parametrize(

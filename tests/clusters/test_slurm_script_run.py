@@ -298,7 +298,7 @@ def test_shell_metacharacters_are_refused(key: str) -> None:
 )
 def test_the_refused_setting_is_named(override: str, what: str) -> None:
     with pytest.raises(ConfigError) as error:
-        run_hydra(["model=tiny", "cluster=slurm", override], lambda composed: None)
+        run_hydra(["model=tiny", "cluster=slurm", override])
     problem = error.value.problems[0]
     assert problem.message.startswith(what)
     assert (problem.where, problem.remedy != "") == ("command line", True)

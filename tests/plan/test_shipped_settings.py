@@ -13,7 +13,7 @@ from plan_fixtures import ConfigOf, PlanOf, plan_lines
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher import facts as facts_module
-from launcher.config.compose import conf_dir, run_hydra
+from launcher.config.compose import compose_one, conf_dir
 from launcher.config.known_settings import leaves
 from launcher.config.run_file import render, values_to_print
 from launcher.config.schema import RunConfig
@@ -63,9 +63,7 @@ PARAMETERS = {
 
 
 def compose(*tokens: str) -> RunConfig:
-    compositions: list[RunConfig] = []
-    run_hydra(tokens, lambda done: compositions.append(done.config))
-    return compositions[0]
+    return compose_one(tokens).config
 
 
 @pytest.mark.parametrize("text", ["${run.name}", r"\${oc.env:HOME}", r"\\${a}", r"a\b", "$"])
