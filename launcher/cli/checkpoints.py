@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.security import owners
 from launcher.shell_commands import launcher_command, short_path
-from launcher.tracking.metrics import format_duration
+from launcher.tracking.metrics import format_age
 from launcher.tracking.progress import show_progress
 
 # Verification results, keyed by path: None for an intact checkpoint.
@@ -58,7 +57,7 @@ class CheckpointRow:
 
 def show_checkpoints(arguments: argparse.Namespace) -> int:
     """List the checkpoints of a run; returns 1 if --verify or --prune found a damaged or unreadable one."""
-    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    run_dir = run_store.find_run(arguments.run, arguments.root)
     plan = run_store.load_plan(run_dir)
     if not arguments.prune:
         return _show(run_dir, plan, _verify_all(run_dir) if arguments.verify else {}, [], arguments.json)
@@ -150,36 +149,31 @@ def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftov
 
 
 def _list_rows(run: RunDir, retention: Retention, verified: Verified) -> list[CheckpointRow]:
-    listed = store.list_checkpoints(run.checkpoints)
+    listed, rows = store.list_checkpoints(run.checkpoints), []
     keep_reasons = retention_reasons([checkpoint for checkpoint in listed if not verified.get(checkpoint.path)], retention)
-    rows = [row for checkpoint in listed if (row := _read_row(checkpoint, keep_reasons.get(checkpoint.step, ()), verified))]
+    for checkpoint in listed:
+        manifest, error = checkpoint.manifest, verified.get(checkpoint.path)
+        # The run may have removed the checkpoint since it was listed.
+        with suppress(FileNotFoundError):
+            row = CheckpointRow(
+                step=checkpoint.step,
+                path=str(checkpoint.path),
+                bytes=_num_bytes(checkpoint),
+                saved_at=(checkpoint.path / MANIFEST).stat().st_mtime,
+                world_size=manifest.world_size,
+                attempt=manifest.attempt,
+                eval_loss=checkpoint.eval_loss,
+                kept=keep_reasons.get(checkpoint.step, ()),
+                state=_STATES[type(error)] if error else "intact" if checkpoint.path in verified else "not verified",
+                problems=_describe(error) if error else (),
+                eval_set=checkpoint.eval_set,
+            )
+            rows.append(row)
     for step, error in store.find_unusable(run.checkpoints).items():
         path = run.checkpoints / store.step_name(step)
         num_bytes = None if isinstance(error, UnreadableCheckpoint) else disk_bytes(path)
         rows.append(CheckpointRow(step, str(path), num_bytes, None, None, None, None, (), _STATES[type(error)], _describe(error)))
     return sorted(rows, key=lambda row: row.step)
-
-
-def _read_row(checkpoint: Checkpoint, keep_reasons: tuple[str, ...], verified: Verified) -> CheckpointRow | None:
-    """Build a checkpoint's row, or return None if the run has removed it since it was listed."""
-    manifest, error = checkpoint.manifest, verified.get(checkpoint.path)
-    try:
-        saved_at = (checkpoint.path / MANIFEST).stat().st_mtime
-    except FileNotFoundError:
-        return None
-    return CheckpointRow(
-        step=checkpoint.step,
-        path=str(checkpoint.path),
-        bytes=_num_bytes(checkpoint),
-        saved_at=saved_at,
-        world_size=manifest.world_size,
-        attempt=manifest.attempt,
-        eval_loss=checkpoint.eval_loss,
-        kept=keep_reasons,
-        state=_STATES[type(error)] if error else "intact" if checkpoint.path in verified else "not verified",
-        problems=_describe(error) if error else (),
-        eval_set=checkpoint.eval_set,
-    )
 
 
 def _describe(error: CheckpointError) -> tuple[str, ...]:
@@ -231,7 +225,7 @@ def _build_table(rows: Sequence[CheckpointRow]) -> Table:
     labels = {"newest": f"among the newest {num_newest}"} if num_newest > 1 else {}
     cells = []
     for row in rows:
-        age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
+        age = "-" if row.saved_at is None else format_age(row.saved_at)
         loss = describe_loss(row.eval_loss, row.eval_set)
         size = "-" if row.bytes is None else format_size(row.bytes)
         written = ("-" if number is None else str(number) for number in (row.world_size, row.attempt))

@@ -27,7 +27,8 @@ WORDS_VARIABLE = "LAUNCHER_COMPLETION_WORDS"
 # Characters without meaning to a shell: a folder name that another user chose must not run as a command when it is completed.
 _PLAIN = re.compile(r"[\w./=+@:,~-]+")
 
-_BASH = """\
+_SCRIPTS = {
+    "bash": """\
 # bash: eval "$(launcher completion bash)" in ~/.bashrc
 _launcher_complete() {
     local line=${COMP_LINE:0:COMP_POINT} words candidates word prefix IFS
@@ -45,8 +46,8 @@ _launcher_complete() {
     if [[ ${#COMPREPLY[@]} -gt 0 && ${COMPREPLY[0]} == *[=.] ]]; then compopt -o nospace; fi
 }
 complete -o default -F _launcher_complete launcher
-"""
-_ZSH = """\
+""",
+    "zsh": """\
 #compdef launcher
 # zsh: eval "$(launcher completion zsh)" in ~/.zshrc, after compinit
 _launcher() {
@@ -59,8 +60,8 @@ _launcher() {
     (( $#open + $#closed )) || _files
 }
 compdef _launcher launcher
-"""
-_FISH = """\
+""",
+    "fish": """\
 # fish: launcher completion fish > ~/.config/fish/completions/launcher.fish
 function __launcher_complete
     set -lx %(variable)s (string join \\n -- (commandline -opc) (commandline -ct) | string collect -N)
@@ -68,8 +69,8 @@ function __launcher_complete
     $command completion fish 2>/dev/null
 end
 complete -c launcher -a '(__launcher_complete)'
-"""
-_SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+""",
+}
 
 
 def print_script(arguments: argparse.Namespace) -> int:
@@ -143,7 +144,10 @@ def read_keys() -> dict[str, list[str]]:
     except (OSError, LauncherError):
         # Every answer is slow.
         return _build_keys()
-    file = folder / f"{launcher.__version__}-{_newest_source():x}.json"
+    # A checkout may change without a new version.
+    sources = Path(launcher.__file__).resolve().parent / "config"
+    changed_at = max(file.stat().st_mtime_ns for file in sources.rglob("*.py"))
+    file = folder / f"{launcher.__version__}-{changed_at:x}.json"
     with suppress(OSError, ValueError):
         stored: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
         return stored
@@ -153,13 +157,6 @@ def read_keys() -> dict[str, list[str]]:
             outdated.unlink(missing_ok=True)
         atomic_files.write_json(file, built)
     return built
-
-
-def _newest_source() -> int:
-    """Return when the settings last changed, in nanoseconds: a checkout may change without a new version."""
-    package = Path(launcher.__file__).resolve().parent / "config"
-    folders = (package, package / "sections")
-    return max(entry.stat().st_mtime_ns for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py"))
 
 
 def _build_keys() -> dict[str, list[str]]:

@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from launcher import run_store
@@ -33,7 +32,7 @@ def print_settings(arguments: argparse.Namespace) -> int:
     has_all, rest = arguments.all, arguments.overrides
     words = [token for token in rest if "=" not in token and not token.startswith(("-", "+", "~"))]
     if words and rest[0] == words[0] and not is_run_file(words[0]):
-        plan = run_store.load_plan(run_store.find_run(words[0], Path(arguments.root)))
+        plan = run_store.load_plan(run_store.find_run(words[0], arguments.root))
         config = with_overrides(plan.config, rest[1:], plan.run_name)
         head = [f"Settings of the run {plan.run_name}, planned by launcher {plan.provenance.launcher_version}."]
         head.append("Relative paths begin at the folder where the run was started: use the file there.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from launcher import facts, hardware
@@ -29,9 +28,9 @@ from launcher.config.schema import RunConfig
 from launcher.data import cache_store
 from launcher.data import report as data_report
 from launcher.data.checks import findings
-from launcher.errors import UNPRINTABLE, ConfigError, DataError, Problem
+from launcher.errors import UNPRINTABLE, ConfigError, DataError
 from launcher.models.found_model import FoundModel, find_model
-from launcher.plan.launch_plan import DataFacts, LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count, format_size
 from launcher.shell_commands import launcher_command
 
@@ -49,7 +48,7 @@ _MARKED = "The marked tokens are trained. Keys, passwords, e-mail addresses and 
 
 def report_data(arguments: Namespace) -> int:
     """Compose the settings and report on the data, once or, with -m, once per job."""
-    page = html.require_writable_page(Path(arguments.html)) if arguments.html is not None else None
+    page = html.require_writable_page(arguments.html) if arguments.html is not None else None
     jobs = run_hydra(arguments.overrides, flags_of("data"))
     if page is not None and len(jobs) > 1:
         raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
@@ -66,7 +65,18 @@ def report_data(arguments: Namespace) -> int:
             found = find_model(config.model)
         if found.weights_note:
             print(f"note: {found.weights_note}", file=sys.stderr, flush=True)
-        present(report, config, arguments.json, page, facts.id_problem(report["cache_dir"], found.facts))
+        id_problem, parts = facts.id_problem(report["cache_dir"], found.facts), to_sections(report)
+        if page is not None:
+            html.write(page, html.to_page(f"Data: {config.data.name}", f"cache {report['cache_dir']}", parts))
+        if arguments.json:
+            print(json.dumps(report, indent=2))
+        else:
+            terminal.show(*parts, label_columns=_LABEL_COLUMNS)
+            if page is not None:
+                print(f"\npage: {page}")
+        problems = findings.problems(findings.read(report["cache_dir"]), config.data.checks)
+        if problems := [*([id_problem] if id_problem else []), *problems]:
+            raise DataError(problems)
     return 0
 
 
@@ -98,26 +108,6 @@ def _read_cached_report(config: RunConfig, found: FoundModel, num_shown: int) ->
         num_shown,
         eval_sets,
     )
-
-
-def present(report: dict[str, Any], config: RunConfig, as_json: bool, page: Path | None, problem: Problem | None) -> None:
-    """Print the report, and write it to an HTML `page`; `problem` concerns data and model together.
-
-    Raises:
-        DataError: with `problem`, and the findings that the settings do not accept.
-    """
-    if page is not None:
-        content = html.to_page(f"Data: {config.data.name}", f"cache {report['cache_dir']}", to_sections(report))
-        html.write(page, content)
-    if as_json:
-        print(json.dumps(report, indent=2))
-    else:
-        terminal.show(*to_sections(report), label_columns=_LABEL_COLUMNS)
-        if page is not None:
-            print(f"\npage: {page}")
-    problems = [*([problem] if problem else []), *findings.problems(findings.read(report["cache_dir"]), config.data.checks)]
-    if problems:
-        raise DataError(problems)
 
 
 def to_sections(report: dict[str, Any]) -> list[Part]:
@@ -302,16 +292,6 @@ def _show_findings(found: list[dict[str, Any]]) -> Section:
 def _show_controls(text: str) -> str:
     """Return a text with visible symbols for control characters other than line breaks and tabs."""
     return UNPRINTABLE.sub(lambda match: chr(0x2400 + ord(match.group())) if ord(match.group()) < 0x20 else "\ufffd", text)
-
-
-def check(config: RunConfig, facts: DataFacts | None) -> None:
-    """Reject a run whose data has findings that the settings do not accept.
-
-    Raises:
-        DataError: with these findings.
-    """
-    if facts is not None:
-        findings.refuse(findings.read(facts.cache_dir), config.data.checks)
 
 
 def summarize_findings(plan: LaunchPlan, fatal: bool) -> str | None:

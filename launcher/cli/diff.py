@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,18 +73,22 @@ class ValueDifference:
 
 def compare_runs(arguments: argparse.Namespace) -> int:
     """Print the differences of two runs."""
-    left, right = (_read_side(word, Path(arguments.root)) for word in (arguments.left, arguments.right))
+    left, right = (_read_side(word, arguments.root) for word in (arguments.left, arguments.right))
     sections = _compare(left, right)
     if arguments.json:
-        values = {
-            "left": left.name,
-            "right": right.name,
-            **{
-                name: [_to_json(difference) for difference in sections.get(name, [])]
-                for name in _SECTIONS
-                if name in left.sections and name in right.sections
-            },
-        }
+
+        def plain(key: str, value: Any) -> Any:
+            if isinstance(value, str):
+                return _without_secrets(key, value)
+            return [plain(key, item) for item in value] if isinstance(value, list | tuple) else value
+
+        values: dict[str, Any] = {"left": left.name, "right": right.name}
+        for name in _SECTIONS:
+            if name in left.sections and name in right.sections:
+                values[name] = [
+                    {"key": one.key, "left": plain(one.key, one.left), "right": plain(one.key, one.right)}
+                    for one in sections.get(name, [])
+                ]
         print(terminal.as_json(values))
     else:
         terminal.show(*_list_sections(left, right, sections))
@@ -237,12 +241,3 @@ def _format_value(key: str, value: Any) -> str:
 def _without_secrets(key: str, text: str) -> str:
     # A commit looks like a W&B key.
     return text if key == _GIT_COMMIT and _COMMIT.fullmatch(text) else redact_setting(key, text)
-
-
-def _to_json(difference: ValueDifference) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, str):
-            return _without_secrets(difference.key, value)
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return {name: value if name == "key" else plain(value) for name, value in asdict(difference).items()}

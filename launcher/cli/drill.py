@@ -227,8 +227,15 @@ def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
         ):
             break
         last_status = watch.last_status
+        # Resume it as a user would.
+        _say(f"{watch.last_status}; resuming it with: {launcher_command('resume', short_path(run.root))}")
         try:
-            resumed_attempt = _resume(plan, watch)
+            watch.cluster.await_end(run)
+            with Interrupts() as interrupts, run_store.start_lock(run), redirect_stdout(sys.stderr):
+                resumed_attempt = resume_run(run, plan, watch.cluster, [], None, interrupts)
+            if interrupts.received:
+                raise KeyboardInterrupt
+            watch.update_status()
         except LauncherError as error:
             last_status = f"{last_status}; resume: {error.problems[0].message}"
             break
@@ -247,18 +254,6 @@ def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
         resumed_attempt=resumed_attempt,
         last_status=last_status or watch.last_status,
     )
-
-
-def _resume(plan: LaunchPlan, watch: _RunWatch) -> int:
-    """Resume the run as a user would, on backends that do not continue runs automatically; returns the attempt."""
-    _say(f"{watch.last_status}; resuming it with: {launcher_command('resume', short_path(watch.run.root))}")
-    watch.cluster.await_end(watch.run)
-    with Interrupts() as interrupts, run_store.start_lock(watch.run), redirect_stdout(sys.stderr):
-        attempt = resume_run(watch.run, plan, watch.cluster, [], None, interrupts)
-    if interrupts.received:
-        raise KeyboardInterrupt
-    watch.update_status()
-    return attempt
 
 
 def _stop_run(run: RunDir, cluster: Cluster) -> None:

@@ -68,7 +68,7 @@ _FORM = "write --min-gain METRIC:BASELINE:GAIN, such as exact_match:few-shot:0.0
 
 def evaluate_run(arguments: argparse.Namespace) -> int:
     """Evaluate a run and print the verdict; returns 3 if --min-gain does not hold."""
-    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    run_dir = run_store.find_run(arguments.run, arguments.root)
     owners.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
     config = _change_settings(plan.config, arguments.overrides, plan.run_name)
@@ -89,15 +89,28 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     again = launcher_command(
         "evaluate", short_path(run_dir.root), *arguments.overrides, *words, *sets, *(["--here"] if arguments.here else [])
     )
+    nodes = evaluation_nodes_for(config.cluster.kind)
+    nodes = nodes if nodes is not None and nodes.runs_elsewhere(config) else None
     try:
-        with ended_by_signals(), _lock_evaluation(folder), _alive_file(folder / "alive"):
+        with ended_by_signals(), _lock_evaluation(folder):
             if arguments.tasks is not None:
-                _require_gpu(config)
+                # A login node's CPU would be too slow for a model that was trained on a cluster.
+                if nodes is not None and device().kind != "cuda":
+                    raise SubmitError(
+                        "tasks are scored on this machine, which has no GPU",
+                        where="--tasks",
+                        value=f"the run's cluster is {config.cluster.kind}",
+                        remedy="start the command on a machine with a GPU, such as: srun --gpus 1 python -m launcher evaluate "
+                        "...; or add cluster=local to use this machine's CPU",
+                    )
                 shown = run_reporting(_TASKS, config, str(run_dir.plan), *words)
             else:
                 with private_files():
                     run_reporting(_EVALUATION, config, "prepare", str(run_dir.plan), "--step", str(step), *sets)
-                _generate_answers(config, folder, run_dir, again, is_here=arguments.here)
+                if nodes is not None and not arguments.here:
+                    nodes.run_on_nodes(config, run_dir, folder)
+                else:
+                    _generate_answers(folder, again)
                 shown = run_reporting(_EVALUATION, config, "conclude", str(folder))
     except KeyboardInterrupt:
         print(f"what is done is kept; continue with: {again}", file=sys.stderr)
@@ -129,19 +142,6 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
         terminal.show(*parts, Items(failed, "bad"))
     _send_to_wandb(plan, run_dir, step)
     return EXIT_CHECK_FAILED if failed else 0
-
-
-def _require_gpu(config: RunConfig) -> None:
-    """Refuse to load a model that was trained on a cluster on a login node's CPU."""
-    nodes = evaluation_nodes_for(config.cluster.kind)
-    if nodes is not None and nodes.runs_elsewhere(config) and device().kind != "cuda":
-        raise SubmitError(
-            "tasks are scored on this machine, which has no GPU",
-            where="--tasks",
-            value=f"the run's cluster is {config.cluster.kind}",
-            remedy="start the command on a machine with a GPU, such as: srun --gpus 1 python -m launcher evaluate ...; or add "
-            "cluster=local to use this machine's CPU",
-        )
 
 
 def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
@@ -195,11 +195,34 @@ def _choose_step(run: RunDir, step: int | None) -> int:
 
 @contextmanager
 def _lock_evaluation(folder: Path) -> Iterator[None]:
-    """Hold the lock of an evaluation. Raises SubmitError if another command works on it."""
-    lock = folder / ".lock"
+    """Hold the lock of an evaluation, and increment a counter in its file `alive` every few seconds.
+
+    Processes on other machines end themselves if this command is killed, and with it the counter.
+
+    Raises:
+        SubmitError: if another command works on the evaluation.
+    """
+    alive, ended = folder / "alive", threading.Event()
+
+    def count() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            with suppress(OSError):
+                alive.write_text(f"{number}\n")
+            ended.wait(_ALIVE_S)
+
+    lock, thread = folder / ".lock", threading.Thread(target=count, name="alive", daemon=True)
     try:
         with locks.hold(lock, 0.0, redacted_command_line(), mode=0o600):
-            yield
+            thread.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                thread.join()
+                with suppress(OSError):
+                    alive.unlink()
     except locks.LockTimeout:
         raise SubmitError(
             "another command is evaluating this step",
@@ -209,40 +232,12 @@ def _lock_evaluation(folder: Path) -> Iterator[None]:
         ) from None
 
 
-@contextmanager
-def _alive_file(path: Path) -> Iterator[None]:
-    """Increment a counter in a file every few seconds: processes on other machines end themselves if this command is killed."""
-    ended = threading.Event()
-
-    def count() -> None:
-        number = 0
-        while not ended.is_set():
-            number += 1
-            with suppress(OSError):
-                path.write_text(f"{number}\n")
-            ended.wait(_ALIVE_S)
-
-    thread = threading.Thread(target=count, name="alive", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        with suppress(OSError):
-            path.unlink()
-
-
-def _generate_answers(config: RunConfig, folder: Path, run_dir: RunDir, again: str, is_here: bool) -> None:
-    """Generate all answers, here or on the nodes of the settings' cluster; `again` is the command that continues.
+def _generate_answers(folder: Path, again: str) -> None:
+    """Generate all answers on this machine; `again` is the command that continues.
 
     Raises:
-        RunError, SubmitError: if the answers were not completed.
+        RunError: if the answers were not completed.
     """
-    nodes = evaluation_nodes_for(config.cluster.kind)
-    if not is_here and nodes is not None and nodes.runs_elsewhere(config):
-        nodes.run_on_nodes(config, run_dir, folder)
-        return
     here = device()
     num_gpus = here.count if here.kind == "cuda" else 0
     command = [sys.executable, "-u", "-m", _NODE, str(folder), "0", "1", str(num_gpus)]

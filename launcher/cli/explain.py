@@ -42,7 +42,7 @@ _ABOUT_TEXTS = (
 
 def explain_step(arguments: argparse.Namespace) -> int:
     """Show a step's rows, with their losses under the checkpoint before it, computed on this machine."""
-    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    run_dir = run_store.find_run(arguments.run, arguments.root)
     owners.require_run(run_dir.root)
     trained = [line for line in read_metrics(run_dir.metrics, _METRICS) if "train/loss" in line]
     line = min(trained, key=lambda one: abs(one["trainer/step"] - arguments.step), default=None)
@@ -129,10 +129,10 @@ def _shorten(answer: str, num_chars: int = _MAX_CHARS) -> str:
 
 def rank_documents(arguments: argparse.Namespace) -> int:
     """Score unscored documents, and show which are likely mislabeled, memorized, or have nothing to learn."""
-    run_dir = run_store.find_run(arguments.scored, Path(arguments.root))
+    run_dir = run_store.find_run(arguments.scored, arguments.root)
     owners.require_run(run_dir.root)
-    page = html.require_writable_page(Path(arguments.html)) if arguments.html else None
-    exclude = Path(arguments.exclude) if arguments.exclude else None
+    page = None if arguments.html is None else html.require_writable_page(arguments.html)
+    exclude = arguments.exclude
     if exclude is not None and (exclude.exists() or not exclude.absolute().parent.is_dir()):
         raise ConfigError("the file exists already, or its folder does not", where="--exclude", value=str(exclude))
     options = ["--split", arguments.split, *([] if arguments.step is None else ["--step", str(arguments.step)])]
@@ -228,7 +228,7 @@ def _make_cells(entry: dict[str, Any]) -> tuple[str, ...]:
 
 def compare_prompts(arguments: argparse.Namespace) -> int:
     """Compare prompts with the training prompts; returns 3 if they have drifted."""
-    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    run_dir = run_store.find_run(arguments.run, arguments.root)
     owners.require_run(run_dir.root)
     if not Path(arguments.prompts).is_file():
         raise DataError(

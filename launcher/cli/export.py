@@ -6,7 +6,6 @@ import argparse
 import os
 import shutil
 import sys
-import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +22,14 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.security import owners
 from launcher.shell_commands import launcher_command, short_path
-from launcher.tracking.metrics import format_duration
+from launcher.tracking.metrics import format_age
 
-_DTYPES = ("bf16", "fp16", "fp32")
-_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_BYTES_OF_DTYPE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def export_run(arguments: argparse.Namespace) -> int:
     """Export a checkpoint; returns the exit code of the process that writes it."""
-    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    run_dir = run_store.find_run(arguments.run, arguments.root)
     owners.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
     if (repo_id := arguments.push) is not None:
@@ -44,7 +42,7 @@ def export_run(arguments: argparse.Namespace) -> int:
         if hub.is_public(repo_id):
             raise SubmitError(hub.public_problem("--push", repo_id, run_dir.export))
     step = require_checkpoint(run_dir, arguments.step)
-    out = run_dir.export if arguments.out is None else Path(arguments.out).expanduser().absolute()
+    out = run_dir.export if arguments.out is None else arguments.out.expanduser().absolute()
     _require_writable(out)
     if arguments.out is not None:
         owners.require_own_folder(f"an export to {out}", out, "choose an --out that only you can replace")
@@ -52,12 +50,12 @@ def export_run(arguments: argparse.Namespace) -> int:
     # A damaged record counts as none.
     with suppress(RunError):
         existing = json_records.read_if_present(ExportRecord, out / EXPORT_RECORD, "")
-    trained = plan.config.model.dtype if plan.config.model.dtype in _DTYPES else _DTYPES[0]
+    trained = plan.config.model.dtype if plan.config.model.dtype in _BYTES_OF_DTYPE else "bf16"
     dtype = arguments.dtype or (existing.dtype if existing is not None else trained)
     if existing is not None:
         _require_replaceable(run_dir, out, existing, step, dtype, arguments.replace)
     # An export that is replaced stays until the new one is complete.
-    needed, free = plan.model.num_params * _BYTES[dtype], shutil.disk_usage(existing_folder(out)).free
+    needed, free = plan.model.num_params * _BYTES_OF_DTYPE[dtype], shutil.disk_usage(existing_folder(out)).free
     if free < needed:
         raise SubmitError(
             "the disk of the export folder has no room for its weights",
@@ -116,7 +114,7 @@ def _require_replaceable(run: RunDir, out: Path, existing: ExportRecord, step: i
     Raises:
         SubmitError: with how to write elsewhere, and how to replace it.
     """
-    age = format_duration(max(0.0, time.time() - (out / EXPORT_RECORD).stat().st_mtime))
+    age = format_age((out / EXPORT_RECORD).stat().st_mtime)
     held = f"step {existing.step} in {existing.dtype}, written {age} ago"
     if not replace and (existing.dtype != dtype or existing.step > step):
         words = ("export", short_path(run.root), "--step", str(step), "--dtype", dtype)

@@ -291,7 +291,7 @@ def wandb_words(page: Mapping[str, Any]) -> str:
 
 def show_log(arguments: argparse.Namespace) -> int:
     """Print the output of a rank; with --follow until the run ends."""
-    run = run_store.find_run(arguments.run, Path(arguments.root))
+    run = run_store.find_run(arguments.run, arguments.root)
     attempts, chosen, rank = run_store.attempt_numbers(run), arguments.attempt, arguments.rank
     if chosen is not None and chosen not in attempts:
         remedy = f"choose one of: {', '.join(map(str, attempts))}" if attempts else "wait until the run has started"
@@ -378,7 +378,7 @@ def _end_line(run: RunDir, attempt: int, status: Status) -> str:
 
 def cancel_run(arguments: argparse.Namespace) -> int:
     """Ask a run to save and stop."""
-    run = run_store.find_run(arguments.run, Path(arguments.root))
+    run = run_store.find_run(arguments.run, arguments.root)
     owners.require_run(run.root)
     cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run, save=arguments.save)
     request = "requested: save and stop" if arguments.save else "requested: stop without saving"

@@ -57,7 +57,7 @@ def write_file(arguments: argparse.Namespace) -> int:
     """Write the file, or refuse with the reason; nothing is overwritten."""
     named = [token.partition("=")[2].strip("'\"") for token in arguments.overrides if override_key(token) == "data.path"]
     data = arguments.data or next(reversed(named), None)
-    out = Path(arguments.out or f"{_name_of(data)}.yaml")
+    out = arguments.out or Path(f"{_name_of(data)}.yaml")
     composed = _compose(arguments.model, arguments.data, arguments.overrides)
     _require_free(out)
     if composed.config.cluster.runs_on_every_node and composed.config.run.name is None:
@@ -95,24 +95,22 @@ def write_file(arguments: argparse.Namespace) -> int:
 
 def format_file(head: Sequence[str], values: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
     """Return the file: `head` as comments, then the sections; `reasons` is keyed by section or section.name."""
-    names = [*(name for name in _ORDER if name in values), *(name for name in values if name not in _ORDER)]
-    comments = "\n".join(_format_comment(line, "") for line in head)
-    return "\n\n".join([comments, *(_format_section(name, values[name], reasons) for name in names)]) + "\n"
+    sections = ["\n".join(_format_comment(line) for line in head)]
+    for name in [*(name for name in _ORDER if name in values), *(name for name in values if name not in _ORDER)]:
+        lines, content = [_format_comment(reasons[name])] if name in reasons else [], values[name]
+        if isinstance(content, dict):
+            lines.append(f"{name}:")
+            for key, value in content.items():
+                if reason := reasons.get(f"{name}.{key}"):
+                    lines.append(_format_comment(reason, "  "))
+                lines.append(textwrap.indent(render({key: value}).rstrip(), "  "))
+        else:
+            lines.append(render({name: content}).rstrip())
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections) + "\n"
 
 
-def _format_section(name: str, content: Any, reasons: Mapping[str, str]) -> str:
-    lines = [_format_comment(reasons[name], "")] if name in reasons else []
-    if not isinstance(content, dict):
-        return "\n".join([*lines, render({name: content}).rstrip()])
-    lines.append(f"{name}:")
-    for key, value in content.items():
-        if reason := reasons.get(f"{name}.{key}"):
-            lines.append(_format_comment(reason, "  "))
-        lines.append(textwrap.indent(render({key: value}).rstrip(), "  "))
-    return "\n".join(lines)
-
-
-def _format_comment(text: str, indent: str) -> str:
+def _format_comment(text: str, indent: str = "") -> str:
     """Return a text as comment lines; no character in it, for example in a data file's name, can end the comment."""
     prefix = f"{indent}# "
     return textwrap.fill(

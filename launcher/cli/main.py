@@ -97,8 +97,8 @@ def _report(kind: str, problems: Sequence[Problem], exit_code: int, as_json: boo
 
         every = [asdict(problem) for problem in problems]
         print(json.dumps({"kind": kind, **every[0], "exit_code": exit_code, "problems": every}, indent=2))
-    for problem in problems if not as_json else ():
-        print(problem, file=sys.stderr)
+    else:
+        print(*problems, sep="\n", file=sys.stderr)
     return exit_code
 
 
@@ -160,7 +160,9 @@ def _make_paths_absolute() -> None:
 def _versions() -> str:
     """Return the versions of the launcher, Python and a run's packages, one per line, without importing them."""
     import platform
+    import re
     from importlib import metadata
+    from pathlib import Path
 
     from launcher import __version__
 
@@ -171,22 +173,13 @@ def _versions() -> str:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
         if package == "torch":
-            versions["torch-cuda"] = _torch_cuda()
+            # The CUDA version that torch was built for, from its version.py: importing torch takes seconds.
+            build = None
+            with suppress(OSError, metadata.PackageNotFoundError):
+                text = Path(str(metadata.distribution("torch").locate_file("torch/version.py"))).read_text(encoding="utf-8")
+                build = re.search(r"^cuda\b[^=]*=\s*(?:None|['\"]([\d.]+)['\"])", text, re.MULTILINE)
+            versions["torch-cuda"] = "unknown" if build is None else build[1] or "none"
     return "".join(f"{name:<13}{version}\n" for name, version in versions.items())
-
-
-def _torch_cuda() -> str:
-    """Return the CUDA version that torch was built for, from its version.py: importing torch takes seconds."""
-    import re
-    from importlib import metadata
-    from pathlib import Path
-
-    try:
-        text = Path(str(metadata.distribution("torch").locate_file("torch/version.py"))).read_text(encoding="utf-8")
-    except (OSError, metadata.PackageNotFoundError):
-        return "unknown"
-    build = re.search(r"^cuda\b[^=]*=\s*(?:None|['\"]([\d.]+)['\"])", text, re.MULTILINE)
-    return "unknown" if build is None else build[1] or "none"
 
 
 def _print(text: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.security import owners
 from launcher.shell_commands import launcher_command, short_path
-from launcher.tracking.metrics import format_duration
+from launcher.tracking.metrics import format_age
 from launcher.tracking.progress import show_progress
 
 # Where the user wrote the address.
@@ -73,7 +72,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
         status = run_store.read_status(run)
         state = "preempted" if status.state in RUNNING_STATES else status.state
         if state != status.state:
-            age = format_duration(max(0.0, time.time() - status.updated_at))
+            age = format_age(status.updated_at)
             _print_note(
                 f"note: {age} ago this run was {status.state} on {mirrored.owner.host}; if it still runs, cancel it there: "
                 "the mirror accepts uploads only from this machine once the run is resumed here"

@@ -196,29 +196,24 @@ def _list_inputs(plan: LaunchPlan) -> list[tuple[str, str]]:
     if (lineage := plan.lineage) is not None:
         origins = (f"run {origin.run_name} at step {origin.step}" for origin in (lineage, *lineage.ancestors))
         rows.append(("lineage", f"begins with {', which began with '.join(origins)}"))
-    rows.append(("data", _describe_data(plan)))
+    if (built := plan.data) is None:
+        command = launcher_command("data", *plan.provenance.overrides)
+        about = f"not built yet; build it and see it with: {command}"
+    else:
+        most = config.data.max_length
+        width = min(most, round(built.num_tokens / built.num_rows / (1 - built.padding_frac)))
+        longest = f"{width:,} tokens" + (f" (data.max_length is {most:,})" if width < most else "")
+        trained = built.num_trained_tokens / max(1, built.num_tokens)
+        about = f"{format_count(built.num_rows, 'row')} of up to {longest}, {built.num_tokens:,} tokens ({trained:.0%} trained)"
+        about += f", {format_count(built.num_eval_rows, 'held-out row')}"
+    rows.append(("data", f"{config.data.name}: {about}"))
     sets = []
     for one in config.eval.all_sets:
-        built = plan.eval_sets.get(one.name)
-        num_rows = None if built is None else min(one.max_rows or built.num_rows, built.num_rows)
+        built_set = plan.eval_sets.get(one.name)
+        num_rows = None if built_set is None else min(one.max_rows or built_set.num_rows, built_set.num_rows)
         sets.append(f"{one.name}: {'not built yet' if num_rows is None else format_count(num_rows, 'row')}")
     rows += [("evaluation", "; ".join(sets))] if sets else []
     return rows + ([("answers", describe_answers(plan))] if config.eval.answers_every else [])
-
-
-def _describe_data(plan: LaunchPlan) -> str:
-    facts_of_data, config = plan.data, plan.config.data
-    if facts_of_data is None:
-        command = launcher_command("data", *plan.provenance.overrides)
-        return f"{config.name}: not built yet; build it and see it with: {command}"
-    most = config.max_length
-    width = min(most, round(facts_of_data.num_tokens / facts_of_data.num_rows / (1 - facts_of_data.padding_frac)))
-    longest = f"{width:,} tokens" + (f" (data.max_length is {most:,})" if width < most else "")
-    share = facts_of_data.num_trained_tokens / max(1, facts_of_data.num_tokens)
-    return (
-        f"{config.name}: {format_count(facts_of_data.num_rows, 'row')} of up to {longest}, "
-        f"{facts_of_data.num_tokens:,} tokens ({share:.0%} trained), {format_count(facts_of_data.num_eval_rows, 'held-out row')}"
-    )
 
 
 def _list_training(plan: LaunchPlan) -> list[tuple[str, str]]:

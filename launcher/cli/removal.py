@@ -31,7 +31,7 @@ from launcher.run_store import plan_remedy
 from launcher.security import owners
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import read_events
-from launcher.tracking.metrics import format_duration
+from launcher.tracking.metrics import format_age
 
 _STEPS_SHOWN = 8
 _CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks", "completion")
@@ -55,7 +55,7 @@ class RemovableRun:
 
 def remove_runs(arguments: argparse.Namespace) -> int:
     """Remove runs; returns 1 if any files could not be removed."""
-    root = Path(arguments.root)
+    root = arguments.root
     runs = _find_runs(arguments.runs, root)
     removable = [_inspect_run(one, root, {run.root for run in runs}) for one in runs]
     problems = [problem for one in runs if (problem := find_living_problem(one))]
@@ -348,7 +348,7 @@ def _list_cache(entries: Sequence[CacheEntry], chosen: Sequence[CacheEntry]) -> 
         names = [Path(run).name for run in entry.runs]
         more = f" and {len(names) - _RUNS_SHOWN} more" if len(names) > _RUNS_SHOWN else ""
         action = f"keep: {entry.kept}" if entry.kept else "remove" if entry in chosen else "keep"
-        age = f"{format_duration(max(0.0, time.time() - entry.used_at))} ago"
+        age = f"{format_age(entry.used_at)} ago"
         cells = (entry.path, entry.kind, format_size(entry.bytes), age, ", ".join(names[:_RUNS_SHOWN]) + more or "-", action)
         rows.append(cells)
     table = Table(("path", "kind", "size", "last use", "runs", "action"), rows, numbers=(2, 3))

@@ -57,9 +57,9 @@ class _RunFiles:
 
 def write_report(arguments: argparse.Namespace) -> int:
     """Write the page and print its path."""
-    named = [run_store.find_run(name, Path(arguments.root)) for name in arguments.runs]
+    named = [run_store.find_run(name, arguments.root) for name in arguments.runs]
     runs = list({run.root: run for run in named}.values())
-    file = Path(arguments.html) if arguments.html else (runs[0].root if len(runs) == 1 else Path()) / "report.html"
+    file = arguments.html or (runs[0].root if len(runs) == 1 else Path()) / "report.html"
     html.write(file, page([_read_run_files(run, name) for run, name in zip(runs, _distinct_names(runs), strict=True)]))
     print(f"page: {short_path(file.absolute())}")
     return 0
@@ -87,7 +87,15 @@ def _read_run_files(run: RunDir, name: str) -> _RunFiles:
 def page(runs: Sequence[_RunFiles]) -> str:
     """Return the whole page: the curves of all runs in shared charts, then each run by itself."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    charts = _list_charts(runs)
+    charts: list[LineChart | BarChart] = []
+    for metric, drawn in curves().items():
+        of_runs = []
+        for one in runs:
+            if points := [(line["trainer/step"], line[metric] * drawn.scale) for line in one.steps if metric in line]:
+                steps, values = zip(*thin_out(points, _MOST_POINTS), strict=True)
+                of_runs.append(ChartCurve(one.name, steps, values))
+        if of_runs:
+            charts.append(LineChart(drawn.title, of_runs, "step", drawn.unit))
     facts_of_runs = [_list_facts(one) for one in runs]
     parts: list[Part] = [Cards(list(facts_of_runs[0].items()))]
     if len(runs) > 1:
@@ -128,21 +136,6 @@ def _list_facts(one: _RunFiles) -> dict[str, str]:
     for service, usd in hosted_training(one.plan.config.costs.hosted, tokens).items():
         facts[f"these tokens at {service}"] = f"${usd:,.2f}"
     return facts
-
-
-def _list_charts(runs: Sequence[_RunFiles]) -> list[LineChart]:
-    """Return a chart of each metric that any run has logged, with a curve for each run."""
-    charts = []
-    for metric, drawn in curves().items():
-        of_runs = []
-        for one in runs:
-            points = [(line["trainer/step"], line[metric] * drawn.scale) for line in one.steps if metric in line]
-            if points:
-                steps, values = zip(*thin_out(points, _MOST_POINTS), strict=True)
-                of_runs.append(ChartCurve(one.name, steps, values))
-        if of_runs:
-            charts.append(LineChart(drawn.title, of_runs, "step", drawn.unit))
-    return charts
 
 
 def thin_out(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
@@ -225,7 +218,7 @@ def publish_workspace(arguments: argparse.Namespace) -> int:
     """Create or update the workspace and print its address, or print what would be sent."""
     name = arguments.target
     try:
-        run_dir: RunDir | None = run_store.find_run(name, Path(arguments.root))
+        run_dir: RunDir | None = run_store.find_run(name, arguments.root)
     except SubmitError:
         run_dir = None
     if run_dir is not None:

@@ -27,7 +27,6 @@ from launcher.clusters.backends import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable, disk_note, push_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
-from launcher.config.sections.evaluation import EvalSet
 from launcher.data import cache_store
 from launcher.data.sources.reading import describe_origin, list_inputs
 from launcher.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, LauncherError, Problem, SubmitError
@@ -59,9 +58,9 @@ def resume(arguments: argparse.Namespace) -> int:
     if "://" in arguments.run:
         from launcher.cli import mirror
 
-        run = mirror.download_run(arguments.run, Path(arguments.root), arguments.step)
+        run = mirror.download_run(arguments.run, arguments.root, arguments.step)
     else:
-        run = run_store.find_run(arguments.run, Path(arguments.root))
+        run = run_store.find_run(arguments.run, arguments.root)
     owners.require_run(run.root)
     plan = run_store.load_plan(run)
     if plan.config.cluster.runs_on_every_node:
@@ -128,10 +127,16 @@ def resume_run(
     for note in (*check_wandb(plan.config, worker_environment()), disk_note(plan), push_note(plan)):
         if note:
             print(f"note: {note}")
-    for line in _changed_remarks(plan, former):
-        print(line)
-    if checkpoint is not None and (note := _describe_replaced_export(run, plan, checkpoint.step)):
-        print(f"note: {note}")
+    known = remarks(former)
+    for line in remarks(plan):
+        if line not in known:
+            print(line)
+    exported = read_export(run) if plan.config.export.enabled else None
+    if checkpoint is not None and exported is not None:
+        is_completed = run_store.read_status(run).state == "completed"
+        if is_completed or exported.step == checkpoint.step:
+            holds = f"{short_path(run.export)} holds step {exported.step}"
+            print(f"note: {holds} and is replaced when the run ends; to keep this model, copy the folder before then")
     is_longer = (plan.batch.max_steps or 0) > (former.batch.max_steps or 0)
     if is_longer and not automatic and not may_start([plan], accepts_cost):
         raise SubmitError("the run was not continued, as you answered", where=str(run.root), remedy="answer y to continue it")
@@ -153,12 +158,6 @@ def resume_run(
     print(f"continuing {plan.run_name} from {start}", flush=True)
     cluster.submit(run, attempt, plan_path)
     return attempt
-
-
-def _changed_remarks(plan: LaunchPlan, former: LaunchPlan) -> list[str]:
-    """Return the warnings and notes of a plan that the former one does not have, such as a warm-up longer than the run."""
-    known = remarks(former)
-    return [line for line in remarks(plan) if line not in known]
 
 
 def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -> None:
@@ -203,17 +202,6 @@ def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -
                 where=str(run.root),
                 remedy=f"train further with: {_resume_command(run)} eval.stop_after=0",
             )
-
-
-def _describe_replaced_export(run: RunDir, plan: LaunchPlan, step: int) -> str | None:
-    """Say that a run's result will be replaced; None unless it is completed, or has exported the step that it continues from."""
-    exported = read_export(run)
-    if exported is None or not plan.config.export.enabled:
-        return None
-    if exported.step != step and run_store.read_status(run).state != "completed":
-        return None
-    holds = f"{short_path(run.export)} holds step {exported.step}"
-    return f"{holds} and is replaced when the run ends; to keep this model, copy the folder before then"
 
 
 def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
@@ -451,21 +439,18 @@ def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -
     Raises:
         ConfigError, DataError: for a set that cannot be read.
     """
-    kept = {one.name: plan.eval_sets[one.name] for one in config.eval.all_sets if _is_recorded(one, plan, config)}
+    kept: dict[str, DataFacts] = {}
+    rows_of = {one.name: one.rows for one in plan.config.eval.all_sets}
+    for one in config.eval.all_sets if _is_same_data(config, plan.config) else ():
+        recorded = plan.eval_sets.get(one.name)
+        is_same = recorded is not None and rows_of.get(one.name) == one.rows
+        if recorded is not None and is_same and cache_store.read(Path(recorded.cache_dir)) == recorded:
+            kept[one.name] = recorded
     restored = prepare_eval_sets(config, kept, model.tokenizer_path)
     for name, counts in restored.items():
         if name in plan.eval_sets and plan.eval_sets[name].contents() != counts.contents():
             print(f"note: the rows of the evaluation set {name} have changed: earlier losses do not compare", flush=True)
     return restored
-
-
-def _is_recorded(eval_set: EvalSet, plan: LaunchPlan, config: RunConfig) -> bool:
-    """Return whether the plan has this set's cache, built with the same settings, and the cache exists."""
-    recorded = plan.eval_sets.get(eval_set.name)
-    before = next((one for one in plan.config.eval.all_sets if one.name == eval_set.name), None)
-    if recorded is None or before is None or not _is_same_data(config, plan.config) or before.rows != eval_set.rows:
-        return False
-    return cache_store.read(Path(recorded.cache_dir)) == recorded
 
 
 def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher import facts, run_store
-from launcher.cli import data
 from launcher.cli.accounts import check_wandb
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Rows
@@ -23,6 +22,7 @@ from launcher.clusters.backends import Cluster, cluster_for, status_reader_for
 from launcher.clusters.preflight import check_startable, folder_problem
 from launcher.config.compose import Composed
 from launcher.config.schema import RunConfig
+from launcher.data.checks import findings
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, RunError, describe
 from launcher.models import stored_checks
 from launcher.models.found_model import FoundModel, find_model
@@ -81,7 +81,8 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
             message = "the data cache is missing or damaged right after it was built"
             remedy = "make sure that no program changes the files while they are read, then try again"
             raise DataError(Problem(message, "data.sources", remedy=remedy))
-    data.check(config, collected.data)
+    if (built := collected.data) is not None:
+        findings.refuse(findings.read(built.cache_dir), config.data.checks)
     return plan_with_free_name(config, collected, taken_names)
 
 
@@ -219,31 +220,25 @@ def gather_facts(
     if is_counted:
         check(make_plan(config, collected))
     if facts.needs_isolation_check(config, model):
-        problem = _probe_model(config, runs_code)
-        if problem is None:
-            collected = facts.gather(config, find_model(config.model), composed.overrides, node())
+        problem = ""
+        if config.model.trust_remote_code and not runs_code:
+            problem = "plan does not run the code of a model"
         else:
+            packed, unpacked = "packed documents do not affect each other in this model", "this model sees no later tokens"
+            print(f"checking that {packed if config.data.packing else unpacked} (once)", file=sys.stderr, flush=True)
+            try:
+                run_worker_module("launcher.worker.checks.model_check", config, timeout_s=_ISOLATION_CHECK_S)
+            except RunError as error:
+                problem = describe(error)
+        if problem:
             # The ranks measure it on the loaded model.
             unknown = stored_checks.unknown_verdict(config.model, problem)
             collected = collected.model_copy(update={"model": model.model_copy(update={"isolation": unknown})})
+        else:
+            collected = facts.gather(config, find_model(config.model), composed.overrides, node())
     if not is_counted:
         check(make_plan(config, collected))
     return collected
-
-
-def _probe_model(config: RunConfig, runs_code: bool) -> str | None:
-    """Run the process that probes the model and stores what it finds; return why there is no verdict, or None."""
-    if config.model.trust_remote_code and not runs_code:
-        return "plan does not run the code of a model"
-    condition = (
-        "packed documents do not affect each other in this model" if config.data.packing else "this model sees no later tokens"
-    )
-    print(f"checking that {condition} (once)", file=sys.stderr, flush=True)
-    try:
-        run_worker_module("launcher.worker.checks.model_check", config, timeout_s=_ISOLATION_CHECK_S)
-    except RunError as error:
-        return describe(error)
-    return None
 
 
 def plan_with_free_name(config: RunConfig, collected: Facts, taken_names: set[str]) -> LaunchPlan:

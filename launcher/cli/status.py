@@ -36,7 +36,7 @@ from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking import goodput, progress
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
-from launcher.tracking.metrics import format_duration, median_names, status_lines
+from launcher.tracking.metrics import format_age, format_duration, median_names, status_lines
 from launcher.tracking.run_metrics import MetricsTail, newest_trained_step, read_tail
 from launcher.tracking.verdicts import read_newest_verdict
 
@@ -56,7 +56,7 @@ _SILENT_S, _SILENT_STEPS = 600.0, 10
 
 def show_run(arguments: argparse.Namespace) -> int:
     """Print the state of a run, once or, with --watch, every few seconds until it ends."""
-    run, as_json, every_s = run_store.find_run(arguments.run, Path(arguments.root)), arguments.json, arguments.watch
+    run, as_json, every_s = run_store.find_run(arguments.run, arguments.root), arguments.json, arguments.watch
     watch, read_at = StatusWatch(run, _find_reader(run)), time.monotonic()
     while True:
         try:
@@ -87,12 +87,22 @@ def list_runs(arguments: argparse.Namespace) -> int:
     """Print the runs of a folder, newest first, or those of a mirror; name unreadable runs on standard error."""
     if arguments.mirror:
         if "://" not in arguments.mirror:
-            raise _folder_error(arguments.mirror)
+            folder = arguments.mirror
+            is_run = any((Path(above) / folder / "status.json").is_file() for above in ("", DEFAULT_ROOT))
+            command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
+            remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
+            message = "ls takes the URL of a mirror, such as s3://bucket/runs"
+            raise SubmitError(message, where="command line", value=folder, remedy=remedy)
         from launcher.cli import mirror
 
         return mirror.ls(arguments.mirror, arguments.json)
-    root = Path(arguments.root)
-    _require_folder(root)
+    root = arguments.root
+    if (root / "status.json").is_file():
+        remedy = f"show this run with: {launcher_command('status', root)}"
+        raise SubmitError("this is the directory of a run, not a folder of runs", where="--root", value=str(root), remedy=remedy)
+    # The first run creates the default.
+    if not root.is_dir() and str(root) != DEFAULT_ROOT:
+        raise SubmitError("there is no such folder", where="--root", value=str(root), remedy="name the folder of the runs")
     runs = list(run_store.list_runs(root))
     summaries: list[str] = []
     rows: list[tuple[str, ...]] = []
@@ -114,7 +124,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
                         f"{values['step']:,}/{values['max_steps']:,}" if values["max_steps"] else f"{values['step']:,}/?",
                         "-" if loss is None else f"{loss:.4f}",
                         "-" if cost.get("usd") is None else f"{about}${cost['usd']:,.2f}",
-                        f"{format_duration(max(0.0, time.time() - values['updated_at']))} ago",
+                        f"{format_age(values['updated_at'])} ago",
                     )
                 )
         except Exception as error:
@@ -129,35 +139,12 @@ def list_runs(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _folder_error(folder: str) -> SubmitError:
-    """Return the error for a folder where the URL of a mirror is expected."""
-    is_run = any((Path(above) / folder / "status.json").is_file() for above in ("", DEFAULT_ROOT))
-    command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
-    remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
-    return SubmitError(
-        "ls takes the URL of a mirror, such as s3://bucket/runs", where="command line", value=folder, remedy=remedy
-    )
-
-
 def _reason(error: Exception) -> str:
     return error.problems[0].message if isinstance(error, LauncherError) else str(error)
 
 
 def _find_reader(run: RunDir) -> StatusReader:
     return status_reader_for(run, run_store.read_placement(run).kind)
-
-
-def _require_folder(root: Path) -> None:
-    """Reject a folder of runs that is missing (except the default, which the first run creates) or that is itself a run.
-
-    Raises:
-        SubmitError: with the folder.
-    """
-    if (root / "status.json").is_file():
-        remedy = f"show this run with: {launcher_command('status', root)}"
-        raise SubmitError("this is the directory of a run, not a folder of runs", where="--root", value=str(root), remedy=remedy)
-    if not root.is_dir() and str(root) != DEFAULT_ROOT:
-        raise SubmitError("there is no such folder", where="--root", value=str(root), remedy="name the folder of the runs")
 
 
 def status_rows(values: dict[str, Any]) -> Rows:
@@ -173,8 +160,7 @@ def status_rows(values: dict[str, Any]) -> Rows:
         ("step", f"{reached}, {format_duration(age_s)} ago" if is_old else reached),
     ]
     if values["progress"] is not None:
-        age = format_duration(max(0.0, time.time() - values["progress"]["time"]))
-        rows.append(("progress", f"{values['progress']['text']} ({age} ago)"))
+        rows.append(("progress", f"{values['progress']['text']} ({format_age(values['progress']['time'])} ago)"))
     if metrics:
         shown = dict(status_lines(metrics, values["usual"]))
         if "loss" in shown:
@@ -185,10 +171,18 @@ def status_rows(values: dict[str, Any]) -> Rows:
             after = " of training once it has machines" if values["state"] == "pending" else ""
             limit = f", until {values['limit']} stops it early" if values["limit"] else ""
             rows.append(("time left", f"{format_duration(values['left_s'])}{after}{limit}"))
-    if values["goodput"] is not None:
-        rows.append(("goodput", _describe_goodput(values["goodput"])))
-    if values["cost"] is not None:
-        rows.append(("cost", _describe_cost(values["cost"], values["device"])))
+    if (seconds_of := values["goodput"]) is not None:
+        kept = f"{seconds_of['fraction']:.1%} of {format_duration(seconds_of['wall_s'])} was spent on kept steps"
+        parts = sorted(((seconds_of[name], label) for name, label in goodput.LOST.items() if seconds_of[name] >= 1), reverse=True)
+        lost = ", ".join(f"{label} {format_duration(seconds)}" for seconds, label in parts[:_PARTS_SHOWN])
+        rows.append(("goodput", f"{kept}; {lost}" if lost else kept))
+    if (cost := values["cost"]) is not None:
+        spent = f"{cost['gpu_hours']:,.2f} {'GPU' if values['device'] == 'cuda' else 'rank'} hours"
+        if cost["usd"] is not None:
+            end = f", about ${cost['expected_usd']:,.2f} at the end" if cost["expected_usd"] is not None else ""
+            of = "; at a typical price; set yours with cluster.price_per_gpu_hour" if cost["at_typical_price"] else ""
+            spent = f"${cost['usd']:,.2f} so far ({spent}){end}{of}"
+        rows.append(("cost", spent))
     if values["eval_loss"] is not None:
         rows.append(("held out", f"loss {values['eval_loss']:.4f} after step {values['eval_step']:,}"))
     if values["checkpoints"]:
@@ -209,7 +203,7 @@ def status_rows(values: dict[str, Any]) -> Rows:
         rows.append(("mirror", values["mirror"]))
     for alert in values["alerts"][-_ALERTS_SHOWN:]:
         at = "" if alert["step"] is None else f", step {alert['step']}"
-        rows.append(("alert", f"{alert['text']} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"))
+        rows.append(("alert", f"{alert['text']} ({format_age(alert['time'])} ago{at})"))
     return Rows(rows)
 
 
@@ -219,24 +213,6 @@ def sparkline(values: Sequence[float]) -> str:
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values)
-
-
-def _describe_goodput(seconds_of: dict[str, float]) -> str:
-    """Return the goodput and the largest parts of the lost time."""
-    parts = sorted(((seconds_of[name], label) for name, label in goodput.LOST.items() if seconds_of[name] >= 1), reverse=True)
-    lost = ", ".join(f"{label} {format_duration(seconds)}" for seconds, label in parts[:_PARTS_SHOWN])
-    return f"{seconds_of['fraction']:.1%} of {format_duration(seconds_of['wall_s'])} was spent on kept steps" + (
-        f"; {lost}" if lost else ""
-    )
-
-
-def _describe_cost(cost: dict[str, Any], device: str) -> str:
-    hours = f"{cost['gpu_hours']:,.2f} {'GPU' if device == 'cuda' else 'rank'} hours"
-    if cost["usd"] is None:
-        return hours
-    end = f", about ${cost['expected_usd']:,.2f} at the end" if cost["expected_usd"] is not None else ""
-    of = "; at a typical price; set yours with cluster.price_per_gpu_hour" if cost["at_typical_price"] else ""
-    return f"${cost['usd']:,.2f} so far ({hours}){end}{of}"
 
 
 def summarize(run: RunDir, status: Status) -> dict[str, Any]:
@@ -264,8 +240,10 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
         age_s = max(0.0, time.time() - float(reported_at))
     if status.state in RUNNING_STATES:
         # Without the attempt's files, it continues from the last known step.
-        resumed_from = resumed.get(number, int(tail.last.get("trainer/step", 0)))
-        start_step = _find_start_step(tail, status, number, resumed_from, checkpoints)
+        start_step: int | None = resumed.get(number, int(tail.last.get("trainer/step", 0)))
+        if tail.last and tail.last["attempt"] == number:
+            # It is training, or its job was requeued and continues from the newest checkpoint.
+            start_step = max(checkpoints, default=0) if status.state == "pending" else None
         rest = _estimate_remaining(tail, status, medians, start_step, age_s, _Costs.of(tail, spent, placed))
     verdict = None
     with suppress(OSError, LauncherError):
@@ -311,15 +289,6 @@ def _read_resumed_steps(run: RunDir) -> dict[int, int]:
         with suppress(LauncherError, OSError, TypeError, ValueError):
             steps[number] = run_store.read_attempt(run, number).resume_step or 0
     return steps
-
-
-def _find_start_step(tail: MetricsTail, status: Status, number: int, resumed_from: int, checkpoints: Sequence[int]) -> int | None:
-    """Return the step from which the newest attempt will train, or None if it is already training."""
-    has_trained = bool(tail.last) and tail.last["attempt"] == number
-    if has_trained:
-        # A requeued job continues from the newest checkpoint.
-        return max(checkpoints, default=0) if status.state == "pending" else None
-    return resumed_from
 
 
 @dataclass(frozen=True)

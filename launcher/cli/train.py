@@ -13,7 +13,6 @@ from launcher.cli.render import terminal
 from launcher.cli.render.sections import Table
 from launcher.cli.start_run import check_wandb_accounts, may_start, prepare_plan, show_started, start_run
 from launcher.clusters.backends import cluster_for
-from launcher.config.compose import Composed
 from launcher.errors import EXIT_REFUSED
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -28,13 +27,18 @@ def train(arguments: argparse.Namespace) -> int:
         from launcher.cli import every_node
 
         return every_node.train(jobs, follows, arguments.yes)
-    plans: list[LaunchPlan] = []
     check_wandb_accounts(jobs)
     for note in dict.fromkeys(job.origins.dropped_note() for job in jobs):
         if note is not None:
             print(f"note: {note}", flush=True)
+    plans: list[LaunchPlan] = []
+    group = f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
     # All jobs have passed their checks before one starts.
-    for composed in _group_jobs(jobs):
+    for composed in jobs:
+        tracking = composed.config.tracking
+        if len(jobs) > 1 and not tracking.group:
+            grouped = {"tracking": tracking.model_copy(update={"group": group})}
+            composed = replace(composed, config=composed.config.model_copy(update=grouped))
         with composed.located():
             plans.append(prepare_plan(composed, taken_names={plan.run_name for plan in plans}))
     return start_all(plans, follows) if may_start(plans, arguments.yes) else EXIT_REFUSED
@@ -70,16 +74,3 @@ def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:
         print()
         terminal.show(Table(("run", "job", "settings"), rows))
     return max(codes, default=0)
-
-
-def _group_jobs(jobs: list[Composed]) -> list[Composed]:
-    """Give the runs of a sweep a common W&B group, unless the user has set one."""
-    if len(jobs) < 2:
-        return jobs
-    group = f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
-    with_groups = []
-    for job in jobs:
-        tracking = job.config.tracking
-        with_group = tracking if tracking.group else tracking.model_copy(update={"group": group})
-        with_groups.append(replace(job, config=job.config.model_copy(update={"tracking": with_group})))
-    return with_groups

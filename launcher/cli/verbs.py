@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from launcher.config.command_line import conf_dir, list_options
@@ -179,7 +180,7 @@ _CACHE_KINDS = {
 # fmt: off
 _OWNER = "accept files of this user too: NAME, UID, group:NAME or anyone (repeatable); see docs/security.md"
 _TRUST_OWNER = _arg("--trust-owner", _OWNER, metavar="OWNER", action="append")
-_ROOT = _arg("--root", f"folder of the runs (default: {DEFAULT_ROOT})", default=DEFAULT_ROOT)
+_ROOT = _arg("--root", f"folder of the runs (default: {DEFAULT_ROOT})", type=Path, default=DEFAULT_ROOT)
 _RUN = _arg("run", "name of the run, or path of its directory", metavar="RUN")
 _RUNS = _arg("runs", "name of the run, or path of its directory", metavar="RUN", nargs="+")
 _FOLLOW = _arg("--follow", "follow the run to its end (default on this machine)", action="store_true", default=None)
@@ -212,7 +213,7 @@ TABLE = (
          (*_SETTINGS,
           _arg("--show", "show N whole rows instead of a few documents", metavar="N", type=_COUNT, default=0),
           _switch("--json", "print the report as JSON"),
-          _arg("--html", "also write the report as one HTML page with plots", metavar="FILE")),
+          _arg("--html", "also write the report as one HTML page with plots", type=Path, metavar="FILE")),
          takes_settings=True, elsewhere="prepare preprocess tokenize dataset"),
 
     Verb("init", "Set up", "init:write_file", "[--data FILE] [--model NAME] [--out FILE] [overrides]",
@@ -221,7 +222,7 @@ TABLE = (
          (_OVERRIDES,
           _arg("--data", "a file, folder, pattern or Hub dataset with your rows (default: a demo)", metavar="FILE"),
           _arg("--model", "a preset, a folder, a Hub id or run:NAME (default: a demo)", metavar="NAME"),
-          _arg("--out", "the file to write (default: named after the data)", metavar="FILE")),
+          _arg("--out", "the file to write (default: named after the data)", type=Path, metavar="FILE")),
          takes_settings=True, elsewhere="new create"),
     Verb("doctor", "Set up", "doctor:check_machines", "[FILE] [overrides]",
          "Check what a run needs, on this machine or on every node of a cluster. Checked are GPUs, driver, compiler, kernels, "
@@ -261,7 +262,7 @@ TABLE = (
          "Write curves, goodput, attempts, checkpoints and cost of runs as one HTML page. The page needs no network.",
          (_RUNS, _ROOT,
           _arg("--html", "file to write (default: report.html in the run directory, or in the working directory for several "
-               "runs)", metavar="FILE"))),
+               "runs)", type=Path, metavar="FILE"))),
     Verb("dashboard", "Watch", "report:publish_workspace", "RUN|PROJECT [--dry-run]",
          "Create the W&B workspace of a run or a project, or bring its panels up to date.",
          (_arg("target", "name or directory of a run; or a W&B project, ENTITY/PROJECT", metavar="RUN|PROJECT"), _ROOT,
@@ -328,7 +329,7 @@ TABLE = (
           _arg("--step", "step of the checkpoint (default: the newest)", type=int),
           _arg("--dtype", "type of the weights (default: that of the export in the folder, else of the training)",
                choices=("bf16", "fp16", "fp32")),
-          _arg("--out", "folder to write (default: export/ in the run directory)", metavar="DIR"),
+          _arg("--out", "folder to write (default: export/ in the run directory)", type=Path, metavar="DIR"),
           _switch("--replace", "replace an export of another type or of a later step in the folder"),
           _switch("--no-check", "skip the parity check, which loads the folder with transformers"),
           _arg("--push", "upload the folder to this repository of the Hub; needs HF_TOKEN", metavar="OWNER/NAME")),
@@ -349,8 +350,9 @@ TABLE = (
           _arg("--split", "train, held_out, or a set of eval.sets (default: train)", default="train"),
           _arg("--show", "documents of each list (default: 20)", metavar="N", type=_COUNT, default=20),
           _switch("--json", "print all documents as JSON"),
-          _arg("--html", "also write one HTML page with the texts", metavar="FILE"),
-          _arg("--exclude", "write a list of documents, which data.exclude=FILE leaves out of the next run", metavar="FILE"),
+          _arg("--html", "also write one HTML page with the texts", type=Path, metavar="FILE"),
+          _arg("--exclude", "write a list of documents, which data.exclude=FILE leaves out of the next run", type=Path,
+               metavar="FILE"),
           _arg("--finding", "finding whose documents --exclude writes, repeatable (default: mislabeled)", action="append",
                choices=("mislabeled", "memorized", "nothing_to_learn")))),
     Verb("drift", "Explain", "explain:compare_prompts", "RUN PROMPTS",

@@ -20,6 +20,7 @@ from launcher.errors import ConfigError, DataError, Problem, RunError, raise_rep
 from launcher.plan.launch_plan import DataFacts
 from launcher.security.folders import make_own_folder, private_variables
 
+_PREPARE = "launcher.worker.prepare"
 # A worker that is ended removes what it has written so far.
 _TERMINATION_S = 10.0
 
@@ -33,7 +34,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
         DataError: if the data or the model has problems.
         RunError: if the process fails for another reason.
     """
-    return _prepare(config, *([f"--report={show}"] if show is not None else []))
+    return run_reporting(_PREPARE, config, *([f"--report={show}"] if show is not None else []))
 
 
 def prepare_eval_sets(config: RunConfig, kept: dict[str, DataFacts], tokenizer_path: str | None) -> dict[str, DataFacts]:
@@ -47,16 +48,12 @@ def prepare_eval_sets(config: RunConfig, kept: dict[str, DataFacts], tokenizer_p
         return kept
     if problems := [p for key, one in missing.items() if (p := find_path_problem(f"{key}.path", one))]:
         raise ConfigError(problems)
-    _prepare(config, "--eval-sets")
+    run_reporting(_PREPARE, config, "--eval-sets")
     built = facts.eval_set_facts(config, tokenizer_path)
     for key, one in missing.items():
         if one.name not in built:
             raise DataError(Problem("the data cache is missing or damaged right after it was built", key, remedy="try again"))
     return {**built, **kept}
-
-
-def _prepare(config: RunConfig, *arguments: str) -> dict[str, Any]:
-    return run_reporting("launcher.worker.prepare", config, *arguments)
 
 
 def check_extra(config: RunConfig) -> None:
