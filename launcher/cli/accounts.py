@@ -14,7 +14,6 @@ from typing import Any
 from launcher.cli.worker_process import worker_environment
 from launcher.clusters.check_results import FAILURE, OK, WARNING, CheckResult, from_problem
 from launcher.config.schema import RunConfig
-from launcher.config.sections.cluster import ClusterSection
 from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, Problem
 from launcher.export.hub import TOKEN_VARIABLE, token_problem
@@ -63,8 +62,8 @@ def _judge_wandb_account(config: RunConfig, account: dict[str, Any]) -> list[str
     if account["login"] is None and tracking.mode == "auto":
         return []
     if not config.cluster.forwards_environment:
-        # The login of the cluster's nodes counts; it is unknown here.
-        return _list_wandb_login_notes(config.cluster, account["login"])
+        # The login of the cluster's nodes counts; it is unknown here. Without one, they track offline, or fail in mode online.
+        return ["API keys are not sent to this cluster: its nodes need WANDB_API_KEY in their environment"]
     if account["refused"]:
         raise ConfigError(
             f"Weights & Biases does not accept this run: {account['refused']}",
@@ -75,15 +74,9 @@ def _judge_wandb_account(config: RunConfig, account: dict[str, Any]) -> list[str
         )
     notes = [f"the launcher could not check whether W&B accepts this run: {account['unknown']}"] if account["unknown"] else []
     notes += [account["note"]] if account["note"] else []
-    return [*notes, *_list_wandb_login_notes(config.cluster, account["login"])]
-
-
-def _list_wandb_login_notes(cluster: ClusterSection, login: str | None) -> list[str]:
-    """Return why the ranks may lack this login. Without one they track offline, or fail in mode online."""
-    if not cluster.forwards_environment:
-        return ["API keys are not sent to this cluster: its nodes need WANDB_API_KEY in their environment"]
-    problem = cluster.netrc_problem if login == "netrc" else None
-    return [] if problem is None else [f"{problem}: set WANDB_API_KEY in the environment of this command"]
+    if account["login"] == "netrc" and (problem := config.cluster.netrc_problem) is not None:
+        notes.append(f"{problem}: set WANDB_API_KEY in the environment of this command")
+    return notes
 
 
 def find_hub_token() -> tuple[str | None, str]:

@@ -73,13 +73,13 @@ def show_checkpoints(arguments: argparse.Namespace) -> int:
             )
         require_ended(run_dir)
         verified = _verify_all(run_dir) if arguments.verify else _verify_until_intact(run_dir)
-        with _plain_storage_errors(run_dir):
+        with _convert_storage_errors(run_dir):
             removed = _prune(run_dir, retention_of(run_dir, plan), verified)
     return _show(run_dir, plan, verified, removed, arguments.json)
 
 
 def _verify_all(run: RunDir) -> dict[Path, CheckpointError | None]:
-    with _plain_storage_errors(run):
+    with _convert_storage_errors(run):
         verified = verify(store.list_checkpoints(run.checkpoints))
         # An active run may remove a checkpoint while it is being read.
         return {path: error for path, error in verified.items() if error is None or path.exists()}
@@ -88,7 +88,7 @@ def _verify_all(run: RunDir) -> dict[Path, CheckpointError | None]:
 def _verify_until_intact(run: RunDir) -> dict[Path, CheckpointError | None]:
     """Verify from the newest checkpoint back to the first intact one, which must not be removed."""
     verified: dict[Path, CheckpointError | None] = {}
-    with _plain_storage_errors(run):
+    with _convert_storage_errors(run):
         for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
             verified |= verify([checkpoint])
             if not isinstance(verified[checkpoint.path], DamagedCheckpoint):
@@ -97,7 +97,7 @@ def _verify_until_intact(run: RunDir) -> dict[Path, CheckpointError | None]:
 
 
 @contextmanager
-def _plain_storage_errors(run: RunDir) -> Iterator[None]:
+def _convert_storage_errors(run: RunDir) -> Iterator[None]:
     """Convert an OSError to a RunError."""
     try:
         yield
@@ -182,7 +182,7 @@ def _describe(error: CheckpointError) -> tuple[str, ...]:
 
 def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[Leftover], as_json: bool) -> int:
     """Print the table, or JSON; returns 1 if a checkpoint is or was damaged, even if --prune has removed it."""
-    with _plain_storage_errors(run):
+    with _convert_storage_errors(run):
         rows = _list_rows(run, retention_of(run, plan), verified)
         saving_attempt = None
         # The backend is asked only if there is an unfinished save.
@@ -203,19 +203,16 @@ def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[L
         }
         print(json.dumps(values, indent=2))
         return EXIT_FAILED if has_damage else 0
+    texts = {item.path: f"{item.path.name}: {item.what}, {format_size(item.bytes)}" for item in (*removed, *left)}
     sections = []
     if removed:
-        pruned = [("removed", f"{item.path.name}: {item.what}, {format_size(item.bytes)}") for item in removed]
         freed = ("freed", f"{format_size(num_freed_bytes)} ({num_freed_bytes:,} bytes)")
-        sections.append(Section("", [Rows([*pruned, freed])]))
+        sections.append(Section("", [Rows([*(("removed", texts[item.path]) for item in removed), freed])]))
     shown = _build_table(rows) if rows else Text(f"no checkpoints in {short_path(run.checkpoints)}")
     sections.append(Section("", [shown]))
-    in_progress = [item for item in left if item.what == BEING_WRITTEN]
-    removable = [item for item in left if item.what != BEING_WRITTEN]
-    for items, title in ((in_progress, "a save in progress:"), (removable, "leftovers, which --prune removes:")):
-        if items:
-            texts = [f"{item.path.name}: {item.what}, {format_size(item.bytes)}" for item in items]
-            sections.append(Section(title, [Items(texts)]))
+    for title, is_progress in (("a save in progress:", True), ("leftovers, which --prune removes:", False)):
+        if items := [texts[item.path] for item in left if (item.what == BEING_WRITTEN) == is_progress]:
+            sections.append(Section(title, [Items(items)]))
     terminal.show(*sections, label_columns=9)
     return EXIT_FAILED if has_damage else 0
 

@@ -79,7 +79,7 @@ def compare_runs(arguments: argparse.Namespace) -> int:
 
         def plain(key: str, value: Any) -> Any:
             if isinstance(value, str):
-                return _without_secrets(key, value)
+                return _hide_secrets(key, value)
             return [plain(key, item) for item in value] if isinstance(value, list | tuple) else value
 
         values: dict[str, Any] = {"left": left.name, "right": right.name}
@@ -234,10 +234,10 @@ def _format_value(key: str, value: Any) -> str:
         return f"{value:,.{1 if abs(value) >= 100 else 4}f}" if 0.001 <= abs(value) < _MOST else f"{value:g}"
     if isinstance(value, list | tuple):
         return ", ".join(_format_value(key, item) for item in value)
-    text = _without_secrets(key, str(value)).replace("\n", " ")
+    text = _hide_secrets(key, str(value)).replace("\n", " ")
     return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}..."
 
 
-def _without_secrets(key: str, text: str) -> str:
+def _hide_secrets(key: str, text: str) -> str:
     # A commit looks like a W&B key.
     return text if key == _GIT_COMMIT and _COMMIT.fullmatch(text) else redact_setting(key, text)

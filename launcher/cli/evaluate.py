@@ -75,7 +75,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     if arguments.tasks is None and (arguments.task_folder is not None or arguments.limit is not None):
         message = "--task-folder and --limit apply to tasks, but none are named"
         remedy = "add --tasks NAMES; evaluate.max_prompts=N is the number of held-out prompts"
-        raise ConfigError(message, where="command line", remedy=remedy)
+        raise ConfigError(message, where=_WHERE, remedy=remedy)
     gains = parse_minimum_gains(arguments.min_gain, config.evaluate.metrics if arguments.tasks is None else None)
     step = _choose_step(run_dir, arguments.step)
     folder = run_dir.evaluation(step)
@@ -91,18 +91,18 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     )
     nodes = evaluation_nodes_for(config.cluster.kind)
     nodes = nodes if nodes is not None and nodes.runs_elsewhere(config) else None
+    if arguments.tasks is not None and nodes is not None and device().kind != "cuda":
+        # A login node's CPU would be too slow for a model that was trained on a cluster.
+        raise SubmitError(
+            "tasks are scored on this machine, which has no GPU",
+            where="--tasks",
+            value=f"the run's cluster is {config.cluster.kind}",
+            remedy="start the command on a machine with a GPU, such as: srun --gpus 1 python -m launcher evaluate ...; or add "
+            "cluster=local to use this machine's CPU",
+        )
     try:
         with ended_by_signals(), _lock_evaluation(folder):
             if arguments.tasks is not None:
-                # A login node's CPU would be too slow for a model that was trained on a cluster.
-                if nodes is not None and device().kind != "cuda":
-                    raise SubmitError(
-                        "tasks are scored on this machine, which has no GPU",
-                        where="--tasks",
-                        value=f"the run's cluster is {config.cluster.kind}",
-                        remedy="start the command on a machine with a GPU, such as: srun --gpus 1 python -m launcher evaluate "
-                        "...; or add cluster=local to use this machine's CPU",
-                    )
                 shown = run_reporting(_TASKS, config, str(run_dir.plan), *words)
             else:
                 with private_files():
@@ -161,7 +161,7 @@ def _change_settings(config: RunConfig, overrides: Sequence[str], run_name: str)
     problems = [
         Problem(
             f"{override.partition('=')[0]} cannot change in an evaluation: the run was trained with it",
-            where="command line",
+            where=_WHERE,
             value=override,
             remedy="change settings of evaluate and cluster",
         )

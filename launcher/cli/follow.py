@@ -308,7 +308,7 @@ def show_log(arguments: argparse.Namespace) -> int:
         raise SubmitError(
             f"rank {rank} has no log in attempt {output.attempt}",
             where=str(output.log),
-            value=_end_line(run, output.attempt, reader.status(run)),
+            value=_describe_end(run, output.attempt, reader.status(run)),
             remedy=f"existing logs: {', '.join(logs)}" if logs else "wait until the attempt has started",
         )
     watch = StatusWatch(run, reader)
@@ -326,7 +326,7 @@ def show_log(arguments: argparse.Namespace) -> int:
             output.attempt, output.offset = newest, 0
         time.sleep(_LOG_POLL_S)
     output.print_agent_log()
-    if line := _end_line(run, output.attempt, status):
+    if line := _describe_end(run, output.attempt, status):
         print(f"\n{line}")
     if arguments.follow and is_silent:
         print(f"\nnot followed: {status.message}")
@@ -364,7 +364,7 @@ class _RankOutput:
             print(as_plain_lines(agent.read_text(errors="replace")), end="")
 
 
-def _end_line(run: RunDir, attempt: int, status: Status) -> str:
+def _describe_end(run: RunDir, attempt: int, status: Status) -> str:
     """Return one line on how an incomplete attempt ended; empty if it is running or has completed."""
     message, how = status.message if status.state == "failed" else "", "failed"
     if attempt != run_store.newest_attempt(run):

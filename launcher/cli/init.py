@@ -57,12 +57,12 @@ def write_file(arguments: argparse.Namespace) -> int:
     """Write the file, or refuse with the reason; nothing is overwritten."""
     named = [token.partition("=")[2].strip("'\"") for token in arguments.overrides if override_key(token) == "data.path"]
     data = arguments.data or next(reversed(named), None)
-    out = arguments.out or Path(f"{_name_of(data)}.yaml")
+    out = arguments.out or Path(f"{_choose_name(data)}.yaml")
     composed = _compose(arguments.model, arguments.data, arguments.overrides)
     _require_free(out)
     if composed.config.cluster.runs_on_every_node and composed.config.run.name is None:
         # Every machine must find the same run.
-        composed = replace(composed, config=apply_changes(composed.config, {"run.name": _name_of(out.stem)}))
+        composed = replace(composed, config=apply_changes(composed.config, {"run.name": _choose_name(out.stem)}))
     with composed.located():
         starter = fit_settings(composed, data)
     values = _list_values(starter, composed)
@@ -123,7 +123,7 @@ def _format_comment(text: str, indent: str = "") -> str:
     )
 
 
-def _name_of(data: str | None) -> str:
+def _choose_name(data: str | None) -> str:
     last = (data or "run").rstrip("/").rpartition("/")[2]
     while Path(last).suffix in (".jsonl", ".json", ".csv", ".parquet", ".txt", ".gz", ".zst"):
         last = Path(last).stem
@@ -158,15 +158,15 @@ def _compose(model: str | None, data: str | None, rest: Sequence[str]) -> Compos
         if Path(model).is_dir() and "/" not in model:
             model = f"./{model}"
         is_source = is_local_path(model) or is_run(model) or HUB_ID_PATTERN.fullmatch(model) or ":" in model
-        tokens.append(f"model.path={_quoted(model)}" if is_source else f"model={model}")
-    tokens += ["data=jsonl", f"data.path={_quoted(data)}"] if data else []
+        tokens.append(f"model.path={_quote(model)}" if is_source else f"model={model}")
+    tokens += ["data=jsonl", f"data.path={_quote(data)}"] if data else []
     keys = [override_key(token) for token in rest]
     if "data.path" in keys and "data" not in keys and not data:
         tokens.append("data=jsonl")
     return compose_one([*tokens, *rest], flags_of("init"))
 
 
-def _quoted(value: str) -> str:
+def _quote(value: str) -> str:
     """Return a value in Hydra's syntax: quoted if it has characters that are not allowed in names."""
     if re.fullmatch(r"[\w./:@-]+", value):
         return value
@@ -250,7 +250,7 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     if sample_report["config"] is not None and config.model.config is None:
         changes["model.config"] = sample_report["config"]
         config = apply_changes(config, changes)
-    num_params, max_positions, gathered, assumed = _model_size(config, composed.overrides, node)
+    num_params, max_positions, gathered, assumed = _estimate_model_size(config, composed.overrides, node)
     assumptions += [assumed] if assumed else []
     sample = DataSample(
         num_documents=sum(source["num_rows"] for source in sample_report["sources"]),
@@ -334,7 +334,7 @@ def _suggest_for_data(config: RunConfig, report: dict[str, Any], sample: DataSam
     return suggestions
 
 
-def _model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:
+def _estimate_model_size(config: RunConfig, overrides: Sequence[str], node: DeviceFacts) -> tuple[int, int | None, Facts, str]:
     """Return the model's parameters and positions, the facts for the plan, and the assumptions (empty if there are none)."""
     found = find_model(config.model)
     if found.is_config_known:

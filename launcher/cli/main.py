@@ -103,11 +103,11 @@ def _report(kind: str, problems: Sequence[Problem], exit_code: int, as_json: boo
 
 
 def _run_command(tokens: list[str]) -> int:
-    tokens, owners = _without_trusted_owners(tokens)
+    tokens, owners = _split_off_trusted_owners(tokens)
     if tokens[:1] in (["--help"], ["-h"]):
         return _print(overall_help())
     if "--version" in tokens or tokens == ["-V"]:
-        return _print(_versions())
+        return _print(_list_versions())
     if not tokens:
         _print(_FIRST_STEPS)
         return EXIT_REFUSED
@@ -133,7 +133,7 @@ def _run_command(tokens: list[str]) -> int:
     return verb.execute(words)
 
 
-def _without_trusted_owners(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
+def _split_off_trusted_owners(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split off --trust-owner NAME and --trust-owner=NAME, which every verb accepts; returns the other words and the names."""
     rest, owners = [], []
     words = iter(tokens)
@@ -157,7 +157,7 @@ def _make_paths_absolute() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(path and os.path.abspath(path) for path in paths.split(os.pathsep))
 
 
-def _versions() -> str:
+def _list_versions() -> str:
     """Return the versions of the launcher, Python and a run's packages, one per line, without importing them."""
     import platform
     import re

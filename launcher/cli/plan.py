@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from launcher.cli.verbs import flags_of
 from launcher.clusters.backends import Cluster, cluster_for, describe_answers
 from launcher.clusters.preflight import disk_note, push_note
 from launcher.config.compose import Composed, require_distinct_runs, run_hydra
-from launcher.errors import ConfigError
 from launcher.models.found_model import find_model
 from launcher.plan.flops import FAMILIES, missing_sizes, train_flops
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
@@ -253,7 +251,7 @@ def _list_memory(plan: LaunchPlan) -> list[tuple[str, str]]:
     states = f"model states {_format_gib(memory.per_rank_gib)}{of} per rank ({kept})" if kept else "no model states on the GPU"
     parts = [states, *([f"offloaded per rank: {moved}"] if moved else [])]
     parts += [f"{_format_gib(memory.host_per_node_gib)} of main memory per node"] if memory.host_per_node_gib else []
-    if (smallest := _find_smallest(plan)) is not None:
+    if (smallest := plan_fewest_workers(plan)) is not None:
         parts.append(f"{_format_gib(smallest.memory.per_rank_gib)} per rank on {smallest.topology.world_size}")
     return [("memory", "; ".join(parts)), ("peak", describe_peak(plan))]
 
@@ -389,7 +387,7 @@ def _list_notes(plan: LaunchPlan, own_notes: Sequence[str | None]) -> list[str]:
     if (isolation := plan.model.isolation) is not None and isolation.outcome == "unknown":
         condition = "packed documents affect each other" if config.data.packing else "the model sees later tokens"
         notes.append(f"whether {condition} is measured on the loaded model, before step 1 ({isolation.detail})")
-    smallest, min_workers = _find_smallest(plan), config.cluster.fewest_workers
+    smallest, min_workers = plan_fewest_workers(plan), config.cluster.fewest_workers
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _describe_tight_memory(sized))]
     if smallest is not None and min_workers is not None and (least := smallest.topology.world_size) < min_workers:
         idle, of = min_workers - least, format_count(least, "rank")
@@ -420,13 +418,6 @@ def _list_notes(plan: LaunchPlan, own_notes: Sequence[str | None]) -> list[str]:
             "or data.long_documents=split"
         )
     return [note for note in (*notes, _describe_unknown_flops(plan.model), *own_notes) if note]
-
-
-def _find_smallest(plan: LaunchPlan) -> LaunchPlan | None:
-    """Return the plan on the fewest workers with which the run continues, or None if it is this plan or the plan is old."""
-    with suppress(ConfigError):
-        return plan_fewest_workers(plan)
-    return None
 
 
 def _describe_tight_memory(plan: LaunchPlan) -> str:

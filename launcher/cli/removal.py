@@ -251,7 +251,7 @@ def _list_users(roots: Iterable[Path]) -> Iterator[tuple[str, str, set[str]]]:
             state = run_store.read_status(run).state
         for path in (run.plan, *run_store.changed_plan_paths(run)):
             try:
-                paths |= set(_paths_of(run_store.read_plan_values(path)))
+                paths |= set(_find_paths(run_store.read_plan_values(path)))
             except LauncherError:
                 if state != "completed":
                     message = "the plan of a run cannot be read, so what it uses is unknown"
@@ -260,11 +260,11 @@ def _list_users(roots: Iterable[Path]) -> Iterator[tuple[str, str, set[str]]]:
         yield str(run.root.absolute()), state, paths
 
 
-def _paths_of(part: Any) -> Iterator[str]:
+def _find_paths(part: Any) -> Iterator[str]:
     """Yield all absolute paths in a plan: data caches of all splits, model, tokenizer, and whatever plans add."""
     if isinstance(part, dict | list):
         for value in part.values() if isinstance(part, dict) else part:
-            yield from _paths_of(value)
+            yield from _find_paths(value)
     elif isinstance(part, str) and part.startswith("/"):
         yield os.path.realpath(part)
 
@@ -314,11 +314,7 @@ def _read_entry(kind: str, path: Path, lock: Path) -> CacheEntry | None:
 
 def _is_locked(lock: Path) -> bool:
     """Return whether a process holds a lock file; does not change the file."""
-    try:
-        file = open(lock, "rb+")  # noqa: SIM115
-    except OSError:
-        return False
-    with file:
+    with suppress(OSError), open(lock, "rb+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

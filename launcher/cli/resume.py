@@ -413,7 +413,7 @@ def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts, asks_f
     if recorded is not None and _is_same_data(config, plan.config):
         if cache_store.read(Path(recorded.cache_dir)) != recorded:
             print("the data cache differs from the one in the plan; building it again from the sources", flush=True)
-        elif changed := _changed_sources(recorded, config):
+        elif changed := _find_changed_sources(recorded, config):
             print(f"note: changed since the rows of this run were built: {'; '.join(changed)}", flush=True)
             if not asks_for_data:
                 print(f"note: the run continues with the {format_count(recorded.num_rows, 'row')} as built", flush=True)
@@ -453,7 +453,7 @@ def _restore_eval_sets(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -
     return restored
 
 
-def _changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:
+def _find_changed_sources(recorded: DataFacts, config: RunConfig) -> list[str]:
     """Return the sources whose files changed since the cache was built, each with both digests; reads all of the local files.
 
     Unreadable sources, such as removed files, are left out: the rows do not depend on them any more.

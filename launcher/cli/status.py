@@ -65,7 +65,7 @@ def show_run(arguments: argparse.Namespace) -> int:
             # Storage may be available again at the next try.
             if every_s is None or time.monotonic() - read_at > _STORAGE_FAILURE_S:
                 raise
-            print(printable(f"the run cannot be read now: {_reason(error)}"), file=sys.stderr)
+            print(printable(f"the run cannot be read now: {_describe_error(error)}"), file=sys.stderr)
             time.sleep(every_s)
             continue
         read_at = time.monotonic()
@@ -129,7 +129,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
                 )
         except Exception as error:
             # One run must not hide the others.
-            print(printable(f"{run.root.name}: {_reason(error)}").replace("\n", "\\n"), file=sys.stderr)
+            print(printable(f"{run.root.name}: {_describe_error(error)}").replace("\n", "\\n"), file=sys.stderr)
     if arguments.json:
         print("[\n{}\n]".format(",\n".join(summaries)) if summaries else "[]")
     elif not rows:
@@ -139,7 +139,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return error.problems[0].message if isinstance(error, LauncherError) else str(error)
 
 
@@ -233,7 +233,7 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
         spent = goodput.read(run, time.time(), status.state) if run_store.attempt_numbers(run) else None
     recent = {name: [line[name] for line in tail.recent if name in line] for name in median_names()}
     medians = {name: statistics.median(numbers) for name, numbers in recent.items() if numbers}
-    step, age_s, rest = newest_trained_step(run, status), None, None
+    step, age_s, rest = newest_trained_step(run, status), None, _Remaining()
     if tail.last:
         # status.json also has the steps between logged ones.
         reported_at = status.updated_at if step > tail.last["trainer/step"] else tail.last["time"]
@@ -244,7 +244,8 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
         if tail.last and tail.last["attempt"] == number:
             # It is training, or its job was requeued and continues from the newest checkpoint.
             start_step = max(checkpoints, default=0) if status.state == "pending" else None
-        rest = _estimate_remaining(tail, status, medians, start_step, age_s, _Costs.of(tail, spent, placed))
+        step_s = medians.get("time/step_s", math.nan)
+        rest = _estimate_remaining(tail, status, start_step, step_s, age_s, spent, placed)
     verdict = None
     with suppress(OSError, LauncherError):
         if (judged := read_newest_verdict(run)) is not None:
@@ -264,14 +265,14 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
         "losses": list(tail.losses),
         "eval_loss": tail.eval_loss,
         "eval_step": tail.eval_step,
-        "left_s": None if rest is None else rest.seconds,
-        "limit": None if rest is None else rest.limit,
+        "left_s": rest.seconds,
+        "limit": rest.limit,
         "asked_to_stop": status.state in RUNNING_STATES and run.cancel(number).is_file(),
         "checkpoints": checkpoints,
         "export": str(run.export) if run.export.is_dir() else None,
         "export_step": exported.step if run.export.is_dir() and (exported := read_export(run)) is not None else None,
         "device": placed.device,
-        "cost": _sum_cost(tail, spent, placed, None if rest is None else rest.usd),
+        "cost": _sum_cost(tail, spent, placed, rest.usd),
         "goodput": _list_goodput(spent or goodput.breakdown_from_metrics(tail.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": wandb_page(run, events),
@@ -292,65 +293,54 @@ def _read_resumed_steps(run: RunDir) -> dict[int, int]:
 
 
 @dataclass(frozen=True)
-class _Costs:
-    """The cost of an active run; `usd_per_s` is per second with machines. Unknown values are None."""
-
-    usd: float | None
-    usd_per_s: float | None
-    held_s: float
-    logged_usd: float | None
-    max_usd: float | None
-    max_hours: float | None
-
-    @classmethod
-    def of(cls, tail: MetricsTail, spent: Breakdown | None, placed: Placement) -> _Costs:
-        logged = None if tail.spent is None else tail.spent.usd
-        usd = spent.usd if spent is not None and spent.gpu_s else logged
-        num_gpus = max(placed.num_ranks, 0 if spent is None else spent.num_workers)
-        usd_per_s = None if placed.price is None else num_gpus * placed.price.usd_per_gpu_hour / 3600
-        return cls(usd, usd_per_s, 0.0 if spent is None else spent.held_s, logged, placed.max_usd, placed.max_hours)
-
-    def limit(self) -> tuple[str, float] | None:
-        """Return the limit that will be reached first and the seconds with machines until then, or None if there is no limit."""
-        limits = []
-        if self.max_hours is not None:
-            limits.append((f"run.max_hours={self.max_hours:g}", self.max_hours * 3600 - self.held_s))
-        if self.max_usd is not None and self.usd is not None and self.usd_per_s:
-            limits.append((f"run.max_usd={self.max_usd:g}", (self.max_usd - self.usd) / self.usd_per_s))
-        return min(limits, key=lambda one: one[1], default=None)
-
-
-@dataclass(frozen=True)
 class _Remaining:
-    """The remainder of a run: seconds, US dollars at the end, and the limit that stops it early."""
+    """The remainder of a run: seconds, US dollars at the end, and the limit that stops it early; unknown values are None."""
 
-    seconds: float | None
-    usd: float | None
-    limit: str | None
+    seconds: float | None = None
+    usd: float | None = None
+    limit: str | None = None
 
 
 def _estimate_remaining(
-    tail: MetricsTail, status: Status, medians: dict[str, float], start_step: int | None, age_s: float | None, costs: _Costs
+    tail: MetricsTail,
+    status: Status,
+    start_step: int | None,
+    step_s: float,
+    age_s: float | None,
+    spent: Breakdown | None,
+    placed: Placement,
 ) -> _Remaining:
     """Return the remainder of an active run: from its last step, or from median step times if it will train from `start_step`."""
-    step_s = medians.get("time/step_s", math.nan)
+    logged_usd = None if tail.spent is None else tail.spent.usd
+    usd = spent.usd if spent is not None and spent.gpu_s else logged_usd
     if start_step is None:
         left_s = tail.last.get("trainer/eta_s", math.nan)
         # The last line's estimate still includes steps that have been paid for since then.
-        from_usd = costs.usd if costs.usd is None or costs.logged_usd is None else min(costs.usd, costs.logged_usd)
+        from_usd = usd if usd is None or logged_usd is None else min(usd, logged_usd)
         is_silent = age_s is not None and age_s > max(_SILENT_S, _SILENT_STEPS * (step_s if step_s > 0 else 0.0))
     else:
         left_s = max(0, status.max_steps - start_step) * step_s if status.max_steps else math.nan
-        from_usd, is_silent = costs.usd, False
+        from_usd, is_silent = usd, False
     if is_silent or not math.isfinite(left_s):
-        return _Remaining(None, None, None)
-    limit, by_limit = None, costs.limit()
-    if by_limit is not None and by_limit[1] < left_s:
-        limit, left_s, from_usd = by_limit[0], max(0.0, by_limit[1]), costs.usd
-    usd = None
-    if costs.usd is not None and from_usd is not None and costs.usd_per_s is not None:
-        usd = max(costs.usd, from_usd + costs.usd_per_s * left_s)
-    return _Remaining(left_s, usd, limit)
+        return _Remaining()
+    # Seconds with machines until each limit is reached.
+    limits = []
+    if placed.max_hours is not None:
+        held_s = 0.0 if spent is None else spent.held_s
+        limits.append((placed.max_hours * 3600 - held_s, f"run.max_hours={placed.max_hours:g}"))
+    num_gpus = max(placed.num_ranks, 0 if spent is None else spent.num_workers)
+    usd_per_s = None if placed.price is None else num_gpus * placed.price.usd_per_gpu_hour / 3600
+    if placed.max_usd is not None and usd is not None and usd_per_s:
+        limits.append(((placed.max_usd - usd) / usd_per_s, f"run.max_usd={placed.max_usd:g}"))
+    until_s, limit = min(limits, default=(math.inf, None))
+    if until_s < left_s:
+        left_s, from_usd = max(0.0, until_s), usd
+    else:
+        limit = None
+    at_end = None
+    if usd is not None and from_usd is not None and usd_per_s is not None:
+        at_end = max(usd, from_usd + usd_per_s * left_s)
+    return _Remaining(left_s, at_end, limit)
 
 
 def _list_goodput(spent: Breakdown | None) -> dict[str, float] | None:

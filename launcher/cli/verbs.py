@@ -141,7 +141,7 @@ def _number(about: str, parse: Callable[[str], float], accepts: Callable[[float]
     return convert
 
 
-def _duration(word: str) -> float:
+def _parse_duration(word: str) -> float:
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)([mhdw])", word):
         return float(match[1]) * {"m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}[match[2]]
     raise argparse.ArgumentTypeError(f"{word} is not a duration: write a number and m, h, d or w, such as 30d")
@@ -155,7 +155,7 @@ def _switch(name: str, about: str) -> Argument:
     return _arg(name, about, action="store_true")
 
 
-def _listed(texts: Mapping[str, str]) -> str:
+def _join_texts(texts: Mapping[str, str]) -> str:
     return "; ".join(f"{name}: {text}" for name, text in texts.items())
 
 
@@ -297,7 +297,7 @@ TABLE = (
          "Rehearse a fault on a short run: does it save and continue, and what does it lose? It takes the settings of `train`. "
          "The run is stopped as soon as it has recovered; its files are kept.",
          (_OVERRIDES,
-          _arg("--fault", f"the fault to inject. {_listed(_FAULTS)}", metavar="FAULT", choices=tuple(_FAULTS), required=True),
+          _arg("--fault", f"the fault to inject. {_join_texts(_FAULTS)}", metavar="FAULT", choices=tuple(_FAULTS), required=True),
           _arg("--timeout", "limit for the whole drill, including time in a queue (default: 30)", metavar="MINUTES",
                type=_MINUTES, default=30.0),
           _switch("--json", "print the report as JSON")),
@@ -386,10 +386,10 @@ TABLE = (
     Verb("clean", "Organize", "removal:clean_cache", "[--older-than 30d] [--only KIND] [--dry-run]",
          "Remove parts of the cache that no unfinished run uses, after a question. All parts are listed with size, last use and "
          "the runs that use them; what was used lately is kept, and so is what a live or unfinished run of these folders uses.",
-         (_arg("--only", f"parts of one kind (repeatable). {_listed(_CACHE_KINDS)}", choices=tuple(_CACHE_KINDS),
+         (_arg("--only", f"parts of one kind (repeatable). {_join_texts(_CACHE_KINDS)}", choices=tuple(_CACHE_KINDS),
                action="append"),
           _arg("--older-than", "parts that were last used longer ago than this, such as 30d, 12h or 2w (default: 7d)",
-               metavar="TIME", type=_duration, default="7d"),
+               metavar="TIME", type=_parse_duration, default="7d"),
           _switch("--shared", "include your own data caches that a group shares; the runs of its other members are not known"),
           *_REMOVAL,
           _arg("--root", "folder of runs that may use the cache (repeatable; default: runs)", action="append")),

@@ -109,11 +109,11 @@ def test_values_that_are_not_finite_are_left_out_and_empty_series_draw_nothing()
 
 @pytest.mark.parametrize(("low", "high"), [(0, 7), (-3.2, 1e9), (0.001, 0.0012), (1e-5, 1.5e-5), (12.7, 12.701)])
 def test_ticks_are_few_and_round_and_enclose(low: float, high: float) -> None:
-    ticks = html._ticks(low, high)
+    ticks = html._choose_ticks(low, high)
     assert ticks[0] <= low
     assert ticks[-1] >= high
     assert 2 <= len(ticks) <= 8
-    assert len(set(html._tick_labels(ticks))) == len(ticks)
+    assert len(set(html._label_ticks(ticks))) == len(ticks)
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_ticks_are_few_and_round_and_enclose(low: float, high: float) -> None:
     ],
 )
 def test_tick_labels_differ_and_whole_numbers_have_no_fractions(steps: list[float], labels: list[str]) -> None:
-    axis = html._linear_axis(steps, 0, 100)
+    axis = html._make_axis(steps, 0, 100)
     assert [label for _, label in axis.ticks] == labels
 
 
 @pytest.mark.parametrize("values", [[12.7], [12.7, 12.7, 12.7], [12.7, 12.70000001]])
 def test_a_constant_has_one_tick_with_its_value(values: list[float]) -> None:
-    axis = html._linear_axis(values, 100, 0)
+    axis = html._make_axis(values, 100, 0)
     assert axis.ticks == [(50, "12.7")]
     assert axis.position(12.7) == 50
 

@@ -80,11 +80,11 @@ def to_page(title: str, subtitle: str, parts: Sequence[Part]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"cell": _cell, "draw": draw}
+    templates.filters |= {"cell": _format_cell, "draw": draw}
     return templates.get_template("page.html.jinja").render(title=title, subtitle=subtitle, parts=parts)
 
 
-def _cell(text: object) -> Markup:
+def _format_cell(text: object) -> Markup:
     """Return a table cell's text with its line breaks, and with places where long words such as paths may break."""
 
     def breakable(word: str) -> Markup:
@@ -118,16 +118,16 @@ def _draw_lines(chart: LineChart) -> Markup:
     values = [value for curve in chart.curves for value in curve.y if math.isfinite(value)]
     if not points or not values:
         return Markup('<p class="soft">{}: nothing to draw</p>').format(chart.title)
-    y_axis = _linear_axis(values, _HEIGHT - _BOTTOM, _TOP)
+    y_axis = _make_axis(values, _HEIGHT - _BOTTOM, _TOP)
     left = max(40.0, 8 + _CHARACTER * max(len(label) for _, label in y_axis.ticks))
-    x_axis = _linear_axis(points, left, _WIDTH - _RIGHT)
+    x_axis = _make_axis(points, left, _WIDTH - _RIGHT)
     shapes = []
     for at, label in y_axis.ticks:
         shapes.append(f'<line class="grid" x1="{left:.1f}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        shapes.append(_text(left - 6, at + 4, label, "end"))
+        shapes.append(_draw_text(left - 6, at + 4, label, "end"))
     for at, label in x_axis.ticks:
         # Labels stay within the chart.
-        shapes.append(_text(min(at, _WIDTH - _CHARACTER * len(label) / 2), _HEIGHT - _BOTTOM + 17, label, "middle"))
+        shapes.append(_draw_text(min(at, _WIDTH - _CHARACTER * len(label) / 2), _HEIGHT - _BOTTOM + 17, label, "middle"))
     for number, curve in enumerate(chart.curves):
         line = [(x_axis.position(a), y_axis.position(b)) for a, b in zip(curve.x, curve.y, strict=True) if math.isfinite(b)]
         tip = f"<title>{escape(curve.name)}</title>"
@@ -137,8 +137,8 @@ def _draw_lines(chart: LineChart) -> Markup:
         else:
             path = " ".join(f"{a:.1f},{b:.1f}" for a, b in line)
             shapes.append(f'<polyline class="line" stroke="{_color(number)}" points="{path}">{tip}</polyline>')
-    shapes.append(_text((left + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, chart.x_label, "middle"))
-    shapes.append(_text(2, 13, chart.y_label, "start"))
+    shapes.append(_draw_text((left + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, chart.x_label, "middle"))
+    shapes.append(_draw_text(2, 13, chart.y_label, "start"))
     names = (f'<span><i style="background:{_color(i)}"></i>{escape(one.name)}</span>' for i, one in enumerate(chart.curves))
     legend = f'<div class="key">{"".join(names)}</div>' if len(chart.curves) > 1 else ""
     title = escape(chart.title)
@@ -147,7 +147,7 @@ def _draw_lines(chart: LineChart) -> Markup:
     return Markup(f"<figure><h3>{title}</h3>{legend}{drawing}</figure>")  # noqa: S704
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def _draw_text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
@@ -167,19 +167,19 @@ def _scale(low: float, high: float, at_low: float, at_high: float) -> Callable[[
     return lambda value: at_low + (value - low) / (high - low) * (at_high - at_low)
 
 
-def _linear_axis(values: Sequence[float], at_low: float, at_high: float) -> _Axis:
+def _make_axis(values: Sequence[float], at_low: float, at_high: float) -> _Axis:
     """Return an axis from `at_low` to `at_high` with round ticks; a constant has one tick, in the middle, with its value."""
     low, high = min(values), max(values)
     if high - low <= _CONSTANT * max(abs(low), abs(high)):
         half = abs(low) or 1.0
         position = _scale(low - half, low + half, at_low, at_high)
         return _Axis([(position(low), f"{low:,.6g}" if abs(low) < 1e6 else f"{low:,.0f}")], position)
-    ticks = _ticks(low, high, are_whole=all(float(value).is_integer() for value in values))
+    ticks = _choose_ticks(low, high, are_whole=all(float(value).is_integer() for value in values))
     position = _scale(ticks[0], ticks[-1], at_low, at_high)
-    return _Axis([(position(tick), label) for tick, label in zip(ticks, _tick_labels(ticks), strict=True)], position)
+    return _Axis([(position(tick), label) for tick, label in zip(ticks, _label_ticks(ticks), strict=True)], position)
 
 
-def _ticks(low: float, high: float, are_whole: bool = False) -> list[float]:
+def _choose_ticks(low: float, high: float, are_whole: bool = False) -> list[float]:
     """Return about five round numbers from at most `low` to at least `high`, without fractions if `are_whole`."""
     rough = (high - low) / 4
     unit = 10 ** math.floor(math.log10(rough))
@@ -190,22 +190,22 @@ def _ticks(low: float, high: float, are_whole: bool = False) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def _tick_labels(ticks: Sequence[float]) -> list[str]:
+def _label_ticks(ticks: Sequence[float]) -> list[str]:
     """Return the ticks in one unit, with enough digits to distinguish them: 1.5k, 20M."""
     step, largest = ticks[1] - ticks[0], max(map(abs, ticks))
     if largest < 1e-3:
-        digits = _num_digits(step, lambda tick, digits: float(f"{tick:.{digits}e}"), ticks)
+        digits = _count_digits(step, lambda tick, digits: float(f"{tick:.{digits}e}"), ticks)
         return [f"{tick:.{digits}e}" if tick else "0" for tick in ticks]
     for least, factor, unit in _UNITS:
         scaled = [tick / factor for tick in ticks]
-        digits = _num_digits(step / factor, round, scaled)
+        digits = _count_digits(step / factor, round, scaled)
         if largest >= least and digits <= _UNIT_DIGITS:
             return [f"{tick:,.{digits}f}{unit}" if tick else "0" for tick in scaled]
-    digits = _num_digits(step, round, ticks)
+    digits = _count_digits(step, round, ticks)
     return [f"{tick:,.{digits}f}" if tick else "0" for tick in ticks]
 
 
-def _num_digits(step: float, rounded: Callable[[float, int], float], values: Sequence[float]) -> int:
+def _count_digits(step: float, rounded: Callable[[float, int], float], values: Sequence[float]) -> int:
     """Return the fewest decimal places with which rounding moves no value by more than a hundredth of `step`."""
     return next(
         (digits for digits in range(16) if all(abs(rounded(value, digits) - value) <= step / 100 for value in values)), 16
