@@ -127,16 +127,10 @@ def resume_run(
     for note in (*check_wandb(plan.config, worker_environment()), disk_note(plan), push_note(plan)):
         if note:
             print(f"note: {note}")
-    known = remarks(former)
-    for line in remarks(plan):
-        if line not in known:
-            print(line)
-    exported = read_export(run) if plan.config.export.enabled else None
-    if checkpoint is not None and exported is not None:
-        is_completed = run_store.read_status(run).state == "completed"
-        if is_completed or exported.step == checkpoint.step:
-            holds = f"{short_path(run.export)} holds step {exported.step}"
-            print(f"note: {holds} and is replaced when the run ends; to keep this model, copy the folder before then")
+    for line in list_new_remarks(plan, former):
+        print(line)
+    if checkpoint is not None and (note := describe_replaced_export(run, plan, checkpoint.step)):
+        print(f"note: {note}")
     is_longer = (plan.batch.max_steps or 0) > (former.batch.max_steps or 0)
     if is_longer and not automatic and not may_start([plan], accepts_cost):
         raise SubmitError("the run was not continued, as you answered", where=str(run.root), remedy="answer y to continue it")
@@ -158,6 +152,21 @@ def resume_run(
     print(f"continuing {plan.run_name} from {start}", flush=True)
     cluster.submit(run, attempt, plan_path)
     return attempt
+
+
+def list_new_remarks(plan: LaunchPlan, former: LaunchPlan) -> list[str]:
+    """Return the warnings and notes of a plan that the former one does not have, such as a warm-up longer than the run."""
+    known = remarks(former)
+    return [line for line in remarks(plan) if line not in known]
+
+
+def describe_replaced_export(run: RunDir, plan: LaunchPlan, step: int) -> str | None:
+    """Say that a run's result will be replaced; None unless it is completed, or has exported the step that it continues from."""
+    exported = read_export(run) if plan.config.export.enabled else None
+    if exported is None or (exported.step != step and run_store.read_status(run).state != "completed"):
+        return None
+    holds = f"{short_path(run.export)} holds step {exported.step}"
+    return f"{holds} and is replaced when the run ends; to keep this model, copy the folder before then"
 
 
 def _require_steps_left(run: RunDir, plan: LaunchPlan, checkpoint: Checkpoint) -> None:

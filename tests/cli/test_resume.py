@@ -12,13 +12,13 @@ from plan_fixtures import DATA
 from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.resume import (
-    _changed_remarks,
-    _changed_sources,
     _choose_checkpoint,
-    _describe_replaced_export,
+    _find_changed_sources,
     _require_budget,
     _require_steps_left,
     describe_moved_rows,
+    describe_replaced_export,
+    list_new_remarks,
 )
 from launcher.config.sections.data import Source
 from launcher.data import cache_store
@@ -83,9 +83,9 @@ def test_what_the_changed_settings_make_worse_is_noted(run: RunDir) -> None:
     plan = run_store.load_plan(run)
     optim = plan.config.optim.model_copy(update={"warmup_steps": plan.batch.max_steps})
     changed = plan.model_copy(update={"config": plan.config.model_copy(update={"optim": optim})})
-    (note,) = _changed_remarks(changed, plan)
+    (note,) = list_new_remarks(changed, plan)
     assert note.startswith("note: the warm-up of ")
-    assert _changed_remarks(changed, changed) == []
+    assert list_new_remarks(changed, changed) == []
 
 
 def forget_training(run: RunDir) -> None:
@@ -127,12 +127,12 @@ def test_sources_that_changed_since_the_cache_was_built_are_named(
     config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (source,)})})
     built = {"sources": [{"digest": describe_origin(source)["digest"]}]}
     monkeypatch.setattr(cache_store, "read_report", lambda folder: built)
-    assert _changed_sources(DATA, config) == []
+    assert _find_changed_sources(DATA, config) == []
     rows.write_text('{"prompt": "a", "completion": "c"}\n')
-    (changed,) = _changed_sources(DATA, config)
+    (changed,) = _find_changed_sources(DATA, config)
     assert changed.startswith(f"{rows} (digest {built['sources'][0]['digest'][:8]} then, ")
     rows.unlink()
-    assert _changed_sources(DATA, config) == [], "the rows do not depend on the file"
+    assert _find_changed_sources(DATA, config) == [], "the rows do not depend on the file"
 
 
 @pytest.mark.parametrize(
@@ -160,16 +160,16 @@ def test_a_run_is_complete_with_its_export(run: RunDir, state: str, exported: in
 
 def test_a_result_that_will_be_replaced_is_noted(run: RunDir) -> None:
     plan = run_store.load_plan(run)
-    assert _describe_replaced_export(run, plan, 10) is None
+    assert describe_replaced_export(run, plan, 10) is None
     run.export.mkdir()
     json_records.write(run.export / "export.json", ExportRecord(10, "d", "bf16"))
     run_store.update_status(run, state="failed")
-    assert _describe_replaced_export(run, plan, 5) is None
+    assert describe_replaced_export(run, plan, 5) is None
     run_store.update_status(run, state="completed")
-    assert "holds step 10" in (_describe_replaced_export(run, plan, 5) or "")
-    note = _describe_replaced_export(run, plan, 10)
+    assert "holds step 10" in (describe_replaced_export(run, plan, 5) or "")
+    note = describe_replaced_export(run, plan, 10)
     assert note is not None
     assert "export holds step 10 and is replaced when the run ends" in note
     without = plan.config.export.model_copy(update={"enabled": False})
     plan = plan.model_copy(update={"config": plan.config.model_copy(update={"export": without})})
-    assert _describe_replaced_export(run, plan, 10) is None
+    assert describe_replaced_export(run, plan, 10) is None
