@@ -144,10 +144,7 @@ def read_keys() -> dict[str, list[str]]:
     except (OSError, LauncherError):
         # Every answer is slow.
         return _build_keys()
-    # A checkout may change without a new version.
-    sources = Path(launcher.__file__).resolve().parent / "config"
-    changed_at = max(file.stat().st_mtime_ns for file in sources.rglob("*.py"))
-    file = folder / f"{launcher.__version__}-{changed_at:x}.json"
+    file = folder / f"{launcher.__version__}-{_find_last_change():x}.json"
     with suppress(OSError, ValueError):
         stored: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
         return stored
@@ -157,6 +154,12 @@ def read_keys() -> dict[str, list[str]]:
             outdated.unlink(missing_ok=True)
         atomic_files.write_json(file, built)
     return built
+
+
+def _find_last_change() -> int:
+    """Return when the settings last changed, in nanoseconds: a checkout may change without a new version."""
+    sources = Path(launcher.__file__).resolve().parent / "config"
+    return max(file.stat().st_mtime_ns for file in sources.rglob("*.py"))
 
 
 def _build_keys() -> dict[str, list[str]]:

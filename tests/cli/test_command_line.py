@@ -422,7 +422,7 @@ def test_the_words_are_stored_for_each_version(tmp_path: Path, monkeypatch: pyte
     assert json.loads(file.read_text())["train.max_steps"] == ["null"]
     file.write_text("{")
     assert completion.read_keys() == KEYS
-    monkeypatch.setattr(completion, "_newest_source", lambda: 5)
+    monkeypatch.setattr(completion, "_find_last_change", lambda: 5)
     assert completion.read_keys() == KEYS
     assert len(built) == 3
     assert [path.name for path in file.parent.iterdir()] == ["0.1.0-5.json"]
