@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType
 
 import launcher
@@ -23,7 +22,7 @@ from launcher import atomic_files, facts, run_store
 from launcher.cli.follow import Interrupts, follow
 from launcher.cli.plan import print_plan
 from launcher.cli.resume import resume_run
-from launcher.cli.start_run import check_wandb_accounts, may_start, prepare_plan, start_run
+from launcher.cli.start_run import check_wandb_accounts, choose_run_dir, may_start, prepare_plan, start_run
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters import static
 from launcher.clusters.static import StaticCluster, is_idle
@@ -45,7 +44,6 @@ from launcher.errors import (
 )
 from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.security import owners
@@ -120,8 +118,7 @@ def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) ->
             problems.append(Problem(message, "run.root", config.run.root, remedy))
         if problems:
             raise ConfigError(problems)
-    name = str(config.run.name)
-    run = RunDir(run_dir_of(config, name, str(Path.cwd()), str(Path.home())))
+    run = choose_run_dir(config, str(config.run.name))
     changes = {"cluster": section.for_plan(here.nodes)}
     composed = replace(composed, config=config.model_copy(update=changes))
     start = _Start(here, run, section, _list_shared_settings(composed.config), lambda: _describe_end(composed.config, run))

@@ -16,6 +16,7 @@ from launcher.cli.accounts import find_gated_problem
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Commands, Part, Rows, Section, Table, Text
 from launcher.cli.start_run import (
+    choose_run_dir,
     device_note,
     estimate_run_speed,
     gather_facts,
@@ -31,9 +32,8 @@ from launcher.models.found_model import find_model
 from launcher.plan.flops import FAMILIES, missing_sizes, train_flops
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.plan_checks import find_warnings
-from launcher.plan.planner import plan_fewest_workers, run_dir_of, situation_of
+from launcher.plan.planner import plan_fewest_workers, situation_of
 from launcher.plan.quantities import format_count, format_size
-from launcher.plan.run_dir import RunDir
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, rank_combinations
 from launcher.plan.sizing.kernels import describe_liger
 from launcher.plan.steps import single_step_warning
@@ -95,7 +95,7 @@ def _show_plan(composed: Composed, arguments: argparse.Namespace, taken_names: s
         composed.origins.dropped_note(),
     )
     name, name_warning = config.run.name, None
-    if name is not None and (run := RunDir(run_dir_of(config, name, str(Path.cwd()), str(Path.home())))).root.exists():
+    if name is not None and (run := choose_run_dir(config, name)).root.exists():
         look = launcher_command("status", short_path(run.root))
         name_warning = f"train will be refused: the run {name} exists already; look at it with {look}, or choose another run.name"
     own_warnings = (location_warning(plan), name_warning)

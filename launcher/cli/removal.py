@@ -218,7 +218,7 @@ def clean_cache(arguments: argparse.Namespace) -> int:
     return _report_removal(arguments, values, f"{format_count(len(chosen), 'part')}, {size}")
 
 
-def list_entries(roots: Iterable[Path], shared: bool = False) -> list[CacheEntry]:
+def list_entries(roots: Iterable[Path], shared: bool) -> list[CacheEntry]:
     """List this user's cache entries, ordered by last use, oldest first.
 
     `roots` are the folders of runs that may use the cache. Data caches that a group shares are kept unless `shared`: the other

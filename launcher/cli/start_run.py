@@ -57,9 +57,8 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     node = node_devices(composed, cluster)
     if (name := composed.config.run.name) is not None:
         # Check this before anything that takes time, and before a sweep starts any of its runs.
-        _require_new(RunDir(run_dir_of(composed.config, name, str(Path.cwd()), str(Path.home()))))
-    folder = run_dir_of(composed.config, composed.config.run.name or "name", str(Path.cwd()), str(Path.home()))
-    parent = Path(folder).parent
+        _require_new(choose_run_dir(composed.config, name))
+    parent = choose_run_dir(composed.config, name or "name").root.parent
     owners.require_own_folder(f"a run in {parent}", parent, "set run.root to a folder that only you can write to")
     config = facts.resolve(composed.config, node)
     found = find_model(config.model)
@@ -165,6 +164,11 @@ def show_started(run: RunDir, details: Sequence[tuple[str, str]]) -> None:
     ]
     print()
     terminal.show(Rows(rows, wraps=False), label_columns=_LABEL_COLUMNS)
+
+
+def choose_run_dir(config: RunConfig, name: str) -> RunDir:
+    """Return the directory of a run with this name that this command starts."""
+    return RunDir(run_dir_of(config, name, str(Path.cwd()), str(Path.home())))
 
 
 def _require_new(existing: RunDir) -> None:
