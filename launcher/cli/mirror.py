@@ -83,7 +83,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
     return run
 
 
-def ls(url: str, as_json: bool) -> int:
+def list_runs(url: str, as_json: bool) -> int:
     """Print the runs in a mirror; returns the exit code.
 
     Raises:

@@ -95,7 +95,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
             raise SubmitError(message, where="command line", value=folder, remedy=remedy)
         from launcher.cli import mirror
 
-        return mirror.ls(arguments.mirror, arguments.json)
+        return mirror.list_runs(arguments.mirror, arguments.json)
     root = arguments.root
     if (root / "status.json").is_file():
         remedy = f"show this run with: {launcher_command('status', root)}"
