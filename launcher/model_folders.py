@@ -41,11 +41,15 @@ def fetch_model(source: str, model: ModelSection) -> None:
     elif located.source is not None:
         folder = converted_folder(located.source)
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        from launcher.train.model import convert_gguf
+        lock, activity = folder.with_name(f".{folder.name}.lock"), f"converts {located.source.name}"
+        with folders.private_files(), locks.wait_and_hold(lock, activity, redacted_command_line()):
+            if folder.exists():
+                return
+            from launcher.train.model import convert_gguf
 
-        _say(f"converting {located.source.name} to a Hugging Face folder (once)")
-        with folders.private_files(), show_waiting("converting"):
-            convert_gguf(located.source, folder)
+            _say(f"converting {located.source.name} to a Hugging Face folder (once)")
+            with show_waiting("converting"):
+                convert_gguf(located.source, folder)
     else:
         _download(source, model)
 
