@@ -41,6 +41,8 @@ def main() -> None:
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train in the existing process group, or in one that the environment describes. Return the times at which steps end."""
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*|.*_(all_gather|reduce_scatter)_base.*")
+    # On CPUs it would compile a kernel for tensor parallelism first, which takes a minute.
+    deepspeed.comm.torch.build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
     with open(args.deepspeed) as file:

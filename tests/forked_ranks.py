@@ -6,6 +6,7 @@ ARGUMENTS FILE`: it calls the function, given as `module:name`, and writes the r
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pkgutil
@@ -104,10 +105,14 @@ def _read_value(path: Path) -> Any:
 
 def main(function: str, arguments: str, value: str) -> NoReturn:
     """Run as a rank."""
+    import cpuinfo
+
     from launcher.child_process import die_with_parent
     from launcher.train.engine import lock_builds, skip_unused_kernels
 
     die_with_parent()
+    # DeepSpeed asks several times, and each answer takes a second and several processes.
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     lock_builds()
     skip_unused_kernels()
     code = 0

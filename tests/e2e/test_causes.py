@@ -211,7 +211,11 @@ def test_what_restarts_the_ranks_and_what_ends_the_run_is_named_first(
             await_steps(process, run, 1, count)
             getattr(Faults(run, groups), fault)()
             prefix = f"all ranks are restarted (restart {count + 1}): "
-            wait_for("the restart", lambda prefix=prefix: [text for text in alerts(run) if text.startswith(prefix)], DEADLINE_S)
+            wait_for(
+                f"the restart after {fault}",
+                lambda prefix=prefix: [text for text in alerts(run) if text.startswith(prefix)],
+                DEADLINE_S,
+            )
             (line,) = [text.removeprefix(prefix).partition("\n")[0] for text in alerts(run) if text.startswith(prefix)]
             lift_limits(groups)
             assert re.fullmatch(CAUSES[fault], line), line
