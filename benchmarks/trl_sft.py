@@ -55,6 +55,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*|.*_(all_gather|reduce_scatter)_base.*")
     with open(args.deepspeed) as file:
         config = json.load(file)
+    # On CPUs it would compile a kernel for tensor parallelism first, which takes a minute.
+    deepspeed.comm.torch.build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
