@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from launcher.plan.architecture import model_facts
-from launcher.plan.sizing.kernels import Kernels, checkpointed_layers
+from launcher.plan.sizing.layers import Kernels, checkpointed_layers
 from launcher.plan.sizing.memory import Pass, activation_bytes, head_elements, loss_bytes
 from launcher.train.model import DTYPES, checkpoint_layers, find_decoder, replace_head
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from launcher.config.compose import conf_dir
 from launcher.plan.architecture import model_facts
-from launcher.plan.sizing.activations import layer_activations
-from launcher.plan.sizing.kernels import Kernels
+from launcher.plan.sizing.layers import Kernels, layer_activations
 from launcher.train import attention
 from launcher.train.model import compile_layers, find_decoder
 

@@ -10,7 +10,7 @@ from typing import Any
 from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GPUS, GpuType, recognize
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import planned_tokens_per_sec, situation_of
+from launcher.plan.planner import planned_tokens_per_sec, sizing_inputs
 
 LAUNCHER = "launcher"
 # A setting measured in addition to the defaults. Such a side is named after it.
@@ -168,7 +168,7 @@ def gemm_share(side: Side) -> float | None:
 
 def _fit(side: Side, changed: Callable[[GpuType, float], GpuType], low: float, high: float) -> float | None:
     """Return the value for which the row from `changed` gives the measured speed; None if there is none."""
-    gpu, lowest, highest = situation_of(side.plan).gpu, 1.01 * low, 0.99 * high
+    gpu, lowest, highest = sizing_inputs(side.plan).gpu, 1.01 * low, 0.99 * high
     if gpu is None:
         return None
     for _ in range(30):

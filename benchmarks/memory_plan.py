@@ -25,8 +25,8 @@ from sides import RESULTS, record
 from launcher.config.compose import compose_one, conf_dir
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
-from launcher.plan.planner import plan, situation_of
-from launcher.plan.sizing.combinations import build_combination, evaluate
+from launcher.plan.planner import plan, sizing_inputs
+from launcher.plan.sizing.combinations import build_combination, estimate_combination
 
 HERE = Path(__file__).resolve().parent
 _TIMEOUT_S = 600
@@ -194,9 +194,9 @@ def _plan(overrides: tuple[str, ...]) -> LaunchPlan:
         provenance=Provenance(created_at="2026-01-01T00:00:00Z", launcher_version="", python="", packages={}),
     )
     planned = plan(config, facts)
-    situation = replace(situation_of(planned), chunk_tokens=_CHUNK_TOKENS)
-    combination = build_combination(situation, planned.batch.micro_batch_size, planned.checkpointing)
-    return planned.model_copy(update={"loss_chunk_tokens": _CHUNK_TOKENS, "peak": evaluate(situation, combination).peak})
+    inputs = replace(sizing_inputs(planned), chunk_tokens=_CHUNK_TOKENS)
+    combination = build_combination(inputs, planned.batch.micro_batch_size, planned.checkpointing)
+    return planned.model_copy(update={"loss_chunk_tokens": _CHUNK_TOKENS, "peak": estimate_combination(inputs, combination).peak})
 
 
 def _row(result: Measured) -> str:

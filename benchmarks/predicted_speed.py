@@ -32,8 +32,8 @@ from steps import faster_half
 from launcher.plan.deepspeed import WIDTHS
 from launcher.plan.flops import train_flops
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import planned_step, tokens_of_step
-from launcher.plan.sizing.kernels import Kernels, checkpointed_layers
+from launcher.plan.planner import planned_step
+from launcher.plan.sizing.layers import Kernels, checkpointed_layers
 from launcher.plan.sizing.step_time import Rates, StepTime, bytes_of_layers, bytes_of_loss
 
 HERE = Path(__file__).resolve().parent
@@ -284,7 +284,7 @@ def table(outcomes: Sequence[Outcome], counts_cpu: bool = False) -> list[str]:
     ]
     errors: dict[bool, list[float]] = {True: [], False: []}
     for outcome in outcomes:
-        tokens, predicted_s = tokens_of_step(outcome.plan), outcome.predicted_s(factors)
+        tokens, predicted_s = outcome.plan.batch.expected_tokens, outcome.predicted_s(factors)
         error = outcome.measured_s / predicted_s - 1
         errors[outcome.case.is_fit].append(abs(error))
         rates = f"{tokens / outcome.measured_s:,.0f} | {tokens / predicted_s:,.0f} | {error:+.1%}"

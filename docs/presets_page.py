@@ -11,21 +11,43 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from launcher.cli.accounts import is_gated
 from launcher.config.compose import compose_one, conf_dir
 from launcher.config.reference import about_file
 from launcher.config.schema import RunConfig
 from launcher.config.sections.train import DeepSpeedSection
-from launcher.models.hub_licenses import find_license
 from launcher.plan.architecture import model_facts
 from launcher.plan.checkpoints import checkpoint_bytes
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import Memory, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS
-from launcher.plan.sizing.combinations import Situation, choose
+from launcher.plan.sizing.combinations import SizingInputs, choose_combination
 from launcher.plan.sizing.memory import estimate_model_states
 
 PAGE = Path(__file__).resolve().with_name("presets.md")
 GPU, GPUS_PER_NODE, MOST_GPUS, ROW_TOKENS = "H100-80GB", 8, 1024, 4096
+
+# By the start of the repository's name; the longest one counts. A license is the model card's field `license`, or `license_name`
+# if that is `other`: https://huggingface.co/docs/hub/model-cards#model-card-metadata.
+LICENSES = {
+    "HuggingFaceTB/SmolLM2-": "apache-2.0",
+    "HuggingFaceTB/SmolLM3-": "apache-2.0",
+    "Qwen/Qwen2.5-": "apache-2.0",
+    "Qwen/Qwen2.5-3B": "qwen-research",
+    "Qwen/Qwen2.5-72B": "qwen",
+    "Qwen/Qwen3-": "apache-2.0",
+    "allenai/OLMo-2-": "apache-2.0",
+    "allenai/OLMoE-": "apache-2.0",
+    "google/gemma-": "gemma",
+    "meta-llama/": "llama",
+    "meta-llama/Llama-3.1-": "llama3.1",
+    "meta-llama/Llama-3.2-": "llama3.2",
+    "meta-llama/Llama-3.3-": "llama3.3",
+    "microsoft/phi-4": "mit",
+    "mistralai/Mistral-7B-": "apache-2.0",
+    "mistralai/Mistral-Nemo-": "apache-2.0",
+    "mistralai/Mistral-Small-24B-": "apache-2.0",
+}
 
 _HEAD = f"""\
 # Presets
@@ -65,12 +87,13 @@ def _models() -> Iterator[str]:
         if config.path is not None and config.config is not None:
             facts[file] = model_facts(config.config, config.path, None, None)
     for file, model in sorted(facts.items(), key=lambda item: (_family(item[0]), item[1].num_params)):
-        license_ = find_license(model.path or "")
-        gated = ", **gated**" if license_ is not None and license_.is_gated else ""
+        path = model.path or ""
+        license_prefix = max((prefix for prefix in LICENSES if path.startswith(prefix)), key=len, default=None)
+        gated = ", **gated**" if is_gated(path) else ""
         cells = (
             f"`{file.stem}`",
             f"[{model.path}](https://huggingface.co/{model.path}){gated}",
-            license_.name if license_ is not None else "see its page",
+            LICENSES[license_prefix] if license_prefix else "see its page",
             f"{model.num_params:,}",
             _fewest_gpus(file, model),
             f"{_states(model, 1, 'cpu').host_per_node_gib:,.0f} GiB",
@@ -94,7 +117,7 @@ def _fits(config: RunConfig, model: ModelFacts, num_gpus: int) -> bool:
     # Two rows per GPU make gradients accumulate, which takes the most memory.
     train = config.train.model_copy(update={"global_batch_size": 2 * num_gpus})
     config = config.model_copy(update={"train": train})
-    return choose(Situation(config, model, None, _topology(num_gpus), GPUS[GPU], GPUS[GPU].memory_gib)).fits
+    return choose_combination(SizingInputs(config, model, None, _topology(num_gpus), GPUS[GPU], GPUS[GPU].memory_gib)).fits
 
 
 def _topology(num_gpus: int) -> Topology:

@@ -27,18 +27,15 @@ from launcher.data import cache_store
 from launcher.data.checks import findings
 from launcher.data.sources.reading import check_sources, find_path_problem, make_set_data
 from launcher.errors import ConfigError, DataError, Problem
-from launcher.hardware import device, has_fast_bf16
+from launcher.hardware import has_fast_bf16
 from launcher.models import stored_checks
 from launcher.models.found_model import FoundModel, local_folder
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, ModelFacts, Provenance
 
-_PACKAGES = (
-    *("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors"),
-    "liger-kernel",
-)
+_PACKAGES = (*("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors", "liger-kernel"),)
 
 
-def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
+def resolve_settings(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
     """Resolve settings that depend on the current state or on the machines: `model.dtype=auto`, a run in `model.path` without a
     step, a folder name that could also be a Hub repository, and what the environment says about the machines.
 
@@ -63,10 +60,10 @@ def resolve(config: RunConfig, node: Callable[[], DeviceFacts]) -> RunConfig:
     return config if cluster is config.cluster else config.model_copy(update={"cluster": cluster})
 
 
-def gather(config: RunConfig, found: FoundModel, overrides: Sequence[str], here: DeviceFacts | None = None) -> Facts:
-    """Collect the facts for a run whose settings `resolve` returned, with their model.
+def gather(config: RunConfig, found: FoundModel, overrides: Sequence[str], node: DeviceFacts) -> Facts:
+    """Collect the facts for a run whose settings `resolve_settings` returned, with their model.
 
-    `here` describes a node's accelerators; None means this machine's.
+    `node` describes a node's accelerators.
 
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind.
@@ -87,7 +84,7 @@ def gather(config: RunConfig, found: FoundModel, overrides: Sequence[str], here:
     return Facts(
         working_dir=os.getcwd(),
         home_dir=str(Path.home()),
-        device=here or device(),
+        device=node,
         model=model,
         data=data,
         eval_sets=eval_sets,
@@ -115,7 +112,7 @@ def check(config: RunConfig, found: FoundModel) -> None:
         raise ConfigError(problems)
 
 
-def prepared_data(config: RunConfig, found: FoundModel) -> tuple[DataFacts, dict[str, DataFacts]] | None:
+def find_prepared_data(config: RunConfig, found: FoundModel) -> tuple[DataFacts, dict[str, DataFacts]] | None:
     """Return the data cache for these settings, and the evaluation sets' caches by name.
 
     None if `launcher.worker.prepare` must run before workers can start.

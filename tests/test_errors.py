@@ -12,7 +12,7 @@ import pytest
 
 from launcher.cli.start_run import show_started
 from launcher.clusters.detached_process import resume_hint
-from launcher.config.known_settings import _NAMES_ELSEWHERE, settings, suggest_setting
+from launcher.config.schema import _NAMES_ELSEWHERE, settings, suggest_setting
 from launcher.config.sections.data import Source
 from launcher.data.sources.reading import read_documents
 from launcher.errors import DataError, Problem, causes, did_you_mean

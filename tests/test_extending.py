@@ -33,8 +33,7 @@ from launcher.cli.render import terminal
 from launcher.cli.report import _read_run_files, page
 from launcher.cli.status import status_rows, summarize
 from launcher.clusters.backends import BACKENDS, Cluster, InjectedFault, cluster_for
-from launcher.config.known_settings import settings
-from launcher.config.schema import SECTIONS, RunConfig
+from launcher.config.schema import SECTIONS, RunConfig, settings
 from launcher.config.sections.cluster import ClusterSection
 from launcher.config.sections.data import COLUMNS, DataSection, Source
 from launcher.config.sections.evaluation import AnswerMetrics
@@ -172,7 +171,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return facts_for(config, here or CPU, data, working_dir=str(tmp_path))
 
     monkeypatch.setattr(facts, "gather", gather)
-    monkeypatch.setattr(facts, "prepared_data", lambda config, found: (data, {}))
+    monkeypatch.setattr(facts, "find_prepared_data", lambda config, found: (data, {}))
     monkeypatch.chdir(tmp_path)
 
 

@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from launcher.checkpoint.store import partition
 from launcher.errors import CheckpointError
 from launcher.plan.optimizers import Optimizer, find_by_class
+from launcher.plan.quantities import list_first
 
 FP32 = "fp32"
 
@@ -52,9 +53,11 @@ def require_supported_engine(engine: Any, named_parameters: Mapping[str, Paramet
             remedy="set the ratio to 1.0",
         )
     if frozen := [name for name, p in named_parameters.items() if not p.requires_grad]:
-        raise CheckpointError("frozen parameters cannot be checkpointed: ZeRO-3 has no fp32 weights of them", value=_some(frozen))
+        raise CheckpointError(
+            "frozen parameters cannot be checkpointed: ZeRO-3 has no fp32 weights of them", value=list_first(frozen, 3)
+        )
     if split := [n for n, p in named_parameters.items() if p.ds_zero_partition_world_size != dist.get_world_size()]:
-        raise CheckpointError("parameters must be partitioned over all ranks", value=_some(split))
+        raise CheckpointError("parameters must be partitioned over all ranks", value=list_first(split, 3))
     if {id(p) for p in named_parameters.values()} != {id(p) for p in engine.module.parameters()}:
         raise CheckpointError("the named parameters differ from those of the engine's model")
 
@@ -346,7 +349,3 @@ def _replay_bias_correction(adam: DeepSpeedCPUAdam, step: int) -> None:
     scratch = [torch.zeros(1) for _ in range(4)]
     for past in range(1, step + 1):
         adam.ds_opt_adam.adam_update(adam.opt_id, past, *settings, *scratch)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

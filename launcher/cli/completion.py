@@ -163,7 +163,7 @@ def _find_last_change() -> int:
 
 
 def _build_keys() -> dict[str, list[str]]:
-    from launcher.config.known_settings import settings
+    from launcher.config.schema import settings
 
     keys = {}
     for key, setting in settings().items():

@@ -55,7 +55,7 @@ def report_data(arguments: Namespace) -> int:
     for composed in jobs:
         with composed.located():
             # The data does not depend on the nodes, and asking for them would need the scheduler.
-            config = facts.resolve(composed.config, hardware.device)
+            config = facts.resolve_settings(composed.config, hardware.device)
             found = find_model(config.model)
             facts.check(config, found)
             check_extra(config)
@@ -86,7 +86,7 @@ def _read_cached_report(config: RunConfig, found: FoundModel, num_shown: int) ->
     Raises:
         DataError: if a block of the cache is damaged.
     """
-    if (prepared := facts.prepared_data(config, found)) is None:
+    if (prepared := facts.find_prepared_data(config, found)) is None:
         return None
     cache_facts, eval_sets = prepared
     folder = found.tokenizer

@@ -28,9 +28,8 @@ from launcher.clusters import static
 from launcher.clusters.static import StaticCluster, is_idle
 from launcher.clusters.static_meeting import OVER, REFUSED, Meeting, await_plan, head_endpoint
 from launcher.config.compose import Composed
-from launcher.config.known_settings import leaves
 from launcher.config.resume import differing, table, with_overrides
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, leaves
 from launcher.config.sections.model import is_run
 from launcher.config.sections.static import NodeIdentity, StaticSection, identify
 from launcher.errors import (
@@ -318,7 +317,7 @@ def _await_idle(run: RunDir) -> None:
 
 
 def _require_same_command(config: RunConfig, plan: LaunchPlan, run: RunDir) -> None:
-    requested = facts.resolve(config, device)
+    requested = facts.resolve_settings(config, device)
     saved = plan.config
     if is_run(requested.model.path) and not str(config.model.path).rpartition("@")[2].isdigit():
         # The newest checkpoint of that run when this one began.

@@ -23,9 +23,8 @@ from launcher.clusters.backends import BACKENDS, cluster_for
 from launcher.clusters.preflight import disk_note
 from launcher.config.command_line import SUFFIXES, override_key
 from launcher.config.compose import Composed, compose_one, conf_dir
-from launcher.config.known_settings import leaves, settings
 from launcher.config.run_file import render, values_to_print
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, leaves, settings
 from launcher.config.sections.data import STDLIB_DOCS
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import is_local_path, is_run
@@ -204,7 +203,7 @@ def _require_plan(text: str, out: Path) -> LaunchPlan | None:
         file.write_text(text, encoding="utf-8")
         config = compose_one([str(file)]).config
     node = cluster_for(config.cluster.kind).device(config.cluster)
-    config = facts.resolve(config, lambda: node)
+    config = facts.resolve_settings(config, lambda: node)
     found = find_model(config.model)
     if not found.is_config_known:
         return None
@@ -238,7 +237,7 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     config = composed.config
     cluster = cluster_for(config.cluster.kind)
     node = cluster.device(config.cluster)
-    config = facts.resolve(config, lambda: node)
+    config = facts.resolve_settings(config, lambda: node)
     facts.check(config, find_model(config.model))
     with show_waiting("reading a sample of the data"):
         sample_report = run_worker_module("launcher.worker.data_sample", config, timeout_s=_LOOK_TIMEOUT_S)

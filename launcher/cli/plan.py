@@ -32,10 +32,10 @@ from launcher.models.found_model import find_model
 from launcher.plan.flops import FAMILIES, missing_sizes, train_flops
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.plan_checks import find_warnings
-from launcher.plan.planner import plan_fewest_workers, situation_of
+from launcher.plan.planner import plan_fewest_workers, sizing_inputs
 from launcher.plan.quantities import format_count, format_size
-from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, Considered, rank_combinations
-from launcher.plan.sizing.kernels import describe_liger
+from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, CombinationEstimate, rank_combinations
+from launcher.plan.sizing.layers import describe_liger
 from launcher.plan.steps import single_step_warning
 from launcher.plan.throughput import SpeedEstimate
 from launcher.shell_commands import launcher_command, short_path
@@ -81,7 +81,7 @@ def compose_jobs(verb: str, tokens: Sequence[str]) -> list[Composed]:
 def _show_plan(composed: Composed, arguments: argparse.Namespace, taken_names: set[str]) -> None:
     cluster = cluster_for(composed.config.cluster.kind)
     node = node_devices(composed, cluster)
-    config = facts.resolve(composed.config, node)
+    config = facts.resolve_settings(composed.config, node)
     found = find_model(config.model)
     plan = plan_with_free_name(config, gather_facts(config, found, composed, node, runs_code=False), taken_names)
     taken_names.add(plan.run_name)
@@ -463,7 +463,7 @@ def explain_sizes(plan: LaunchPlan) -> list[Section]:
 
 def _compare_combinations(plan: LaunchPlan) -> list[Part]:
     """Return a table of at most _MOST_COMBINATIONS: the chosen one, those with other settings, and the fastest others."""
-    tried = rank_combinations(situation_of(plan))
+    tried = rank_combinations(sizing_inputs(plan))
     kept = [one for one in tried if _is_chosen(plan, one) or not one.is_allowed]
     kept += [one for one in tried if one not in kept][: max(0, _MOST_COMBINATIONS - len(kept))]
     header = ("", "micro-batch", "recomputed", "compiled", "Liger", "hpZ", "offload", "peak GiB", "tokens/s", "$/M tokens")
@@ -516,16 +516,16 @@ def list_combinations(plan: LaunchPlan) -> list[dict[str, Any]]:
             "is_allowed": one.is_allowed,
             "is_chosen": _is_chosen(plan, one),
         }
-        for one in rank_combinations(situation_of(plan))
+        for one in rank_combinations(sizing_inputs(plan))
     ]
 
 
-def _is_chosen(plan: LaunchPlan, one: Considered) -> bool:
+def _is_chosen(plan: LaunchPlan, one: CombinationEstimate) -> bool:
     settings = (one.combination.micro_batch_size, one.combination.checkpointing)
     return one.is_allowed and settings == (plan.batch.micro_batch_size, plan.checkpointing)
 
 
-def _cost_per_million(plan: LaunchPlan, one: Considered) -> float | None:
+def _cost_per_million(plan: LaunchPlan, one: CombinationEstimate) -> float | None:
     """Return the dollars for a million tokens with a combination, or None if its speed or the price is not known."""
     if plan.price is None or not one.tokens_per_sec:
         return None

@@ -60,7 +60,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
         _require_new(choose_run_dir(composed.config, name))
     parent = choose_run_dir(composed.config, name or "name").root.parent
     owners.require_own_folder(f"a run in {parent}", parent, "set run.root to a folder that only you can write to")
-    config = facts.resolve(composed.config, node)
+    config = facts.resolve_settings(composed.config, node)
     found = find_model(config.model)
     facts.check(config, found)
     check_extra(config)
@@ -73,7 +73,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
         cluster.check(plan)
 
     collected = gather_facts(config, found, composed, node, check)
-    if facts.prepared_data(config, found) is None:
+    if facts.find_prepared_data(config, found) is None:
         prepare(config)
         collected = gather_facts(config, find_model(config.model), composed, node, check)
         if collected.data is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,15 @@ from launcher.errors import Problem
 COMMAND_LINE = "command line"
 GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
 # Hydra's flags that take a value, and its other flags.
-FLAGS_WITH_VALUE = (
+_FLAGS_WITH_VALUE = (
     *("--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--info", "-i"),
     *("--package", "-p"),
 )
 _FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
-_MULTIRUN = {"--multirun", "-m"}
+# Hydra's flags that replace the files in conf/.
+_OTHER_FILES = {"--config-name", "-cn", "--config-path", "-cp"}
+# Values of data.path and data.sources that name nothing to read.
+_NO_ROWS = ("", "null", "[]")
 # Endings of a run's file, and of files of rows. A .json file may be either.
 SUFFIXES = (".yaml", ".yml")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".parquet", ".txt", ".gz", ".zst")
@@ -55,69 +58,61 @@ def is_run_file(word: str) -> bool:
     return word.endswith((*SUFFIXES, *ROW_SUFFIXES)) or (os.path.exists(word) and not os.path.isdir(word))
 
 
-def split_run_files(tokens: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words that name a run's file, and the other words; the value of a flag is never a run's file."""
+def names_rows_only(flags: Sequence[str], overrides: Sequence[str], file_choices: Collection[str]) -> bool:
+    """Return whether a command line names rows but no group option that reads them; a run's file may select one.
+
+    `file_choices` are the groups whose option the run's file selects.
+    """
+    values = {override_key(word): word.partition("=")[2] for word in overrides if not word.startswith("~")}
+    if {"data", "experiment"} & {*values, *file_choices} or not _OTHER_FILES.isdisjoint(flags):
+        return False
+    return any(values.get(key, "") not in _NO_ROWS for key in ("data.path", "data.sources"))
+
+
+def split_words(tokens: Sequence[str], own_flags: Sequence[str]) -> tuple[list[str], list[str], list[str], list[Problem]]:
+    """Return the run's files, Hydra's flags with their values, the overrides, and the problems of other flags.
+
+    `own_flags` are the command's flags, for suggestions.
+    """
     files: list[str] = []
-    others: list[str] = []
-    for i, token in enumerate(tokens):
-        is_value = i > 0 and tokens[i - 1] in FLAGS_WITH_VALUE
-        (files if not is_value and is_run_file(token) else others).append(token)
-    return files, others
-
-
-def flags_first(tokens: Sequence[str]) -> list[str]:
-    """Return the tokens with Hydra's flags before the overrides, as its parser requires, and flags without their value last."""
     flags: list[str] = []
     overrides: list[str] = []
-    bare: list[str] = []
-    rest = list(tokens)
-    while rest:
-        token = rest.pop(0)
-        if not token.startswith("-"):
-            overrides.append(token)
-            continue
-        if token not in FLAGS_WITH_VALUE:
-            flags.append(token)
-        elif rest and "=" not in rest[0] and not rest[0].startswith("-"):
-            flags += [token, rest.pop(0)]
-        else:
-            bare.append(token)
-    return [*flags, *overrides, *bare]
-
-
-def without_unknown_flags(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> tuple[list[str], list[Problem]]:
-    """Split off flags that neither Hydra nor the command knows; `own_flags` are the command's flags, for suggestions."""
-    remaining: list[str] = []
     problems: list[Problem] = []
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
         name, equals, value = token.partition("=")
-        if not token.startswith("-") or name in _FLAGS:
-            remaining.append(token)
+        if not token.startswith("-"):
+            (files if is_run_file(token) else overrides).append(token)
             continue
-        if not equals and rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
+        if name in _FLAGS:
+            flags.append(token)
+            continue
+        is_known = name in _FLAGS_WITH_VALUE
+        may_be_value = rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~"))
+        if not equals and may_be_value and (is_known or not is_run_file(rest[0])):
             value = rest.pop(0)
-        if name not in FLAGS_WITH_VALUE:
+        if not is_known:
             problems.append(_make_unknown_flag_problem(name, value, own_flags))
         elif value or name in ("--info", "-i"):
-            remaining += [name, value] if value else [name]
+            # Without a value, Hydra would take the next override as it.
+            flags += [name, value or "all"]
         else:
             problems.append(Problem(f"{name} needs a value", COMMAND_LINE, remedy=f"write {name} followed by its value"))
-    return remaining, problems
+    return files, flags, overrides, problems
 
 
 def _make_unknown_flag_problem(name: str, value: str, own_flags: Sequence[str]) -> Problem:
     import difflib
 
-    from launcher.config.known_settings import find_meant_setting, settings
+    from launcher.config.schema import find_meant_setting, settings
     from launcher.security.redaction import looks_secret
     from launcher.shell_commands import launcher_command
 
     key = name.lstrip("-").replace("-", "_")
     same = [option for option in settings() if option.rpartition(".")[2] == key and "[]" not in option]
     meant = key if key in (*GROUPS, *settings()) else find_meant_setting(key) or " or ".join(same[:3])
-    known = [flag for flag in (*own_flags, *_FLAGS, *FLAGS_WITH_VALUE) if flag.startswith("--")]
+    known = [flag for flag in (*own_flags, *_FLAGS, *_FLAGS_WITH_VALUE) if flag.startswith("--")]
     if value.endswith(SUFFIXES):
         remedy = f"a file of settings is named without a flag: {launcher_command('train', value)}"
     elif meant:
@@ -129,54 +124,45 @@ def _make_unknown_flag_problem(name: str, value: str, own_flags: Sequence[str]) 
     return Problem(f"there is no flag {name}", where=COMMAND_LINE, value=shown, remedy=remedy)
 
 
-def without_unreadable_overrides(tokens: Sequence[str]) -> tuple[list[str], list[Problem]]:
+def without_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -> tuple[list[str], list[Problem]]:
     """Split off overrides that Hydra cannot parse and, without -m, overrides that list the values of a sweep."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parser = OverridesParser.create()
-    has_multirun = bool(_MULTIRUN & set(tokens))
-    remaining: list[str] = []
-    problems: list[Problem] = []
-    rest = list(tokens)
-    while rest:
-        token = rest.pop(0)
-        if token in FLAGS_WITH_VALUE and rest and "=" not in rest[0]:
-            remaining += [token, rest.pop(0)]
-        elif not token.startswith("-") and (problem := _find_override_problem(parser, token, has_multirun)):
-            problems.append(problem)
-        else:
-            remaining.append(token)
-    return remaining, problems
-
-
-def _find_override_problem(parser: Any, token: str, has_multirun: bool) -> Problem | None:
-    from launcher.config.known_settings import settings, suggest_setting
+    from launcher.config.schema import settings, suggest_setting
     from launcher.security.redaction import looks_secret
 
-    key, equals, value = token.partition("=")
-    name = key.lstrip("+").strip()
-    if not equals and not token.startswith("~"):
-        remedy = suggest_setting(token) or "write key=value or group=option, without spaces around ="
-        return Problem(f"{token}: is not an override, because it has no =", COMMAND_LINE, token, remedy)
-    try:
-        is_sweep = parser.parse_override(token).is_sweep_override()
-    # The parser raises several kinds of exceptions.
-    except Exception:
-        is_sweep = None
-    if is_sweep is False or (is_sweep and has_multirun):
-        return None
-    message = f"{name}: the value has characters that Hydra reads as its own syntax"
-    remedy = "write key=value or group=option; in lists and mappings, quote texts and close every bracket"
-    if is_sweep:
-        message = f"{name}: the commas make this a list of values to try, and the flag -m is missing"
-        remedy = "add -m for one run per value"
-        if name in settings() and settings()[name].type.startswith(("list", "[")):
-            return Problem(message, COMMAND_LINE, token, f"{remedy}; for a list, write '{key}=[{value.strip('()[] ')}]'")
-    if looks_secret(name, value):
-        return Problem(message, COMMAND_LINE, "", remedy)
-    if name and name not in GROUPS and "${" not in value and (text := _quote_override(parser, key, value)):
-        remedy = f"{f'{remedy}; for' if is_sweep else 'for'} one text, quote it twice, for the shell and for Hydra: {text}"
-    return Problem(message, COMMAND_LINE, token, remedy)
+    parser = OverridesParser.create()
+    readable: list[str] = []
+    problems: list[Problem] = []
+    for token in overrides:
+        key, equals, value = token.partition("=")
+        name = key.lstrip("+").strip()
+        if not equals and not token.startswith("~"):
+            remedy = suggest_setting(token) or "write key=value or group=option, without spaces around ="
+            problems.append(Problem(f"{token}: is not an override, because it has no =", COMMAND_LINE, token, remedy))
+            continue
+        try:
+            is_sweep = parser.parse_override(token).is_sweep_override()
+        # The parser raises several kinds of exceptions.
+        except Exception:
+            is_sweep = None
+        if is_sweep is False or (is_sweep and has_multirun):
+            readable.append(token)
+            continue
+        message = f"{name}: the value has characters that Hydra reads as its own syntax"
+        remedy = "write key=value or group=option; in lists and mappings, quote texts and close every bracket"
+        if is_sweep:
+            message = f"{name}: the commas make this a list of values to try, and the flag -m is missing"
+            remedy = "add -m for one run per value"
+        is_secret = looks_secret(name, value)
+        if is_sweep and name in settings() and settings()[name].type.startswith(("list", "[")):
+            remedy = f"{remedy}; for a list, write '{key}=[{value.strip('()[] ')}]'"
+        elif (
+            not is_secret and name and name not in GROUPS and "${" not in value and (text := _quote_override(parser, key, value))
+        ):
+            remedy = f"{f'{remedy}; for' if is_sweep else 'for'} one text, quote it twice, for the shell and for Hydra: {text}"
+        problems.append(Problem(message, COMMAND_LINE, "" if is_secret else token, remedy))
+    return readable, problems
 
 
 def override_key(token: str) -> str:

@@ -1,15 +1,25 @@
 """Compose settings with Hydra into a `RunConfig`, and report all mistakes at once.
 
-Hydra composes the files under conf/. Overrides of keys become `++key=value`, so that Hydra does not stop at the first unknown
-key. The schema then reports all unknown keys, each with a suggestion.
+Hydra composes the files under conf/. Groups and keys are translated to its syntax, and a run's file becomes a config of its own.
+Overrides of keys become `++key=value`, so that Hydra does not stop at the first unknown key. The schema then reports all unknown
+keys, each with a suggestion. Hydra's errors become ConfigErrors.
+
+Hydra is restricted to composing: it runs no code that a file or an override names. When composing, it calls the classes that
+`hydra.callbacks`, `hydra.job_logging` and `hydra.hydra_logging` name. For a sweep it also calls those in `hydra.sweeper` and
+`hydra.launcher`, and each job of a sweep has its own section `hydra`.
 """
 
 from __future__ import annotations
 
+import importlib
+import io
 import os
+import re
+import sys
+import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,29 +31,65 @@ from launcher.config.command_line import (
     GROUPS,
     conf_dir,
     config_dirs,
+    names_rows_only,
     override_key,
-    split_run_files,
-    without_unknown_flags,
+    split_words,
     without_unreadable_overrides,
 )
-from launcher.config.error_messages import find_extra_problems, list_schema_problems, make_missing_problem
-from launcher.config.hydra_composition import OVERRIDE, READS_CREDENTIAL, call_hydra
-from launcher.config.known_settings import leaves
-from launcher.config.origin import RUN_FILE_GROUP, Origins, short_path
-from launcher.config.run_file import FileContent, read_run_file, require_one_file
-from launcher.config.schema import RunConfig
+from launcher.config.error_messages import (
+    find_broken_reference,
+    find_extra_problems,
+    find_yaml_problems,
+    list_schema_problems,
+    make_hydra_problem,
+    make_missing_problem,
+)
+from launcher.config.origin import RUN_FILE_GROUP, Origins, RunFile
+from launcher.config.run_file import read_run_file
+from launcher.config.schema import RunConfig, leaves
 from launcher.config.sections.fields import derive_name
-from launcher.errors import ConfigError, LauncherError, Problem
-from launcher.security.redaction import LOGIN_IN_ADDRESS, environment_secrets, has_login, redact, secret_problem
+from launcher.errors import ConfigError, LauncherError, Problem, causes
+from launcher.security.redaction import (
+    LOGIN_IN_ADDRESS,
+    REDACTED,
+    environment_secrets,
+    has_login,
+    looks_secret,
+    redact,
+    secret_problem,
+)
+from launcher.shell_commands import short_path
 
-# Hydra's flags that replace the files in conf/.
-_OTHER_FILES = ("--config-name", "-cn", "--config-path", "-cp")
-# Values of data.path and data.sources that name nothing to read.
-_NO_ROWS = ("", "null", "[]")
 # Settings that replace each other.
 _ALTERNATIVES = (("train", ("max_steps", "epochs")), ("data", ("eval_fraction", "eval_path")), ("data", ("path", "sources")))
 # The remedy for secrets in settings.
 IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
+# Hydra needs a group and an option for each config; these exist in no folder.
+_OPTION = "settings"
+_FILE_OVERRIDE = f"+{RUN_FILE_GROUP}={_OPTION}"
+_GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
+# A key before its value in YAML or in an override, the first line of a value, and how the line of a value ends.
+_NAMED_VALUE = re.compile(r"(?P<key>[\w.-]+)(?:: ?|=)(?=[^\s=:])")
+_NEW_ENTRY = re.compile(r"\S|\s+(?:- |[\w.-]+:(?: |$))")
+_VALUE_END = re.compile(r"'?\n?\Z")
+_KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
+
+# Values from conf/config.yaml and from Hydra. Other values would change the environment, or make Hydra write its own files.
+_NEUTRAL: dict[str, Any] = {
+    **{"hydra.job.env_set": {}, "hydra.job.env_copy": [], "hydra.job.chdir": None},
+    **{"hydra.output_subdir": None, "hydra.run.dir": ".", "hydra.sweep.subdir": "."},
+}
+# The classes that run a sweep, with Hydra's values.
+_PLUGINS = {
+    "hydra.launcher": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra.sweeper": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+}
+_READS_CREDENTIAL = "a setting must not read this variable, which looks like a secret"
+# The reference to an environment variable, as in ${oc.env:USER}.
+_VARIABLE = "oc.env"
+# Hydra's modules that hold the function that runs a job, and those that hold the one that configures logging.
+_JOBS = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher")
+_LOGGING = (*_JOBS, "hydra.core.utils")
 
 
 @dataclass(frozen=True)
@@ -75,22 +121,24 @@ def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Comp
     """
     # Hydra needs the working directory, but would not report that it was deleted.
     os.getcwd()
-    files, words = split_run_files(tokens)
-    remaining, problems = without_unknown_flags(words, own_flags)
-    content: FileContent | None = None
+    files, flags, overrides, problems = split_words(tokens, own_flags)
+    run_file: RunFile | None = None
     try:
-        if (path := require_one_file(files)) is not None:
-            replaced = [group for group in GROUPS if any("=" in word and override_key(word) == group for word in words)]
-            has_search_path = any(word.lstrip("+").startswith("hydra.searchpath") for word in words)
+        if len(files) > 1:
+            remedy = "name one file, and write what differs as overrides (key=value)"
+            raise ConfigError("a run has one file", where=COMMAND_LINE, value=redact(" ".join(files)), remedy=remedy)
+        if files:
+            replaced = [group for group in GROUPS if any("=" in word and override_key(word) == group for word in overrides)]
+            has_search_path = any(word.lstrip("+").startswith("hydra.searchpath") for word in overrides)
             # With a search path of the user's, the options of the groups are not known here.
-            folders = [] if has_search_path else [conf_dir(), *config_dirs(words)]
-            content, file_problems = read_run_file(path, replaced, folders)
+            folders = [] if has_search_path else [conf_dir(), *config_dirs(flags)]
+            run_file, file_problems = read_run_file(Path(files[0]), replaced, folders)
             problems += file_problems
     except ConfigError as error:
         # Without the file, other settings may only appear to be wrong.
         raise ConfigError([*problems, *error.problems]) from error
-    if _names_rows_only(words, () if content is None else content.choices):
-        remaining.append("data=jsonl")
+    if names_rows_only(flags, overrides, () if run_file is None else run_file.choices):
+        overrides.append("data=jsonl")
     jobs: list[Composed] = []
     failure: list[BaseException] = []
 
@@ -99,32 +147,13 @@ def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Comp
         if failure:
             return
         try:
-            jobs.append(_validate_settings(cfg, content))
+            jobs.append(_validate_settings(cfg, run_file))
         except ConfigError as error:
             problems.extend(error.problems)
         except BaseException as error:
             failure.append(error)
 
-    removed: set[str] = set()
-    # Hydra stops at the first mistake: without the overrides in question, it finds the others.
-    while True:
-        try:
-            call_hydra(task, remaining, content, conf_dir())
-            break
-        except ConfigError as error:
-            readable, found = without_unreadable_overrides(remaining)
-            if not found:
-                named = {problem.value for problem in error.problems}
-                readable = [token for token in remaining if token.lstrip("+") not in named]
-                # Composition may fail only because of what was removed.
-                found = list(error.problems) if not problems or len(readable) < len(remaining) else []
-            problems += found
-            if len(readable) == len(remaining):
-                break
-            removed |= {override_key(token) for token in remaining if token not in readable}
-            first_later, remaining = len(problems), readable
-    if removed:
-        problems[first_later:] = [p for p in problems[first_later:] if p.message.partition(":")[0] not in removed]
+    _compose_despite_mistakes(task, flags, overrides, run_file, problems)
     if problems:
         held = environment_secrets(os.environ)
         names = [field.name for field in fields(Problem)]
@@ -137,6 +166,35 @@ def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Comp
     return jobs
 
 
+def _compose_despite_mistakes(
+    task: Callable[[Any], None],
+    flags: Sequence[str],
+    overrides: Sequence[str],
+    run_file: RunFile | None,
+    problems: list[Problem],
+) -> None:
+    """Compose the overrides, and add all mistakes that Hydra finds to `problems`, to which `task` adds those in the values.
+
+    Hydra stops at its first mistake. Without the overrides in question, it finds the next one.
+    """
+    try:
+        _call_hydra(task, flags, overrides, run_file)
+        return
+    except ConfigError as error:
+        readable, mistakes = without_unreadable_overrides(overrides, has_multirun=not {"--multirun", "-m"}.isdisjoint(flags))
+        if not mistakes:
+            named = {problem.value for problem in error.problems}
+            readable = [token for token in overrides if token.lstrip("+") not in named]
+            # Composition may fail only because of what was removed.
+            mistakes = list(error.problems) if not problems or len(readable) < len(overrides) else []
+    problems += mistakes
+    if len(readable) < len(overrides):
+        removed, num_known = {override_key(token) for token in overrides if token not in readable}, len(problems)
+        _compose_despite_mistakes(task, flags, readable, run_file, problems)
+        # Settings that are missing because their override was removed are no mistakes.
+        problems[num_known:] = [p for p in problems[num_known:] if p.message.partition(":")[0] not in removed]
+
+
 def compose_one(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> Composed:
     """Compose a command line for one run.
 
@@ -146,9 +204,7 @@ def compose_one(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> Compose
     jobs = run_hydra(tokens, own_flags)
     if len(jobs) != 1:
         remedy = "leave out -m and Hydra's own flags"
-        raise ConfigError(
-            "this command takes the settings of one run", where="command line", value=" ".join(tokens), remedy=remedy
-        )
+        raise ConfigError("this command takes the settings of one run", where=COMMAND_LINE, value=" ".join(tokens), remedy=remedy)
     return jobs[0]
 
 
@@ -171,8 +227,8 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
     )
 
 
-def _validate_settings(cfg: Any, content: FileContent | None) -> Composed:
-    """Validate one composed config together with the run's file `content`.
+def _validate_settings(cfg: Any, run_file: RunFile | None) -> Composed:
+    """Validate one composed config together with the run's file.
 
     Raises:
         ConfigError: with all problems of the config.
@@ -184,14 +240,12 @@ def _validate_settings(cfg: Any, content: FileContent | None) -> Composed:
     hydra_config = HydraConfig.get()
     # Unresolved, because the text of an override such as a=${b} is not one of Hydra's references.
     tokens: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-    overrides = tuple(str(token).removeprefix("++") for token in tokens if token != OVERRIDE)
-    file = None if content is None else content.file
-    file_keys = () if file is None else file.keys
+    overrides = tuple(str(token).removeprefix("++") for token in tokens if token != _FILE_OVERRIDE)
     origins = Origins(
         overrides=overrides,
         choices={group: option for group, option in hydra_config.runtime.choices.items() if group != RUN_FILE_GROUP},
         folders=tuple(Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path),
-        run_file=file,
+        run_file=run_file,
     )
     OmegaConf.set_readonly(cfg, False)
     replaced = _settle_alternatives(cfg, origins)
@@ -201,19 +255,17 @@ def _validate_settings(cfg: Any, content: FileContent | None) -> Composed:
         # References to the missing value must resolve, so that the other mistakes are reported too.
         OmegaConf.update(cfg, key, "./missing")
     try:
-        raw = OmegaConf.to_container(cfg, resolve=True)
+        resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     except (OmegaConfBaseException, RecursionError) as error:
         key = str(getattr(error, "full_key", None) or "")
-        is_refused = READS_CREDENTIAL in str(error)
+        is_refused = _READS_CREDENTIAL in str(error)
         raise ConfigError(
             f"{key}: the reference in this value cannot be resolved: {str(error).splitlines()[0]}",
             where=origins.written_at(key),
             remedy=IN_ENVIRONMENT if is_refused else "write the key of a setting between ${ and }",
         ) from error
-    if not isinstance(raw, dict):
-        raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")
-    values = {str(k): v for k, v in raw.items()}
-    keys, model = {*map(override_key, overrides), *file_keys}, values.get("model")
+    values: dict[str, Any] = {str(key): value for key, value in resolved.items()}
+    keys, model = {*map(override_key, overrides), *(() if run_file is None else run_file.keys)}, values.get("model")
     if "model.path" in keys and keys.isdisjoint(("model", "model.name", "experiment")) and isinstance(model, dict):
         # The model of the group has another name.
         last = str(model.get("path")).removeprefix("run:").rstrip("/").rpartition("/")[2]
@@ -240,7 +292,7 @@ def _validate_settings(cfg: Any, content: FileContent | None) -> Composed:
     problems += [Problem(f"{key}: {LOGIN_IN_ADDRESS}", where=origins.of(key), remedy=IN_ENVIRONMENT) for key in logins]
     if problems:
         raise ConfigError(problems)
-    return Composed(config, overrides if file is None else (str(file.path), *overrides), origins)
+    return Composed(config, overrides if run_file is None else (str(run_file.path), *overrides), origins)
 
 
 def _settle_alternatives(cfg: Any, origins: Origins) -> list[str]:
@@ -267,14 +319,198 @@ def _settle_alternatives(cfg: Any, origins: Origins) -> list[str]:
     return replaced
 
 
-def _names_rows_only(words: Sequence[str], file_choices: Collection[str]) -> bool:
-    """Return whether a command line names rows but no group option that reads them; a run's file may select one.
+def _call_hydra(task: Callable[[Any], None], flags: Sequence[str], overrides: Sequence[str], run_file: RunFile | None) -> None:
+    """Compose the overrides with a run's file over the config groups, and call `task`, which must not raise, for each job.
 
-    `file_choices` are the groups whose option the run's file selects.
+    Hydra's flags may start a sweep, or only print.
+
+    Raises:
+        ConfigError: if Hydra cannot compose them.
     """
-    values = {override_key(word): word.partition("=")[2] for word in words if not word.startswith(("-", "~"))}
-    if not values.keys().isdisjoint(("data", "experiment")) or any(word.partition("=")[0] in _OTHER_FILES for word in words):
-        return False
-    if all(values.get(key, "") in _NO_ROWS for key in ("data.path", "data.sources")):
-        return False
-    return "data" not in file_choices and "experiment" not in file_choices
+    conf = conf_dir()
+    with _store_run_file(run_file) as file_overrides:
+        argv = [*flags]
+        for token in (*file_overrides, *overrides):
+            # The launcher's groups are already in the defaults list.
+            token = token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
+            match = _KEY_OVERRIDE.match(token)
+            if match and match[2] not in GROUPS and not match[2].startswith("hydra") and token != _FILE_OVERRIDE:
+                token = f"++{match[2]}={token[match.end() :]}"
+            argv.append(token)
+        try:
+            if flags or any(token.lstrip("+~").startswith("hydra") for token in argv):
+                _run_hydra_main(task, argv, conf)
+                return
+            import hydra
+            from hydra.core.hydra_config import HydraConfig
+            from omegaconf import open_dict
+
+            # As in hydra.main, which composes a first time just to read hydra.mode.
+            with _guard_composition(), hydra.initialize_config_dir(str(conf), job_name="launcher", version_base="1.3"):
+                cfg = hydra.compose("config", argv, return_hydra_config=True)
+                _require_composing_only(cfg)
+                HydraConfig.instance().set_config(cfg)
+                with open_dict(cfg):
+                    del cfg["hydra"]
+                task(cfg)
+        # The task raises nothing, so every exception here is Hydra's, and may stand for a refusal; not all are HydraExceptions.
+        except Exception as error:
+            refusal = next((cause for cause in causes(error) if isinstance(cause, ConfigError)), None)
+            if refusal is None:
+                path, folders = None if run_file is None else run_file.path, [*config_dirs(flags), conf]
+                refusal = ConfigError(find_yaml_problems(error) or [make_hydra_problem(error, argv, folders, path)])
+            raise refusal from error
+
+
+def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], conf: Path) -> None:
+    """Let Hydra handle its own flags, which may start a sweep or only print."""
+    import hydra
+
+    printed, usage = io.StringIO(), io.StringIO()
+    saved_state = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
+    try:
+        # A sweep always writes a multirun.yaml.
+        with _guard_composition(), tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
+            # With --info, Hydra composes no sweep, and prints this override.
+            sys.argv += [] if {"-i", "--info"} & set(argv) else [f"hydra.sweep.dir='{sweep}'"]
+            hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(task)()
+    except SystemExit as stop:
+        if stop.code:
+            reason = usage.getvalue().strip().rpartition("error: ")[2]
+            raise ConfigError(
+                f"Hydra cannot read the command line: {reason}",
+                where=COMMAND_LINE,
+                remedy="see python -m launcher --help",
+            ) from stop
+    finally:
+        sys.argv = saved_state[0]
+        os.environ.pop("HYDRA_FULL_ERROR", None)
+        if saved_state[1] is not None:
+            os.environ["HYDRA_FULL_ERROR"] = saved_state[1]
+        print(_redact_settings(printed.getvalue(), environment_secrets(os.environ)), end="")
+
+
+def _redact_settings(text: str, secrets: Mapping[str, str]) -> str:
+    """Return what Hydra prints for --cfg and --info, with `<redacted>` for each value that looks like a credential."""
+
+    def names_secret(key: str) -> bool:
+        # Hydra joins all overrides in override_dirname. Names in capitals are those of a job's variables.
+        names = (key, f"cluster.env.{key}") if key.isupper() else (key,)
+        return key.endswith("override_dirname") or any(looks_secret(name, "?") for name in names)
+
+    lines, is_cut = list[str](), False
+    for line in text.splitlines(keepends=True):
+        if is_cut and not _NEW_ENTRY.match(line):
+            continue
+        match = next((match for match in _NAMED_VALUE.finditer(line) if names_secret(match["key"])), None)
+        is_cut = match is not None
+        lines.append(f"{line[: match.end()]}{REDACTED}{_VALUE_END.findall(line)[0]}" if match else line)
+    return redact("".join(lines), secrets)
+
+
+@contextmanager
+def _store_run_file(run_file: RunFile | None) -> Iterator[list[str]]:
+    """Let Hydra compose the content of a run's file within this block; yield the override that includes it.
+
+    Raises:
+        ConfigError: if the file has a key or a value of a kind that settings cannot have.
+    """
+    if run_file is None:
+        yield []
+        return
+    from hydra.core.config_store import ConfigStore
+    from omegaconf.errors import OmegaConfBaseException
+
+    store = ConfigStore.instance()
+    try:
+        store.store(group=RUN_FILE_GROUP, name=_OPTION, node=run_file.for_hydra(), package="_global_")
+    except (OmegaConfBaseException, RecursionError) as error:
+        reason = redact(str(error).splitlines()[0])
+        remedy = "write keys as texts, and a reference as ${section.name}"
+        where = f"{short_path(run_file.path)}:{find_broken_reference(run_file.path) or 1}"
+        raise ConfigError(f"the file is not read: {reason}", where=where, remedy=remedy) from None
+    try:
+        yield [_FILE_OVERRIDE]
+    finally:
+        store.repo.pop(RUN_FILE_GROUP, None)
+
+
+@contextmanager
+def _guard_composition() -> Iterator[None]:
+    """Guard the composition within this block. Hydra's errors about refused settings become ConfigErrors."""
+    from hydra._internal import hydra
+    from omegaconf import OmegaConf
+    from omegaconf.resolvers import oc
+
+    class RefusedCallbacks(hydra.Callbacks):
+        def __init__(self, config: Any = None) -> None:
+            if config is not None:
+                _require_composing_only(config)
+            super().__init__(None)
+
+    def check_first(run_job: Callable[..., Any]) -> Callable[..., Any]:
+        def run_checked(*args: Any, **kwargs: Any) -> Any:
+            _require_composing_only(kwargs["config"])
+            return run_job(*args, **kwargs)
+
+        return run_checked
+
+    def read_variable(name: str, *default: Any) -> Any:
+        # Within a value, no check would find a credential for certain.
+        if environment_secrets({name: os.environ.get(name, "")}):
+            raise ValueError(f"{name}: {_READS_CREDENTIAL}")
+        return oc.env(name, *default)
+
+    replacements: list[tuple[Any, str, Any]] = [
+        (hydra, "Callbacks", RefusedCallbacks),
+        *((importlib.import_module(module), "configure_log", lambda *_, **__: None) for module in _LOGGING),
+        *((module, "run_job", check_first(module.run_job)) for module in map(importlib.import_module, _JOBS)),
+    ]
+    originals = [getattr(owner, name) for owner, name, _ in replacements]
+    try:
+        for owner, name, replacement in replacements:
+            setattr(owner, name, replacement)
+        OmegaConf.register_new_resolver(_VARIABLE, read_variable, replace=True)
+        yield
+    finally:
+        OmegaConf.register_new_resolver(_VARIABLE, oc.env, replace=True)
+        for (owner, name, _), original in zip(replacements, originals, strict=True):
+            setattr(owner, name, original)
+
+
+def _require_composing_only(config: Any) -> None:
+    """Refuse composed settings, including Hydra's own section, that make Hydra call, set or write something.
+
+    Raises:
+        ConfigError: listing the settings.
+    """
+    from omegaconf import OmegaConf
+
+    changed = [key for key, value in _NEUTRAL.items() if (OmegaConf.select(config, key) or value) != value]
+    if changed:
+        raise ConfigError(
+            f"{changed[0]}: Hydra composes settings here, and neither sets variables nor writes files",
+            where=", ".join(changed),
+            remedy="remove it from the command line and from the files of the chosen options",
+        )
+    for key, name in _PLUGINS.items():
+        # Hydra instantiates everything inside these, so they may name no class but its own, and nothing below it.
+        values = leaves(OmegaConf.to_container(OmegaConf.select(config, key), resolve=True))
+        targets = {inner: value for inner, value in values if "_target_" in inner.split(".")}
+        if targets != {"_target_": name}:
+            called = next((inner for inner in targets if inner != "_target_"), "_target_")
+            raise ConfigError(
+                f"{key}: a setting must not name code to run; nothing was called",
+                where=f"{key}.{called}",
+                value=str(targets.get(called, "")),
+                remedy=f"remove {key} from the command line and from the files of the chosen options",
+            )
+    callbacks = OmegaConf.select(config, "hydra.callbacks")
+    if callbacks:
+        raise ConfigError(
+            "hydra.callbacks: a setting must not name code to run; nothing was called",
+            where="hydra.callbacks",
+            value=", ".join(map(str, callbacks)),
+            remedy="remove hydra.callbacks from the command line and from the files of the chosen options",
+        )

@@ -8,21 +8,22 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from launcher.config.command_line import COMMAND_LINE
-from launcher.config.known_settings import as_yaml, leaves, settings, suggest_setting
-from launcher.config.origin import RUN_FILE_GROUP, Origins, short_path, yaml_nodes
+from launcher.config.origin import RUN_FILE_GROUP, Origins, yaml_nodes
+from launcher.config.schema import as_yaml, leaves, settings, suggest_setting
 from launcher.config.sections.train import ALLOWED_EXTRA, QGZ, QGZ_IS_WRONG
 from launcher.errors import Problem, causes, did_you_mean
 from launcher.security.redaction import looks_secret, redact, redact_setting
+from launcher.shell_commands import short_path
 
-_ABSENT = object()
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
+_UNION_BRANCH = re.compile(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$")
 EXTRA = "deepspeed.extra"
 _IN_FILE = re.compile(r"[Ii]n '(?P<file>[\w/.-]+)'")
 _GROUP_CHOICE = re.compile(r"\+{0,2}(?P<group>[A-Za-z_][\w/]*)=(?P<option>[\w/.-]+)")
@@ -33,8 +34,13 @@ def list_schema_problems(
     error: ValidationError, origins: Origins, values: Mapping[str, Any], skip: set[str]
 ) -> Iterator[Problem]:
     """Yield one problem per key; `values` are the validated settings, `skip` has the keys that are already reported."""
+    items = []
+    for item in error.errors(include_url=False):
+        # pydantic puts the kind of the cluster after `cluster`, and appends the branch of a union.
+        location = ("cluster", *item["loc"][2:]) if item["loc"][:1] == ("cluster",) else item["loc"]
+        parts = [f"[{part}]" if isinstance(part, int) else part for part in location if part != "[key]"]
+        items.append((_UNION_BRANCH.sub("", ".".join(parts).replace(".[", "[")), item))
     reported: set[str] = set()
-    items = [(_write_key(item["loc"]), item) for item in error.errors(include_url=False)]
     for key, item in items:
         # A list with a bad item is also "too short", and a union reports each of its branches.
         if key in skip or key in reported or (item["type"] == "too_short" and any(k.startswith(f"{key}[") for k, _ in items)):
@@ -103,19 +109,17 @@ def _make_unknown_key_problem(key: str, value: Any, origins: Origins) -> Problem
 def _make_rule_problem(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
     """Return the problem for a validator's message, `what is wrong; the remedy`, which may name several settings."""
     message, _, remedy = text.partition("; ")
+    scalars = dict(leaves(values))
     if "." in key:
-        value = _find_value(key, values)
-        text = "" if value is _ABSENT else _format_scalar(key, value)
-        if key == "model.path" and isinstance(value, str) and Path(value).is_dir():
-            remedy = f"to use the folder of this name, write ./{value}"
-        return Problem(f"{key}: {message}", where=origins.of(key), value=text, remedy=remedy or _write_type_remedy(key))
+        if key == "model.path" and Path(str(scalars.get(key))).is_dir():
+            remedy = f"to use the folder of this name, write ./{scalars[key]}"
+        value = format_value(key, scalars[key]) if key in scalars else ""
+        return Problem(f"{key}: {message}", where=origins.of(key), value=value, remedy=remedy or _write_type_remedy(key))
     named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w)", text)]
-    origin = {k: origins.of(k) for k in named}
-    shown_values = {k: _format_scalar(k, value) for k in named if (value := _find_value(k, values)) is not _ABSENT}
     return Problem(
         message,
-        where=", ".join(f"{k} ({where})" for k, where in origin.items() if where),
-        value=", ".join(f"{k}={value}" for k, value in shown_values.items() if value),
+        where=", ".join(f"{k} ({where})" for k in named if (where := origins.of(k))),
+        value=", ".join(f"{k}={format_value(k, scalars[k])}" for k in named if k in scalars),
         remedy=remedy,
     )
 
@@ -128,27 +132,6 @@ def format_value(key: str, value: Any) -> str:
 
 def _format_scalar(key: str, value: Any) -> str:
     return "" if isinstance(value, dict | list) else format_value(key, value)
-
-
-def _find_value(key: str, values: Any) -> Any:
-    for part in re.split(r"[.\[]", key.replace("]", "")):
-        if isinstance(values, dict):
-            values = values.get(part, _ABSENT)
-        elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
-            values = values[int(part)]
-        else:
-            return _ABSENT
-    return values
-
-
-def _write_key(location: tuple[int | str, ...]) -> str:
-    if location[:1] == ("cluster",) and len(location) > 1:
-        # pydantic puts the kind of the cluster after `cluster`.
-        location = ("cluster", *location[2:])
-    parts = [f"[{part}]" if isinstance(part, int) else part for part in location if part != "[key]"]
-    key = ".".join(parts).replace(".[", "[")
-    # pydantic appends the branch of a union to the location.
-    return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)
 
 
 def find_extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] = frozenset()) -> Iterator[Problem]:
@@ -197,7 +180,7 @@ def find_yaml_problems(error: BaseException) -> list[Problem]:
     ]
 
 
-def make_hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None) -> Problem:
+def make_hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None) -> Problem:
     """Return the problem for an error in Hydra's composition, without the `++` that the launcher added.
 
     `tokens` are the overrides, `folders` hold the composed files, in search order; `run_file` is composed with them.
@@ -212,52 +195,41 @@ def make_hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequenc
     if redact(culprit) != culprit:
         message = "this override cannot be parsed"
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
-    location = _locate_hydra_error(error, tokens, folders, run_file)
+    located = _locate_hydra_error(error, tokens, folders, run_file)
     if option and (options := getattr(error, "options", None)):
         problem = make_unknown_option_problem(group, option, options, f"{group}={option}")
         is_typed = any(token.lstrip("+") == f"{group}={option}" for token in tokens)
-        return problem if is_typed or location is None else replace(problem, where=location.where, value=location.line)
-    if location is None:
+        return problem if is_typed or located is None else replace(problem, where=located.where, value=located.value)
+    if located is None:
         remedy = "see python -m launcher --help"
         return Problem(f"Hydra cannot compose these settings: {message}", COMMAND_LINE, culprit.removeprefix("++"), remedy)
-    value = "" if redact(location.line) != location.line else location.line
-    remedy = location.remedy or "correct this line; docs/settings.md shows how files are composed"
-    return Problem(f"Hydra cannot compose these settings: {location.message or message}", location.where, value, remedy)
-
-
-@dataclass(frozen=True)
-class _Location:
-    """`where` is file:line, `line` its text; `message` and `remedy` are empty if Hydra's own message is sufficient."""
-
-    where: str
-    line: str
-    message: str = ""
-    remedy: str = ""
+    value = "" if redact(located.value) != located.value else located.value
+    remedy = located.remedy or "correct this line; docs/settings.md shows how files are composed"
+    return Problem(f"Hydra cannot compose these settings: {located.message or message}", located.where, value, remedy)
 
 
 def _locate_hydra_error(
-    error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None = None
-) -> _Location | None:
-    """Return the line that an error is about; None if it is not in a file that the command line selects.
+    error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None
+) -> Problem | None:
+    """Return the file:line that an error is about, with the line's text; None if it is in no file that the command line selects.
 
-    `tokens` are the overrides, `folders` hold the config files; `run_file` is composed with them.
+    Message and remedy are empty if Hydra's own message is sufficient.
     """
     text = "\n".join(str(cause) for cause in causes(error))
     if run_file is not None and f"{RUN_FILE_GROUP}/" in text:
-        return _make_location(run_file, _find_quoted_line(run_file, error, text))
+        return _make_line_problem(run_file, _find_quoted_line(run_file, error, text))
     chosen = [match for token in tokens if (match := _GROUP_CHOICE.fullmatch(token))]
     files = [file for match in chosen if (file := _find_config_file(f"{match['group']}/{match['option']}", folders)) is not None]
-    missing = str(getattr(error, "missing_cfg_file", None) or "")
     two_values = _TWO_VALUES.search(text)
-    group = two_values["group"] if two_values else missing.partition("/")[0]
+    group = two_values["group"] if two_values else str(getattr(error, "missing_cfg_file", None) or "").partition("/")[0]
     for file in files:
         if line := find_broken_reference(file):
             message = "a reference in this value is not written as Hydra reads it"
-            return _make_location(file, line, message, "write ${section.name}, with a } for each ${")
+            return _make_line_problem(file, line, message, "write ${section.name}, with a } for each ${")
         if group and (line := _find_matching_line(file, rf"^\s*-\s*(override\s+)?/?{re.escape(group)}\s*:")):
-            return _make_location(file, line)
+            return _make_line_problem(file, line)
     if (named := _IN_FILE.search(text)) and (file := _find_config_file(named["file"], folders)) is not None:
-        return _make_location(file, _find_quoted_line(file, error, text.replace(named[0], "")))
+        return _make_line_problem(file, _find_quoted_line(file, error, text.replace(named[0], "")))
     return None
 
 
@@ -265,16 +237,15 @@ def _find_config_file(name: str, folders: Sequence[Path]) -> Path | None:
     return next((file for folder in folders if (file := folder / f"{name.removesuffix('.yaml')}.yaml").is_file()), None)
 
 
-def _make_location(file: Path, line: int, message: str = "", remedy: str = "") -> _Location:
+def _make_line_problem(file: Path, line: int, message: str = "", remedy: str = "") -> Problem:
     lines = file.read_text(errors="replace").splitlines()
-    text = lines[line - 1].strip() if line <= len(lines) else ""
-    return _Location(f"{short_path(file)}:{line}", text, message, remedy)
+    return Problem(message, f"{short_path(file)}:{line}", lines[line - 1].strip() if line <= len(lines) else "", remedy)
 
 
 def _find_quoted_line(file: Path, error: Exception, text: str) -> int:
     """Return the line with a name that the error quotes, or with the key that it is about; otherwise the first content line."""
     keys = [str(key) for cause in causes(error) if (key := getattr(cause, "full_key", None))]
-    for key, line, _ in yaml_nodes(file.read_text(errors="replace"), with_sections=True):
+    for key, line, _ in yaml_nodes(file.read_text(errors="replace")):
         if key in keys:
             return line
     for name in re.findall(r"'([\w/.-]+)'", text):

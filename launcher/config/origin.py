@@ -3,36 +3,55 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.command_line import COMMAND_LINE
-from launcher.config.known_settings import settings
+from launcher.config.schema import settings
 from launcher.errors import Problem
+from launcher.shell_commands import short_path
 
 if TYPE_CHECKING:
     import yaml
 
 # The group in which Hydra composes a run's file.
 RUN_FILE_GROUP = "run_file"
+# The header of a file that sets more than the section of its group.
+GLOBAL_HEADER = re.compile(r"^#\s*@package\s+_global_", re.MULTILINE)
+# The last part of a setting's key, such as `.path` or `[0]`.
+_LAST_PART = re.compile(r"(^|\.|\[)[^.\[]*$")
 
 
 @dataclass(frozen=True)
 class RunFile:
-    """The run's file: `keys` are the groups whose option it selects, and the settings that it sets (section.name).
+    """A run's file: `choices` are the options of groups, None for none; `values` the settings of the sections.
 
     `dropped` are the settings of sections that an option on the command line replaces.
     """
 
     path: Path
-    keys: tuple[str, ...]
-    dropped: tuple[str, ...] = ()
+    choices: Mapping[str, str | None]
+    values: Mapping[str, Any]
+    dropped: tuple[str, ...]
 
-    def sets(self, path: Sequence[str | int]) -> bool:
-        """Return whether the file has a value at `path`, or selects an option for the whole group."""
-        prefix = ".".join(map(str, path[:2]))
+    @property
+    def keys(self) -> list[str]:
+        """The groups whose option the file selects, and the settings that it sets (section.name)."""
+        keys = list(self.choices)
+        for section, content in self.values.items():
+            keys += [f"{section}.{name}" for name in content] if isinstance(content, dict) else [str(section)]
+        return keys
+
+    def for_hydra(self) -> dict[str, Any]:
+        """Return the config that Hydra composes last, before the overrides."""
+        chosen: list[Any] = [{f"override /{group}": option} for group, option in self.choices.items()]
+        return {"defaults": [*chosen, "_self_"], **self.values}
+
+    def sets(self, setting: str) -> bool:
+        """Return whether the file has a value of the setting or of one around it, or selects an option for its whole group."""
+        prefix = ".".join(re.split(r"[.\[]", setting)[:2])
         return prefix in self.keys or any(key.startswith(f"{prefix}.") for key in self.keys)
 
 
@@ -71,15 +90,19 @@ class Origins:
                 continue
             if name and (key == name or key.startswith((f"{name}.", f"{name}[")) or name.startswith(f"{key}.")):
                 return COMMAND_LINE, None
-        path = [int(p) if p.isdigit() else p for p in re.split(r"[.\[]", key.replace("]", "")) if p]
         for file, section in self.files():
-            if self.run_file is not None and file == self.run_file.path and not self.run_file.sets(path):
+            if self.run_file is not None and file == self.run_file.path and not self.run_file.sets(key):
                 continue
-            if section and (path[:1] != [section] or len(path) == 1):
+            if section and not key.startswith(f"{section}."):
                 continue
-            location = _find_line(file.read_text(), path[1:] if section else path) if path else None
-            if location is not None:
-                return f"{short_path(file)}:{location[0]}", location[1]
+            lines = {name: (line, text) for name, line, text in yaml_nodes(file.read_text())}
+            inner = prefix = key.removeprefix(f"{section}.") if section else key
+            while prefix and prefix not in lines:
+                prefix = _LAST_PART.sub("", prefix)
+            line, text = lines.get(prefix, (0, None))
+            # What an interpolation or a list's missing item contains has no line of its own.
+            if prefix and (prefix == inner or text is not None or inner[len(prefix)] == "["):
+                return f"{short_path(file)}:{line}", text
         return "", None
 
     def dropped_note(self) -> str | None:
@@ -121,7 +144,7 @@ class Origins:
         # Hydra lists the choices in this order: the experiment, then the groups from the last to the first.
         for group in self.choices:
             if (file := self.file_of(group)) is not None:
-                yield file, "" if re.search(r"^#\s*@package\s+_global_", file.read_text(), re.MULTILINE) else group
+                yield file, "" if GLOBAL_HEADER.search(file.read_text()) else group
         if (root := self._find_file("config.yaml")) is not None:
             yield root, ""
 
@@ -145,23 +168,15 @@ class Origins:
         return next((f / relative for f in self.folders if (f / relative).is_file()), None)
 
 
-def short_path(file: Path) -> str:
-    """Return the path as a person would write it: relative if the file is below the current folder."""
-    try:
-        return str(file.relative_to(Path.cwd()))
-    except ValueError:
-        return str(file)
-
-
-def yaml_nodes(text: str, with_sections: bool = False) -> Iterator[tuple[str, int, str | None]]:
-    """Yield key, line and text of each scalar in a YAML text; with `with_sections`, also of each section, without a text."""
+def yaml_nodes(text: str) -> Iterator[tuple[str, int, str | None]]:
+    """Yield key, line and text of each scalar in a YAML text, and of each section, which has no text."""
     import yaml
 
     def walk(node: yaml.Node | None, key: str, line: int) -> Iterator[tuple[str, int, str | None]]:
         if isinstance(node, yaml.ScalarNode):
             yield key, line, node.value
             return
-        if with_sections and key:
+        if key:
             yield key, line, None
         if isinstance(node, yaml.MappingNode):
             for name, value in node.value:
@@ -171,24 +186,3 @@ def yaml_nodes(text: str, with_sections: bool = False) -> Iterator[tuple[str, in
                 yield from walk(item, f"{key}[{i}]", item.start_mark.line + 1)
 
     yield from walk(yaml.compose(text, Loader=yaml.SafeLoader), "", 1)
-
-
-def _find_line(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
-    """Return the line of `path` in a YAML text, and its value if it is a scalar; None without such a path."""
-    import yaml
-
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    line = 0
-    for part in path:
-        if isinstance(node, yaml.MappingNode):
-            entry = next(((k, v) for k, v in node.value if k.value == part), None)
-            if entry is None:
-                return None
-            line, node = entry[0].start_mark.line + 1, entry[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            # A value from an interpolation has no line of its own, so use its parent's line.
-            break
-    return (line, node.value if isinstance(node, yaml.ScalarNode) else None) if line else None

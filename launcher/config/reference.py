@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from launcher.config.command_line import GROUPS, conf_dir
-from launcher.config.known_settings import Setting, sections_of, settings, settings_of
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, Setting, sections_of, settings, settings_of
 
 # A bar ends a cell of a Markdown table, even in code.
 _BAR = r"\|"

@@ -13,9 +13,8 @@ from pydantic import ValidationError
 from launcher.config.command_line import COMMAND_LINE
 from launcher.config.compose import IN_ENVIRONMENT
 from launcher.config.error_messages import find_extra_problems, format_value, list_schema_problems
-from launcher.config.known_settings import leaves, settings, suggest_setting
 from launcher.config.origin import Origins
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, leaves, settings, suggest_setting
 from launcher.errors import ConfigError, Problem
 from launcher.security.redaction import LOGIN_IN_ADDRESS, environment_secrets, has_login, redact, secret_problem
 from launcher.shell_commands import launcher_command
@@ -53,8 +52,6 @@ FIXED = (
     "cluster.kind",
 )
 ABSENT = "-"
-# The group in conf/ that is not a section of the settings.
-_EXPERIMENT = "experiment"
 _MISSING = object()
 
 
@@ -142,7 +139,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str], run_name: str = 
     problems: list[Problem] = []
     for override in overrides:
         key, equals, raw = override.lstrip("+").partition("=")
-        if equals and key in (*RunConfig.model_fields, _EXPERIMENT):
+        if equals and key in (*RunConfig.model_fields, "experiment"):
             fresh = launcher_command(f"model.path=run:{run_name}")
             remedy = f"write each setting that changes; another model needs another run: {fresh} ..."
             problems.append(_make_problem(f"{key}={raw}: a resume changes single settings, not a whole group", remedy))

@@ -12,8 +12,8 @@ import copy
 import difflib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,55 +22,25 @@ from pydantic_core import to_jsonable_python
 
 from launcher.config.command_line import COMMAND_LINE, GROUPS, ROW_SUFFIXES, SUFFIXES
 from launcher.config.error_messages import find_yaml_problems, make_unknown_option_problem
-from launcher.config.known_settings import leaves, sections_of, settings
-from launcher.config.origin import RunFile, short_path, yaml_nodes
-from launcher.config.schema import RunConfig, choose_kind
+from launcher.config.origin import GLOBAL_HEADER, RunFile, yaml_nodes
+from launcher.config.schema import RunConfig, choose_kind, leaves, sections_of, settings
 from launcher.config.sections.data import Source
 from launcher.errors import ConfigError, Problem
 from launcher.security.redaction import looks_secret, redact, redact_setting
-from launcher.shell_commands import launcher_command
+from launcher.shell_commands import launcher_command, short_path
 
-_SECTIONS_OF_GROUPS = tuple(group for group in GROUPS if group != "experiment")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-_HEADER_GLOBAL = re.compile(r"^#\s*@package\s+_global_", re.MULTILINE)
 _ABSENT = object()
 BASE = "base"
 # The option for a data section that names rows but has no `base`.
 _OWN_ROWS = "jsonl"
-_EXPERIMENT = "experiment"
 _OF_HYDRA = {
     "defaults": "remove it; a string selects an option, as in `model: qwen3_8b`, and `base` selects one inside a mapping",
     "hydra": "remove it; Hydra's flags are given on the command line",
 }
 
 
-@dataclass(frozen=True)
-class FileContent:
-    """The content of a run's file: `choices` are the options of groups, None for none; `values` the settings of the sections."""
-
-    file: RunFile
-    choices: Mapping[str, str | None]
-    values: Mapping[str, Any]
-
-    def for_hydra(self) -> dict[str, Any]:
-        """Return the config that Hydra composes last, before the overrides."""
-        chosen: list[Any] = [{f"override /{group}": option} for group, option in self.choices.items()]
-        return {"defaults": [*chosen, "_self_"], **self.values}
-
-
-def require_one_file(files: Sequence[str]) -> Path | None:
-    """Return the one file of a run that a command line names; None without one.
-
-    Raises:
-        ConfigError: if there are several.
-    """
-    if len(files) > 1:
-        remedy = "name one file, and write what differs as overrides (key=value)"
-        raise ConfigError("a run has one file", where=COMMAND_LINE, value=redact(" ".join(files)), remedy=remedy)
-    return Path(files[0]) if files else None
-
-
-def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[FileContent, list[Problem]]:
+def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) -> tuple[RunFile, list[Problem]]:
     """Return the content of a run's file and its problems.
 
     `replaced` are the groups whose option is selected on the command line, which replaces the file's whole section. `folders`
@@ -80,7 +50,7 @@ def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) 
         ConfigError: if the file cannot be read as a mapping.
     """
     root = _read_mapping(path)
-    lines = {key: line for key, line, _ in yaml_nodes(path.read_text(encoding="utf-8"), with_sections=True)}
+    lines = {key: line for key, line, _ in yaml_nodes(path.read_text(encoding="utf-8"))}
 
     def where(key: str) -> str:
         return f"{short_path(path)}:{lines.get(key, 1)}"
@@ -98,8 +68,13 @@ def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) 
             option, problem = _select_option(key, value, where(key), folders)
             problems += [problem] if problem else []
             choices |= {key: option} if option else {}
-        elif problem := _find_misplaced_problem(key, value, where(key)):
-            problems.append(problem)
+        elif key == "experiment":
+            remedy = "write `experiment: NAME`; the settings of a run's file are in its sections"
+            problems.append(Problem("experiment: selects an experiment by its name", where(key), remedy=remedy))
+        elif (parts := str(key).partition("."))[1] and parts[0] in settings():
+            content = "..." if isinstance(value, dict | list) or looks_secret(str(key), value) else value
+            remedy = f"write `{parts[0]}:`, and indented below it `{parts[2]}: {content}`"
+            problems.append(Problem(f"{key}: a file has one section with its settings below it", where(key), remedy=remedy))
         # Hydra and the schema report unknown keys, and sections that are not mappings.
         elif value is not None or key not in settings():
             section = dict(value) if isinstance(value, dict) else value
@@ -114,11 +89,7 @@ def read_run_file(path: Path, replaced: Sequence[str], folders: Sequence[Path]) 
             elif key == "data" and ("path" in section or "sources" in section):
                 choices[key] = _OWN_ROWS
             values[key] = section
-    keys = list(choices)
-    for section, content in values.items():
-        keys += [f"{section}.{name}" for name in content] if isinstance(content, dict) else [str(section)]
-    file = RunFile(path, tuple(keys), tuple(dropped))
-    return FileContent(file, choices, values), problems
+    return RunFile(path, choices, values, tuple(dropped)), problems
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
@@ -128,7 +99,6 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         ConfigError: if there is no such file, or it is not readable, not YAML or not a mapping.
     """
     import yaml
-    from omegaconf._utils import get_yaml_loader
 
     if path.name.endswith(ROW_SUFFIXES):
         raise ConfigError(_make_rows_problem(path))
@@ -140,8 +110,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         remedy = f"{guess}name a YAML file with settings; a file to start from: {launcher_command('init')}"
         raise ConfigError("there is no such file", where=COMMAND_LINE, value=redact(str(path)), remedy=remedy)
     try:
-        with path.open(encoding="utf-8") as stream:
-            root = yaml.load(stream, Loader=get_yaml_loader())  # noqa: S506
+        root = _load_yaml(path)
     except (ValueError, OverflowError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ConfigError(f"the file is not read: {reason}", where=short_path(path), remedy="correct this value") from None
@@ -182,50 +151,30 @@ def _select_option(group: str, value: Any, where: str, folders: Sequence[Path]) 
     return str(value), None
 
 
-def _find_misplaced_problem(key: Any, value: Any, where: str) -> Problem | None:
-    """Return the problem of a setting outside its section, or of an experiment with settings."""
-    if key == _EXPERIMENT:
-        remedy = "write `experiment: NAME`; the settings of a run's file are in its sections"
-        return Problem("experiment: selects an experiment by its name", where, remedy=remedy)
-    section, dot, name = str(key).partition(".")
-    if dot and section in settings():
-        content = "..." if isinstance(value, dict | list) or looks_secret(str(key), value) else value
-        remedy = f"write `{section}:`, and indented below it `{name}: {content}`"
-        return Problem(f"{key}: a file has one section with its settings below it", where, remedy=remedy)
-    return None
-
-
-@dataclass(frozen=True)
-class _Option:
-    """An option of a group: `values` are the values that its file sets in all sections."""
-
-    group: str
-    name: str | None
-    values: Mapping[str, Any]
-
-
 def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = False) -> dict[str, Any]:
     """Return the content of a run's file that composes to `config`: only the differences from its options, or all settings.
 
     Values that may be secrets are `<redacted>`.
     """
+
+    def redact_value(key: str, value: Any) -> Any:
+        shown = redact_setting(key, value)
+        return value if shown == str(value) else shown
+
     target = config.model_dump(mode="json")
     if all_settings:
         with_base = {name: {BASE: None, **section} if name in GROUPS else section for name, section in target.items()}
-        return dict(_redact_values(with_base, ""))
-    composed = _load_option_file(conf_dir / "config.yaml")
+        return dict(_convert_scalars(with_base, redact_value))
+    composed = _load_yaml(conf_dir / "config.yaml")
     entries = [entry for entry in composed.pop("defaults") if isinstance(entry, dict)]
     # The option that conf/config.yaml selects for each group, in composition order.
-    usual = {group: option for entry in entries for group, option in entry.items() if group in _SECTIONS_OF_GROUPS}
-    chosen = {group: _find_closest_option(group, conf_dir, target, usual[group]) for group in _SECTIONS_OF_GROUPS}
-    for group in usual:
-        if group in chosen:
-            _merge_into(composed, chosen[group].values)
+    usual = {group: option for entry in entries for group, option in entry.items() if group in target}
+    chosen = {group: _find_closest_option(group, conf_dir, target, option) for group, option in usual.items()}
+    for _, values in chosen.values():
+        _merge_into(composed, values)
     printed: dict[str, Any] = {}
     for name, section in target.items():
-        defaults = _list_section_defaults(name, section)
-        _merge_into(defaults, composed.get(name, {}))
-        changes = _find_changed_values(section, defaults, target)
+        changes = _find_changed_values(section, _list_section_defaults(name, section, composed), target)
         if name == "train":
             # Write 2 epochs, not 2.0; and leave out the length that is unset, because setting the other one unsets it.
             if isinstance(epochs := changes.get("epochs"), float) and epochs.is_integer():
@@ -233,68 +182,80 @@ def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = Fals
             for length, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
                 if changes.get(length) is not None and changes.get(other, _ABSENT) is None:
                     del changes[other]
-        option = chosen.get(name)
+        option = chosen[name][0] if name in chosen else None
         # Readers always want to know the data and the model, but the path alone identifies a user's own model.
         is_named = name == "data" or (name == "model" and "path" not in changes)
-        if option is not None and (option.name != usual[name] or is_named):
-            printed[name] = {BASE: option.name, **changes} if changes or option.name is None else option.name
+        if name in chosen and (option != usual[name] or is_named):
+            printed[name] = {BASE: option, **changes} if changes or option is None else option
         elif changes:
             printed[name] = changes
-    return dict(_redact_values(printed, ""))
+    return dict(_convert_scalars(printed, redact_value))
 
 
 def render(values: Mapping[str, Any]) -> str:
     """Return the content of a run's file as YAML that reads back as the same values."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(_escape_references(dict(values))))
+    def escape_references(_: str, value: Any) -> Any:
+        # A backslash before each `${`, which would otherwise be a reference; backslashes there are doubled.
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    return OmegaConf.to_yaml(OmegaConf.create(_convert_scalars(dict(values), escape_references)))
 
 
-def _load_option_file(file: Path) -> dict[str, Any]:
+def _load_yaml(file: Path) -> Any:
     import yaml
     from omegaconf._utils import get_yaml_loader
 
-    values: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=get_yaml_loader()) or {}  # noqa: S506
+    with file.open(encoding="utf-8") as stream:
+        return yaml.load(stream, Loader=get_yaml_loader())  # noqa: S506
+
+
+def _read_option(group: str, file: Path) -> dict[str, Any]:
+    """Return the values that an option's file sets in all sections, including the options of its group that it starts from."""
+    own = _load_yaml(file) or {}
+    values: dict[str, Any] = {}
+    for name in own.pop("defaults", []):
+        if isinstance(name, str) and name != "_self_":
+            _merge_into(values, _read_option(group, file.with_name(f"{name}.yaml")))
+    is_global = GLOBAL_HEADER.search(file.read_text(encoding="utf-8")) is not None
+    _merge_into(values, own if is_global else {group: own})
     return values
 
 
-def _read_option(group: str, file: Path) -> _Option:
-    """Read the option in a file, including the options of the same group that it starts from."""
-    values = _load_option_file(file)
-    begins_with = [entry for entry in values.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
-    section: dict[str, Any] = {}
-    for name in begins_with:
-        _merge_into(section, _read_option(group, file.with_name(f"{name}.yaml")).values)
-    is_global = _HEADER_GLOBAL.search(file.read_text(encoding="utf-8")) is not None
-    _merge_into(section, values if is_global else {group: values})
-    return _Option(group, file.stem, section)
+def _find_closest_option(
+    group: str, conf_dir: Path, target: Mapping[str, Any], usual: str | None
+) -> tuple[str | None, dict[str, Any]]:
+    """Return the option that leaves the fewest keys to write, None for none, with its values; in a tie, the default option."""
+    options = {None: {}, **{file.stem: _read_option(group, file) for file in sorted((conf_dir / group).glob("*.yaml"))}}
 
-
-def _find_closest_option(group: str, conf_dir: Path, target: Mapping[str, Any], usual: str | None) -> _Option:
-    """Return the option that leaves the fewest keys to write; in a tie, the default option."""
-    options = [_Option(group, None, {}), *(_read_option(group, file) for file in sorted((conf_dir / group).glob("*.yaml")))]
-
-    def cost(option: _Option) -> tuple[int, bool]:
+    def cost(option: str | None) -> tuple[int, bool]:
         num_keys = 0
         for name, section in target.items():
-            defaults = _list_section_defaults(name, section)
-            _merge_into(defaults, option.values.get(name, {}))
+            defaults = _list_section_defaults(name, section, options[option])
             if _has_other_keys(defaults, section):
                 return (1 << 30, True)
             num_keys += len(list(leaves(_find_changed_values(section, defaults, target))))
-        return num_keys, option.name != usual
+        return num_keys, option != usual
 
-    return min(options, key=cost)
+    closest = min(options, key=cost)
+    return closest, options[closest]
 
 
-def _list_section_defaults(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema's defaults of a section; `section` has its values, of which `kind` may select the class."""
+def _list_section_defaults(name: str, section: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a section has without a file: the schema's defaults, and over them those in `composed`.
+
+    `section` has the section's values, of which `kind` may select the class.
+    """
     classes = sections_of(RunConfig.model_fields[name].annotation)
     if len(classes) == 1:
-        return _list_field_defaults(classes[0])
-    chosen = next(one for one in classes if one.model_fields["kind"].default == section["kind"])
-    # If a section has no kind, its class is not the one that has this kind as its default.
-    return {**_list_field_defaults(chosen), **choose_kind({})}
+        defaults = _list_field_defaults(classes[0])
+    else:
+        chosen = next(one for one in classes if one.model_fields["kind"].default == section["kind"])
+        # If a section has no kind, its class is not the one that has this kind as its default.
+        defaults = {**_list_field_defaults(chosen), **choose_kind({})}
+    _merge_into(defaults, composed.get(name, {}))
+    return defaults
 
 
 def _list_field_defaults(section: type[BaseModel]) -> dict[str, Any]:
@@ -304,9 +265,19 @@ def _list_field_defaults(section: type[BaseModel]) -> dict[str, Any]:
 
 def _find_changed_values(values: Mapping[str, Any], defaults: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that differ from the defaults; references in the defaults are resolved with `target`."""
+
+    def resolve_reference(_: str, value: Any) -> Any:
+        reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        if reference is None:
+            return value
+        content: Any = target
+        for part in reference[1].split("."):
+            content = content.get(part) if isinstance(content, Mapping) else None
+        return content
+
     changes: dict[str, Any] = {}
     for key, value in values.items():
-        default = _resolve_references(defaults.get(key, _ABSENT), target)
+        default = _convert_scalars(defaults.get(key, _ABSENT), resolve_reference)
         if isinstance(value, dict) and isinstance(default, dict):
             if inner := _find_changed_values(value, default, target):
                 changes[key] = inner
@@ -334,17 +305,6 @@ def _has_other_keys(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> b
     return False
 
 
-def _resolve_references(value: Any, target: Mapping[str, Any]) -> Any:
-    if isinstance(value, str) and (reference := _REFERENCE.fullmatch(value)):
-        content: Any = target
-        for part in reference[1].split("."):
-            content = content.get(part) if isinstance(content, Mapping) else None
-        return content
-    if isinstance(value, list):
-        return [_resolve_references(item, target) for item in value]
-    return {key: _resolve_references(content, target) for key, content in value.items()} if isinstance(value, dict) else value
-
-
 def _merge_into(values: dict[str, Any], more: Mapping[str, Any]) -> None:
     for key, value in more.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict):
@@ -353,19 +313,11 @@ def _merge_into(values: dict[str, Any], more: Mapping[str, Any]) -> None:
             values[key] = copy.deepcopy(value)
 
 
-def _redact_values(value: Any, key: str) -> Any:
+def _convert_scalars(value: Any, convert: Callable[[str, Any], Any], key: str = "") -> Any:
+    """Return nested mappings and lists with each scalar converted; `convert` gets its key below `key` and its value."""
     if isinstance(value, dict):
-        return {name: _redact_values(content, f"{key}.{name}" if key else str(name)) for name, content in value.items()}
+        items = value.items()
+        return {name: _convert_scalars(content, convert, f"{key}.{name}" if key else str(name)) for name, content in items}
     if isinstance(value, list):
-        return [_redact_values(item, f"{key}[{i}]") for i, item in enumerate(value)]
-    shown = redact_setting(key, value)
-    return value if shown == str(value) else shown
-
-
-def _escape_references(value: Any) -> Any:
-    """Return the values with a backslash before each `${`, which would otherwise be a reference; doubles backslashes there."""
-    if isinstance(value, dict):
-        return {key: _escape_references(content) for key, content in value.items()}
-    if isinstance(value, list):
-        return [_escape_references(item) for item in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+        return [_convert_scalars(item, convert, f"{key}[{i}]") for i, item in enumerate(value)]
+    return convert(key, value)

@@ -11,10 +11,9 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher import atomic_files
 from launcher.checkpoint.model_folder import link_problems, read_stop_ids
@@ -27,11 +26,12 @@ from launcher.models.remote_code import adapter_problems, code_problems
 from launcher.models.weight_files import WeightReport, make_path_problem
 from launcher.plan.architecture import config_problems, model_facts
 from launcher.plan.launch_plan import ModelFacts
+from launcher.plan.quantities import list_first
 
 # A commit has 40 digits, but in a shared Hub cache the file may be of any size.
 _MAX_REFERENCE_BYTES = 200
 _NUM_NAMED = 3
-TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.model")
+_TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.model")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class FoundModel:
 
 def find_model(model: ModelSection) -> FoundModel:
     """Find the model and the tokenizer that the settings name, and check their files; uses no network."""
-    located: dict[str, Located] = {}
+    located = dict.fromkeys(("model.path", "model.tokenizer"), Located(None))
     problems: list[Problem] = []
     for key, value in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
         if value is None:
@@ -127,8 +127,7 @@ def find_model(model: ModelSection) -> FoundModel:
             problems += error.problems
     if model.config is not None:
         problems += code_problems(model, None)
-    own = located.get("model.path", Located(None))
-    report = None
+    own, report = located["model.path"], None
     if own.folder is None or model.init == "random":
         report = WeightReport()
     elif not problems:
@@ -137,7 +136,7 @@ def find_model(model: ModelSection) -> FoundModel:
             problems += report.problems(own.folder, model) if report is not None else []
         except ConfigError as error:
             problems += error.problems
-    tokenizer = located.get("model.tokenizer", Located(None)) if model.tokenizer else own
+    tokenizer = located["model.tokenizer"] if model.tokenizer else own
     return FoundModel(model, own.folder, own.source, tokenizer.folder, report, problems)
 
 
@@ -181,18 +180,34 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     problems += file_problems(folder) if model.tokenizer is None else ()
     try:
         config = weight_files.read_json(config_file)
-        if not config.get("model_type"):
+        model_type, transformers = config.get("model_type"), importlib.metadata.distribution("transformers")
+        known_types = Path(str(transformers.locate_file("transformers/models/auto/auto_mappings.py")))
+        found = list(config_problems(config, str(config_file))) if model_type else []
+        if not model_type:
             remedy = "use the config.json of the model; transformers chooses the architecture by this key"
-            found = [Problem("model.path: config.json has no model_type", str(config_file), remedy=remedy)]
-        else:
-            found = list(config_problems(config, str(config_file)))
-            found += _check_architecture(config, config_file) if not model.trust_remote_code else ()
-            # The other problems explain why numbers are missing.
-            if not found:
-                try:
-                    model_facts(dict(config), str(config_file), None, None)
-                except ConfigError as error:
-                    found += error.problems
+            found.append(Problem("model.path: config.json has no model_type", str(config_file), remedy=remedy))
+        elif (
+            not model.trust_remote_code
+            and known_types.is_file()
+            and f'"{model_type}"' not in known_types.read_text(encoding="utf-8")
+        ):
+            message = f"model.path: transformers {transformers.version} does not know the architecture {model_type}"
+            remedy = "check model_type in config.json, or install a version of transformers that knows it"
+            if isinstance(config.get("auto_map"), dict):
+                message = (
+                    f"model.path: the model needs its own Python code (auto_map), because transformers does not know {model_type}"
+                )
+                remedy = (
+                    "read that code; then set model.trust_remote_code=true, with model.revision at a 40-digit commit or, for a "
+                    "folder, model.code_digest; or choose a model that transformers knows"
+                )
+            found.append(Problem(message, str(config_file), str(model_type), remedy))
+        if not found:
+            # The other problems would explain why numbers are missing.
+            try:
+                model_facts(dict(config), str(config_file), None, None)
+            except ConfigError as error:
+                found += error.problems
         problems += [*found, *code_problems(model, folder)]
         problems += _check_weights(folder, model) if model.init != "random" else ()
     except ConfigError as error:
@@ -200,28 +215,10 @@ def folder_problems(folder: Path, model: ModelSection) -> list[Problem]:
     return problems
 
 
-def file_problems(folder: Path, patterns: Sequence[str] = TOKENIZER_FILES, key: str = "model.path") -> list[Problem]:
+def file_problems(folder: Path, key: str = "model.path") -> list[Problem]:
     """Return which files of a tokenizer are not what their names say, judging by their first bytes."""
-    files = sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())
+    files = sorted(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file())
     return [problem for file in files if (problem := weight_files.file_problem(file, key)) is not None]
-
-
-def _check_architecture(config: Mapping[str, Any], file: Path) -> Iterator[Problem]:
-    """Yield why transformers cannot build this architecture without code that comes with the model."""
-    model_type = str(config["model_type"])
-    package = importlib.metadata.distribution("transformers")
-    listing = Path(str(package.locate_file("transformers/models/auto/auto_mappings.py")))
-    if not listing.is_file() or f'"{model_type}"' in listing.read_text(encoding="utf-8"):
-        return
-    message = f"model.path: transformers {package.version} does not know the architecture {model_type}"
-    remedy = "check model_type in config.json, or install a version of transformers that knows it"
-    if isinstance(config.get("auto_map"), dict):
-        message = f"model.path: the model needs its own Python code (auto_map), because transformers does not know {model_type}"
-        remedy = (
-            "read that code; then set model.trust_remote_code=true, with model.revision at a 40-digit commit or, for a folder, "
-            "model.code_digest; or choose a model that transformers knows"
-        )
-    yield Problem(message, str(file), model_type, remedy)
 
 
 def _check_weights(folder: Path, model: ModelSection) -> Iterator[Problem]:
@@ -235,15 +232,12 @@ def _check_weights(folder: Path, model: ModelSection) -> Iterator[Problem]:
         yield make_path_problem("the folder holds no weights", folder, remedy)
     if missing := [file.name for file in files if not file.is_file()]:
         message = f"{len(missing)} of the {len(files)} files that the index names are not in the folder: "
-        yield make_path_problem(message + _list_names(missing), folder, "download the missing files again")
+        yield make_path_problem(message + list_first(missing, _NUM_NAMED), folder, "download the missing files again")
     damaged = [(file, one) for file in files if file.is_file() and (one := weight_files.file_problem(file)) is not None]
     yield from (problem for _, problem in damaged[:_NUM_NAMED])
     if more := [file.name for file, _ in damaged[_NUM_NAMED:]]:
-        yield make_path_problem(f"{len(more)} more weight files are unusable: {_list_names(more)}", folder, "download them again")
-
-
-def _list_names(names: list[str]) -> str:
-    return ", ".join(names[:_NUM_NAMED]) + (f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else "")
+        message = f"{len(more)} more weight files are unusable: {list_first(more, _NUM_NAMED)}"
+        yield make_path_problem(message, folder, "download them again")
 
 
 def local_folder(value: str) -> str:
@@ -298,7 +292,16 @@ def locate(source: str, model: ModelSection) -> Located:
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
     is_model = source == model.path
-    for snapshot in _list_snapshots(source, model.revision if is_model else None):
+    revision = model.revision if is_model else None
+    # The layout of huggingface_hub's cache.
+    for repo in repository_folders(source):
+        reference = repo / "refs" / (revision or "main")
+        # A commit is used as it is: a reference with its name could lead to a different commit.
+        is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
+        commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
+        snapshot = repo / "snapshots" / (commit or "")
+        if not weight_files.is_plain_name(commit) or not (snapshot / "config.json").is_file():
+            continue
         if not is_model or model.init == "random":
             return Located(snapshot)
         files = weight_files.weight_files(snapshot, model.allow_pickled_weights)
@@ -326,15 +329,3 @@ def converted_folder(file: Path) -> Path:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return cache_root() / "models" / f"{file.stem}-{digest.hexdigest()}"
-
-
-def _list_snapshots(repo_id: str, revision: str | None) -> Iterator[Path]:
-    """Yield the local snapshots of a Hub model, by the layout of huggingface_hub's cache."""
-    for repo in repository_folders(repo_id):
-        reference = repo / "refs" / (revision or "main")
-        # A commit is used as it is: a reference with its name could lead to a different commit.
-        is_reference = not COMMIT_PATTERN.fullmatch(revision or "") and reference.is_file()
-        commit = atomic_files.read_short_text(reference, _MAX_REFERENCE_BYTES).strip() if is_reference else revision
-        snapshot = repo / "snapshots" / commit if commit and weight_files.is_plain_name(commit) else None
-        if snapshot is not None and (snapshot / "config.json").is_file():
-            yield snapshot

@@ -97,11 +97,8 @@ def find_export(parent: ParentCheckpoint, dtype: str) -> Path | None:
     record = read_export(parent.run)
     if record is None:
         return None
-    exported, wanted = (
-        (record.step, record.plan_digest),
-        (parent.checkpoint.step, parent.checkpoint.manifest.plan_digest),
-    )
-    return parent.run.export if exported == wanted and record.dtype in (dtype, "fp32") else None
+    is_same = (record.step, record.plan_digest) == (parent.checkpoint.step, parent.checkpoint.manifest.plan_digest)
+    return parent.run.export if is_same and record.dtype in (dtype, "fp32") else None
 
 
 def count_params(parent: ParentCheckpoint) -> int:

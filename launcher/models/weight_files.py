@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, Problem
 from launcher.models import stored_checks
+from launcher.plan.quantities import format_count, list_first
 
 # Increase this when the comparison changes, so that stored results are not used.
 _FORMAT = 2
@@ -69,12 +70,11 @@ class WeightReport:
         elif folder.parent.name == "snapshots":
             repair = f"delete {folder.parent.parent}, which is downloaded again, or choose another model.revision"
         if self.missing:
-            message = f"the weight files lack {_count(self.missing)} of the model: {_list_first(self.missing)}"
+            message = f"the weight files lack {_describe_tensors(self.missing, 'of the model')}"
             remedy = f"{repair}; model.init=random trains the whole model from random weights"
             problems.append(make_path_problem(message, folder, remedy))
         if self.mismatched:
-            count = _count(self.mismatched)
-            message = f"the weight files have {count} in another shape than the model: {_list_first(self.mismatched)}"
+            message = f"the weight files have {_describe_tensors(self.mismatched, 'in another shape than the model')}"
             problems.append(make_path_problem(message, folder, f"use the config.json that belongs to these weights, or {repair}"))
         return problems
 
@@ -83,16 +83,12 @@ class WeightReport:
         """Return one line about tensors in the files that the model does not have; None if there are none."""
         if not self.unexpected:
             return None
-        count = _count(self.unexpected)
-        return f"the model does not have {count} of the weight files; they are not loaded: {_list_first(self.unexpected)}"
+        tensors = _describe_tensors(self.unexpected, "of the weight files; they are not loaded")
+        return f"the model does not have {tensors}"
 
 
-def _count(items: Sequence[str]) -> str:
-    return f"{len(items):,} tensor" if len(items) == 1 else f"{len(items):,} tensors"
-
-
-def _list_first(items: Sequence[str]) -> str:
-    return ", ".join(items[:_NUM_NAMED]) + (f" and {len(items) - _NUM_NAMED:,} more" if len(items) > _NUM_NAMED else "")
+def _describe_tensors(names: Sequence[str], role: str) -> str:
+    return f"{format_count(len(names), 'tensor')} {role}: {list_first(names, _NUM_NAMED)}"
 
 
 def make_path_problem(message: str, path: Path, remedy: str) -> Problem:

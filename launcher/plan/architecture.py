@@ -36,7 +36,7 @@ LIMITED_GATES = ("gpt_oss",)
 # Architectures with dropout by default, of attention and of what a layer adds to its input.
 _DROPOUT = {"seed_oss": 0.1}
 # The number of experts in configs that transformers has saved, whatever the original key.
-_ALIASES = ("num_local_experts", "num_experts")
+_ALIASES = ("num_local_experts", "num_experts", "n_routed_experts")
 _HEAD_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -78,6 +78,13 @@ MIXTURES = {
         "moe_num_experts", "moe_k", shared="moe_num_shared_experts", first="moe_layer_start_index", step="moe_layer_interval"
     ),
 }
+# For an architecture that is not in MIXTURES: the keys of most others.
+_USUAL_KEYS = _ExpertKeys(
+    shared="n_shared_experts",
+    shared_size="shared_expert_intermediate_size",
+    first="first_k_dense_replace",
+    step="decoder_sparse_step",
+)
 # Config keys of all sizes in this file, which have the same limits as those of a dense layer.
 SIZE_KEYS = (
     *sorted({key for keys in MIXTURES.values() for key in (keys.number, *keys.others, keys.step) if key} - {"intermediate_size"}),
@@ -87,6 +94,8 @@ _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_siz
 _OPTIONAL = ("num_key_value_heads", "head_dim", "intermediate_size", *SIZE_KEYS)
 # Far above any model. The plan goes through all layers, which would take all memory if their number had no limit.
 _MAX_LAYERS, _MAX_SIZE, _MAX_DIGITS = 10_000, 1 << 31, 30
+# A RoPE factor above this is no scaling of positions.
+_MAX_ROPE_FACTOR = 1e6
 # Keys that transformers maps to the first names above in the configs of GPT-2, GPT-J, GPT-Neo, BLOOM, MPT and others.
 _OTHER_NAMES = ("n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads", "num_layers", "num_heads")
 # Architectures whose embeddings are tied unless config.json says otherwise.
@@ -102,31 +111,26 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
     Raises:
         ConfigError: if the config lacks a number that planning needs.
     """
-    config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
-    missing = [key for key in _NEEDED if not isinstance(config.get(key), int)]
-    if missing and (own := [key for key in _OTHER_NAMES if isinstance(config.get(key), int)]):
-        raise ConfigError(
-            f"the launcher cannot read configs that call the model's sizes {', '.join(own)}, as GPT-2 and related models do",
-            where=path or "model.config",
-            value=f"model_type {config.get('model_type')}",
-            remedy=f"choose a model whose config.json has {', '.join(_NEEDED)}, as the presets do (docs/presets.md)",
-        )
-    if missing:
-        raise ConfigError(
-            f"the model's config.json lacks {', '.join(missing)}",
-            where=path or "model.config",
-            value=f"model_type {config.get('model_type')}",
-            remedy="choose a decoder-only language model with attention layers, which mamba and rwkv do not have",
-        )
-    for key in ("num_key_value_heads", "head_dim", "intermediate_size"):
-        if not isinstance(value := config.get(key), int | None):
-            message, remedy = f"{key} is not a whole number", "use the config.json that belongs to the model"
-            raise ConfigError(message, where=path or "model.config", value=str(value)[:_MAX_DIGITS], remedy=remedy)
+    config, where = _flatten_config(config), path or "model.config"
+    if missing := [key for key in _NEEDED if not isinstance(config.get(key), int)]:
+        message = f"the model's config.json lacks {', '.join(missing)}"
+        remedy = "choose a decoder-only language model with attention layers, which mamba and rwkv do not have"
+        if own := [key for key in _OTHER_NAMES if isinstance(config.get(key), int)]:
+            message = (
+                f"the launcher cannot read configs that call the model's sizes {', '.join(own)}, as GPT-2 and related models do"
+            )
+            remedy = f"choose a model whose config.json has {', '.join(_NEEDED)}, as the presets do (docs/presets.md)"
+        raise ConfigError(message, where=where, value=f"model_type {config.get('model_type')}", remedy=remedy)
     for key in (*_NEEDED, *_OPTIONAL):
-        least, most = int(key in _NEEDED), _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE
-        if isinstance(value := config.get(key), int) and not least <= value <= most:
-            message, remedy = f"{key} is not between {least} and {most:,}", "use the config.json that belongs to the model"
-            raise ConfigError(message, where=path or "model.config", value=str(value)[:_MAX_DIGITS], remedy=remedy)
+        value, least, most = config.get(key), int(key in _NEEDED), _MAX_LAYERS if key == "num_hidden_layers" else _MAX_SIZE
+        message = ""
+        if key not in SIZE_KEYS and not isinstance(value, int | None):
+            message = f"{key} is not a whole number"
+        elif isinstance(value, int) and not least <= value <= most:
+            message = f"{key} is not between {least} and {most:,}"
+        if message:
+            remedy = "use the config.json that belongs to the model"
+            raise ConfigError(message, where=where, value=str(value)[:_MAX_DIGITS], remedy=remedy)
     heads = config["num_attention_heads"]
     facts = ModelFacts(
         path=path,
@@ -235,6 +239,29 @@ def attention_sizes(model: ModelFacts) -> AttentionSizes:
     )
 
 
+def context_tokens(config: Mapping[str, Any]) -> int | None:
+    """Return the tokens of the longest document that the model's positions cover, with RoPE scaling; None if unknown."""
+    config = _flatten_config(config)
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if not isinstance(positions, int) or isinstance(positions, bool) or positions <= 0:
+        return None
+    # The mappings with RoPE settings: one, or one for each kind of layer.
+    sections = [section for key in ("rope_parameters", "rope_scaling") if isinstance(section := config.get(key), dict)]
+    sections += [inner for section in sections for inner in section.values() if isinstance(inner, dict)]
+    scaled = [
+        int(factor * (rope.get("original_max_position_embeddings") or positions))
+        for rope in sections
+        if isinstance(factor := rope.get("factor"), int | float) and factor < _MAX_ROPE_FACTOR
+    ]
+    return max(positions, *scaled) if scaled else positions
+
+
+def _flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the values of its language model at the top, for a model that has other parts too."""
+    inner = config.get("text_config")
+    return {**config, **(inner if isinstance(inner, dict) else {})}
+
+
 def num_layer_norms(model: ModelFacts) -> int:
     """Return the number of a layer's norms over its hidden states."""
     return 4 if model.model_type in FOUR_NORMS else 2
@@ -248,20 +275,12 @@ def query_key_norms(model: ModelFacts) -> Literal["per head", "all heads"] | Non
 
 
 def experts_of(config: Mapping[str, Any]) -> Experts | None:
-    """Return the experts of the layers of a mixture-of-experts model; None for a dense one.
-
-    For an architecture that is not in MIXTURES, the keys of most others are tried.
-    """
-    keys = MIXTURES.get(str(config.get("model_type")))
-    if keys is None:
-        number = _read_positive(config, *_ALIASES, "n_routed_experts")
-        size = _read_positive(config, "moe_intermediate_size", "intermediate_size")
-        chosen, shared = _read_positive(config, "num_experts_per_tok"), _read_positive(config, "n_shared_experts")
-        shared_size = _read_positive(config, "shared_expert_intermediate_size")
-    else:
-        number = _read_positive(config, keys.number, *_ALIASES)
-        size, chosen = _read_positive(config, keys.size), _read_positive(config, keys.chosen)
-        shared, shared_size = _read_positive(config, keys.shared), _read_positive(config, keys.shared_size)
+    """Return the experts of the layers of a mixture-of-experts model; None for a dense one."""
+    keys = MIXTURES.get(str(config.get("model_type")), _USUAL_KEYS)
+    number = _read_positive(config, keys.number, *_ALIASES)
+    size = _read_positive(config, keys.size, *(("intermediate_size",) if keys is _USUAL_KEYS else ()))
+    chosen, shared = _read_positive(config, keys.chosen), _read_positive(config, keys.shared)
+    shared_size = _read_positive(config, keys.shared_size)
     # A single expert is a dense MLP, as in Hunyuan's dense models.
     if number < 2 or not size:
         return None
@@ -274,7 +293,7 @@ def experts_by_layer(model: ModelFacts) -> tuple[Experts | None, ...]:
     experts = experts_of(config)
     if experts is None:
         return (None,) * model.num_layers
-    keys = MIXTURES.get(model.model_type, _ExpertKeys(first="first_k_dense_replace", step="decoder_sparse_step"))
+    keys = MIXTURES.get(model.model_type, _USUAL_KEYS)
     if model.model_type == "glm4_moe_lite":
         kinds = config.get("mlp_layer_types")
         sparse = {i for i, kind in enumerate(kinds) if kind == "sparse"} if isinstance(kinds, list) else {*layers[1:]}

@@ -25,7 +25,6 @@ SAVE_MARGIN = 1.5
 REFERENCE_TOKENS = 64
 # File headers, the state of the loader and of the random generators, the manifest.
 _SMALL_FILES_BYTES = 256 * 1024
-_REMEDY = "free space on this disk, or put run.root on a larger one"
 
 
 def checkpoint_bytes(num_params: int, optimizer: Optimizer) -> int:
@@ -48,17 +47,15 @@ def plan_saving(
     """
     if not asynchronous:
         return Saving(background=False, host_gib_per_node=0.0)
-    copies = checkpoint_bytes(num_params, optimizer) / topology.nodes / 2**30
+    copies, note = checkpoint_bytes(num_params, optimizer) / topology.nodes / 2**30, ""
     if "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_params):
         note = "states on NVMe cannot be read while training uses them, so training waits while a checkpoint is written"
-        return Saving(background=False, host_gib_per_node=0.0, note=note)
-    if host_gib is not None and memory.host_per_node_gib + copies > _USABLE_HOST_SHARE * host_gib:
+    elif host_gib is not None and memory.host_per_node_gib + copies > _USABLE_HOST_SHARE * host_gib:
         note = (
             f"training waits while a checkpoint is written: a copy of the states takes {copies:.1f} GiB of main memory per node, "
             f"which has {host_gib:.0f} GiB, of which the run uses {memory.host_per_node_gib:.1f} GiB"
         )
-        return Saving(background=False, host_gib_per_node=0.0, note=note)
-    return Saving(background=True, host_gib_per_node=round(copies, 3))
+    return Saving(background=not note, host_gib_per_node=0.0 if note else round(copies, 3), note=note)
 
 
 def save_seconds(plan: LaunchPlan) -> int:
@@ -115,7 +112,7 @@ def find_room_problem(plan: LaunchPlan, available: int) -> Problem | None:
         "the disk of the run directory has no room for a single checkpoint",
         where=f"run.root, {plan.run_dir}",
         value=f"needed {format_size(needed)}, available {format_size(available)}",
-        remedy=_REMEDY,
+        remedy="free space on this disk, or put run.root on a larger one",
     )
 
 

@@ -60,7 +60,7 @@ class GpuType:
     fragmentation: float | None = None
     gemm_share: float | None = None
 
-    def peak_tflops(self, dtype: str) -> float | None:
+    def peak_tflops(self, dtype: str) -> float:
         """Return the peak of matrix products in bf16, fp16, tf32 (fp32 rounded on input) or fp32."""
         return {"bf16": self.bf16, "fp16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}[dtype]
 

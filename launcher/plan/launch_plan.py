@@ -187,6 +187,11 @@ class Batch(Record):
     max_steps: int | None
     epochs: float | None
 
+    @property
+    def expected_tokens(self) -> int:
+        """The tokens of an optimizer step over all ranks, without padding if the data are known."""
+        return self.tokens_per_step or self.max_tokens_per_step
+
 
 class Memory(Record):
     """Model states in GiB: `per_rank_gib` on the device, `host_per_node_gib` in main memory through offload.
@@ -318,12 +323,13 @@ class LaunchPlan(Record):
 
     def eval_sets_at(self, step: int) -> tuple[str, ...]:
         """Return the names of the sets whose loss is due after `step`; a run that stops there skips them before the last step."""
-        default = self.config.eval.every
-        has_held_out = self.data is not None and self.data.num_eval_rows > 0
-        intervals = {HELD_OUT: default} if has_held_out else {}
-        intervals |= {one.name: default if one.every is None else one.every for one in self.config.eval.all_sets}
+        skipped = () if self.data is not None and self.data.num_eval_rows else (HELD_OUT,)
         is_boundary = step in (0, self.batch.max_steps)
-        return tuple(name for name, every in intervals.items() if is_boundary or (every > 0 and step % every == 0))
+        return tuple(
+            name
+            for name, every in self.config.eval.intervals.items()
+            if name not in skipped and (is_boundary or (every > 0 and step % every == 0))
+        )
 
     def to_json(self) -> str:
         """Return the text of the plan's file."""

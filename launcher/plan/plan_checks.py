@@ -3,23 +3,73 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
-from launcher.errors import Problem
+from launcher.errors import Problem, did_you_mean
+from launcher.plan.architecture import context_tokens
 from launcher.plan.checkpoints import warn_of_short_saves
-from launcher.plan.launch_plan import DataFacts, LaunchPlan, ModelFacts
+from launcher.plan.gpu_types import GPUS, lookup, names_other_memory
+from launcher.plan.launch_plan import DataFacts, DeviceFacts, LaunchPlan, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
+from launcher.plan.sizing.memory import num_hpz_ranks
 from launcher.plan.steps import single_step_warning
 
 # Multiples of the usual learning rate that cause a warning; random weights take larger rates than trained weights.
 _HIGH_LR, _HIGH_LR_RANDOM = 10.0, 1000.0
 _MAX_LR = 1.0
-# A RoPE factor above this is no scaling of positions.
-_MAX_FACTOR = 1e6
+
+
+def find_topology_refusals(config: RunConfig, device: DeviceFacts, topology: Topology) -> Iterator[Problem]:
+    """Yield problems of settings that these nodes and ranks cannot satisfy; `device` is that of one of the nodes."""
+    gpu_type = config.cluster.gpu_type
+    if gpu_type is not None and (lookup(gpu_type) is None or names_other_memory(gpu_type)):
+        guess, choices = did_you_mean(gpu_type, list(GPUS)), ", ".join(GPUS)
+        yield Problem(
+            f"cluster.gpu_type={gpu_type} is not in the table of GPU types",
+            where="cluster.gpu_type",
+            value=gpu_type,
+            remedy=f"{guess} remove it to plan for this machine, or choose one of {choices}".strip(),
+        )
+    if gpu_type is not None and config.cluster.ranks_per_node is None and device.kind != "cuda":
+        yield Problem(
+            "this machine has no GPU, so the number of GPUs per node is unknown",
+            where="cluster.gpu_type",
+            value=gpu_type,
+            remedy="set cluster.ranks_per_node to the GPUs of one node",
+        )
+    fewest_workers = config.cluster.fewest_workers
+    if fewest_workers is not None and fewest_workers > topology.world_size:
+        yield Problem(
+            f"cluster.min_workers={fewest_workers} is more than the {topology.world_size} workers of the run",
+            where="cluster.min_workers",
+            value=str(fewest_workers),
+            remedy="lower it, or raise cluster.nodes",
+        )
+    if topology.device == "cpu" and config.model.attention.startswith("flash_attention"):
+        yield Problem(
+            f"model.attention={config.model.attention} needs GPUs, and this run computes on CPUs",
+            where="model.attention",
+            value=config.model.attention,
+            remedy="set model.attention=auto",
+        )
+    if problem := config.cluster.topology_problem(topology.world_size):
+        yield problem
+    yield from check_hpz(config, topology)
+
+
+def check_hpz(config: RunConfig, topology: Topology) -> Iterator[Problem]:
+    """Yield a problem if the ranks that share a second copy of the weights do not divide all ranks."""
+    hpz = num_hpz_ranks(config.deepspeed, topology.ranks_per_node)
+    if topology.world_size % hpz:
+        yield Problem(
+            f"deepspeed.hpz_partition_size={hpz} does not divide the {topology.world_size} ranks",
+            where="deepspeed.hpz_partition_size",
+            value=str(hpz),
+            remedy=f"set it to the ranks of one node ({topology.ranks_per_node}), to node, or to 1",
+        )
 
 
 def find_refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) -> Iterator[Problem]:
@@ -38,7 +88,7 @@ def find_refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) 
             value=f"{lr:g}",
             remedy=f"fine-tuning with {config.optim.name} usually takes {_write_range(usual)}: set optim.lr=1e-5",
         )
-    if config.eval.stop_after and not _find_best_set_interval(config):
+    if config.eval.stop_after and not config.eval.intervals[config.checkpoint.best_set]:
         yield Problem(
             f"eval.stop_after needs evaluations during training; {config.checkpoint.best_set} is evaluated before and after it",
             where="eval.stop_after",
@@ -71,13 +121,6 @@ def find_refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) 
         )
 
 
-def _find_best_set_interval(config: RunConfig) -> int:
-    """Return the steps between evaluations of the set checkpoint.best_set; 0 if it is not evaluated during training."""
-    intervals = {one.name: one.every for one in config.eval.all_sets}
-    every = intervals.get(config.checkpoint.best_set)
-    return config.eval.every if every is None else every
-
-
 def find_warnings(plan: LaunchPlan) -> Iterator[str]:
     """Yield a warning for each probable mistake, with a suitable value."""
     config, data, world_size = plan.config, plan.data, plan.topology.world_size
@@ -89,7 +132,7 @@ def find_warnings(plan: LaunchPlan) -> Iterator[str]:
     uses_best = [name for name, value in settings.items() if value]
     if uses_best and config.checkpoint.best_set == HELD_OUT and data is not None and not data.num_eval_rows:
         yield f"{' and '.join(uses_best)} need held-out rows, and there are none: set data.eval_fraction=0.05"
-    elif config.checkpoint.keep_best and not _find_best_set_interval(config):
+    elif config.checkpoint.keep_best and not config.eval.intervals[config.checkpoint.best_set]:
         yield "checkpoint.keep_best needs evaluations while training: set eval.every to a number of steps"
     batch = config.train.global_batch_size
     if data is not None and (few := single_step_warning(config.train, data.num_rows, world_size)):
@@ -104,23 +147,6 @@ def find_warnings(plan: LaunchPlan) -> Iterator[str]:
         rows = format_count(data.num_rows, "row")
         yield f"a batch of {format_count(batch, 'row')} is more than the {rows} of the data, so each step repeats rows: {fitting}"
     yield from warn_of_short_saves(plan)
-
-
-def context_tokens(config: Mapping[str, Any]) -> int | None:
-    """Return the tokens of the longest document that the model's positions cover, with RoPE scaling; None if unknown."""
-    config = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
-    if not isinstance(positions, int) or isinstance(positions, bool) or positions <= 0:
-        return None
-    # The mappings with RoPE settings: one, or one for each kind of layer.
-    sections = [section for key in ("rope_parameters", "rope_scaling") if isinstance(section := config.get(key), dict)]
-    sections += [inner for section in sections for inner in section.values() if isinstance(inner, dict)]
-    scaled = [
-        int(factor * (rope.get("original_max_position_embeddings") or positions))
-        for rope in sections
-        if isinstance(factor := rope.get("factor"), int | float) and factor < _MAX_FACTOR
-    ]
-    return max(positions, *scaled) if scaled else positions
 
 
 def _find_usual_lr(config: RunConfig) -> tuple[float, float] | None:

@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import RunConfig
-from launcher.errors import ConfigError, Problem, did_you_mean
-from launcher.plan import deepspeed, plan_checks
+from launcher.errors import ConfigError, Problem
+from launcher.plan import plan_checks
 from launcher.plan.architecture import architecture_problems
 from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
-from launcher.plan.gpu_types import GPUS, GpuType, Price, lookup, names_other_memory, typical_price
+from launcher.plan.gpu_types import GpuType, Price, lookup, typical_price
 from launcher.plan.launch_plan import Facts, LaunchPlan, Limits, Topology
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import default_name
-from launcher.plan.sizing import combinations, kernels, memory
+from launcher.plan.sizing.combinations import (
+    CHOSEN_BY_PLAN,
+    CombinationEstimate,
+    SizingInputs,
+    build_combination,
+    choose_combination,
+    estimate_combination,
+    find_nearest_fits,
+)
+from launcher.plan.sizing.layers import may_lack_liger, uses_liger
+from launcher.plan.sizing.memory import num_hpz_ranks
 from launcher.plan.sizing.step_time import Rates, StepTime
 from launcher.plan.steps import split_batch
 
@@ -33,10 +43,11 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         ConfigError: with all settings that this topology cannot satisfy.
     """
     if config.model.dtype == "auto":
-        # facts.resolve has chosen fp32 if bf16 is slow.
+        # facts.resolve_settings has chosen fp32 if bf16 is slow.
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     topology = choose_topology(config, facts)
-    problems = [*_check_topology(config, facts, topology), *architecture_problems(facts.model, config.data.packing)]
+    problems = [*plan_checks.find_topology_refusals(config, facts.device, topology)]
+    problems += architecture_problems(facts.model, config.data.packing)
     problems += plan_checks.find_refusals(config, facts.model, facts.data)
     gpu_name = config.cluster.gpu_type or facts.device.name
     try:
@@ -49,16 +60,16 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     run_dir = run_dir_of(config, run_name, facts.working_dir, facts.home_dir)
     # The main memory of this machine only counts if the plan is for machines of the same kind.
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
-    nvme_folder = _name_nvme_folder(config, run_name, run_dir)
-    liger = kernels.uses_liger(config, facts.model, topology.device, facts.provenance.packages)
-    situation = combinations.Situation(
+    liger = uses_liger(config, facts.model, topology.device, facts.provenance.packages)
+    inputs = SizingInputs(
         config,
         facts.model,
         facts.data,
         topology,
         lookup(gpu_name),
         device_gib(config, facts),
-        liger and not kernels.may_lack_liger(config),
+        liger and not may_lack_liger(config),
+        _name_nvme_folder(config, run_name, run_dir),
     )
     hours, usd, own_price = config.run.max_hours, config.run.max_usd, config.cluster.price_per_gpu_hour
     # Of a GPU, or of a rank on CPUs.
@@ -70,7 +81,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         run_dir=str(run_dir),
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
         config=config,
-        **_plan_by_ranks(situation, gpu_name, nvme_folder, host_memory_gib),
+        **_plan_by_ranks(inputs, gpu_name, host_memory_gib),
         liger=liger,
         checkpoint_bytes=checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
         limits=Limits(
@@ -130,50 +141,48 @@ def resize_plan(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> La
     config, nodes = planned.config, -(-world_size // ranks_per_node)
     sizes = {"nodes": nodes, "ranks_per_node": ranks_per_node, "world_size": world_size}
     topology = planned.topology.model_copy(update=sizes)
-    if problems := list(_check_hpz(config, topology)):
+    if problems := list(plan_checks.check_hpz(config, topology)):
         raise ConfigError(problems)
-    nvme_folder = _name_nvme_folder(config, planned.run_name, Path(planned.run_dir))
-    situation = replace(situation_of(planned), topology=topology)
-    parts = _plan_by_ranks(situation, planned.gpu_name, nvme_folder, planned.memory.node_gib)
+    inputs = replace(sizing_inputs(planned), topology=topology)
+    parts = _plan_by_ranks(inputs, planned.gpu_name, planned.memory.node_gib)
     if not planned.saving.background:
         parts["saving"] = planned.saving
     return planned.model_copy(update=parts)
 
 
-def _plan_by_ranks(
-    situation: combinations.Situation, gpu_name: str, nvme_folder: str | None, host_memory_gib: float | None
-) -> dict[str, Any]:
+def _plan_by_ranks(inputs: SizingInputs, gpu_name: str, host_memory_gib: float | None) -> dict[str, Any]:
     """Return the parts of a plan that depend on the number of ranks."""
-    config, model, topology = situation.config, situation.model, situation.topology
+    config, topology = inputs.config, inputs.topology
+    chosen = choose_combination(inputs)
+    states = chosen.memory.model_copy(update={"node_gib": host_memory_gib})
     optimizer = OPTIMIZERS[config.optim.name]
-    chosen = combinations.choose(situation)
-    split = chosen.batch
-    states = memory.estimate_model_states(
-        model.num_params, config.model.dtype, split.accumulation, optimizer, config.deepspeed, topology, situation.device_gib
-    )
-    states = states.model_copy(update={"node_gib": host_memory_gib})
     return {
         "topology": topology,
         "gpu_name": gpu_name if topology.device == "cuda" else "",
-        "batch": split,
+        "batch": chosen.batch,
         "checkpointing": chosen.combination.checkpointing,
         "loss_chunk_tokens": chosen.chunk_tokens,
         "peak": chosen.peak,
-        "deepspeed": deepspeed.render(
-            config.deepspeed, config.model, config.train, split, topology, model, optimizer, nvme_folder
-        ),
+        "deepspeed": chosen.deepspeed,
         "memory": states,
         "saving": plan_saving(
-            model.num_params, config.checkpoint.async_save, optimizer, config.deepspeed, states, topology, host_memory_gib
+            inputs.model.num_params, config.checkpoint.async_save, optimizer, config.deepspeed, states, topology, host_memory_gib
         ),
     }
 
 
-def situation_of(planned: LaunchPlan) -> combinations.Situation:
-    """Return the situation for which combinations of a plan's settings are tried."""
-    gpu, device_gib = lookup(planned.gpu_name), planned.memory.device_gib
-    liger = planned.liger and not kernels.may_lack_liger(planned.config)
-    return combinations.Situation(planned.config, planned.model, planned.data, planned.topology, gpu, device_gib, liger)
+def sizing_inputs(planned: LaunchPlan) -> SizingInputs:
+    """Return what the estimates for combinations of a plan's settings depend on."""
+    return SizingInputs(
+        planned.config,
+        planned.model,
+        planned.data,
+        planned.topology,
+        lookup(planned.gpu_name),
+        planned.memory.device_gib,
+        planned.liger and not may_lack_liger(planned.config),
+        _name_nvme_folder(planned.config, planned.run_name, Path(planned.run_dir)),
+    )
 
 
 def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> float | None:
@@ -184,7 +193,7 @@ def planned_tokens_per_sec(planned: LaunchPlan, gpu: GpuType | None = None) -> f
     if planned.topology.device != "cuda":
         return None
     step = planned_step(planned, gpu)
-    return None if step is None else tokens_of_step(planned) / step.total_s
+    return None if step is None else planned.batch.expected_tokens / step.total_s
 
 
 def planned_step(planned: LaunchPlan, gpu: GpuType | None = None, rates: Rates | None = None) -> StepTime | None:
@@ -194,10 +203,8 @@ def planned_step(planned: LaunchPlan, gpu: GpuType | None = None, rates: Rates |
     """
     if not planned.config.data.packing:
         return None
-    situation = replace(situation_of(planned), chunk_tokens=planned.loss_chunk_tokens, rates=rates)
-    situation = situation if gpu is None else replace(situation, gpu=gpu)
-    combination = combinations.build_combination(situation, planned.batch.micro_batch_size, planned.checkpointing)
-    return combinations.evaluate(situation, combination).step
+    inputs = replace(sizing_inputs(planned), rates=rates)
+    return _estimate_planned(planned, inputs if gpu is None else replace(inputs, gpu=gpu)).step
 
 
 def as_run(planned: LaunchPlan, has_liger: bool) -> LaunchPlan:
@@ -207,14 +214,14 @@ def as_run(planned: LaunchPlan, has_liger: bool) -> LaunchPlan:
     """
     config = planned.config.model_copy(update={"model": planned.config.model.model_copy(update={"liger": has_liger})})
     decided = planned.model_copy(update={"config": config, "liger": has_liger})
-    situation = replace(situation_of(decided), chunk_tokens=planned.loss_chunk_tokens)
-    combination = combinations.build_combination(situation, planned.batch.micro_batch_size, planned.checkpointing)
-    return decided.model_copy(update={"peak": combinations.evaluate(situation, combination).peak})
+    return decided.model_copy(update={"peak": _estimate_planned(decided, sizing_inputs(decided)).peak})
 
 
-def tokens_of_step(planned: LaunchPlan) -> int:
-    """Return the tokens of an optimizer step over all ranks, without padding if the data are known."""
-    return planned.batch.tokens_per_step or planned.batch.max_tokens_per_step
+def _estimate_planned(planned: LaunchPlan, inputs: SizingInputs) -> CombinationEstimate:
+    """Return the estimate of the combination that a plan has chosen, for its sizing inputs or changed ones."""
+    inputs = replace(inputs, chunk_tokens=planned.loss_chunk_tokens)
+    combination = build_combination(inputs, planned.batch.micro_batch_size, planned.checkpointing)
+    return estimate_combination(inputs, combination)
 
 
 def choose_topology(config: RunConfig, facts: Facts) -> Topology:
@@ -233,57 +240,20 @@ def choose_topology(config: RunConfig, facts: Facts) -> Topology:
     )
 
 
-def _check_topology(config: RunConfig, facts: Facts, topology: Topology) -> Iterator[Problem]:
-    gpu_type = config.cluster.gpu_type
-    if gpu_type is not None and (lookup(gpu_type) is None or names_other_memory(gpu_type)):
-        guess, choices = did_you_mean(gpu_type, list(GPUS)), ", ".join(GPUS)
-        yield Problem(
-            f"cluster.gpu_type={gpu_type} is not in the table of GPU types",
-            where="cluster.gpu_type",
-            value=gpu_type,
-            remedy=f"{guess} remove it to plan for this machine, or choose one of {choices}".strip(),
-        )
-    if gpu_type is not None and config.cluster.ranks_per_node is None and facts.device.kind != "cuda":
-        yield Problem(
-            "this machine has no GPU, so the number of GPUs per node is unknown",
-            where="cluster.gpu_type",
-            value=gpu_type,
-            remedy="set cluster.ranks_per_node to the GPUs of one node",
-        )
-    fewest_workers = config.cluster.fewest_workers
-    if fewest_workers is not None and fewest_workers > topology.world_size:
-        yield Problem(
-            f"cluster.min_workers={fewest_workers} is more than the {topology.world_size} workers of the run",
-            where="cluster.min_workers",
-            value=str(fewest_workers),
-            remedy="lower it, or raise cluster.nodes",
-        )
-    if topology.device == "cpu" and config.model.attention.startswith("flash_attention"):
-        yield Problem(
-            f"model.attention={config.model.attention} needs GPUs, and this run computes on CPUs",
-            where="model.attention",
-            value=config.model.attention,
-            remedy="set model.attention=auto",
-        )
-    if problem := config.cluster.topology_problem(topology.world_size):
-        yield problem
-    yield from _check_hpz(config, topology)
-
-
 def _check_memory(planned: LaunchPlan) -> Iterator[Problem]:
     """Yield problems with model states that exceed a GPU's memory: on all workers, or on an elastic run's minimum number."""
     cluster, states = planned.config.cluster, planned.config.deepspeed
     if planned.topology.device != "cuda" or cluster.has_unknown_gpus:
         return
     offload = "deepspeed.offload_params=cpu" if states.offload_optimizer != "none" else "deepspeed=zero3_offload"
-    if memory.num_hpz_ranks(states, planned.topology.ranks_per_node) > 1:
+    if num_hpz_ranks(states, planned.topology.ranks_per_node) > 1:
         offload += ", deepspeed.hpz_partition_size=1"
     if too_large := _describe_excess(planned):
         topology = planned.topology
         price = None if planned.price is None else planned.price.usd_per_gpu_hour
-        nearest = combinations.find_nearest_fits(situation_of(planned), price)
+        nearest = find_nearest_fits(sizing_inputs(planned), price)
         remedy = f"use more ranks, {offload}, or name larger GPUs with cluster.gpu_type"
-        if nearest and nearest[0].startswith(combinations.CHOSEN_BY_PLAN):
+        if nearest and nearest[0].startswith(CHOSEN_BY_PLAN):
             remedy = "leave to the plan what it can choose, or change the machines"
         if nearest:
             remedy += f". Nearest that fit: {'; '.join(nearest)}"
@@ -320,17 +290,6 @@ def _describe_excess(planned: LaunchPlan) -> str:
         f"states {peak.states_gib:.0f}, activations {stage.activations_gib:.0f}, everything else "
         f"{peak.tensors_gib - peak.states_gib - stage.activations_gib:.0f}"
     )
-
-
-def _check_hpz(config: RunConfig, topology: Topology) -> Iterator[Problem]:
-    hpz = memory.num_hpz_ranks(config.deepspeed, topology.ranks_per_node)
-    if topology.world_size % hpz:
-        yield Problem(
-            f"deepspeed.hpz_partition_size={hpz} does not divide the {topology.world_size} ranks",
-            where="deepspeed.hpz_partition_size",
-            value=str(hpz),
-            remedy=f"set it to the ranks of one node ({topology.ranks_per_node}), to node, or to 1",
-        )
 
 
 def _name_nvme_folder(config: RunConfig, run_name: str, run_dir: Path) -> str | None:

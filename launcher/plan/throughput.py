@@ -95,12 +95,19 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
     """
     if plan.topology.device != "cuda":
         return SpeedEstimate("the run is planned for CPUs, for which no MFU is published")
-    peak, flops = peak_tflops(plan, gpu), _count_flops_per_token(plan)
+    peak, flops, data = peak_tflops(plan, gpu), train_flops(plan.model), plan.data
     if peak is None:
         return SpeedEstimate(f"{gpu} is not in the table of GPU types; a type in cluster.gpu_type gives one")
     if flops is None:
         return SpeedEstimate(f"the launcher does not know the FLOPs of {plan.model.config.get('model_type')}")
-    tokens_per_step = plan.batch.tokens_per_step or plan.batch.max_tokens_per_step
+    # In a document of mean length; without data, in a fully trained document that fills a row.
+    if data is None or not data.num_docs or not data.num_tokens:
+        length = plan.config.data.max_length
+        flops_per_token = flops.of([length], length) / length
+    else:
+        length = max(1, round(data.num_tokens / data.num_docs))
+        flops_per_token = flops.of([length], 0) / length + flops.per_label * data.num_trained_tokens / data.num_tokens
+    tokens_per_step = plan.batch.expected_tokens
     micro_batch_tokens = tokens_per_step / (plan.batch.accumulation * plan.topology.world_size)
     # Measurements on several nodes already include their network.
     adds_network = plan.topology.nodes > 1
@@ -125,12 +132,12 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
         # The traffic between nodes adds its whole time to each micro-batch.
         nodes = plan.topology.nodes
         num_bytes = _BYTES_PER_PARAM * plan.model.num_params * (nodes - 1) / nodes
-        ideal_s = micro_batch_tokens * flops / (peak * 1e12)
+        ideal_s = micro_batch_tokens * flops_per_token / (peak * 1e12)
         low = ideal_s / (ideal_s / low + num_bytes / (ASSUMED_GBITS * 1e9 / 8))
         basis += f"; the low end assumes {ASSUMED_GBITS} Gbit/s between nodes"
-    if plan.data is None:
+    if data is None:
         basis += "; assumes one document of data.max_length tokens per row, all trained"
-    per_gpu = low * peak * 1e12 / flops, high * peak * 1e12 / flops
+    per_gpu = low * peak * 1e12 / flops_per_token, high * peak * 1e12 / flops_per_token
     world_size, hours = plan.topology.world_size, None
     per_second = per_gpu[0] * world_size, per_gpu[1] * world_size
     if plan.batch.max_steps is not None:
@@ -139,18 +146,6 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
     price = None if plan.price is None else world_size * plan.price.usd_per_gpu_hour
     usd = None if hours is None or price is None else (hours[0] * price, hours[1] * price)
     return SpeedEstimate(basis, (low, high), per_second, per_gpu, hours, usd)
-
-
-def _count_flops_per_token(plan: LaunchPlan) -> float | None:
-    """Return the FLOPs per token, in a document of mean length; without data, in a fully trained document that fills a row."""
-    flops, data = train_flops(plan.model), plan.data
-    if flops is None:
-        return None
-    if data is None or not data.num_docs or not data.num_tokens:
-        length = plan.config.data.max_length
-        return flops.of([length], length) / length
-    length = max(1, round(data.num_tokens / data.num_docs))
-    return flops.of([length], 0) / length + flops.per_label * data.num_trained_tokens / data.num_tokens
 
 
 def _find_published_mfu(plan: LaunchPlan, gpu: str) -> tuple[float, float] | str:

@@ -30,8 +30,7 @@ class RequestCost:
 def training_tokens(plan: LaunchPlan) -> int | None:
     """Return the number of tokens that a run trains on, counting each epoch, or None if the number of steps is unknown."""
     batch = plan.batch
-    tokens = batch.tokens_per_step or batch.max_tokens_per_step
-    return None if batch.max_steps is None else batch.max_steps * tokens
+    return None if batch.max_steps is None else batch.max_steps * batch.expected_tokens
 
 
 def hosted_training(prices: Sequence[HostedPrice], tokens: int) -> dict[str, float]:

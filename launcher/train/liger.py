@@ -24,7 +24,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.model import ModelSection
 from launcher.distributed import gather_json
 from launcher.errors import ConfigError, describe
-from launcher.plan.sizing.kernels import may_lack_liger
+from launcher.plan.sizing.layers import may_lack_liger
 from launcher.shell_commands import launcher_command
 from launcher.train.build_tools import missing_build_tools
 

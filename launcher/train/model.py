@@ -29,7 +29,7 @@ from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError
 from launcher.models.remote_code import code_option, folder_to_load, without_code
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
-from launcher.plan.sizing.kernels import NONE, checkpointed_layers, interval
+from launcher.plan.sizing.layers import NONE, checkpointed_layers, checkpointing_interval
 from launcher.tracking.progress import MakeProgress, silent
 from launcher.train import attention, liger
 from launcher.train.build_tools import missing_build_tools
@@ -186,10 +186,10 @@ def checkpoint_layers(hf: Any, checkpointing: str) -> None:
     Raises:
         ConfigError: if only some layers are named, and the architecture's layers cannot be selected individually.
     """
-    if not interval(checkpointing):
+    if not checkpointing_interval(checkpointing):
         return
     hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if interval(checkpointing) == 1:
+    if checkpointing_interval(checkpointing) == 1:
         return
     decoder_layers = find_layers(hf, "model.activation_checkpointing", "set model.activation_checkpointing to all or none")
     for layer, is_recomputed in zip(decoder_layers, checkpointed_layers(checkpointing, len(decoder_layers)), strict=True):

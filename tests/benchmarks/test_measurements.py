@@ -18,7 +18,7 @@ from saving import Saves, measured_saves
 from steps import faster_half
 
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import planned_step, tokens_of_step
+from launcher.plan.planner import planned_step
 
 __all__ = ["config_of", "plan_of"]
 TEXT = """# Results
@@ -230,7 +230,7 @@ def test_factors_are_found_again_and_errors_are_those_of_the_other_half(plan_of:
     slow.step_s[0] *= 2
     row = next(line for line in predicted_speed.table(made) if slow.case.name in line)
     assert float(row.split("|")[-2].strip(" %")) > 90
-    assert f"{tokens_of_step(slow.plan) / slow.step_s[0]:,.0f}" in row
+    assert f"{slow.plan.batch.expected_tokens / slow.step_s[0]:,.0f}" in row
     assert any("4 within 20%" in line for line in predicted_speed.table(made))
 
 

@@ -9,9 +9,8 @@ import pytest
 
 from launcher.cli.main import main
 from launcher.config.compose import Composed
-from launcher.config.known_settings import settings
 from launcher.config.resume import CHANGEABLE, FIXED, differences, require_same, with_overrides
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, settings
 from launcher.errors import ConfigError, Problem
 
 Compose = Callable[..., list[Composed]]

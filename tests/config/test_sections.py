@@ -9,9 +9,9 @@ import pytest
 
 from launcher.config.command_line import GROUPS
 from launcher.config.compose import Composed, conf_dir
-from launcher.config.known_settings import settings
 from launcher.config.reference import main, render
 from launcher.config.resume import with_overrides
+from launcher.config.schema import settings
 from launcher.config.sections.static import ONE_PER_NODE, NodeIdentity, StaticSection, count_nodes, identify
 from launcher.errors import ConfigError, Problem
 

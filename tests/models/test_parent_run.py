@@ -64,7 +64,7 @@ def settings(config_of: ConfigOf, path: str, *more: str) -> RunConfig:
 
 
 def resolved(config: RunConfig) -> RunConfig:
-    return facts.resolve(config, lambda: CPU)
+    return facts.resolve_settings(config, lambda: CPU)
 
 
 def problem_of(config: RunConfig) -> Problem:
@@ -128,7 +128,7 @@ def test_an_automatic_dtype_is_bf16_where_that_is_fast(
     monkeypatch.setattr(facts, "has_fast_bf16", lambda: is_fast)
     config = config_of("model=tiny", f"cluster.gpu_type={gpu_type}")
     assert config.model.dtype == "auto"
-    assert facts.resolve(config, lambda: node).model.dtype == dtype
+    assert facts.resolve_settings(config, lambda: node).model.dtype == dtype
 
 
 def test_unknown_runs_and_steps_are_refused_with_the_existing_ones(make_run: MakeRun, config_of: ConfigOf) -> None:
@@ -159,12 +159,12 @@ def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(make_r
     # The parent's architecture takes precedence over the preset's.
     config = resolved(config_of("model=qwen3_8b", "model.path=run:a"))
     assert config.model.config is not None
-    gathered = facts.gather(config, find_model(config.model), [])
+    gathered = facts.gather(config, find_model(config.model), [], CPU)
     source = LaunchPlan.load(run.plan)
     assert (gathered.model.path, gathered.model.config) == (None, source.model.config)
     assert (gathered.model.num_params, gathered.model.num_params_exact) == (28, True)
     assert gathered.model.num_params == sum(math.prod(shape) for shape in SHAPES.values())
-    assert facts.prepared_data(config, find_model(config.model)) is None
+    assert facts.find_prepared_data(config, find_model(config.model)) is None
     assert find_model(config.model).is_config_known
 
 

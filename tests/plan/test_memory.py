@@ -18,10 +18,9 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
 from launcher.plan.launch_plan import LaunchPlan, Memory, Topology
 from launcher.plan.optimizers import OPTIMIZERS
-from launcher.plan.planner import as_run, plan, planned_tokens_per_sec, situation_of
-from launcher.plan.sizing.activations import layer_activations
-from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose, evaluate
-from launcher.plan.sizing.kernels import Kernels, checkpointed_layers
+from launcher.plan.planner import as_run, plan, planned_tokens_per_sec, sizing_inputs
+from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose_combination, estimate_combination
+from launcher.plan.sizing.layers import Kernels, checkpointed_layers, layer_activations
 from launcher.plan.sizing.memory import Pass, activation_bytes, estimate_model_states
 
 EIGHT_GPUS = Topology(nodes=1, ranks_per_node=8, world_size=8, device="cuda", backend="nccl")
@@ -161,9 +160,9 @@ def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> No
     assert (planned.batch.micro_batch_size, planned.checkpointing, planned.peak.largest.name) == (1, "none", "loss")
     assert planned.peak.peak_gib == pytest.approx(50.8, abs=0.5)
     assert not planned.peak.is_measured
-    situation = situation_of(planned)
-    chosen = choose(situation)
-    larger = evaluate(situation, replace(chosen.combination, micro_batch_size=2), is_allowed=True)
+    inputs = sizing_inputs(planned)
+    chosen = choose_combination(inputs)
+    larger = estimate_combination(inputs, replace(chosen.combination, micro_batch_size=2))
     assert chosen.fits
     assert (larger.tokens_per_sec or 0) > (chosen.tokens_per_sec or 0)
     assert larger.peak.peak_gib > PREFERRED_SHARE * 79.1
@@ -204,8 +203,8 @@ def test_gradients_that_ranks_sum_in_fp32_take_memory_for_copies_and_time(plan_o
         assert stages["backward"].gradients_gib == pytest.approx((2 * 2 + copied_bytes + partition) * weight / 2**30, rel=1e-3)
         if copied_bytes:
             assert stages["final norm"].temporary_gib == pytest.approx((copied_bytes + partition) * head / 2**30, rel=1e-3)
-        situation = situation_of(planned)
-        speeds[nodes, dtype] = evaluate(situation, choose(situation).combination, is_allowed=True).tokens_per_sec or 0.0
+        inputs = sizing_inputs(planned)
+        speeds[nodes, dtype] = estimate_combination(inputs, choose_combination(inputs).combination).tokens_per_sec or 0.0
     assert planned.peak.largest.name == "final norm"
     # With so few tokens, the network is the bottleneck: 2 + 2 + 2 bytes per parameter in bf16, 2 + 2 + 4 in fp32.
     assert speeds[8, "fp32"] / speeds[8, "bf16"] == pytest.approx(6 / 8, abs=0.05)
@@ -259,11 +258,11 @@ def test_liger_is_used_where_it_is_installed_and_made_for_the_model(
     facts = facts.model_copy(update={"provenance": facts.provenance.model_copy(update={"packages": packages})})
     planned = plan(config, facts)
     assert planned.liger is is_used
-    assert choose(situation_of(planned)).combination.liger is is_used
+    assert choose_combination(sizing_inputs(planned)).combination.liger is is_used
     assert LaunchPlan.from_json(planned.to_json()).liger is is_used
     line = describe_peak(planned)
     assert line.endswith(f", {words}") if words else "Liger" not in line
-    assert planned.peak == choose(situation_of(planned)).peak
+    assert planned.peak == choose_combination(sizing_inputs(planned)).peak
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from plan_fixtures import DATA, H100, ConfigOf, PlanOf, facts_for, plan_lines
 
 from launcher.errors import ConfigError
+from launcher.plan.architecture import context_tokens
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.plan_checks import context_tokens
 from launcher.plan.planner import plan
 
 LLAMA_8B = ("model=llama3_1_8b", "train.global_batch_size=64")

@@ -14,15 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher import facts as facts_module
 from launcher.config.compose import compose_one, conf_dir
-from launcher.config.known_settings import leaves
 from launcher.config.run_file import render, values_to_print
-from launcher.config.schema import RunConfig
+from launcher.config.schema import RunConfig, leaves
+from launcher.hardware import device
 from launcher.models.found_model import find_model
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.plan_checks import find_warnings
-from launcher.plan.planner import plan, situation_of
-from launcher.plan.sizing.combinations import USABLE_SHARE, choose
+from launcher.plan.planner import plan, sizing_inputs
+from launcher.plan.sizing.combinations import USABLE_SHARE, choose_combination
 
 # Published sizes: the Hub's sum over the safetensors headers, with a tied head counted once.
 PARAMETERS = {
@@ -90,7 +90,7 @@ def test_shipped_settings_compose_plan_offline_and_survive_the_file(
     config = compose(*shipped_tokens)
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
-    planned = plan(config, facts_module.gather(config, find_model(config.model), shipped_tokens))
+    planned = plan(config, facts_module.gather(config, find_model(config.model), shipped_tokens, device()))
     (tmp_path / "plan.json").write_text(planned.to_json())
     loaded = LaunchPlan.load(tmp_path / "plan.json")
     assert loaded == planned
@@ -142,8 +142,8 @@ def test_experiments_fit_the_gpus_that_they_name(plan_of: PlanOf) -> None:
         offloaded = planned.memory.host_per_node_gib > 0
         assert offloaded == name.endswith("_offload"), name
         if offloaded:
-            situation = situation_of(planned)
+            inputs = sizing_inputs(planned)
             in_gpus = {"offload_optimizer": "none", "offload_params": "none"}
-            section = situation.config.deepspeed.model_copy(update=in_gpus)
-            with_all = replace(situation, config=situation.config.model_copy(update={"deepspeed": section}))
-            assert not choose(with_all).fits, "offload would not be needed"
+            section = inputs.config.deepspeed.model_copy(update=in_gpus)
+            with_all = replace(inputs, config=inputs.config.model_copy(update={"deepspeed": section}))
+            assert not choose_combination(with_all).fits, "offload would not be needed"

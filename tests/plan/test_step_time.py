@@ -19,9 +19,9 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
-from launcher.plan.planner import planned_step, planned_tokens_per_sec, situation_of
+from launcher.plan.planner import planned_step, planned_tokens_per_sec, sizing_inputs
 from launcher.plan.sizing.combinations import rank_combinations
-from launcher.plan.sizing.kernels import Kernels
+from launcher.plan.sizing.layers import Kernels
 from launcher.plan.sizing.step_time import (
     COMPILED_SHARE,
     DISPATCH_S,
@@ -165,7 +165,7 @@ def test_the_combinations_fit_a_terminal_of_80_columns(plan_of: PlanOf, monkeypa
 
 def test_why_marks_the_chosen_combination_and_shows_what_other_settings_would_do(plan_of: PlanOf) -> None:
     plain = plan_of(*ON_H100)
-    others = [one.combination for one in rank_combinations(situation_of(plain)) if not one.is_allowed]
+    others = [one.combination for one in rank_combinations(sizing_inputs(plain)) if not one.is_allowed]
     assert any(one.compiled for one in others)
     assert any(one.offload_optimizer == "cpu" for one in others)
     for more, is_compiled in (((), False), (("model.compile=true",), True)):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from launcher.config.sections.fields import Flag, Group, Name, Positive, PositiveInt, SettingsSection, Text
+from launcher.config.sections.fields import Flag, Group, Name, NonNegative, Positive, PositiveInt, SettingsSection, Text
 from launcher.security.redaction import IN_QUERY
 
 # The keys that a column mapping may use, which are the keys that the formats read.
@@ -109,7 +109,7 @@ class RowSource(SettingsSection):
 class Source(RowSource):
     """One data source, and its share of the mixture."""
 
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+    weight: NonNegative | None = Field(
         None,
         description=(
             "Share of the mixture's tokens, relative to the other sources' weights. A source of weight 0 is not read, and none "

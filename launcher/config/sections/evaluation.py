@@ -94,6 +94,11 @@ class EvalSection(SettingsSection):
         """The sets of eval.sets, and the set of eval.forgetting."""
         return tuple(self.sets_by_setting.values())
 
+    @property
+    def intervals(self) -> dict[str, int]:
+        """The steps between evaluations, by set; the held-out rows come first, even if there are none."""
+        return {HELD_OUT: self.every, **{one.name: self.every if one.every is None else one.every for one in self.all_sets}}
+
     @field_validator("forgetting")
     @classmethod
     def _refuse_credentials(cls, value: bool | str) -> bool | str:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from launcher.config.sections.fields import Count, Name, Positive, SettingsSection, Text, matching, with_own_names
+from launcher.config.sections.fields import Count, Name, NonNegative, Positive, SettingsSection, Text, matching, with_own_names
 
 
 class RunSection(SettingsSection):
@@ -64,16 +64,13 @@ class TrackingSection(SettingsSection):
     tags: tuple[Tag, ...] = Field((), description="W&B tags, of at most 64 characters.")
 
 
-UsdPerMillion = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
 class HostedPrice(SettingsSection):
     """Prices of a hosted service, in US dollars per million tokens."""
 
     name: Name = Field(description="Name of the service and its model, such as acme-8b.")
-    training: UsdPerMillion | None = Field(None, description="Price per million training tokens; each epoch counts.")
-    input: UsdPerMillion | None = Field(None, description="Price per million prompt tokens of the fine-tuned model.")
-    output: UsdPerMillion | None = Field(None, description="Price per million answer tokens of the fine-tuned model.")
+    training: NonNegative | None = Field(None, description="Price per million training tokens; each epoch counts.")
+    input: NonNegative | None = Field(None, description="Price per million prompt tokens of the fine-tuned model.")
+    output: NonNegative | None = Field(None, description="Price per million answer tokens of the fine-tuned model.")
 
 
 class CostsSection(SettingsSection):

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from launcher.config.sections.fields import Count, Flag, Fraction, HubId, Name, Positive, PositiveInt, SettingsSection, Text, Url
+from launcher.config.sections.fields import (
+    Count,
+    Flag,
+    Fraction,
+    HubId,
+    Name,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    SettingsSection,
+    Text,
+    Url,
+)
 
 
 class TrainSection(SettingsSection):
@@ -18,9 +30,7 @@ class TrainSection(SettingsSection):
     micro_batch_size: PositiveInt | None = Field(
         None, description="Rows per rank in one forward pass. Unset: the plan chooses one that divides the batch."
     )
-    grad_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        1.0, description="Maximum gradient norm; 0 turns clipping off."
-    )
+    grad_clip: NonNegative = Field(1.0, description="Maximum gradient norm; 0 turns clipping off.")
     largest_batch_first: Flag | None = Field(
         None,
         description="Before the first step, run the batch that needs most memory, without training on it. Unset: only on GPUs.",
@@ -40,7 +50,7 @@ class OptimSection(SettingsSection):
 
     name: str = Field("adamw", description="The optimizer: adamw, or another row of OPTIMIZERS in launcher/plan/optimizers.py.")
     lr: Positive = Field(1e-5, description="Peak learning rate.")
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+    weight_decay: NonNegative = Field(
         0.0, description="Decoupled weight decay; not applied to norms, biases and other one-dimensional weights."
     )
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Decay rates of the two moments.")

@@ -1,7 +1,7 @@
 """Memory of a rank under ZeRO-3: its model states (Rajbhandari et al. 2020, arXiv:1910.02054), and its peak by stage of a step.
 
 Pure. The terms of the peak follow the code: launcher/train/loss.py for the loss, DeepSpeed 0.19.8's stage3.py and
-partitioned_param_coordinator.py for weights and gradients, and activations.py in this folder. With T tokens per forward pass,
+partitioned_param_coordinator.py for weights and gradients, and layers.py in this folder. With T tokens per forward pass,
 V the vocabulary, H the hidden size, C the tokens per chunk of logits, and w the bytes per element:
 
     loss           all activations, the hidden states and their gradients 2wTH, the head's gradient and the logits of a chunk:
@@ -29,8 +29,7 @@ from launcher.plan.architecture import experts_by_layer, largest_weight
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Memory, ModelFacts, PeakMemory, StageMemory, Topology
 from launcher.plan.optimizers import FP32_BYTES, Optimizer
-from launcher.plan.sizing.activations import FP32, final_norm_bytes, layer_activations, shared_bytes
-from launcher.plan.sizing.kernels import Kernels
+from launcher.plan.sizing.layers import FP32, Kernels, final_norm_bytes, layer_activations, shared_bytes
 
 GIB = 2**30
 # From this many parameters, all layers of a model recompute their activations if the memory of the GPUs is unknown.
@@ -80,23 +79,21 @@ def estimate_model_states(
     gradients = per_rank * (4 if accumulation > 1 else width)
     # DeepSpeed keeps a master copy of fp32 weights too.
     states = per_rank * optimizer.bytes_per_param
-    on_device = {
-        "weights": weights if deepspeed.offload_params == "none" else 0.0,
-        "gradients": gradients if deepspeed.offload_optimizer == "none" else 0.0,
-        "optimizer": states if deepspeed.offload_optimizer == "none" else 0.0,
-    }
-    host = 0.0
-    host += weights if deepspeed.offload_params == "cpu" else 0.0
-    host += gradients + states if deepspeed.offload_optimizer == "cpu" else 0.0
-    if deepspeed.offload_optimizer == "nvme":
+    on_device = weights if deepspeed.offload_params == "none" else 0.0
+    host = weights if deepspeed.offload_params == "cpu" else 0.0
+    if deepspeed.offload_optimizer == "none":
+        on_device = on_device + gradients + states
+    elif deepspeed.offload_optimizer == "cpu":
+        host += gradients + states
+    else:
         host += gradients + num_nvme_buffers(optimizer) * FP32_BYTES * min(per_rank, NVME_SUB_GROUP / GIB)
     if topology.device == "cpu":
-        host = sum(on_device.values()) + host
+        host += on_device
     return Memory(
         weights_gib=round(weights, 3),
         gradients_gib=round(gradients, 3),
         optimizer_gib=round(states, 3),
-        per_rank_gib=round(sum(on_device.values()), 3),
+        per_rank_gib=round(on_device, 3),
         host_per_node_gib=round(host * topology.ranks_per_node, 3),
         device_gib=device_gib,
     )

@@ -38,12 +38,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from launcher.plan.architecture import attention_sizes, experts_by_layer, num_layer_norms, query_key_norms
+from launcher.plan.architecture import FP32_NORMS, attention_sizes, experts_by_layer, num_layer_norms, query_key_norms
 from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GpuType
 from launcher.plan.launch_plan import Batch, DataFacts, ModelFacts, Topology
-from launcher.plan.sizing.activations import FP32, has_fp32_norms
-from launcher.plan.sizing.kernels import FLASH_KERNELS, Kernels
+from launcher.plan.sizing.layers import FLASH_KERNELS, FP32, Kernels
 from launcher.plan.sizing.memory import Pass, Sharding
 
 # Shares of the peak FLOP/s that products and attention reach, and of the memory bandwidth. With these shares, products of Llama
@@ -145,6 +144,7 @@ def predict_step(
     if flops is None or "nvme" in offloads:
         return None
     tokens, kernels, length, trained = one_pass.tokens, one_pass.kernels, one_pass.kernels.row_tokens, float(one_pass.tokens)
+    width, num_params, nodes, world_size = kernels.width, model.num_params, topology.nodes, topology.world_size
     if data is not None and data.num_docs and data.num_tokens:
         trained *= data.num_trained_tokens / data.num_tokens
         if kernels.attention in FLASH_KERNELS:
@@ -156,9 +156,27 @@ def predict_step(
     if kernels.attention not in FLASH_KERNELS:
         pairs *= 2
     moved = tokens * bytes_of_layers(model, kernels, recomputed_share)
-    moved += bytes_of_loss(model, kernels.width, trained, one_pass.chunk_tokens)
+    moved += bytes_of_loss(model, width, trained, one_pass.chunk_tokens)
+
+    # Each transfer takes as long as its slowest link. For one byte per parameter:
+    in_node_s = num_params * (topology.ranks_per_node - 1) / topology.ranks_per_node / rates.in_node
+    slowest_s = max(in_node_s, num_params * (nodes - 1) / nodes / NETWORK)
+    # With a second copy inside each node, the backward pass gathers within the node.
+    again_s = in_node_s if sharding.hpz_ranks > 1 else slowest_s
+    # Between its uses in the forward and backward pass, a weight is followed in each pass by all the weights behind it.
+    gathered_again = max(0.0, 1 - sharding.zero["stage3_max_reuse_distance"] / passes / num_params)
+    communication_s = sharding.gathered_width * (slowest_s + gathered_again * again_s)
+    communication_s += rates.reduce_factor * sharding.reduced_width * slowest_s
+    # Gathered weights are copied through a buffer (partition_parameters.py, AllGatherCoalescedHandle), unless one rank has all.
+    # Gradients are copied into a bucket, put in rank order and divided (coalesced_collectives.py), and accumulated.
+    copied = 2 * width * (1 + 1 / world_size) * (1 + gathered_again) if world_size > 1 else 0.0
+    copied += 6 * width + (width + (4 * FP32 if sharding.gradient_width > width else width)) / world_size
+    communication_s += num_params * copied / rates.copies
+    if sharding.offload_params != "none":
+        communication_s += 2 * width * num_params / world_size / PCIE
+
     python_s = (1 if sharding.whole_layers else MODULES_OF_LAYER) * HOOK_S + MODULES_OF_LAYER * DISPATCH_S
-    per_rank = model.num_params / topology.world_size
+    per_rank = num_params / world_size
     optimizer_s = _STEP_BYTES * per_rank / rates.states
     if sharding.offload_optimizer != "none":
         optimizer_s = 6 * per_rank / PCIE + _STEP_BYTES * per_rank * topology.ranks_per_node / _HOST_MEMORY
@@ -166,37 +184,12 @@ def predict_step(
         products_s=batch.accumulation * products / rates.products * (tokens + rates.half_tokens) / tokens,
         attention_s=batch.accumulation * pairs / rates.attention,
         elementwise_s=batch.accumulation * moved / rates.memory,
-        communication_s=batch.accumulation
-        * _predict_transfer_s(model.num_params, sharding, topology, kernels.width, passes, rates),
+        communication_s=batch.accumulation * communication_s,
         hooks_s=batch.accumulation * passes * model.num_layers * python_s,
         optimizer_s=optimizer_s,
         overlap=rates.overlap,
         runs_ahead=rates.runs_ahead,
     )
-
-
-def _predict_transfer_s(
-    num_params: int, sharding: Sharding, topology: Topology, width: int, passes: float, rates: Rates
-) -> float:
-    """Return the seconds of communication per micro-batch: each transfer takes as long as its slowest link."""
-    ranks, nodes, world_size = topology.ranks_per_node, topology.nodes, topology.world_size
-    # For one byte per parameter.
-    in_node_s = num_params * (ranks - 1) / ranks / rates.in_node
-    slowest_s = max(in_node_s, num_params * (nodes - 1) / nodes / NETWORK)
-    # With a second copy inside each node, the backward pass gathers within the node.
-    again_s = in_node_s if sharding.hpz_ranks > 1 else slowest_s
-    # Between its uses in the forward and backward pass, a weight is followed in each pass by all the weights behind it.
-    gathered_again = max(0.0, 1 - sharding.zero["stage3_max_reuse_distance"] / passes / num_params)
-    seconds = sharding.gathered_width * (slowest_s + gathered_again * again_s)
-    seconds += rates.reduce_factor * sharding.reduced_width * slowest_s
-    # Gathered weights are copied through a buffer (partition_parameters.py, AllGatherCoalescedHandle), unless one rank has all.
-    # Gradients are copied into a bucket, put in rank order and divided (coalesced_collectives.py), and accumulated.
-    copied = 2 * width * (1 + 1 / world_size) * (1 + gathered_again) if world_size > 1 else 0.0
-    copied += 6 * width + (width + (4 * FP32 if sharding.gradient_width > width else width)) / world_size
-    seconds += num_params * copied / rates.copies
-    if sharding.offload_params != "none":
-        seconds += 2 * width * num_params / world_size / PCIE
-    return seconds
 
 
 def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float) -> float:
@@ -205,7 +198,7 @@ def bytes_of_layers(model: ModelFacts, kernels: Kernels, recomputed_share: float
     `recomputed_share` of the layers repeat their forward pass.
     """
     width, hidden, attention, total = kernels.width, model.hidden_size, attention_sizes(model), 0.0
-    norm = 10 * width if kernels.liger else 124 + 2 * width + (28 if has_fp32_norms(model) else 0)
+    norm = 10 * width if kernels.liger else 124 + 2 * width + (28 if model.model_type in FP32_NORMS else 0)
     rotary, gate = (4, 8) if kernels.liger else (23, 14)
     normalized = attention.query + attention.key if query_key_norms(model) else sum(attention.latents)
     for experts, count in Counter(experts_by_layer(model)).items():

@@ -21,7 +21,7 @@ from launcher.data.split import Split
 from launcher.distributed import rank0_broadcast
 from launcher.errors import LauncherError, OutOfMemory
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import situation_of
+from launcher.plan.planner import sizing_inputs
 from launcher.plan.run_dir import RunDir
 from launcher.plan.sizing.combinations import memory_savings
 from launcher.plan.sizing.memory import DEFAULT_RUNTIME_GIB
@@ -119,8 +119,8 @@ def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_ste
         )
         if torch.cuda.is_available():
             message += f"; {torch.cuda.max_memory_allocated() / _GIB:.1f} GiB were allocated"
-        situation = replace(situation_of(plan), chunk_tokens=plan.loss_chunk_tokens)
-        savings = memory_savings(situation, plan.batch.micro_batch_size, plan.checkpointing)
+        inputs = replace(sizing_inputs(plan), chunk_tokens=plan.loss_chunk_tokens)
+        savings = memory_savings(inputs, plan.batch.micro_batch_size, plan.checkpointing)
         raise OutOfMemory(
             message,
             where=f"{plan.gpu_name or 'GPU'}, micro-batch {plan.batch.micro_batch_size}",

@@ -1,8 +1,10 @@
-"""Activations of a decoder layer that wait for the backward pass, in bytes per token. Pure.
+"""How the layers of a run compute (attention kernel, Liger, recomputation), and what they keep for the backward pass. Pure.
 
-The tensors that autograd keeps were read from the layers of transformers 5.24 with saved_tensors_hooks; benchmarks/memory_plan.py
-and tests/plan/test_layer_sizes.py measure them again. H is the hidden size, w the bytes per element, q, kv and o the widths of
-queries, keys or values, and attention's output; fp32 sums take 4 bytes.
+A plan assumes kernels; only the ranks know what they can import.
+
+Activations are in bytes per token. The tensors that autograd keeps were read from the layers of transformers 5.24 with
+saved_tensors_hooks; benchmarks/memory_plan.py and tests/plan/test_layer_sizes.py measure them again. H is the hidden size, w the
+bytes per element, q, kv and o the widths of queries, keys or values, and attention's output; fp32 sums take 4 bytes.
 
     norm          its input in fp32 and its output before the weight: 4H + wH, or 8H in architectures that multiply in fp32
     attention     queries, keys, values, output and the sums of the softmax: w (q + 2kv + o) + 4 heads
@@ -20,8 +22,11 @@ keeps the same (benchmarks/compiled_memory.py measures it on CPUs).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from launcher.config.schema import RunConfig
+from launcher.config.sections.model import ModelSection
 from launcher.plan.architecture import (
     FOUR_NORMS,
     FP32_NORMS,
@@ -39,13 +44,109 @@ from launcher.plan.architecture import (
     query_key_norms,
 )
 from launcher.plan.launch_plan import ModelFacts
-from launcher.plan.sizing.kernels import FLASH_KERNELS, Kernels
 
+# The values of model.activation_checkpointing, beside `every N`.
+ALL, NONE, AUTO = "all", "none", "auto"
+FLASH_KERNELS = ("flash_attention_2", "flash_attention_3", "flash_attention_4", "varlen")
+# Dense architectures (model_type) that Liger has kernels for. Experts are excluded: Liger's are untested under ZeRO-3.
+LIGER_ARCHITECTURES = (
+    *("gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"),
+)
 FP32 = 4
 # Elements of 8, 4 and 2 bytes that route a token to one expert: indices, their order and its inverse, weights.
 _ROUTING_BYTES = 38
 # Architectures whose eager kernel computes the softmax in the type of the weights.
 _NARROW_SOFTMAX = ("gpt_oss",)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """How a layer computes: bytes per element, attention kernel, tokens per row, whether rows are packed, Liger.
+
+    `compiled` is whether torch.compile makes its kernels.
+    """
+
+    width: int
+    attention: str
+    row_tokens: int
+    packed: bool = True
+    liger: bool = False
+    compiled: bool = False
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether elementwise operations are fused and keep only their inputs."""
+        return self.liger or self.compiled
+
+
+def attention_kernel(config: RunConfig, model: ModelFacts, device: str) -> str:
+    """Return the attention kernel that a plan assumes. varlen also stands for FlashAttention, which keeps the same tensors.
+
+    For `auto`, this is the kernel with which the model was probed, unless that kernel cannot compute this run's attention on
+    GPUs.
+    """
+    if config.model.attention != AUTO:
+        return config.model.attention
+    if model.isolation is not None and model.isolation.kernel not in (AUTO, "varlen"):
+        return model.isolation.kernel
+    cannot_use_varlen = config.model.dtype == "fp32" or has_attention_dropout(model)
+    return "sdpa" if device == "cuda" and cannot_use_varlen else "varlen"
+
+
+def uses_liger(config: RunConfig, model: ModelFacts, device: str, packages: Mapping[str, str]) -> bool:
+    """Return whether the ranks of a plan try Liger's kernels; `packages` are those installed here, with their versions."""
+    section = config.model
+    if section.liger != AUTO:
+        return section.liger and device == "cuda"
+    return has_liger_kernels(section, model, device) and ("liger-kernel" in packages or may_lack_liger(config))
+
+
+def may_lack_liger(config: RunConfig) -> bool:
+    """Return whether only the ranks can tell if Liger is installed: `auto`, and they run in another Python than this one.
+
+    The plan is then for the case without it. Planned for Liger, a run whose image lacks the package would be out of memory after
+    its model has loaded on rented GPUs. The price is at most one step of micro-batch or recomputation, which model.liger=true
+    takes back.
+    """
+    return config.model.liger == AUTO and not config.cluster.uses_own_python
+
+
+def has_liger_kernels(section: ModelSection, model: ModelFacts, device: str) -> bool:
+    """Return whether Liger can compute this model on this device. It does not know classes in code that comes with a model."""
+    return device == "cuda" and model.model_type in LIGER_ARCHITECTURES and not section.trust_remote_code
+
+
+def describe_liger(config: RunConfig, model: ModelFacts, device: str, is_used: bool) -> str:
+    """Return which of Liger's kernels a plan assumes and why, as one line about the plan; empty on CPUs."""
+    section = config.model
+    if device != "cuda":
+        return ""
+    if is_used and may_lack_liger(config):
+        return "Liger's kernels if the ranks have liger-kernel, and planned without them (model.liger=true plans with them)"
+    if is_used:
+        return "Liger's kernels"
+    if section.liger == AUTO and has_liger_kernels(section, model, device):
+        return "without Liger, which is not installed here (pip install 'launcher[gpu]')"
+    return "" if section.liger == AUTO else "without Liger (model.liger=false)"
+
+
+def checkpointing_interval(checkpointing: str) -> int:
+    """Return N if every Nth layer is recomputed: 1 for `all`, 0 for `none`.
+
+    Raises:
+        ValueError: for any other value, including `auto`.
+    """
+    return int({ALL: "1", NONE: "0"}.get(checkpointing) or checkpointing.removeprefix("every "))
+
+
+def checkpointed_layers(checkpointing: str, num_layers: int) -> tuple[bool, ...]:
+    """Return, for each layer, whether it is recomputed: with `every N`, layers 0, N, 2N and so on.
+
+    A recomputed layer needs the memory of a layer's activations a second time. If the last layer is not recomputed, its own
+    activations are free by then.
+    """
+    every = checkpointing_interval(checkpointing)
+    return tuple(every > 0 and layer % every == 0 for layer in range(num_layers))
 
 
 @dataclass(frozen=True)
@@ -63,8 +164,8 @@ class LayerActivations:
 
 def layer_activations(model: ModelFacts, experts: Experts | None, kernels: Kernels) -> LayerActivations:
     """Return the activations of a layer with these experts in bytes per token."""
-    hidden, width, is_fp32 = model.hidden_size, kernels.width, has_fp32_norms(model)
-    saved = num_layer_norms(model) * _count_norm(hidden, 1, is_fp32, kernels)
+    hidden, width = model.hidden_size, kernels.width
+    saved = num_layer_norms(model) * _count_norm(model, hidden, 1, kernels)
     # Inputs of the projections of attention and of the MLP. In fp32, without a preceding norm, the input of attention is the
     # layer's.
     saved += 2 * width * hidden
@@ -86,7 +187,7 @@ def layer_activations(model: ModelFacts, experts: Experts | None, kernels: Kerne
         recomputed -= width * experts.chosen * hidden
     if has_residual_dropout(model):
         recomputed -= width * hidden
-    if model.model_type in FOUR_NORMS and not is_fp32:
+    if model.model_type in FOUR_NORMS and model.model_type not in FP32_NORMS:
         recomputed += FP32 * hidden
     # Of the MLP: gradients of its output, and of both factors of the product.
     if experts is None:
@@ -100,7 +201,7 @@ def layer_activations(model: ModelFacts, experts: Experts | None, kernels: Kerne
         else:
             backward += FP32 * experts.number + (2 if experts.has_shared_gate else 1) * width * hidden
     if model.model_type in (*POST_NORMS, *FOUR_NORMS):
-        backward = max(backward - _count_norm(hidden, 0, is_fp32, kernels), (3 * FP32 + 2 * width) * hidden)
+        backward = max(backward - _count_norm(model, hidden, 0, kernels), (3 * FP32 + 2 * width) * hidden)
     if kernels.attention == "eager":
         # Gradients of the probabilities and the softmax. The activations of the MLP are already free.
         of_softmax = width if model.model_type in _NARROW_SOFTMAX else FP32
@@ -108,17 +209,10 @@ def layer_activations(model: ModelFacts, experts: Experts | None, kernels: Kerne
     return LayerActivations(saved, recomputed, backward)
 
 
-def has_fp32_norms(model: ModelFacts) -> bool:
-    """Return whether norms multiply by their weight in fp32."""
-    return model.model_type in FP32_NORMS
-
-
 def final_norm_bytes(model: ModelFacts, kernels: Kernels) -> tuple[int, int]:
     """Return the bytes per token of the norm before the head: those that it keeps, and its peak in the backward pass."""
     # This norm is in no layer, so it is not compiled.
-    return _count_norm(
-        model.hidden_size, 1, has_fp32_norms(model), replace(kernels, compiled=False)
-    ), 6 * FP32 * model.hidden_size
+    return _count_norm(model, model.hidden_size, 1, replace(kernels, compiled=False)), 6 * FP32 * model.hidden_size
 
 
 def shared_bytes(model: ModelFacts, kernels: Kernels) -> int:
@@ -128,20 +222,20 @@ def shared_bytes(model: ModelFacts, kernels: Kernels) -> int:
     return 2 * kinds * kernels.width * model.head_dim + 16 + mask
 
 
-def _count_norm(size: int, num_rows: int, is_fp32: bool, kernels: Kernels) -> int:
-    if kernels.is_fused:
-        return kernels.width * size + FP32 * num_rows
-    return (FP32 + (FP32 if is_fp32 else kernels.width)) * size + FP32 * num_rows
+def _count_norm(model: ModelFacts, size: int, num_rows: int, kernels: Kernels) -> int:
+    of_input = 0 if kernels.is_fused else FP32
+    of_output = FP32 if model.model_type in FP32_NORMS and not kernels.is_fused else kernels.width
+    return (of_input + of_output) * size + FP32 * num_rows
 
 
 def _count_attention(model: ModelFacts, kernels: Kernels) -> int:
-    width, heads, sizes, is_fp32 = kernels.width, model.num_heads, attention_sizes(model), has_fp32_norms(model)
+    width, heads, sizes = kernels.width, model.num_heads, attention_sizes(model)
     saved = 0
     if norms := query_key_norms(model):
         num_rows = heads + model.num_kv_heads if norms == "per head" else 2
-        saved += _count_norm(sizes.query + sizes.key, num_rows, is_fp32, kernels)
+        saved += _count_norm(model, sizes.query + sizes.key, num_rows, kernels)
     for latent in sizes.latents:
-        saved += _count_norm(latent, 1, is_fp32, kernels) + width * latent
+        saved += _count_norm(model, latent, 1, kernels) + width * latent
     if model.model_type in FUSED_QKV:
         # Queries, keys and values are one product, whose memory is kept as long as the values are.
         saved += width * (2 * sizes.query + sizes.key)
