@@ -227,7 +227,8 @@ def _find_closest_option(
     group: str, conf_dir: Path, target: Mapping[str, Any], usual: str | None
 ) -> tuple[str | None, dict[str, Any]]:
     """Return the option that leaves the fewest keys to write, None for none, with its values; in a tie, the default option."""
-    options = {None: {}, **{file.stem: _read_option(group, file) for file in sorted((conf_dir / group).glob("*.yaml"))}}
+    files = sorted((conf_dir / group).glob("*.yaml"))
+    options: dict[str | None, dict[str, Any]] = {None: {}, **{file.stem: _read_option(group, file) for file in files}}
 
     def cost(option: str | None) -> tuple[int, bool]:
         num_keys = 0
