@@ -155,7 +155,7 @@ def test_a_reference_does_not_lead_a_pinned_commit_to_other_code(snapshot: Path,
     (other / "config.json").write_text("{}")
     assert found_model.locate("owner/name", HUB_MODEL).folder == snapshot
     (snapshot.parents[1] / "refs/main").write_text("../../../elsewhere")
-    assert not [*found_model._list_snapshots("owner/name", None)]
+    assert found_model.locate("owner/name", ModelSection(path="owner/name")).folder is None
 
 
 HOSTILE_CODE = """
