@@ -20,7 +20,7 @@ from launcher.cli.render import terminal
 from launcher.cli.render.sections import Part, Rows, Section, Text, Tone
 from launcher.cli.verbs import flags_of
 from launcher.cli.worker_process import ended_by_signals, worker_environment
-from launcher.clusters.backends import doctor_for
+from launcher.clusters.backends import nodes_for
 from launcher.clusters.check_results import (
     FAILURE,
     NODE_MODULE,
@@ -78,12 +78,12 @@ def examine(config: RunConfig, deadline: float) -> DoctorReport:
     # Nodes have different working directories.
     root = Path(config.run.root).expanduser().absolute()
     config = config.model_copy(update={"run": config.run.model_copy(update={"root": str(root)})})
-    doctor, reader, here = doctor_for(config.cluster.kind), ReportReader(), check_accounts(config)
+    nodes, reader, here = nodes_for(config.cluster.kind), ReportReader(), check_accounts(config)
     with ended_by_signals():
         try:
-            submission = doctor.check_submission(config) if doctor is not None else []
+            submission = nodes.check_submission(config) if nodes is not None else []
             here = [*submission, *here]
-            if doctor is None or not doctor.runs_elsewhere(config):
+            if nodes is None or not nodes.runs_elsewhere(config):
                 print("checking this machine", file=sys.stderr, flush=True)
                 command = [sys.executable, "-m", NODE_MODULE]
                 with NodeCommand(command, config.model_dump_json(), worker_environment()) as checks:
@@ -95,7 +95,7 @@ def examine(config: RunConfig, deadline: float) -> DoctorReport:
             elif worst(submission) != FAILURE:
                 print("checking the nodes; this may wait in a queue, and Ctrl-C cancels it", file=sys.stderr, flush=True)
                 with _write_shared_file(root) as environ:
-                    here += doctor.run_on_nodes(config, environ, deadline, reader)
+                    here += nodes.check_nodes(config, environ, deadline, reader)
         except (RunError, SubmitError) as error:
             here += [from_problem(problem, name="nodes") for problem in error.problems]
     return DoctorReport(tuple(here), tuple(with_differences([*reader.reports.values()])))

@@ -24,7 +24,7 @@ from launcher.cli.export import require_checkpoint
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import ChartCurve, Charts, Items, LineChart, Part, Rows, Section, Table, Text, Tone
 from launcher.cli.worker_process import ended_by_signals, run_reporting, run_worker
-from launcher.clusters.backends import evaluation_nodes_for
+from launcher.clusters.backends import nodes_for
 from launcher.config.compose import compose_one
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
@@ -89,7 +89,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     again = launcher_command(
         "evaluate", short_path(run_dir.root), *arguments.overrides, *words, *sets, *(["--here"] if arguments.here else [])
     )
-    nodes = evaluation_nodes_for(config.cluster.kind)
+    nodes = nodes_for(config.cluster.kind)
     nodes = nodes if nodes is not None and nodes.runs_elsewhere(config) else None
     if arguments.tasks is not None and nodes is not None and device().kind != "cuda":
         # A login node's CPU would be too slow for a model that was trained on a cluster.
@@ -108,7 +108,7 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
                 with private_files():
                     run_reporting(_EVALUATION, config, "prepare", str(run_dir.plan), "--step", str(step), *sets)
                 if nodes is not None and not arguments.here:
-                    nodes.run_on_nodes(config, run_dir, folder)
+                    nodes.answer_prompts(config, run_dir, folder)
                 else:
                     _generate_answers(folder, again)
                 shown = run_reporting(_EVALUATION, config, "conclude", str(folder))

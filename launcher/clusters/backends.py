@@ -36,16 +36,11 @@ BACKENDS: dict[str, str] = {
     "static": "launcher.clusters.static:StaticCluster",
 }
 
-# The module that `launcher doctor` uses for each backend with nodes other than this machine, see `ClusterDoctor`.
-DOCTORS: dict[str, str] = {
-    "slurm": "launcher.clusters.slurm.checks",
-    "ray": "launcher.clusters.ray.doctor",
-}
-
-# The module that `launcher evaluate` uses for each backend whose nodes answer prompts, see `EvaluationNodes`.
-EVALUATION_NODES: dict[str, str] = {
-    "slurm": "launcher.clusters.slurm.evaluation",
-    "ray": "launcher.clusters.ray.evaluation",
+# The module that `launcher doctor` and `launcher evaluate` use for each backend with nodes other than this machine, see
+# `ClusterNodes`.
+NODES: dict[str, str] = {
+    "slurm": "launcher.clusters.slurm.allocation",
+    "ray": "launcher.clusters.ray.nodes",
 }
 
 # The status message of a pending run for which nothing was submitted.
@@ -127,16 +122,21 @@ class Cluster(StatusReader, Protocol):
         """
 
 
-class ClusterDoctor(Protocol):
-    """What `launcher doctor` asks of a backend: a module with these functions."""
+class ClusterNodes(Protocol):
+    """What `launcher doctor` and `launcher evaluate` ask of a backend: a module with these functions.
 
-    def check_submission(self, config: RunConfig) -> list[CheckResult]:
-        """Check what this machine sees of the scheduler, as a submission would."""
+    `SUBMITS_JOBS`: whether an evaluation can run as a job without a waiting command, see `EvaluationJobs`.
+    """
+
+    SUBMITS_JOBS: bool
 
     def runs_elsewhere(self, config: RunConfig) -> bool:
         """Return whether the run's nodes are different from this machine."""
 
-    def run_on_nodes(
+    def check_submission(self, config: RunConfig) -> list[CheckResult]:
+        """Check what this machine sees of the scheduler, as a submission would."""
+
+    def check_nodes(
         self, config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader
     ) -> list[CheckResult]:
         """Run launcher.worker.checks.node_check on every node, and pass its output to `reader`; leaves nothing running.
@@ -148,19 +148,7 @@ class ClusterDoctor(Protocol):
             RunError, SubmitError: if nodes were unavailable, or some did not report; `reader` has the other reports.
         """
 
-
-class EvaluationNodes(Protocol):
-    """What `launcher evaluate` asks of a backend: a module with these functions.
-
-    `SUBMITS_JOBS`: whether an evaluation can run as a job without a waiting command, see `EvaluationJobs`.
-    """
-
-    SUBMITS_JOBS: bool
-
-    def runs_elsewhere(self, config: RunConfig) -> bool:
-        """Return whether the nodes are different from this machine."""
-
-    def run_on_nodes(self, config: RunConfig, run: RunDir, folder: Path) -> None:
+    def answer_prompts(self, config: RunConfig, run: RunDir, folder: Path) -> None:
         """Run launcher.evaluate.node on every node and wait for it to end; leaves nothing running.
 
         Raises:
@@ -168,7 +156,7 @@ class EvaluationNodes(Protocol):
         """
 
 
-class EvaluationJobs(EvaluationNodes, Protocol):
+class EvaluationJobs(ClusterNodes, Protocol):
     """A module whose evaluations can be jobs: each runs `launcher evaluate` for one step on one node, one after another."""
 
     def submit_job(self, plan: LaunchPlan, run: RunDir, step: int) -> str:
@@ -182,14 +170,9 @@ class EvaluationJobs(EvaluationNodes, Protocol):
         """Cancel all such jobs of the run; if the scheduler does not answer, they continue."""
 
 
-def evaluation_nodes_for(kind: str) -> EvaluationNodes | None:
-    """Import the module of EVALUATION_NODES for a backend, or return None if answers come from this machine."""
-    return cast("EvaluationNodes", importlib.import_module(EVALUATION_NODES[kind])) if kind in EVALUATION_NODES else None
-
-
-def doctor_for(kind: str) -> ClusterDoctor | None:
-    """Import the module of DOCTORS for a backend, or return None if it has none because its runs are on this machine."""
-    return cast("ClusterDoctor", importlib.import_module(DOCTORS[kind])) if kind in DOCTORS else None
+def nodes_for(kind: str) -> ClusterNodes | None:
+    """Import the module of NODES for a backend, or return None if it has none because it uses this machine."""
+    return cast("ClusterNodes", importlib.import_module(NODES[kind])) if kind in NODES else None
 
 
 def cluster_for(kind: str) -> Cluster:
@@ -255,7 +238,7 @@ class AnswerSource(StrEnum):
 
 def answer_source(config: RunConfig, device: str) -> AnswerSource:
     """Return where answers come from for a run on `device` (cpu or cuda)."""
-    nodes = evaluation_nodes_for(config.cluster.kind)
+    nodes = nodes_for(config.cluster.kind)
     if nodes is not None and nodes.runs_elsewhere(config):
         return AnswerSource.JOBS if nodes.SUBMITS_JOBS else AnswerSource.NODES
     return AnswerSource.AFTER_TRAINING if device == "cuda" else AnswerSource.BESIDE_TRAINING

@@ -32,16 +32,16 @@ from launcher import atomic_files, json_records, run_store
 from launcher.cli.status import require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
-from launcher.clusters.ray import auto_address, jobs
+from launcher.clusters.ray import address as cluster_address
 from launcher.clusters.ray import cluster as module
+from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import RayCluster
 from launcher.config.sections.ray import RaySection
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.security.owners import Trust
-from launcher.worker.ray import connection
-from launcher.worker.ray import doctor as driver_of_doctor
+from launcher.worker.ray import connection, node_tasks
 
 SECTION = RaySection(kind="ray", address="http://head:8265")
 NO_AGENT = "Request failed with status code 500: No available agent to submit job, please try again later."
@@ -88,7 +88,7 @@ def test_invalid_addresses_are_refused(address: str) -> None:
 
 
 def test_a_name_that_resolves_to_a_public_address_is_refused(ray_plan: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.socket, "getaddrinfo", lambda *_: [(2, 1, 6, "", ("8.8.8.8", 0))])
+    monkeypatch.setattr(cluster_address.socket, "getaddrinfo", lambda *_: [(2, 1, 6, "", ("8.8.8.8", 0))])
     with pytest.raises(SubmitError, match="the whole internet can reach"):
         RayCluster().check(ray_plan(address="head.example:6379"))
 
@@ -232,7 +232,7 @@ def test_an_unreachable_jobs_api_is_refused_by_the_check(ray_plan: PlanOf) -> No
 
 def test_auto_needs_a_ray_on_this_machine(ray_plan: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(auto_address.psutil, "process_iter", lambda attrs: iter(()))
+    monkeypatch.setattr(cluster_address.psutil, "process_iter", lambda attrs: iter(()))
     with pytest.raises(SubmitError, match="no Ray runs on this machine"):
         RayCluster().check(ray_plan(address="auto"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
@@ -452,7 +452,7 @@ def start_raylet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
     pids: list[int] = []
     all_processes = psutil.process_iter
     of_this_test = lambda attributes: (process for process in all_processes(attributes) if process.pid in pids)  # noqa: E731
-    monkeypatch.setattr(auto_address.psutil, "process_iter", of_this_test)
+    monkeypatch.setattr(cluster_address.psutil, "process_iter", of_this_test)
     with ExitStack() as stack:
 
         def start(address: str, uid: int = 0) -> Path:
@@ -485,13 +485,13 @@ def test_the_ray_of_another_user_is_not_joined(
     start_raylet(THEIRS, DAEMON)
     name_newest(tmp_path, THEIRS)
     with pytest.raises(SubmitError, match="the Ray on this machine belongs to daemon") as error:
-        auto_address.find_address()
+        cluster_address.find_address()
     assert "--trust-owner daemon" in error.value.problems[0].remedy
     monkeypatch.setenv("LAUNCHER_TRUST_OWNERS", "daemon")
-    assert auto_address.find_address() == THEIRS
+    assert cluster_address.find_address() == THEIRS
     monkeypatch.delenv("LAUNCHER_TRUST_OWNERS")
     start_raylet(MINE)
-    assert auto_address.find_address() == MINE, "a file of another user names theirs"
+    assert cluster_address.find_address() == MINE, "a file of another user names theirs"
 
 
 @pytest.mark.rest
@@ -501,14 +501,14 @@ def test_the_newest_of_several_own_rays_is_joined(start_raylet: StartRaylet, tmp
     start_raylet(other := "127.0.0.1:7003")
     name_newest(tmp_path, THEIRS)
     with pytest.raises(SubmitError, match="several Rays run on this machine") as error:
-        auto_address.find_address()
+        cluster_address.find_address()
     assert error.value.problems[0].value == f"{MINE}, {other}"
     name_newest(tmp_path, other)
-    assert auto_address.find_address() == other
+    assert cluster_address.find_address() == other
     (tmp_path / "tmp/ray/ray_current_cluster").unlink()
     make_pipe(tmp_path / "tmp/ray/ray_current_cluster")
     with pytest.raises(SubmitError, match="several Rays run on this machine"):
-        auto_address.find_address()
+        cluster_address.find_address()
 
 
 @pytest.mark.rest
@@ -516,10 +516,10 @@ def test_a_session_folder_that_another_user_has_replaced_is_refused(start_raylet
     session = start_raylet(MINE)
     # The mode that Ray gives the folder.
     session.parent.chmod(0o777)
-    assert auto_address.find_address() == MINE
+    assert cluster_address.find_address() == MINE
     os.chown(session, DAEMON, -1)
     with pytest.raises(SubmitError, match="the folder of the Ray on this machine belongs to daemon"):
-        auto_address.find_address()
+        cluster_address.find_address()
 
 
 @pytest.mark.rest
@@ -542,7 +542,7 @@ def test_a_driver_joins_the_ray_that_was_checked(
     config = config_of("cluster=ray", "cluster.address=auto")
     request = json.dumps({"config": config.model_dump(mode="json"), "environ": {}})
     section = RaySection.of(config.cluster)
-    join = {"run": lambda: connection.join(section, {}), "doctor": lambda: driver_of_doctor.main(request, 60)}[driver]
+    join = {"run": lambda: connection.join(section, {}), "doctor": lambda: node_tasks.check_nodes(request, 60)}[driver]
     start_raylet(THEIRS, DAEMON)
     name_newest(tmp_path, THEIRS)
     with pytest.raises(SubmitError, match="the Ray on this machine belongs to daemon"):

@@ -19,7 +19,7 @@ from plan_fixtures import PlanOf
 from testbed_cluster import Testbed
 
 from launcher.cli import doctor as doctor_verb
-from launcher.clusters.slurm import checks, site
+from launcher.clusters.slurm import site
 from launcher.clusters.slurm.commands import slurm
 from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import Problem, SubmitError
@@ -30,13 +30,9 @@ Use = Callable[[Testbed], Testbed]
 DEADLINE_S = 600.0
 
 
-def section_of(plan: LaunchPlan) -> SlurmSection:
-    return SlurmSection.of(plan.config.cluster)
-
-
 def problems(plan: LaunchPlan) -> tuple[Problem, ...]:
     try:
-        checks.check(section_of(plan), plan)
+        site.check_job(plan)
     except SubmitError as error:
         return error.problems
     return ()

@@ -38,7 +38,7 @@ from ray_tools import (
 
 from launcher import json_records, run_store
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ray.trainer import RESIZE_VARIABLE
+from launcher.worker.ray.driver import RESIZE_VARIABLE
 
 # Steps that the undisturbed run trains at first, about as many as the longest run that is compared with it.
 STEPS = 80

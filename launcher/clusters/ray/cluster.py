@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters import detached_process, local
 from launcher.clusters.backends import NEVER_SUBMITTED, InjectedFault
 from launcher.clusters.limits import limit_that_killed_agents
-from launcher.clusters.ray import auto_address, jobs
+from launcher.clusters.ray import jobs
+from launcher.clusters.ray.address import require_usable
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
@@ -23,7 +21,6 @@ from launcher.run_records import RUNNING_STATES, CancelRequest, Status
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection
-    from launcher.config.sections.ray import RaySection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 _MODULE = "launcher.worker.ray.driver"
@@ -31,7 +28,6 @@ _MODULE = "launcher.worker.ray.driver"
 JOINING = "joining Ray"
 _JOIN_DEADLINE_S = 90.0
 _END_DEADLINE_S = 60.0
-_CONNECT_S = 5.0
 _JOIN_POLL_S, _JOB_POLL_S = 0.1, 1.0
 # How long a submission waits for the driver to set the run's status.
 _DRIVER_START_DEADLINE_S = 60.0
@@ -67,7 +63,23 @@ class RayCluster:
             require_usable(section)
 
     def preview(self, plan: LaunchPlan) -> str | None:
-        return "\n".join(f"{label:<11}{value}" for label, value in _request(plan)) + "\n"
+        """Show what is requested from Ray, including Ray's own defaults."""
+        from launcher.config.sections.ray import RaySection
+
+        section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
+        elastic = section.min_workers is not None and section.min_workers < workers
+        sizes = f"{section.min_workers} to {workers}" if elastic else str(workers)
+        resources = ", ".join(f"{name}: {amount:g}" for name, amount in section.resources(plan.topology.device).items())
+        resources += "" if section.resources_per_worker else " (Ray's default)"
+        nodes = [f"accelerator {section.accelerator_type}"] if section.accelerator_type else []
+        nodes += [f"{label}={value}" for label, value in section.label_selector.items()]
+        rows = [
+            ("Ray", section.address or "started for this run, on this machine"),
+            ("workers", f"{sizes}, each with {resources}, within {section.placement_minutes:g} minutes"),
+            ("nodes", ", ".join(nodes) or "any"),
+            ("variables", ", ".join(section.env) or "API keys only"),
+        ]
+        return "".join(f"{label:<11}{value}\n" for label, value in rows)
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
         from launcher.config.sections.ray import RaySection
@@ -107,7 +119,7 @@ class RayCluster:
         number = run_store.newest_attempt(run)
         file = _submission_file(run, number)
         if file.is_file():
-            return _job_status(run, status, json_records.read(JobsApiSubmission, file))
+            return _correct_by_job(run, status, json_records.read(JobsApiSubmission, file))
         if status.job is None:
             lost = status.state == "pending" and time.time() - status.updated_at > detached_process.START_DEADLINE_S
             return replace(status, state="failed", message=NEVER_SUBMITTED) if lost else status
@@ -115,7 +127,7 @@ class RayCluster:
             return status
         # The driver may have written its final state since the status was read.
         status = run_store.read_status(run)
-        return status if status.state not in RUNNING_STATES else _lost(run, status)
+        return status if status.state not in RUNNING_STATES else _mark_lost(run, status)
 
     def await_end(self, run: RunDir) -> None:
         detached_process.await_end(run, _END_DEADLINE_S)
@@ -149,7 +161,7 @@ class RayCluster:
         raise NotImplementedError
 
 
-def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> Status:
+def _correct_by_job(run: RunDir, status: Status, submission: JobsApiSubmission) -> Status:
     """Correct the status of a run whose driver is a job of the cluster."""
     known = replace(status, job={**(status.job or {}), "id": submission.job})
     try:
@@ -157,7 +169,7 @@ def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> S
     except SubmitError as error:
         # An SSH tunnel may be broken or lead to another cluster, so the liveness file in the run directory decides.
         if detached_process.seconds_silent(run) > detached_process.LIVENESS_TIMEOUT_S:
-            return _lost(run, known)
+            return _mark_lost(run, known)
         cause = f"Ray does not answer ({error.problems[0].message})"
         if isinstance(error, jobs.JobUnknown):
             cause = f"the cluster at {submission.address} does not know the job {submission.job}"
@@ -171,30 +183,10 @@ def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> S
         return replace(known, state="cancelled", message="Ray's job was stopped")
     if latest.job is None:
         return replace(known, state="failed", message=f"{_NO_STATUS}: {_last_line(message)}; {_no_status_remedy(submission)}")
-    return replace(_lost(run, known), message=f"Ray's job ended as {state}: {message.splitlines()[0] if message else ''}")
+    return replace(_mark_lost(run, known), message=f"Ray's job ended as {state}: {message.splitlines()[0] if message else ''}")
 
 
-def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
-    """Return what is requested from Ray, including Ray's own defaults, as labels and values."""
-    from launcher.config.sections.ray import RaySection
-
-    section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
-
-    elastic = section.min_workers is not None and section.min_workers < workers
-    sizes = f"{section.min_workers} to {workers}" if elastic else str(workers)
-    resources = ", ".join(f"{name}: {amount:g}" for name, amount in section.resources(plan.topology.device).items())
-    resources += "" if section.resources_per_worker else " (Ray's default)"
-    nodes = [f"accelerator {section.accelerator_type}"] if section.accelerator_type else []
-    nodes += [f"{label}={value}" for label, value in section.label_selector.items()]
-    return [
-        ("Ray", section.address or "started for this run, on this machine"),
-        ("workers", f"{sizes}, each with {resources}, within {section.placement_minutes:g} minutes"),
-        ("nodes", ", ".join(nodes) or "any"),
-        ("variables", ", ".join(section.env) or "API keys only"),
-    ]
-
-
-def _lost(run: RunDir, status: Status) -> Status:
+def _mark_lost(run: RunDir, status: Status) -> Status:
     then = run_store.describe_storage_problem(run) or f"; {detached_process.resume_hint(run)}"
     number = run_store.newest_attempt(run)
     # Workers on the driver's machine may be in its control group.
@@ -264,72 +256,3 @@ def _no_status_remedy(submission: JobsApiSubmission) -> str:
 def _last_line(message: str) -> str:
     """Return the last line of Ray's message about a failed job; it ends with the job's log."""
     return next((line.strip() for line in reversed(message.splitlines()) if line.strip()), "no message")
-
-
-def require_usable(section: RaySection) -> None:
-    """Reject a cluster that is public, does not answer, or does not accept the token.
-
-    Raises:
-        SubmitError: with the remedy.
-    """
-    address = section.address or ""
-    if section.host is not None:
-        _require_private(address, section.host)
-    if section.is_http:
-        jobs.require_answer(address)
-    elif address == "auto":
-        _require_member()
-    else:
-        _require_reachable(address)
-
-
-def _require_private(address: str, host: str) -> None:
-    """Reject a host name that resolves to a public address; the settings reject public IP addresses."""
-    from launcher.config.sections.ray import is_exposed
-
-    try:
-        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
-    except OSError as error:
-        raise SubmitError(
-            f"the host name of the cluster cannot be resolved: {error.strerror}",
-            where="cluster.address",
-            value=address,
-            remedy="check the name, or use an IP address",
-        ) from None
-    if exposed := sorted(filter(is_exposed, addresses)):
-        raise SubmitError(
-            "the address of the cluster is public: the whole internet can reach it",
-            where="cluster.address",
-            value=f"{address} resolves to {', '.join(exposed)}",
-            remedy="use a private address or an ssh tunnel",
-        )
-
-
-def _require_member() -> None:
-    """Reject cluster.address=auto without a trusted user's Ray here; an address in RAY_ADDRESS is checked like the setting."""
-    address = os.environ.get("RAY_ADDRESS", "auto")
-    if address != "auto":
-        host = urlsplit(f"ray://{address}").hostname
-        if "/" in address or ":" not in address or host is None:
-            raise SubmitError(
-                "RAY_ADDRESS is not the address of a cluster that a driver can join",
-                where="RAY_ADDRESS in the environment",
-                value=address,
-                remedy="write it as host:port, unset it, or use the Jobs API: cluster.address=http://host:8265",
-            )
-        _require_private(f"auto, RAY_ADDRESS={address}", host)
-        return
-    auto_address.find_address()
-
-
-def _require_reachable(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
-    except OSError as error:
-        raise SubmitError(
-            f"no Ray answers at this address: {error.strerror or error}",
-            where="cluster.address",
-            value=address,
-            remedy="start one there with: ray start --head, or unset cluster.address to have one started for this run",
-        ) from None

@@ -60,12 +60,11 @@ class SlurmCluster:
         return site.gpus_of(SlurmSection.of(section))
 
     def check(self, plan: LaunchPlan) -> None:
-        from launcher.clusters.slurm import checks
-        from launcher.config.sections.slurm import SlurmSection
+        from launcher.clusters.slurm import site
 
         # Rendering rejects values that a batch script cannot contain, before the run directory exists.
         self.preview(plan)
-        checks.check(SlurmSection.of(plan.config.cluster), plan)
+        site.check_job(plan)
 
     def preview(self, plan: LaunchPlan) -> str | None:
         from launcher.clusters.slurm import sbatch

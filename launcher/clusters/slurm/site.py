@@ -1,22 +1,30 @@
-"""The partitions and nodes of a Slurm site, as slurmctld reports them."""
+"""The partitions and nodes of a Slurm site, as slurmctld reports them, and whether the site can run a job."""
 
 from __future__ import annotations
 
+import math
 import re
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from launcher.clusters.slurm.commands import SlurmError, slurm
+from launcher.clusters.slurm import sbatch
+from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
+from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection, minutes
-from launcher.errors import SubmitError, did_you_mean
+from launcher.errors import Problem, SubmitError, did_you_mean
+from launcher.plan.checkpoints import CHECKPOINT_GIB_PER_SECOND, SAVE_MARGIN, save_seconds
 from launcher.plan.gpu_types import lookup
-from launcher.plan.launch_plan import DeviceFacts
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+from launcher.plan.quantities import format_count
 
 _SEPARATOR = "\x1f"
 _NODE_FIELDS = ("NodeList", "PartitionName", "StateLong", "CPUs", "Memory", "Gres")
 # Nodes in other states can run jobs. Marks such as * follow the state.
 _OUT_OF_SERVICE = re.compile(r"down|drain|fail|error|unknown|future|inval")
+# Settings that a message of sbatch may name.
+_NAMED_KEYS = {"account": "cluster.account", "partition": "cluster.partition", "qos": "cluster.additional_parameters.qos"}
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,17 @@ class Partition:
     state: str
     max_minutes: int | None
     nodes: tuple[Node, ...]
+
+    @property
+    def time_limit(self) -> str:
+        """The time limit as Slurm writes it, such as 1-12:00:00."""
+        days, rest = divmod(self.max_minutes or 0, 1440)
+        return (f"{days}-" if days else "") + f"{rest // 60:02d}:{rest % 60:02d}:00"
+
+    @property
+    def kinds_of_nodes(self) -> str:
+        kinds = Counter(str(node) if node.in_service else f"{node}, out of service" for node in self.nodes)
+        return "; ".join(f"{format_count(count, 'node')} with {kind}" for kind, count in kinds.most_common(5)) or "no nodes"
 
 
 def chosen_partitions(section: SlurmSection) -> tuple[Partition, ...]:
@@ -111,6 +130,69 @@ def read_partitions() -> tuple[Partition, ...]:
     )
 
 
+def check_job(plan: LaunchPlan) -> None:
+    """Reject a job that this site refuses or would never start.
+
+    Raises:
+        SubmitError: with all problems, or if Slurm does not answer.
+    """
+    if shutil.which("sbatch") is None:
+        raise SubmitError(
+            "sbatch is not on this machine",
+            where="cluster=slurm",
+            remedy="submit from a login node of the cluster, or train on this machine with cluster=local",
+        )
+    section, problems, save_s = SlurmSection.of(plan.config.cluster), [], save_seconds(plan)
+    if save_s > section.signal_lead_seconds:
+        problem = (
+            f"a checkpoint of {plan.checkpoint_bytes / 2**30:.1f} GiB cannot be saved before the time limit: at an assumed "
+            f"{CHECKPOINT_GIB_PER_SECOND:g} GiB/s per node, {format_count(plan.topology.nodes, 'node')} need {save_s} s"
+        )
+        remedy = f"set it to {math.ceil(SAVE_MARGIN * save_s)}, and cluster.time to much more than that"
+        problems.append(Problem(problem, "cluster.signal_lead_seconds", str(section.signal_lead_seconds), remedy))
+    try:
+        num_gpus = plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0
+        problems = [*find_site_problems(plan.config, num_gpus), *problems]
+    except (SlurmError, SubmitError) as error:
+        raise SubmitError([*error.problems, *problems]) from None
+    if problems:
+        raise SubmitError(problems)
+
+
+def find_site_problems(config: RunConfig, num_gpus: int) -> list[Problem]:
+    """Return why this site cannot run a job with these settings; `num_gpus` per node applies if the settings name none.
+
+    Raises:
+        SlurmError: if Slurm does not answer.
+        SubmitError: if a partition does not exist.
+    """
+    section = SlurmSection.of(config.cluster)
+    partitions = chosen_partitions(section)
+    # Slurm accepts jobs above a partition's limit by default, and never starts them.
+    startable = [one for one in partitions if one.max_minutes is None or section.time_minutes <= one.max_minutes]
+    if not startable:
+        limits = ", ".join(f"{one.time_limit} in {one.name}" for one in partitions)
+        remedy = "set it to that or less; a run that needs longer continues in the next job"
+        return [Problem(f"the time limit is {limits}", "cluster.time", section.time, remedy)]
+    closed = [one for one in startable if one.state != "UP"]
+    if len(closed) == len(startable):
+        states = ", ".join(f"{one.name} is {one.state}" for one in closed)
+        remedy = "wait until the administrators open it, or use another partition"
+        return [Problem("the partition does not start jobs", "cluster.partition", states, remedy)]
+    try:
+        with sbatch.clean_environment():
+            request = sbatch.request_words(config, "launcher-test", num_gpus, section.time_minutes)
+            slurm("sbatch", "--test-only", *request, "--wrap", "true")
+    except SlurmUnreachable:
+        raise
+    except SlurmError as error:
+        message = error.problems[0].value
+        where = next((key for word, key in _NAMED_KEYS.items() if word in message.lower()), "cluster")
+        remedy = "; ".join(f"partition {one.name} has {one.kinds_of_nodes}" for one in partitions)
+        return [Problem("Slurm refuses the job", where, message, remedy)]
+    return []
+
+
 def gpus_of(section: SlurmSection) -> DeviceFacts:
     """Return the accelerators of one node of the job: the requested ones, or all of the partition's most common GPU node.
 
@@ -147,6 +229,13 @@ def gpus_of(section: SlurmSection) -> DeviceFacts:
     gpu_type = lookup(name) if name else None
     memory_gib = gpu_type.memory_gib if gpu_type else None
     return DeviceFacts(kind="cuda", name=name or "gpu", count=gpus.count, memory_gib=memory_gib, host_memory_gib=host_gib)
+
+
+def num_gpus_per_node(config: RunConfig) -> int:
+    """Return how many GPUs per node a run with these settings uses; 0 for a run on CPUs."""
+    section = SlurmSection.of(config.cluster)
+    device = gpus_of(section)
+    return (section.ranks_per_node or device.count) if device.kind == "cuda" else 0
 
 
 def requested_gpus(section: SlurmSection) -> Gpus | None:

@@ -3,9 +3,9 @@
 Each rank reports its progress to its node's agent by heartbeats, through a few bytes of shared memory.
 
 In a hang, all ranks on all nodes stall because they wait for one. Each node's agent judges its own ranks; on Ray, the run's
-coordinator judges the ranks of all nodes (launcher.worker.ray.watchdog). The clearer the culprit, the sooner it is killed: first
-a rank that cannot run, later one that is behind the others, and last, if none stands out, all ranks. By then the culprit is most
-likely on another node and has been killed there.
+coordinator judges the ranks of all nodes (launcher.worker.ray.worker_group). The clearer the culprit, the sooner it is killed:
+first a rank that cannot run, later one that is behind the others, and last, if none stands out, all ranks. By then the culprit is
+most likely on another node and has been killed there.
 
 Ranks that load the model, which takes seconds to an hour, send no heartbeats. A loading rank reads files or touches memory for a
 first time; the kernel counts both for each process. Most ranks wait for one that progresses, possibly on another node, so the
@@ -202,7 +202,7 @@ class StallVerdict:
     kill: Mapping[int, str] = field(default_factory=dict)
 
 
-def stalled(
+def judge_ranks(
     beats: Mapping[int, Beat],
     states: Mapping[int, str],
     now: float,
@@ -213,15 +213,23 @@ def stalled(
 ) -> StallVerdict:
     """Judge the ranks in `states` (psutil's process state names) by their last heartbeats or, while they load, last progress.
 
+    Ranks that load are judged only while no rank that trains is late. A rank that cannot run is killed whatever the others do.
+
     `now` and `since` are time.monotonic() times; silence before `since` does not count. `others_at` is when the run's other
     ranks, for which loading ranks may wait, last progressed: -inf if there are none, inf if nothing is known about them. `among`
     names the whole of which these are all the ranks, for messages.
     """
-    silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and beat.trained}
+    silence_s = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states}
+    silent = {r: seconds for r, seconds in silence_s.items() if beats[r].trained}
     lateness = {r: seconds / limits.of(beats[r]) for r, seconds in silent.items()}
     late = {r: silent[r] for r in silent if lateness[r] > 1}
     if not late:
-        return _stalled_in_loading(beats, states, now, limits, since, others_at)
+        late = {r: seconds for r, seconds in silence_s.items() if is_loading(beats[r]) and seconds > limits.stall_s}
+        if unable := {r: _UNABLE[states[r]] for r in late if states[r] in _UNABLE}:
+            return StallVerdict(late, unable)
+        if late and len(late) == len(beats) and min(*late.values(), now - others_at) > limits.load_s:
+            return StallVerdict(late, dict.fromkeys(late, "reads nothing, and neither does any other rank"))
+        return StallVerdict()
     unable = {r: _UNABLE[states[r]] for r in late if states[r] in _UNABLE}
     if unable:
         return StallVerdict(late, unable)
@@ -239,19 +247,6 @@ def stalled(
 def is_loading(beat: Beat) -> bool:
     """Return whether the rank has not loaded the model yet, or has not begun to train."""
     return not beat.trained and beat.phase in _LOADING
-
-
-def _stalled_in_loading(
-    beats: Mapping[int, Beat], states: Mapping[int, str], now: float, limits: StallLimits, since: float, others_at: float
-) -> StallVerdict:
-    """Judge the ranks that have not begun to train. A rank that cannot run is killed whatever the others do."""
-    silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and is_loading(beat)}
-    late = {r: seconds for r, seconds in silent.items() if seconds > limits.stall_s}
-    if unable := {r: _UNABLE[states[r]] for r in late if states[r] in _UNABLE}:
-        return StallVerdict(late, unable)
-    if late and len(late) == len(beats) and min(*late.values(), now - others_at) > limits.load_s:
-        return StallVerdict(late, dict.fromkeys(late, "reads nothing, and neither does any other rank"))
-    return StallVerdict()
 
 
 class Watchdog:
@@ -326,7 +321,7 @@ class Watchdog:
         beats = self._progress.update(beats, now)
         ranks, states = _find_processes(beats)
         others_at = self._share_progress({r: beats[r] for r in states}, has_started=bool(read))
-        verdict = stalled(beats, states, now, self._limits, self._since, others_at)
+        verdict = judge_ranks(beats, states, now, self._limits, self._since, others_at)
         asked, self._asked = self._asked, {beats[r].pid: self._asked.get(beats[r].pid, now) for r in verdict.stalled}
         late = [r for r in verdict.stalled if beats[r].pid not in asked]
         for r in late:

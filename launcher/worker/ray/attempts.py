@@ -15,8 +15,9 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_f
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
+from launcher.clusters import network
 from launcher.config.sections.ray import RaySection
-from launcher.errors import LauncherError, Superseded
+from launcher.errors import ConfigError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
@@ -26,7 +27,7 @@ from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 from launcher.worker.postmortem import Evidence
 from launcher.worker.ray.messages import Member, Verdict
-from launcher.worker.ray.worker_group import Group, require_private
+from launcher.worker.ray.worker_group import Group
 
 _DRAINED = "drained.json"
 # The status message until the ranks write their own.
@@ -71,7 +72,7 @@ class Attempts:
                 return
             attempt = run_store.read_attempt(run, self.number)
             if attempt.job is not None:
-                decision = self._after(group)
+                decision = self._decide_next(group)
                 if not decision.again:
                     # The run is locked meanwhile, so that no command starts it before its end is written.
                     self.end(decision.reason, decision.state)
@@ -79,10 +80,11 @@ class Attempts:
                 self._unfit = decision.exclude
                 self.number = run_store.create_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
                 attempt = run_store.read_attempt(run, self.number)
-            plan = group.choose(self._plan, self._unfit)
+            plan = group.choose_training_ranks(self._plan, self._unfit)
             head = group.training[0]
-            if RaySection.of(plan.config.cluster).interface is None:
-                require_private(head)
+            if self._section.interface is None and network.is_public(head.address):
+                public = f"the ranks would connect to each other over a public address: {head.node} at {head.address}"
+                raise ConfigError(f"{public}; set cluster.interface")
             group.plan_path = self._plan_path
             if not plan == self._plan == run_store.load_plan(run):
                 # An attempt without its own plan uses the previous attempt's.
@@ -103,7 +105,7 @@ class Attempts:
             postmortem.reserve_disk_space(run, self.number)
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=self.number, message=_STARTING)
-        self.report(*group.composition(self.number))
+        self.report(*group.describe_composition(self.number))
         group.opened_at, self._size, self._trained = time.monotonic(), group.size, group.training
 
     def conclude(self, group: Group) -> None:
@@ -113,7 +115,7 @@ class Attempts:
             attempt = run_store.read_attempt(self._run, self.number)
             state = "PREEMPTED" if group.draining else "RESIZED" if group.resizing else ""
             conclusion = postmortem.conclude(
-                self._run, self.number, attempt, self._section, Evidence(state, lost_nodes=self.lost())
+                self._run, self.number, attempt, self._section, Evidence(state, lost_nodes=self.find_lost_nodes())
             )
         except Superseded as error:
             group.verdict = Verdict(False, error.problems[0].message)
@@ -155,7 +157,7 @@ class Attempts:
         with suppress(OSError):
             json_records.write(self._run.attempt(self.number) / _DRAINED, DrainRecord(tuple(nodes), time.time()))
 
-    def lost(self) -> list[str] | None:
+    def find_lost_nodes(self) -> list[str] | None:
         """Return the names of training nodes that Ray has lost since the attempt began, or None if unknown."""
         if self._trained:
             with suppress(Exception):
@@ -168,7 +170,7 @@ class Attempts:
         with suppress(OSError):
             append_event(self._run, self.number, kind, text)
 
-    def _after(self, group: Group) -> Decision:
+    def _decide_next(self, group: Group) -> Decision:
         """Decide what follows the previous attempt; its workers may have left no records."""
         folder = self._run.attempt(self.number)
         if self._run.cancel(self.number).is_file():
@@ -177,7 +179,7 @@ class Attempts:
         state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
         on_alert = partial(self.report, "alert")
         ended = postmortem.end_of_attempt(
-            self._run, self.number, self._section, Evidence(state, lost_nodes=self.lost()), on_alert
+            self._run, self.number, self._section, Evidence(state, lost_nodes=self.find_lost_nodes()), on_alert
         )
         decision = decide(ended, postmortem.history(self._run, self.number), self._section)
         reached = goodput.reached_limit(self._run, self._plan, time.time()) if decision.again else ""

@@ -17,7 +17,7 @@ import psutil
 
 from launcher import run_store
 from launcher.clusters import detached_process
-from launcher.clusters.ray import auto_address
+from launcher.clusters.ray import address as cluster_address
 from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -187,7 +187,7 @@ def join(section: RaySection, variables: Mapping[str, str], **options: Any) -> N
     if section.is_http:
         ray.init(address="auto", job_config=config_without_search_path(), **options)
     else:
-        address = auto_address.address_to_join(section.address or "")
+        address = cluster_address.address_to_join(section.address or "")
         ray.init(address=address, runtime_env={"env_vars": variables}, job_config=config_without_search_path(), **options)
 
 

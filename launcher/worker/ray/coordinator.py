@@ -1,26 +1,33 @@
 """The coordinator of a run on Ray. It assigns workers to attempts, checks their nodes, and decides when to stop and what follows.
 
-It is a single object in its own Ray actor, which every worker and the driver call. Ray Train places the workers, detects lost
-workers and starts the next group; each group of workers is one attempt. No call blocks: workers poll.
+`Coordinator` is a single object in its own Ray actor, which every worker and the driver call. Ray Train places the workers,
+detects lost workers and starts the next group; each group of workers is one attempt. No call blocks: workers poll. The driver
+starts the actor, polls it, and replaces it if its process is lost (`CoordinatorActor`); workers use `call_coordinator`.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from launcher import run_records, run_store
+from launcher import json_records, run_records, run_store
 from launcher.clusters.check_results import MachineReport
 from launcher.config.sections.ray import RaySection
-from launcher.errors import ConfigError, LauncherError, describe
+from launcher.errors import ConfigError, LauncherError, Problem, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import RUNNING_STATES, LostCoordinator, NodeRecord, node_file
+from launcher.tracking.jsonl import append_event
 from launcher.worker.ranks.watchdog import StallLimits
-from launcher.worker.ray import node_checks
-from launcher.worker.ray.attempts import Attempts
+from launcher.worker.ray.attempts import Attempts, newest_own_attempt
+from launcher.worker.ray.connection import RAYLET_LOST, raylet_of_this_node
 from launcher.worker.ray.messages import (
     Assignment,
     BeatReply,
@@ -37,8 +44,7 @@ from launcher.worker.ray.messages import (
     Verdict,
     Wait,
 )
-from launcher.worker.ray.watchdog import SILENT_S, GroupLiveness
-from launcher.worker.ray.worker_group import Group
+from launcher.worker.ray.worker_group import SILENT_S, Group, GroupLiveness
 
 # How often the coordinator looks at the disk and at Ray, however many workers call it.
 _LOOK_S = 0.5
@@ -50,7 +56,26 @@ _MAX_EARLY_FAILURES = 10
 _SAME_FAILURE_S = 30.0
 # Seconds from the first failure to the end of the other ranks, which get TERM.
 _FAILURE_GRACE_S = 30.0
+# Checks of GPUs and of a busy file system take seconds; without a deadline, a hung node would hold all others forever.
+_CHECK_DEADLINE_S = 300.0
 _REPLACED = "other workers have taken over"
+# Seconds for a call of the driver or of Ray Train's controller. A worker repeats a call well before it counts as silent.
+CALL_S, WORKER_CALL_S = 30.0, 20.0
+_PATIENCE_S = 900.0
+_POLL_S = 0.2
+# Consecutive losses of the coordinator without workers in between. With more, the failure is not transient. Once workers come,
+# the run's budgets apply.
+_MAX_LOST = 20
+# Maximum characters of a Ray error in a run's status; the log has the full message.
+_MAX_MESSAGE_CHARS = 400
+
+
+class RayletLost(Exception):
+    """The raylet on the driver's node has ended, and with it everything that Ray ran there; the message says so."""
+
+
+class CoordinatorLost(Exception):
+    """The coordinator's process has ended."""
 
 
 class Coordinator:
@@ -95,18 +120,15 @@ class Coordinator:
         group = self._group
         if group is not None and self._idle_since is None and time.monotonic() - group.heard_at > SILENT_S:
             self._idle_since = group.heard_at
-            self._report_gone_workers()
+            if self._attempts.over is None:
+                attempt, names = self._attempts.number, self._attempts.find_lost_nodes()
+                lost = f"; Ray has lost {', '.join(names)}" if names else ""
+                self._attempts.report("alert", f"the workers of attempt {attempt} are gone{lost}; the run waits for others")
+                with suppress(OSError, LauncherError):
+                    message = f"its workers are gone{lost}; it waits for others"
+                    run_store.update_status(self._run, state="pending", message=message)
         idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
         return CoordinatorState(self._attempts.number, idle_s, self._early_failure, self._attempts.over)
-
-    def _report_gone_workers(self) -> None:
-        if self._attempts.over is not None:
-            return
-        lost = f"; Ray has lost {', '.join(names)}" if (names := self._attempts.lost()) else ""
-        self._attempts.report("alert", f"the workers of attempt {self._attempts.number} are gone{lost}; the run waits for others")
-        with suppress(OSError, LauncherError):
-            message = f"its workers are gone{lost}; it waits for others"
-            run_store.update_status(self._run, state="pending", message=message)
 
     def enter(self, group_id: str, size: int, member: Member) -> Setup:
         """Register a worker of a group of `size`; once all its workers have entered, the group replaces the previous one.
@@ -146,7 +168,7 @@ class Coordinator:
         if self._attempts.over is None and group_id in self._incomplete:
             return None
         if group is not None and group.id == group_id and self._attempts.over is None:
-            self._open_if_possible(group)
+            self._open_once(group)
         if self._attempts.over is not None or group is None or group.id != group_id:
             return Leave(self._attempts.over or _REPLACED)
         self._hear(group, rank)
@@ -155,19 +177,17 @@ class Coordinator:
         unchecked = self._unchecked(group)
         self._look(group)
         if unchecked and group.verdict is None:
-            self._end_checks_if_due(group, unchecked)
+            if group.cancelled_at is not None:
+                # Nothing is saved.
+                self._conclude(group)
+            elif time.monotonic() - group.opened_at > _CHECK_DEADLINE_S:
+                what, remedy = f"the node did not report within {_CHECK_DEADLINE_S:g} s", "look at its storage and its GPUs"
+                group.problems += [Problem(what, where=group.members[late].node, remedy=remedy) for late in unchecked]
+                self._conclude_unfit(group)
         if group.verdict is not None or rank not in group.training_ranks:
             return Wait()
-        assignment = self._assign(group, rank)
-        if unchecked:
-            # Every worker listens at its port until it trains or leaves.
-            others = tuple((member.node, member.address, member.port) for member in group.heads if member.rank != rank)
-            return CheckNode(assignment, others) if rank in unchecked else None
-        return Train(assignment, self._environment)
-
-    def _assign(self, group: Group, rank: int) -> Assignment:
         training, node_id = group.training, group.members[rank].node_id
-        return Assignment(
+        assignment = Assignment(
             attempt=self._attempts.number,
             plan_path=group.plan_path,
             marker=group.marker,
@@ -178,6 +198,11 @@ class Coordinator:
             port=training[0].port,
             peers=tuple(sorted({member.address for member in training})),
         )
+        if unchecked:
+            # Every worker listens at its port until it trains or leaves.
+            others = tuple((member.node, member.address, member.port) for member in group.heads if member.rank != rank)
+            return CheckNode(assignment, others) if rank in unchecked else None
+        return Train(assignment, self._environment)
 
     def report_check(self, group_id: str, rank: int, report: MachineReport) -> None:
         """Accept a node's report on itself; if any node is unfit, the attempt ends before anything is loaded."""
@@ -185,8 +210,8 @@ class Coordinator:
         if group is None or group.id != group_id or group.verdict is not None:
             return
         self._hear(group, rank)
-        group.checks.add(rank, report, len(group.heads))
-        if group.checks.problems:
+        group.add_report(rank, report)
+        if group.problems:
             self._conclude_unfit(group)
 
     def beat(self, group_id: str, rank: int, result: RankResult | None, sign: RankSign | None = None) -> BeatReply:
@@ -201,11 +226,20 @@ class Coordinator:
                 group.failed_at = time.monotonic()
         self._look(group)
         if group.verdict is None and group.opened_at is not None:
-            late = group.failed_at is not None and time.monotonic() - group.failed_at > _FAILURE_GRACE_S
-            if late or group.is_over:
+            is_late = group.failed_at is not None and time.monotonic() - group.failed_at > _FAILURE_GRACE_S
+            if is_late or group.is_over:
                 self._conclude(group)
+        stop_signal: str | None = None
+        if group.failed_at is not None or group.verdict is not None:
+            # As torch's elastic agent does: a collective would never complete without the rank that failed.
+            stop_signal = "TERM"
+        elif group.cancelled_at is not None:
+            is_late = time.monotonic() - group.cancelled_at > self._plan.config.cluster.stop_grace_seconds
+            stop_signal = "USR1" if group.saves and not is_late else "KILL"
+        elif group.draining or group.resizing:
+            stop_signal = "USR2"
         return BeatReply(
-            signal=self._signal(group),
+            signal=stop_signal,
             dump_stacks=group.liveness.wants_stacks(rank),
             hang=group.hung.get(rank),
             verdict=group.verdict,
@@ -234,8 +268,8 @@ class Coordinator:
         if group.verdict is None:
             self._idle_since = None
 
-    def _open_if_possible(self, group: Group) -> None:
-        """Open the attempt of a complete group once; possibly temporary failures are retried for a while.
+    def _open_once(self, group: Group) -> None:
+        """Open the attempt of a complete group; possibly temporary failures are retried for a while.
 
         An exception in the workers would make Ray Train start new workers forever.
         """
@@ -257,20 +291,14 @@ class Coordinator:
         """Return the ranks of the workers that have not yet reported on their nodes."""
         if not RaySection.of(self._plan.config.cluster).node_checks:
             return []
-        return [head.rank for head in group.heads if head.rank not in group.checks.reports]
-
-    def _end_checks_if_due(self, group: Group, unchecked: Sequence[int]) -> None:
-        """End the attempt if it is cancelled during the checks (nothing is saved), or if a node does not report in time."""
-        assert group.opened_at is not None
-        if group.cancelled_at is not None:
-            self._conclude(group)
-        elif time.monotonic() - group.opened_at > node_checks.DEADLINE_S:
-            group.checks.add_missing([group.members[rank].node for rank in unchecked])
-            self._conclude_unfit(group)
+        return [head.rank for head in group.heads if head.rank not in group.reports]
 
     def _conclude_unfit(self, group: Group) -> None:
-        """End an attempt with an unfit node before anything is loaded; the workers' records say why."""
-        group.checks.write(self._run, self._attempts.number, [member.node for member in group.training])
+        """End an attempt with an unfit node before anything is loaded; the records of all ranks say why."""
+        with suppress(OSError):
+            for rank, member in enumerate(group.training):
+                record = NodeRecord(rank, time.time(), host=member.node, problems=tuple(group.problems))
+                json_records.write(node_file(self._run, self._attempts.number, rank), record)
         self._conclude(group)
 
     def _look(self, group: Group) -> None:
@@ -293,28 +321,141 @@ class Coordinator:
                 self._attempts.report("alert", text)
         if not group.draining and now - self._looked_at_drains_at > _DRAIN_LOOK_S:
             self._looked_at_drains_at = now
-            self._look_for_drains(group)
-
-    def _look_for_drains(self, group: Group) -> None:
-        draining: set[str] = set()
-        with suppress(Exception):
-            draining = self._draining_nodes() & {member.node_id for member in group.members.values()}
-        if draining:
-            group.draining = True
-            names = sorted({member.node for member in group.members.values() if member.node_id in draining})
-            self._attempts.record_drain(names)
-
-    def _signal(self, group: Group) -> str | None:
-        """Return the signal for the ranks that are still running."""
-        if group.failed_at is not None or group.verdict is not None:
-            # As torch's elastic agent does: a collective would never complete without the rank that failed.
-            return "TERM"
-        if group.cancelled_at is not None:
-            late = time.monotonic() - group.cancelled_at > self._plan.config.cluster.stop_grace_seconds
-            return "USR1" if group.saves and not late else "KILL"
-        return "USR2" if group.draining or group.resizing else None
+            draining: set[str] = set()
+            with suppress(Exception):
+                draining = self._draining_nodes()
+            if names := sorted({member.node for member in group.members.values() if member.node_id in draining}):
+                group.draining = True
+                self._attempts.record_drain(names)
 
     def _conclude(self, group: Group) -> None:
         self._attempts.conclude(group)
         if group.verdict is not None and group.verdict.again:
             self._idle_since = time.monotonic()
+
+
+class CoordinatorProcess(Coordinator):
+    """The coordinator in its own process: only the run's user can access what it writes, whatever Ray's umask."""
+
+    def __init__(self, *arguments: Any) -> None:
+        os.umask(0o077)
+        super().__init__(*arguments)
+
+
+class CoordinatorActor:
+    """Runs on the driver's node; workers call it through its `handle`.
+
+    An actor that dies, for example for lack of memory, is replaced by another, which judges the previous attempt from the records
+    on disk. `is_lost` is true until the replacement has answered.
+
+    `attempt` is the driver's first attempt; `environment` holds the ranks' environment variables.
+    """
+
+    def __init__(
+        self,
+        plan_path: str,
+        run: RunDir,
+        attempt: int,
+        environment: dict[str, str],
+        draining_nodes: Callable[[], set[str]],
+        lost_nodes: Callable[[], set[str]],
+    ) -> None:
+        self.handle: Any = None
+        self._plan_path, self._run, self._number = plan_path, run, attempt
+        self._environment, self._draining_nodes, self._lost_nodes = environment, draining_nodes, lost_nodes
+        self._num_lost = 0
+        self.is_lost = False
+        # The driver and the thread that waits for Ray Train both call `state`.
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Start the actor; raises what Ray raises."""
+        import ray
+
+        here, job = ray.get_runtime_context().get_node_id(), f"{os.uname().nodename}:{os.getpid()}"
+        actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(CoordinatorProcess)
+        self.handle = actor.remote(self._plan_path, self._number, job, self._draining_nodes, self._lost_nodes)
+        ray.get(self.handle.set_environment.remote(self._environment), timeout=CALL_S)
+
+    def state(self) -> CoordinatorState | None:
+        """Return the coordinator's state, or None if it is busy (for example with slow storage) or has just been replaced."""
+        import ray
+        from ray.exceptions import ActorUnavailableError, GetTimeoutError
+
+        with self._lock:
+            try:
+                state: CoordinatorState = ray.get(self.handle.state.remote(), timeout=CALL_S)
+            except (GetTimeoutError, ActorUnavailableError):
+                return None
+            except deaths() as error:
+                self._replace(error)
+                return None
+            self._number, self.is_lost = state.number, False
+            if not state.idle_s:
+                self._num_lost = 0
+            return state
+
+    def _replace(self, error: Exception) -> None:
+        """Start another actor; if storage is unreadable right now, the next call retries.
+
+        Raises:
+            RayletLost: if no actor can be started on this node any more.
+        """
+        from ray.exceptions import RayError
+
+        if (raylet := raylet_of_this_node()) is not None and raylet.has_ended:
+            raise RayletLost(RAYLET_LOST)
+        self.is_lost = True
+        if self._num_lost >= _MAX_LOST:
+            raise error
+        try:
+            self._number = newest_own_attempt(self._run, self._number)
+        except (OSError, LauncherError):
+            return
+        self._num_lost += 1
+        print(error, file=sys.stderr, flush=True)
+        text = "the run's coordinator was killed or has ended: another replaces it, and the run restarts"
+        with suppress(OSError):
+            append_event(self._run, self._number, "alert", text)
+        with suppress(OSError, LauncherError):
+            json_records.write(run_records.lost_coordinator_file(self._run, self._number), LostCoordinator(time.time()))
+        with suppress(OSError, LauncherError):
+            if run_store.read_status(self._run).state in RUNNING_STATES:
+                message = "the run's coordinator was killed or has ended; it waits for workers"
+                run_store.update_status(self._run, state="pending", message=message)
+        # The replacement may die too.
+        with suppress(RayError):
+            self.start()
+
+
+def call_coordinator(handle: Any, method: str, *arguments: Any) -> Any:
+    """Call the coordinator from a worker; retry for a while if it is busy or unreachable.
+
+    Raises:
+        CoordinatorLost: if its process has ended.
+    """
+    import ray
+    from ray.exceptions import ActorUnavailableError, GetTimeoutError
+
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return ray.get(getattr(handle, method).remote(*arguments), timeout=WORKER_CALL_S)
+        except (GetTimeoutError, ActorUnavailableError):
+            if time.monotonic() > until:
+                raise
+            time.sleep(_POLL_S)
+        except deaths():
+            raise CoordinatorLost("the coordinator's process was killed or has ended") from None
+
+
+def deaths() -> tuple[type[Exception], ...]:
+    """Return what Ray raises for an actor whose process has ended; the second is for a kill by Ray's memory monitor."""
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
+
+    return ActorDiedError, OutOfMemoryError
+
+
+def shorten(error: Exception) -> str:
+    """Return a Ray error's message as one line of limited length."""
+    return " ".join(str(error).split())[:_MAX_MESSAGE_CHARS] or type(error).__name__

@@ -13,9 +13,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from launcher import json_records, run_store
 from launcher.clusters import detached_process
@@ -36,11 +37,13 @@ from launcher.worker.ray.connection import (
     raylet_of_this_node,
     remove_placement_groups,
 )
-from launcher.worker.ray.coordinator_actor import CoordinatorActor, RayletLost, shorten
-from launcher.worker.ray.messages import CoordinatorState
-from launcher.worker.ray.trainer import build_trainer, import_ray_train
+from launcher.worker.ray.coordinator import CALL_S, CoordinatorActor, RayletLost, shorten
+from launcher.worker.ray.messages import CoordinatorState, ResizeProgress
+from launcher.worker.ray.rank_supervisor import supervise
 from launcher.worker.wandb_closing import close_wandb_run
 
+# Seconds between checks for more workers in an elastic run, for tests; Ray's default is 60.
+RESIZE_VARIABLE = "LAUNCHER_RAY_RESIZE_SECONDS"
 _ALIVE_EVERY_S = 5.0
 _LOOK_S = 0.2
 _STATE_EVERY_S = 1.0
@@ -101,8 +104,12 @@ class _CancelSignals:
 
     def install(self) -> None:
         """Install the handlers; call it again after Ray has started, because Ray installs its own."""
+
+        def receive(*_: object) -> None:
+            self._num_received += 1
+
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, self._receive)
+            signal.signal(number, receive)
 
     def write(self) -> None:
         """Write the request: the first signal asks for a save, further ones for an immediate end."""
@@ -110,9 +117,6 @@ class _CancelSignals:
             file = self._run.cancel(run_store.newest_attempt(self._run))
             json_records.write(file, CancelRequest(time.time(), save=self._num_received == 1 and not file.is_file()))
             self._num_written = self._num_received
-
-    def _receive(self, *_: object) -> None:
-        self._num_received += 1
 
 
 class _Driver:
@@ -136,25 +140,23 @@ class _Driver:
                 raise RunError("the connection was closed as soon as it was made", remedy="see Ray's own logs on this node")
             job = detached_process.describe_this_process()
             run_store.update_status(self._run, state="pending", job=job, message="waiting for workers")
+            environment = {name: os.environ[name] for name in _SECRETS if name in os.environ}
+            coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
             try:
-                self._train()
+                # This takes as long as the coordinator's start.
+                threading.Thread(target=import_ray_train, name="import", daemon=True).start()
+                coordinator.start()
+                # In a separate thread, Ray Train does not handle SIGINT.
+                fit = threading.Thread(target=self._fit, args=(coordinator,), name="fit", daemon=True)
+                fit.start()
+                self._watch(fit, coordinator)
             except Exception as error:
                 # Ray reports it through different errors, depending on the call.
                 if raylet.has_ended:
                     raise RayletLost(RAYLET_LOST) from error
                 raise
-        return self._exit_code()
-
-    def _train(self) -> None:
-        environment = {name: os.environ[name] for name in _SECRETS if name in os.environ}
-        coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
-        # This takes as long as the coordinator's start.
-        threading.Thread(target=import_ray_train, name="import", daemon=True).start()
-        coordinator.start()
-        # In a separate thread, Ray Train does not handle SIGINT.
-        fit = threading.Thread(target=self._fit, args=(coordinator,), name="fit", daemon=True)
-        fit.start()
-        self._watch(fit, coordinator)
+        state = retry(lambda: run_store.read_status(self._run)).state
+        return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
 
     def _fit(self, coordinator: CoordinatorActor) -> None:
         """Run Ray Train until the run has ended.
@@ -213,10 +215,12 @@ class _Driver:
                     # Every worker has its orders; a hung worker does not change how the run has ended.
                     return
             elif state.idle_s:
-                if self._is_cancelled():
-                    return self.end("cancelled", "cancelled while it waited for workers")
+                # If storage does not answer, the next look retries.
+                with suppress(OSError):
+                    if self._run.cancel(self._number).is_file():
+                        return self.end("cancelled", "cancelled while it waited for workers")
                 if state.idle_s > self._section.placement_minutes * 60:
-                    return self.end("failed", self._not_placed(state.idle_s, state.early_failure))
+                    return self.end("failed", self._describe_missing_workers(state.idle_s, state.early_failure))
             fit.join(_LOOK_S)
         if retry(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
             reason = "its workers ended and left no record" if self._failure is None else shorten(self._failure)
@@ -224,12 +228,6 @@ class _Driver:
             lost = self._raylet is not None and self._raylet.has_ended
             self.end("failed", RAYLET_LOST if lost else f"Ray Train ended the run: {reason}")
         return None
-
-    def _is_cancelled(self) -> bool:
-        # If storage does not answer, the next look retries.
-        with suppress(OSError):
-            return self._run.cancel(self._number).is_file()
-        return False
 
     def end(self, state: str, message: str) -> None:
         """Record how the run ended, unless that is already recorded or another command has restarted the run.
@@ -241,7 +239,7 @@ class _Driver:
         print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
         record_end(self._run, self._number, state, message)
 
-    def _not_placed(self, waited_s: float, early_failure: str) -> str:
+    def _describe_missing_workers(self, waited_s: float, early_failure: str) -> str:
         """`early_failure` is the message of the last worker that could not start."""
         import ray
 
@@ -261,9 +259,110 @@ class _Driver:
             f"{describe(ray.available_resources())}"
         )
 
-    def _exit_code(self) -> int:
-        state = retry(lambda: run_store.read_status(self._run)).state
-        return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
+
+def import_ray_train() -> None:
+    """Import what `build_trainer` needs, which takes seconds."""
+    import ray.train
+    import ray.train.v2.api.data_parallel_trainer  # noqa: F401
+
+
+def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
+    """Build the trainer whose `fit` places workers and replaces lost ones until `coordinator` ends them."""
+    from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.backend import Backend
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    section = RaySection.of(plan.config.cluster)
+
+    class RankBackend(Backend):
+        """Leaves the process group to the ranks; each sees all GPUs of its node."""
+
+        share_cuda_visible_devices = True
+
+    class RankBackendConfig(BackendConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return RankBackend
+
+    # Ray Train's processes that the run does not use; each takes seconds of CPU time. The first reads datasets. The second
+    # removes the placement group of a controller that was killed: it works only with a dashboard, and the driver does it for a
+    # Ray of its own.
+    unused = {"DatasetsCallback", *(("PlacementGroupCleanerCallback",) if section.address is None else ())}
+
+    class Trainer(DataParallelTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if type(callback).__name__ not in unused]
+
+    workers = plan.topology.world_size
+    resources = section.resources(plan.topology.device)
+    elastic = section.min_workers is not None and section.min_workers < workers
+    scaling: dict[str, Any] = {
+        "num_workers": (section.min_workers, workers) if elastic else workers,
+        "use_gpu": "GPU" in resources,
+        "resources_per_worker": resources,
+        "accelerator_type": section.accelerator_type,
+        "label_selector": section.label_selector or None,
+    }
+    if seconds := os.environ.get(RESIZE_VARIABLE):
+        scaling["elastic_resize_monitor_interval_s"] = float(seconds)
+    grace_s = plan.config.cluster.stop_grace_seconds
+    callbacks = [save_before_resize(coordinator, grace_s)] if elastic else []
+    return Trainer(
+        supervise,
+        train_loop_config={"coordinator": coordinator, "interface": section.interface},
+        backend_config=RankBackendConfig(),
+        scaling_config=ScalingConfig(**scaling),
+        run_config=RunConfig(
+            name=name,
+            callbacks=callbacks,
+            storage_path=str(run.root / "ray"),
+            # The coordinator ends the run: its workers then return as if training were complete.
+            failure_config=FailureConfig(
+                max_failures=-1,
+                controller_failure_limit=-1,
+                max_preemption_failures=-1,
+                preemption_grace_s=grace_s,
+            ),
+        ),
+    )
+
+
+def save_before_resize(coordinator: Any, grace_s: float) -> Any:
+    """Return the callback that makes Ray Train's controller wait for the ranks to save before it replaces their workers.
+
+    When there is room for more workers, Ray Train ends an elastic run's workers without notice.
+    """
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.controller.state import ResizingState
+
+    def ask() -> ResizeProgress | None:
+        # An exception in the controller would end the run, even if the coordinator is only busy with storage.
+        with suppress(Exception):
+            progress: ResizeProgress = ray.get(coordinator.prepare_resize.remote(), timeout=CALL_S)
+            return progress
+        return None
+
+    class SaveBeforeResize(ControllerCallback):
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            """Only healthy workers are resized; after a failure the state is different."""
+            if isinstance(current_state, ResizingState):
+                await_ranks(ask, grace_s)
+
+    return SaveBeforeResize()
+
+
+def await_ranks(ask: Callable[[], ResizeProgress | None], grace_s: float) -> None:
+    """Wait until the ranks have ended, or have not been writing for `grace_s` seconds.
+
+    `ask` returns their progress, None if unknown. The time of a save or an export grows with the model.
+    """
+    until = time.monotonic() + grace_s
+    while (progress := ask()) is not ResizeProgress.ENDED and time.monotonic() < until:
+        if progress is ResizeProgress.WRITING:
+            until = time.monotonic() + grace_s
+        time.sleep(_LOOK_S)
 
 
 if __name__ == "__main__":

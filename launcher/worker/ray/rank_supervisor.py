@@ -1,4 +1,4 @@
-"""The training function in each Ray Train worker: it starts one rank, watches it, and reports to the coordinator.
+"""The training function in each Ray Train worker: it checks the node, starts one rank, watches it, and tells the coordinator.
 
 The rank is a separate process, started as on every other backend; this process never imports torch.
 """
@@ -12,14 +12,17 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from launcher import json_records, run_store
 from launcher.clusters import detached_process, network
+from launcher.clusters.check_results import CheckResult, MachineReport, failure
 from launcher.clusters.limits import LimitEvents, cause_of, record_limits
 from launcher.config.sections.ray import RaySection
 from launcher.errors import describe
@@ -28,13 +31,13 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.security.folders import private_variables
 from launcher.worker import failure_record
+from launcher.worker.checks import node_check
 from launcher.worker.failure_record import ErrorMemory, ErrorRecord
 from launcher.worker.ranks.flight_recorder import FlightRecorder
 from launcher.worker.ranks.rank_env import allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcess, RankProcesses
-from launcher.worker.ranks.watchdog import HEARTBEATS_VARIABLE, HeartbeatTable
-from launcher.worker.ray import node_checks
-from launcher.worker.ray.coordinator_actor import WORKER_CALL_S, CoordinatorLost, call_coordinator
+from launcher.worker.ranks.watchdog import HEARTBEATS_VARIABLE, HeartbeatTable, LoadProgress
+from launcher.worker.ray.coordinator import WORKER_CALL_S, CoordinatorLost, call_coordinator
 from launcher.worker.ray.messages import (
     Assignment,
     BeatReply,
@@ -48,13 +51,15 @@ from launcher.worker.ray.messages import (
     Train,
     Verdict,
 )
-from launcher.worker.ray.watchdog import Observer
 from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S, Sidecar, start_answers, start_mirror
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 
 _POLL_S = 0.2
 # Seconds from TERM to KILL, if a rank does not end by itself.
 _KILL_AFTER_S = 5.0
+# Seconds to reach all other nodes together, and the minimum for each.
+_REACH_S, _MIN_REACH_S = 30.0, 2.0
+_SHARED_REMEDY = "set run.root to a folder on storage that all nodes share"
 
 
 class AttemptEnded(Exception):
@@ -63,13 +68,9 @@ class AttemptEnded(Exception):
 
 @dataclass
 class _Watched:
-    """What happened to a rank while it ran: the coordinator's messages on its hang, and when each signal was first sent.
-
-    `limit` is the limit that the kernel enforced meanwhile.
-    """
+    """What happened to a rank while it ran: the coordinator's messages on its hang, and when each signal was first sent."""
 
     stalls: list[str] = field(default_factory=list)
-    limit: str = ""
     sent_at: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -159,18 +160,25 @@ class _Worker:
         self.assignment: Assignment | None = None
 
     def enter(self) -> None:
-        """Register with the coordinator, and start importing what the rank needs."""
+        """Register with the coordinator, and start a fork server that imports what the rank needs while the nodes are checked."""
         member = Member(self.rank, self.local_rank, self.node, self.node_id, self.address, self.port)
-        self._warm_up(call_coordinator(self._coordinator, "enter", self.group_id, self.size, member))
+        setup: Setup = call_coordinator(self._coordinator, "enter", self.group_id, self.size, member)
+        try:
+            planned = LaunchPlan.load(setup.plan_path)
+        except OSError:
+            # The node check reports that this node does not see the run directory.
+            return
+        self.ranks = RankProcesses(Path(planned.run_dir))
+        with _blocked_signals():
+            self.ranks.warm_up(setup.plan_path, _node_environment(planned, setup.environment))
 
     def run(self) -> Verdict:
         """Follow the coordinator's orders until the attempt has a verdict."""
         try:
             orders = self._next_orders()
             if isinstance(orders, CheckNode):
-                call_coordinator(
-                    self._coordinator, "report_check", self.group_id, self.rank, node_checks.check_node(self.node, orders)
-                )
+                report = check_node(self.node, orders)
+                call_coordinator(self._coordinator, "report_check", self.group_id, self.rank, report)
                 orders = self._next_orders()
         finally:
             self.listener.close()
@@ -228,7 +236,16 @@ class _Worker:
         environment = self._rank_environment(plan, orders, table, errors)
         recorder = FlightRecorder(run, attempt, plan.topology.world_size, plan.config.cluster.stall_seconds)
         environment.update(recorder.variables)
-        rank = self._start_rank(orders, environment)
+        while self.ranks.is_warming_up():
+            # On slow storage, imports take minutes, and a worker without heartbeats counts as lost.
+            self._beat(None)
+            time.sleep(_POLL_S)
+        # Signals are blocked from the rank's first instruction on: one that arrives during its imports stays pending until it
+        # listens.
+        with _blocked_signals():
+            rank = self.ranks.start(assignment.plan_path, attempt, environment)
+        # Another attempt has different workers.
+        self.ranks.close()
         try:
             observer = Observer(table, self.local_rank, plan.config.cluster.stall_seconds)
             watched = self._watch(rank, observer, recorder, assignment.rank)
@@ -240,8 +257,8 @@ class _Worker:
             recorder.close(environment)
         error = errors.read(self.local_rank, rank.pid)
         errors.close()
-        watched.limit = LimitEvents.read().cause_since(limits)
-        failure = _find_failure(run, assignment, rank.returncode, watched, error)
+        limit = LimitEvents.read().cause_since(limits)
+        failure = _find_failure(run, assignment, rank.returncode, watched, error, limit)
         record = NodeRecord(
             assignment.rank,
             ended_at=time.time(),
@@ -269,24 +286,11 @@ class _Worker:
                 shutil.rmtree(plan.nvme_folder, ignore_errors=True)
         return RankResult.DONE if failure is None else RankResult.FAILED
 
-    def _start_rank(self, orders: Train, environment: Mapping[str, str]) -> RankProcess:
-        while self.ranks.is_warming_up():
-            # On slow storage, imports take minutes, and a worker without heartbeats counts as lost.
-            self._beat(None)
-            time.sleep(_POLL_S)
-        # Signals are blocked from the rank's first instruction on: one that arrives during its imports stays pending until it
-        # listens.
-        with _blocked_signals():
-            rank = self.ranks.start(orders.assignment.plan_path, orders.assignment.attempt, environment)
-        # Another attempt has different workers.
-        self.ranks.close()
-        return rank
-
     def _watch(self, rank: RankProcess, observer: Observer, recorder: FlightRecorder, number: int) -> _Watched:
         """Send heartbeats until the rank has ended, and forward the coordinator's signals to it."""
         watched = _Watched()
         while rank.poll() is None:
-            reply = self._beat(None, observer.sign(rank.pid))
+            reply = self._beat(None, observer.read_sign(rank.pid))
             if reply.dump_stacks:
                 rank.send_signal(signal.SIGQUIT)
                 recorder.request([number])
@@ -306,17 +310,6 @@ class _Worker:
         reply = self._beat(None)
         again = reply.verdict is not None and reply.verdict.again
         return again or reply.signal == "KILL" or (reply.signal == "TERM" and not failed)
-
-    def _warm_up(self, setup: Setup) -> None:
-        """Start a fork server that imports what the rank needs while the workers enter and the nodes are checked."""
-        try:
-            planned = LaunchPlan.load(setup.plan_path)
-        except OSError:
-            # The node check reports that this node does not see the run directory.
-            return
-        self.ranks = RankProcesses(Path(planned.run_dir))
-        with _blocked_signals():
-            self.ranks.warm_up(setup.plan_path, _node_environment(planned, setup.environment))
 
     def _rank_environment(self, plan: LaunchPlan, orders: Train, table: HeartbeatTable, errors: ErrorMemory) -> dict[str, str]:
         section, assignment = RaySection.of(plan.config.cluster), orders.assignment
@@ -340,10 +333,42 @@ class _Worker:
         return environment
 
 
+class Observer:
+    """Reads the rank's last heartbeat. Silence counts only while the worker itself was running."""
+
+    def __init__(self, table: HeartbeatTable, local_rank: int, stall_s: float) -> None:
+        self._table, self._local_rank, self._gap_s = table, local_rank, stall_s / 2
+        self._looked = self._since = time.monotonic()
+        self._progress = LoadProgress()
+
+    def read_sign(self, pid: int) -> RankSign | None:
+        """Return the last heartbeat of the process `pid`, or None if it has sent none or has ended.
+
+        The seconds in it count from the heartbeat or, for a loading rank, from its last progress.
+        """
+        now = time.monotonic()
+        if now - self._looked > self._gap_s:
+            # This process was suspended, and perhaps its rank too.
+            self._since = now
+        self._looked = now
+        beat = self._table.read().get(self._local_rank)
+        if beat is None or beat.pid != pid:
+            return None
+        beat = self._progress.update({self._local_rank: beat}, now)[self._local_rank]
+        try:
+            state = psutil.Process(pid).status()
+        except psutil.NoSuchProcess:
+            return None
+        return RankSign(beat, max(0.0, now - max(beat.at, self._since)), state)
+
+
 def _find_failure(
-    run: RunDir, assignment: Assignment, exit_code: int | None, watched: _Watched, error: ErrorRecord | None
+    run: RunDir, assignment: Assignment, exit_code: int | None, watched: _Watched, error: ErrorRecord | None, limit: str
 ) -> FailureRecord | None:
-    """Return the failure of a rank that has ended, or None if it succeeded or ended on request."""
+    """Return the failure of a rank that has ended, or None if it succeeded or ended on request.
+
+    `limit` is the limit that the kernel enforced while the rank ran.
+    """
     # A hung rank was killed before any other signal, however long it took to end.
     if not exit_code or (not watched.stalls and exit_code in watched.expected_exit_codes):
         return None
@@ -351,7 +376,7 @@ def _find_failure(
     if final is not None and final.rank == assignment.rank:
         return failure_record.from_final(run, assignment.attempt, final)
     end = failure_record.RankExit(assignment.rank, exit_code, time.time() if error is None else error.at or time.time(), error)
-    return failure_record.from_exit(end, run, assignment.attempt, watched.stalls, watched.limit)
+    return failure_record.from_exit(end, run, assignment.attempt, watched.stalls, limit)
 
 
 def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[str, str]:
@@ -368,3 +393,38 @@ def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[
     }
     # Last, because they follow from cluster.env, such as its TMPDIR.
     return {**allocator_defaults(environment, plan.topology.device), **environment, **private_variables(environment)}
+
+
+def check_node(node: str, orders: CheckNode) -> MachineReport:
+    """Check this node, whose Ray name is `node`, and whether it can reach the others."""
+    assignment = orders.assignment
+    plan_path, attempt = Path(assignment.plan_path), assignment.attempt
+    try:
+        plan = LaunchPlan.load(plan_path)
+    except OSError as error:
+        seen = f"the run directory is not visible: {plan_path}: {error.strerror}"
+        return MachineReport(node, (failure(seen, _SHARED_REMEDY),))
+    run = RunDir(Path(plan.run_dir))
+    report = node_check.check_node(plan, attempt, assignment.local_world_size)
+    results, marker = [*report.results], run.attempt(attempt) / "marker"
+    if not report.problems and (not marker.is_file() or marker.read_text() != assignment.marker):
+        seen = f"the run directory differs from the head node's: it lacks a file of this attempt: {run.root}"
+        results.append(failure(seen, _SHARED_REMEDY))
+    return MachineReport(node, (*results, *find_unreachable(node, orders.others, _REACH_S)))
+
+
+def find_unreachable(node: str, others: Sequence[tuple[str, str, int]], deadline_s: float) -> list[CheckResult]:
+    """Return a failure for each of the `others` (node, address and port) that `node` cannot connect to.
+
+    If it can reach none of them, it is to blame itself.
+    """
+    until = time.monotonic() + deadline_s
+    lost = [
+        (name, f"{address}:{port}")
+        for name, address, port in others
+        if network.await_reachable(address, port, max(_MIN_REACH_S, until - time.monotonic())) is None
+    ]
+    remedy = "open all ports between the nodes, or set cluster.interface to the network that joins them"
+    if lost and len(lost) == len(others):
+        return [failure(f"cannot reach {', '.join(f'{name} at {address}' for name, address in lost)}", remedy)]
+    return [replace(failure(f"cannot be reached from {node} at {address}", remedy), machine=name) for name, address in lost]

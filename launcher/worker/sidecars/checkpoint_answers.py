@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from launcher import run_store
-from launcher.clusters.backends import AnswerSource, answer_source, evaluation_nodes_for
+from launcher.clusters.backends import AnswerSource, answer_source, nodes_for
 from launcher.errors import LauncherError, describe, printable
 from launcher.evaluate.evaluation_folder import EvaluationFolder, read_exported
 from launcher.plan.launch_plan import LaunchPlan
@@ -131,7 +131,7 @@ class CheckpointAnswers:
 
     @property
     def _scheduler(self) -> EvaluationJobs:
-        return cast("EvaluationJobs", evaluation_nodes_for(self._plan.config.cluster.kind))
+        return cast("EvaluationJobs", nodes_for(self._plan.config.cluster.kind))
 
     def _list_steps(self) -> None:
         """List the steps that are due and have no verdict, if checkpoints have come or gone or a process has ended."""

@@ -1,7 +1,9 @@
-"""The agent of one node of a Slurm job: `python -m launcher.worker.slurm.agent PLAN ATTEMPT`.
+"""What Slurm starts on each node. The agent of one node of a run's job: `python -m launcher.worker.slurm.agent PLAN ATTEMPT`.
 
 It meets the agents of the other nodes, checks the node, runs its ranks and writes the node's record. The job concludes the
 attempt when all of its nodes have ended (launcher.worker.slurm.job).
+
+`python -m launcher.worker.slurm.agent evaluate FOLDER GPUS` runs one node's processes of an evaluation.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from signal import Signals
 
 from launcher import run_store
+from launcher.child_process import exit_on_termination
 from launcher.clusters.limits import record_limits
 from launcher.config.sections.slurm import SlurmSection
 from launcher.plan.launch_plan import LaunchPlan
@@ -74,5 +77,15 @@ def kill_at(record: Attempt, plan: LaunchPlan) -> float | None:
     return time.monotonic() + record.ends_at - margin_s - time.time()
 
 
+def answer_prompts(folder: str, num_gpus: int) -> int:
+    """Run this node's processes of an evaluation; returns the exit code."""
+    from launcher.evaluate.node import run_node
+
+    exit_on_termination()
+    return run_node(folder, int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"]), num_gpus)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "evaluate":
+        sys.exit(answer_prompts(sys.argv[2], int(sys.argv[3])))
     sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -38,7 +38,7 @@ from launcher.worker.ranks.watchdog import (
     StallVerdict,
     Watchdog,
     count_bytes,
-    stalled,
+    judge_ranks,
 )
 
 STALL_S = 1.0
@@ -297,7 +297,7 @@ def beat(ago: float, count: int = 500, phase: str = "training", trained: bool = 
 def judge(
     beats: dict[int, Beat], states: dict[int, str] = ALIVE, limits: StallLimits = LIMITS, since: float = 0.0
 ) -> StallVerdict:
-    return stalled(beats, states, NOW, limits, since)
+    return judge_ranks(beats, states, NOW, limits, since)
 
 
 def test_a_rank_with_heartbeats_is_not_stalled() -> None:
@@ -379,21 +379,21 @@ def loading(ago: float, phase: str = "joined", trained: bool = False) -> Beat:
 @pytest.mark.parametrize("phase", ["starting", "joined", "loaded"])
 def test_a_rank_that_cannot_run_is_killed_while_it_loads(phase: str) -> None:
     beats, states = {0: loading(61, phase), 1: loading(61, phase)}, {0: "sleeping", 1: psutil.STATUS_STOPPED}
-    verdict = stalled(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf)
+    verdict = judge_ranks(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf)
     assert dict(verdict.kill) == {1: "is stopped by a signal (SIGSTOP)"}
     beats[1] = loading(59, phase)
-    assert stalled(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf) == StallVerdict()
+    assert judge_ranks(beats, states, NOW, LIMITS, since=0.0, others_at=math.inf) == StallVerdict()
 
 
 def test_ranks_that_read_nothing_are_killed_only_where_no_rank_of_the_run_reads() -> None:
     beats = {0: loading(301), 1: loading(400)}
     for others_at in (-math.inf, NOW - 301):
-        assert set(stalled(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill) == {0, 1}
+        assert set(judge_ranks(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill) == {0, 1}
     for others_at in (NOW - 299, math.inf):
-        assert not stalled(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill
+        assert not judge_ranks(beats, ALIVE, NOW, LIMITS, 0.0, others_at).kill
     for other in (loading(1), loading(1, trained=True), loading(900, "evaluating")):
-        assert not stalled({**beats, 1: other}, ALIVE, NOW, LIMITS, 0.0, -math.inf).kill
-    assert not stalled(beats, ALIVE, NOW, LIMITS, since=NOW - 30, others_at=-math.inf).kill
+        assert not judge_ranks({**beats, 1: other}, ALIVE, NOW, LIMITS, 0.0, -math.inf).kill
+    assert not judge_ranks(beats, ALIVE, NOW, LIMITS, since=NOW - 30, others_at=-math.inf).kill
 
 
 def loading_rank(pid: int) -> Beat:

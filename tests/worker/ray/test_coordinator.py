@@ -20,7 +20,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
-from launcher.worker.ray import attempts, node_checks
+from launcher.worker.ray import attempts
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray.messages import BeatReply, Leave, Member, Verdict, Wait
 
@@ -264,7 +264,7 @@ def test_an_attempt_that_cannot_be_written_ends_the_run_after_a_deadline(
 
 
 def test_a_node_whose_check_never_ends_is_named(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_checks, "DEADLINE_S", 0.05)
+    monkeypatch.setattr(module, "_CHECK_DEADLINE_S", 0.05)
     fake = make_fake()
     fake.enter("a", ["n1", "n2"])
     assert fake.coordinator.orders("a", 0) is not None
@@ -383,7 +383,7 @@ def test_a_cancel_request_between_two_groups_ends_the_run(fake: FakeWorkers) -> 
 
 
 def test_a_check_report_after_the_verdict_changes_nothing(make_fake: MakeFake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_checks, "DEADLINE_S", -1.0)
+    monkeypatch.setattr(module, "_CHECK_DEADLINE_S", -1.0)
     fake = make_fake()
     fake.enter("a", ["n1", "n2"])
     assert fake.coordinator.orders("a", 0) == Wait()

@@ -29,10 +29,11 @@ from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
-from launcher.worker.ray import coordinator_actor, driver
+from launcher.worker.ray import coordinator as coordinator_module
+from launcher.worker.ray import driver
 from launcher.worker.ray.connection import LocalRaylet
+from launcher.worker.ray.driver import RESIZE_VARIABLE, build_trainer
 from launcher.worker.ray.messages import CoordinatorState
-from launcher.worker.ray.trainer import RESIZE_VARIABLE, build_trainer
 
 __all__ = ["as_root"]
 REPO = Path(__file__).resolve().parents[3]
@@ -97,11 +98,11 @@ def test_the_coordinator_writes_nothing_that_others_can_read(ray_plan: PlanOf, t
     """Its process has the umask of the cluster's Ray."""
     run = hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
     os.umask(0o000)
-    coordinator_actor.CoordinatorProcess(str(run.plan), 1, "here:1", set, set).set_environment({})
+    coordinator_module.CoordinatorProcess(str(run.plan), 1, "here:1", set, set).set_environment({})
     assert os.umask(0o077) == 0o077
 
 
-class FakeCoordinator(coordinator_actor.CoordinatorActor):
+class FakeCoordinator(coordinator_module.CoordinatorActor):
     """A coordinator in this process whose state is what `says` returns; `began_with` lists the attempts it was started for."""
 
     def __init__(self, run: RunDir, says: Callable[[], CoordinatorState]) -> None:
@@ -161,7 +162,7 @@ def test_a_coordinator_that_dies_is_replaced_for_the_newest_attempt_of_this_driv
 def test_coordinators_that_die_one_after_the_other_end_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-    monkeypatch.setattr(coordinator_actor, "_MAX_LOST", 3)
+    monkeypatch.setattr(coordinator_module, "_MAX_LOST", 3)
     coordinator = FakeCoordinator(run, state)
     for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
         coordinator.says = raising(death)
@@ -329,21 +330,21 @@ WAITING = """
 import math, sys
 import ray
 from ray.util.placement_group import placement_group
-from launcher.worker.ray import connection, evaluation
+from launcher.worker.ray import connection, node_tasks
 
 slowness = float(sys.argv[1])
 ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
 try:
-    evaluation._RECOUNT_S = 1
-    assert len(evaluation.task_options(ray, 1, 60.0 * slowness)) == 1
+    node_tasks._RECOUNT_S = 1
+    assert len(node_tasks.task_options(ray, 1, 60.0 * slowness)) == 1
     # At first, Ray still counts the GPU that has just been reserved.
     count, old = ray.available_resources, [{"GPU": 2.0}]
     ray.available_resources = lambda: old.pop() if old else count()
-    (second,) = evaluation.task_options(ray, None, 60.0 * slowness)
+    (second,) = node_tasks.task_options(ray, None, 60.0 * slowness)
     code = ray.remote(lambda: 7).options(**second).remote()
     assert ray.get(code, timeout=120 * slowness) == 7
-    assert evaluation.task_options(ray, None, 1.0) == [], "both GPUs are reserved"
-    assert evaluation.task_options(ray, None, 1.0, gpus_per_task=2) == []
+    assert node_tasks.task_options(ray, None, 1.0) == [], "both GPUs are reserved"
+    assert node_tasks.task_options(ray, None, 1.0, gpus_per_task=2) == []
     assert not placement_group([{"GPU": 1}]).wait(0.1)
     connection.remove_placement_groups()
     assert placement_group([{"GPU": 2}]).wait(math.ceil(60 * slowness))

@@ -25,8 +25,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.worker.ranks.rank_process import RankProcesses
-from launcher.worker.ray import node_checks, rank_supervisor
-from launcher.worker.ray.coordinator_actor import CoordinatorLost, call_coordinator
+from launcher.worker.ray import rank_supervisor
+from launcher.worker.ray.coordinator import CoordinatorLost, call_coordinator
 from launcher.worker.ray.messages import Assignment, BeatReply, CheckNode, RankResult, RankSign, ResizeProgress, Train, Verdict
 
 __all__ = ["as_root"]
@@ -105,7 +105,7 @@ def test_a_node_with_another_run_directory_than_the_head_node_is_refused(ray_pla
     marker, orders = fake.run.attempt(1) / "marker", CheckNode(assignment(fake.run, "of this start"), ())
 
     def said() -> list[str]:
-        problems = node_checks.check_node("n1", orders).problems
+        problems = rank_supervisor.check_node("n1", orders).problems
         return [wrong for problem in problems if wrong in f"{problem.where}: {problem.message}"]
 
     wrong = "n1: the run directory differs from the head node's: it lacks a file of this attempt"
@@ -115,7 +115,7 @@ def test_a_node_with_another_run_directory_than_the_head_node_is_refused(ray_pla
     marker.write_text("of this start")
     assert said() == []
     shutil.rmtree(fake.run.root)
-    (unseen,) = node_checks.check_node("n1", orders).problems
+    (unseen,) = rank_supervisor.check_node("n1", orders).problems
     assert unseen.where == "n1"
     assert "the run directory is not visible" in unseen.message
 

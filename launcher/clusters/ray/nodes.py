@@ -1,4 +1,7 @@
-"""Ray for `launcher doctor`: checks the cluster from here, and its nodes through a driver's tasks."""
+"""What the nodes of a Ray cluster do beside runs: `launcher doctor` checks them, and for `launcher evaluate` they answer prompts.
+
+A driver, here or as a job of the cluster, starts a task on each node or GPU (launcher.worker.ray.node_tasks).
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,23 @@ import os
 import time
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 
 from launcher.clusters.check_results import OK, WARNING, CheckResult, ReportReader, from_problem
+from launcher.clusters.node_command import show_line
 from launcher.clusters.ray import jobs
-from launcher.clusters.ray.cluster import require_usable
+from launcher.clusters.ray.address import require_usable
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.errors import RunError, SubmitError
+from launcher.plan.run_dir import RunDir
 
-_MODULE = "launcher.worker.ray.doctor"
-# The request for the driver, in base64: everyone on a machine can read a process's arguments.
+SUBMITS_JOBS = False
+# The driver's request to check nodes, in base64: everyone on a machine can read a process's arguments.
 REQUEST_VARIABLE = "LAUNCHER_DOCTOR_REQUEST"
+_DRIVER = "launcher.worker.ray.node_tasks"
 _MANY_CHARS = 300
+_LONGEST_WAIT_S = 30 * 24 * 3600.0
 
 
 def runs_elsewhere(config: RunConfig) -> bool:
@@ -43,8 +51,8 @@ def check_submission(config: RunConfig) -> list[CheckResult]:
     return results
 
 
-def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> list[CheckResult]:
-    """Run the checks as a task on every node of the cluster, started by a driver here, or by one that is a job there.
+def check_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float, reader: ReportReader) -> list[CheckResult]:
+    """Run the checks as a task on every node of the cluster.
 
     Raises:
         RunError: if the driver ended without a report, or did not end in time.
@@ -54,7 +62,7 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
     variables = {REQUEST_VARIABLE: base64.b64encode(request.encode()).decode()}
     # The driver ends before the command gives up, so that it can report nodes that do not answer.
     seconds = f"{max(1.0, (deadline - time.monotonic()) * 0.9):.0f}"
-    messages = jobs.run_driver(section, "doctor", _MODULE, [seconds], variables, deadline, reader.feed)
+    messages = jobs.run_driver(section, "doctor", _DRIVER, ["check", seconds], variables, deadline, reader.feed)
     if not reader.reports:
         raise RunError(
             "no node of the cluster reported" + (" in time" if time.monotonic() >= deadline else ""),
@@ -63,3 +71,23 @@ def run_on_nodes(config: RunConfig, environ: Mapping[str, str], deadline: float,
             remedy="look at the cluster with: ray status; the launcher must be installed on its nodes, on the same path",
         )
     return []
+
+
+def answer_prompts(config: RunConfig, run: RunDir, folder: Path) -> None:
+    """Run the evaluation's processes as tasks on the cluster, one for each GPU.
+
+    Raises:
+        SubmitError: if the cluster does not answer.
+        RunError: if a process has failed.
+    """
+    section = RaySection.of(config.cluster)
+    require_usable(section)
+    until = time.monotonic() + _LONGEST_WAIT_S
+    lines = jobs.run_driver(section, "evaluate", _DRIVER, ["answer", str(folder)], {}, until, show_line)
+    if not (folder / "answers.json").is_file():
+        raise RunError(
+            "the nodes of the cluster have not answered all prompts",
+            where=section.address or "",
+            value=" / ".join(lines[-3:]),
+            remedy="start the same command again, it continues; look at the cluster with: ray status",
+        )

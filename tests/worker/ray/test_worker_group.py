@@ -19,9 +19,10 @@ from fake_workers import FakeWorkers, MakeFake, kind, sign
 
 from launcher import run_store
 from launcher.worker.ranks.watchdog import Heartbeat, HeartbeatTable, StallLimits
-from launcher.worker.ray import node_checks, trainer, watchdog
+from launcher.worker.ray import driver, rank_supervisor, worker_group
 from launcher.worker.ray.messages import BeatReply, Leave, Member, RankSign, ResizeProgress
-from launcher.worker.ray.watchdog import GroupLiveness, Observer
+from launcher.worker.ray.rank_supervisor import Observer
+from launcher.worker.ray.worker_group import GroupLiveness
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def fake(make_fake: MakeFake) -> FakeWorkers:
 
 @pytest.fixture(autouse=True)
 def stacks_need_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "DUMP_S", 0.0)
+    monkeypatch.setattr(worker_group, "DUMP_S", 0.0)
 
 
 def beats(fake: FakeWorkers, *signs: RankSign | None) -> list[BeatReply]:
@@ -187,13 +188,13 @@ def test_ray_trains_controller_waits_while_the_run_writes_and_for_the_grace_peri
     monkeypatch.setattr("ray.get", lambda progress, timeout: progress)
     coordinator = SimpleNamespace(prepare_resize=SimpleNamespace(remote=lambda: answers.pop(0)))
     state = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
-    trainer.save_before_resize(coordinator, 10).after_controller_state_update(None, state)
+    driver.save_before_resize(coordinator, 10).after_controller_state_update(None, state)
     assert clock[0] - began == 99 + 10, "from the last word that it writes"
 
 
 def test_no_rank_is_judged_while_a_worker_is_silent(fake: FakeWorkers, monkeypatch: pytest.MonkeyPatch) -> None:
     """A silent worker's last report is outdated, and its rank may be the one that all others wait for."""
-    monkeypatch.setattr(watchdog, "_FRESH_S", -1.0)
+    monkeypatch.setattr(worker_group, "_FRESH_S", -1.0)
     answers = beats(fake, sign(0, 74), sign(1, 76, count=499))
     assert [answer.hang for answer in answers] == [None, None]
 
@@ -204,11 +205,11 @@ def test_a_blocked_coordinator_counts_no_silence_of_workers(clock: list[float]) 
     found.hear(1)
     clock[0] += 100
     found.hear(0)
-    assert found.silent({0, 1}) == {}
+    assert found.find_silent({0, 1}) == {}
     for _ in range(7):
         clock[0] += 10
         found.hear(0)
-    assert found.silent({0, 1}) == {1: 70}
+    assert found.find_silent({0, 1}) == {1: 70}
 
 
 def test_a_worker_counts_as_silent_after_the_stall_limit_where_that_is_shorter(clock: list[float]) -> None:
@@ -219,7 +220,7 @@ def test_a_worker_counts_as_silent_after_the_stall_limit_where_that_is_shorter(c
     for _ in range(3):
         clock[0] += 9
         found.hear(0)
-        seen.append(found.silent({0, 1}))
+        seen.append(found.find_silent({0, 1}))
     assert seen == [{}, {}, {1: 27}]
 
 
@@ -232,18 +233,18 @@ def table() -> Iterator[HeartbeatTable]:
 
 def test_a_worker_reports_the_heartbeat_of_its_rank_with_its_age(table: HeartbeatTable, monkeypatch: pytest.MonkeyPatch) -> None:
     observer = Observer(table, 1, stall_s=600)
-    assert observer.sign(os.getpid()) is None
+    assert observer.read_sign(os.getpid()) is None
     Heartbeat(table.path, 1, 7).beat("training", 3)
-    told = observer.sign(os.getpid())
+    told = observer.read_sign(os.getpid())
     assert told is not None
     assert (told.beat.rank, told.beat.step, told.beat.trained) == (7, 3, True)
     assert 0 <= told.silent_s < 5
-    assert observer.sign(os.getpid() + 1) is None, "the process before it"
+    assert observer.read_sign(os.getpid() + 1) is None, "the process before it"
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 299)
-    assert observer.sign(os.getpid()).silent_s > 290  # type: ignore[index]
+    assert observer.read_sign(os.getpid()).silent_s > 290  # type: ignore[index]
     monkeypatch.setattr(time, "monotonic", lambda: now + 900)
-    assert observer.sign(os.getpid()).silent_s == 0, "the worker was stopped, perhaps with its rank"  # type: ignore[index]
+    assert observer.read_sign(os.getpid()).silent_s == 0, "the worker was stopped, perhaps with its rank"  # type: ignore[index]
 
 
 def test_a_worker_reports_what_a_rank_that_loads_reads_as_progress(
@@ -254,7 +255,7 @@ def test_a_worker_reports_what_a_rank_that_loads_reads_as_progress(
     Heartbeat(table.path, 0, 0).beat("joined", 0)
     for second in range(0, 900, 100):
         monkeypatch.setattr(time, "monotonic", lambda second=second: now + 60 + second)
-        told = observer.sign(os.getpid())
+        told = observer.read_sign(os.getpid())
         assert told is not None
         assert told.silent_s == pytest.approx(0 if second <= 500 else second - 500)
         if second < 500:
@@ -274,7 +275,7 @@ def test_a_worker_reports_a_stopped_rank(table: HeartbeatTable) -> None:
     observer, deadline = Observer(table, 0, 600), time.monotonic() + 20
     with subprocess.Popen([sys.executable, "-c", STOPS_ITSELF, str(table.path)]) as process:
         try:
-            while getattr(observer.sign(process.pid), "process_state", None) != psutil.STATUS_STOPPED:
+            while getattr(observer.read_sign(process.pid), "process_state", None) != psutil.STATUS_STOPPED:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
         finally:
@@ -303,14 +304,14 @@ def test_a_late_worker_of_a_replaced_group_is_refused(make_fake: MakeFake) -> No
 def test_an_unreachable_node_is_named_and_so_is_a_node_that_reaches_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(node_checks, "_MIN_REACH_S", 0.1)
+    monkeypatch.setattr(rank_supervisor, "_MIN_REACH_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as closed:
         open_port, closed_port = listening.getsockname()[1], closed.getsockname()[1]
         closed.close()
         there, away = ("n2", "127.0.0.1", open_port), ("n3", "127.0.0.1", closed_port)
-        assert node_checks.unreachable("n1", [there], 0.1) == []
-        assert node_checks.unreachable("n1", [], 0.1) == []
-        (one,) = node_checks.unreachable("n1", [there, away], 0.1)
+        assert rank_supervisor.find_unreachable("n1", [there], 0.1) == []
+        assert rank_supervisor.find_unreachable("n1", [], 0.1) == []
+        (one,) = rank_supervisor.find_unreachable("n1", [there, away], 0.1)
         assert (one.machine, one.seen) == ("n3", f"cannot be reached from n1 at 127.0.0.1:{closed_port}")
-        (own,) = node_checks.unreachable("n1", [away], 0.1)
+        (own,) = rank_supervisor.find_unreachable("n1", [away], 0.1)
         assert (own.machine, own.seen) == ("", f"cannot reach n3 at 127.0.0.1:{closed_port}")

@@ -1,0 +1,177 @@
+"""The driver of tasks on the nodes of a Ray cluster, for `launcher evaluate` and `launcher doctor`.
+
+`python -m launcher.worker.ray.node_tasks answer FOLDER` starts a task for each free GPU, up to the run's number of workers, or
+for each node if there are no GPUs. A task runs launcher.evaluate.answers; if one task fails, the others are ended.
+
+`python -m launcher.worker.ray.node_tasks check SECONDS` runs launcher.worker.checks.node_check as a task on every node, with all
+of its GPUs, and prints the reports. If other work holds a node's GPUs, the driver reports this instead of waiting.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import launcher
+from launcher.clusters.check_results import FAILURE, WARNING, CheckResult, MachineReport, to_lines
+from launcher.clusters.detached_process import build_pythonpath
+from launcher.clusters.ray.nodes import REQUEST_VARIABLE
+from launcher.config.schema import RunConfig
+from launcher.config.sections.ray import RaySection
+from launcher.errors import EXIT_FAILED
+from launcher.evaluate.evaluation_folder import EvaluationFolder
+from launcher.security.folders import private_variables
+from launcher.security.owners import VARIABLE, Trust
+from launcher.worker.ray import connection
+
+# Seconds after which free GPUs are counted again. Ray's count may be old: another reservation may have just been made.
+_RECOUNT_S = 5
+
+
+def answer_prompts(folder: str) -> int:
+    """Run the processes of an evaluation; returns the exit code of the first that failed, or 0."""
+    settings = EvaluationFolder(Path(folder)).read_task().settings
+    section = RaySection.of(settings.cluster)
+    # Tasks check the run, possibly as another user, on nodes that may not know user names.
+    trusted = {VARIABLE: Trust.from_environ(os.environ).as_numbers()}
+    ray = _join(section, {**section.env, **trusted}, log_to_driver=True)
+    try:
+        num_workers = section.nodes * section.ranks_per_node if section.ranks_per_node else None
+        options = task_options(ray, num_workers, section.placement_minutes * 60, settings.evaluate.vllm_gpus)
+        if not options:
+            message = f"the cluster has not provided a GPU for every process within {section.placement_minutes:g} minutes"
+            print(f"{message} (cluster.placement_minutes); see: ray status", flush=True)
+            return EXIT_FAILED
+        waiting = [
+            ray.remote(answer_here).options(**one).remote(folder, rank, len(options), one.get("num_gpus", 0))
+            for rank, one in enumerate(options)
+        ]
+        while waiting:
+            (done,), waiting = ray.wait(waiting, num_returns=1)
+            if code := ray.get(done):
+                return int(code)
+        return 0
+    finally:
+        # Ends the remaining tasks and their processes.
+        ray.shutdown()
+
+
+def task_options(ray: Any, num_workers: int | None, wait_s: float, gpus_per_task: int = 1) -> list[dict[str, Any]]:
+    """Return the options of each task: one per free GPU, for at most `num_workers` tasks, or one per node without GPUs.
+
+    The GPUs are reserved. The list is empty if they are not free after `wait_s`: other work on the cluster may take them first.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+    if not ray.cluster_resources().get("GPU"):
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        return [{"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy} for strategy in strategies]
+    until = time.monotonic() + wait_s
+    while True:
+        num_free = int(ray.available_resources().get("GPU", 0))
+        bundle = {"CPU": 1, "GPU": gpus_per_task}
+        group = placement_group([bundle] * max(1, min(num_free, num_workers or num_free) // gpus_per_task))
+        # Ray counts whole seconds.
+        if group.wait(min(_RECOUNT_S, math.ceil(max(0.0, until - time.monotonic())))):
+            break
+        remove_placement_group(group)
+        if time.monotonic() >= until:
+            return []
+    return [
+        {
+            "num_cpus": 1,
+            "num_gpus": gpus_per_task,
+            "max_retries": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        }
+        for index in range(group.bundle_count)
+    ]
+
+
+def answer_here(folder: str, rank: int, num_processes: int, num_gpus: int) -> int:
+    """Run one process of the evaluation on this node; returns its exit code."""
+    words = [folder, *map(str, (rank, num_processes, num_gpus))]
+    command = [sys.executable, "-P", "-u", "-m", "launcher.evaluate.answers", *words]
+    environ = {**os.environ, **private_variables(os.environ)}
+    return subprocess.run(command, stdin=subprocess.DEVNULL, env=environ).returncode
+
+
+def check_nodes(request: str, seconds: float) -> None:
+    """Print the reports of all nodes; `request` holds the settings and the variables of the checks as JSON."""
+    until, values = time.monotonic() + seconds, json.loads(request)
+    config, environ = RunConfig.model_validate(values["config"]), values["environ"]
+    ray = _join(RaySection.of(config.cluster), {}, log_to_driver=False)
+    from ray._private.state import available_resources_per_node
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        # Ranks may run on those with GPUs, or on all nodes if none has a GPU.
+        nodes = [node for node in nodes if node["Resources"].get("GPU")] or nodes
+        num_free = available_resources_per_node()
+        tasks = {}
+        for node in nodes:
+            name, num_gpus = node["NodeName"], node["Resources"].get("GPU", 0)
+            if (num_held := num_gpus - num_free.get(node["NodeID"], {}).get("GPU", 0)) > 0:
+                seen = f"{num_held:g} of {num_gpus:g} GPUs are held by other work of Ray: the node was not checked"
+                _print_report(name, CheckResult("node", WARNING, seen, "wait until that work has ended, or see: ray status"))
+                continue
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(check_here).options(num_cpus=0, num_gpus=num_gpus, max_retries=0, scheduling_strategy=strategy)
+            tasks[task.remote(config.model_dump_json(), name, environ)] = name
+        waiting = list(tasks)
+        while waiting and time.monotonic() < until:
+            done, waiting = ray.wait(waiting, timeout=max(0.1, until - time.monotonic()))
+            for task in done:
+                try:
+                    output = ray.get(task)
+                # Ray raises many types of exceptions for a task that could not run.
+                except Exception as error:
+                    output = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                if "launcher-doctor " in output:
+                    print(output, flush=True)
+                    continue
+                remedy = "install the launcher on the node, under the same path; look at it with: ray status"
+                _print_report(tasks[task], CheckResult("node", FAILURE, f"the checks could not run: {output}", remedy))
+        for task in waiting:
+            result = CheckResult("node", FAILURE, f"no answer within {seconds:.0f} s", "look at the node with: ray status")
+            _print_report(tasks[task], result)
+    finally:
+        ray.shutdown()
+
+
+def check_here(config: str, node: str, environ: dict[str, str]) -> str:
+    """Run this node's checks in a separate process; returns its output, or the last line of its messages."""
+    command = [sys.executable, "-P", "-m", "launcher.worker.checks.node_check", node]
+    done = subprocess.run(command, input=config, capture_output=True, text=True, errors="replace", env={**os.environ, **environ})
+    return done.stdout or (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def _print_report(node: str, result: CheckResult) -> None:
+    print("\n".join(to_lines(MachineReport(node, (result,)))), flush=True)
+
+
+def _join(section: RaySection, variables: dict[str, str], *, log_to_driver: bool) -> Any:
+    """Join the cluster; returns the module ray. Tasks get `variables`, and run this launcher."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
+    of_tasks = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **variables}
+    connection.join(section, of_tasks, log_to_driver=log_to_driver, logging_level="WARNING")
+    return ray
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "answer":
+        sys.exit(answer_prompts(sys.argv[2]))
+    check_nodes(base64.b64decode(os.environ.pop(REQUEST_VARIABLE)).decode(), float(sys.argv[2]))
