@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launcher import json_records
 from launcher.errors import DamagedRun, Problem
@@ -123,21 +123,18 @@ def with_differences(reports: Sequence[MachineReport]) -> list[MachineReport]:
     for result in (result for report in reports for result in report.results if result.must_match):
         texts.setdefault(result.name, Counter())[result.seen] += 1
     usual = {name: counter.most_common(1)[0][0] for name, counter in texts.items()}
-    return [
-        replace(
-            report,
-            results=tuple(_compare(result, usual[result.name]) if result.must_match else result for result in report.results),
-        )
-        for report in reports
-    ]
-
-
-def _compare(result: CheckResult, usual: str) -> CheckResult:
-    """Return a failure that shows only the parts between commas that differ, or the result itself if none does."""
-    if result.seen == usual:
-        return result
-    own, others = result.seen.split(", "), usual.split(", ")
-    here, there = (", ".join(part for part in parts if part not in rest) for parts, rest in ((own, others), (others, own)))
-    seen = f"nodes differ in {result.name}: {here or 'none'}; most nodes: {there or 'none'}"
     remedy = "use nodes of one kind, and start all of them from one environment or container on shared storage"
-    return CheckResult(result.name, FAILURE, seen, remedy)
+    compared = []
+    for report in reports:
+        results = []
+        for result in report.results:
+            if result.must_match and result.seen != usual[result.name]:
+                # Show only the parts between commas that differ.
+                own, others = result.seen.split(", "), usual[result.name].split(", ")
+                here = ", ".join(part for part in own if part not in others) or "none"
+                there = ", ".join(part for part in others if part not in own) or "none"
+                seen = f"nodes differ in {result.name}: {here}; most nodes: {there}"
+                result = CheckResult(result.name, FAILURE, seen, remedy)
+            results.append(result)
+        compared.append(MachineReport(report.machine, tuple(results)))
+    return compared

@@ -10,7 +10,7 @@ import os
 import re
 import resource
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,9 +46,8 @@ class Counter:
     limit_file: str
     value: int = 0
 
-    @property
-    def now(self) -> Counter:
-        """The same counter with its current value, or unchanged if the control group is gone."""
+    def read_again(self) -> Counter:
+        """Return the counter with its current value, or unchanged if the control group is gone."""
         with suppress(OSError):
             if match := re.search(rf"^{self.name} (\d+)$", Path(self.file).read_text(), re.MULTILINE):
                 return replace(self, value=int(match[1]))
@@ -86,7 +85,7 @@ class LimitEvents:
 
     def read_again(self) -> LimitEvents:
         """Read the same counters again; counters of control groups that are gone keep their values."""
-        return replace(self, counters=tuple(counter.now for counter in self.counters))
+        return replace(self, counters=tuple(counter.read_again() for counter in self.counters))
 
     @property
     def memory_bytes(self) -> int | None:
@@ -101,11 +100,22 @@ class LimitEvents:
     def cause_since(self, earlier: LimitEvents) -> str:
         """Return the limit that was enforced since `earlier`, as the beginning of a message; empty if none was."""
         before = {(counter.file, counter.name): counter.value for counter in earlier.counters}
-        judged = (
-            *self._memory_counters(),
-            *self._process_counters(),
-            *(counter for counter in self.counters if not counter.limit_file),
-        )
+        judged = [counter for counter in self.counters if not counter.limit_file]
+        # Of memory, the lowest control group that still exists: groups above it also count the processes of other jobs (version
+        # 2). Slurm and systemd remove a group with its last process: then the group above is used, unless other groups share it
+        # and its memory has no limit.
+        of_memory = [counter for counter in self.counters if counter.name == "oom_kill" and counter.limit_file]
+        for lowest in [counter for counter in of_memory if Path(counter.file).is_file()][:1]:
+            is_shared = False
+            with suppress(OSError):
+                is_shared = any((path / "cgroup.procs").exists() for path in Path(lowest.file).parent.iterdir())
+            if lowest is of_memory[0] or lowest.limit is not None or not is_shared:
+                judged.append(lowest)
+        # Of processes, up to the lowest limit: kernels count in the limit's group or in that of the process that hit it.
+        for counter in (counter for counter in self.counters if counter.name == "max"):
+            judged.append(counter)
+            if counter.limit is not None:
+                break
         grown = [counter for counter in judged if counter.value > before.get((counter.file, counter.name), 0)]
         kinds = {(counter.name, bool(counter.limit_file)) for counter in grown}
         if ("oom_kill", True) in kinds:
@@ -117,26 +127,6 @@ class LimitEvents:
             limit = "" if self.num_processes is None else f" of {self.num_processes:,}"
             return f"the limit{limit} on processes and threads of this job or container (pids.max) was reached"
         return ""
-
-    def _memory_counters(self) -> Iterator[Counter]:
-        """Yield the counter of the lowest control group that still exists.
-
-        Groups above it also count the processes of other jobs (version 2). Slurm and systemd remove a group with its last
-        process: then the group above is used, unless other groups share it and its memory has no limit.
-        """
-        counters = [counter for counter in self.counters if counter.name == "oom_kill" and counter.limit_file]
-        present = [counter for counter in counters if Path(counter.file).is_file()]
-        for lowest in present[:1]:
-            if lowest is counters[0] or lowest.limit is not None or not _has_groups(Path(lowest.file).parent):
-                yield lowest
-
-    def _process_counters(self) -> Iterator[Counter]:
-        """Yield the counters up to the lowest limit: kernels count in the limit's group or in that of the process that hit it."""
-        for counter in self.counters:
-            if counter.name == "max":
-                yield counter
-                if counter.limit is not None:
-                    return
 
     def _find_lowest(self, name: str) -> int | None:
         limits = [counter.limit for counter in self.counters if counter.name == name]
@@ -184,12 +174,6 @@ def limit_that_killed_agents(run: RunDir, attempt: int, nodes: Iterable[int]) ->
             if record is not None and record.cause:
                 return record.cause
     return ""
-
-
-def _has_groups(folder: Path) -> bool:
-    with suppress(OSError):
-        return any((path / "cgroup.procs").exists() for path in folder.iterdir())
-    return False
 
 
 def _limits_file(run: RunDir, attempt: int, node: int) -> Path:

@@ -144,15 +144,7 @@ def check_here(plan: LaunchPlan) -> None:
             remedy="set cluster.nodes=1, or choose a cluster such as cluster=slurm; `plan` shows multi-node runs too",
         )
     here = device()
-    num_gpus = here.count if here.kind == "cuda" else 0
-    why = f" ({here.problem})" if here.problem else ""
-    if topology.device == "cuda" and topology.ranks_per_node > num_gpus:
-        raise SubmitError(
-            f"the plan asks for {topology.ranks_per_node} GPUs and this machine has {num_gpus or 'none'}{why}",
-            where="cluster.ranks_per_node",
-            value=str(topology.ranks_per_node),
-            remedy="set cluster.ranks_per_node and cluster.gpu_type to what this machine has",
-        )
+    require_gpus(plan, here)
     section = plan.config.deepspeed
     if "nvme" in (section.offload_optimizer, section.offload_params) and not Path(section.nvme_path or "").is_dir():
         raise SubmitError(
@@ -167,4 +159,17 @@ def check_here(plan: LaunchPlan) -> None:
             f"model states need {needed:.0f} GiB and this machine has {here.host_memory_gib:.0f} GiB of memory",
             where="model.path",
             remedy="choose a smaller model or a machine with more memory",
+        )
+
+
+def require_gpus(plan: LaunchPlan, here: DeviceFacts) -> None:
+    """Reject a plan for more GPUs on a node than this machine has."""
+    topology, num_gpus = plan.topology, here.count if here.kind == "cuda" else 0
+    if topology.device == "cuda" and topology.ranks_per_node > num_gpus:
+        why = f" ({here.problem})" if here.problem else ""
+        raise SubmitError(
+            f"the plan asks for {topology.ranks_per_node} GPUs and this machine has {num_gpus or 'none'}{why}",
+            where="cluster.ranks_per_node",
+            value=str(topology.ranks_per_node),
+            remedy="set cluster.ranks_per_node and cluster.gpu_type to what this machine has",
         )

@@ -53,10 +53,22 @@ def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
     """
     if interface is not None:
         return Endpoint(_address_of(interface), interface)
-    peer = _find_first_other(peers)
-    if peer is None:
-        return LOOPBACK
-    return _find_route_to(peer)
+    own = {address for addresses in _list_interfaces().values() for address in addresses}
+    names = {node_name(), os.uname().nodename, "localhost"}
+    for peer in peers:
+        if peer in names or peer in own or (_is_address(peer) and ipaddress.ip_address(peer).is_loopback):
+            continue
+        address = _resolve(peer)
+        if address is None or ipaddress.ip_address(address).is_loopback:
+            raise RunError(
+                f"the node {peer} {'has an unknown name' if address is None else 'resolves to a loopback address'}",
+                where=node_name(),
+                value=f"{peer} resolves to {address or 'nothing'}",
+                remedy=_REMEDY,
+            )
+        if address not in own:
+            return _find_route_to(address)
+    return LOOPBACK
 
 
 def endpoint_of(host: str, interface: str | None) -> Endpoint:
@@ -153,26 +165,6 @@ def _address_of(interface: str) -> str:
         value=interface,
         remedy=f"choose one of those with an address ({listed or 'there is none'}), or leave cluster.interface unset",
     )
-
-
-def _find_first_other(peers: Sequence[str]) -> str | None:
-    """Return the address of the first peer other than this node, or None if there is none."""
-    own = {address for addresses in _list_interfaces().values() for address in addresses}
-    names = {node_name(), os.uname().nodename, "localhost"}
-    for peer in peers:
-        if peer in names or peer in own or (_is_address(peer) and ipaddress.ip_address(peer).is_loopback):
-            continue
-        address = _resolve(peer)
-        if address is None or ipaddress.ip_address(address).is_loopback:
-            raise RunError(
-                f"the node {peer} {'has an unknown name' if address is None else 'resolves to a loopback address'}",
-                where=node_name(),
-                value=f"{peer} resolves to {address or 'nothing'}",
-                remedy=_REMEDY,
-            )
-        if address not in own:
-            return address
-    return None
 
 
 def _find_route_to(peer: str) -> Endpoint:

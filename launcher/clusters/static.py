@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import atomic_files, json_records, run_records, run_store
-from launcher.clusters import detached_process, network
+from launcher.clusters import detached_process, local, network
 from launcher.clusters.backends import NEVER_SUBMITTED, InjectedFault
 from launcher.errors import LauncherError, SubmitError
 from launcher.hardware import device
@@ -60,11 +60,7 @@ class StaticCluster:
         Raises:
             SubmitError, ConfigError: also for machines that are missing or were started differently.
         """
-        here = device()
-        num_gpus = here.count if here.kind == "cuda" else 0
-        if plan.topology.device == "cuda" and plan.topology.ranks_per_node > num_gpus:
-            message, value = f"this machine has {num_gpus or 'no'} GPUs", str(plan.topology.ranks_per_node)
-            raise SubmitError(message, where="cluster.ranks_per_node", value=value)
+        local.require_gpus(plan, device())
         if self._meeting is not None:
             self._meeting.await_everyone()
 

@@ -35,7 +35,7 @@ from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import LauncherError, Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, ExitRecord, FailureRecord, NodeRecord, RestartRecord, exit_file, node_file, restart_file
+from launcher.run_records import Attempt, FailureRecord, NodeRecord, RestartRecord, exit_file, node_file, restart_file
 from launcher.security.folders import private_variables
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
@@ -381,22 +381,17 @@ def main(plan_path: str, attempt: int) -> int:
     node = NodeInfo(0, (network.node_name(),), network.LOOPBACK.address, network.LOOPBACK.interface)
     failure = None if stopper.requested else agent.run_ranks(node)
     agent.close()
-    exit_record = postmortem.judge_local(run, attempt, failure, stopper.requested, stopper.killed)
-    return _conclude(agent, mirror, answers, replace(exit_record, host=os.uname().nodename, started_at=agent.started_at))
-
-
-def _conclude(agent: NodeAgent, mirror: Sidecar | None, answers: Sidecar | None, record: ExitRecord) -> int:
-    """Record the end of the attempt, wait for answers and the mirror, then end the run; returns the exit code."""
-    run, attempt = agent.run, agent.attempt
+    record = postmortem.judge_local(run, attempt, failure, stopper.requested, stopper.killed)
+    record = replace(record, host=os.uname().nodename, started_at=agent.started_at)
     postmortem.release_space_if_full(run, attempt)
     with suppress(OSError):
         json_records.write(exit_file(run, attempt), record)
     if record.state == "failed":
         with suppress(OSError):
             append_event(run, attempt, "alert", f"the attempt failed: {record.message}", record.step)
-    agent.stopper.finish(answers, math.inf if record.state == "completed" else 0.0, uses_grace=False)
+    stopper.finish(answers, math.inf if record.state == "completed" else 0.0, uses_grace=False)
     # The status shows the end only when the mirror has every committed checkpoint.
-    agent.stopper.finish(mirror)
+    stopper.finish(mirror)
     # The attempt holds its machines until here. If the disk is full, the time comes from the liveness file instead.
     with suppress(OSError):
         json_records.write(exit_file(run, attempt), replace(record, ended_at=time.time()))

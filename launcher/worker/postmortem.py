@@ -225,12 +225,14 @@ def _find_ending(run: RunDir, number: int, attempt: Attempt, lead_s: float, evid
     if taken is not None:
         event = "the number of workers changed" if taken is Cause.RESIZED else f"the job ended as {state}"
         return Ending(taken, step, f"{event} at step {step} without saving", first_failure=first)
-    if state in _REQUEUED and not failed and (first is None or _is_interruption(first)):
+    is_explained = first is None or failure_record.is_consequence(first)
+    # The signals with which Slurm ends a job may have caused the failure.
+    by_signal = first is not None and first.exit_code in (-CANCEL, -PREEMPT, -signal.SIGTERM, -signal.SIGKILL)
+    if state in _REQUEUED and not failed and (is_explained or by_signal or (first is not None and first.rank is None)):
         return Ending(Cause.PREEMPTED, step, f"the job was requeued at step {step} without saving", first_failure=first)
     lost = _describe_silent(silent, evidence.lost_nodes, failed, output, attempt.nodes)
     if any(node in silence for node in silent):
         lost = "; ".join(silence.get(node, f"no record from {node}") for node in silent)
-    is_explained = first is None or failure_record.is_consequence(first)
     if run_records.lost_coordinator_file(run, number).is_file() and "Ray has lost" not in lost and is_explained:
         # Workers that have lost the coordinator end their ranks and leave no record.
         names = ", ".join(dict.fromkeys(attempt.nodes))
@@ -249,12 +251,6 @@ def _find_ending(run: RunDir, number: int, attempt: Attempt, lead_s: float, evid
     message = lost or "the ranks ended without an outcome"
     code = f" (srun ended with {exit_code})" if exit_code is not None else ""
     return Ending(Cause.INFRASTRUCTURE, step, f"{message}{code}")
-
-
-def _is_interruption(failure: FailureRecord) -> bool:
-    """Return whether a failure may be the consequence of the signals with which Slurm ends a job."""
-    by_signal = failure.exit_code is not None and -failure.exit_code in (CANCEL, PREEMPT, signal.SIGTERM, signal.SIGKILL)
-    return by_signal or failure.rank is None or failure_record.is_consequence(failure)
 
 
 def _describe_silent(

@@ -50,7 +50,7 @@ _FAILED_S, _LOST_S = 30.0, 10.0
 
 
 def main(plan_path: str, attempt: int, number: int) -> int:
-    """Run this machine's part of one attempt and write its record; returns the exit code."""
+    """Run this machine's part of one attempt and write its record; node 0 also concludes the attempt. Returns the exit code."""
     die_with_parent()
     agent = NodeAgent.start(plan_path, attempt, _SIGNALS)
     if agent is None:
@@ -79,13 +79,32 @@ def main(plan_path: str, attempt: int, number: int) -> int:
             if all(state.ended or state.lost for state in peers.heartbeats.look()):
                 break
         time.sleep(_LOOK_S)
-
-    def finish(state: str) -> None:
-        # A machine that is taken back has no time for answers.
-        stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)
-        stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
-
-    return _conclude(agent, record, section, peers.heartbeats, finish)
+    silence: dict[str, str] = {}
+    with suppress(OSError):
+        silence = static.describe_silence(peers.heartbeats.look())
+    judged = postmortem.conclude(run, attempt, record, section, Evidence(silence=silence))
+    run_store.fence(run, attempt, refresh=True)
+    decision = judged.decision
+    if decision.again:
+        # Nothing restarts it automatically, but whoever started the command may repeat it.
+        state = "preempted" if judged.ending.cause in (Cause.PREEMPTED, Cause.TIME_LIMIT) else "failed"
+        decision = Decision(False, state, f"{decision.reason}; {static.REPEAT}")
+    conclusion, state = replace(judged, decision=decision), decision.state
+    postmortem.release_space_if_full(run, attempt)
+    with suppress(OSError):
+        conclusion.record(run, attempt)
+    if (alert := conclusion.alert) is not None:
+        with suppress(OSError):
+            append_event(run, attempt, "alert", alert, conclusion.ending.step)
+    # The status shows the end only when the mirror has every committed checkpoint, and prompts are answered. A machine that is
+    # taken back has no time for answers.
+    stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)
+    stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
+    with suppress(OSError, LauncherError):
+        run_store.update_status(run, state=state, step=conclusion.ending.step, message=conclusion.message)
+    postmortem.release_disk_space(run, attempt)
+    close_wandb_run(plan, plan_path, run, attempt)
+    return 0 if state == "completed" else _EXIT_INTERRUPTED if state in ("cancelled", "preempted") else 1
 
 
 class Peers:
@@ -171,38 +190,6 @@ class Peers:
             # Worded so that failure_record.PEER_LOST matches: the failure of this machine's ranks is a consequence.
             if now - self._failed_at.setdefault(node, now) > patience_s:
                 self._reason = self._reason or f"remote process exited: {reason}"
-
-
-def _conclude(
-    agent: NodeAgent, record: Attempt, section: StaticSection, heartbeats: static.HeartbeatWatch, finish: Callable[[str], None]
-) -> int:
-    """Judge the attempt and record how it ended; returns the exit code. Nothing restarts it automatically."""
-    run, number = agent.run, agent.attempt
-    silence: dict[str, str] = {}
-    with suppress(OSError):
-        silence = static.describe_silence(heartbeats.look())
-    judged = postmortem.conclude(run, number, record, section, Evidence(silence=silence))
-    run_store.fence(run, number, refresh=True)
-    decision = judged.decision
-    if decision.again:
-        # Whoever started the command may repeat it.
-        state = "preempted" if judged.ending.cause in (Cause.PREEMPTED, Cause.TIME_LIMIT) else "failed"
-        decision = Decision(False, state, f"{decision.reason}; {static.REPEAT}")
-    conclusion = replace(judged, decision=decision)
-    postmortem.release_space_if_full(run, number)
-    with suppress(OSError):
-        conclusion.record(run, number)
-    if (alert := conclusion.alert) is not None:
-        with suppress(OSError):
-            append_event(run, number, "alert", alert, conclusion.ending.step)
-    state = decision.state
-    # The status shows the end only when the mirror has every committed checkpoint, and prompts are answered.
-    finish(state)
-    with suppress(OSError, LauncherError):
-        run_store.update_status(run, state=state, step=conclusion.ending.step, message=conclusion.message)
-    postmortem.release_disk_space(run, number)
-    close_wandb_run(agent.plan, agent.plan_path, run, number)
-    return 0 if state == "completed" else _EXIT_INTERRUPTED if state in ("cancelled", "preempted") else 1
 
 
 def judge_previous(plan: LaunchPlan) -> dict[str, Any]:

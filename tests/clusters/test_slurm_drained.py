@@ -98,4 +98,4 @@ def test_a_boot_is_a_lost_node_only_where_nodes_are_not_booted_for_each_job(
 ) -> None:
     node = f"NodeName=n1 Arch=x86_64 State={state} ThreadsPerCore=1 BootTime={booted} SlurmdStartTime=None\n"
     monkeypatch.setattr(queue, "slurm", lambda *argv, **_: node)
-    assert queue.lost_nodes(["n1"], 200.0) == (["n1"] if is_lost else [])
+    assert queue.find_lost_nodes(["n1"], 200.0) == (["n1"] if is_lost else [])

@@ -28,13 +28,13 @@ def submit(*options: str, command: str = "sleep 600", name: str = NAME, folder: 
 
 
 def look(job_id: str, name: str = NAME) -> queue.Job:
-    found = queue.job(job_id, time.time(), name)
+    found = queue.read_job(job_id, time.time(), name)
     assert found is not None
     return found
 
 
 def in_state(job_id: str, *states: str, name: str = NAME) -> queue.Job | None:
-    found = queue.job(job_id, time.time(), name)
+    found = queue.read_job(job_id, time.time(), name)
     return found if found is not None and found.state in states else None
 
 
@@ -67,7 +67,7 @@ def test_the_final_state_of_a_job_is_known_at_once(
     assert (ended.state, ended.exit_signal) == (state, exit_signal)
     accounted = eventually(lambda: queue._read_accounting(job_id, time.time() - 60, NAME, 0.0))
     assert (accounted.state, accounted.exit_signal) == (state, exit_signal)
-    assert queue.lost_nodes(["n1", "n2"], time.time()) == []
+    assert queue.find_lost_nodes(["n1", "n2"], time.time()) == []
 
 
 def test_a_requeued_job_is_still_queued(here: Testbed, eventually: Wait) -> None:
@@ -110,7 +110,7 @@ def test_every_reason_to_wait_is_explained(here: Testbed, eventually: Wait) -> N
         assert (job.state, job.queued) == ("PENDING", True)
         # Slurm estimates start times in the background.
         assert eventually(lambda job_id=job_id, words=words: re.fullmatch(words, queue.explain(look(job_id))))
-    found = queue.jobs({job_id: NAME for job_id, _ in waiting.values()})
+    found = queue.read_jobs({job_id: NAME for job_id, _ in waiting.values()})
     assert sorted(job.reason for job in found.values()) == sorted(waiting)
 
 
@@ -149,11 +149,11 @@ def test_limits_of_qos_and_account_are_explained(reason: str, words: str) -> Non
 
 def test_jobs_are_known_by_number_and_name(here: Testbed) -> None:
     job_id = submit("--hold")
-    assert queue.job("4", time.time(), NAME) is None
-    assert queue.job(job_id, time.time(), "another run") is None
-    assert list(queue.jobs({"4": NAME, job_id: NAME, "5": NAME})) == [job_id]
-    assert queue.jobs({"4": NAME}) == {}
-    assert queue.jobs({}) == {}
+    assert queue.read_job("4", time.time(), NAME) is None
+    assert queue.read_job(job_id, time.time(), "another run") is None
+    assert list(queue.read_jobs({"4": NAME, job_id: NAME, "5": NAME})) == [job_id]
+    assert queue.read_jobs({"4": NAME}) == {}
+    assert queue.read_jobs({}) == {}
 
 
 def test_slurm_variables_of_the_shell_are_ignored(here: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_details_parse_free_texts(here: Testbed, tmp_path: Path) -> None:
     folder.mkdir()
     comment = "two words, a=b, JobState=DONE\nPartition=lost"
     job_id = submit("--begin=now+1hour", "--time=1:00:00", f"--comment={comment}", name="n JobState=NO", folder=folder)
-    found = queue.details(job_id)
+    found = queue.read_details(job_id)
     assert (found["JobId"], found["JobName"], found["JobState"]) == (job_id, "n JobState=NO", "PENDING")
     assert (found["Reason"], found["Partition"], found["TimeLimit"]) == ("BeginTime", "main", "01:00:00")
     assert (found["Requeue"], found["Restarts"], found["NodeList"]) == ("1", "0", "")
@@ -185,7 +185,7 @@ def test_without_accounting_squeue_is_enough(bare_slurm: Testbed, use: Callable[
     use(bare_slurm)
     job_id = submit(command="exit 4")
     assert eventually(lambda: in_state(job_id, "FAILED")).queued is False
-    assert queue.job("4", time.time(), NAME) is None
+    assert queue.read_job("4", time.time(), NAME) is None
 
 
 def test_a_controller_that_does_not_answer_raises_an_error(bare_slurm: Testbed, use: Callable[[Testbed], Testbed]) -> None:
@@ -194,7 +194,7 @@ def test_a_controller_that_does_not_answer_raises_an_error(bare_slurm: Testbed, 
     try:
         # Two jobs, because squeue retries longer for a single one.
         with pytest.raises(SlurmError):
-            queue.jobs({"4": NAME, "5": NAME})
+            queue.read_jobs({"4": NAME, "5": NAME})
     finally:
         bare_slurm.start_controller()
 
@@ -212,10 +212,10 @@ def test_a_job_that_slurmctld_has_forgotten_is_found_in_the_accounting(
         for state in (bed.root / "state").glob("job_state*"):
             state.unlink()
         bed.start_controller()
-        ended = queue.job(old, began, "old")
+        ended = queue.read_job(old, began, "old")
         assert ended is not None
         assert (ended.state, ended.queued, ended.node_list, ended.restarts) == ("FAILED", False, "n1", 1)
         assert submit("--hold", name="young") == old
-        assert queue.job(old, began, "old") == ended
+        assert queue.read_job(old, began, "old") == ended
         assert look(old, "young").state == "PENDING"
-        assert queue.job(old, began, "other") is None
+        assert queue.read_job(old, began, "other") is None

@@ -198,7 +198,7 @@ def test_slurm_parses_the_options_of_the_script(slurm_plan: PlanOf, racks: None,
     file.write_text(rendered(plan))
     job = slurm("sbatch", "--hold", "--parsable", str(file)).strip()
     try:
-        details = queue.details(job)
+        details = queue.read_details(job)
         written = slurm("scontrol", "write", "batch_script", job, "-")
     finally:
         slurm("scancel", job)

@@ -99,7 +99,7 @@ class SlurmCluster:
             lost = status.state == "pending" and time.time() - status.updated_at > _UNLISTED_S
             return replace(status, state="failed", message=NEVER_SUBMITTED) if lost else status
         try:
-            job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
+            job = queue.read_job(job_id, submitted_at, run_store.read_placement(run).name)
         except SlurmError as error:
             return replace(status, message=f"Slurm does not answer ({error.problems[0].message}); this is the last known state")
         return _correct_status(run, status, job, job_id, submitted_at)
@@ -109,7 +109,7 @@ class SlurmCluster:
         job_id, submitted_at = _find_job(run, run_store.newest_attempt(run))
         while job_id is not None and time.monotonic() < deadline:
             try:
-                job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
+                job = queue.read_job(job_id, submitted_at, run_store.read_placement(run).name)
                 if job is None or not job.queued:
                     return
             except SlurmError:
@@ -122,7 +122,7 @@ class SlurmCluster:
         job_id, submitted_at = _find_job(run, number)
         if status.state not in RUNNING_STATES or job_id is None:
             raise not_running_error(run, status)
-        job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
+        job = queue.read_job(job_id, submitted_at, run_store.read_placement(run).name)
         cancel_file = run.cancel(number)
         is_second_request = cancel_file.is_file()
         json_records.write(cancel_file, CancelRequest(time.time(), save))
@@ -168,7 +168,7 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
             if section.leaves_out_bad_nodes and not has_exclusions:
                 # The job keeps excluding a bad node that an earlier requeue excluded while enough nodes are left.
                 with suppress(SlurmError):
-                    excluded = queue.details(job, retry_s).get("ExcNodeList", _NO_NODES)
+                    excluded = queue.read_details(job, retry_s).get("ExcNodeList", _NO_NODES)
                     has_exclusions = excluded not in (_NO_NODES, section.additional_parameters.get("exclude"))
             _requeue(job, exclude if has_exclusions else None, retry_s)
             return
@@ -244,7 +244,7 @@ def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: 
             drained = ""
             if job.reason == _LACKS_NODES:
                 with suppress(SlurmError):
-                    drained = queue.describe_drained_nodes(partition=queue.details(job_id).get("Partition", ""))
+                    drained = queue.describe_drained_nodes(partition=queue.read_details(job_id).get("Partition", ""))
             message = "; ".join(filter(None, (status.message, queue.explain(job), drained)))
             return replace(known, state="pending", message=message)
         if job.state == "SUSPENDED":
@@ -280,7 +280,7 @@ def _explain_silent_end(run: RunDir, job: queue.Job) -> str:
         )
     if job.state == "NODE_FAIL":
         attempt = run_store.read_attempt(run, run_store.newest_attempt(run))
-        lost = queue.lost_nodes(attempt.nodes, attempt.begun_at or 0.0) if attempt.nodes else None
+        lost = queue.find_lost_nodes(attempt.nodes, attempt.begun_at or 0.0) if attempt.nodes else None
         names = ", ".join(lost or ()) or f"a node of job {job.id}"
         return f"{names} was lost (Slurm: node failure), and the job could not run again"
     return f"job {job.id} ended as {job.state} without recording a result"

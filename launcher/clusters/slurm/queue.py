@@ -53,7 +53,7 @@ class Job:
     exit_signal: int = 0
 
 
-def job(job_id: str, submitted_at: float, name: str, retry_s: float = 0.0) -> Job | None:
+def read_job(job_id: str, submitted_at: float, name: str, retry_s: float = 0.0) -> Job | None:
     """Read the state of the job `job_id`, which was submitted as `name` at `submitted_at` seconds since the epoch.
 
     Returns None if Slurm has no record of it: it ended too long ago and there is no accounting, accounting has not recorded its
@@ -62,10 +62,10 @@ def job(job_id: str, submitted_at: float, name: str, retry_s: float = 0.0) -> Jo
     Raises:
         SlurmError: if Slurm does not answer within `retry_s` seconds; the state is then unknown.
     """
-    return jobs({job_id: name}, retry_s).get(job_id) or _read_accounting(job_id, submitted_at, name, retry_s)
+    return read_jobs({job_id: name}, retry_s).get(job_id) or _read_accounting(job_id, submitted_at, name, retry_s)
 
 
-def jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
+def read_jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
     """Read the states of several jobs in one call; `names` maps their numbers to their names.
 
     Returns, keyed by number, the jobs that slurmctld remembers: it forgets them a few minutes after their end (MinJobAge, 300 s
@@ -139,7 +139,7 @@ def state_of_start(job_id: str, number: int, retry_s: float = 0.0) -> str:
     return states[number] if number < len(states) else ""
 
 
-def lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) -> list[str] | None:
+def find_lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) -> list[str] | None:
     """Return the `nodes` that Slurm has lost, or that have booted since `since`, in seconds since the epoch.
 
     Cloud nodes are also booted for the next job after a preemption, so their boot does not count. None if Slurm does not answer
@@ -156,7 +156,7 @@ def lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) -> list
     return [name for name in names if name in lost] if {node for node, *_ in known} >= set(names) else None
 
 
-def waiting_or_running(name: str, working_dir: str) -> list[str]:
+def find_waiting_or_running(name: str, working_dir: str) -> list[str]:
     """Return the numbers of this user's other jobs with this name and folder that wait or run.
 
     Also empty if Slurm does not answer.
@@ -170,7 +170,7 @@ def waiting_or_running(name: str, working_dir: str) -> list[str]:
     return [number for number, *of in _iter_rows(output, 3) if of == [name, working_dir] and number != asking]
 
 
-def details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
+def read_details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
     """Read all fields of `scontrol show job`; times are seconds since the epoch.
 
     Raises:
@@ -218,7 +218,7 @@ def state_beneath(job_id: str, restarts: int, ends_at: float | None, retry_s: fl
         return ""
     except (SlurmError, ValueError, LookupError):
         try:
-            return _state_from_details(details(job_id, retry_s), restarts, ends_at)
+            return _state_from_details(read_details(job_id, retry_s), restarts, ends_at)
         except SlurmError:
             return ""
     # A string in older versions, a list since 23.02.

@@ -73,7 +73,19 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
         cause = error.__cause__
         # A signal ended sbatch, or sbatch printed nothing.
         if (isinstance(cause, subprocess.CalledProcessError) and cause.returncode < 0) or not str(error).strip():
-            raise _explain_unknown_submission(plan) from None
+            # Slurm may have the job; it could not run, because its task is stored after sbatch answers.
+            start_again = launcher_command("resume", plan.run_dir)
+            if jobs := queue.find_waiting_or_running(plan.run_name, plan.run_dir):
+                raise UnknownSubmission(
+                    "sbatch ended without an answer, but Slurm has the job",
+                    where="sbatch",
+                    value=f"job {', '.join(jobs)}",
+                    remedy=f"end it with: {shell_command('scancel', *jobs)}, then start the run with: {start_again}",
+                ) from None
+            look = shell_command("squeue", "--me", f"--name={plan.run_name}")
+            remedy = f"look for it with: {look}, end it with scancel, then start the run with: {start_again}"
+            what = "sbatch ended without an answer; Slurm may have the job"
+            raise UnknownSubmission(what, where="sbatch", remedy=remedy) from None
         # The error is submitit's report of a failed command.
         lines = [line.strip() for line in str(error).splitlines()]
         message = "\n".join([line for line in lines if line.startswith("sbatch:")] or lines)
@@ -92,21 +104,6 @@ def _block_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _explain_unknown_submission(plan: LaunchPlan) -> UnknownSubmission:
-    """Return the error for a job that Slurm may have. It could not run, because its task is stored after sbatch answers."""
-    start_again = launcher_command("resume", plan.run_dir)
-    if jobs := queue.waiting_or_running(plan.run_name, plan.run_dir):
-        return UnknownSubmission(
-            "sbatch ended without an answer, but Slurm has the job",
-            where="sbatch",
-            value=f"job {', '.join(jobs)}",
-            remedy=f"end it with: {shell_command('scancel', *jobs)}, then start the run with: {start_again}",
-        )
-    look = shell_command("squeue", "--me", f"--name={plan.run_name}")
-    remedy = f"look for it with: {look}, end it with scancel, then start the run with: {start_again}"
-    return UnknownSubmission("sbatch ended without an answer; Slurm may have the job", where="sbatch", remedy=remedy)
 
 
 @contextmanager
@@ -131,6 +128,24 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         "requeue" if section.requeue else "no-requeue": True,
         **{name: value or True for name, value in section.additional_parameters.items()},
     }
+    # With -c and -m, Python would import from the current folder first, but the submitted snapshot must run.
+    environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
+    code = shlex.quote(plain_path(str(RunDir(Path(plan.run_dir)).code)))
+    setup = [
+        "umask 077",
+        "# The tasks act on these signals; this shell survives them, and concludes the job at the end.",
+        "trap : TERM USR1 USR2",
+        *setup_commands(section),
+        "# The lines below check exit codes themselves; cluster.setup may have turned on `set -e`.",
+        "set +e",
+        *([f"export {VARIABLE}={shlex.quote(Trust.from_environ(os.environ).as_numbers())}"] if VARIABLE in os.environ else []),
+        *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+        f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f"LAUNCHER_ATTEMPT=$({_job_command('begin', plan_path)}) || exit",
+        "# Nothing is left to do, or another job does it.",
+        '[ -n "$LAUNCHER_ATTEMPT" ] || exit 0',
+        "export LAUNCHER_ATTEMPT",
+    ]
     return {
         "job_name": plan.run_name,
         **requested_nodes(section, plan.topology.nodes, plan.topology.ranks_per_node if plan.topology.device == "cuda" else 0),
@@ -138,7 +153,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         "stderr_to_stdout": True,
         "wckey": None,
         "additional_parameters": additional,
-        "setup": _setup_lines(plan, section, plan_path),
+        "setup": setup,
         "teardown": ["rc=$?", f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"],
         "srun_args": ["--kill-on-bad-exit=1", *task_arguments(section, ("LAUNCHER_ATTEMPT",), needed_folders(plan))],
     }
@@ -190,28 +205,6 @@ def python_words(section: SlurmSection, has_gpus: bool, folders: Sequence[str]) 
         binds = [word for mount in _list_mounts(folders, section) for word in ("--bind", mount)]
         return ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
     return [section.container_python if section.container_image else plain_path(sys.executable)]
-
-
-def _setup_lines(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
-    run = RunDir(Path(plan.run_dir))
-    code = plain_path(str(run.code))
-    # With -c and -m, Python would import from the current folder first, but the submitted snapshot must run.
-    environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
-    return [
-        "umask 077",
-        "# The tasks act on these signals; this shell survives them, and concludes the job at the end.",
-        "trap : TERM USR1 USR2",
-        *setup_commands(section),
-        "# The lines below check exit codes themselves; cluster.setup may have turned on `set -e`.",
-        "set +e",
-        *([f"export {VARIABLE}={shlex.quote(Trust.from_environ(os.environ).as_numbers())}"] if VARIABLE in os.environ else []),
-        *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
-        f'export PYTHONPATH={shlex.quote(code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',
-        f"LAUNCHER_ATTEMPT=$({_job_command('begin', plan_path)}) || exit",
-        "# Nothing is left to do, or another job does it.",
-        '[ -n "$LAUNCHER_ATTEMPT" ] || exit 0',
-        "export LAUNCHER_ATTEMPT",
-    ]
 
 
 def setup_commands(section: SlurmSection) -> list[str]:

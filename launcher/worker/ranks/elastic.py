@@ -96,10 +96,31 @@ class _Agent(SimpleElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
         # On each node, torch counts only the failures of that node's ranks. A node with a lower count would wait for one that
         # gave up.
-        self._remaining_restarts = worker_group.spec.max_restarts - self._rendezvous_handler.num_restarts
+        spec = worker_group.spec
+        self._remaining_restarts = spec.max_restarts - self._rendezvous_handler.num_restarts
         self._processes, self._exits = {}, {}
         for worker in worker_group.workers:
-            self._processes[worker.local_rank] = self._start(self._build_environment(worker_group, worker))
+            # torchrun's variables; see "Environment Variables" in its documentation.
+            environment = {
+                **os.environ,
+                "RANK": str(worker.global_rank),
+                "LOCAL_RANK": str(worker.local_rank),
+                "GROUP_RANK": str(worker_group.group_rank),
+                "ROLE_RANK": str(worker.role_rank),
+                "ROLE_NAME": spec.role,
+                "WORLD_SIZE": str(worker.world_size),
+                "LOCAL_WORLD_SIZE": str(spec.local_world_size),
+                "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
+                "ROLE_WORLD_SIZE": str(worker.role_world_size),
+                "MASTER_ADDR": str(worker_group.master_addr),
+                "MASTER_PORT": str(worker_group.master_port),
+                "TORCHELASTIC_RESTART_COUNT": str(self._rendezvous_handler.num_restarts),
+                "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+                "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+                "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+                "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+            }
+            self._processes[worker.local_rank] = self._start(environment)
         return {local_rank: process.pid for local_rank, process in self._processes.items()}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -142,29 +163,6 @@ class _Agent(SimpleElasticAgent):
                 process.kill()
         for process in self._processes.values():
             process.wait()
-
-    def _build_environment(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
-        """Return torchrun's variables; see "Environment Variables" in its documentation."""
-        spec = worker_group.spec
-        return {
-            **os.environ,
-            "RANK": str(worker.global_rank),
-            "LOCAL_RANK": str(worker.local_rank),
-            "GROUP_RANK": str(worker_group.group_rank),
-            "ROLE_RANK": str(worker.role_rank),
-            "ROLE_NAME": spec.role,
-            "WORLD_SIZE": str(worker.world_size),
-            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
-            "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
-            "ROLE_WORLD_SIZE": str(worker.role_world_size),
-            "MASTER_ADDR": str(worker_group.master_addr),
-            "MASTER_PORT": str(worker_group.master_port),
-            "TORCHELASTIC_RESTART_COUNT": str(self._rendezvous_handler.num_restarts),
-            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
-            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
-            "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
-        }
 
     def _describe_exit(self, worker: Worker, code: int, now: float) -> RankExit:
         error = self._errors.read(worker.local_rank, self._processes[worker.local_rank].pid)

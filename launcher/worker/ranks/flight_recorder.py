@@ -263,8 +263,18 @@ def explain_hang(calls: Mapping[int, Calls], members: Members, world_size: int, 
 
     first = min(hung, key=order)
 
-    def name(ranks: Iterable[int]) -> str:
-        return _name_ranks(sorted(ranks), hosts, world_size)
+    def name(unsorted: Iterable[int]) -> str:
+        """Return `rank 3 on n2` or `ranks 0-6, 8 on n1, n2`; without the node if there is only one."""
+        ranks, ranges = sorted(unsorted), list[list[int]]()
+        for rank in ranks:
+            if ranges and ranges[-1][-1] == rank - 1:
+                ranges[-1][1:] = [rank]
+            else:
+                ranges.append([rank])
+        numbers = ["-".join(map(str, one)) for one in ranges]
+        nodes = [*dict.fromkeys(hosts[rank * len(hosts) // world_size] for rank in ranks)] if len(set(hosts)) > 1 else []
+        numbers, nodes = ([*names[:_MAX_NAMED], "..."] if len(names) > _MAX_NAMED else names for names in (numbers, nodes))
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(numbers)}" + (f" on {', '.join(nodes)}" if nodes else "")
 
     causes = [f"{name([rank])} has called {other.title} instead" for rank, other in sorted(first.others.items())[:_MAX_NAMED]]
     if first.missing:
@@ -295,17 +305,3 @@ def _find_in_group(group: str, all_calls: Mapping[int, Calls], members: Iterable
     last = {rank: max(one.number for one in of_rank) for rank, of_rank in calls.items()}
     missing = frozenset(rank for rank in expected_ranks & all_calls.keys() if last.get(rank, -1) < number)
     return _HungCollective(group, expected, waiting, missing, expected_ranks - all_calls.keys(), others)
-
-
-def _name_ranks(ranks: Sequence[int], hosts: Sequence[str], world_size: int) -> str:
-    """Return `rank 3 on n2` or `ranks 0-6, 8 on n1, n2`; without the node if there is only one."""
-    ranges: list[list[int]] = []
-    for rank in ranks:
-        if ranges and ranges[-1][-1] == rank - 1:
-            ranges[-1][1:] = [rank]
-        else:
-            ranges.append([rank])
-    numbers = ["-".join(map(str, one)) for one in ranges]
-    nodes = [*dict.fromkeys(hosts[rank * len(hosts) // world_size] for rank in ranks)] if len(set(hosts)) > 1 else []
-    numbers, nodes = ([*names[:_MAX_NAMED], "..."] if len(names) > _MAX_NAMED else names for names in (numbers, nodes))
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(numbers)}" + (f" on {', '.join(nodes)}" if nodes else "")

@@ -319,8 +319,23 @@ class Watchdog:
         read = self._table.read()
         beats = {r: beat for r, beat in read.items() if beat.pid not in self._done}
         beats = self._progress.update(beats, now)
-        ranks, states = _find_processes(beats)
-        others_at = self._share_progress({r: beats[r] for r in states}, has_started=bool(read))
+        # The live ranks; a dead rank's record stays until its successor starts.
+        ranks: dict[int, psutil.Process] = {}
+        states: dict[int, str] = {}
+        for r, beat in beats.items():
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(beat.pid)
+                if process.ppid() == os.getpid():
+                    states[r], ranks[r] = process.status(), process
+        # When any rank of the run was last seen to progress.
+        others_at = -math.inf
+        if self._shared is not None:
+            at = max((beats[r].at for r in states), default=-math.inf)
+            # Until this node's first rank has started, the fork server is importing, which has its own deadline.
+            if at > self._progressed_at or not read:
+                self._shared.report()
+                self._progressed_at = at
+            others_at = self._shared.changed_at
         verdict = judge_ranks(beats, states, now, self._limits, self._since, others_at)
         asked, self._asked = self._asked, {beats[r].pid: self._asked.get(beats[r].pid, now) for r in verdict.stalled}
         late = [r for r in verdict.stalled if beats[r].pid not in asked]
@@ -346,33 +361,6 @@ class Watchdog:
         self._done |= {beat.pid for beat in beats.values()}
         messages = [describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()]
         self._on_stall("; ".join(filter(None, (*messages, explanation))))
-
-    def _share_progress(self, living: Mapping[int, Beat], has_started: bool) -> float:
-        """Tell the other nodes whether these ranks progress, and return when any rank of the run was last seen to progress.
-
-        Until this node's first rank `has_started`, the fork server is importing, which has its own deadline.
-        """
-        if self._shared is None:
-            return -math.inf
-        at = max((beat.at for beat in living.values()), default=-math.inf)
-        if at > self._progressed_at or not has_started:
-            self._shared.report()
-            self._progressed_at = at
-        return self._shared.changed_at
-
-
-def _find_processes(beats: Mapping[int, Beat]) -> tuple[dict[int, psutil.Process], dict[int, str]]:
-    """Return the processes and states of the live ranks; a dead rank's record stays until its successor starts."""
-    ranks, states = {}, {}
-    for local_rank, beat in beats.items():
-        try:
-            process = psutil.Process(beat.pid)
-            if process.ppid() == os.getpid():
-                states[local_rank] = process.status()
-                ranks[local_rank] = process
-        except psutil.NoSuchProcess:
-            continue
-    return ranks, states
 
 
 def _send_signal(process: psutil.Process, number: signal.Signals) -> None:

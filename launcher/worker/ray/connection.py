@@ -43,14 +43,28 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
     """Start a private Ray, or join the cluster that the settings name, for this block; raises what Ray raises."""
     section = RaySection.of(plan.config.cluster)
     with _own_folder(run) if section.address is None else nullcontext(Path()) as folder:
-        _set_variables(plan)
+        # Ray reads these on import.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+        os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+        os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+        # If the raylet ends, Ray calls _exit at once in a driver whose parent has already ended, so the driver could not record
+        # why. Ray does not do this while the process with this id is alive. Workers and Ray's own processes get their raylet's
+        # id instead.
+        os.environ["RAY_RAYLET_PID"] = str(os.getpid())
+        # Placed workers meet within seconds. A worker that hangs before that would hold the others and their nodes forever.
+        os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
+        if section.min_workers is not None:
+            # For a few seconds after it loses a node, Ray Train still counts it, requests the same number of workers, and waits
+            # in vain.
+            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
         # Workers print to the ranks' logs and to Ray's own; events.jsonl reports what happens to them.
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
         path = detached_process.build_pythonpath(run.code, os.environ)
         if section.address is not None:
             join(section, {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, **common)
         else:
-            _start(plan, path, folder, common)
+            _start_private_ray(plan, path, folder, common)
         try:
             yield
         finally:
@@ -163,23 +177,6 @@ def _own_folder(run: RunDir) -> Iterator[Path]:
             print(f"Ray's own logs are in {folder}", flush=True)
 
 
-def _set_variables(plan: LaunchPlan) -> None:
-    """Set the variables that Ray reads on import."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # If the raylet ends, Ray calls _exit at once in a driver whose parent has already ended, so the driver could not record why.
-    # Ray does not do this while the process with this id is alive. Workers and Ray's own processes get their raylet's id instead.
-    os.environ["RAY_RAYLET_PID"] = str(os.getpid())
-    # Placed workers meet within seconds. A worker that hangs before that would hold the others and their nodes forever.
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
-    if RaySection.of(plan.config.cluster).min_workers is not None:
-        # For a few seconds after it loses a node, Ray Train still counts it, requests the same number of workers, and waits in
-        # vain.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
-
-
 def join(section: RaySection, variables: Mapping[str, str], **options: Any) -> None:
     """Join the cluster that the settings name; Ray's workers get `variables`, or those of the job that this driver is."""
     import ray
@@ -191,7 +188,7 @@ def join(section: RaySection, variables: Mapping[str, str], **options: Any) -> N
         ray.init(address=address, runtime_env={"env_vars": variables}, job_config=config_without_search_path(), **options)
 
 
-def _start(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) -> None:
+def _start_private_ray(plan: LaunchPlan, path: str, folder: Path, common: dict[str, Any]) -> None:
     section, cores = RaySection.of(plan.config.cluster), os.cpu_count() or 1
     # Not in the run directory, which its user may let a group read: whoever has the token can run code.
     token = folder.with_name("token")

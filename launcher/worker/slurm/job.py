@@ -7,6 +7,7 @@ acts on it. No other code runs a job again.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -109,7 +110,7 @@ def _find_end_of_start(attempt: Attempt, job: str, restart: int, until: float) -
     Without accounting the state is inferred: a start that was followed by another and lost no node was requeued by a person or
     by preemption. A node that was cut off and came back without a reboot leaves no trace.
     """
-    lost = queue.lost_nodes(attempt.nodes, attempt.begun_at or 0.0, _seconds_left(until)) if attempt.nodes else []
+    lost = queue.find_lost_nodes(attempt.nodes, attempt.begun_at or 0.0, _seconds_left(until)) if attempt.nodes else []
     if attempt.job != job or not restart:
         return "", lost or []
     state = queue.state_of_start(job, restart - 1, _seconds_left(until))
@@ -156,8 +157,8 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
 
 def _patience_s(attempt: Attempt) -> float:
     """Return how long, in seconds, to retry calls to Slurm at the end; Slurm kills the job when its time is over."""
-    left = _CONCLUDE_PATIENCE_S if attempt.ends_at is None else attempt.ends_at - _LAST_SECONDS_S - time.time()
-    return max(0.0, min(_CONCLUDE_PATIENCE_S, left))
+    left_s = math.inf if attempt.ends_at is None else attempt.ends_at - _LAST_SECONDS_S - time.time()
+    return max(0.0, min(_CONCLUDE_PATIENCE_S, left_s))
 
 
 def _seconds_left(until: float) -> float:
@@ -202,7 +203,7 @@ def _add_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, 
 def _read_details(job: str, until: float) -> Mapping[str, str]:
     """Return Slurm's details of the job; empty if Slurm does not answer in time."""
     try:
-        return queue.details(job, _seconds_left(until))
+        return queue.read_details(job, _seconds_left(until))
     except SlurmError:
         return {}
 
@@ -233,7 +234,7 @@ def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
         RunError: if Slurm does not answer; the run's status is not changed because the other job may write it.
     """
     try:
-        known = queue.job(job, 0.0, plan.run_name, _seconds_left(until))
+        known = queue.read_job(job, 0.0, plan.run_name, _seconds_left(until))
     except SlurmError as error:
         problem = error.problems[0]
         raise RunError(
