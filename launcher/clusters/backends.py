@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -43,8 +44,6 @@ NODES: dict[str, str] = {
     "ray": "launcher.clusters.ray.nodes",
 }
 
-# The status message of a pending run for which nothing was submitted.
-NEVER_SUBMITTED = "the run was never submitted: the command that created it ended first"
 # Seconds without output after which another user's run without a liveness file counts as ended. A queued run may wait, and a
 # save or an evaluation of a large model writes nothing for minutes.
 _OUTPUT_TIMEOUT_S = 1800.0
@@ -173,6 +172,13 @@ class EvaluationJobs(ClusterNodes, Protocol):
 def nodes_for(kind: str) -> ClusterNodes | None:
     """Import the module of NODES for a backend, or return None if it has none because it uses this machine."""
     return cast("ClusterNodes", importlib.import_module(NODES[kind])) if kind in NODES else None
+
+
+def mark_never_submitted(status: Status, deadline_s: float) -> Status:
+    """Return the status of a run for which nothing was submitted: it has failed if that has not happened in `deadline_s`."""
+    if status.state != "pending" or time.time() - status.updated_at <= deadline_s:
+        return status
+    return replace(status, state="failed", message="the run was never submitted: the command that created it ended first")
 
 
 def cluster_for(kind: str) -> Cluster:

@@ -73,11 +73,11 @@ def failure(seen: str, remedy: str) -> CheckResult:
     return CheckResult("", FAILURE, seen, remedy)
 
 
-def from_problem(problem: Problem, verdict: str = FAILURE, name: str = "") -> CheckResult:
-    """Convert a problem that another check found, with its message and remedy, to a result."""
+def from_problem(problem: Problem, name: str) -> CheckResult:
+    """Convert a problem that another check found, with its message and remedy, to a failure."""
     where = f" ({problem.where})" if problem.where and problem.where not in problem.value else ""
     value = f": {problem.value}" if problem.value else ""
-    return CheckResult(name, verdict, f"{problem.message}{where}{value}", problem.remedy)
+    return CheckResult(name, FAILURE, f"{problem.message}{where}{value}", problem.remedy)
 
 
 def worst(results: Iterable[CheckResult]) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 
 import psutil
 
-from launcher import atomic_files, json_records, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.errors import RunError, SubmitError
 from launcher.locks import is_same_start, pid_namespace, read_start
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Liveness, Status
+from launcher.run_records import RUNNING_STATES, CancelRequest, Liveness, Status
 from launcher.shell_commands import launcher_command
 
 START_DEADLINE_S = 60.0
@@ -222,6 +222,20 @@ def _has_rebooted(status: Status) -> bool:
 def build_pythonpath(code: Path, environ: Mapping[str, str]) -> str:
     """Build a PYTHONPATH with the run's code snapshot first."""
     return os.pathsep.join([os.fspath(code), *filter(None, [environ.get("PYTHONPATH")])])
+
+
+def request_cancel(run: RunDir, status: Status, save: bool) -> CancelRequest | None:
+    """Write the request that a run's processes look for; a second one never asks for a save. Returns the previous request.
+
+    Raises:
+        SubmitError: if the run is not running.
+    """
+    if status.state not in RUNNING_STATES:
+        raise not_running_error(run, status)
+    number = run_store.newest_attempt(run)
+    previous = run_records.read_cancel(run, number)
+    json_records.write(run.cancel(number), CancelRequest(time.time(), save and previous is None))
+    return previous
 
 
 def not_running_error(run: RunDir, status: Status) -> SubmitError:

@@ -16,7 +16,7 @@ import psutil
 
 from launcher import run_store
 from launcher.clusters import detached_process
-from launcher.clusters.backends import FAULT_DEADLINE_S, NEVER_SUBMITTED, InjectedFault, fault_command, read_fault_report
+from launcher.clusters.backends import FAULT_DEADLINE_S, InjectedFault, fault_command, mark_never_submitted, read_fault_report
 from launcher.clusters.limits import limit_that_killed_agents
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
@@ -60,13 +60,9 @@ class LocalCluster:
 
     def status(self, run: RunDir) -> Status:
         status = run_store.read_status(run)
-        if (
-            status.state == "pending"
-            and status.job is None
-            and time.time() - status.updated_at > detached_process.START_DEADLINE_S
-        ):
-            return replace(status, state="failed", message=NEVER_SUBMITTED)
-        if status.state not in RUNNING_STATES or status.job is None or detached_process.is_alive(run, status):
+        if status.state in RUNNING_STATES and status.job is None:
+            return mark_never_submitted(status, detached_process.START_DEADLINE_S)
+        if status.state not in RUNNING_STATES or detached_process.is_alive(run, status):
             return status
         # The agent may have written its final state since the status was read.
         status = run_store.read_status(run)

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.clusters import detached_process, local, network
-from launcher.clusters.backends import NEVER_SUBMITTED, InjectedFault
+from launcher.clusters.backends import InjectedFault, mark_never_submitted
 from launcher.errors import LauncherError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Attempt, CancelRequest, Liveness, Status, node_file
+from launcher.run_records import RUNNING_STATES, Attempt, Liveness, Status, node_file
 from launcher.tracking.metrics import format_duration
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ class StaticCluster:
         number = run_store.newest_attempt(run)
         record = run_store.read_attempt(run, number) if number else None
         if record is None or not record.nodes:
-            late = time.time() - status.updated_at > _START_S
-            return replace(status, state="failed", message=NEVER_SUBMITTED) if late else status
+            return mark_never_submitted(status, _START_S)
         states = read_states(run, number, record)
         if self.process is not None and self.process.poll() is None:
             return _add_node_states(status, states)
@@ -136,12 +135,7 @@ class StaticCluster:
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         """Write the request that every agent watches for; a second request, or one without `save`, kills the ranks."""
-        status = self.status(run)
-        if status.state not in RUNNING_STATES:
-            raise detached_process.not_running_error(run, status)
-        number = run_store.newest_attempt(run)
-        previous = run_records.read_cancel(run, number)
-        json_records.write(run.cancel(number), CancelRequest(time.time(), save and previous is None))
+        detached_process.request_cancel(run, self.status(run), save)
 
     def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
         raise NotImplementedError

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.clusters import detached_process, local
-from launcher.clusters.backends import NEVER_SUBMITTED, InjectedFault
+from launcher.clusters.backends import InjectedFault, mark_never_submitted
 from launcher.clusters.limits import limit_that_killed_agents
 from launcher.clusters.ray import jobs
 from launcher.clusters.ray.address import require_usable
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, CancelRequest, Status
+from launcher.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection
@@ -121,8 +121,7 @@ class RayCluster:
         if file.is_file():
             return _correct_by_job(run, status, json_records.read(JobsApiSubmission, file))
         if status.job is None:
-            lost = status.state == "pending" and time.time() - status.updated_at > detached_process.START_DEADLINE_S
-            return replace(status, state="failed", message=NEVER_SUBMITTED) if lost else status
+            return mark_never_submitted(status, detached_process.START_DEADLINE_S)
         if detached_process.is_alive(run, status):
             return status
         # The driver may have written its final state since the status was read.
@@ -134,14 +133,11 @@ class RayCluster:
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
-        if status.state not in RUNNING_STATES:
-            raise detached_process.not_running_error(run, status)
-        number = run_store.newest_attempt(run)
-        file, previous = _submission_file(run, number), run_records.read_cancel(run, number)
-        json_records.write(run.cancel(number), CancelRequest(time.time(), save and previous is None))
+        previous = detached_process.request_cancel(run, status, save)
         if previous is None or previous.save:
             return
         # The driver did not act on the last request, which was to stop without saving.
+        file = _submission_file(run, run_store.newest_attempt(run))
         if file.is_file():
             submission = json_records.read(JobsApiSubmission, file)
             jobs.stop(submission.address, submission.job)

@@ -157,21 +157,18 @@ def state(address: str, job: str) -> tuple[str, str]:
     Raises:
         SubmitError: if the cluster does not answer; JobUnknown if it does not have the job.
     """
-    client = _client(address)
-    info = _with_plain_errors(address, lambda: client.get_job_info(job))
+    info = _request(address, "get_job_info", job)
     return str(info.status.value), info.message or ""
 
 
 def stop(address: str, job: str) -> None:
     """Stop a job: its driver and workers are killed."""
-    client = _client(address)
-    _with_plain_errors(address, lambda: client.stop_job(job))
+    _request(address, "stop_job", job)
 
 
 def remove(address: str, job: str) -> None:
     """Remove an ended job, with its record and its log."""
-    client = _client(address)
-    _with_plain_errors(address, lambda: client.delete_job(job))
+    _request(address, "delete_job", job)
 
 
 def end(address: str, job: str, timeout_s: float) -> None:
@@ -186,8 +183,12 @@ def end(address: str, job: str, timeout_s: float) -> None:
 
 def read_log(address: str, job: str) -> str:
     """Return what a job has printed so far."""
+    return str(_request(address, "get_job_logs", job))
+
+
+def _request(address: str, method: str, job: str) -> Any:
     client = _client(address)
-    return str(_with_plain_errors(address, lambda: client.get_job_logs(job)))
+    return _with_plain_errors(address, lambda: getattr(client, method)(job))
 
 
 def _client(address: str) -> Any:

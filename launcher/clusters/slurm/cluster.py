@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from launcher import json_records, run_store
 from launcher.checkpoint import store
-from launcher.clusters.backends import FAULT_DEADLINE_S, NEVER_SUBMITTED, InjectedFault, fault_command, read_fault_report
+from launcher.clusters.backends import FAULT_DEADLINE_S, InjectedFault, fault_command, mark_never_submitted, read_fault_report
 from launcher.clusters.detached_process import not_running_error, resume_hint
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
@@ -96,8 +96,7 @@ class SlurmCluster:
         number = run_store.newest_attempt(run)
         job_id, submitted_at = _find_job(run, number)
         if job_id is None:
-            lost = status.state == "pending" and time.time() - status.updated_at > _UNLISTED_S
-            return replace(status, state="failed", message=NEVER_SUBMITTED) if lost else status
+            return mark_never_submitted(status, _UNLISTED_S)
         try:
             job = queue.read_job(job_id, submitted_at, run_store.read_placement(run).name)
         except SlurmError as error:

@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from launcher.errors import RunError
 
 DEADLINE_S = 30.0
+SEPARATOR = "\x1f"
 # Seconds between tries while Slurm does not answer; they double up to the longest pause.
 _FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 15.0
@@ -59,6 +60,19 @@ def slurm(*argv: str, deadline_s: float = DEADLINE_S, retry_s: float = 0.0, is_d
         with attempt:
             return _run_once(argv, deadline_s)
     return ""
+
+
+def slurm_table(*argv: str, fields: Sequence[str], retry_s: float = 0.0) -> list[list[str]]:
+    """Run squeue or sinfo with these columns; returns the rows. Raises what `slurm` raises."""
+    # A control character, because job names may contain any printable character.
+    columns = ",".join(f"{field}:{SEPARATOR}" for field in fields)
+    return split_rows(slurm(*argv, f"--Format={columns}", retry_s=retry_s), len(fields))
+
+
+def split_rows(output: str, num_columns: int) -> list[list[str]]:
+    """Split a table with SEPARATOR between its columns; squeue also writes one after the last column."""
+    rows = (line.split(SEPARATOR) for line in output.split("\n"))
+    return [row[:num_columns] for row in rows if len(row) >= num_columns]
 
 
 def _run_once(argv: tuple[str, ...], deadline_s: float) -> str:

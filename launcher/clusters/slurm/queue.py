@@ -6,10 +6,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
+from launcher.clusters.slurm.commands import SEPARATOR, SlurmError, SlurmUnreachable, slurm, slurm_table, split_rows
 
 # States of a job that has ended; in any other state, it runs or will run.
 FINAL_STATES = (
@@ -17,8 +17,6 @@ FINAL_STATES = (
     *("REVOKED", "TIMEOUT"),
 )
 
-# A control character, because job names may contain any printable character.
-_SEPARATOR = "\x1f"
 _SQUEUE_FIELDS = ("JobArrayID", "Name", "State", "Reason", "StartTime", "RestartCnt", "NodeList", "exit_code")
 _SACCT_FIELDS = ("JobID", "JobName", "State", "Reason", "NodeList", "ExitCode", "Submit")
 # The clocks of the login node and the controller may differ, and sacct's times have no time zone.
@@ -76,19 +74,17 @@ def read_jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
     """
     if not names:
         return {}
-    columns = ",".join(f"{field}:{_SEPARATOR}" for field in _SQUEUE_FIELDS)
     try:
         # --array lists each task of a waiting array.
-        options = ("--noheader", "--array", "--states=all", f"--jobs={','.join(names)}", f"--Format={columns}")
-        output = slurm("squeue", *options, retry_s=retry_s)
+        options = ("--noheader", "--array", "--states=all", f"--jobs={','.join(names)}")
+        rows = slurm_table("squeue", *options, fields=_SQUEUE_FIELDS, retry_s=retry_s)
     except SlurmError as error:
         # squeue fails for a single unknown number, but omits unknown numbers among several.
         if "Invalid job id specified" in error.problems[0].value:
             return {}
         raise
     known = {}
-    for row in _iter_rows(output, len(_SQUEUE_FIELDS)):
-        number, name, state, reason, start, restarts, nodes, exit_code = row
+    for number, name, state, reason, start, restarts, nodes, exit_code in rows:
         if names.get(number) == name:
             is_waiting = state not in FINAL_STATES and not nodes
             known[number] = Job(
@@ -108,7 +104,7 @@ def read_jobs(names: Mapping[str, str], retry_s: float = 0.0) -> dict[str, Job]:
 def _read_accounting(job_id: str, submitted_at: float, name: str, retry_s: float) -> Job | None:
     """Read the end of a job from sacct, which has one record per start of the job."""
     since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(submitted_at - _CLOCK_SLACK_S))
-    output_format = ("--noheader", "--parsable2", f"--delimiter={_SEPARATOR}", f"--format={','.join(_SACCT_FIELDS)}")
+    output_format = ("--noheader", "--parsable2", f"--delimiter={SEPARATOR}", f"--format={','.join(_SACCT_FIELDS)}")
     try:
         # Without --duplicates, a later job with the same number would hide this one.
         options = ("--allocations", "--duplicates", f"--jobs={job_id}", f"--starttime={since}", *output_format)
@@ -117,7 +113,7 @@ def _read_accounting(job_id: str, submitted_at: float, name: str, retry_s: float
         if "accounting storage is disabled" in error.problems[0].value:
             return None
         raise
-    rows = [row for row in _iter_rows(output, len(_SACCT_FIELDS)) if row[:2] == [job_id, name]]
+    rows = [row for row in split_rows(output, len(_SACCT_FIELDS)) if row[:2] == [job_id, name]]
     if not rows:
         return None
     _, _, state, reason, nodes, exit_code, _ = max(rows, key=lambda row: _parse_time(row[-1]) or 0)
@@ -161,13 +157,13 @@ def find_waiting_or_running(name: str, working_dir: str) -> list[str]:
 
     Also empty if Slurm does not answer.
     """
-    columns = ",".join(f"{field}:{_SEPARATOR}" for field in ("JobID", "Name", "WorkDir"))
+    options, fields = ("--me", "--noheader", "--states=PENDING,CONFIGURING,RUNNING"), ("JobID", "Name", "WorkDir")
     try:
-        output = slurm("squeue", "--me", "--noheader", "--states=PENDING,CONFIGURING,RUNNING", f"--Format={columns}")
+        rows = slurm_table("squeue", *options, fields=fields)
     except SlurmError:
         return []
     asking = os.environ.get("SLURM_JOB_ID")
-    return [number for number, *of in _iter_rows(output, 3) if of == [name, working_dir] and number != asking]
+    return [number for number, *of in rows if of == [name, working_dir] and number != asking]
 
 
 def read_details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
@@ -195,9 +191,9 @@ def describe_drained_nodes(nodes: str = "", partition: str = "") -> str:
     Also empty if Slurm does not answer: this only supplements other information about a job.
     """
     chosen = f"--nodes={nodes}" if nodes else f"--partition={partition}"
-    columns = ",".join(f"{field}:{_SEPARATOR}" for field in ("NodeHost", "StateLong", "Reason"))
+    options, fields = ("--noheader", "--Node", "--states=drain", chosen), ("NodeHost", "StateLong", "Reason")
     try:
-        rows = _iter_rows(slurm("sinfo", "--noheader", "--Node", "--states=drain", chosen, f"--Format={columns}"), 3)
+        rows = slurm_table("sinfo", *options, fields=fields)
         drained = {node: f"{node} is {state.rstrip('*')} ({reason})" for node, state, reason in rows}
     except SlurmError:
         return ""
@@ -248,14 +244,6 @@ def _state_from_details(fields: Mapping[str, str], restarts: int, ends_at: float
     # A lost node or the time limit appears as the reason; scancel sets no reason.
     has_cause = fields.get("PreemptTime") != "None" or fields.get("Reason") != "None"
     return "CANCELLED" if has_ended and not has_cause else ""
-
-
-def _iter_rows(output: str, num_columns: int) -> Iterator[list[str]]:
-    for line in output.split("\n"):
-        row = line.split(_SEPARATOR)
-        # squeue also writes a separator after the last column.
-        if len(row) >= num_columns:
-            yield row[:num_columns]
 
 
 def _parse_time(text: str) -> float | None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from launcher.clusters.slurm import sbatch
-from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
+from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm, slurm_table
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection, minutes
 from launcher.errors import Problem, SubmitError, did_you_mean
@@ -19,7 +19,6 @@ from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.quantities import format_count
 
-_SEPARATOR = "\x1f"
 _NODE_FIELDS = ("NodeList", "PartitionName", "StateLong", "CPUs", "Memory", "Gres")
 # Nodes in other states can run jobs. Marks such as * follow the state.
 _OUT_OF_SERVICE = re.compile(r"down|drain|fail|error|unknown|future|inval")
@@ -105,17 +104,12 @@ def read_partitions() -> tuple[Partition, ...]:
     Raises:
         SlurmError: if it does not answer.
     """
-    columns = ",".join(f"{field}:{_SEPARATOR}" for field in _NODE_FIELDS)
     # --all includes partitions that are hidden or closed to this user's groups.
-    commands = (
-        ("scontrol", "--all", "--oneliner", "show", "partition"),
-        ("sinfo", "--all", "--Node", "--noheader", f"--Format={columns}"),
-    )
-    with ThreadPoolExecutor(len(commands)) as pool:
-        partitions, nodes = pool.map(lambda argv: slurm(*argv), commands)
+    with ThreadPoolExecutor(2) as pool:
+        rows = pool.submit(slurm_table, "sinfo", "--all", "--Node", "--noheader", fields=_NODE_FIELDS)
+        partitions = slurm("scontrol", "--all", "--oneliner", "show", "partition")
     nodes_of: dict[str, list[Node]] = {}
-    for line in nodes.splitlines():
-        name, partition, state, cpus, memory, gres = line.split(_SEPARATOR)[: len(_NODE_FIELDS)]
+    for name, partition, state, cpus, memory, gres in rows.result():
         nodes_of.setdefault(partition, []).append(Node(name, state, int(cpus), int(memory), _parse_gpus(gres)))
     records = [dict(word.partition("=")[::2] for word in line.split()) for line in partitions.splitlines() if "=" in line]
     return tuple(

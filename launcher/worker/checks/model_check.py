@@ -257,9 +257,7 @@ def _read_config(model: ModelSection, facts: ModelFacts) -> tuple[Any, dict[str,
 
 def _describe(error: Exception) -> str:
     """Return an error as one line. Raises RunError if a limit of this machine caused it: it says nothing about the model."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    # A first line with this ending announces the reason.
-    described = f"{type(error).__name__}: {lines[-1] if lines[0].endswith(':') else lines[0]}"[:200]
+    described = f"{type(error).__name__}: {_find_reason(error)}"[:200]
     if limit := limits.cause_of(error, cache_dir.cache_root()):
         raise RunError(f"{limit}: {described}") from error
     return described

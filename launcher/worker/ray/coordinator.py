@@ -27,7 +27,7 @@ from launcher.run_records import RUNNING_STATES, LostCoordinator, NodeRecord, no
 from launcher.tracking.jsonl import append_event
 from launcher.worker.ranks.watchdog import StallLimits
 from launcher.worker.ray.attempts import Attempts, newest_own_attempt
-from launcher.worker.ray.connection import RAYLET_LOST, raylet_of_this_node
+from launcher.worker.ray.connection import RAYLET_LOST, draining_nodes, lost_nodes, raylet_of_this_node
 from launcher.worker.ray.messages import (
     Assignment,
     BeatReply,
@@ -351,18 +351,9 @@ class CoordinatorActor:
     `attempt` is the driver's first attempt; `environment` holds the ranks' environment variables.
     """
 
-    def __init__(
-        self,
-        plan_path: str,
-        run: RunDir,
-        attempt: int,
-        environment: dict[str, str],
-        draining_nodes: Callable[[], set[str]],
-        lost_nodes: Callable[[], set[str]],
-    ) -> None:
+    def __init__(self, plan_path: str, run: RunDir, attempt: int, environment: dict[str, str]) -> None:
         self.handle: Any = None
-        self._plan_path, self._run, self._number = plan_path, run, attempt
-        self._environment, self._draining_nodes, self._lost_nodes = environment, draining_nodes, lost_nodes
+        self._plan_path, self._run, self._number, self._environment = plan_path, run, attempt, environment
         self._num_lost = 0
         self.is_lost = False
         # The driver and the thread that waits for Ray Train both call `state`.
@@ -374,7 +365,7 @@ class CoordinatorActor:
 
         here, job = ray.get_runtime_context().get_node_id(), f"{os.uname().nodename}:{os.getpid()}"
         actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(CoordinatorProcess)
-        self.handle = actor.remote(self._plan_path, self._number, job, self._draining_nodes, self._lost_nodes)
+        self.handle = actor.remote(self._plan_path, self._number, job, draining_nodes, lost_nodes)
         ray.get(self.handle.set_environment.remote(self._environment), timeout=CALL_S)
 
     def state(self) -> CoordinatorState | None:

@@ -32,8 +32,6 @@ from launcher.worker.ray.connection import (
     RAYLET_LOST,
     LocalRaylet,
     connected,
-    draining_nodes,
-    lost_nodes,
     raylet_of_this_node,
     remove_placement_groups,
 )
@@ -141,7 +139,7 @@ class _Driver:
             job = detached_process.describe_this_process()
             run_store.update_status(self._run, state="pending", job=job, message="waiting for workers")
             environment = {name: os.environ[name] for name in _SECRETS if name in os.environ}
-            coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
+            coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment)
             try:
                 # This takes as long as the coordinator's start.
                 threading.Thread(target=import_ray_train, name="import", daemon=True).start()

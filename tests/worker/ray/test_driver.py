@@ -106,7 +106,7 @@ class FakeCoordinator(coordinator_module.CoordinatorActor):
     """A coordinator in this process whose state is what `says` returns; `began_with` lists the attempts it was started for."""
 
     def __init__(self, run: RunDir, says: Callable[[], CoordinatorState]) -> None:
-        super().__init__(str(run.plan), run, 1, {}, set, set)
+        super().__init__(str(run.plan), run, 1, {})
         self.says = says
         self.began_with = list[int]()
         self.start()
