@@ -101,6 +101,16 @@ def show_line(line: str) -> None:
 
 
 @contextmanager
+def blocked_signals(*numbers: signal.Signals) -> Iterator[None]:
+    """Block signals in this thread, and in the processes that it starts: they stay pending."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C, TERM and HUP during a cleanup that must complete.
 

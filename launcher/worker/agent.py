@@ -121,12 +121,10 @@ class NodeAgent:
         self.stopper.disarm()
         self.ranks.close()
 
-    def run_node(
-        self, record: Attempt, number: int, log: Path, job: str | None = None, why_ended: Callable[[], str] = str
-    ) -> NodeResult:
+    def run_node(self, record: Attempt, number: int, log: Path, why_ended: Callable[[], str] = str) -> NodeResult:
         """Meet the agents of the other nodes, check node `number` and run its ranks to their end.
 
-        `log` is the file with the agent's output; for `job` and `why_ended` see `run_ranks`.
+        For `log` and `why_ended` see `run_ranks`.
         """
         mirror: Sidecar | None = None
         answers: Sidecar | None = None
@@ -140,7 +138,7 @@ class NodeAgent:
                 if node.is_head:
                     mirror = self.start_mirror()
                     answers = self.start_answers()
-                failure = self.run_ranks(node, store, job, why_ended)
+                failure = self.run_ranks(node, store, log, why_ended)
         except Exception as error:
             failure = failure_record.from_exception(error, log, limit=cause_of(error, self.run.root))
         return NodeResult(failure, tuple(problems), mirror, answers)
@@ -178,13 +176,13 @@ class NodeAgent:
         return node_check.exchange(store, report, record.nodes, here.node, _MEET_DEADLINE_S)
 
     def run_ranks(
-        self, node: NodeInfo, store: Any = None, job: str | None = None, why_ended: Callable[[], str] = str
+        self, node: NodeInfo, store: Any = None, log: Path | None = None, why_ended: Callable[[], str] = str
     ) -> FailureRecord | None:
         """Run the ranks of this node to their end; returns the first failure or None.
 
-        `store` is the TCPStore that the nodes of the job share, or None if there is only one node. `job` is the scheduler job
-        that this process's output goes to. `why_ended` returns why the caller killed the ranks for good, or an empty string if it
-        did not.
+        `store` is the TCPStore that the nodes of the job share, or None if there is only one node. `log` is the file with the
+        agent's output, None for that of a run on this machine. `why_ended` returns why the caller killed the ranks for good, or
+        an empty string if it did not.
         """
         # These import torch.
         from launcher.distributed import open_store
@@ -198,7 +196,7 @@ class NodeAgent:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={node.interface}")
         store = store or open_store(node.address, 0, is_server=True)
         run_id = f"{self.plan.wandb_id}-{self.attempt}"
-        failures = _FailureLog(self.run, self.attempt, node, self.run.agent_log(self.attempt, job), why_ended)
+        failures = _FailureLog(self.run, self.attempt, node, log or self.run.agent_log(self.attempt), why_ended)
         rendezvous = NodeRendezvous(
             store, run_id, node, _MEET_DEADLINE_S, failures.is_final, failures.describe_own, failures.report_restart
         )

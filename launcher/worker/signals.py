@@ -89,11 +89,9 @@ class Stopper:
         self, grace_s: float, signals: Mapping[signal.Signals, signal.Signals], signal_ranks: Callable[[int], None]
     ) -> None:
         self._grace_s = grace_s
-        self._signals = signals
-        self._signal_ranks = signal_ranks
+        self._signals, self._signal_ranks = signals, signal_ranks
         self._signal: int | None = None
         self._disarmed = threading.Event()
-        self._cancelled = False
         self._requested_at: float | None = None
         self._num_cancels = 0
         self.kill_at: float | None = None
@@ -154,8 +152,7 @@ class Stopper:
     def _listen(self) -> None:
         while True:
             stop_signal = self._signals[signal.Signals(signal.sigwaitinfo(set(self._signals)).si_signo)]
-            if self._cancelled and stop_signal == CANCEL:
-                self._signal, self.killed = signal.SIGKILL, True
-            self._cancelled = self._cancelled or stop_signal == CANCEL
             self._num_cancels += stop_signal == CANCEL
+            if self._num_cancels > 1 and stop_signal == CANCEL:
+                self._signal, self.killed = signal.SIGKILL, True
             self.request(stop_signal)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launcher.clusters.node_command import blocked_signals
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.submitit_task import NodeTask
 from launcher.config.schema import RunConfig
@@ -67,7 +68,8 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
     executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=python_command(plan, plan_path))
     executor.update_parameters(**parameters(plan, plan_path))
     try:
-        with clean_environment(), _block_interrupts():
+        # The terminal sends Ctrl-C to sbatch too; if it killed sbatch, a job whose number nobody knows might remain.
+        with clean_environment(), blocked_signals(signal.SIGINT):
             job = executor.submit(NodeTask(str(plan_path)))
     except (FailedJobError, FailedSubmissionError) as error:
         cause = error.__cause__
@@ -91,19 +93,6 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
         message = "\n".join([line for line in lines if line.startswith("sbatch:")] or lines)
         raise SubmitError("sbatch refused the job", where="sbatch", value=message) from None
     return str(job.job_id)
-
-
-@contextmanager
-def _block_interrupts() -> Iterator[None]:
-    """Block Ctrl-C in this process until the end of the block, and in sbatch, which inherits the mask.
-
-    The terminal sends it to both; if it killed sbatch, a job whose number nobody knows might remain.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -345,22 +345,17 @@ def save_before_resize(coordinator: Any, grace_s: float) -> Any:
     class SaveBeforeResize(ControllerCallback):
         def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
             """Only healthy workers are resized; after a failure the state is different."""
-            if isinstance(current_state, ResizingState):
-                await_ranks(ask, grace_s)
+            if not isinstance(current_state, ResizingState):
+                return
+            # Wait until the ranks have ended, or have not been writing for `grace_s`: the time of a save or an export grows with
+            # the model.
+            until = time.monotonic() + grace_s
+            while (progress := ask()) is not ResizeProgress.ENDED and time.monotonic() < until:
+                if progress is ResizeProgress.WRITING:
+                    until = time.monotonic() + grace_s
+                time.sleep(_LOOK_S)
 
     return SaveBeforeResize()
-
-
-def await_ranks(ask: Callable[[], ResizeProgress | None], grace_s: float) -> None:
-    """Wait until the ranks have ended, or have not been writing for `grace_s` seconds.
-
-    `ask` returns their progress, None if unknown. The time of a save or an export grows with the model.
-    """
-    until = time.monotonic() + grace_s
-    while (progress := ask()) is not ResizeProgress.ENDED and time.monotonic() < until:
-        if progress is ResizeProgress.WRITING:
-            until = time.monotonic() + grace_s
-        time.sleep(_LOOK_S)
 
 
 if __name__ == "__main__":

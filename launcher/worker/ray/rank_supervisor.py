@@ -12,8 +12,8 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from launcher import json_records, run_store
 from launcher.clusters import detached_process, network
 from launcher.clusters.check_results import CheckResult, MachineReport, failure
 from launcher.clusters.limits import LimitEvents, cause_of, record_limits
+from launcher.clusters.node_command import blocked_signals
 from launcher.config.sections.ray import RaySection
 from launcher.errors import describe
 from launcher.plan.launch_plan import LaunchPlan
@@ -126,15 +127,6 @@ def _take_part(coordinator: Any, interface: str | None) -> Verdict:
         worker.ranks.close()
 
 
-@contextmanager
-def _blocked_signals() -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {CANCEL, PREEMPT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class _Worker:
     """`rank` is the worker's rank in its group; the assignment holds the rank that it starts."""
 
@@ -169,7 +161,7 @@ class _Worker:
             # The node check reports that this node does not see the run directory.
             return
         self.ranks = RankProcesses(Path(planned.run_dir))
-        with _blocked_signals():
+        with blocked_signals(CANCEL, PREEMPT, signal.SIGTERM):
             self.ranks.warm_up(setup.plan_path, _node_environment(planned, setup.environment))
 
     def run(self) -> Verdict:
@@ -242,7 +234,7 @@ class _Worker:
             time.sleep(_POLL_S)
         # Signals are blocked from the rank's first instruction on: one that arrives during its imports stays pending until it
         # listens.
-        with _blocked_signals():
+        with blocked_signals(CANCEL, PREEMPT, signal.SIGTERM):
             rank = self.ranks.start(assignment.plan_path, attempt, environment)
         # Another attempt has different workers.
         self.ranks.close()

@@ -47,7 +47,7 @@ def main(plan_path: str, attempt: int) -> int:
         # Requested before this process listened for signals.
         stopper.request(CANCEL)
     save_before_end(record, plan, stopper.request)
-    result = agent.run_node(record, number, run.agent_log(attempt, record.job), record.job)
+    result = agent.run_node(record, number, run.agent_log(attempt, record.job))
     agent.close()
     agent.write_record(number, os.uname().nodename, result)
     is_complete = result.exit_code == 0 and not stopper.requested
