@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import facts
+from launcher.clusters.node_command import blocked_signals
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_root
 from launcher.data.sources.reading import find_path_problem
@@ -113,12 +114,9 @@ def run_worker(
         KeyboardInterrupt: after the process has ended.
         subprocess.TimeoutExpired: if it has not ended after `timeout_s`, after it was ended.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        # The process inherits the mask until it ignores the signal.
+    # The process inherits the mask until it ignores the signal.
+    with blocked_signals(signal.SIGINT):
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, text=True, env=worker_environment())
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     with process:
         try:
             output, _ = process.communicate(stdin, timeout=timeout_s)
@@ -151,12 +149,13 @@ def worker_environment() -> dict[str, str]:
     """Return the environment for a worker-side module's process: this package comes first in PYTHONPATH.
 
     Nothing is imported from the working directory, which may belong to another user, and compiled code is loaded from this
-    user's folders. Libraries' progress bars are off: launcher.tracking.progress shows the progress.
+    user's folders. Libraries' progress bars and warnings are off: they would break up the lines of launcher.tracking.progress.
     """
     # The process itself reports a folder that cannot be created.
     with suppress(OSError):
         make_own_folder(cache_root())
     root = str(Path(facts.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {"TQDM_DISABLE": "1", **os.environ, **private_variables(os.environ)}
+    quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environ = {**quiet, **os.environ, **private_variables(os.environ)}
     return {**environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

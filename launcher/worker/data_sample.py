@@ -170,9 +170,6 @@ def _count_characters(document: Document) -> int:
 
 def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     config = RunConfig.model_validate_json(sys.stdin.read())
     try:
         print(json.dumps(look(config)))

@@ -113,9 +113,6 @@ def _find_storage_error(error: Exception) -> LauncherError | None:
 def main(argv: list[str]) -> int:
     # Here the tokenizer may use all threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Libraries' progress bars and warnings would break up the plain lines.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = RunConfig.model_validate_json(sys.stdin.read())
     report_rows = [argument.removeprefix("--report=") for argument in argv if argument.startswith("--report=")]
     try:

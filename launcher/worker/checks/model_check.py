@@ -357,7 +357,6 @@ def build_reduced_model(config: Any, kernel: str, **remote: bool) -> Any:
 
 
 def main() -> int:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # With so many small operations, threads would only wait for each other. Set this before torch is imported.
     os.environ["OMP_NUM_THREADS"] = "1"
     config = RunConfig.model_validate_json(sys.stdin.read())
