@@ -124,7 +124,8 @@ class Cluster(StatusReader, Protocol):
 class ClusterNodes(Protocol):
     """What `launcher doctor` and `launcher evaluate` ask of a backend: a module with these functions.
 
-    `SUBMITS_JOBS`: whether an evaluation can run as a job without a waiting command, see `EvaluationJobs`.
+    `SUBMITS_JOBS`: whether an evaluation can run as a job without a waiting command; only then it has the last two functions.
+    Each job runs `launcher evaluate` for one step on one node, one after another.
     """
 
     SUBMITS_JOBS: bool
@@ -153,10 +154,6 @@ class ClusterNodes(Protocol):
         Raises:
             RunError, SubmitError: if nodes were unavailable, or one of them failed.
         """
-
-
-class EvaluationJobs(ClusterNodes, Protocol):
-    """A module whose evaluations can be jobs: each runs `launcher evaluate` for one step on one node, one after another."""
 
     def submit_job(self, plan: LaunchPlan, run: RunDir, step: int) -> str:
         """Submit the job and return its number.
@@ -261,9 +258,9 @@ def describe_answers(plan: LaunchPlan) -> str:
 
 def fault_command(run: RunDir, attempt: int, fault: str) -> list[str]:
     """Build the command that injects `fault` into the processes of an attempt on the node where it is started."""
-    path = os.pathsep.join(filter(None, (str(run.code), os.environ.get("PYTHONPATH"))))
+    variables = [f"{name}={value}" for name, value in detached_process.python_variables(run.code, os.environ).items()]
     module = [sys.executable, "-m", "launcher.worker.fault_injection", fault, str(run.root), str(attempt)]
-    return ["env", f"PYTHONPATH={path}", "PYTHONSAFEPATH=1", *module]
+    return ["env", *variables, *module]
 
 
 def read_fault_report(output: str) -> InjectedFault:

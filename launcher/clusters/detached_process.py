@@ -39,14 +39,21 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
         RunError: if the process does not set the status in time, with the end of its log.
     """
     process = start_module(run, module, arguments, log)
+    if not await_status(run, attempt, process.poll):
+        if process.poll() is None:
+            process.kill()
+        run_store.update_status(run, state="failed", message=f"{name} did not start")
+        raise RunError(f"{name} did not start", where=str(log), value=log.read_text(errors="replace")[-2000:])
+
+
+def await_status(run: RunDir, attempt: int, poll: Callable[[], int | None]) -> bool:
+    """Wait until a new process has set the run's status; returns whether it has, False also if it has ended before."""
     deadline = time.monotonic() + START_DEADLINE_S
     while run_store.read_status(run).attempt != attempt:
-        if process.poll() is not None or time.monotonic() > deadline:
-            if process.poll() is None:
-                process.kill()
-            run_store.update_status(run, state="failed", message=f"{name} did not start")
-            raise RunError(f"{name} did not start", where=str(log), value=log.read_text(errors="replace")[-2000:])
+        if poll() is not None or time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
+    return True
 
 
 def start_module(
@@ -58,9 +65,7 @@ def start_module(
     """
     environment = {
         **os.environ,
-        "PYTHONPATH": build_pythonpath(run.code, os.environ),
-        # The current folder may contain another launcher, but the submitted snapshot must run.
-        "PYTHONSAFEPATH": "1",
+        **python_variables(run.code, os.environ),
         "PYTHONUNBUFFERED": "1",
         **(variables or {}),
     }
@@ -219,9 +224,13 @@ def _has_rebooted(status: Status) -> bool:
     return bool(boot) and job.get("host") == os.uname().nodename and boot != pid_namespace().partition(" ")[0]
 
 
-def build_pythonpath(code: Path, environ: Mapping[str, str]) -> str:
-    """Build a PYTHONPATH with the run's code snapshot first."""
-    return os.pathsep.join([os.fspath(code), *filter(None, [environ.get("PYTHONPATH")])])
+def python_variables(code: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables with which Python imports the launcher from `code`.
+
+    It imports nothing from the current folder, which may contain another launcher.
+    """
+    path = os.pathsep.join([os.fspath(code), *filter(None, [environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
 
 
 def request_cancel(run: RunDir, status: Status, save: bool) -> CancelRequest | None:

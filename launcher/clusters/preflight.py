@@ -72,10 +72,8 @@ def disk_note(plan: LaunchPlan) -> str | None:
 
 def _free_bytes(plan: LaunchPlan) -> int | None:
     """Return the free bytes where the run directory is or will be, or None if this machine cannot read them."""
-    folder = Path(plan.run_dir)
     try:
-        while not folder.exists():
-            folder = folder.parent
+        folder = existing_folder(Path(plan.run_dir))
         # The checkpoints folder may be on another disk.
         checkpoints = RunDir(folder).checkpoints
         return shutil.disk_usage(checkpoints if checkpoints.exists() else folder).free

@@ -92,13 +92,10 @@ class StaticCluster:
         run_store.write_attempt(run, attempt, record)
         meeting.announce(attempt, plan_path.parent != run.root, names)
         self.process = NodeProcess(run, attempt, plan_path, 0, names[0])
-        deadline = time.monotonic() + detached_process.START_DEADLINE_S
-        while run_store.read_status(run).attempt != attempt:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                message = f"the agent of {names[0]} did not start"
-                run_store.update_status(run, state="failed", attempt=attempt, message=message)
-                raise SubmitError(message, where=str(agent_log(run, attempt, 0)), remedy="read its end there")
-            time.sleep(0.02)
+        if not detached_process.await_status(run, attempt, self.process.poll):
+            message = f"the agent of {names[0]} did not start"
+            run_store.update_status(run, state="failed", attempt=attempt, message=message)
+            raise SubmitError(message, where=str(agent_log(run, attempt, 0)), remedy="read its end there")
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         return [("machines", ", ".join(run_store.read_attempt(run, attempt).nodes))]

@@ -40,7 +40,7 @@ _CHARACTERS_PER_TOKEN = 3.5
 _TOKENIZER_FILES = ["config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "*.model"]
 
 
-def look(config: RunConfig) -> dict[str, Any]:
+def sample_data(config: RunConfig) -> dict[str, Any]:
     """Return the JSON object that the module docstring describes.
 
     Raises:
@@ -172,7 +172,7 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     config = RunConfig.model_validate_json(sys.stdin.read())
     try:
-        print(json.dumps(look(config)))
+        print(json.dumps(sample_data(config)))
     except LauncherError as error:
         print(json.dumps(error.to_report()))
         return error.exit_code

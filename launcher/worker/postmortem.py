@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from launcher.plan import retry
 from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, ExitRecord, FailureRecord
+from launcher.tracking.jsonl import append_event
 from launcher.tracking.run_metrics import newest_trained_step
 from launcher.worker import failure_record
 from launcher.worker.signals import CANCEL, PREEMPT
@@ -71,6 +73,13 @@ class Conclusion:
         if self.decision.state in ("completed", "cancelled") or self.ending.cause is Cause.LIMIT:
             return None
         return f"the attempt ended ({self.ending.cause}): {self.message}"
+
+    def write(self, run: RunDir, number: int) -> None:
+        """Write exit.json, and an alert for an attempt that did not end as planned."""
+        release_space_if_full(run, number)
+        write_if_possible(lambda: self.record(run, number))
+        if (alert := self.alert) is not None:
+            write_if_possible(lambda: append_event(run, number, "alert", alert, self.ending.step))
 
     def record(self, run: RunDir, number: int, decided: bool = True) -> None:
         """Write exit.json; `decided` is False if the next start of the run makes the decision."""
@@ -334,6 +343,15 @@ def judge_local(run: RunDir, attempt: int, failure: FailureRecord | None, stoppe
         return ExitRecord("failed", step, "the ranks ended without an outcome")
     message = "; ".join(filter(None, (_describe_failure(failure), describe_repetition(run, attempt, failure))))
     return ExitRecord("failed", step, message, first_failure=failure)
+
+
+def write_if_possible(write: Callable[[], object]) -> None:
+    """Call `write`; on failure, print it: a full disk must not stop the run. The next start judges by the records."""
+    try:
+        write()
+    except OSError as error:
+        with suppress(OSError):
+            print(f"the conclusion could not be written, but the launcher acts on it: {error}", file=sys.stderr, flush=True)
 
 
 def reserve_disk_space(run: RunDir, attempt: int) -> None:

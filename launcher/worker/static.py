@@ -90,12 +90,7 @@ def main(plan_path: str, attempt: int, number: int) -> int:
         state = "preempted" if judged.ending.cause in (Cause.PREEMPTED, Cause.TIME_LIMIT) else "failed"
         decision = Decision(False, state, f"{decision.reason}; {static.REPEAT}")
     conclusion, state = replace(judged, decision=decision), decision.state
-    postmortem.release_space_if_full(run, attempt)
-    with suppress(OSError):
-        conclusion.record(run, attempt)
-    if (alert := conclusion.alert) is not None:
-        with suppress(OSError):
-            append_event(run, attempt, "alert", alert, conclusion.ending.step)
+    conclusion.write(run, attempt)
     # The status shows the end only when the mirror has every committed checkpoint, and prompts are answered. A machine that is
     # taken back has no time for answers.
     stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import launcher
-from launcher.clusters.detached_process import build_pythonpath
+from launcher.clusters.detached_process import python_variables
 from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
@@ -75,9 +75,8 @@ def submit_module(
     address = section.address or ""
     entrypoint = shlex.join([section.python, "-m", module, *arguments])
     # Everyone with the token can read these.
-    variables = {"PYTHONPATH": build_pythonpath(code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    variables = {**python_variables(code, {}), "PYTHONUNBUFFERED": "1", **(environ or {})}
     # The driver checks the run again, possibly as another user, and accepts the same owners as this command.
-    variables |= environ or {}
     variables[owners.VARIABLE] = f"{owners.Trust.from_environ(os.environ).as_numbers()},${{{owners.VARIABLE}}}"
     client = _client(address)
 
@@ -118,8 +117,8 @@ def run_driver(
     """
     code = Path(launcher.__file__).resolve().parents[1]
     if not section.is_http:
-        path = {"PYTHONPATH": build_pythonpath(code, os.environ), "PYTHONSAFEPATH": "1"}
-        with NodeCommand([sys.executable, "-u", "-m", module, *arguments], "", {**os.environ, **path, **environ}) as driver:
+        of_driver = {**os.environ, **python_variables(code, os.environ), **environ}
+        with NodeCommand([sys.executable, "-u", "-m", module, *arguments], "", of_driver) as driver:
             lines = driver.show_lines(show, deadline)
             return [*lines, *(line.strip() for line in driver.errors if line.strip())]
     address = section.address or ""

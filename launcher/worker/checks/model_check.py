@@ -48,6 +48,7 @@ _MLP_WIDTHS = (
     *("ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "moe_shared_expert_intermediate_size", "q_lora_rank", "kv_lora_rank"),
 )
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_VOCABULARY_SIZES = ("vocab_size", "vocab_size_per_layer_input")
 _SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id")
 
 
@@ -271,11 +272,19 @@ def reduce_config(config: Any) -> Iterator[Any]:
     for is_narrow in (True, False):
         reduced = copy.deepcopy(config)
         for part in _iter_parts(reduced):
-            if isinstance(_get(part, "num_hidden_layers"), int):
-                _cut_layers(part)
-                if is_narrow:
-                    _narrow(part)
-                _shrink(part)
+            if not isinstance(_get(part, "num_hidden_layers"), int):
+                continue
+            _cut_layers(part)
+            if is_narrow:
+                _shrink_widths(part)
+            for keys, limit in ((_MLP_WIDTHS, _WIDTH), (_EXPERTS, _NUM_EXPERTS)):
+                for key in keys:
+                    if isinstance(value := _get(part, key), int):
+                        setattr(part, key, min(value, limit))
+            of_vocabulary = {**dict.fromkeys(_VOCABULARY_SIZES, _VOCABULARY), **{key: i for i, key in enumerate(_SPECIAL_IDS)}}
+            for key, value in of_vocabulary.items():
+                if _get(part, key) is not None:
+                    setattr(part, key, value)
         yield reduced
 
 
@@ -287,7 +296,7 @@ def _iter_parts(config: Any) -> Iterator[Any]:
             yield from _iter_parts(value)
 
 
-def _narrow(config: Any) -> None:
+def _shrink_widths(config: Any) -> None:
     """Shrink all widths except the head dimension, which rotary embeddings depend on."""
     heads, kv_heads, hidden = (_get(config, key) for key in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if not isinstance(hidden, int) or not isinstance(heads, int):
@@ -315,20 +324,6 @@ def _cut_layers(config: Any) -> None:
     for key, value in per_layer.items():
         setattr(config, key, value[:kept])
     config.num_hidden_layers = kept
-
-
-def _shrink(config: Any) -> None:
-    """Shrink MLPs, experts and the vocabulary."""
-    for keys, limit in ((_MLP_WIDTHS, _WIDTH), (_EXPERTS, _NUM_EXPERTS)):
-        for key in keys:
-            if isinstance(value := _get(config, key), int):
-                setattr(config, key, min(value, limit))
-    for key in ("vocab_size", "vocab_size_per_layer_input"):
-        if _get(config, key) is not None:
-            setattr(config, key, _VOCABULARY)
-    for i, key in enumerate(_SPECIAL_IDS):
-        if _get(config, key) is not None:
-            setattr(config, key, i)
 
 
 def _get(config: Any, key: str) -> Any:

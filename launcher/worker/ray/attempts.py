@@ -126,13 +126,10 @@ class Attempts:
             group.verdict = Verdict(True, f"how the attempt ended cannot be read now: {error}")
             return
         decision = conclusion.decision
-        postmortem.release_space_if_full(self._run, self.number)
+        conclusion.write(self._run, self.number)
         # A full disk must not stop the run from continuing.
         with suppress(OSError, LauncherError):
-            conclusion.record(self._run, self.number)
             run_store.update_status(self._run, state=decision.state, step=conclusion.ending.step, message=conclusion.message)
-        if conclusion.alert is not None:
-            self.report("alert", conclusion.alert)
         postmortem.release_disk_space(self._run, self.number)
         group.verdict = Verdict(decision.again, conclusion.message)
         if not decision.again:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,28 +60,25 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
             os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
         # Workers print to the ranks' logs and to Ray's own; events.jsonl reports what happens to them.
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
-        path = detached_process.build_pythonpath(run.code, os.environ)
+        variables = detached_process.python_variables(run.code, os.environ)
         if section.address is not None:
-            join(section, {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}, **common)
+            join(section, variables, **common)
         else:
-            _start_private_ray(plan, path, folder, common)
+            _start_private_ray(plan, variables["PYTHONPATH"], folder, common)
         try:
             yield
         finally:
             import ray
 
             # A worker of a private Ray can hang in its exit, because it waits for a control service that has ended first.
-            workers = [] if section.address else [p for p in psutil.Process().children(recursive=True) if _is_ray_worker(p)]
+            workers = []
+            for process in psutil.Process().children(recursive=True) if section.address is None else ():
+                with suppress(psutil.Error):
+                    if "".join(process.cmdline()).startswith("ray::"):
+                        workers.append(process)
             ray.shutdown()
             for process in psutil.wait_procs(workers, timeout=_WORKERS_END_S)[1]:
                 process.kill()
-
-
-def _is_ray_worker(process: psutil.Process) -> bool:
-    try:
-        return "".join(process.cmdline()).startswith("ray::")
-    except psutil.Error:
-        return False
 
 
 class _NoFolders(list[str]):

@@ -21,7 +21,7 @@ from typing import Any
 
 import launcher
 from launcher.clusters.check_results import FAILURE, WARNING, CheckResult, MachineReport, to_lines
-from launcher.clusters.detached_process import build_pythonpath
+from launcher.clusters.detached_process import python_variables
 from launcher.clusters.ray.nodes import REQUEST_VARIABLE
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
@@ -165,8 +165,7 @@ def _join(section: RaySection, variables: dict[str, str], *, log_to_driver: bool
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    path = build_pythonpath(Path(launcher.__file__).resolve().parents[1], os.environ)
-    of_tasks = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", **variables}
+    of_tasks = python_variables(Path(launcher.__file__).resolve().parents[1], os.environ) | variables
     connection.join(section, of_tasks, log_to_driver=log_to_driver, logging_level="WARNING")
     return ray
 

@@ -379,8 +379,7 @@ def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[
         **from_driver,
         # Ray sets this to the number of CPUs that the actor requested, which is low or zero.
         "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
-        "PYTHONPATH": detached_process.build_pythonpath(RunDir(Path(plan.run_dir)).code, os.environ),
-        "PYTHONSAFEPATH": "1",
+        **detached_process.python_variables(RunDir(Path(plan.run_dir)).code, os.environ),
         **RaySection.of(plan.config.cluster).env,
     }
     # Last, because they follow from cluster.env, such as its TMPDIR.

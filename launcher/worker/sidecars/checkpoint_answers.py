@@ -23,7 +23,7 @@ from launcher.tracking.verdicts import EvaluationVerdict, digest_checkpoint, is_
 from launcher.worker.sidecars.sidecar import checkpoints_state, record_event
 
 if TYPE_CHECKING:
-    from launcher.clusters.backends import EvaluationJobs
+    from launcher.clusters.backends import ClusterNodes
 
 EVENT = "answers"
 _STARTER = "launcher.child_process"
@@ -130,8 +130,8 @@ class CheckpointAnswers:
             self._record_event("alert" if is_complete and self._failures else EVENT, text)
 
     @property
-    def _scheduler(self) -> EvaluationJobs:
-        return cast("EvaluationJobs", nodes_for(self._plan.config.cluster.kind))
+    def _scheduler(self) -> ClusterNodes:
+        return cast("ClusterNodes", nodes_for(self._plan.config.cluster.kind))
 
     def _list_steps(self) -> None:
         """List the steps that are due and have no verdict, if checkpoints have come or gone or a process has ended."""

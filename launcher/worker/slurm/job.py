@@ -13,8 +13,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
-from launcher.worker.postmortem import Evidence
+from launcher.worker.postmortem import Evidence, write_if_possible
 from launcher.worker.slurm import job_output
 from launcher.worker.wandb_closing import close_wandb_run
 
@@ -69,7 +69,7 @@ def begin(plan_path: str) -> int | None:
             state, lost = ("", []) if is_concluded else _find_end_of_start(attempt, job, restart, until)
 
             def alert(text: str, number: int = number) -> None:
-                _if_possible(lambda: append_event(run, number, "alert", text))
+                write_if_possible(lambda: append_event(run, number, "alert", text))
 
             end = postmortem.end_of_attempt(run, number, section, Evidence(state, failed_nodes=lost), alert)
             if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
@@ -123,8 +123,8 @@ def _end_run(plan: LaunchPlan, plan_path: str, run: RunDir, number: int, decisio
     The run is locked meanwhile. W&B may take most of a minute; another start waits longer than that for the lock.
     """
     run_store.update_status(run, state=decision.state, message=decision.reason)
-    _if_possible(lambda: append_event(run, number, "alert", f"the run ends: {decision.reason}"))
-    _if_possible(lambda: close_wandb_run(plan, plan_path, run, number))
+    write_if_possible(lambda: append_event(run, number, "alert", f"the run ends: {decision.reason}"))
+    write_if_possible(lambda: close_wandb_run(plan, plan_path, run, number))
 
 
 def conclude(plan_path: str, number: int, exit_code: int) -> int:
@@ -140,18 +140,15 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
         conclusion = postmortem.conclude(run, number, attempt, section, Evidence(state, exit_code))
     run_store.fence(run, number)
     ending, decision = conclusion.ending, conclusion.decision
-    postmortem.release_space_if_full(run, number)
-    _if_possible(lambda: conclusion.record(run, number))
-    if (alert := conclusion.alert) is not None:
-        _if_possible(lambda: append_event(run, number, "alert", alert, ending.step))
-    _if_possible(lambda: run_store.update_status(run, state=decision.state, step=ending.step, message=conclusion.message))
+    conclusion.write(run, number)
+    write_if_possible(lambda: run_store.update_status(run, state=decision.state, step=ending.step, message=conclusion.message))
     postmortem.release_disk_space(run, number)
-    _if_possible(lambda: print(f"attempt {number}: {ending.cause}: {conclusion.message}", flush=True))
+    write_if_possible(lambda: print(f"attempt {number}: {ending.cause}: {conclusion.message}", flush=True))
     if decision.again:
         by_slurm = state == "PENDING" or _is_preempted_by_slurm(_read_details(job, until), until)
         slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, retry_s=_seconds_left(until))
     else:
-        _if_possible(lambda: close_wandb_run(plan, plan_path, run, number))
+        write_if_possible(lambda: close_wandb_run(plan, plan_path, run, number))
     return 0 if decision.again or decision.state == "completed" else EXIT_FAILED
 
 
@@ -164,15 +161,6 @@ def _patience_s(attempt: Attempt) -> float:
 def _seconds_left(until: float) -> float:
     """Return the seconds until a time of time.monotonic(), at least 0."""
     return max(0.0, until - time.monotonic())
-
-
-def _if_possible(write: Callable[[], object]) -> None:
-    """Call `write`; on failure, print it: a full disk must not stop the run. The next start judges by the records."""
-    try:
-        write()
-    except OSError as error:
-        with suppress(OSError):
-            print(f"the conclusion could not be written, but the launcher acts on it: {error}", file=sys.stderr, flush=True)
 
 
 def _add_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, until: float) -> Attempt:
