@@ -45,7 +45,7 @@ def main() -> None:
             list(detector.faults(ranks, ["n"] * world_size))
             list(detector.stragglers(works, ["n"] * world_size))
             detector.step(2.0 - step * 1e-6, 1000.0)
-            spent.extended(step, 0.0, 0.0, world_size, None).metrics()
+            spent.add_training(step, 0.0, 0.0, world_size, None).metrics()
             taken.append(packed + time.thread_time() - began)
         taken.sort()
         lines.append(f"| {world_size} | {taken[STEPS // 2] * 1e6:.0f} | {taken[-3] * 1e6:.0f} |")

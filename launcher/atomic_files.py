@@ -80,7 +80,7 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    fsync_path(path.parent)
 
 
 def read_short_text(path: Path, max_bytes: int) -> str:
@@ -136,19 +136,14 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
 
 def digest_file(path: Path, on_read: Callable[[int], None] | None = None) -> FileEntry:
     """Return size and digest of a file on disk; `on_read` is called with the number of bytes of each block."""
-    with open_regular(path) as file:
-        return digest_open_file(file, on_read)
-
-
-def digest_open_file(file: io.RawIOBase, on_read: Callable[[int], None] | None = None) -> FileEntry:
-    """Return size and digest of an open file from its position on; see `digest_file`."""
     digest, size = xxhash.xxh3_128(), 0
     block = memoryview(bytearray(_READ_BYTES))
-    while count := file.readinto(block):
-        digest.update(block[:count])
-        size += count
-        if on_read is not None:
-            on_read(count)
+    with open_regular(path) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            size += count
+            if on_read is not None:
+                on_read(count)
     return FileEntry(size=size, xxh3_128=digest.hexdigest())
 
 
@@ -161,9 +156,9 @@ def refresh_directory(folder: Path) -> float:
         return os.fstat(file.fileno()).st_mtime
 
 
-def fsync_directory(path: Path) -> None:
-    """Make creations, renames and removals in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def fsync_path(path: Path) -> None:
+    """Make the content of a file durable, or creations, renames and removals in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -178,17 +173,8 @@ def fsync_tree(folder: Path) -> None:
     """
     paths = [folder, *folder.rglob("*")]
     with ThreadPoolExecutor(_NUM_FSYNC_THREADS) as pool:
-        deque(pool.map(fsync_file, [path for path in paths if path.is_file()]), maxlen=0)
-        deque(pool.map(fsync_directory, [path for path in paths if path.is_dir()]), maxlen=0)
-
-
-def fsync_file(path: Path) -> None:
-    """Make the content of a file durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        for is_kind in (Path.is_file, Path.is_dir):
+            deque(pool.map(fsync_path, filter(is_kind, paths)), maxlen=0)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -198,7 +184,7 @@ def rename(source: Path, target: Path) -> None:
         OSError: if `target` is a directory that is not empty, or the rename fails.
     """
     os.rename(source, target)
-    fsync_directory(target.parent)
+    fsync_path(target.parent)
 
 
 def replace_directory(source: Path, target: Path) -> None:

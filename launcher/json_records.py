@@ -44,9 +44,8 @@ def decode(record_type: type[T], values: Any, where: str, remedy: str = "") -> T
         record: T = _decode_object(record_type, values, "")
     except _FieldError as error:
         location = f"{where}: {error.field}" if error.field else where
-        raise DamagedRun(
-            f"a record of the run is damaged: {error.expected}", where=location, value=error.value, remedy=remedy
-        ) from None
+        message = f"a record of the run is damaged: {error.expected}"
+        raise DamagedRun(message, where=location, value=error.value, remedy=remedy) from None
     return record
 
 
@@ -90,12 +89,12 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     return _parse(content, str(path), remedy)
 
 
-def loads(record_type: type[T], content: bytes, where: str, remedy: str = "") -> T:
+def loads(record_type: type[T], content: bytes, where: str) -> T:
     """Decode one record from JSON that does not come from a local file. Raises what `read` raises; `where` names the source."""
-    return decode(record_type, _parse(content, where, remedy), where, remedy)
+    return decode(record_type, _parse(content, where), where)
 
 
-def _parse(content: bytes, where: str, remedy: str) -> dict[str, Any]:
+def _parse(content: bytes, where: str, remedy: str = "") -> dict[str, Any]:
     try:
         value = json.loads(content.decode())
     except ValueError as error:

@@ -25,7 +25,7 @@ from launcher.errors import DamagedRun, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
 from launcher.run_records import Attempt, Status
-from launcher.security import owners
+from launcher.security import folders
 from launcher.security.folders import make_own_folder
 from launcher.security.redaction import redacted_command_line
 from launcher.shell_commands import launcher_command, shell_command
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
 _NUM_NAMES = 10
+_FILES_OF_A_RUN = ("plan.json", "status.json", "plans", "checkpoints", "attempts")
 # The package to copy.
 _PACKAGE = Path(__file__).resolve().parent
 # In the code's folder: which plans this code reads.
@@ -60,11 +61,11 @@ def create(plan: LaunchPlan) -> RunDir:
         require_new(run)
         raise
     try:
-        if problem := owners.run_problem(run.root):
+        if problem := folders.run_problem(run.root):
             raise SubmitError(
                 replace(problem, remedy=f"set run.root to a folder that only you can write to; or {problem.remedy}")
             )
-        atomic_files.fsync_directory(run.root.parent)
+        atomic_files.fsync_path(run.root.parent)
         run.attempts.mkdir()
         copy_code(run.code)
         atomic_files.write_text(run.plan, plan.to_json())
@@ -358,7 +359,8 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
             raise SubmitError(message, where=str(candidate), remedy=remedy) from None
     for candidate in (root / name, Path(name).expanduser().absolute()):
         # Path.resolve raises for a link that points to itself.
-        if os.path.realpath(candidate) != os.path.realpath(root) and looks_like_run(candidate):
+        is_root = os.path.realpath(candidate) == os.path.realpath(root)
+        if not is_root and any((candidate / file).exists() for file in _FILES_OF_A_RUN):
             run = RunDir(candidate.resolve())
             remedy = plan_remedy(run.plan) if run.plan.name == marker else record_remedy(run)
             raise SubmitError(f"the run {name} has no {marker}", where=str(run.root), remedy=remedy)
@@ -472,8 +474,3 @@ def unreadable_plan(path: Path, value: str) -> DamagedRun:
     """Return the error of a plan that is damaged or of an unknown schema; `value` is the reason."""
     message = "the plan of this run cannot be read by this launcher"
     return DamagedRun(message, where=str(path), value=value, remedy=plan_remedy(path))
-
-
-def looks_like_run(folder: Path) -> bool:
-    """Return whether a folder holds files of a run."""
-    return any((folder / name).exists() for name in ("plan.json", "status.json", "plans", "checkpoints", "attempts"))

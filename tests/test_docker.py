@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from launcher.config.compose import compose_one
 from launcher.config.sections.static import NodeIdentity, identify
-from launcher.security.owners import Trust
+from launcher.security.folders import Trust
 
 DOCKER = Path(__file__).resolve().parents[1] / "docker"
 

@@ -58,8 +58,8 @@ from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.metrics import METRICS, Curve, Metric, Part, StatusPart
 from launcher.tracking.tracker import ConsoleTracker
+from launcher.tracking.wandb.project import Target, as_json
 from launcher.tracking.wandb.tracker import Session
-from launcher.tracking.wandb.workspace import Target, as_json
 from launcher.train.monitoring.step_metrics import find_peak_tflops
 from launcher.train.objectives import OBJECTIVES
 

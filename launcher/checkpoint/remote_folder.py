@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from launcher.atomic_files import FileEntry
 from launcher.errors import LauncherError, SubmitError, describe
-from launcher.security import owners
+from launcher.security import folders
 from launcher.security.storage_addresses import access_remedy, require_known_hosts
 
 T = TypeVar("T")
@@ -123,7 +123,7 @@ class RemoteFolder:
             SubmitError: with the file or folder, its owner and the remedy.
         """
         folder = Path(self._root)
-        if isinstance(self._fs, LocalFileSystem) and (problem := owners.folder_problem(f"the mirror of {folder.name}", folder)):
+        if isinstance(self._fs, LocalFileSystem) and (problem := folders.folder_problem(f"the mirror of {folder.name}", folder)):
             raise SubmitError(problem)
 
     def _connect(self, **options: Any) -> None:

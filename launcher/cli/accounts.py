@@ -42,11 +42,11 @@ def check_wandb(config: RunConfig, environ: dict[str, str]) -> list[str]:
 
 
 def _look_up_wandb_account(config: RunConfig, environ: dict[str, str]) -> dict[str, Any] | None:
-    """Return the `Account` (launcher.tracking.wandb.account) that would track the run, or None if the settings need none."""
+    """Return the `Account` (launcher.tracking.wandb.project) that would track the run, or None if the settings need none."""
     tracking = config.tracking
     if tracking.kind != "wandb" or tracking.mode in ("offline", "disabled"):
         return None
-    command = [sys.executable, "-m", "launcher.tracking.wandb.account"]
+    command = [sys.executable, "-m", "launcher.tracking.wandb.project"]
     try:
         done = subprocess.run(
             command, input=tracking.model_dump_json(), capture_output=True, text=True, env=environ, timeout=_WANDB_DEADLINE_S

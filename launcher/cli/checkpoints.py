@@ -25,7 +25,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
-from launcher.security import owners
+from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.metrics import format_age
 from launcher.tracking.progress import show_progress
@@ -62,7 +62,7 @@ def show_checkpoints(arguments: argparse.Namespace) -> int:
     if not arguments.prune:
         return _show(run_dir, plan, _verify_all(run_dir) if arguments.verify else {}, [], arguments.json)
     # While this holds the lock, no other command starts an attempt.
-    owners.require_run(run_dir.root)
+    folders.require_run(run_dir.root)
     with run_store.start_lock(run_dir):
         status = cluster_for(plan.config.cluster.kind).status(run_dir)
         if status.state in RUNNING_STATES:

@@ -45,7 +45,7 @@ from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
-from launcher.security import owners
+from launcher.security import folders
 from launcher.shell_commands import launcher_command
 
 _POLL_S = 0.2
@@ -221,7 +221,7 @@ def _join_run(start: _Start) -> int:
             message, where = f"attempt {attempt} did not appear on this machine", str(run.attempt(attempt))
             raise SubmitError(message, where=where, remedy="check the storage of run.root on this machine")
         time.sleep(_POLL_S)
-    owners.require_run(run.root)
+    folders.require_run(run.root)
     plan_path = run.attempt(attempt) / "plan.json" if answer.own_plan else run.plan
     process = static.NodeProcess(run, attempt, plan_path, here.node, name)
     log = static.agent_log(run, attempt, here.node)
@@ -241,7 +241,7 @@ def _join_run(start: _Start) -> int:
 
 def _describe_end(config: RunConfig, run: RunDir) -> str | None:
     """If the same command is repeated for a completed or cancelled run, return this as a message; otherwise None."""
-    if not run.status.is_file() or owners.run_problem(run.root) is not None:
+    if not run.status.is_file() or folders.run_problem(run.root) is not None:
         return None
     with suppress(OSError, LauncherError):
         status = run_store.read_status(run)
@@ -281,7 +281,7 @@ def _continue_run(composed: Composed, run: RunDir, cluster: StaticCluster, inter
         ConfigError: if the command differs from the one that began the run.
         SubmitError: if the run is still running, or its retry budget is spent.
     """
-    owners.require_run(run.root)
+    folders.require_run(run.root)
     with run_store.start_lock(run):
         _await_idle(run)
         with composed.located():

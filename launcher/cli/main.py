@@ -16,7 +16,7 @@ from launcher.config.command_line import is_run_file
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, LauncherError, Problem
 from launcher.security.printable_stream import printable_output, raw
 
-# The same value as in launcher.security.owners, which only commands with the flag import here.
+# The same value as in launcher.security.folders, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"
 # Variables with paths that libraries read in a run's processes, which work in the run directory.
 _PATH_VARIABLES = (
@@ -118,7 +118,7 @@ def _run_command(tokens: list[str]) -> int:
     with suppress(FileNotFoundError):
         _make_paths_absolute()
     if owners:
-        from launcher.security.owners import add_to_environ
+        from launcher.security.folders import add_to_environ
 
         add_to_environ(owners)
     if name == "help" and words[:1] and words[0] in VERBS:

@@ -32,7 +32,7 @@ from launcher.errors import ConfigError, DataError, LauncherError, Problem, Subm
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
-from launcher.security import owners
+from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.metrics import format_age
 from launcher.tracking.progress import show_progress
@@ -61,7 +61,7 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
     run = RunDir((root / mirrored.run_name).absolute())
     claim_run_dir(run, remote.url)
     # Check this before fetching bytes that would not be used.
-    owners.require_run(run.root)
+    folders.require_run(run.root)
     with run_store.start_lock(run):
         with convert_storage_errors(remote, "read"):
             plans = download_fixed_files(remote, mirrored, run)

@@ -39,7 +39,7 @@ from launcher.plan.sizing.layers import describe_liger
 from launcher.plan.steps import single_step_warning
 from launcher.plan.throughput import SpeedEstimate
 from launcher.shell_commands import launcher_command, short_path
-from launcher.tracking.costs import hosted_training, training_tokens
+from launcher.tracking.goodput import hosted_training, training_tokens
 
 # Columns of the labels of a plan in a terminal.
 LABEL_COLUMNS = 11

@@ -28,7 +28,7 @@ from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import MirrorRecord
 from launcher.run_store import plan_remedy
-from launcher.security import owners
+from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.metrics import format_age
@@ -101,7 +101,7 @@ def _find_runs(names: list[str], root: Path) -> list[RunDir]:
         except LauncherError as error:
             problems += error.problems
             continue
-        problems += filter(None, [owners.run_problem(run.root)])
+        problems += filter(None, [folders.run_problem(run.root)])
         runs[run.root] = run
     if problems:
         raise SubmitError(problems)
@@ -244,7 +244,7 @@ def _list_users(roots: Iterable[Path]) -> Iterator[tuple[str, str, set[str]]]:
     """Yield the directory, the state and the absolute paths in the plans of each run of this user."""
     for run in {run.root.resolve(): run for root in roots for run in run_store.list_runs(root)}.values():
         # Other users' runs use their own caches, or a group's, which are kept.
-        if not owners.accepts_owner(run.root.stat().st_uid):
+        if not folders.accepts_owner(run.root.stat().st_uid):
             continue
         state, paths = "unknown", set[str]()
         with suppress(LauncherError):

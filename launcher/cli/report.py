@@ -28,8 +28,7 @@ from launcher.run_records import Status
 from launcher.security import owners
 from launcher.shell_commands import short_path
 from launcher.tracking import goodput
-from launcher.tracking.costs import hosted_training
-from launcher.tracking.goodput import Breakdown
+from launcher.tracking.goodput import Breakdown, hosted_training
 from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
 from launcher.tracking.metrics import curves, format_duration
 from launcher.tracking.run_metrics import find_overfitting, newest_trained_step
@@ -80,7 +79,7 @@ def _read_run_files(run: RunDir, name: str) -> _RunFiles:
     status = status_reader_for(run, plan.config.cluster.kind).status(run)
     events = read_events(run.events)
     attempts = goodput.complete_attempts(goodput.read_attempt_times(run), status.state, lines, events)
-    spent = goodput.breakdown(lines, events, attempts, time.time())
+    spent = goodput.break_down(lines, events, attempts, time.time())
     return _RunFiles(name, run, plan, status, lines, merge_steps(continued_lines(lines)), events, spent)
 
 
@@ -125,7 +124,7 @@ def _list_facts(one: _RunFiles) -> dict[str, str]:
         facts["lost steps"] = f"{one.spent.lost_steps:,}"
     # The last line of metrics lacks the last save, the export, and attempts that never trained.
     tokens = 0 if last is None else int(last.get("trainer/tokens", 0))
-    counted = goodput.cost(one.plan, one.spent, tokens)
+    counted = goodput.compute_cost(one.plan, one.spent, tokens)
     if counted:
         facts["GPU hours" if one.plan.topology.device == "cuda" else "rank hours"] = f"{counted['cost/gpu_hours']:,.2f}"
     of = " at a typical price" if one.spent.assumed_usd else ""

@@ -20,7 +20,7 @@ from launcher.clusters import detached_process
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
-from launcher.security import owners
+from launcher.security import folders
 
 if TYPE_CHECKING:
     from launcher.clusters.check_results import CheckResult, ReportReader
@@ -226,7 +226,7 @@ def status_reader_for(run: RunDir, kind: str) -> StatusReader:
     Raises:
         RunError: if there is no such backend.
     """
-    problem = owners.run_problem(run.root)
+    problem = folders.run_problem(run.root)
     return cluster_for(kind) if problem is None else FilesOnly(problem.message)
 
 

@@ -20,8 +20,7 @@ import xxhash
 
 from launcher.errors import DataError, Problem
 from launcher.plan.quantities import format_size
-from launcher.security.folders import is_writable, make_own_folder, require_cache
-from launcher.security.owners import folder_problem
+from launcher.security.folders import folder_problem, is_writable, make_own_folder, require_cache
 
 SHARED_CACHE_VARIABLE = "LAUNCHER_SHARED_CACHE"
 MODELS, DATASETS = "models", "datasets"
@@ -129,7 +128,7 @@ def download_cache(repo_id: str, kind: str = MODELS) -> Path:
     cache = own_hub_cache()
     make_own_folder(cache.parent)
     cache.mkdir(mode=0o700, exist_ok=True)
-    _print_once(f"{problem.message}; downloads go to {cache}; to use the Hub's cache: {problem.remedy}")
+    print_once(f"{problem.message}; downloads go to {cache}; to use the Hub's cache: {problem.remedy}")
     return cache
 
 
@@ -165,5 +164,6 @@ def _locate_hub_cache() -> Path:
 
 
 @functools.cache
-def _print_once(text: str) -> None:
+def print_once(text: str) -> None:
+    """Print a notice to standard error, unless this process has printed it before."""
     print(text, file=sys.stderr, flush=True)

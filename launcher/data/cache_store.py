@@ -205,7 +205,7 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
     """Write meta.json, the last file of a cache."""
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in (folder, folder / "eval"):
-        atomic_files.fsync_directory(path)
+        atomic_files.fsync_path(path)
     meta = {
         "format": FORMAT_VERSION,
         "facts": facts.model_dump(mode="json", exclude={"cache_dir"}),

@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,27 +235,21 @@ def _write_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], parts: Ite
 
 
 def _write_blocks(path: Path, parts: Iterable[bytes]) -> list[int]:
-    digests, size = [], 0
+    """Write the consecutive parts; return their size in bytes and the digests of blocks of BLOCK_BYTES, the last one shorter."""
+    digests, size, rest = [], 0, b""
     with path.open("wb") as file:
-        for block in _cut_into_blocks(parts):
-            file.write(block)
-            digests.append(xxhash.xxh3_64_intdigest(block))
-            size += len(block)
+        for part in parts:
+            file.write(part)
+            size += len(part)
+            joined = memoryview(rest + part)
+            end = len(joined) - len(joined) % BLOCK_BYTES
+            digests += [xxhash.xxh3_64_intdigest(joined[at : at + BLOCK_BYTES]) for at in range(0, end, BLOCK_BYTES)]
+            rest = bytes(joined[end:])
+        if rest:
+            digests.append(xxhash.xxh3_64_intdigest(rest))
         file.flush()
         os.fsync(file.fileno())
     return [size, *digests]
-
-
-def _cut_into_blocks(parts: Iterable[bytes]) -> Iterator[memoryview]:
-    """Yield the consecutive parts in blocks of BLOCK_BYTES; only the last may be shorter."""
-    rest = b""
-    for part in parts:
-        joined = memoryview(rest + part)
-        end = len(joined) - len(joined) % BLOCK_BYTES
-        yield from (joined[start : start + BLOCK_BYTES] for start in range(0, end, BLOCK_BYTES))
-        rest = bytes(joined[end:])
-    if rest:
-        yield memoryview(rest)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from launcher.evaluate.weights import choose_dtype, count_context, export_tuned_
 from launcher.models.remote_code import code_option, folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security import owners
+from launcher.security import folders
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import TUNED, digest_checkpoint
 from launcher.train.model import DTYPES
@@ -142,7 +142,7 @@ def find_tasks(names: Sequence[str], task_folder: Path | None = None) -> dict[st
         if not task_folder.is_dir():
             raise ConfigError("there is no such folder", where="--task-folder", value=str(task_folder))
         # A task names functions to run, and its templates are not sandboxed.
-        if problem := owners.folder_problem("the folder of tasks", task_folder):
+        if problem := folders.folder_problem("the folder of tasks", task_folder):
             raise ConfigError(problem)
     os.environ.update(dict.fromkeys(_OFFLINE, "1"))
     # Its client has read the variable if transformers is imported, and nothing guards what tasks would fetch with it.

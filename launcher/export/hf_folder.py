@@ -232,7 +232,7 @@ def complete_export(task: ExportTask, card: RenderCard | None = None, device: st
     json_records.write(task.partial / EXPORT_RECORD, record)
     if card is not None:
         atomic_files.write_text(task.partial / CARD, card(exported))
-    atomic_files.fsync_directory(task.partial)
+    atomic_files.fsync_path(task.partial)
     atomic_files.replace_directory(task.partial, task.out)
     return exported
 

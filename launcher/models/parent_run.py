@@ -21,7 +21,7 @@ from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
-from launcher.security import owners
+from launcher.security import folders
 from launcher.shell_commands import launcher_command
 
 
@@ -67,7 +67,7 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
         raise _make_error("is not a run", path, "write run:NAME or run:NAME@STEP")
     try:
         run = run_store.find_run(match["run"], root)
-        owners.require_run(run.root)
+        folders.require_run(run.root)
         plan = run_store.load_plan(run)
     except LauncherError as error:
         raise _make_error(error.problems[0].message, path, error.problems[0].remedy or "choose another run") from error

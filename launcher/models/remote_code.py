@@ -24,7 +24,7 @@ from typing import Any
 
 from launcher.config.sections.model import ModelSection, is_local_path, is_run
 from launcher.errors import ConfigError, Problem
-from launcher.security.owners import folder_problem
+from launcher.security.folders import folder_problem
 
 ADAPTER = "adapter_config.json"
 # Keys of config.json with which transformers finds classes of a model that it does not load from a folder.

@@ -107,7 +107,7 @@ def secret_problem(key: str, value: Any, secrets: Mapping[str, str]) -> str | No
         return None
     if LOGIN.fullmatch(value):
         return f"{key}: {LOGIN_IN_ADDRESS}"
-    if name := secret_within(value, secrets):
+    if name := next((name for name, secret in secrets.items() if _holds_secret(value, secret)), None):
         return f"{key}: contains the value of {name} in the environment, which looks like a secret; it is not shown"
     return None
 
@@ -122,8 +122,10 @@ def redact(text: str, secrets: Mapping[str, str] | None = None) -> str:
 
     `secrets` are the credentials in the environment, keyed by variable.
     """
-    text = _redact_forms(hide_secrets(text, secrets or {}))
-    return _HEX_KEY_OR_COMMIT.sub(lambda match: match[0] if match["commit"] else REDACTED, text)
+    for secret in (secrets or {}).values():
+        if _holds_secret(text, secret):
+            text = text.replace(secret, REDACTED)
+    return _HEX_KEY_OR_COMMIT.sub(lambda match: match[0] if match["commit"] else REDACTED, _redact_forms(text))
 
 
 def redact_setting(key: str, value: Any, text: str | None = None) -> str:
@@ -145,21 +147,8 @@ def redacted_command_line() -> str:
     return redact(shlex.join([Path(program).name, *arguments]))
 
 
-def secret_within(text: str, secrets: Mapping[str, str]) -> str | None:
-    """Return the name of the variable whose value is the text or part of it, or None."""
-    return next((name for name, value in secrets.items() if text == value or _is_part(value, text)), None)
-
-
-def hide_secrets(text: str, secrets: Mapping[str, str]) -> str:
-    """Return the text with `<redacted>` in place of these variables' values."""
-    for value in secrets.values():
-        if text == value or _is_part(value, text):
-            text = text.replace(value, REDACTED)
-    return text
-
-
-def _is_part(value: str, text: str) -> bool:
-    return len(value) >= _MIN_CHARS_WITHIN and value in text
+def _holds_secret(text: str, secret: str) -> bool:
+    return text == secret or (len(secret) >= _MIN_CHARS_WITHIN and secret in text)
 
 
 def request_json(request: Request, timeout_s: float) -> Any:

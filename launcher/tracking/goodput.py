@@ -1,4 +1,4 @@
-"""Goodput: the time of the steps that a run kept divided by the time since submission, and where the rest went."""
+"""Goodput, the time of the steps that a run kept divided by the time since submission: where the rest went, and what it costs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from launcher.tracking.jsonl import read_events
 from launcher.tracking.run_metrics import read_time_lines
 
 if TYPE_CHECKING:
+    from launcher.config.sections.run import HostedPrice
     from launcher.plan.launch_plan import LaunchPlan
+    from launcher.plan.throughput import SpeedEstimate
+    from launcher.tracking.verdicts import SideUsage
 
 # Kinds of lost time and their labels.
 LOST = {
@@ -93,10 +96,10 @@ class Breakdown:
         """Time of kept steps as a fraction (0 to 1) of the time since submission."""
         return self.kept_s / self.wall_s if self.wall_s > 0 else 0.0
 
-    def extended(self, seconds: float, eval_s: float, save_s: float, num_ranks: int, price: Price | None) -> Breakdown:
+    def add_training(self, seconds: float, eval_s: float, save_s: float, num_ranks: int, price: Price | None) -> Breakdown:
         """Return the breakdown after further `seconds` of training on `num_ranks` ranks, `eval_s` and `save_s` of them lost."""
         return replace(
-            self.with_gpu_time(seconds * max(num_ranks, self.num_workers), price),
+            self.add_gpu_time(seconds * max(num_ranks, self.num_workers), price),
             wall_s=self.wall_s + seconds,
             kept_s=self.kept_s + max(0.0, seconds - eval_s - save_s),
             eval_s=self.eval_s + eval_s,
@@ -104,7 +107,7 @@ class Breakdown:
             held_s=self.held_s + seconds,
         )
 
-    def with_gpu_time(self, gpu_s: float, price: Price | None) -> Breakdown:
+    def add_gpu_time(self, gpu_s: float, price: Price | None) -> Breakdown:
         """Return the breakdown with the cost of `gpu_s` more GPU seconds."""
         if not gpu_s:
             return self
@@ -143,12 +146,33 @@ class _RankStart:
     limit: float
     lines: Sequence[dict[str, Any]]
 
-    @property
-    def trained(self) -> list[dict[str, Any]]:
-        return [line for line in self.lines if "train/loss" in line]
+    def add_to(self, parts: dict[str, float], is_last: bool) -> int:
+        """Add the parts of its time to `parts`; return the number of its steps that were lost."""
+        if self.loaded_at is None:
+            parts["load_s"] += self.end - self.joined_at
+            return 0
+        parts["load_s"] += self.loaded_at - self.joined_at
+        last: dict[str, Any] = {"time": self.loaded_at, "trainer/step": self.from_step}
+        last = next((line for line in reversed(self.lines) if "train/loss" in line), last)
+        evals = sum(line.get("time/eval_s", 0.0) for line in self.lines)
+        stalls = sum(line.get("ckpt/stall_s", 0.0) for line in self.lines)
+        inside = sum(
+            line.get("time/eval_s", 0) + line.get("ckpt/stall_s", 0) for line in self.lines if line["time"] <= last["time"]
+        )
+        parts["eval_s"] += evals
+        parts["save_s"] += stalls
+        steps = last["trainer/step"] - self.from_step
+        lost = min(steps, max(0, last["trainer/step"] - self.limit))
+        worked = max(0.0, last["time"] - self.loaded_at - inside)
+        replayed = worked * lost / steps if steps else 0.0
+        parts["kept_s"] += worked - replayed
+        parts["replay_s"] += replayed
+        if not is_last:
+            parts["restart_s"] += max(0.0, self.end - last["time"] - (evals + stalls - inside))
+        return int(lost)
 
 
-def breakdown(
+def break_down(
     lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[AttemptTimes], now: float
 ) -> Breakdown:
     """Return where the time until `now` went, from all lines of metrics.jsonl and events.jsonl as written. Pure."""
@@ -170,38 +194,14 @@ def breakdown(
         # Machines cost the same before the ranks have joined.
         num_ranks = own[0].num_ranks if own else attempt.num_ranks
         held = held + end - started_at
-        spent = spent.with_gpu_time((end - started_at) * max(num_ranks, attempt.num_workers), attempt.price)
+        spent = spent.add_gpu_time((end - started_at) * max(num_ranks, attempt.num_workers), attempt.price)
         parts["start_s"] += max(0.0, (own[0].joined_at if own else end) - started_at)
         for start in own:
-            lost_steps += _add_parts(start, parts, is_last=start is starts[-1] and attempt is attempts[-1])
+            lost_steps += start.add_to(parts, is_last=start is starts[-1] and attempt is attempts[-1])
         before = max(before, end)
     wall = before - attempts[0].submitted_at
     parts["other_s"] = max(0.0, wall - sum(parts.values()))
     return replace(spent, wall_s=wall, **parts, held_s=held, lost_steps=lost_steps, num_workers=attempts[-1].num_workers)
-
-
-def _add_parts(start: _RankStart, parts: dict[str, float], is_last: bool) -> int:
-    """Add the parts of one start of the ranks; return the number of its steps that were lost."""
-    if start.loaded_at is None:
-        parts["load_s"] += start.end - start.joined_at
-        return 0
-    parts["load_s"] += start.loaded_at - start.joined_at
-    trained = start.trained
-    last = trained[-1] if trained else {"time": start.loaded_at, "trainer/step": start.from_step}
-    evals = sum(line.get("time/eval_s", 0.0) for line in start.lines)
-    stalls = sum(line.get("ckpt/stall_s", 0.0) for line in start.lines)
-    inside = sum(line.get("time/eval_s", 0) + line.get("ckpt/stall_s", 0) for line in start.lines if line["time"] <= last["time"])
-    parts["eval_s"] += evals
-    parts["save_s"] += stalls
-    steps = last["trainer/step"] - start.from_step
-    lost = min(steps, max(0, last["trainer/step"] - start.limit))
-    worked = max(0.0, last["time"] - start.loaded_at - inside)
-    replayed = worked * lost / steps if steps else 0.0
-    parts["kept_s"] += worked - replayed
-    parts["replay_s"] += replayed
-    if not is_last:
-        parts["restart_s"] += max(0.0, start.end - last["time"] - (evals + stalls - inside))
-    return int(lost)
 
 
 def _find_starts(
@@ -297,10 +297,13 @@ def read(run: RunDir, now: float, state: str = "running", next_plan: LaunchPlan 
     joined = [event["time"] for event in events if event["fields"].get(PHASE) == JOINED]
     boundaries = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
     lines = read_time_lines(run.metrics, [*joined, *boundaries])
-    return breakdown(lines, events, complete_attempts(attempts, state, lines, events), now)
+    return break_down(lines, events, complete_attempts(attempts, state, lines, events), now)
 
 
-def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
+# Money: spent, expected, and for requests
+
+
+def compute_cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
     """Return GPU hours (rank hours on CPUs) and US dollars of the whole run, in which `tokens` were trained, as metrics.
 
     `plan` is the newest plan. Empty on CPUs without a price.
@@ -332,3 +335,51 @@ def reached_limit(run: RunDir, plan: LaunchPlan, now: float) -> str:
     except (OSError, LauncherError, KeyError, TypeError, ValueError):
         # The ranks check again, and send an alert if they cannot read it.
         return ""
+
+
+def largest_usd(plan: LaunchPlan, speed: SpeedEstimate) -> float | None:
+    """Return the maximum cost that is expected for a run, or that it is limited to, or None if unknown."""
+    limits = [plan.config.run.max_usd, None if speed.usd is None else speed.usd[1]]
+    if plan.price is not None and plan.config.run.max_hours is not None:
+        limits.append(plan.config.run.max_hours * plan.price.usd_per_gpu_hour * plan.topology.world_size)
+    return min((usd for usd in limits if usd is not None), default=None)
+
+
+def training_tokens(plan: LaunchPlan) -> int | None:
+    """Return the number of tokens that a run trains on, counting each epoch, or None if the number of steps is unknown."""
+    batch = plan.batch
+    return None if batch.max_steps is None else batch.max_steps * (batch.tokens_per_step or batch.max_tokens_per_step)
+
+
+def hosted_training(prices: Sequence[HostedPrice], tokens: int) -> dict[str, float]:
+    """Return the cost of this many training tokens at each service that has a price for training."""
+    return {price.name: price.training * tokens / 1e6 for price in prices if price.training is not None}
+
+
+@dataclass(frozen=True)
+class RequestCost:
+    """The cost of a million requests like those in an evaluation, for one side.
+
+    `usd_here` is the evaluation's GPU time at the price of a GPU hour, None if either is unknown; `usd_hosted` holds the price at
+    each hosted service that has prices for requests.
+    """
+
+    prompt_tokens: float
+    answer_tokens: float
+    usd_here: float | None
+    usd_hosted: dict[str, float]
+
+    @classmethod
+    def of_usage(cls, usage: SideUsage, usd_per_gpu_hour: float | None, prices: Sequence[HostedPrice]) -> RequestCost:
+        """Return the cost, averaged over an evaluation's prompts."""
+        prompt, answer = (tokens / max(usage.num_prompts, 1) for tokens in (usage.prompt_tokens, usage.answer_tokens))
+        usd_here = None
+        if usage.gpu_s is not None and usd_per_gpu_hour is not None:
+            usd_here = usage.gpu_s / 3600 / max(usage.num_prompts, 1) * 1e6 * usd_per_gpu_hour
+        hosted = {
+            # Prices are for a million tokens, and there are a million requests.
+            price.name: prompt * price.input + answer * price.output
+            for price in prices
+            if price.input is not None and price.output is not None
+        }
+        return cls(prompt, answer, usd_here, hosted)

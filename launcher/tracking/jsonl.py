@@ -235,25 +235,18 @@ def _open_for_append(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
-        whole = _find_end_of_lines(descriptor, size)
-        if whole < size:
-            os.ftruncate(descriptor, whole)
+        # Where the last complete line ends.
+        begin, newline = size, -1
+        while begin and newline < 0:
+            end, begin = begin, max(0, begin - _CHUNK)
+            newline = os.pread(descriptor, end - begin, begin).rfind(b"\n")
+        if begin + newline + 1 < size:
+            os.ftruncate(descriptor, begin + newline + 1)
         os.fsync(descriptor)
     except OSError:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def _find_end_of_lines(descriptor: int, size: int) -> int:
-    """Return the offset at which the last complete line ends."""
-    end = size
-    while end:
-        begin = max(0, end - _CHUNK)
-        if (newline := os.pread(descriptor, end - begin, begin).rfind(b"\n")) >= 0:
-            return begin + newline + 1
-        end = begin
-    return 0
 
 
 def _to_json_types(value: Any) -> Any:

@@ -301,11 +301,6 @@ def curves() -> dict[str, Curve]:
     return {name: metric.curve for name, metric in METRICS.items() if metric.curve is not None}
 
 
-def lowest_names() -> dict[str, str]:
-    """Return the metrics whose lowest value is kept, with that value's name in the run's summary."""
-    return {name: metric.lowest for name, metric in METRICS.items() if metric.lowest is not None}
-
-
 def median_names() -> list[str]:
     """Return the metrics whose median over the last steps `status` shows."""
     return [name for name, metric in METRICS.items() if metric.status is not None and metric.status.is_median]

@@ -75,10 +75,13 @@ def read_tail(path: str | Path, num_points: int = 40, resumed: Mapping[int, int]
             evaluated = next(filter(counts, _iter_backwards(data, b'"eval/held_out/loss"')), {})
             costs = _iter_backwards(data, b'"cost/gpu_hours"')
             spent = next((CostSoFar(line["cost/gpu_hours"], line.get("cost/usd"), line["time"]) for line in costs), None)
-            losses = tuple(line["train/loss"] for line in filter(counts, _sample_steps(data, num_points)))
+            # The training steps that follow evenly spaced offsets.
+            offsets = {data.find(_TRAINED, len(data) * i // num_points) for i in range(num_points)} - {-1}
+            begins = sorted({data.rfind(b"\n", 0, offset) + 1 for offset in offsets})
+            sampled = (line for begin in begins for line in decode_lines(_read_line(data, begin)))
             return MetricsTail(
                 tuple(line for line in recent if line["attempt"] == recent[0]["attempt"]),
-                losses,
+                tuple(line["train/loss"] for line in sampled if counts(line)),
                 evaluated.get("eval/held_out/loss"),
                 evaluated.get("trainer/step"),
                 spent,
@@ -105,7 +108,7 @@ def has_trained(run: RunDir, status: Status) -> bool:
 
 
 def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics that `goodput.breakdown` needs, in order: they give the same result as all lines.
+    """Return the lines of a run's metrics that `goodput.break_down` needs, in order: they give the same result as all lines.
 
     These are the lines of evaluations and saves, and the last training step before each of `boundaries` and before the end.
 
@@ -233,14 +236,3 @@ def _iter_backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]
 def _read_line(data: mmap.mmap, start: int) -> bytes:
     end = data.find(b"\n", start)
     return data[start : end if end >= 0 else len(data)]
-
-
-def _sample_steps(data: mmap.mmap, num_points: int) -> Iterator[dict[str, Any]]:
-    """Yield the training steps that follow evenly spaced offsets."""
-    before = -1
-    for i in range(num_points):
-        offset = data.find(_TRAINED, len(data) * i // num_points)
-        start = data.rfind(b"\n", 0, offset) + 1 if offset >= 0 else before
-        if start > before:
-            before = start
-            yield from decode_lines(_read_line(data, start))

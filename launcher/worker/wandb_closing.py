@@ -40,7 +40,7 @@ def close_wandb_run(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attemp
         with suppress(OSError, LauncherError):
             # This also sends the table of all steps.
             if (newest := read_newest_verdict(run)) is not None:
-                _run_module("launcher.tracking.wandb.verdict_upload", str(run.root), str(newest.step))
+                _run_module("launcher.tracking.wandb.tracker", str(run.root), str(newest.step))
 
 
 def _run_module(module: str, *arguments: str) -> None:

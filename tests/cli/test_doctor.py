@@ -107,7 +107,7 @@ def _lives(process: psutil.Process) -> bool:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWandb]:
     """A fake W&B server. Account checks are forked from a process that has imported W&B's package once."""
-    imported = preloaded("launcher.tracking.wandb.account", "wandb.sdk.lib.wbauth")
+    imported = preloaded("launcher.tracking.wandb.project", "wandb.sdk.lib.wbauth")
     monkeypatch.setattr(accounts, "subprocess", ForkingSubprocess(imported))
     for name in [name for name in os.environ if name.startswith(("WANDB_", "HF_"))]:
         monkeypatch.delenv(name)

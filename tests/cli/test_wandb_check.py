@@ -30,7 +30,7 @@ def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Fork account checks from a process that has imported W&B once; tests that run a whole command import it anew."""
     if "launch_here" not in request.fixturenames:
         monkeypatch.setattr(
-            accounts, "subprocess", ForkingSubprocess(preloaded("launcher.tracking.wandb.account", "wandb.sdk.lib.wbauth"))
+            accounts, "subprocess", ForkingSubprocess(preloaded("launcher.tracking.wandb.project", "wandb.sdk.lib.wbauth"))
         )
 
 

@@ -491,7 +491,7 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "launcher"))
-    cache_dir._print_once.cache_clear()
+    cache_dir.print_once.cache_clear()
     with temporary:
         yield folder
 

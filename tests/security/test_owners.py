@@ -23,8 +23,8 @@ from launcher.config.sections.ray import RaySection
 from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, DataError
 from launcher.plan.run_dir import RunDir
-from launcher.security import folders, owners
-from launcher.security.owners import VARIABLE, folder_problem
+from launcher.security import folders
+from launcher.security.folders import TRUST_VARIABLE, folder_problem
 from launcher.worker.ray import connection
 
 __all__ = ["as_root"]
@@ -36,7 +36,7 @@ _MAX_SOCKET_CHARS = 107
 
 @pytest.fixture(autouse=True)
 def no_trust(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_a_folder_that_others_can_change_is_refused(own: Path, monkeypatch: pyte
     assert problem is not None
     assert Path(problem.where) in (own, own.parent)
     assert trusted in problem.remedy
-    monkeypatch.setenv(VARIABLE, trusted)
+    monkeypatch.setenv(TRUST_VARIABLE, trusted)
     assert folder_problem("it", own) is None
 
 
@@ -119,7 +119,7 @@ def test_an_own_folder_is_accepted(own: Path, case: str) -> None:
 @pytest.mark.usefixtures("as_root")
 def test_folders_outside_a_rootless_container_are_accepted_above_an_own_one(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.chown(own.parent, MALLORY, -1)
-    monkeypatch.setattr(owners, "uid_of_unmapped_users", lambda: MALLORY)
+    monkeypatch.setattr(folders, "uid_of_unmapped_users", lambda: MALLORY)
     assert folder_problem("it", own) is None
     os.chown(own, MALLORY, -1)
     assert folder_problem("it", own) is not None
@@ -127,9 +127,9 @@ def test_folders_outside_a_rootless_container_are_accepted_above_an_own_one(own:
 
 @pytest.mark.usefixtures("as_root")
 def test_an_unknown_owner_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "root")
+    monkeypatch.setenv(TRUST_VARIABLE, "root")
     with pytest.raises(ConfigError) as refused:
-        owners.add_to_environ(["nobody-of-this-name"])
+        folders.add_to_environ(["nobody-of-this-name"])
     assert refused.value.problems[0].value == "nobody-of-this-name"
 
 

@@ -20,7 +20,7 @@ from launcher.config.sections.run import TrackingSection
 from launcher.data.sources import locate
 from launcher.errors import DataError, SubmitError
 from launcher.security.redaction import request_json
-from launcher.tracking.wandb import account
+from launcher.tracking.wandb import project
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 
@@ -47,7 +47,7 @@ def test_a_key_does_not_follow_a_redirect(servers: tuple[str, list[str]]) -> Non
     with pytest.raises(urllib.error.HTTPError) as refused:
         request_json(request(f"{address}/api/whoami-v2"), 60)
     assert refused.value.code == 302
-    found = account._check_access(address, KEY, account.Account("environment"), TrackingSection().project)
+    found = project._check_access(address, KEY, project.Account("environment"), TrackingSection().project)
     assert "answers with HTTP 302" in found.unknown
     assert received == []
 

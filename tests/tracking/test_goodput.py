@@ -19,8 +19,16 @@ from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
-from launcher.tracking.costs import hosted_training, request_cost
-from launcher.tracking.goodput import JOINED, LOADED, LOST, AttemptTimes, Breakdown, breakdown
+from launcher.tracking.goodput import (
+    JOINED,
+    LOADED,
+    LOST,
+    AttemptTimes,
+    Breakdown,
+    RequestCost,
+    break_down,
+    hosted_training,
+)
 from launcher.tracking.verdicts import SideUsage
 
 RANKS = 4
@@ -55,7 +63,7 @@ def test_an_attempt_from_the_queue_to_its_end() -> None:
         *(step(n, 1, 143 + 2 * n) for n in range(1, 11)),
         {"trainer/step": 10, "attempt": 1, "time": 164.0, "ckpt/stall_s": 1.0},
     ]
-    result = breakdown(lines, start(1, 120, 140), [AttemptTimes(1, 100, 110, 170, RANKS)], now=999)
+    result = break_down(lines, start(1, 120, 140), [AttemptTimes(1, 100, 110, 170, RANKS)], now=999)
     assert parts(result) == {"queue_s": 10, "start_s": 10, "load_s": 20, "eval_s": 3, "kept_s": 20, "save_s": 1, "other_s": 6}
     assert (result.wall_s, result.held_s, result.gpu_s, result.lost_steps) == (70, 60, 240, 0)
     assert result.goodput == pytest.approx(20 / 70)
@@ -67,21 +75,21 @@ def test_steps_after_the_checkpoint_that_the_next_attempt_began_from_are_lost() 
     second = [step(n, 2, 90 + 2 * (n - 3)) for n in range(4, 6)]
     events = [*start(1, 10, 20), *start(2, 80, 90, from_step=3, ranks=2)]
     attempts = [AttemptTimes(1, 0, 5, 45, RANKS), AttemptTimes(2, 50, 70, None, RANKS)]
-    result = breakdown([*first, *second], events, attempts, now=94)
+    result = break_down([*first, *second], events, attempts, now=94)
     assert parts(result) == {
         **{"queue_s": 5 + (70 - 45), "start_s": 5 + 10, "load_s": 10 + 10, "kept_s": 6 + 4, "replay_s": 4},
         "restart_s": 45 - 30,
     }
     assert result.lost_steps == 2
     assert (result.held_s, result.gpu_s) == (40 + 24, 40 * 4 + 24 * 2)
-    assert breakdown(first, events, attempts, now=85).lost_steps == 0
-    assert breakdown(first, events, attempts, now=90).lost_steps == 2
+    assert break_down(first, events, attempts, now=85).lost_steps == 0
+    assert break_down(first, events, attempts, now=90).lost_steps == 2
 
 
 def test_time_until_a_person_resumes_is_idle_and_no_restart() -> None:
     attempts = [AttemptTimes(1, 0, 0, 40, RANKS, automatic=False), AttemptTimes(2, 4000, 4010, None, RANKS, automatic=False)]
     events = [*start(1, 0, 10), *start(2, 4020, 4030, from_step=3)]
-    result = breakdown([step(n, 1, 10 + 10 * n) for n in range(1, 4)], events, attempts, now=4030)
+    result = break_down([step(n, 1, 10 + 10 * n) for n in range(1, 4)], events, attempts, now=4030)
     assert parts(result) == {"kept_s": 30, "idle_s": 3960, "queue_s": 10, "start_s": 10, "load_s": 20}
 
 
@@ -89,41 +97,41 @@ def test_a_requeued_run_waits_in_the_queue_from_the_end_of_the_attempt_before() 
     hour = 3600
     attempts = [AttemptTimes(1, 0, 0, hour, RANKS), AttemptTimes(2, 7 * hour, 7 * hour + 3, None, RANKS)]
     lines = [step(10, 1, hour)]
-    result = breakdown(lines, start(1, 0, 0), attempts, now=7 * hour + 3)
+    result = break_down(lines, start(1, 0, 0), attempts, now=7 * hour + 3)
     assert parts(result) == {"kept_s": hour, "queue_s": 6 * hour + 3}
 
 
 def test_a_node_with_a_slow_clock_gives_no_negative_time() -> None:
     """The node's timestamps are earlier than the submission."""
     lines, events = [step(1, 1, 830), step(2, 1, 890)], start(1, 770, 780)
-    result = breakdown(lines, events, [AttemptTimes(1, 1000, 760, None, RANKS, automatic=False)], now=1150)
+    result = break_down(lines, events, [AttemptTimes(1, 1000, 760, None, RANKS, automatic=False)], now=1150)
     assert all(asdict(result)[name] >= 0 for name in ("kept_s", *LOST))
     assert (result.wall_s, result.held_s, result.kept_s) == (150, 150, 110)
     # The second attempt's node recorded an end before the first attempt ended.
     attempts = [AttemptTimes(1, 0, 0, 100, RANKS), AttemptTimes(2, 100, 105, 90, RANKS)]
-    assert parts(breakdown([], start(1, 0, 100), attempts, now=150)) == {"load_s": 100}
+    assert parts(break_down([], start(1, 0, 100), attempts, now=150)) == {"load_s": 100}
 
 
 def test_ranks_that_restart_within_an_attempt() -> None:
     lines = [*(step(n, 1, 20 + n) for n in range(1, 5)), *(step(n, 1, 50 + n - 2) for n in range(3, 9))]
     events = [*start(1, 10, 20), *start(1, 40, 50, from_step=2)]
-    result = breakdown(lines, events, [AttemptTimes(1, 0, 0, 56, RANKS)], now=99)
+    result = break_down(lines, events, [AttemptTimes(1, 0, 0, 56, RANKS)], now=99)
     assert parts(result) == {"start_s": 10, "load_s": 20, "kept_s": 2 + 6, "replay_s": 2, "restart_s": 40 - 24}
     assert result.lost_steps == 2
 
 
 def test_attempts_that_never_trained() -> None:
     attempts = [AttemptTimes(1, 0, 10, 20, RANKS), AttemptTimes(2, 20, 20, 50, RANKS), AttemptTimes(3, 50, None, None, RANKS)]
-    result = breakdown([], [phase(JOINED, 2, 30)], attempts, now=60)
+    result = break_down([], [phase(JOINED, 2, 30)], attempts, now=60)
     assert parts(result) == {"queue_s": 10 + 10, "start_s": 10 + 10, "load_s": 20}
     assert (result.held_s, result.gpu_s) == (40, 40 * RANKS)
-    assert breakdown([], [], [], now=60) == Breakdown()
+    assert break_down([], [], [], now=60) == Breakdown()
 
 
 def test_a_line_counts_for_all_steps_before_it() -> None:
     lines = [step(5, 1, 30), step(10, 1, 40)]
     events = [*start(1, 0, 20), *start(2, 60, 70, from_step=8)]
-    result = breakdown(lines, events, [AttemptTimes(1, 0, 0, 50, RANKS), AttemptTimes(2, 50, 50, None, RANKS)], now=70)
+    result = break_down(lines, events, [AttemptTimes(1, 0, 0, 50, RANKS), AttemptTimes(2, 50, 50, None, RANKS)], now=70)
     assert (result.kept_s, result.replay_s, result.lost_steps) == (pytest.approx(16), pytest.approx(4), 2)
 
 
@@ -132,10 +140,10 @@ def test_the_live_breakdown_equals_the_one_from_the_files() -> None:
     lines = [step(n, 1, 20 + n) for n in range(1, 5)]
     events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
     attempts = [AttemptTimes(1, 0, 5, 30, RANKS), AttemptTimes(2, 30, 35, None, RANKS)]
-    before = breakdown(lines, events, attempts, now=50)
-    live = before.extended(12.0, eval_s=2.0, save_s=1.0, num_ranks=4, price=None)
+    before = break_down(lines, events, attempts, now=50)
+    live = before.add_training(12.0, eval_s=2.0, save_s=1.0, num_ranks=4, price=None)
     more = [step(3, 2, 55), {"trainer/step": 3, "attempt": 2, "time": 58.0, "time/eval_s": 2.0, "ckpt/stall_s": 1.0}]
-    assert breakdown([*lines, *more, step(4, 2, 62)], events, attempts, now=62) == live
+    assert break_down([*lines, *more, step(4, 2, 62)], events, attempts, now=62) == live
     logged = goodput.breakdown_from_metrics({**live.metrics(), "train/loss": 1.0})
     assert logged is not None
     assert (logged.wall_s, logged.kept_s, logged.lost_steps) == (pytest.approx(62), live.kept_s, 2)
@@ -146,10 +154,10 @@ def test_the_live_breakdown_equals_the_one_from_the_files() -> None:
 def test_idle_workers_are_paid_for() -> None:
     events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
     attempts = [AttemptTimes(1, 0, 5, 30, RANKS, num_workers=RANKS), AttemptTimes(2, 30, 35, None, RANKS, num_workers=2 * RANKS)]
-    result = breakdown([step(n, 1, 20 + n) for n in range(1, 3)], events, attempts, now=60)
+    result = break_down([step(n, 1, 20 + n) for n in range(1, 3)], events, attempts, now=60)
     assert (result.held_s, result.gpu_s) == (25 + 25, 25 * RANKS + 25 * 2 * RANKS)
-    assert result.extended(10, 0, 0, RANKS, price=None).gpu_s == result.gpu_s + 10 * 2 * RANKS
-    assert breakdown([], [], attempts, now=60).gpu_s == result.gpu_s, "also before they train"
+    assert result.add_training(10, 0, 0, RANKS, price=None).gpu_s == result.gpu_s + 10 * 2 * RANKS
+    assert break_down([], [], attempts, now=60).gpu_s == result.gpu_s, "also before they train"
 
 
 def test_the_files_of_a_long_run_are_read_quickly(make_plan: PlanOf, run_dir: Path) -> None:
@@ -268,12 +276,12 @@ def test_training_tokens_at_hosted_services() -> None:
 
 def test_a_million_requests() -> None:
     """200 requests of 150 prompt and 20 answer tokens took 90 seconds on a GPU that costs $4 an hour."""
-    cost = request_cost(SideUsage(200, 30_000, 4_000, gpu_s=90), 4.0, PRICES)
+    cost = RequestCost.of_usage(SideUsage(200, 30_000, 4_000, gpu_s=90), 4.0, PRICES)
     assert (cost.prompt_tokens, cost.answer_tokens) == (150, 20)
     # At this rate, a million requests take 125 hours.
     assert cost.usd_here == pytest.approx(500)
     assert cost.usd_hosted == {"acme": pytest.approx(150 * 0.3 + 20 * 1.2)}
-    assert request_cost(SideUsage(200, 30_000, 4_000), 4.0, ()).usd_here is None
+    assert RequestCost.of_usage(SideUsage(200, 30_000, 4_000), 4.0, ()).usd_here is None
 
 
 def test_a_service_has_one_row() -> None:

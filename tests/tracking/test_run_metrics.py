@@ -238,8 +238,8 @@ def test_the_time_lines_give_the_same_breakdown_as_all_lines(tmp_path: Path) -> 
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"train/loss": 0.')
     few = read_time_lines(file, [event["time"] for event in events if event["fields"][PHASE] == JOINED])
     assert len(few) < len(lines) / 3
-    found = goodput.breakdown(few, events, attempts, at)
-    assert found == goodput.breakdown(Tail(file).poll(), events, attempts, at)
+    found = goodput.break_down(few, events, attempts, at)
+    assert found == goodput.break_down(Tail(file).poll(), events, attempts, at)
     assert found.lost_steps == 5 + 5
     assert min(found.replay_s, found.restart_s, found.save_s, found.eval_s) > 0
     assert read_time_lines(tmp_path / "none.jsonl", [1.0]) == []
@@ -256,8 +256,8 @@ def test_a_step_logged_after_the_end_of_an_attempt_hides_no_earlier_step(tmp_pat
     ]
     attempts = [AttemptTimes(1, 0.0, 0.0, 101.0, 2), AttemptTimes(2, 102.0, 102.0, None, 2)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = goodput.breakdown(read_time_lines(file, [5.0, 120.0, 0.0, 101.0, 102.0]), events, attempts, 130.0)
-    assert found == goodput.breakdown(lines, events, attempts, 130.0)
+    found = goodput.break_down(read_time_lines(file, [5.0, 120.0, 0.0, 101.0, 102.0]), events, attempts, 130.0)
+    assert found == goodput.break_down(lines, events, attempts, 130.0)
     assert found.kept_s == 90
 
 

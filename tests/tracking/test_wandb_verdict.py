@@ -15,7 +15,7 @@ from launcher.cli.follow import wandb_page
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
-from launcher.tracking.wandb import verdict_upload
+from launcher.tracking.wandb import tracker
 
 
 def evaluated(plan: LaunchPlan, state: str) -> RunDir:
@@ -37,7 +37,7 @@ def test_summary_and_answers(make_plan: PlanOf, run_dir: Path, capsys: pytest.Ca
     earlier = run.root / "evaluations/step-00000020/support"
     earlier.mkdir(parents=True)
     made_verdict().write(earlier)
-    assert verdict_upload.main(str(run.root), "40") == 0
+    assert tracker.main(str(run.root), "40") == 0
     told = capsys.readouterr().out
     assert told.startswith(f"W&B: the verdict is in the summary of the files in {run_dir}/wandb/offline-run-")
     assert told.strip().endswith(f"; python -m launcher status {run_dir} shows the command that uploads them")
@@ -74,7 +74,7 @@ def test_where_nothing_is_sent(
     make_plan: PlanOf, tracking: dict[str, str], state: str, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = evaluated(make_plan(**tracking), state)
-    assert verdict_upload.main(str(run.root), "40") == 0
+    assert tracker.main(str(run.root), "40") == 0
     out = capsys.readouterr().out
     assert out.startswith(line)
     assert bool(out) == bool(line)
@@ -84,7 +84,7 @@ def test_where_nothing_is_sent(
 def test_a_refusing_server_is_one_line(make_plan: PlanOf, capsys: pytest.CaptureFixture[str]) -> None:
     """W&B is online but not logged in."""
     run = evaluated(make_plan(mode="online"), "completed")
-    assert verdict_upload.main(str(run.root), "40") == 0
+    assert tracker.main(str(run.root), "40") == 0
     out = capsys.readouterr().out
     assert out.startswith("W&B: the verdict is not sent: ")
     assert len(out.splitlines()) == 1

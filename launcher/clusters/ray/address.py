@@ -20,7 +20,7 @@ import psutil
 from launcher import atomic_files
 from launcher.clusters.ray import jobs
 from launcher.errors import SubmitError
-from launcher.security.owners import FLAG, Trust, user_name
+from launcher.security.folders import TRUST_FLAG, Trust, user_name
 
 if TYPE_CHECKING:
     from launcher.config.sections.ray import RaySection
@@ -133,7 +133,7 @@ def find_address() -> str:
             where=_WHERE,
             value=f"{_AUTO}: {raylets[0].address}",
             remedy=f"unset cluster.address to have a Ray started for this run; if you trust {user} with your account, add "
-            f"{FLAG} {user}",
+            f"{TRUST_FLAG} {user}",
         )
     addresses = sorted({raylet.address for raylet in trusted})
     if len(addresses) > 1:

@@ -113,14 +113,21 @@ def list_pairs() -> tuple[Pair, ...]:
     """
     items: dict[str, _Documented] = {}
     texts: set[str] = set()
-    for module, path in _list_modules():
-        tree = ast.parse(path.read_bytes())
-        doc = _trim_docstring(tree)
-        itself = [_Documented(module, "module", doc, "")] if doc else []
-        for item in [*itself, *_list_members(tree, module, inside_class=False)]:
-            if item.symbol not in items and item.doc not in texts:
-                items[item.symbol] = item
-                texts.add(item.doc)
+    root = Path(sysconfig.get_path("stdlib"))
+    for name in sorted(sys.stdlib_module_names):
+        file = root / f"{name}.py"
+        for path in [file] if file.is_file() else sorted((root / name).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            if any(part in LEFT_OUT or part.startswith("_") for part in parts):
+                continue
+            module, tree = ".".join(parts), ast.parse(path.read_bytes())
+            doc = _trim_docstring(tree)
+            itself = [_Documented(module, "module", doc, "")] if doc else []
+            for item in [*itself, *_list_members(tree, module, inside_class=False)]:
+                if item.symbol not in items and item.doc not in texts:
+                    items[item.symbol] = item
+                    texts.add(item.doc)
     chosen = sorted(items, key=lambda symbol: _hash_to_share(symbol, "choice"))[:NUM_PAIRS]
     pairs = []
     for symbol in sorted(chosen):
@@ -137,17 +144,6 @@ def _hash_to_share(symbol: str, purpose: str) -> float:
     """Return a number in [0, 1) that depends only on the arguments."""
     digest = hashlib.blake2b(f"{purpose}:{symbol}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
-
-
-def _list_modules() -> Iterator[tuple[str, Path]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for name in sorted(sys.stdlib_module_names):
-        file, folder = root / f"{name}.py", root / name
-        for path in [file] if file.is_file() else sorted(folder.rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            parts = parts[:-1] if parts[-1] == "__init__" else parts
-            if not any(part in LEFT_OUT or part.startswith("_") for part in parts):
-                yield ".".join(parts), path
 
 
 def _list_members(node: ast.Module | ast.ClassDef | ast.If | ast.Try, prefix: str, inside_class: bool) -> Iterator[_Documented]:

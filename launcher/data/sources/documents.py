@@ -169,6 +169,6 @@ def a_json_type(value: object) -> str:
     return name if name == "null" else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def refuse(problem: str, where: str, remedy: str, value: str = "") -> NoReturn:
+def refuse(problem: str, where: str, remedy: str) -> NoReturn:
     """Raise DataError with the `problem` at the place `where` (file:line), and how to fix it."""
-    raise DataError(Problem(problem, where=where, value=value, remedy=remedy))
+    raise DataError(Problem(problem, where=where, remedy=remedy))

@@ -22,12 +22,13 @@ from launcher import atomic_files
 from launcher.data.sources.documents import Row, a_json_type, list_names, refuse, safe_excerpt
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
+# Kinds whose rows are lines, which are cut into blocks unparsed.
+_LINE_KINDS = ("jsonl", "txt")
 COMPRESSED = (".gz", ".zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 # Size of a read, and of a block of rows.
 _BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 256
-_ONE_OBJECT = "write one JSON object per line, or one array of objects"
 _COPY_AGAIN = "copy or download the file again"
 Item = TypeVar("Item")
 
@@ -68,11 +69,23 @@ def read_blocks(path: Path, name: str) -> Iterator[Block]:
     """
     with _open_file(path, name) as file:
         kind = _detect_file_kind(file, name)
-        if kind in _LINES:
+        if kind in _LINE_KINDS:
             for first, lines in _group((line, len(line)) for line in file):
                 yield Block(kind, name, first, b"".join(lines))
         elif kind == "parquet":
-            yield from _cut_table(file, name)
+            import pyarrow
+
+            table, first = _open_table(file, name), 1
+            try:
+                for batch in table.iter_batches(batch_size=BLOCK_ROWS):
+                    stream = pyarrow.BufferOutputStream()
+                    with pyarrow.ipc.new_stream(stream, batch.schema) as writer:
+                        writer.write_batch(batch)
+                    yield Block(kind, name, first, stream.getvalue().to_pybytes())
+                    first += batch.num_rows
+            # UnicodeError: for example, column names that are not UTF-8.
+            except (pyarrow.ArrowException, OSError, UnicodeError) as error:
+                _refuse_corrupt(error, name, first - 1)
         else:
             rows = _parse_csv(file, name) if kind == "csv" else read_array(file, name)
             for first, group in _group(((row, place), size) for row, place, size in rows):
@@ -94,12 +107,17 @@ def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
         for number, row in enumerate(rows, start=block.first):
             yield {key: _remove_nulls(value) for key, value in row.items()}, f"{block.name}:row {number}"
     else:
-        yield from _LINES[block.kind](enumerate(io.BytesIO(block.data), start=block.first), block.name)
+        for number, line in enumerate(io.BytesIO(block.data), start=block.first):
+            text, where = _decode(line, block.name, number).rstrip("\r\n"), f"{block.name}:{number}"
+            if block.kind == "txt" and text:
+                yield {"text": text}, where
+            elif block.kind == "jsonl" and text and not text.isspace():
+                yield _parse_json_line(text, where), where
 
 
 def split_block(block: Block) -> Iterator[Block]:
     """Yield a block for each row of `block`. Raises DataError if a part of a table cannot be read."""
-    if isinstance(block.data, bytes) and block.kind in _LINES:
+    if isinstance(block.data, bytes) and block.kind in _LINE_KINDS:
         for number, line in enumerate(io.BytesIO(block.data), start=block.first):
             yield Block(block.kind, block.name, number, line)
     else:
@@ -244,21 +262,19 @@ def read_array(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, i
         _refuse_value(error, where)
 
 
-def _parse_json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
-    for number, line in lines:
-        text = _decode(line, name, number).rstrip("\r\n")
-        if not text or text.isspace():
-            continue
-        try:
-            row = _DECODER.decode(text)
-        except json.JSONDecodeError as error:
-            remedy = "write one complete JSON object per line, as Python's json.dumps does"
-            refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", remedy)
-        except (RecursionError, ValueError) as error:
-            _refuse_value(error, f"{name}:{number}")
-        if not isinstance(row, dict):
-            refuse(f"the line holds {a_json_type(row)}, not an object", f"{name}:{number}", _ONE_OBJECT)
-        yield row, f"{name}:{number}"
+def _parse_json_line(text: str, where: str) -> Row:
+    try:
+        row = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        remedy = "write one complete JSON object per line, as Python's json.dumps does"
+        refuse(f"the line is not JSON: {error.msg}", f"{where}:{error.colno}", remedy)
+    except (RecursionError, ValueError) as error:
+        _refuse_value(error, where)
+    if not isinstance(row, dict):
+        refuse(
+            f"the line holds {a_json_type(row)}, not an object", where, "write one JSON object per line, or one array of objects"
+        )
+    return row
 
 
 def _parse_csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
@@ -287,16 +303,6 @@ def _parse_csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, i
         refuse(f"the table cannot be read: {error}", f"{name}:{reader.line_num}", 'close every quote, and write " inside as ""')
 
 
-def _parse_text_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
-    """Yield every non-empty line as a row with the key text."""
-    for number, line in lines:
-        if text := _decode(line, name, number).rstrip("\r\n"):
-            yield {"text": text}, f"{name}:{number}"
-
-
-_LINES = {"jsonl": _parse_json_lines, "txt": _parse_text_lines}
-
-
 def _decode(line: bytes, name: str, number: int) -> str:
     """Decode a line, without the byte order mark that some programs write at the beginning of a file."""
     try:
@@ -317,22 +323,6 @@ def _open_table(file: io.BufferedReader, name: str) -> Any:
         return pyarrow.parquet.ParquetFile(file if file.seekable() else pyarrow.BufferReader(file.read()))
     except (pyarrow.ArrowException, OSError, UnicodeError) as error:
         refuse(f"this is not a complete parquet file: {error}", name, _COPY_AGAIN)
-
-
-def _cut_table(file: io.BufferedReader, name: str) -> Iterator[Block]:
-    import pyarrow
-
-    table, first = _open_table(file, name), 1
-    try:
-        for batch in table.iter_batches(batch_size=BLOCK_ROWS):
-            stream = pyarrow.BufferOutputStream()
-            with pyarrow.ipc.new_stream(stream, batch.schema) as writer:
-                writer.write_batch(batch)
-            yield Block("parquet", name, first, stream.getvalue().to_pybytes())
-            first += batch.num_rows
-    # UnicodeError: for example, column names that are not UTF-8.
-    except (pyarrow.ArrowException, OSError, UnicodeError) as error:
-        _refuse_corrupt(error, name, first - 1)
 
 
 def _refuse_corrupt(error: Exception, name: str, after: int) -> NoReturn:

@@ -449,9 +449,18 @@ class RowKeys:
         present = [key for key in self.chat_keys if find_value(row, key) is not None]
         if len(present) > 1:
             unread = unread | {present[1]}
-        if unread:
-            self._refuse_other_training(row, unread - self.ignored, where)
-            counts.update(key for key in unread if not _is_empty(find_value(row, key)))
+        if not _OTHER_TRAINING.isdisjoint(marks := unread - self.ignored):
+            for pair in _PAIRS:
+                if {*pair} <= marks and all(isinstance(row[key], str | list | dict) and from_json(row[key]) for key in pair):
+                    problem = "the row holds a better and a worse answer, as for DPO; the launcher trains on one answer per row"
+                    _refuse_keys(problem, where, pair, "to train on one of them, name it in the source's columns")
+            if self.format not in ("", "text"):
+                # Tables may hold false as text; 0 may be a class label.
+                for key in (key for key in _VERDICT_KEYS if key in marks and str(row[key]).lower() == "false"):
+                    problem = f"{key}: false marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
+                    _refuse_keys(problem, where, (key,), "remove such rows")
+            _refuse_media(row, marks, "the row", where)
+        counts.update(key for key in unread if not _is_empty(find_value(row, key)))
         if present:
             items = from_json(find_value(row, present[0]))
             self._check_messages(items, present[0], where, counts)
@@ -466,27 +475,11 @@ class RowKeys:
         known = FORMATS[self.format].message_keys
         unread = set()
         for i, item in enumerate(items if isinstance(items, list) else ()):
-            if not isinstance(item, dict):
-                continue
-            if not item.keys() <= known:
+            if isinstance(item, dict) and not item.keys() <= known:
                 others = {other for other in item.keys() - known if not _is_empty(item[other])}
                 _refuse_media(item, others - self.ignored, f"{key}[{i}]", where)
                 unread |= {f"{key}[].{other}" for other in others}
         counts.update(unread)
-
-    def _refuse_other_training(self, row: Row, keys: Set[str], where: str) -> None:
-        if keys.isdisjoint(_OTHER_TRAINING):
-            return
-        for pair in _PAIRS:
-            if {*pair} <= keys and all(isinstance(row[key], str | list | dict) and from_json(row[key]) for key in pair):
-                problem = "the row holds a better and a worse answer, as for DPO; the launcher trains on one answer per row"
-                _refuse_keys(problem, where, pair, "to train on one of them, name it in the source's columns")
-        if self.format not in ("", "text"):
-            # Tables may hold false as text; 0 may be a class label.
-            for key in (key for key in _VERDICT_KEYS if key in keys and str(row[key]).lower() == "false"):
-                problem = f"{key}: false marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
-                _refuse_keys(problem, where, (key,), "remove such rows")
-        _refuse_media(row, keys, "the row", where)
 
 
 def _refuse_keys(problem: str, where: str, keys: Sequence[str], remedy: str) -> NoReturn:

@@ -5,10 +5,8 @@ Remote files are downloaded once: Hub files into huggingface_hub's cache, others
 
 from __future__ import annotations
 
-import functools
 import glob
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +18,7 @@ from typing import Any, NoReturn
 from launcher import atomic_files
 from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.data.cache_dir import convert_os_errors, fetch_dataset_file, is_full, mark_used, source_folder
+from launcher.data.cache_dir import convert_os_errors, fetch_dataset_file, is_full, mark_used, print_once, source_folder
 from launcher.data.sources.documents import refuse
 from launcher.data.sources.files import COMPRESSED, KINDS, DataFile, compute_digest, detect_kind
 from launcher.errors import DataError, Problem
@@ -53,6 +51,10 @@ _UNSUPPORTED = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z",
 _FRONT_MATTER = re.compile(r"---[ \t\r]*\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MULTILINE)
 # Files that accompany data in such folders.
 _NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
+
+
+# The commit of a Hub dataset, the files that are read, and the files left out.
+_Listing = tuple[str, tuple[str, ...], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def _find_on_hub(source: RowSource) -> SourceFiles:
     )
 
 
-def _list_on_hub(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+def _list_on_hub(source: RowSource) -> _Listing:
     """Return the commit, the files of the source's subset and split, and the files left out.
 
     The Hub is queried unless the revision is a commit with a stored listing. If the Hub cannot be reached or is too busy, the
@@ -321,7 +323,7 @@ def _list_on_hub(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
         reason = f"the hub answered with {status}" if status else "the hub cannot be reached"
         reason += f" ({type(error).__name__})"
         if (not status or status in _TEMPORARY) and (stored := _read_listing(record)):
-            _warn_once(f"{reason}; {source.path} is read at the last known commit {stored[0]}")
+            print_once(f"{reason}; {source.path} is read at the last known commit {stored[0]}")
             return stored
         raise _make_unreachable(source, reason) from error
     with convert_os_errors(record.parent):
@@ -330,13 +332,7 @@ def _list_on_hub(source: RowSource) -> tuple[str, tuple[str, ...], tuple[str, ..
     return commit, chosen, left_out
 
 
-@functools.cache
-def _warn_once(text: str) -> None:
-    # Without a logging handler, a warning goes to standard error.
-    logging.getLogger(__name__).warning(text)
-
-
-def _read_listing(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
+def _read_listing(record: Path) -> _Listing | None:
     try:
         listing = json.loads(record.read_bytes())
     except FileNotFoundError:
@@ -359,7 +355,7 @@ def _make_unreachable(source: RowSource, reason: str) -> DataError:
 
 def _find_at_address(source: RowSource) -> SourceFiles:
     """Find the file, or the files of a pattern or folder, at an fsspec address. Raises DataError."""
-    with _convert_storage_errors(source.path):
+    with _convert_client_errors(source.path):
         from fsspec.core import url_to_fs
 
         require_known_hosts(source.path)
@@ -414,7 +410,7 @@ def _fetch_address(fs: Any, path: str, name: str, size: int | None, version: str
             stack.enter_context(wait_and_hold(folder / ".lock", f"fetches {name}", redacted_command_line()))
         if not target.exists():
             stack.callback(partial.unlink, missing_ok=True)
-            with _convert_storage_errors(name):
+            with _convert_client_errors(name):
                 fs.get_file(path, str(partial))
             num_bytes = partial.stat().st_size
             if num_bytes == 0 or (size is not None and num_bytes != size):
@@ -426,7 +422,7 @@ def _fetch_address(fs: Any, path: str, name: str, size: int | None, version: str
 
 
 @contextmanager
-def _convert_storage_errors(address: str) -> Iterator[None]:
+def _convert_client_errors(address: str) -> Iterator[None]:
     """Convert the many types of exceptions that clients of storages raise."""
     remedy = access_remedy(address)
     try:

@@ -1,1 +1,1 @@
-"""Weights & Biases: the tracker, the account, verdicts and the workspace; open tracker.py first."""
+"""Weights & Biases: the tracker with its session, and the project; open tracker.py first."""

@@ -3,6 +3,9 @@
 Calls of the tracker only queue work for a thread, so that training never waits for W&B. metrics.jsonl is the record of a run: a
 session begins by sending the steps that W&B lacks after a crash, a network failure or a killed process, so that each step is sent
 exactly once.
+
+`python -m launcher.tracking.wandb.tracker RUN_DIR STEP` sends the verdicts of an evaluation in a session of its own. It prints
+one line on what it did, and exits with 0 whatever W&B answers: the verdicts are on disk.
 """
 
 from __future__ import annotations
@@ -25,14 +28,15 @@ from typing import Any, Literal
 import psutil
 
 from launcher import run_store
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import RUNNING_STATES
 from launcher.security.redaction import environment_secrets, looks_secret
-from launcher.shell_commands import shell_command
-from launcher.tracking import metrics as metrics_table
-from launcher.tracking.jsonl import NON_METRIC_FIELDS, SUPERSEDED, iter_lines, merge_steps, read_metrics
-from launcher.tracking.metrics import STEP
+from launcher.shell_commands import launcher_command, shell_command
+from launcher.tracking.jsonl import NON_METRIC_FIELDS, SUPERSEDED, append_event, iter_lines, merge_steps, read_metrics
+from launcher.tracking.metrics import METRICS, STEP, wandb_names
+from launcher.tracking.verdicts import TUNED, by_steps, read_verdicts
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 45.0
@@ -269,7 +273,7 @@ class Session:
         self._offset = 0
         self._run.define_metric(STEP)
         # "*" is for what the table of metrics does not name, such as metrics of evaluation sets.
-        for name in (*metrics_table.wandb_names(), "*"):
+        for name in (*wandb_names(), "*"):
             self._run.define_metric(name, step_metric=STEP)
         # A resumed run's summary still has the previous attempt's state.
         self._run.summary.update({"state": "running"})
@@ -330,7 +334,7 @@ class Session:
             TimeoutError: if that takes longer than FINISH_TIMEOUT_S.
             RuntimeError: if W&B has stopped uploading, or its process ended with an error.
         """
-        names = metrics_table.lowest_names()
+        names = {name: metric.lowest for name, metric in METRICS.items() if metric.lowest is not None}
         lines = read_metrics(self._run_dir.metrics, ("eval/", *names))
         for name, summary_name in names.items():
             values = [(line[name], line["trainer/step"]) for line in lines if name in line and not math.isnan(line[name])]
@@ -480,3 +484,64 @@ def leave_core() -> None:
     # If the process ended with an error, W&B calls sys.exit(), which would end this thread without a message.
     with suppress(Exception, SystemExit):
         wandb.teardown(exit_code=1)
+
+
+def upload_verdicts(run: RunDir, step: int) -> str:
+    """Add a step's verdicts to the W&B run's summary, each with a table of answers; returns a line for the user.
+
+    If several steps were evaluated, a table has them all.
+
+    During training, the run has its own session, which this one would disturb; nothing is sent then.
+    """
+    plan = run_store.load_plan(run)
+    tracking = plan.config.tracking
+    all_verdicts = read_verdicts(run)
+    verdicts = [one for one in all_verdicts if one.step == step]
+    if tracking.kind != "wandb" or tracking.mode == "disabled" or not verdicts:
+        return ""
+    status = run_store.read_status(run)
+    if (state := status.state) in RUNNING_STATES:
+        return f"W&B: the verdict is not sent because the run is {state}; evaluate again after it ends: existing answers are used"
+    session = Session(plan, run, offline=not is_online(tracking.mode), on_stop=lambda: None)
+    try:
+        for one in verdicts:
+            name, verdict = one.set_name or "prompts", one.verdict
+            scores = {
+                f"eval/{name}/{metric}" + (f"/{side}" if side != TUNED else ""): mean
+                for metric, means in verdict.means.items()
+                for side, mean in means.items()
+            }
+            texts = {f"verdict/{name}": verdict.sentence, f"verdict/{name}/outcome": verdict.outcome.value}
+            session.summary({**texts, "verdict/step": one.step, **scores})
+            if verdict.examples:
+                # Wins, losses and ties on the primary metric.
+                rows = [
+                    [f"{example.kind}, {example.baseline}", example.prompt, example.reference]
+                    + [example.answers.get(side, "") for side in verdict.sides]
+                    for example in verdict.examples
+                ]
+                session.log_table(f"verdict/{name}/answers", ["comparison", "prompt", "reference", *verdict.sides], rows)
+        for several in by_steps(all_verdicts):
+            session.log_table(f"verdict/{several.set_name or 'prompts'}/steps", *several.table)
+    finally:
+        session.finish(state)
+    line = f"W&B: the verdict is in the summary of {session.url or f'the files in {session.folder}'}"
+    upload_command = sync_command(run, plan.wandb_id, session) if session.offline else ""
+    if not upload_command:
+        return line
+    # The command names the files of each evaluation. `status` shows the one of the last event.
+    append_event(run, status.attempt, "info", "the verdict is in offline files of W&B", step, sync_command=upload_command)
+    return f"{line}; {launcher_command('status', run.root)} shows the command that uploads them"
+
+
+def main(run_dir: str, step: str) -> int:
+    try:
+        if line := upload_verdicts(RunDir(Path(run_dir).absolute()), int(step)):
+            print(line)
+    except Exception as error:  # W&B raises far more than wandb.Error.
+        print(f"W&B: the verdict is not sent: {describe(error)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))

@@ -122,7 +122,7 @@ class Monitor:
             aggregated["memory/planned_gib"] = self._planned_gib
         if self._planned_tokens_per_sec is not None:
             aggregated["perf/planned_tokens_per_sec"] = self._planned_tokens_per_sec
-        return aggregated | ({} if spent is None else spent.metrics() | goodput.cost(self._plan, spent, tokens))
+        return aggregated | ({} if spent is None else spent.metrics() | goodput.compute_cost(self._plan, spent, tokens))
 
     def alert(self, step: int, loss: float, tokens_per_sec: float) -> None:
         """Send an alert for each anomaly of a step."""
@@ -146,7 +146,7 @@ class Monitor:
             return None
         seconds = time.monotonic() - self._training_began
         before = self._spent_before.result()
-        return before.extended(seconds, self.eval_s, self.save_s, self._rank_info.world_size, self._plan.price)
+        return before.add_training(seconds, self.eval_s, self.save_s, self._rank_info.world_size, self._plan.price)
 
     def stop(self) -> None:
         """Stop the threads."""

@@ -26,7 +26,7 @@ from launcher.distributed import RankInfo
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
-from launcher.tracking.goodput import Breakdown, cost, spent_limit
+from launcher.tracking.goodput import Breakdown, compute_cost, spent_limit
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import Composite, RateLimit
 from launcher.train.monitoring.monitor import Monitor, StatusFile, record_fault, spent_before
@@ -35,16 +35,16 @@ SPENT = Breakdown(wall_s=9000, held_s=7200, gpu_s=8 * 7200, usd=48.0)
 
 
 def test_cost_is_what_was_paid_for_all_hours_so_far(plan_of: PlanOf) -> None:
-    expected = cost(plan_of("cluster.price_per_gpu_hour=1", device=H100), SPENT, tokens=2_000_000)
+    expected = compute_cost(plan_of("cluster.price_per_gpu_hour=1", device=H100), SPENT, tokens=2_000_000)
     assert expected == pytest.approx({"cost/gpu_hours": 16, "cost/usd": 48, "cost/usd_per_million_tokens": 24})
     assumed = plan_of(device=H100)
-    assert cost(assumed, SPENT, tokens=2_000_000) == expected
-    assert cost(assumed.model_copy(update={"price": None}), SPENT, 1) == {"cost/gpu_hours": 16}
-    assert cost(assumed, replace(SPENT, usd=None), 1) == {"cost/gpu_hours": 16}
-    assert cost(plan_of(), SPENT, 1) == {}
-    on_cpus = cost(plan_of("cluster.price_per_gpu_hour=3"), SPENT, tokens=2_000_000)
+    assert compute_cost(assumed, SPENT, tokens=2_000_000) == expected
+    assert compute_cost(assumed.model_copy(update={"price": None}), SPENT, 1) == {"cost/gpu_hours": 16}
+    assert compute_cost(assumed, replace(SPENT, usd=None), 1) == {"cost/gpu_hours": 16}
+    assert compute_cost(plan_of(), SPENT, 1) == {}
+    on_cpus = compute_cost(plan_of("cluster.price_per_gpu_hour=3"), SPENT, tokens=2_000_000)
     assert on_cpus == expected, "a price makes a cost"
-    later = SPENT.extended(3600.0, 0.0, 0.0, 8, Price(usd_per_gpu_hour=1.5, assumption="typical"))
+    later = SPENT.add_training(3600.0, 0.0, 0.0, 8, Price(usd_per_gpu_hour=1.5, assumption="typical"))
     assert (later.gpu_s, later.usd, later.assumed_usd) == (8 * 10_800, pytest.approx(48 + 12), pytest.approx(12))
 
 
@@ -81,13 +81,13 @@ def test_limits_count_all_the_time_with_machines(plan_of: PlanOf, tmp_path: Path
     run.metrics.write_text(json.dumps(line) + "\n")
 
     def reached(at_s: float, later_s: float) -> str:
-        return spent_limit(plan, spent_before(run, begun + at_s, pytest.fail).extended(later_s, 0.0, 0.0, 2, plan.price))
+        return spent_limit(plan, spent_before(run, begun + at_s, pytest.fail).add_training(later_s, 0.0, 0.0, 2, plan.price))
 
     assert reached(7140, 59) == ""
     assert reached(7140, 61).startswith("run.max_usd=12 is reached after 4.00 GPU hours")
     hours = plan_of("run.max_hours=2", "cluster.price_per_gpu_hour=3")
     spent = spent_before(run, begun + 7140, pytest.fail)
-    assert spent_limit(hours, spent.extended(61, 0.0, 0.0, 2, plan.price)) == "run.max_hours=2 is reached"
+    assert spent_limit(hours, spent.add_training(61, 0.0, 0.0, 2, plan.price)) == "run.max_hours=2 is reached"
     assert spent.kept_s == 0, "nothing was saved between the starts"
 
 
