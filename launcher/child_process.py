@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from launcher.errors import LauncherError
-from launcher.security.printable_stream import printable_output
+from launcher.security.redaction import printable_output
 
 
 def run_process(main: Callable[[Sequence[str]], int]) -> NoReturn:

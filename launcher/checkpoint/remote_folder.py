@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from launcher.atomic_files import FileEntry
 from launcher.errors import LauncherError, SubmitError, describe
 from launcher.security import folders
-from launcher.security.storage_addresses import access_remedy, require_known_hosts
+from launcher.security.connections import access_remedy, require_known_hosts
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from launcher import collect_garbage_rarely
 from launcher.cli.verbs import VERBS, find_verb, overall_help, unknown_verb
 from launcher.config.command_line import is_run_file
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, ConfigError, LauncherError, Problem
-from launcher.security.printable_stream import printable_output, raw
+from launcher.security.redaction import printable_output, raw
 
 # The same value as in launcher.security.folders, which only commands with the flag import here.
 _TRUST_OWNER = "--trust-owner"

@@ -31,7 +31,7 @@ from launcher.errors import LauncherError, Problem, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status, read_export
 from launcher.run_store import Placement
-from launcher.security.printable_stream import raw
+from launcher.security.redaction import raw
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking import goodput, progress
 from launcher.tracking.goodput import Breakdown

@@ -56,17 +56,7 @@ _TOKENIZER_FILES = (
 # Libraries that tokenize text, or find near duplicates.
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "rensa", "ftfy")
 # Settings that change no token, or whose content is part of the key.
-_NOT_IN_KEY = {
-    "name",
-    "path",
-    "sources",
-    "eval_path",
-    "chat_template",
-    "workers",
-    "cache_group",
-    "checks",
-    "exclude",
-}
+_NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "workers", "cache_group", "checks", "exclude"}
 
 
 def cache_key(data: DataSection, tokenizer_path: str) -> str:
@@ -195,10 +185,7 @@ def read_samples(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    atomic_files.write_text(path, json.dumps(value, ensure_ascii=False, indent=1))
 
 
 def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:

@@ -120,8 +120,8 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
         for batch in encoded.batches:
             spool.add(batch.tokens, batch.trained)
             max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
-            unread_keys[batch.source].update(batch.unread_keys)
-            completions[batch.source] += (batch.num_completions, batch.num_written_as_chat)
+            unread_keys[encoded.source].update(batch.unread_keys)
+            completions[encoded.source] += (batch.num_completions, batch.num_written_as_chat)
             hits += [(num_docs + i, hit) for i, hit in batch.hits]
             for held_out, candidates in prompts.items():
                 candidates += [replace(one, doc=num_docs + one.doc) for one in batch.prompts if one.held_out is held_out]

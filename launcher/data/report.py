@@ -134,7 +134,7 @@ def _report_sources(
             ],
             "path": path,
             "is_read": i >= len(data.sources) or data.sources[i].is_read,
-            **{key: recorded[key] for key in (*_ORIGIN, *_UNREAD, *_COMPLETIONS)},
+            **{key: recorded[key] for key in _RECORDED},
             **{key: recorded[name] for key, name in _COUNTED.items()},
             "held_out": {
                 "documents": held_out["documents"],
@@ -147,12 +147,12 @@ def _report_sources(
     ]
 
 
-# The origin of a source's rows, as the build recorded it.
-_ORIGIN = ("digest", "commit", "files", "num_files", "left_out", "num_left_out")
-# Row keys that no format reads, each with its number of rows, and the number of other such keys.
-_UNREAD = ("unread_keys", "num_other_unread_keys")
-# Prompts with a completion if the tokenizer has a chat template, and how many of them are written with it.
-_COMPLETIONS = ("completions", "completions_as_chat")
+# What the build recorded of a source: the origin of its rows; row keys that no format reads, each with its number of rows, and
+# the number of other such keys; prompts with a completion if the tokenizer has a chat template, and how many are written with it.
+_RECORDED = (
+    *("digest", "commit", "files", "num_files", "left_out", "num_left_out", "unread_keys", "num_other_unread_keys"),
+    *("completions", "completions_as_chat"),
+)
 # Names in the report, and the names under which the build recorded the counts.
 _COUNTED = {
     "read_documents": "read",

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from launcher import atomic_files
 from launcher.data import cache_store
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
@@ -294,8 +295,7 @@ def write_origins(folder: Path, documents_by_split: Sequence[np.ndarray], wheres
         prefix, line = (match[1], int(match[2])) if match is not None and is_line else (where, _NO_LINE)
         entries["file"][i], entries["line"][i] = numbers.setdefault(prefix, len(numbers)), line
     for path, documents in zip((folder, folder / "eval"), documents_by_split, strict=True):
-        with (path / ORIGINS).open("wb") as file:
-            np.save(file, entries[documents])
-            file.flush()
-            os.fsync(file.fileno())
+        content = io.BytesIO()
+        np.save(content, entries[documents])
+        atomic_files.write_bytes(path / ORIGINS, content.getvalue())
     cache_store.write_json(folder / ORIGIN_FILES, [*numbers])

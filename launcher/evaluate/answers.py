@@ -43,7 +43,7 @@ from launcher.evaluate.transformers_engine import Engine, TransformersEngine
 from launcher.evaluate.weights import choose_dtype
 from launcher.plan.quantities import format_size
 from launcher.security.folders import private_files
-from launcher.security.printable_stream import printable_output
+from launcher.security.redaction import printable_output
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.progress import Pace, live_line, report_elapsed_time
 from launcher.tracking.verdicts import TUNED

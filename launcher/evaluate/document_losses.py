@@ -37,7 +37,7 @@ from launcher.errors import RunError
 from launcher.evaluate.weights import ScoredWeights
 from launcher.models.remote_code import remove_copies
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
-from launcher.security.printable_stream import printable_output
+from launcher.security.redaction import printable_output
 
 if TYPE_CHECKING:
     from launcher.data.loader import RowBatches

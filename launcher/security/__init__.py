@@ -1,1 +1,1 @@
-"""One owner check for folders, redaction of secrets, and printable output. Open folders.py first."""
+"""One owner check for folders, redaction and printable output, connections. Open folders.py first."""

@@ -1,19 +1,19 @@
-"""Recognizes credentials in text and in the environment, and removes them from what is shown or logged."""
+"""What is shown or logged: without credentials, and without control sequences from files and other machines."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO, cast
 
-if TYPE_CHECKING:
-    from urllib.request import Request
+from launcher.errors import printable
 
 
 @dataclass(frozen=True)
@@ -151,19 +151,56 @@ def _holds_secret(text: str, secret: str) -> bool:
     return text == secret or (len(secret) >= _MIN_CHARS_WITHIN and secret in text)
 
 
-def request_json(request: Request, timeout_s: float) -> Any:
-    """Return the JSON of the answer to a request that carries a key, which follows no redirect to another server.
+# Output that cannot control the terminal
 
-    Raises:
-        OSError: if there is no answer; HTTPError for a status other than 200, including redirects.
-        ValueError: if it is not JSON.
-    """
-    # Imported here because it loads slowly.
-    from urllib.request import HTTPRedirectHandler, build_opener
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 
-    class NoRedirects(HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
-            return None
 
-    with build_opener(NoRedirects).open(request, timeout=timeout_s) as answer:
-        return json.load(answer)
+class PrintableStream:
+    """Writes escape sequences as visible text. rich, whose sequences must take effect, writes to `rich_proxied_file`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def printable_output() -> Iterator[None]:
+    """Make all output in this block printable."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (PrintableStream(raw(stream)) for stream in before)
+    # Logging handlers of already imported libraries keep the stream from their import.
+    handlers = [
+        handler
+        for logger in (logging.root, *logging.root.manager.loggerDict.values())
+        for handler in getattr(logger, "handlers", ())
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before[1]
+    ]
+    for handler in handlers:
+        handler.setStream(cast("TextIO", sys.stderr))
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.setStream(before[1])
+        sys.stdout, sys.stderr = before
+
+
+def raw(stream: TextIO) -> TextIO:
+    """Return the stream itself, for the launcher's own escape sequences."""
+    return getattr(stream, "rich_proxied_file", stream)
+
+
+def as_plain_lines(text: str) -> str:
+    """Return a log's text without colors; overwritten progress bars become separate lines."""
+    return _COLORS.sub("", text).replace("\r\n", "\n").replace("\r", "\n")

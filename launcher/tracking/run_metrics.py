@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -117,7 +118,13 @@ def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[
     """
     try:
         with _map_file(path) as data:
-            ends = [*(_find_first_after(data, at) for at in boundaries), data.rfind(b"\n") + 1]
+
+            def read_time(offset: int) -> float:
+                line = decode_lines(_read_line(data, data.rfind(b"\n", 0, offset) + 1))
+                return float(line[0]["time"]) if line else -math.inf
+
+            # Lines are in time order.
+            ends = [*(bisect_right(range(len(data)), at, key=read_time) for at in boundaries), data.rfind(b"\n") + 1]
             offsets = {data.rfind(_TRAINED, 0, end) for end in ends}
             offsets |= {match.start() for pattern in _WAITS for match in re.finditer(pattern, data)}
             begins = sorted({data.rfind(b"\n", 0, offset) + 1 for offset in offsets - {-1}})
@@ -211,18 +218,6 @@ def _map_file(path: str | Path) -> Iterator[mmap.mmap]:
     """Map a file. Raises ValueError for an empty one."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         yield data
-
-
-def _find_first_after(data: mmap.mmap, at: float) -> int:
-    """Return the offset of the first line written after a time; lines are in time order."""
-    low, high = 0, len(data)
-    while low < high:
-        middle = max(low, data.rfind(b"\n", 0, (low + high) // 2) + 1)
-        if any(line["time"] > at for line in decode_lines(_read_line(data, middle))):
-            high = middle
-        else:
-            low = data.find(b"\n", middle) + 1 or len(data)
-    return low
 
 
 def _iter_backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:

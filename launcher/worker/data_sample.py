@@ -29,7 +29,7 @@ from launcher.errors import DataError, LauncherError, Problem
 from launcher.model_folders import convert_local, hub_reason
 from launcher.models import parent_run
 from launcher.models.found_model import find_model
-from launcher.security.printable_stream import printable_output
+from launcher.security.redaction import printable_output
 
 # Documents whose tokens are counted, spread over the source.
 _NUM_SAMPLED = 2000

@@ -15,7 +15,7 @@ from launcher.export.hf_folder import ExportedFolder, describe_added_stop_ids, d
 from launcher.model_folders import export_run
 from launcher.plan.quantities import format_count, format_size
 from launcher.security.folders import private_files
-from launcher.security.printable_stream import printable_output
+from launcher.security.redaction import printable_output
 from launcher.shell_commands import launcher_command
 from launcher.tracking.progress import show_waiting
 

@@ -27,7 +27,7 @@ from launcher.data.tokenization.encoder import import_tokenizers_without_torch, 
 from launcher.errors import EXIT_FAILED, ConfigError, DataError, LauncherError, Problem, RunError
 from launcher.model_folders import fetch_model
 from launcher.models.found_model import find_model, locate
-from launcher.security.printable_stream import printable_output
+from launcher.security.redaction import printable_output
 from launcher.tracking.progress import show_documents
 from launcher.worker.checks.model_check import require_weights
 

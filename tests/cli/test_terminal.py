@@ -14,7 +14,7 @@ from launcher import run_store
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Commands, Items, MarkedText, Rows, Section, Table, Text
 from launcher.plan.run_dir import RunDir
-from launcher.security.printable_stream import printable_output
+from launcher.security.redaction import printable_output
 from launcher.tracking.jsonl import JsonlTracker
 
 LONG_PATH = "/scratch/" + "a" * 80

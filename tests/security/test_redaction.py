@@ -19,7 +19,7 @@ from launcher.config.sections.data import Source
 from launcher.config.sections.run import TrackingSection
 from launcher.data.sources import locate
 from launcher.errors import DataError, SubmitError
-from launcher.security.redaction import request_json
+from launcher.security.connections import request_json
 from launcher.tracking.wandb import project
 
 KEY = "0123456789abcdef" * 2 + "01234567"

@@ -14,7 +14,7 @@ from typing import Any
 
 from launcher.cli.render.sections import Commands, Items, MarkedText, Part, Rows, Section, Table, Text
 from launcher.errors import printable
-from launcher.security.printable_stream import raw
+from launcher.security.redaction import raw
 
 # Columns of the labels of rows, including the space before the values; longer labels take more.
 LABEL_COLUMNS = 12

@@ -133,8 +133,7 @@ def find_duplicates(
     originals = training[first][group]
     copies = np.flatnonzero(originals != training)
     hits = [(int(training[i]), CheckHit("exact_duplicate", _describe(_EXACT), (int(originals[i]),))) for i in copies.tolist()]
-    signed = _list_signed(signatures, _Copies(contents, training).firsts)
-    slots = _stack_signatures(signatures, signed)
+    signed, slots = _select_signed(signatures, _Copies(contents, training).firsts)
     firsts = np.arange(len(signed))
     for a, b, _ in find_near_pairs(slots):
         np.minimum.at(firsts, b, a)
@@ -150,12 +149,7 @@ def find_leaks(contents: np.ndarray, training: np.ndarray, held_out: np.ndarray)
     `others` of a hit are all copies in `training`; `contents` is uint64 [documents], the other arguments are indices.
     """
     copies = _Copies(contents, training)
-    groups = copies.find_groups(contents[held_out])
-    return [
-        (document, CheckHit("held_out_in_train", _describe(_EXACT), tuple(copies.list_group(group).tolist())))
-        for document, group in zip(held_out.tolist(), groups.tolist(), strict=True)
-        if group >= 0
-    ]
+    return copies.make_hits("held_out_in_train", _describe(_EXACT), held_out, copies.find_groups(contents[held_out]))
 
 
 def find_prompt_leaks(
@@ -171,11 +165,7 @@ def find_prompt_leaks(
     for finding, hashes in (("held_out_prompt_in_train", prompts), ("similar_prompt_in_train", forms)):
         copies = _Copies(hashes, training)
         groups = np.where(hashes[held_out] != 0, copies.find_groups(hashes[held_out]), -1)
-        hits += [
-            (document, CheckHit(finding, _SAME_PROMPT[finding], tuple(copies.list_group(group).tolist())))
-            for document, group in zip(held_out.tolist(), groups.tolist(), strict=True)
-            if group >= 0
-        ]
+        hits += copies.make_hits(finding, _SAME_PROMPT[finding], held_out, groups)
         held_out = held_out[groups < 0]
     return hits
 
@@ -192,10 +182,10 @@ def find_near_leaks(
     With `is_dropped`, `others` of the hits contain all similar training documents; otherwise only the first ones.
     """
     copies = _Copies(contents, training)
-    train_signed, held_out_signed = _list_signed(signatures, copies.firsts), _list_signed(signatures, held_out)
+    train_signed, train_slots = _select_signed(signatures, copies.firsts)
+    held_out_signed, held_out_slots = _select_signed(signatures, held_out)
     if not len(train_signed) or not len(held_out_signed):
         return []
-    train_slots, held_out_slots = _stack_signatures(signatures, train_signed), _stack_signatures(signatures, held_out_signed)
     # The similar training documents of each held-out document.
     similar: dict[int, dict[int, float]] = defaultdict(dict)
     is_similar = np.zeros(len(train_signed), dtype=bool)
@@ -243,19 +233,24 @@ class _Copies:
         """Return all documents of a group."""
         return self._documents[self._ends[group - 1] if group else 0 : self._ends[group]]
 
+    def make_hits(self, finding: str, detail: str, documents: np.ndarray, groups: np.ndarray) -> Hits:
+        """Return a hit, with all documents of its group, for each of `documents` with a group."""
+        return [
+            (document, CheckHit(finding, detail, tuple(self.list_group(group).tolist())))
+            for document, group in zip(documents.tolist(), groups.tolist(), strict=True)
+            if group >= 0
+        ]
+
 
 def _describe(similarity: float) -> str:
     return "the same as" if similarity == _EXACT else f"{similarity:.0%} the same as"
 
 
-def _list_signed(signatures: Sequence[np.ndarray | None], documents: np.ndarray) -> np.ndarray:
-    """Return those of `documents` that have a signature."""
-    return np.asarray([i for i in documents.tolist() if signatures[i] is not None], dtype=np.int64)
-
-
-def _stack_signatures(signatures: Sequence[np.ndarray | None], documents: np.ndarray) -> np.ndarray:
-    rows = [row for i in documents.tolist() if (row := signatures[i]) is not None]
-    return np.stack(rows) if rows else np.empty((0, NUM_SLOTS), dtype=np.uint16)
+def _select_signed(signatures: Sequence[np.ndarray | None], documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return those of `documents` that have a signature, and their signatures, uint16 [documents, NUM_SLOTS]."""
+    rows = {i: row for i in documents.tolist() if (row := signatures[i]) is not None}
+    slots = np.stack([*rows.values()]) if rows else np.empty((0, NUM_SLOTS), dtype=np.uint16)
+    return np.asarray([*rows], dtype=np.int64), slots
 
 
 # Pairs of signatures

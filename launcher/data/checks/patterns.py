@@ -153,14 +153,14 @@ def redact(parts: Sequence[str]) -> list[str]:
 
 def may_hold_special_tokens(lower: str, known: Sequence[str]) -> bool:
     """Return False if a text, given in lower case, contains no special token."""
-    in_angles, others = _list_beginnings(tuple(known))
+    in_angles, others, _ = _compile_special(tuple(known))
     return in_angles.search(lower) is not None or any([beginning in lower for beginning in others])  # noqa: C419
 
 
 def special_tokens(text: str, known: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """Yield the special tokens in `text`, each with True if it is one of `known`."""
     if known:
-        for match in _match_any(tuple(known)).finditer(text):
+        for match in _compile_special(tuple(known))[2].finditer(text):
             yield match.group(), True
     for match in _FOREIGN.finditer(text):
         if match.group() not in known:
@@ -168,13 +168,13 @@ def special_tokens(text: str, known: Sequence[str]) -> Iterator[tuple[str, bool]
 
 
 @functools.lru_cache(maxsize=8)
-def _list_beginnings(known: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...]]:
-    """Return the beginnings of special tokens, in lower case: a pattern for those with an angle bracket, and the others."""
+def _compile_special(known: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...], re.Pattern[str]]:
+    """Return the beginnings of special tokens, in lower case, and a pattern for those that are `known`, longest first.
+
+    The beginnings are a pattern for those with an angle bracket, and the others.
+    """
     texts = {*(text.casefold()[:2] for text in known if text), *_FOREIGN_LITERALS}
     in_angles = sorted(re.escape(text[1:]) for text in texts if text[0] == "<")
-    return re.compile(f"<(?:{'|'.join(in_angles)})"), tuple(sorted(text for text in texts if text[0] != "<"))
-
-
-@functools.lru_cache(maxsize=8)
-def _match_any(texts: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if text))
+    own = "|".join(re.escape(text) for text in sorted(known, key=len, reverse=True) if text)
+    others = tuple(sorted(text for text in texts if text[0] != "<"))
+    return re.compile(f"<(?:{'|'.join(in_angles)})"), others, re.compile(own)

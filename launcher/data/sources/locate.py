@@ -23,8 +23,8 @@ from launcher.data.sources.documents import refuse
 from launcher.data.sources.files import COMPRESSED, KINDS, DataFile, compute_digest, detect_kind
 from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
+from launcher.security.connections import access_remedy, require_known_hosts
 from launcher.security.redaction import redacted_command_line
-from launcher.security.storage_addresses import access_remedy, require_known_hosts
 
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
@@ -39,12 +39,11 @@ _VERSION_KEYS = (
 # The split of held-out documents, if none is set.
 HELD_OUT = "validation or test"
 README = "README.md"
-_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+_SPLIT_OF_WORD = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
 # Unsupported compression and archives.
 _UNSUPPORTED = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tar.zst", ".tgz")
 # The lines of a README between a first line `---` and the next `---`.

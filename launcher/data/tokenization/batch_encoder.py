@@ -110,11 +110,10 @@ class EvalPrompt:
 class EncodedBatch:
     """An encoded batch of documents, whose indices count within it; `tokens` and `trained` concatenate those of its pieces.
 
-    `unread_keys` counts the rows for each key that was not read, in the source with the index `source`. `num_completions` counts
-    prompts with a completion if the tokenizer has a chat template, `num_written_as_chat` those that are written with it.
+    `unread_keys` counts the rows for each key that was not read. `num_completions` counts prompts with a completion if the
+    tokenizer has a chat template, `num_written_as_chat` those that are written with it.
     """
 
-    source: int
     unread_keys: Mapping[str, int]
     num_completions: int
     num_written_as_chat: int
@@ -277,7 +276,6 @@ class BatchEncoder:
         others &= is_below(docs.splits_alone, self.data.eval_fraction)
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
-            task.source,
             redact_keys(unread_keys),
             num_completions,
             num_written,

@@ -191,7 +191,26 @@ class Encoder:
         else:
             ids = self._encode_ids(texts)
         self._split_at_boundaries(texts, ids, boundaries, cuts)
-        return list(map(self._make_encoded, batch, ids, boundaries, cuts))
+        encoded_batch = []
+        for rendered, tokens, places, own_cuts in zip(batch, ids, boundaries, cuts, strict=True):
+            shift = len(self._begin) if rendered.raw else 0
+            if rendered.raw:
+                tokens = np.concatenate([self._begin, tokens, self._end])
+            trained = np.zeros(len(tokens), dtype=np.uint8)
+            turn_ends = []
+            if own_cuts is not None:
+                cut_at = dict(zip(places, own_cuts, strict=True))
+                for span in rendered.spans:
+                    end = shift + cut_at[span.end] + rendered.raw
+                    trained[shift + cut_at[span.start] : end] = 1
+                    if rendered.raw:
+                        turn_ends.append(end - 1)
+                    elif span.turn_end is not None:
+                        turn_ends.append(shift + cut_at[span.turn_end])
+                # The first token has no context to be predicted from.
+                trained[:1] = 0
+            encoded_batch.append(EncodedDocument(tokens, trained, tuple(turn_ends), is_unsure=own_cuts is None))
+        return encoded_batch
 
     # Tokens
 
@@ -255,28 +274,6 @@ class Encoder:
 
     def _decode(self, ids: np.ndarray) -> str:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-    def _make_encoded(
-        self, text: RenderedDocument, ids: np.ndarray, boundaries: list[int], cuts: list[int] | None
-    ) -> EncodedDocument:
-        shift = len(self._begin) if text.raw else 0
-        if text.raw:
-            ids = np.concatenate([self._begin, ids, self._end])
-        trained = np.zeros(len(ids), dtype=np.uint8)
-        if cuts is None:
-            return EncodedDocument(ids, trained, (), is_unsure=True)
-        cut_at = dict(zip(boundaries, cuts, strict=True))
-        turn_ends = []
-        for span in text.spans:
-            end = shift + cut_at[span.end] + text.raw
-            trained[shift + cut_at[span.start] : end] = 1
-            if text.raw:
-                turn_ends.append(end - 1)
-            elif span.turn_end is not None:
-                turn_ends.append(shift + cut_at[span.turn_end])
-        # The first token has no context to be predicted from.
-        trained[:1] = 0
-        return EncodedDocument(ids, trained, tuple(turn_ends))
 
 
 def _make_continuing(tokenizer: Tokenizer) -> Tokenizer | None:

@@ -1,6 +1,7 @@
-"""Imported by the fork server of a data build, so that its forked workers need not repeat the imports.
+"""What the fork server of a data build imports, so that its forked workers need not repeat the imports.
 
-Each worker also imports the main module of the builder.
+A module of its own, because the fork server takes only names of modules, and these lines must run before others' imports. Each
+worker also imports the main module of the builder.
 """
 
 import os

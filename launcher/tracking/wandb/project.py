@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.config.sections.run import TrackingSection
-from launcher.security.redaction import request_json
+from launcher.security.connections import request_json
 from launcher.tracking.metrics import STEP, panels
 
 ANSWER_DEADLINE_S = 10.0

@@ -16,7 +16,7 @@ from launcher.config.error_messages import EXTRA, format_value
 from launcher.config.schema import RunConfig
 from launcher.errors import DataError, Problem
 from launcher.plan.deepspeed import merge_keys
-from launcher.security.printable_stream import printable_output
+from launcher.security.redaction import printable_output
 
 
 def check(config: RunConfig) -> list[Problem]:
