@@ -194,12 +194,11 @@ def _make_report(
     by_source["num_tokens"] = count(in_rows, pieces.lengths[layout.order])
     by_source["docs_with_turn_end"] = count(in_rows, pieces.turn_end[layout.order])
     by_source["epochs"] = [*epochs, *[0.0] * (len(inputs) - len(epochs))]
-    origins = [describe_origin(source) for source in inputs]
     per_source = [
         {
             "name": source.name,
             "path": source.path,
-            **origins[i],
+            **describe_origin(source),
             **{key: values[i] for key, values in by_source.items()},
             **rank_keys(corpus.unread_keys[i]),
             "completions": int(corpus.completions[i, 0]),

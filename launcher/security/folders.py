@@ -91,8 +91,19 @@ class Trust:
         return False
 
     def accepts_group(self, gid: int, owner: int) -> bool:
-        """Return whether the members of a group may write to a file of `owner`."""
-        return gid in self.gids or any(_is_private_group(gid, uid) for uid in (owner, *self.uids))
+        """Return whether the members of a group may write to a file of `owner`.
+
+        They also may if it is the private group of `owner` or of a trusted user, which many systems create: it has the user's
+        name and no other members.
+        """
+        for uid in (owner, *self.uids):
+            with suppress(KeyError):
+                user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
+                is_own = (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}
+                # Many users outside a namespace share that user's uid, and their groups share its gid.
+                if is_own and uid != uid_of_unmapped_users():
+                    return True
+        return gid in self.gids
 
 
 def add_to_environ(owners: Iterable[str]) -> None:
@@ -243,17 +254,6 @@ def _find_distrusted_writer(path: Path, status: os.stat_result, trust: Trust) ->
     foreign = [user_name(uid) for uid in users if not trust.accepts_owner(uid)]
     foreign += [f"{GROUP_PREFIX}{group_name(gid)}" for gid in groups if not trust.accepts_group(gid, status.st_uid)]
     return foreign[0] if foreign else ""
-
-
-def _is_private_group(gid: int, uid: int) -> bool:
-    """Return whether a group is a user private group, which many systems create: same name, no other members."""
-    try:
-        user, group = pwd.getpwuid(uid), grp.getgrgid(gid)
-    except KeyError:
-        return False
-    is_own = (user.pw_gid, user.pw_name) == (gid, group.gr_name) and set(group.gr_mem) <= {user.pw_name}
-    # Many users outside a namespace share that user's uid, and their groups share its gid.
-    return is_own and uid != uid_of_unmapped_users()
 
 
 # Private and shared folders

@@ -47,7 +47,7 @@ def test_a_key_does_not_follow_a_redirect(servers: tuple[str, list[str]]) -> Non
     with pytest.raises(urllib.error.HTTPError) as refused:
         request_json(request(f"{address}/api/whoami-v2"), 60)
     assert refused.value.code == 302
-    found = project._check_access(address, KEY, project.Account("environment"), TrackingSection().project)
+    found = project.check_access(address, KEY, project.Account("environment"), TrackingSection().project)
     assert "answers with HTTP 302" in found.unknown
     assert received == []
 

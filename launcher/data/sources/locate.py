@@ -19,6 +19,7 @@ from launcher import atomic_files
 from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import convert_os_errors, fetch_dataset_file, is_full, mark_used, print_once, source_folder
+from launcher.data.sources.builtin import BUILTINS
 from launcher.data.sources.documents import refuse
 from launcher.data.sources.files import COMPRESSED, KINDS, DataFile, compute_digest, detect_kind
 from launcher.errors import DataError, Problem
@@ -52,10 +53,6 @@ _FRONT_MATTER = re.compile(r"---[ \t\r]*\n(.*?)^---[ \t\r]*$", re.DOTALL | re.MU
 _NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
 
 
-# The commit of a Hub dataset, the files that are read, and the files left out.
-_Listing = tuple[str, tuple[str, ...], tuple[str, ...]]
-
-
 @dataclass(frozen=True)
 class SourceFiles:
     """The files of a source: those that are read, and those of its folder that are left out.
@@ -87,7 +84,9 @@ def has_splits(path: str) -> bool:
 
 
 def find_files(source: RowSource) -> SourceFiles:
-    """Find the files of the source; lists remote ones. Raises DataError."""
+    """Find the files of the source, none for a data set of the launcher; lists remote ones. Raises DataError."""
+    if source.path in BUILTINS:
+        return SourceFiles((), (), None, BUILTINS[source.path].digest, lambda: ())
     if is_url(source.path):
         return _find_at_address(source)
     return _find_on_hub(source) if is_hub(source.path) else _find_local(source)
@@ -278,7 +277,41 @@ def _group_by_readme(readme: bytes, subset: str | None, names: Sequence[str], wh
 
 
 def _find_on_hub(source: RowSource) -> SourceFiles:
-    commit, names, left_out = _list_on_hub(source)
+    """Find the files of the source's subset and split at a commit of a Hub dataset.
+
+    The Hub is queried unless the revision is a commit with a stored listing. If the Hub cannot be reached or is too busy, the
+    last stored listing counts.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
+    stored = json.loads(record.read_bytes()) if record.is_file() else None
+    if stored is None or len(source.revision or "") != _COMMIT_DIGITS:
+        try:
+            info = HfApi().dataset_info(source.path, revision=source.revision, timeout=_HUB_TIMEOUT_S)
+            names = [sibling.rfilename for sibling in info.siblings or ()]
+
+            def read(name: str) -> bytes:
+                return fetch_dataset_file(source.path, name, str(info.sha)).read_bytes()
+
+            chosen, others = _choose_files(names, read, source.subset, source.split, source.path)
+        except DataError:
+            raise
+        except Exception as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+            # The error's name tells a missing dataset, whose status is 401 or 404, from a missing revision and a gated dataset.
+            reason = f"the hub answered with {status}" if status else "the hub cannot be reached"
+            reason += f" ({type(error).__name__})"
+            if stored is None or (status and status not in _TEMPORARY):
+                raise _make_unreachable(source, reason) from error
+            print_once(f"{reason}; {source.path} is read at the last known commit {stored['commit']}")
+        else:
+            stored = {"commit": str(info.sha), "files": chosen, "left_out": others}
+            with convert_os_errors(record.parent):
+                record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                atomic_files.write_json(record, stored)
+    commit, files, left_out = stored["commit"], tuple(stored["files"]), tuple(stored["left_out"])
 
     def fetch(name: str) -> DataFile:
         try:
@@ -290,53 +323,8 @@ def _find_on_hub(source: RowSource) -> SourceFiles:
             raise _make_unreachable(source, f"{name} cannot be fetched: {type(error).__name__}{why}") from error
 
     return SourceFiles(
-        names, left_out, commit, lambda: f"{source.path}@{commit}: {', '.join(names)}", lambda: tuple(map(fetch, names))
+        files, left_out, commit, lambda: f"{source.path}@{commit}: {', '.join(files)}", lambda: tuple(map(fetch, files))
     )
-
-
-def _list_on_hub(source: RowSource) -> _Listing:
-    """Return the commit, the files of the source's subset and split, and the files left out.
-
-    The Hub is queried unless the revision is a commit with a stored listing. If the Hub cannot be reached or is too busy, the
-    last stored listing is returned.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
-    if len(source.revision or "") == _COMMIT_DIGITS and (stored := _read_listing(record)):
-        return stored
-    try:
-        info = HfApi().dataset_info(source.path, revision=source.revision, timeout=_HUB_TIMEOUT_S)
-        commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
-
-        def read(name: str) -> bytes:
-            return fetch_dataset_file(source.path, name, commit).read_bytes()
-
-        chosen, left_out = _choose_files(names, read, source.subset, source.split, source.path)
-    except DataError:
-        raise
-    except Exception as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        # The error's name tells a missing dataset, whose status is 401 or 404, from a missing revision and a gated dataset.
-        reason = f"the hub answered with {status}" if status else "the hub cannot be reached"
-        reason += f" ({type(error).__name__})"
-        if (not status or status in _TEMPORARY) and (stored := _read_listing(record)):
-            print_once(f"{reason}; {source.path} is read at the last known commit {stored[0]}")
-            return stored
-        raise _make_unreachable(source, reason) from error
-    with convert_os_errors(record.parent):
-        record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": left_out})
-    return commit, chosen, left_out
-
-
-def _read_listing(record: Path) -> _Listing | None:
-    try:
-        listing = json.loads(record.read_bytes())
-    except FileNotFoundError:
-        return None
-    return listing["commit"], tuple(listing["files"]), tuple(listing["left_out"])
 
 
 def _make_unreachable(source: RowSource, reason: str) -> DataError:

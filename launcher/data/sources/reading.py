@@ -116,7 +116,7 @@ def find_path_problem(key: str, source: RowSource) -> Problem | None:
 
 def compute_source_digest(source: Source) -> str:
     """Return a text that changes with the source's bytes, not with its name or path. Raises DataError."""
-    return BUILTINS[source.path].digest() if source.path in BUILTINS else locate.find_files(source).digest()
+    return locate.find_files(source).digest()
 
 
 def describe_origin(source: Source) -> dict[str, Any]:
@@ -125,16 +125,14 @@ def describe_origin(source: Source) -> dict[str, Any]:
     This is a digest, the commit of a Hub dataset, and the files that are read and left out, up to ten names of each. Raises
     DataError.
     """
-    files = None if source.path in BUILTINS else locate.find_files(source)
-    digest = compute_source_digest(source) if files is None else files.digest()
-    names, left_out = ((), ()) if files is None else (files.names, files.left_out)
+    files = locate.find_files(source)
     return {
-        "digest": xxhash.xxh3_128_hexdigest(digest.encode()),
-        "commit": None if files is None else files.commit,
-        "files": list(names[:_NUM_NAMES]),
-        "num_files": len(names),
-        "left_out": list(left_out[:_NUM_NAMES]),
-        "num_left_out": len(left_out),
+        "digest": xxhash.xxh3_128_hexdigest(files.digest().encode()),
+        "commit": files.commit,
+        "files": list(files.names[:_NUM_NAMES]),
+        "num_files": len(files.names),
+        "left_out": list(files.left_out[:_NUM_NAMES]),
+        "num_left_out": len(files.left_out),
     }
 
 

@@ -133,7 +133,18 @@ class ChatTemplate:
         self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
         source = self._find_source(chat)
-        rows, tools = [_to_template_row(message) for message in messages], (list(chat.tools) if with_tools else []) or None
+        rows, tools = list[dict[str, Any]](), (list(chat.tools) if with_tools else []) or None
+        for message in messages:
+            row: dict[str, Any] = {"role": message.role, "content": message.content}
+            if message.tool_calls:
+                row["tool_calls"] = list(message.tool_calls)
+            for key in ("name", "tool_call_id"):
+                if (value := getattr(message, key)) is not None:
+                    row[key] = value
+            if message.reasoning_content is not None:
+                # Templates use either name.
+                row["reasoning_content"] = row["thinking"] = message.reasoning_content
+            rows.append(row)
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
         try:
             compiled = _compile_template(source)
@@ -191,19 +202,6 @@ def with_unique_texts(chat: Chat) -> list[Message]:
         content = f"launcher-{i}-end" if message.content.strip() else message.content
         messages.append(replace(message, content=content, tool_calls=tuple(calls)))
     return messages
-
-
-def _to_template_row(message: Message) -> dict[str, Any]:
-    row: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        row["tool_calls"] = list(message.tool_calls)
-    for key in ("name", "tool_call_id"):
-        if (value := getattr(message, key)) is not None:
-            row[key] = value
-    if message.reasoning_content is not None:
-        # Templates use either name.
-        row["reasoning_content"] = row["thinking"] = message.reasoning_content
-    return row
 
 
 def with_system(chat: Chat, system: str | None) -> Chat:

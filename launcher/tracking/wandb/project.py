@@ -70,12 +70,12 @@ def look_up(tracking: TrackingSection) -> Account:
         return Account(None, refused=f"there is no login for {address}")
     account = Account(login, entity=entity)
     try:
-        return _check_access(address, key, account, tracking.project)
+        return check_access(address, key, account, tracking.project)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return replace(account, unknown=f"{address} does not answer: {getattr(error, 'reason', error)}")
 
 
-def _check_access(address: str, key: str, account: Account, project: str) -> Account:
+def check_access(address: str, key: str, account: Account, project: str) -> Account:
     """Return the account with W&B's answer."""
     try:
         viewer = _query(address, key, _VIEWER)["viewer"]
