@@ -56,7 +56,7 @@ from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking.jsonl import JsonlTracker
-from launcher.tracking.metrics import METRICS, Curve, Metric, Part, StatusPart
+from launcher.tracking.metrics import METRICS, Curve, Metric, Part
 from launcher.tracking.tracker import ConsoleTracker
 from launcher.tracking.wandb.project import Target, as_json
 from launcher.tracking.wandb.tracker import Session
@@ -340,10 +340,10 @@ def test_two_ranks_train_with_it_and_one_resumes_with_the_same_losses(
 @pytest.fixture
 def added_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = Metric(
-        section="Throughput",
-        title="Experts in use",
+        "Throughput",
+        "Experts in use",
         curve=Curve("Share of experts in use", 100.0, "%"),
-        status=StatusPart("{:.0%} in use".format, line="experts"),
+        status=Part("{:.0%} in use".format, "experts"),
         console=Part("experts {:.2f}".format),
         lowest="best/experts_used_frac",
     )

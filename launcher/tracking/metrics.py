@@ -18,7 +18,6 @@ SECTIONS = ("Training", "Evaluation", "Throughput", "Memory", "Stability", "Data
 # Lines of `status` that show metrics, in order. Lines that only METRICS names follow.
 STATUS_LINES = ("loss", "pace", "memory", "GPUs", "ranks")
 
-_Formatter = Callable[[float], str]
 _LAST = 99
 
 
@@ -47,25 +46,16 @@ class Part:
 
     Attributes:
         show: formats the value.
+        line: label of the line of `status`.
         order: position in the line; rows of equal order keep the order of METRICS.
         separator: text between this part and the one before.
+        is_median: `status` shows the median of the last steps instead of the last value.
     """
 
-    show: _Formatter
+    show: Callable[[float], str]
+    line: str = ""
     order: int = _LAST
     separator: str = ", "
-
-
-@dataclass(frozen=True)
-class StatusPart(Part):
-    """How a metric is shown in `status`.
-
-    Attributes:
-        line: label of the line.
-        is_median: show the median of the last steps instead of the last value.
-    """
-
-    line: str = ""
     is_median: bool = False
 
 
@@ -89,9 +79,9 @@ class Metric:
     """One metric, or all metrics that match a pattern.
 
     Attributes:
-        unit: axis label of its W&B panels; empty for counts and fractions (0 to 1), and if the panel's title names it.
         section: section of the W&B workspace.
         title: title of the W&B panel. Metrics of one section with the same title share a panel. No panel if empty.
+        unit: axis label of its W&B panels; empty for counts and fractions (0 to 1), and if the panel's title names it.
         more_panels: (section, title) of further panels that show the metric; they come last in their section.
         log_y: the panel has a logarithmic y axis.
         curve: chart of the report page, in the order of METRICS.
@@ -100,13 +90,13 @@ class Metric:
         lowest: name in the run's summary of the lowest value; `<name>_step` is its step. None if the lowest is not kept.
     """
 
-    unit: str = ""
     section: str = ""
     title: str = ""
+    unit: str = ""
     more_panels: tuple[tuple[str, str], ...] = ()
     log_y: bool = False
     curve: Curve | None = None
-    status: StatusPart | None = None
+    status: Part | None = None
     console: Part | None = None
     lowest: str | None = None
 
@@ -134,141 +124,139 @@ _PARTS_OF_A_STEP = "Step time and its parts"
 # Keyed by name. `*` in a name stands for any text, such as the name of a data source.
 METRICS: dict[str, Metric] = {
     "train/loss": Metric(
-        section="Training",
-        title="Loss per trained token",
+        "Training",
+        "Loss per trained token",
         curve=Curve("Training loss"),
-        status=StatusPart("{:.4f}".format, line="loss"),
+        status=Part("{:.4f}".format, "loss"),
         console=Part("loss {:.3f}".format),
         lowest="best/train_loss",
     ),
-    "eval/held_out/loss": Metric(
-        section="Training", title="Loss per trained token", curve=Curve("Held-out loss"), lowest="best/eval_loss"
-    ),
-    "eval/held_out/ppl": Metric(section="Training", title="Held-out perplexity"),
-    "eval/*/loss": Metric(section="Evaluation", title="Loss by evaluation set and source"),
-    "eval/*/ppl": Metric(section="Evaluation", title="Perplexity by evaluation set"),
-    "train/lr": Metric(section="Training", title="Learning rate", curve=Curve("Learning rate"), console=Part("lr {:.1e}".format)),
+    "eval/held_out/loss": Metric("Training", "Loss per trained token", curve=Curve("Held-out loss"), lowest="best/eval_loss"),
+    "eval/held_out/ppl": Metric("Training", "Held-out perplexity"),
+    "eval/*/loss": Metric("Evaluation", "Loss by evaluation set and source"),
+    "eval/*/ppl": Metric("Evaluation", "Perplexity by evaluation set"),
+    "train/lr": Metric("Training", "Learning rate", curve=Curve("Learning rate"), console=Part("lr {:.1e}".format)),
     "train/grad_norm": Metric(
-        section="Stability",
-        title="Gradient norm",
+        "Stability",
+        "Gradient norm",
         log_y=True,
         curve=Curve("Gradient norm"),
         console=Part("grad {:.2f}".format),
     ),
-    "train/skipped_steps": Metric(section="Stability", title="Skipped steps"),
+    "train/skipped_steps": Metric("Stability", "Skipped steps"),
     STEP: Metric(),
-    "trainer/tokens": Metric(section="Training", title="Tokens seen"),
+    "trainer/tokens": Metric("Training", "Tokens seen"),
     "trainer/samples": Metric(),
-    "trainer/progress": Metric(section="Training", title="Progress"),
+    "trainer/progress": Metric("Training", "Progress"),
     "perf/tokens_per_sec": Metric(
-        section="Throughput",
-        title="Tokens per second",
+        "Throughput",
+        "Tokens per second",
         curve=Curve("Tokens per second"),
-        status=StatusPart("{:,.0f} tokens/s".format, order=0, line="pace", is_median=True),
+        status=Part("{:,.0f} tokens/s".format, "pace", 0, is_median=True),
         console=Part("{:,.0f} tok/s".format),
     ),
-    "perf/planned_tokens_per_sec": Metric(section="Throughput", title="Tokens per second"),
-    "trainer/eta_s": Metric("s", "Training", "Time left", console=Part(lambda seconds: f"eta {format_duration(seconds)}")),
-    "perf/tokens_per_sec_per_gpu": Metric(section="Throughput", title="Tokens per second per GPU"),
+    "perf/planned_tokens_per_sec": Metric("Throughput", "Tokens per second"),
+    "trainer/eta_s": Metric("Training", "Time left", "s", console=Part(lambda seconds: f"eta {format_duration(seconds)}")),
+    "perf/tokens_per_sec_per_gpu": Metric("Throughput", "Tokens per second per GPU"),
     "perf/mfu": Metric(
-        section="Throughput",
-        title="MFU",
+        "Throughput",
+        "MFU",
         curve=Curve("MFU", 100.0, "%"),
-        status=StatusPart("MFU {:.1%}".format, line="pace", is_median=True),
+        status=Part("MFU {:.1%}".format, "pace", is_median=True),
     ),
-    "perf/tflops_per_gpu": Metric(section="Throughput", title="TFLOP/s per GPU"),
-    "time/eval_s": Metric("s", "Throughput", "Time of evaluations and of checkpoint stalls"),
-    "time/ckpt_s": Metric("s", "Throughput", "Time of evaluations and of checkpoint stalls"),
+    "perf/tflops_per_gpu": Metric("Throughput", "TFLOP/s per GPU"),
+    "time/eval_s": Metric("Throughput", "Time of evaluations and of checkpoint stalls", "s"),
+    "time/ckpt_s": Metric("Throughput", "Time of evaluations and of checkpoint stalls", "s"),
     "time/step_s": Metric(
-        "s",
         "Throughput",
         _PARTS_OF_A_STEP,
+        "s",
         more_panels=(("Stability", "Longest step of any rank"),),
-        status=StatusPart("{:.2f} s a step".format, order=1, line="pace", is_median=True),
+        status=Part("{:.2f} s a step".format, "pace", 1, is_median=True),
     ),
-    "time/data_s": Metric("s", "Throughput", _PARTS_OF_A_STEP, more_panels=(("Data", "Data wait"),)),
-    "time/fwd_bwd_s": Metric("s", "Throughput", _PARTS_OF_A_STEP),
-    "time/optim_s": Metric("s", "Throughput", _PARTS_OF_A_STEP),
-    "memory/peak_active_gib": Metric("GiB", "Memory", "Peak GPU memory"),
-    "memory/planned_gib": Metric("GiB", "Memory", "Peak GPU memory"),
+    "time/data_s": Metric("Throughput", _PARTS_OF_A_STEP, "s", more_panels=(("Data", "Data wait"),)),
+    "time/fwd_bwd_s": Metric("Throughput", _PARTS_OF_A_STEP, "s"),
+    "time/optim_s": Metric("Throughput", _PARTS_OF_A_STEP, "s"),
+    "memory/peak_active_gib": Metric("Memory", "Peak GPU memory", "GiB"),
+    "memory/planned_gib": Metric("Memory", "Peak GPU memory", "GiB"),
     "memory/peak_reserved_gib": Metric(
-        "GiB",
         "Memory",
         "Peak GPU memory",
-        curve=Curve("Peak GPU memory reserved", unit="GiB"),
-        status=StatusPart("{:.1f} GiB of GPU memory reserved at peak".format, line="memory"),
-    ),
-    "memory/alloc_retries": Metric(section="Memory", title="Retried allocations"),
-    "memory/host_rss_gib": Metric(
         "GiB",
+        curve=Curve("Peak GPU memory reserved", unit="GiB"),
+        status=Part("{:.1f} GiB of GPU memory reserved at peak".format, "memory"),
+    ),
+    "memory/alloc_retries": Metric("Memory", "Retried allocations"),
+    "memory/host_rss_gib": Metric(
         "Memory",
         "Main memory of rank 0",
+        "GiB",
         curve=Curve("Main memory of rank 0", unit="GiB"),
-        status=StatusPart("{:.1f} GiB of main memory in rank 0".format, line="memory"),
+        status=Part("{:.1f} GiB of main memory in rank 0".format, "memory"),
     ),
-    "cost/usd": Metric("US dollars", "Cost", "Cost"),
-    "cost/gpu_hours": Metric("h", "Cost", "GPU hours"),
-    "cost/usd_per_million_tokens": Metric("US dollars", "Cost", "Cost per million tokens"),
+    "cost/usd": Metric("Cost", "Cost", "US dollars"),
+    "cost/gpu_hours": Metric("Cost", "GPU hours", "h"),
+    "cost/usd_per_million_tokens": Metric("Cost", "Cost per million tokens", "US dollars"),
     "perf/goodput": Metric(
-        section="Cost",
-        title="Share of time on kept steps",
+        "Cost",
+        "Share of time on kept steps",
         more_panels=(("Throughput", "Goodput"),),
         curve=Curve("Goodput", 100.0, "%"),
     ),
-    "time/kept_s": Metric("s"),
-    "lost/*_s": Metric("s", "Cost", "Lost time by cause"),
+    "time/kept_s": Metric(unit="s"),
+    "lost/*_s": Metric("Cost", "Lost time by cause", "s"),
     "time/straggler_ratio": Metric(
-        section="Stability",
-        title="Slowest rank relative to the median rank",
+        "Stability",
+        "Slowest rank relative to the median rank",
         curve=Curve("Slowest rank relative to the median rank"),
-        status=StatusPart("the slowest rank takes {:.2f}x the time of the median rank".format, line="ranks", is_median=True),
+        status=Part("the slowest rank takes {:.2f}x the time of the median rank".format, "ranks", is_median=True),
     ),
-    "time/step_max_rank_s": Metric("s", "Stability", "Longest step of any rank"),
-    "run/restarts": Metric(section="Stability", title="Restarts"),
-    "run/attempt": Metric(section="Stability", title="Restarts"),
-    "run/lost_steps": Metric(section="Stability", title="Replayed steps"),
-    "data/label_frac": Metric(section="Data", title="Share of trained tokens"),
-    "perf/padding_frac": Metric(section="Data", title="Padding"),
-    "data/truncated_frac": Metric(section="Data", title="Truncated tokens"),
-    "data/source/*/frac": Metric(section="Data", title="Share of each source"),
-    "trainer/epoch": Metric(section="Data", title="Epochs"),
-    "ckpt/last_step": Metric(section="Checkpoints", title="Step of the last checkpoint"),
-    "ckpt/save_s": Metric("s", "Checkpoints", "Time to save, and time that training waited"),
-    "ckpt/stall_s": Metric("s", "Checkpoints", "Time to save, and time that training waited"),
-    "ckpt/bytes": Metric("bytes", "Checkpoints", "Size"),
-    "ckpt/disk_free_gib": Metric("GiB", "Checkpoints", "Free disk"),
+    "time/step_max_rank_s": Metric("Stability", "Longest step of any rank", "s"),
+    "run/restarts": Metric("Stability", "Restarts"),
+    "run/attempt": Metric("Stability", "Restarts"),
+    "run/lost_steps": Metric("Stability", "Replayed steps"),
+    "data/label_frac": Metric("Data", "Share of trained tokens"),
+    "perf/padding_frac": Metric("Data", "Padding"),
+    "data/truncated_frac": Metric("Data", "Truncated tokens"),
+    "data/source/*/frac": Metric("Data", "Share of each source"),
+    "trainer/epoch": Metric("Data", "Epochs"),
+    "ckpt/last_step": Metric("Checkpoints", "Step of the last checkpoint"),
+    "ckpt/save_s": Metric("Checkpoints", "Time to save, and time that training waited", "s"),
+    "ckpt/stall_s": Metric("Checkpoints", "Time to save, and time that training waited", "s"),
+    "ckpt/bytes": Metric("Checkpoints", "Size", "bytes"),
+    "ckpt/disk_free_gib": Metric("Checkpoints", "Free disk", "GiB"),
     "gpu/util_mean": Metric(
-        section="Cluster",
-        title="GPU utilization, mean and lowest",
+        "Cluster",
+        "GPU utilization, mean and lowest",
         curve=Curve("GPU utilization, mean", 100.0, "%"),
-        status=StatusPart("{:.0%} busy".format, order=0, line="GPUs"),
+        status=Part("{:.0%} busy".format, "GPUs", 0),
     ),
     "gpu/util_min": Metric(
-        section="Cluster",
-        title="GPU utilization, mean and lowest",
-        status=StatusPart("(lowest {:.0%})".format, order=1, separator=" ", line="GPUs"),
+        "Cluster",
+        "GPU utilization, mean and lowest",
+        status=Part("(lowest {:.0%})".format, "GPUs", 1, " "),
     ),
     "gpu/temp_max": Metric(
-        "°C",
         "Cluster",
         "Hottest GPU",
+        "°C",
         curve=Curve("GPU temperature, highest", unit="°C"),
-        status=StatusPart("up to {:.0f} °C".format, order=4, line="GPUs"),
+        status=Part("up to {:.0f} °C".format, "GPUs", 4),
     ),
-    "gpu/power_mean": Metric("W", "Cluster", "Power per GPU", status=StatusPart("{:,.0f} W each".format, order=3, line="GPUs")),
+    "gpu/power_mean": Metric("Cluster", "Power per GPU", "W", status=Part("{:,.0f} W each".format, "GPUs", 3)),
     "gpu/memory_max_frac": Metric(
-        section="Cluster",
-        title="GPU memory used, highest",
-        status=StatusPart("memory up to {:.0%}".format, order=2, line="GPUs"),
+        "Cluster",
+        "GPU memory used, highest",
+        status=Part("memory up to {:.0%}".format, "GPUs", 2),
     ),
     "gpu/xids": Metric(
-        section="Cluster",
-        title="GPU faults (Xid)",
-        status=StatusPart(lambda count: f"{count:.0f} Xid errors" if count else "", order=5, line="GPUs"),
+        "Cluster",
+        "GPU faults (Xid)",
+        status=Part(lambda count: f"{count:.0f} Xid errors" if count else "", "GPUs", 5),
     ),
-    "host/cpu_util_mean": Metric(section="Cluster", title="CPU and main memory of the nodes"),
-    "host/ram_used_max_frac": Metric(section="Cluster", title="CPU and main memory of the nodes"),
-    "run/nodes": Metric(section="Cluster", title="Nodes"),
+    "host/cpu_util_mean": Metric("Cluster", "CPU and main memory of the nodes"),
+    "host/ram_used_max_frac": Metric("Cluster", "CPU and main memory of the nodes"),
+    "run/nodes": Metric("Cluster", "Nodes"),
 }
 
 
