@@ -27,11 +27,11 @@ _MAX_VALUE_CHARS = 80
 
 
 class _FieldError(Exception):
-    """A value does not fit the type of its field."""
+    """A value does not fit the type of its field, or there is none."""
 
-    def __init__(self, field: str, expected: str, value: str) -> None:
-        super().__init__(expected)
-        self.field, self.expected, self.value = field, expected, value
+    def __init__(self, field: str, problem: str, *value: Any) -> None:
+        self.field, self.problem, shown = field, problem, "".join(json.dumps(one, default=str) for one in value)
+        self.value = shown if len(shown) <= _MAX_VALUE_CHARS else f"{shown[:_MAX_VALUE_CHARS]}..."
 
 
 def decode(record_type: type[T], values: Any, where: str, remedy: str = "") -> T:
@@ -44,7 +44,7 @@ def decode(record_type: type[T], values: Any, where: str, remedy: str = "") -> T
         record: T = _decode_object(record_type, values, "")
     except _FieldError as error:
         location = f"{where}: {error.field}" if error.field else where
-        message = f"a record of the run is damaged: {error.expected}"
+        message = f"a record of the run is damaged: {error.problem}"
         raise DamagedRun(message, where=location, value=error.value, remedy=remedy) from None
     return record
 
@@ -128,14 +128,14 @@ def _list_fields(record_type: type) -> tuple[tuple[str, Any, bool], ...]:
 
 def _decode_object(record_type: Any, values: Any, path: str) -> Any:
     if not isinstance(values, Mapping):
-        raise _make_mismatch(path, "an object", values)
+        raise _FieldError(path, "expected an object", values)
     arguments = {}
     for name, kind, has_default in _list_fields(record_type):
         field = f"{path}.{name}" if path else name
         if name in values:
             arguments[name] = _decode_value(kind, values[name], field)
         elif not has_default:
-            raise _FieldError(field, "this field is missing", "")
+            raise _FieldError(field, "this field is missing")
     return record_type(**arguments)
 
 
@@ -153,17 +153,17 @@ def _decode_value(kind: Any, value: Any, path: str) -> Any:
         return _decode_value(last, value, path)
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise _make_mismatch(path, "a list", value)
+            raise _FieldError(path, "expected a list", value)
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             arguments = (arguments[0],) * len(value)
         if len(arguments) != len(value):
-            raise _make_mismatch(path, f"a list of {len(arguments)} values", value)
+            raise _FieldError(path, f"expected a list of {len(arguments)} values", value)
         return tuple(
             _decode_value(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(arguments, value, strict=True))
         )
     if origin in (dict, Mapping):
         if not isinstance(value, dict):
-            raise _make_mismatch(path, "an object", value)
+            raise _FieldError(path, "expected an object", value)
         return {name: _decode_value(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
     if dataclasses.is_dataclass(kind):
         return _decode_object(kind, value, path)
@@ -171,14 +171,7 @@ def _decode_value(kind: Any, value: Any, path: str) -> Any:
         try:
             return kind(value)
         except ValueError:
-            raise _make_mismatch(path, f"one of {', '.join(str(member.value) for member in kind)}", value) from None
+            raise _FieldError(path, f"expected one of {', '.join(str(member.value) for member in kind)}", value) from None
     if type(value) is kind or (kind is float and type(value) is int):
         return value
-    raise _make_mismatch(path, _NAMES[kind], value)
-
-
-def _make_mismatch(path: str, expected: str, value: Any) -> _FieldError:
-    shown = json.dumps(value, default=str)
-    if len(shown) > _MAX_VALUE_CHARS:
-        shown = f"{shown[:_MAX_VALUE_CHARS]}..."
-    return _FieldError(path, f"expected {expected}", shown)
+    raise _FieldError(path, f"expected {_NAMES[kind]}", value)

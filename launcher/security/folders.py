@@ -72,10 +72,6 @@ class Trust:
             raise ConfigError(problems)
         return cls(frozenset(uids), frozenset(gids), anyone)
 
-    def with_group(self, gid: int) -> Trust:
-        """Return this trust extended to a group's members, for what they share intentionally."""
-        return replace(self, gids=self.gids | {gid})
-
     def as_numbers(self) -> str:
         """Return a value of LAUNCHER_TRUST_OWNERS for machines that may not know user and group names."""
         if self.anyone:
@@ -331,7 +327,7 @@ def require_cache(folder: Path, group: str | None = None) -> None:
         DataError: with the folder, its owner and the remedy.
     """
     trust = Trust.from_environ(os.environ)
-    trust = trust if group is None else trust.with_group(shared_group(group))
+    trust = trust if group is None else replace(trust, gids=trust.gids | {shared_group(group)})
     # The folder is checked again once it exists.
     if problem := _cache_problem(folder, folder.exists(), trust):
         raise DataError(problem)

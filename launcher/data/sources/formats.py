@@ -88,19 +88,19 @@ class RowFormat:
     """
 
     parse: Callable[[Row, str], Document]
-    required_keys: frozenset[str]
-    optional_keys: frozenset[str] = frozenset()
+    required_keys: Set[str]
+    optional_keys: Set[str] = frozenset()
     chat_keys: tuple[str, ...] = ()
     turn_keys: tuple[str, ...] = ()
-    required_message_keys: frozenset[str] = frozenset()
-    optional_message_keys: frozenset[str] = frozenset()
+    required_message_keys: Set[str] = frozenset()
+    optional_message_keys: Set[str] = frozenset()
 
     @functools.cached_property
-    def keys(self) -> frozenset[str]:
+    def keys(self) -> Set[str]:
         return self.required_keys | self.optional_keys
 
     @functools.cached_property
-    def message_keys(self) -> frozenset[str]:
+    def message_keys(self) -> Set[str]:
         return self.required_message_keys | self.optional_message_keys
 
 
@@ -196,35 +196,35 @@ def _add_system(row: Row, messages: tuple[Message, ...], where: str) -> tuple[Me
 FORMATS: dict[str, RowFormat] = {
     "messages": RowFormat(
         parse_messages,
-        required_keys=frozenset({"messages"}),
-        optional_keys=frozenset({"conversations", "system", "tools", "functions"}),
+        required_keys={"messages"},
+        optional_keys={"conversations", "system", "tools", "functions"},
         chat_keys=("messages", "conversations"),
-        required_message_keys=frozenset({"role", "content"}),
+        required_message_keys={"role", "content"},
         optional_message_keys=MESSAGE_KEYS,
     ),
     "sharegpt": RowFormat(
         parse_sharegpt,
-        required_keys=frozenset({"conversations"}),
-        optional_keys=frozenset({"messages", "system", "tools"}),
+        required_keys={"conversations"},
+        optional_keys={"messages", "system", "tools"},
         chat_keys=("conversations", "messages"),
-        required_message_keys=frozenset({"from", "value"}),
+        required_message_keys={"from", "value"},
         optional_message_keys=WEIGHT_KEYS,
     ),
     "alpaca": RowFormat(
         parse_alpaca,
-        required_keys=frozenset({"instruction", "output"}),
-        optional_keys=frozenset({"input", "history", "system", "tools"}),
+        required_keys={"instruction", "output"},
+        optional_keys={"input", "history", "system", "tools"},
     ),
     "prompt_completion": RowFormat(
         parse_completion,
-        required_keys=frozenset({"prompt", "completion"}),
-        optional_keys=frozenset({"tools"}),
+        required_keys={"prompt", "completion"},
+        optional_keys={"tools"},
         turn_keys=("prompt", "completion"),
-        required_message_keys=frozenset({"role", "content"}),
+        required_message_keys={"role", "content"},
         optional_message_keys=MESSAGE_KEYS,
     ),
-    "question_answer": RowFormat(parse_question_answer, required_keys=frozenset({"question", "answer"})),
-    "text": RowFormat(parse_text, required_keys=frozenset({"text"})),
+    "question_answer": RowFormat(parse_question_answer, required_keys={"question", "answer"}),
+    "text": RowFormat(parse_text, required_keys={"text"}),
 }
 
 
