@@ -37,14 +37,8 @@ class Problem:
     remedy: str = ""
 
     def __str__(self) -> str:
-        lines = [self.message]
-        if self.where:
-            lines.append(f"  where:  {self.where}")
-        if self.value:
-            lines.append(f"  value:  {self.value}")
-        if self.remedy:
-            lines.append(f"  remedy: {self.remedy}")
-        return printable("\n".join(lines))
+        parts = {"where:  ": self.where, "value:  ": self.value, "remedy: ": self.remedy}
+        return printable("\n".join([self.message, *(f"  {label}{text}" for label, text in parts.items() if text)]))
 
 
 def did_you_mean(word: str, options: Sequence[str]) -> str:

@@ -163,15 +163,10 @@ class GpuSensor:
     def read(self) -> dict[str, float]:
         """Return the driver's GPU number, utilization and used memory (0 to 1), watts and °C; NaN for missing readings."""
         nvml, handle = self._nvml, self._handle
-
-        def used_memory() -> float:
-            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-            return float(memory.used / memory.total)
-
         return {
             "gpu_index": self._try(lambda: nvml.nvmlDeviceGetIndex(handle), math.nan),
             "gpu_util": self._try(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100, math.nan),
-            "gpu_memory": self._try(used_memory, math.nan),
+            "gpu_memory": self._try(lambda: (memory := nvml.nvmlDeviceGetMemoryInfo(handle)).used / memory.total, math.nan),
             "gpu_power_w": self._try(lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000, math.nan),
             "gpu_temp_c": self._try(lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU), math.nan),
         }
