@@ -107,8 +107,7 @@ class RowFormat:
 def parse_messages(row: Row, where: str) -> Chat:
     """Parse a list of {role, content}, as in OpenAI's fine-tuning files."""
     key = find_chat_key(row, "messages")
-    items = read_messages(row, key, where)
-    messages = tuple(parse_message(item, f"{key}[{i}]", where) for i, item in enumerate(items))
+    messages = tuple(parse_message(item, f"{key}[{i}]", where) for i, item in enumerate(read_messages(row, key, where)))
     tools = row.get("tools") if row.get("tools") is not None else row.get("functions")
     return Chat(where, _add_system(row, messages, where), parse_tools(tools, where))
 
@@ -119,10 +118,7 @@ def parse_sharegpt(row: Row, where: str) -> Chat:
     messages = []
     for i, item in enumerate(read_messages(row, key, where)):
         key_path = f"{key}[{i}]"
-        sender, value = (
-            read_value(item, "from", str, where, f"{key_path}."),
-            read_value(item, "value", str, where, f"{key_path}."),
-        )
+        sender, value = (read_value(item, name, str, where, f"{key_path}.") for name in ("from", "value"))
         role = _SHAREGPT_ROLES.get(sender.lower())
         if role is None:
             refuse(f"{key_path}.from is unknown: {safe_excerpt(sender)!r}", where, f"write one of {', '.join(_SHAREGPT_ROLES)}")
@@ -279,8 +275,7 @@ def rename_columns(row: Row, columns: Mapping[str, str], where: str) -> Row:
                 f"name a key that the rows have in the source's columns: {COLUMNS_EXAMPLE}",
             )
     # If another key of the row has the name of a mapped column, it is a different column.
-    rest = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
-    return {**rest, **values}
+    return {key: value for key, value in row.items() if key not in columns and key not in columns.values()} | values
 
 
 # Messages and tools

@@ -153,8 +153,7 @@ def _list_names(folder: Path) -> list[str]:
 
 
 def _match_pattern(pattern: str) -> list[str]:
-    paths = glob.iglob(os.path.expanduser(pattern), recursive=True)
-    return sorted(name for name in paths if Path(name).is_file())
+    return sorted(filter(os.path.isfile, glob.iglob(os.path.expanduser(pattern), recursive=True)))
 
 
 # Splits

@@ -148,9 +148,7 @@ def encode_batches(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_pat
         num_bytes += len(pickle.dumps(task)) + _BATCH_BYTES
     tasks = itertools.chain(first, tasks)
     if num_bytes < MIN_BYTES:
-        encoder = BatchEncoder(data, tokenizer_path)
-        for task in tasks:
-            yield encoder.encode_usable(task)
+        yield from map(BatchEncoder(data, tokenizer_path).encode_usable, tasks)
         return
     # In Python 3.11.0, every user of the machine can reach such a socket of the fork server, which runs what it receives:
     # CVE-2022-42919.
