@@ -78,8 +78,8 @@ def read_tail(path: str | Path, num_points: int = 40, resumed: Mapping[int, int]
             spent = next((CostSoFar(line["cost/gpu_hours"], line.get("cost/usd"), line["time"]) for line in costs), None)
             # The training steps that follow evenly spaced offsets.
             offsets = {data.find(_TRAINED, len(data) * i // num_points) for i in range(num_points)} - {-1}
-            begins = sorted({data.rfind(b"\n", 0, offset) + 1 for offset in offsets})
-            sampled = (line for begin in begins for line in decode_lines(_read_line(data, begin)))
+            starts = sorted({data.rfind(b"\n", 0, offset) + 1 for offset in offsets})
+            sampled = (line for start in starts for line in decode_lines(_read_line(data, start)))
             return MetricsTail(
                 tuple(line for line in recent if line["attempt"] == recent[0]["attempt"]),
                 tuple(line["train/loss"] for line in sampled if counts(line)),
