@@ -18,7 +18,7 @@ from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError, Problem
 from launcher.export.hub import TOKEN_VARIABLE, token_problem
 from launcher.models.found_model import locate
-from launcher.security.redaction import request_json
+from launcher.security.connections import request_json
 
 # Repositories, by the start of their name, whose license must be accepted before a download.
 GATED = ("google/gemma-", "meta-llama/")

@@ -34,11 +34,11 @@ from launcher.plan.gpu_types import Price, typical_price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import read_export
-from launcher.security import owners
+from launcher.security import folders
 from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
 from launcher.shell_commands import launcher_command, short_path
-from launcher.tracking.costs import request_cost
+from launcher.tracking.goodput import RequestCost
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.verdicts import (
     TUNED,
@@ -69,7 +69,7 @@ _FORM = "write --min-gain METRIC:BASELINE:GAIN, such as exact_match:few-shot:0.0
 def evaluate_run(arguments: argparse.Namespace) -> int:
     """Evaluate a run and print the verdict; returns 3 if --min-gain does not hold."""
     run_dir = run_store.find_run(arguments.run, arguments.root)
-    owners.require_run(run_dir.root)
+    folders.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
     config = _change_settings(plan.config, arguments.overrides, plan.run_name)
     if arguments.tasks is None and (arguments.task_folder is not None or arguments.limit is not None):
@@ -148,7 +148,7 @@ def _send_to_wandb(plan: LaunchPlan, run: RunDir, step: int) -> None:
     """Add the verdict to the W&B run, if there is one; a failure is reported as a line on standard error."""
     if plan.config.tracking.kind != "wandb" or plan.config.tracking.mode == "disabled":
         return
-    command = [sys.executable, "-m", "launcher.tracking.wandb.verdict_upload", str(run.root), str(step)]
+    command = [sys.executable, "-m", "launcher.tracking.wandb.tracker", str(run.root), str(step)]
     try:
         _, output = run_worker(command, stdout=subprocess.PIPE, timeout_s=_WANDB_S)
     except subprocess.TimeoutExpired:
@@ -357,7 +357,7 @@ def tabulate_costs(verdict: EvaluationVerdict, plan: LaunchPlan) -> tuple[list[s
         return None
     price = None if plan.price is None or plan.topology.device != "cuda" else plan.price.usd_per_gpu_hour
     hosted = plan.config.costs.hosted
-    costs = {side: request_cost(verdict.usage[side], price, hosted) for side in verdict.sides if side in verdict.usage}
+    costs = {side: RequestCost.of_usage(verdict.usage[side], price, hosted) for side in verdict.sides if side in verdict.usage}
     is_priced = any(cost.usd_here is not None for cost in costs.values())
     services = list(dict.fromkeys(name for cost in costs.values() for name in cost.usd_hosted))
     header = ["side", "prompt tokens", "answer tokens", *(["million requests here"] if is_priced else []), *services]

@@ -20,7 +20,7 @@ from launcher.export import hub
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import EXPORT_RECORD, ExportRecord
-from launcher.security import owners
+from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.metrics import format_age
 
@@ -30,7 +30,7 @@ _BYTES_OF_DTYPE = {"bf16": 2, "fp16": 2, "fp32": 4}
 def export_run(arguments: argparse.Namespace) -> int:
     """Export a checkpoint; returns the exit code of the process that writes it."""
     run_dir = run_store.find_run(arguments.run, arguments.root)
-    owners.require_run(run_dir.root)
+    folders.require_run(run_dir.root)
     plan = run_store.load_plan(run_dir)
     if (repo_id := arguments.push) is not None:
         # A push that cannot succeed is refused before the export.
@@ -45,7 +45,7 @@ def export_run(arguments: argparse.Namespace) -> int:
     out = run_dir.export if arguments.out is None else arguments.out.expanduser().absolute()
     _require_writable(out)
     if arguments.out is not None:
-        owners.require_own_folder(f"an export to {out}", out, "choose an --out that only you can replace")
+        folders.require_own_folder(f"an export to {out}", out, "choose an --out that only you can replace")
     existing = None
     # A damaged record counts as none.
     with suppress(RunError):

@@ -24,8 +24,8 @@ from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
-from launcher.security import owners
-from launcher.security.printable_stream import as_plain_lines, raw
+from launcher.security import folders
+from launcher.security.redaction import as_plain_lines, raw
 from launcher.shell_commands import launcher_command, shell_command, short_path
 from launcher.tracking.jsonl import Tail, read_events
 from launcher.tracking.metrics import format_step
@@ -379,7 +379,7 @@ def _describe_end(run: RunDir, attempt: int, status: Status) -> str:
 def cancel_run(arguments: argparse.Namespace) -> int:
     """Ask a run to save and stop."""
     run = run_store.find_run(arguments.run, arguments.root)
-    owners.require_run(run.root)
+    folders.require_run(run.root)
     cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run, save=arguments.save)
     request = "requested: save and stop" if arguments.save else "requested: stop without saving"
     print(f"{request}; watch it with: {launcher_command('status', short_path(run.root))}")

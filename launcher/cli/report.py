@@ -25,14 +25,14 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
-from launcher.security import owners
+from launcher.security import folders
 from launcher.shell_commands import short_path
 from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown, hosted_training
 from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
 from launcher.tracking.metrics import curves, format_duration
 from launcher.tracking.run_metrics import find_overfitting, newest_trained_step
-from launcher.tracking.wandb import workspace
+from launcher.tracking.wandb import project
 
 _MOST_POINTS = 600
 # Names, or prefixes of names, of the metrics that the page needs in addition to the charts' metrics.
@@ -222,22 +222,22 @@ def publish_workspace(arguments: argparse.Namespace) -> int:
         run_dir = None
     if run_dir is not None:
         # It names the project that this user's key writes to.
-        owners.require_run(run_dir.root)
+        folders.require_run(run_dir.root)
         plan = run_store.load_plan(run_dir)
         tracking = plan.config.tracking
-        target = workspace.Target(tracking.project, tracking.entity, plan.wandb_id, plan.run_name)
+        target = project.Target(tracking.project, tracking.entity, plan.wandb_id, plan.run_name)
     elif (matched := _PROJECT.fullmatch(name)) is not None:
-        target = workspace.Target(matched["project"], matched["entity"])
+        target = project.Target(matched["project"], matched["entity"])
     else:
         message, remedy = "this is neither a run nor a W&B project", "write RUN, PROJECT or ENTITY/PROJECT"
         raise ConfigError(message, where="dashboard", value=name, remedy=remedy)
     if arguments.dry_run:
-        print(workspace.as_json(target))
+        print(project.as_json(target))
         return 0
     # Keep W&B's own lines out of the output.
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
-        address = workspace.publish(target)
+        address = project.publish(target)
     except LookupError as error:
         raise ConfigError(
             "no such W&B project, or this login cannot see it",

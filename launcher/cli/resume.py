@@ -37,7 +37,7 @@ from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.plan.steps import describe_changed_rate
 from launcher.run_records import Attempt, read_export
-from launcher.security import owners
+from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking import goodput
 from launcher.tracking.run_metrics import has_trained
@@ -61,7 +61,7 @@ def resume(arguments: argparse.Namespace) -> int:
         run = mirror.download_run(arguments.run, arguments.root, arguments.step)
     else:
         run = run_store.find_run(arguments.run, arguments.root)
-    owners.require_run(run.root)
+    folders.require_run(run.root)
     plan = run_store.load_plan(run)
     if plan.config.cluster.runs_on_every_node:
         from launcher.cli import every_node

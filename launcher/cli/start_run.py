@@ -33,9 +33,9 @@ from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import MeasuredMfu, SpeedEstimate, estimate_speed, peak_tflops
 from launcher.run_records import Attempt
-from launcher.security import owners
+from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
-from launcher.tracking.costs import largest_usd
+from launcher.tracking.goodput import largest_usd
 from launcher.tracking.run_metrics import read_tail
 
 _LABEL_COLUMNS = 11
@@ -59,7 +59,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
         # Check this before anything that takes time, and before a sweep starts any of its runs.
         _require_new(choose_run_dir(composed.config, name))
     parent = choose_run_dir(composed.config, name or "name").root.parent
-    owners.require_own_folder(f"a run in {parent}", parent, "set run.root to a folder that only you can write to")
+    folders.require_own_folder(f"a run in {parent}", parent, "set run.root to a folder that only you can write to")
     config = facts.resolve_settings(composed.config, node)
     found = find_model(config.model)
     facts.check(config, found)
@@ -173,7 +173,7 @@ def choose_run_dir(config: RunConfig, name: str) -> RunDir:
 
 def _require_new(existing: RunDir) -> None:
     """Reject an existing run, with its state if it is running; nothing is read from another user's run."""
-    is_own = existing.root.is_dir() and owners.accepts_owner(existing.root.stat().st_uid)
+    is_own = existing.root.is_dir() and folders.accepts_owner(existing.root.stat().st_uid)
     if is_own and existing.plan.is_file() and existing.status.is_file():
         require_idle(existing, status_reader_for(existing, run_store.load_plan(existing).config.cluster.kind))
     run_store.require_new(existing)
@@ -188,7 +188,7 @@ def location_warning(plan: LaunchPlan) -> str | None:
     """Return why the run directory cannot be created, or which parent folder lets other users replace it, or None."""
     if problem := folder_problem(Path(plan.run_dir)):
         return f"train will be refused: {problem.message}; {problem.remedy}"
-    problem = owners.folder_problem(f"a run in {Path(plan.run_dir).parent}", Path(plan.run_dir).parent)
+    problem = folders.folder_problem(f"a run in {Path(plan.run_dir).parent}", Path(plan.run_dir).parent)
     return f"train, resume and export will be refused: {problem.message}; {problem.remedy}" if problem else None
 
 
@@ -281,7 +281,7 @@ def find_measured_mfu(plan: LaunchPlan, gpu: str) -> MeasuredMfu | None:
 def _is_trusted(run: RunDir) -> bool:
     """Return whether a run belongs to this or a trusted user: other users' files may be endless and their numbers misleading."""
     with suppress(OSError):
-        return owners.accepts_owner(run.root.stat().st_uid)
+        return folders.accepts_owner(run.root.stat().st_uid)
     return False
 
 

@@ -348,7 +348,7 @@ def largest_usd(plan: LaunchPlan, speed: SpeedEstimate) -> float | None:
 def training_tokens(plan: LaunchPlan) -> int | None:
     """Return the number of tokens that a run trains on, counting each epoch, or None if the number of steps is unknown."""
     batch = plan.batch
-    return None if batch.max_steps is None else batch.max_steps * (batch.tokens_per_step or batch.max_tokens_per_step)
+    return None if batch.max_steps is None else batch.max_steps * batch.expected_tokens
 
 
 def hosted_training(prices: Sequence[HostedPrice], tokens: int) -> dict[str, float]:

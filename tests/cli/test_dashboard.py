@@ -58,7 +58,7 @@ def launch(launcher_env: dict[str, str]) -> Launch:
     """Run a command in a process forked from one that has imported W&B, because W&B reads the environment only once."""
 
     def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        server = preloaded("launcher.cli.report", "launcher.tracking.wandb.workspace", "wandb_workspaces.workspaces")
+        server = preloaded("launcher.cli.report", "launcher.tracking.wandb.project", "wandb_workspaces.workspaces")
         return server.run("launcher", *arguments, env={**launcher_env, **env})
 
     return run
