@@ -40,7 +40,7 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
-from launcher.security.owners import Trust
+from launcher.security.folders import Trust
 from launcher.worker.ray import connection, node_tasks
 
 SECTION = RaySection(kind="ray", address="http://head:8265")

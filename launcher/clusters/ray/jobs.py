@@ -18,7 +18,7 @@ from launcher.clusters.detached_process import python_variables
 from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.security import owners
+from launcher.security import folders
 
 if TYPE_CHECKING:
     from launcher.config.sections.ray import RaySection
@@ -77,7 +77,7 @@ def submit_module(
     # Everyone with the token can read these.
     variables = {**python_variables(code, {}), "PYTHONUNBUFFERED": "1", **(environ or {})}
     # The driver checks the run again, possibly as another user, and accepts the same owners as this command.
-    variables[owners.VARIABLE] = f"{owners.Trust.from_environ(os.environ).as_numbers()},${{{owners.VARIABLE}}}"
+    variables[folders.TRUST_VARIABLE] = f"{folders.Trust.from_environ(os.environ).as_numbers()},${{{folders.TRUST_VARIABLE}}}"
     client = _client(address)
 
     # A newly started head node answers a few seconds before it accepts jobs.

@@ -29,7 +29,7 @@ from launcher.data.cache_dir import cache_root
 from launcher.errors import LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security import owners
+from launcher.security import folders
 from launcher.security.folders import private_files
 
 SUBMITS_JOBS = True
@@ -165,7 +165,7 @@ def _name_jobs(plan: LaunchPlan) -> str:
 
 def _trusted_owners() -> dict[str, str]:
     # Nodes may not know user names.
-    return {owners.VARIABLE: owners.Trust.from_environ(os.environ).as_numbers()}
+    return {folders.TRUST_VARIABLE: folders.Trust.from_environ(os.environ).as_numbers()}
 
 
 @contextmanager

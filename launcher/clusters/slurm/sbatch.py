@@ -21,7 +21,7 @@ from launcher.config.sections.slurm import SlurmSection, asks_for_gpus
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.security.owners import VARIABLE, Trust
+from launcher.security.folders import TRUST_VARIABLE, Trust
 from launcher.shell_commands import launcher_command, shell_command
 
 # Paths that sbatch and srun accept unchanged when quoted: no %, which sbatch replaces, and no quotes.
@@ -127,7 +127,11 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         *setup_commands(section),
         "# The lines below check exit codes themselves; cluster.setup may have turned on `set -e`.",
         "set +e",
-        *([f"export {VARIABLE}={shlex.quote(Trust.from_environ(os.environ).as_numbers())}"] if VARIABLE in os.environ else []),
+        *(
+            [f"export {TRUST_VARIABLE}={shlex.quote(Trust.from_environ(os.environ).as_numbers())}"]
+            if TRUST_VARIABLE in os.environ
+            else []
+        ),
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
         f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"LAUNCHER_ATTEMPT=$({_job_command('begin', plan_path)}) || exit",

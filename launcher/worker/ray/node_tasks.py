@@ -27,8 +27,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
 from launcher.errors import EXIT_FAILED
 from launcher.evaluate.evaluation_folder import EvaluationFolder
-from launcher.security.folders import private_variables
-from launcher.security.owners import VARIABLE, Trust
+from launcher.security.folders import TRUST_VARIABLE, Trust, private_variables
 from launcher.worker.ray import connection
 
 # Seconds after which free GPUs are counted again. Ray's count may be old: another reservation may have just been made.
@@ -40,7 +39,7 @@ def answer_prompts(folder: str) -> int:
     settings = EvaluationFolder(Path(folder)).read_task().settings
     section = RaySection.of(settings.cluster)
     # Tasks check the run, possibly as another user, on nodes that may not know user names.
-    trusted = {VARIABLE: Trust.from_environ(os.environ).as_numbers()}
+    trusted = {TRUST_VARIABLE: Trust.from_environ(os.environ).as_numbers()}
     ray = _join(section, {**section.env, **trusted}, log_to_driver=True)
     try:
         num_workers = section.nodes * section.ranks_per_node if section.ranks_per_node else None
