@@ -1,15 +1,24 @@
-"""The devices of this machine: its GPUs, or its CPU. Imports neither models nor data."""
+"""The devices of this machine, its GPUs or its CPU, and the tools with which kernels are built for them.
+
+Imports neither torch nor data.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+import re
+import shlex
+import shutil
+import sys
+import sysconfig
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import nvml
+from launcher.errors import Problem
 from launcher.nvml import GpuInfo
 
 if TYPE_CHECKING:
@@ -17,6 +26,14 @@ if TYPE_CHECKING:
 
 # Values of CUDA_VISIBLE_DEVICES that select the CPU.
 _CPU_CHOSEN = ("", "-1")
+OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+_HEADER = "Python.h"
+# By device kind: the compiler for kernels, the variable that names one, the commands that the package tries if it is unset, and
+# the variable with header folders.
+_COMPILERS = {
+    "cuda": ("C compiler", "CC", ("gcc", "clang"), "C_INCLUDE_PATH"),
+    "cpu": ("C++ compiler", "CXX", ("g++",), "CPLUS_INCLUDE_PATH"),
+}
 
 
 @functools.cache
@@ -61,3 +78,55 @@ def has_fast_bf16() -> bool:
     except OSError:
         return False
     return {"avx512bw", "avx512vl", "avx512dq"} <= words or not words.isdisjoint({"amx_bf16", "avx_ne_convert", "bf16"})
+
+
+def available_bytes() -> int:
+    """Return the bytes of host memory left to this machine, or to the container or job that the process is in."""
+    import psutil
+
+    available = [psutil.virtual_memory().available]
+    try:
+        # Version 2 of control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html
+        group = CGROUPS / OWN_CGROUP.read_text().rpartition("::/")[2].strip()
+    except OSError:
+        return available[0]
+    for folder in (group, *group.parents):
+        try:
+            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        except (OSError, ValueError):
+            # No limit here.
+            continue
+        with suppress(OSError):
+            # The page cache counts as used but can be reclaimed.
+            if match := re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE):
+                used -= int(match[1])
+        available.append(max(0, limit - used))
+    return min(available)
+
+
+def missing_build_tools(device: str) -> list[Problem]:
+    """Return a problem for a missing compiler and one for missing headers that kernels for a device (cuda or cpu) need here.
+
+    On GPUs, Triton compiles a C launcher for each kernel of Liger and of torch.compile. On CPUs, torch.compile generates C++.
+    """
+    compiler, variable, commands, folders = _COMPILERS[device]
+    problems = []
+    # The package calls whatever the variable names, and looks for no other compiler.
+    named = shlex.split(os.environ.get(variable, ""))[:1]
+    if not any(map(shutil.which, named or commands)):
+        looked_for = f"{variable}={named[0]}" if named else " and ".join(commands)
+        remedy = f"apt-get install {commands[0]}" + (f", and unset {variable}" if named else "")
+        problems.append(Problem(f"no {compiler} is found", value=looked_for, remedy=remedy))
+    variables = (os.environ.get(name, "") for name in ("CPATH", folders))
+    given = [folder for value in variables for folder in value.split(os.pathsep) if folder]
+    if not any(Path(folder, _HEADER).is_file() for folder in (_include_folder(), *given)):
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        remedy = f"apt-get install {package}, or use a Python that has its headers, such as one from uv or conda"
+        problems.append(Problem(f"Python's headers are not installed ({_HEADER})", value=_include_folder(), remedy=remedy))
+    return problems
+
+
+def _include_folder() -> str:
+    scheme = sysconfig.get_default_scheme()
+    # Debian's scheme for packages installed by pip has no headers.
+    return sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]

@@ -36,7 +36,7 @@ SUBMIT_SIDE = [
     ),
     *("launcher.locks", "launcher.hardware"),
     *("launcher.data.cache_store", "launcher.data.split", "launcher.data.sources"),
-    *("launcher.checkpoint.store", "launcher.checkpoint.retention", "launcher.checkpoint.manifest"),
+    *("launcher.checkpoint.store", "launcher.checkpoint.manifest"),
 ]
 
 

@@ -42,7 +42,6 @@ from launcher.checkpoint.manifest import (
     read_manifest,
 )
 from launcher.checkpoint.remote_folder import RemoteFolder, convert_storage_errors, require_writable
-from launcher.checkpoint.retention import retention_of, select_outdated
 from launcher.config.sections.fields import Name
 from launcher.errors import CheckpointError, Problem, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan, Record
@@ -260,7 +259,7 @@ class Mirror:
             for step, manifest in sorted(self._complete.items())
             if not any(step > start and manifest.attempt < number for number, start in returns.items())
         ]
-        dropped = {c.step for c in select_outdated(going_on, retention_of(self._run, self._plan))}
+        dropped = {c.step for c in store.select_outdated(going_on, store.retention_of(self._run, self._plan))}
         needed = here | ({c.step for c in going_on} - dropped)
         removed = []
         for name in self._remote.names(CHECKPOINTS):

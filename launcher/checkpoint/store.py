@@ -1,4 +1,6 @@
-"""Checkpoints on disk: begin, commit, list, verify, prune, leftovers of saves. Needs no torch, so that login nodes can use it.
+"""Checkpoints on disk: begin, commit, list, verify, which are kept, leftovers of saves.
+
+Needs neither torch nor the settings, so that login nodes and commands that show runs can use it.
 
     checkpoints/step-00000100/
       manifest.json          step, world size, plan digest, and the size and digest of every other file
@@ -13,22 +15,35 @@ directory into place. A directory without a valid manifest, or with file sizes t
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher import atomic_files
-from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_later_evaluation, read_manifest, unreadable_error
-from launcher.checkpoint.retention import Retention, select_outdated
+from launcher import atomic_files, json_records, run_store
+from launcher.checkpoint.manifest import (
+    HELD_OUT,
+    MANIFEST,
+    Checkpoint,
+    Manifest,
+    read_later_evaluation,
+    read_manifest,
+    unreadable_error,
+)
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 from launcher.plan.quantities import format_size
-from launcher.plan.run_dir import parse_step
+from launcher.plan.run_dir import RunDir, parse_step
 from launcher.shell_commands import launcher_command
+
+if TYPE_CHECKING:
+    from launcher.config.sections.train import CheckpointSection
+    from launcher.plan.launch_plan import LaunchPlan
 
 # Checkpoints that were set aside, after the user resumed from an earlier step or because of damage, are never listed again.
 SET_ASIDE_PREFIX = "aside-"
@@ -332,6 +347,79 @@ def find_foreign_files(path: Path, manifest: Manifest) -> list[Problem]:
         for name in (MANIFEST, *manifest.files)
         if (owner := (path / name).stat().st_uid) not in trusted
     ]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The newest `keep_last`, every step that `keep_every` divides, and the `keep_best` with the lowest loss of `best_set`.
+
+    0 turns a rule off, except that the newest checkpoint is always kept. `rows` is the digest of the set's rows, and `other_rows`
+    are the digests of plans in which the set has other rows: losses on those count only where too few are on these rows.
+    """
+
+    keep_last: int = 1
+    keep_every: int = 0
+    keep_best: int = 0
+    best_set: str = HELD_OUT
+    rows: str = ""
+    other_rows: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, checkpoint: CheckpointSection, rows: str = "", other_rows: frozenset[str] = frozenset()) -> Retention:
+        """Build the rules from a run's settings."""
+        return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best, checkpoint.best_set, rows, other_rows)
+
+    def is_on_other_rows(self, checkpoint: Checkpoint) -> bool:
+        """Return whether the loss of a checkpoint is of other rows of `best_set`."""
+        later = checkpoint.later_evaluation
+        if later is not None and later.eval_rows:
+            return later.eval_rows != self.rows
+        return checkpoint.manifest.plan_digest in self.other_rows
+
+
+def retention_reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int, tuple[str, ...]]:
+    """Return why each step is kept: any of `newest`, `every N` and `best`; an empty tuple if it would be pruned."""
+    steps = sorted(checkpoint.step for checkpoint in checkpoints)
+    newest = set(steps[-max(1, retention.keep_last) :])
+    # The lowest losses; of equal losses, the later step. A step at which the set was not evaluated is no candidate.
+    ranked = sorted(
+        (retention.is_on_other_rows(checkpoint), checkpoint.eval_loss, -checkpoint.step)
+        for checkpoint in checkpoints
+        if checkpoint.eval_set == retention.best_set and checkpoint.eval_loss is not None and math.isfinite(checkpoint.eval_loss)
+    )
+    best = {-step for _, _, step in ranked[: retention.keep_best]}
+    every = retention.keep_every
+    return {
+        step: (
+            *(["newest"] if step in newest else []),
+            *([f"every {every}"] if every and step % every == 0 else []),
+            *(["best"] if step in best else []),
+        )
+        for step in steps
+    }
+
+
+def select_outdated(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
+    """Return the checkpoints that no rule keeps, in the given order."""
+    kept = retention_reasons(checkpoints, retention)
+    return [checkpoint for checkpoint in checkpoints if not kept[checkpoint.step]]
+
+
+def retention_of(run: RunDir, plan: LaunchPlan) -> Retention:
+    """Return the rules of a plan of the run; `keep_best` prefers losses on the plan's evaluation rows."""
+    from launcher.plan.launch_plan import LaunchPlan, digest_of
+
+    section = plan.config.checkpoint
+    if not section.keep_best:
+        return Retention.of(section)
+    rows, plans_with_other_rows = plan.eval_rows_digest(section.best_set), set()
+    for path in (run.plan, *run_store.changed_plan_paths(run), *run.plans.glob("*.json")):
+        # Nothing is known of the rows of a plan that cannot be read, so its checkpoints count.
+        with suppress(OSError, ValueError):
+            text = json_records.read_bytes(path).decode()
+            if LaunchPlan.from_json(text).eval_rows_digest(section.best_set) != rows:
+                plans_with_other_rows.add(digest_of(text))
+    return Retention.of(section, rows, frozenset(plans_with_other_rows))
 
 
 def prune(root: Path, retention: Retention, *, keep: Collection[Path] = ()) -> list[Path]:

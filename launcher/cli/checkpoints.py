@@ -14,8 +14,17 @@ from typing import Any
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import HELD_OUT, MANIFEST, Checkpoint, describe_loss
-from launcher.checkpoint.retention import Retention, retention_of, retention_reasons
-from launcher.checkpoint.store import BEING_WRITTEN, Leftover, disk_bytes, find_leftovers, has_unfinished_saves, remove
+from launcher.checkpoint.store import (
+    BEING_WRITTEN,
+    Leftover,
+    Retention,
+    disk_bytes,
+    find_leftovers,
+    has_unfinished_saves,
+    remove,
+    retention_of,
+    retention_reasons,
+)
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Items, Rows, Section, Table, Text
 from launcher.cli.status import require_ended

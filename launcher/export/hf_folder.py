@@ -22,6 +22,7 @@ from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.export import weights
 from launcher.export.stored_names import StoredNames, find_stored_names, stores_as_is, try_to_find_stored_names
+from launcher.hardware import available_bytes
 from launcher.models import remote_code
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import EXPORT_RECORD, ExportRecord
@@ -238,7 +239,6 @@ def complete_export(task: ExportTask, card: RenderCard | None = None, device: st
 
 
 def _check_loading(task: ExportTask, exported: ExportedFolder, device: str) -> ExportedFolder:
-    from launcher.checkpoint.staging import available_bytes
     from launcher.export import parity
 
     needed, free = exported.num_bytes * _LOADING_FACTOR, available_bytes()

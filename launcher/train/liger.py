@@ -26,7 +26,7 @@ from launcher.distributed import gather_json
 from launcher.errors import ConfigError, describe
 from launcher.plan.sizing.layers import may_lack_liger
 from launcher.shell_commands import launcher_command
-from launcher.train.build_tools import missing_build_tools
+from launcher.hardware import missing_build_tools
 
 # Sizes of the trial; heads have 16 dimensions.
 _WIDTH, _MLP_WIDTH, _TOKENS = 64, 128, 8

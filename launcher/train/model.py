@@ -32,7 +32,7 @@ from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.layers import NONE, checkpointed_layers, checkpointing_interval
 from launcher.tracking.progress import MakeProgress, silent
 from launcher.train import attention, liger
-from launcher.train.build_tools import missing_build_tools
+from launcher.hardware import missing_build_tools
 from launcher.train.loading import build_with_weights
 from launcher.train.loss import LossHead
 

@@ -11,7 +11,6 @@ import torch
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.retention import retention_of
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
@@ -154,7 +153,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
 def _build_saver(run: RunContext, engine: Any, model: CausalLMLoss, fence: Callable[[], None]) -> Saver:
     plan, folder = run.plan, run.run_dir.checkpoints
     # Rank 0 prunes.
-    retention = retention_of(run.run_dir, plan) if run.rank_info.is_main else store.Retention.of(plan.config.checkpoint)
+    retention = store.retention_of(run.run_dir, plan) if run.rank_info.is_main else store.Retention.of(plan.config.checkpoint)
     return Saver(
         engine,
         model.parameters_by_name(),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launcher.checkpoint import staging, store
+from launcher import hardware
+from launcher.checkpoint import store
 from launcher.checkpoint.safetensors_io import TensorFile, as_bytes, weight_digest
 
 # Includes the runs that these tests need, possibly while other tests compile extensions.
@@ -146,6 +147,6 @@ def test_available_memory_respects_limits_of_all_cgroups(tmp_path, monkeypatch, 
     (tmp_path / "job" / "step_0").mkdir(parents=True)
     for name, content in files.items():
         (tmp_path / name).write_text(str(content))
-    monkeypatch.setattr(staging, "OWN_CGROUP", tmp_path / "own")
-    monkeypatch.setattr(staging, "CGROUPS", tmp_path)
-    assert staging.available_bytes() == left_gib * GIB
+    monkeypatch.setattr(hardware, "OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    assert hardware.available_bytes() == left_gib * GIB

@@ -31,7 +31,7 @@ from launcher.checkpoint.manifest import (
     read_manifest,
     record_evaluation,
 )
-from launcher.checkpoint.retention import Retention, retention_of, retention_reasons, select_outdated
+from launcher.checkpoint.store import Retention, retention_of, retention_reasons, select_outdated
 from launcher.errors import CheckpointError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size

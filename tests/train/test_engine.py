@@ -19,8 +19,8 @@ from torch import nn
 from transformers.utils import is_scipy_available
 
 from launcher.config.sections.train import DeepSpeedSection, OptimSection
-from launcher.train import build_tools
-from launcher.train.build_tools import missing_build_tools
+from launcher import hardware
+from launcher.hardware import missing_build_tools
 from launcher.train.engine import LockedBaton
 from launcher.train.optim import build_optimizer, set_learning_rate
 
@@ -172,7 +172,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "include").mkdir()
     (tmp_path / "include/Python.h").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(build_tools, "_include_folder", lambda: str(tmp_path / "include"))
+    monkeypatch.setattr(hardware, "_include_folder", lambda: str(tmp_path / "include"))
     return tmp_path
 
 

@@ -36,7 +36,7 @@ from launcher.hardware import may_use_gpus
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
-from launcher.train.build_tools import missing_build_tools
+from launcher.hardware import missing_build_tools
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 # Containers get 64 MiB by default, which is too little for NCCL to connect a node's GPUs.
