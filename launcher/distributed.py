@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import socket
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -24,6 +26,8 @@ T = TypeVar("T")
 STOP_REASONS = ("cancelled", "preempted", "limit")
 # Connections that may wait to be accepted: all ranks of a large run connect at once.
 _STORE_BACKLOG = 4096
+# What the bandwidth is measured with; on GPUs, enough to saturate fast networks.
+_BANDWIDTH_BYTES = {"cuda": 256 << 20, "cpu": 1 << 20}
 # Error types that callers handle differently; every other error becomes a CheckpointError.
 _KEPT_TYPES: tuple[type[LauncherError], ...] = (Superseded, DamagedCheckpoint)
 
@@ -108,6 +112,35 @@ def copy_to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def measure_bus_bandwidth(device: torch.device) -> float:
+    """Return the bus bandwidth in GB/s (10^9 bytes) of an all-reduce over all ranks: 256 MiB on GPUs, 1 MiB on CPUs.
+
+    Collective. All ranks return the same number: the slowest rank's median of three, after a warm-up. The process group's
+    timeout is the deadline.
+
+    As in nccl-tests, algbw = bytes / seconds and busbw = algbw * 2(n-1)/n for n ranks, which can be compared with the hardware's
+    speed for any n. With one rank it is 0. https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+    """
+    buffer = torch.zeros(_BANDWIDTH_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    _time_all_reduce(buffer)
+    seconds = torch.tensor(statistics.median(_time_all_reduce(buffer) for _ in range(3)), device=device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    num_ranks = dist.get_world_size()
+    return buffer.nbytes / seconds.item() * 2 * (num_ranks - 1) / num_ranks / 1e9
+
+
+def _time_all_reduce(buffer: torch.Tensor) -> float:
+    def wait_for_device() -> None:
+        if buffer.is_cuda:
+            torch.cuda.synchronize(buffer.device)
+
+    wait_for_device()
+    started = time.perf_counter()
+    dist.all_reduce(buffer)
+    wait_for_device()
+    return time.perf_counter() - started
 
 
 def rank0_broadcast(rank_info: RankInfo, problem: str, action: Callable[[], T]) -> T:

@@ -128,7 +128,7 @@ class RestartRecord:
 
 @dataclass(frozen=True)
 class OutcomeRecord:
-    """outcome.json: how training ended, written by rank 0. See launcher.train.stop.Outcome for the values."""
+    """outcome.json: how training ended, written by rank 0. See launcher.train.finish.Outcome for the values."""
 
     state: str
     reason: str

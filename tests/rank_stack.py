@@ -4,7 +4,7 @@ import deepspeed  # noqa: F401
 import torch._dynamo  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import launcher.evaluate.samples
+import launcher.evaluate.answers
 import launcher.train.finish
 import launcher.train.loop
 import launcher.train.resume  # noqa: F401

@@ -3,6 +3,8 @@
 NUM_GPUS is the number of GPUs assigned to this process; 0 means the CPU. A process chooses prompts with the others, answers its
 part, and waits for the rest if needed. Processes communicate only through the folder of the evaluation: each reads what all have
 written. They need no port and no collective.
+
+At the end of a run, `report_answers` records the answers to a single held-out question.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import torch
 
 from launcher import json_records
 from launcher.child_process import run_process
+from launcher.data import cache_store
+from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import LauncherError, RunError, printable
 from launcher.evaluate.answer_scores import AnswerScorer
@@ -41,17 +45,22 @@ from launcher.evaluate.evaluation_folder import (
 from launcher.evaluate.prompts import BasePrompts, ChosenStyles, PromptBatch, PromptStyle, TunedPrompts, choose_styles
 from launcher.evaluate.transformers_engine import Engine, TransformersEngine
 from launcher.evaluate.weights import choose_dtype
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.security.folders import private_files
 from launcher.security.redaction import printable_output
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.progress import Pace, live_line, report_elapsed_time
+from launcher.tracking.tracker import Composite
 from launcher.tracking.verdicts import TUNED
+from launcher.train.model import weights_gib
 
 # A factor for the memory that loading needs beyond the weights.
 _LOADING_FACTOR = 1.2
 _POLL_S = 0.5
 _SELECTION = "selection"
+# Largest model that one process loads completely for a sampled answer, and the length of such an answer.
+_MAX_SAMPLED_GIB, _SAMPLED_TOKENS = 20, 48
 
 
 def answer_share(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
@@ -303,6 +312,40 @@ class AnswerPace:
         if not self._num_generated or not (rest := num_here + self.num_later / share):
             return ""
         return f"; about {format_duration(rest * self._seconds / self._num_generated)} left in all"
+
+
+def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Composite) -> None:
+    """Record a held-out question, its reference answer, and the answers of the initial and of the exported model.
+
+    Does nothing without `eval.sample`, without held-out questions, or if the model is too large for one process.
+    """
+    samples = cache_store.read_samples(plan.data.cache_dir) if plan.data and plan.config.eval.sample else []
+    if not samples or weights_gib(plan) > _MAX_SAMPLED_GIB:
+        return
+    sample = samples[0]
+    _record_text(tracker, f"held-out question: {sample['prompt']}")
+    _record_text(tracker, f"reference answer:  {' '.join(sample['answer'].split())}")
+    if plan.config.model.init == "pretrained" and plan.model.path and plan.model.has_weights:
+        _record_text(tracker, f"answer before:     {_continue_prompt(plan, Path(plan.model.path), sample['prompt_ids'], device)}")
+    _record_text(tracker, f"answer after:      {_continue_prompt(plan, exported, sample['prompt_ids'], device)}")
+
+
+def _record_text(tracker: Composite, text: str) -> None:
+    """Record a text without secrets: a model may repeat a key from its training data, and events are kept in logs."""
+    (redacted,) = patterns.redact([text])
+    tracker.event("sample", redacted)
+
+
+def _continue_prompt(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) -> str:
+    """Continue a prompt greedily with the model in `folder`; the answer is on one line."""
+    tokenizer, settings = load_tokenizer(plan.model.tokenizer_path or ""), plan.config.model
+    code = Path(plan.model.path) if plan.model.path and settings.trust_remote_code else None
+    turn_ends = plan.data.turn_end_ids if plan.data else ()
+    stop_ids = [i for i in (tokenizer.eos_token_id, *turn_ends) if i is not None]
+    engine = TransformersEngine(folder, settings, tokenizer, dtype=settings.dtype, device=device, stop_ids=stop_ids, code=code)
+    (answer,) = engine.generate([prompt_ids], num_shared=0, stop_strings=(), max_new_tokens=_SAMPLED_TOKENS)
+    engine.close()
+    return " ".join(answer.text.split())
 
 
 def main(argv: Sequence[str]) -> int:

@@ -26,11 +26,11 @@ from typing import Any
 import xxhash
 
 from launcher import atomic_files, json_records
-from launcher.checkpoint.model_folder import read_stop_ids
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError
 from launcher.evaluate.metrics import GeneratedAnswer
 from launcher.evaluate.questions import TRAINING, EvalQuestion, TrainingCopy
+from launcher.models.found_model import read_stop_ids
 from launcher.models.weight_files import weight_files
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import BENCHMARKS

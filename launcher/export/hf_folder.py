@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import atomic_files, json_records
 from launcher.checkpoint import store
-from launcher.checkpoint.model_folder import GENERATION_CONFIG, link_problems, read_generation_config, read_stop_ids
 from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec
 from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.export import weights
-from launcher.export.stored_names import StoredNames, find_stored_names, stores_as_is, try_to_find_stored_names
+from launcher.export.weights import StoredNames, find_stored_names, stores_as_is, try_to_find_stored_names
 from launcher.hardware import available_bytes
 from launcher.models import remote_code
+from launcher.models.found_model import GENERATION_CONFIG, link_problems, read_generation_config, read_stop_ids
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.tracking.progress import MakeProgress, silent

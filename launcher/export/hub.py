@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.checkpoint.model_folder import link_problems
 from launcher.errors import Problem, PushError
 from launcher.security.redaction import redact
 from launcher.shell_commands import shell_command
@@ -66,6 +65,8 @@ def push(folder: Path, repo_id: str, *, again: str) -> str:
     """
     if problem := token_problem("the environment", repo_id):
         raise PushError(replace(problem, remedy=f"set it, then: {again}"))
+    from launcher.models.found_model import link_problems
+
     if problems := list(link_problems(folder, folder.iterdir())):
         raise PushError(problems)
     from huggingface_hub import HfApi

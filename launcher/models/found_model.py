@@ -11,12 +11,12 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher import atomic_files
-from launcher.checkpoint.model_folder import link_problems, read_stop_ids
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import COMMIT_PATTERN, ModelSection, is_local_path, is_run
 from launcher.data.cache_dir import cache_root, mark_used, repository_folders
@@ -31,6 +31,14 @@ from launcher.plan.quantities import list_first
 # A commit has 40 digits, but in a shared Hub cache the file may be of any size.
 _MAX_REFERENCE_BYTES = 200
 _NUM_NAMED = 3
+GENERATION_CONFIG = "generation_config.json"
+# The files of a model that an export copies in addition to the weights.
+COPIED = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "tokenizer*", "vocab.*", "merges*", "spiece*"),
+    *("sentencepiece*", "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "README.md"),
+)
+# Files that are loaded: through a link, an export would write the tensors of another file on this machine.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 _TOKENIZER_FILES = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*.model")
 
 
@@ -329,3 +337,42 @@ def converted_folder(file: Path) -> Path:
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
     return cache_root() / "models" / f"{file.stem}-{digest.hexdigest()}"
+
+
+def link_problems(folder: Path, paths: Iterable[Path] | None = None) -> Iterator[Problem]:
+    """Yield a problem for each of `paths`, and each file below them, that leads out of the folder by a link.
+
+    In a folder from another user, a link such as `LICENSE -> ~/.ssh/id_rsa` would copy a private file from this machine into the
+    export, the Hub repository or the mirror.
+
+    Without `paths`, it checks the weights, and the files that an export or a mirror may copy. Links may lead to blobs of the Hub.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    own = folder.resolve()
+    caches = [Path(HF_HUB_CACHE).resolve(), *([own.parents[2]] if own.parent.name == "snapshots" else [])]
+    if paths is None:
+        paths = {path for pattern in (*COPIED, *_WEIGHTS) for path in folder.glob(pattern)}
+    for path in sorted(paths):
+        for file in (path, *(sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else ())):
+            target = file.resolve()
+            is_blob = any(target.is_relative_to(cache) and "blobs" in target.relative_to(cache).parts for cache in caches)
+            if not target.is_relative_to(own) and not is_blob:
+                name = file.relative_to(folder)
+                message = f"the file {name} is a link to a file outside the folder: {target}"
+                remedy = "replace it with a copy of the intended file, or remove it"
+                yield Problem(message, where=str(file), value=str(name), remedy=remedy)
+
+
+def read_stop_ids(model: Path | Mapping[str, Any]) -> list[int]:
+    """Return the token ids at which the model's own settings stop generation; `model` is its folder or its config.json."""
+    eos = read_generation_config(model).get("eos_token_id")
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def read_generation_config(model: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model's generation config; without that file, the settings that transformers takes from config.json."""
+    if isinstance(model, Path) and (model / GENERATION_CONFIG).is_file():
+        return dict(json.loads((model / GENERATION_CONFIG).read_bytes()))
+    config = model if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}

@@ -24,9 +24,9 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.model import ModelSection
 from launcher.distributed import gather_json
 from launcher.errors import ConfigError, describe
+from launcher.hardware import missing_build_tools
 from launcher.plan.sizing.layers import may_lack_liger
 from launcher.shell_commands import launcher_command
-from launcher.hardware import missing_build_tools
 
 # Sizes of the trial; heads have 16 dimensions.
 _WIDTH, _MLP_WIDTH, _TOKENS = 64, 128, 8

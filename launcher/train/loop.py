@@ -28,7 +28,7 @@ from launcher.tracking.progress import as_events, silent
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
-from launcher.train.finish import OnExported, finish, write_weights
+from launcher.train.finish import OnExported, Outcome, Stop, finish, has_time_to_save, write_weights
 from launcher.train.held_out_loss import RunEvaluations
 from launcher.train.isolation import require_isolation
 from launcher.train.monitoring.anomalies import SkippedSteps
@@ -36,7 +36,6 @@ from launcher.train.monitoring.largest_batch import run_largest_batch
 from launcher.train.optim import set_learning_rate
 from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components, report_ranks
-from launcher.train.stop import Outcome, Stop, has_time_to_save
 
 # Seconds that a failing rank waits for an in-flight save.
 _DRAIN_S = 10.0

@@ -27,12 +27,12 @@ from launcher.config.sections.model import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
 from launcher.distributed import copy_to_device
 from launcher.errors import ConfigError
+from launcher.hardware import missing_build_tools
 from launcher.models.remote_code import code_option, folder_to_load, without_code
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.layers import NONE, checkpointed_layers, checkpointing_interval
 from launcher.tracking.progress import MakeProgress, silent
 from launcher.train import attention, liger
-from launcher.hardware import missing_build_tools
 from launcher.train.loading import build_with_weights
 from launcher.train.loss import LossHead
 

@@ -10,7 +10,7 @@ import pytest
 from plan_fixtures import DATA
 
 from launcher.data import cache_store
-from launcher.evaluate import samples
+from launcher.evaluate import answers
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
@@ -25,11 +25,11 @@ def test_secrets_in_questions_and_answers_are_redacted(
     sample = {"prompt": f"Is it {KEY}?", "prompt_ids": [1], "answer": f"Mail eve@corp.com,\nkey {KEY}."}
     cache_store.write_json(tmp_path / "samples.json", [sample])
     # The fake answer repeats a key, as a real model may.
-    monkeypatch.setattr(samples, "_continue_prompt", lambda *inputs: f"Yes, {KEY}.")
+    monkeypatch.setattr(answers, "_continue_prompt", lambda *inputs: f"Yes, {KEY}.")
     plan = plan_of("model=tiny").model_copy(update={"data": DATA.model_copy(update={"cache_dir": str(tmp_path)})})
     run = RunDir(tmp_path / "run")
     run.root.mkdir()
-    samples.report_answers(plan, tmp_path, "cpu", Composite([JsonlTracker(run, 1)]))
+    answers.report_answers(plan, tmp_path, "cpu", Composite([JsonlTracker(run, 1)]))
     texts = "\n".join(json.loads(line)["text"] for line in run.events.read_text().splitlines())
     assert KEY[:12] not in texts
     assert "eve@" not in texts

@@ -23,12 +23,12 @@ from shard_tools import engine_metadata, flip_bit, llama_config, plan_of, with_m
 
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, REFERENCE_LOGITS, read_manifest
-from launcher.checkpoint.model_folder import read_stop_ids
 from launcher.errors import CheckpointError
 from launcher.export import hf_folder as exporting
 from launcher.export import parity as proving
 from launcher.export.hf_folder import ExportTask, export
 from launcher.export.parity import check_parity, load_exported, read_reference_logits, require_finite, require_parity
+from launcher.models.found_model import read_stop_ids
 from launcher.worker import export as command
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -28,7 +28,7 @@ from launcher.errors import CheckpointError
 from launcher.export import weights
 from launcher.export.hf_folder import ExportTask, describe_names, export, verify_checkpoint
 from launcher.export.parity import require_same_tensors
-from launcher.export.stored_names import find_stored_tensors
+from launcher.export.weights import find_stored_tensors
 from launcher.models.weight_files import read_header
 
 

@@ -21,7 +21,6 @@ from forked import Launch, require_exit
 from safetensors.torch import save_file
 from weight_tools import save_model
 
-from launcher.checkpoint import model_folder
 from launcher.config.sections.model import ModelSection
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.evaluate.transformers_engine import TransformersEngine
@@ -314,10 +313,10 @@ def test_links_within_folders_and_to_the_cache_of_the_hub_are_followed(tmp_path:
     (snapshot / "LICENSE").symlink_to("config.json")
     (snapshot / "additional_chat_templates/a.jinja").symlink_to("../../../blobs/one")
     (snapshot / "model.safetensors").symlink_to("../../blobs/one")
-    assert list(model_folder.link_problems(snapshot)) == []
+    assert list(found_model.link_problems(snapshot)) == []
     (snapshot / "additional_chat_templates/b.jinja").symlink_to(private_file)
     (snapshot / "NOTICE").symlink_to("../../../models--owner--name")
-    names = [problem.value for problem in model_folder.link_problems(snapshot)]
+    names = [problem.value for problem in found_model.link_problems(snapshot)]
     assert names == ["NOTICE", "additional_chat_templates/b.jinja"]
 
 

@@ -18,8 +18,8 @@ from plan_fixtures import PlanOf
 from torch import nn
 from transformers.utils import is_scipy_available
 
-from launcher.config.sections.train import DeepSpeedSection, OptimSection
 from launcher import hardware
+from launcher.config.sections.train import DeepSpeedSection, OptimSection
 from launcher.hardware import missing_build_tools
 from launcher.train.engine import LockedBaton
 from launcher.train.optim import build_optimizer, set_learning_rate

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.llama import modeling_llama
 
+from launcher import distributed
 from launcher.checkpoint import store, zero3
 from launcher.checkpoint.initial_weights import stored_buffers
 from launcher.config.sections.cluster import LocalSection
@@ -33,12 +34,11 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.train.engine import build_engine, import_muon
+from launcher.train.finish import has_time_to_save
 from launcher.train.isolation import require_isolation
 from launcher.train.model import build_model
-from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.rank_stats import LayerTimer, OptimizerTimer, representative_layer
 from launcher.train.resume import agree_on_start_point, load_newest_intact
-from launcher.train.stop import has_time_to_save
 
 CPU = torch.device("cpu")
 
@@ -154,11 +154,11 @@ def measure_link() -> tuple[float, float, float]:
     """Return the measured bandwidth, the seconds it took, and the bandwidth when ranks measure different (faked) times."""
     rank = meet()
     started = time.perf_counter()
-    measured = bandwidth.measure_bus_bandwidth(CPU)
+    measured = distributed.measure_bus_bandwidth(CPU)
     cost_s = time.perf_counter() - started
     times = iter([9.0, *([1e-3, 9.0, 2e-3] if rank == 0 else [1e-3, 4e-3, 5e-3])])
-    bandwidth._time_all_reduce = lambda buffer: next(times)
-    return measured, cost_s, bandwidth.measure_bus_bandwidth(CPU)
+    distributed._time_all_reduce = lambda buffer: next(times)
+    return measured, cost_s, distributed.measure_bus_bandwidth(CPU)
 
 
 def judge_saves() -> dict[str, bool]:

@@ -183,7 +183,7 @@ def _run_rank(rank: int, device: str, num_ranks: int, folder: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from launcher.train.monitoring.bandwidth import measure_bus_bandwidth
+    from launcher.distributed import measure_bus_bandwidth
 
     of_rank = torch.device("cpu") if device == "cpu" else torch.device("cuda", rank)
     if device == "cuda":

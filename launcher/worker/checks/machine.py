@@ -32,11 +32,10 @@ from launcher.clusters.limits import LimitEvents
 from launcher.clusters.preflight import existing_folder
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_path
-from launcher.hardware import may_use_gpus
+from launcher.hardware import may_use_gpus, missing_build_tools
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
-from launcher.hardware import missing_build_tools
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 # Containers get 64 MiB by default, which is too little for NCCL to connect a node's GPUs.

@@ -31,7 +31,7 @@ from launcher.worker.ranks.watchdog import Heartbeat
 from launcher.worker.signals import StopFlag
 
 if TYPE_CHECKING:
-    from launcher.train.stop import Outcome
+    from launcher.train.finish import Outcome
 
 
 @dataclass
@@ -83,7 +83,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     if "launcher.train.loop" not in sys.modules:
         import_stack(plan, tracks=env.rank == 0)
     from launcher.distributed import RankInfo
-    from launcher.evaluate.samples import report_answers
+    from launcher.evaluate.answers import report_answers
     from launcher.train.loop import train
     from launcher.train.monitoring.largest_batch import explained_out_of_memory
 

@@ -18,7 +18,7 @@ from launcher.data.split import Split
 from launcher.plan.flops import train_flops
 from launcher.plan.gpu_types import GPUS
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.train.monitoring import bandwidth
+from launcher.train import setup
 from launcher.train.monitoring.step_metrics import Meter, StepTimer, find_peak_tflops, perplexity
 
 TIMES = {"time/step_s": 0.5}
@@ -193,10 +193,10 @@ def test_a_network_that_is_slower_than_the_model_needs_is_a_warning(
     on_gpus = () if gpu is None else (f"cluster.gpu_type={gpu}",)
     sizes = ("data.max_length=4096", "train.global_batch_size=64", f"train.micro_batch_size={rows}", "model.dtype=bf16")
     plan = plan_of("model=llama3_1_8b", *on_gpus, *sizes, f"cluster.nodes={nodes}", "cluster.ranks_per_node=8")
-    warning = bandwidth.bandwidth_warning(plan, gb_per_s)
+    warning = setup.bandwidth_warning(plan, gb_per_s)
     assert ("NCCL_DEBUG=INFO" in warning) == warns
     assert bool(warning) == warns
-    assert bandwidth.needed_gb_per_s(plan) == pytest.approx(5.0 if gpu is None else 43.46 * 2 / rows, rel=0.01)
+    assert setup.needed_gb_per_s(plan) == pytest.approx(5.0 if gpu is None else 43.46 * 2 / rows, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -217,4 +217,4 @@ def test_the_needed_bandwidth_follows_the_bytes_of_the_plan(
     sizes = ("data.max_length=4096", "train.global_batch_size=256", "train.micro_batch_size=2", "model.dtype=bf16")
     on_gpus = ("cluster.gpu_type=H100-80GB", f"cluster.nodes={nodes}", "cluster.ranks_per_node=8")
     plan = plan_of("model=llama3_1_8b", *on_gpus, *sizes, *settings)
-    assert bandwidth.needed_gb_per_s(plan) == pytest.approx(num_bytes / 8 * 0.48 * 989e12 / 8192 / 1e9, rel=0.01)
+    assert setup.needed_gb_per_s(plan) == pytest.approx(num_bytes / 8 * 0.48 * 989e12 / 8192 / 1e9, rel=0.01)

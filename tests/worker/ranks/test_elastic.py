@@ -80,11 +80,11 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
         rank=rank, restart=restart, is_main=rank == 0
     )
     loop.train = train
-    samples = types.ModuleType("launcher.evaluate.samples")
-    samples.report_answers = None
+    answers = types.ModuleType("launcher.evaluate.answers")
+    answers.report_answers = None
     largest_batch = types.ModuleType("launcher.train.monitoring.largest_batch")
     largest_batch.explained_out_of_memory = lambda plan, run_dir, has_completed_step: contextlib.nullcontext()
-    names = ("distributed", "train.loop", "train.preload", "evaluate.samples", "train.monitoring.largest_batch")
+    names = ("distributed", "train.loop", "train.preload", "evaluate.answers", "train.monitoring.largest_batch")
     modules = (distributed, loop, preload, samples, largest_batch)
     sys.modules.update(zip((f"launcher.{name}" for name in names), modules, strict=True))
 """
@@ -285,13 +285,13 @@ def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
     return types.SimpleNamespace(state="completed", reason="completed", step=1, message="trained", checkpoint="")
 
 if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*sys.orig_argv}:
-    names = ("distributed", "train.loop", "train.preload", "evaluate.samples", "train.monitoring.largest_batch")
+    names = ("distributed", "train.loop", "train.preload", "evaluate.answers", "train.monitoring.largest_batch")
     distributed, loop, preload, samples, largest_batch = modules = [types.ModuleType(name) for name in names]
     preload.import_stack = lambda plan, tracks: None
     distributed.RankInfo = lambda rank, local_rank, size, attempt, restart: types.SimpleNamespace(
         rank=rank, restart=restart, is_main=rank == 0
     )
-    loop.train, samples.report_answers = train, None
+    loop.train, answers.report_answers = train, None
     largest_batch.explained_out_of_memory = lambda *_: contextlib.nullcontext()
     sys.modules.update(zip((f"launcher.{name}" for name in names), modules, strict=True))
 """

@@ -24,7 +24,7 @@ from plan_fixtures import H100, ConfigOf, PlanOf, config_of, facts_for, plan_of
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.train import loop
-from launcher.train.stop import Outcome
+from launcher.train.finish import Outcome
 from launcher.worker.ranks import fork_server, rank_env, rank_main
 from launcher.worker.ranks.rank_env import RankEnv, RankTitle, allocator_defaults, choose_cpus, cpus_near, num_busy_threads
 from launcher.worker.ranks.rank_process import ForkedProcess, ForkFailed, ForkServer, RankProcesses
