@@ -91,7 +91,7 @@ def build_engine(
     return engine, model
 
 
-def build_inference_engine(plan: LaunchPlan, make_progress: MakeProgress = silent) -> tuple[Any, CausalLMLoss]:
+def build_inference_engine(plan: LaunchPlan) -> tuple[Any, CausalLMLoss]:
     """Build a DeepSpeed engine that evaluates as the training engine does, but without an optimizer. Collective.
 
     Raises:
@@ -99,7 +99,7 @@ def build_inference_engine(plan: LaunchPlan, make_progress: MakeProgress = silen
     """
     import deepspeed
 
-    with _partition_model(plan, make_progress, trains=False) as model:
+    with _partition_model(plan, silent, trains=False) as model:
         import_muon()
         engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=plan.deepspeed)
     return engine, model

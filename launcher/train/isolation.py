@@ -26,6 +26,7 @@ from launcher.train.model import CausalLMLoss
 # Maps token ids and positions [1, T] to logits [1, T, V].
 Forward = Callable[[Tensor, Tensor], Tensor]
 DOCUMENT_TOKENS = 16
+_NUM_TRIALS = 2
 # From this multiple of the control, a move is not rounding.
 _FACTOR = 10.0
 # Attention counts as not causal if the control exceeds this multiple of the logits' resolution or, in coarse types, this share
@@ -59,8 +60,8 @@ def probe(
 
 
 @torch.no_grad()
-def measure_isolation(forward: Forward, vocab_size: int, device: torch.device, num_trials: int = 2) -> tuple[Outcome, str]:
-    """Return isolated, leaks or not_causal with the measured numbers, after 1 + 2 x `num_trials` calls of `forward`.
+def measure_isolation(forward: Forward, vocab_size: int, device: torch.device) -> tuple[Outcome, str]:
+    """Return isolated, leaks or not_causal with the measured numbers, after five calls of `forward`.
 
     The outcome is unknown if the logits are not finite, or do not depend on the tokens.
     """
@@ -75,7 +76,7 @@ def measure_isolation(forward: Forward, vocab_size: int, device: torch.device, n
         row[0, tokens] = (row[0, tokens] + shift) % vocab_size
         return row
 
-    rows = [ids, *(changed(tokens) for _ in range(num_trials) for tokens in (first, later))]
+    rows = [ids, *(changed(tokens) for _ in range(_NUM_TRIALS) for tokens in (first, later))]
     row, *after = (forward(row.to(device), positions)[0] for row in rows)
     if not all(torch.isfinite(logits).all() for logits in (row, *after)):
         return "unknown", "the logits are not finite"

@@ -127,7 +127,12 @@ def _agree_on_problem(section: ModelSection, device: torch.device, action: Calla
         action()
     # A build for another torch, transformers or Triton may raise any exception.
     except Exception as error:
-        reason, remedy = describe(error).strip().splitlines()[0][:_MOST_CHARACTERS], _find_remedy(device)
+        reason = describe(error).strip().splitlines()[0][:_MOST_CHARACTERS]
+        remedy = "pip install --upgrade 'launcher[gpu]', and see what python -m launcher doctor says about Liger on this machine"
+        if importlib.util.find_spec("liger_kernel") is None:
+            remedy = "install liger-kernel where the ranks run, in their image if they have one: pip install 'launcher[gpu]'"
+        elif problems := missing_build_tools(device.type):
+            remedy = "; ".join(f"{problem.message}: {problem.remedy}" for problem in problems)
     if dist.is_initialized():
         failed = torch.tensor(int(bool(reason)), device=device)
         dist.all_reduce(failed, op=dist.ReduceOp.MAX)
@@ -138,14 +143,6 @@ def _agree_on_problem(section: ModelSection, device: torch.device, action: Calla
     if section.liger is True:
         raise ConfigError("Liger cannot be used", where="model.liger", value=reason, remedy=f"{remedy}; or set model.liger=auto")
     return f"training runs without Liger, slower than planned, because it cannot be used ({reason}): {remedy}"
-
-
-def _find_remedy(device: torch.device) -> str:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "install liger-kernel where the ranks run, in their image if they have one: pip install 'launcher[gpu]'"
-    if problems := missing_build_tools(device.type):
-        return "; ".join(f"{problem.message}: {problem.remedy}" for problem in problems)
-    return "pip install --upgrade 'launcher[gpu]', and see what python -m launcher doctor says about Liger on this machine"
 
 
 def _replace_kernels(hf: Any) -> None:

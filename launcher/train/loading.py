@@ -81,9 +81,15 @@ def build_with_weights(
     from transformers import AutoModelForCausalLM
 
     source = Path(facts.path) if facts.path is not None and facts.has_weights and model.init == "pretrained" else None
-    hf = _build_for_checkpoint(source, config, **options) if has_checkpoint else None
-    if hf is not None:
-        return hf
+    if has_checkpoint and (hf := _build_empty(config, **options)) is not None:
+        if not stored_buffers(hf):
+            return hf
+        # A checkpoint may lack the buffers that weight files contain, so they are read from the files.
+        files = _unquantized_files(source, config) if source is not None else []
+        sources = find_sources(hf, _stored_tensors(files)) if files else None
+        if sources is not None and can_fill_buffers(hf, sources.by_name):
+            fill_buffers(hf, sources.by_name)
+            return hf
     if folder is None or source is None:
         return _replace_frozen_parameters(AutoModelForCausalLM.from_config(config, **options))
     advance = make_progress("loading the weights", facts.num_params * options["dtype"].itemsize)
@@ -138,22 +144,6 @@ def _gather_copy(parameter: nn.Parameter) -> Tensor:
 
     with GatheredParameters([parameter]):
         return parameter.detach().clone()
-
-
-def _build_for_checkpoint(folder: Path | None, config: Any, **options: Any) -> Any:
-    """Build a model whose weights a checkpoint replaces; None if it needs buffers that the files in `folder` do not provide.
-
-    A checkpoint may lack the buffers that weight files contain, so they are read from the files.
-    """
-    hf = _build_empty(config, **options)
-    if hf is None or not stored_buffers(hf):
-        return hf
-    files = _unquantized_files(folder, config) if folder is not None else []
-    sources = find_sources(hf, _stored_tensors(files)) if files else None
-    if sources is None or not can_fill_buffers(hf, sources.by_name):
-        return None
-    fill_buffers(hf, sources.by_name)
-    return hf
 
 
 @contextmanager

@@ -309,9 +309,7 @@ class TrainingLoop:
 
     def save(self) -> None:
         """Begin a save of the current step in the background. Collective."""
-        parts = self.parts
-        parts.checkpointer.wait(self.step)
-        parts.checkpointer.save(self.step, self._build_state(), self.evaluations.best_set_loss(self.step))
+        self.parts.checkpointer.save(self.step, self._build_state(), self.evaluations.best_set_loss(self.step))
         self._record_save_time()
 
     def save_and_wait(self, is_run_complete: bool = False) -> Path:

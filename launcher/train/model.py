@@ -74,7 +74,17 @@ class CausalLMLoss(nn.Module):
         """
         if by_model:
             return self.hf(input_ids=input_ids, use_cache=False).logits
-        hidden = self._compute_hidden_states(input_ids, position_ids, cu_seqlens)
+        documents: dict[str, Any] = {}
+        if self.flatten:
+            if self._takes_cu_seqlens:
+                cu_seqlens = find_boundaries(position_ids) if cu_seqlens is None else cu_seqlens
+                # Otherwise transformers computes these on the GPU in every layer, and waits for the result.
+                offsets, longest = copy_to_device(cu_seqlens, input_ids.device), int(cu_seqlens.diff().max())
+                documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        (decoder,) = self._decoder
+        # A cache or a mask would disable the isolation of packed documents.
+        hidden: Tensor = decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **documents).last_hidden_state
         if labels is None:
             return self.hf.get_output_embeddings()(hidden)
         flat = labels.reshape(-1)
@@ -84,20 +94,6 @@ class CausalLMLoss(nn.Module):
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
         del hidden  # freed while the loss is computed
         return self.hf.get_output_embeddings()(selected, targets, factor, per_token)
-
-    def _compute_hidden_states(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Return the last hidden states [B, T, H] (or [1, B * T, H]) of token ids and positions [B, T]."""
-        documents: dict[str, Any] = {}
-        if self.flatten:
-            if self._takes_cu_seqlens:
-                cu_seqlens = find_boundaries(position_ids) if cu_seqlens is None else cu_seqlens
-                # Otherwise transformers computes these on the GPU in every layer, and waits for the result.
-                offsets, longest = copy_to_device(cu_seqlens, input_ids.device), int(cu_seqlens.diff().max())
-                documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
-            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-        # A cache or a mask would disable the isolation of packed documents.
-        (decoder,) = self._decoder
-        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **documents).last_hidden_state
 
     def parameters_by_name(self) -> Mapping[str, nn.Parameter]:
         """Return the trainable parameters by their Hugging Face names; tied weights appear once."""

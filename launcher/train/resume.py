@@ -59,14 +59,7 @@ def agree_on_start_point(run: RunDir, rank_info: RankInfo, device: torch.device)
         UnreadableCheckpoint: if a later checkpoint exists but cannot be read right now.
         CheckpointError: if the checkpoint is missing: an attempt never silently starts from step 0.
     """
-
-    def choose_step() -> int | None:
-        checkpoint = _choose_checkpoint(run, rank_info.attempt)
-        step = None if checkpoint is None else checkpoint.step
-        _require_later_readable(run, rank_info.attempt, _NONE if step is None else step)
-        return step
-
-    step = rank0_broadcast(rank_info, _NOT_USABLE, choose_step)
+    step = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _choose_step(run, rank_info.attempt))
     num_restarts = torch.tensor(rank_info.restart, dtype=torch.int64, device=device)
     dist.all_reduce(num_restarts, op=dist.ReduceOp.MAX)
     checkpoint = None if step is None else store.get_at_step(run.checkpoints, step)
@@ -101,23 +94,25 @@ def load_newest_intact(
     return checkpoint, loaded
 
 
-def _choose_checkpoint(run: RunDir, number: int) -> Checkpoint | None:
+def _choose_step(run: RunDir, number: int) -> int | None:
     attempt = _update_resume_step(run, number)
-    candidates = _list_candidates(run, number)
-    if candidates and (candidates[0].manifest.attempt == number or candidates[0].step == attempt.resume_step):
-        return candidates[0]
-    if attempt.resume_step is None:
-        if unusable := _find_unusable(run):
-            raise _explain_no_intact(run, unusable)
-        return None
-    try:
-        return store.get_at_step(run.checkpoints, attempt.resume_step)
-    except DamagedCheckpoint:
-        if attempt.pinned:
-            raise
-        if not candidates:
-            raise _explain_no_intact(run, _find_unusable(run)) from None
-        return candidates[0]
+    candidates, step = _list_candidates(run, number, attempt), attempt.resume_step
+    if candidates and (candidates[0].manifest.attempt == number or candidates[0].step == step):
+        step = candidates[0].step
+    elif step is not None:
+        try:
+            store.get_at_step(run.checkpoints, step)
+        except DamagedCheckpoint:
+            if attempt.pinned:
+                raise
+            if not candidates:
+                raise _explain_no_intact(run, _find_unusable(run)) from None
+            step = candidates[0].step
+    elif unusable := _find_unusable(run):
+        raise _explain_no_intact(run, unusable)
+    if not attempt.pinned:
+        store.require_readable_after(run.checkpoints, _NONE if step is None else step)
+    return step
 
 
 def _update_resume_step(run: RunDir, number: int) -> Attempt:
@@ -149,12 +144,11 @@ def _update_resume_step(run: RunDir, number: int) -> Attempt:
     return attempt
 
 
-def _list_candidates(run: RunDir, number: int) -> list[Checkpoint]:
+def _list_candidates(run: RunDir, number: int, attempt: Attempt) -> list[Checkpoint]:
     """Return checkpoints that the attempt may start from, best first: its own, then those up to its `resume_step`.
 
     Later checkpoints of earlier attempts are ignored.
     """
-    attempt = run_store.read_attempt(run, number)
     named = _NONE if attempt.resume_step is None else attempt.resume_step
 
     def is_candidate(checkpoint: Checkpoint) -> bool:
@@ -178,19 +172,14 @@ def _choose_next(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
             value=damage.summary,
             remedy="resume the run; if it is always the same node, exclude that node and check its memory and storage",
         )
-    if remaining := [candidate.step for candidate in _list_candidates(run, number) if candidate.step not in damaged]:
-        _require_later_readable(run, number, remaining[0])
-        return remaining[0]
     attempt = run_store.read_attempt(run, number)
+    if remaining := [candidate.step for candidate in _list_candidates(run, number, attempt) if candidate.step not in damaged]:
+        if not attempt.pinned:
+            store.require_readable_after(run.checkpoints, remaining[0])
+        return remaining[0]
     if attempt.pinned and step == attempt.resume_step:
         raise store.damaged_step_error(step, damage.error.problems, run.checkpoints)
     raise _explain_no_intact(run, {**_find_unusable(run), **damaged})
-
-
-def _require_later_readable(run: RunDir, number: int, step: int) -> None:
-    """Raise if a checkpoint after `step` may be intact but cannot be read right now, unless a person asked for `step`."""
-    if not run_store.read_attempt(run, number).pinned:
-        store.require_readable_after(run.checkpoints, step)
 
 
 def _explain_no_intact(run: RunDir, damaged: dict[int, Damage]) -> CheckpointError:

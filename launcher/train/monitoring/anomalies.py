@@ -5,6 +5,7 @@ A lasting anomaly is reported at every step; `launcher.tracking.tracker.RateLimi
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -135,17 +136,40 @@ class AnomalyDetector:
             return
         late_ranks = [rank for rank, count in self._num_late.items() if count >= _MIN_LATE_STEPS]
         self._num_steps, self._num_late = 0, {}
-        if late_ranks:
-            yield _describe_straggler(max(late_ranks, key=lambda rank: works[rank].seconds), works, hosts)
+        if not late_ranks:
+            return
+        rank = max(late_ranks, key=lambda rank: works[rank].seconds)
+        work, median = works[rank], RankWork(*(statistics.median_low(parts) for parts in zip(*works, strict=True)))
+        # The alert names the part of its work that exceeds the median rank's most.
+        excess_s = {name: part - other for name, part, other in zip(RankWork._fields, work, median, strict=True)}
+        match max(excess_s, key=excess_s.__getitem__):
+            case "data_s":
+                cause = f"its data take {excess_s['data_s']:.2f} s a step longer than the median rank's: "
+                cause += "check the node's storage and CPUs"
+            case "optim_s":
+                cause = f"its optimizer takes {work.optim_s:.2f} s a step on the CPUs, the median rank's {median.optim_s:.2f} s: "
+                cause += "check the clocks of the node's CPUs, and what else runs there"
+            case _:
+                factor = work.compute_s / median.compute_s if median.compute_s else 1.0
+                cause = (
+                    f"it computes {factor:.2f} times as long as the median rank: check the clock and temperature of its device"
+                )
+        name = f"rank {rank} on {hosts[rank]}"
+        yield f"a straggler: all ranks have waited {_STRAGGLER_WINDOW} steps for {name}: {cause}, or leave the node out"
 
     def _check_loss(self, loss: float, number: int) -> Iterator[str]:
-        if not self._is_spike(loss):
+        median = limit = math.inf
+        if len(self._losses) >= _MIN_LOSSES:
+            median = statistics.median(self._losses)
+            deviation = statistics.median(abs(value - median) for value in self._losses)
+            limit = median + SPIKE_SIGMAS * max(_MAD_TO_SIGMA * deviation, _MIN_RELATIVE_SIGMA * abs(median))
+        if loss <= limit:
             self._losses.append(loss)
             # A diverged loss rises and falls.
             self._num_spikes = max(0, self._num_spikes - 1)
             return
         self._num_spikes += 1
-        reference = f"the median of the {len(self._losses)} steps before is {statistics.median(self._losses):.4f}"
+        reference = f"the median of the {len(self._losses)} steps before is {median:.4f}"
         command = launcher_command("resume", self._run_dir, "--step", "N", "optim.lr=...")
         remedy = f"resume from a checkpoint before it with: {command}"
         if self._num_spikes < _LASTING_SPIKES:
@@ -156,13 +180,6 @@ class AnomalyDetector:
         if self._num_spikes >= _LOSS_WINDOW:
             self._losses.clear()
             self._num_spikes = 0
-
-    def _is_spike(self, loss: float) -> bool:
-        if len(self._losses) < _MIN_LOSSES:
-            return False
-        median = statistics.median(self._losses)
-        deviation = statistics.median(abs(value - median) for value in self._losses)
-        return loss > median + SPIKE_SIGMAS * max(_MAD_TO_SIGMA * deviation, _MIN_RELATIVE_SIGMA * abs(median))
 
     def _check_pace(self, tokens_per_sec: float) -> Iterator[str]:
         oldest = self._recent_paces[0] if len(self._recent_paces) == _RECENT_STEPS else None
@@ -183,24 +200,6 @@ class AnomalyDetector:
         if self._num_slow >= _PACE_WINDOW:
             self._paces.clear()
             self._num_slow = 0
-
-
-def _describe_straggler(rank: int, works: Sequence[RankWork], hosts: Sequence[str]) -> str:
-    """Return the alert about a straggler; it names the part of its work that exceeds the median rank's most."""
-    work, median = works[rank], RankWork(*(statistics.median_low(parts) for parts in zip(*works, strict=True)))
-    excess_s = {name: part - other for name, part, other in zip(RankWork._fields, work, median, strict=True)}
-    match max(excess_s, key=excess_s.__getitem__):
-        case "data_s":
-            cause = f"its data take {excess_s['data_s']:.2f} s a step longer than the median rank's: "
-            cause += "check the node's storage and CPUs"
-        case "optim_s":
-            cause = f"its optimizer takes {work.optim_s:.2f} s a step on the CPUs, the median rank's {median.optim_s:.2f} s: "
-            cause += "check the clocks of the node's CPUs, and what else runs there"
-        case _:
-            factor = work.compute_s / median.compute_s if median.compute_s else 1.0
-            cause = f"it computes {factor:.2f} times as long as the median rank: check the clock and temperature of its device"
-    name = f"rank {rank} on {hosts[rank]}"
-    return f"a straggler: all ranks have waited {_STRAGGLER_WINDOW} steps for {name}: {cause}, or leave the node out"
 
 
 class StallAlarm:

@@ -107,8 +107,13 @@ def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_ste
     try:
         yield
     except torch.OutOfMemoryError as error:
-        runtime_gib = plan.peak.runtime_gib or DEFAULT_RUNTIME_GIB
-        if has_completed_step() or _has_fitted(plan, run_dir) or _gib_of_others() > runtime_gib + _OF_OTHERS_GIB:
+        others_gib = 0.0
+        if torch.cuda.is_available():
+            # Neither free nor in torch's allocator: other processes, CUDA and NCCL.
+            free, total = torch.cuda.mem_get_info()
+            others_gib = (total - free - torch.cuda.memory_reserved()) / _GIB
+        is_shared = others_gib > (plan.peak.runtime_gib or DEFAULT_RUNTIME_GIB) + _OF_OTHERS_GIB
+        if has_completed_step() or _has_fitted(plan, run_dir) or is_shared:
             raise
         peak, stage = plan.peak, plan.peak.largest
         rest_gib = peak.tensors_gib - peak.states_gib - stage.activations_gib - stage.gathered_gib
@@ -137,11 +142,3 @@ def _has_fitted(plan: LaunchPlan, run_dir: RunDir) -> bool:
         return file.is_file() and json_records.read(LargestBatchRecord, file).plan_digest == plan.digest()
     except (OSError, LauncherError):
         return True
-
-
-def _gib_of_others() -> float:
-    """Return the GiB of this rank's GPU that are neither free nor in torch's allocator: other processes, CUDA and NCCL."""
-    if not torch.cuda.is_available():
-        return 0.0
-    free, total = torch.cuda.mem_get_info()
-    return (total - free - torch.cuda.memory_reserved()) / _GIB

@@ -102,20 +102,17 @@ class DeviceMonitor:
                     self._on_fault(
                         f"the clocks of a GPU are lowered{gpu_name}: {reasons}; check the node's cooling and power supply"
                     )
-                self._watch_faults(gpu)
+                # Report GPU faults until the next reading is due.
+                until = time.monotonic() + self._interval_s
+                while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
+                    if gpu is None or not gpu.has_events:
+                        self._stopped.wait(left)
+                    elif (number := gpu.next_xid(left)) is not None:
+                        self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
+                        self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {describe_xid(number)}")
         except Exception as error:
             # Only the charts lose these readings.
             print(f"note: the readings of this rank's device have stopped: {type(error).__name__}: {error}", file=sys.stderr)
-
-    def _watch_faults(self, gpu: GpuSensor | None) -> None:
-        """Wait until the next reading is due, reporting GPU faults meanwhile."""
-        until = time.monotonic() + self._interval_s
-        while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
-            if gpu is None or not gpu.has_events:
-                self._stopped.wait(left)
-            elif (number := gpu.next_xid(left)) is not None:
-                self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
-                self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {describe_xid(number)}")
 
 
 class RankStats(NamedTuple):
