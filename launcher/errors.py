@@ -93,7 +93,7 @@ class SubmitError(LauncherError):
 
 
 class CheckpointError(LauncherError):
-    """A checkpoint is missing, damaged, or belongs to another plan."""
+    """A checkpoint is missing or damaged, or does not fit the run."""
 
 
 class DamagedCheckpoint(CheckpointError):

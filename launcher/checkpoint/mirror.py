@@ -250,21 +250,21 @@ class Mirror:
         mirror. Steps that have a directory in the run directory stay, even damaged ones.
         """
         root = self._run.checkpoints
-        here = {step for path in root.glob("step-*") if (step := parse_step(path.name)) is not None}
+        local_steps = {step for path in root.glob("step-*") if (step := parse_step(path.name)) is not None}
         # A resume from a step that a person chose abandons the later steps of earlier attempts.
         attempts = {number: run_store.read_attempt(self._run, number) for number in run_store.attempt_numbers(self._run)}
-        returns = {number: attempt.resume_step or 0 for number, attempt in attempts.items() if attempt.pinned}
-        going_on = [
+        resume_steps = {number: attempt.resume_step or 0 for number, attempt in attempts.items() if attempt.pinned}
+        continued = [
             Checkpoint(root / store.step_name(step), manifest, self._evaluations.get(step))
             for step, manifest in sorted(self._complete.items())
-            if not any(step > start and manifest.attempt < number for number, start in returns.items())
+            if not any(step > start and manifest.attempt < number for number, start in resume_steps.items())
         ]
-        dropped = {c.step for c in store.select_outdated(going_on, store.retention_of(self._run, self._plan))}
-        needed = here | ({c.step for c in going_on} - dropped)
+        outdated = store.select_outdated(continued, store.retention_of(self._run, self._plan))
+        kept_steps = local_steps | ({c.step for c in continued} - {c.step for c in outdated})
         removed = []
         for name in self._remote.names(CHECKPOINTS):
             step = parse_step(name)
-            if step is None or step in needed:
+            if step is None or step in kept_steps:
                 continue
             self._require_ours()
             self._complete.pop(step, None)

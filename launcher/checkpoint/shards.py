@@ -40,7 +40,6 @@ STORED_DTYPES = {
     torch.bool: "BOOL",
 }
 MakeProgress = Callable[[str, int], Callable[[int], None]]
-Shape = tuple[int, ...]
 _RNG_CPU = "rng|cpu"
 _RNG_CUDA = "rng|cuda"
 _NO_DIGEST = "0" * 16
@@ -112,7 +111,6 @@ def load(
     checkpoint: Path,
     *,
     named_buffers: Mapping[str, torch.Tensor] | None = None,
-    plan_digest: str | None = None,
     make_progress: MakeProgress = lambda activity, total: lambda num_bytes: None,
 ) -> dict[str, Any]:
     """Load a committed checkpoint into the engine and return its `extra_state`. Collective.
@@ -125,46 +123,15 @@ def load(
 
     Raises:
         DamagedCheckpoint: if files differ from their digests; lists all of them.
-        CheckpointError: if a file belongs to another user, if `plan_digest` is given and differs, or if the model's parameters
-        or buffers or the optimizer's states are different.
+        CheckpointError: if a file belongs to another user, or if the model's parameters or buffers or the optimizer's states are
+            different.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-
-    def check() -> tuple[Manifest, State]:
-        zero3.require_supported_engine(engine, named_parameters)
-        manifest = store.open_checkpoint(checkpoint).manifest
-        if plan_digest is not None and manifest.plan_digest != plan_digest:
-            raise CheckpointError(
-                "this checkpoint was saved by another plan",
-                where=str(checkpoint),
-                value=f"{manifest.plan_digest}, this run's plan is {plan_digest}",
-                remedy="resume the run that saved it, or start another run from its exported weights",
-            )
-        # With the same world size, sorted names put a rank's own shard first, so it is in the page cache when it is read.
-        own_files = sorted(manifest.files, key=lambda name: (not name.startswith("rank-"), name))[rank::world_size]
-        if problems := store.find_foreign_files(checkpoint, manifest):
-            raise CheckpointError(problems)
-        advance = make_progress("verifying the checkpoint", sum(manifest.files[name].size for name in own_files))
-        if problems := store.verify_files(checkpoint, manifest, own_files, on_read=advance):
-            raise DamagedCheckpoint(problems)
-        state, states = read_state(checkpoint), zero3.find_optimizer(engine).states
-        shapes = {name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()}
-        _require_same_shapes("parameters", state.parameters, shapes, checkpoint)
-        with ShardSet(checkpoint, manifest.world_size) as shards:
-            named = ((buffer_name(key), spec.shape) for key, spec in shards.shard(0).specs.items())
-            saved_buffers = {name: shape for name, shape in named if name is not None}
-        shapes = {name: tuple(buffer.shape) for name, buffer in (named_buffers or {}).items()}
-        _require_same_shapes("buffers", saved_buffers, shapes, checkpoint)
-        if state.optimizer_step and state.optimizer_states != states:
-            raise CheckpointError(
-                "the checkpoint holds the states of another optimizer",
-                where=str(checkpoint),
-                value=f"{', '.join(state.optimizer_states)} in the checkpoint, {', '.join(states)} in this run's optimizer",
-                remedy="resume with the optimizer that saved it, or start a run from its exported weights",
-            )
-        return manifest, state
-
-    manifest, state = run_on_all_ranks(engine.device, "the checkpoint cannot be loaded", check)
+    buffers, rank, world_size = named_buffers or {}, dist.get_rank(), dist.get_world_size()
+    manifest, state = run_on_all_ranks(
+        engine.device,
+        "the checkpoint cannot be loaded",
+        lambda: _verify(engine, named_parameters, buffers, checkpoint, make_progress),
+    )
     shard_bytes = sum(manifest.files[store.shard_name(saved)].size for saved in range(manifest.world_size))
     with ShardSet(checkpoint, manifest.world_size) as shards:
         advance = make_progress("reading the checkpoint", shard_bytes // world_size)
@@ -174,48 +141,72 @@ def load(
             shards.read_into(tensor_key(parameter, key), num_elements, start, content)
             advance(content.nbytes)
 
-        run_on_all_ranks(
-            engine.device,
-            "the checkpoint could not be read",
-            lambda: zero3.load_states(engine, named_parameters, state.optimizer_step, read),
-        )
-        run_on_all_ranks(
-            engine.device, "the checkpoint could not be read", lambda: _restore_buffers(shards.shard(0), named_buffers or {})
-        )
+        def restore() -> None:
+            zero3.load_states(engine, named_parameters, state.optimizer_step, read)
+            for name, buffer in buffers.items():
+                # A checkpoint without buffers leaves those that were read with the weights.
+                if (spec := shards.shard(0).specs.get(buffer_key(name))) is not None:
+                    saved = torch.empty(
+                        spec.shape, dtype=next(one for one, stored in STORED_DTYPES.items() if stored == spec.dtype)
+                    )
+                    shards.shard(0).read_into(spec.name, 0, as_bytes(saved))
+                    buffer.copy_(saved)
+
+        run_on_all_ranks(engine.device, "the checkpoint could not be read", restore)
         zero3.publish_weights(engine)
         zero3.set_loss_scale_state(engine, state.loss_scaler)
         zero3.set_counters(engine, state.engine)
         if manifest.world_size == world_size:
-            _restore_random_states(shards.shard(rank))
+            own = shards.shard(rank)
+            for key, set_state in ((_RNG_CPU, torch.set_rng_state), (_RNG_CUDA, torch.cuda.set_rng_state)):
+                if key in own.specs and (key == _RNG_CPU or torch.cuda.is_available()):
+                    random_state = torch.empty(own.specs[key].shape, dtype=torch.uint8)
+                    own.read_into(key, 0, as_bytes(random_state))
+                    set_state(random_state)
     return state.extra
 
 
-@torch.no_grad()
-def _restore_buffers(shard: safetensors_io.TensorFile, named_buffers: Mapping[str, torch.Tensor]) -> None:
-    for name, buffer in named_buffers.items():
-        # A checkpoint without buffers leaves those that were read with the weights.
-        if (spec := shard.specs.get(buffer_key(name))) is not None:
-            saved = torch.empty(spec.shape, dtype=next(one for one, stored in STORED_DTYPES.items() if stored == spec.dtype))
-            shard.read_into(spec.name, 0, as_bytes(saved))
-            buffer.copy_(saved)
-
-
-def _restore_random_states(shard: safetensors_io.TensorFile) -> None:
-    for key, restore in ((_RNG_CPU, torch.set_rng_state), (_RNG_CUDA, torch.cuda.set_rng_state)):
-        if key in shard.specs and (key == _RNG_CPU or torch.cuda.is_available()):
-            state = torch.empty(shard.specs[key].shape, dtype=torch.uint8)
-            shard.read_into(key, 0, as_bytes(state))
-            restore(state)
-
-
-def _require_same_shapes(kind: str, saved: Mapping[str, Shape], model: Mapping[str, Shape], checkpoint: Path) -> None:
-    if differing := sorted(name for name in model.keys() | saved.keys() if model.get(name) != saved.get(name)):
-        first = differing[0]
+def _verify(
+    engine: Any,
+    named_parameters: Mapping[str, Parameter],
+    named_buffers: Mapping[str, torch.Tensor],
+    checkpoint: Path,
+    make_progress: MakeProgress,
+) -> tuple[Manifest, State]:
+    """Verify this rank's share of the files, and that the checkpoint holds the states of this engine."""
+    zero3.require_supported_engine(engine, named_parameters)
+    manifest = store.open_checkpoint(checkpoint).manifest
+    # With the same world size, sorted names put a rank's own shard first, so it is in the page cache when it is read.
+    names = sorted(manifest.files, key=lambda name: (not name.startswith("rank-"), name))[
+        dist.get_rank() :: dist.get_world_size()
+    ]
+    if problems := store.find_foreign_files(checkpoint, manifest):
+        raise CheckpointError(problems)
+    advance = make_progress("verifying the checkpoint", sum(manifest.files[name].size for name in names))
+    if problems := store.verify_files(checkpoint, manifest, names, on_read=advance):
+        raise DamagedCheckpoint(problems)
+    state, states = read_state(checkpoint), zero3.find_optimizer(engine).states
+    with ShardSet(checkpoint, manifest.world_size) as shards:
+        named = ((buffer_name(key), spec.shape) for key, spec in shards.shard(0).specs.items())
+        saved_buffers = {name: shape for name, shape in named if name is not None}
+    parameters = {name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()}
+    buffers = {name: tuple(buffer.shape) for name, buffer in named_buffers.items()}
+    for kind, saved, own in (("parameters", state.parameters, parameters), ("buffers", saved_buffers, buffers)):
+        if differing := sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name)):
+            first = differing[0]
+            raise CheckpointError(
+                f"the model and the checkpoint differ in {len(differing)} {kind}",
+                where=str(checkpoint),
+                value=f"{first}: {saved.get(first, 'absent')} in the checkpoint, {own.get(first, 'absent')} in the model",
+            )
+    if state.optimizer_step and state.optimizer_states != states:
         raise CheckpointError(
-            f"the model and the checkpoint differ in {len(differing)} {kind}",
+            "the checkpoint holds the states of another optimizer",
             where=str(checkpoint),
-            value=f"{first}: {saved.get(first, 'absent')} in the checkpoint, {model.get(first, 'absent')} in the model",
+            value=f"{', '.join(state.optimizer_states)} in the checkpoint, {', '.join(states)} in this run's optimizer",
+            remedy="resume with the optimizer that saved it, or start a run from its exported weights",
         )
+    return manifest, state
 
 
 def require_known_dtypes(named_buffers: Mapping[str, torch.Tensor]) -> None:

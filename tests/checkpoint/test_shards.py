@@ -65,10 +65,9 @@ def test_a_small_weight_is_persistent_and_the_others_are_padded(runs):
     assert shapes["lm_head.weight"] == (511, 27)
 
 
-def test_another_plan_and_a_flipped_bit_are_refused_on_all_ranks_before_loading(runs):
+def test_a_flipped_bit_is_refused_on_all_ranks_before_loading(runs):
     for rank in range(2):
-        another_plan, damage = runs.report("fp32", "resumed", rank)["refused"]
-        assert "saved by another plan" in another_plan
+        (damage,) = runs.report("fp32", "resumed", rank)["refused"]
         assert "digest differs" in damage
         assert "rank-00001.safetensors" in damage
 
