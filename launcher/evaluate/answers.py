@@ -98,8 +98,8 @@ def answer_share(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
                 remedy="set evaluate.vllm_python to the Python of an environment with vLLM, and evaluate.vllm_gpus to the number "
                 "of GPUs over which it divides the model",
             )
-        code = Path(task.code) if task.code is not None and config.model.trust_remote_code else None
-        stop_ids, tokenizer = weights.stop_ids, load_tokenizer(task.tokenizer)
+        code = None if task.code is None else Path(task.code)
+        tokenizer, stop_ids = load_tokenizer(task.tokenizer), weights.stop_ids
         return TransformersEngine(model, config.model, tokenizer, dtype=dtype, device=device, stop_ids=stop_ids, code=code)
 
     AnswerGeneration(folder, share, TransformersEngine.name, device, dtype).run(load_engine)
@@ -339,7 +339,7 @@ def _record_text(tracker: Composite, text: str) -> None:
 def _continue_prompt(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) -> str:
     """Continue a prompt greedily with the model in `folder`; the answer is on one line."""
     tokenizer, settings = load_tokenizer(plan.model.tokenizer_path or ""), plan.config.model
-    code = Path(plan.model.path) if plan.model.path and settings.trust_remote_code else None
+    code = Path(plan.model.path) if plan.model.path else None
     turn_ends = plan.data.turn_end_ids if plan.data else ()
     stop_ids = [i for i in (tokenizer.eos_token_id, *turn_ends) if i is not None]
     engine = TransformersEngine(folder, settings, tokenizer, dtype=settings.dtype, device=device, stop_ids=stop_ids, code=code)

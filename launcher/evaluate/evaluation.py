@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ import numpy as np
 from launcher import json_records, run_store
 from launcher.child_process import print_result, run_process
 from launcher.config.schema import RunConfig
-from launcher.config.sections.evaluation import HELD_OUT, EvaluateSection
+from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import ConfigError, DataError, Problem, RunError, did_you_mean
 from launcher.evaluate.answer_scores import AnswerScorer, copy_metric_files
@@ -51,6 +51,7 @@ from launcher.evaluate.questions import (
     TRAINING,
     EvalQuestion,
     QuestionSet,
+    TrainingOverlap,
     describe_copies,
     find_training_copies,
     read_set,
@@ -62,7 +63,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.security.folders import private_files
-from launcher.tracking.progress import Advance, Pace, live_line
+from launcher.tracking.progress import Advance, live_line
 from launcher.tracking.run_metrics import read_general_loss
 from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage, digest_checkpoint, remove_verdicts
 
@@ -78,8 +79,7 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
         CheckpointError: if the step cannot be exported.
     """
     settings, plan = config.evaluate, run_store.load_plan(run).model_copy(update={"config": config})
-    names = _require_sets(plan, sets)
-    _require_engine(settings)
+    names = _require_usable(plan, sets)
     folder = EvaluationFolder.of(run.root, step)
     folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy_metric_files(settings, folder.root)
@@ -90,13 +90,7 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
     encoder, fit = Encoder(tokenizer, plan.config.data), _PromptFit(plan, tokenizer)
     max_shots = max(list_shots(settings.shots), default=0)
     base = find_base_weights(plan)
-    with live_line() as (say, make_pace):
-        advance = _make_counter(say, make_pace, "looking for the questions")
-        read = [read_set(plan, name, encoder, settings.max_prompts, advance) for name in names]
-        count = max_shots + SELECTION_PROMPTS
-        training = list(read_set(plan, TRAINING, encoder, count, advance).questions) if base else []
-        advance = _make_counter(say, make_pace, "comparing prompts with training documents")
-        overlap = find_training_copies(plan, encoder, read, advance)
+    read, training, overlap = _read_questions(plan, names, encoder, max_shots + SELECTION_PROMPTS if base else 0)
     others = [question for one in read for question in one.questions]
     training = fit.keep_fitting(training, fit.make_base_prompts(training, 0, others))
     # Rows that serve to choose the prompt style are not used as examples; if there are few rows, examples take precedence.
@@ -127,12 +121,14 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
             rows = format_count(len(training), "training row")
             few = f"no baseline with examples: {min(AUTO_SHOTS)} of {rows} do not fit before the prompts"
             left_out = {name: (*lines, few) for name, lines in left_out.items()}
-    if base is not None:
-        # The model's own settings may only name the end of a text; each side also stops where its template ends a turn.
-        base = replace(base, stop_ids=tuple(dict.fromkeys((*base.stop_ids, *base_prompts.turn_end_ids))))
     for name, several in asked.items():
         folder.write_questions(several, name)
     folder.write_questions(training)
+    if base is not None:
+        # The model's own settings may only name the end of a text; each side also stops where its template ends a turn.
+        base = replace(base, stop_ids=tuple(dict.fromkeys((*base.stop_ids, *base_prompts.turn_end_ids))))
+        steps = sorted(path for path in folder.root.parent.glob("step-*") if path != folder.root)
+        reuse_base_answers(folder.root, list(reversed(steps)))
     places = {question.where for question in everything}
     task = EvaluationTask(
         run_name=plan.run_name,
@@ -150,14 +146,35 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
         training_copies={name: tuple(one for one in copies if one.question in places) for name, copies in overlap.copies.items()},
         overlap_gap=overlap.gap,
     )
-    if base is not None:
-        steps = sorted(path for path in folder.root.parent.glob("step-*") if path != folder.root)
-        reuse_base_answers(folder.root, list(reversed(steps)))
     folder.answers.unlink(missing_ok=True)
     remove_verdicts(folder.root)
     shutil.rmtree(folder.processes, ignore_errors=True)
     json_records.write(folder.task, task)
     return folder
+
+
+def _read_questions(
+    plan: LaunchPlan, names: Sequence[str], encoder: Encoder, num_training: int
+) -> tuple[list[QuestionSet], list[EvalQuestion], TrainingOverlap]:
+    """Read the questions of each set and `num_training` training rows, and find prompts that are in the training data too."""
+    with live_line() as (say, make_pace):
+
+        def count_documents(activity: str) -> Advance:
+            pace, num_read = make_pace(), 0
+
+            def advance(num_documents: int) -> None:
+                nonlocal num_read
+                num_read += num_documents
+                if pace.is_due():
+                    say(f"{activity}: {num_read:,} documents")
+
+            return advance
+
+        advance = count_documents("looking for the questions")
+        read = [read_set(plan, name, encoder, plan.config.evaluate.max_prompts, advance) for name in names]
+        training = read_set(plan, TRAINING, encoder, num_training, advance).questions if num_training else ()
+        advance = count_documents("comparing prompts with training documents")
+        return read, list(training), find_training_copies(plan, encoder, read, advance)
 
 
 class _PromptFit:
@@ -201,7 +218,18 @@ class _PromptFit:
         return tuple(fitting)
 
 
-def _require_engine(settings: EvaluateSection) -> None:
+def _require_usable(plan: LaunchPlan, chosen: Sequence[str]) -> list[str]:
+    """Check the sets and the engine; return the sets to evaluate, held-out documents first."""
+    known = [HELD_OUT] if plan.data is not None and plan.data.num_eval_rows else []
+    known += [one.name for one in plan.config.eval.all_sets if one.name in plan.eval_sets]
+    if not known:
+        remedy = "hold documents out with data.eval_fraction or data.eval_path, or name files in eval.sets, and train again"
+        raise ConfigError("the run has no held-out documents and no evaluation sets", where=plan.run_dir, remedy=remedy)
+    for name in chosen:
+        if name not in known:
+            remedy = f"{did_you_mean(name, known)} its sets are {', '.join(known)}".strip()
+            raise ConfigError(f"the run has no evaluation set {name}", where="--set", value=name, remedy=remedy)
+    settings = plan.config.evaluate
     if settings.vllm_python is not None and read_version(Path(settings.vllm_python).expanduser()) is None:
         raise ConfigError(
             "this is not the Python interpreter of an environment with vLLM",
@@ -212,19 +240,6 @@ def _require_engine(settings: EvaluateSection) -> None:
     if settings.vllm_python is None and settings.vllm_gpus > 1:
         remedy = "set evaluate.vllm_python, or remove the setting"
         raise ConfigError("only vLLM can divide a model over GPUs", where="evaluate.vllm_gpus", remedy=remedy)
-
-
-def _require_sets(plan: LaunchPlan, chosen: Sequence[str]) -> list[str]:
-    """Return the sets to evaluate, held-out documents first."""
-    known = [HELD_OUT] if plan.data is not None and plan.data.num_eval_rows else []
-    known += [one.name for one in plan.config.eval.all_sets if one.name in plan.eval_sets]
-    if not known:
-        remedy = "hold documents out with data.eval_fraction or data.eval_path, or name files in eval.sets, and train again"
-        raise ConfigError("the run has no held-out documents and no evaluation sets", where=plan.run_dir, remedy=remedy)
-    for name in chosen:
-        if name not in known:
-            remedy = f"{did_you_mean(name, known)} its sets are {', '.join(known)}".strip()
-            raise ConfigError(f"the run has no evaluation set {name}", where="--set", value=name, remedy=remedy)
     return list(chosen) or known
 
 
@@ -247,19 +262,6 @@ def _keep_template(plan: LaunchPlan, folder: EvaluationFolder) -> LaunchPlan:
         file.write_text(plan.data.chat_template, encoding="utf-8")
     data = plan.config.data.model_copy(update={"chat_template": str(file)})
     return plan.model_copy(update={"config": plan.config.model_copy(update={"data": data})})
-
-
-def _make_counter(say: Callable[[str], None], make_pace: Callable[[], Pace], activity: str) -> Advance:
-    """Return a function that counts documents and occasionally shows the count."""
-    pace, num_read = make_pace(), 0
-
-    def advance(num_documents: int) -> None:
-        nonlocal num_read
-        num_read += num_documents
-        if pace.is_due():
-            say(f"{activity}: {num_read:,} documents")
-
-    return advance
 
 
 def conclude(folder: EvaluationFolder) -> dict[str, Any]:

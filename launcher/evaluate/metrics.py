@@ -354,10 +354,10 @@ def rouge_l(answer: str, reference: str) -> float:
     return 2 * (len(first) - row.bit_count()) / (len(first) + len(second))
 
 
-def repeated_share(text: str, size: int = 4) -> float:
-    """Return the share of the runs of `size` words that occurred earlier in the text."""
+def repeated_share(text: str) -> float:
+    """Return the share of the runs of four words that occurred earlier in the text."""
     words = text.casefold().split()
-    runs = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+    runs = [tuple(words[start : start + 4]) for start in range(len(words) - 3)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 

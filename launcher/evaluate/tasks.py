@@ -290,7 +290,7 @@ def _load_model(plan: LaunchPlan, weights: Weights, side: str, device: str) -> A
     from lm_eval.models.huggingface import HFLM
 
     config, folder = plan.config, Path(weights.folder)
-    code = Path(plan.model.path) if plan.model.path is not None and config.model.trust_remote_code else None
+    code = None if plan.model.path is None else Path(plan.model.path)
     path = folder_to_load(folder, config.model.trust_remote_code, config.model.code_digest, code)
     # A model that does not fit on one GPU is spread over all GPUs of this machine.
     placement = {"device_map": "auto"} if device == "cuda" else {}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -127,29 +127,31 @@ def _compare_sides(metric: str, baseline: str, tuned: Scores, base: Scores, num_
     if len(tuned) != len(base):
         raise ValueError(f"{baseline} has {len(base)} scores, the tuned model {len(tuned)}")
     differences = np.asarray(tuned, np.float64) - np.asarray(base, np.float64)
-    counts = count_pairs(differences)
+    signs = np.sign(np.round(differences, _DECIMALS))
+    wins, losses = int((signs > 0).sum()), int((signs < 0).sum())
+    discordant = wins + losses
     mean = float(differences.mean()) if len(differences) else 0.0
-    is_binary = bool(np.isin(np.round(np.abs(differences), 12), (0.0, 1.0)).all())
+    is_binary = bool(np.isin(np.round(np.abs(differences), _DECIMALS), (0.0, 1.0)).all())
     # The bounds of the 95% interval, and the upper bound of the wider one that decides whether the model is worse.
     low, high, worst_high = -math.inf, math.inf, math.inf
     wider = 1 - SIGNIFICANCE / num_baselines
     if len(differences) > 1 and is_binary:
-        low, high = score_interval(counts.wins, counts.losses, len(differences))
-        _, worst_high = score_interval(counts.wins, counts.losses, len(differences), wider)
+        low, high = score_interval(wins, losses, len(differences))
+        _, worst_high = score_interval(wins, losses, len(differences), wider)
     elif len(differences) > 1:
         means = bootstrap_means(differences)
         low, high = interval(means, len(differences))
         _, worst_high = interval(means, len(differences), wider)
     p_value, differing_share = None, 0.0
-    if counts.discordant < MIN_DISCORDANT and len(differences) > 1:
+    if discordant < MIN_DISCORDANT and len(differences) > 1:
         # Of graded scores, as many may differ by 1 that this sample does not contain.
         _, unseen = score_interval(0, 0, len(differences))
         low, high = (low, high) if is_binary else (min(low, mean - unseen), max(high, mean + unseen))
-        differing_share = upper_share(counts.discordant, len(differences))
-    if counts.discordant < MIN_DISCORDANT:
-        p_value = exact_mcnemar(counts.wins, counts.losses)
-        is_better = p_value < SIGNIFICANCE and counts.wins > counts.losses and low > 0
-        is_worse = p_value < SIGNIFICANCE / num_baselines and counts.losses > counts.wins and high < 0
+        differing_share = upper_share(discordant, len(differences))
+    if discordant < MIN_DISCORDANT:
+        p_value = exact_mcnemar(wins, losses)
+        is_better = p_value < SIGNIFICANCE and wins > losses and low > 0
+        is_worse = p_value < SIGNIFICANCE / num_baselines and losses > wins and high < 0
     else:
         is_better, is_worse = low > 0, worst_high < 0
     outcome = ComparisonOutcome.BETTER if is_better else ComparisonOutcome.WORSE if is_worse else ComparisonOutcome.UNCLEAR
@@ -158,7 +160,6 @@ def _compare_sides(metric: str, baseline: str, tuned: Scores, base: Scores, num_
         # The formula assumes a large sample; this sample has shown that its own size is not sufficient.
         needed = max(prompts_needed(differences, SMALLEST_DIFFERENCE, differing_share), len(differences) + 1)
     order = np.argsort(-np.abs(differences), kind="stable")
-    rounded = np.round(differences, 12)
     return BaselineComparison(
         metric,
         baseline,
@@ -167,11 +168,11 @@ def _compare_sides(metric: str, baseline: str, tuned: Scores, base: Scores, num_
         low if math.isfinite(low) else None,
         high if math.isfinite(high) else None,
         p_value,
-        counts.wins,
-        counts.losses,
-        counts.ties,
+        wins,
+        losses,
+        len(differences) - discordant,
         needed,
-        *(tuple(int(i) for i in order if sign == np.sign(rounded[i]))[:_NUM_EXAMPLES] for sign in (1, -1, 0)),
+        *(tuple(int(i) for i in order if sign == signs[i])[:_NUM_EXAMPLES] for sign in (1, -1, 0)),
     )
 
 
@@ -219,34 +220,14 @@ def describe_general_loss(loss: GeneralLoss) -> str:
     return f"General loss {moved}{until}: no sign of forgetting."
 
 
-@dataclass(frozen=True)
-class PairedCounts:
-    """Prompts on which the first side scores higher, lower, and the same as the second."""
-
-    wins: int
-    losses: int
-    ties: int
-
-    @property
-    def discordant(self) -> int:
-        return self.wins + self.losses
-
-
-def count_pairs(differences: Scores) -> PairedCounts:
-    """Count the prompts by the sign of their difference."""
-    rounded = np.round(differences, _DECIMALS)
-    wins, losses = int((rounded > 0).sum()), int((rounded < 0).sum())
-    return PairedCounts(wins, losses, len(rounded) - wins - losses)
-
-
-def bootstrap_means(differences: Scores, num_draws: int = NUM_DRAWS, seed: int = SEED) -> Scores:
-    """Return the mean difference in each of `num_draws` samples of the prompts, drawn with replacement, in ascending order."""
-    generator = np.random.default_rng(seed)
+def bootstrap_means(differences: Scores) -> Scores:
+    """Return the mean difference in each of NUM_DRAWS samples of the prompts, drawn with replacement, in ascending order."""
+    generator = np.random.default_rng(SEED)
     num_prompts = len(differences)
     draws_at_once = max(1, _MAX_DRAWN // num_prompts)
     means = [
-        differences[generator.integers(num_prompts, size=(min(draws_at_once, num_draws - start), num_prompts))].mean(axis=1)
-        for start in range(0, num_draws, draws_at_once)
+        differences[generator.integers(num_prompts, size=(min(draws_at_once, NUM_DRAWS - start), num_prompts))].mean(axis=1)
+        for start in range(0, NUM_DRAWS, draws_at_once)
     ]
     return np.sort(np.concatenate(means))
 
