@@ -159,8 +159,18 @@ def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Gene
 def local_weights(named_parameters: Mapping[str, Parameter]) -> Generator[tuple[str, torch.Tensor]]:
     """Yield the name and this rank's part of every compute weight: flat views without padding, valid like `local_states`."""
     for name, parameter in named_parameters.items():
-        with _load_partition(parameter):
+        swapper, part = parameter.nvme_swapper, parameter.ds_tensor
+        if part.status == PartitionedParamStatus.INFLIGHT:
+            # It is prefetched for the next forward pass.
+            swapper.synchronize_reads()
+        is_on_nvme = part.status != PartitionedParamStatus.AVAILABLE
+        if is_on_nvme:
+            swapper.swap_in([parameter], async_op=False)
+        try:
             yield name, parameter.ds_tensor.detach().narrow(0, 0, local_elements(parameter))
+        finally:
+            if is_on_nvme:
+                swapper.remove_partition_and_release_buffers([parameter])
 
 
 @contextmanager
@@ -183,23 +193,6 @@ def _load_sub_group(zero: Any, group: int, *, changed: bool = False) -> Iterator
         zero._optimizer_states_and_gradient_swap_out(group)
     else:
         zero._release_swap_buffers(group)
-
-
-@contextmanager
-def _load_partition(parameter: Parameter) -> Iterator[None]:
-    """Hold this rank's partition of a compute weight in memory."""
-    swapper, part = parameter.nvme_swapper, parameter.ds_tensor
-    if part.status == PartitionedParamStatus.INFLIGHT:
-        # It is prefetched for the next forward pass.
-        swapper.synchronize_reads()
-    if part.status == PartitionedParamStatus.AVAILABLE:
-        yield
-        return
-    swapper.swap_in([parameter], async_op=False)
-    try:
-        yield
-    finally:
-        swapper.remove_partition_and_release_buffers([parameter])
 
 
 def _get_flat(zero: Any, group: int, key: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from launcher.checkpoint.manifest import Manifest
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import is_local_path
 from launcher.export.hf_folder import CARD, ExportedFolder
-from launcher.plan.launch_plan import Batch, LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count, format_size
 from launcher.security.redaction import redact
 
@@ -150,13 +150,20 @@ def _settings_rows(plan: LaunchPlan, step: int, plans: Sequence[LaunchPlan]) -> 
     nodes = f"{format_count(topology.world_size, 'rank')} on {format_count(topology.nodes, 'node')} ({topology.device})"
     sections = ("model", "data", "optim", "train", "deepspeed")
     changed = [name for name in sections if any(getattr(p.config, name) != getattr(config, name) for p in plans)]
+    length = format_count(step, "step")
+    if batch.max_steps and step < batch.max_steps:
+        length = f"{step:,} of {batch.max_steps:,} planned steps"
+        if batch.epochs:
+            length += f", {round(batch.epochs * step / batch.max_steps, 2):g} of {round(batch.epochs, 2):g} epochs"
+    elif batch.max_steps and batch.epochs:
+        length += f", {batch.epochs:g} epochs"
     text = f"settings of {', '.join(changed)} differed in earlier attempts; those above are the last ones"
     return [
         ("optimizer", f"{optim.name}, {decay}; {clip}"),
         ("learning rate", f"{optim.lr:g} at its peak"),
         ("schedule", f"{optim.schedule}, {warmup} of warm-up, down to {optim.min_lr_ratio:g} of the peak"),
         ("batch", f"{format_count(batch.global_batch_size, 'row')} per step ({split})"),
-        ("length", _describe_length(batch, step)),
+        ("length", length),
         (
             "packing",
             "several documents per row, without attention between them" if config.data.packing else "one document per row",
@@ -167,18 +174,6 @@ def _settings_rows(plan: LaunchPlan, step: int, plans: Sequence[LaunchPlan]) -> 
         ("world size", nodes),
         *([("changed", text)] if changed else []),
     ]
-
-
-def _describe_length(batch: Batch, step: int) -> str:
-    """Return the length of the training up to `step`, and the planned length if it is longer."""
-    if not batch.max_steps:
-        return format_count(step, "step")
-    if step >= batch.max_steps:
-        return format_count(step, "step") + (f", {batch.epochs:g} epochs" if batch.epochs else "")
-    length = f"{step:,} of {batch.max_steps:,} planned steps"
-    if not batch.epochs:
-        return length
-    return f"{length}, {round(batch.epochs * step / batch.max_steps, 2):g} of {round(batch.epochs, 2):g} epochs"
 
 
 def _loss_rows(manifest: Manifest, metrics: Sequence[Mapping[str, Any]]) -> Rows:

@@ -66,53 +66,54 @@ class DeviceMonitor:
 
     def start(self) -> DeviceMonitor:
         """Start the thread."""
-        threading.Thread(target=self._watch, name="device-monitor", daemon=True).start()
+
+        def watch() -> None:
+            try:
+                gpu = None
+                if self._device.type == "cuda":
+                    properties = torch.cuda.get_device_properties(self._device)
+                    bus_id = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+                    gpu = GpuSensor.open(f"GPU-{properties.uuid}", bus_id)
+                if gpu is None and not self._reads_host:
+                    return
+                gpu_name, is_reported, num_slow = "", False, 0
+                while not self._stopped.is_set():
+                    readings = gpu.read() if gpu is not None else {}
+                    if self._reads_host:
+                        memory = psutil.virtual_memory()
+                        readings["host_cpu_util"] = psutil.cpu_percent(interval=_CPU_S) / 100
+                        readings["host_ram_used"] = 1 - memory.available / memory.total
+                    self.latest = self.latest._replace(**readings)
+                    # A lost GPU no longer has a number.
+                    gpu_name = gpu_name if math.isnan(self.latest.gpu_index) else f" (GPU {self.latest.gpu_index:.0f})"
+                    if gpu is not None and gpu.is_lost and not is_reported:
+                        is_reported = True
+                        self._on_fault(f"{LOST_GPU}{gpu_name}; restart the node, or reset the GPU")
+                    slowdowns = gpu.read_hardware_slowdowns() if gpu is not None else ()
+                    num_slow = num_slow + 1 if slowdowns else 0
+                    if num_slow == _LASTING_READINGS:
+                        reasons = " and ".join(slowdowns)
+                        self._on_fault(
+                            f"the clocks of a GPU are lowered{gpu_name}: {reasons}; check the node's cooling and power supply"
+                        )
+                    # Report GPU faults until the next reading is due.
+                    until = time.monotonic() + self._interval_s
+                    while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
+                        if gpu is None or not gpu.has_events:
+                            self._stopped.wait(left)
+                        elif (number := gpu.next_xid(left)) is not None:
+                            self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
+                            self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {describe_xid(number)}")
+            except Exception as error:
+                # Only the charts lose these readings.
+                print(f"note: the readings of this rank's device have stopped: {type(error).__name__}: {error}", file=sys.stderr)
+
+        threading.Thread(target=watch, name="device-monitor", daemon=True).start()
         return self
 
     def stop(self) -> None:
         """Stop the thread within an interval, without waiting for it, because the driver may hang."""
         self._stopped.set()
-
-    def _watch(self) -> None:
-        try:
-            gpu = None
-            if self._device.type == "cuda":
-                properties = torch.cuda.get_device_properties(self._device)
-                bus_id = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
-                gpu = GpuSensor.open(f"GPU-{properties.uuid}", bus_id)
-            if gpu is None and not self._reads_host:
-                return
-            gpu_name, is_reported, num_slow = "", False, 0
-            while not self._stopped.is_set():
-                readings = gpu.read() if gpu is not None else {}
-                if self._reads_host:
-                    memory = psutil.virtual_memory()
-                    readings["host_cpu_util"] = psutil.cpu_percent(interval=_CPU_S) / 100
-                    readings["host_ram_used"] = 1 - memory.available / memory.total
-                self.latest = self.latest._replace(**readings)
-                # A lost GPU no longer has a number.
-                gpu_name = gpu_name if math.isnan(self.latest.gpu_index) else f" (GPU {self.latest.gpu_index:.0f})"
-                if gpu is not None and gpu.is_lost and not is_reported:
-                    is_reported = True
-                    self._on_fault(f"{LOST_GPU}{gpu_name}; restart the node, or reset the GPU")
-                slowdowns = gpu.read_hardware_slowdowns() if gpu is not None else ()
-                num_slow = num_slow + 1 if slowdowns else 0
-                if num_slow == _LASTING_READINGS:
-                    reasons = " and ".join(slowdowns)
-                    self._on_fault(
-                        f"the clocks of a GPU are lowered{gpu_name}: {reasons}; check the node's cooling and power supply"
-                    )
-                # Report GPU faults until the next reading is due.
-                until = time.monotonic() + self._interval_s
-                while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
-                    if gpu is None or not gpu.has_events:
-                        self._stopped.wait(left)
-                    elif (number := gpu.next_xid(left)) is not None:
-                        self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
-                        self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {describe_xid(number)}")
-        except Exception as error:
-            # Only the charts lose these readings.
-            print(f"note: the readings of this rank's device have stopped: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 class RankStats(NamedTuple):
@@ -204,25 +205,24 @@ def aggregate_metrics(ranks: Sequence[RankStats], works: Sequence[RankWork]) -> 
     devices = [rank.device for rank in ranks]
     steps = [rank.step_s for rank in ranks if rank.step_s > 0]
     metrics = {"time/step_max_rank_s": max(steps), "time/straggler_ratio": straggler_ratio(works)} if steps else {}
-    utils, temps = _known(devices, "gpu_util"), _known(devices, "gpu_temp_c")
-    powers, memory = _known(devices, "gpu_power_w"), _known(devices, "gpu_memory")
-    metrics |= {"gpu/util_mean": statistics.fmean(utils), "gpu/util_min": min(utils)} if utils else {}
-    metrics |= {"gpu/temp_max": max(temps)} if temps else {}
-    metrics |= {"gpu/power_mean": statistics.fmean(powers)} if powers else {}
-    metrics |= {"gpu/memory_max_frac": max(memory)} if memory else {}
-    active, reserved, retries = _known(ranks, "active"), _known(ranks, "reserved"), _known(ranks, "alloc_retries")
-    metrics |= {"memory/peak_active_gib": max(active) / 2**30} if active else {}
-    metrics |= {"memory/peak_reserved_gib": max(reserved) / 2**30} if reserved else {}
-    metrics |= {"memory/alloc_retries": sum(retries)} if retries else {}
-    metrics |= {"gpu/xids": sum(device.xids for device in devices)} if _known(devices, "gpu_index") else {}
-    cpus, rams = _known(devices, "host_cpu_util"), _known(devices, "host_ram_used")
-    metrics |= {"host/cpu_util_mean": statistics.fmean(cpus)} if cpus else {}
-    metrics |= {"host/ram_used_max_frac": max(rams)} if rams else {}
+    records: Sequence[RankStats] | Sequence[DeviceReadings]
+    for name, records, field, aggregate in (
+        ("gpu/util_mean", devices, "gpu_util", statistics.fmean),
+        ("gpu/util_min", devices, "gpu_util", min),
+        ("gpu/temp_max", devices, "gpu_temp_c", max),
+        ("gpu/power_mean", devices, "gpu_power_w", statistics.fmean),
+        ("gpu/memory_max_frac", devices, "gpu_memory", max),
+        ("memory/peak_active_gib", ranks, "active", lambda values: max(values) / 2**30),
+        ("memory/peak_reserved_gib", ranks, "reserved", lambda values: max(values) / 2**30),
+        ("memory/alloc_retries", ranks, "alloc_retries", sum),
+        ("host/cpu_util_mean", devices, "host_cpu_util", statistics.fmean),
+        ("host/ram_used_max_frac", devices, "host_ram_used", max),
+    ):
+        if known := [value for record in records if not math.isnan(value := getattr(record, field))]:
+            metrics[name] = aggregate(known)
+    if not all(math.isnan(device.gpu_index) for device in devices):
+        metrics["gpu/xids"] = sum(device.xids for device in devices)
     return metrics
-
-
-def _known(records: Sequence[RankStats] | Sequence[DeviceReadings], name: str) -> list[float]:
-    return [value for record in records if not math.isnan(value := getattr(record, name))]
 
 
 def _median(values: Sequence[float]) -> float:
