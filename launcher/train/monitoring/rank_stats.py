@@ -66,54 +66,53 @@ class DeviceMonitor:
 
     def start(self) -> DeviceMonitor:
         """Start the thread."""
-
-        def watch() -> None:
-            try:
-                gpu = None
-                if self._device.type == "cuda":
-                    properties = torch.cuda.get_device_properties(self._device)
-                    bus_id = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
-                    gpu = GpuSensor.open(f"GPU-{properties.uuid}", bus_id)
-                if gpu is None and not self._reads_host:
-                    return
-                gpu_name, is_reported, num_slow = "", False, 0
-                while not self._stopped.is_set():
-                    readings = gpu.read() if gpu is not None else {}
-                    if self._reads_host:
-                        memory = psutil.virtual_memory()
-                        readings["host_cpu_util"] = psutil.cpu_percent(interval=_CPU_S) / 100
-                        readings["host_ram_used"] = 1 - memory.available / memory.total
-                    self.latest = self.latest._replace(**readings)
-                    # A lost GPU no longer has a number.
-                    gpu_name = gpu_name if math.isnan(self.latest.gpu_index) else f" (GPU {self.latest.gpu_index:.0f})"
-                    if gpu is not None and gpu.is_lost and not is_reported:
-                        is_reported = True
-                        self._on_fault(f"{LOST_GPU}{gpu_name}; restart the node, or reset the GPU")
-                    slowdowns = gpu.read_hardware_slowdowns() if gpu is not None else ()
-                    num_slow = num_slow + 1 if slowdowns else 0
-                    if num_slow == _LASTING_READINGS:
-                        reasons = " and ".join(slowdowns)
-                        self._on_fault(
-                            f"the clocks of a GPU are lowered{gpu_name}: {reasons}; check the node's cooling and power supply"
-                        )
-                    # Report GPU faults until the next reading is due.
-                    until = time.monotonic() + self._interval_s
-                    while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
-                        if gpu is None or not gpu.has_events:
-                            self._stopped.wait(left)
-                        elif (number := gpu.next_xid(left)) is not None:
-                            self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
-                            self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {describe_xid(number)}")
-            except Exception as error:
-                # Only the charts lose these readings.
-                print(f"note: the readings of this rank's device have stopped: {type(error).__name__}: {error}", file=sys.stderr)
-
-        threading.Thread(target=watch, name="device-monitor", daemon=True).start()
+        threading.Thread(target=self._watch, name="device-monitor", daemon=True).start()
         return self
 
     def stop(self) -> None:
         """Stop the thread within an interval, without waiting for it, because the driver may hang."""
         self._stopped.set()
+
+    def _watch(self) -> None:
+        try:
+            gpu = None
+            if self._device.type == "cuda":
+                properties = torch.cuda.get_device_properties(self._device)
+                bus_id = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+                gpu = GpuSensor.open(f"GPU-{properties.uuid}", bus_id)
+            if gpu is None and not self._reads_host:
+                return
+            gpu_name, is_reported, num_slow = "", False, 0
+            while not self._stopped.is_set():
+                readings = gpu.read() if gpu is not None else {}
+                if self._reads_host:
+                    memory = psutil.virtual_memory()
+                    readings["host_cpu_util"] = psutil.cpu_percent(interval=_CPU_S) / 100
+                    readings["host_ram_used"] = 1 - memory.available / memory.total
+                self.latest = self.latest._replace(**readings)
+                # A lost GPU no longer has a number.
+                gpu_name = gpu_name if math.isnan(self.latest.gpu_index) else f" (GPU {self.latest.gpu_index:.0f})"
+                if gpu is not None and gpu.is_lost and not is_reported:
+                    is_reported = True
+                    self._on_fault(f"{LOST_GPU}{gpu_name}; restart the node, or reset the GPU")
+                slowdowns = gpu.read_hardware_slowdowns() if gpu is not None else ()
+                num_slow = num_slow + 1 if slowdowns else 0
+                if num_slow == _LASTING_READINGS:
+                    reasons = " and ".join(slowdowns)
+                    self._on_fault(
+                        f"the clocks of a GPU are lowered{gpu_name}: {reasons}; check the node's cooling and power supply"
+                    )
+                # Report GPU faults until the next reading is due.
+                until = time.monotonic() + self._interval_s
+                while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
+                    if gpu is None or not gpu.has_events:
+                        self._stopped.wait(left)
+                    elif (number := gpu.next_xid(left)) is not None:
+                        self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
+                        self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {describe_xid(number)}")
+        except Exception as error:
+            # Only the charts lose these readings.
+            print(f"note: the readings of this rank's device have stopped: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 class RankStats(NamedTuple):
@@ -200,24 +199,28 @@ def straggler_ratio(works: Sequence[RankWork]) -> float:
     return max(one.seconds for one in works) / usual if usual > 0 else 1.0
 
 
+# Metrics over all ranks: the field of RankStats or DeviceReadings, and how its values become one.
+_AGGREGATES: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
+    ("gpu/util_mean", "gpu_util", statistics.fmean),
+    ("gpu/util_min", "gpu_util", min),
+    ("gpu/temp_max", "gpu_temp_c", max),
+    ("gpu/power_mean", "gpu_power_w", statistics.fmean),
+    ("gpu/memory_max_frac", "gpu_memory", max),
+    ("memory/peak_active_gib", "active", lambda values: max(values) / 2**30),
+    ("memory/peak_reserved_gib", "reserved", lambda values: max(values) / 2**30),
+    ("memory/alloc_retries", "alloc_retries", sum),
+    ("host/cpu_util_mean", "host_cpu_util", statistics.fmean),
+    ("host/ram_used_max_frac", "host_ram_used", max),
+)
+
+
 def aggregate_metrics(ranks: Sequence[RankStats], works: Sequence[RankWork]) -> dict[str, float]:
     """Return the metrics over all ranks and their `works`, without metrics that no rank measured."""
     devices = [rank.device for rank in ranks]
     steps = [rank.step_s for rank in ranks if rank.step_s > 0]
     metrics = {"time/step_max_rank_s": max(steps), "time/straggler_ratio": straggler_ratio(works)} if steps else {}
-    records: Sequence[RankStats] | Sequence[DeviceReadings]
-    for name, records, field, aggregate in (
-        ("gpu/util_mean", devices, "gpu_util", statistics.fmean),
-        ("gpu/util_min", devices, "gpu_util", min),
-        ("gpu/temp_max", devices, "gpu_temp_c", max),
-        ("gpu/power_mean", devices, "gpu_power_w", statistics.fmean),
-        ("gpu/memory_max_frac", devices, "gpu_memory", max),
-        ("memory/peak_active_gib", ranks, "active", lambda values: max(values) / 2**30),
-        ("memory/peak_reserved_gib", ranks, "reserved", lambda values: max(values) / 2**30),
-        ("memory/alloc_retries", ranks, "alloc_retries", sum),
-        ("host/cpu_util_mean", devices, "host_cpu_util", statistics.fmean),
-        ("host/ram_used_max_frac", devices, "host_ram_used", max),
-    ):
+    for name, field, aggregate in _AGGREGATES:
+        records: Sequence[Any] = devices if field in DeviceReadings._fields else ranks
         if known := [value for record in records if not math.isnan(value := getattr(record, field))]:
             metrics[name] = aggregate(known)
     if not all(math.isnan(device.gpu_index) for device in devices):
