@@ -14,11 +14,18 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launcher.errors import LauncherError
 from launcher.security.redaction import printable_output
+
+if TYPE_CHECKING:
+    import subprocess
+
+# How often processes are looked after, and how long they may take to end.
+_POLL_S, _END_S = 0.2, 20.0
 
 
 def run_process(main: Callable[[Sequence[str]], int]) -> NoReturn:
@@ -46,6 +53,29 @@ def print_result(work: Callable[[], dict[str, Any]]) -> int:
         result, code = error.to_report(), error.exit_code
     os.write(output, (json.dumps(result) + "\n").encode())
     return code
+
+
+def await_processes(processes: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """Wait until all processes have ended or one has failed; return the exit codes then, None for those that it has to end."""
+    import subprocess
+
+    try:
+        while True:
+            codes = [process.poll() for process in processes]
+            if None not in codes or any(codes):
+                return codes
+            time.sleep(_POLL_S)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        until = time.monotonic() + _END_S
+        for process in processes:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def exit_on_termination() -> None:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -151,6 +151,11 @@ class ShardSet:
         if rank not in self._files:
             self._files[rank] = TensorFile(self.path / shard_name(rank))
         return self._files[rank]
+
+    def buffers(self) -> list[TensorSpec]:
+        """Return the buffers of the model that the checkpoint holds, by their names in the model."""
+        named = ((buffer_name(key), spec) for key, spec in self.shard(0).specs.items())
+        return [replace(spec, name=name) for name, spec in named if name is not None]
 
     def read_into(self, name: str, num_elements: int, start: int, out: memoryview) -> None:
         """Fill `out` with the fp32 elements from `start` of `name`, a tensor of `num_elements` over all shards."""

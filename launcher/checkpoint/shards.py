@@ -187,8 +187,7 @@ def _verify(
         raise DamagedCheckpoint(problems)
     state, states = read_state(checkpoint), zero3.find_optimizer(engine).states
     with ShardSet(checkpoint, manifest.world_size) as shards:
-        named = ((buffer_name(key), spec.shape) for key, spec in shards.shard(0).specs.items())
-        saved_buffers = {name: shape for name, shape in named if name is not None}
+        saved_buffers = {spec.name: spec.shape for spec in shards.buffers()}
     parameters = {name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()}
     buffers = {name: tuple(buffer.shape) for name, buffer in named_buffers.items()}
     for kind, saved, own in (("parameters", state.parameters, parameters), ("buffers", saved_buffers, buffers)):

@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -29,7 +28,7 @@ import numpy as np
 import xxhash
 
 from launcher import atomic_files, hardware
-from launcher.child_process import die_with_parent, exit_on_termination, exit_without_shutdown
+from launcher.child_process import await_processes, die_with_parent, exit_on_termination, exit_without_shutdown
 from launcher.clusters.network import LOOPBACK, free_port
 from launcher.data.cache_dir import cache_root
 from launcher.data.split import Split
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 MAX_SHARDS = 256
 _DTYPE = np.dtype("<f4")
 _NOT_WRITTEN = "the scores cannot be written"
-# After one rank fails, the others wait in a collective.
-_POLL_S, _END_S = 0.2, 10.0
 
 Progress = Callable[[str, int, int], None]
 
@@ -170,19 +167,7 @@ def _run_ranks(task: RankTask, num_ranks: int, on_progress: Progress) -> None:
         file.write_text(task.model_dump_json(), encoding="utf-8")
         command = [sys.executable, "-m", "launcher.evaluate.document_losses", str(file)]
         processes = [subprocess.Popen(command, env={**os.environ, **environment}) for environment in environments]
-        try:
-            codes = [process.poll() for process in processes]
-            while None in codes and not any(codes):
-                time.sleep(_POLL_S)
-                codes = [process.poll() for process in processes]
-        finally:
-            for process in processes:
-                process.terminate()
-            for process in processes:
-                try:
-                    process.wait(_END_S)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        codes = await_processes(processes)
     if failed := [rank for rank, code in enumerate(codes) if code]:
         message = f"rank {failed[0]} of the score pass ended with exit code {codes[failed[0]]}; its messages are above"
         raise RunError(message, remedy="repeat the command: it continues with what is not scored yet")

@@ -9,16 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from launcher.child_process import run_process
+from launcher.child_process import await_processes, run_process
 from launcher.errors import EXIT_FAILED
 from launcher.evaluate.evaluation_folder import EvaluationFolder
 from launcher.security.folders import private_variables
-
-_POLL_S = 0.2
-_END_S = 20.0
 
 
 def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
@@ -29,33 +25,16 @@ def run_node(folder: str, node: int, num_nodes: int, num_gpus: int) -> int:
         print(f"evaluate.vllm_gpus is {gpus_per_process}, and a node has {num_gpus} GPUs; lower it", flush=True)
         return EXIT_FAILED
     num_local = len(groups)
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for local, group in enumerate(groups):
-            environ = {**os.environ, **private_variables(os.environ)}
-            if num_gpus > 1:
-                environ["CUDA_VISIBLE_DEVICES"] = ",".join(group)
-            words = [folder, str(node * num_local + local), str(num_nodes * num_local), str(len(group))]
-            command = [sys.executable, "-u", "-m", "launcher.evaluate.answers", *words]
-            processes.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL))
-        while True:
-            codes = [process.poll() for process in processes]
-            if failed := [code for code in codes if code]:
-                return failed[0] if failed[0] > 0 else 128 - failed[0]
-            if all(code == 0 for code in codes):
-                return 0
-            time.sleep(_POLL_S)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        until = time.monotonic() + _END_S
-        for process in processes:
-            try:
-                process.wait(max(0.0, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    processes = []
+    for local, group in enumerate(groups):
+        environ = {**os.environ, **private_variables(os.environ)}
+        if num_gpus > 1:
+            environ["CUDA_VISIBLE_DEVICES"] = ",".join(group)
+        words = [folder, str(node * num_local + local), str(num_nodes * num_local), str(len(group))]
+        command = [sys.executable, "-u", "-m", "launcher.evaluate.answers", *words]
+        processes.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL))
+    failed = next(filter(None, await_processes(processes)), 0)
+    return failed if failed >= 0 else 128 - failed
 
 
 def divide_gpus(num_gpus: int, gpus_per_process: int, visible: str) -> list[list[str]]:

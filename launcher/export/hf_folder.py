@@ -269,7 +269,7 @@ def _read_stored_names(task: ExportTask) -> StoredNames:
 
 def _read_buffers(task: ExportTask) -> list[TensorSpec]:
     with ShardSet(task.checkpoint, store.open_checkpoint(task.checkpoint).manifest.world_size) as shards:
-        return weights.read_buffers(shards)
+        return shards.buffers()
 
 
 def _folder_to_load(task: ExportTask, folder: Path) -> Path:

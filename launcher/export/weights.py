@@ -31,7 +31,6 @@ from launcher.checkpoint.safetensors_io import (
     TensorSpec,
     WeightDigest,
     buffer_key,
-    buffer_name,
     tensor_key,
     weight_digest,
 )
@@ -149,12 +148,6 @@ def plan_files(
             for spec in own_buffers
         ],
     )
-
-
-def read_buffers(shards: ShardSet) -> list[TensorSpec]:
-    """Return the buffers that a checkpoint holds, by their names in the model."""
-    named = ((buffer_name(key), spec) for key, spec in shards.shard(0).specs.items())
-    return [replace(spec, name=name) for name, spec in named if name is not None]
 
 
 def read_engine_weights(shards: ShardSet) -> EngineWeights | None:
