@@ -14,9 +14,9 @@ import sides
 import torch
 
 from launcher.tracking.goodput import Breakdown
-from launcher.train.monitoring import rank_stats
+from launcher.train.monitoring import step_metrics
 from launcher.train.monitoring.anomalies import AnomalyDetector
-from launcher.train.monitoring.rank_stats import NUM_VALUES, DeviceReadings, RankStats
+from launcher.train.monitoring.step_metrics import NUM_VALUES, DeviceReadings, RankStats
 
 STEPS = 300
 READINGS = DeviceReadings(5, 0.97, 0.8, 650, 70, 0, 0, 0.3, 0.4)
@@ -39,9 +39,9 @@ def main() -> None:
             packed = time.thread_time() - began
             shared[4:] = torch.tensor(others, dtype=torch.float64)
             began = time.thread_time()
-            ranks = rank_stats.unpack_ranks(shared.tolist()[4:])
-            works = rank_stats.estimate_work(ranks)
-            rank_stats.aggregate_metrics(ranks, works)
+            ranks = step_metrics.unpack_ranks(shared.tolist()[4:])
+            works = step_metrics.estimate_work(ranks)
+            step_metrics.aggregate_metrics(ranks, works)
             list(detector.faults(ranks, ["n"] * world_size))
             list(detector.stragglers(works, ["n"] * world_size))
             detector.step(2.0 - step * 1e-6, 1000.0)

@@ -262,7 +262,7 @@ def switch(recorder: Recorder) -> None:
     """Patch the loop to track only the steps for which `is_on` is True, and to time its steps with `recorder`."""
     from launcher.train import loop
     from launcher.train.monitoring import monitor
-    from launcher.train.monitoring.rank_stats import LayerTimer
+    from launcher.train.monitoring.step_metrics import LayerTimer
 
     class SwitchedTimer(LayerTimer):
         def _begin(self, *arguments: Any) -> None:

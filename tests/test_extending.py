@@ -45,9 +45,8 @@ from launcher.data.sources.documents import Completion, Row, read_value
 from launcher.data.sources.formats import FORMATS, RowFormat
 from launcher.data.split import Split
 from launcher.errors import ConfigError, DataError, SubmitError
-from launcher.evaluate.answer_scores import AnswerScorer, copy_metric_files
 from launcher.evaluate.metrics import METRICS as ANSWER_METRICS
-from launcher.evaluate.metrics import AnswerMetric, GeneratedAnswer, MetricOptions
+from launcher.evaluate.metrics import AnswerMetric, AnswerScorer, GeneratedAnswer, MetricOptions, copy_metric_files
 from launcher.evaluate.verdict import judge
 from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, GpuType, Price, recognize
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan

@@ -27,7 +27,6 @@ from launcher.data import cache_store
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import LauncherError, RunError, printable
-from launcher.evaluate.answer_scores import AnswerScorer
 from launcher.evaluate.evaluation_folder import (
     AnswerKey,
     AnswerStore,
@@ -42,6 +41,7 @@ from launcher.evaluate.evaluation_folder import (
     Weights,
     digest_prompts,
 )
+from launcher.evaluate.metrics import AnswerScorer
 from launcher.evaluate.prompts import BasePrompts, ChosenStyles, PromptBatch, PromptStyle, TunedPrompts, choose_styles
 from launcher.evaluate.transformers_engine import Engine, TransformersEngine
 from launcher.evaluate.weights import choose_dtype

@@ -29,7 +29,6 @@ from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import ConfigError, DataError, Problem, RunError, did_you_mean
-from launcher.evaluate.answer_scores import AnswerScorer, copy_metric_files
 from launcher.evaluate.evaluation_folder import (
     EvaluatedExport,
     EvaluationFolder,
@@ -38,6 +37,7 @@ from launcher.evaluate.evaluation_folder import (
     StoredAnswer,
     reuse_base_answers,
 )
+from launcher.evaluate.metrics import AnswerScorer, copy_metric_files
 from launcher.evaluate.prompts import (
     AUTO_SHOTS,
     NUM_LONGEST,

@@ -14,9 +14,8 @@ from unusual_files import as_root
 
 from launcher.config.sections.evaluation import METRIC_NAMES, AnswerMetrics
 from launcher.errors import ConfigError, DataError
-from launcher.evaluate import answer_scores
-from launcher.evaluate.answer_scores import AnswerScorer, copy_metric_files
-from launcher.evaluate.metrics import METRICS, GeneratedAnswer
+from launcher.evaluate import metrics
+from launcher.evaluate.metrics import METRICS, AnswerScorer, GeneratedAnswer, copy_metric_files
 
 __all__ = ["as_root"]
 
@@ -98,7 +97,7 @@ def test_an_own_function_that_fails_names_the_row(tmp_path: Path, body: str, par
 
 @pytest.mark.parametrize("hanging", ["time.sleep(900)", "os._exit(3)"])
 def test_an_own_function_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hanging: str) -> None:
-    monkeypatch.setattr(answer_scores, "TIME_LIMIT_S", 3.0)
+    monkeypatch.setattr(metrics, "TIME_LIMIT_S", 3.0)
     pid = tmp_path / "pid"
     with pytest.raises(DataError) as error:
         own(tmp_path, f"return 1 if answer else (open({str(pid)!r}, 'w').write(str(os.getpid())), {hanging})")
@@ -115,7 +114,7 @@ def test_an_own_function_ends_with_a_parent_that_is_killed(tmp_path: Path) -> No
     pid, file = tmp_path / "pid", tmp_path / "own.py"
     file.write_text(f"import os, time\ndef score(*_): open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(900)\n")
     code = (
-        "import sys; from launcher.evaluate import answer_scores as p\n"
+        "import sys; from launcher.evaluate import metrics as p\n"
         "p.score_in_process('score', sys.argv[1], p.GeneratedAnswer('', True, 1), '', p.MetricOptions())"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(file)]) as parent:
@@ -178,7 +177,7 @@ def test_references_that_cannot_be_scored_are_named_in_one_pass(tmp_path: Path) 
 
 @pytest.mark.parametrize("metric", ["regex", "json_schema"])
 def test_a_pattern_that_takes_too_long_names_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str) -> None:
-    monkeypatch.setattr(answer_scores, "TIME_LIMIT_S", 3.0)
+    monkeypatch.setattr(metrics, "TIME_LIMIT_S", 3.0)
     slow, file = "^(a|aa)+$", tmp_path / "schema.json"
     file.write_text(json.dumps({"patternProperties": {"^n": {"pattern": slow}}, "additionalProperties": False}))
     scorer = make_scorer(AnswerMetrics(metrics=(metric,), pattern=slow, json_schema=str(file)), tmp_path)

@@ -32,8 +32,7 @@ from launcher.train.held_out_loss import Evaluation, ForgettingCheck, SetLoss
 from launcher.train.loop import TrainingLoop
 from launcher.train.loss import LossHead
 from launcher.train.model import CausalLMLoss
-from launcher.train.monitoring.rank_stats import LayerTimer
-from launcher.train.monitoring.step_metrics import StepTimer
+from launcher.train.monitoring.step_metrics import LayerTimer, StepTimer
 
 ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 

@@ -37,7 +37,7 @@ from launcher.train.engine import build_engine, import_muon
 from launcher.train.finish import has_time_to_save
 from launcher.train.isolation import require_isolation
 from launcher.train.model import build_model
-from launcher.train.monitoring.rank_stats import LayerTimer, OptimizerTimer, representative_layer
+from launcher.train.monitoring.step_metrics import LayerTimer, OptimizerTimer, representative_layer
 from launcher.train.resume import agree_on_start_point, load_newest_intact
 
 CPU = torch.device("cpu")

@@ -1,1 +1,1 @@
-"""What is measured beside the steps: open monitor.py first; rank_stats.py, step_metrics.py and anomalies.py hold the numbers."""
+"""What is measured beside the steps: open monitor.py first; step_metrics.py has the numbers, anomalies.py the alerts."""

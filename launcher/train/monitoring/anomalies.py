@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from launcher.errors import DivergedError
 from launcher.nvml import describe_xid
 from launcher.shell_commands import launcher_command
-from launcher.train.monitoring.rank_stats import RankStats, RankWork
+from launcher.train.monitoring.step_metrics import RankStats, RankWork
 
 # Number of steps in the reference of losses, its minimum, and the consecutive spikes that count as a lasting rise.
 _LOSS_WINDOW, _MIN_LOSSES, _LASTING_SPIKES = 100, 20, 20

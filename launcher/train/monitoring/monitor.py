@@ -24,9 +24,9 @@ from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite, RateLimit
-from launcher.train.monitoring import rank_stats
+from launcher.train.monitoring import step_metrics
 from launcher.train.monitoring.anomalies import AnomalyDetector, StallAlarm
-from launcher.train.monitoring.rank_stats import NUM_VALUES, DeviceMonitor, LayerTimer, OptimizerTimer, RankStats, RankWork
+from launcher.train.monitoring.step_metrics import NUM_VALUES, DeviceMonitor, LayerTimer, OptimizerTimer, RankStats, RankWork
 
 # A synced write takes a millisecond and loads shared storage; metrics.jsonl has every logged step.
 _UPDATE_INTERVAL_S = 5.0
@@ -112,12 +112,12 @@ class Monitor:
 
     def update_ranks(self, values: Sequence[float]) -> None:
         """Store the statistics of all ranks: the sum over ranks of `pack_local`."""
-        self._ranks = rank_stats.unpack_ranks(values)
-        self._works = rank_stats.estimate_work(self._ranks)
+        self._ranks = step_metrics.unpack_ranks(values)
+        self._works = step_metrics.estimate_work(self._ranks)
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """Return the metrics over all ranks, and the goodput and cost of the run so far, in which `tokens` were trained."""
-        spent, aggregated = self._spent(), rank_stats.aggregate_metrics(self._ranks, self._works)
+        spent, aggregated = self._spent(), step_metrics.aggregate_metrics(self._ranks, self._works)
         if "memory/peak_reserved_gib" in aggregated:
             aggregated["memory/planned_gib"] = self._planned_gib
         if self._planned_tokens_per_sec is not None:

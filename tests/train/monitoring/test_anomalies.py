@@ -11,7 +11,7 @@ import pytest
 from launcher.tracking.tracker import RateLimit
 from launcher.train.monitoring import anomalies
 from launcher.train.monitoring.anomalies import STALL_FACTOR, AnomalyDetector, StallAlarm
-from launcher.train.monitoring.rank_stats import DeviceReadings, RankStats, estimate_work
+from launcher.train.monitoring.step_metrics import DeviceReadings, RankStats, estimate_work
 
 
 def run_normal_steps(detector: AnomalyDetector, steps: int, loss: float = 2.0, pace: float = 1000.0) -> None:

@@ -31,14 +31,15 @@ from launcher.distributed import RankInfo
 from launcher.plan.planner import planned_tokens_per_sec
 from launcher.run_records import Attempt
 from launcher.tracking.tracker import start_trackers
-from launcher.train.monitoring import rank_stats
+from launcher.train.monitoring import step_metrics
 from launcher.train.monitoring.anomalies import AnomalyDetector
 from launcher.train.monitoring.monitor import Monitor
-from launcher.train.monitoring.rank_stats import (
+from launcher.train.monitoring.step_metrics import (
     NUM_VALUES,
     DeviceMonitor,
     DeviceReadings,
     LayerTimer,
+    Meter,
     RankStats,
     RankWork,
     aggregate_metrics,
@@ -47,7 +48,6 @@ from launcher.train.monitoring.rank_stats import (
     straggler_ratio,
     unpack_ranks,
 )
-from launcher.train.monitoring.step_metrics import Meter
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 GIB = 2**30
@@ -325,7 +325,7 @@ def ends_with(watch: DeviceMonitor, sample: DeviceReadings) -> None:
 
 
 def test_one_rank_of_a_node_reads_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_stats, "_CPU_S", 0.01)
+    monkeypatch.setattr(step_metrics, "_CPU_S", 0.01)
     watch = watched(CPU, reads_host=True)
     await_that(lambda: watch.latest.host_ram_used > 0, "a reading")
     watch.stop()
