@@ -14,7 +14,7 @@ from launcher.config.sections.model import ModelSection, is_run
 from launcher.data.cache_dir import download_cache, is_full, own_hub_cache
 from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.export import model_card
-from launcher.export.hf_folder import ExportedFolder, ExportTask, export, find_chat_template, verify_checkpoint
+from launcher.export.hf_folder import ExportedFolder, ExportTask, export, verify_checkpoint
 from launcher.models import parent_run
 from launcher.models.found_model import converted_folder, locate
 from launcher.models.parent_run import ParentCheckpoint
@@ -136,7 +136,7 @@ def _export(
         trust_remote_code=model.trust_remote_code,
         code_digest=model.code_digest,
         check=check,
-        chat_template=find_chat_template(plan),
+        chat_template=plan.data.chat_template if plan.data else None,
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
     with show_progress() as make_progress:

@@ -233,12 +233,7 @@ def bootstrap_means(differences: Scores) -> Scores:
 
 
 def interval(sorted_means: Scores, num_prompts: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the bounds of the mean, from `bootstrap_means` of `num_prompts` prompts.
-
-    With one prompt, nothing is known about the spread, so both bounds are infinite.
-    """
-    if num_prompts < 2:
-        return -math.inf, math.inf
+    """Return the bounds of the mean, from `bootstrap_means` of `num_prompts` prompts, at least two."""
     t = t_quantile(1 - (1 - confidence) / 2, num_prompts - 1)
     tail = _NORMAL.cdf(-t * math.sqrt(num_prompts / (num_prompts - 1)))
     low, high = np.quantile(sorted_means, [tail, 1 - tail])

@@ -20,11 +20,11 @@ from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec
 from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError, ConfigError, Problem
 from launcher.export import weights
+from launcher.export.hub import TOKENIZER_FILES
 from launcher.export.weights import StoredNames, find_stored_names, stores_as_is, try_to_find_stored_names
 from launcher.hardware import available_bytes
 from launcher.models import remote_code
 from launcher.models.found_model import GENERATION_CONFIG, link_problems, read_generation_config, read_stop_ids
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import EXPORT_RECORD, ExportRecord
 from launcher.tracking.progress import MakeProgress, silent
 
@@ -39,17 +39,6 @@ _STORED = ".stored.json"
 _LOADING_FACTOR = 1.2
 _MODEL_FILES = (GENERATION_CONFIG, "LICENSE*", "NOTICE*")
 _CODE_FILES = ("*.py",)
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "tekken.json",
-)
 _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 
 
@@ -135,11 +124,6 @@ def export(task: ExportTask, card: RenderCard | None = None, make_progress: Make
         return complete_export(task, card)
     finally:
         shutil.rmtree(task.partial, ignore_errors=True)
-
-
-def find_chat_template(plan: LaunchPlan) -> str | None:
-    """Return the text of the chat template that rendered the run's data, None if it was the tokenizer's own."""
-    return None if plan.data is None else plan.data.chat_template
 
 
 def describe_names(exported: ExportedFolder) -> str:
@@ -320,7 +304,7 @@ def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:
         by_folder += [(task.model, _MODEL_FILES), (model, _CODE_FILES)]
     if task.tokenizer is not None:
         templates = () if task.chat_template is not None else _TEMPLATE_FILES
-        by_folder.append((task.tokenizer, (*_TOKENIZER_FILES, *templates)))
+        by_folder.append((task.tokenizer, (*TOKENIZER_FILES, *templates)))
     paths, problems = list[Path](), list[Problem]()
     for folder, patterns in by_folder:
         matching = [path for pattern in patterns for path in folder.glob(pattern)]

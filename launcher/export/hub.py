@@ -16,11 +16,14 @@ TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105
 
 # How long a command waits for the Hub before a run is started.
 _QUERY_TIMEOUT_S = 10.0
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("spiece.model", "sentencepiece*.model", "tekken.json"),
+)
 # Files of an earlier export that the push removes from the repository unless it replaces them.
 _REPLACED = [
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_*", "generation_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("spiece.model", "sentencepiece*.model", "tekken.json", "chat_template*", "additional_chat_templates/*"),
+    *(*TOKENIZER_FILES, "chat_template*", "additional_chat_templates/*"),
 ]
 
 

@@ -57,10 +57,7 @@ class Checkpointer:
 
     def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
         """Begin a save, in the background where possible; its outcome is reported as soon as it is known. Collective."""
-        self.wait(step)
-        self._is_unreported, self._eval_loss, self._saving_step = True, eval_loss, step
-        with self._show_waiting():
-            self._saver.save(step, state, eval_loss=eval_loss)
+        self._begin(step, state, eval_loss)
         if not self._saver.is_saving:
             self.wait(step)
 
@@ -77,13 +74,17 @@ class Checkpointer:
         Raises:
             CheckpointError: if the save failed; committed checkpoints stay.
         """
-        self.wait(step)
-        self._is_unreported, self._eval_loss, self._saving_step, self._is_run_complete = True, eval_loss, step, is_run_complete
-        with self._show_waiting():
-            self._saver.save(step, state, eval_loss=eval_loss, reference_logits=reference_logits, wait=True)
+        self._begin(step, state, eval_loss, reference_logits=reference_logits, wait=True)
+        self._is_run_complete = is_run_complete
         outcome = self.wait(step)
         if isinstance(outcome, CheckpointError):
             raise outcome
+
+    def _begin(self, step: int, state: Mapping[str, Any], eval_loss: float | None, **options: Any) -> None:
+        self.wait(step)
+        self._is_unreported, self._eval_loss, self._saving_step = True, eval_loss, step
+        with self._show_waiting():
+            self._saver.save(step, state, eval_loss=eval_loss, **options)
 
     def wait(self, step: int) -> Saved | CheckpointError | None:
         """Wait for the in-flight save and return its outcome; a failed one is reported, and training continues. Collective."""

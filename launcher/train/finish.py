@@ -27,7 +27,6 @@ from launcher.export.hf_folder import (
     complete_export,
     describe_added_stop_ids,
     describe_names,
-    find_chat_template,
     write_rank_files,
 )
 from launcher.plan.launch_plan import LaunchPlan
@@ -91,11 +90,6 @@ class Outcome:
     step: int
     message: str
     checkpoint: Path | None
-
-    @classmethod
-    def completed(cls, step: int, checkpoint: Path) -> Outcome:
-        """Return the outcome of a run that has reached the last step of its plan."""
-        return cls("completed", "completed", step, format_count(step, "step"), checkpoint)
 
     @classmethod
     def early_stopped(cls, rank_info: RankInfo, step: int, early_stopping: EarlyStopping, best: Path, newest: Path) -> Outcome:
@@ -216,7 +210,7 @@ def _build_export_task(plan: LaunchPlan, checkpoint: Path) -> ExportTask:
         dtype=plan.config.model.dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
         code_digest=plan.config.model.code_digest,
-        chat_template=find_chat_template(plan),
+        chat_template=plan.data.chat_template if plan.data else None,
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
 

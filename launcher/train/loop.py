@@ -21,6 +21,7 @@ from launcher.data.loader import StepBatch
 from launcher.distributed import RankInfo, StepReduction, all_reduce_step
 from launcher.errors import CheckpointError, DivergedError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.plan.steps import compute_learning_rate
 from launcher.tracking.jsonl import SUPERSEDED
@@ -334,7 +335,7 @@ class TrainingLoop:
         last_eval = self.evaluations.newest(self.step)
         self.run.tracker.summary({"last_step": self.step, **(last_eval.metrics if last_eval else {})})
         if self.is_last_step():
-            return Outcome.completed(self.step, checkpoint)
+            return Outcome("completed", "completed", self.step, format_count(self.step, "step"), checkpoint)
         early_stopping = self.evaluations.early_stopping
         best = self._checkpoint_path(early_stopping.best_step)
         return Outcome.early_stopped(self.run.rank_info, self.step, early_stopping, best, checkpoint)
