@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +33,8 @@ from launcher.evaluate.evaluation_folder import GeneratedIds
 from launcher.models.remote_code import code_option, folder_to_load
 from launcher.train.model import DTYPES
 
+# Keys and values of each layer for tokens that all prompts share, of shape [1, heads, tokens, dim].
+Prefix = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 # Examples before the question are computed once for all prompts; for shorter texts, copying keys and values costs more.
 _MIN_SHARED = 64
 # Number of tokens to decode at each step, to find a stop string that spans several tokens.
@@ -87,7 +88,7 @@ class TransformersEngine:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad_id = int(pad if pad is not None else 0)
         # The examples of the last batch with their keys and values, None if the model needs each prompt as a whole.
-        self._shared: tuple[tuple[int, ...], SharedPrefix | None] | None = None
+        self._shared: tuple[tuple[int, ...], Prefix | None] | None = None
         # On GPUs, transformers' kernels with one copy per prompt are faster than plain products with a single copy.
         self._attends_once = device == "cpu"
 
@@ -122,9 +123,11 @@ class TransformersEngine:
         with ExitStack() as stack:
             if prefix is not None and self._attends_once:
                 stack.enter_context(attend_to(self.model, prefix))
-                options["cache"] = prefix.make_cache()
+                options["cache"] = Cache(layers=[_SuffixLayer(num_shared) for _ in prefix])
             elif prefix is not None:
-                options["cache"] = prefix.copy_cache(len(prompts))
+                # For transformers' own attention, each prompt holds the shared tokens.
+                copies = [tuple(one.repeat_interleave(len(prompts), 0) for one in layer) for layer in prefix]
+                options["cache"] = DynamicCache(copies)
             output = self.model.generate(input_ids, attention_mask=mask, generation_config=settings, **options)
         answers = []
         for row in output[:, width:].tolist():
@@ -168,27 +171,12 @@ class _StopStrings(StoppingCriteria):
         return torch.tensor(self._has_ended, device=input_ids.device)
 
 
-@dataclass(frozen=True)
-class SharedPrefix:
-    """The keys and values of each layer for the shared tokens, of shape [1, heads, tokens, dim]."""
-
-    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-
-    def make_cache(self) -> Cache:
-        """Return a cache that holds the tokens after the shared ones, and counts positions from the first shared token."""
-        return Cache(layers=[_SuffixLayer(keys.shape[2]) for keys, _ in self.layers])
-
-    def copy_cache(self, num_prompts: int) -> Cache:
-        """Return a cache that holds the shared tokens for each prompt, for transformers' own attention."""
-        return DynamicCache([tuple(one.repeat_interleave(num_prompts, 0) for one in layer) for layer in self.layers])
-
-
-# The layers of the prefix that attention uses, or a list to which it adds the indices of the layers that support one.
-_active: ContextVar[tuple[tuple[torch.Tensor, torch.Tensor], ...] | list[int] | None] = ContextVar("shared_prefix", default=None)
+# The prefix that attention uses, or a list to which it adds the indices of the layers that support one.
+_active: ContextVar[Prefix | list[int] | None] = ContextVar("shared_prefix", default=None)
 
 
 class _SuffixLayer(DynamicLayer):
-    """One layer after `num_shared` tokens that it does not hold."""
+    """One layer after `num_shared` tokens that it does not hold; positions count from the first of them."""
 
     def __init__(self, num_shared: int) -> None:
         super().__init__()
@@ -201,7 +189,7 @@ class _SuffixLayer(DynamicLayer):
         return int(super().get_seq_length()) + query_length, self._num_shared
 
 
-def compute_prefix(model: PreTrainedModel, ids: torch.Tensor) -> SharedPrefix | None:
+def compute_prefix(model: PreTrainedModel, ids: torch.Tensor) -> Prefix | None:
     """Return keys and values for shared tokens, ids of shape [1, tokens]; None for a model with unsupported attention.
 
     Unsupported are models without SDPA, or with sliding windows, linear attention, position biases, or layers that share keys and
@@ -215,16 +203,16 @@ def compute_prefix(model: PreTrainedModel, ids: torch.Tensor) -> SharedPrefix | 
     layers: Sequence[Any] = getattr(cache, "layers", ())
     if sorted(plain_calls) != list(range(len(layers))) or not all(type(layer) is DynamicLayer for layer in layers):
         return None
-    return SharedPrefix(tuple((layer.keys, layer.values) for layer in layers))
+    return tuple((layer.keys, layer.values) for layer in layers)
 
 
 @contextmanager
-def attend_to(model: PreTrainedModel, active: SharedPrefix | list[int]) -> Iterator[None]:
+def attend_to(model: PreTrainedModel, active: Prefix | list[int]) -> Iterator[None]:
     """Make the model attend to a prefix and to the contents of a cache from that prefix; a list records suitable layers."""
     AttentionInterface.register(_SHARED_PREFIX, _attend)
     AttentionMaskInterface.register(_SHARED_PREFIX, sdpa_mask)
     model.set_attn_implementation(_SHARED_PREFIX)
-    token = _active.set(active.layers if isinstance(active, SharedPrefix) else active)
+    token = _active.set(active)
     try:
         yield
     finally:

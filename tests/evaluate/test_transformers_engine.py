@@ -26,7 +26,7 @@ from transformers import (
 
 from launcher.config.sections.model import ModelSection
 from launcher.evaluate.evaluation_folder import GeneratedIds
-from launcher.evaluate.transformers_engine import SharedPrefix, TransformersEngine, cut_at
+from launcher.evaluate.transformers_engine import TransformersEngine, cut_at
 
 NEW_TOKENS = 12
 TEXTS = ("How many apples are there?", "Count to ten, slowly and without haste, and then back to one.", "Why?", "Name a city.")
@@ -114,7 +114,7 @@ def test_examples_that_all_prompts_share_change_no_answer(
     prompts = [[*shared, *tokenizer(text).input_ids] for text in TEXTS]
     once = answers(engine, prompts, num_shared=len(shared))
     assert engine._shared is not None
-    assert isinstance(engine._shared[1], SharedPrefix) == is_attended_once
+    assert (engine._shared[1] is not None) == is_attended_once
     engine._attends_once = False
     assert answers(engine, prompts, num_shared=len(shared)) == once, "with a copy for each prompt, as on GPUs"
     engine._attends_once = True
