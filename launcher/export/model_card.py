@@ -56,6 +56,16 @@ def render_model_card(
         tags=["deepspeed", "fine-tuned"],
         base_model=_hub_origin(plan, base),
     )
+    # The checkpoint, and those that its initial weights came from.
+    lineage = [("run", plan.run_name), ("step", f"{manifest.step:,}"), ("attempt", str(manifest.attempt))]
+    lineage.append(("plan digest", manifest.plan_digest))
+    if plan.lineage is not None:
+        for one in (plan.lineage, *plan.lineage.ancestors):
+            lineage.append(("from", f"run {one.run_name} at step {one.step:,}, plan digest {one.plan_digest}"))
+    origin = plan.provenance
+    commit = f" at commit {origin.git_commit[:_COMMIT_DIGITS]}" if origin.git_commit else ""
+    changed = ", with uncommitted changes" if origin.git_dirty else ""
+    versions = {"python": origin.python, **origin.packages}
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -69,8 +79,12 @@ def render_model_card(
             "Settings": _settings_rows(plan, manifest.step, plans),
             "Losses": _loss_rows(manifest, metrics),
             "Weights": _weight_rows(exported),
-            "Lineage": _lineage_rows(plan, manifest),
-            "Software": _software_rows(plan),
+            "Lineage": lineage,
+            "Software": [
+                ("launcher", f"{origin.launcher_version}{commit}{changed}"),
+                ("packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
+                ("planned at", origin.created_at),
+            ],
         },
     )
     return str(card)
@@ -84,16 +98,6 @@ def base_front_matter(folder: Path) -> dict[str, Any]:
         return metadata_load(folder / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-
-
-def _lineage_rows(plan: LaunchPlan, manifest: Manifest) -> Rows:
-    """Return run, step and plan of the checkpoint, and of the checkpoints that its initial weights came from."""
-    rows = [("run", plan.run_name), ("step", f"{manifest.step:,}"), ("attempt", str(manifest.attempt))]
-    rows.append(("plan digest", manifest.plan_digest))
-    if plan.lineage is not None:
-        for origin in (plan.lineage, *plan.lineage.ancestors):
-            rows.append(("from", f"run {origin.run_name} at step {origin.step:,}, plan digest {origin.plan_digest}"))
-    return rows
 
 
 def _hub_origin(plan: LaunchPlan, base: Mapping[str, Any]) -> str | None:
@@ -215,18 +219,6 @@ def _weight_rows(exported: ExportedFolder) -> Rows:
             ("logits", f"mean KL to the engine's {exported.parity.mean_kl:.1e} nats over {exported.parity.num_tokens} tokens")
         )
     return rows
-
-
-def _software_rows(plan: LaunchPlan) -> Rows:
-    origin = plan.provenance
-    commit = f" at commit {origin.git_commit[:_COMMIT_DIGITS]}" if origin.git_commit else ""
-    changed = ", with uncommitted changes" if origin.git_dirty else ""
-    versions = {"python": origin.python, **origin.packages}
-    return [
-        ("launcher", f"{origin.launcher_version}{commit}{changed}"),
-        ("packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        ("planned at", origin.created_at),
-    ]
 
 
 def _public(source: str) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from launcher.checkpoint.initial_weights import (
     StoredTensor,
@@ -130,20 +130,13 @@ def _replace_frozen_parameters(hf: Any) -> Any:
     for prefix, module in hf.named_modules():
         for name, parameter in [*module.named_parameters(recurse=False)]:
             if not parameter.requires_grad:
-                value = _gather_copy(parameter)
+                from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+                with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    value = parameter.detach().clone()
                 delattr(module, name)
                 module.register_buffer(name, value.float() if any(part in f"{prefix}.{name}" for part in in_fp32) else value)
     return hf
-
-
-def _gather_copy(parameter: nn.Parameter) -> Tensor:
-    """Return a copy of a parameter that may be partitioned. Collective."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach().clone()
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-    with GatheredParameters([parameter]):
-        return parameter.detach().clone()
 
 
 @contextmanager

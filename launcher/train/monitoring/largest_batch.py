@@ -7,7 +7,7 @@ restored, so the results of training do not change. DeepSpeed has allocated all 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,13 @@ def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_ste
             free, total = torch.cuda.mem_get_info()
             others_gib = (total - free - torch.cuda.memory_reserved()) / _GIB
         is_shared = others_gib > (plan.peak.runtime_gib or DEFAULT_RUNTIME_GIB) + _OF_OTHERS_GIB
-        if has_completed_step() or _has_fitted(plan, run_dir) or is_shared:
+        # Unless the records say otherwise, the run has fitted before.
+        has_fitted = True
+        with suppress(OSError, LauncherError):
+            file = run_dir.largest_batch
+            is_recorded = file.is_file() and json_records.read(LargestBatchRecord, file).plan_digest == plan.digest()
+            has_fitted = is_recorded or has_trained(run_dir, run_store.read_status(run_dir))
+        if has_completed_step() or has_fitted or is_shared:
             raise
         peak, stage = plan.peak, plan.peak.largest
         rest_gib = peak.tensors_gib - peak.states_gib - stage.activations_gib - stage.gathered_gib
@@ -131,14 +137,3 @@ def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_ste
             where=f"{plan.gpu_name or 'GPU'}, micro-batch {plan.batch.micro_batch_size}",
             remedy=f"set one of {'; '.join(savings)}" if savings else "use more GPUs, or larger ones",
         ) from error
-
-
-def _has_fitted(plan: LaunchPlan, run_dir: RunDir) -> bool:
-    """Return whether the run has trained a step before, or has run the largest batch of this plan; True if unknown."""
-    try:
-        if has_trained(run_dir, run_store.read_status(run_dir)):
-            return True
-        file = run_dir.largest_batch
-        return file.is_file() and json_records.read(LargestBatchRecord, file).plan_digest == plan.digest()
-    except (OSError, LauncherError):
-        return True
