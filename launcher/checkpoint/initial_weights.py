@@ -171,39 +171,36 @@ def fill_buffers(model: nn.Module, sources: Mapping[str, ParameterSource]) -> No
 
 
 @torch.no_grad()
-def fill(model: nn.Module, sources: Mapping[str, ParameterSource], on_fill: Callable[[int], None]) -> int:
-    """Read this rank's partition of every parameter and return the bytes that were read; no communication.
+def fill(model: nn.Module, sources: Mapping[str, ParameterSource], on_fill: Callable[[int], None]) -> None:
+    """Read this rank's partition of every parameter; no communication.
 
     `on_fill` is called with the bytes of each parameter as the model holds it, over all ranks.
 
     Raises:
         ConfigError: if a file is shorter than its header says.
     """
-    total = 0
     first_parts = {name: source.parts[0] for name, source in sources.items()}
     by_place = sorted(model.named_parameters(), key=lambda one: (first_parts[one[0]].path, first_parts[one[0]].offset))
     for name, parameter in by_place:
-        total += _read(sources[name], *_own_range(parameter), parameter.ds_tensor.view(-1))
+        _read(sources[name], *_own_range(parameter), parameter.ds_tensor.view(-1))
         # hpZ's second copy is of the weights before; the next pass makes another one, as after each step.
         parameter.ds_secondary_tensor = None
         on_fill(parameter.ds_numel * parameter.ds_tensor.element_size())
-    return total
 
 
-def _read(source: ParameterSource, start: int, stop: int, target: Tensor) -> int:
-    """Copy the elements [start, stop) of a parameter to the beginning of `target`; return the bytes that were read."""
-    total = begin = 0
+def _read(source: ParameterSource, start: int, stop: int, target: Tensor) -> None:
+    """Copy the elements [start, stop) of a parameter to the beginning of `target`."""
+    begin = 0
     for part in source.parts:
         end = begin + math.prod(part.shape)
         first, last = max(start, begin), min(stop, end)
         if first < last:
-            total += _read_part(part, first - begin, last - begin, target[first - start : last - start])
+            _read_part(part, first - begin, last - begin, target[first - start : last - start])
         begin = end
-    return total
 
 
-def _read_part(stored: StoredTensor, start: int, stop: int, target: Tensor) -> int:
-    """Copy the elements [start, stop) of a tensor in a file to `target`; return the bytes that were read."""
+def _read_part(stored: StoredTensor, start: int, stop: int, target: Tensor) -> None:
+    """Copy the elements [start, stop) of a tensor in a file to `target`."""
     dtype = _DTYPES[stored.dtype]
     step = _BLOCK_BYTES // dtype.itemsize
     with open(stored.path, "rb", buffering=0) as file:
@@ -218,7 +215,6 @@ def _read_part(stored: StoredTensor, start: int, stop: int, target: Tensor) -> i
                     raise ConfigError(message, where="model.path", value=str(stored.path), remedy="download this file again")
                 view, offset = view[num_bytes:], offset + num_bytes
             target[first - start : first - start + count].copy_(torch.frombuffer(block, dtype=dtype))
-    return (stop - start) * dtype.itemsize
 
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

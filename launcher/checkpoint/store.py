@@ -111,12 +111,10 @@ def begin_save(root: Path, *, step: int, attempt: int, needed_bytes: int) -> Pat
     for path in list(root.iterdir()):
         unfinished = _SAVING.fullmatch(path.name)
         # A save of a later attempt stays.
-        if (unfinished and int(unfinished.group(1)) <= attempt) or (
-            path.name.startswith(atomic_files.REPLACED_PREFIX) and _is_replaced(path)
-        ):
-            atomic_files.remove_directory(path)
-        elif path.name.startswith(atomic_files.REMOVING_PREFIX):
-            shutil.rmtree(path, ignore_errors=True)
+        is_old_save = unfinished is not None and int(unfinished[1]) <= attempt
+        is_replaced = path.name.startswith(atomic_files.REPLACED_PREFIX) and _is_replaced(path)
+        if is_old_save or is_replaced or path.name.startswith(atomic_files.REMOVING_PREFIX):
+            remove(path)
     require_free_bytes(root, needed_bytes)
     saving = saving_path(root, step, attempt)
     saving.mkdir(mode=0o700)
