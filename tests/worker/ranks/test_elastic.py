@@ -85,7 +85,7 @@ if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*
     largest_batch = types.ModuleType("launcher.train.monitoring.largest_batch")
     largest_batch.explained_out_of_memory = lambda plan, run_dir, has_completed_step: contextlib.nullcontext()
     names = ("distributed", "train.loop", "train.preload", "evaluate.answers", "train.monitoring.largest_batch")
-    modules = (distributed, loop, preload, samples, largest_batch)
+    modules = (distributed, loop, preload, answers, largest_batch)
     sys.modules.update(zip((f"launcher.{name}" for name in names), modules, strict=True))
 """
 HOSTS = ("n0", "n1")
@@ -286,7 +286,7 @@ def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
 
 if {"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*sys.orig_argv}:
     names = ("distributed", "train.loop", "train.preload", "evaluate.answers", "train.monitoring.largest_batch")
-    distributed, loop, preload, samples, largest_batch = modules = [types.ModuleType(name) for name in names]
+    distributed, loop, preload, answers, largest_batch = modules = [types.ModuleType(name) for name in names]
     preload.import_stack = lambda plan, tracks: None
     distributed.RankInfo = lambda rank, local_rank, size, attempt, restart: types.SimpleNamespace(
         rank=rank, restart=restart, is_main=rank == 0
