@@ -27,7 +27,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.tracker import RateLimit
-from launcher.train import stop as stop_module
+from launcher.train import finish
 from launcher.train.held_out_loss import Evaluation, ForgettingCheck, SetLoss
 from launcher.train.loop import TrainingLoop
 from launcher.train.loss import LossHead
@@ -150,7 +150,7 @@ class EvaluatedLoop(FakeLoop):
 
 
 def test_training_ends_where_the_loss_no_longer_falls(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_module, "rank0_broadcast", lambda rank_info, problem, action: action())
+    monkeypatch.setattr(finish, "rank0_broadcast", lambda rank_info, problem, action: action())
     settings = ("eval.every=2", "eval.stop_after=2", "eval.at_start=true", "train.max_steps=20")
     losses = {0: 4.0, 2: 3.0, 4: 3.5, 6: 2.5, 8: 2.6, 10: 2.5}
     loop = EvaluatedLoop(plan_of(*settings), 20, losses)
@@ -208,7 +208,7 @@ def test_an_evaluation_made_after_a_resume_is_recorded_for_the_checkpoint_instea
 def test_early_stopping_saves_the_best_weights_and_uses_them(
     plan_of: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stop_module, "rank0_broadcast", lambda rank_info, problem, action: action())
+    monkeypatch.setattr(finish, "rank0_broadcast", lambda rank_info, problem, action: action())
     settings = ("eval.every=2", "eval.stop_after=2", "checkpoint.keep_best=1", "checkpoint.save_every=8")
     loop = EvaluatedLoop(plan_of(*settings), 20, {0: 4.0, 2: 3.0, 4: 3.5, 6: 2.5, 8: 2.6, 10: 2.5})
     loop.run.run_dir = RunDir(tmp_path)  # type: ignore[misc]
