@@ -72,7 +72,7 @@ class RankTask(Record):
 
 
 def score_passes(
-    plan: LaunchPlan, weights: ScoredWeights, passes: Sequence[ScorePass], on_progress: Progress
+    plan: LaunchPlan, weights: ScoredWeights, passes: Sequence[ScorePass], on_progress: Progress, num_ranks: int | None = None
 ) -> list[np.ndarray]:
     """Return the log-probabilities of the trained tokens of each pass under `weights`; computes those not in the store.
 
@@ -81,7 +81,8 @@ def score_passes(
         DataError: if a data cache is damaged.
     """
     device = hardware.device()
-    ranks, device_name = (device.count, device.name) if device.kind == "cuda" else (1, device.kind)
+    ranks = num_ranks or (device.count if device.kind == "cuda" else 1)
+    device_name = device.name if device.kind == "cuda" else device.kind
     keys = tuple(make_key(plan, weights.digest, one, device_name) for one in passes)
     stores = [
         ScoreStore(key, -(-(one.open().num_rows if one.rows is None else len(one.rows)) // plan.batch.micro_batch_size))
