@@ -184,8 +184,7 @@ def _make_report(
     inputs = list_inputs(data)
 
     def count(sources: np.ndarray, weights: np.ndarray | None = None) -> list[int]:
-        counts: list[int] = np.bincount(sources, weights, len(inputs)).astype(int).tolist()
-        return counts
+        return list(np.bincount(sources, weights, len(inputs)).astype(int).tolist())
 
     in_rows = docs.source[pieces.doc[layout.order]]
     by_source: dict[str, list[Any]] = {key: count(docs.source[chosen]) for key, chosen in counted.items()}

@@ -156,8 +156,7 @@ def read(folder: Path) -> DataFacts | None:
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """Return the content of meta.json in a finished cache: `report`, `files` (sizes in bytes) and `digests` among it."""
-    meta: dict[str, Any] = json.loads((Path(folder) / "meta.json").read_bytes())
-    return meta
+    return dict(json.loads((Path(folder) / "meta.json").read_bytes()))
 
 
 def id_problem(max_token_id: int, num_embeddings: int, tokenizer_path: str) -> Problem | None:
@@ -174,14 +173,12 @@ def id_problem(max_token_id: int, num_embeddings: int, tokenizer_path: str) -> P
 
 def read_report(folder: str | Path) -> dict[str, Any]:
     """Return the counts of the build beyond DataFacts: of the training split, the held-out split, and each source."""
-    report: dict[str, Any] = read_meta(folder)["report"]
-    return report
+    return dict(read_meta(folder)["report"])
 
 
 def read_samples(folder: str | Path) -> list[dict[str, Any]]:
     """Return up to four held-out examples: `prompt` (text), `prompt_ids` (with generation prompt) and `answer` (text)."""
-    samples: list[dict[str, Any]] = json.loads((Path(folder) / "samples.json").read_bytes())
-    return samples
+    return list(json.loads((Path(folder) / "samples.json").read_bytes()))
 
 
 def write_json(path: Path, value: Any) -> None:

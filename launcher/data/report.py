@@ -21,6 +21,8 @@ from launcher.plan.launch_plan import DataFacts
 from launcher.plan.steps import single_step_warning
 
 Decode = Callable[[list[int]], str]
+# Numbers of a split, a source or a document, by their names in the report.
+Numbers = dict[str, Any]
 
 _DOCS_AT_ONCE = 1 << 16
 # Quantiles of the document lengths to show if no rows are requested: short enough to read, but not the shortest.
@@ -105,10 +107,10 @@ def report(
 def _report_sources(
     facts: DataFacts,
     data: DataSection,
-    counts: list[dict[str, Any]],
-    train_numbers: list[dict[str, Any]],
-    held_out_numbers: list[dict[str, Any]],
-) -> list[dict[str, Any]]:
+    counts: list[Numbers],
+    train_numbers: list[Numbers],
+    held_out_numbers: list[Numbers],
+) -> list[Numbers]:
     """Return the numbers of each source; `counts` are those that the build recorded.
 
     `epochs` is the number of passes in one epoch of the run. `unused_documents` are the documents that the mixture leaves out
@@ -165,7 +167,7 @@ _COUNTED = {
 }
 
 
-def _count_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _count_split(split: Split, num_sources: int) -> tuple[Numbers, list[Numbers]]:
     """Return the numbers for all documents of a split, and for the documents of each source."""
     counts = [np.empty(0, dtype=np.int64)]
     # Read in parts, because a whole split may not fit in memory.
@@ -195,7 +197,7 @@ def _count_padding(split: Split, train: TrainSection, seed: int, padded_rows: in
     return padding
 
 
-def _describe_documents(lengths: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
+def _describe_documents(lengths: np.ndarray, trained: np.ndarray) -> Numbers:
     """Return the numbers for documents with `lengths` tokens, of which `trained` are trained.
 
     The histogram counts documents per power of two of tokens, without empty bins at both ends.
@@ -218,7 +220,7 @@ def _describe_documents(lengths: np.ndarray, trained: np.ndarray) -> dict[str, A
     }
 
 
-def _show_rows(split: Split, names: list[str], decode: Decode, num_rows: int) -> list[dict[str, Any]]:
+def _show_rows(split: Split, names: list[str], decode: Decode, num_rows: int) -> list[Numbers]:
     """Return rows, or single documents, each as documents of trained and untrained parts."""
     if num_rows:
         rows = np.unique(np.linspace(0, split.num_rows - 1, num_rows).round().astype(int)).tolist()
@@ -228,7 +230,7 @@ def _show_rows(split: Split, names: list[str], decode: Decode, num_rows: int) ->
         picked = sorted({int(by_length[int(q * (split.num_docs - 1))]) for q in _SHOWN_QUANTILES})
         spans = [(int(np.searchsorted(split.rows, split.docs[doc], side="right")) - 1, doc, doc + 1) for doc in picked]
 
-    def show_document(doc: int) -> dict[str, Any]:
+    def show_document(doc: int) -> Numbers:
         span = slice(split.docs[doc], split.docs[doc + 1])
         tokens, trained = split.tokens[span], split.trained[span]
         offsets = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher import run_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.jsonl import read_events
+from launcher.tracking.jsonl import Line, read_events
 from launcher.tracking.run_metrics import read_time_lines
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Breakdown:
         return {"perf/goodput": self.goodput, "time/kept_s": self.kept_s, **lost, "run/lost_steps": float(self.lost_steps)}
 
 
-def breakdown_from_metrics(line: dict[str, Any]) -> Breakdown | None:
+def breakdown_from_metrics(line: Line) -> Breakdown | None:
     """Return the breakdown in a line of metrics.jsonl; None if the line has none."""
     if "perf/goodput" not in line:
         return None
@@ -144,7 +144,7 @@ class _RankStart:
     from_step: int
     end: float
     limit: float
-    lines: Sequence[dict[str, Any]]
+    lines: Sequence[Line]
 
     def add_to(self, parts: dict[str, float], is_last: bool) -> int:
         """Add the parts of its time to `parts`; return the number of its steps that were lost."""
@@ -152,7 +152,7 @@ class _RankStart:
             parts["load_s"] += self.end - self.joined_at
             return 0
         parts["load_s"] += self.loaded_at - self.joined_at
-        last: dict[str, Any] = {"time": self.loaded_at, "trainer/step": self.from_step}
+        last: Line = {"time": self.loaded_at, "trainer/step": self.from_step}
         last = next((line for line in reversed(self.lines) if "train/loss" in line), last)
         evals = sum(line.get("time/eval_s", 0.0) for line in self.lines)
         stalls = sum(line.get("ckpt/stall_s", 0.0) for line in self.lines)
@@ -172,9 +172,7 @@ class _RankStart:
         return int(lost)
 
 
-def break_down(
-    lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[AttemptTimes], now: float
-) -> Breakdown:
+def break_down(lines: Sequence[Line], events: Sequence[Line], attempts: Sequence[AttemptTimes], now: float) -> Breakdown:
     """Return where the time until `now` went, from all lines of metrics.jsonl and events.jsonl as written. Pure."""
     if not attempts:
         return Breakdown()
@@ -204,9 +202,7 @@ def break_down(
     return replace(spent, wall_s=wall, **parts, held_s=held, lost_steps=lost_steps, num_workers=attempts[-1].num_workers)
 
 
-def _find_starts(
-    lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[AttemptTimes], now: float
-) -> list[_RankStart]:
+def _find_starts(lines: Sequence[Line], events: Sequence[Line], attempts: Sequence[AttemptTimes], now: float) -> list[_RankStart]:
     """Return all starts of the ranks, oldest first."""
     starts: list[_RankStart] = []
     for i, attempt in enumerate(attempts):
@@ -269,7 +265,7 @@ def read_attempt_times(run: RunDir, next_plan: LaunchPlan | None = None) -> list
 
 
 def complete_attempts(
-    attempts: Sequence[AttemptTimes], state: str, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]
+    attempts: Sequence[AttemptTimes], state: str, lines: Sequence[Line], events: Sequence[Line]
 ) -> list[AttemptTimes]:
     """Return the recorded attempts of a run in `state`, each with its end, plus the next attempt if the run is queued for it.
 

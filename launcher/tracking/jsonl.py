@@ -20,6 +20,8 @@ from typing import Any
 
 from launcher.plan.run_dir import RunDir
 
+# A line of metrics.jsonl or events.jsonl.
+Line = dict[str, Any]
 # The final state of an attempt that was replaced while it was still running.
 SUPERSEDED = "superseded"
 # Fields of a line of metrics.jsonl that are not metrics.
@@ -49,7 +51,7 @@ class JsonlTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        line: dict[str, Any] = {**values, "trainer/step": step, "time": time.time(), "attempt": self._attempt}
+        line: Line = {**values, "trainer/step": step, "time": time.time(), "attempt": self._attempt}
         if nonfinite:
             line |= dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
@@ -118,7 +120,7 @@ class Tail:
         self._path = Path(path)
         self._offset = 0
 
-    def poll(self) -> list[dict[str, Any]]:
+    def poll(self) -> list[Line]:
         """Return the complete lines written since the last call, without waiting."""
         try:
             with open(self._path, "rb") as file:
@@ -131,7 +133,7 @@ class Tail:
         return decode_lines(complete)
 
 
-def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any]]:
+def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[Line]:
     """Yield the lines as written, one at a time. Torn lines are left out; a missing file has none.
 
     Each has only the metrics whose names begin with one of `names`: all metrics of a long run are gigabytes.
@@ -143,7 +145,7 @@ def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dic
                 yield {sys.intern(name): line[name] for name in line if name in NON_METRIC_FIELDS or name.startswith(names)}
 
 
-def read_metrics(path: str | Path, names: tuple[str, ...] = ("",)) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path, names: tuple[str, ...] = ("",)) -> list[Line]:
     """Return one dict per step of the newest attempt and the attempts that it continues, in step order.
 
     Lines of one step (training, evaluation) are merged, with the first line's time. Torn lines are skipped; a missing file gives
@@ -155,13 +157,13 @@ def read_metrics(path: str | Path, names: tuple[str, ...] = ("",)) -> list[dict[
     return merge_steps(continued_lines(iter_lines(path, names)))
 
 
-def continued_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def continued_lines(lines: Iterable[Line]) -> list[Line]:
     """Return the lines of the newest attempt and of the attempts that it continues.
 
     Steps that an attempt trained beyond the next attempt's start are discarded. An attempt that begins with an evaluation
     continues from the evaluated step.
     """
-    continued: list[dict[str, Any]] = []
+    continued: list[Line] = []
     newest = 0
     for line in lines:
         if line["attempt"] < newest:
@@ -175,9 +177,9 @@ def continued_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return continued
 
 
-def merge_steps(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def merge_steps(lines: Iterable[Line]) -> list[Line]:
     """Merge the lines of each step; if several attempts trained a step, the last one counts."""
-    steps: dict[int, dict[str, Any]] = {}
+    steps: dict[int, Line] = {}
     for line in lines:
         step = line["trainer/step"]
         known = steps.get(step)
@@ -191,7 +193,7 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in line)
 
 
-def read_events(path: str | Path) -> list[dict[str, Any]]:
+def read_events(path: str | Path) -> list[Line]:
     """Return the events of all attempts in the order in which they were written; a missing file gives an empty list."""
     return [line for line in Tail(path).poll() if "kind" in line]
 
@@ -213,7 +215,7 @@ def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Ma
     return json.dumps(line, allow_nan=False) + "\n"
 
 
-def decode_lines(data: bytes) -> list[dict[str, Any]]:
+def decode_lines(data: bytes) -> list[Line]:
     """Decode JSON lines; skip torn lines, whose rest may be another JSON value."""
     lines = []
     for raw in data.splitlines():

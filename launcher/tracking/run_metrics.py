@@ -18,7 +18,7 @@ from typing import Any
 
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
-from launcher.tracking.jsonl import continued_lines, decode_lines, iter_lines, read_metrics
+from launcher.tracking.jsonl import Line, continued_lines, decode_lines, iter_lines, read_metrics
 from launcher.tracking.metrics import STEP
 from launcher.tracking.verdicts import GeneralLoss
 
@@ -46,14 +46,14 @@ class CostSoFar:
 class MetricsTail:
     """`recent` are the last training steps of one attempt, newest first; `losses` are sampled from the whole run."""
 
-    recent: tuple[dict[str, Any], ...]
+    recent: tuple[Line, ...]
     losses: tuple[float, ...]
     eval_loss: float | None
     eval_step: int | None
     spent: CostSoFar | None
 
     @property
-    def last(self) -> dict[str, Any]:
+    def last(self) -> Line:
         """The last training step; empty if there is none."""
         return self.recent[0] if self.recent else {}
 
@@ -69,7 +69,7 @@ def read_tail(path: str | Path, num_points: int = 40, resumed: Mapping[int, int]
             newest = recent[0]["attempt"] if recent else 0
             begins = {number: step for number, step in (resumed or {}).items() if number <= newest}
 
-            def counts(line: dict[str, Any]) -> bool:
+            def counts(line: Line) -> bool:
                 later = (step for number, step in begins.items() if number > line["attempt"])
                 return bool(line["trainer/step"] <= min(later, default=math.inf))
 
@@ -108,7 +108,7 @@ def has_trained(run: RunDir, status: Status) -> bool:
     return newest_trained_step(run, status) > 0 or bool(read_tail(run.metrics).last)
 
 
-def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[dict[str, Any]]:
+def read_time_lines(path: str | Path, boundaries: Sequence[float]) -> list[Line]:
     """Return the lines of a run's metrics that `goodput.break_down` needs, in order: they give the same result as all lines.
 
     These are the lines of evaluations and saves, and the last training step before each of `boundaries` and before the end.
@@ -220,7 +220,7 @@ def _map_file(path: str | Path) -> Iterator[mmap.mmap]:
         yield data
 
 
-def _iter_backwards(data: mmap.mmap, pattern: bytes) -> Iterator[dict[str, Any]]:
+def _iter_backwards(data: mmap.mmap, pattern: bytes) -> Iterator[Line]:
     """Yield the lines that contain `pattern`, newest first; skip torn lines."""
     end = len(data)
     while (offset := data.rfind(pattern, 0, end)) >= 0:

@@ -151,11 +151,10 @@ def format_difference(comparison: BaselineComparison) -> str:
     """Return `+0.12 (0.08 to 0.16)`: a difference with its bounds."""
     if comparison.low is None or comparison.high is None:
         return f"{comparison.difference:+.2f}"
-    low, high = (0.0 if abs(bound) < 0.005 else bound for bound in (comparison.low, comparison.high))
+    # Adding 0 turns -0.0 into 0.0.
+    low, high = comparison.low + 0.0, comparison.high + 0.0
     # Two digits would hide which side of zero a bound is on.
-    digits = 2 if all(abs(bound) >= 0.005 or bound == 0 for bound in (comparison.low, comparison.high)) else 3
-    if digits == 3:
-        low, high = comparison.low, comparison.high
+    digits = 2 if all(abs(bound) >= 0.005 or bound == 0 for bound in (low, high)) else 3
     return f"{comparison.difference:+.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 

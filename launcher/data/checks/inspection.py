@@ -54,7 +54,6 @@ class Inspection:
     split_alone: int
     signature: np.ndarray | None
     hits: tuple[CheckHit, ...]
-    is_text: bool
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def inspect(
         hits.append((*_check_structure(document, parts, tokens), *text_hits, *split_hits))
     signatures = overlap.compute_signatures([signed for _, signed in identities])
     return [
-        Inspection(*hashes, signature, document_hits, isinstance(document, PlainText))
-        for document, (hashes, _), signature, document_hits in zip(documents, identities, signatures, hits, strict=True)
+        Inspection(*hashes, signature, document_hits)
+        for (hashes, _), signature, document_hits in zip(identities, signatures, hits, strict=True)
     ]
 
 

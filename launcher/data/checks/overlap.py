@@ -53,12 +53,10 @@ _SEED = 7
 _CHUNK = 1 << 16
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 
+# The signature of each document; None for a text that is too short.
+Signatures = Sequence[np.ndarray | None]
 # Marks equal documents; estimates are at most 1.
 _EXACT = 2.0
-_SAME_PROMPT = {
-    "held_out_prompt_in_train": "the prompt of",
-    "similar_prompt_in_train": "apart from numbers, the prompt of",
-}
 
 
 def normalize(text: str) -> str:
@@ -122,7 +120,7 @@ def compute_signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
 def find_duplicates(
     contents: np.ndarray,
     tasks: np.ndarray,
-    signatures: Sequence[np.ndarray | None],
+    signatures: Signatures,
     training: np.ndarray,
 ) -> Hits:
     """Find duplicates among the documents `training`; the first of several copies does not count.
@@ -162,17 +160,20 @@ def find_prompt_leaks(
     """
     held_out = held_out[_Copies(contents, training).find_groups(contents[held_out]) < 0]
     hits = []
-    for finding, hashes in (("held_out_prompt_in_train", prompts), ("similar_prompt_in_train", forms)):
+    for finding, detail, hashes in (
+        ("held_out_prompt_in_train", "the prompt of", prompts),
+        ("similar_prompt_in_train", "apart from numbers, the prompt of", forms),
+    ):
         copies = _Copies(hashes, training)
         groups = np.where(hashes[held_out] != 0, copies.find_groups(hashes[held_out]), -1)
-        hits += copies.make_hits(finding, _SAME_PROMPT[finding], held_out, groups)
+        hits += copies.make_hits(finding, detail, held_out, groups)
         held_out = held_out[groups < 0]
     return hits
 
 
 def find_near_leaks(
     contents: np.ndarray,
-    signatures: Sequence[np.ndarray | None],
+    signatures: Signatures,
     training: np.ndarray,
     held_out: np.ndarray,
     is_dropped: bool,
@@ -246,7 +247,7 @@ def _describe(similarity: float) -> str:
     return "the same as" if similarity == _EXACT else f"{similarity:.0%} the same as"
 
 
-def _select_signed(signatures: Sequence[np.ndarray | None], documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _select_signed(signatures: Signatures, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return those of `documents` that have a signature, and their signatures, uint16 [documents, NUM_SLOTS]."""
     rows = {i: row for i in documents.tolist() if (row := signatures[i]) is not None}
     slots = np.stack([*rows.values()]) if rows else np.empty((0, NUM_SLOTS), dtype=np.uint16)

@@ -109,10 +109,22 @@ def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
     else:
         for number, line in enumerate(io.BytesIO(block.data), start=block.first):
             text, where = _decode(line, block.name, number).rstrip("\r\n"), f"{block.name}:{number}"
-            if block.kind == "txt" and text:
+            if not text or (text.isspace() and block.kind == "jsonl"):
+                continue
+            if block.kind == "txt":
                 yield {"text": text}, where
-            elif block.kind == "jsonl" and text and not text.isspace():
-                yield _parse_json_line(text, where), where
+                continue
+            try:
+                row = _DECODER.decode(text)
+            except json.JSONDecodeError as error:
+                remedy = "write one complete JSON object per line, as Python's json.dumps does"
+                refuse(f"the line is not JSON: {error.msg}", f"{where}:{error.colno}", remedy)
+            except (RecursionError, ValueError) as error:
+                _refuse_value(error, where)
+            if not isinstance(row, dict):
+                remedy = "write one JSON object per line, or one array of objects"
+                refuse(f"the line holds {a_json_type(row)}, not an object", where, remedy)
+            yield row, where
 
 
 def split_block(block: Block) -> Iterator[Block]:
@@ -260,21 +272,6 @@ def read_array(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, i
         refuse(f"the file is not JSON: {error.msg}", f"{name}:{error.lineno}:{error.colno}", remedy)
     except (RecursionError, ValueError) as error:
         _refuse_value(error, where)
-
-
-def _parse_json_line(text: str, where: str) -> Row:
-    try:
-        row = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        remedy = "write one complete JSON object per line, as Python's json.dumps does"
-        refuse(f"the line is not JSON: {error.msg}", f"{where}:{error.colno}", remedy)
-    except (RecursionError, ValueError) as error:
-        _refuse_value(error, where)
-    if not isinstance(row, dict):
-        refuse(
-            f"the line holds {a_json_type(row)}, not an object", where, "write one JSON object per line, or one array of objects"
-        )
-    return row
 
 
 def _parse_csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:

@@ -25,7 +25,7 @@ from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import inspection
 from launcher.data.checks.findings import CheckHit, Hits
-from launcher.data.sources.documents import Chat, Completion, Document
+from launcher.data.sources.documents import Chat, Completion, Document, PlainText
 from launcher.data.sources.formats import redact_keys
 from launcher.data.sources.reading import DocumentBatch, RowProblems, list_inputs
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
@@ -262,7 +262,7 @@ class BatchEncoder:
             prompt_forms=hashes("prompt_form"),
             splits_alone=hashes("split_alone"),
             by_hash=np.full(len(documents), is_by_hash),
-            is_text=np.asarray([one.is_text for one in inspections], dtype=bool),
+            is_text=np.asarray([isinstance(document, PlainText) for document in documents], dtype=bool),
             wheres=[document.where for document in documents],
             signatures=[one.signature for one in inspections],
         )

@@ -107,8 +107,7 @@ class ChatTemplate:
 
     def refuse(self, does: str, where: str, remedy: str = _NOT_SURE) -> NoReturn:
         """Refuse the template for what it `does`, because the trained tokens are ambiguous."""
-        problem = f"the chat template {does}, so the trained tokens are ambiguous"
-        raise DataError(Problem(problem, where, self.name, remedy))
+        self.refuse_part(f"{does}, so the trained tokens are ambiguous", where, remedy)
 
     def refuse_part(self, does: str, where: str, remedy: str = _OTHER_TEMPLATE) -> NoReturn:
         """Refuse the template, by default because it leaves out a part of the conversation."""

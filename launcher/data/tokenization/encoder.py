@@ -223,8 +223,7 @@ class Encoder:
         return RenderedDocument(where, text, (span,), raw=True)
 
     def _encode_prompt(self, text: str) -> list[int]:
-        ids: list[int] = self._encode_ids([text])[0].tolist()
-        return ids
+        return list(self._encode_ids([text])[0].tolist())
 
     def _encode_ids(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:

@@ -110,8 +110,7 @@ def _query(address: str, key: str, query: str, **variables: str) -> dict[str, An
     headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
     body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{address.rstrip('/')}/graphql", body, headers)  # noqa: S310
-    data: dict[str, Any] = request_json(request, ANSWER_DEADLINE_S)["data"]
-    return data
+    return dict(request_json(request, ANSWER_DEADLINE_S)["data"])
 
 
 # The workspace
