@@ -180,7 +180,7 @@ def _download(repo_id: str, model: ModelSection) -> None:
     with_code = model.trust_remote_code and repo_id == model.path
     patterns = [*_HUB_FILES, *(["*.bin"] if model.allow_pickled_weights else []), *(["*.py"] if with_code else [])]
     revision = model.revision if repo_id == model.path else None
-    cache = download_cache(repo_id)
+    cache = download_cache()
     _say(f"fetching {repo_id} from the hub")
     try:
         # Some repositories also hold the weights in their original format.

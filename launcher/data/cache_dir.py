@@ -112,8 +112,8 @@ def repository_folders(repo_id: str, kind: str = MODELS) -> Iterator[Path]:
         yield folder
 
 
-def download_cache(repo_id: str, kind: str = MODELS) -> Path:
-    """Return the cache into which a repository is downloaded, and say so if it is not the Hub's.
+def download_cache() -> Path:
+    """Return the cache into which repositories are downloaded, and say so if it is not the Hub's.
 
     Raises:
         DataError: if other users can write to the launcher's cache too.
@@ -143,8 +143,7 @@ def fetch_dataset_file(repo_id: str, name: str, commit: str) -> Path:
         path = try_to_load_from_cache(repo_id, name, cache_dir=folder.parent, revision=commit, repo_type="dataset")
         if isinstance(path, str):
             return Path(path)
-    cache = download_cache(repo_id, DATASETS)
-    return Path(hf_hub_download(repo_id, name, repo_type="dataset", revision=commit, cache_dir=cache))
+    return Path(hf_hub_download(repo_id, name, repo_type="dataset", revision=commit, cache_dir=download_cache()))
 
 
 def _find_hub_cache_problem() -> Problem | None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TextIO
 
 from launcher.plan.quantities import format_size
+from launcher.security.redaction import raw
 from launcher.tracking.metrics import format_duration
 
 Say = Callable[[str], None]
@@ -115,9 +116,7 @@ def live_line(stream: TextIO | None = None) -> Iterator[tuple[Say, Callable[[], 
     from rich.live import Live
     from rich.text import Text
 
-    # A command's stream shows escape sequences as text, but rich's own must take effect.
-    console = Console(file=getattr(stream, "rich_proxied_file", stream))
-    with Live("", console=console, refresh_per_second=8, transient=True) as live:
+    with Live("", console=Console(file=raw(stream)), refresh_per_second=8, transient=True) as live:
         yield (
             lambda text: live.update(Text(text, overflow="ellipsis", no_wrap=True)),
             partial(Pace, first_s=0.0, longest_s=_LIVE_S),

@@ -122,7 +122,7 @@ def _find_tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict
 
     revision = model.revision if name == model.path else None
     try:
-        cache = download_cache(name)
+        cache = download_cache()
         snapshot_download(
             name, revision=revision, cache_dir=cache, allow_patterns=_TOKENIZER_FILES, local_dir=fetched, etag_timeout=5
         )

@@ -520,11 +520,11 @@ def test_where_others_can_write_nothing_is_downloaded(
     shared: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object], reason: str
 ) -> None:
     snapshot = add_snapshot(shared)
-    assert cache_dir.download_cache("owner/name") == shared
+    assert cache_dir.download_cache() == shared
     assert capsys.readouterr().err == ""
     change(shared)
     own = cache_dir.own_hub_cache()
-    assert cache_dir.download_cache("owner/name") == own
+    assert cache_dir.download_cache() == own
     said = capsys.readouterr().err
     assert said.startswith("the Hub's cache is not trusted: ")
     assert reason in said

@@ -38,10 +38,11 @@ from launcher.data.sources.documents import (
 
 # ShareGPT's names for ROLES, and for an assistant message that calls a tool.
 _SHAREGPT_ROLES = {
-    **{"system": "system", "human": "user", "user": "user"},
-    **{"gpt": "assistant", "assistant": "assistant", "model": "assistant", "bing": "assistant", "chatgpt": "assistant"},
-    **{"function_call": "function_call", "tool_call": "function_call"},
-    **{"observation": "tool", "tool": "tool", "function_response": "tool", "tool_response": "tool"},
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "bing", "chatgpt"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
+    **dict.fromkeys(("observation", "tool", "function_response", "tool_response"), "tool"),
 }
 # Keys for the subject of a question, which the format question_answer does not read.
 _CONTEXT_KEYS = ("context", "passage", "paragraph", "document", "article", "story", "evidence", "choices", "options")
