@@ -1,4 +1,4 @@
-"""A process that another one starts: how it ends, and how it reports its result to a command.
+"""A process that another one starts: how it ends, how it reports its result to a command, and how others wait for it.
 
 `python -m launcher.child_process COMMAND` executes a command, in the root directory, which the kernel ends with the process that
 started it. The command gets no Python search path from the environment, because it may be another environment's interpreter. With

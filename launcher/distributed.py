@@ -1,4 +1,4 @@
-"""The rank's identity, and the collectives through which ranks share results, failures and reasons to stop.
+"""The rank's identity, and the collectives through which ranks share results, failures and reasons to stop; their bandwidth.
 
 A rank that fails alone would leave the others waiting in their next collective. Therefore each function here that runs an action
 raises on every rank if the action fails on one.

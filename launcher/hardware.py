@@ -1,4 +1,4 @@
-"""The devices of this machine, its GPUs or its CPU, and the tools with which kernels are built for them.
+"""This machine: its GPUs or its CPU, its free memory, and the tools with which kernels are built.
 
 Imports neither torch nor data.
 """
