@@ -59,13 +59,13 @@ def did_you_mean(word: str, options: Sequence[str]) -> str:
 
 
 class LauncherError(Exception):
-    """The base class; carries one or more problems."""
+    """The base class; carries one or more problems. A text and its `parts` make one, as in Problem."""
 
     exit_code = EXIT_FAILED
 
-    def __init__(self, problem: Problem | str | Iterable[Problem], **parts: str) -> None:
+    def __init__(self, problem: Problem | str | Iterable[Problem], *parts: str, **named_parts: str) -> None:
         if isinstance(problem, str):
-            problem = Problem(problem, **parts)
+            problem = Problem(problem, *parts, **named_parts)
         self.problems: tuple[Problem, ...] = (problem,) if isinstance(problem, Problem) else tuple(problem)
         super().__init__("\n".join(str(p) for p in self.problems))
 

@@ -12,7 +12,7 @@ from launcher import atomic_files, locks, run_store
 from launcher.checkpoint import store
 from launcher.config.sections.model import ModelSection, is_run
 from launcher.data.cache_dir import download_cache, is_full, own_hub_cache
-from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
+from launcher.errors import CheckpointError, ConfigError, LauncherError
 from launcher.export import model_card
 from launcher.export.hf_folder import ExportedFolder, ExportTask, export, verify_checkpoint
 from launcher.models import parent_run
@@ -169,7 +169,7 @@ def _link_export(exported: Path, folder: Path) -> None:
 
 def _make_parent_error(parent: ParentCheckpoint, reason: str, remedy: str) -> ConfigError:
     what = f"model.path: the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} cannot be used: {reason}"
-    return ConfigError(Problem(what, where="model.path", value=parent.path, remedy=remedy))
+    return ConfigError(what, where="model.path", value=parent.path, remedy=remedy)
 
 
 def _download(repo_id: str, model: ModelSection) -> None:
@@ -210,12 +210,10 @@ def _download(repo_id: str, model: ModelSection) -> None:
                 remedy=f"accept it at https://huggingface.co/{repo_id}, and set HF_TOKEN to a token of that account",
             ) from error
         raise ConfigError(
-            Problem(
-                f"{repo_id} cannot be fetched from the hub: {hub_reason(error)}",
-                where="model.path",
-                value=repo_id,
-                remedy="check the name, the network and, for a gated model, HF_TOKEN in the environment; or use a local folder",
-            )
+            f"{repo_id} cannot be fetched from the hub: {hub_reason(error)}",
+            where="model.path",
+            value=repo_id,
+            remedy="check the name, the network and, for a gated model, HF_TOKEN in the environment; or use a local folder",
         ) from error
 
 

@@ -51,11 +51,11 @@ def build(
             if cache_key(data, tokenizer_path) != key:
                 # The key describes the bytes before the change.
                 message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
-                raise DataError(Problem(message, where, remedy="try again when no program is writing to it, or pin its revision"))
+                raise DataError(message, where, remedy="try again when no program is writing to it, or pin its revision")
     facts = cache_store.find(key, data.cache_group)
     if facts is None:
         where = str(cache_store.cache_dir(key, data.cache_group))
-        raise DataError(Problem("the data cache is missing or damaged right after it was built", where, remedy="try again"))
+        raise DataError("the data cache is missing or damaged right after it was built", where, remedy="try again")
     return facts
 
 

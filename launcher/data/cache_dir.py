@@ -84,10 +84,10 @@ def make_cache_error(error: OSError, folder: Path) -> DataError:
     message = f"the launcher's cache cannot be used: {error.strerror or error}"
     if not is_full(error):
         remedy = f"check that this user may write there and that the disk works, or {elsewhere}"
-        return DataError(Problem(message, str(error.filename or folder), remedy=remedy))
+        return DataError(message, str(error.filename or folder), remedy=remedy)
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     value = f"{format_size(shutil.disk_usage(existing).free)} are free on its disk without the unfinished files"
-    return DataError(Problem(message, str(folder), value, f"free more space (or raise the quota), or {elsewhere}"))
+    return DataError(message, str(folder), value, f"free more space (or raise the quota), or {elsewhere}")
 
 
 # Repositories of the Hub

@@ -88,7 +88,7 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
     # A template alone is not a tokenizer.
     if all(file.name == "config.json" or "chat_template" in file.relative_to(folder).parts[0] for file in files):
         remedy = "set model.tokenizer to a folder with tokenizer.json"
-        raise DataError(Problem("the folder has no tokenizer", "model.tokenizer", str(folder), remedy))
+        raise DataError("the folder has no tokenizer", "model.tokenizer", str(folder), remedy)
     parts["tokenizer"] = [(file.name, compute_file_digest(file)) for file in files]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
@@ -99,7 +99,7 @@ def compute_file_digest(path: Path) -> str:
         return atomic_files.digest_file(path).xxh3_128
     except OSError as error:
         remedy = f"check the path, and the file's permissions; relative paths start at {Path.cwd()}"
-        raise DataError(Problem(f"the file cannot be read: {error.strerror or error}", str(path), remedy=remedy)) from error
+        raise DataError(f"the file cannot be read: {error.strerror or error}", str(path), remedy=remedy) from error
 
 
 def _make_source_key(source: Source) -> tuple[dict[str, Any], str]:
@@ -114,7 +114,7 @@ def cache_dir(key: str, group: str | None = None) -> Path:
         # No other user can enter this user's cache, so the setting would share nothing.
         message = f"data.cache_group needs a shared folder, and {SHARED_CACHE_VARIABLE} is not set"
         remedy = f"set {SHARED_CACHE_VARIABLE} to a folder that the group can write to (docs/security.md), or unset the group"
-        raise DataError(Problem(message, "data.cache_group", group, remedy))
+        raise DataError(message, "data.cache_group", group, remedy)
     folders.require_cache(root / f"data-{group}", group)
     return root / f"data-{group}" / key
 

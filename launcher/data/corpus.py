@@ -44,7 +44,7 @@ from launcher.data.tokenization.batch_encoder import (
     is_below,
 )
 from launcher.data.triage import read_exclusions
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 
 # More prompts than are kept, because the checks may drop some of their documents.
 _NUM_CANDIDATES = 16 * NUM_PROMPTS
@@ -265,7 +265,7 @@ def _make_empty_error(docs: DocumentTable, data: DataSection, all_findings: Find
     num_held_out = np.count_nonzero(docs.held_out)
     num_read = f"{len(docs.held_out) - num_held_out:,} documents to train on and {num_held_out:,} held-out ones were read"
     reasons = [f"{finding.title}: {finding.count:,} ({finding.examples[0].where})" for finding in dropped]
-    return DataError(Problem(message, where, "; ".join([num_read, *reasons]), remedy))
+    return DataError(message, where, "; ".join([num_read, *reasons]), remedy)
 
 
 # From the hits of single documents to drops and findings

@@ -13,7 +13,7 @@ import torch
 
 from launcher.data.row_layout import RowOrder
 from launcher.data.split import Split
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch
 
 IGNORED = -100
@@ -85,11 +85,11 @@ class TrainBatches:
         group_by_length: bool = False,
     ) -> None:
         if split.num_rows == 0:
-            raise DataError(Problem("the training split has no rows", "data.sources", remedy="add rows to train on"))
+            raise DataError("the training split has no rows", "data.sources", remedy="add rows to train on")
         if batch.micro_batch_size * batch.accumulation * world_size != batch.global_batch_size:
             product = f"{batch.micro_batch_size} rows x {batch.accumulation} micro-batches x {world_size} ranks"
             message, remedy = f"{product} is not the global batch", "plan the run for this world size"
-            raise DataError(Problem(message, "train.global_batch_size", str(batch.global_batch_size), remedy))
+            raise DataError(message, "train.global_batch_size", str(batch.global_batch_size), remedy)
         self.split = split
         self.batch = batch
         self.rank = rank

@@ -15,7 +15,7 @@ from launcher.config.sections.data import DataSection, Source
 from launcher.data import packing
 from launcher.data.packing import RowLayout
 from launcher.data.split import write_split
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
 
 _TOKENS_AT_ONCE = 1 << 22
@@ -69,11 +69,11 @@ def compute_budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> lis
     weights = [source.weight for source in sources]
     if all(weight == 0 for weight in weights):
         remedy = "give at least one source a weight above 0, or leave the weights out"
-        raise DataError(Problem("the weights of the mixture sum to zero", "data.sources", remedy=remedy))
+        raise DataError("the weights of the mixture sum to zero", "data.sources", remedy=remedy)
     for i, (weight, limit) in enumerate(zip(weights, limits, strict=True)):
         if weight and not limit:
             message = "a source with a weight has no document to train on, so the mixture would be empty"
-            raise DataError(Problem(message, f"data.sources[{i}]", sources[i].name, "add documents, or remove the source"))
+            raise DataError(message, f"data.sources[{i}]", sources[i].name, "add documents, or remove the source")
     scale = min((limit / weight for weight, limit in zip(weights, limits, strict=True) if weight), default=0.0)
     return [round(limit if weight is None else weight * scale) for weight, limit in zip(weights, limits, strict=True)]
 
@@ -122,7 +122,7 @@ def layout_training(
         if budget and num_tokens[i] and not passes:
             message = f"no document of the source fits into the {budget:,} tokens that the mixture takes from it"
             remedy = "raise its max_tokens, weight or epochs, or set data.long_documents=split and a lower data.max_length"
-            raise DataError(Problem(message, f"data.sources[{i}]", data.sources[i].name, remedy))
+            raise DataError(message, f"data.sources[{i}]", data.sources[i].name, remedy)
     epochs = [
         sum(int(lengths[one].sum()) for one in passes) / max(1, total) for passes, total in zip(taken, num_tokens, strict=True)
     ]

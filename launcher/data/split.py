@@ -28,7 +28,7 @@ import xxhash
 
 from launcher import atomic_files
 from launcher.data import cache_store
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
 from launcher.shell_commands import shell_command
 
@@ -124,7 +124,7 @@ def _make_damage_error(cache: Path, message: str, where: str | Path, value: str)
         f"delete it and build it again: `{shell_command('rm', '-r', cache)}`, then `python -m launcher data ...` with the same "
         "settings (starting or resuming a run builds it as well); if it is damaged again, check the disk and this node's memory"
     )
-    return DataError(Problem(f"the data cache is damaged: {message}", str(where), value, remedy))
+    return DataError(f"the data cache is damaged: {message}", str(where), value, remedy)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Split:
         # Other storage errors may be temporary, so the ranks are restarted for them.
         except (FileNotFoundError, ValueError) as error:
             remedy = "`python -m launcher data ...` with the same settings builds it again"
-            raise DataError(Problem(f"the data cache cannot be read: {error}", str(folder), remedy=remedy)) from error
+            raise DataError(f"the data cache cannot be read: {error}", str(folder), remedy=remedy) from error
         return cls(**arrays)
 
     def verify(self) -> None:
@@ -267,7 +267,7 @@ class DocumentOrigins:
         content = Path(cache_dir, name).read_bytes()
         if xxhash.xxh3_128_hexdigest(content) != cache_store.read_meta(cache_dir)["digests"][name]:
             where, remedy = str(Path(cache_dir, name)), "remove the cache, and build it again with: python -m launcher data"
-            raise DataError(Problem("the data cache is damaged: its record of the documents' origins", where, remedy=remedy))
+            raise DataError("the data cache is damaged: its record of the documents' origins", where, remedy=remedy)
         return cls(tuple(json.loads(Path(cache_dir, ORIGIN_FILES).read_bytes())), np.load(io.BytesIO(content)))
 
     def where(self, document: int) -> str:

@@ -17,7 +17,7 @@ from launcher import atomic_files
 from launcher.config.sections.data import DataSection
 from launcher.data import row_layout
 from launcher.data.split import Split
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
 
 # Nats per token below which an answer counts as known: its tokens have probabilities of 0.9 and more.
@@ -124,9 +124,7 @@ def read_exclusions(file: str | None) -> np.ndarray:
         lines = [] if file is None else Path(file).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         remedy = "write it with: python -m launcher data --scored RUN --exclude FILE"
-        raise DataError(
-            Problem(f"the file of data.exclude cannot be read: {error}", "data.exclude", file or "", remedy)
-        ) from error
+        raise DataError(f"the file of data.exclude cannot be read: {error}", "data.exclude", file or "", remedy) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -135,5 +133,5 @@ def read_exclusions(file: str | None) -> np.ndarray:
         except (ValueError, KeyError, TypeError) as error:
             message = "a line of data.exclude names no document"
             remedy = 'each line is a JSON object with "content": 16 hex digits, as data --scored RUN --exclude FILE writes it'
-            raise DataError(Problem(message, f"{file}:{number}", line[:100], remedy)) from error
+            raise DataError(message, f"{file}:{number}", line[:100], remedy) from error
     return np.asarray(contents, dtype=np.uint64)

@@ -287,7 +287,7 @@ def make_shared_folder(folder: Path, group: str) -> None:
     gid = shared_group(group)
     if gid not in (*os.getgroups(), os.getegid()) and os.geteuid() != 0:
         remedy = "name a group that you belong to; `id` lists them"
-        raise DataError(Problem("this user does not belong to the group", "data.cache_group", group, remedy))
+        raise DataError("this user does not belong to the group", "data.cache_group", group, remedy)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -317,7 +317,7 @@ def shared_group(group: str) -> int:
         return group_id(group)
     except KeyError:
         remedy = "name a group of this machine that you belong to; `id` lists them"
-        raise DataError(Problem("there is no such group", "data.cache_group", group, remedy)) from None
+        raise DataError("there is no such group", "data.cache_group", group, remedy) from None
 
 
 def require_cache(folder: Path, group: str | None = None) -> None:

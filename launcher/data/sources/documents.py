@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.data.checks import patterns
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -171,4 +171,4 @@ def a_json_type(value: object) -> str:
 
 def refuse(problem: str, where: str, remedy: str) -> NoReturn:
     """Raise DataError with the `problem` at the place `where` (file:line), and how to fix it."""
-    raise DataError(Problem(problem, where=where, remedy=remedy))
+    raise DataError(problem, where=where, remedy=remedy)

@@ -333,7 +333,7 @@ def _make_unreachable(source: RowSource, reason: str) -> DataError:
         "a hub dataset: check the name, the revision and the network, and HF_TOKEN in the environment for a private or gated one"
     )
     revision = f"revision={source.revision}" if source.revision else ""
-    return DataError(Problem(message, source.path, revision, remedy))
+    return DataError(message, source.path, revision, remedy)
 
 
 # Addresses
@@ -416,9 +416,9 @@ def _convert_client_errors(address: str) -> Iterator[None]:
     except DataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(Problem("there is no such data file", address, remedy=remedy)) from error
+        raise DataError("there is no such data file", address, remedy=remedy) from error
     except Exception as error:
         if isinstance(error, OSError) and is_full(error):
             raise
         message = f"the data cannot be read: {type(error).__name__}: {str(error)[:200]}"
-        raise DataError(Problem(message, address, remedy=remedy)) from error
+        raise DataError(message, address, remedy=remedy) from error

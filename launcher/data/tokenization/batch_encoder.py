@@ -29,7 +29,7 @@ from launcher.data.sources.documents import Chat, Completion, Document, PlainTex
 from launcher.data.sources.formats import redact_keys
 from launcher.data.sources.reading import DocumentBatch, RowProblems, list_inputs
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 
 NUM_PROMPTS = 4
 # Worker processes start 1.7 s after the builder could begin encoding, because they repeat its imports. Two workers finish as
@@ -170,7 +170,7 @@ def encode_batches(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_pat
     except BrokenProcessPool as error:
         message = "a process that builds the data cache ended: its messages are above, or the memory ran out"
         remedy = f"set data.workers below {workers}, or give the machine more memory, and try again"
-        raise DataError(Problem(message, "data.workers", str(workers), remedy)) from error
+        raise DataError(message, "data.workers", str(workers), remedy) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

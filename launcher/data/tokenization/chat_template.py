@@ -13,7 +13,7 @@ import jinja2
 from transformers.utils import chat_template_utils
 
 from launcher.data.sources.documents import Chat, Message
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +111,7 @@ class ChatTemplate:
 
     def refuse_part(self, does: str, where: str, remedy: str = _OTHER_TEMPLATE) -> NoReturn:
         """Refuse the template, by default because it leaves out a part of the conversation."""
-        raise DataError(Problem(f"the chat template {does}", where, self.name, remedy))
+        raise DataError(f"the chat template {does}", where, self.name, remedy)
 
     def _find_source(self, chat: Chat) -> str:
         if self._text is not None:
@@ -122,11 +122,11 @@ class ChatTemplate:
                 "or use the formats prompt_completion or text"
             )
             problem = "the tokenizer has no chat template, and conversations need one"
-            raise DataError(Problem(problem, chat.where, self.name, remedy))
+            raise DataError(problem, chat.where, self.name, remedy)
         try:
             return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
         except ValueError as error:
-            raise DataError(Problem(str(error), chat.where, self.name, "set data.chat_template to a file")) from error
+            raise DataError(str(error), chat.where, self.name, "set data.chat_template to a file") from error
 
     def _render(
         self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
@@ -156,14 +156,14 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             problem = f"the chat template is not valid Jinja: {error.message} (line {error.lineno})"
             remedy = "repair it, or set data.chat_template to a file with another template"
-            raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
+            raise DataError(problem, chat.where, self.name, remedy) from error
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
             problem = f"the chat template refuses this conversation: {error}"
             remedy = (
                 "change the row, set data.chat_template to a file with a template that accepts it, or drop conversations whose "
                 "roles are out of order with data.checks.role_order=drop"
             )
-            raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
+            raise DataError(problem, chat.where, self.name, remedy) from error
 
 
 @functools.lru_cache(maxsize=8)

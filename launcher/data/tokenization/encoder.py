@@ -18,7 +18,7 @@ from launcher.data.sources.documents import Chat, Completion, Document, Message,
 from launcher.data.tokenization import fast_tokenizer
 from launcher.data.tokenization.chat_template import ChatTemplate, with_system
 from launcher.data.tokenization.loss_mask import LossMask, TrainedSpan
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -82,7 +82,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         # The package tokenizers raises a plain Exception for a damaged tokenizer.json.
         remedy = "set model.tokenizer to a folder that save_pretrained wrote"
-        raise DataError(Problem(f"the tokenizer cannot be loaded: {error}", "model.tokenizer", folder, remedy)) from error
+        raise DataError(f"the tokenizer cannot be loaded: {error}", "model.tokenizer", folder, remedy) from error
 
 
 def read_template(data: DataSection) -> str | None:
@@ -94,7 +94,7 @@ def read_template(data: DataSection) -> str | None:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         remedy = "set data.chat_template to a file with a Jinja template"
-        raise DataError(Problem(f"the template cannot be read: {error}", "data.chat_template", file, remedy)) from error
+        raise DataError(f"the template cannot be read: {error}", "data.chat_template", file, remedy) from error
 
 
 class Encoder:
@@ -217,9 +217,7 @@ class Encoder:
     def _render_raw(self, where: str, text: str, span: TrainedSpan) -> RenderedDocument:
         if not len(self._end):
             remedy = "set eos_token in its tokenizer_config.json"
-            raise DataError(
-                Problem("the tokenizer has no end token, which ends a text", where, str(self.tokenizer.name_or_path), remedy)
-            )
+            raise DataError("the tokenizer has no end token, which ends a text", where, str(self.tokenizer.name_or_path), remedy)
         return RenderedDocument(where, text, (span,), raw=True)
 
     def _encode_prompt(self, text: str) -> list[int]:

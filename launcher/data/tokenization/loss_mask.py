@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from launcher.data.sources.documents import Chat, Message
 from launcher.data.tokenization.chat_template import ChatTemplate, TrainOn, find_trained_messages, with_unique_texts
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError
 
 _REWRITES = "renders earlier messages differently once a later one follows"
 _REASONING_START = re.compile(r"<[^<>\s]*think[^<>\s]*>\s*$", re.IGNORECASE)
@@ -174,7 +174,7 @@ class LossMask:
         message, where = chat.messages[i], f"{chat.where}, messages[{i}]"
         if i == 0:
             remedy = "begin the conversation with a user message, or drop such conversations with data.checks.role_order=drop"
-            raise DataError(Problem("the conversation begins with the assistant", chat.where, remedy=remedy))
+            raise DataError("the conversation begins with the assistant", chat.where, remedy=remedy)
         prefix = self._template.render(chat, i, generation_prompt=True)
         turn = full if i == len(chat.messages) - 1 else self._template.render(chat, i + 1)
         if not full.startswith(prefix) or not turn.startswith(prefix):
