@@ -147,7 +147,7 @@ def can_fill(model: nn.Module, sources: Mapping[str, ParameterSource]) -> bool:
         if own is None or not _is_readable(sources.get(name), _full_shape(parameter)):
             return False
         # Weights on NVMe are in files.
-        start, stop = _own_range(parameter)
+        start, stop = own_range(parameter)
         if own.numel() < stop - start:
             return False
     return True
@@ -182,7 +182,7 @@ def fill(model: nn.Module, sources: Mapping[str, ParameterSource], on_fill: Call
     first_parts = {name: source.parts[0] for name, source in sources.items()}
     by_place = sorted(model.named_parameters(), key=lambda one: (first_parts[one[0]].path, first_parts[one[0]].offset))
     for name, parameter in by_place:
-        _read(sources[name], *_own_range(parameter), parameter.ds_tensor.view(-1))
+        _read(sources[name], *own_range(parameter), parameter.ds_tensor.view(-1))
         # hpZ's second copy is of the weights before; the next pass makes another one, as after each step.
         parameter.ds_secondary_tensor = None
         on_fill(parameter.ds_numel * parameter.ds_tensor.element_size())
@@ -222,5 +222,6 @@ def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _own_range(parameter: nn.Parameter) -> tuple[int, int]:
+def own_range(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return the range [start, stop) of a partitioned parameter's elements that are on this rank, without padding."""
     return partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())

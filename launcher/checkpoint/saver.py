@@ -28,8 +28,8 @@ from torch.nn import Parameter
 from launcher import atomic_files
 from launcher.checkpoint import safetensors_io, store, zero3
 from launcher.checkpoint.manifest import HELD_OUT, REFERENCE_LOGITS, STATE, Manifest
-from launcher.checkpoint.safetensors_io import TensorSpec, as_bytes
-from launcher.checkpoint.shards import STORED_DTYPES, Shard, build_state, require_known_dtypes, weight_digests
+from launcher.checkpoint.safetensors_io import as_bytes
+from launcher.checkpoint.shards import Shard, build_state, list_specs, require_known_dtypes, weight_digests
 from launcher.distributed import run_on_all_ranks, to_problems
 from launcher.errors import CheckpointError, LauncherError, Problem
 from launcher.hardware import available_bytes
@@ -124,7 +124,7 @@ class Saver:
             shard = Shard.of(self._engine, context.parameters, self._buffers)
             state = build_state(self._engine, context.parameters, extra_state).to_json().encode() if self._is_main else b""
             logits = {name: tensor.clone() for name, tensor in (reference_logits or {}).items()} if self._is_main else {}
-            logits_bytes = safetensors_io.file_bytes(_list_specs(logits), {}) if logits else 0
+            logits_bytes = safetensors_io.file_bytes(list_specs(logits), {}) if logits else 0
             saving = store.saving_path(context.root, step, context.attempt)
             copy = self._copy if not wait and self._copy is not None and self._copy.is_there() else None
             num_bytes = shard.num_bytes + len(state) + logits_bytes
@@ -343,7 +343,7 @@ class SaveJob:
         if self.reference_logits:
             blocks = (as_bytes(tensor.cpu().contiguous()) for tensor in self.reference_logits.values())
             file = self.saving / REFERENCE_LOGITS
-            files[REFERENCE_LOGITS] = safetensors_io.write(file, _list_specs(self.reference_logits), blocks, {})
+            files[REFERENCE_LOGITS] = safetensors_io.write(file, list_specs(self.reference_logits), blocks, {})
         self.context.fence()
         manifest = Manifest(
             step=self.step,
@@ -404,10 +404,6 @@ def _use_side_stream(device: torch.device, after: Any) -> Iterator[None]:
         stream.wait_event(after)
         yield
     stream.synchronize()
-
-
-def _list_specs(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, STORED_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
 def _receipt_path(saving: Path, rank: int) -> Path:

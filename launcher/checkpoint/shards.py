@@ -67,7 +67,7 @@ class Shard:
             whole[_RNG_CUDA] = torch.cuda.get_rng_state()
         layout = zero3.state_layout(engine, named_parameters)
         specs = [TensorSpec(tensor_key(name, key), "F32", (count,)) for name, key, count in layout]
-        specs += [TensorSpec(name, STORED_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in whole.items()]
+        specs += list_specs(whole)
         # Use the parameter's dtype: a partition that DeepSpeed holds on NVMe has a different one.
         dtype = next(iter(named_parameters.values())).dtype
         return cls(tuple(specs), whole, _DTYPES[dtype], tuple(named_parameters))
@@ -86,6 +86,11 @@ class Shard:
         buffers = {key: tensor for key, tensor in self.whole_tensors.items() if buffer_name(key) is not None}
         all_digests = {**digests, **{key: weight_digest(as_bytes(tensor)) for key, tensor in buffers.items()}}
         return {safetensors_io.DTYPE: self.dtype, safetensors_io.WEIGHTS: json.dumps(all_digests, separators=(",", ":"))}
+
+
+def list_specs(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
+    """Return how a safetensors file holds whole tensors, in their order."""
+    return [TensorSpec(name, STORED_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
 def weight_digests(named_parameters: Mapping[str, Parameter]) -> dict[str, str]:

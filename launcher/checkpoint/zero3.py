@@ -21,7 +21,7 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch.nn import Parameter
 
-from launcher.checkpoint.store import partition
+from launcher.checkpoint.initial_weights import own_range
 from launcher.errors import CheckpointError
 from launcher.plan.optimizers import Optimizer, find_by_class
 from launcher.plan.quantities import list_first
@@ -105,7 +105,7 @@ def stored_keys(engine: Any, step: int) -> tuple[str, ...]:
 
 def local_elements(parameter: Parameter) -> int:
     """Return the number of elements of a parameter on this rank, without padding."""
-    start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
+    start, stop = own_range(parameter)
     return stop - start
 
 
@@ -241,7 +241,7 @@ def load_states(engine: Any, named_parameters: Mapping[str, Parameter], step: in
         with _load_sub_group(zero, group, changed=True):
             _make_optimizer_state(engine, group, step)
             for name, parameter, offset in members:
-                start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
+                start, stop = own_range(parameter)
                 padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32)
                 for key in stored_keys(engine, step):
                     read(name, key, parameter.ds_numel, start, padded[: stop - start])
