@@ -30,7 +30,10 @@ _MIN_TURN_END_SHARE = 0.01
 
 
 def build(
-    data: DataSection, tokenizer_path: str, on_progress: Progress | None = None, num_embeddings: int | None = None
+    data: DataSection,
+    tokenizer_path: str,
+    on_progress: Progress = lambda stage, done, total: None,
+    num_embeddings: int | None = None,
 ) -> DataFacts:
     """Build the cache for `data` and the tokenizer in the folder `tokenizer_path`, unless it exists; return its facts.
 
@@ -47,7 +50,7 @@ def build(
     key = cache_key(data, tokenizer_path)
     with cache_store.lock_folder(key, data.cache_group) as folder:
         if folder is not None:
-            _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None), num_embeddings)
+            _build_into(folder, data, tokenizer_path, on_progress, num_embeddings)
             if cache_key(data, tokenizer_path) != key:
                 # The key describes the bytes before the change.
                 message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
