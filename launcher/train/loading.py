@@ -8,7 +8,7 @@ ever holds the whole model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,12 @@ def build_with_weights(
         if not stored_buffers(hf):
             return hf
         # A checkpoint may lack the buffers that weight files contain, so they are read from the files.
-        files = _unquantized_files(source, config) if source is not None else []
-        sources = find_sources(hf, _stored_tensors(files)) if files else None
+        stored = _read_stored_tensors(source, config) if source is not None else {}
+        sources = find_sources(hf, stored) if stored else None
         if sources is not None and can_fill_buffers(hf, sources.by_name):
             fill_buffers(hf, sources.by_name)
             return hf
+        del hf  # freed before another one is built
     if folder is None or source is None:
         return _replace_frozen_parameters(AutoModelForCausalLM.from_config(config, **options))
     advance = make_progress("loading the weights", facts.num_params * options["dtype"].itemsize)
@@ -165,15 +166,13 @@ def _load_own_parts(folder: Path, model: ModelSection, config: Any, on_fill: Cal
     from transformers.core_model_loading import WeightConverter
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    files = _unquantized_files(folder, config)
-    if not is_deepspeed_zero3_enabled() or not files:
-        return None
     # find_sources decides; this saves the time of building a model that it would not accept.
     transforms = get_checkpoint_conversion_mapping(config.model_type) or ()
-    if not all(can_fuse(transform) for transform in transforms if isinstance(transform, WeightConverter)):
+    can_fuse_all = all(can_fuse(transform) for transform in transforms if isinstance(transform, WeightConverter))
+    if not (stored := _read_stored_tensors(folder, config)) or not is_deepspeed_zero3_enabled() or not can_fuse_all:
         return None
     hf = _build_empty(config, **options)
-    sources = find_sources(hf, _stored_tensors(files)) if hf is not None else None
+    sources = find_sources(hf, stored) if hf is not None else None
     if sources is None:
         return None
     if sources.missing:
@@ -185,12 +184,9 @@ def _load_own_parts(folder: Path, model: ModelSection, config: Any, on_fill: Cal
     return hf
 
 
-def _unquantized_files(folder: Path, config: Any) -> list[Path]:
-    """Return the safetensors files of a folder; none if their weights are quantized."""
-    return [] if getattr(config, "quantization_config", None) else weight_files(folder, with_pickled=False)
-
-
-def _stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+def _read_stored_tensors(folder: Path, config: Any) -> dict[str, StoredTensor]:
+    """Return the tensors in the safetensors files of a folder by their names; none if their weights are quantized."""
+    files = [] if getattr(config, "quantization_config", None) else weight_files(folder, with_pickled=False)
     headers = ((file, name, tensor) for file in files if file.is_file() for name, tensor in read_header(file).items())
     return {name: StoredTensor(file, name, tensor.dtype, tensor.shape, tensor.offset) for file, name, tensor in headers}
 

@@ -49,7 +49,7 @@ class Monitor:
         beat: Callable[[str, int], None],
     ) -> None:
         self._plan, self._rank_info, self._tracker, self._beat = plan, rank_info, tracker, beat
-        self._run = RunDir(Path(plan.run_dir))
+        self._run, self._send_alert = RunDir(Path(plan.run_dir)), partial(tracker.event, "alert")
         self._layer_timer, self._local_stats = LayerTimer(model, device), RankStats()
         self._optimizer_timer = None if optimizer is None else OptimizerTimer(optimizer)
         self._device = device
@@ -64,7 +64,7 @@ class Monitor:
         self.eval_s = self.save_s = 0.0
         on_fault = partial(record_fault, self._run, rank_info, self._hosts[rank_info.rank], RateLimit())
         self._devices = DeviceMonitor(device, rank_info.local_rank == 0, on_fault).start()
-        self._stall_alarm = StallAlarm(partial(tracker.event, "alert")).start() if rank_info.is_main else None
+        self._stall_alarm = StallAlarm(self._send_alert).start() if rank_info.is_main else None
 
     @property
     def _planned_gib(self) -> float:
@@ -82,8 +82,7 @@ class Monitor:
         self._training_began = time.monotonic()
         if self._rank_info.is_main:
             self._tracker.event("info", "the model is loaded", step, **{goodput.PHASE: goodput.LOADED})
-            send_alert = partial(self._tracker.event, "alert")
-            self._spent_before = self._reader.submit(spent_before, self._run, time.time(), send_alert)
+            self._spent_before = self._reader.submit(spent_before, self._run, time.time(), self._send_alert)
 
     def pack_local(self) -> list[float]:
         """Return NUM_VALUES numbers per rank: this rank's statistics at its position, 0 elsewhere, for a sum over ranks.
