@@ -8,7 +8,7 @@ import hand_made
 import pytest
 
 from launcher import run_store
-from launcher.clusters.slurm import queue
+from launcher.clusters.slurm import commands, queue
 from launcher.clusters.slurm.cluster import _correct_status
 from launcher.clusters.slurm.queue import Job
 from launcher.plan.run_dir import RunDir
@@ -31,7 +31,8 @@ def drained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
         assert {"--nodes=n[1-2]", "--partition=gpu"} & {*argv}
         return "".join("\x1f".join([*row, ""]) + "\n" for row in rows)
 
-    monkeypatch.setattr(queue, "slurm", answer)
+    for module in (commands, queue):
+        monkeypatch.setattr(module, "slurm", answer)
     return rows
 
 
