@@ -34,6 +34,8 @@ _CONFIG = "config.json"
 MODULES_CACHE = "HF_MODULES_CACHE"
 # transformers' function that finds a file of code and copies it to the folder of modules: all code passes it.
 _FIND = "get_cached_module_file"
+# transformers' option, which nothing else in the launcher sets.
+TRUST = "trust_remote_code"
 _numbers = itertools.count()
 
 
@@ -110,7 +112,7 @@ def code_option(trusts_code: bool, folder: Path | None) -> dict[str, bool]:
     """
     _hide_kernels()
     _admit_private_copies_only()
-    return {"trust_remote_code": trusts_code and folder is not None}
+    return {TRUST: trusts_code and folder is not None}
 
 
 def folder_to_load(folder: Path, trusts_code: bool, digest: str | None, code: Path | None = None) -> Path:
