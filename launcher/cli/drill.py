@@ -25,6 +25,7 @@ from launcher.cli.resume import resume_run
 from launcher.cli.start_run import prepare_plan, start_run
 from launcher.cli.verbs import flags_of
 from launcher.clusters.backends import Cluster, InjectedFault, cluster_for
+from launcher.config.command_line import override_key
 from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
@@ -146,7 +147,7 @@ def _shorten(config: RunConfig, arguments: argparse.Namespace) -> RunConfig:
         "tracking.kind": "none",
         **({"cluster.stall_seconds": _STALL_S} if arguments.fault == "hang" else {}),
     }
-    user_keys = {override.lstrip("+").partition("=")[0] for override in arguments.overrides}
+    user_keys = set(map(override_key, arguments.overrides))
     user_keys |= {"train.max_steps"} if "train.epochs" in user_keys else set()
     user_keys |= {"tracking.kind"} if any(key.startswith("tracking") for key in user_keys) else set()
     values = config.model_dump(mode="json")

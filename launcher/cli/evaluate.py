@@ -25,6 +25,7 @@ from launcher.cli.render import terminal
 from launcher.cli.render.sections import ChartCurve, Charts, Items, LineChart, Part, Rows, Section, Table, Text, Tone
 from launcher.cli.worker_process import ended_by_signals, run_reporting, run_worker
 from launcher.clusters.backends import nodes_for
+from launcher.config.command_line import override_key
 from launcher.config.compose import compose_one
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
@@ -166,13 +167,13 @@ def _change_settings(config: RunConfig, overrides: Sequence[str], run_name: str)
             remedy="change settings of evaluate and cluster",
         )
         for override in overrides
-        if "=" in override and "." in override.partition("=")[0] and not override.lstrip("+").startswith(_CHANGEABLE)
+        if "=" in override and "." in (key := override_key(override)) and not key.startswith(_CHANGEABLE)
     ]
     if problems:
         raise ConfigError(problems)
-    if any(override.lstrip("+").startswith("cluster=") for override in overrides):
+    if "cluster" in map(override_key, overrides):
         # The cluster differs from the run's, so its settings are composed anew.
-        of_cluster = [override for override in overrides if override.lstrip("+").startswith("cluster")]
+        of_cluster = [override for override in overrides if override_key(override).startswith("cluster")]
         config = config.model_copy(update={"cluster": compose_one(of_cluster).config.cluster})
         overrides = [override for override in overrides if override not in of_cluster]
     return with_overrides(config, overrides, run_name)

@@ -27,6 +27,7 @@ from launcher.cli.worker_process import run_worker_module
 from launcher.clusters import static
 from launcher.clusters.static import StaticCluster, is_idle
 from launcher.clusters.static_meeting import OVER, REFUSED, Meeting, await_plan, head_endpoint
+from launcher.config.command_line import override_key
 from launcher.config.compose import Composed
 from launcher.config.resume import differing, table, with_overrides
 from launcher.config.schema import RunConfig, leaves
@@ -53,7 +54,7 @@ _POLL_S = 0.2
 _VISIBLE_S = 60.0
 # How long an earlier start's machines have to end, in addition to the time after which a machine counts as lost.
 _LEAVE_S = 60.0
-_PER_START = ("cluster.node_rank=", "cluster.master_addr=", "cluster.master_port=", "cluster.nodes=")
+_PER_START = ("cluster.node_rank", "cluster.master_addr", "cluster.master_port", "cluster.nodes")
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 
 
@@ -144,7 +145,7 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
     """Take this machine's part in a resume, which must be started on every machine; returns the exit code."""
     config = with_overrides(plan.config, arguments.overrides, plan.run_name)
     section = StaticSection.of(config.cluster)
-    keys = [override.lstrip("+").partition("=")[0] for override in arguments.overrides]
+    keys = map(override_key, arguments.overrides)
     here = identify(section, os.environ, [key.removeprefix("cluster.") for key in keys if key.startswith("cluster.")])
     config = config.model_copy(update={"cluster": section.for_plan(here.nodes)})
     command = {**_list_shared_settings(config), "resume --step": str(arguments.step), "resume --force": str(arguments.force)}
@@ -154,7 +155,7 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
 
     def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
         # Without those specific to this machine and start.
-        overrides = [override for override in arguments.overrides if not override.lstrip("+").startswith(_PER_START)]
+        overrides = [override for override in arguments.overrides if override_key(override) not in _PER_START]
         overrides += [] if plan.config.cluster.nodes == here.nodes else [f"cluster.nodes={here.nodes}"]
         with run_store.start_lock(run):
             _await_idle(run)

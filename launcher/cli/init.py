@@ -353,7 +353,7 @@ def _fit_offload(
     config: RunConfig, gathered: Facts, machine: Machine, overrides: Sequence[str]
 ) -> tuple[RunConfig, list[Suggestion]]:
     """Return the settings with optimizer states in main memory if a GPU has too little memory for them."""
-    if any(override.lstrip("+").startswith("deepspeed") for override in overrides):
+    if any(override_key(override).startswith("deepspeed") for override in overrides):
         return config, []
     # The plan may reject the settings.
     with suppress(ConfigError):

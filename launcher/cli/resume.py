@@ -25,6 +25,7 @@ from launcher.cli.status import require_idle
 from launcher.cli.worker_process import check_extra, prepare, prepare_eval_sets, worker_environment
 from launcher.clusters.backends import Cluster, cluster_for
 from launcher.clusters.preflight import check_startable, disk_note, push_note
+from launcher.config.command_line import override_key
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.data import cache_store
@@ -45,7 +46,7 @@ from launcher.tracking.run_metrics import has_trained
 # Marks numbers of the plan in a list of differences, such as plan.model.num_layers.
 _PLAN_PREFIX = "plan."
 # Settings that name data files; a resume that sets one requests the rows that these files contain today.
-_SOURCE_KEYS = ("data.path=", "data.sources=", "data.eval_path=")
+_SOURCE_KEYS = {"data.path", "data.sources", "data.eval_path"}
 _NEW_ROWS = (
     "remove the path to continue with the rows as they were built; or train on today's rows, in a different order from those "
     "trained so far: {command} --force ..., or start another run with these weights"
@@ -294,7 +295,8 @@ def _plan_again(
     ]
     is_newest = checkpoint is not None and checkpoint.step == store.newest_step(run.checkpoints)
     known = _list_accepted(saved_plan, plan) if is_newest else []
-    asks_for_data = any(override.lstrip("+").startswith(_SOURCE_KEYS) for override in overrides)
+    keys = tuple(map(override_key, overrides))
+    asks_for_data = not _SOURCE_KEYS.isdisjoint(keys)
     remedy = _NEW_ROWS.format(command=_resume_command(run)) if asks_for_data else ""
     require_same([one for one in changes if one not in known], accepts, run.root, where, remedy)
     model = _restore_model(plan, config)
@@ -308,7 +310,6 @@ def _plan_again(
             f"continuing with differences from the {'plan' if checkpoint is None else 'checkpoint'}:\n{table(changes)}",
             flush=True,
         )
-    keys = tuple(override.lstrip("+").partition("=")[0] for override in overrides)
     # Differences that --force accepted have no override yet.
     accepted = [f"{change.key}={change.requested}" for change in changes if not change.key.startswith(keys)]
     facts_of_run = Facts(
@@ -332,10 +333,10 @@ def _plan_again(
 def _list_accepted(saved_plan: LaunchPlan, plan: LaunchPlan) -> list[Difference]:
     """Return the differences from the checkpoint that --force accepted for an attempt that has not saved since."""
     accepted = plan.provenance.overrides[len(saved_plan.provenance.overrides) :]
-    keys = tuple(override.lstrip("+").partition("=")[0] for override in accepted)
+    keys = tuple(map(override_key, accepted))
     changes = [*differences(saved_plan.config, plan.config), *_compare_data(saved_plan.data, plan.data)]
-    asked_for_data = any(override.lstrip("+").startswith(_SOURCE_KEYS) for override in accepted)
-    return [one for one in changes if one.key.startswith((*keys, *(("plan.data", "data.") if asked_for_data else ())))]
+    of_data = () if _SOURCE_KEYS.isdisjoint(keys) else ("plan.data", "data.")
+    return [one for one in changes if one.key.startswith((*keys, *of_data))]
 
 
 def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int) -> str | None:
