@@ -26,7 +26,7 @@ from launcher.hardware import available_bytes
 from launcher.models import remote_code
 from launcher.models.found_model import GENERATION_CONFIG, link_problems, read_generation_config, read_stop_ids
 from launcher.run_records import EXPORT_RECORD, ExportRecord
-from launcher.tracking.progress import MakeProgress, silent
+from launcher.tracking.progress import MakeProgress, ignore_progress
 
 if TYPE_CHECKING:
     from launcher.export.parity import LogitParity
@@ -108,7 +108,7 @@ class ExportedFolder:
 RenderCard = Callable[[ExportedFolder], str]
 
 
-def export(task: ExportTask, card: RenderCard | None = None, make_progress: MakeProgress = silent) -> ExportedFolder:
+def export(task: ExportTask, card: RenderCard | None = None, make_progress: MakeProgress = ignore_progress) -> ExportedFolder:
     """Write a checkpoint as a folder that transformers and servers load, in place of an earlier export.
 
     The weights take a few MiB of memory for any model size; `task.check` loads the complete model at the end. Shards are not
@@ -141,7 +141,7 @@ def describe_added_stop_ids(exported: ExportedFolder) -> str:
     )
 
 
-def verify_checkpoint(task: ExportTask, make_progress: MakeProgress = silent) -> None:
+def verify_checkpoint(task: ExportTask, make_progress: MakeProgress = ignore_progress) -> None:
     """Verify the checkpoint files whose damage `write_rank_files` would not detect.
 
     An export in the engine's dtype compares every byte that it writes with digests. Then the shards, including the optimizer
@@ -181,7 +181,7 @@ def begin_export(task: ExportTask) -> None:
     _write_config(task, model, {**state.parameters, **{buffer.name: buffer.shape for buffer in _read_buffers(task)}})
 
 
-def write_rank_files(task: ExportTask, rank: int, world_size: int, make_progress: MakeProgress = silent) -> None:
+def write_rank_files(task: ExportTask, rank: int, world_size: int, make_progress: MakeProgress = ignore_progress) -> None:
     """Write this rank's part of the weight files; call it on every rank after `begin_export`, with the same task."""
     manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _file_layout(task)
     own_files = list(planned.files)[rank::world_size]

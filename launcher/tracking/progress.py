@@ -123,7 +123,7 @@ def live_line(stream: TextIO | None = None) -> Iterator[tuple[Say, Callable[[], 
         )
 
 
-def silent(activity: str, total: int) -> Advance:
+def ignore_progress(activity: str, total: int) -> Advance:
     """Return a function that counts nothing."""
     return lambda num_bytes: None
 

@@ -21,7 +21,7 @@ from launcher.distributed import RankInfo, open_store
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.security.folders import make_private_folder
-from launcher.tracking.progress import MakeProgress, silent
+from launcher.tracking.progress import MakeProgress, ignore_progress
 from launcher.train.model import CausalLMLoss, build_model
 from launcher.train.optim import build_optimizer
 
@@ -58,7 +58,7 @@ def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
 
 
 def build_engine(
-    plan: LaunchPlan, rank_info: RankInfo, make_progress: MakeProgress = silent, has_checkpoint: bool = False
+    plan: LaunchPlan, rank_info: RankInfo, make_progress: MakeProgress = ignore_progress, has_checkpoint: bool = False
 ) -> tuple[Any, CausalLMLoss]:
     """Build a DeepSpeed engine around the model, with weights loaded and partitioned. Collective.
 
@@ -99,7 +99,7 @@ def build_inference_engine(plan: LaunchPlan) -> tuple[Any, CausalLMLoss]:
     """
     import deepspeed
 
-    with _partition_model(plan, silent, trains=False) as model:
+    with _partition_model(plan, ignore_progress, trains=False) as model:
         import_muon()
         engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=plan.deepspeed)
     return engine, model

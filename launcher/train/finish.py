@@ -34,7 +34,7 @@ from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
-from launcher.tracking.progress import EVENT, Pace, as_events, report_elapsed_time, silent
+from launcher.tracking.progress import EVENT, Pace, as_events, ignore_progress, report_elapsed_time
 from launcher.tracking.run_metrics import read_overfitting
 from launcher.tracking.tracker import Composite
 from launcher.train import liger
@@ -152,7 +152,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
     if not plan.config.export.enabled:
         return
     task = _build_export_task(plan, checkpoint)
-    make_progress = as_events(tracker.event) if rank_info.is_main else silent
+    make_progress = as_events(tracker.event) if rank_info.is_main else ignore_progress
     try:
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin_export(task) if rank_info.is_main else None)
         rank, world_size = rank_info.rank, rank_info.world_size

@@ -25,7 +25,7 @@ from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.plan.steps import compute_learning_rate
 from launcher.tracking.jsonl import SUPERSEDED
-from launcher.tracking.progress import as_events, silent
+from launcher.tracking.progress import as_events, ignore_progress
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
@@ -132,7 +132,7 @@ class TrainingLoop:
                 raise CheckpointError(message, where=str(run.run_dir.root), remedy=remedy)
             return
         parameters, buffers = parts.model.parameters_by_name(), parts.model.buffers_by_name()
-        make_progress = as_events(tracker.event) if run.rank_info.is_main else silent
+        make_progress = as_events(tracker.event) if run.rank_info.is_main else ignore_progress
         checkpoint, state = load_newest_intact(
             run.run_dir,
             run.rank_info,

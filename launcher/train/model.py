@@ -31,7 +31,7 @@ from launcher.hardware import missing_build_tools
 from launcher.models.remote_code import code_option, folder_to_load, without_code
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.layers import NONE, checkpointed_layers, checkpointing_interval
-from launcher.tracking.progress import MakeProgress, silent
+from launcher.tracking.progress import MakeProgress, ignore_progress
 from launcher.train import attention, liger
 from launcher.train.loading import build_with_weights
 from launcher.train.loss import LossHead
@@ -126,7 +126,7 @@ def build_model(
     device: str,
     chunk_tokens: int,
     packing: bool = True,
-    make_progress: MakeProgress = silent,
+    make_progress: MakeProgress = ignore_progress,
     has_checkpoint: bool = False,
     checkpointing: str = NONE,
     uses_liger: bool = False,

@@ -26,7 +26,7 @@ from launcher.plan.planner import as_run
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
-from launcher.tracking.progress import EVENT, as_events, silent
+from launcher.tracking.progress import EVENT, as_events, ignore_progress
 from launcher.tracking.tracker import Composite
 from launcher.train import attention, liger
 from launcher.train.checkpointer import Checkpointer
@@ -143,7 +143,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     fence = partial(run_store.fence, run.run_dir, rank_info.attempt, refresh=True)
     run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)
     start = agree_on_start_point(run.run_dir, rank_info, device)
-    make_progress = as_events(tracker.event) if rank_info.is_main else silent
+    make_progress = as_events(tracker.event) if rank_info.is_main else ignore_progress
     say = partial(tracker.event, EVENT) if rank_info.is_main else lambda text: None
     engine, model = build_engine(plan, rank_info, make_progress, has_checkpoint=start.checkpoint is not None)
     if device.type == "cuda":

@@ -48,7 +48,7 @@ from launcher.errors import CheckpointError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, OutcomeRecord
-from launcher.tracking.progress import silent
+from launcher.tracking.progress import ignore_progress
 
 
 @pytest.fixture(autouse=True)
@@ -389,7 +389,7 @@ def fetched(there: RemoteFolder, target: RunDir, step: int | None = None, said: 
     claim_run_dir(target, there.url)
     plans = download_fixed_files(there, known, target)
     download_progress(there, target)
-    newest = download_checkpoint(there, target, step, (said if said is not None else []).append, silent)
+    newest = download_checkpoint(there, target, step, (said if said is not None else []).append, ignore_progress)
     write_plans(target, plans)
     return newest
 
@@ -477,7 +477,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_downloaded(tmp
     # A checkpoint without a readable manifest does not exist.
     assert ("step 10 is damaged" in " ".join(said)) == (damage != "manifest")
     with pytest.raises(CheckpointError):
-        download_checkpoint(there, RunDir(tmp_path / "third"), 10, said.append, silent)
+        download_checkpoint(there, RunDir(tmp_path / "third"), 10, said.append, ignore_progress)
 
 
 def test_a_mirror_without_an_intact_checkpoint_creates_no_run(tmp_path: Path) -> None:
