@@ -88,7 +88,7 @@ def gather(config: RunConfig, found: FoundModel, overrides: Sequence[str], node:
         model=model,
         data=data,
         eval_sets=eval_sets,
-        provenance=provenance(overrides),
+        provenance=read_provenance(overrides),
         lineage=lineage,
     )
 
@@ -163,7 +163,7 @@ def id_problem(cache_dir: str, model: ModelFacts) -> Problem | None:
     return cache_store.id_problem(cache_store.read_report(cache_dir)["max_token_id"], model.vocab_size, str(model.tokenizer_path))
 
 
-def provenance(overrides: Sequence[str]) -> Provenance:
+def read_provenance(overrides: Sequence[str]) -> Provenance:
     commit = dirty = None
     # Of the checkout that the package runs from.
     folder = Path(launcher.__file__).resolve().parent.parent

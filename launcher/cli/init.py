@@ -345,7 +345,7 @@ def _estimate_model_size(config: RunConfig, overrides: Sequence[str], node: Devi
     assumed = f"the size of the model is taken from its name: {size / 1e9:g} billion parameters" if match else _ASSUMED_SIZE
     known = {"hidden_size": 1, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 1}
     stand_in = model_facts({**known, "model_type": "llama"}, None, None, int(size))
-    gathered = Facts(working_dir=os.getcwd(), device=node, model=stand_in, data=None, provenance=facts.provenance(overrides))
+    gathered = Facts(working_dir=os.getcwd(), device=node, model=stand_in, data=None, provenance=facts.read_provenance(overrides))
     return int(size), None, gathered, assumed
 
 

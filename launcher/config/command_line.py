@@ -74,6 +74,12 @@ def split_words(tokens: Sequence[str], own_flags: Sequence[str]) -> tuple[list[s
 
     `own_flags` are the command's flags, for suggestions.
     """
+    import difflib
+
+    from launcher.config.schema import find_meant_setting, settings
+    from launcher.security.redaction import looks_secret
+    from launcher.shell_commands import launcher_command
+
     files: list[str] = []
     flags: list[str] = []
     overrides: list[str] = []
@@ -88,40 +94,31 @@ def split_words(tokens: Sequence[str], own_flags: Sequence[str]) -> tuple[list[s
         if name in _FLAGS:
             flags.append(token)
             continue
-        is_known = name in _FLAGS_WITH_VALUE
+        takes_value = name in _FLAGS_WITH_VALUE
         may_be_value = rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~"))
-        if not equals and may_be_value and (is_known or not is_run_file(rest[0])):
+        if not equals and may_be_value and (takes_value or not is_run_file(rest[0])):
             value = rest.pop(0)
-        if not is_known:
-            problems.append(_make_unknown_flag_problem(name, value, own_flags))
-        elif value or name in ("--info", "-i"):
+        if takes_value and (value or name in ("--info", "-i")):
             # Without a value, Hydra would take the next override as it.
             flags += [name, value or "all"]
-        else:
+            continue
+        if takes_value:
             problems.append(Problem(f"{name} needs a value", COMMAND_LINE, remedy=f"write {name} followed by its value"))
+            continue
+        key = name.lstrip("-").replace("-", "_")
+        same = [option for option in settings() if option.rpartition(".")[2] == key and "[]" not in option]
+        meant = key if key in (*GROUPS, *settings()) else find_meant_setting(key) or " or ".join(same[:3])
+        if value.endswith(SUFFIXES):
+            remedy = f"a file of settings is named without a flag: {launcher_command('train', value)}"
+        elif meant:
+            remedy = f"settings are written without dashes: {meant.replace(' or ', '=... or ')}=..."
+        else:
+            known = [flag for flag in (*own_flags, *_FLAGS, *_FLAGS_WITH_VALUE) if flag.startswith("--")]
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "settings are written key=value; --help lists the flags"
+        shown = "" if looks_secret(key, value) else f"{name} {value}".strip()
+        problems.append(Problem(f"there is no flag {name}", where=COMMAND_LINE, value=shown, remedy=remedy))
     return files, flags, overrides, problems
-
-
-def _make_unknown_flag_problem(name: str, value: str, own_flags: Sequence[str]) -> Problem:
-    import difflib
-
-    from launcher.config.schema import find_meant_setting, settings
-    from launcher.security.redaction import looks_secret
-    from launcher.shell_commands import launcher_command
-
-    key = name.lstrip("-").replace("-", "_")
-    same = [option for option in settings() if option.rpartition(".")[2] == key and "[]" not in option]
-    meant = key if key in (*GROUPS, *settings()) else find_meant_setting(key) or " or ".join(same[:3])
-    known = [flag for flag in (*own_flags, *_FLAGS, *_FLAGS_WITH_VALUE) if flag.startswith("--")]
-    if value.endswith(SUFFIXES):
-        remedy = f"a file of settings is named without a flag: {launcher_command('train', value)}"
-    elif meant:
-        remedy = f"settings are written without dashes: {meant.replace(' or ', '=... or ')}=..."
-    else:
-        matches = difflib.get_close_matches(name, known, n=1)
-        remedy = f"did you mean {matches[0]}?" if matches else "settings are written key=value; --help lists the flags"
-    shown = "" if looks_secret(key, value) else f"{name} {value}".strip()
-    return Problem(f"there is no flag {name}", where=COMMAND_LINE, value=shown, remedy=remedy)
 
 
 def without_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -> tuple[list[str], list[Problem]]:

@@ -215,16 +215,14 @@ def require_distinct_runs(jobs: Sequence[Composed]) -> None:
         ConfigError: with the name that they share.
     """
     names = Counter((job.config.run.root, job.config.run.name) for job in jobs if job.config.run.name is not None)
-    shared = [(name, count) for (_, name), count in names.items() if name is not None and count > 1]
-    if not shared:
-        return
-    name, count = shared[0]
-    raise ConfigError(
-        f"run.name={name}: {count} runs of this sweep would have the same name and directory",
-        where=jobs[0].origins.of("run.name"),
-        value=name,
-        remedy=f"leave run.name unset, or make it differ, as in 'run.name={name}-${{optim.lr}}'",
-    )
+    for (_, name), count in names.items():
+        if count > 1:
+            raise ConfigError(
+                f"run.name={name}: {count} runs of this sweep would have the same name and directory",
+                where=jobs[0].origins.of("run.name"),
+                value=str(name),
+                remedy=f"leave run.name unset, or make it differ, as in 'run.name={name}-${{optim.lr}}'",
+            )
 
 
 def _validate_settings(cfg: Any, run_file: RunFile | None) -> Composed:

@@ -47,7 +47,21 @@ def list_schema_problems(
             continue
         reported.add(key)
         if item["type"] == "extra_forbidden":
-            yield _make_unknown_key_problem(key, item["input"], origins)
+            uniform, is_section = _UNIFORM_KEY.sub("[]", key), isinstance(item["input"], dict)
+            message = f"{key}: there is no such {'section of settings' if is_section else 'setting'}"
+            section = uniform.rpartition(".")[0]
+            siblings = ", ".join(k for k in settings() if k.rpartition(".")[0] == section)
+            if uniform in settings() and (kinds := settings()[uniform].kinds):
+                group = uniform.split(".")[0]
+                message = f"{key}: this setting only exists with {' and '.join(f'{group}={kind}' for kind in kinds)}"
+                remedy = f"select {' or '.join(f'+{group}={kind}' for kind in kinds)}, or remove {key}"
+            elif key == "experiment":
+                remedy = "write `# @package _global_` as the first line of the experiment's file"
+            elif section and siblings:
+                remedy = suggest_setting(uniform) or f"the settings in this section are: {siblings}"
+            else:
+                remedy = suggest_setting(uniform) or f"write section.name=value; the sections are: {siblings}"
+            yield Problem(message, where=origins.of(key), value=_format_scalar(key, item["input"]), remedy=remedy)
         elif item["type"] == "missing":
             yield make_missing_problem(key, origins)
         elif item["type"] == "union_tag_invalid":
@@ -85,25 +99,6 @@ def _write_type_remedy(key: str) -> str:
     uniform = _UNIFORM_KEY.sub("[]", key)
     setting = max((s for s in settings().values() if uniform.startswith(s.key)), key=lambda s: len(s.key))
     return f"set {setting.key} to a value of the type: {setting.type}. {setting.meaning}"
-
-
-def _make_unknown_key_problem(key: str, value: Any, origins: Origins) -> Problem:
-    uniform = _UNIFORM_KEY.sub("[]", key)
-    elsewhere = settings().get(uniform)
-    section = uniform.rpartition(".")[0]
-    siblings = ", ".join(k for k in settings() if k.rpartition(".")[0] == section)
-    message = f"{key}: there is no such {'section of settings' if isinstance(value, dict) else 'setting'}"
-    if elsewhere is not None and elsewhere.kinds:
-        group = uniform.split(".")[0]
-        message = f"{key}: this setting only exists with {' and '.join(f'{group}={kind}' for kind in elsewhere.kinds)}"
-        remedy = f"select {' or '.join(f'+{group}={kind}' for kind in elsewhere.kinds)}, or remove {key}"
-    elif key == "experiment":
-        remedy = "write `# @package _global_` as the first line of the experiment's file"
-    elif section and siblings:
-        remedy = suggest_setting(uniform) or f"the settings in this section are: {siblings}"
-    else:
-        remedy = suggest_setting(uniform) or f"write section.name=value; the sections are: {siblings}"
-    return Problem(message, where=origins.of(key), value=_format_scalar(key, value), remedy=remedy)
 
 
 def _make_rule_problem(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:

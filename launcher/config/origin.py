@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.config.command_line import COMMAND_LINE
+from launcher.config.command_line import COMMAND_LINE, override_key
 from launcher.config.schema import settings
 from launcher.errors import Problem
 from launcher.shell_commands import short_path
@@ -85,10 +85,9 @@ class Origins:
     def _locate(self, key: str) -> tuple[str, str | None]:
         """Return the origin of a setting, and its text if it is a scalar in a file."""
         for override in reversed(self.overrides):
-            name = override.split("=", 1)[0].lstrip("+~")
-            if name in self.choices:
-                continue
-            if name and (key == name or key.startswith((f"{name}.", f"{name}[")) or name.startswith(f"{key}.")):
+            name = override_key(override)
+            is_around = key == name or key.startswith((f"{name}.", f"{name}["))
+            if name and name not in self.choices and (is_around or name.startswith(f"{key}.")):
                 return COMMAND_LINE, None
         for file, section in self.files():
             if self.run_file is not None and file == self.run_file.path and not self.run_file.sets(key):

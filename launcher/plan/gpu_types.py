@@ -83,10 +83,7 @@ class Price:
             TypeError, ValueError, KeyError: if it is damaged.
         """
         price = values.get("price")
-        try:
-            return None if price is None else cls(float(price["usd_per_gpu_hour"]), price.get("assumption"))
-        except OverflowError as error:
-            raise ValueError(str(error)) from error
+        return None if price is None else cls(float(price["usd_per_gpu_hour"]), price.get("assumption"))
 
 
 GPUS = {
@@ -157,8 +154,7 @@ def names_other_memory(name: str) -> bool:
 
 def lookup(name: str) -> GpuType | None:
     """Return the row of a GPU, by any name that `recognize` accepts; None for an unknown GPU."""
-    key = recognize(name)
-    return None if key is None else GPUS[key]
+    return GPUS.get(recognize(name) or "")
 
 
 def typical_price(name: str) -> Price | None:

@@ -74,11 +74,12 @@ def check_hpz(config: RunConfig, topology: Topology) -> Iterator[Problem]:
 
 def find_refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) -> Iterator[Problem]:
     """Yield problems of settings that would make the run fail or destroy its model; `data` is None before it is built."""
-    lr, usual = config.optim.lr, _find_usual_lr(config)
-    name, offload = config.optim.name, config.deepspeed.offload_optimizer
-    if name not in OPTIMIZERS:
+    lr, name, offload = config.optim.lr, config.optim.name, config.deepspeed.offload_optimizer
+    optimizer = OPTIMIZERS.get(name)
+    usual = None if optimizer is None else optimizer.usual_lr
+    if optimizer is None:
         yield Problem("unknown optimizer", where="optim.name", value=name, remedy=f"choose one of: {', '.join(OPTIMIZERS)}")
-    elif offload != "none" and not OPTIMIZERS[name].can_offload:
+    elif offload != "none" and not optimizer.can_offload:
         remedy = "set deepspeed.offload_optimizer=none, or use optim=adamw"
         yield Problem(f"the states of {name} cannot be offloaded", "deepspeed.offload_optimizer", offload, remedy)
     if usual is not None and lr > _MAX_LR and config.model.init == "pretrained":
@@ -124,7 +125,7 @@ def find_refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) 
 def find_warnings(plan: LaunchPlan) -> Iterator[str]:
     """Yield a warning for each probable mistake, with a suitable value."""
     config, data, world_size = plan.config, plan.data, plan.topology.world_size
-    lr, usual = config.optim.lr, _find_usual_lr(config)
+    lr, usual = config.optim.lr, OPTIMIZERS[config.optim.name].usual_lr
     allowed = _HIGH_LR if config.model.init == "pretrained" else _HIGH_LR_RANDOM
     if usual is not None and lr > allowed * usual[1]:
         yield f"optim.lr={lr:g} is high: fine-tuning with {config.optim.name} usually takes {_write_range(usual)}"
@@ -147,11 +148,6 @@ def find_warnings(plan: LaunchPlan) -> Iterator[str]:
         rows = format_count(data.num_rows, "row")
         yield f"a batch of {format_count(batch, 'row')} is more than the {rows} of the data, so each step repeats rows: {fitting}"
     yield from warn_of_short_saves(plan)
-
-
-def _find_usual_lr(config: RunConfig) -> tuple[float, float] | None:
-    optimizer = OPTIMIZERS.get(config.optim.name)
-    return None if optimizer is None else optimizer.usual_lr
 
 
 def _write_range(usual: tuple[float, float]) -> str:

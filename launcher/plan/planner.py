@@ -307,5 +307,5 @@ def run_dir_of(config: RunConfig, name: str, working_dir: str, home_dir: str) ->
 
 
 def device_gib(config: RunConfig, facts: Facts) -> float | None:
-    gpu = lookup(config.cluster.gpu_type) if config.cluster.gpu_type is not None else None
+    gpu = lookup(config.cluster.gpu_type or "")
     return gpu.memory_gib if gpu is not None else facts.device.memory_gib

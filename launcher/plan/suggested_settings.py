@@ -71,11 +71,9 @@ class Suggestion:
 
 
 def suggest(
-    num_params: int, max_positions: int | None, data: DataSample, machine: Machine, chosen: Mapping[str, Any] | None = None
+    num_params: int, max_positions: int | None, data: DataSample, machine: Machine, chosen: Mapping[str, Any]
 ) -> list[Suggestion]:
     """Return suggested settings, except those that are `chosen`; dependent settings follow the chosen values."""
-    chosen = chosen or {}
-
     # The power of two that holds 99 of 100 documents, within the limits of the model and the device.
     low, high = _LENGTHS[machine.device]
     tokens = data.p99_tokens * (1 if data.is_measured else _ESTIMATE_MARGIN)

@@ -241,7 +241,7 @@ def sample(num_documents: int = 20_000, mean: float = 400.0, p99: int = 1500, me
 def values(
     data: DataSample, machine: Machine = GPUS, num_params: int = 8_000_000_000, positions: int | None = 32768
 ) -> dict[str, Any]:
-    suggestions = suggest(num_params, positions, data, machine)
+    suggestions = suggest(num_params, positions, data, machine, {})
     assert all(one.reason for one in suggestions)
     return {one.key: one.value for one in suggestions}
 

@@ -112,12 +112,8 @@ def _read_text(text: str, _: Mapping[str, str]) -> str:
     return text.strip()
 
 
-def _read_first_node(text: str, _: Mapping[str, str]) -> str:
-    """Return the first host of a Slurm list, such as n1 in n[1-3,7],m2."""
-    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?", text.strip())
-    return "".join(part or "" for part in match.groups()) if match else text
-
-
+# A Slurm list, such as n[1-3,7]-ib,m2: what comes before, in and after the first brackets names the first host, n1-ib.
+_FIRST_NODE = re.compile(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?.*")
 # The first fallback that is set is used. The variables' documentation is linked in docs/static.md.
 VARIABLES: tuple[Variable, ...] = (
     # Used by scripts around torchrun; RunPod, Azure ML and Kubeflow set them too.
@@ -150,7 +146,9 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(NODE_RANK, "OMPI_COMM_WORLD_RANK", _read_number, fallback=True),
     Variable(NODES, "SLURM_STEP_NUM_NODES", _read_number, fallback=True),
     Variable(NODE_RANK, "SLURM_NODEID", _read_number, fallback=True),
-    Variable(MASTER_ADDR, "SLURM_STEP_NODELIST", _read_first_node, fallback=True),
+    Variable(
+        MASTER_ADDR, "SLURM_STEP_NODELIST", lambda text, _: _FIRST_NODE.sub(r"\1\2\3", text.strip(), count=1), fallback=True
+    ),
     # Set in a PyTorchJob's pods. Elsewhere they count processes, so they come last and never contradict other values.
     Variable(NODES, "WORLD_SIZE", _read_number, fallback=True),
     Variable(NODE_RANK, "RANK", _read_number, fallback=True),

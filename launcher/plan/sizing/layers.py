@@ -121,10 +121,9 @@ def describe_liger(config: RunConfig, model: ModelFacts, device: str, is_used: b
     section = config.model
     if device != "cuda":
         return ""
-    if is_used and may_lack_liger(config):
-        return "Liger's kernels if the ranks have liger-kernel, and planned without them (model.liger=true plans with them)"
     if is_used:
-        return "Liger's kernels"
+        condition = " if the ranks have liger-kernel, and planned without them (model.liger=true plans with them)"
+        return f"Liger's kernels{condition if may_lack_liger(config) else ''}"
     if section.liger == AUTO and has_liger_kernels(section, model, device):
         return "without Liger, which is not installed here (pip install 'launcher[gpu]')"
     return "" if section.liger == AUTO else "without Liger (model.liger=false)"

@@ -47,12 +47,12 @@ def num_hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
 
 def max_parameter_elements(facts: ModelFacts) -> int:
     """Return the number of elements of the largest parameter: the embedding, or a weight of a layer."""
-    return max(facts.vocab_size * facts.hidden_size, largest_weight(facts))
+    return max(head_elements(facts), largest_weight(facts))
 
 
 def layer_elements(facts: ModelFacts) -> int:
     """Return the elements of a decoder layer, averaged if only some layers have experts."""
-    embeddings = facts.vocab_size * facts.hidden_size * (1 if facts.tie_word_embeddings else 2)
+    embeddings = head_elements(facts) * (1 if facts.tie_word_embeddings else 2)
     return max(1, (facts.num_params - embeddings) // max(1, facts.num_layers))
 
 
