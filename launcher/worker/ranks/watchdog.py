@@ -54,13 +54,13 @@ _MIN_LOAD_S = 300.0
 # Nodes report progress to each other at intervals of this share of the loading limit.
 _SHARING = 0.02
 _LOADING = ("starting", "joined", "loaded")
-# A process in one of these states does no work.
-_UNABLE = {
+# A process in one of these states does no work; one that is halted does not even wait for storage.
+_HALTED = {
     psutil.STATUS_STOPPED: "is stopped by a signal (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "is held by a debugger",
     psutil.STATUS_ZOMBIE: "has ended without the agent noticing",
-    psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or a driver)",
 }
+_UNABLE = {**_HALTED, psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or a driver)"}
 # A rank that only waits logs or allocates less than this.
 _MIN_BYTES = 1 << 20
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -185,13 +185,13 @@ class StallLimits:
         """At least `_MIN_LOAD_S`: a kernel may compile for a minute, while the rank reads nothing."""
         return max(self.stall_s, _MIN_LOAD_S)
 
-    def of(self, beat: Beat) -> float:
-        """Return the limit in seconds for a rank in this heartbeat's state."""
+    def of(self, beat: Beat, is_halted: bool = False) -> float:
+        """Return the limit in seconds for a rank in this heartbeat's state; `is_halted` means that its process cannot run."""
         if beat.phase == "finishing":
             return math.inf
         if is_loading(beat):
             return self.load_s
-        return max(self.stall_s, self.rare_s) if beat.phase == "saving" else self.stall_s
+        return max(self.stall_s, self.rare_s) if beat.phase == "saving" and not is_halted else self.stall_s
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def judge_ranks(
     """
     silence_s = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states}
     silent = {r: seconds for r, seconds in silence_s.items() if beats[r].trained}
-    lateness = {r: seconds / limits.of(beats[r]) for r, seconds in silent.items()}
+    lateness = {r: seconds / limits.of(beats[r], states[r] in _HALTED) for r, seconds in silent.items()}
     late = {r: silent[r] for r in silent if lateness[r] > 1}
     if not late:
         late = {r: seconds for r, seconds in silence_s.items() if is_loading(beats[r]) and seconds > limits.stall_s}

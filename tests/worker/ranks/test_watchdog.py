@@ -356,6 +356,11 @@ def test_the_limit_is_longer_while_saving(phase: str, limit: float) -> None:
     assert list(judge({0: beat(limit + 1, phase=phase)}, writing).kill) == [0]
 
 
+def test_a_rank_that_is_stopped_while_it_saves_is_killed_as_soon_as_in_training() -> None:
+    beats = {0: beat(61, phase="saving"), 1: beat(61, phase="saving")}
+    assert list(judge(beats, {0: psutil.STATUS_DISK_SLEEP, 1: psutil.STATUS_STOPPED}).kill) == [1]
+
+
 def test_an_export_has_no_limit() -> None:
     assert judge({0: beat(10**6, phase="finishing")}, {0: psutil.STATUS_STOPPED}) == StallVerdict()
 
