@@ -1,11 +1,10 @@
-"""The verb resume: choose the checkpoint, plan again, reject a run that cannot continue, and start a further attempt.
+"""Another attempt of a run: choose the checkpoint, plan again, reject a run that cannot continue, and start the attempt.
 
 The new plan keeps the run's model and data; changed settings are compared with those of the checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -18,12 +17,12 @@ from launcher.checkpoint.manifest import Checkpoint
 from launcher.checkpoint.state import read_state
 from launcher.cli.accounts import check_wandb
 from launcher.cli.checkpoints import verify
-from launcher.cli.follow import Interrupts, follow, interrupted_start
+from launcher.cli.follow import Interrupts
 from launcher.cli.plan import remarks
-from launcher.cli.start_run import may_start, show_started
+from launcher.cli.start_run import may_start
 from launcher.cli.status import require_idle
 from launcher.cli.worker_process import check_extra, prepare, prepare_eval_sets, worker_environment
-from launcher.clusters.backends import Cluster, cluster_for
+from launcher.clusters.backends import Cluster
 from launcher.clusters.preflight import check_startable, disk_note, push_note
 from launcher.config.command_line import override_key
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
@@ -38,7 +37,6 @@ from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.plan.steps import describe_changed_rate
 from launcher.run_records import Attempt, read_export
-from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking import goodput
 from launcher.tracking.run_metrics import has_trained
@@ -52,39 +50,6 @@ _NEW_ROWS = (
     "trained so far: {command} --force ..., or start another run with these weights"
 )
 _DIGEST_CHARS = 8
-
-
-def resume(arguments: argparse.Namespace) -> int:
-    """Start the next attempt of a run, which may be in a mirror, and follow it if requested."""
-    if "://" in arguments.run:
-        from launcher.cli import mirror
-
-        run = mirror.download_run(arguments.run, arguments.root, arguments.step)
-    else:
-        run = run_store.find_run(arguments.run, arguments.root)
-    folders.require_run(run.root)
-    plan = run_store.load_plan(run)
-    if plan.config.cluster.runs_on_every_node:
-        from launcher.cli import every_node
-
-        return every_node.resume(run, plan, arguments)
-    cluster = cluster_for(plan.config.cluster.kind)
-    with Interrupts() as interrupts:
-        with run_store.start_lock(run):
-            attempt = resume_run(
-                run,
-                plan,
-                cluster,
-                arguments.overrides,
-                arguments.step,
-                interrupts,
-                arguments.force,
-                accepts_cost=arguments.yes,
-            )
-        if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
-            return follow(run, attempt, cluster, interrupts)
-        show_started(run, cluster.submission_details(run, attempt))
-        return interrupted_start(run) if interrupts.received else 0
 
 
 def resume_run(

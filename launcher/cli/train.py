@@ -1,4 +1,4 @@
-"""The verb train: plan, prepare, start, and follow runs."""
+"""The verbs train and resume: plan, prepare, start, and follow runs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
+from launcher import run_store
 from launcher.cli.follow import Interrupts, follow, interrupted_start
 from launcher.cli.plan import compose_jobs, print_plan
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Table
+from launcher.cli.resume import resume_run
 from launcher.cli.start_run import check_wandb_accounts, may_start, prepare_plan, show_started, start_run
 from launcher.clusters.backends import cluster_for
 from launcher.errors import EXIT_REFUSED
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.security import folders
 
 _FOLLOW = {"follow=true": True, "follow=false": False}
 
@@ -42,6 +45,39 @@ def train(arguments: argparse.Namespace) -> int:
         with composed.located():
             plans.append(prepare_plan(composed, taken_names={plan.run_name for plan in plans}))
     return start_all(plans, follows) if may_start(plans, arguments.yes) else EXIT_REFUSED
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    """Start the next attempt of a run, which may be in a mirror, and follow it if requested."""
+    if "://" in arguments.run:
+        from launcher.cli import mirror
+
+        run = mirror.download_run(arguments.run, arguments.root, arguments.step)
+    else:
+        run = run_store.find_run(arguments.run, arguments.root)
+    folders.require_run(run.root)
+    plan = run_store.load_plan(run)
+    if plan.config.cluster.runs_on_every_node:
+        from launcher.cli import every_node
+
+        return every_node.resume(run, plan, arguments)
+    cluster = cluster_for(plan.config.cluster.kind)
+    with Interrupts() as interrupts:
+        with run_store.start_lock(run):
+            attempt = resume_run(
+                run,
+                plan,
+                cluster,
+                arguments.overrides,
+                arguments.step,
+                interrupts,
+                arguments.force,
+                accepts_cost=arguments.yes,
+            )
+        if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
+            return follow(run, attempt, cluster, interrupts)
+        show_started(run, cluster.submission_details(run, attempt))
+        return interrupted_start(run) if interrupts.received else 0
 
 
 def start_all(plans: list[LaunchPlan], follows: bool | None) -> int:

@@ -274,7 +274,7 @@ TABLE = (
           _arg("--save", "save a checkpoint before stopping (default); a second cancel kills the run",
                action=argparse.BooleanOptionalAction, default=True)),
          elsewhere="stop kill abort interrupt"),
-    Verb("resume", "Continue", "resume:resume", "RUN [--force] [--yes] [overrides]",
+    Verb("resume", "Continue", "train:resume", "RUN [--force] [--yes] [overrides]",
          "Continue a run from its newest checkpoint; RUN may be an address in a mirror.",
          (_ROOT,
           _arg("run", "name of the run, or path of its directory, or its address in a mirror, URL/NAME", metavar="RUN"),
