@@ -159,28 +159,29 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
     Raises:
         UnreadableCheckpoint: if storage cannot list the directory right now.
     """
-    checkpoints: dict[int, Checkpoint] = {}
-    for path in sorted(_step_directories(root)):  # a replaced directory sorts before the one that took its name
-        try:
-            checkpoint = open_checkpoint(path)
-        except CheckpointError:
-            continue
-        checkpoints[checkpoint.step] = checkpoint
-    return [checkpoints[step] for step in sorted(checkpoints)]
+    return open_all(root)[0]
 
 
 def find_unusable(root: Path) -> dict[int, CheckpointError]:
     """Return why checkpoints cannot be opened, keyed by step: damaged, in another format, or unreadable right now."""
+    return open_all(root)[1]
+
+
+def open_all(root: Path) -> tuple[list[Checkpoint], dict[int, CheckpointError]]:
+    """Return what `list_checkpoints` and `find_unusable` return."""
+    checkpoints: dict[int, Checkpoint] = {}
     errors: dict[int, CheckpointError] = {}
-    for path in sorted(_step_directories(root)):
-        if (step := parse_step(path.name)) is not None:
-            try:
-                open_checkpoint(path)
-            except CheckpointError as error:
-                # A running attempt may have pruned it meanwhile.
-                if isinstance(error, UnreadableCheckpoint) or path.exists():
-                    errors[step] = error
-    return errors
+    for path in sorted(_step_directories(root)):  # a replaced directory sorts before the one that took its name
+        try:
+            checkpoint = open_checkpoint(path)
+        except CheckpointError as error:
+            step = parse_step(path.name)
+            # A running attempt may have pruned it meanwhile.
+            if step is not None and (isinstance(error, UnreadableCheckpoint) or path.exists()):
+                errors[step] = error
+        else:
+            checkpoints[checkpoint.step] = checkpoint
+    return [checkpoints[step] for step in sorted(checkpoints)], errors
 
 
 def require_readable_after(root: Path, step: int) -> None:
@@ -199,18 +200,20 @@ def newest_step(root: Path) -> int | None:
     return max((checkpoint.step for checkpoint in list_checkpoints(root)), default=None)
 
 
-def get_latest(root: Path) -> Checkpoint:
-    """Return the committed checkpoint with the highest step.
+def get_latest(root: Path, *, or_older: bool = False) -> Checkpoint:
+    """Return the committed checkpoint with the highest step; with `or_older`, later ones that are damaged do not count.
 
     Raises:
+        DamagedCheckpoint: if a later one is damaged.
         UnreadableCheckpoint: if a later one cannot be read right now.
         CheckpointError: if there is none; says what the directory holds instead.
     """
-    committed = list_checkpoints(root)
+    committed, unusable = open_all(root)
     require_readable_after(root, committed[-1].step if committed else -1)
-    if committed:
-        return committed[-1]
-    raise _none_usable("there is no committed checkpoint", root)
+    if not committed:
+        raise _none_usable("there is no committed checkpoint", root)
+    newest = max((committed[-1].step, *unusable))
+    return committed[-1] if or_older else get_at_step(root, newest)
 
 
 def get_at_step(root: Path, step: int) -> Checkpoint:
@@ -238,7 +241,7 @@ def damaged_step_error(step: int, problems: Sequence[Problem], root: Path) -> Da
     """Build the error for a damaged checkpoint that the user asked for; names the other steps."""
     others = [checkpoint for checkpoint in list_checkpoints(root) if checkpoint.step != step]
     remedy = (
-        f"choose one of the other steps: {_steps(others)}"
+        f"name the step to use instead: {_steps(others)}; the newest intact one is {others[-1].step}"
         if others
         else "the run has no other checkpoint; restore this one from a copy"
     )

@@ -220,7 +220,7 @@ def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint | None:
         return None
     try:
         if step is None:
-            return store.get_latest(run.checkpoints)
+            return store.get_latest(run.checkpoints, or_older=True)
         checkpoint = store.get_at_step(run.checkpoints, step)
         if error := verify([checkpoint])[checkpoint.path]:
             is_damaged = isinstance(error, DamagedCheckpoint)

@@ -189,6 +189,7 @@ def status_rows(values: dict[str, Any]) -> Rows:
         shown_steps = ", ".join(f"step {step}" for step in values["checkpoints"][-_CHECKPOINTS_SHOWN:])
         num_older = len(values["checkpoints"]) - _CHECKPOINTS_SHOWN
         rows.append(("checkpoints", f"{shown_steps}, and {num_older} older" if num_older > 0 else shown_steps))
+    rows += [("not usable", f"step {step}: {problem}") for step, problem in values["unusable_checkpoints"].items()]
     if values["export"] is not None:
         of_step = values["export_step"]
         is_newest = of_step is None or of_step in values["checkpoints"][-1:]
@@ -225,7 +226,8 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
     resumed = _read_resumed_steps(run)
     tail = read_tail(run.metrics, resumed=resumed)
     placed = run_store.read_placement(run)
-    checkpoints = [checkpoint.step for checkpoint in store.list_checkpoints(run.checkpoints)]
+    committed, unusable = store.open_all(run.checkpoints)
+    checkpoints = [checkpoint.step for checkpoint in committed]
     events = read_events(run.events)
     spent = None
     # Files that do not show where the time went are left out.
@@ -269,6 +271,7 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
         "limit": rest.limit,
         "asked_to_stop": status.state in RUNNING_STATES and run.cancel(number).is_file(),
         "checkpoints": checkpoints,
+        "unusable_checkpoints": {step: store.format_problems(error.problems) for step, error in unusable.items()},
         "export": str(run.export) if run.export.is_dir() else None,
         "export_step": exported.step if run.export.is_dir() and (exported := read_export(run)) is not None else None,
         "device": placed.device,

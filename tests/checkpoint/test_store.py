@@ -32,7 +32,7 @@ from launcher.checkpoint.manifest import (
     record_evaluation,
 )
 from launcher.checkpoint.store import Retention, retention_of, retention_reasons, select_outdated
-from launcher.errors import CheckpointError, UnreadableCheckpoint
+from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.run_records import Attempt
@@ -95,6 +95,18 @@ def test_incomplete_checkpoints_are_not_listed(tmp_path, damage, said):
         store.open_checkpoint(damaged)
     with pytest.raises(CheckpointError, match=damaged.name):
         store.get_latest(tmp_path)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_only_if_asked(tmp_path):
+    for step in (5, 6, 7):
+        committed(tmp_path, step)
+    (tmp_path / "step-00000005" / MANIFEST).unlink()
+    assert store.get_latest(tmp_path).step == 7
+    (tmp_path / "step-00000007" / MANIFEST).unlink()
+    with pytest.raises(DamagedCheckpoint, match="step 7 is damaged") as error:
+        store.get_latest(tmp_path)
+    assert "the newest intact one is 6" in str(error.value)
+    assert store.get_latest(tmp_path, or_older=True).step == 6
 
 
 def test_the_error_without_a_checkpoint_lists_the_directory(tmp_path):

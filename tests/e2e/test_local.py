@@ -181,9 +181,23 @@ def test_resuming_from_a_damaged_step_is_refused(launch_here: Launch, run: Path,
     assert done.returncode == 2
     assert f"the checkpoint of step {step} is damaged" in done.stderr
     assert "rank-00001.safetensors" in done.stderr
-    assert f"choose one of the other steps: {', '.join(map(str, sorted(others)))}" in done.stderr
+    assert f"name the step to use instead: {', '.join(map(str, sorted(others)))}" in done.stderr
     assert committed(run) == lies, "the later ones are not set aside for nothing"
     assert not (run / "attempts/002").exists()
+
+
+def test_a_damaged_newest_checkpoint_is_not_passed_over_in_silence(launch_here: Launch, run: Path, tmp_path: Path) -> None:
+    *_, older, newest = committed(run)
+    truncate(run / "checkpoints" / newest)
+    step, before = (int(name.removeprefix("step-")) for name in (newest, older))
+    done = launch_here("export", str(run), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert f"the checkpoint of step {step} is damaged" in done.stderr
+    assert f"the newest intact one is {before}" in done.stderr
+    assert not (tmp_path / "out").exists()
+    for verb in ("status", "checkpoints"):
+        assert "rank-00001.safetensors: a checkpoint file has the wrong size" in launch_here(verb, str(run)).stdout
+    assert launch_here("export", str(run), "--out", str(tmp_path / "out"), "--step", str(before)).returncode == 0
 
 
 def on_a_small_disk(run: Path, mount: Callable[[Path, str], None], options: str) -> None:

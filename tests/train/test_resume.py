@@ -292,7 +292,7 @@ def test_a_step_that_a_person_asked_for_is_used_or_refused(rank_server: RankServ
     *refused, used = loaded_on_two_ranks(rank_server, tmp_path, flipped, unopened, intact)
     for error in refused:
         assert error.startswith("DamagedCheckpoint: the checkpoint of step 20 is damaged")
-        assert "choose one of the other steps: 10" in error
+        assert "name the step to use instead: 10" in error
     assert folder_names(flipped) == folder_names(unopened) == ["step-00000010", "step-00000020"]
     # The user's step takes precedence over the attempt's own checkpoints.
     assert used[0] == 20
