@@ -29,7 +29,7 @@ from setproctitle import setproctitle
 
 import launcher
 
-COMMAND, AGENT = "launcher", "launcher.worker.agent"
+COMMAND, AGENT = "launcher", "launcher.worker.local"
 _STATIC_AGENT, _FORK_SERVER = "launcher.worker.static", "launcher.worker.ranks.fork_server"
 # The processes that forked processes start are forked again, except those beside the ranks: their agent has threads.
 _SIDECARS = "launcher.worker.sidecars."

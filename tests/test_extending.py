@@ -124,7 +124,7 @@ class K8sCluster:
 
 
 def manifest(plan: LaunchPlan, plan_path: Path, attempt: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "launcher.worker.agent", str(plan_path), str(attempt)]
+    command = [sys.executable, "-m", "launcher.worker.local", str(plan_path), str(attempt)]
     section = K8sSection.of(plan.config.cluster)
     return {
         "kind": "Job",
@@ -190,7 +190,7 @@ def test_a_backend_is_two_classes_one_conf_file_and_two_entries(conf_dir: Path, 
     run = RunDir(Path("runs/tried").absolute())
     job = json.loads(manifest_file(run, 1).read_text())
     assert job["metadata"] == {"name": "tried-1", "namespace": "mine"}
-    assert job["spec"]["command"][1:] == ["-m", "launcher.worker.agent", str(run.plan), "1"]
+    assert job["spec"]["command"][1:] == ["-m", "launcher.worker.local", str(run.plan), "1"]
 
     assert main(["status", "tried", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "running"
@@ -508,7 +508,7 @@ def test_a_backend_of_the_page_has_the_whole_protocol_and_previews_its_job(
     shown = backend.preview(plan.model_copy(update={"config": config}))
     assert shown is not None
     assert shown.startswith("qsub -q long -N ")
-    assert "launcher.worker.agent" in shown
+    assert "launcher.worker.local" in shown
 
 
 def test_a_row_format_of_the_page_is_recognized() -> None:

@@ -53,7 +53,7 @@ class LocalCluster:
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
         log = run.attempt(attempt) / "agent.log"
-        detached_process.start(run, attempt, "launcher.worker.agent", [str(plan_path), str(attempt)], log, "the node's agent")
+        detached_process.start(run, attempt, "launcher.worker.local", [str(plan_path), str(attempt)], log, "the node's agent")
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         return []

@@ -45,7 +45,7 @@ def find(run: Path, attempt: int) -> tuple[psutil.Process, dict[int, psutil.Proc
                     ranks[title.rank] = process
                 continue
             module, path, number = process.cmdline()[-3:]
-            is_agent = module.startswith("launcher.worker.") and module.endswith(".agent")
+            is_agent = module == "launcher.worker.local" or module.endswith(".agent")
             if is_agent and number == str(attempt) and Path(path).is_relative_to(run):
                 agents.append(process)
         except (psutil.Error, ValueError):

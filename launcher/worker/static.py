@@ -9,7 +9,6 @@ node 0 concludes the attempt when the other machines have left their records or 
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -24,19 +23,17 @@ from typing import Any
 from launcher import run_records, run_store
 from launcher.child_process import die_with_parent
 from launcher.clusters import detached_process, static
-from launcher.clusters.limits import record_limits
 from launcher.config.sections.static import StaticSection
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import AttemptEnd, Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, NodeRecord
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
-from launcher.worker.agent import NodeAgent
-from launcher.worker.postmortem import Evidence
-from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S
+from launcher.worker.postmortem import Conclusion, Evidence
 from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.supervise import NodeAgent
 from launcher.worker.wandb_closing import close_wandb_run
 
 # TERM comes from the provider, which takes the machine back; the command turns Ctrl-C into a cancel request.
@@ -55,33 +52,53 @@ def main(plan_path: str, attempt: int, number: int) -> int:
     agent = NodeAgent.start(plan_path, attempt, _SIGNALS)
     if agent is None:
         return 1
-    plan, run, stopper = agent.plan, agent.run, agent.stopper
+    plan, run = agent.plan, agent.run
     section, record = StaticSection.of(plan.config.cluster), run_store.read_attempt(run, attempt)
     peers = Peers(run, attempt, record, number, agent.ranks.send_signal).start()
     if number == 0:
         job = {**detached_process.describe_this_process(), "nodes": record.nodes}
         run_store.update_status(run, state="running", attempt=attempt, job=job, message="starting")
         postmortem.reserve_disk_space(run, attempt)
-    record_limits(run, attempt, number)
-    if run.cancel(attempt).is_file():
-        stopper.request(CANCEL)
-    result = agent.run_node(record, number, static.agent_log(run, attempt, number), why_ended=peers.why_ended)
-    peers.ranks_have_ended()
-    agent.close()
-    agent.write_record(number, record.nodes[number], result)
-    if number != 0:
-        return result.exit_code
-    # Wait for the records of the other machines for as long as their ranks need to end. A machine whose ranks hang still sends
-    # heartbeats: its agent kills them once this machine's record shows a failure.
+    conclusion: Conclusion | None = None
+
+    def conclude(node: NodeRecord) -> bool:
+        nonlocal conclusion
+        peers.ranks_have_ended()
+        if number != 0:
+            return False
+        conclusion = _conclude(run, attempt, record, section, peers.heartbeats)
+        conclusion.write(run, attempt)
+        return conclusion.decision.state == "completed"
+
+    log = static.agent_log(run, attempt, number)
+    node = agent.supervise(record, number, log, conclude=conclude, why_ended=peers.why_ended)
+    if conclusion is None:
+        return 1 if node.problems or node.first_failure is not None else 0
+    state = conclusion.decision.state
+    # The status shows the end only when the mirror has every committed checkpoint, and prompts are answered.
+    with suppress(OSError, LauncherError):
+        run_store.update_status(run, state=state, step=conclusion.ending.step, message=conclusion.message)
+    postmortem.release_disk_space(run, attempt)
+    close_wandb_run(plan, plan_path, run, attempt)
+    return 0 if state == "completed" else _EXIT_INTERRUPTED if state in ("cancelled", "preempted") else 1
+
+
+def _conclude(
+    run: RunDir, attempt: int, record: Attempt, section: StaticSection, heartbeats: static.HeartbeatWatch
+) -> Conclusion:
+    """Judge the attempt once the other machines have left their records or are lost.
+
+    A machine whose ranks hang still sends heartbeats: its agent kills them once this machine's record shows a failure.
+    """
     until = time.monotonic() + section.stop_grace_seconds + static.LOST_S
     while time.monotonic() < until:
         with suppress(OSError):
-            if all(state.ended or state.lost for state in peers.heartbeats.look()):
+            if all(state.ended or state.lost for state in heartbeats.look()):
                 break
         time.sleep(_LOOK_S)
     silence: dict[str, str] = {}
     with suppress(OSError):
-        silence = static.describe_silence(peers.heartbeats.look())
+        silence = static.describe_silence(heartbeats.look())
     judged = postmortem.conclude(run, attempt, record, section, Evidence(silence=silence))
     run_store.fence(run, attempt, refresh=True)
     decision = judged.decision
@@ -89,17 +106,7 @@ def main(plan_path: str, attempt: int, number: int) -> int:
         # Nothing restarts it automatically, but whoever started the command may repeat it.
         state = "preempted" if judged.ending.cause in (Cause.PREEMPTED, Cause.TIME_LIMIT) else "failed"
         decision = Decision(False, state, f"{decision.reason}; {static.REPEAT}")
-    conclusion, state = replace(judged, decision=decision), decision.state
-    conclusion.write(run, attempt)
-    # The status shows the end only when the mirror has every committed checkpoint, and prompts are answered. A machine that is
-    # taken back has no time for answers.
-    stopper.finish(result.answers, math.inf if state == "completed" else 0.0, uses_grace=False)
-    stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
-    with suppress(OSError, LauncherError):
-        run_store.update_status(run, state=state, step=conclusion.ending.step, message=conclusion.message)
-    postmortem.release_disk_space(run, attempt)
-    close_wandb_run(plan, plan_path, run, attempt)
-    return 0 if state == "completed" else _EXIT_INTERRUPTED if state in ("cancelled", "preempted") else 1
+    return replace(judged, decision=decision)
 
 
 class Peers:

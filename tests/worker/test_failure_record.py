@@ -172,7 +172,7 @@ def test_only_an_exception_that_repeats_is_final_in_attempts_and_in_their_restar
 def node(tmp_path: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The agent and ranks 2 and 3 of attempt 2 of `tmp_path / "run"`, then ranks of another attempt and of another run."""
     plan, other = f"{tmp_path}/run/plan.json", f"{tmp_path}/run2/plan.json"
-    arguments = [(SLEEP, "launcher.worker.agent", plan, "2")]
+    arguments = [(SLEEP, "launcher.worker.local", plan, "2")]
     of_ranks = [(plan, "2"), (plan, "2"), (plan, "1"), (other, "2")]
     arguments += [(RANK, rank, *of) for rank, of in zip("2345", of_ranks, strict=True)]
     started = [subprocess.Popen([sys.executable, "-c", *words]) for words in arguments]

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import hand_made
 import pytest
@@ -20,13 +19,12 @@ from launcher import json_records, run_store
 from launcher.errors import RunError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
-from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
-from launcher.worker import agent
+from launcher.worker import local, supervise
 from launcher.worker.checks import gpus, machine
-from launcher.worker.ranks.rank_env import NodeInfo, RankEnv
+from launcher.worker.ranks.rank_env import RankEnv
 
 pytestmark = pytest.mark.rest
 
@@ -105,12 +103,13 @@ def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monke
             spent = goodput.read(run, time.time() + 3600, run_store.read_status(run).state)
             seen.append(spent.gpu_s)
 
-    monkeypatch.setattr(agent.Stopper, "install", lambda self: self)
-    monkeypatch.setattr(agent.sidecar, "start_mirror", lambda *arguments: Mirror())
-    monkeypatch.setattr(agent.detached_process, "start_liveness_file", lambda run: None)
-    monkeypatch.setattr(agent.NodeAgent, "run_ranks", lambda *arguments: None)
-    monkeypatch.setattr(agent, "close_wandb_run", lambda *arguments: None)
-    assert agent.main(str(run.plan), 1) == 1
+    monkeypatch.setattr(supervise.Stopper, "install", lambda self: self)
+    monkeypatch.setattr(supervise.sidecar, "start_mirror", lambda *arguments: Mirror())
+    monkeypatch.setattr(local.detached_process, "start_liveness_file", lambda run: None)
+    monkeypatch.setattr(supervise, "connect_to_head", lambda *_: None)
+    monkeypatch.setattr(supervise.NodeAgent, "run_ranks", lambda *arguments: None)
+    monkeypatch.setattr(local, "close_wandb_run", lambda *arguments: None)
+    assert local.main(str(run.plan), 1) == 1
     # Only GPUs are checked.
     assert [event["text"] for event in read_events(run.events)] == ["the attempt failed: the ranks ended without an outcome"]
     assert seen == [pytest.approx(2 * 3600, abs=60)]
@@ -139,12 +138,13 @@ def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_
         for thread in [thread for thread in threading.enumerate() if thread.name == "gpu-check"]:
             thread.join(60)
 
-    monkeypatch.setattr(agent.Stopper, "install", lambda self: self)
-    monkeypatch.setattr(agent.RankProcesses, "warm_up", lambda self, plan, environment: of_server.update(environment))
-    monkeypatch.setattr(agent.detached_process, "start_liveness_file", lambda run: None)
-    monkeypatch.setattr(agent.NodeAgent, "run_ranks", run_ranks)
-    monkeypatch.setattr(agent, "close_wandb_run", lambda *arguments: None)
-    assert agent.main(str(run.plan), 1) == 1
+    monkeypatch.setattr(supervise.Stopper, "install", lambda self: self)
+    monkeypatch.setattr(supervise.RankProcesses, "warm_up", lambda self, plan, environment: of_server.update(environment))
+    monkeypatch.setattr(local.detached_process, "start_liveness_file", lambda run: None)
+    monkeypatch.setattr(supervise, "connect_to_head", lambda *_: None)
+    monkeypatch.setattr(supervise.NodeAgent, "run_ranks", run_ranks)
+    monkeypatch.setattr(local, "close_wandb_run", lambda *arguments: None)
+    assert local.main(str(run.plan), 1) == 1
     assert of_server["PYTORCH_ALLOC_CONF"] == of_ranks["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     texts = [text.partition(": ")[2] for text in event_texts(run)]
     expected = ("too little shared memory", "clocks of a GPU are lowered", "process outside")
@@ -155,19 +155,25 @@ def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_
 
 
 def test_answers_that_do_not_start_leave_no_mirror_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller ends the mirror that the result contains."""
+    run = hand_made.run(hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS), Attempt(None))
+    finished: list[float] = []
 
-    def refuse() -> None:
+    class Mirror:
+        def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
+            finished.append(until)
+
+    def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    mirror, run = object(), RunDir(tmp_path)
-    made = SimpleNamespace(plan=None, run=run, attempt=1, stopper=SimpleNamespace(requested=False))
-    made.start_mirror, made.start_answers, made._check_nodes = (lambda: mirror), refuse, lambda *_: []
-    monkeypatch.setattr(agent, "node_info", lambda *_: NodeInfo(0, ("n1",), "127.0.0.1", "lo"))
-    monkeypatch.setattr(agent, "connect_to_head", lambda *_: None)
-    result = agent.NodeAgent.run_node(made, None, 0, tmp_path / "agent.log")  # type: ignore[arg-type]
-    assert result.mirror is mirror
-    assert result.failure is not None
+    monkeypatch.setattr(supervise.Stopper, "install", lambda self: self)
+    monkeypatch.setattr(supervise, "connect_to_head", lambda *_: None)
+    monkeypatch.setattr(supervise.sidecar, "start_mirror", lambda *_: Mirror())
+    monkeypatch.setattr(supervise.sidecar, "start_answers", refuse)
+    agent = supervise.NodeAgent.start(str(run.plan), 1, {})
+    assert agent is not None
+    node = agent.supervise(Attempt(None, nodes=("n1",), address="127.0.0.1", interface="lo", port=1), 0, tmp_path / "agent.log")
+    assert node.first_failure is not None
+    assert len(finished) == 1
 
 
 def _alive(pid: int) -> bool:

@@ -8,7 +8,6 @@ attempt when all of its nodes have ended (launcher.worker.slurm.job).
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -19,13 +18,12 @@ from signal import Signals
 
 from launcher import run_store
 from launcher.child_process import exit_on_termination
-from launcher.clusters.limits import record_limits
 from launcher.config.sections.slurm import SlurmSection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
-from launcher.worker.agent import NodeAgent
-from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S, SUBMISSION_S
+from launcher.worker.sidecars.sidecar import SUBMISSION_S
 from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.supervise import NodeAgent
 
 # TERM comes from Slurm, which takes the nodes back, not from a person.
 _SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, PREEMPT: PREEMPT}
@@ -40,20 +38,11 @@ def main(plan_path: str, attempt: int) -> int:
         return 1
     plan, run, stopper = agent.plan, agent.run, agent.stopper
     record = run_store.read_attempt(run, attempt)
-    number = int(os.environ["SLURM_NODEID"])
-    record_limits(run, attempt, number)
     stopper.kill_at = kill_at(record, plan)
-    if run.cancel(attempt).is_file():
-        # Requested before this process listened for signals.
-        stopper.request(CANCEL)
     save_before_end(record, plan, stopper.request)
-    result = agent.run_node(record, number, run.agent_log(attempt, record.job))
-    agent.close()
-    agent.write_record(number, os.uname().nodename, result)
-    is_complete = result.exit_code == 0 and not stopper.requested
-    stopper.finish(result.answers, SUBMISSION_S if is_complete else 0.0, uses_grace=False)
-    stopper.finish(result.mirror, math.inf if result.failure is None else AFTER_FAILURE_S)
-    return result.exit_code
+    log = run.agent_log(attempt, record.job)
+    node = agent.supervise(record, int(os.environ["SLURM_NODEID"]), log, answers_s=SUBMISSION_S)
+    return 1 if node.problems or node.first_failure is not None else 0
 
 
 def save_before_end(record: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]) -> None:

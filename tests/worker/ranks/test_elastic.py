@@ -27,11 +27,11 @@ from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, FailureRecord
 from launcher.tracking.jsonl import read_events
-from launcher.worker.agent import _FailureLog
 from launcher.worker.failure_record import ErrorMemory, ErrorRecord, RankExit
 from launcher.worker.ranks import elastic
 from launcher.worker.ranks.elastic import NodeRendezvous
 from launcher.worker.ranks.rank_env import NodeInfo
+from launcher.worker.supervise import _FailureLog
 
 REPO = Path(__file__).resolve().parents[3]
 # Each start of the ranks ends differently. A lock tells rank 1 that rank 0 has died, as a lost connection would.
@@ -106,7 +106,7 @@ def run_agent(run: RunDir, folder: Path, **variables: str) -> subprocess.Complet
     (folder / "hook").mkdir()
     (folder / "hook/sitecustomize.py").write_text(HOOK)
     environment = os.environ | {"PYTHONPATH": f"{folder / 'hook'}:{REPO}", **variables}
-    command = [sys.executable, "-m", "launcher.worker.agent", str(run.plan), "1"]
+    command = [sys.executable, "-m", "launcher.worker.local", str(run.plan), "1"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100 * slowness())
 
 
@@ -247,17 +247,18 @@ def test_the_watchdogs_message_explains_a_rank_that_it_killed(tmp_path: Path, mo
 
 AGENT = """
 import faulthandler, sys, time
+from pathlib import Path
 faulthandler.dump_traceback_later(100)
 from launcher.distributed import open_store
-from launcher.worker import agent
+from launcher.worker import supervise
 from launcher.worker.ranks import watchdog
 from launcher.worker.ranks.rank_env import NodeInfo
 
 plan_path, node, port = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 watchdog._MIN_LOAD_S = 4.0
-here = agent.NodeAgent.start(plan_path, 1, {})
+here = supervise.NodeAgent.start(plan_path, 1, {})
 store = open_store("127.0.0.1", port, is_server=node == 0)
-failure = here.run_ranks(NodeInfo(node, ("n0", "n1"), "127.0.0.1", None), store)
+failure = here.run_ranks(NodeInfo(node, ("n0", "n1"), "127.0.0.1", None), store, Path(plan_path).with_name("agent.log"))
 store.add("ended", 1)
 here.close()
 while node == 0 and store.add("ended", 0) < 2:

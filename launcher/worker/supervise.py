@@ -1,7 +1,7 @@
-"""The agent of a node: it starts a rank per GPU, watches them, and records how they ended.
+"""The supervisor of a node: it checks the node, starts a rank per GPU, watches them, and records how they ended.
 
-`python -m launcher.worker.agent PLAN ATTEMPT` is the agent of a single-machine run; it also concludes the attempt.
-A Slurm job starts an agent on each of its nodes (launcher.worker.slurm.agent); both use `NodeAgent`.
+It is the same on every backend. A backend starts an agent on each node, such as launcher.worker.local: a process that calls
+`NodeAgent.start` and `supervise`, which tells where the nodes meet and what its signals mean.
 
 torch's elastic agent handles rendezvous and restarts, and reports which rank failed first. This module adds the signals that
 ask the ranks to save before they stop, the watchdog for hung ranks, and the failure record.
@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -29,13 +28,13 @@ from typing import Any
 import launcher
 from launcher import collect_garbage_rarely, json_records, run_store
 from launcher.checkpoint import store as checkpoints
-from launcher.clusters import check_results, detached_process, network
+from launcher.clusters import check_results, network
 from launcher.clusters.limits import LimitEvents, cause_of, record_limits
 from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import LauncherError, Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord, NodeRecord, RestartRecord, exit_file, node_file, restart_file
+from launcher.run_records import Attempt, FailureRecord, NodeRecord, RestartRecord, node_file, restart_file
 from launcher.security.folders import private_variables
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
@@ -46,30 +45,12 @@ from launcher.worker.ranks.rank_env import NodeInfo, allocator_defaults
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ranks.watchdog import HEARTBEATS_VARIABLE, HeartbeatTable, Watchdog
 from launcher.worker.sidecars import sidecar
-from launcher.worker.sidecars.sidecar import Sidecar
-from launcher.worker.signals import CANCEL, PREEMPT, Stopper
-from launcher.worker.wandb_closing import close_wandb_run
+from launcher.worker.sidecars.sidecar import AFTER_FAILURE_S, Sidecar
+from launcher.worker.signals import CANCEL, Stopper
 
 # Nodes usually start within seconds of each other; a prologue, a container or a slow file system may take minutes. Before a
 # restart, stopping the ranks can take half a minute.
 _MEET_DEADLINE_S = 300.0
-# Maps each signal that the agent receives to the one it sends to the ranks. On a single machine, Ctrl-C and TERM come from a
-# person.
-_SIGNALS = {signal.SIGINT: CANCEL, CANCEL: CANCEL, signal.SIGTERM: CANCEL, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
-
-
-@dataclass(frozen=True)
-class NodeResult:
-    """How a node's ranks ended, or why they did not start. Only the head node has the `mirror` and `answers` processes."""
-
-    failure: FailureRecord | None
-    problems: tuple[Problem, ...]
-    mirror: Sidecar | None
-    answers: Sidecar | None
-
-    @property
-    def exit_code(self) -> int:
-        return 0 if self.failure is None and not self.problems else 1
 
 
 @dataclass(frozen=True)
@@ -108,54 +89,65 @@ class NodeAgent:
         ranks.warm_up(plan_path, os.environ)
         return cls(plan, plan_path, RunDir(Path(plan.run_dir)), attempt, stopper, ranks, started_at)
 
-    def start_mirror(self) -> Sidecar | None:
-        """Start the process that copies checkpoints to the mirror, on one node per run. Return None if there is no mirror."""
-        return sidecar.start_mirror(self.plan, self.plan_path, self.run, self.attempt)
+    def supervise(
+        self,
+        place: Attempt,
+        number: int,
+        log: Path,
+        *,
+        conclude: Callable[[NodeRecord], bool] = lambda record: record.first_failure is None,
+        why_ended: Callable[[], str] = str,
+        answers_s: float = math.inf,
+        after_failure_s: float = AFTER_FAILURE_S,
+    ) -> NodeRecord:
+        """Run node `number` of an attempt to its end, and return its record.
 
-    def start_answers(self) -> Sidecar | None:
-        """Start the process that answers prompts with checkpoints, on one node per run. Return None if none are requested."""
-        return sidecar.start_answers(self.plan, self.plan_path, self.run, self.attempt)
-
-    def close(self) -> None:
-        """Stop sending signals, and end the fork server."""
-        self.stopper.disarm()
-        self.ranks.close()
-
-    def run_node(self, record: Attempt, number: int, log: Path, why_ended: Callable[[], str] = str) -> NodeResult:
-        """Meet the agents of the other nodes, check node `number` and run its ranks to their end.
-
+        The nodes of `place` meet at its address and port. When the ranks have ended and the record is written, `conclude`
+        receives it and returns whether the run is complete. Then the head node's other processes get time to finish: answers get
+        `answers_s` seconds if the run is complete; the mirror gets `after_failure_s` if the ranks failed, and no limit otherwise.
         For `log` and `why_ended` see `run_ranks`.
         """
         mirror: Sidecar | None = None
         answers: Sidecar | None = None
         failure: FailureRecord | None = None
         problems: list[Problem] = []
+        record_limits(self.run, self.attempt, number)
+        if self.run.cancel(self.attempt).is_file():
+            # Requested before this process listened for signals.
+            self.stopper.request(CANCEL)
         try:
-            node = node_info(self.plan, record, number)
-            store = connect_to_head(record, node)
-            problems = self._check_nodes(store, record, node)
+            node = node_info(self.plan, place, number)
+            store = connect_to_head(place, node)
+            problems = self._check_nodes(store, place, node)
             if not problems and not self.stopper.requested:
                 if node.is_head:
-                    mirror = self.start_mirror()
-                    answers = self.start_answers()
+                    mirror = sidecar.start_mirror(self.plan, self.plan_path, self.run, self.attempt)
+                    answers = sidecar.start_answers(self.plan, self.plan_path, self.run, self.attempt)
                 failure = self.run_ranks(node, store, log, why_ended)
         except Exception as error:
             failure = failure_record.from_exception(error, log, limit=cause_of(error, self.run.root))
-        return NodeResult(failure, tuple(problems), mirror, answers)
-
-    def write_record(self, number: int, host: str, result: NodeResult) -> None:
-        """Write the record of node `number`; the attempt is concluded from these records."""
+        self.close()
         record = NodeRecord(
             number,
             ended_at=time.time(),
-            host=host,
+            host=place.nodes[number],
             started_at=self.started_at,
             stopped=self.stopper.requested,
             killed=self.stopper.killed,
-            first_failure=result.failure,
-            problems=result.problems,
+            first_failure=failure,
+            problems=tuple(problems),
         )
-        json_records.write(node_file(self.run, self.attempt, number), record)
+        with suppress(OSError):
+            json_records.write(node_file(self.run, self.attempt, number), record)
+        is_complete = conclude(record) and not self.stopper.requested
+        self.stopper.finish(answers, answers_s if is_complete else 0.0, uses_grace=False)
+        self.stopper.finish(mirror, math.inf if failure is None else after_failure_s)
+        return record
+
+    def close(self) -> None:
+        """Stop sending signals, and end the fork server."""
+        self.stopper.disarm()
+        self.ranks.close()
 
     def _check_nodes(self, store: Any, record: Attempt, here: NodeInfo) -> list[Problem]:
         """Return the problems of all nodes of the attempt, the same list on each node; empty if all are fit.
@@ -163,7 +155,7 @@ class NodeAgent:
         Raises:
             RunError: if the connection to the head node is lost.
         """
-        if not ManagedSection.of(self.plan.config.cluster).node_checks:
+        if not getattr(self.plan.config.cluster, "node_checks", False):
             return []
         from launcher.worker.checks import node_check
 
@@ -175,17 +167,13 @@ class NodeAgent:
             report = replace(report, results=(*report.results, foreign))
         return node_check.exchange(store, report, record.nodes, here.node, _MEET_DEADLINE_S)
 
-    def run_ranks(
-        self, node: NodeInfo, store: Any = None, log: Path | None = None, why_ended: Callable[[], str] = str
-    ) -> FailureRecord | None:
+    def run_ranks(self, node: NodeInfo, store: Any, log: Path, why_ended: Callable[[], str] = str) -> FailureRecord | None:
         """Run the ranks of this node to their end; returns the first failure or None.
 
-        `store` is the TCPStore that the nodes of the job share, or None if there is only one node. `log` is the file with the
-        agent's output, None for that of a run on this machine. `why_ended` returns why the caller killed the ranks for good, or
-        an empty string if it did not.
+        `store` is the TCPStore that the nodes share, `log` the file with the agent's output. `why_ended` returns why the caller
+        killed the ranks for good, or an empty string if it did not.
         """
         # These import torch.
-        from launcher.distributed import open_store
         from launcher.worker.ranks import elastic
         from launcher.worker.ranks.elastic import NodeRendezvous
 
@@ -194,9 +182,8 @@ class NodeAgent:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", node.interface)
             # NCCL treats a bare name as a prefix.
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={node.interface}")
-        store = store or open_store(node.address, 0, is_server=True)
         run_id = f"{self.plan.wandb_id}-{self.attempt}"
-        failures = _FailureLog(self.run, self.attempt, node, log or self.run.agent_log(self.attempt), why_ended)
+        failures = _FailureLog(self.run, self.attempt, node, log, why_ended)
         rendezvous = NodeRendezvous(
             store, run_id, node, _MEET_DEADLINE_S, failures.is_final, failures.describe_own, failures.report_restart
         )
@@ -316,12 +303,11 @@ def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:
     Raises:
         RunError: if other nodes can reach no interface of this node.
     """
-    section = ManagedSection.of(plan.config.cluster)
     if record.address is None or record.port is None:
         raise RunError("the attempt has no address and port of the head node", where="attempt.json", remedy="resume the run")
     if node == 0:
         return NodeInfo(node, record.nodes, record.address, record.interface)
-    endpoint = network.own_endpoint([record.address], section.interface)
+    endpoint = network.own_endpoint([record.address], ManagedSection.of(plan.config.cluster).interface)
     return NodeInfo(node, record.nodes, endpoint.address, endpoint.interface)
 
 
@@ -352,52 +338,3 @@ def connect_to_head(record: Attempt, here: NodeInfo) -> Any:
             where=f"{record.address}:{record.port}",
             value=str(error).splitlines()[0],
         ) from None
-
-
-def main(plan_path: str, attempt: int) -> int:
-    """Run an attempt on this machine and conclude it; returns the exit code."""
-    agent = NodeAgent.start(plan_path, attempt, _SIGNALS)
-    if agent is None:
-        return 1
-    run, stopper = agent.run, agent.stopper
-
-    def check_gpus() -> None:
-        # Imported in the thread, which nothing waits for.
-        from launcher.worker.checks import node_check
-
-        node_check.report_gpu_findings(agent.plan, attempt)
-
-    if agent.plan.topology.device == "cuda":
-        threading.Thread(target=check_gpus, name="gpu-check", daemon=True).start()
-    run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=agent.started_at))
-    run_store.update_status(run, state="running", attempt=attempt, job=detached_process.describe_this_process(), message="")
-    detached_process.start_liveness_file(run)
-    record_limits(run, attempt, 0)
-    postmortem.reserve_disk_space(run, attempt)
-    mirror = agent.start_mirror()
-    answers = agent.start_answers()
-    node = NodeInfo(0, (network.node_name(),), network.LOOPBACK.address, network.LOOPBACK.interface)
-    failure = None if stopper.requested else agent.run_ranks(node)
-    agent.close()
-    record = postmortem.judge_local(run, attempt, failure, stopper.requested, stopper.killed)
-    record = replace(record, host=os.uname().nodename, started_at=agent.started_at)
-    postmortem.release_space_if_full(run, attempt)
-    with suppress(OSError):
-        json_records.write(exit_file(run, attempt), record)
-    if record.state == "failed":
-        with suppress(OSError):
-            append_event(run, attempt, "alert", f"the attempt failed: {record.message}", record.step)
-    stopper.finish(answers, math.inf if record.state == "completed" else 0.0, uses_grace=False)
-    # The status shows the end only when the mirror has every committed checkpoint.
-    stopper.finish(mirror)
-    # The attempt holds its machines until here. If the disk is full, the time comes from the liveness file instead.
-    with suppress(OSError):
-        json_records.write(exit_file(run, attempt), replace(record, ended_at=time.time()))
-    run_store.update_status(run, state=record.state, step=record.step, message=record.message)
-    postmortem.release_disk_space(run, attempt)
-    close_wandb_run(agent.plan, agent.plan_path, run, attempt)
-    return 0 if record.state == "completed" else 130 if record.state in ("cancelled", "preempted") else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,77 @@
+"""The agent of a run on this machine: `python -m launcher.worker.local PLAN ATTEMPT`. It also concludes the attempt."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+
+from launcher import json_records, run_store
+from launcher.clusters import detached_process, network
+from launcher.run_records import ExitRecord, NodeRecord, exit_file
+from launcher.tracking.jsonl import append_event
+from launcher.worker import postmortem
+from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.supervise import NodeAgent
+from launcher.worker.wandb_closing import close_wandb_run
+
+# Ctrl-C and TERM come from a person.
+_SIGNALS = {signal.SIGINT: CANCEL, CANCEL: CANCEL, signal.SIGTERM: CANCEL, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
+
+
+def main(plan_path: str, attempt: int) -> int:
+    """Run an attempt on this machine and conclude it; returns the exit code."""
+    agent = NodeAgent.start(plan_path, attempt, _SIGNALS)
+    if agent is None:
+        return 1
+    run = agent.run
+
+    def check_gpus() -> None:
+        # Imported in the thread, which nothing waits for.
+        from launcher.worker.checks import node_check
+
+        node_check.report_gpu_findings(agent.plan, attempt)
+
+    if agent.plan.topology.device == "cuda":
+        threading.Thread(target=check_gpus, name="gpu-check", daemon=True).start()
+    begun = replace(run_store.read_attempt(run, attempt), begun_at=agent.started_at)
+    run_store.write_attempt(run, attempt, begun)
+    run_store.update_status(run, state="running", attempt=attempt, job=detached_process.describe_this_process(), message="")
+    detached_process.start_liveness_file(run)
+    postmortem.reserve_disk_space(run, attempt)
+    end = ExitRecord("failed")
+
+    def conclude(node: NodeRecord) -> bool:
+        nonlocal end
+        judged = postmortem.judge_local(run, attempt, node.first_failure, node.stopped, node.killed)
+        end = replace(judged, host=os.uname().nodename, started_at=agent.started_at)
+        postmortem.release_space_if_full(run, attempt)
+        with suppress(OSError):
+            json_records.write(exit_file(run, attempt), end)
+        if end.state == "failed":
+            with suppress(OSError):
+                append_event(run, attempt, "alert", f"the attempt failed: {end.message}", end.step)
+        return end.state == "completed"
+
+    here = network.LOOPBACK
+    port = network.free_port(here.address)
+    place = replace(begun, nodes=(network.node_name(),), address=here.address, interface=here.interface, port=port)
+    # Nothing starts another attempt that would continue the uploads.
+    agent.supervise(place, 0, run.agent_log(attempt), conclude=conclude, after_failure_s=math.inf)
+    # The attempt holds its machines until here. If the disk is full, the time comes from the liveness file instead.
+    with suppress(OSError):
+        json_records.write(exit_file(run, attempt), replace(end, ended_at=time.time()))
+    # The status shows the end only when the mirror has every committed checkpoint.
+    run_store.update_status(run, state=end.state, step=end.step, message=end.message)
+    postmortem.release_disk_space(run, attempt)
+    close_wandb_run(agent.plan, agent.plan_path, run, attempt)
+    return 0 if end.state == "completed" else 130 if end.state in ("cancelled", "preempted") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))
