@@ -250,7 +250,6 @@ class AnswerGeneration:
                 model, began = engine(), time.monotonic()
                 generated = model.generate(
                     [prompts.prompts[i] for i in missing],
-                    num_shared=prompts.num_shared,
                     stop_strings=prompts.stop_strings,
                     max_new_tokens=settings.max_new_tokens,
                 )
@@ -343,7 +342,7 @@ def _continue_prompt(plan: LaunchPlan, folder: Path, prompt_ids: list[int], devi
     turn_ends = plan.data.turn_end_ids if plan.data else ()
     stop_ids = [i for i in (tokenizer.eos_token_id, *turn_ends) if i is not None]
     engine = TransformersEngine(folder, settings, tokenizer, dtype=settings.dtype, device=device, stop_ids=stop_ids, code=code)
-    (answer,) = engine.generate([prompt_ids], num_shared=0, stop_strings=(), max_new_tokens=_SAMPLED_TOKENS)
+    (answer,) = engine.generate([prompt_ids], stop_strings=(), max_new_tokens=_SAMPLED_TOKENS)
     engine.close()
     return " ".join(answer.text.split())
 

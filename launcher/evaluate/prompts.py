@@ -48,10 +48,9 @@ class PromptStyle:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Token ids of prompts, one list each; the first `num_shared` tokens of all are equal. Answers end at `stop_strings`."""
+    """Token ids of prompts, one list each. Answers end at `stop_strings`."""
 
     prompts: tuple[tuple[int, ...], ...]
-    num_shared: int
     stop_strings: tuple[str, ...] = ()
 
 
@@ -166,13 +165,7 @@ def _encode_question(encoder: Encoder, question: EvalQuestion) -> list[int]:
 
 
 def _make_batch(prompts: Sequence[Sequence[int]], stop_strings: tuple[str, ...]) -> PromptBatch:
-    # The last token of a prompt is never shared, because its logits determine the first token of the answer.
-    num_shared = min((len(prompt) - 1 for prompt in prompts), default=0)
-    if prompts:
-        first = prompts[0]
-        for prompt in prompts[1:]:
-            num_shared = next((i for i in range(num_shared) if prompt[i] != first[i]), num_shared)
-    return PromptBatch(tuple(map(tuple, prompts)), num_shared if len(prompts) > 1 else 0, stop_strings)
+    return PromptBatch(tuple(map(tuple, prompts)), stop_strings)
 
 
 def _write_question(question: EvalQuestion) -> str:

@@ -1,14 +1,13 @@
 """The questions of an evaluation: held-out documents split into a prompt and a reference answer, and training rows as examples.
 
 The caches of a run hold only tokens. A document is found in its source by its tokens, so the questions are exactly the documents
-of the split, however they were selected. Prompts that are also in the training data, equal or similar, are found too: the data
-build compares only the held-out documents with the training documents, not the sets of eval.sets.
+of the split, however they were selected. Prompts that are also in the training data are found too: the data build compares only
+the held-out documents with the training documents, not the sets of eval.sets.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -34,13 +33,10 @@ TRAINING = "training"
 # Extra documents to read, because those without a prompt are replaced by others.
 _SPARE = 1.5
 _ENCODED_AT_ONCE = 256
-# Signatures of as many documents take about half a minute.
+# Reading as many documents takes seconds.
 MAX_DOCUMENTS = 300_000
-_COMPARED_AT_ONCE = 1024
-# Maximum number of documents with an equal or similar prompt per question that are looked up in the training data, first ones
-# first. If all rows of a data set have the same prompt, each question would otherwise match all documents.
+# The most documents with one prompt that are looked up in the training data: all rows of a data set may have the same prompt.
 MAX_CANDIDATES = 32
-_EXACT = 1.0
 
 
 @dataclass(frozen=True)
@@ -187,15 +183,13 @@ def read_documents(inputs: Sequence[Source], encoder: Encoder, checks: ChecksSec
 
 @dataclass(frozen=True)
 class TrainingCopy:
-    """A prompt that is also in the training data: its rows as file and line, and the similarity of the prompts, 1 if equal."""
+    """A prompt that is also in the training data: its rows as file and line."""
 
     question: str
     training: str
-    similarity: float
 
     def __str__(self) -> str:
-        alike = "the same prompt as" if self.similarity == _EXACT else f"{self.similarity:.0%} the same as"
-        return f"{self.question}: {alike} {self.training}"
+        return f"{self.question}: the same prompt as {self.training}"
 
 
 @dataclass(frozen=True)
@@ -209,7 +203,7 @@ class TrainingOverlap:
 def find_training_copies(
     plan: LaunchPlan, encoder: Encoder, sets: Sequence[QuestionSet], advance: Advance, max_documents: int = MAX_DOCUMENTS
 ) -> TrainingOverlap:
-    """Compare the prompts of each set with the first `max_documents` of the sources.
+    """Compare the prompts of each set with the first `max_documents` of the sources, ignoring case, white space and punctuation.
 
     Sources that no longer exist, or cannot be read, are a gap: an evaluation can do without this comparison.
     """
@@ -217,79 +211,39 @@ def find_training_copies(
         return TrainingOverlap({})
     data, gap = plan.config.data, ""
     questions = [question for one in sets for question in one.questions]
-    prompts = PromptIndex(questions)
-    candidates: list[tuple[int, float, Document]] = []
+    by_prompt: dict[bytes, list[int]] = {}
+    for i, question in enumerate(questions):
+        by_prompt.setdefault(_normalize_prompt(question), []).append(i)
+    candidates: dict[bytes, list[Document]] = {}
     try:
         documents = read_documents(data.sources, encoder, data.checks)
-        first_documents = islice(documents, max_documents)
-        while batch := list(islice(first_documents, _COMPARED_AT_ONCE)):
-            candidates += [(i, similarity, batch[at]) for i, similarity, at in prompts.find(batch, data.system)]
-            advance(len(batch))
+        for document in islice(documents, max_documents):
+            question = split_question(document, data.system)
+            prompt = b"" if question is None else _normalize_prompt(question)
+            if prompt in by_prompt and len(same := candidates.setdefault(prompt, [])) < MAX_CANDIDATES:
+                same.append(document)
+            advance(1)
         if next(documents, None) is not None:
             gap = f"prompts were compared with the first {max_documents:,} training documents only"
-        copies = _find_trained(plan, encoder, questions, candidates)
+        trained = _find_trained(plan, encoder, candidates)
     except DataError as error:
         problem = error.problems[0]
         parts = ": ".join(filter(None, (problem.message, problem.where, problem.value)))
         return TrainingOverlap({}, f"prompts were not compared with the training documents: {parts}")
+    copies = {i: TrainingCopy(questions[i].where, where) for prompt, where in trained.items() for i in by_prompt[prompt]}
     names = [one.name for one in sets for _ in one.questions]
     by_set = {one.name: tuple(copy for i, copy in sorted(copies.items()) if names[i] == one.name) for one in sets}
     return TrainingOverlap(by_set, gap)
 
 
-class PromptIndex:
-    """The prompts of questions, for comparison with the prompts of documents."""
-
-    def __init__(self, questions: Sequence[EvalQuestion]) -> None:
-        texts = [_normalize_prompt(question) for question in questions]
-        self._num_equal, self._num_similar = Counter[bytes](), Counter[int]()
-        self._by_text: dict[bytes, list[int]] = {}
-        for i, text in enumerate(texts):
-            self._by_text.setdefault(text, []).append(i)
-        rows = overlap.compute_signatures(texts)
-        self._signed = [i for i, row in enumerate(rows) if row is not None]
-        self._slots = np.stack([row for row in rows if row is not None]) if self._signed else None
-
-    def find(self, documents: Sequence[Document], system: str | None) -> Iterator[tuple[int, float, int]]:
-        """Yield the question, the similarity and the index of each document with an equal or a similar prompt.
-
-        For each question, yields the first MAX_CANDIDATES documents with an equal prompt, and as many with a similar one.
-        """
-        asked = [(at, question) for at, one in enumerate(documents) if (question := split_question(one, system)) is not None]
-        texts = [_normalize_prompt(question) for _, question in asked]
-        for (at, _), text in zip(asked, texts, strict=True):
-            if text in self._by_text and self._num_equal[text] < MAX_CANDIDATES:
-                self._num_equal[text] += 1
-                for i in self._by_text[text]:
-                    yield i, _EXACT, at
-        rows = overlap.compute_signatures(texts)
-        signed = [number for number, row in enumerate(rows) if row is not None]
-        if self._slots is None or not signed:
-            return
-        similar: list[tuple[int, float, int]] = []
-
-        def add(own: np.ndarray, other: np.ndarray, similarity: np.ndarray) -> None:
-            for row, number, share in zip(own.tolist(), other.tolist(), similarity.tolist(), strict=True):
-                i = self._signed[row]
-                if self._num_similar[i] < MAX_CANDIDATES:
-                    self._num_similar[i] += 1
-                    # An estimate of 1 means that the texts differ little.
-                    similar.append((i, min(share, 0.99), asked[signed[number]][0]))
-
-        slots = np.stack([row for row in rows if row is not None])
-        overlap.find_near_pairs_between(self._slots, slots, overlap.REACH, add)
-        yield from similar
-
-
-def _find_trained(
-    plan: LaunchPlan, encoder: Encoder, questions: Sequence[EvalQuestion], candidates: Sequence[tuple[int, float, Document]]
-) -> dict[int, TrainingCopy]:
-    """Return the most similar document for each question, among the candidates that are in the training split."""
+def _find_trained(plan: LaunchPlan, encoder: Encoder, candidates: Mapping[bytes, Sequence[Document]]) -> dict[bytes, str]:
+    """Return the place of the first document of each prompt that is in the training split; `candidates` are by prompt."""
     if not candidates or plan.data is None:
         return {}
     data = plan.config.data
-    rendered = [(one, text) for one in candidates if (text := render(one[2], encoder, data.checks)) is not None]
-    encoded = [tokens.ids[: data.max_length] for tokens in encoder.encode([text for _, text in rendered])]
+    documents = [(prompt, document) for prompt, several in candidates.items() for document in several]
+    rendered = [(*one, text) for one in documents if (text := render(one[1], encoder, data.checks)) is not None]
+    encoded = [tokens.ids[: data.max_length] for tokens in encoder.encode([text for _, _, text in rendered])]
     keys = [digest_tokens(ids) for ids in encoded]
     split, wanted, trained = Split.open(plan.data), {*keys}, set[bytes]()
     # Only documents of matching lengths are read.
@@ -298,11 +252,11 @@ def _find_trained(
             break
         if (key := digest_tokens(np.asarray(split.tokens[split.docs[at] : split.docs[at + 1]]))) in wanted:
             trained.add(key)
-    copies: dict[int, TrainingCopy] = {}
-    for ((i, similarity, document), _), key in zip(rendered, keys, strict=True):
-        if key in trained and (i not in copies or copies[i].similarity < similarity):
-            copies[i] = TrainingCopy(questions[i].where, document.where, round(similarity, 2))
-    return copies
+    places: dict[bytes, str] = {}
+    for (prompt, document, _), key in zip(rendered, keys, strict=True):
+        if key in trained:
+            places.setdefault(prompt, document.where)
+    return places
 
 
 def _normalize_prompt(question: EvalQuestion) -> bytes:
@@ -314,4 +268,4 @@ def describe_copies(num_prompts: int, copies: Sequence[TrainingCopy]) -> str:
     if not copies:
         return ""
     share = f"{len(copies):,} of the {num_prompts:,} prompts"
-    return f"{share} are in the training data, or nearly so: the answers may have been memorized."
+    return f"{share} are in the training data: the answers may have been memorized."

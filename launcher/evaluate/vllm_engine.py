@@ -90,9 +90,9 @@ class VllmEngine:
             raise
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, num_shared: int, stop_strings: Sequence[str], max_new_tokens: int
+        self, prompts: Sequence[Sequence[int]], *, stop_strings: Sequence[str], max_new_tokens: int
     ) -> list[GeneratedIds]:
-        """Return an answer for each prompt. The server finds shared beginnings by itself.
+        """Return an answer for each prompt.
 
         Raises:
             RunError: if the server refuses the request or is gone.

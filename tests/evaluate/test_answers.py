@@ -60,7 +60,7 @@ class Parrot:
         self._weights, self._tokenizer, self._log = weights, tokenizer, log
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, num_shared: int, stop_strings: Sequence[str], max_new_tokens: int
+        self, prompts: Sequence[Sequence[int]], *, stop_strings: Sequence[str], max_new_tokens: int
     ) -> list[GeneratedIds]:
         texts = [self._tokenizer.decode(prompt) for prompt in prompts]
         self._log += [f"{self._weights.digest} {text}" for text in texts]

@@ -42,9 +42,6 @@ def test_text_has_instruction_examples_and_ends_where_the_answer_begins(tokenize
         "Be exact.\n\nGive a number.\n\nQuestion: 1+1?\nAnswer: 2\n\nQuestion: 2+2?\nAnswer: 4\n\nQuestion: 3+3?\nAnswer:"
     )
     assert prompts.stop_strings == ("\n\n", "\nQuestion:", "\nUser:")
-    first, second = prompts.prompts
-    assert first[: prompts.num_shared] == second[: prompts.num_shared]
-    assert first[prompts.num_shared] != second[prompts.num_shared]
 
 
 def test_a_separator_that_examples_contain_ends_no_answer(tokenizer: PreTrainedTokenizerBase) -> None:

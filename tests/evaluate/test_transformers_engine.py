@@ -1,26 +1,19 @@
-"""The transformers engine: tokens equal those of its own `generate`, shared examples run once, and where answers end."""
+"""The transformers engine: tokens equal those of its own `generate`, and where answers end."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoConfig,
     GPTNeoForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     PreTrainedTokenizerBase,
 )
 
@@ -45,8 +38,8 @@ def engine(model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[T
     engine.close()
 
 
-def answers(engine: TransformersEngine, prompts: Sequence[Sequence[int]], *stop: str, num_shared: int = 0) -> list[GeneratedIds]:
-    return engine.generate(prompts, num_shared=num_shared, stop_strings=stop, max_new_tokens=NEW_TOKENS)
+def answers(engine: TransformersEngine, prompts: Sequence[Sequence[int]], *stop: str) -> list[GeneratedIds]:
+    return engine.generate(prompts, stop_strings=stop, max_new_tokens=NEW_TOKENS)
 
 
 def test_a_batch_equals_greedy_generation_of_transformers(
@@ -88,41 +81,6 @@ def test_a_model_without_sdpa_answers(tokenizer: PreTrainedTokenizerBase, tmp_pa
     assert engine.model.config._attn_implementation == "eager"
     prompts = [tokenizer(text).input_ids for text in TEXTS]
     assert answers(engine, prompts) == [answers(engine, [prompt])[0] for prompt in prompts]
-    engine.close()
-
-
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-@pytest.mark.parametrize(
-    "make_model, is_attended_once",
-    [
-        (lambda ids: LlamaForCausalLM(LlamaConfig(**SIZES, **ids, initializer_range=0.4)), True),
-        (lambda ids: MistralForCausalLM(MistralConfig(**SIZES, **ids, initializer_range=0.4, sliding_window=16)), False),
-        (lambda ids: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, **ids, initializer_range=0.4)), True),
-    ],
-    ids=["grouped queries", "sliding window", "learned positions"],
-)
-def test_examples_that_all_prompts_share_change_no_answer(
-    make_model: Callable[[dict[str, int]], Any], is_attended_once: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    torch.manual_seed(3)
-    make_model({"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}).save_pretrained(tmp_path)
-    model = ModelSection(path=str(tmp_path))
-    engine = TransformersEngine(tmp_path, model, tokenizer, dtype="fp32", device="cpu", stop_ids=(2,))
-    shared = tokenizer("An example: a question, and its answer. " * 12).input_ids
-    prompts = [[*shared, *tokenizer(text).input_ids] for text in TEXTS]
-    once = answers(engine, prompts, num_shared=len(shared))
-    assert engine._shared is not None
-    assert (engine._shared[1] is not None) == is_attended_once
-    engine._attends_once = False
-    assert answers(engine, prompts, num_shared=len(shared)) == once, "with a copy for each prompt, as on GPUs"
-    engine._attends_once = True
-    assert [one.ids for one in once] == [one.ids for one in answers(engine, prompts)]
-    assert [one.ids for one in answers(engine, prompts[1:3], num_shared=len(shared))] == [one.ids for one in once[1:3]]
-    same_length = [[*shared, *ids] for ids in ([100, 200, 300], [400, 500, 600])]
-    assert answers(engine, same_length, num_shared=len(shared)) == answers(engine, same_length), "batches without padding"
-    assert [one.ids for one in once] != [one.ids for one in answers(engine, [tokenizer(text).input_ids for text in TEXTS])]
     engine.close()
 
 

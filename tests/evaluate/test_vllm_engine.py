@@ -80,7 +80,7 @@ def test_prompts_go_as_token_ids_and_answers_come_in_their_order(
         assert inherited == "", "packages of this program are not those of vLLM's environment"
         assert server.environ()["HF_HUB_OFFLINE"] == "1", "its client of the Hub is not guarded"
         assert server.cwd() == "/", "Python imports modules from the working directory"
-        answers = engine.generate([[5, 6], [5, 6, 7]], num_shared=2, stop_strings=["\n\n"], max_new_tokens=9)
+        answers = engine.generate([[5, 6], [5, 6, 7]], stop_strings=["\n\n"], max_new_tokens=9)
     finally:
         engine.close()
     assert [(one.text, one.ids, one.is_stopped) for one in answers] == [(" 2 tokens", (7, 8), False), (" 3 tokens", (7, 8), True)]
@@ -129,6 +129,6 @@ def test_a_server_that_ends_later_gets_no_further_prompt(python: Path, weights: 
         server.kill()
         await_no_server(weights)
         with pytest.raises(RunError, match="vLLM gave no answer"):
-            engine.generate([[5, 6]], num_shared=0, stop_strings=[], max_new_tokens=9)
+            engine.generate([[5, 6]], stop_strings=[], max_new_tokens=9)
     finally:
         engine.close()
