@@ -61,8 +61,6 @@ class DoctorReport:
 def check_machines(arguments: argparse.Namespace) -> int:
     """Print the findings of the checks; returns 1 if one failed."""
     jobs = run_hydra(arguments.overrides, flags_of("doctor"))
-    if not jobs:
-        return 0
     if len(jobs) > 1:
         raise ConfigError("doctor checks one set of settings", where="command line", value="-m", remedy="leave out -m")
     report = examine(jobs[0].config, time.monotonic() + arguments.timeout * 60)

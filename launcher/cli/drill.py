@@ -89,8 +89,6 @@ class Records:
 def rehearse_fault(arguments: argparse.Namespace) -> int:
     """Rehearse one fault; returns 0 if the run recovered, 1 if not."""
     jobs = run_hydra(arguments.overrides, flags_of("drill"))
-    if not jobs:
-        return 0
     if len(jobs) > 1:
         raise ConfigError("a drill has only one run", where="command line", value="-m")
     (composed,) = jobs

@@ -39,7 +39,7 @@ FILE is a YAML file with a run's settings (docs/run-file.md); overrides win over
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
 Flags: --json with commands that report, --debug for tracebacks, COMMAND --help for more, --version;
 --trust-owner OWNER (repeatable) accepts files of other users: a NAME, UID, group:NAME, or anyone; docs/security.md.
-Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
+With train, plan and data, -m starts or shows one run per combination of listed values; --config-dir DIR adds options of yours.
 Exit codes: 0 done, 1 the run failed or doctor found a failure, 2 refused before anything started,
 3 a check that was asked for (--min-gain, drift) does not hold, 130 interrupted.
 """
@@ -446,5 +446,5 @@ def _group_help(width: int) -> str:
     lines = ["options of each group (group=option):"]
     for group, names in list_options([conf_dir()]).items():
         lines += textwrap.wrap(f"  {group:<11}{', '.join(names)}", width, subsequent_indent=" " * 13)
-    end = "docs/settings.md lists every setting. Hydra's flags: --cfg job, --info, -m, --config-dir DIR."
+    end = "docs/settings.md lists every setting. -m takes lists of values, --config-dir DIR adds options of yours."
     return "\n".join([*lines, "", textwrap.fill(end, width)])

@@ -16,14 +16,11 @@ from launcher.errors import Problem
 
 COMMAND_LINE = "command line"
 GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
-# Hydra's flags that take a value, and its other flags.
-_FLAGS_WITH_VALUE = (
-    *("--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--info", "-i"),
-    *("--package", "-p"),
-)
-_FLAGS = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--shell-completion", "-sc")
-# Hydra's flags that replace the files in conf/.
-_OTHER_FILES = {"--config-name", "-cn", "--config-path", "-cp"}
+# Hydra's flags: a sweep, and a folder of the user's own options.
+_SWEEP = ("--multirun", "-m")
+_CONFIG_DIR = ("--config-dir", "-cd")
+# Hydra's flags that print settings.
+_PRINTING = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p")
 # Values of data.path and data.sources that name nothing to read.
 _NO_ROWS = ("", "null", "[]")
 # Endings of a run's file, and of files of rows. A .json file may be either.
@@ -58,13 +55,13 @@ def is_run_file(word: str) -> bool:
     return word.endswith((*SUFFIXES, *ROW_SUFFIXES)) or (os.path.exists(word) and not os.path.isdir(word))
 
 
-def names_rows_only(flags: Sequence[str], overrides: Sequence[str], file_choices: Collection[str]) -> bool:
+def names_rows_only(overrides: Sequence[str], file_choices: Collection[str]) -> bool:
     """Return whether a command line names rows but no group option that reads them; a run's file may select one.
 
     `file_choices` are the groups whose option the run's file selects.
     """
     values = {override_key(word): word.partition("=")[2] for word in overrides if not word.startswith("~")}
-    if {"data", "experiment"} & {*values, *file_choices} or not _OTHER_FILES.isdisjoint(flags):
+    if {"data", "experiment"} & {*values, *file_choices}:
         return False
     return any(values.get(key, "") not in _NO_ROWS for key in ("data.path", "data.sources"))
 
@@ -88,37 +85,47 @@ def split_words(tokens: Sequence[str], own_flags: Sequence[str]) -> tuple[list[s
     while rest:
         token = rest.pop(0)
         name, equals, value = token.partition("=")
+        if name.lstrip("+~").startswith("hydra.") and not name.endswith("searchpath"):
+            problems.append(Problem(f"{name}: Hydra only composes settings here", COMMAND_LINE, remedy="remove it"))
+            continue
         if not token.startswith("-"):
             (files if is_run_file(token) else overrides).append(token)
             continue
-        if name in _FLAGS:
+        if name in _SWEEP:
             flags.append(token)
             continue
-        takes_value = name in _FLAGS_WITH_VALUE
+        takes_value = name in _CONFIG_DIR
         may_be_value = rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~"))
         if not equals and may_be_value and (takes_value or not is_run_file(rest[0])):
             value = rest.pop(0)
-        if takes_value and (value or name in ("--info", "-i")):
-            # Without a value, Hydra would take the next override as it.
-            flags += [name, value or "all"]
-            continue
         if takes_value:
-            problems.append(Problem(f"{name} needs a value", COMMAND_LINE, remedy=f"write {name} followed by its value"))
+            if value and Path(value).is_dir():
+                flags += [name, value]
+                continue
+            remedy = f"write {name} followed by a folder with config groups"
+            problems.append(Problem(f"{name}: there is no such folder", COMMAND_LINE, value, remedy))
             continue
         key = name.lstrip("-").replace("-", "_")
         same = [option for option in settings() if option.rpartition(".")[2] == key and "[]" not in option]
         meant = key if key in (*GROUPS, *settings()) else find_meant_setting(key) or " or ".join(same[:3])
         if value.endswith(SUFFIXES):
             remedy = f"a file of settings is named without a flag: {launcher_command('train', value)}"
+        elif name in _PRINTING:
+            remedy = f"settings are printed with: {launcher_command('config', '--all')} ..."
         elif meant:
             remedy = f"settings are written without dashes: {meant.replace(' or ', '=... or ')}=..."
         else:
-            known = [flag for flag in (*own_flags, *_FLAGS, *_FLAGS_WITH_VALUE) if flag.startswith("--")]
+            known = [flag for flag in (*own_flags, *_SWEEP, *_CONFIG_DIR) if flag.startswith("--")]
             close = difflib.get_close_matches(name, known, n=1)
             remedy = f"did you mean {close[0]}?" if close else "settings are written key=value; --help lists the flags"
         shown = "" if looks_secret(key, value) else f"{name} {value}".strip()
         problems.append(Problem(f"there is no flag {name}", where=COMMAND_LINE, value=shown, remedy=remedy))
     return files, flags, overrides, problems
+
+
+def is_sweep(flags: Sequence[str]) -> bool:
+    """Return whether the flags request one job for each combination of the listed values."""
+    return not {*_SWEEP}.isdisjoint(flags)
 
 
 def without_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -> tuple[list[str], list[Problem]]:
@@ -139,25 +146,25 @@ def without_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -
             problems.append(Problem(f"{token}: is not an override, because it has no =", COMMAND_LINE, token, remedy))
             continue
         try:
-            is_sweep = parser.parse_override(token).is_sweep_override()
+            is_list = parser.parse_override(token).is_sweep_override()
         # The parser raises several kinds of exceptions.
         except Exception:
-            is_sweep = None
-        if is_sweep is False or (is_sweep and has_multirun):
+            is_list = None
+        if is_list is False or (is_list and has_multirun):
             readable.append(token)
             continue
         message = f"{name}: the value has characters that Hydra reads as its own syntax"
         remedy = "write key=value or group=option; in lists and mappings, quote texts and close every bracket"
-        if is_sweep:
+        if is_list:
             message = f"{name}: the commas make this a list of values to try, and the flag -m is missing"
             remedy = "add -m for one run per value"
         is_secret = looks_secret(name, value)
-        if is_sweep and name in settings() and settings()[name].type.startswith(("list", "[")):
+        if is_list and name in settings() and settings()[name].type.startswith(("list", "[")):
             remedy = f"{remedy}; for a list, write '{key}=[{value.strip('()[] ')}]'"
         elif (
             not is_secret and name and name not in GROUPS and "${" not in value and (text := _quote_override(parser, key, value))
         ):
-            remedy = f"{f'{remedy}; for' if is_sweep else 'for'} one text, quote it twice, for the shell and for Hydra: {text}"
+            remedy = f"{f'{remedy}; for' if is_list else 'for'} one text, quote it twice, for the shell and for Hydra: {text}"
         problems.append(Problem(message, COMMAND_LINE, "" if is_secret else token, remedy))
     return readable, problems
 
@@ -187,7 +194,7 @@ def _quote_override(parser: Any, key: str, value: str) -> str:
 def config_dirs(tokens: Sequence[str]) -> Iterator[Path]:
     """Yield the folders that --config-dir names."""
     for i, token in enumerate(tokens):
-        if token in ("--config-dir", "-cd") and i + 1 < len(tokens):
+        if token in _CONFIG_DIR and i + 1 < len(tokens):
             yield Path(tokens[i + 1])
         elif token.startswith("--config-dir="):
             yield Path(token.split("=", 1)[1])

@@ -4,22 +4,18 @@ Hydra composes the files under conf/. Groups and keys are translated to its synt
 Overrides of keys become `++key=value`, so that Hydra does not stop at the first unknown key. The schema then reports all unknown
 keys, each with a suggestion. Hydra's errors become ConfigErrors.
 
-Hydra is restricted to composing: it runs no code that a file or an override names. When composing, it calls the classes that
-`hydra.callbacks`, `hydra.job_logging` and `hydra.hydra_logging` name. For a sweep it also calls those in `hydra.sweeper` and
-`hydra.launcher`, and each job of a sweep has its own section `hydra`.
+Only Hydra's compose interface is used: it runs no code that a file or an override names, and writes nothing. A sweep (-m) is
+composed job by job.
 """
 
 from __future__ import annotations
 
-import importlib
-import io
+import itertools
 import os
 import re
-import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +27,7 @@ from launcher.config.command_line import (
     GROUPS,
     conf_dir,
     config_dirs,
+    is_sweep,
     names_rows_only,
     override_key,
     split_words,
@@ -48,13 +45,11 @@ from launcher.config.origin import RUN_FILE_GROUP, Origins, RunFile
 from launcher.config.run_file import read_run_file
 from launcher.config.schema import RunConfig, leaves
 from launcher.config.sections.fields import derive_name
-from launcher.errors import ConfigError, LauncherError, Problem, causes
+from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.security.redaction import (
     LOGIN_IN_ADDRESS,
-    REDACTED,
     environment_secrets,
     has_login,
-    looks_secret,
     redact,
     secret_problem,
 )
@@ -68,28 +63,11 @@ IN_ENVIRONMENT = "put secrets into environment variables (HF_TOKEN, WANDB_API_KE
 _OPTION = "settings"
 _FILE_OVERRIDE = f"+{RUN_FILE_GROUP}={_OPTION}"
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
-# A key before its value in YAML or in an override, the first line of a value, and how the line of a value ends.
-_NAMED_VALUE = re.compile(r"(?P<key>[\w.-]+)(?:: ?|=)(?=[^\s=:])")
-_NEW_ENTRY = re.compile(r"\S|\s+(?:- |[\w.-]+:(?: |$))")
-_VALUE_END = re.compile(r"'?\n?\Z")
 _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
-# Values from conf/config.yaml and from Hydra. Other values would change the environment, or make Hydra write its own files.
-_NEUTRAL: dict[str, Any] = {
-    **{"hydra.job.env_set": {}, "hydra.job.env_copy": [], "hydra.job.chdir": None},
-    **{"hydra.output_subdir": None, "hydra.run.dir": ".", "hydra.sweep.subdir": "."},
-}
-# The classes that run a sweep, with Hydra's values.
-_PLUGINS = {
-    "hydra.launcher": "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
-    "hydra.sweeper": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
-}
 _READS_CREDENTIAL = "a setting must not read this variable, which looks like a secret"
 # The reference to an environment variable, as in ${oc.env:USER}.
 _VARIABLE = "oc.env"
-# Hydra's modules that hold the function that runs a job, and those that hold the one that configures logging.
-_JOBS = ("hydra._internal.hydra", "hydra._internal.core_plugins.basic_launcher")
-_LOGGING = (*_JOBS, "hydra.core.utils")
 
 
 @dataclass(frozen=True)
@@ -113,8 +91,8 @@ def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Comp
     """Compose `tokens` (a command line without the verb); returns the settings of one job or, with `-m`, of each.
 
     A word that names a run's file adds its settings. They take precedence over groups and experiments; overrides take precedence
-    over them. With --cfg, --info and similar flags Hydra only prints, and nothing is returned. `own_flags` are the verb's flags,
-    which `tokens` no longer contains; they serve as suggestions for mistyped flags.
+    over them. `own_flags` are the verb's flags, which `tokens` no longer contains; they serve as suggestions for mistyped flags.
+
     Raises:
         ConfigError: with every mistake.
         FileNotFoundError: if the working directory was deleted.
@@ -137,13 +115,13 @@ def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Comp
     except ConfigError as error:
         # Without the file, other settings may only appear to be wrong.
         raise ConfigError([*problems, *error.problems]) from error
-    if names_rows_only(flags, overrides, () if run_file is None else run_file.choices):
+    if names_rows_only(overrides, () if run_file is None else run_file.choices):
         overrides.append("data=jsonl")
     jobs: list[Composed] = []
     failure: list[BaseException] = []
 
     def task(cfg: Any) -> None:
-        # Hydra prints its own lines about any exception that passes through it, so this function raises none.
+        # Every exception in the composition is Hydra's, so this function raises none.
         if failure:
             return
         try:
@@ -181,7 +159,7 @@ def _compose_despite_mistakes(
         _call_hydra(task, flags, overrides, run_file)
         return
     except ConfigError as error:
-        readable, mistakes = without_unreadable_overrides(overrides, has_multirun=not {"--multirun", "-m"}.isdisjoint(flags))
+        readable, mistakes = without_unreadable_overrides(overrides, is_sweep(flags))
         if not mistakes:
             named = {problem.value for problem in error.problems}
             readable = [token for token in overrides if token.lstrip("+") not in named]
@@ -203,7 +181,7 @@ def compose_one(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> Compose
     """
     jobs = run_hydra(tokens, own_flags)
     if len(jobs) != 1:
-        remedy = "leave out -m and Hydra's own flags"
+        remedy = "leave out -m"
         raise ConfigError("this command takes the settings of one run", where=COMMAND_LINE, value=" ".join(tokens), remedy=remedy)
     return jobs[0]
 
@@ -320,91 +298,54 @@ def _settle_alternatives(cfg: Any, origins: Origins) -> list[str]:
 def _call_hydra(task: Callable[[Any], None], flags: Sequence[str], overrides: Sequence[str], run_file: RunFile | None) -> None:
     """Compose the overrides with a run's file over the config groups, and call `task`, which must not raise, for each job.
 
-    Hydra's flags may start a sweep, or only print.
-
     Raises:
         ConfigError: if Hydra cannot compose them.
     """
-    conf = conf_dir()
-    with _store_run_file(run_file) as file_overrides:
-        argv = [*flags]
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
+
+    conf, own_folders = conf_dir(), [*config_dirs(flags)]
+    with _store_run_file(run_file) as file_overrides, _refuse_credentials():
+        words = [f"hydra.searchpath=[{','.join(_quote_folder(folder) for folder in own_folders)}]"] if own_folders else []
         for token in (*file_overrides, *overrides):
             # The launcher's groups are already in the defaults list.
             token = token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
             match = _KEY_OVERRIDE.match(token)
             if match and match[2] not in GROUPS and not match[2].startswith("hydra") and token != _FILE_OVERRIDE:
                 token = f"++{match[2]}={token[match.end() :]}"
-            argv.append(token)
+            words.append(token)
         try:
-            if flags or any(token.lstrip("+~").startswith("hydra") for token in argv):
-                _run_hydra_main(task, argv, conf)
-                return
-            import hydra
-            from hydra.core.hydra_config import HydraConfig
-            from omegaconf import open_dict
-
-            # As in hydra.main, which composes a first time just to read hydra.mode.
-            with _guard_composition(), hydra.initialize_config_dir(str(conf), job_name="launcher", version_base="1.3"):
-                cfg = hydra.compose("config", argv, return_hydra_config=True)
-                _require_composing_only(cfg)
-                HydraConfig.instance().set_config(cfg)
-                with open_dict(cfg):
-                    del cfg["hydra"]
-                task(cfg)
-        # The task raises nothing, so every exception here is Hydra's, and may stand for a refusal; not all are HydraExceptions.
+            with hydra.initialize_config_dir(str(conf), job_name="launcher", version_base="1.3"):
+                for job in _list_jobs(words) if is_sweep(flags) else [words]:
+                    cfg = hydra.compose("config", [*job], return_hydra_config=True)
+                    HydraConfig.instance().set_config(cfg)
+                    with open_dict(cfg):
+                        del cfg["hydra"]
+                    task(cfg)
+        # Not all of Hydra's exceptions are HydraExceptions.
         except Exception as error:
-            refusal = next((cause for cause in causes(error) if isinstance(cause, ConfigError)), None)
-            if refusal is None:
-                path, folders = None if run_file is None else run_file.path, [*config_dirs(flags), conf]
-                refusal = ConfigError(find_yaml_problems(error) or [make_hydra_problem(error, argv, folders, path)])
-            raise refusal from error
+            path, folders = None if run_file is None else run_file.path, [*own_folders, conf]
+            raise ConfigError(find_yaml_problems(error) or [make_hydra_problem(error, words, folders, path)]) from error
 
 
-def _run_hydra_main(task: Callable[[Any], None], argv: Sequence[str], conf: Path) -> None:
-    """Let Hydra handle its own flags, which may start a sweep or only print."""
-    import hydra
-
-    printed, usage = io.StringIO(), io.StringIO()
-    saved_state = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
-    try:
-        # A sweep always writes a multirun.yaml.
-        with _guard_composition(), tempfile.TemporaryDirectory() as sweep, redirect_stdout(printed), redirect_stderr(usage):
-            # With --info, Hydra composes no sweep, and prints this override.
-            sys.argv += [] if {"-i", "--info"} & set(argv) else [f"hydra.sweep.dir='{sweep}'"]
-            hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(task)()
-    except SystemExit as stop:
-        if stop.code:
-            reason = usage.getvalue().strip().rpartition("error: ")[2]
-            raise ConfigError(
-                f"Hydra cannot read the command line: {reason}",
-                where=COMMAND_LINE,
-                remedy="see python -m launcher --help",
-            ) from stop
-    finally:
-        sys.argv = saved_state[0]
-        os.environ.pop("HYDRA_FULL_ERROR", None)
-        if saved_state[1] is not None:
-            os.environ["HYDRA_FULL_ERROR"] = saved_state[1]
-        print(_redact_settings(printed.getvalue(), environment_secrets(os.environ)), end="")
+def _quote_folder(folder: Path) -> str:
+    """Return a folder of --config-dir as an entry of Hydra's search path."""
+    text = str(folder.absolute()).replace("'", "\\'")
+    return f"'file://{text}'"
 
 
-def _redact_settings(text: str, secrets: Mapping[str, str]) -> str:
-    """Return what Hydra prints for --cfg and --info, with `<redacted>` for each value that looks like a credential."""
+def _list_jobs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the overrides of each job of a sweep: every combination of the listed values."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    def names_secret(key: str) -> bool:
-        # Hydra joins all overrides in override_dirname. Names in capitals are those of a job's variables.
-        names = (key, f"cluster.env.{key}") if key.isupper() else (key,)
-        return key.endswith("override_dirname") or any(looks_secret(name, "?") for name in names)
-
-    lines, is_cut = list[str](), False
-    for line in text.splitlines(keepends=True):
-        if is_cut and not _NEW_ENTRY.match(line):
-            continue
-        match = next((match for match in _NAMED_VALUE.finditer(line) if names_secret(match["key"])), None)
-        is_cut = match is not None
-        lines.append(f"{line[: match.end()]}{REDACTED}{_VALUE_END.findall(line)[0]}" if match else line)
-    return redact("".join(lines), secrets)
+    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([*words])
+    values = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()] if one.is_sweep_override() else [word]
+        for one, word in zip(parsed, words, strict=True)
+    ]
+    yield from itertools.product(*values)
 
 
 @contextmanager
@@ -435,24 +376,10 @@ def _store_run_file(run_file: RunFile | None) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _guard_composition() -> Iterator[None]:
-    """Guard the composition within this block. Hydra's errors about refused settings become ConfigErrors."""
-    from hydra._internal import hydra
+def _refuse_credentials() -> Iterator[None]:
+    """Within this block, references to environment variables that hold a credential fail."""
     from omegaconf import OmegaConf
     from omegaconf.resolvers import oc
-
-    class RefusedCallbacks(hydra.Callbacks):
-        def __init__(self, config: Any = None) -> None:
-            if config is not None:
-                _require_composing_only(config)
-            super().__init__(None)
-
-    def check_first(run_job: Callable[..., Any]) -> Callable[..., Any]:
-        def run_checked(*args: Any, **kwargs: Any) -> Any:
-            _require_composing_only(kwargs["config"])
-            return run_job(*args, **kwargs)
-
-        return run_checked
 
     def read_variable(name: str, *default: Any) -> Any:
         # Within a value, no check would find a credential for certain.
@@ -460,55 +387,8 @@ def _guard_composition() -> Iterator[None]:
             raise ValueError(f"{name}: {_READS_CREDENTIAL}")
         return oc.env(name, *default)
 
-    replacements: list[tuple[Any, str, Any]] = [
-        (hydra, "Callbacks", RefusedCallbacks),
-        *((importlib.import_module(module), "configure_log", lambda *_, **__: None) for module in _LOGGING),
-        *((module, "run_job", check_first(module.run_job)) for module in map(importlib.import_module, _JOBS)),
-    ]
-    originals = [getattr(owner, name) for owner, name, _ in replacements]
+    OmegaConf.register_new_resolver(_VARIABLE, read_variable, replace=True)
     try:
-        for owner, name, replacement in replacements:
-            setattr(owner, name, replacement)
-        OmegaConf.register_new_resolver(_VARIABLE, read_variable, replace=True)
         yield
     finally:
         OmegaConf.register_new_resolver(_VARIABLE, oc.env, replace=True)
-        for (owner, name, _), original in zip(replacements, originals, strict=True):
-            setattr(owner, name, original)
-
-
-def _require_composing_only(config: Any) -> None:
-    """Refuse composed settings, including Hydra's own section, that make Hydra call, set or write something.
-
-    Raises:
-        ConfigError: listing the settings.
-    """
-    from omegaconf import OmegaConf
-
-    changed = [key for key, value in _NEUTRAL.items() if (OmegaConf.select(config, key) or value) != value]
-    if changed:
-        raise ConfigError(
-            f"{changed[0]}: Hydra composes settings here, and neither sets variables nor writes files",
-            where=", ".join(changed),
-            remedy="remove it from the command line and from the files of the chosen options",
-        )
-    for key, name in _PLUGINS.items():
-        # Hydra instantiates everything inside these, so they may name no class but its own, and nothing below it.
-        values = leaves(OmegaConf.to_container(OmegaConf.select(config, key), resolve=True))
-        targets = {inner: value for inner, value in values if "_target_" in inner.split(".")}
-        if targets != {"_target_": name}:
-            called = next((inner for inner in targets if inner != "_target_"), "_target_")
-            raise ConfigError(
-                f"{key}: a setting must not name code to run; nothing was called",
-                where=f"{key}.{called}",
-                value=str(targets.get(called, "")),
-                remedy=f"remove {key} from the command line and from the files of the chosen options",
-            )
-    callbacks = OmegaConf.select(config, "hydra.callbacks")
-    if callbacks:
-        raise ConfigError(
-            "hydra.callbacks: a setting must not name code to run; nothing was called",
-            where="hydra.callbacks",
-            value=", ".join(map(str, callbacks)),
-            remedy="remove hydra.callbacks from the command line and from the files of the chosen options",
-        )

@@ -184,8 +184,6 @@ def make_hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequenc
     lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
     # If a line ends in a colon, the message is on the next line.
     message = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).replace("++", "")
-    if folder := re.search(r"Additional config directory '(.+)' not found", text):
-        return Problem("--config-dir: there is no such folder", COMMAND_LINE, folder[1], "name a folder with config groups")
     culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] not in ("", t) and t in text), "")
     if redact(culprit) != culprit:
         message = "this override cannot be parsed"

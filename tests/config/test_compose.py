@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from forked import Launch, require_exit
 
-from launcher.cli.main import main
 from launcher.config.compose import Composed
 from launcher.errors import Problem
 
@@ -56,18 +53,10 @@ def test_a_multirun_composes_each_job(compose: Compose, position: int) -> None:
     assert "optim.lr=0.25" in jobs[1].overrides
 
 
-def test_cfg_job_prints_the_composed_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "model=tiny", "--cfg", "job"]) == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["name"] == "tiny"
-    assert "hydra" not in printed
-
-
-@pytest.mark.parametrize("tokens", [["--info"], ["--info", "searchpath"]])
-def test_info_prints_and_starts_nothing(capsys: pytest.CaptureFixture[str], tokens: list[str], tmp_path: Path) -> None:
-    assert main([f"run.root={tmp_path}/runs", *tokens]) == 0
-    assert "conf" in capsys.readouterr().out
-    assert not (tmp_path / "runs").exists()
+def test_flags_that_print_settings_name_the_verb_for_it(refused: Callable[..., list[Problem]]) -> None:
+    (problem,) = refused("--cfg", "job", "model=tiny")
+    assert problem.message == "there is no flag --cfg"
+    assert "launcher config --all" in problem.remedy
 
 
 def test_a_multirun_prints_only_the_plans(launch_here: Launch, tmp_path: Path) -> None:
@@ -154,85 +143,26 @@ def shared(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
     return choose
 
 
-@pytest.mark.parametrize(("flags", "by_file"), [((), False), (("-m",), True)])
-def test_callbacks_are_refused_and_not_imported(
-    refused: Refused,
-    marker: Path,
-    shared: Callable[[str], tuple[str, ...]],
-    monkeypatch: pytest.MonkeyPatch,
-    flags: tuple,
-    by_file: bool,
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+def test_hydras_own_section_calls_nothing(
+    compose: Compose, marker: Path, shared: Callable[[str], tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, flags: tuple
 ) -> None:
+    """Hydra's command line would call callbacks, the classes of logging, and targets in the parameters of its sweeper."""
     monkeypatch.syspath_prepend(marker.parent / "path")
-    words = (
-        shared("hydra:\n  callbacks:\n    mine:\n      _target_: evil.C\n")
-        if by_file
-        else ("+hydra.callbacks.mine._target_=evil.C",)
-    )
-    (problem,) = refused(*flags, *words)
-    assert problem.message == "hydra.callbacks: a setting must not name code to run; nothing was called"
-    assert problem.value == "mine"
+    logging = "{version: 1, handlers: {h: {class: evil.C}, i: {(): evil.C}}, root: {handlers: [h, i]}}"
+    section = {
+        **{"mode": "MULTIRUN", "callbacks": "{mine: {_target_: evil.C}}", "sweeper": "{params: {x: {_target_: evil.C}}}"},
+        **{"job_logging": logging, "hydra_logging": logging, "job": "{env_set: {LAUNCHER_TRUST_OWNERS: anyone}}"},
+    }
+    lines = "".join(f"  {key}: {value}\n" for key, value in section.items())
+    assert len(compose(*flags, *shared(f"hydra:\n{lines}"), "model=tiny")) == 1
     assert not marker.exists()
+    assert "LAUNCHER_TRUST_OWNERS" not in os.environ
 
 
-@pytest.mark.parametrize(("by_flag", "params"), [(False, "{_target_: evil.C}"), (True, "{x: {_target_: evil.C}}")])
-def test_what_runs_a_sweep_calls_nothing(
-    refused: Refused,
-    marker: Path,
-    shared: Callable[[str], tuple[str, ...]],
-    monkeypatch: pytest.MonkeyPatch,
-    by_flag: bool,
-    params: str,
-) -> None:
-    """Hydra calls the targets in its sweeper's parameters, and a file can also start a sweep."""
-    monkeypatch.syspath_prepend(marker.parent / "path")
-    words = shared(f"hydra:\n  mode: MULTIRUN\n  sweeper:\n    params: {params}\n")
-    problems = refused(*(("-m",) if by_flag else ()), *words, "model=tiny")
-    assert not marker.exists()
-    assert "hydra.sweeper: a setting must not name code to run; nothing was called" in {problem.message for problem in problems}
-
-
-@pytest.mark.parametrize(
-    ("key", "line"),
-    [
-        ("hydra.job.env_set", "job: {env_set: {LAUNCHER_TRUST_OWNERS: anyone}}"),
-        ("hydra.sweep.subdir", "sweep: {subdir: ../app}"),
-    ],
-)
-def test_a_single_job_of_a_sweep_sets_no_variables_and_writes_no_files(
-    refused: Refused,
-    shared: Callable[[str], tuple[str, ...]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    key: str,
-    line: str,
-) -> None:
-    """The `hydra` section of an experiment is absent from the sweep's own settings, so each job is checked."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    flag, folder, _ = shared(f"hydra:\n  {line}\n")
-    (tmp_path / "shared/experiment/other.yaml").write_text("# @package _global_\n")
-    (problem,) = refused("-m", flag, folder, "experiment=other,mine", "model=tiny")
-    assert problem.where == key
-    assert not [*tmp_path.rglob("app")]
-
-
-@pytest.mark.parametrize(("section", "flags"), [("job_logging", ()), ("hydra_logging", ("-m",))])
-def test_classes_of_the_logging_are_not_imported(
-    compose: Callable,
-    marker: Path,
-    shared: Callable[[str], tuple[str, ...]],
-    monkeypatch: pytest.MonkeyPatch,
-    section: str,
-    flags: tuple,
-) -> None:
-    monkeypatch.syspath_prepend(marker.parent / "path")
-    logging = (
-        "{version: 1, handlers: {h: {class: evil.C}, i: {(): evil.C}, j: {class: logging.StreamHandler, stream: ext://evil.C}}"
-    )
-    words = shared(f"hydra:\n  {section}: {logging}, root: {{handlers: [h, i, j]}}}}\n")
-    compose(*flags, *words, "model=tiny")
-    assert not marker.exists()
+def test_settings_of_hydra_are_refused(refused: Refused) -> None:
+    (problem,) = refused("+hydra.callbacks.mine._target_=evil.C")
+    assert problem.message == "+hydra.callbacks.mine._target_: Hydra only composes settings here"
 
 
 def test_nothing_is_imported_from_the_working_directory(marker: Path, session_cache: None) -> None:

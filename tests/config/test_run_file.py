@@ -177,14 +177,6 @@ def test_relative_paths_begin_at_the_working_directory(
     assert f"file       {file}; data.sources[0].path is {tmp_path}/rows.jsonl" in out
 
 
-def test_hydras_flags_combine_with_a_file(write: Callable[[str], str], capsys: pytest.CaptureFixture[str]) -> None:
-    file = write("optim: {lr: 0.5}\n")
-    # A file named like a flag's value is not taken as the settings file.
-    write("x: 1\n", "job")
-    assert main(["plan", "--cfg", "job", file, "--package", "optim"]) == 0
-    assert "lr: 0.5" in capsys.readouterr().out
-
-
 @pytest.fixture
 def config(compose: Callable[..., list[Composed]]) -> RunConfig:
     return compose("model=tiny", "tracking=none")[0].config

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-import yaml
 
-from launcher.cli.main import main
 from launcher.config.resume import with_overrides
 from launcher.config.sections.data import Source
 from launcher.errors import ConfigError
@@ -77,7 +74,7 @@ def test_a_value_that_the_environment_holds_as_a_secret_is_refused(
     "tokens",
     [
         ("data=jsonl", 'data.path="https://host/${oc.env:DB_PASSWORD}.jsonl"'),
-        ("tracking.group=${oc.env:DB_PASSWORD}", "--cfg", "job", "--resolve"),
+        ("tracking.group=${oc.env:DB_PASSWORD}",),
         ("+model.config.note=\"${oc.decode:'{${oc.env:DB_PASSWORD}: 1}'}\"",),
     ],
 )
@@ -110,28 +107,6 @@ def test_an_address_with_a_password_is_refused_under_any_key(shown: Shown, key: 
     assert "hunter2" not in text
     assert f"{key}: contains a user with a password" in text
     assert "hunter2" not in shown(f"tracking.group='{address}'"), "nor where the value is wrong for another reason"
-
-
-@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg", "all"], ["--info", "config"]], ids=" ".join)
-def test_hydra_prints_no_secret(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: list[str]
-) -> None:
-    monkeypatch.setenv("MY_KEY", "hunter5")
-    (tmp_path / "tracking").mkdir()
-    key = "|\n  -----BEGIN PRIVATE KEY-----\n  hunter6\n  -----END PRIVATE KEY-----\n"
-    (tmp_path / "tracking" / "mine.yaml").write_text(f"kind: none\nhf_token: ${{oc.env:MY_KEY}}\ngroup: {key}entity: me\n")
-    tokens = (
-        *("cluster=slurm", "cluster.env={MY_TOKEN: hunter3, NCCL_DEBUG: INFO}", "tracking.api_key=hunter2 hunter4"),
-        *(f"tracking.project={TOKENS['hugging_face']}", "--config-dir", str(tmp_path), "tracking=mine"),
-    )
-    assert main(["plan", *flags, *tokens]) == 0
-    printed = capsys.readouterr().out
-    assert "hunter" not in printed
-    assert TOKENS["hugging_face"] not in printed
-    assert "<redacted>" in printed
-    if "hydra" not in flags:
-        assert "NCCL_DEBUG: INFO" in printed
-        assert yaml.safe_load(printed) if "--info" not in flags else "entity: me" in printed
 
 
 def test_resume_refuses_secrets(compose: Callable[..., list], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 # Each verb runs once; tests/cli and tests/config cover its other uses and its refusals.
 . "$(dirname "$0")/common.sh"
 
-step "settings come from the wheel" launcher plan --info searchpath
+step "settings come from the wheel" python -c "from launcher.config.command_line import conf_dir; print(conf_dir())"
 says "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/launcher/conf"
 [ -z "$(ls -A | grep -v output)" ] || fail "looking at settings leaves files"
 step "version" launcher --version
