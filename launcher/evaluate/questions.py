@@ -218,8 +218,8 @@ def find_training_copies(
     try:
         documents = read_documents(data.sources, encoder, data.checks)
         for document in islice(documents, max_documents):
-            question = split_question(document, data.system)
-            prompt = b"" if question is None else _normalize_prompt(question)
+            asked = split_question(document, data.system)
+            prompt = b"" if asked is None else _normalize_prompt(asked)
             if prompt in by_prompt and len(same := candidates.setdefault(prompt, [])) < MAX_CANDIDATES:
                 same.append(document)
             advance(1)
