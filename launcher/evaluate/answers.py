@@ -26,7 +26,7 @@ from launcher.child_process import run_process
 from launcher.data import cache_store
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
-from launcher.errors import LauncherError, RunError, printable
+from launcher.errors import LauncherError, RunError, describe, printable
 from launcher.evaluate.evaluation_folder import (
     AnswerKey,
     AnswerStore,
@@ -316,17 +316,22 @@ class AnswerPace:
 def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Composite) -> None:
     """Record a held-out question, its reference answer, and the answers of the initial and of the exported model.
 
-    Does nothing without `eval.sample`, without held-out questions, or if the model is too large for one process.
+    Does nothing without `eval.sample`, without held-out questions, or if the model is too large for one process. A failure is only
+    an alert: the run is complete, and the data cache may have been removed meanwhile.
     """
-    samples = cache_store.read_samples(plan.data.cache_dir) if plan.data and plan.config.eval.sample else []
-    if not samples or weights_gib(plan) > _MAX_SAMPLED_GIB:
-        return
-    sample = samples[0]
-    _record_text(tracker, f"held-out question: {sample['prompt']}")
-    _record_text(tracker, f"reference answer:  {' '.join(sample['answer'].split())}")
-    if plan.config.model.init == "pretrained" and plan.model.path and plan.model.has_weights:
-        _record_text(tracker, f"answer before:     {_continue_prompt(plan, Path(plan.model.path), sample['prompt_ids'], device)}")
-    _record_text(tracker, f"answer after:      {_continue_prompt(plan, exported, sample['prompt_ids'], device)}")
+    try:
+        samples = cache_store.read_samples(plan.data.cache_dir) if plan.data and plan.config.eval.sample else []
+        if not samples or weights_gib(plan) > _MAX_SAMPLED_GIB:
+            return
+        sample = samples[0]
+        _record_text(tracker, f"held-out question: {sample['prompt']}")
+        _record_text(tracker, f"reference answer:  {' '.join(sample['answer'].split())}")
+        if plan.config.model.init == "pretrained" and plan.model.path and plan.model.has_weights:
+            before = _continue_prompt(plan, Path(plan.model.path), sample["prompt_ids"], device)
+            _record_text(tracker, f"answer before:     {before}")
+        _record_text(tracker, f"answer after:      {_continue_prompt(plan, exported, sample['prompt_ids'], device)}")
+    except Exception as error:
+        tracker.event("alert", f"the held-out question is not answered: {describe(error)}")
 
 
 def _record_text(tracker: Composite, text: str) -> None:

@@ -307,6 +307,8 @@ def _copy_side_files(task: ExportTask, model: Path | Mapping[str, Any]) -> None:
         by_folder.append((task.tokenizer, (*TOKENIZER_FILES, *templates)))
     paths, problems = list[Path](), list[Problem]()
     for folder, patterns in by_folder:
+        if not folder.is_dir():
+            raise CheckpointError("a folder that the export copies files from no longer exists", where=str(folder))
         matching = [path for pattern in patterns for path in folder.glob(pattern)]
         paths += matching
         problems += link_problems(folder, matching)

@@ -35,3 +35,9 @@ def test_secrets_in_questions_and_answers_are_redacted(
     assert "eve@" not in texts
     for text in ("held-out question: Is it [API key: s…, 44 characters]?", "answer after:      Yes, [API key"):
         assert text in texts
+    # A removed data cache does not end a run that is complete.
+    (tmp_path / "samples.json").unlink()
+    answers.report_answers(plan, tmp_path, "cpu", Composite([JsonlTracker(run, 1)]))
+    last = json.loads(run.events.read_text().splitlines()[-1])
+    assert last["kind"] == "alert"
+    assert "samples.json" in last["text"]

@@ -144,6 +144,13 @@ def test_what_does_not_apply_to_the_exported_files_is_left_out(runs, tmp_path):
     assert not (result.path / "tekken.json").exists()
 
 
+def test_a_removed_tokenizer_is_named(runs, tmp_path):
+    with pytest.raises(CheckpointError, match="no longer exists") as error:
+        exported(runs, "bf16", tmp_path / "export", tokenizer=tmp_path / "removed")
+    assert str(tmp_path / "removed") in str(error.value)
+    assert not (tmp_path / "export").exists()
+
+
 def test_a_chat_template_replaces_the_tokenizers_own(runs, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     (tokenizer / "additional_chat_templates").mkdir(parents=True)
