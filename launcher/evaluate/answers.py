@@ -316,8 +316,8 @@ class AnswerPace:
 def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Composite) -> None:
     """Record a held-out question, its reference answer, and the answers of the initial and of the exported model.
 
-    Does nothing without `eval.sample`, without held-out questions, or if the model is too large for one process. A failure is only
-    an alert: the run is complete, and the data cache may have been removed meanwhile.
+    Does nothing without `eval.sample`, without held-out questions, or if the model is too large for one process. A failure is
+    only an alert: the run is complete, and the data cache may have been removed meanwhile.
     """
     try:
         samples = cache_store.read_samples(plan.data.cache_dir) if plan.data and plan.config.eval.sample else []
