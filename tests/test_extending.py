@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import math
-import operator
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, get_args
 from unittest.mock import MagicMock
 
 import pytest
@@ -22,7 +19,6 @@ from doc_tools import REPO, Block, blocks
 from extension_ranks import MOMENTUM_SGD
 from forked_ranks import RankServer
 from plan_fixtures import CPU, DATA, ConfigOf, PlanOf, config_of, facts_for, plan_lines, plan_of
-from pydantic import Field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -32,28 +28,25 @@ from launcher.cli.main import main
 from launcher.cli.render import terminal
 from launcher.cli.report import _read_run_files, page
 from launcher.cli.status import status_rows, summarize
-from launcher.clusters.backends import BACKENDS, Cluster, InjectedFault, cluster_for
-from launcher.config.schema import SECTIONS, RunConfig, settings
-from launcher.config.sections.cluster import ClusterSection
+from launcher.clusters.backends import BACKENDS
+from launcher.config.schema import SECTIONS, RunConfig
 from launcher.config.sections.data import COLUMNS, DataSection, Source
 from launcher.config.sections.evaluation import AnswerMetrics
-from launcher.config.sections.fields import Name
 from launcher.data.build import build
 from launcher.data.checks import findings
 from launcher.data.loader import IGNORED, MicroBatch
 from launcher.data.sources.documents import Completion, Row, read_value
 from launcher.data.sources.formats import FORMATS, RowFormat
 from launcher.data.split import Split
-from launcher.errors import ConfigError, DataError, SubmitError
+from launcher.errors import ConfigError, DataError
 from launcher.evaluate.metrics import METRICS as ANSWER_METRICS
 from launcher.evaluate.metrics import AnswerMetric, AnswerScorer, GeneratedAnswer, MetricOptions, copy_metric_files
 from launcher.evaluate.verdict import judge
 from launcher.plan.gpu_types import GPUS, PRICE_ASSUMPTION, GpuType, Price, recognize
-from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
+from launcher.plan.launch_plan import DeviceFacts, Facts
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.metrics import METRICS, Curve, Metric, Part
 from launcher.tracking.tracker import ConsoleTracker
@@ -66,97 +59,12 @@ __all__ = ["config_of", "plan_of"]
 METRIC = "perf/experts_used_frac"
 GPU_ROW = GpuType(95.5, bf16=1200, tf32=600, fp32=80, memory_tbs=4.0, usd_per_hour=4.25, names=r"\bx100\b")
 DEVICE = DeviceFacts(kind="cuda", name="NVIDIA X100 96GB HBM3", count=8, memory_gib=95.2)
-PAGE, BACKENDS_PAGE = REPO / "docs/extending.md", REPO / "docs/extending-backends.md"
+PAGE = REPO / "docs/extending.md"
 METRICS_PAGE = REPO / "docs/evaluation-metrics.md"
 TABLES: tuple[dict[Any, Any], ...] = (
     *(BACKENDS, SECTIONS, FORMATS, METRICS, GPUS, OPTIMIZERS, OBJECTIVES),
     ANSWER_METRICS,
 )
-
-
-class K8sSection(ClusterSection):
-    """A Kubernetes backend: one Job per attempt."""
-
-    kind: Literal["k8s"] = Field("k8s", description="The backend that starts the workers.")
-    namespace: Name = Field("default", description="Namespace of the Job.")
-
-    memory_remedy: ClassVar[str] = "raise the memory of the Job's pod template"
-
-
-class K8sCluster:
-    """Writes manifests instead of contacting a cluster; see `Cluster`."""
-
-    status_interval_s = 1.0
-    drill_remedy = "start a short run, and delete a pod with: kubectl delete pod"
-
-    def device(self, section: ClusterSection) -> DeviceFacts:
-        return CPU
-
-    def check(self, plan: LaunchPlan) -> None:
-        if K8sSection.of(plan.config.cluster).namespace == "closed":
-            raise SubmitError("nobody may use this namespace", where="cluster.namespace", value="closed", remedy="choose another")
-
-    def preview(self, plan: LaunchPlan) -> str | None:
-        return json.dumps(manifest(plan, RunDir(Path(plan.run_dir)).plan, attempt=1), indent=2) + "\n"
-
-    def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
-        plan = LaunchPlan.load(plan_path)
-        manifest_file(run, attempt).write_text(json.dumps(manifest(plan, plan_path, attempt)))
-
-    def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
-        return [("job", json.loads(manifest_file(run, attempt).read_text())["metadata"]["name"])]
-
-    def status(self, run: RunDir) -> Status:
-        status = run_store.read_status(run)
-        number = run_store.newest_attempt(run)
-        if status.state in RUNNING_STATES and manifest_file(run, number).is_file():
-            return replace(status, state="running", message="the Job has its pods")
-        return status
-
-    def await_end(self, run: RunDir) -> None:
-        return None
-
-    def cancel(self, run: RunDir, save: bool = True) -> None:
-        run_store.update_status(run, state="cancelled", message="the Job was deleted")
-
-    def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
-        raise NotImplementedError
-
-
-def manifest(plan: LaunchPlan, plan_path: Path, attempt: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "launcher.worker.local", str(plan_path), str(attempt)]
-    section = K8sSection.of(plan.config.cluster)
-    return {
-        "kind": "Job",
-        "metadata": {"name": f"{plan.run_name}-{attempt}", "namespace": section.namespace},
-        "spec": {"completions": plan.topology.nodes, "command": command},
-    }
-
-
-def manifest_file(run: RunDir, attempt: int) -> Path:
-    return run.attempt(attempt) / "job.json"
-
-
-@pytest.fixture
-def conf_dir(prepared: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The folder with the backend's conf file; the backend is in both tables."""
-    (tmp_path / "conf/cluster").mkdir(parents=True)
-    (tmp_path / "conf/cluster/k8s.yaml").write_text("# Kubernetes.\nkind: k8s\nnodes: 1\nnamespace: training\n")
-    monkeypatch.setitem(BACKENDS, "k8s", f"{__name__}:K8sCluster")
-    monkeypatch.setitem(SECTIONS, "k8s", K8sSection)
-    # The schema reads the table when it is imported, so build it again.
-    field = RunConfig.model_fields["cluster"]
-    with monkeypatch.context() as patched:
-        patched.setattr(field, "annotation", functools.reduce(operator.or_, SECTIONS.values()))
-        rebuild_schema()
-        yield tmp_path / "conf"
-    rebuild_schema()
-
-
-def rebuild_schema() -> None:
-    for model in (RunConfig, LaunchPlan):
-        model.model_rebuild(force=True)
-    settings.cache_clear()
 
 
 @pytest.fixture
@@ -172,44 +80,6 @@ def prepared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(facts, "gather", gather)
     monkeypatch.setattr(facts, "find_prepared_data", lambda config, found: (data, {}))
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.mark.rest
-def test_a_backend_is_two_classes_one_conf_file_and_two_entries(conf_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    backend: Cluster = K8sCluster()
-    assert backend.drill_remedy is not None
-    chosen = ["--config-dir", str(conf_dir), "model=tiny", "cluster=k8s", "tracking=none", "run.name=tried"]
-
-    assert main(["plan", "--script", *chosen]) == 0
-    assert '"namespace": "training"' in capsys.readouterr().out
-    assert not Path("runs").exists()
-
-    assert main(["train", *chosen, "cluster.namespace=mine"]) == 0
-    assert "job" in (shown := capsys.readouterr().out), shown
-    assert "tried-1" in shown
-    run = RunDir(Path("runs/tried").absolute())
-    job = json.loads(manifest_file(run, 1).read_text())
-    assert job["metadata"] == {"name": "tried-1", "namespace": "mine"}
-    assert job["spec"]["command"][1:] == ["-m", "launcher.worker.local", str(run.plan), "1"]
-
-    assert main(["status", "tried", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["state"] == "running"
-    assert main(["train", *chosen]) == 2
-    assert "the run is running already" in capsys.readouterr().err
-    assert main(["cancel", "tried"]) == 0
-    assert run_store.read_status(run).state == "cancelled"
-
-
-@pytest.mark.rest
-def test_a_backends_own_checks_and_settings_are_enforced(conf_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = ["--config-dir", str(conf_dir), "model=tiny", "cluster=k8s", "tracking=none", "run.name=tried"]
-    assert main(["train", *chosen, "cluster.namespace=closed"]) == 2
-    assert "nobody may use this namespace" in capsys.readouterr().err
-    assert main(["train", *chosen, "cluster.namspace=mine"]) == 2
-    assert "did you mean cluster.namespace?" in capsys.readouterr().err
-    assert main(["drill", "--fault", "kill-rank", *chosen]) == 2
-    assert "kubectl delete pod" in capsys.readouterr().err
-    assert not Path("runs").exists()
 
 
 @pytest.mark.usefixtures("prepared")
@@ -467,8 +337,7 @@ def unchanged_tables() -> Iterator[None]:
 
 def examples() -> dict[str, list[Block]]:
     """Return the Python blocks of the pages by section heading."""
-    heading = "A cluster backend"
-    sections = {heading: [block for block in blocks(BACKENDS_PAGE) if block.language == "python"]}
+    heading, sections = "", dict[str, list[Block]]()
     # Only the last block: the one before it is a user's own function.
     metric = "An evaluation metric"
     sections[metric] = [block for block in blocks(METRICS_PAGE) if block.language == "python"][-1:]
@@ -490,25 +359,7 @@ def execute(section: str) -> dict[str, Any]:
 
 def test_every_section_has_an_example() -> None:
     headings = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert list(examples()) == ["A cluster backend", "An evaluation metric", *headings]
-
-
-def test_a_backend_of_the_page_has_the_whole_protocol_and_previews_its_job(
-    plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = execute("A cluster backend")
-    module, _, name = BACKENDS["queue"].partition(":")
-    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: names[name]}))
-    backend = cluster_for("queue")
-    members = {member for member in (*vars(Cluster), *Cluster.__annotations__) if not member.startswith("_")}
-    assert {member for member in members if not hasattr(backend, member)} == set()
-    plan = plan_of()
-    section = SECTIONS["queue"].model_validate({"kind": "queue", "queue": "long"})
-    config = plan.config.model_copy(update={"cluster": section})
-    shown = backend.preview(plan.model_copy(update={"config": config}))
-    assert shown is not None
-    assert shown.startswith("qsub -q long -N ")
-    assert "launcher.worker.local" in shown
+    assert list(examples()) == ["An evaluation metric", *headings]
 
 
 def test_a_row_format_of_the_page_is_recognized() -> None:
@@ -561,8 +412,3 @@ def test_an_evaluation_metric_of_the_page_scores_answers() -> None:
     assert metric.score(GeneratedAnswer("It is a Red apple.", True, 5), "red") == 1
     assert metric.score(GeneratedAnswer("It is green.", True, 3), "red") == 0
     assert metric.reference_problem(" ", MetricOptions()) == "has no words"
-
-
-def test_the_pages_name_the_tests_of_the_extension_points() -> None:
-    for guide in (PAGE, BACKENDS_PAGE, METRICS_PAGE):
-        assert "`tests/test_extending.py`" in guide.read_text(encoding="utf-8")

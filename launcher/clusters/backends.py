@@ -72,16 +72,21 @@ class StatusReader(Protocol):
         """Read the run's state, corrected by what the backend knows about its processes."""
 
 
-class Cluster(StatusReader, Protocol):
+class Cluster:
     """The submit side of a backend. All state is on disk and with the scheduler; instances hold none.
 
-    `drill_remedy`: how to rehearse a fault if `launcher drill` cannot, or None if `inject_fault` works.
+    A backend defines at least `submit`, `status` and `cancel`; the other defaults suit nodes like this machine. `drill_remedy`:
+    how to rehearse a fault if `launcher drill` cannot, or None if `inject_fault` works.
     """
 
-    drill_remedy: str | None
+    status_interval_s: float = 1.0
+    drill_remedy: str | None = "start a short run, and kill its processes"
 
     def device(self, section: ClusterSection) -> DeviceFacts:
         """Describe the accelerators of one of the nodes that `section` requests."""
+        from launcher.hardware import device
+
+        return device()
 
     def check(self, plan: LaunchPlan) -> None:
         """Reject what this backend cannot run.
@@ -92,6 +97,7 @@ class Cluster(StatusReader, Protocol):
 
     def preview(self, plan: LaunchPlan) -> str | None:
         """Return the text that would be passed to a scheduler, or None if there is none."""
+        return None
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
         """Start one attempt of a run whose directory is complete; do not wait for its end.
@@ -99,9 +105,15 @@ class Cluster(StatusReader, Protocol):
         Raises:
             SubmitError, RunError: if the backend refuses it; the run's status is then failed.
         """
+        raise NotImplementedError
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         """Return details of a newly submitted attempt for the user, as labels and values."""
+        return []
+
+    def status(self, run: RunDir) -> Status:
+        """Read the run's state, corrected by what the backend knows about its processes."""
+        raise NotImplementedError
 
     def await_end(self, run: RunDir) -> None:
         """Wait until no process is left of an attempt whose final state is written."""
@@ -112,6 +124,7 @@ class Cluster(StatusReader, Protocol):
         Raises:
             SubmitError: if the run is not running, or cannot be reached from this machine.
         """
+        raise NotImplementedError
 
     def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
         """Inject a fault of `launcher.worker.fault_injection` into a running attempt, on its last node.
@@ -119,6 +132,7 @@ class Cluster(StatusReader, Protocol):
         Raises:
             RunError: if it could not be injected.
         """
+        raise NotImplementedError
 
 
 class ClusterNodes(Protocol):

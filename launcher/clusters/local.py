@@ -16,7 +16,14 @@ import psutil
 
 from launcher import run_store
 from launcher.clusters import detached_process
-from launcher.clusters.backends import FAULT_DEADLINE_S, InjectedFault, fault_command, mark_never_submitted, read_fault_report
+from launcher.clusters.backends import (
+    FAULT_DEADLINE_S,
+    Cluster,
+    InjectedFault,
+    fault_command,
+    mark_never_submitted,
+    read_fault_report,
+)
 from launcher.clusters.limits import limit_that_killed_agents
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
@@ -25,7 +32,6 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
-    from launcher.config.sections.cluster import ClusterSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 # Ending takes a second, but far longer on a busy machine. An agent that is killed records no end.
@@ -36,27 +42,18 @@ _CANCEL_GAP_S = 0.3
 _FULL_BYTES = 64 * 1024
 
 
-class LocalCluster:
+class LocalCluster(Cluster):
     """This machine; see `Cluster`."""
 
     status_interval_s = 0.1
     drill_remedy = None
 
-    def device(self, section: ClusterSection) -> DeviceFacts:
-        return device()
-
     def check(self, plan: LaunchPlan) -> None:
         check_here(plan)
-
-    def preview(self, plan: LaunchPlan) -> str | None:
-        return None
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
         log = run.attempt(attempt) / "agent.log"
         detached_process.start(run, attempt, "launcher.worker.local", [str(plan_path), str(attempt)], log, "the node's agent")
-
-    def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
-        return []
 
     def status(self, run: RunDir) -> Status:
         status = run_store.read_status(run)

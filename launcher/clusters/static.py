@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from launcher import atomic_files, json_records, run_store
 from launcher.clusters import detached_process, local, network
-from launcher.clusters.backends import InjectedFault, mark_never_submitted
+from launcher.clusters.backends import Cluster, InjectedFault, mark_never_submitted
 from launcher.errors import LauncherError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
@@ -41,7 +41,7 @@ INTERVAL_S = min(10.0, LOST_S / 6)
 _AGENT = "launcher.worker.static"
 
 
-class StaticCluster:
+class StaticCluster(Cluster):
     """Machines that all run the same command; see `Cluster`. `process` is the agent that this command started."""
 
     status_interval_s = 1.0

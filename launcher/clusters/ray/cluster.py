@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from launcher import atomic_files, json_records, run_store
 from launcher.clusters import detached_process, local
-from launcher.clusters.backends import InjectedFault, mark_never_submitted
+from launcher.clusters.backends import Cluster, InjectedFault, mark_never_submitted
 from launcher.clusters.limits import limit_that_killed_agents
 from launcher.clusters.ray import jobs
 from launcher.clusters.ray.address import require_usable
@@ -44,7 +44,7 @@ class JobsApiSubmission:
     at: float
 
 
-class RayCluster:
+class RayCluster(Cluster):
     """Ray Train; see `Cluster`."""
 
     status_interval_s = 1.0

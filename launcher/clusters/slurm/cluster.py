@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from launcher import json_records, run_store
 from launcher.checkpoint import store
-from launcher.clusters.backends import FAULT_DEADLINE_S, InjectedFault, fault_command, mark_never_submitted, read_fault_report
+from launcher.clusters.backends import (
+    FAULT_DEADLINE_S,
+    Cluster,
+    InjectedFault,
+    fault_command,
+    mark_never_submitted,
+    read_fault_report,
+)
 from launcher.clusters.detached_process import not_running_error, resume_hint
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
@@ -47,7 +54,7 @@ class SlurmSubmission:
     submitted_at: float
 
 
-class SlurmCluster:
+class SlurmCluster(Cluster):
     """Slurm; see `Cluster`."""
 
     status_interval_s = 5.0
