@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.cli.accounts import is_gated
 from launcher.config.compose import compose_one, conf_dir
 from launcher.config.reference import about_file
 from launcher.config.schema import RunConfig
@@ -89,7 +88,7 @@ def _models() -> Iterator[str]:
     for file, model in sorted(facts.items(), key=lambda item: (_family(item[0]), item[1].num_params)):
         path = model.path or ""
         license_prefix = max((prefix for prefix in LICENSES if path.startswith(prefix)), key=len, default=None)
-        gated = ", **gated**" if is_gated(path) else ""
+        gated = ", **gated**" if "(gated" in about_file(file) else ""
         cells = (
             f"`{file.stem}`",
             f"[{model.path}](https://huggingface.co/{model.path}){gated}",

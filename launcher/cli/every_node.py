@@ -22,7 +22,7 @@ from launcher import atomic_files, facts, run_store
 from launcher.cli.follow import Interrupts, follow
 from launcher.cli.plan import print_plan
 from launcher.cli.resume import resume_run
-from launcher.cli.start_run import check_wandb_accounts, choose_run_dir, may_start, prepare_plan, start_run
+from launcher.cli.start_run import choose_run_dir, may_start, prepare_plan, start_run
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters import static
 from launcher.clusters.static import StaticCluster, is_idle
@@ -128,7 +128,6 @@ def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) ->
     def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
         if run.plan.is_file():
             return _continue_run(composed, run, cluster, interrupts)
-        check_wandb_accounts([composed])
         with composed.located():
             plan = prepare_plan(composed, taken_names=set())
         print_plan(plan, cluster)

@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher import facts
 from launcher.cli import data
-from launcher.cli.accounts import find_gated_problem
+from launcher.cli.accounts import check_wandb
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Commands, Part, Rows, Section, Table, Text
 from launcher.cli.start_run import (
@@ -85,13 +85,11 @@ def _show_plan(composed: Composed, arguments: argparse.Namespace, taken_names: s
     found = find_model(config.model)
     plan = plan_with_free_name(config, gather_facts(config, found, composed, node, runs_code=False), taken_names)
     taken_names.add(plan.run_name)
-    gated = find_gated_problem(config.model)
     notes = (
         device_note(plan, cluster),
         disk_note(plan),
         found.weights_note,
         data.summarize_findings(plan, fatal=True),
-        f"train will be refused: {gated.message}; {gated.remedy}" if gated else None,
         composed.origins.dropped_note(),
     )
     name, name_warning = config.run.name, None
@@ -135,6 +133,7 @@ def print_plan(plan: LaunchPlan, cluster: Cluster) -> None:
         device_note(plan, cluster),
         disk_note(plan),
         push_note(plan),
+        check_wandb(plan.config),
         find_model(plan.config.model).weights_note,
         data.summarize_findings(plan, fatal=False),
     )

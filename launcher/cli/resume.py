@@ -21,7 +21,7 @@ from launcher.cli.follow import Interrupts
 from launcher.cli.plan import remarks
 from launcher.cli.start_run import may_start
 from launcher.cli.status import require_idle
-from launcher.cli.worker_process import check_extra, prepare, prepare_eval_sets, worker_environment
+from launcher.cli.worker_process import check_extra, prepare, prepare_eval_sets
 from launcher.clusters.backends import Cluster
 from launcher.clusters.preflight import check_startable, disk_note, push_note
 from launcher.config.command_line import override_key
@@ -90,7 +90,7 @@ def resume_run(
     _require_budget(run, plan)
     check_startable(plan)
     cluster.check(plan)
-    for note in (*check_wandb(plan.config, worker_environment()), disk_note(plan), push_note(plan)):
+    for note in (check_wandb(plan.config), disk_note(plan), push_note(plan)):
         if note:
             print(f"note: {note}")
     for line in list_new_remarks(plan, former):

@@ -17,7 +17,7 @@ from launcher.cli.accounts import check_wandb
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Rows
 from launcher.cli.status import require_idle
-from launcher.cli.worker_process import check_extra, prepare, run_worker_module, worker_environment
+from launcher.cli.worker_process import check_extra, prepare, run_worker_module
 from launcher.clusters.backends import Cluster, cluster_for, status_reader_for
 from launcher.clusters.preflight import check_startable, folder_problem
 from launcher.config.compose import Composed
@@ -64,6 +64,7 @@ def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
     found = find_model(config.model)
     facts.check(config, found)
     check_extra(config)
+    check_wandb(config)
     if not found.is_config_known:
         prepare(config)
         found = find_model(config.model)
@@ -127,15 +128,6 @@ def require_consent(planned: Sequence[tuple[LaunchPlan, SpeedEstimate]]) -> bool
         remedy = "to start without a question, add --yes; or raise run.confirm_usd, or limit the cost with run.max_usd"
         raise ConfigError(f"{message}, and there is no terminal to ask on", where=where, remedy=remedy)
     return terminal.read_yes(f"{message} ({where}). Start?")
-
-
-def check_wandb_accounts(jobs: list[Composed]) -> None:
-    """Check the W&B login once for each combination of tracking settings and cluster."""
-    distinct = {(job.config.tracking, job.config.cluster.kind): job for job in jobs}
-    for composed in distinct.values():
-        with composed.located():
-            for note in check_wandb(composed.config, worker_environment()):
-                print(f"note: {note}", flush=True)
 
 
 def start_run(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:

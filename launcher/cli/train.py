@@ -13,7 +13,7 @@ from launcher.cli.plan import compose_jobs, print_plan
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Table
 from launcher.cli.resume import resume_run
-from launcher.cli.start_run import check_wandb_accounts, may_start, prepare_plan, show_started, start_run
+from launcher.cli.start_run import may_start, prepare_plan, show_started, start_run
 from launcher.clusters.backends import cluster_for
 from launcher.errors import EXIT_REFUSED
 from launcher.plan.launch_plan import LaunchPlan
@@ -30,7 +30,6 @@ def train(arguments: argparse.Namespace) -> int:
         from launcher.cli import every_node
 
         return every_node.train(jobs, follows, arguments.yes)
-    check_wandb_accounts(jobs)
     for note in dict.fromkeys(job.origins.dropped_note() for job in jobs):
         if note is not None:
             print(f"note: {note}", flush=True)

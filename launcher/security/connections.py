@@ -1,14 +1,10 @@
-"""Connections to other machines: storage behind an address, and services that take a key."""
+"""Connections to storage behind an address."""
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from urllib.request import Request
+from typing import Any
 
 # A protocol at the begin of an address, or of a part of a chain such as zip://a::sftp://b.
 _PROTOCOL = re.compile(r"(?:^|::)([\w+]+)(?=://)")
@@ -47,21 +43,3 @@ def require_known_hosts(address: str) -> None:
             system.client, system.ftp = client, client.open_sftp()
 
         SFTPFileSystem._connect = connect
-
-
-def request_json(request: Request, timeout_s: float) -> Any:
-    """Return the JSON of the answer to a request that carries a key, which follows no redirect to another server.
-
-    Raises:
-        OSError: if there is no answer; HTTPError for a status other than 200, including redirects.
-        ValueError: if it is not JSON.
-    """
-    # Imported here because it loads slowly.
-    from urllib.request import HTTPRedirectHandler, build_opener
-
-    class NoRedirects(HTTPRedirectHandler):
-        def redirect_request(self, *_: Any) -> None:
-            return None
-
-    with build_opener(NoRedirects).open(request, timeout=timeout_s) as answer:
-        return json.load(answer)

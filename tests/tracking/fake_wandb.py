@@ -52,16 +52,13 @@ class Run:
 class FakeWandb:
     """`fault`: None works, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401.
 
-    After `close()` nothing listens. The user can see the entities in `others` but nothing more. `projects` are those of ENTITY;
-    `read_only` maps other projects, by ENTITY/PROJECT, to whether they are read-only.
+    After `close()` nothing listens. `projects` are those of ENTITY.
     """
 
     fault: str | None = None
     stopped: bool = False
     address: str = ""
     projects: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-    read_only: dict[str, bool] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     alerted_at: dict[str, float] = field(default_factory=dict)
@@ -131,14 +128,6 @@ class FakeWandb:
         }
         return {"viewer": viewer}
 
-    def _entity(self, asked: dict[str, Any]) -> Any:
-        return {"entity": {"id": "e", "isTeam": True} if asked["entity"] in (ENTITY, *self.others) else None}
-
-    def _project(self, asked: dict[str, Any]) -> Any:
-        known = False if self._model(asked) else None
-        found = self.read_only.get(f"{asked['entity']}/{asked['project']}", known)
-        return {"project": None if found is None else {"readOnly": found}}
-
     def _features(self, asked: dict[str, Any]) -> Any:
         return {"serverInfo": {"features": []}}
 
@@ -204,8 +193,6 @@ class FakeWandb:
 
 _OPERATIONS = {
     "Viewer": FakeWandb._viewer,
-    "EntityIsTeam": FakeWandb._entity,
-    "IsProjectReadOnly": FakeWandb._project,
     "ServerFeaturesQuery": FakeWandb._features,
     "RunResumeStatus": FakeWandb._resume_status,
     "UpsertBucket": FakeWandb._upsert,
