@@ -76,7 +76,9 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a failed write does not name its file
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

@@ -1,10 +1,11 @@
-"""This machine: its GPUs or its CPU, its free memory, and the tools with which kernels are built.
+"""This machine: its GPUs or its CPU, its free memory, its full disks, and the tools with which kernels are built.
 
 Imports neither torch nor data.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import platform
@@ -20,12 +21,15 @@ from typing import TYPE_CHECKING
 from launcher import nvml
 from launcher.errors import Problem
 from launcher.nvml import GpuInfo
+from launcher.plan.quantities import format_size
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts
 
 # Values of CUDA_VISIBLE_DEVICES that select the CPU.
 _CPU_CHOSEN = ("", "-1")
+# The disk or the user's quota is full, or the file exceeds the process's size limit.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _HEADER = "Python.h"
 # By device kind: the compiler for kernels, the variable that names one, the commands that the package tries if it is unset, and
@@ -102,6 +106,26 @@ def available_bytes() -> int:
                 used -= int(match[1])
         available.append(max(0, limit - used))
     return min(available)
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether there is no space left for a file."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+def full_disk(path: Path) -> str:
+    """Describe the full disk of a file or folder: a folder on it, and its free and total space."""
+    try:
+        folder = next(folder for folder in (path, *path.parents) if folder.is_dir())
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return f"the disk of {path} is full"
+    return f"the disk of {folder} is full ({format_size(usage.free)} of {format_size(usage.total)} free)"
+
+
+def name_full_disk(message: str, error: BaseException) -> str:
+    """Return a message about a file that could not be written; begins with the full disk if that is why."""
+    return f"{full_disk(Path(error.filename or '.'))}: {message}" if isinstance(error, OSError) and is_full(error) else message
 
 
 def missing_build_tools(device: str) -> list[Problem]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from launcher import atomic_files, locks, run_store
 from launcher.checkpoint import store
 from launcher.config.sections.model import ModelSection, is_run
-from launcher.data.cache_dir import download_cache, is_full, own_hub_cache
+from launcher.data.cache_dir import download_cache, own_hub_cache
 from launcher.errors import CheckpointError, ConfigError, LauncherError
 from launcher.export import model_card
 from launcher.export.hf_folder import ExportedFolder, ExportTask, export, verify_checkpoint
+from launcher.hardware import is_full
 from launcher.models import parent_run
 from launcher.models.found_model import converted_folder, locate
 from launcher.models.parent_run import ParentCheckpoint

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from launcher import json_records
 from launcher.errors import LauncherError, causes
+from launcher.hardware import full_disk
 from launcher.locks import pid_namespace
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
@@ -187,12 +187,8 @@ def cause_of(error: BaseException, folder: Path) -> str:
     """
     text = "\n".join(f"{type(link).__name__}: {link}" for link in causes(error, with_suppressed=False))
     if _DISK.search(text):
-        for path in (getattr(error, "filename", None), *_PATH.findall(text)):
-            if isinstance(path, str) and path.startswith("/"):
-                with suppress(OSError):
-                    folder = next(parent for parent in Path(path).parents if parent.is_dir())
-                    break
-        return full_disk(folder)
+        named = [path for path in (str(getattr(error, "filename", "")), *_PATH.findall(text)) if path.startswith("/")]
+        return full_disk(Path(named[0]) if named else folder)
     if _FILES.search(text):
         return f"the limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} open files (ulimit -n) was reached"
     if _PROCESSES.search(text):
@@ -205,12 +201,3 @@ def cause_of(error: BaseException, folder: Path) -> str:
         limit = "" if limit_bytes is None else f" (limit: {format_size(limit_bytes)})"
         return f"there was no main memory left{limit}"
     return ""
-
-
-def full_disk(path: Path) -> str:
-    """Describe the full disk of `path`: its free and total space."""
-    try:
-        usage = shutil.disk_usage(path)
-    except OSError:
-        return f"the disk of {path} is full"
-    return f"the disk of {path} is full ({format_size(usage.free)} of {format_size(usage.total)} free)"

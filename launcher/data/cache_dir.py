@@ -6,7 +6,6 @@ to its cache could lead it to other files meanwhile. The launcher then only read
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -19,13 +18,12 @@ from pathlib import Path
 import xxhash
 
 from launcher.errors import DataError, Problem
+from launcher.hardware import is_full
 from launcher.plan.quantities import format_size
 from launcher.security.folders import folder_problem, is_writable, make_own_folder, require_cache
 
 SHARED_CACHE_VARIABLE = "LAUNCHER_SHARED_CACHE"
 MODELS, DATASETS = "models", "datasets"
-# The disk or the user's quota is full, or the file exceeds the process's size limit.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_root() -> Path:
@@ -71,11 +69,6 @@ def convert_os_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise make_cache_error(error, folder) from error
-
-
-def is_full(error: OSError) -> bool:
-    """Return True if there is no space left for the file."""
-    return error.errno in _FULL
 
 
 def make_cache_error(error: OSError, folder: Path) -> DataError:

@@ -102,7 +102,8 @@ class _Appender:
                     if os.write(self._descriptor, line) < len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     self._pending.popleft()
-            except OSError:
+            except OSError as error:
+                error.filename = str(self._path)
                 self.close()
                 raise
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from launcher.errors import LauncherError, RunError, printable
+from launcher.hardware import name_full_disk
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
@@ -152,7 +153,7 @@ class Composite:
         self._reported.append(tracker)
         detail = str(error) if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
         outcome = "is retried with the next data" if stays else "is off for the rest of the run"
-        text = f"{type(tracker).__name__} failed and {outcome}; training continues. {detail}"
+        text = name_full_disk(f"{type(tracker).__name__} failed and {outcome}; training continues. {detail}", error)
         if self._trackers not in ([], [tracker]):
             self.event("alert", text)
         else:

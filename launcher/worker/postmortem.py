@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ from launcher.clusters.check_results import NO_ROOM
 from launcher.clusters.limits import limit_that_killed_agents
 from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import WOULD_REPEAT, RunError
+from launcher.hardware import is_full
 from launcher.plan import retry
 from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
 from launcher.plan.run_dir import RunDir
@@ -41,7 +41,6 @@ _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": 
 _RESERVED_BYTES = 512 * 1024
 # The most that the records of an attempt's end take.
 _NEEDED_BYTES = 128 * 1024
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -376,14 +375,14 @@ def release_space_if_full(run: RunDir, attempt: int) -> bool:
             file.write(os.urandom(_NEEDED_BYTES))
             os.fsync(file.fileno())
     except OSError as error:
-        is_full = error.errno in _FULL
+        has_no_room = is_full(error)
     else:
-        is_full = False
+        has_no_room = False
     with suppress(OSError):
         probe.unlink()
-    if is_full:
+    if has_no_room:
         release_disk_space(run, attempt)
-    return is_full
+    return has_no_room
 
 
 def _reserve_path(run: RunDir, attempt: int) -> Path:

@@ -225,11 +225,13 @@ def test_a_job_tells_of_its_step_that_is_gone_and_the_node_tells_nothing_of_a_jo
     ("error", "cause"),
     [
         (
-            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x"),
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/no-such-file"),
             r"the disk of /tmp is full \([\d.]+ \S+ of [\d.]+ \S+ free\)",
         ),
         (
-            CheckpointError("the checkpoint could not be written", where="rank 1, /tmp/x", value="No space left on device"),
+            CheckpointError(
+                "the checkpoint could not be written", where="rank 1, /tmp/no-such-file", value="No space left on device"
+            ),
             r"the disk of /tmp is full \(.* free\)",
         ),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), r"the limit of [\d,]+ open files \(ulimit -n\) was reached"),

@@ -18,11 +18,12 @@ from typing import Any, NoReturn
 from launcher import atomic_files
 from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import HUB_ID_PATTERN
-from launcher.data.cache_dir import convert_os_errors, fetch_dataset_file, is_full, mark_used, print_once, source_folder
+from launcher.data.cache_dir import convert_os_errors, fetch_dataset_file, mark_used, print_once, source_folder
 from launcher.data.sources.builtin import BUILTINS
 from launcher.data.sources.documents import refuse
 from launcher.data.sources.files import COMPRESSED, KINDS, DataFile, compute_digest, detect_kind
 from launcher.errors import DataError, Problem
+from launcher.hardware import is_full
 from launcher.locks import wait_and_hold
 from launcher.security.connections import access_remedy, require_known_hosts
 from launcher.security.redaction import redacted_command_line
@@ -418,7 +419,7 @@ def _convert_client_errors(address: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError("there is no such data file", address, remedy=remedy) from error
     except Exception as error:
-        if isinstance(error, OSError) and is_full(error):
+        if is_full(error):
             raise
         message = f"the data cannot be read: {type(error).__name__}: {str(error)[:200]}"
         raise DataError(message, address, remedy=remedy) from error

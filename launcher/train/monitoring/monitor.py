@@ -17,6 +17,7 @@ from torch import nn
 from launcher import run_store
 from launcher.distributed import RankInfo, gather_json
 from launcher.errors import RunError
+from launcher.hardware import name_full_disk
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_tokens_per_sec
 from launcher.plan.run_dir import RunDir
@@ -213,4 +214,4 @@ class StatusFile:
             # Write the attempt too: an earlier attempt may have overwritten it while it was writing.
             run_store.update_status(self._run, attempt=self._attempt, state=state, step=step, message="")
         except (OSError, RunError) as error:
-            self._send_alert(f"status.json could not be written: {error}")
+            self._send_alert(name_full_disk(f"status.json could not be written: {error}", error))

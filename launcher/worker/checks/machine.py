@@ -6,7 +6,6 @@ Every file that the checks write is removed again. Checks whose imports may cras
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -32,7 +31,7 @@ from launcher.clusters.limits import LimitEvents
 from launcher.clusters.preflight import existing_folder
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_path
-from launcher.hardware import may_use_gpus, missing_build_tools
+from launcher.hardware import is_full, may_use_gpus, missing_build_tools
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
@@ -242,8 +241,7 @@ def check_run_storage(node: CheckedNode) -> Iterator[CheckResult]:
         with tempfile.TemporaryDirectory(prefix=".launcher-check-", dir=folder) as scratch:
             yield from _exercise_storage(Path(scratch), root, 1 if node.plan is not None else _NUM_CHUNKS)
     except OSError as error:
-        no_room = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        seen = f"{NO_ROOM if no_room else 'the run directory cannot be written'}: {error.strerror}: {folder}"
+        seen = f"{NO_ROOM if is_full(error) else 'the run directory cannot be written'}: {error.strerror}: {folder}"
         yield failure(seen, "check its permissions, its quota and that it is mounted for writing; or set run.root")
         return
     free = shutil.disk_usage(folder).free
