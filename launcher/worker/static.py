@@ -9,7 +9,6 @@ node 0 concludes the attempt when the other machines have left their records or 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -31,6 +30,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, NodeRecord
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
+from launcher.worker.cancel_watch import watch_for_cancel
 from launcher.worker.postmortem import Conclusion, Evidence
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.supervise import NodeAgent
@@ -41,7 +41,6 @@ _SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, signal.SIGHUP: PREEMPT, PRE
 _LOOK_S = 0.2
 _EXIT_INTERRUPTED = 130
 _PEERS_LOOK_S = 0.5
-_CANCEL_GAP_S = 0.3
 # How long the ranks may take to fail by themselves once another machine has failed: their own errors say more.
 _FAILED_S, _LOST_S = 30.0, 10.0
 
@@ -55,6 +54,7 @@ def main(plan_path: str, attempt: int, number: int) -> int:
     plan, run = agent.plan, agent.run
     section, record = StaticSection.of(plan.config.cluster), run_store.read_attempt(run, attempt)
     peers = Peers(run, attempt, record, number, agent.ranks.send_signal).start()
+    watch_for_cancel(run, attempt)
     if number == 0:
         job = {**detached_process.describe_this_process(), "nodes": record.nodes}
         run_store.update_status(run, state="running", attempt=attempt, job=job, message="starting")
@@ -110,7 +110,7 @@ def _conclude(
 
 
 class Peers:
-    """Watches the run directory for a cancel request and failed machines, from a thread; writes this machine's heartbeat to it.
+    """Watches the run directory for failed machines, from a thread; writes this machine's heartbeat to it.
 
     Once the ranks cannot go on, `kill_ranks` is called repeatedly until `stop`; `why_ended` then returns why. `heartbeats` is the
     watch over all machines of the attempt.
@@ -120,7 +120,6 @@ class Peers:
         self._run, self._attempt, self._record, self._node = run, attempt, record, node
         self._kill_ranks = kill_ranks
         self.heartbeats = static.HeartbeatWatch(run, attempt, record)
-        self._num_cancels = 0
         self._reason = ""
         self._failed_at: dict[int, float] = {}
         self._written_at = -1e9
@@ -136,7 +135,6 @@ class Peers:
                     self._write_alive()
                 # Storage may fail for a while; no machine is judged by unreadable files.
                 with suppress(OSError, LauncherError):
-                    self._look_for_cancel()
                     if self._watches_peers and len(self._record.nodes) > 1:
                         self._look_at_peers()
                 if self._reason and self._watches_peers:
@@ -160,17 +158,6 @@ class Peers:
         with suppress(OSError):
             static.write_alive(self._run, self._attempt, self._node, self._record.nodes[self._node])
             self._written_at = time.monotonic()
-
-    def _look_for_cancel(self) -> None:
-        """Turn a cancel request into the signals that a person would send to this process."""
-        request = run_records.read_cancel(self._run, self._attempt)
-        wanted = 0 if request is None else 1 if request.save else 2
-        while self._num_cancels < wanted:
-            # Two identical signals that are pending at the same time are delivered as one.
-            while self._num_cancels and CANCEL in signal.sigpending():
-                time.sleep(_CANCEL_GAP_S)
-            os.kill(os.getpid(), CANCEL)
-            self._num_cancels += 1
 
     def _look_at_peers(self) -> None:
         if time.monotonic() - self._written_at > 2 * static.INTERVAL_S + _PEERS_LOOK_S:
