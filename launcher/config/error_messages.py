@@ -26,8 +26,6 @@ _UNIFORM_KEY = re.compile(r"\[\d+\]")
 _UNION_BRANCH = re.compile(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$")
 EXTRA = "deepspeed.extra"
 _IN_FILE = re.compile(r"[Ii]n '(?P<file>[\w/.-]+)'")
-_GROUP_CHOICE = re.compile(r"\+{0,2}(?P<group>[A-Za-z_][\w/]*)=(?P<option>[\w/.-]+)")
-_TWO_VALUES = re.compile(r"Multiple values for (?P<group>[\w/]+)")
 
 
 def list_schema_problems(
@@ -188,63 +186,23 @@ def make_hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequenc
     if redact(culprit) != culprit:
         message = "this override cannot be parsed"
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
-    located = _locate_hydra_error(error, tokens, folders, run_file)
+    # The chosen files that name the unknown option, else the file that Hydra names.
+    chosen = [token.lstrip("+").replace("=", "/") for token in tokens]
+    files = [file for name in chosen for folder in folders if (file := folder / f"{name}.yaml").is_file()]
+    files = [file for file in files if option and option in file.read_text(errors="replace")]
+    if not files and (named := _IN_FILE.search(text)):
+        name = named["file"].removesuffix(".yaml")
+        files = [file for folder in folders if (file := folder / f"{name}.yaml").is_file()]
+    file = files[0] if files else None
+    if run_file is not None and f"{RUN_FILE_GROUP}/" in text:
+        file = run_file
+    where = COMMAND_LINE if file is None else short_path(file)
     if option and (options := getattr(error, "options", None)):
         problem = make_unknown_option_problem(group, option, options, f"{group}={option}")
         is_typed = any(token.lstrip("+") == f"{group}={option}" for token in tokens)
-        return problem if is_typed or located is None else replace(problem, where=located.where, value=located.value)
-    if located is None:
-        remedy = "see python -m launcher --help"
-        return Problem(f"Hydra cannot compose these settings: {message}", COMMAND_LINE, culprit.removeprefix("++"), remedy)
-    value = "" if redact(located.value) != located.value else located.value
-    remedy = located.remedy or "correct this line; docs/settings.md shows how files are composed"
-    return Problem(f"Hydra cannot compose these settings: {located.message or message}", located.where, value, remedy)
-
-
-def _locate_hydra_error(
-    error: Exception, tokens: Sequence[str], folders: Sequence[Path], run_file: Path | None
-) -> Problem | None:
-    """Return the file:line that an error is about, with the line's text; None if it is in no file that the command line selects.
-
-    Message and remedy are empty if Hydra's own message is sufficient.
-    """
-    text = "\n".join(str(cause) for cause in causes(error))
-    if run_file is not None and f"{RUN_FILE_GROUP}/" in text:
-        return _make_line_problem(run_file, _find_quoted_line(run_file, error, text))
-    chosen = [match for token in tokens if (match := _GROUP_CHOICE.fullmatch(token))]
-    files = [file for match in chosen if (file := _find_config_file(f"{match['group']}/{match['option']}", folders)) is not None]
-    two_values = _TWO_VALUES.search(text)
-    group = two_values["group"] if two_values else str(getattr(error, "missing_cfg_file", None) or "").partition("/")[0]
-    for file in files:
-        if line := find_broken_reference(file):
-            message = "a reference in this value is not written as Hydra reads it"
-            return _make_line_problem(file, line, message, "write ${section.name}, with a } for each ${")
-        if group and (line := _find_matching_line(file, rf"^\s*-\s*(override\s+)?/?{re.escape(group)}\s*:")):
-            return _make_line_problem(file, line)
-    if (named := _IN_FILE.search(text)) and (file := _find_config_file(named["file"], folders)) is not None:
-        return _make_line_problem(file, _find_quoted_line(file, error, text.replace(named[0], "")))
-    return None
-
-
-def _find_config_file(name: str, folders: Sequence[Path]) -> Path | None:
-    return next((file for folder in folders if (file := folder / f"{name.removesuffix('.yaml')}.yaml").is_file()), None)
-
-
-def _make_line_problem(file: Path, line: int, message: str = "", remedy: str = "") -> Problem:
-    lines = file.read_text(errors="replace").splitlines()
-    return Problem(message, f"{short_path(file)}:{line}", lines[line - 1].strip() if line <= len(lines) else "", remedy)
-
-
-def _find_quoted_line(file: Path, error: Exception, text: str) -> int:
-    """Return the line with a name that the error quotes, or with the key that it is about; otherwise the first content line."""
-    keys = [str(key) for cause in causes(error) if (key := getattr(cause, "full_key", None))]
-    for key, line, _ in yaml_nodes(file.read_text(errors="replace")):
-        if key in keys:
-            return line
-    for name in re.findall(r"'([\w/.-]+)'", text):
-        if line := _find_matching_line(file, rf"(?<![\w-]){re.escape(name.rpartition('/')[2])}(?![\w-])"):
-            return line
-    return _find_matching_line(file, r"^defaults\s*:") or _find_matching_line(file, r"^[^#\s]") or 1
+        return problem if is_typed else replace(problem, where=where)
+    remedy = "see python -m launcher --help" if file is None else "correct this file; docs/settings.md has the settings"
+    return Problem(f"Hydra cannot compose these settings: {message}", where, culprit.removeprefix("++"), remedy)
 
 
 def find_broken_reference(file: Path) -> int:
@@ -260,9 +218,3 @@ def find_broken_reference(file: Path) -> int:
         except (GrammarParseError, RecursionError):
             return line
     return 0
-
-
-def _find_matching_line(file: Path, pattern: str) -> int:
-    """Return the number of the first line that matches; 0 without one."""
-    lines = file.read_text(errors="replace").splitlines()
-    return next((number for number, line in enumerate(lines, start=1) if re.search(pattern, line)), 0)

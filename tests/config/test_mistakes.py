@@ -146,13 +146,7 @@ def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "part", "line"),
     [
-        ("defaults:\n  - override /model: tiny\n  - override /modle: tiny\n", "modle", "4"),
-        ("defaults:\n  - override /model: nope\n", "model=nope", "3"),
-        ("defaults:\n  - /model: tiny\n", "model", "3"),
-        ("defaults: tiny\n", "defaults", "2"),
-        ("train:\n  grad_clip: 1\n  max_steps: ${nope(}\n", "", "4"),
         ("train:\n  max_steps: ${nope.x}\n", "train.max_steps", "3"),
-        ("- 1\n", "", "2"),
         ("optim:\n  lr: fast\n", "optim.lr", "3"),
         ("optim:\n  warm_up: 1\n", "optim.warm_up", "3"),
         ("optim:\n  lr: 1\n  lr: 2\n", "lr", "4:3"),
@@ -166,6 +160,16 @@ def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Pat
     (problem,) = refused(*tokens)
     assert part in problem.message
     assert problem.where == f"{tmp_path}/conf/experiment/mine.yaml:{line}"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("defaults:\n  - override /model: nope\n", "model=nope"), ("defaults:\n  - /model: tiny\n", "model")]
+)
+def test_what_hydra_cannot_compose_names_the_file(refused: Refused, tmp_path: Path, text: str, part: str) -> None:
+    own_option(tmp_path, "experiment", "mine", f"# @package _global_\n{text}")
+    (problem,) = refused("--config-dir", str(tmp_path / "conf"), "experiment=mine")
+    assert part in problem.message
+    assert "experiment/mine" in f"{problem.where} {problem.message}"
 
 
 def test_an_experiment_without_its_package_is_told_so(refused: Refused, tmp_path: Path) -> None:
