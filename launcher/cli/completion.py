@@ -1,26 +1,20 @@
 """The verb `completion`: print the script with which a shell completes the launcher's command line, and answer its queries.
 
-Answering imports neither Hydra, pydantic nor torch: verbs and flags come from the table of verbs, keys of settings from a file in
-the launcher's cache, which is written once per version of the launcher.
+Answering imports neither Hydra nor torch: verbs and flags come from the table of verbs, keys of settings from the schema.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-import launcher
-from launcher import atomic_files
 from launcher.cli.verbs import DEFAULT_ROOT, VERBS, flags_of, rows_of
 from launcher.config.command_line import conf_dir, config_dirs, list_options
-from launcher.data.cache_dir import cache_root
-from launcher.errors import LauncherError
 
 # The words of the command line so far, one per line; the last one is to be completed. With it, the verb prints the candidates.
 WORDS_VARIABLE = "LAUNCHER_COMPLETION_WORDS"
@@ -77,15 +71,13 @@ def print_script(arguments: argparse.Namespace) -> int:
     """Print a shell's script, or the candidates for its query."""
     if WORDS_VARIABLE in os.environ:
         words = os.environ[WORDS_VARIABLE].split("\n")
-        print("".join(f"{word}\n" for word in complete(words[1:] or [""], read_keys()) if _PLAIN.fullmatch(word)), end="")
+        print("".join(f"{word}\n" for word in complete(words[1:] or [""]) if _PLAIN.fullmatch(word)), end="")
         return 0
-    # This makes the first answer as fast as the others.
-    read_keys()
     print(_SCRIPTS[arguments.shell] % {"variable": WORDS_VARIABLE}, end="")
     return 0
 
 
-def complete(words: Sequence[str], keys: Mapping[str, Sequence[str]]) -> list[str]:
+def complete(words: Sequence[str]) -> list[str]:
     """Return the candidates for the last of the words after the program's name."""
     *before, word = words
     verb = next((w for w in before[:1] if w in VERBS), "train")
@@ -93,7 +85,7 @@ def complete(words: Sequence[str], keys: Mapping[str, Sequence[str]]) -> list[st
     if word.startswith("-"):
         candidates += flags_of(verb)
     elif not before and "=" not in word and "." not in word:
-        candidates += [*VERBS, *(_complete_override(word, before, keys) if word else ())]
+        candidates += [*VERBS, *(_complete_override(word, before) if word else ())]
     else:
         # Values of the flag before the word, or else of positional arguments and settings.
         arguments = [argument for row in rows_of(verb) for argument in row.arguments]
@@ -103,16 +95,16 @@ def complete(words: Sequence[str], keys: Mapping[str, Sequence[str]]) -> list[st
             if "RUN" in options.get("metavar", names[0]):
                 candidates += _complete_run(before)
             if names[0] == "overrides":
-                candidates += _complete_override(word, before, keys)
+                candidates += _complete_override(word, before)
     return sorted({candidate for candidate in candidates if candidate.startswith(word) and candidate != word})
 
 
-def _complete_override(word: str, before: Sequence[str], keys: Mapping[str, Sequence[str]]) -> Iterator[str]:
+def _complete_override(word: str, before: Sequence[str]) -> Iterator[str]:
     """Yield groups, sections and keys, or the values of the one before the equals sign."""
     prefix = re.match(r"[+~]{0,2}", word)
     plus = prefix[0] if prefix else ""
     name, equals, _ = word.removeprefix(plus).partition("=")
-    groups = list_options([conf_dir(), *config_dirs(before)])
+    groups, keys = list_options([conf_dir(), *config_dirs(before)]), list_values()
     if equals:
         yield from (f"{plus}{name}={value}" for value in (*groups.get(name, ()), *keys.get(name, ())))
         return
@@ -136,33 +128,8 @@ def _complete_run(before: Sequence[str]) -> Iterator[str]:
                 yield entry.name
 
 
-def read_keys() -> dict[str, list[str]]:
-    """Return the keys of all settings, with the values of those that have a choice: from the cache, or else stored there."""
-    try:
-        folder = cache_root() / "completion"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, LauncherError):
-        # Every answer is slow.
-        return _build_keys()
-    file = folder / f"{launcher.__version__}-{_find_last_change():x}.json"
-    with suppress(OSError, ValueError):
-        stored: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8"))
-        return stored
-    built = _build_keys()
-    with suppress(OSError):
-        for outdated in folder.glob("*.json"):
-            outdated.unlink(missing_ok=True)
-        atomic_files.write_json(file, built)
-    return built
-
-
-def _find_last_change() -> int:
-    """Return when the settings last changed, in nanoseconds: a checkout may change without a new version."""
-    sources = Path(launcher.__file__).resolve().parent / "config"
-    return max(file.stat().st_mtime_ns for file in sources.rglob("*.py"))
-
-
-def _build_keys() -> dict[str, list[str]]:
+def list_values() -> dict[str, list[str]]:
+    """Return the keys of all settings, with the values of those that have a choice."""
     from launcher.config.schema import settings
 
     keys = {}

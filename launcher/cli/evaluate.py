@@ -39,7 +39,6 @@ from launcher.security import folders
 from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line
 from launcher.shell_commands import launcher_command, short_path
-from launcher.tracking.goodput import RequestCost
 from launcher.tracking.metrics import format_duration
 from launcher.tracking.verdicts import (
     TUNED,
@@ -51,7 +50,7 @@ from launcher.tracking.verdicts import (
 )
 
 _EVALUATION, _NODE, _TASKS = (f"launcher.evaluate.{name}" for name in ("evaluation", "node", "tasks"))
-_CHANGEABLE = ("evaluate.", "cluster.", "costs.")
+_CHANGEABLE = ("evaluate.", "cluster.")
 # Seconds between two signs of life of this command.
 _ALIVE_S = 10.0
 # W&B's own limits for startup and shutdown are shorter.
@@ -354,24 +353,16 @@ def find_price(plan: LaunchPlan, config: RunConfig) -> Price | None:
 
 def tabulate_costs(verdict: EvaluationVerdict, plan: LaunchPlan) -> tuple[list[str], list[list[str]]] | None:
     """Return header and rows: tokens per request and the price of a million, for each side, or None if tokens are unknown."""
-    if not verdict.usage:
+    usage = {side: verdict.usage[side] for side in verdict.sides if side in verdict.usage}
+    if not usage:
         return None
     price = None if plan.price is None or plan.topology.device != "cuda" else plan.price.usd_per_gpu_hour
-    hosted = plan.config.costs.hosted
-    costs = {side: RequestCost.of_usage(verdict.usage[side], price, hosted) for side in verdict.sides if side in verdict.usage}
-    is_priced = any(cost.usd_here is not None for cost in costs.values())
-    services = list(dict.fromkeys(name for cost in costs.values() for name in cost.usd_hosted))
-    header = ["side", "prompt tokens", "answer tokens", *(["million requests here"] if is_priced else []), *services]
-    rows = [
-        [
-            side,
-            f"{cost.prompt_tokens:,.0f}",
-            f"{cost.answer_tokens:,.0f}",
-            *([f"${cost.usd_here:,.0f}" if cost.usd_here is not None else "-"] if is_priced else []),
-            *(f"${cost.usd_hosted[name]:,.0f}" for name in services),
-        ]
-        for side, cost in costs.items()
-    ]
+    header, rows = ["side", "prompt tokens", "answer tokens", *(["million requests here"] if price is not None else [])], []
+    for side, one in usage.items():
+        num_prompts = max(one.num_prompts, 1)
+        rows.append([side, f"{one.prompt_tokens / num_prompts:,.0f}", f"{one.answer_tokens / num_prompts:,.0f}"])
+        if price is not None:
+            rows[-1].append("-" if one.gpu_s is None else f"${one.gpu_s / 3600 / num_prompts * 1e6 * price:,.0f}")
     return header, rows
 
 

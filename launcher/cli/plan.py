@@ -39,7 +39,6 @@ from launcher.plan.sizing.layers import describe_liger
 from launcher.plan.steps import single_step_warning
 from launcher.plan.throughput import SpeedEstimate
 from launcher.shell_commands import launcher_command, short_path
-from launcher.tracking.goodput import hosted_training, training_tokens
 
 # Columns of the labels of a plan in a terminal.
 LABEL_COLUMNS = 11
@@ -310,7 +309,7 @@ def _list_outputs(plan: LaunchPlan) -> list[tuple[str, str]]:
 
 
 def _list_costs(plan: LaunchPlan, speed: SpeedEstimate | None) -> list[tuple[str, str]]:
-    """Return the expected speed and hours, the cost, and the cost of the same tokens at hosted services."""
+    """Return the expected speed and hours, and the cost."""
     rows, total = [] if speed is None else speed_rows(speed), ""
     if speed is not None and speed.usd is not None:
         total = f"{_format_range(speed.usd, '$')} for the training steps; "
@@ -321,14 +320,6 @@ def _list_costs(plan: LaunchPlan, speed: SpeedEstimate | None) -> list[tuple[str
         rows.append(("cost", f"{total}{hourly}{assumed}"))
     elif plan.topology.device == "cuda":
         rows.append(("cost", f"{total}not known: set cluster.price_per_gpu_hour to what a GPU costs you"))
-    if plan.config.costs.hosted:
-        hosted = "known when the data is built"
-        if (tokens := training_tokens(plan)) is not None:
-            prices = [f"{name} ${usd:,.2f}" for name, usd in hosted_training(plan.config.costs.hosted, tokens).items()]
-            hosted = (
-                f"{', '.join(prices)} for {tokens:,} training tokens" if prices else "costs.hosted has no prices for training"
-            )
-        rows.append(("hosted", hosted))
     return rows
 
 

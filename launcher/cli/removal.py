@@ -34,7 +34,7 @@ from launcher.tracking.jsonl import read_events
 from launcher.tracking.metrics import format_age
 
 _STEPS_SHOWN = 8
-_CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks", "completion")
+_CHECKS = ("isolation-checks", "weight-checks", "deepspeed-checks")
 _RUNS_SHOWN = 3
 
 

@@ -28,7 +28,7 @@ from launcher.run_records import Status
 from launcher.security import folders
 from launcher.shell_commands import short_path
 from launcher.tracking import goodput
-from launcher.tracking.goodput import Breakdown, hosted_training
+from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
 from launcher.tracking.metrics import curves, format_duration
 from launcher.tracking.run_metrics import find_overfitting, newest_trained_step
@@ -132,8 +132,6 @@ def _list_facts(one: _RunFiles) -> dict[str, str]:
         facts["cost"] = f"${counted['cost/usd']:,.2f}{of}"
     if tokens and "cost/usd_per_million_tokens" in counted:
         facts["cost per million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}{of}"
-    for service, usd in hosted_training(one.plan.config.costs.hosted, tokens).items():
-        facts[f"these tokens at {service}"] = f"${usd:,.2f}"
     return facts
 
 

@@ -175,7 +175,7 @@ _CACHE_KINDS = {
     "hub": "downloads from the Hub, kept here if others can write to its own cache",
     "sources": "downloaded data files",
     "scores": "losses of documents under weights",
-    "checks": "results of checks of models and settings, and words for completion",
+    "checks": "results of checks of models and settings",
 }
 # fmt: off
 _OWNER = "accept files of this user too: NAME, UID, group:NAME or anyone (repeatable); see docs/security.md"

@@ -35,7 +35,6 @@ CHANGEABLE = (
     "model.activation_checkpointing",
     "cluster.",
     "tracking.",
-    "costs.",
     "run.confirm_usd",
     "train.micro_batch_size",
     "model.attention",

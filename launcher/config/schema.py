@@ -23,7 +23,7 @@ from launcher.config.sections.evaluation import EvalSection, EvaluateSection
 from launcher.config.sections.fields import SettingsSection
 from launcher.config.sections.model import ModelSection
 from launcher.config.sections.ray import RaySection
-from launcher.config.sections.run import CostsSection, RunSection, TrackingSection
+from launcher.config.sections.run import RunSection, TrackingSection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.config.sections.static import StaticSection
 from launcher.config.sections.train import CheckpointSection, DeepSpeedSection, ExportSection, OptimSection, TrainSection
@@ -63,7 +63,6 @@ class RunConfig(SettingsSection):
     deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
     cluster: Annotated[AnyCluster, BeforeValidator(choose_kind)] = Field(default_factory=LocalSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
-    costs: CostsSection = Field(default_factory=CostsSection)
 
     @model_validator(mode="after")
     def _check_limits_and_sets(self) -> RunConfig:

@@ -37,9 +37,7 @@ from launcher import atomic_files
 from launcher.config.sections.evaluation import AnswerMetrics, split_function
 from launcher.errors import ConfigError, DataError, Problem
 
-_SCHEMA = "metric-schema.json"
 _MAX_SHOWN = 3
-_MAX_VALUE_CHARS = 80
 TIME_LIMIT_S = 10.0
 # The file of a function may import large packages.
 _IMPORT_S = 120.0
@@ -57,10 +55,9 @@ class GeneratedAnswer:
 
 @dataclass(frozen=True)
 class MetricOptions:
-    """Settings for the metrics that need them. `schema` is a JSON schema as JSON text."""
+    """Settings for the metrics that need them."""
 
     pattern: str = ""
-    schema: str = ""
     labels: tuple[str, ...] = ()
 
 
@@ -130,29 +127,6 @@ def _find_json_problem(text: str) -> str:
     return ""
 
 
-@functools.cache
-def schema_validator(schema: str) -> Any:
-    """Return the validator for a JSON schema, given as JSON text."""
-    from jsonschema.validators import validator_for
-    from jsonschema_specifications import REGISTRY
-
-    parsed = json.loads(schema)
-    # Without its own registry, the validator downloads what $ref names.
-    return validator_for(parsed)(parsed, registry=REGISTRY)
-
-
-def _score_schema(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
-    try:
-        value = parse_json(answer.text)
-    except NotJson:
-        return False
-    try:
-        return bool(schema_validator(options.schema).is_valid(value))
-    except (RecursionError, OverflowError):
-        # The answer is nested too deeply, or contains a number that `multipleOf` cannot divide.
-        return False
-
-
 def _score_fields(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     try:
         fields = json_fields(parse_json(answer.text))
@@ -175,7 +149,6 @@ METRICS: dict[str, AnswerMetric] = {
     "numeric": AnswerMetric(_score_number, _find_number_problem),
     "regex": AnswerMetric(_score_pattern, may_hang=True),
     "valid_json": AnswerMetric(lambda answer, reference, options: not _find_json_problem(answer.text)),
-    "json_schema": AnswerMetric(_score_schema, may_hang=True),
     "field_f1": AnswerMetric(_score_fields, lambda reference, options: _find_json_problem(reference)),
     "label_accuracy": AnswerMetric(
         lambda answer, reference, options: (
@@ -419,7 +392,7 @@ def first_label(text: str, labels: Sequence[str]) -> str | None:
 
 
 def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
-    """Copy the schema and the functions that the configured metrics name into the folder of an evaluation.
+    """Copy the functions that the configured metrics name into the folder of an evaluation.
 
     Every process scores with the copies: the files may change, and a path may lead to another file on other nodes.
 
@@ -428,9 +401,7 @@ def copy_metric_files(settings: AnswerMetrics, folder: Path) -> None:
     """
     contents = {}
     for metric in settings.metrics:
-        if metric == "json_schema":
-            contents[_SCHEMA] = _read_schema(Path(settings.json_schema or "").expanduser())
-        elif parts := split_function(metric):
+        if parts := split_function(metric):
             contents[_name_copy(settings, metric)] = _read_function(metric, Path(parts[0]).expanduser(), parts[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
@@ -447,8 +418,7 @@ class AnswerScorer:
     def __init__(self, settings: AnswerMetrics, folder: Path) -> None:
         self.metrics = settings.metrics
         self._settings, self._folder = settings, folder
-        schema = (folder / _SCHEMA).read_text(encoding="utf-8") if "json_schema" in settings.metrics else ""
-        self._options = MetricOptions(settings.pattern or "", schema, settings.labels)
+        self._options = MetricOptions(settings.pattern or "", settings.labels)
 
     def check_references(self, references: Sequence[str], places: Sequence[str]) -> None:
         """Refuse references that a metric cannot be computed with; `places` names the row of each, as file and line.
@@ -499,32 +469,6 @@ class AnswerScorer:
                 raise DataError(f"a metric failed: {score}", where=place, value=metric, remedy=remedy)
             scores.append(score)
         return np.array(scores, np.float64)
-
-
-def _read_schema(file: Path) -> bytes:
-    """Return the content of a JSON schema file that the validator accepts."""
-    from jsonschema.exceptions import SchemaError
-    from jsonschema.validators import validator_for
-
-    where = "evaluate.json_schema"
-    try:
-        content = file.read_bytes()
-        schema: Any = json.loads(content)
-        validator_for(schema).check_schema(schema)
-        # Finds references that lead nowhere, or only to themselves.
-        schema_validator(content.decode()).is_valid({})
-    except OSError as error:
-        problem = Problem(f"the JSON schema cannot be read: {error.strerror}", where, str(file), "check the path")
-        raise ConfigError(problem) from None
-    except SchemaError as error:
-        place = "/".join(map(str, error.absolute_path)) or "the root"
-        message = f"the JSON schema is wrong at {place}: {error.message[:_MAX_VALUE_CHARS]}"
-        raise ConfigError(message, where=where, value=str(file), remedy="correct it; see json-schema.org/learn") from None
-    # An unresolvable reference is an exception of its own kind.
-    except Exception as error:
-        message = f"the JSON schema cannot be used: {error}"
-        raise ConfigError(message, where=where, value=str(file), remedy="correct it; other files are not read") from None
-    return content
 
 
 def _read_function(metric: str, file: Path, function: str) -> bytes:

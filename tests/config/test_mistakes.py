@@ -162,14 +162,11 @@ def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Pat
     assert problem.where == f"{tmp_path}/conf/experiment/mine.yaml:{line}"
 
 
-@pytest.mark.parametrize(
-    ("text", "part"), [("defaults:\n  - override /model: nope\n", "model=nope"), ("defaults:\n  - /model: tiny\n", "model")]
-)
-def test_what_hydra_cannot_compose_names_the_file(refused: Refused, tmp_path: Path, text: str, part: str) -> None:
-    own_option(tmp_path, "experiment", "mine", f"# @package _global_\n{text}")
+def test_what_hydra_cannot_compose_names_the_file(refused: Refused, tmp_path: Path) -> None:
+    own_option(tmp_path, "experiment", "mine", "# @package _global_\ndefaults:\n  - override /model: nope\n")
     (problem,) = refused("--config-dir", str(tmp_path / "conf"), "experiment=mine")
-    assert part in problem.message
-    assert "experiment/mine" in f"{problem.where} {problem.message}"
+    assert problem.message.startswith("model=nope")
+    assert problem.where.endswith("experiment/mine.yaml")
 
 
 def test_an_experiment_without_its_package_is_told_so(refused: Refused, tmp_path: Path) -> None:

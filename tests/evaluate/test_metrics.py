@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from time import monotonic
 
 import pytest
 
 from launcher.evaluate.metrics import METRICS, GeneratedAnswer, MetricOptions, first_label, without_thoughts
-
-PERSON = json.dumps(
-    {"type": "object", "properties": {"age": {"type": "integer"}, "name": {"pattern": "^[A-Z]"}}, "required": ["age"]}
-)
 
 
 def score(metric: str, text: str, reference: str = "", **options: object) -> float:
@@ -102,20 +97,11 @@ def test_an_article_may_be_a_label(text: str, label: str | None) -> None:
     assert first_label(text, ("B", "The cat", "A")) == label
 
 
-@pytest.mark.parametrize(
-    "text, expected", [('{"age": 3}', 1), ('{"age": "3"}', 0), ('{"age": 3, "name": "x"}', 0), ("{}", 0), ("3 years", 0)]
-)
-def test_a_json_schema(text: str, expected: float) -> None:
-    assert score("json_schema", text, schema=PERSON) == expected
-
-
 def test_deep_json_ends_no_evaluation() -> None:
     # Some depths exceed the parser's limit, others only the recursion limit of the scoring.
     for depth in range(800, 1_000):
         text = "[" * depth + "]" * depth
         assert score("field_f1", text, '{"a": 1}') == 0
-    assert score("json_schema", "[" * 500 + "]" * 500, schema='{"type": "array", "items": {"$ref": "#"}}') in (0, 1)
-    assert score("json_schema", "[" * 5 + "]" * 5, schema='{"type": "array", "items": {"$ref": "#"}}') == 1
 
 
 def test_a_regular_expression() -> None:

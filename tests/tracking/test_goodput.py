@@ -11,10 +11,9 @@ from typing import Any
 
 import hand_made
 import pytest
-from plan_fixtures import PlanOf, plan_lines
+from plan_fixtures import PlanOf
 
 from launcher import atomic_files, json_records, run_store
-from launcher.config.sections.run import CostsSection, HostedPrice
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -25,16 +24,12 @@ from launcher.tracking.goodput import (
     LOST,
     AttemptTimes,
     Breakdown,
-    RequestCost,
     break_down,
-    hosted_training,
 )
-from launcher.tracking.verdicts import SideUsage
 
 RANKS = 4
 H100, A100 = {"kind": "local", "gpu_type": "H100-80GB"}, {"kind": "local", "gpu_type": "A100-80GB"}
 STATED, TYPICAL = Price(usd_per_gpu_hour=2.0), Price(usd_per_gpu_hour=2.95, assumption="typical")
-PRICES = (HostedPrice(name="acme", training=3.0, input=0.3, output=1.2), HostedPrice(name="other", input=1.0))
 
 
 def step(number: int, attempt: int, at: float, **more: float) -> dict[str, Any]:
@@ -264,26 +259,3 @@ def test_a_later_plan_prices_attempts_without_a_known_price(
 def _submitted(run: RunDir, number: int, at: float) -> None:
     values = json_records.read_json(run.attempt(number) / "attempt.json")
     atomic_files.write_json(run.attempt(number) / "attempt.json", {**values, "submitted_at": at})
-
-
-def test_training_tokens_at_hosted_services() -> None:
-    assert hosted_training(PRICES, 80_000) == {"acme": pytest.approx(0.24)}
-    plan = hand_made.plan(Path("/srv/demo"), {**hand_made.SETTINGS, "costs": {"hosted": [{"name": "acme", "training": 3.0}]}})
-    (line,) = [line for line in plan_lines(plan) if line.startswith("hosted")]
-    # 40 steps of 2,000 tokens each.
-    assert line.split(maxsplit=1)[1] == "acme $0.24 for 80,000 training tokens"
-
-
-def test_a_million_requests() -> None:
-    """200 requests of 150 prompt and 20 answer tokens took 90 seconds on a GPU that costs $4 an hour."""
-    cost = RequestCost.of_usage(SideUsage(200, 30_000, 4_000, gpu_s=90), 4.0, PRICES)
-    assert (cost.prompt_tokens, cost.answer_tokens) == (150, 20)
-    # At this rate, a million requests take 125 hours.
-    assert cost.usd_here == pytest.approx(500)
-    assert cost.usd_hosted == {"acme": pytest.approx(150 * 0.3 + 20 * 1.2)}
-    assert RequestCost.of_usage(SideUsage(200, 30_000, 4_000), 4.0, ()).usd_here is None
-
-
-def test_a_service_has_one_row() -> None:
-    with pytest.raises(ValueError, match="uses a name twice"):
-        CostsSection(hosted=(PRICES[0], PRICES[0]))

@@ -118,7 +118,6 @@ MetricName = Literal[
     "numeric",
     "regex",
     "valid_json",
-    "json_schema",
     "field_f1",
     "label_accuracy",
     "stopped",
@@ -126,7 +125,7 @@ MetricName = Literal[
 ]
 METRIC_NAMES: tuple[str, ...] = get_args(MetricName)
 # The setting that a metric cannot be used without.
-NEEDED_SETTINGS = {"regex": "pattern", "json_schema": "json_schema", "label_accuracy": "labels"}
+NEEDED_SETTINGS = {"regex": "pattern", "label_accuracy": "labels"}
 _FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 _KNOWN = f"metrics are {', '.join(METRIC_NAMES)}, and functions of your own as path/to/file.py:function"
 
@@ -155,7 +154,6 @@ class AnswerMetrics(SettingsSection):
             "group's last match must equal the reference."
         ),
     )
-    json_schema: Text | None = Field(None, description="File with the JSON schema for the metric json_schema.")
     labels: tuple[Text, ...] = Field(
         (), description="Labels for the metric label_accuracy: the first one that an answer names counts."
     )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from launcher.config.sections.fields import Count, Name, NonNegative, Positive, SettingsSection, Text, matching, with_own_names
+from launcher.config.sections.fields import Count, Name, Positive, SettingsSection, Text, matching
 
 
 class RunSection(SettingsSection):
@@ -62,24 +62,3 @@ class TrackingSection(SettingsSection):
     )
     group: Name | None = Field(None, description="W&B group.")
     tags: tuple[Tag, ...] = Field((), description="W&B tags, of at most 64 characters.")
-
-
-class HostedPrice(SettingsSection):
-    """Prices of a hosted service, in US dollars per million tokens."""
-
-    name: Name = Field(description="Name of the service and its model, such as acme-8b.")
-    training: NonNegative | None = Field(None, description="Price per million training tokens; each epoch counts.")
-    input: NonNegative | None = Field(None, description="Price per million prompt tokens of the fine-tuned model.")
-    output: NonNegative | None = Field(None, description="Price per million answer tokens of the fine-tuned model.")
-
-
-class CostsSection(SettingsSection):
-    """What training and requests would cost at hosted services, at your prices; shown by `plan`, `report` and `evaluate`."""
-
-    hosted: Annotated[tuple[HostedPrice, ...], with_own_names("service")] = Field(
-        (),
-        description=(
-            "Prices of hosted services: 'costs.hosted=[{name: acme-8b, training: 3.0, input: 0.3, output: 1.2}]'. The launcher "
-            "ships none, because prices change."
-        ),
-    )
