@@ -19,13 +19,10 @@ from launcher.errors import EXIT_REFUSED
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.security import folders
 
-_FOLLOW = {"follow=true": True, "follow=false": False}
-
 
 def train(arguments: argparse.Namespace) -> int:
     """Start the run of a command line or, with -m, one per job; returns the largest exit code."""
-    jobs = compose_jobs("train", [token for token in arguments.overrides if token not in _FOLLOW])
-    follows = next((_FOLLOW[token] for token in arguments.overrides if token in _FOLLOW), arguments.follow)
+    jobs, follows = compose_jobs("train", arguments.overrides), arguments.follow
     if any(job.config.cluster.runs_on_every_node for job in jobs):
         from launcher.cli import every_node
 

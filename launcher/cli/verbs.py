@@ -193,7 +193,7 @@ _SETTINGS = (_arg("FILE", "a YAML file with a run's settings (docs/run-file.md);
 TABLE = (
     Verb("train", "Train", "train:train", "[FILE] [overrides]",
          "Plan, prepare data, start the run; on this machine follow it to its end. The word train may be left out before a file "
-         "or an override. With -m it starts several runs. follow=true and follow=false are the same as --follow and --detach.",
+         "or an override. With -m it starts several runs.",
          (*_SETTINGS, _FOLLOW, _DETACH,
           _switch("--yes", "start runs that may cost more than run.confirm_usd without a question"),
           _switch("--json", "print an error as JSON")),

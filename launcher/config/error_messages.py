@@ -187,15 +187,12 @@ def make_hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequenc
         message = "this override cannot be parsed"
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
     # The chosen files that name the unknown option, else the file that Hydra names.
-    chosen = [token.lstrip("+").replace("=", "/") for token in tokens]
-    files = [file for name in chosen for folder in folders if (file := folder / f"{name}.yaml").is_file()]
-    files = [file for file in files if option and option in file.read_text(errors="replace")]
+    chosen = [folder / f"{token.lstrip('+').replace('=', '/')}.yaml" for token in tokens for folder in folders]
+    files = [path for path in chosen if option and path.is_file() and option in path.read_text(errors="replace")]
     if not files and (named := _IN_FILE.search(text)):
-        name = named["file"].removesuffix(".yaml")
-        files = [file for folder in folders if (file := folder / f"{name}.yaml").is_file()]
-    file = files[0] if files else None
-    if run_file is not None and f"{RUN_FILE_GROUP}/" in text:
-        file = run_file
+        paths = (folder / f"{named['file'].removesuffix('.yaml')}.yaml" for folder in folders)
+        files = [path for path in paths if path.is_file()]
+    file = run_file if run_file is not None and f"{RUN_FILE_GROUP}/" in text else next(iter(files), None)
     where = COMMAND_LINE if file is None else short_path(file)
     if option and (options := getattr(error, "options", None)):
         problem = make_unknown_option_problem(group, option, options, f"{group}={option}")

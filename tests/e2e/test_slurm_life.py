@@ -119,7 +119,7 @@ def prompts_are_answered_on_two_nodes(run: SlurmRun, step: int) -> None:
 
 def test_a_user_error_is_shown_to_followers_and_not_retried(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     diverging = ("cluster.nodes=1", "optim.lr=1e38", f"run.root={runs}", "run.name=bad")
-    bad = launch_here(*SETTINGS, *diverging, "follow=true", **slurm.variables)
+    bad = launch_here(*SETTINGS, *diverging, "--follow", **slurm.variables)
     assert bad.returncode == 1
     assert "resume" in bad.stderr or "start it again" in bad.stderr
     run = SlurmRun(runs / "bad", slurm, launch_here)
