@@ -31,6 +31,7 @@ ABOUT = {
     "data": "sources, masks, packing",
     "checkpoint": "store, shards, mirror",
     "tracking": "metrics, goodput, W&B",
+    "runs": "the journal",
     "plan": "pure: batch, memory, GPUs",
     "config": "Hydra in, RunConfig out",
 }

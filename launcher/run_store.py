@@ -121,6 +121,8 @@ def create_attempt(run: RunDir, attempt: Attempt) -> int:
     unfinished = run.attempts / f".{number:03d}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(mode=0o700, parents=True)
+    # On a full disk an existing folder may still take a file.
+    (unfinished / "journal").mkdir()
     json_records.write(unfinished / "attempt.json", replace(attempt, submitted_at=time.time()))
     atomic_files.rename(unfinished, run.attempt(number))
     return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.config.resume import with_overrides
@@ -27,8 +28,10 @@ from launcher.plan.launch_plan import (
     StageMemory,
     Topology,
 )
+from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.runs import journal
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage
 
@@ -118,6 +121,28 @@ def run(made: LaunchPlan | Path, *attempts: Attempt, **status: Any) -> RunDir:
             run_store.write_attempt(run, number, attempt)
     run_store.update_status(run, **{"attempt": len(attempts), **status})
     return run
+
+
+def record(run: RunDir, attempt: int, kind: str, **values: Any) -> None:
+    """Append an event to the journal of an attempt; `values` are those of its JSON object."""
+    journal.append(run, attempt, json_records.decode(journal.KINDS[kind], values, kind))
+
+
+def end(run: RunDir, attempt: int = 1, **values: Any) -> None:
+    """Append the verdict on an attempt, by default a failure."""
+    record(run, attempt, "AttemptConcluded", **{"state": "failed", "cause": Cause.FAILURE, **values})
+
+
+def end_of(run: RunDir | Path, attempt: int = 1) -> dict[str, Any]:
+    """The verdict on an attempt as its JSON object; empty without one."""
+    verdict = journal.read_end(run if isinstance(run, RunDir) else RunDir(run), attempt)
+    return {} if verdict is None else json.loads(json.dumps(json_records.encode(verdict)))
+
+
+def causes_of(run: RunDir | Path) -> list[str]:
+    """Why each attempt ended, oldest first."""
+    of = run if isinstance(run, RunDir) else RunDir(run)
+    return [verdict["cause"] for number in run_store.attempt_numbers(of) if (verdict := end_of(of, number))]
 
 
 def checkpoint(

@@ -25,13 +25,10 @@ from unusual_files import stale
 from launcher import atomic_files, json_records, locks, run_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
-from launcher.errors import Problem, RunError, SubmitError, Superseded
+from launcher.errors import RunError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, CancelRequest, ExitRecord, FailureRecord, NodeRecord, OutcomeRecord, Status
-
-FAILURE = FailureRecord(3, "ValueError", "ValueError: own", at=1.5, exit_code=1, traceback="Traceback", log="/log")
+from launcher.run_records import Attempt, CancelRequest, Status
 
 
 @pytest.fixture
@@ -292,9 +289,6 @@ def test_a_plan_without_a_section_is_damaged(run: RunDir) -> None:
         Status("running", 2, 40, 100, {"id": "41"}, "saving", 1.0, 2.0),
         Attempt(20, job="41", nodes=("n1", "n2"), port=4000, begun_at=3.0, automatic=True),
         CancelRequest(1.0, save=False),
-        NodeRecord(1, 9.0, host="n2", killed=True, first_failure=FAILURE, problems=(Problem("has no GPU", "n2", "0", "repair"),)),
-        ExitRecord("pending", 40, "lost", Cause.BAD_NODE, None, 20, ("n2",), FAILURE, ended_at=None),
-        OutcomeRecord("completed", "completed", 100, "done", "/checkpoint"),
     ],
     ids=lambda record: type(record).__name__,
 )
@@ -326,37 +320,11 @@ def test_a_damaged_record_names_file_field_value_and_remedy(
     assert "backup" in problem.remedy
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"cause": "weather"}, "cause"),
-        ({"bad_nodes": [1]}, "bad_nodes[0]"),
-        ({"first_failure": {"rank": 1, "kind": "killed"}}, "first_failure.message"),
-        ({"first_failure": "killed"}, "first_failure"),
-    ],
-)
-def test_a_damaged_part_of_a_record_is_named_by_its_path(submitted: RunDir, change: dict[str, Any], field: str) -> None:
-    path = run_records.exit_file(submitted, 1)
-    path.write_text(json.dumps({"state": "pending", **change}))
-    with pytest.raises(RunError, match="a record of the run is damaged") as refused:
-        run_records.read_exit(submitted, 1)
-    assert refused.value.problems[0].where == f"{path}: {field}"
-
-
 def test_a_missing_record_is_none_and_a_missing_status_is_an_error(submitted: RunDir) -> None:
-    assert run_records.read_exit(submitted, 1) is None
-    assert run_records.read_outcome(submitted, 1) is None
-    assert run_records.read_node(submitted, 1, 0) is None
     assert run_records.read_cancel(submitted, 1) is None
     submitted.status.unlink()
     with pytest.raises(RunError, match="a file of the run is missing"):
         run_store.read_status(submitted)
-
-
-def test_unknown_keys_are_ignored_and_absent_ones_get_their_defaults(submitted: RunDir) -> None:
-    """Records of older and later launchers can be read."""
-    run_records.exit_file(submitted, 1).write_text('{"state": "completed", "weather": "fine"}')
-    assert run_records.read_exit(submitted, 1) == ExitRecord("completed")
 
 
 @dataclass(frozen=True)

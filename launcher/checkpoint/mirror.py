@@ -28,7 +28,7 @@ from pathlib import Path
 import xxhash
 from pydantic import Field, ValidationError
 
-from launcher import atomic_files, run_records, run_store
+from launcher import atomic_files, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import (
@@ -47,6 +47,7 @@ from launcher.errors import CheckpointError, Problem, RunError, SubmitError, Unr
 from launcher.plan.launch_plan import LaunchPlan, Record
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir, parse_step
+from launcher.runs import journal
 from launcher.security.folders import make_own_folder
 from launcher.shell_commands import launcher_command
 
@@ -227,7 +228,7 @@ class Mirror:
                 self._remote.send(source.name, source)
                 self._sent_sizes[source.name] = size
         status = run_store.read_status(self._run)
-        outcome = run_records.read_outcome(self._run, self._owner.attempt) if status.attempt == self._owner.attempt else None
+        outcome = journal.read_training(self._run, self._owner.attempt) if status.attempt == self._owner.attempt else None
         if outcome is not None:
             # The agent writes the final state only after the mirror process has ended.
             status = replace(status, state=outcome.state, step=outcome.step, message=outcome.message)

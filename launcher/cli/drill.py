@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from launcher import run_records, run_store
+from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli.follow import Interrupts
 from launcher.cli.render import terminal
@@ -31,7 +31,9 @@ from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, ExitRecord
+from launcher.run_records import RUNNING_STATES
+from launcher.runs import journal
+from launcher.runs.journal import AttemptConcluded
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import Tail
 
@@ -79,7 +81,7 @@ class Records:
     life: Life
     saved_step: int
     steps: Sequence[Step]
-    exit_record: ExitRecord | None
+    exit_record: AttemptConcluded | None
     committed: frozenset[int]
     intact: frozenset[int]
     resumed_attempt: int | None
@@ -247,7 +249,7 @@ def _rehearse(fault: str, plan: LaunchPlan, watch: _RunWatch) -> Records:
         life=step.life,
         saved_step=saved_step,
         steps=watch.steps,
-        exit_record=run_records.read_exit(run, step.life[0]),
+        exit_record=journal.read_end(run, step.life[0]),
         committed=watch.committed,
         intact=frozenset(),
         resumed_attempt=resumed_attempt,
@@ -334,7 +336,7 @@ def _describe_end(records: Records, again: Sequence[Step]) -> tuple[str, str]:
     number, restart = again[0].life if again else (0, 0)
     is_same = number == records.life[0]
     if (record := records.exit_record) is not None:
-        happened = " ".join(f"{record.cause or record.state}: {record.message}".split())
+        happened = " ".join(f"{record.cause}: {record.message}".split())
     else:
         happened = "the node agents restarted all ranks" if is_same else records.last_status
     if not again:

@@ -24,6 +24,7 @@ from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
+from launcher.runs import journal
 from launcher.security import folders
 from launcher.security.redaction import as_plain_lines, raw
 from launcher.shell_commands import launcher_command, shell_command, short_path
@@ -228,7 +229,7 @@ def _print_result(run: RunDir, attempt: int, status: Status) -> int:
 
 def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
     # The backend may have started further attempts; agent.log of the submitted attempt covers all of them.
-    record = run_records.read_exit(run, run_store.newest_attempt(run))
+    record = journal.read_end(run, run_store.newest_attempt(run))
     failure = None if record is None else record.first_failure
     reason = ""
     if failure is not None:
@@ -368,7 +369,7 @@ def _describe_end(run: RunDir, attempt: int, status: Status) -> str:
     """Return one line on how an incomplete attempt ended; empty if it is running or has completed."""
     message, how = status.message if status.state == "failed" else "", "failed"
     if attempt != run_store.newest_attempt(run):
-        record = run_records.read_exit(run, attempt)
+        record = journal.read_end(run, attempt)
         message = "" if record is None or record.state == "completed" else record.message
         if record is not None and record.cause in _INTERRUPTIONS:
             how = f"ended ({record.cause})"

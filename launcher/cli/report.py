@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_records, run_store
+from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import describe_loss
 from launcher.cli.evaluate import show_verdicts
@@ -24,7 +24,8 @@ from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Status
+from launcher.run_records import RUNNING_STATES, Status
+from launcher.runs import journal
 from launcher.security import folders
 from launcher.shell_commands import short_path
 from launcher.tracking import goodput
@@ -184,11 +185,11 @@ def _list_sections(one: _RunFiles) -> list[Section]:
 def _list_attempts(one: _RunFiles) -> Table:
     rows, unnamed_node = [], one.plan.config.cluster.unnamed_node
     for number in run_store.attempt_numbers(one.run):
-        attempt, record = run_store.read_attempt(one.run, number), run_records.read_exit(one.run, number)
+        attempt, record = run_store.read_attempt(one.run, number), journal.read_end(one.run, number)
         steps = [line["trainer/step"] for line in one.lines if line["attempt"] == number]
-        is_running = one.status.state in run_records.RUNNING_STATES and number == run_store.newest_attempt(one.run)
+        is_running = one.status.state in RUNNING_STATES and number == run_store.newest_attempt(one.run)
         if record is not None:
-            outcome = ": ".join(filter(None, (record.cause or record.state, record.message)))
+            outcome = ": ".join(filter(None, (record.cause, record.message)))
         elif attempt.begun_at is None:
             outcome = "waiting for machines" if is_running else "never started"
         else:

@@ -22,7 +22,8 @@ from launcher.clusters.backends import Cluster, InjectedFault, mark_never_submit
 from launcher.errors import LauncherError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Attempt, Liveness, Status, node_file
+from launcher.run_records import RUNNING_STATES, Attempt, Liveness, Status
+from launcher.runs.journal import read_node
 from launcher.tracking.metrics import format_duration
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def read_states(run: RunDir, attempt: int, record: Attempt) -> list[NodeState]:
 
 
 def _judge_node(run: RunDir, attempt: int, node: int, name: str, silent_s: float | None) -> NodeState:
-    if node_file(run, attempt, node).is_file():
+    if read_node(run, attempt, node) is not None:
         return NodeState(name, silent_s, True)
     with suppress(LauncherError):
         if (lost := json_records.read_if_present(LostNode, lost_file(run, attempt, node))) is not None:
@@ -299,7 +300,7 @@ class NodeProcess:
         """Return the exit code, None while the agent runs. If it left no record, record its end for the other machines."""
         code = self._process.poll()
         lost, folder = lost_file(self._run, self._attempt, self._node), self._run.attempt(self._attempt)
-        if code is None or lost.is_file() or node_file(self._run, self._attempt, self._node).is_file() or not folder.is_dir():
+        if code is None or lost.is_file() or not folder.is_dir() or read_node(self._run, self._attempt, self._node) is not None:
             return code
         names = {-number: number.name for number in signal.Signals}
         how = f"was killed by {names[code]}" if code in names else f"ended with exit code {code} and left no record"

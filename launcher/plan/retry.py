@@ -83,7 +83,7 @@ MOST_FRUITLESS_PREEMPTIONS = 20
 _MOST_WITHOUT_PROGRESS = 2
 # The first failure and two resumes from one checkpoint: the same exception at the same step is then no coincidence.
 _NUM_REPEATS = 3
-_FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
+FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
 _FAILED_MACHINES = (Cause.INFRASTRUCTURE, Cause.BAD_NODE)
 _TAKEN_AWAY = (Cause.PREEMPTED, Cause.RESIZED)
 _OF_THE_MACHINES = (*_TAKEN_AWAY, *_FAILED_MACHINES)
@@ -96,8 +96,8 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     writes newer checkpoints. A user error ends the run at once, because the next attempt would fail in the same way. So does an
     exception that recurs at the same step after two resumes from one checkpoint.
     """
-    if last.cause in _FINAL:
-        return Decision(False, _FINAL[last.cause], last.message)
+    if last.cause in FINAL:
+        return Decision(False, FINAL[last.cause], last.message)
     if last.cause is Cause.USER_ERROR:
         return Decision(False, "failed", last.message)
     attempts = [*history, last]

@@ -89,6 +89,10 @@ class RunDir:
     def attempt(self, number: int) -> Path:
         return self.attempts / f"{number:03d}"
 
+    def journal(self, attempt: int) -> Path:
+        """What happened in an attempt, a file of events per writer; see launcher.runs.journal."""
+        return self.attempt(attempt) / "journal"
+
     def cancel(self, attempt: int) -> Path:
         """The request to end an attempt; its field `save` says whether to write a checkpoint first."""
         return self.attempt(attempt) / "cancel.json"

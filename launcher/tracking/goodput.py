@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from launcher import run_records, run_store
+from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import RUNNING_STATES
+from launcher.runs import journal
 from launcher.tracking.jsonl import Line, read_events
 from launcher.tracking.run_metrics import read_time_lines
 
@@ -245,7 +247,7 @@ def read_attempt_times(run: RunDir, next_plan: LaunchPlan | None = None) -> list
         record = run_store.read_attempt(run, number)
         if record.submitted_at is None:
             continue
-        exit_record = run_records.read_exit(run, number)
+        exit_record = journal.read_end(run, number)
         ended_at = None if exit_record is None else exit_record.ended_at
         plan = run_store.read_plan_values(plan_file)
         num_ranks = plan["topology"]["world_size"]
@@ -270,7 +272,7 @@ def complete_attempts(
     An attempt without a recorded end ended with its last line in the files. Only the newest attempt may still be running; in a
     pending run, it waits for machines or has lost them.
     """
-    completed, is_running = list(attempts), state in run_records.RUNNING_STATES
+    completed, is_running = list(attempts), state in RUNNING_STATES
     for i, attempt in enumerate(completed):
         goes_on = is_running and i == len(completed) - 1 and (state != "pending" or attempt.begun_at is None)
         if attempt.ended_at is None and not goes_on:

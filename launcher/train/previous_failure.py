@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from launcher import run_records, run_store
+from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.nvml import BROKEN_XIDS, LOST_GPU
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
+from launcher.runs import journal
 from launcher.tracking.jsonl import read_events
 
 # In the alert of a node agent that restarts its ranks: the field with the number of restarts.
@@ -45,10 +46,10 @@ def find_previous_failure(run: RunDir, number: int) -> PreviousFailure | None:
             )
         if number == 1 or not run_store.read_attempt(run, number).automatic:
             return None
-        record = run_records.read_exit(run, number - 1)
-        if record is None or record.cause is None:
+        record = journal.read_end(run, number - 1)
+        if record is None:
             return None
-        if record.cause is not Cause.RESIZED and not run_records.outcome_file(run, number - 1).is_file():
+        if record.cause is not Cause.RESIZED and journal.read_training(run, number - 1) is None:
             log = f" (log: {record.first_failure.log})" if record.first_failure else ""
             how = f"ended ({record.cause}): "
             earlier = [event for event in alerts if event["attempt"] == number - 1]

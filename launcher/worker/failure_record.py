@@ -18,10 +18,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher import json_records
 from launcher.errors import WOULD_REPEAT, CheckpointError, DamagedRun, LauncherError, RunError, Superseded, describe
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import FailureRecord, FinalFailure, final_file
+from launcher.runs import journal
+from launcher.runs.journal import FailureRecord
 from launcher.worker.signals import DISMISSED
 
 # Set by the agent to `ErrorMemory.path`.
@@ -227,21 +227,14 @@ def from_exit(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str] = 
     )
 
 
-def from_final(run: RunDir, attempt: int, final: FinalFailure) -> FailureRecord:
-    """Return the failure that a rank recorded as one a restart would repeat."""
-    log = str(run.rank_log(attempt, final.rank))
-    return FailureRecord(final.rank, final.kind, final.message, at=final.at, exit_code=1, log=log)
-
-
 def from_exception(error: Exception, log: Path, at: float | None = None, limit: str = "") -> FailureRecord:
     """Return the failure of a node's agent, which no rank caused; `log` is the file with the agent's output."""
     message = f"{limit}: {describe(error)}" if limit else describe(error)
     return FailureRecord(None, type(error).__name__, message, at=at, log=str(log))
 
 
-def read_final(run: RunDir, attempt: int) -> FinalFailure | None:
+def read_final(run: RunDir, attempt: int) -> FailureRecord | None:
     """Return the recorded failure that a restart would repeat, or None if there is none or it cannot be read."""
-    try:
-        return json_records.read(FinalFailure, final_file(run, attempt))
-    except LauncherError:
-        return None
+    with suppress(LauncherError):
+        return journal.read_repeatable_failure(run, attempt)
+    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import threading
@@ -11,9 +10,11 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
-from launcher import json_records, run_store
+from launcher import run_store
 from launcher.clusters import detached_process, network
-from launcher.run_records import ExitRecord, NodeRecord, exit_file
+from launcher.plan.retry import Cause
+from launcher.runs import journal
+from launcher.runs.journal import AttemptConcluded, NodeEnded
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 from launcher.worker.signals import CANCEL, PREEMPT
@@ -44,15 +45,14 @@ def main(plan_path: str, attempt: int) -> int:
     run_store.update_status(run, state="running", attempt=attempt, job=detached_process.describe_this_process(), message="")
     detached_process.start_liveness_file(run)
     postmortem.reserve_disk_space(run, attempt)
-    end = ExitRecord("failed")
+    end = AttemptConcluded(state="failed", cause=Cause.FAILURE)
 
-    def conclude(node: NodeRecord) -> bool:
+    def conclude(node: NodeEnded) -> bool:
         nonlocal end
-        judged = postmortem.judge_local(run, attempt, node.first_failure, node.stopped, node.killed)
-        end = replace(judged, host=os.uname().nodename, started_at=agent.started_at)
+        end = postmortem.judge_local(run, attempt, node)
         postmortem.release_space_if_full(run, attempt)
         with suppress(OSError):
-            json_records.write(exit_file(run, attempt), end)
+            journal.append(run, attempt, end)
         if end.state == "failed":
             with suppress(OSError):
                 append_event(run, attempt, "alert", f"the attempt failed: {end.message}", end.step)
@@ -65,7 +65,7 @@ def main(plan_path: str, attempt: int) -> int:
     agent.supervise(place, 0, run.agent_log(attempt), conclude=conclude, after_failure_s=math.inf)
     # The attempt holds its machines until here. If the disk is full, the time comes from the liveness file instead.
     with suppress(OSError):
-        json_records.write(exit_file(run, attempt), replace(end, ended_at=time.time()))
+        journal.append(run, attempt, replace(end, ended_at=time.time()))
     # The status shows the end only when the mirror has every committed checkpoint.
     run_store.update_status(run, state=end.state, step=end.step, message=end.message)
     postmortem.release_disk_space(run, attempt)

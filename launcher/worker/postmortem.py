@@ -1,4 +1,4 @@
-"""Determines why an attempt ended and what follows, from its ranks' and nodes' records and the scheduler's job state."""
+"""Why an attempt ended and what follows: an ordered table of rules over its journal and what the backend knows."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
-from launcher import json_records, run_records, run_store
+from launcher import run_store
 from launcher.checkpoint import store
 from launcher.clusters.check_results import NO_ROOM
 from launcher.clusters.limits import limit_that_killed_agents
 from launcher.config.sections.cluster import ManagedSection
-from launcher.errors import WOULD_REPEAT, RunError
+from launcher.errors import WOULD_REPEAT, Problem
 from launcher.hardware import is_full
 from launcher.plan import retry
 from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, ExitRecord, FailureRecord
+from launcher.run_records import Attempt
+from launcher.runs import journal
+from launcher.runs.journal import AttemptConcluded, AttemptState, FailureRecord, NodeEnded
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.run_metrics import newest_trained_step
 from launcher.worker import failure_record
 from launcher.worker.signals import CANCEL, PREEMPT
-from launcher.worker.slurm import job_output
 
 # Slurm sends its signal up to a minute before the lead begins. The clocks of the controller and of the storage may differ by
 # five minutes, as MUNGE tolerates.
@@ -55,6 +57,324 @@ class Ending:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """All that is known about the end of an attempt: the backend fills the first part, `judge` adds the second.
+
+    Attributes:
+        state: the scheduler's state of the job; empty if unknown, or without a scheduler.
+        exit_code: srun's; None if the job did not record it.
+        lost_nodes: the attempt's nodes that Ray has lost, by name; None if unknown, or not on Ray.
+        failed_nodes: the nodes that Slurm has lost, if known.
+        silence: why a node left no record, keyed by its name, the first cause first.
+        refused: the error of each node on which no agent could start, keyed by its name.
+        is_out_of_memory: the scheduler ended processes that exceeded a memory limit of the job.
+        stops_mean: why ranks are asked to stop on this backend; None if the time of the request decides.
+        attempt: what the attempt started from.
+        journal: what its processes have recorded.
+        step: the newest step that was trained.
+        is_cancelled: a person requested the end.
+        lead_s: how long before its end the job is asked to save.
+    """
+
+    state: str = ""
+    exit_code: int | None = None
+    lost_nodes: Collection[str] | None = None
+    failed_nodes: Collection[str] = ()
+    silence: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+    is_out_of_memory: bool = False
+    stops_mean: Cause | None = None
+    attempt: Attempt = field(default_factory=lambda: Attempt(None))
+    journal: AttemptState = field(default_factory=AttemptState)
+    step: int = 0
+    is_cancelled: bool = False
+    lead_s: float = 0.0
+
+    @cached_property
+    def ended_nodes(self) -> list[NodeEnded]:
+        """The records of the attempt's nodes, in their order."""
+        return [self.journal.nodes[node] for node in range(len(self.attempt.nodes)) if node in self.journal.nodes]
+
+    @cached_property
+    def silent(self) -> list[str]:
+        """The nodes that left no record, by name."""
+        nodes = self.attempt.nodes
+        return list(dict.fromkeys(name for node, name in enumerate(nodes) if node not in self.journal.nodes))
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """What the node checks found."""
+        return [problem for record in self.ended_nodes for problem in record.problems]
+
+    @cached_property
+    def failures(self) -> list[tuple[str, FailureRecord]]:
+        """The name and the first failure of each node that had one."""
+        names = self.attempt.nodes
+        has_peers = len(set(names)) > 1
+        failed = [(names[record.node], record.first_failure) for record in self.ended_nodes if record.first_failure is not None]
+        return [(name, replace(failure, host=name if has_peers else "")) for name, failure in failed]
+
+    @cached_property
+    def first(self) -> FailureRecord | None:
+        """The failure that caused the others."""
+        return failure_record.first_of(failure for _, failure in self.failures)
+
+    @property
+    def is_consequence(self) -> bool:
+        """No rank has failed, or only because it lost its connection to another process."""
+        return self.first is None or failure_record.is_consequence(self.first)
+
+    @property
+    def by_signal(self) -> bool:
+        """The signals with which a scheduler ends a job may have caused the first failure."""
+        return self.first is not None and self.first.exit_code in (-CANCEL, -PREEMPT, -signal.SIGTERM, -signal.SIGKILL)
+
+    @cached_property
+    def silence_message(self) -> str:
+        """What is known about the nodes that left no record; empty if there are none."""
+        if self.lost_nodes is not None and self.silent:
+            # If Ray loses a node, it ends the workers on all nodes before they can leave records.
+            lost = [node for node in self.silent if node in self.lost_nodes]
+            return f"Ray has lost {', '.join(lost)}" if lost else f"no record from {', '.join(self.silent)}, which Ray still has"
+        parts = [reason for node, reason in self.silence.items() if node in self.silent]
+        if rest := [node for node in self.silent if node not in self.silence]:
+            parts.append(f"no record from {', '.join(rest)}")
+        return "; ".join(parts)
+
+    def interruption(self, at: float) -> Cause:
+        """Return what took the machines away at that time; the next start may judge this hours later."""
+        ends_at = self.attempt.ends_at
+        is_near = ends_at is not None and at > ends_at - self.lead_s - _SIGNAL_SPREAD_S
+        return Cause.TIME_LIMIT if is_near else Cause.PREEMPTED
+
+    def ended(self, cause: Cause, message: str, bad_nodes: tuple[str, ...] = ()) -> Ending:
+        return Ending(cause, self.step, message, bad_nodes, self.first)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`judge` concludes from the evidence if `applies`, and no earlier rule of the table does."""
+
+    name: str
+    applies: Callable[[Evidence], bool]
+    judge: Callable[[Evidence], Ending]
+
+
+def _judge_training(evidence: Evidence) -> Ending:
+    training = evidence.journal.training
+    assert training is not None
+    # Ranks cannot know why they were interrupted: scancel sends the same TERM as a preemption.
+    cause = evidence.interruption(training.at)
+    if training.reason != "preempted":
+        cause = Cause(training.reason)
+    elif evidence.is_cancelled:
+        cause = Cause.CANCELLED
+    elif evidence.state == "RESIZED":
+        cause = Cause.RESIZED
+    return Ending(cause, training.step, training.message)
+
+
+def _judge_node_checks(evidence: Evidence) -> Ending:
+    messages = [f"{problem.where}: {problem.message} {problem.value}".strip() for problem in evidence.problems]
+    # A full disk is shared: no other node would have room.
+    unfit = {problem.where for problem in evidence.problems if not problem.message.startswith(NO_ROOM)}
+    if not unfit:
+        return Ending(Cause.FAILURE, evidence.step, "; ".join(dict.fromkeys(messages)))
+    return replace(_blame_nodes(evidence, unfit, messages), first_failure=None)
+
+
+def _judge_killed(evidence: Evidence) -> Ending:
+    killed_at = min(record.at for record in evidence.ended_nodes if record.stopped and record.killed)
+    cause = evidence.stops_mean or _TAKEN.get(evidence.state) or evidence.interruption(killed_at)
+    return evidence.ended(cause, f"killed at step {evidence.step} without saving")
+
+
+def _judge_taken(evidence: Evidence) -> Ending:
+    cause = _TAKEN[evidence.state]
+    event = "the number of workers changed" if cause is Cause.RESIZED else f"the job ended as {evidence.state}"
+    return evidence.ended(cause, f"{event} at step {evidence.step} without saving")
+
+
+def _judge_lost_coordinator(evidence: Evidence) -> Ending:
+    names = ", ".join(dict.fromkeys(evidence.attempt.nodes))
+    return evidence.ended(
+        Cause.INFRASTRUCTURE, f"the run's coordinator was killed or has ended, and the ranks on {names} with it"
+    )
+
+
+def _judge_lost_node(evidence: Evidence) -> Ending:
+    first = evidence.first
+    assert first is not None
+    if first.rank is None or evidence.is_consequence:
+        return evidence.ended(Cause.INFRASTRUCTURE, f"{evidence.silence_message}; as a consequence, {first.line}")
+    return evidence.ended(Cause.INFRASTRUCTURE, f"{_describe_failure(first)}; {evidence.silence_message}")
+
+
+def _judge_agents(evidence: Evidence) -> Ending:
+    messages = {node: f"{node}: {one.message}" for node, one in evidence.failures if one.kind in _NODE_ERRORS}
+    ending = _blame_nodes(evidence, set(messages), list(messages.values()))
+    # If most nodes do not meet, the head node's port or network may be at fault; the next attempt may have another head node.
+    return replace(ending, cause=Cause.INFRASTRUCTURE) if ending.cause is Cause.USER_ERROR else ending
+
+
+def _judge_failure(evidence: Evidence) -> Ending:
+    first = evidence.first
+    assert first is not None
+    cause = Cause.INFRASTRUCTURE if failure_record.is_of_machines(first) else Cause.FAILURE
+    return evidence.ended(cause, _describe_failure(first))
+
+
+def _judge_stopped(evidence: Evidence) -> Ending:
+    stopped_at = min(record.at for record in evidence.ended_nodes if record.stopped)
+    return evidence.ended(evidence.stops_mean or evidence.interruption(stopped_at), "stopped before training had begun")
+
+
+def _judge_refused(evidence: Evidence) -> Ending:
+    shared = "check that the run directory is on storage that all nodes share"
+    refused = {node: error for node, error in evidence.refused.items() if node in evidence.silent}
+    messages = [f"{node}: no agent could start there ({error}); {shared}" for node, error in refused.items()]
+    return _blame_nodes(evidence, set(refused), messages)
+
+
+def _judge_silence(evidence: Evidence) -> Ending:
+    message = evidence.silence_message or "the ranks ended without an outcome"
+    code = f" (srun ended with {evidence.exit_code})" if evidence.exit_code is not None else ""
+    return evidence.ended(Cause.INFRASTRUCTURE, f"{message}{code}")
+
+
+# The first rule that applies decides.
+RULES: tuple[Rule, ...] = (
+    # Rank 0 reports the end once everything is saved: how processes end afterwards, or what the scheduler does, changes nothing.
+    Rule("training_ended", lambda e: e.journal.training is not None, _judge_training),
+    # A person wanted the end. What fails while the ranks are stopped is no reason to run again, so this precedes all failures.
+    Rule(
+        "cancelled",
+        lambda e: e.is_cancelled,
+        lambda e: Ending(Cause.CANCELLED, e.step, f"cancelled at step {e.step} without saving"),
+    ),
+    # The ranks were never started: records of failures and of a stop can only be consequences.
+    Rule("failed_node_checks", lambda e: bool(e.problems), _judge_node_checks),
+    # It would happen again wherever the run continues, so it precedes whatever took the machines away meanwhile.
+    Rule(
+        "user_error",
+        lambda e: e.first is not None and e.first.kind in _FINAL and e.first.rank is not None,
+        lambda e: e.ended(Cause.USER_ERROR, _describe_failure(e.first)),
+    ),
+    # The agents ended the ranks, and the scheduler the agents: failures after that are consequences. What the agents did is more
+    # exact than the scheduler's state, which has a cause for both.
+    Rule("killed_after_grace_period", lambda e: any(one.stopped and one.killed for one in e.ended_nodes), _judge_killed),
+    Rule("taken_by_scheduler", lambda e: e.state in _TAKEN, _judge_taken),
+    # A job is also requeued when one of its nodes is lost, or by a person after a failure: it explains the end only where no node
+    # was lost, and no rank failed by itself.
+    Rule(
+        "requeued",
+        lambda e: (
+            e.state in _REQUEUED
+            and not any(node in e.failed_nodes for node in e.attempt.nodes)
+            and (e.is_consequence or e.by_signal or (e.first is not None and e.first.rank is None))
+        ),
+        lambda e: e.ended(Cause.PREEMPTED, f"the job was requeued at step {e.step} without saving"),
+    ),
+    # Workers that have lost the coordinator end their ranks and leave no record, so this precedes silent nodes; but a lost node
+    # may have taken the coordinator with it.
+    Rule(
+        "lost_coordinator",
+        lambda e: e.journal.has_lost_coordinator and "Ray has lost" not in e.silence_message and e.is_consequence,
+        _judge_lost_coordinator,
+    ),
+    # Ranks that have nothing to save end by the agents' signal itself, which is no failure. One node that was asked to stop
+    # speaks for the silent ones: the same request ended them.
+    Rule(
+        "stopped_before_training",
+        lambda e: any(one.stopped for one in e.ended_nodes) and (e.first is None or e.first.exit_code in (-CANCEL, -PREEMPT)),
+        _judge_stopped,
+    ),
+    # Of several nodes one was lost, and the others failed because of that, or at the same time: machines precede exceptions.
+    Rule("failure_beside_silent_nodes", lambda e: e.first is not None and bool(e.silent), _judge_lost_node),
+    # Every node left a record, so the first failure is the cause. Agents that could not start their ranks name nodes to avoid,
+    # which the general rule for failures does not.
+    Rule(
+        "agent_without_ranks",
+        lambda e: e.first is not None and e.first.rank is None and e.first.kind in _NODE_ERRORS,
+        _judge_agents,
+    ),
+    Rule("failure", lambda e: e.first is not None, _judge_failure),
+    # No node has reported anything but silence. Without srun's own exit code its errors may be consequences of a lost node.
+    Rule(
+        "no_agent_could_start",
+        lambda e: e.exit_code is not None and any(node in e.silent for node in e.refused),
+        _judge_refused,
+    ),
+    # Nothing else is known.
+    Rule("silence", lambda e: True, _judge_silence),
+)
+
+
+def find_rule(evidence: Evidence) -> Rule:
+    """Return the rule that decides why an attempt ended."""
+    return next(rule for rule in RULES if rule.applies(evidence))
+
+
+def _blame_nodes(evidence: Evidence, unfit: set[str], messages: Sequence[str]) -> Ending:
+    """If most nodes are unfit, the cause lies elsewhere, and excluding them would not help."""
+    nodes = tuple(dict.fromkeys(evidence.attempt.nodes))
+    bad_nodes = tuple(node for node in nodes if node in unfit)
+    message = "; ".join(dict.fromkeys(messages))
+    if len(bad_nodes) > max(1, len(nodes) // 2):
+        return evidence.ended(Cause.USER_ERROR, message)
+    return evidence.ended(Cause.BAD_NODE, message, bad_nodes)
+
+
+def _describe_failure(failure: FailureRecord | None) -> str:
+    return "" if failure is None else f"{failure.source}: {failure.message}"
+
+
+def judge(run: RunDir, number: int, attempt: Attempt, lead_s: float, evidence: Evidence) -> Ending:
+    """Return why attempt `number` of a managed run ended; `lead_s` is how long before its end the job is asked to save."""
+    evidence = replace(
+        evidence,
+        attempt=attempt,
+        journal=journal.read_state(run, number),
+        step=newest_trained_step(run, run_store.read_status(run)),
+        is_cancelled=run.cancel(number).is_file() or evidence.state == "CANCELLED",
+        lead_s=lead_s,
+    )
+    ending = find_rule(evidence).judge(evidence)
+    if ending.cause is not Cause.INFRASTRUCTURE:
+        return ending
+    if evidence.is_out_of_memory:
+        return replace(ending, message=f"a memory limit was exceeded (raise cluster.additional_parameters.mem): {ending.message}")
+    silent = [node for node in range(len(attempt.nodes)) if node not in evidence.journal.nodes]
+    limit = limit_that_killed_agents(run, number, silent)
+    return replace(ending, message=f"{limit}: {ending.message}") if limit and limit not in ending.message else ending
+
+
+def judge_local(run: RunDir, attempt: int, node: NodeEnded) -> AttemptConcluded:
+    """Return how an attempt on this machine ended, by the same table; only a person stops a run here, and nothing restarts it.
+
+    `node` is the record of the node's agent, which a full disk may keep from the journal.
+    """
+    evidence = Evidence(
+        stops_mean=Cause.CANCELLED,
+        attempt=Attempt(None, nodes=(node.host,)),
+        journal=journal.fold([*journal.read(run, attempt), node]),
+        step=newest_trained_step(run, run_store.read_status(run)),
+    )
+    ending = find_rule(evidence).judge(evidence)
+    states = retry.FINAL | {Cause.PREEMPTED: "preempted"}
+    message, state = ending.message, states.get(ending.cause, "failed")
+    if ending.cause is Cause.CANCELLED and evidence.journal.training is None:
+        checkpoints = store.list_checkpoints(run.checkpoints)
+        newest = f"the newest checkpoint is of step {checkpoints[-1].step}" if checkpoints else "there is no checkpoint"
+        message = f"{message}; {newest}"
+    elif state == "failed" and ending.first_failure is not None:
+        message = "; ".join(filter(None, (message, describe_repetition(run, attempt, ending.first_failure))))
+    return AttemptConcluded(
+        state=state, cause=ending.cause, step=ending.step, message=message, first_failure=ending.first_failure
+    )
+
+
+@dataclass(frozen=True)
 class Conclusion:
     """How an attempt ended (`ended` holds this for the retry budgets), and what plan.retry decides."""
 
@@ -74,15 +394,15 @@ class Conclusion:
         return f"the attempt ended ({self.ending.cause}): {self.message}"
 
     def write(self, run: RunDir, number: int) -> None:
-        """Write exit.json, and an alert for an attempt that did not end as planned."""
+        """Record the verdict, and an alert for an attempt that did not end as planned."""
         release_space_if_full(run, number)
         write_if_possible(lambda: self.record(run, number))
         if (alert := self.alert) is not None:
             write_if_possible(lambda: append_event(run, number, "alert", alert, self.ending.step))
 
     def record(self, run: RunDir, number: int, decided: bool = True) -> None:
-        """Write exit.json; `decided` is False if the next start of the run makes the decision."""
-        record = ExitRecord(
+        """Record the verdict; `decided` is False if the next start of the run makes the decision."""
+        verdict = AttemptConcluded(
             state=self.decision.state if decided else "failed",
             step=self.ending.step,
             message=self.ending.message,
@@ -94,23 +414,7 @@ class Conclusion:
             # A later start cannot know when the attempt ended.
             ended_at=time.time() if decided else None,
         )
-        json_records.write(run_records.exit_file(run, number), record)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a backend knows about the end of an attempt, beside the records of its ranks and nodes.
-
-    `state` is the scheduler's state of the job, empty if unknown. `exit_code` is srun's, None if the job did not record it.
-    `lost_nodes` names the attempt's nodes that Ray has lost, None if unknown; `failed_nodes` names those that Slurm has lost, if
-    known. `silence` maps a node's name to the reason why it left no record, for backends without a scheduler.
-    """
-
-    state: str = ""
-    exit_code: int | None = None
-    lost_nodes: Collection[str] | None = None
-    failed_nodes: Collection[str] = ()
-    silence: Mapping[str, str] = field(default_factory=dict)
+        journal.append(run, number, verdict)
 
 
 def conclude(run: RunDir, number: int, attempt: Attempt, section: ManagedSection, evidence: Evidence) -> Conclusion:
@@ -125,13 +429,12 @@ def conclude(run: RunDir, number: int, attempt: Attempt, section: ManagedSection
 def end_of_attempt(
     run: RunDir, number: int, section: ManagedSection, evidence: Evidence, on_alert: Callable[[str], None] | None = None
 ) -> AttemptEnd:
-    """Return how attempt `number` ended: from its exit.json, or else by judging and recording it now.
+    """Return how attempt `number` ended: as recorded, or else by judging and recording it now.
 
     `on_alert` receives the alert of an attempt that is judged now, if the run continues; otherwise the caller sends the alert.
     """
-    record = run_records.read_exit(run, number)
-    if record is not None:
-        return _from_record(run, number, record)
+    if (ended := _read_end(run, number)) is not None:
+        return ended
     conclusion = conclude(run, number, run_store.read_attempt(run, number), section, evidence)
     conclusion.record(run, number, decided=False)
     if on_alert is not None and conclusion.decision.again and conclusion.alert is not None:
@@ -144,25 +447,24 @@ def history(run: RunDir, number: int) -> list[AttemptEnd]:
     ends: list[AttemptEnd] = []
     while number > 1 and run_store.read_attempt(run, number).automatic:
         number -= 1
-        record = run_records.read_exit(run, number)
-        if record is not None:
-            ends.insert(0, _from_record(run, number, record))
+        if (ended := _read_end(run, number)) is not None:
+            ends.insert(0, ended)
     return ends
 
 
-def _from_record(run: RunDir, number: int, record: ExitRecord) -> AttemptEnd:
-    if record.cause is None:
-        path = str(run_records.exit_file(run, number))
-        raise RunError("a record of the run is damaged: this field is missing", where=f"{path}: cause", remedy="remove the file")
-    ended = AttemptEnd(record.cause, record.began_step, record.saved_step, record.message, record.bad_nodes)
-    return _add_failures(run, number, ended, record.first_failure)
+def _read_end(run: RunDir, number: int) -> AttemptEnd | None:
+    verdict = journal.read_end(run, number)
+    if verdict is None:
+        return None
+    ended = AttemptEnd(verdict.cause, verdict.began_step, verdict.saved_step, verdict.message, verdict.bad_nodes)
+    return _add_failures(run, number, ended, verdict.first_failure)
 
 
 def _add_failures(run: RunDir, number: int, ended: AttemptEnd, failure: FailureRecord | None) -> AttemptEnd:
     """Return the end of attempt `number` with the exceptions of its last ranks and of the ranks that were restarted."""
     restarts = tuple(
-        RestartedRanks(failure_record.exception_of(record.first_failure), record.first_failure.step, record.saved_step)
-        for record in run_records.read_restarts(run, number)
+        RestartedRanks(failure_record.exception_of(restart.first_failure), restart.first_failure.step, restart.saved_step)
+        for restart in journal.read_restarts(run, number)
     )
     if failure is None or ended.cause is not Cause.FAILURE:
         return replace(ended, restarts=restarts)
@@ -178,170 +480,6 @@ def describe_repetition(run: RunDir, number: int, failure: FailureRecord) -> str
     attempt, saved_step = run_store.read_attempt(run, number), store.newest_step(run.checkpoints)
     ended = _add_failures(run, number, AttemptEnd(Cause.FAILURE, attempt.resume_step, saved_step), failure)
     return retry.describe_repetition([*history(run, number), ended])
-
-
-def judge(run: RunDir, number: int, attempt: Attempt, lead_s: float, evidence: Evidence) -> Ending:
-    """Return why attempt `number` of a managed run ended; `lead_s` is how long before its end the job is asked to save."""
-    ending = _find_ending(run, number, attempt, lead_s, evidence)
-    if ending.cause is not Cause.INFRASTRUCTURE:
-        return ending
-    if job_output.exceeded_memory(job_output.read_output(run, number, attempt)):
-        return replace(ending, message=f"a memory limit was exceeded (raise cluster.additional_parameters.mem): {ending.message}")
-    silent = [node for node in range(len(attempt.nodes)) if not run_records.node_file(run, number, node).is_file()]
-    limit = limit_that_killed_agents(run, number, silent)
-    return replace(ending, message=f"{limit}: {ending.message}") if limit and limit not in ending.message else ending
-
-
-def _find_ending(run: RunDir, number: int, attempt: Attempt, lead_s: float, evidence: Evidence) -> Ending:
-    state, exit_code, silence = evidence.state, evidence.exit_code, evidence.silence
-    step = newest_trained_step(run, run_store.read_status(run))
-    outcome = run_records.read_outcome(run, number)
-    by_node = {node: run_records.read_node(run, number, node) for node in range(len(attempt.nodes))}
-    records = [record for record in by_node.values() if record is not None]
-    cancelled = run.cancel(number).is_file() or state == "CANCELLED"
-    if outcome is not None:
-        written_at = run_records.outcome_file(run, number).stat().st_mtime
-        interruption = _find_interruption(attempt, lead_s, written_at)
-        # Ranks cannot know why they were interrupted: scancel sends the same TERM as a preemption.
-        interruption = Cause.CANCELLED if cancelled else Cause.RESIZED if state == "RESIZED" else interruption
-        causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT, "preempted": interruption}
-        return Ending(causes[outcome.reason], outcome.step, outcome.message)
-    if cancelled:
-        return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
-    if problems := [problem for record in records for problem in record.problems]:
-        messages = [f"{problem.where}: {problem.message} {problem.value}".strip() for problem in problems]
-        unfit = {problem.where for problem in problems if not problem.message.startswith(NO_ROOM)}
-        if not unfit:
-            return Ending(Cause.FAILURE, step, "; ".join(dict.fromkeys(messages)))
-        return _from_unfit_nodes(unfit, messages, attempt, step)
-    has_peers = len(set(attempt.nodes)) > 1
-    failures = {
-        node: replace(record.first_failure, host=attempt.nodes[node] if has_peers else "")
-        for node, record in by_node.items()
-        if record and record.first_failure
-    }
-    silent = list(dict.fromkeys(attempt.nodes[node] for node, record in by_node.items() if record is None))
-    output = job_output.read_output(run, number, attempt) if silent or state in _REQUEUED else ""
-    failed = [node for node in attempt.nodes if node in {*job_output.find_failed_nodes(output), *evidence.failed_nodes}]
-    first = failure_record.first_of(failures.values())
-    if first is not None and first.kind in _FINAL and first.rank is not None:
-        return Ending(Cause.USER_ERROR, step, _describe_failure(first), first_failure=first)
-    taken = _TAKEN.get(state)
-    if killed := [record.ended_at for record in records if record.stopped and record.killed]:
-        cause = taken or _find_interruption(attempt, lead_s, min(killed))
-        return Ending(cause, step, f"killed at step {step}: it had not stopped within the grace period", first_failure=first)
-    if taken is not None:
-        event = "the number of workers changed" if taken is Cause.RESIZED else f"the job ended as {state}"
-        return Ending(taken, step, f"{event} at step {step} without saving", first_failure=first)
-    is_explained = first is None or failure_record.is_consequence(first)
-    # The signals with which Slurm ends a job may have caused the failure.
-    by_signal = first is not None and first.exit_code in (-CANCEL, -PREEMPT, -signal.SIGTERM, -signal.SIGKILL)
-    if state in _REQUEUED and not failed and (is_explained or by_signal or (first is not None and first.rank is None)):
-        return Ending(Cause.PREEMPTED, step, f"the job was requeued at step {step} without saving", first_failure=first)
-    lost = _describe_silent(silent, evidence.lost_nodes, failed, output, attempt.nodes)
-    if any(node in silence for node in silent):
-        lost = "; ".join(silence.get(node, f"no record from {node}") for node in silent)
-    if run_records.lost_coordinator_file(run, number).is_file() and "Ray has lost" not in lost and is_explained:
-        # Workers that have lost the coordinator end their ranks and leave no record.
-        names = ", ".join(dict.fromkeys(attempt.nodes))
-        message = f"the run's coordinator was killed or has ended, and the ranks on {names} with it"
-        return Ending(Cause.INFRASTRUCTURE, step, message, first_failure=first)
-    if first is not None:
-        return _from_failure(first, {attempt.nodes[node]: failure for node, failure in failures.items()}, lost, attempt, step)
-    if stopped := [record.ended_at for record in records if record.stopped]:
-        return Ending(_find_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
-    if exit_code is not None:
-        output = job_output.read_output(run, number, attempt)
-        if refused := job_output.find_refusals(output, attempt, by_node):
-            shared = "check that the run directory is on storage that all nodes share"
-            messages = [f"{node}: no agent could start there ({error}); {shared}" for node, error in refused.items()]
-            return _from_unfit_nodes(set(refused), messages, attempt, step)
-    message = lost or "the ranks ended without an outcome"
-    code = f" (srun ended with {exit_code})" if exit_code is not None else ""
-    return Ending(Cause.INFRASTRUCTURE, step, f"{message}{code}")
-
-
-def _describe_silent(
-    nodes: Sequence[str], lost_nodes: Collection[str] | None, failed: Sequence[str], output: str, all_nodes: Sequence[str]
-) -> str:
-    """Describe nodes that left no record. If Ray loses a node, it ends the workers on all nodes before they can leave records.
-
-    `failed` are the nodes that Slurm has lost, `output` is the job's output.
-    """
-    if not nodes:
-        return ""
-    if lost_nodes is not None:
-        lost = [node for node in nodes if node in lost_nodes]
-        return f"Ray has lost {', '.join(lost)}" if lost else f"no record from {', '.join(nodes)}, which Ray still has"
-    failed = [node for node in dict.fromkeys(failed) if node in nodes]
-    parts = [f"{node} was lost (Slurm: node failure)" for node in failed]
-    culprit, reason = job_output.find_culprit(output, all_nodes)
-    if culprit in nodes and culprit not in failed:
-        parts.append(reason)
-    known = {*failed, culprit}
-    if rest := [node for node in nodes if node not in known]:
-        parts.append(f"no record from {', '.join(rest)}")
-    return "; ".join(parts)
-
-
-def _find_interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
-    """Return what took the machines away at that time; the next start may judge this hours later."""
-    near = attempt.ends_at is not None and at > attempt.ends_at - lead_s - _SIGNAL_SPREAD_S
-    return Cause.TIME_LIMIT if near else Cause.PREEMPTED
-
-
-def _from_unfit_nodes(unfit: set[str], messages: Sequence[str], attempt: Attempt, step: int) -> Ending:
-    """If most nodes are unfit, the cause lies elsewhere, and excluding them would not help."""
-    nodes = tuple(dict.fromkeys(attempt.nodes))
-    bad_nodes = tuple(node for node in nodes if node in unfit)
-    message = "; ".join(dict.fromkeys(messages))
-    if len(bad_nodes) > max(1, len(nodes) // 2):
-        return Ending(Cause.USER_ERROR, step, message)
-    return Ending(Cause.BAD_NODE, step, message, bad_nodes)
-
-
-def _from_failure(
-    first: FailureRecord, failures: Mapping[str, FailureRecord], silent: str, attempt: Attempt, step: int
-) -> Ending:
-    """Judge a failure that is not a user error; `failures` is keyed by node, `silent` describes the nodes without a record."""
-    message = _describe_failure(first)
-    if silent:
-        if first.rank is None or failure_record.is_consequence(first):
-            message, silent = silent, f"as a consequence, {first.line}"
-        return Ending(Cause.INFRASTRUCTURE, step, f"{message}; {silent}", first_failure=first)
-    if first.rank is None and first.kind in _NODE_ERRORS:
-        messages = {node: f"{node}: {failure.message}" for node, failure in failures.items() if failure.kind in _NODE_ERRORS}
-        ending = _from_unfit_nodes(set(messages), list(messages.values()), attempt, step)
-        # If most nodes do not meet, the head node's port or network may be at fault; the next attempt may have another head node.
-        cause = Cause.INFRASTRUCTURE if ending.cause is Cause.USER_ERROR else ending.cause
-        return replace(ending, cause=cause, first_failure=first)
-    cause = Cause.INFRASTRUCTURE if failure_record.is_of_machines(first) else Cause.FAILURE
-    return Ending(cause, step, message, first_failure=first)
-
-
-def _describe_failure(failure: FailureRecord) -> str:
-    return f"{failure.source}: {failure.message}"
-
-
-def judge_local(run: RunDir, attempt: int, failure: FailureRecord | None, stopped: bool, killed: bool) -> ExitRecord:
-    """Return how an attempt on this machine ended: from rank 0's record, or else as the node's agent saw it.
-
-    `stopped`: the ranks were asked to stop. `killed`: they did not stop in time.
-    """
-    outcome = run_records.read_outcome(run, attempt) if failure is None else None
-    if outcome is not None:
-        return ExitRecord(outcome.state, outcome.step, outcome.message, reason=outcome.reason, checkpoint=outcome.checkpoint)
-    step = newest_trained_step(run, run_store.read_status(run))
-    checkpoints = store.list_checkpoints(run.checkpoints)
-    newest = f"the newest checkpoint is of step {checkpoints[-1].step}" if checkpoints else "there is no checkpoint"
-    if killed:
-        return ExitRecord("cancelled", step, f"killed at step {step} without saving; {newest}", first_failure=failure)
-    if stopped and (failure is None or failure.exit_code in (-CANCEL, -PREEMPT)):
-        return ExitRecord("cancelled", step, f"stopped before training had begun; {newest}", first_failure=failure)
-    if failure is None:
-        return ExitRecord("failed", step, "the ranks ended without an outcome")
-    message = "; ".join(filter(None, (_describe_failure(failure), describe_repetition(run, attempt, failure))))
-    return ExitRecord("failed", step, message, first_failure=failure)
 
 
 def write_if_possible(write: Callable[[], object]) -> None:

@@ -27,7 +27,9 @@ from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import AttemptEnd, Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, NodeRecord
+from launcher.run_records import Attempt
+from launcher.runs import journal
+from launcher.runs.journal import NodeEnded
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 from launcher.worker.cancel_watch import watch_for_cancel
@@ -61,7 +63,7 @@ def main(plan_path: str, attempt: int, number: int) -> int:
         postmortem.reserve_disk_space(run, attempt)
     conclusion: Conclusion | None = None
 
-    def conclude(node: NodeRecord) -> bool:
+    def conclude(node: NodeEnded) -> bool:
         nonlocal conclusion
         peers.ranks_have_ended()
         if number != 0:
@@ -170,7 +172,7 @@ class Peers:
                 continue
             reason, patience_s = state.lost, _LOST_S
             if state.ended:
-                record, patience_s = run_records.read_node(self._run, self._attempt, node), _FAILED_S
+                record, patience_s = journal.read_node(self._run, self._attempt, node), _FAILED_S
                 failure = None if record is None else record.first_failure
                 reason = f"{state.name}: {failure.line}" if failure is not None else ""
             if not reason:

@@ -34,7 +34,9 @@ from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import LauncherError, Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord, NodeRecord, RestartRecord, node_file, restart_file
+from launcher.run_records import Attempt
+from launcher.runs import journal
+from launcher.runs.journal import FailureRecord, NodeEnded, RanksRestarted
 from launcher.security.folders import private_variables
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
@@ -95,11 +97,11 @@ class NodeAgent:
         number: int,
         log: Path,
         *,
-        conclude: Callable[[NodeRecord], bool] = lambda record: record.first_failure is None,
+        conclude: Callable[[NodeEnded], bool] = lambda record: record.first_failure is None,
         why_ended: Callable[[], str] = str,
         answers_s: float = math.inf,
         after_failure_s: float = AFTER_FAILURE_S,
-    ) -> NodeRecord:
+    ) -> NodeEnded:
         """Run node `number` of an attempt to its end, and return its record.
 
         The nodes of `place` meet at its address and port. When the ranks have ended and the record is written, `conclude`
@@ -127,9 +129,8 @@ class NodeAgent:
         except Exception as error:
             failure = failure_record.from_exception(error, log, limit=cause_of(error, self.run.root))
         self.close()
-        record = NodeRecord(
-            number,
-            ended_at=time.time(),
+        record = NodeEnded(
+            node=number,
             host=place.nodes[number],
             started_at=self.started_at,
             stopped=self.stopper.requested,
@@ -138,7 +139,7 @@ class NodeAgent:
             problems=tuple(problems),
         )
         with suppress(OSError):
-            json_records.write(node_file(self.run, self.attempt, number), record)
+            journal.append(self.run, self.attempt, record)
         is_complete = conclude(record) and not self.stopper.requested
         self.stopper.finish(answers, answers_s if is_complete else 0.0, uses_grace=False)
         self.stopper.finish(mirror, math.inf if failure is None else after_failure_s)
@@ -261,8 +262,8 @@ class _FailureLog:
             if first is not None:
                 if repetition := postmortem.describe_repetition(self._run, self._attempt, first):
                     return repetition
-                record = RestartRecord(first, checkpoints.newest_step(self._run.checkpoints))
-                json_records.write(restart_file(self._run, self._attempt, count), record)
+                saved_step = checkpoints.newest_step(self._run.checkpoints)
+                journal.append(self._run, self._attempt, RanksRestarted(first_failure=first, saved_step=saved_step))
         with suppress(OSError):
             text = f"all ranks are restarted (restart {count}): {reason}"
             append_event(self._run, self._attempt, "alert", text, **{RESTART: count})
@@ -289,7 +290,7 @@ class _FailureLog:
 
         final = failure_record.read_final(self._run, self._attempt) if isinstance(error, RendezvousClosedError) else None
         if final is not None:
-            return replace(failure_record.from_final(self._run, self._attempt, final), host=self._host)
+            return replace(final, host=self._host)
         if isinstance(error, RendezvousClosedError):
             return self.first() if self._exits else self._last
         # Rendezvous, resources and the like: no rank is to blame.

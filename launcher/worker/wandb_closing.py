@@ -12,11 +12,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from launcher import run_records, run_store
+from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
+from launcher.runs import journal
 from launcher.tracking.jsonl import append_event, read_events
 from launcher.tracking.verdicts import read_newest_verdict
 from launcher.train.previous_failure import describe_gpu_faults
@@ -60,7 +60,7 @@ def main(plan_path: str, attempt: int) -> None:
     tracker = WandbTracker(plan, run.root, send_event=partial(append_event, run, attempt), on_stop=lambda: None)
     text = f"the run {'has failed' if status.state == 'failed' else 'ends'}: {status.message}"
     with suppress(OSError, LauncherError):
-        record = run_records.read_exit(run, attempt)
+        record = journal.read_end(run, attempt)
         if status.state == "failed" and record is not None and record.first_failure is not None:
             text += f" (log: {record.first_failure.log})"
     text += describe_gpu_faults(e for e in read_events(run.events) if e["kind"] == "alert" and e["attempt"] == attempt)
@@ -74,9 +74,8 @@ def _must_report(run: RunDir, attempt: int) -> bool:
     if state != "preempted":
         return state == "failed"
     with suppress(OSError, LauncherError):
-        record = run_records.read_exit(run, attempt)
-        # An attempt without a cause ran on this machine, and a person stopped it.
-        return record is None or record.cause not in (None, Cause.LIMIT)
+        ended = journal.read_end(run, attempt)
+        return ended is None or ended.state != "preempted" or journal.read_training(run, attempt) is None
     return True
 
 

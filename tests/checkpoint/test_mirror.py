@@ -10,6 +10,7 @@ import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import hand_made
 import pytest
 from mirror_tools import (
     S3,
@@ -26,7 +27,7 @@ from mirror_tools import (
     tree,
 )
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import atomic_files, run_store
 from launcher.checkpoint import remote_folder, store
 from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
 from launcher.checkpoint.mirror import (
@@ -47,7 +48,7 @@ from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.errors import CheckpointError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, OutcomeRecord
+from launcher.run_records import Attempt
 from launcher.tracking.progress import ignore_progress
 
 
@@ -92,8 +93,7 @@ def test_the_oldest_checkpoint_is_sent_first_and_its_manifest_last(place) -> Non
 def test_the_mirror_has_the_final_state_that_the_agent_has_not_written_yet(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
-    outcome = OutcomeRecord(state="completed", reason="completed", step=20, message="20 steps", checkpoint="")
-    json_records.write(run_records.outcome_file(run, 1), outcome)
+    hand_made.record(run, 1, "TrainingEnded", state="completed", reason="completed", step=20, message="20 steps")
     mirror.send_progress()
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["step"], status["message"]) == ("completed", 20, "20 steps")

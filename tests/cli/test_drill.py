@@ -11,7 +11,7 @@ from forked import Launch, require_exit
 from launcher.cli.drill import Records, Step, judge, report_rows
 from launcher.clusters.backends import InjectedFault
 from launcher.plan.retry import Cause
-from launcher.run_records import ExitRecord
+from launcher.runs.journal import AttemptConcluded
 
 HIT_AT = 1000.0
 
@@ -40,7 +40,7 @@ RESTARTED = Records(
 REQUEUED = replace(
     RESTARTED,
     steps=steps(1, 0, 1, 9, HIT_AT - 8) + steps(2, 0, 6, 10, HIT_AT + 60),
-    exit_record=ExitRecord("pending", cause=Cause.INFRASTRUCTURE, message="no record from n2"),
+    exit_record=AttemptConcluded(state="pending", cause=Cause.INFRASTRUCTURE, message="no record from n2"),
 )
 
 

@@ -8,6 +8,7 @@ import shutil
 import time
 from dataclasses import replace
 
+import hand_made
 import pytest
 
 from launcher import json_records, run_records, run_store
@@ -15,9 +16,9 @@ from launcher.cli.follow import follow, wandb_page
 from launcher.cli.verbs import VERBS
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
-from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import ExitRecord, ExportRecord, FailureRecord, Status
+from launcher.run_records import ExportRecord, Status
+from launcher.runs.journal import FailureRecord
 from launcher.shell_commands import short_path
 from launcher.tracking.jsonl import append_event, read_events
 
@@ -26,7 +27,7 @@ def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1, tracebac
     """Write the exit record of a failed attempt. Without a rank, it names no first failure."""
     log = str(run.rank_log(attempt, rank or 0))
     first = None if rank is None else FailureRecord(rank, "killed", message, traceback=traceback, log=log)
-    json_records.write(run_records.exit_file(run, attempt), ExitRecord("failed", first_failure=first))
+    hand_made.end(run, attempt, first_failure=None if first is None else json_records.encode(first))
 
 
 def closing(run: RunDir, message: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -168,7 +169,7 @@ def test_logs_end_with_the_cause_in_one_line(run: RunDir, capsys: pytest.Capture
     for number in (1, 2):
         run.rank_log(number, 0).write_text("step 1\n")
     line = "rank 1 on n2: killed by SIGSEGV"
-    json_records.write(run_records.exit_file(run, 1), ExitRecord("pending", message=f"{line}\nmore of it"))
+    hand_made.end(run, state="pending", message=f"{line}\nmore of it")
 
     def logs(*arguments: str) -> str:
         assert VERBS["logs"].execute([str(run.root), *arguments]) == 0
@@ -177,8 +178,7 @@ def test_logs_end_with_the_cause_in_one_line(run: RunDir, capsys: pytest.Capture
     run_store.update_status(run, state="completed", attempt=2, message="")
     assert logs() == "step 1\n"
     assert logs("--attempt", "1") == f"step 1\n\nattempt 1 failed: {line}\n"
-    requeued = ExitRecord("pending", message="saved at step 1", cause=Cause.PREEMPTED)
-    json_records.write(run_records.exit_file(run, 1), requeued)
+    hand_made.end(run, state="pending", message="saved at step 1", cause="preempted")
     assert logs("--attempt", "1") == "step 1\n\nattempt 1 ended (preempted): saved at step 1\n"
     run_store.update_status(run, state="failed", message=f"{line}\nmore of it")
     assert logs() == f"step 1\n\nattempt 2 failed: {line}\n"

@@ -9,11 +9,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import hand_made
 import pytest
 from forked import Launch, require_exit
 from hand_made import TOKEN, made_verdict
 
-from launcher import atomic_files, run_store
+from launcher import run_store
 from launcher.cli.report import _read_run_files, page, thin_out
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
@@ -21,8 +22,7 @@ from launcher.tracking.jsonl import JsonlTracker
 
 
 def test_the_report_of_one_run_has_all_sections(launch: Launch, run: RunDir) -> None:
-    ended = {"state": "failed", "cause": "infrastructure", "message": "<b>n1</b> was lost", "ended_at": time.time()}
-    atomic_files.write_json(run.attempt(1) / "exit.json", ended)
+    hand_made.end(run, cause="infrastructure", message="<b>n1</b> was lost", ended_at=time.time())
     done = launch("report", str(run.root))
     require_exit(done)
     file = run.root / "report.html"

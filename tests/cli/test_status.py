@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import hand_made
 import pytest
 from forked import Launch, require_exit
 from hand_made import made_verdict
@@ -204,7 +205,7 @@ def test_time_after_the_last_line_counts_as_in_the_report(launch_here: Launch, r
     for attempt, submitted_at, begun_at in ((1, now - 7200, now - 7200), (2, now - 3600, now - 3600)):
         times = {"submitted_at": submitted_at, "begun_at": begun_at}
         run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), **times))
-    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": now - 3600})
+    hand_made.end(run, 1, ended_at=now - 3600)
     for file in (run.metrics, run.events):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         earlier = {1: now - 7100, 2: now - 2700}
@@ -213,7 +214,7 @@ def test_time_after_the_last_line_counts_as_in_the_report(launch_here: Launch, r
     found = summarize(run, run_store.update_status(run, state="running"))
     assert found["cost"]["gpu_hours"] == pytest.approx(4.0, abs=0.01)
     assert found["cost"]["usd"] == pytest.approx(8.0, abs=0.02)
-    atomic_files.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": now - 1800})
+    hand_made.end(run, 2, state="completed", cause="completed", ended_at=now - 1800)
     found = summarize(run, run_store.update_status(run, state="completed"))
     assert (found["cost"]["gpu_hours"], found["goodput"]["wall_s"]) == (pytest.approx(3.0), pytest.approx(5400))
     assert launch_here("report", str(run.root)).returncode == 0
@@ -292,10 +293,8 @@ def test_the_expected_cost_follows_from_the_pace(run: RunDir) -> None:
 def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunDir) -> None:
     """Two GPUs ran for 51 minutes without logging a step. Waiting for the first machines costs nothing."""
     run.metrics.unlink()
-    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
-    for file in run.attempt(2).iterdir():
-        file.unlink()
-    run.attempt(2).rmdir()
+    hand_made.end(run, 1, ended_at=time.time())
+    shutil.rmtree(run.attempt(2))
     status = run_store.update_status(run, state="failed", attempt=1, step=0)
     cost = summarize(run, status)["cost"]
     assert cost == {
@@ -310,7 +309,7 @@ def test_attempts_that_never_trained_are_paid_for(launch_here: Launch, run: RunD
     assert summarize(run, status)["cost"] == cost | {"usd": None}
     atomic_files.write_json(run.plan, plan | {"price": None, "topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
     assert summarize(run, status)["cost"] is None
-    (run.attempt(1) / "exit.json").unlink()
+    (run.attempt(1) / "journal/attempt.jsonl").unlink()
     run_store.write_attempt(run, 1, replace(run_store.read_attempt(run, 1), begun_at=None))
     atomic_files.write_json(run.plan, plan)
     assert summarize(run, replace(status, state="pending"))["cost"] is None

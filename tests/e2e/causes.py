@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from forked import Launch, require_exit
+from hand_made import end_of
 
 from launcher.tracking.jsonl import read_events
 
@@ -57,7 +58,7 @@ def assert_run_named_first(launch: Launch, run: Path, fault: str, alert: str = "
 
 def assert_attempt_named_first(launch: Launch, run: Path, attempt: int, fault: str, **env: str) -> None:
     """Check that the attempt ended with this fault in all three places, and that the run goes on with another attempt."""
-    ended = json.loads((run / f"attempts/{attempt:03d}/exit.json").read_text())
+    ended = end_of(run, attempt)
     line = ended["message"].partition("\n")[0]
     assert re.fullmatch(CAUSES[fault], line), ended["message"]
     alert = f"the attempt ended ({ended['cause']}): {ended['message']}; runs again"

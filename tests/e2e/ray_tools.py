@@ -21,6 +21,7 @@ import pace
 import psutil
 from e2e_tools import by_rank, command_line, json_lines, metrics
 from forked import require_exit
+from hand_made import causes_of
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
@@ -77,7 +78,7 @@ def await_no_launcher(run: Path) -> None:
 
 
 def causes(run: Path) -> list[str]:
-    return [json.loads(path.read_text())["cause"] for path in sorted((run / "attempts").glob("*/exit.json"))]
+    return causes_of(run)
 
 
 def environments_of(folder: Path, attempt: int) -> list[dict[str, str | None]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 from e2e_tools import TINY, command_line, json_lines, metrics, slow_steps, status
 from forked import Launch, require_exit
+from hand_made import causes_of
 from pace import wait_for
 from testbed_cluster import Testbed
 
@@ -67,8 +68,7 @@ class SlurmRun:
 
     def causes(self) -> list[str]:
         """Why each attempt ended, oldest first."""
-        files = sorted(self.path.glob("attempts/*/exit.json"))
-        return [json.loads(file.read_text())["cause"] for file in files]
+        return causes_of(self.path)
 
     def shown(self) -> dict:
         """What `status --json` reports."""

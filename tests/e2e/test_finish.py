@@ -12,6 +12,7 @@ from e2e_tools import TINY, assembled, committed, json_lines, losses, metrics, p
 from fake_hub import FakeHub, running_hub
 from fake_wandb import records
 from forked import Launch, require_exit
+from hand_made import end_of
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -92,7 +93,7 @@ def test_a_completed_run_leaves_its_documented_files(finished: tuple[Path, str])
     assert (status(run)["state"], status(run)["step"]) == ("completed", STEPS)
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
     assert committed(run) == [f"step-{step:08d}" for step in (8, 10, 12)]
-    assert json.loads((run / "attempts/001/exit.json").read_text())["state"] == "completed"
+    assert end_of(run)["state"] == "completed"
     assert (run / "code/launcher/train/loop.py").is_file()
     assert (run.stat().st_mode & 0o777) == 0o700
     assert not processes_of(run)

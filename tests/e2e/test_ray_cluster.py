@@ -17,6 +17,7 @@ import pytest
 from causes import assert_attempt_named_first
 from e2e_tools import TINY, last_step, losses, metrics, rows_environment, slow_steps, status
 from forked import Launch, require_exit
+from hand_made import end_of
 from ray_tools import (
     DEADLINE_S,
     RayCluster,
@@ -207,7 +208,7 @@ def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_
     # An earlier attempt may have started with the one worker that joined first.
     assert causes(run.root)[-2:] == ["bad_node", "user_error"]
     newest = run_store.newest_attempt(run)
-    message = json.loads((run.attempt(newest - 1) / "exit.json").read_text())["message"]
+    message = end_of(run, newest - 1)["message"]
     assert "apart: the run directory is not visible" in message
     assert "n1:" not in message
     assert run_store.read_attempt(run, newest).nodes == ("n1",)

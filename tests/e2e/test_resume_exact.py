@@ -28,6 +28,7 @@ from e2e_tools import (
     truncate,
 )
 from forked import Launch, require_exit
+from hand_made import end_of
 from killed_runs import MOMENTS, Killer, differences, draw_kills, restart_reasons, row_differences, steps_for
 from pace import wait_for
 
@@ -166,7 +167,7 @@ def test_a_killed_stopped_and_damaged_run_resumes_bit_for_bit(
     assert "rank 1 failed first: killed by SIGSEGV" in output
     assert "rank-00001.log" in output
     assert "resume" in output
-    assert json.loads((run / "attempts/001/exit.json").read_text())["first_failure"]["rank"] == 1
+    assert end_of(run)["first_failure"]["rank"] == 1
     assert not processes_of(run)
     assert_run_named_first(launch_here, run, "segv")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -13,6 +12,7 @@ import pytest
 from causes import assert_attempt_named_first
 from e2e_tools import last_step, losses, metrics, slow_steps, status
 from forked import require_exit
+from hand_made import end_of
 from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, events, submit
 from testbed_cluster import Testbed
@@ -52,9 +52,8 @@ class Soak:
 
     def ended(self, cause: str, by_job: bool = True) -> dict:
         """Wait for the record of why the attempt ended, and with `by_job` also for the alert that the job sends if it can."""
-        file = self.run.path / f"attempts/{self.attempt:03d}/exit.json"
-        wait_for(f"the end of attempt {self.attempt}", file.is_file, LATE)
-        record = json.loads(file.read_text())
+        wait_for(f"the end of attempt {self.attempt}", lambda: end_of(self.run.path, self.attempt), LATE)
+        record = end_of(self.run.path, self.attempt)
         assert record["cause"] == cause, f"{record}\n{self.run.output()}"
         self.causes.append(cause)
         assert self.run.causes() == self.causes

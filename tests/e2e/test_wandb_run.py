@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from fake_wandb import KEY, FakeWandb, Run, fake_wandb
 from forked import Launch
 from pace import wait_for
 
+from launcher.plan.run_dir import RunDir
+from launcher.runs import journal
 from launcher.tracking.jsonl import read_events
 
 SETTINGS = (*TINY, "tracking=wandb", "checkpoint.save_every=5", "eval.at_start=false", "export.enabled=false")
@@ -63,11 +64,12 @@ def test_one_wandb_run_covers_a_stop_on_its_page_a_preemption_and_a_kill(
         output, _ = process.communicate(timeout=120)
     assert status(run)["state"] == "cancelled", output
     stopped_at = int(last_step(run))
-    outcome = run / "attempts/001/outcome.json"
-    assert json.loads(outcome.read_text())["checkpoint"].endswith(f"step-{stopped_at:08d}")
+    outcome = journal.read_training(RunDir(run), 1)
+    assert outcome is not None
+    assert outcome.checkpoint.endswith(f"step-{stopped_at:08d}")
     # The attempt does not wait for W&B, which may take longer than the time left before the machines go away.
     (trackers_end,) = [event["time"] for event in read_events(run / "events.jsonl") if event["kind"] == "end"]
-    assert outcome.stat().st_mtime < trackers_end - 0.1
+    assert outcome.at < trackers_end - 0.1
     assert not processes_of(run)
     assert tracked(server).exits == [255]
     assert alerts(server) == []

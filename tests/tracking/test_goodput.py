@@ -195,7 +195,7 @@ def test_a_queued_run_spends_time_but_no_money(make_plan: PlanOf, run_dir: Path,
     run.events.write_text("".join(json.dumps(event) + "\n" for event in start(1, 100, 100, ranks=2)))
     run.metrics.write_text(json.dumps(step(10, 1, 3700)) + "\n")
     if word:
-        atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": 3700.0})
+        hand_made.end(run, ended_at=3700.0)
     for now in (3700.0, 3700 + 6 * 3600):
         result = goodput.read(run, now, "pending")
         assert parts(result) == ({"kept_s": 3600, "queue_s": now - 3700} if now > 3700 else {"kept_s": 3600})
@@ -247,7 +247,7 @@ def test_a_later_plan_prices_attempts_without_a_known_price(
         number = run_store.create_attempt(run, Attempt(None, begun_at=at))
         run_store.write_plan(run, number, plan)
         _submitted(run, number, at)
-        atomic_files.write_json(run.attempt(number) / "exit.json", {"state": "failed", "ended_at": at + 360_000})
+        hand_made.end(run, number, ended_at=at + 360_000)
     result = goodput.read(run, 1e9, "failed")
     assert result.gpu_s == 360_000 * len(plans)
     assert result.usd == (None if usd is None else pytest.approx(usd))

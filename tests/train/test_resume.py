@@ -18,7 +18,7 @@ from forked_ranks import RankServer
 from plan_fixtures import PlanOf
 from unusual_files import stale
 
-from launcher import atomic_files, run_store
+from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, STATE
 from launcher.distributed import RankInfo
@@ -327,8 +327,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def write_exit(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None:
-    record = {"state": "pending", "cause": cause, "message": "rank 3: killed by SIGKILL", "first_failure": first_failure}
-    atomic_files.write_json(run.attempt(1) / "exit.json", record)
+    hand_made.end(run, state="pending", cause=cause, message="rank 3: killed by SIGKILL", first_failure=first_failure)
 
 
 @pytest.mark.parametrize(
@@ -358,7 +357,7 @@ def test_an_end_that_the_ranks_reported_is_not_reported_again(run: RunDir) -> No
     failure = find_previous_failure(run, 2)
     assert failure is not None
     assert failure.message.startswith("attempt 1 ended (preempted)")
-    atomic_files.write_json(run.attempt(1) / "outcome.json", {"reason": "preempted"})
+    hand_made.record(run, 1, "TrainingEnded", state="preempted", reason="preempted", step=1, message="")
     assert find_previous_failure(run, 2) is None
 
 
@@ -394,5 +393,5 @@ def test_unreported_gpu_faults_are_named(run: RunDir) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
 def test_unreadable_events_do_not_stop_training(run: RunDir, text: str) -> None:
-    (run.attempt(1) / "exit.json").write_text(text)
+    (run.attempt(1) / "journal/attempt.jsonl").write_text(text)
     assert find_previous_failure(run, 2) is None

@@ -17,11 +17,10 @@ import pytest
 import slurm_said
 from plan_fixtures import PlanOf
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import run_records, run_store
 from launcher.clusters.slurm import commands
-from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, ExitRecord
+from launcher.run_records import Attempt
 from launcher.worker.slurm import job
 
 COMMANDS = ("scontrol", "squeue", "sacct", "sinfo", "sbatch", "srun", "scancel")
@@ -160,7 +159,7 @@ class Job:
         return run_store.read_attempt(self.run, number)
 
     def exit(self, number: int = 1) -> dict[str, Any]:
-        return json_records.read_json(self.run.attempt(number) / "exit.json")
+        return hand_made.end_of(self.run, number)
 
     @property
     def status(self) -> run_records.Status:
@@ -175,11 +174,10 @@ class Job:
 
     def outcome(self, reason: str, step: int = 40) -> None:
         said = {"state": "any", "reason": reason, "step": step, "message": "as the ranks say", "checkpoint": "/c"}
-        atomic_files.write_json(self.run.attempt(run_store.newest_attempt(self.run)) / "outcome.json", said)
+        hand_made.record(self.run, run_store.newest_attempt(self.run), "TrainingEnded", **said)
 
     def node(self, node: int, **values: Any) -> None:
-        left = {"node": node, "first_failure": None, "stopped": False, "ended_at": time.time(), **values}
-        atomic_files.write_json(run_records.node_file(self.run, run_store.newest_attempt(self.run), node), left)
+        hand_made.record(self.run, run_store.newest_attempt(self.run), "NodeEnded", node=node, **values)
 
     def failed(self, kind: str) -> None:
         self.node(0, first_failure={"rank": 3, "kind": kind, "at": 1.0, "exit_code": 1, "message": "what it said", "log": "/log"})
@@ -195,8 +193,8 @@ class Job:
     def ended(self, number: int, cause: str, began: int | None = None, saved: int | None = None, **values: Any) -> None:
         """Write an attempt that was concluded."""
         self.begun(number, **values)
-        record = ExitRecord("pending", cause=Cause(cause), message=f"{cause} it was", began_step=began, saved_step=saved)
-        json_records.write(run_records.exit_file(self.run, number), record)
+        said = {"state": "pending", "message": f"{cause} it was"}
+        hand_made.end(self.run, number, cause=cause, began_step=began, saved_step=saved, **said)
 
 
 # Submits a run to the fake Slurm.

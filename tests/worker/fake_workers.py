@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import hand_made
 import pytest
 from plan_fixtures import PlanOf
 
-from launcher import atomic_files, run_records, run_store
+from launcher import run_store
 from launcher.checkpoint import store
 from launcher.clusters.check_results import OK, CheckResult, MachineReport, failure
 from launcher.plan.launch_plan import LaunchPlan
@@ -58,14 +57,12 @@ class FakeWorkers:
 
     def end(self, rank: int, failure: dict[str, Any] | None = None, **said: Any) -> None:
         """Write a worker's node record."""
-        ended = {"node": rank, "host": "n", "ended_at": time.time(), "stopped": False, "killed": False, "first_failure": failure}
-        atomic_files.write_json(run_records.node_file(self.run, self.number, rank), ended | said)
+        hand_made.record(self.run, self.number, "NodeEnded", **{"node": rank, "host": "n", "first_failure": failure, **said})
 
     def outcome(self, reason: str, step: int) -> None:
         """Write rank 0's outcome."""
         state = "completed" if reason == "completed" else "preempted"
-        said = {"state": state, "reason": reason, "step": step, "message": reason, "checkpoint": ""}
-        atomic_files.write_json(self.run.attempt(self.number) / "outcome.json", said)
+        hand_made.record(self.run, self.number, "TrainingEnded", state=state, reason=reason, step=step, message=reason)
 
     def save(self, step: int) -> None:
         files = {store.shard_name(0): b"x"}
@@ -77,7 +74,7 @@ class FakeWorkers:
 
     @property
     def causes(self) -> list[str]:
-        return [json.loads(path.read_text())["cause"] for path in sorted(self.run.attempts.glob("*/exit.json"))]
+        return hand_made.causes_of(self.run)
 
 
 MakeFake = Callable[..., FakeWorkers]

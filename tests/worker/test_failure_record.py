@@ -16,11 +16,13 @@ import psutil
 import pytest
 from pace import wait_for
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import run_store
 from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord, FinalFailure, NodeRecord, RestartRecord
+from launcher.run_records import Attempt
+from launcher.runs import journal
+from launcher.runs.journal import FailureRecord, NodeEnded, RanksRestarted, RepeatableFailure
 from launcher.worker import failure_record, fault_injection, postmortem
 from launcher.worker.failure_record import ERROR_MEMORY_VARIABLE, ErrorMemory, ErrorRecord, RankExit
 from launcher.worker.ranks.rank_env import RankTitle
@@ -73,11 +75,13 @@ def test_the_exit_code_describes_the_end_of_a_rank_without_a_record(tmp_path: Pa
 def test_a_damaged_final_failure_counts_as_none(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.attempt(1).mkdir(parents=True)
-    (run.attempt(1) / "final.json").write_text("{")
+    final = FailureRecord(1, "DataError", "no rows", at=1.5)
+    journal.append(run, 1, RepeatableFailure(failure=replace(final, rank=0), at=0.5))
+    (run.attempt(1) / "journal/rank-00000.jsonl").write_text("{")
     assert failure_record.read_final(run, 1) is None
-    final = {"rank": 1, "kind": "DataError", "message": "no rows", "at": 1.5}
-    atomic_files.write_json(run.attempt(1) / "final.json", final)
-    assert failure_record.read_final(run, 1) == FinalFailure(**final)
+    journal.append(run, 1, RepeatableFailure(failure=final, at=1.5))
+    journal.append(run, 1, RepeatableFailure(failure=replace(final, rank=2), at=2.5))
+    assert failure_record.read_final(run, 1) == final
 
 
 def test_an_error_of_the_launcher_is_not_attributed_to_a_limit(tmp_path: Path) -> None:
@@ -156,10 +160,10 @@ def test_only_an_exception_that_repeats_is_final_in_attempts_and_in_their_restar
         attempt = Attempt(None, job="41", nodes=("n1",), automatic=number > 1)
         run.attempt(number).mkdir(exist_ok=True)
         run_store.write_attempt(run, number, attempt)
-        for count, restarted in enumerate(restarts, 1):
+        for restarted in restarts:
             assert not postmortem.describe_repetition(run, number, restarted)
-            json_records.write(run_records.restart_file(run, number, count), RestartRecord(restarted, None))
-        json_records.write(run_records.node_file(run, number, 0), NodeRecord(0, time.time(), first_failure=last))
+            journal.append(run, number, RanksRestarted(first_failure=restarted, saved_step=None))
+        journal.append(run, number, NodeEnded(node=0, first_failure=last))
         assert bool(postmortem.describe_repetition(run, number, last)) is (is_final and number == len(failures))
         conclusion = postmortem.conclude(run, number, attempt, section, postmortem.Evidence(exit_code=1))
         conclusion.record(run, number)

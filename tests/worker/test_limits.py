@@ -13,14 +13,17 @@ import hand_made
 import pytest
 from unusual_files import small_disk
 
-from launcher import json_records, run_records, run_store
+from launcher import run_store
 from launcher.clusters import limits
 from launcher.clusters.limits import LimitEvents, cause_of
 from launcher.clusters.local import LocalCluster
 from launcher.errors import CheckpointError
 from launcher.locks import pid_namespace
+from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, NodeRecord, Status
+from launcher.run_records import Attempt, Status
+from launcher.runs import journal
+from launcher.runs.journal import AttemptConcluded, NodeEnded
 from launcher.worker import failure_record, postmortem
 from launcher.worker.failure_record import ErrorRecord, RankExit
 
@@ -117,7 +120,7 @@ def test_a_limit_that_killed_the_agent_itself_is_named_by_who_notices(
     killed = postmortem.Evidence(exit_code=9)
     ended = postmortem.judge(run, 1, attempt, 0.0, killed)
     assert ended.message == ": ".join(filter(None, (limit, "no record from n1, n2 (srun ended with 9)")))
-    json_records.write(run_records.node_file(run, 1, 0), NodeRecord(0, 1.0))
+    journal.append(run, 1, NodeEnded(node=0))
     assert postmortem.judge(run, 1, attempt, 0.0, killed).message == "no record from n2 (srun ended with 9)"
 
 
@@ -272,6 +275,8 @@ def test_a_full_disk_still_takes_the_records_of_an_end(disk: Path, full: bool) -
         with pytest.raises(OSError, match="No space left"):
             (disk / "filler").write_bytes(b"x" * 2**21)
     assert postmortem.release_space_if_full(run, 1) is full
-    (run.attempt(1) / "exit.json").write_bytes(b"x" * 50_000)
+    verdict = AttemptConcluded(state="failed", cause=Cause.FAILURE, message="x" * 50_000)
+    journal.append(run, 1, verdict)
     postmortem.release_disk_space(run, 1)
-    assert [path.name for path in run.attempt(1).iterdir()] == ["exit.json"]
+    assert journal.read_end(run, 1) == verdict
+    assert [path.name for path in run.attempt(1).iterdir()] == ["journal"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,15 +11,17 @@ from typing import Any
 import hand_made
 import pytest
 
-from launcher import atomic_files, json_records, run_records
+from launcher import atomic_files
 from launcher.clusters.check_results import NO_ROOM
 from launcher.errors import Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord, LostCoordinator, NodeRecord
+from launcher.run_records import Attempt
+from launcher.runs import journal
+from launcher.runs.journal import AttemptState, FailureRecord, LostCoordinator, NodeEnded, TrainingEnded
 from launcher.worker import postmortem
-from launcher.worker.postmortem import Ending, Evidence
-from launcher.worker.slurm import job_output
+from launcher.worker.postmortem import RULES, Ending, Evidence, Rule
+from launcher.worker.slurm import job
 
 LEAD_S = 120.0
 STEP = 40
@@ -42,22 +43,21 @@ def judge(run: RunDir) -> Judge:
         *, left_s: float | None = 3600, state: str = "RUNNING", code: int | None = 0, nodes: tuple[str, ...] = NODES
     ) -> Ending:
         ends_at = None if left_s is None else time.time() + left_s
-        return postmortem.judge(run, 1, Attempt(None, job="41", nodes=nodes, ends_at=ends_at), LEAD_S, Evidence(state, code))
+        attempt = Attempt(None, job="41", nodes=nodes, ends_at=ends_at)
+        return postmortem.judge(run, 1, attempt, LEAD_S, job.read_evidence(run, 1, attempt, state, code))
 
     return read
 
 
 def outcome(run: RunDir, reason: str, ago_s: float = 0) -> None:
     """Write what rank 0 leaves when training ends normally."""
-    file = run.attempt(1) / "outcome.json"
-    atomic_files.write_json(file, {"state": "any", "reason": reason, "step": 77, "message": "as they say", "checkpoint": "/c"})
-    os.utime(file, (time.time() - ago_s,) * 2)
+    at = time.time() - ago_s
+    journal.append(run, 1, TrainingEnded(at=at, state="any", reason=reason, step=77, message="as they say", checkpoint="/c"))
 
 
 def node(run: RunDir, number: int, failure: FailureRecord | None = None, **values: Any) -> None:
-    """Write the record of a node's agent."""
-    record = NodeRecord(number, time.time(), first_failure=failure, **values)
-    json_records.write(run_records.node_file(run, 1, number), record)
+    """Record how a node ended."""
+    journal.append(run, 1, NodeEnded(node=number, first_failure=failure, **values))
 
 
 def failure(kind: str, rank: int | None = 3, at: float = 100.0, message: str = "what it said") -> FailureRecord:
@@ -104,7 +104,7 @@ def test_an_interruption_near_the_end_of_the_jobs_time_is_its_time_limit(
 ) -> None:
     outcome(run, "preempted")
     assert judge(left_s=left_s) == Ending(cause, 77, "as they say")
-    (run.attempt(1) / "outcome.json").unlink()
+    (run.attempt(1) / "journal/rank-00000.jsonl").unlink()
     node(run, 1, stopped=True)
     assert judge(left_s=left_s) == Ending(cause, STEP, "stopped before training had begun")
 
@@ -217,7 +217,7 @@ def test_nodes_without_a_record_are_named(run: RunDir, judge: Judge) -> None:
 
 
 REFUSED = "srun: error: n2: task 1: Exited with exit code 78"
-BEFORE, NOW = job_output.marker(0, NODES), job_output.marker(1, NODES)
+BEFORE, NOW = job.marker(0, NODES), job.marker(1, NODES)
 
 
 def test_a_task_that_exits_before_its_agent_starts_makes_its_node_bad(run: RunDir, judge: Judge) -> None:
@@ -394,7 +394,7 @@ def test_an_exceeded_memory_limit_is_named_first(run: RunDir, judge: Judge) -> N
 
 
 def test_a_lost_coordinator_is_named_instead_of_the_workers_that_left_no_record(run: RunDir) -> None:
-    json_records.write(run_records.lost_coordinator_file(run, 1), LostCoordinator(1.0))
+    journal.append(run, 1, LostCoordinator())
 
     def said(lost: set[str]) -> str:
         return postmortem.judge(run, 1, Attempt(None, job="host:7", nodes=("n1", "n2")), 0.0, Evidence(lost_nodes=lost)).message
@@ -406,3 +406,74 @@ def test_a_lost_coordinator_is_named_instead_of_the_workers_that_left_no_record(
     assert said({"n2"}).startswith("Ray has lost n2; as a consequence, rank 0 on n1: ")
     node(run, 0, failure("ValueError", 0))
     assert said(set()).startswith("rank 0 on n1: what it said")
+
+
+def evidence(*nodes: NodeEnded, **known: Any) -> Evidence:
+    """What is known about an attempt on three nodes, of which these have reported their end."""
+    parts = {name: known.pop(name) for name in ("training", "has_lost_coordinator") if name in known}
+    recorded = AttemptState(nodes={one.node: one for one in nodes}, **parts)
+    return Evidence(attempt=Attempt(None, job="41", nodes=NODES), journal=recorded, step=STEP, **known)
+
+
+def three(failed: FailureRecord | None = None, **values: Any) -> list[NodeEnded]:
+    """All nodes have ended; the second has failed."""
+    return [NodeEnded(node=number, first_failure=failed if number == 1 else None, **values) for number in range(3)]
+
+
+AGENT = failure("RunError", rank=None, message="eth7 has no address")
+TRAINED = TrainingEnded(state="any", reason="limit", step=77, message="as they say")
+# For each rule an end that it explains, and that later rules would explain differently.
+EXPLAINED: dict[str, tuple[Evidence, Cause]] = {
+    "training_ended": (evidence(NodeEnded(node=0, first_failure=LOST_PEER), training=TRAINED, is_cancelled=True), Cause.LIMIT),
+    "cancelled": (evidence(NodeEnded(node=0, problems=(problem("n1"),)), is_cancelled=True), Cause.CANCELLED),
+    "failed_node_checks": (evidence(*three(failure("DataError"), problems=(problem("n2"),)), state="TIMEOUT"), Cause.BAD_NODE),
+    "user_error": (evidence(*three(failure("DataError"), stopped=True, killed=True), state="TIMEOUT"), Cause.USER_ERROR),
+    "killed_after_grace_period": (evidence(*three(failure("killed"), stopped=True, killed=True)), Cause.PREEMPTED),
+    "taken_by_scheduler": (evidence(*three(failure("killed")), state="TIMEOUT"), Cause.TIME_LIMIT),
+    "requeued": (evidence(*three(LOST_PEER), state="REQUEUED", has_lost_coordinator=True), Cause.PREEMPTED),
+    "lost_coordinator": (evidence(*three(LOST_PEER, stopped=True), has_lost_coordinator=True), Cause.INFRASTRUCTURE),
+    "stopped_before_training": (
+        evidence(NodeEnded(node=0, stopped=True, first_failure=replace(failure("killed"), exit_code=-10))),
+        Cause.PREEMPTED,
+    ),
+    "failure_beside_silent_nodes": (evidence(NodeEnded(node=1, first_failure=AGENT)), Cause.INFRASTRUCTURE),
+    "agent_without_ranks": (evidence(*three(AGENT)), Cause.BAD_NODE),
+    "failure": (evidence(*three(failure("ValueError"), stopped=True), refused={"n1": "exit code 7"}), Cause.FAILURE),
+    "no_agent_could_start": (evidence(exit_code=7, refused={"n1": "exit code 7"}), Cause.BAD_NODE),
+    "silence": (evidence(refused={"n1": "exit code 7"}), Cause.INFRASTRUCTURE),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_each_rule_explains_an_end(rule: Rule) -> None:
+    known, cause = EXPLAINED[rule.name]
+    assert postmortem.find_rule(known) is rule
+    assert rule.judge(known).cause is cause
+    assert len(EXPLAINED) == len(RULES)
+
+
+@pytest.mark.parametrize(
+    ("values", "state", "cause", "message"),
+    [
+        ({}, "failed", Cause.INFRASTRUCTURE, "the ranks ended without an outcome"),
+        ({"stopped": True}, "cancelled", Cause.CANCELLED, "stopped before training had begun; there is no checkpoint"),
+        (
+            {"stopped": True, "killed": True, "first_failure": failure("killed")},
+            "cancelled",
+            Cause.CANCELLED,
+            "killed at step 40 without saving; there is no checkpoint",
+        ),
+        (
+            {"stopped": True, "first_failure": replace(failure("killed"), exit_code=-10)},
+            "cancelled",
+            Cause.CANCELLED,
+            "stopped before training had begun; there is no checkpoint",
+        ),
+        ({"stopped": True, "first_failure": failure("OSError")}, "failed", Cause.FAILURE, "rank 3: what it said"),
+    ],
+)
+def test_a_run_on_this_machine_is_judged_by_the_same_rules(
+    run: RunDir, values: dict[str, Any], state: str, cause: Cause, message: str
+) -> None:
+    verdict = postmortem.judge_local(run, 1, NodeEnded(node=0, host="here", **values))
+    assert (verdict.state, verdict.cause, verdict.message) == (state, cause, message)

@@ -17,7 +17,7 @@ from forked import ForkingSubprocess, preloaded
 from hand_made import made_verdict
 from rank_tools import IMPORTED, rank
 
-from launcher import atomic_files, run_store
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
@@ -44,7 +44,7 @@ def begin(run: RunDir, plan: LaunchPlan) -> None:
 
 def failed(run: RunDir) -> None:
     run_store.write_status(run, Status("failed", 1, 9, 40, message="rank 1: killed by SIGKILL"))
-    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "first_failure": KILLED})
+    hand_made.end(run, first_failure=KILLED)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, address: str, forked: bool = True) -> None:
@@ -88,8 +88,7 @@ def test_a_limit_reached_between_attempts_is_sent_to_wandb(tmp_path: Path, monke
             it.start()
             it.steps(1, 4)
             it.finish("preempted")
-        record = {"state": "preempted", "cause": "preempted", "first_failure": KILLED}
-        atomic_files.write_json(run.attempt(1) / "exit.json", record)
+        hand_made.end(run, state="preempted", cause="preempted", first_failure=KILLED)
         run_store.create_attempt(run, Attempt(4, automatic=True))
         run_store.write_status(run, Status("preempted", 1, 4, 40, message="run.max_usd=100 is reached"))
         use(monkeypatch, server.address)
@@ -163,22 +162,23 @@ def test_a_hanging_wandb_server_delays_the_end_by_the_deadline_at_most(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("state", "ended", "tracking"),
+    ("state", "cause", "tracking"),
     [
-        ("completed", {}, {}),
-        ("failed", {}, {"kind": "none"}),
+        ("completed", "completed", {}),
+        ("failed", "failure", {"kind": "none"}),
         # The ranks have reported these: a limit that they reached, and a stop request on this machine.
-        ("preempted", {"cause": "limit"}, {}),
-        ("preempted", {}, {}),
+        ("preempted", "limit", {}),
+        ("preempted", "preempted", {}),
     ],
 )
 def test_nothing_is_sent_to_wandb_where_the_ranks_reported_or_wandb_is_off(
-    tmp_path: Path, state: str, ended: dict[str, str], tracking: dict[str, str]
+    tmp_path: Path, state: str, cause: str, tracking: dict[str, str]
 ) -> None:
     plan, run = plan_in(tmp_path / "run", tracking), RunDir(tmp_path / "run")
     (run.root / "wandb").mkdir(parents=True)
     begin(run, plan)
-    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": state, **ended})
+    hand_made.record(run, 1, "TrainingEnded", state=state, reason=cause, step=1, message="")
+    hand_made.end(run, state=state, cause=cause)
     run_store.write_status(run, Status(state, 1))
     wandb_closing.close_wandb_run(plan, run.plan, run, 1)
     assert not list((run.root / "wandb").iterdir())

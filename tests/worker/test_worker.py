@@ -15,7 +15,7 @@ import pytest
 from fake_nvml import H100, OTHER, driver
 from hand_made import event_texts
 
-from launcher import json_records, run_store
+from launcher import run_store
 from launcher.errors import RunError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
@@ -99,7 +99,7 @@ def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monke
 
     class Mirror:
         def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-            assert json_records.read_json(run.attempt(1) / "exit.json")["message"] == "the ranks ended without an outcome"
+            assert hand_made.end_of(run)["message"] == "the ranks ended without an outcome"
             spent = goodput.read(run, time.time() + 3600, run_store.read_status(run).state)
             seen.append(spent.gpu_s)
 
@@ -113,7 +113,7 @@ def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monke
     # Only GPUs are checked.
     assert [event["text"] for event in read_events(run.events)] == ["the attempt failed: the ranks ended without an outcome"]
     assert seen == [pytest.approx(2 * 3600, abs=60)]
-    assert json_records.read_json(run.attempt(1) / "exit.json")["ended_at"] == pytest.approx(time.time(), abs=60)
+    assert hand_made.end_of(run)["ended_at"] == pytest.approx(time.time(), abs=60)
     assert run_store.read_status(run).state == "failed"
 
 

@@ -16,15 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import json_records
 from launcher.child_process import die_with_parent, exit_without_shutdown
 from launcher.clusters import limits
 from launcher.errors import WOULD_REPEAT
 from launcher.models.remote_code import remove_copies
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file
-from launcher.worker.failure_record import ErrorRecord, ErrorSlot
+from launcher.runs import journal
+from launcher.runs.journal import FailureRecord, RepeatableFailure, TrainingEnded
+from launcher.worker.failure_record import ErrorRecord, ErrorSlot, read_final
 from launcher.worker.ranks import flight_recorder
 from launcher.worker.ranks.rank_env import RankEnv, bind_to_gpu, num_busy_threads, redirect_output, set_title
 from launcher.worker.ranks.watchdog import Heartbeat
@@ -99,19 +99,25 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     except WOULD_REPEAT as error:
         # After any other failure the agents restart the ranks.
         message = ": ".join(filter(None, (limits.cause_of(error, run.root), str(error))))
-        final = FinalFailure(env.rank, type(error).__name__, message, time.time())
-        # If this fails, the agents restart the ranks; the exception is still recorded.
+        failure = FailureRecord(
+            env.rank, type(error).__name__, message, time.time(), exit_code=1, log=str(run.rank_log(attempt, env.rank))
+        )
+        # Most often all ranks raise the same error. If this fails, the agents restart the ranks; the exception is still recorded.
         with suppress(OSError):
-            json_records.write(final_file(run, attempt), final)
+            if read_final(run, attempt) is None:
+                journal.append(run, attempt, RepeatableFailure(failure=failure))
         raise
     if rank_info.is_main and outcome.state == "completed":
         write_outcome(run, attempt, outcome)
 
 
 def write_outcome(run: RunDir, attempt: int, outcome: Outcome) -> None:
-    """Write outcome.json, which tells the agent and the postmortem how training ended."""
-    record = OutcomeRecord(outcome.state, outcome.reason, outcome.step, outcome.message, str(outcome.checkpoint or ""))
-    json_records.write(outcome_file(run, attempt), record)
+    """Record for the agent and the postmortem how training ended."""
+    checkpoint = str(outcome.checkpoint or "")
+    ended = TrainingEnded(
+        state=outcome.state, reason=outcome.reason, step=outcome.step, message=outcome.message, checkpoint=checkpoint
+    )
+    journal.append(run, attempt, ended)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from launcher import atomic_files, json_records, run_records, run_store
+from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.clusters import network
 from launcher.config.sections.ray import RaySection
@@ -21,7 +21,9 @@ from launcher.errors import ConfigError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Attempt, DrainRecord
+from launcher.run_records import RUNNING_STATES, Attempt
+from launcher.runs import journal
+from launcher.runs.journal import NodesDraining
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
@@ -29,7 +31,6 @@ from launcher.worker.postmortem import Evidence
 from launcher.worker.ray.messages import Member, Verdict
 from launcher.worker.ray.worker_group import Group
 
-_DRAINED = "drained.json"
 # The status message until the ranks write their own.
 _STARTING = "starting"
 _LOCK_WAIT_S = 60.0
@@ -152,7 +153,7 @@ class Attempts:
         """Record for the postmortem that Ray is about to lose these nodes, even if their workers leave no record."""
         self.report("alert", f"Ray is about to lose {', '.join(nodes)}: the run saves")
         with suppress(OSError):
-            json_records.write(self._run.attempt(self.number) / _DRAINED, DrainRecord(tuple(nodes), time.time()))
+            journal.append(self._run, self.number, NodesDraining(nodes=tuple(nodes)))
 
     def find_lost_nodes(self) -> list[str] | None:
         """Return the names of training nodes that Ray has lost since the attempt began, or None if unknown."""
@@ -169,11 +170,11 @@ class Attempts:
 
     def _decide_next(self, group: Group) -> Decision:
         """Decide what follows the previous attempt; its workers may have left no records."""
-        folder = self._run.attempt(self.number)
         if self._run.cancel(self.number).is_file():
             return Decision(False, "cancelled", "cancelled while it waited for workers")
-        grown = not run_records.exit_file(self._run, self.number).is_file() and 0 < self._size < group.size
-        state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
+        known = journal.read_state(self._run, self.number)
+        grown = known.ended is None and 0 < self._size < group.size
+        state = "RESIZED" if grown else "PREEMPTED" if known.draining else ""
         on_alert = partial(self.report, "alert")
         ended = postmortem.end_of_attempt(
             self._run, self.number, self._section, Evidence(state, lost_nodes=self.find_lost_nodes()), on_alert

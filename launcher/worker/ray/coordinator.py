@@ -17,13 +17,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import json_records, run_records, run_store
+from launcher import run_records, run_store
 from launcher.clusters.check_results import MachineReport
 from launcher.config.sections.ray import RaySection
 from launcher.errors import ConfigError, LauncherError, Problem, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, LostCoordinator, NodeRecord, node_file
+from launcher.run_records import RUNNING_STATES
+from launcher.runs import journal
+from launcher.runs.journal import LostCoordinator, NodeEnded
 from launcher.tracking.jsonl import append_event
 from launcher.worker.ranks.watchdog import StallLimits
 from launcher.worker.ray.attempts import Attempts, newest_own_attempt
@@ -297,8 +299,8 @@ class Coordinator:
         """End an attempt with an unfit node before anything is loaded; the records of all ranks say why."""
         with suppress(OSError):
             for rank, member in enumerate(group.training):
-                record = NodeRecord(rank, time.time(), host=member.node, problems=tuple(group.problems))
-                json_records.write(node_file(self._run, self._attempts.number, rank), record)
+                record = NodeEnded(node=rank, host=member.node, problems=tuple(group.problems))
+                journal.append(self._run, self._attempts.number, record)
         self._conclude(group)
 
     def _look(self, group: Group) -> None:
@@ -409,7 +411,7 @@ class CoordinatorActor:
         with suppress(OSError):
             append_event(self._run, self._number, "alert", text)
         with suppress(OSError, LauncherError):
-            json_records.write(run_records.lost_coordinator_file(self._run, self._number), LostCoordinator(time.time()))
+            journal.append(self._run, self._number, LostCoordinator())
         with suppress(OSError, LauncherError):
             if run_store.read_status(self._run).state in RUNNING_STATES:
                 message = "the run's coordinator was killed or has ended; it waits for workers"

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from launcher import json_records, run_store
+from launcher import run_store
 from launcher.clusters import detached_process, network
 from launcher.clusters.check_results import CheckResult, MachineReport, failure
 from launcher.clusters.limits import LimitEvents, cause_of, record_limits
@@ -29,7 +29,8 @@ from launcher.config.sections.ray import RaySection
 from launcher.errors import describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import FailureRecord, NodeRecord, node_file
+from launcher.runs import journal
+from launcher.runs.journal import FailureRecord, NodeEnded
 from launcher.security.folders import private_variables
 from launcher.worker import failure_record
 from launcher.worker.checks import node_check
@@ -188,13 +189,12 @@ class _Worker:
         assignment = self.assignment
         with suppress(Exception):
             run = RunDir(Path(LaunchPlan.load(assignment.plan_path).run_dir))
-            file = node_file(run, assignment.attempt, assignment.rank)
-            if not file.is_file():
+            if journal.read_node(run, assignment.attempt, assignment.rank) is None:
                 # The driver's log is in the folder of the submitted attempt.
                 logs = [run.agent_log(number) for number in range(assignment.attempt, 0, -1)]
                 log = next((log for log in logs if log.is_file()), run.attempt(assignment.attempt))
                 failure = failure_record.from_exception(error, log, at=time.time(), limit=cause_of(error, run.root))
-                json_records.write(file, NodeRecord(assignment.rank, time.time(), host=self.node, first_failure=failure))
+                journal.append(run, assignment.attempt, NodeEnded(node=assignment.rank, host=self.node, first_failure=failure))
             call_coordinator(self._coordinator, "beat", self.group_id, self.rank, RankResult.FAILED)
 
     def _next_orders(self) -> Orders:
@@ -251,16 +251,15 @@ class _Worker:
         errors.close()
         limit = LimitEvents.read().cause_since(limits)
         failure = _find_failure(run, assignment, rank.returncode, watched, error, limit)
-        record = NodeRecord(
-            assignment.rank,
-            ended_at=time.time(),
+        record = NodeEnded(
+            node=assignment.rank,
             host=self.node,
             started_at=started_at,
             stopped=watched.was_asked_to_stop,
             killed="KILL" in watched.sent_at,
             first_failure=failure,
         )
-        json_records.write(node_file(run, attempt, assignment.rank), record)
+        journal.append(run, attempt, record)
         if failure is not None:
             # The other ranks wait for this one, and must not wait for the mirror as well.
             self._beat(RankResult.FAILED)
@@ -366,7 +365,7 @@ def _find_failure(
         return None
     final = failure_record.read_final(run, assignment.attempt)
     if final is not None and final.rank == assignment.rank:
-        return failure_record.from_final(run, assignment.attempt, final)
+        return final
     end = failure_record.RankExit(assignment.rank, exit_code, time.time() if error is None else error.at or time.time(), error)
     return failure_record.from_exit(end, run, assignment.attempt, watched.stalls, limit)
 

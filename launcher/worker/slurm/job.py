@@ -29,13 +29,13 @@ from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, exit_file
+from launcher.run_records import Attempt
+from launcher.runs import journal
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 from launcher.worker.postmortem import Evidence, write_if_possible
-from launcher.worker.slurm import job_output
 from launcher.worker.wandb_closing import close_wandb_run
 
 _LOCK_WAIT_S = 60.0
@@ -44,6 +44,15 @@ _BEGIN_PATIENCE_S = 300.0
 _CONCLUDE_PATIENCE_S = 900.0
 # The part of the job's time that is reserved for the conclusion.
 _LAST_SECONDS_S = 10.0
+# As in `srun: error: n1: task 1: Exited with exit code 7`. Tasks that a signal ended match the next pattern.
+_SRUN_ERROR = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Exited with exit code \d+)")
+# As in `srun: error: n1: task 1: Killed`. The first such line is the cause: srun then ends the tasks on the other nodes.
+_SRUN_SIGNAL = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Killed|Segmentation fault|Aborted|Bus error|Out Of Memory)")
+# As in `srun: error: Aborting, io error and missing step on node 1`; nodes are counted from 0.
+_SRUN_MISSING = re.compile(r"srun: error: Aborting, .* on node (\d+)$", re.MULTILINE)
+_SRUN_NODE_FAILURE = re.compile(r"Node failure on ([\w.-]+)")
+# The terms of Slurm's accounting, its cgroup plugin and the kernel.
+_OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Memory", re.IGNORECASE)
 
 
 def begin(plan_path: str) -> int | None:
@@ -65,13 +74,13 @@ def begin(plan_path: str) -> int | None:
             if attempt.job != job and _is_running(attempt.job, plan, until):
                 print(f"job {attempt.job} runs {plan.run_name} already; this job does not run it", file=sys.stderr)
                 return None
-            is_concluded = exit_file(run, number).is_file()
+            is_concluded = journal.read_end(run, number) is not None
             state, lost = ("", []) if is_concluded else _find_end_of_start(attempt, job, restart, until)
 
             def alert(text: str, number: int = number) -> None:
                 write_if_possible(lambda: append_event(run, number, "alert", text))
 
-            end = postmortem.end_of_attempt(run, number, section, Evidence(state, failed_nodes=lost), alert)
+            end = postmortem.end_of_attempt(run, number, section, read_evidence(run, number, attempt, state, lost=lost), alert)
             if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
                 print(f"{plan.run_name} is {end.cause}; there is nothing left to do", file=sys.stderr)
                 return None
@@ -99,7 +108,7 @@ def begin(plan_path: str) -> int | None:
             raise
         run_store.write_attempt(run, number, opened)
         postmortem.reserve_disk_space(run, number)
-        print(job_output.marker(number, opened.nodes), file=sys.stderr)
+        print(marker(number, opened.nodes), file=sys.stderr)
         run_store.update_status(run, state="running", attempt=number, job={"id": job, "nodes": opened.nodes}, message="starting")
     return number
 
@@ -132,12 +141,12 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     plan = LaunchPlan.load(plan_path)
     run, section, job = RunDir(Path(plan.run_dir)), SlurmSection.of(plan.config.cluster), os.environ["SLURM_JOB_ID"]
     attempt = run_store.read_attempt(run, number)
-    conclusion = postmortem.conclude(run, number, attempt, section, Evidence("", exit_code))
+    conclusion = postmortem.conclude(run, number, attempt, section, read_evidence(run, number, attempt, "", exit_code))
     until = time.monotonic() + _patience_s(attempt)
     # A finished run does not hold its nodes to wait for Slurm's answer.
     state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _seconds_left(until) if conclusion.decision.again else 0.0)
     if state:
-        conclusion = postmortem.conclude(run, number, attempt, section, Evidence(state, exit_code))
+        conclusion = postmortem.conclude(run, number, attempt, section, read_evidence(run, number, attempt, state, exit_code))
     run_store.fence(run, number)
     ending, decision = conclusion.ending, conclusion.decision
     conclusion.write(run, number)
@@ -150,6 +159,39 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     else:
         write_if_possible(lambda: close_wandb_run(plan, plan_path, run, number))
     return 0 if decision.again or decision.state == "completed" else EXIT_FAILED
+
+
+def marker(number: int, nodes: Sequence[str]) -> str:
+    """Return the line that begins an attempt in its job's output; one file holds the output of all starts of a job."""
+    return f"attempt {number} begins on {', '.join(nodes)}"
+
+
+def read_evidence(
+    run: RunDir, number: int, attempt: Attempt, state: str, exit_code: int | None = None, lost: Sequence[str] = ()
+) -> Evidence:
+    """Return what Slurm knows about the end of an attempt, and what srun printed since the attempt began.
+
+    `state` is Slurm's state of the job, `exit_code` srun's, and `lost` are the nodes that Slurm has lost; each may be unknown.
+    """
+    file, nodes = run.agent_log(number, str(attempt.job)), attempt.nodes
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    output = text.rpartition(marker(number, nodes))[2]
+    failed = [node for node in nodes if node in {*_SRUN_NODE_FAILURE.findall(output), *lost}]
+    silence = {node: f"{node} was lost (Slurm: node failure)" for node in failed}
+    # After the loss of an agent or of a slurmstepd, srun itself ends the tasks on the other nodes.
+    if (missing := _SRUN_MISSING.search(output)) is not None and int(missing[1]) < len(nodes):
+        culprit = nodes[int(missing[1])]
+        silence.setdefault(culprit, f"srun lost its slurmstepd on {culprit}")
+    elif killed := _SRUN_SIGNAL.search(output):
+        silence.setdefault(killed[1], f"the agent of {killed[1]} was killed (srun: {killed[2]})")
+    return Evidence(
+        state,
+        exit_code,
+        failed_nodes=failed,
+        silence=silence,
+        refused={node: error for node, error in _SRUN_ERROR.findall(output) if node in nodes},
+        is_out_of_memory=_OUT_OF_MEMORY.search(output) is not None,
+    )
 
 
 def _patience_s(attempt: Attempt) -> float:

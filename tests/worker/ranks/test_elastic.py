@@ -25,7 +25,8 @@ from launcher import json_records, run_store
 from launcher.clusters.network import free_port
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, FailureRecord
+from launcher.run_records import Attempt
+from launcher.runs.journal import FailureRecord
 from launcher.tracking.jsonl import read_events
 from launcher.worker.failure_record import ErrorMemory, ErrorRecord, RankExit
 from launcher.worker.ranks import elastic
@@ -114,7 +115,7 @@ def run_agent(run: RunDir, folder: Path, **variables: str) -> subprocess.Complet
 def test_killed_ranks_and_ranks_without_a_record_each_cost_one_restart(run: RunDir, tmp_path: Path) -> None:
     done = run_agent(run, tmp_path, LOCK=str(tmp_path / "lock"))
     require_exit(done)
-    assert json_records.read_json(run.attempt(1) / "exit.json")["state"] == "completed"
+    assert hand_made.end_of(run)["state"] == "completed"
     for rank in (0, 1):
         # What the agent sets for the C library's allocator reaches the ranks, as PyTorch's does on GPUs.
         variables = json_records.read_json(tmp_path / f"lock.{rank}")
@@ -129,7 +130,7 @@ def test_an_exception_that_comes_back_at_one_step_after_two_restarts_ends_the_ru
     """One more restart is left. The killed rank in between is not evidence about the exception."""
     done = run_agent(run, tmp_path, STEPS="[43, null, 43, 43, 43]")
     require_exit(done, 1)
-    exit_record = json_records.read_json(run.attempt(1) / "exit.json")
+    exit_record = hand_made.end_of(run)
     reason = "IndexError in step 44 occurred 3 times, twice after a resume from the initial weights: it repeats"
     assert (exit_record["state"], exit_record["message"]) == ("failed", f"rank 1: IndexError: as it says; {reason}")
     assert exit_record["first_failure"]["step"] == 43

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import hand_made
 import pytest
 from fake_workers import FIT, KILLED, FakeWorkers, MakeFake, kind
 from hand_made import event_texts
 from unusual_files import stale
 
-from launcher import atomic_files, json_records, run_store
+from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.clusters.check_results import OK, CheckResult, MachineReport
 from launcher.errors import UnreadableCheckpoint
@@ -175,8 +176,7 @@ def test_the_wait_for_the_next_group_counts_as_queue_time(make_fake: MakeFake) -
     for rank in range(2):
         fake.end(rank, KILLED)
         fake.coordinator.beat("a", rank, "failed")
-    exit_file = fake.run.attempt(1) / "exit.json"
-    atomic_files.write_json(exit_file, json_records.read_json(exit_file) | {"ended_at": now - 6 * hour})
+    hand_made.end(fake.run, **hand_made.end_of(fake.run) | {"ended_at": now - 6 * hour})
     fake.begin("b", "n1", "n1")
     assert fake.number == 2
     found = goodput.read(fake.run, time.time())

@@ -19,10 +19,11 @@ from fake_workers import KILLED, FakeWorkers, MakeFake, kind
 from plan_fixtures import H100, PlanOf
 from unusual_files import as_root
 
-from launcher import json_records, run_records, run_store
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.runs import journal
 from launcher.tracking import goodput
 from launcher.worker.ranks.rank_process import RankProcesses
 from launcher.worker.ray import rank_supervisor
@@ -85,12 +86,14 @@ def test_a_damaged_final_record_does_not_fail_the_worker(
     lines = ("#!/bin/sh", "env > $0.env", 'printf "{" > $0.final', "kill -KILL $$")
     rank.write_text("\n".join(lines))
     rank.chmod(0o700)
-    (fake.run.attempt(1) / "final.json").symlink_to(f"{rank}.final")
+    (fake.run.attempt(1) / "journal/rank-00000.jsonl").symlink_to(f"{rank}.final")
     monkeypatch.setattr(sys, "executable", str(rank))
     orders = Train(assignment(fake.run), {})
     assert Told(BeatReply())._train(orders) == "failed"
-    failure = json_records.read_json(run_records.node_file(fake.run, 1, 0))["first_failure"]
-    assert (failure["kind"], failure["message"]) == ("killed", "killed by SIGKILL")
+    ended = journal.read_node(fake.run, 1, 0)
+    assert ended is not None
+    assert ended.first_failure is not None
+    assert (ended.first_failure.kind, ended.first_failure.message) == ("killed", "killed by SIGKILL")
     # The GPU's allocator, and what a rank binds itself by to the CPUs next to its GPU.
     expected = {"PYTORCH_ALLOC_CONF=expandable_segments:True", "LOCAL_RANK=0", f"OMP_NUM_THREADS={len(os.sched_getaffinity(0))}"}
     assert expected <= {*Path(f"{rank}.env").read_text().splitlines()}

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hand_made
 import pytest
 import slurm_said
 from fake_slurm import FakeSlurm, Submitted
 from hand_made import event_texts
 
-from launcher import atomic_files, run_records, run_store
+from launcher import atomic_files, run_store
 from launcher.clusters import network
 from launcher.clusters.slurm import queue
 from launcher.plan.retry import Cause
-from launcher.run_records import Attempt, ExitRecord
+from launcher.run_records import Attempt
+from launcher.runs import journal
+from launcher.runs.journal import AttemptConcluded
 from launcher.tracking import goodput
 from launcher.worker.slurm import job
 
@@ -71,7 +74,7 @@ def test_an_attempt_that_was_numbered_while_a_checkpoint_was_not_visible_begins_
 def test_the_wait_of_a_requeued_job_counts_as_queue_time(submitted: Submitted, in_slurm: Callable[..., None]) -> None:
     of, now, hour = submitted(), time.time(), 3600
     of.ended(1, "preempted", None, 20, submitted_at=now - 7 * hour, begun_at=now - 7 * hour)
-    atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 6 * hour})
+    hand_made.end(of.run, **of.exit() | {"ended_at": now - 6 * hour})
     in_slurm(SLURM_RESTART_COUNT="1")
     assert of.begin()[:2] == (0, "2\n")
     found = goodput.read(of.run, time.time())
@@ -88,8 +91,8 @@ def test_a_start_after_lost_machines_records_the_end_of_the_previous_attempt(
     of.saved(20)
     in_slurm(SLURM_RESTART_COUNT="1")
     assert of.begin()[:2] == (0, "2\n")
-    expected = ExitRecord("failed", message="no record from n1, n3", cause=Cause.INFRASTRUCTURE, saved_step=20)
-    assert run_records.read_exit(of.run, 1) == expected
+    expected = AttemptConcluded(state="failed", message="no record from n1, n3", cause=Cause.INFRASTRUCTURE, saved_step=20)
+    assert journal.read_end(of.run, 1) == expected
     assert event_texts(of.run) == ["the attempt ended (infrastructure): no record from n1, n3; runs again"]
     assert of.attempt(2).resume_step == 20
 
@@ -247,7 +250,7 @@ def test_a_reached_limit_ends_the_run_before_the_model_loads(
     atomic_files.write_text(of.run.plan, limited.to_json())
     now = time.time()
     of.ended(1, "preempted", None, 20, submitted_at=now - 7300, begun_at=now - 7250)
-    atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 40})
+    hand_made.end(of.run, **of.exit() | {"ended_at": now - 40})
     if numbered:
         run_store.create_attempt(of.run, Attempt(20, automatic=True))
     in_slurm(SLURM_RESTART_COUNT="1")
@@ -257,7 +260,7 @@ def test_a_reached_limit_ends_the_run_before_the_model_loads(
     assert event_texts(of.run) == ["the run ends: run.max_hours=2 is reached"]
     assert told == [1 + numbered]
     assert run_store.newest_attempt(of.run) == 1 + numbered
-    atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 100})
+    hand_made.end(of.run, **of.exit() | {"ended_at": now - 100})
     assert of.begin()[:2] == (0, "2\n")
 
 

@@ -19,6 +19,7 @@ from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters.slurm import cluster, queue
 from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.runs import journal
 from launcher.worker.slurm import job
 
 pytestmark = pytest.mark.rest
@@ -228,7 +229,7 @@ def test_a_superseded_slurm_attempt_writes_nothing(stopped: Job, fake_slurm: Fak
     stopped.begun(2, automatic=True)
     before = stopped.status
     assert stopped.conclude(1) == 1
-    assert not (stopped.run.attempt(1) / "exit.json").exists()
+    assert stopped.exit() == {}
     assert stopped.status == before
     assert fake_slurm.told() == []
 
@@ -293,11 +294,11 @@ def test_a_resubmission_fails_where_another_command_holds_the_run(
 
 
 def test_a_full_disk_does_not_prevent_the_requeue(stopped: Job, fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
-
-    def full(path: Path, text: str) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(atomic_files, "write_text", full)
+    monkeypatch.setattr(journal, "append", full)
     code, _, err = stopped._main("conclude", str(stopped.run.plan), "1", "1")
     assert code == 0
     assert err.count("but the launcher acts on it: [Errno 28] No space left on device\n") == 2
