@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import run_records, run_store
+from launcher import run_store
 from launcher.child_process import die_with_parent
 from launcher.clusters import detached_process, static
 from launcher.config.sections.static import StaticSection
