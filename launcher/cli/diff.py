@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +39,9 @@ _LAST = {
     "peak memory, GiB": "memory/peak_active_gib",
     "dollars per million tokens": "cost/usd_per_million_tokens",
 }
-_GIT_COMMIT = "git commit"
 _MAX_CHARS = 200
 # Smaller changes are not shown; numbers this small are shown with an exponent.
 _LEAST_CHANGE, _MOST = 0.0005, 1e12
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -76,19 +73,10 @@ def compare_runs(arguments: argparse.Namespace) -> int:
     left, right = (_read_side(word, arguments.root) for word in (arguments.left, arguments.right))
     sections = _compare(left, right)
     if arguments.json:
-
-        def plain(key: str, value: Any) -> Any:
-            if isinstance(value, str):
-                return _hide_secrets(key, value)
-            return [plain(key, item) for item in value] if isinstance(value, list | tuple) else value
-
         values: dict[str, Any] = {"left": left.name, "right": right.name}
         for name in _SECTIONS:
             if name in left.sections and name in right.sections:
-                values[name] = [
-                    {"key": one.key, "left": plain(one.key, one.left), "right": plain(one.key, one.right)}
-                    for one in sections.get(name, [])
-                ]
+                values[name] = [asdict(one) for one in sections.get(name, [])]
         print(terminal.as_json(values))
     else:
         terminal.show(*_list_sections(left, right, sections))
@@ -117,7 +105,7 @@ def _read_side(word: str, root: Path) -> ComparedRun:
         "data": _list_data(plan),
         "code": {
             "launcher": provenance["launcher_version"],
-            _GIT_COMMIT: provenance["git_commit"],
+            "git commit": provenance["git_commit"],
             "uncommitted changes": provenance["git_dirty"],
             "overrides": " ".join(provenance["overrides"]),
         },
@@ -129,7 +117,7 @@ def _read_side(word: str, root: Path) -> ComparedRun:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "", without: Collection[str] = ()) -> dict[str, Any]:
-    """Return the leaves of nested mappings and lists, keyed by their paths, without some keys."""
+    """Return the leaves of nested mappings and lists, keyed by their paths, without some keys, and without secrets."""
     leaves: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
@@ -140,7 +128,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "", without: Collection[st
         elif isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
             leaves |= _flatten({f"{key}[{i}]": item for i, item in enumerate(value)}, without=without)
         else:
-            leaves[key] = value
+            leaves[key] = redact_setting(key, value) if isinstance(value, str) else value
     return leaves
 
 
@@ -212,7 +200,7 @@ def _list_sections(left: ComparedRun, right: ComparedRun, sections: Mapping[str,
         for one in differences:
             change = one.relative_change if section == "results" else None
             shown = "" if change is None else f"{change:+.1%}" if abs(change) >= _LEAST_CHANGE else "0.0%"
-            rows.append((one.key, _format_value(one.key, one.left), _format_value(one.key, one.right), shown))
+            rows.append((one.key, _format_value(one.left), _format_value(one.right), shown))
         if any(row[3] for row in rows):
             tables.append(Table((section, *names, "change"), rows, numbers=(3,)))
         else:
@@ -220,8 +208,8 @@ def _list_sections(left: ComparedRun, right: ComparedRun, sections: Mapping[str,
     return [Section("", [table]) for table in tables]
 
 
-def _format_value(key: str, value: Any) -> str:
-    """Return a value as a single line of text without secrets."""
+def _format_value(value: Any) -> str:
+    """Return a value as a single line of text."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
@@ -233,11 +221,6 @@ def _format_value(key: str, value: Any) -> str:
             return f"{value:,.0f}"
         return f"{value:,.{1 if abs(value) >= 100 else 4}f}" if 0.001 <= abs(value) < _MOST else f"{value:g}"
     if isinstance(value, list | tuple):
-        return ", ".join(_format_value(key, item) for item in value)
-    text = _hide_secrets(key, str(value)).replace("\n", " ")
+        return ", ".join(map(_format_value, value))
+    text = str(value).replace("\n", " ")
     return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}..."
-
-
-def _hide_secrets(key: str, text: str) -> str:
-    # A commit looks like a W&B key.
-    return text if key == _GIT_COMMIT and _COMMIT.fullmatch(text) else redact_setting(key, text)

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from launcher import facts
@@ -46,8 +45,6 @@ LABEL_COLUMNS = 11
 MIN_TRUNCATED_FRAC = 0.01
 # Each unit with its number per hour.
 _TIME_UNITS = ((1, "hours"), (60, "minutes"), (3600, "seconds"))
-# The upper bound of the memory that is shown: the plan of another user's run may contain any number.
-_MOST_GIB = 1e12
 _MOST_COMBINATIONS = 16
 _STAGE_LEGEND = (
     "Rows are stages of a step, with the memory of one rank; the peak is the largest sum. buckets: what DeepSpeed communicates "
@@ -165,21 +162,7 @@ def _list_inputs(plan: LaunchPlan) -> list[tuple[str, str]]:
     config = plan.config
     rows = [("run", f"{plan.run_name} in {short_path(plan.run_dir)}")]
     if plan.provenance.run_file is not None:
-        # The files that relative paths in the settings lead to.
-        paths = {
-            "model.path": config.model.path,
-            "model.tokenizer": config.model.tokenizer,
-            **{f"data.sources[{i}].path": source.path for i, source in enumerate(config.data.sources)},
-            "data.eval_path": config.data.eval_path,
-            "data.chat_template": config.data.chat_template,
-        }
-        # A name without a file is a Hub name, and a pattern shows its folder.
-        resolved = [
-            f"{key} is {Path.cwd() / path}"
-            for key, path in paths.items()
-            if path and not path.startswith(("/", "~")) and "://" not in path and (Path(path).exists() or "*" in path)
-        ]
-        rows.append(("file", "; ".join([str(plan.provenance.run_file), *resolved])))
+        rows.append(("file", str(plan.provenance.run_file)))
     count = plan.model.num_params
     if plan.model.num_params_exact:
         parameters = f"{count:,}"
@@ -256,7 +239,7 @@ def _list_memory(plan: LaunchPlan) -> list[tuple[str, str]]:
 
 def _format_gib(gib: float) -> str:
     """Format a size, which a plan stores in thousandths of a GiB: fewer than ten thousandths are not meaningful."""
-    return format_size(round(min(gib, _MOST_GIB) * 2**30)) if gib >= 0.01 else "under 10 MiB"
+    return format_size(round(gib * 2**30)) if gib >= 0.01 else "under 10 MiB"
 
 
 def describe_peak(plan: LaunchPlan) -> str:
@@ -377,14 +360,8 @@ def _list_notes(plan: LaunchPlan, own_notes: Sequence[str | None]) -> list[str]:
     if (isolation := plan.model.isolation) is not None and isolation.outcome == "unknown":
         condition = "packed documents affect each other" if config.data.packing else "the model sees later tokens"
         notes.append(f"whether {condition} is measured on the loaded model, before step 1 ({isolation.detail})")
-    smallest, min_workers = plan_fewest_workers(plan), config.cluster.fewest_workers
+    smallest = plan_fewest_workers(plan)
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _describe_tight_memory(sized))]
-    if smallest is not None and min_workers is not None and (least := smallest.topology.world_size) < min_workers:
-        idle, of = min_workers - least, format_count(least, "rank")
-        notes.append(
-            f"with cluster.min_workers={min_workers}, {format_count(idle, 'worker')} can be idle: the batch of "
-            f"{format_count(plan.batch.global_batch_size, 'row')} divides over {of}, not over {min_workers}"
-        )
     is_single = built is not None and single_step_warning(config.train, built.num_rows, plan.topology.world_size) is not None
     is_scheduled = config.optim.schedule != "constant" and not is_single
     if steps is not None and is_scheduled and config.optim.warmup_steps >= steps:
@@ -429,11 +406,9 @@ def _describe_unknown_flops(model: ModelFacts) -> str:
     left_out = "perf/tflops_per_gpu and perf/mfu are left out"
     if model.model_type not in FAMILIES:
         architecture = model.config.get("model_type", "a model without model_type")
-        note = f"the launcher does not know the layers of {architecture}: the peak is a guess from its sizes, and {left_out}"
-        return note if model.num_params_exact else f"{note}; the number of parameters is a guess too"
+        return f"the launcher does not know the layers of {architecture}: the peak is a guess from its sizes, and {left_out}"
     if missing := missing_sizes(model):
-        guess = "the peak is a guess" if model.num_params_exact else "its parameters and the peak are a guess"
-        return f"config.json of this {model.model_type} lacks {', '.join(missing)}: {guess}, and {left_out}"
+        return f"config.json of this {model.model_type} lacks {', '.join(missing)}: the peak is a guess, and {left_out}"
     return f"the FLOPs of this kind of {model.model_type} are not known: {left_out}"
 
 

@@ -322,14 +322,9 @@ def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int
         )
     if num_trained == next_row:
         return None
-    data = next_plan.config.data
-    if not data.packing:
+    if not next_plan.config.data.packing:
         return "another batch size changes the order of the rows: in this epoch some rows are repeated and others are skipped"
-    change = f"{format_count(next_row - num_trained, 'row')} skipped"
-    if next_row < num_trained:
-        change = f"{format_count(num_trained - next_row, 'row')} repeated"
-    if next_plan.config.train.max_steps is None and saved_plan.batch.max_steps != next_plan.batch.max_steps:
-        change += f"; train.epochs now ends the run at step {next_plan.batch.max_steps} instead of {saved_plan.batch.max_steps}"
+    change = f"{format_count(abs(next_row - num_trained), 'row')} {'skipped' if next_row > num_trained else 'repeated'}"
     return f"step {step} starts at row {next_row:,} of the order after {format_count(num_trained, 'trained row')}: {change}"
 
 

@@ -14,8 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partialmethod
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 import transformers
 import xxhash
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, dynamic_module_utils
+from transformers import AutoModelForCausalLM
 
 from launcher import json_records, run_store
 from launcher.child_process import print_result, run_process
@@ -47,7 +46,6 @@ from launcher.train.model import DTYPES
 BASE = "base"
 _WHERE = "--tasks"
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")
-_REPOSITORY = re.compile(r"'([\w.-]+/[\w.-]+)'")
 _NOT_PLAIN = re.compile(r"^\.+|[^\w.-]")
 # What ends the thoughts of a reasoning model; the harness scores what follows.
 _THOUGHT_END = "</think>"
@@ -144,6 +142,8 @@ def find_tasks(names: Sequence[str], task_folder: Path | None = None) -> dict[st
         # A task names functions to run, and its templates are not sandboxed.
         if problem := folders.folder_problem("the folder of tasks", task_folder):
             raise ConfigError(problem)
+    # Whatever trust_remote_code a task passes, only the pinned code of the run's own model may run.
+    code_option(False, None)
     os.environ.update(dict.fromkeys(_OFFLINE, "1"))
     # Its client has read the variable if transformers is imported, and nothing guards what tasks would fetch with it.
     constants.HF_HUB_OFFLINE = True
@@ -163,8 +163,7 @@ def find_tasks(names: Sequence[str], task_folder: Path | None = None) -> dict[st
             problems.append(Problem("there is no such task", where=_WHERE, value=name, remedy=remedy))
             continue
         try:
-            with _refuse_code_of_models():
-                loaded = manager.load([files.get(name, name)])["tasks"]
+            loaded = manager.load([files.get(name, name)])["tasks"]
         except LauncherError as error:
             problems += [replace(problem, value=name) for problem in error.problems]
         except (ConnectionError, FileNotFoundError) as error:
@@ -247,36 +246,11 @@ def require_metrics(gains: Sequence[str], tasks: dict[str, Any]) -> None:
             raise ConfigError(f"--min-gain names {metric}, which no task has", where="command line", value=gain, remedy=remedy)
 
 
-@contextmanager
-def _refuse_code_of_models() -> Iterator[None]:
-    """Keep transformers from importing model code in this block, whatever trust_remote_code a task passes.
-
-    Raises:
-        ConfigError: in the block, if it would import such code.
-    """
-
-    def refuse(*_: Any, **__: Any) -> None:
-        message = "a task loads a model or tokenizer with code of its own, which would run (trust_remote_code)"
-        raise ConfigError(message, where=_WHERE, remedy="leave it out")
-
-    # All code loading finds its file, and creates a package for its copy, with these.
-    before = {name: getattr(dynamic_module_utils, name) for name in ("get_cached_module_file", "create_dynamic_module")}
-    for name in before:
-        setattr(dynamic_module_utils, name, refuse)
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(dynamic_module_utils, name, function)
-
-
 def _describe_missing_data(name: str, error: Exception) -> Problem:
     text = _write_one_line(error)
-    match = _REPOSITORY.search(text)
-    repository = match[1] if match else "OWNER/NAME"
     remedy = (
-        f"on a machine that reaches the Hub: hf download --repo-type dataset {repository}; then copy "
-        f"datasets--{repository.replace('/', '--')} from its cache (~/.cache/huggingface/hub) to {constants.HF_HUB_CACHE}"
+        "on a machine that reaches the Hub: hf download --repo-type dataset OWNER/NAME; then copy datasets--OWNER--NAME from its "
+        f"cache (~/.cache/huggingface/hub) to {constants.HF_HUB_CACHE}"
     )
     return Problem(f"the data of a task is not on this machine: {text}", where=_WHERE, value=name, remedy=remedy)
 
@@ -327,8 +301,7 @@ def _score_task(name: str, task: Any, model: Any, limit: int | None, belongs_to:
     has_template = bool(model.tokenizer.chat_template)
     options = {"apply_chat_template": has_template, "fewshot_as_multiturn": has_template}
     try:
-        with _refuse_code_of_models():
-            result: Any = simple_evaluate(model, tasks=[task], limit=limit, bootstrap_iters=0, **options)
+        result: Any = simple_evaluate(model, tasks=[task], limit=limit, bootstrap_iters=0, **options)
     except LauncherError:
         raise
     # A task is third-party configuration and code, and may raise anything.

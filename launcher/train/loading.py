@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from launcher.checkpoint.initial_weights import (
     StoredTensor,
     can_fill,
@@ -97,8 +95,7 @@ def build_with_weights(
     hf = _load_own_parts(source, model, config, advance, **options)
     if hf is None:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
-        with _count_loaded_bytes(advance):
-            hf = _replace_frozen_parameters(_load_pretrained(folder, str(source), model, **options, **pickled))
+        hf = _replace_frozen_parameters(_load_pretrained(folder, str(source), model, **options, **pickled))
     return hf
 
 
@@ -138,22 +135,6 @@ def _replace_frozen_parameters(hf: Any) -> Any:
                 delattr(module, name)
                 module.register_buffer(name, value.float() if any(part in f"{prefix}.{name}" for part in in_fp32) else value)
     return hf
-
-
-@contextmanager
-def _count_loaded_bytes(on_load: Callable[[int], None]) -> Iterator[None]:
-    """Call `on_load` with the bytes of each module's parameters as transformers fills them; under ZeRO-3, only on rank 0."""
-    fill = nn.Module._load_from_state_dict
-
-    def fill_and_count(module: nn.Module, *arguments: Any) -> None:
-        fill(module, *arguments)
-        on_load(sum(parameter.nbytes for parameter in module.parameters(recurse=False)))
-
-    nn.Module._load_from_state_dict = fill_and_count
-    try:
-        yield
-    finally:
-        nn.Module._load_from_state_dict = fill
 
 
 def _load_own_parts(folder: Path, model: ModelSection, config: Any, on_fill: Callable[[int], None], **options: Any) -> Any:

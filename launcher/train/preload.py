@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from launcher.plan.launch_plan import LaunchPlan
-
-# Optional packages that transformers imports with any language model, but uses only for object detection and assisted generation.
-_UNUSED_PACKAGES = ("scipy", "sklearn")
 
 
 def import_stack(plan: LaunchPlan, tracks: bool) -> None:
@@ -33,7 +28,7 @@ def import_stack(plan: LaunchPlan, tracks: bool) -> None:
         import_muon()
         # Only the ranks run remote code.
         if not plan.config.model.trust_remote_code:
-            with suppress(Exception), _hide_unused_packages():
+            with suppress(Exception):
                 from transformers import AutoConfig, AutoModelForCausalLM
 
                 config = (
@@ -49,18 +44,3 @@ def import_stack(plan: LaunchPlan, tracks: bool) -> None:
         # Later collections skip frozen objects; otherwise they would copy their pages in a forked process.
         gc.freeze()
         gc.enable()
-
-
-@contextmanager
-def _hide_unused_packages() -> Iterator[None]:
-    """Make transformers treat packages that no rank uses as absent: importing them takes 0.4 of 5 seconds."""
-    utils = importlib.import_module("transformers.utils")
-    names = [f"is_{package}_available" for package in _UNUSED_PACKAGES]
-    checks = {name: getattr(utils, name) for name in names if hasattr(utils, name)}
-    try:
-        for name in checks:
-            setattr(utils, name, lambda: False)
-        yield
-    finally:
-        for name, check in checks.items():
-            setattr(utils, name, check)

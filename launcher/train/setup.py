@@ -19,8 +19,6 @@ from launcher.data.sources.reading import make_eval_source
 from launcher.data.split import Split
 from launcher.distributed import RankInfo, measure_bus_bandwidth, run_on_all_ranks
 from launcher.errors import RunError
-from launcher.plan.deepspeed import gathered_width, reduced_width
-from launcher.plan.gpu_types import lookup
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.planner import as_run
 from launcher.plan.quantities import format_count
@@ -41,12 +39,8 @@ from launcher.train.resume import StartPoint, agree_on_start_point
 
 # Padding is neither attended to nor trained, so any id in the vocabulary works.
 _PAD_ID = 0
-# The speed of TCP over Ethernet, too slow for every model: the limit if the GPU type is unknown.
+# Below this, NCCL uses TCP over Ethernet, which is too slow for every model.
 _SLOW_GB_PER_S = 5.0
-# Assumed share of a GPU's peak that a whole pass reaches.
-_PEAK_SHARE = 0.48
-# FLOPs per parameter and token, with recomputed layers.
-_FLOPS = 8
 # With more ranks, latency dominates an all-reduce of this size on any network.
 _MOST_RANKS = 1024
 
@@ -96,31 +90,13 @@ def report_ranks(run: RunContext) -> None:
 
 def bandwidth_warning(plan: LaunchPlan, gb_per_s: float) -> str:
     """Return advice to append to the measurement if GPUs of several nodes will wait for their network; empty otherwise."""
-    topology, needed = plan.topology, needed_gb_per_s(plan)
-    if topology.device != "cuda" or topology.nodes == 1 or topology.world_size > _MOST_RANKS or gb_per_s >= needed:
+    topology = plan.topology
+    if topology.device != "cuda" or topology.nodes == 1 or topology.world_size > _MOST_RANKS or gb_per_s >= _SLOW_GB_PER_S:
         return ""
-    tokens = plan.batch.micro_batch_size * plan.config.data.max_length
     return (
-        f", below the {needed:.0f} GB/s that {tokens:,} tokens of a forward pass need: training will wait for the network; set "
-        "NCCL_DEBUG=INFO to see which one NCCL chose, check that the container sees InfiniBand or RoCE, or raise "
-        "train.micro_batch_size"
+        ", the speed of Ethernet: training will wait for the network; set NCCL_DEBUG=INFO to see which one NCCL chose, and check "
+        "that the container sees InfiniBand or RoCE"
     )
-
-
-def needed_gb_per_s(plan: LaunchPlan) -> float:
-    """Return the bus bandwidth at which a micro-batch's communication takes as long as its arithmetic: (B / 8) F / T.
-
-    B are the bytes that cross the network per parameter: the weight for the forward and the backward pass, unless nodes hold a
-    second copy (hpZ), and the gradient. F are the FLOP/s that a GPU reaches, T the tokens of a forward pass.
-    """
-    gpu, tokens = lookup(plan.gpu_name), plan.batch.micro_batch_size * plan.config.data.max_length
-    if gpu is None:
-        return _SLOW_GB_PER_S
-    dtype, topology = plan.config.model.dtype, plan.topology
-    is_copied = 1 < plan.deepspeed["zero_optimization"].get("zero_hpz_partition_size", 1) <= topology.ranks_per_node
-    num_bytes = gathered_width(plan.deepspeed, dtype) * (1 if is_copied else 2) + reduced_width(plan.deepspeed, dtype)
-    flops = _PEAK_SHARE * (gpu.peak_tflops("fp32" if dtype == "fp32" else "bf16") or gpu.bf16) * 1e12
-    return max(_SLOW_GB_PER_S, num_bytes / _FLOPS * flops / tokens / 1e9)
 
 
 def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Components:
