@@ -150,9 +150,6 @@ def test_the_plan_notes_unknown_flops(plan_of: PlanOf) -> None:
     (note,) = notes("model.config.model_type=qwen3_next")
     assert "the launcher does not know the layers of qwen3_next: the peak is a guess from its sizes, and perf/tflops" in note
     (note,) = notes("model.config.model_type=mixtral")
-    assert (
-        "config.json of this mixtral lacks num_experts_per_tok, num_local_experts: the peak is a guess"
-        in note
-    )
+    assert "config.json of this mixtral lacks num_experts_per_tok, num_local_experts: the peak is a guess" in note
     (note,) = notes("model.config.model_type=llama", "+model.config.use_bidirectional_attention=true")
     assert "the FLOPs of this kind of llama are not known: perf/tflops" in note
