@@ -4,7 +4,7 @@ To add a format, write a function (row, place) -> Document and give it an entry 
 the name to `Source.format` in launcher/config/sections/data.py.
 
 Keys that no format reads are counted for the report, or refused if they mark a row for another kind of training. Their names are
-those of TRL (dataset types), OpenAI (preference files), LLaMA-Factory, ms-swift and axolotl (dataset formats).
+those of TRL (dataset types), LLaMA-Factory, ms-swift and axolotl (dataset formats).
 """
 
 from __future__ import annotations
@@ -67,15 +67,10 @@ MESSAGE_KEYS = frozenset({"name", "tool_calls", "function_call", "tool_call_id",
 
 NUM_KEYS_SHOWN = 20
 
-# Keys of rows for preference training: TRL, axolotl, LLaMA-Factory, torchtune; OpenAI; the worse answer alone (ms-swift).
-_PAIRS = (
-    *(("chosen", "rejected"), ("preferred_output", "non_preferred_output")),
-    *(("rejected_response",), ("rejected_messages",)),
-)
 # Keys for whether the answer is good: TRL and ms-swift; LLaMA-Factory.
 _VERDICT_KEYS = ("label", "kto_tag")
 _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
-_OTHER_TRAINING = frozenset((*(key for pair in _PAIRS for key in pair), *_VERDICT_KEYS, *_MEDIA_KEYS))
+_OTHER_TRAINING = frozenset((*_VERDICT_KEYS, *_MEDIA_KEYS))
 
 
 @dataclass(frozen=True)
@@ -372,9 +367,7 @@ def _parse_content(item: Row, key_path: str, where: str, may_be_null: bool) -> s
             problem = f"{key_path}.content[{i}] has the type {safe_excerpt(kind)}, not text"
             refuse(problem, where, "remove the row: the launcher trains on text only")
         key = next((key for key in _PART_TEXT_KEYS if part.get(key) is not None), _PART_TEXT_KEYS[0])
-        # OpenAI's assistants write the text as an object with its annotations.
-        holder, prefix = (part[key], f"{key}.") if isinstance(part.get(key), dict) else (part, "")
-        texts.append(read_value(holder, "value" if prefix else key, str, where, f"{key_path}.content[{i}].{prefix}"))
+        texts.append(read_value(part, key, str, where, f"{key_path}.content[{i}]."))
     return "".join(texts)
 
 
@@ -446,15 +439,11 @@ class RowKeys:
         if len(present) > 1:
             unread = unread | {present[1]}
         if not _OTHER_TRAINING.isdisjoint(marks := unread - self.ignored):
-            for pair in _PAIRS:
-                if {*pair} <= marks and all(isinstance(row[key], str | list | dict) and from_json(row[key]) for key in pair):
-                    problem = "the row holds a better and a worse answer, as for DPO; the launcher trains on one answer per row"
-                    _refuse_keys(problem, where, pair, "to train on one of them, name it in the source's columns")
             if self.format not in ("", "text"):
                 # Tables may hold false as text; 0 may be a class label.
                 for key in (key for key in _VERDICT_KEYS if key in marks and str(row[key]).lower() == "false"):
                     problem = f"{key}: false marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
-                    _refuse_keys(problem, where, (key,), "remove such rows")
+                    _refuse_keys(problem, where, (key,))
             _refuse_media(row, marks, "the row", where)
         counts.update(key for key in unread if not _is_empty(find_value(row, key)))
         if present:
@@ -478,15 +467,15 @@ class RowKeys:
         counts.update(unread)
 
 
-def _refuse_keys(problem: str, where: str, keys: Sequence[str], remedy: str) -> NoReturn:
-    ignored = f"ignored_keys: [{', '.join(keys)}]"
-    refuse(problem, where, f"{remedy}; to train on the row as if it had no such key, set the source's {ignored} in data.sources")
+def _refuse_keys(problem: str, where: str, keys: Sequence[str]) -> NoReturn:
+    ignored = f"set the source's ignored_keys: [{', '.join(keys)}] in data.sources"
+    refuse(problem, where, f"remove such rows; to train on the row as if it had no such key, {ignored}")
 
 
 def _refuse_media(holder: Row, keys: Set[str], key_path: str, where: str) -> None:
     if media := [key for key in _MEDIA_KEYS if key in keys and _is_media(holder[key])]:
         problem = f"{key_path} has {' and '.join(media)}; the launcher trains on text only"
-        _refuse_keys(problem, where, media, "remove such rows")
+        _refuse_keys(problem, where, media)
 
 
 def _is_empty(value: Any) -> bool:

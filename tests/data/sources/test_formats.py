@@ -245,7 +245,6 @@ def test_conversational_prompts_and_completions_train_the_completion_alone(jsonl
     [
         [{"type": "text", "value": "Hi"}],
         [{"type": "input_text", "text": "Hi"}],
-        [{"type": "text", "text": {"value": "Hi", "annotations": []}}],
         [{"type": "text", "content": "H"}, {"type": "output_text", "text": "i"}],
         {"type": "text", "text": "Hi"},
     ],
@@ -312,13 +311,6 @@ def counts_of(path: Path, **settings: Any) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("row", "keys"),
     [
-        ({"prompt": "1+1=", "chosen": "2", "rejected": "3"}, "chosen, rejected"),
-        ({"chosen": [ASKED, TWO], "rejected": [ASKED, THREE]}, "chosen, rejected"),
-        ({**CHAT, "rejected_response": "3"}, "rejected_response"),
-        (
-            {"input": {"messages": [ASKED]}, "preferred_output": [TWO], "non_preferred_output": [THREE]},
-            "preferred_output, non_preferred_output",
-        ),
         ({**PAIR, "label": False}, "label"),
         ({**PAIR, "label": "False"}, "label"),
         ({"instruction": "1+1?", "output": "3", "kto_tag": False}, "kto_tag"),
@@ -340,8 +332,6 @@ def test_rows_for_another_kind_of_training_are_refused(jsonl: Jsonl, row: dict[s
         {**PAIR, "label": True},
         {**PAIR, "label": 0},
         {"text": "1+1=3", "label": False},
-        {**PAIR, "chosen": True, "rejected": False},
-        {**PAIR, "chosen": "2", "rejected": ""},
         {**CHAT, "images": [], "videos": None, "audio": ""},
         {**CHAT, "images": [None], "image": False, "video": 3},
     ],
@@ -355,7 +345,6 @@ def test_rows_with_harmless_values_of_preference_keys_are_read(jsonl: Jsonl, row
     [
         ({"prompt": "1+1=", "chosen": "2", "rejected": "3"}, {"columns": {"completion": "chosen"}}, {"rejected": 1}),
         ({"chosen": [ASKED, TWO], "rejected": [ASKED, THREE]}, {"columns": {"messages": "chosen"}}, {"rejected": 1}),
-        ({**CHAT, "chosen": TWO, "rejected": THREE}, {"ignored_keys": ("rejected",)}, {"chosen": 1, "rejected": 1}),
         ({**PAIR, "label": False}, {"ignored_keys": ("label",)}, {"label": 1}),
         ({**PAIR, "text": "1+1=2"}, {"ignored_keys": ("text",)}, {"text": 1}),
         ({**CHAT, "system": "Add."}, {"ignored_keys": ("system",)}, {"system": 1}),
