@@ -155,12 +155,8 @@ def _settings_rows(plan: LaunchPlan, step: int, plans: Sequence[LaunchPlan]) -> 
     sections = ("model", "data", "optim", "train", "deepspeed")
     changed = [name for name in sections if any(getattr(p.config, name) != getattr(config, name) for p in plans)]
     length = format_count(step, "step")
-    if batch.max_steps and step < batch.max_steps:
-        length = f"{step:,} of {batch.max_steps:,} planned steps"
-        if batch.epochs:
-            length += f", {round(batch.epochs * step / batch.max_steps, 2):g} of {round(batch.epochs, 2):g} epochs"
-    elif batch.max_steps and batch.epochs:
-        length += f", {batch.epochs:g} epochs"
+    if batch.max_steps and batch.epochs:
+        length += f", {round(batch.epochs * step / batch.max_steps, 2):g} of {round(batch.epochs, 2):g} epochs"
     text = f"settings of {', '.join(changed)} differed in earlier attempts; those above are the last ones"
     return [
         ("optimizer", f"{optim.name}, {decay}; {clip}"),

@@ -296,7 +296,7 @@ def test_the_card_of_an_unfinished_run_shows_its_progress() -> None:
     plan = plan_of("train.max_steps=200")
     batch = plan.batch.model_copy(update={"epochs": 5.0})
     card = render_model_card(plan.model_copy(update={"batch": batch}), MANIFEST, METRICS, MADE)
-    assert "| length | 40 of 200 planned steps, 1 of 5 epochs |" in card
+    assert "| length | 40 steps, 1 of 5 epochs |" in card
     assert "| model | none: trained from random weights |" in card
     assert "| license |" not in card, "there is no base model to see"
     assert "base_model" not in ModelCard(card).data.to_dict()

@@ -322,25 +322,14 @@ def _list_changes(inputs: SizingInputs) -> Iterator[Iterable[tuple[str, SizingIn
 
 
 def memory_savings(inputs: SizingInputs, micro_batch_size: int, checkpointing: str) -> list[str]:
-    """Return settings that lower the peak of a run, each with the GiB per GPU that it saves by the plan, largest first.
-
-    `inputs` has the chosen chunk of the loss, so that it does not use up what a change saves.
-    """
+    """Return the settings that lower the peak of a run with this micro-batch and these recomputed layers."""
     config, base = inputs.config, build_combination(inputs, micro_batch_size, checkpointing)
     smaller = max((size for size in range(1, micro_batch_size) if micro_batch_size % size == 0), default=None)
-    changes: dict[str, dict[str, Any]] = {}
-    if smaller is not None:
-        changes[f"train.micro_batch_size={smaller}"] = {"micro_batch_size": smaller}
-    if checkpointing != ALL:
-        changes["model.activation_checkpointing=all"] = {"checkpointing": ALL}
-    if not base.liger and has_liger_kernels(config.model, inputs.model, inputs.topology.device):
-        changes["model.liger=true"] = {"liger": True}
-    if base.offload_optimizer == "none" and OPTIMIZERS[config.optim.name].can_offload:
-        changes["deepspeed.offload_optimizer=cpu"] = {"offload_optimizer": "cpu"}
-
-    def estimate_gib(combination: Combination) -> float:
-        return estimate_combination(inputs, combination).peak.tensors_gib
-
-    saved = {words: estimate_gib(base) - estimate_gib(replace(base, **update)) for words, update in changes.items()}
-    by_size = sorted(saved.items(), key=lambda saving: -saving[1])
-    return [f"{words} (saves {gib:.1f} GiB)" for words, gib in by_size if gib >= 0.05]
+    can_offload = base.offload_optimizer == "none" and OPTIMIZERS[config.optim.name].can_offload
+    has_liger = not base.liger and has_liger_kernels(config.model, inputs.model, inputs.topology.device)
+    return [
+        *([f"train.micro_batch_size={smaller}"] if smaller is not None else []),
+        *(["model.activation_checkpointing=all"] if checkpointing != ALL else []),
+        *(["model.liger=true"] if has_liger else []),
+        *(["deepspeed.offload_optimizer=cpu"] if can_offload else []),
+    ]

@@ -35,8 +35,6 @@ _SLOWDOWN_CAUSES = {
 }
 # A straggler's own work exceeds the median rank's by this factor in most of a window of steps.
 STRAGGLER_FACTOR, _STRAGGLER_WINDOW, _MIN_LATE_STEPS = 1.2, 20, 16
-# An alert if the measured peak memory of a GPU deviates from the plan by more than this fraction, after this many steps.
-_MEMORY_DEVIATION, _MEMORY_STEPS = 0.05, 3
 # An alert if the measured tokens per second deviate from the plan by more than this fraction. Measured as the median over this
 # many steps, after the first ones, in which kernels are chosen and compiled.
 _SPEED_DEVIATION, _SPEED_WARMUP, _SPEED_STEPS = 0.20, 5, 15
@@ -62,28 +60,8 @@ class AnomalyDetector:
         self._num_spikes = self._num_slow = 0
         self._num_steps, self._num_late = 0, dict[int, int]()
         self._xids: dict[int, float] = {}
-        self._num_memory_steps = self._num_speed_steps = 0
+        self._num_speed_steps = 0
         self._speeds: list[float] = []
-
-    def memory(self, ranks: Sequence[RankStats], planned_gib: float | None, hosts: Sequence[str]) -> list[str]:
-        """Return an alert, once, if the reserved memory of the fullest GPU deviates from the plan; `hosts` is by rank."""
-        measured = {number: rank.reserved / 2**30 for number, rank in enumerate(ranks) if rank.reserved > 0}
-        if planned_gib is None or not measured:
-            return []
-        self._num_memory_steps += 1
-        rank, most_gib = max(measured.items(), key=lambda item: item[1])
-        deviation = most_gib / planned_gib - 1
-        if self._num_memory_steps != _MEMORY_STEPS or abs(deviation) <= _MEMORY_DEVIATION:
-            return []
-        advice = (
-            "a longer batch may run out of memory: lower train.micro_batch_size, or recompute more layers"
-            if deviation > 0
-            else "a larger train.micro_batch_size or fewer recomputed layers may fit"
-        )
-        return [
-            f"the peak memory of rank {rank} on {hosts[rank]} is {most_gib:.1f} GiB, {abs(deviation):.0%} "
-            f"{'above' if deviation > 0 else 'below'} the planned {planned_gib:.1f} GiB: {advice}"
-        ]
 
     def speed(self, tokens_per_sec: float, planned: float | None) -> list[str]:
         """Return an alert, once, if the tokens per second of the first steps deviate from the plan."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -130,10 +130,9 @@ def explained_out_of_memory(plan: LaunchPlan, run_dir: RunDir, has_completed_ste
         )
         if torch.cuda.is_available():
             message += f"; {torch.cuda.max_memory_allocated() / _GIB:.1f} GiB were allocated"
-        inputs = replace(sizing_inputs(plan), chunk_tokens=plan.loss_chunk_tokens)
-        savings = memory_savings(inputs, plan.batch.micro_batch_size, plan.checkpointing)
+        savings = memory_savings(sizing_inputs(plan), plan.batch.micro_batch_size, plan.checkpointing)
         raise OutOfMemory(
             message,
             where=f"{plan.gpu_name or 'GPU'}, micro-batch {plan.batch.micro_batch_size}",
-            remedy=f"set one of {'; '.join(savings)}" if savings else "use more GPUs, or larger ones",
+            remedy=f"set one of {', '.join(savings)}" if savings else "use more GPUs, or larger ones",
         ) from error

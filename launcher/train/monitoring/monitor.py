@@ -67,11 +67,6 @@ class Monitor:
         self._devices = DeviceMonitor(device, rank_info.local_rank == 0, on_fault).start()
         self._stall_alarm = StallAlarm(self._send_alert).start() if rank_info.is_main else None
 
-    @property
-    def _planned_gib(self) -> float:
-        """Return the planned peak that a GPU's allocator should reserve."""
-        return self._plan.peak.peak_gib - self._plan.peak.runtime_gib
-
     def beat(self, phase: str, step: int) -> None:
         """Report progress to the node's agent and to the stall alarm."""
         self._beat(phase, step)
@@ -119,7 +114,8 @@ class Monitor:
         """Return the metrics over all ranks, and the goodput and cost of the run so far, in which `tokens` were trained."""
         spent, aggregated = self._spent(), step_metrics.aggregate_metrics(self._ranks, self._works)
         if "memory/peak_reserved_gib" in aggregated:
-            aggregated["memory/planned_gib"] = self._planned_gib
+            # What a GPU's allocator should reserve.
+            aggregated["memory/planned_gib"] = self._plan.peak.peak_gib - self._plan.peak.runtime_gib
         if self._planned_tokens_per_sec is not None:
             aggregated["perf/planned_tokens_per_sec"] = self._planned_tokens_per_sec
         return aggregated | ({} if spent is None else spent.metrics() | goodput.compute_cost(self._plan, spent, tokens))
@@ -129,8 +125,7 @@ class Monitor:
         for text in self._anomalies.faults(self._ranks, self._hosts):
             # The rank has already recorded it.
             self._tracker.event("alert", text, step, recorded=True)
-        planned = self._anomalies.memory(self._ranks, self._planned_gib, self._hosts)
-        planned += self._anomalies.speed(tokens_per_sec, self._planned_tokens_per_sec)
+        planned = self._anomalies.speed(tokens_per_sec, self._planned_tokens_per_sec)
         stragglers = self._anomalies.stragglers(self._works, self._hosts)
         for text in (*self._anomalies.step(loss, tokens_per_sec, step), *stragglers, *planned):
             self._tracker.event("alert", text, step)

@@ -77,7 +77,7 @@ def test_a_parameter_without_a_gradient_in_the_first_step_stays(rank_server: Ran
         assert norm == undisturbed > 0
 
 
-def test_out_of_memory_before_the_first_step_is_final_and_says_what_would_save_how_much(plan_of: PlanOf, tmp_path: Path) -> None:
+def test_out_of_memory_before_the_first_step_is_final_and_says_what_would_help(plan_of: PlanOf, tmp_path: Path) -> None:
     plan = plan_of(*H100, "train.micro_batch_size=2", "data.max_length=4096", "model.activation_checkpointing=every 2")
     with pytest.raises(OutOfMemory) as raised, explained_out_of_memory(plan, created(plan, tmp_path), lambda: False):
         raise torch.OutOfMemoryError(REASON)
@@ -86,15 +86,13 @@ def test_out_of_memory_before_the_first_step_is_final_and_says_what_would_save_h
     assert "before the first step was completed: CUDA out of memory" in problem.message
     assert "Planned were " in problem.message
     assert "micro-batch 2" in problem.where
-    for setting in (
+    settings = (
         "train.micro_batch_size=1",
         "model.activation_checkpointing=all",
         "model.liger=true",
         "deepspeed.offload_optimizer=cpu",
-    ):
-        assert f"{setting} (saves " in problem.remedy
-    # 8 billion parameters on 8 ranks, each with 16 bytes of fp32 gradients and states.
-    assert "deepspeed.offload_optimizer=cpu (saves 15.0 GiB)" in problem.remedy
+    )
+    assert problem.remedy == f"set one of {', '.join(settings)}"
 
 
 @pytest.mark.parametrize("done", ["a step of this process", "a step of another node", "the largest batch"])

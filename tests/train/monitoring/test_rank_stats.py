@@ -130,20 +130,6 @@ def test_device_readings_of_all_ranks_are_aggregated() -> None:
     }
 
 
-def test_memory_that_deviates_from_the_plan_is_an_alert_once() -> None:
-    ranks = [RankStats(reserved=70.0 * 2**30), RankStats(reserved=77.0 * 2**30)]
-
-    def alerts(planned_gib: float | None) -> list[str]:
-        detector = AnomalyDetector("cuda", "/runs/a")
-        return [text for _ in range(9) for text in detector.memory(ranks, planned_gib, ["n1", "n2"])]
-
-    (above,) = alerts(70.0)
-    assert above.startswith("the peak memory of rank 1 on n2 is 77.0 GiB, 10% above the planned 70.0 GiB: a longer batch may")
-    (below,) = alerts(90.0)
-    assert "14% below the planned 90.0 GiB: a larger train.micro_batch_size" in below
-    assert alerts(75.0) == alerts(None) == []
-
-
 def test_a_speed_that_deviates_from_the_plan_is_an_alert_once() -> None:
     # The first steps are slow because kernels are compiled.
     rates = [*([100.0] * 5), *([6000.0] * 60)]
