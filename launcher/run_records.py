@@ -5,7 +5,7 @@ Times are seconds since the epoch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Attempt:
     scheduler's earlier starts of that job. The node agents meet at `address` and `port`, on `interface` of the first of `nodes`.
     `ends_at` is the end of the job's time, `submitted_at` when the attempt was requested, `begun_at` when its machines became
     available. `automatic`: the launcher started it, not a person. `pinned`: a person requested exactly this step. `num_workers`
-    is the number of workers that Ray holds for it, including idle ones.
+    is the number of workers that Ray holds for it, including idle ones. `clock` is the reading of launcher.clock for the times of
+    its machine.
     """
 
     resume_step: int | None
@@ -57,6 +58,7 @@ class Attempt:
     automatic: bool = False
     pinned: bool = False
     num_workers: int | None = None
+    clock: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from launcher import atomic_files, json_records, locks
-from launcher.errors import DamagedRun, SubmitError, Superseded
+from launcher import atomic_files, clock, json_records, locks
+from launcher.errors import DamagedRun, LauncherError, SubmitError, Superseded
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
 from launcher.run_records import Attempt, Status
@@ -70,7 +69,7 @@ def create(plan: LaunchPlan) -> RunDir:
         copy_code(run.code)
         atomic_files.write_text(run.plan, plan.to_json())
         _archive_plan(run, plan)
-        write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
+        write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=clock.now()))
     except BaseException as error:
         # An incomplete run would block its name.
         shutil.rmtree(run.root, ignore_errors=True)
@@ -114,6 +113,7 @@ def create_attempt(run: RunDir, attempt: Attempt) -> int:
     If `attempts/` was deleted, it is recreated, and numbering continues after the last attempt in the status, because checkpoints
     and metrics contain its number.
     """
+    adopt_clock(run)
     number = 1 + newest_attempt(run)
     if not run.attempts.is_dir():
         number = max(number, 1 + read_status(run).attempt)
@@ -123,9 +123,17 @@ def create_attempt(run: RunDir, attempt: Attempt) -> int:
     unfinished.mkdir(mode=0o700, parents=True)
     # On a full disk an existing folder may still take a file.
     (unfinished / "journal").mkdir()
-    json_records.write(unfinished / "attempt.json", replace(attempt, submitted_at=time.time()))
+    json_records.write(unfinished / "attempt.json", replace(attempt, submitted_at=clock.now(), clock=clock.reading()))
     atomic_files.rename(unfinished, run.attempt(number))
     return number
+
+
+def adopt_clock(run: RunDir) -> None:
+    """Use the clock of a run: its newest attempt's, if that is of this machine and boot, or else the wall clock."""
+    recorded = ""
+    with suppress(LauncherError, OSError):
+        recorded = read_attempt(run, newest_attempt(run)).clock
+    clock.adopt(recorded)
 
 
 def read_attempt(run: RunDir, number: int) -> Attempt:
@@ -133,7 +141,7 @@ def read_attempt(run: RunDir, number: int) -> Attempt:
 
 
 def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:
-    json_records.write(run.attempt(number) / "attempt.json", attempt)
+    json_records.write(run.attempt(number) / "attempt.json", replace(attempt, clock=clock.reading()))
 
 
 def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
@@ -179,7 +187,7 @@ def read_status(run: RunDir) -> Status:
 
 
 def write_status(run: RunDir, status: Status) -> None:
-    json_records.write(run.status, replace(status, updated_at=time.time()))
+    json_records.write(run.status, replace(status, updated_at=clock.now()))
 
 
 def update_status(run: RunDir, **changes: Any) -> Status:

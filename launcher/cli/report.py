@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import clock, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import describe_loss
 from launcher.cli.evaluate import show_verdicts
@@ -79,8 +79,7 @@ def _read_run_files(run: RunDir, name: str) -> _RunFiles:
     lines = list(iter_lines(run.metrics, (*curves(), *_OTHER_METRICS)))
     status = status_reader_for(run, plan.config.cluster.kind).status(run)
     events = read_events(run.events)
-    attempts = goodput.complete_attempts(goodput.read_attempt_times(run), status.state, lines, events)
-    spent = goodput.break_down(lines, events, attempts, time.time())
+    spent = goodput.read(run, clock.now(), status.state)
     return _RunFiles(name, run, plan, status, lines, merge_steps(continued_lines(lines)), events, spent)
 
 

@@ -5,13 +5,12 @@ The new plan keeps the run's model and data; changed settings are compared with 
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, run_store
+from launcher import clock, facts, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.checkpoint.state import read_state
@@ -189,7 +188,7 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
     if limits.max_seconds is None and limits.max_gpu_seconds is None:
         return
     try:
-        spent = goodput.read(run, time.time(), "pending", plan)
+        spent = goodput.read(run, clock.now(), "pending", plan)
     except (OSError, LauncherError, KeyError, TypeError, ValueError) as error:
         line, *_ = str(error).partition("\n")
         print(f"note: the time and cost so far cannot be read, so the limits count from this attempt on: {line}")

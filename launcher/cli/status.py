@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import clock, run_store
 from launcher.checkpoint import store
 from launcher.cli.follow import StatusWatch, wandb_page, wandb_words
 from launcher.cli.render import terminal
@@ -222,6 +222,7 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
     `attempt` is the newest attempt, which may still be waiting for machines. `age_s` is the time since the last step was
     reported.
     """
+    run_store.adopt_clock(run)
     number = max(status.attempt, run_store.newest_attempt(run))
     resumed = _read_resumed_steps(run)
     tail = read_tail(run.metrics, resumed=resumed)
@@ -232,14 +233,14 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
     spent = None
     # Files that do not show where the time went are left out.
     with suppress(LauncherError, OSError, KeyError, TypeError, ValueError):
-        spent = goodput.read(run, time.time(), status.state) if run_store.attempt_numbers(run) else None
+        spent = goodput.read(run, clock.now(), status.state) if run_store.attempt_numbers(run) else None
     recent = {name: [line[name] for line in tail.recent if name in line] for name in median_names()}
     medians = {name: statistics.median(numbers) for name, numbers in recent.items() if numbers}
     step, age_s, rest = newest_trained_step(run, status), None, _Remaining()
     if tail.last:
         # status.json also has the steps between logged ones.
         reported_at = status.updated_at if step > tail.last["trainer/step"] else tail.last["time"]
-        age_s = max(0.0, time.time() - float(reported_at))
+        age_s = max(0.0, clock.now() - float(reported_at))
     if status.state in RUNNING_STATES:
         # Without the attempt's files, it continues from the last known step.
         start_step: int | None = resumed.get(number, int(tail.last.get("trainer/step", 0)))

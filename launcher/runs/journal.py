@@ -13,12 +13,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from launcher import atomic_files, json_records
+from launcher import atomic_files, clock, json_records
 from launcher.errors import DamagedRun, Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
@@ -60,9 +59,9 @@ class FailureRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """`at` is the time in seconds since the epoch, by the writer's clock; `writer` names the file."""
+    """`at` is the time of launcher.clock on the writer's machine; `writer` names the file."""
 
-    at: float = field(default_factory=time.time, compare=False)
+    at: float = field(default_factory=clock.now, compare=False)
 
     @property
     def writer(self) -> str:

@@ -285,7 +285,7 @@ def complete_attempts(
 
 
 def read(run: RunDir, now: float, state: str = "running", next_plan: LaunchPlan | None = None) -> Breakdown:
-    """Return where the time of a run in `state` went until `now` (seconds since the epoch), from its files.
+    """Return where the time of a run in `state` went until `now` (see launcher.clock), from its files.
 
     `next_plan` is the plan of an attempt that will follow. Only the lines of metrics.jsonl that matter are decoded.
     """
@@ -293,6 +293,8 @@ def read(run: RunDir, now: float, state: str = "running", next_plan: LaunchPlan 
     joined = [event["time"] for event in events if event["fields"].get(PHASE) == JOINED]
     boundaries = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
     lines = read_time_lines(run.metrics, [*joined, *boundaries])
+    # The clock of the machine that reads them may be behind.
+    now = max([now, *boundaries, *(line["time"] for line in (*lines, *events))])
     return break_down(lines, events, complete_attempts(attempts, state, lines, events), now)
 
 

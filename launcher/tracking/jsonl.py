@@ -11,13 +11,13 @@ import math
 import os
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launcher import clock
 from launcher.plan.run_dir import RunDir
 
 # A line of metrics.jsonl or events.jsonl.
@@ -51,7 +51,7 @@ class JsonlTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        line: Line = {**values, "trainer/step": step, "time": time.time(), "attempt": self._attempt}
+        line: Line = {**values, "trainer/step": step, "time": clock.now(), "attempt": self._attempt}
         if nonfinite:
             line |= dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
@@ -212,7 +212,7 @@ def append_event(run: RunDir, attempt: int, kind: str, text: str, step: int | No
 
 
 def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Mapping[str, Any]) -> str:
-    line = {"time": time.time(), "attempt": attempt, "step": step, "kind": kind, "text": text, "fields": _to_json_types(fields)}
+    line = {"time": clock.now(), "attempt": attempt, "step": step, "kind": kind, "text": text, "fields": _to_json_types(fields)}
     return json.dumps(line, allow_nan=False) + "\n"
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from launcher import clock
 
 STEP = "trainer/step"
 # Sections of the W&B workspace, in order. Sections that only METRICS names follow.
@@ -37,7 +38,7 @@ def format_duration(seconds: float) -> str:
 
 def format_age(at: float) -> str:
     """Return how long ago a time in seconds since the epoch was."""
-    return format_duration(max(0.0, time.time() - at))
+    return format_duration(max(0.0, clock.now() - at))
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import os
 import re
 import signal
 import struct
-import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launcher import clock
 from launcher.errors import WOULD_REPEAT, CheckpointError, DamagedRun, LauncherError, RunError, Superseded, describe
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal
@@ -74,7 +74,7 @@ class ErrorRecord:
     def of(cls, error: BaseException, cause: str = "", step: int | None = None) -> ErrorRecord:
         """Describe an exception that has just been raised."""
         trace = "".join(traceback.format_exception(error))[-_MAX_CHARS:]
-        return cls(f"{type(error).__name__}: {error}"[:_MAX_CHARS], trace, time.time(), cause[:_MAX_CAUSE_CHARS], step)
+        return cls(f"{type(error).__name__}: {error}"[:_MAX_CHARS], trace, clock.now(), cause[:_MAX_CAUSE_CHARS], step)
 
 
 class ErrorMemory:

@@ -9,12 +9,12 @@ import json
 import os
 import signal
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
+from launcher import clock
 from launcher.clusters.backends import InjectedFault
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.worker.ranks.rank_env import RankTitle
@@ -64,7 +64,7 @@ def inject(fault: str, run: Path, attempt: int) -> InjectedFault:
     rank = max(ranks)
     (agent if to_agent else ranks[rank]).send_signal(number)
     target = "the node's agent" if to_agent else f"rank {rank}"
-    return InjectedFault(f"{number.name} to {target}", time.time(), os.uname().nodename)
+    return InjectedFault(f"{number.name} to {target}", clock.now(), os.uname().nodename)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ import math
 import signal
 import sys
 import threading
-import time
 from contextlib import suppress
 from dataclasses import replace
 
-from launcher import run_store
+from launcher import clock, run_store
 from launcher.clusters import detached_process, network
 from launcher.plan.retry import Cause
 from launcher.runs import journal
@@ -65,7 +64,7 @@ def main(plan_path: str, attempt: int) -> int:
     agent.supervise(place, 0, run.agent_log(attempt), conclude=conclude, after_failure_s=math.inf)
     # The attempt holds its machines until here. If the disk is full, the time comes from the liveness file instead.
     with suppress(OSError):
-        journal.append(run, attempt, replace(end, ended_at=time.time()))
+        journal.append(run, attempt, replace(end, ended_at=clock.now()))
     # The status shows the end only when the mirror has every committed checkpoint.
     run_store.update_status(run, state=end.state, step=end.step, message=end.message)
     postmortem.release_disk_space(run, attempt)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from launcher import run_store
+from launcher import clock, run_store
 from launcher.checkpoint import store
 from launcher.clusters.check_results import NO_ROOM
 from launcher.clusters.limits import limit_that_killed_agents
@@ -412,7 +411,7 @@ class Conclusion:
             bad_nodes=self.ending.bad_nodes,
             first_failure=self.ending.first_failure,
             # A later start cannot know when the attempt ended.
-            ended_at=time.time() if decided else None,
+            ended_at=clock.now() if decided else None,
         )
         journal.append(run, number, verdict)
 

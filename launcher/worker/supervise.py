@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher import collect_garbage_rarely, json_records, run_store
+from launcher import clock, collect_garbage_rarely, json_records, run_store
 from launcher.checkpoint import store as checkpoints
 from launcher.clusters import check_results, network
 from launcher.clusters.limits import LimitEvents, cause_of, record_limits
@@ -78,7 +77,7 @@ class NodeAgent:
         except OSError as error:
             print(f"{network.node_name()} does not see the run directory: {error}", file=sys.stderr)
             return None
-        started_at = time.time()
+        started_at = clock.now()
         collect_garbage_rarely()
         ranks = RankProcesses(Path(plan.run_dir))
         stopper = Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()

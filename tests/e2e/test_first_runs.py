@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,11 @@ from e2e_tools import (
     losses,
     modes_of,
     processes_of,
+    slow_steps,
     status,
 )
 from forked import Launch, require_exit
+from pace import wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -37,9 +40,16 @@ def test_a_run_trains_saves_and_exports(first_run: Path) -> None:
 
 
 @pytest.mark.rest
-def test_a_stopped_and_resumed_run_has_the_same_losses(launch: Launch, start: Callable, runs: Path, first_run: Path) -> None:
-    run = runs / "stopped"
-    with start(*FIRST_RUN, "checkpoint.save_every=3", "export.enabled=false", f"run.root={runs}", "run.name=stopped") as process:
+def test_a_stopped_and_resumed_run_has_the_same_losses_whatever_the_clock_says(
+    launch: Launch, start: Callable, runs: Path, first_run: Path, tmp_path: Path
+) -> None:
+    run, clock = runs / "stopped", tmp_path / "clock"
+    clock.write_text("0")
+    env = {**slow_steps(0), "CLOCK_AHEAD": str(clock)}
+    settings = ("checkpoint.save_every=3", "export.enabled=false", "run.max_hours=1", f"run.root={runs}", "run.name=stopped")
+    with start(*FIRST_RUN, *settings, **env) as process:
+        wait_for("the attempt", (run / "driver.json").exists)
+        clock.write_text("86400")
         with held(run, 4):
             assert listening_addresses([agent_of(run), *agent_of(run).children(recursive=True)]) == {"127.0.0.1"}
             process.send_signal(signal.SIGINT)
@@ -49,6 +59,10 @@ def test_a_stopped_and_resumed_run_has_the_same_losses(launch: Launch, start: Ca
     assert status(run)["state"] == "cancelled"
     assert last_step(run) == stopped_at < FIRST_STEPS
     assert (run / f"checkpoints/step-{stopped_at:08d}/manifest.json").is_file()
-    done = launch("resume", str(run))
+    clock.write_text("-86400")
+    done = launch("resume", str(run), **env)
     require_exit(done)
     assert losses(run) == losses(first_run)
+    goodput = json.loads(launch("status", str(run), "--json", **env).stdout)["goodput"]
+    assert 0 < goodput["fraction"] < 1
+    assert goodput["wall_s"] < 3600

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from launcher import run_store
+from launcher import clock, run_store
 from launcher.distributed import RankInfo, gather_json
 from launcher.errors import RunError
 from launcher.hardware import name_full_disk
@@ -78,7 +78,7 @@ class Monitor:
         self._training_began = time.monotonic()
         if self._rank_info.is_main:
             self._tracker.event("info", "the model is loaded", step, **{goodput.PHASE: goodput.LOADED})
-            self._spent_before = self._reader.submit(spent_before, self._run, time.time(), self._send_alert)
+            self._spent_before = self._reader.submit(spent_before, self._run, clock.now(), self._send_alert)
 
     def pack_local(self) -> list[float]:
         """Return NUM_VALUES numbers per rank: this rank's statistics at its position, 0 elsewhere, for a sum over ranks.

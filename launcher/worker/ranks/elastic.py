@@ -27,6 +27,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from launcher import clock
 from launcher.clusters import network
 from launcher.worker.failure_record import ErrorMemory, RankExit
 from launcher.worker.ranks.rank_env import NodeInfo
@@ -127,7 +128,7 @@ class _Agent(SimpleElasticAgent):
         codes = {worker: self._processes[worker.local_rank].poll() for worker in worker_group.workers}
         failed = {worker: code for worker, code in codes.items() if code}
         if failed:
-            now = time.time()
+            now = clock.now()
             self._exits = {worker.global_rank: self._describe_exit(worker, code, now) for worker, code in failed.items()}
             self._on_failure([*self._exits.values()])
             failures = {
@@ -143,7 +144,7 @@ class _Agent(SimpleElasticAgent):
         self._shutdown()
         # Report the ranks that failed by themselves but ended later than the ranks that noticed: a rank that dumps core or frees
         # a lot of memory ends after its peers have lost their connections.
-        now, late = time.time(), {}
+        now, late = clock.now(), {}
         for worker in worker_group.workers:
             code = self._processes[worker.local_rank].returncode if worker.local_rank in self._processes else None
             if code and code not in _STOPPED_BY_AGENT and worker.global_rank not in self._exits:

@@ -9,13 +9,13 @@ import faulthandler
 import os
 import signal
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launcher import clock
 from launcher.child_process import die_with_parent, exit_without_shutdown
 from launcher.clusters import limits
 from launcher.errors import WOULD_REPEAT
@@ -100,7 +100,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
         # After any other failure the agents restart the ranks.
         message = ": ".join(filter(None, (limits.cause_of(error, run.root), str(error))))
         failure = FailureRecord(
-            env.rank, type(error).__name__, message, time.time(), exit_code=1, log=str(run.rank_log(attempt, env.rank))
+            env.rank, type(error).__name__, message, clock.now(), exit_code=1, log=str(run.rank_log(attempt, env.rank))
         )
         # Most often all ranks raise the same error. If this fails, the agents restart the ranks; the exception is still recorded.
         with suppress(OSError):

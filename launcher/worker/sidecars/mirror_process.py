@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from launcher import json_records
+from launcher import clock, json_records
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint, Manifest
 from launcher.checkpoint.mirror import CheckpointGone, Mirror, MirrorTaken, mirror_url
@@ -181,7 +181,7 @@ class Sender:
             steps=tuple(steps),
             missing_steps=tuple(c.step for c in missing),
             failure=self._last_error or None,
-            at=time.time(),
+            at=clock.now(),
         )
         try:
             json_records.write(self._run.attempt(self._attempt) / "mirror.json", record)

@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from launcher import run_store
+from launcher import clock, run_store
 from launcher.checkpoint import store
 from launcher.clusters import network
 from launcher.clusters.slurm import cluster as slurm_cluster
@@ -88,7 +88,7 @@ def begin(plan_path: str) -> int | None:
             if not decision.again:
                 _end_run(plan, plan_path, run, number, decision)
                 raise RunError(decision.reason, where=str(run.attempt(number)))
-        if limit := goodput.reached_limit(run, plan, time.time()):
+        if limit := goodput.reached_limit(run, plan, clock.now()):
             # It would cost more to load the model and train one step, only to stop.
             _end_run(plan, plan_path, run, number, Decision(False, "preempted", limit))
             print(f"{plan.run_name}: {limit}; the attempt is not started", file=sys.stderr)
@@ -226,7 +226,7 @@ def _add_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, 
         interface=endpoint.interface,
         port=network.free_port(endpoint.address),
         ends_at=float(ends) if (ends := _read_details(job, until).get("EndTime", "")).isdigit() else None,
-        begun_at=time.time(),
+        begun_at=clock.now(),
     )
 
 

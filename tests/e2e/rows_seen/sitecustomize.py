@@ -1,10 +1,12 @@
-"""Put on a run's PYTHONPATH to record or slow down its batches, controlled by two environment variables.
+"""Put on a run's PYTHONPATH to record or slow down its batches, or to set its clock, controlled by environment variables.
 
 ROWS_SEEN: a folder into which each rank writes the rows of its batches, and a few of its environment variables, which cannot be
 read from outside. Each attempt and rank has one file, with one line per batch: its step, the rank's own rows, and the rows of the
 whole batch. Unless the agent restarted the ranks, line k is the k-th step after the attempt's start.
 
 SECONDS_PER_STEP: the minimum time to make a batch. A sleeping rank uses no CPU, unlike one that trains while the test waits.
+
+CLOCK_AHEAD: a file with the seconds by which the wall clock of the run's processes is ahead, read whenever they ask for the time.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -69,3 +72,7 @@ def _write(folder: str, step: int, batch: Any) -> None:
 _IS_RANK = bool({"launcher.worker.ranks.rank_main", "launcher.worker.ranks.fork_server"} & {*sys.orig_argv})
 if _IS_RANK and {"ROWS_SEEN", "SECONDS_PER_STEP"} & os.environ.keys():
     sys.meta_path.insert(0, _Watched())  # type: ignore[arg-type]
+
+if "CLOCK_AHEAD" in os.environ:
+    _wall_clock = time.time
+    time.time = lambda: _wall_clock() + float(Path(os.environ["CLOCK_AHEAD"]).read_text() or 0)
