@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -107,15 +106,6 @@ def test_values_that_are_not_finite_are_left_out_and_empty_series_draw_nothing()
     assert "<svg" in curve_of([3], [7])
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 7), (-3.2, 1e9), (0.001, 0.0012), (1e-5, 1.5e-5), (12.7, 12.701)])
-def test_ticks_are_few_and_round_and_enclose(low: float, high: float) -> None:
-    ticks = html._choose_ticks(low, high)
-    assert ticks[0] <= low
-    assert ticks[-1] >= high
-    assert 2 <= len(ticks) <= 8
-    assert len(set(html._label_ticks(ticks))) == len(ticks)
-
-
 @pytest.mark.parametrize(
     ("steps", "labels"),
     [
@@ -165,28 +155,6 @@ def test_the_charts_of_the_report_are_visible(launch_here: Launch, run: RunDir, 
     done = launch_here("report", str(run.root))
     require_exit(done)
     assert_drawn(show(run.root / "report.html", tmp_path), num_charts=5)
-
-
-@pytest.mark.browser
-@pytest.mark.rest
-def test_two_runs_are_drawn_over_each_other(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
-    """The runs have the same steps, and their losses differ by 0.5."""
-    other = RunDir(run.root.with_name("other"))
-    shutil.copytree(run.root, other.root)
-    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
-    other.metrics.write_text("".join(json.dumps(line | {"train/loss": line["train/loss"] + 0.5}) + "\n" for line in lines))
-    page = tmp_path / "both.html"
-    done = launch_here("report", "demo", "other", "--root", str(run.root.parent), "--html", str(page))
-    require_exit(done)
-    shown = show(page, tmp_path)
-    assert_drawn(shown, num_charts=8)
-    losses, rates = ([mark for mark in chart.marks if mark[2] - mark[0] > 100] for chart in shown.charts[:2])
-    assert len(losses) == len(rates) == 2, "a line for each run"
-    (left, top, right, bottom), (_, other_top, _, other_bottom) = losses
-    assert (losses[1][0], losses[1][2]) == (left, right), "over the same steps"
-    assert other_top < top - 20
-    assert other_bottom < bottom - 20
-    assert rates[0] == rates[1]
 
 
 @pytest.mark.browser

@@ -148,20 +148,6 @@ def test_what_data_would_refuse_is_said_at_once(typed: Typed) -> None:
     assert (code, "warning: " in out) == (0, False), err
 
 
-def test_rows_that_the_template_cannot_write_do_not_change_how_lengths_are_measured(typed: Typed) -> None:
-    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
-    lines = Path("chats.jsonl").read_text().splitlines()
-    lines[2] = json.dumps({**json.loads(lines[2]), "tools": tools})
-    Path("chats.jsonl").write_text("\n".join(lines))
-    words = ("init", "--data", "chats.jsonl", "--model", "tiny")
-    code, out, err = typed(*words)
-    assert (code, "estimated" in Path("chats.yaml").read_text()) == (0, False), err
-    (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
-    assert "`data` refuses rows such as chats.jsonl:3: the chat template leaves out the definitions of the tools; set" in warning
-    code, out, err = typed(*words, "data.checks.bad_rows=drop", "--out", "dropped.yaml")
-    assert (code, "warning: " in out, "assumed: " in out) == (0, False, False), err
-
-
 @pytest.mark.rest
 def test_all_of_long_texts_is_trained(typed: Typed) -> None:
     Path("book.txt").write_text("It was a dark and stormy night. " * 1000)

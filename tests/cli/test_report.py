@@ -147,18 +147,3 @@ def test_thinning_keeps_spikes() -> None:
     assert (4321.0, 99.0) in found
     assert [step for step, _ in found] == sorted(step for step, _ in found)
     assert thin_out(points[:600], 600) == points[:600]
-
-
-@pytest.mark.rest
-def test_the_report_of_a_long_run_takes_seconds(launch: Launch, run: RunDir) -> None:
-    """The run has 10,000 steps; the limit is generous because other programs may be running."""
-    log = JsonlTracker(run, 2)
-    for step in range(11, 10_011):
-        values = {f"group/metric_{i}": 0.123456789 * i for i in range(40)}
-        log.log(step, {"train/loss": 3.0 + math.sin(step / 50), "time/step_s": 1.0, "perf/tokens_per_sec": 1.0, **values})
-    began = time.monotonic()
-    done = launch("report", str(run.root))
-    took = time.monotonic() - began
-    require_exit(done)
-    assert took < 15
-    assert (run.root / "report.html").stat().st_size < 500_000

@@ -227,17 +227,6 @@ def test_time_after_the_last_line_counts_as_in_the_report(launch_here: Launch, r
         assert f"<b>{value}</b><span>{label}" in page, label
 
 
-def test_a_watched_run_is_shown_until_it_ends(start: Callable, run: RunDir) -> None:
-    run_store.update_status(run, state="running", job=describe_this_process())
-    with start("status", str(run.root), "--watch", "0.2", "--json") as process:
-        assert process.stdout is not None
-        assert json.loads(process.stdout.readline())["state"] == "running"
-        run_store.update_status(run, state="completed", step=40)
-        rest, _ = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert json.loads(rest.splitlines()[-1])["step"] == 40
-
-
 def test_watching_survives_a_storage_failure(start: Callable, run: RunDir) -> None:
     run_store.update_status(run, state="running", job=describe_this_process())
     with start("status", str(run.root), "--watch", "0.2", "--json") as process:

@@ -20,7 +20,7 @@ from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, read_corpus
 from launcher.data.loader import PrefetchLoader, RowBatches, TrainBatches
 from launcher.data.report import report
-from launcher.data.split import BLOCK_BYTES, DIGESTS, CheckedArray, Split, write_split
+from launcher.data.split import BLOCK_BYTES, DIGESTS, Split, write_split
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch, DataFacts
@@ -174,25 +174,6 @@ def test_arrays_with_other_digests_than_the_plan_are_refused(facts: DataFacts, t
     flip(Path(facts.cache_dir) / DIGESTS, 9)
     with pytest.raises(DataError, match="its block digests differ from the recorded ones"):
         Split.open(facts)
-
-
-def test_each_block_is_verified_once(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[tuple[str, int]] = []
-    of_block = CheckedArray._verify_block
-
-    def counted(file: CheckedArray, block: int) -> None:
-        read.append((file._path.name, block))
-        of_block(file, block)
-
-    monkeypatch.setattr(CheckedArray, "_verify_block", counted)
-    made = batches(Split.open(facts))
-    opened = len(read)
-    made.step(0)
-    assert len(read) - opened <= 2 * 2 * 2, "two rows, each within two blocks of two arrays"
-    for step in range(NUM_ROWS):
-        made.step(step)
-    assert len(read) == len(set(read))
-    assert {block for name, block in read if name == "tokens.npy"} == set(range(17))
 
 
 def test_an_io_error_is_not_reported_as_damage(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hand_made import made_verdict
 
-from launcher.evaluate.verdict import Scores, bootstrap_means, exact_mcnemar, interval, judge, score_interval, t_quantile
+from launcher.evaluate.verdict import Scores, bootstrap_means, exact_mcnemar, interval, judge, t_quantile
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import (
     ComparisonOutcome,
@@ -169,30 +169,6 @@ def test_a_verdict_about_weights_that_were_replaced_is_not_shown(tmp_path: Path)
     remove_verdicts(folder)
     assert read_verdicts(run) == []
     assert read_verdict(folder) is None
-
-
-@pytest.mark.parametrize(("wins", "losses", "num_prompts"), [(0, 0, 30), (6, 0, 6), (3, 1, 30)])
-def test_the_score_interval_ends_where_the_difference_is_two_standard_errors_away(
-    wins: int, losses: int, num_prompts: int
-) -> None:
-    """The likeliest shares for a given difference are found by searching, not by Tango's formula."""
-
-    def distance(difference: float) -> float:
-        """Standard errors from the observed difference to a given one."""
-        shares = np.linspace(max(0.0, -difference), (1 - difference) / 2, 20_001)[1:-1]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            likelihood = (
-                np.where(wins > 0, wins * np.log(shares + difference), 0)
-                + np.where(losses > 0, losses * np.log(shares), 0)
-                + (num_prompts - wins - losses) * np.log(1 - 2 * shares - difference)
-            )
-        share = shares[np.nanargmax(likelihood)]
-        variance = num_prompts * (2 * share + difference - difference**2)
-        return abs(wins - losses - num_prompts * difference) / np.sqrt(variance)
-
-    for bound in score_interval(wins, losses, num_prompts):
-        if abs(bound) < 1:
-            assert distance(bound) == pytest.approx(1.96, abs=0.01)
 
 
 def test_few_equal_answers_show_little() -> None:

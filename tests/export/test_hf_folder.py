@@ -335,21 +335,6 @@ def exported_by_ranks(
     return [(rank.code, rank.output) for rank in rank_server.run("export_ranks:main", arguments, run / "ranks")]
 
 
-def test_two_ranks_write_one_folder(rank_server, runs, checkpoint, tmp_path):
-    (code, output), other = exported_by_ranks(rank_server, tmp_path, checkpoint)
-    assert (code, *other) == (0, 0, ""), output + other[1]
-    index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
-    files = sorted(set(index["weight_map"].values()))
-    assert len(files) > 2, "both ranks have something to write"
-    weights = {name: tensor for file in files for name, tensor in load_file(tmp_path / "export" / file).items()}
-    trained = load_file(runs.dump("bf16", "saved"))
-    assert weights.keys() == index["weight_map"].keys()
-    assert all((tensor == trained[f"{name}|compute"]).all() for name, tensor in weights.items())
-    assert f"export: Hugging Face folder: {tmp_path / 'export'} (bf16; {len(weights)} tensors equal the engine's" in output
-    assert "mean KL to the trained model" in output
-    assert (tmp_path / "export" / "README.md").is_file()
-
-
 @pytest.mark.parametrize("limited", [0, 1])
 def test_a_failing_rank_fails_the_export_on_all_ranks(rank_server, checkpoint, tmp_path, limited):
     for code, output in exported_by_ranks(rank_server, tmp_path, checkpoint, limited=limited):

@@ -124,18 +124,6 @@ def test_what_a_killed_wandb_process_lacks_is_sent_at_the_end(
     assert server.run().exits[-1:] == [0]
 
 
-def test_offline_attempts_are_uploaded_as_one_run(make_plan: PlanOf, server: FakeWandb, run_dir: Path) -> None:
-    plan = make_plan()
-    for attempt, first, last in ((1, 1, 6), (2, 5, 9)):
-        with rank(plan, attempt, automatic=attempt > 1, key=None, base_url=server.address) as it:
-            it.start()
-            it.steps(first, last)
-            it.finish("failed" if attempt == 1 else "completed")
-        wait_for_another_second(run_dir)
-    upload(run_dir, server)
-    assert server.run().steps == list(range(1, 10))
-
-
 def test_an_online_attempt_sends_the_steps_of_an_offline_one(make_plan: PlanOf, server: FakeWandb, run_dir: Path) -> None:
     plan = make_plan()
     for attempt, first, last, key in ((1, 1, 6, None), (2, 5, 9, KEY), (3, 8, 12, None)):

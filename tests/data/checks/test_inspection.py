@@ -262,14 +262,6 @@ def test_the_settings_of_the_run_decide_what_is_fatal() -> None:
     ]
 
 
-def test_near_leaks_refuse_a_run_if_the_settings_say_fail() -> None:
-    near = Finding("near_held_out_in_train", 3, 100, {"a": 3}, LEAK.examples)
-    strict = ChecksSection(near_held_out_in_train="fail")
-    for checks, fatal in ((ChecksSection(), False), (strict, True)):
-        (judged,) = judge((near,), checks)
-        assert judged.fatal is fatal
-
-
 @pytest.mark.parametrize(("share", "fatal"), [(0.99, False), (1.0, True)])
 def test_a_whole_source_without_a_trained_token_refuses_a_run(share: float, fatal: bool) -> None:
     (judged,) = judge((Finding("no_trained_token", 99, 200, {"a": 99}, LEAK.examples, share),), ChecksSection())
