@@ -25,6 +25,7 @@ from launcher.shell_commands import short_path
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
 _UNION_BRANCH = re.compile(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$")
 EXTRA = "deepspeed.extra"
+_TWO_VALUES = re.compile(r"Multiple values for (?P<group>[\w/]+)")
 _IN_FILE = re.compile(r"[Ii]n '(?P<file>[\w/.-]+)'")
 
 
@@ -186,9 +187,10 @@ def make_hydra_problem(error: Exception, tokens: Sequence[str], folders: Sequenc
     if redact(culprit) != culprit:
         message = "this override cannot be parsed"
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
-    # The chosen files that name the unknown option, else the file that Hydra names.
+    # The chosen files that name the unknown option, or the group with two options; else the file that Hydra names.
     chosen = [folder / f"{token.lstrip('+').replace('=', '/')}.yaml" for token in tokens for folder in folders]
-    files = [path for path in chosen if option and path.is_file() and option in path.read_text(errors="replace")]
+    content = option or ((twice := _TWO_VALUES.search(text)) and f"/{twice['group']}:")
+    files = [path for path in chosen if content and path.is_file() and content in path.read_text(errors="replace")]
     if not files and (named := _IN_FILE.search(text)):
         paths = (folder / f"{named['file'].removesuffix('.yaml')}.yaml" for folder in folders)
         files = [path for path in paths if path.is_file()]

@@ -16,7 +16,6 @@ from forked import require_exit
 from forked_ranks import RankServer
 from plan_fixtures import PlanOf
 from torch import nn
-from transformers.utils import is_scipy_available
 
 from launcher import hardware
 from launcher.config.sections.train import DeepSpeedSection, OptimSection
@@ -147,14 +146,7 @@ warm_up()
 other = threading.Thread(target=warm_up)
 other.start()
 other.join()
-import transformers.utils
-
-helpers = {"threads": threads, "processes": len(psutil.Process().children(recursive=True))}
-packages = {
-    "imported": sorted({"scipy", "sklearn"} & {*sys.modules}),
-    "has_scipy": transformers.utils.is_scipy_available(),
-}
-print(json.dumps({"helpers": helpers, "packages": packages}))
+print(json.dumps({"threads": threads, "processes": len(psutil.Process().children(recursive=True))}))
 """
 
 
@@ -204,13 +196,10 @@ def test_headers_may_be_in_a_folder_that_the_compiler_is_told_of(tools: Path, mo
 
 @pytest.mark.compiler
 @pytest.mark.rest
-def test_a_rank_imports_what_it_needs_and_starts_no_helper_processes(plan_of: PlanOf, tmp_path: Path) -> None:
+def test_a_rank_starts_no_helper_processes(plan_of: PlanOf, tmp_path: Path) -> None:
     """Other threads must not start them either: autograd's threads compile too, and torch's settings are per thread."""
     plan = tmp_path / "plan.json"
     plan.write_text(plan_of("model.dtype=fp32").to_json())
     done = subprocess.run([sys.executable, "-c", COMPILE, str(plan)], capture_output=True, text=True, timeout=300)
     require_exit(done)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["helpers"] == {"threads": [1, 1], "processes": 0}
-    # transformers reports scipy as available again to other code.
-    assert found["packages"] == {"imported": [], "has_scipy": is_scipy_available()}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"threads": [1, 1], "processes": 0}

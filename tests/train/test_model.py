@@ -23,7 +23,7 @@ from forked_ranks import RankServer
 from plan_fixtures import PlanOf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from weight_tools import ROUTER_BUFFER, SIZES, change_weights, save_model, without
+from weight_tools import ROUTER_BUFFER, change_weights, save_model, without
 
 from launcher.config.sections.model import ModelSection
 from launcher.data.loader import MicroBatch
@@ -391,18 +391,12 @@ def num_bytes(folder: Path) -> int:
 
 @pytest.mark.rest
 def test_weights_that_a_checkpoint_replaces_are_not_read(rank_server: RankServer, tmp_path: Path) -> None:
-    """Models with buffers that neither a checkpoint nor a weight file contains, such as position tables, are still read."""
     llama = save_model(tmp_path / "llama", {"model_type": "llama", "tie_word_embeddings": True})
     change_weights(llama, without("model.norm.weight"))
     deepseek = save_model(tmp_path / "deepseek", {"model_type": "deepseek_v3"})
     assert any(name.endswith(ROUTER_BUFFER) for name in load_file(deepseek / "model.safetensors"))
-    small = {"n_embd": 16, "n_head": 4, "n_layer": 2, "rotary_dim": 4}
-    codegen = save_model(tmp_path / "codegen", {"model_type": "codegen", **small})
-    file = codegen / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **SIZES}))
     gemma = save_model(tmp_path / "gemma", {"model_type": "gemma3_text"})
-    cases = [(str(folder), True) for folder in (llama, deepseek, codegen, gemma)]
+    cases = [(str(folder), True) for folder in (llama, deepseek, gemma)]
     (problems, loaded), _ = rank_server.values("train_ranks:build_models", [[cases], [cases]], tmp_path / "ranks")
-    assert problems == [None] * 4
-    assert (loaded[0], loaded[1], loaded[3]) == (0, 0, 0)
-    assert loaded[2] > num_bytes(codegen) / 2
+    assert problems == [None] * 3
+    assert loaded == [0, 0, 0]
