@@ -144,14 +144,15 @@ def _started(pid: int, given: tuple[int, int] | None, taken: tuple[int, int] | N
         def terminate(self) -> None:
             self.send_signal(signal.SIGTERM)
 
+        stdin: Any = None
         reader: threading.Thread | None = None
         output = ""
 
         def communicate(self, text: str = "", timeout: float | None = None) -> tuple[str, None]:
             if self.reader is None:
-                if given:
-                    with suppress(BrokenPipeError), open(given[1], "w") as stream:
-                        stream.write(text)
+                if self.stdin:
+                    with suppress(BrokenPipeError), self.stdin:
+                        self.stdin.write(text.encode())
                 self.reader = threading.Thread(target=self._read, daemon=True)
                 self.reader.start()
             self.reader.join(timeout)
@@ -174,7 +175,10 @@ def _started(pid: int, given: tuple[int, int] | None, taken: tuple[int, int] | N
     for pipe, number in ((given, 0), (taken, 1)):
         if pipe:
             os.close(pipe[number])
-    return Forked(pid)
+    process = Forked(pid)
+    if given:
+        process.stdin = os.fdopen(given[1], "wb")
+    return process
 
 
 def _watch_batches() -> None:

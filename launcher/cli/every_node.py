@@ -6,7 +6,6 @@ On each machine, the command runs as long as the attempt; it ends with the same 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import FrameType
 
 import launcher
 from launcher import atomic_files, facts, run_store
@@ -25,23 +23,16 @@ from launcher.cli.resume import resume_run
 from launcher.cli.start_run import choose_run_dir, may_start, prepare_plan, start_run
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters import static
-from launcher.clusters.static import StaticCluster, is_idle
-from launcher.clusters.static_meeting import OVER, REFUSED, Meeting, await_plan, head_endpoint
+from launcher.clusters.detached_process import LIVENESS_TIMEOUT_S
+from launcher.clusters.static import StaticCluster
+from launcher.clusters.static_meeting import AGENT_END, LOST, Meeting, Message, head_endpoint, join
 from launcher.config.command_line import override_key
 from launcher.config.compose import Composed
 from launcher.config.resume import differing, table, with_overrides
 from launcher.config.schema import RunConfig, leaves
 from launcher.config.sections.model import is_run
 from launcher.config.sections.static import NodeIdentity, StaticSection, identify
-from launcher.errors import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    ConfigError,
-    LauncherError,
-    Problem,
-    RunError,
-    SubmitError,
-)
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem, RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -52,7 +43,7 @@ from launcher.shell_commands import launcher_command
 _POLL_S = 0.2
 # A network file system may show the attempt this late.
 _VISIBLE_S = 60.0
-# How long an earlier start's machines have to end, in addition to the time after which a machine counts as lost.
+# How long an earlier start's agent of node 0 has to end, in addition to the time after which it counts as lost.
 _LEAVE_S = 60.0
 _PER_START = ("cluster.node_rank", "cluster.master_addr", "cluster.master_port", "cluster.nodes")
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
@@ -72,32 +63,8 @@ class _Start:
     describe_end: Callable[[], str | None] = lambda: None
 
 
-class _Signals:
-    """TERM, HUP and USR2 end a waiting command; once this machine's agent runs, they ask the ranks to save and stop."""
-
-    def __init__(self) -> None:
-        self.process: static.NodeProcess | None = None
-
-    def install(self) -> None:
-        for number in _FORWARDED:
-            signal.signal(number, self._receive)
-
-    def watch(self, process: static.NodeProcess | None, interrupts: Interrupts) -> None:
-        """Forward signals to this machine's agent, including one that arrived while the agent was starting."""
-        self.process = process
-        self.install()
-        while signal.SIGTERM in interrupts.received:
-            interrupts.received.remove(signal.SIGTERM)
-            self._receive(signal.SIGTERM, None)
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.process is None:
-            raise KeyboardInterrupt
-        self.process.send_signal(signal.SIGTERM)
-
-
-def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) -> int:
-    """Take this machine's part in starting or continuing the run; returns the exit code."""
+def train(jobs: Sequence[Composed], accepts_cost: bool) -> int:
+    """Take this machine's part in starting or continuing the run, and follow it to its end; returns the exit code."""
     if len(jobs) > 1:
         remedy = "start the runs one after the other, each on every machine"
         raise ConfigError("-m starts several runs, and a machine takes part in one at a time", where="-m", remedy=remedy)
@@ -137,7 +104,7 @@ def train(jobs: Sequence[Composed], follows: bool | None, accepts_cost: bool) ->
         interrupts.defer()
         return start_run(plan, cluster)[1]
 
-    return _lead_run(start, begin, follows is not False)
+    return _lead_run(start, begin)
 
 
 def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
@@ -162,7 +129,7 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
                 run, plan, cluster, overrides, arguments.step, interrupts, arguments.force, accepts_cost=arguments.yes
             )
 
-    return _lead_run(start, begin, arguments.follow is not False)
+    return _lead_run(start, begin)
 
 
 def _list_shared_settings(config: RunConfig) -> dict[str, str]:
@@ -171,47 +138,44 @@ def _list_shared_settings(config: RunConfig) -> dict[str, str]:
     return {**values, "launcher": launcher.__version__}
 
 
-def _lead_run(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str], shows_steps: bool) -> int:
+def _lead_run(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str]) -> int:
     """Run node 0's part: `begin` returns the attempt that it started, or why nothing is left to do."""
-    here, signals = start.here, _Signals()
-    signals.install()
-    endpoint = head_endpoint(here, start.section.interface)
-    meeting = Meeting(here, start.run.root, start.command, endpoint).open()
+    _end_on_signals()
+    meeting = Meeting(start.here, start.run.root, start.command, head_endpoint(start.here, start.section.interface)).open()
     cluster = StaticCluster(meeting)
+    code, text = EXIT_INTERRUPTED, "the command on node 0 was interrupted"
     with Interrupts() as interrupts:
         try:
-            if endpoint is not None:
-                print(f"{here.label}: the others find it at {endpoint.address}:{here.port} ({endpoint.interface})", flush=True)
             attempt = begin(cluster, interrupts)
             if isinstance(attempt, str):
-                meeting.tell(attempt, OVER)
                 print(attempt)
+                code, text = 0, attempt
                 return 0
-        except BaseException as error:
-            meeting.tell(str(error) if isinstance(error, Exception) else "the command on node 0 was interrupted", REFUSED)
-            if cluster.process is not None:
-                cluster.process.send_signal(signal.SIGTERM)
+            assert cluster.process is not None
+            _forward_signals(cluster.process, interrupts)
+            code = follow(start.run, attempt, cluster, interrupts)
+            status = cluster.status(start.run)
+            if status != run_store.read_status(start.run):
+                # The agent left no record, and readers on other machines cannot know that it has ended.
+                run_store.update_status(start.run, state=status.state, message=status.message)
+            text = f"{status.state}: {status.message}" if status.message else status.state
+            return code
+        except Exception as error:
+            code, text = getattr(error, "exit_code", EXIT_FAILED), str(error)
             raise
         finally:
-            if cluster.process is None:
-                meeting.close()
-        threading.Thread(target=meeting.close, name="meeting-end", daemon=True).start()
-        signals.watch(cluster.process, interrupts)
-        if shows_steps:
-            return follow(start.run, attempt, cluster, interrupts)
-        return _await_conclusion(start, attempt, cluster)
+            meeting.close(code, text)
 
 
 def _join_run(start: _Start) -> int:
     """Run the part of a machine other than node 0."""
-    here, run, signals = start.here, start.run, _Signals()
-    signals.install()
-    answer = await_plan(here, run.root, start.command, start.describe_end)
-    if answer.state == OVER:
-        print(answer.message)
+    here, run = start.here, start.run
+    _end_on_signals()
+    begun, connection = join(here, run.root, start.command, start.describe_end)
+    if connection is None:
+        print(begun.text)
         return 0
-    attempt, name = answer.attempt, answer.names[here.node]
-    until = time.monotonic() + _VISIBLE_S
+    until, attempt = time.monotonic() + _VISIBLE_S, begun.attempt
     while True:
         with suppress(OSError, LauncherError):
             atomic_files.refresh_directory(run.attempts)
@@ -222,21 +186,59 @@ def _join_run(start: _Start) -> int:
             raise SubmitError(message, where=where, remedy="check the storage of run.root on this machine")
         time.sleep(_POLL_S)
     folders.require_run(run.root)
-    plan_path = run.attempt(attempt) / "plan.json" if answer.own_plan else run.plan
-    process = static.NodeProcess(run, attempt, plan_path, here.node, name)
-    log = static.agent_log(run, attempt, here.node)
+    name, log = begun.names[here.node], static.agent_log(run, attempt, here.node)
+    process = static.NodeProcess(run, attempt, run_store.newest_plan_path(run), here.node, name, connection.send)
     print(f"{here.label}: attempt {attempt} of {run.root.name} runs here as {name}; its output is in {log}", flush=True)
+    ends: list[Message] = []
+
+    def listen() -> None:
+        for message in connection.messages:
+            if message.kind == AGENT_END:
+                process.tell(message)
+            elif not ends:
+                text = message.text
+                if message.kind == LOST:
+                    text = f"failed: {begun.names[0]} was lost: {text}; {static.REPEAT}"
+                ends.append(replace(message, text=text, code=EXIT_FAILED if message.kind == LOST else message.code))
+                # If the attempt had not ended here, it cannot go on without node 0.
+                process.tell(Message(AGENT_END, text, is_lost=True))
+                connection.close()
+
+    threading.Thread(target=listen, name="meeting", daemon=True).start()
     with Interrupts() as interrupts:
         interrupts.defer()
-        signals.watch(process, interrupts)
+        _forward_signals(process, interrupts)
         num_handled = 0
-        while process.poll() is None:
+        while not ends or process.poll() is None:
             if len(interrupts.received) > num_handled:
                 num_handled += 1
                 with suppress(SubmitError, RunError):
                     StaticCluster().cancel(run)
             time.sleep(_POLL_S)
-        return _await_conclusion(start, attempt, StaticCluster(), start.section.stop_grace_seconds + 2 * static.LOST_S)
+    (end,) = ends
+    print(f"{here.label}: {end.text}", file=sys.stderr if end.code == EXIT_FAILED else sys.stdout, flush=True)
+    return end.code
+
+
+def _end_on_signals() -> None:
+    """Let TERM, HUP and USR2 end a waiting command like Ctrl-C."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in _FORWARDED:
+        signal.signal(number, interrupt)
+
+
+def _forward_signals(process: static.NodeProcess, interrupts: Interrupts) -> None:
+    """Let TERM, HUP and USR2 ask the ranks to save and stop, also a TERM that arrived while the agent was starting."""
+    for number in _FORWARDED:
+        signal.signal(number, lambda *_: process.send_signal(signal.SIGTERM))
+    # A suspended command would count as lost.
+    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    while signal.SIGTERM in interrupts.received:
+        interrupts.received.remove(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
 
 
 def _describe_end(config: RunConfig, run: RunDir) -> str | None:
@@ -251,27 +253,6 @@ def _describe_end(config: RunConfig, run: RunDir) -> str | None:
             message = f": {status.message}" if status.message else ""
             return f"{run.root.name} is {status.state}{message}; nothing is left to do"
     return None
-
-
-def _await_conclusion(start: _Start, attempt: int, cluster: StaticCluster, deadline_s: float = math.inf) -> int:
-    """Wait until node 0 has judged the attempt or is lost, and print how it ended.
-
-    Returns the exit code, which is the same on every machine.
-    """
-    run, until, status = start.run, time.monotonic() + deadline_s, cluster.status(start.run)
-    while time.monotonic() < until:
-        with suppress(OSError, LauncherError):
-            if run_store.newest_attempt(run) != attempt:
-                print(f"{start.here.label}: another start of the run has taken over", file=sys.stderr)
-                return EXIT_FAILED
-            status = cluster.status(run)
-            if status.state not in RUNNING_STATES:
-                break
-        time.sleep(_POLL_S)
-    cluster.await_end(run)
-    words = f"{status.state}: {status.message}" if status.message else status.state
-    print(f"{start.here.label}: {words}", file=sys.stderr if status.state == "failed" else sys.stdout, flush=True)
-    return 0 if status.state == "completed" else EXIT_INTERRUPTED if status.state in ("cancelled", "preempted") else EXIT_FAILED
 
 
 def _continue_run(composed: Composed, run: RunDir, cluster: StaticCluster, interrupts: Interrupts) -> int | str:
@@ -301,15 +282,12 @@ def _continue_run(composed: Composed, run: RunDir, cluster: StaticCluster, inter
 
 
 def _await_idle(run: RunDir) -> None:
-    """Wait until the machines of an earlier start have ended; they lose each other one after the other.
+    """Wait until an earlier start's agent of node 0 has ended; it waits for the other machines.
 
-    Also returns if they have not ended: starting the attempt then fails.
+    Also returns if it has not ended: starting the attempt then fails.
     """
-    until, is_announced = time.monotonic() + static.LOST_S + _LEAVE_S, False
-    while time.monotonic() < until:
-        status = StaticCluster().status(run)
-        if status.state not in RUNNING_STATES and is_idle(run):
-            return
+    until, is_announced = time.monotonic() + LIVENESS_TIMEOUT_S + _LEAVE_S, False
+    while (status := StaticCluster().status(run)).state in RUNNING_STATES and time.monotonic() < until:
         if not is_announced:
             is_announced = True
             print(f"waiting for the end of attempt {run_store.newest_attempt(run)}: {status.state} {status.message}", flush=True)

@@ -26,7 +26,7 @@ def train(arguments: argparse.Namespace) -> int:
     if any(job.config.cluster.runs_on_every_node for job in jobs):
         from launcher.cli import every_node
 
-        return every_node.train(jobs, follows, arguments.yes)
+        return every_node.train(jobs, arguments.yes)
     for note in dict.fromkeys(job.origins.dropped_note() for job in jobs):
         if note is not None:
             print(f"note: {note}", flush=True)

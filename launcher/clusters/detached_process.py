@@ -57,7 +57,12 @@ def await_status(run: RunDir, attempt: int, poll: Callable[[], int | None]) -> b
 
 
 def start_module(
-    run: RunDir, module: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None
+    run: RunDir,
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    variables: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start `python -m MODULE ARGUMENTS` from the run's code snapshot, with `variables` in its environment; it writes to `log`.
 
@@ -72,7 +77,7 @@ def start_module(
     with open(log, "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -159,7 +164,7 @@ def is_still_refreshed(run: RunDir, say: Callable[[str], None]) -> bool:
     job = status.job or {}
     if status.state not in RUNNING_STATES or "pid" not in job or is_visible(status) or _has_rebooted(status):
         return False
-    files = (run.status, run.alive, *run.attempt(run_store.newest_attempt(run)).glob("alive-*.json"))
+    files = (run.status, run.alive)
     if _seconds_unchanged(run, files) > _CERTAIN_S:
         return False
     say(f"checking for {_WATCH_S:.0f} seconds whether the run {run.root.name} is still alive on {job.get('host')}")

@@ -1,77 +1,130 @@
-"""How the machines of a start find each other: node 0 listens, and the others ask it until it has a plan.
+"""How the commands of several machines meet: the others connect to node 0's command, and stay connected until the attempt ends.
 
-Each question tells node 0 who asks and for what; each answer contains this start's random number. Node 0 also writes the number
-to run.root: a machine that does not find it there has a different run.root, and one that finds it never uses an earlier start's
-plan. An answer says which attempt begins, what the machines are called, and what the start is waiting for. It names no file and
-no command: the plan is read from the run directory, which is checked like any run that other users could have changed.
+A machine first says who it is and what it was told to run. Node 0 answers with a random number, which it has also written to
+run.root: a machine that does not find it there has a different run.root. Then node 0 tells what the start is waiting for, which
+attempt begins, and how it ends. It names no file and no command: the plan is read from the run directory, which is checked like
+any run that other users could have changed.
+
+While the attempt runs, each command tells the others how its own agent has ended. A machine whose connection closes or falls
+silent is lost. The messages are JSON objects, one a line.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import socket
-import socketserver
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from launcher import atomic_files, json_records
 from launcher.clusters import network
 from launcher.config.sections.static import NodeIdentity
-from launcher.errors import ConfigError, LauncherError, Problem, SubmitError, printable
+from launcher.errors import EXIT_REFUSED, ConfigError, LauncherError, Problem, SubmitError, printable
+from launcher.tracking.metrics import format_duration
 
-# Seconds that node 0 waits for the others to start, and they for node 0; while node 0 answers, they wait for its plan.
-WAIT_S = 3600.0
-# Seconds between a machine's questions, and seconds without a question after which the machine no longer counts as present.
-_ASK_EVERY_S, _GONE_S = 0.5, 15.0
+# Seconds that node 0 waits for the others to start, and they for node 0; while node 0 is connected, they wait for its plan.
+WAIT_S = 1800.0
+# Seconds without a sign of life after which a machine counts as lost; tests shorten it.
+LOST_S = float(os.environ.get("LAUNCHER_LOST_NODE_SECONDS", "60"))
+# Both sides send this many signs of life in that time.
+_LOOKS = 6
 # A network file system may show a file this late.
 SHARED_S = 20.0
-# Seconds without an answer after which a machine looks whether the run is already over.
+# Seconds without a connection after which a machine looks whether the run is already over.
 OVER_AFTER_S = 3.0
-# Seconds that node 0 keeps answering after it refused the start or found nothing to do, and those that it gives the others to
-# learn of the attempt that has begun.
-_LINGER_S, _READY_S = 5.0, 30.0
-_SOCKET_S = 5.0
+# Seconds between attempts to connect, and those that node 0 gives the others to read how the start or the attempt ended.
+_CONNECT_EVERY_S, _LINGER_S = 0.25, 5.0
+_CONNECT_S = 5.0
 _MAX_MESSAGE_BYTES = 1 << 20
 _MAX_DIFFERENCES = 5
-# The states of a start in answers.
-WAITING, READY, OVER, REFUSED = "waiting", "ready", "over", "refused"
+# The kinds of messages.
+JOIN, SEES, WAIT, READY, AGENT_END, END = "join", "sees", "wait", "ready", "agent end", "end"
+ALIVE, LOST = "alive", "lost"
 
 
 @dataclass(frozen=True)
-class Question:
-    """`process` distinguishes two processes that claim to be the same machine; `command` is the command's request, by keys.
+class Message:
+    """`kind` determines what the fields mean, and which are set.
 
-    `sees` is the number found in run.root, or empty.
+    JOIN: machine `node` of `nodes` on the host `text` was told to run `command` (by keys) in the run directory `run`. SEES: it
+    has found node 0's number (`nonce`) in run.root, or has not (`text` is set). WAIT: node 0 does `text`. READY: `attempt` begins
+    with machines called `names`. AGENT_END: the agent of machine `node` has ended;
+    `text` is why the attempt cannot go on, if so, and `is_lost` whether the agent left no record. END: the attempt or its start
+    has ended because of `text`; the exit code is `code`. LOST: a connection has ended because of `text`; it is never sent.
     """
 
-    node: int
-    nodes: int
-    host: str
-    process: str
-    run: str
-    command: dict[str, str]
-    sees: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`nonce` is this start's number. `attempt`, `own_plan` and `names` are set when the start is ready.
-
-    `own_plan` is whether the attempt has its own plan. `message` says what the start is waiting for, or why it has ended.
-    """
-
-    nonce: str
-    host: str
-    state: str = WAITING
-    message: str = ""
+    kind: str
+    text: str = ""
+    node: int = 0
+    nodes: int = 0
+    run: str = ""
+    command: dict[str, str] = field(default_factory=dict)
+    nonce: str = ""
     attempt: int = 0
-    own_plan: bool = False
     names: tuple[str, ...] = ()
+    is_lost: bool = False
+    code: int = 0
+
+
+class Connection:
+    """A connection between two commands, which shows the other side that this one is alive. `messages` yields what arrives."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket, self._lock, self._closed = connected, threading.Lock(), threading.Event()
+        self.messages = self._read()
+        connected.settimeout(LOST_S / _LOOKS)
+
+        def send_signs() -> None:
+            while not self._closed.wait(LOST_S / _LOOKS):
+                self.send(Message(ALIVE))
+
+        threading.Thread(target=send_signs, name="signs of life", daemon=True).start()
+
+    def send(self, message: Message) -> None:
+        """Send a message. If it cannot be sent, neither can signs of life, and both sides find the connection lost."""
+        line = json.dumps({key: value for key, value in asdict(message).items() if value}).encode() + b"\n"
+        with self._lock, suppress(OSError):
+            self._socket.sendall(line)
+
+    def close(self) -> None:
+        self._closed.set()
+        # Also ends a read in another thread.
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _read(self) -> Iterator[Message]:
+        """Yield all messages but signs of life; the last one is LOST."""
+        buffer, num_silent, reason = b"", 0, ""
+        while not reason:
+            try:
+                data = self._socket.recv(1 << 16)
+            except TimeoutError:
+                # Counted instead of measured: while this machine is suspended, the other one is not silent.
+                num_silent += 1
+                reason = f"no sign of life for {format_duration(LOST_S)}" if num_silent == _LOOKS else ""
+                continue
+            except OSError as error:
+                reason = f"its connection has failed: {error.strerror or error}"
+                break
+            num_silent = 0
+            *lines, buffer = (buffer + data).split(b"\n")
+            try:
+                messages = [json_records.loads(Message, line, "a message") for line in lines]
+            except LauncherError:
+                reason = "it sent something else than messages of this launcher"
+                break
+            yield from (message for message in messages if message.kind != ALIVE)
+            if not data or len(buffer) > _MAX_MESSAGE_BYTES:
+                reason = "its command has ended"
+        self.close()
+        yield Message(LOST, reason)
 
 
 def marker(run: Path) -> Path:
@@ -79,43 +132,32 @@ def marker(run: Path) -> Path:
     return run.parent / f".{run.name}.start"
 
 
-class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Listens in a thread; answers questions and ignores anything else."""
+@dataclass
+class _Member:
+    """A machine that has joined; `sees` is whether it has found the number in run.root."""
 
-    daemon_threads = True
-    allow_reuse_address = True
-
-    def __init__(self, address: str, port: int, reply: Callable[[Question], Answer]) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
-
-        class Handler(socketserver.StreamRequestHandler):
-            timeout = _SOCKET_S
-
-            def handle(self) -> None:
-                with suppress(OSError, LauncherError):
-                    line = self.rfile.readline(_MAX_MESSAGE_BYTES)
-                    answer = reply(json_records.loads(Question, line, "a question"))
-                    self.wfile.write(json.dumps(asdict(answer)).encode() + b"\n")
-
-        super().__init__((address, port), Handler)
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="meeting", daemon=True).start()
+    connection: Connection
+    host: str
+    sees: bool = False
 
 
 class Meeting:
-    """Node 0's side of a start. `endpoint` is where it listens, None for a single machine."""
+    """Node 0's side. `endpoint` is where it listens, None for a single machine."""
 
     def __init__(self, here: NodeIdentity, run: Path, command: Mapping[str, str], endpoint: network.Endpoint | None) -> None:
         self._here, self._run, self._command = here, run, dict(command)
         self.endpoint = endpoint
+        self._nonce, self._host = secrets.token_hex(16), network.node_name()
         self._lock = threading.Lock()
-        # For each node: its last question and when it came, and when its first one came.
-        self._seen: dict[int, tuple[Question, float, float]] = {}
-        # The commands with each index, oldest first: a killed command stops asking.
-        self._processes: dict[int, list[str]] = {}
+        self._members: dict[int, _Member] = {}
         self._problem: Problem | None = None
-        self._answer = Answer(secrets.token_hex(16), network.node_name(), message="node 0 is planning")
-        self._heard: set[int] = set()
-        self._server: _Server | None = None
+        self._latest = Message(WAIT, "node 0 is planning")
+        # Set while an attempt runs: the machines' names, and what to do when an agent ends.
+        self._names: tuple[str, ...] = ()
+        self._on_end: Callable[[Message], None] = lambda end: None
+        # The machines whose agents have ended, or that know that there is no attempt.
+        self._ended: set[int] = set()
+        self._listener: socket.socket | None = None
 
     def open(self) -> Meeting:
         """Write the number of this start and listen.
@@ -125,41 +167,30 @@ class Meeting:
         """
         if self.endpoint is None:
             return self
+        address, port = self.endpoint.address, self._here.port
         action, where, value = "write", "run.root", str(self._run.parent)
         try:
             self._run.parent.mkdir(parents=True, exist_ok=True)
-            atomic_files.write_text(marker(self._run), self._answer.nonce)
-            action, where, value = "listen", "cluster.master_port", f"{self.endpoint.address}:{self._here.port}"
-            self._server = _Server(self.endpoint.address, self._here.port, self.reply)
+            atomic_files.write_text(marker(self._run), self._nonce)
+            action, where, value = "listen", "cluster.master_port", f"{address}:{port}"
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            self._listener = listener = socket.create_server((address, port), family=family, backlog=4096)
         except OSError as error:
             self._remove_marker()
             raise SubmitError(f"node 0 cannot {action} here: {error.strerror or error}", where=where, value=value) from None
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connected, _ = listener.accept()
+                    threading.Thread(target=self._serve, args=(Connection(connected),), daemon=True).start()
+
+        threading.Thread(target=accept, name="meeting", daemon=True).start()
+        print(f"{self._here.label}: the others find it at {address}:{port} ({self.endpoint.interface})", flush=True)
         return self
 
-    def close(self) -> None:
-        """Stop listening once the machines that were present have heard the outcome, or have had time to."""
-        until = time.monotonic() + {READY: _READY_S, WAITING: 0.0}.get(self._answer.state, _LINGER_S)
-        while time.monotonic() < until and len(self._heard) < self._here.nodes - 1:
-            time.sleep(0.05)
-        with self._lock:
-            server, self._server = self._server, None
-        if server is not None:
-            server.shutdown()
-            server.server_close()
-            self._remove_marker()
-
-    def tell(self, message: str, state: str = WAITING) -> None:
-        """Tell the other machines what node 0 is doing, or with the state OVER or REFUSED, why the start has ended."""
-        with self._lock:
-            self._answer = replace(self._answer, message=message, state=state)
-
-    def announce(self, attempt: int, own_plan: bool, names: tuple[str, ...]) -> None:
-        """Tell the machines that are present that the attempt has begun; a later command cannot join it."""
-        with self._lock:
-            self._answer = replace(self._answer, state=READY, attempt=attempt, own_plan=own_plan, names=names)
-
     def await_everyone(self) -> tuple[str, ...]:
-        """Wait until every machine is present and sees the number; returns their unique names.
+        """Wait until every machine has joined and sees the number; returns their names, unique even if host names repeat.
 
         Raises:
             SubmitError: for machines that are missing or see a different run.root.
@@ -169,145 +200,202 @@ class Meeting:
         where = "" if self.endpoint is None else f"{self.endpoint.address}:{self._here.port}"
         while True:
             with self._lock:
-                now = time.monotonic()
-                present = {
-                    node for node, (one, at, _) in self._seen.items() if now - at < _GONE_S and one.sees == self._answer.nonce
-                }
+                hosts = {0: self._host} | {node: member.host for node, member in self._members.items() if member.sees}
             if self._problem is not None:
                 raise (SubmitError if self._problem.where == "run.root" else ConfigError)(self._problem)
-            missing = ", ".join(f"node {node}" for node in range(1, self._here.nodes) if node not in present)
+            missing = ", ".join(f"node {node}" for node in range(self._here.nodes) if node not in hosts)
             if not missing:
-                return self.names()
+                names = [*hosts.values()]
+                return tuple(hosts[node] if names.count(hosts[node]) == 1 else f"{hosts[node]}-{node}" for node in sorted(hosts))
             if missing != printed:
                 printed = missing
-                self.tell(f"node 0 is waiting for {missing}")
+                self._tell(Message(WAIT, f"node 0 is waiting for {missing}"))
                 print(f"{self._here.label}: waiting for {missing} at {where}", flush=True)
-            if now > until:
+            if time.monotonic() > until:
                 remedy = "start the same command on every machine; check that they reach node 0 at this address"
                 raise SubmitError(f"{missing} of {self._here.nodes} did not join", where=where, remedy=remedy)
-            time.sleep(0.1)
+            time.sleep(0.05)
 
-    def reply(self, question: Question) -> Answer:
-        """Record who asks, and answer."""
+    def begin(self, attempt: int, names: tuple[str, ...], on_end: Callable[[Message], None]) -> None:
+        """Tell the machines that the attempt has begun; no other can join it. `on_end` receives how their agents end."""
+        self._on_end, self._names = on_end, names
+        self._tell(Message(READY, attempt=attempt, names=names))
+        self._remove_marker()
+        for node in {*range(1, len(names))} - self._members.keys():
+            # It has left since it was last seen.
+            self.report(Message(AGENT_END, f"{names[node]} was lost: its command has ended", node, is_lost=True))
+
+    def report(self, end: Message) -> None:
+        """Tell all other machines how the agent of one of them has ended; only its first report counts."""
         with self._lock:
-            node, now = question.node, time.monotonic()
-            processes = self._processes.setdefault(node, [])
-            if question.process not in processes[-1:] and self._answer.state == READY:
-                message = f"attempt {self._answer.attempt} has begun without this command"
-                return Answer(self._answer.nonce, self._answer.host, WAITING, message)
-            if question.process not in processes:
-                processes.append(question.process)
-                self._seen.pop(node, None)
-            begun = self._seen[node][2] if node in self._seen else now
-            self._problem = self._problem or self._find_problem(question, now - begun, processes)
-            self._seen[node] = question, now, begun
-            if self._problem is not None and self._answer.state == WAITING:
-                return replace(self._answer, state=REFUSED, message=str(self._problem))
-            if self._answer.state != WAITING:
-                self._heard.add(node)
-            return self._answer
+            is_known = end.node in self._ended
+            self._ended.add(end.node)
+        if not is_known:
+            if end.node != self._here.node:
+                self._on_end(end)
+            self._tell(end)
 
-    def _find_problem(self, question: Question, waited_s: float, processes: list[str]) -> Problem | None:
-        """Return why the machine that asks, and has done so for `waited_s` seconds, does not belong to this start."""
-        who = f"node {question.node} ({question.host})"
-        if question.nodes != self._here.nodes:
-            counts = f"{question.nodes} there, {self._here.nodes} on node 0"
-            return Problem(f"{who} counts the machines differently from node 0", "cluster.nodes", counts)
-        if not 0 < question.node < self._here.nodes:
-            return Problem("two machines claim to be node 0", "cluster.node_rank", question.host, "number them from 0")
-        if question.process != processes[-1]:
-            return Problem(
-                f"two commands claim to be node {question.node}",
-                "cluster.node_rank",
-                f"{question.host} and {self._seen[question.node][0].host}",
-                "start the command once on each machine, each with its own index",
-            )
-        if question.run != str(self._run):
-            paths = f"{question.run} there, {self._run} on node 0"
-            return Problem(f"{who} was started for another run directory", "run.root", paths, "mount the storage under one path")
-        if question.command != self._command:
-            keys = sorted({*question.command, *self._command})
-            pairs = [(key, question.command.get(key, "-"), self._command.get(key, "-")) for key in keys]
-            shown = [f"{key}: {there} there, {here} on node 0" for key, there, here in pairs if there != here]
-            return Problem(
-                f"{who} was started with a different command from node 0",
-                "command line",
-                "; ".join(shown[:_MAX_DIFFERENCES]),
-                "start the same command on every machine, with the same version of the launcher",
-            )
-        if question.sees != self._answer.nonce and waited_s > SHARED_S:
-            return Problem(
-                f"run.root is not shared: {question.host} does not see what {self._answer.host} writes there",
-                "run.root",
-                str(self._run.parent),
-                "set run.root to a folder on storage that every machine mounts under the same path",
-            )
+    def close(self, code: int, text: str) -> None:
+        """Tell the machines how the attempt or its start has ended, and wait a moment until they have read it.
+
+        Machines that start late learn of a refusal, too.
+        """
+        listener, self._listener = self._listener, None
+        if listener is None:
+            return
+        self._remove_marker()
+        self._tell(Message(END, text, code=code))
+        until = time.monotonic() + _LINGER_S
+        while time.monotonic() < until and (self._members or (not self._names and len(self._ended) < self._here.nodes - 1)):
+            time.sleep(0.02)
+        # Closing alone would not end the thread that accepts connections.
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+    def _tell(self, message: Message) -> None:
+        with self._lock:
+            self._latest = message
+            members = [*self._members.values()]
+        for member in members:
+            member.connection.send(message)
+
+    def _serve(self, connection: Connection) -> None:
+        """Read what a machine says until its connection ends."""
+        join = next(connection.messages)
+        if join.kind != JOIN:
+            return connection.close()
+        node = join.node
+        with self._lock:
+            refusal: Message | None = None
+            if self._names:
+                # It tries again until this attempt has ended.
+                refusal = Message(WAIT, "the attempt that runs has begun without this command")
+            elif (problem := self._find_problem(join)) is not None:
+                self._problem = self._problem or problem
+                self._ended.add(node)
+                refusal = Message(END, str(problem), code=EXIT_REFUSED)
+            else:
+                self._members[node] = member = _Member(connection, join.text)
+        if refusal is not None:
+            connection.send(refusal)
+            return connection.close()
+        connection.send(replace(self._latest, nonce=self._nonce))
+        for message in connection.messages:
+            if message.kind == SEES and message.text:
+                self._problem = self._problem or Problem(
+                    f"run.root is not shared: {join.text} does not see what {self._host} writes there",
+                    "run.root",
+                    str(self._run.parent),
+                    "set run.root to a folder on storage that every machine mounts under the same path",
+                )
+            elif message.kind == SEES:
+                member.sees = True
+            elif message.kind == AGENT_END:
+                self.report(replace(message, node=node))
+            elif message.kind == LOST:
+                with self._lock:
+                    del self._members[node]
+                    if self._latest.kind == END:
+                        self._ended.add(node)
+                if self._names:
+                    self.report(Message(AGENT_END, f"{self._names[node]} was lost: {message.text}", node, is_lost=True))
         return None
 
-    def names(self) -> tuple[str, ...]:
-        """Return unique names for all machines, even if host names repeat."""
-        with self._lock:
-            hosts = [self._answer.host, *(self._seen[node][0].host for node in range(1, self._here.nodes))]
-        return tuple(host if hosts.count(host) == 1 else f"{host}-{node}" for node, host in enumerate(hosts))
+    def _find_problem(self, join: Message) -> Problem | None:
+        """Return why the machine does not belong to this start."""
+        who = f"node {join.node} ({join.text})"
+        if join.nodes != self._here.nodes:
+            counts = f"{join.nodes} there, {self._here.nodes} on node 0"
+            return Problem(f"{who} counts the machines differently from node 0", "cluster.nodes", counts)
+        if not 0 < join.node < self._here.nodes:
+            return Problem("two machines claim to be node 0", "cluster.node_rank", join.text, "number them from 0")
+        if join.node in self._members:
+            hosts = f"{join.text} and {self._members[join.node].host}"
+            remedy = "start the command once on each machine, each with its own index"
+            return Problem(f"two commands claim to be node {join.node}", "cluster.node_rank", hosts, remedy)
+        if join.run != str(self._run):
+            paths = f"{join.run} there, {self._run} on node 0"
+            return Problem(f"{who} was started for another run directory", "run.root", paths, "mount the storage under one path")
+        if join.command != self._command:
+            keys = sorted({*join.command, *self._command})
+            pairs = [(key, join.command.get(key, "-"), self._command.get(key, "-")) for key in keys]
+            shown = [f"{key}: {there} there, {here} on node 0" for key, there, here in pairs if there != here]
+            remedy = "start the same command on every machine, with the same version of the launcher"
+            differences = "; ".join(shown[:_MAX_DIFFERENCES])
+            return Problem(f"{who} was started with a different command from node 0", "command line", differences, remedy)
+        return None
 
     def _remove_marker(self) -> None:
         with suppress(OSError, ValueError):
-            if marker(self._run).read_text() == self._answer.nonce:
+            if marker(self._run).read_text() == self._nonce:
                 marker(self._run).unlink()
 
 
-def await_plan(here: NodeIdentity, run: Path, command: Mapping[str, str], describe_end: Callable[[], str | None]) -> Answer:
-    """Ask node 0 until the start is ready or over, and show what it is waiting for.
+def join(
+    here: NodeIdentity, run: Path, command: Mapping[str, str], describe_end: Callable[[], str | None]
+) -> tuple[Message, Connection | None]:
+    """Join node 0 and wait for the attempt that it begins, and show what it is waiting for.
 
-    `describe_end` returns why the run is over, None if it continues: node 0 may have ended before this machine asked.
+    Returns the message READY and the connection; or END and None if nothing is left to do. `describe_end` returns why the run is
+    over, None if it continues: node 0 may have ended before this machine connected.
 
     Raises:
         SubmitError: if node 0 is unreachable in time, refuses, or ends.
     """
-    question = Question(here.node, here.nodes, network.node_name(), secrets.token_hex(8), str(run), dict(command))
-    address, printed = f"{here.address}:{here.port}", ""
-    begun = time.monotonic()
-    answered: float | None = None
-    while True:
-        answer, now = _ask_head(here, question), time.monotonic()
-        if answer is not None:
-            answered, awaited = now, f"the plan ({answer.message})"
-            if answer.state == REFUSED:
-                raise SubmitError(f"node 0 has refused the start: {answer.message}", where=answer.host)
-            if answer.state in (READY, OVER):
-                return answer
-            seen = ""
-            with suppress(OSError, ValueError):
-                atomic_files.refresh_directory(run.parent)
-            with suppress(OSError, ValueError):
-                seen = marker(run).read_text()
-            question = replace(question, sees=seen)
-        else:
-            awaited = f"node 0 at {address}"
-            if answered is None and now - begun > OVER_AFTER_S and (reason := describe_end()) is not None:
-                return Answer("", question.host, OVER, reason)
-            if answered is not None and now - answered > _GONE_S:
-                remedy = "look at the output of the command on node 0, then repeat the command on every machine"
-                raise SubmitError("node 0 ended before its plan was ready", where=address, remedy=remedy)
-            if answered is None and now - begun > WAIT_S:
-                remedy = "start the command on node 0; check cluster.master_addr and cluster.master_port"
-                raise SubmitError("node 0 did not start", where=address, remedy=remedy)
+    address, printed, begun = f"{here.address}:{here.port}", "", time.monotonic()
+
+    def show(awaited: str) -> None:
+        nonlocal printed
         if awaited != printed:
             printed = awaited
             print(printable(f"{here.label}: waiting for {awaited}"), flush=True)
-        time.sleep(_ASK_EVERY_S)
+
+    while True:
+        try:
+            connection = Connection(socket.create_connection((str(here.address), here.port), timeout=_CONNECT_S))
+        except OSError:
+            show(f"node 0 at {address}")
+            waited_s = time.monotonic() - begun
+            if waited_s > OVER_AFTER_S and (reason := describe_end()) is not None:
+                return Message(END, reason), None
+            if waited_s > WAIT_S:
+                remedy = "start the command on node 0; check cluster.master_addr and cluster.master_port"
+                raise SubmitError("node 0 did not start", where=address, remedy=remedy) from None
+            time.sleep(_CONNECT_EVERY_S)
+            continue
+        connection.send(Message(JOIN, network.node_name(), node=here.node, nodes=here.nodes, run=str(run), command=dict(command)))
+        has_joined = False
+        for message in connection.messages:
+            if message.kind == READY:
+                return message, connection
+            if message.kind == END:
+                connection.close()
+                if message.code:
+                    raise SubmitError(f"node 0 has refused the start: {message.text}", where=address)
+                return message, None
+            if message.kind == WAIT:
+                begun = time.monotonic()
+                show(f"the plan ({message.text})")
+                if message.nonce:
+                    has_joined = True
+                    connection.send(Message(SEES, "" if _finds_marker(run, message.nonce) else "nothing"))
+            if message.kind == LOST and has_joined:
+                remedy = "look at the output of the command on node 0, then repeat the command on every machine"
+                raise SubmitError("node 0 ended before its plan was ready", where=address, remedy=remedy)
+        time.sleep(_CONNECT_EVERY_S)
 
 
-def _ask_head(here: NodeIdentity, question: Question) -> Answer | None:
-    """Return node 0's answer, or None if it does not listen or answer."""
-    address = str(here.address), here.port
-    try:
-        with socket.create_connection(address, timeout=_SOCKET_S) as connection, connection.makefile("rwb") as stream:
-            stream.write(json.dumps(asdict(question)).encode() + b"\n")
-            stream.flush()
-            return json_records.loads(Answer, stream.readline(_MAX_MESSAGE_BYTES), "node 0's answer")
-    except (OSError, LauncherError):
-        return None
+def _finds_marker(run: Path, nonce: str) -> bool:
+    """Return whether node 0's number is in run.root within the time that a network file system takes to show it."""
+    until = time.monotonic() + SHARED_S
+    while time.monotonic() < until:
+        with suppress(OSError, ValueError):
+            atomic_files.refresh_directory(run.parent)
+        with suppress(OSError, ValueError):
+            if marker(run).read_text() == nonce:
+                return True
+        time.sleep(_CONNECT_EVERY_S)
+    return False
 
 
 def head_endpoint(here: NodeIdentity, interface: str | None) -> network.Endpoint | None:

@@ -1,7 +1,7 @@
 """The agent of one machine among several that run the same command: `python -m launcher.worker.static PLAN ATTEMPT NODE`.
 
 As on Slurm, it meets the agents of the other machines, checks its machine, runs its ranks and writes its record. The agent of
-node 0 concludes the attempt when the other machines have left their records or are lost.
+node 0 concludes the attempt when the other machines have left their records or are lost, of which the command tells it.
 
 `python -m launcher.worker.static PLAN` judges the previous attempt for a repeated command, and prints a JSON object.
 """
@@ -19,16 +19,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.child_process import die_with_parent
 from launcher.clusters import detached_process, static
+from launcher.clusters.static_meeting import LOST_S, Message
 from launcher.config.sections.static import StaticSection
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import AttemptEnd, Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
-from launcher.runs import journal
 from launcher.runs.journal import NodeEnded
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
@@ -40,9 +40,8 @@ from launcher.worker.wandb_closing import close_wandb_run
 
 # TERM comes from the provider, which takes the machine back; the command turns Ctrl-C into a cancel request.
 _SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
-_LOOK_S = 0.2
+_LOOK_S, _KILL_EVERY_S = 0.2, 0.5
 _EXIT_INTERRUPTED = 130
-_PEERS_LOOK_S = 0.5
 # How long the ranks may take to fail by themselves once another machine has failed: their own errors say more.
 _FAILED_S, _LOST_S = 30.0, 10.0
 
@@ -54,26 +53,27 @@ def main(plan_path: str, attempt: int, number: int) -> int:
     if agent is None:
         return 1
     plan, run = agent.plan, agent.run
-    section, record = StaticSection.of(plan.config.cluster), run_store.read_attempt(run, attempt)
-    peers = Peers(run, attempt, record, number, agent.ranks.send_signal).start()
+    record = run_store.read_attempt(run, attempt)
+    peers = Peers(agent.ranks.send_signal).start()
     watch_for_cancel(run, attempt)
     if number == 0:
         job = {**detached_process.describe_this_process(), "nodes": record.nodes}
         run_store.update_status(run, state="running", attempt=attempt, job=job, message="starting")
+        detached_process.start_liveness_file(run)
         postmortem.reserve_disk_space(run, attempt)
     conclusion: Conclusion | None = None
 
     def conclude(node: NodeEnded) -> bool:
         nonlocal conclusion
-        peers.ranks_have_ended()
+        peers.ranks_ended.set()
         if number != 0:
             return False
-        conclusion = _conclude(run, attempt, record, section, peers.heartbeats)
+        conclusion = _conclude(agent, record, peers)
         conclusion.write(run, attempt)
         return conclusion.decision.state == "completed"
 
     log = static.agent_log(run, attempt, number)
-    node = agent.supervise(record, number, log, conclude=conclude, why_ended=peers.why_ended)
+    node = agent.supervise(record, number, log, conclude=conclude, why_ended=lambda: peers.reason)
     if conclusion is None:
         return 1 if node.problems or node.first_failure is not None else 0
     state = conclusion.decision.state
@@ -85,22 +85,19 @@ def main(plan_path: str, attempt: int, number: int) -> int:
     return 0 if state == "completed" else _EXIT_INTERRUPTED if state in ("cancelled", "preempted") else 1
 
 
-def _conclude(
-    run: RunDir, attempt: int, record: Attempt, section: StaticSection, heartbeats: static.HeartbeatWatch
-) -> Conclusion:
-    """Judge the attempt once the other machines have left their records or are lost.
+def _conclude(agent: NodeAgent, record: Attempt, peers: Peers) -> Conclusion:
+    """Judge the attempt once the agents of the other machines have ended.
 
-    A machine whose ranks hang still sends heartbeats: its agent kills them once this machine's record shows a failure.
+    A machine whose ranks hang is still connected: its agent kills them once this machine's record shows a failure.
     """
-    until = time.monotonic() + section.stop_grace_seconds + static.LOST_S
-    while time.monotonic() < until:
-        with suppress(OSError):
-            if all(state.ended or state.lost for state in heartbeats.look()):
-                break
+    run, attempt, section = agent.run, agent.attempt, StaticSection.of(agent.plan.config.cluster)
+    until = time.monotonic() + section.stop_grace_seconds + LOST_S
+    while len(peers.ends) < len(record.nodes) - 1 and time.monotonic() < until:
         time.sleep(_LOOK_S)
-    silence: dict[str, str] = {}
     with suppress(OSError):
-        silence = static.describe_silence(heartbeats.look())
+        # Otherwise a network file system may not show their records yet.
+        atomic_files.refresh_directory(run.attempt(attempt))
+    silence = {record.nodes[node]: end.text for node, end in peers.ends.items() if end.is_lost}
     judged = postmortem.conclude(run, attempt, record, section, Evidence(silence=silence))
     run_store.fence(run, attempt, refresh=True)
     decision = judged.decision
@@ -112,75 +109,35 @@ def _conclude(
 
 
 class Peers:
-    """Watches the run directory for failed machines, from a thread; writes this machine's heartbeat to it.
+    """The ends of the other machines' agents, by node; this machine's command writes them to this process's standard input.
 
-    Once the ranks cannot go on, `kill_ranks` is called repeatedly until `stop`; `why_ended` then returns why. `heartbeats` is the
-    watch over all machines of the attempt.
+    Once the ranks cannot go on because of one, `kill_ranks` is called repeatedly until `ranks_ended` is set, and `reason` is why.
     """
 
-    def __init__(self, run: RunDir, attempt: int, record: Attempt, node: int, kill_ranks: Callable[[int], None]) -> None:
-        self._run, self._attempt, self._record, self._node = run, attempt, record, node
+    def __init__(self, kill_ranks: Callable[[int], None]) -> None:
+        self.ends: dict[int, Message] = {}
+        self.reason = ""
+        self.ranks_ended = threading.Event()
         self._kill_ranks = kill_ranks
-        self.heartbeats = static.HeartbeatWatch(run, attempt, record)
-        self._reason = ""
-        self._failed_at: dict[int, float] = {}
-        self._written_at = -1e9
-        self._watches_peers = True
-        self._ended = threading.Event()
 
     def start(self) -> Peers:
-        self._write_alive()
+        def listen() -> None:
+            for line in sys.stdin:
+                end = json_records.loads(Message, line.encode(), "standard input")
+                self.ends[end.node] = end
+                if end.text:
+                    threading.Thread(target=self._end_ranks, args=(end,), daemon=True).start()
 
-        def watch() -> None:
-            while not self._ended.wait(_PEERS_LOOK_S):
-                if time.monotonic() - self._written_at > static.INTERVAL_S:
-                    self._write_alive()
-                # Storage may fail for a while; no machine is judged by unreadable files.
-                with suppress(OSError, LauncherError):
-                    if self._watches_peers and len(self._record.nodes) > 1:
-                        self._look_at_peers()
-                if self._reason and self._watches_peers:
-                    self._kill_ranks(signal.SIGKILL)
-
-        threading.Thread(target=watch, name="peers", daemon=True).start()
+        threading.Thread(target=listen, name="peers", daemon=True).start()
         return self
 
-    def ranks_have_ended(self) -> None:
-        """Stop killing ranks; the heartbeat continues."""
-        self._watches_peers = False
-
-    def stop(self) -> None:
-        self._ended.set()
-
-    def why_ended(self) -> str:
-        """Return why the ranks were killed; empty if they were not."""
-        return self._reason
-
-    def _write_alive(self) -> None:
-        with suppress(OSError):
-            static.write_alive(self._run, self._attempt, self._node, self._record.nodes[self._node])
-            self._written_at = time.monotonic()
-
-    def _look_at_peers(self) -> None:
-        if time.monotonic() - self._written_at > 2 * static.INTERVAL_S + _PEERS_LOOK_S:
-            # Storage did not accept this machine's own heartbeat, so the other machines may not be able to write theirs.
-            return
-        states = self.heartbeats.look()
-        now = time.monotonic()
-        for node, state in enumerate(states):
-            if node == self._node:
-                continue
-            reason, patience_s = state.lost, _LOST_S
-            if state.ended:
-                record, patience_s = journal.read_node(self._run, self._attempt, node), _FAILED_S
-                failure = None if record is None else record.first_failure
-                reason = f"{state.name}: {failure.line}" if failure is not None else ""
-            if not reason:
-                self._failed_at.pop(node, None)
-                continue
+    def _end_ranks(self, end: Message) -> None:
+        wait_s = _LOST_S if end.is_lost else _FAILED_S
+        while not self.ranks_ended.wait(wait_s):
             # Worded so that failure_record.PEER_LOST matches: the failure of this machine's ranks is a consequence.
-            if now - self._failed_at.setdefault(node, now) > patience_s:
-                self._reason = self._reason or f"remote process exited: {reason}"
+            self.reason = self.reason or f"remote process exited: {end.text}"
+            self._kill_ranks(signal.SIGKILL)
+            wait_s = _KILL_EVERY_S
 
 
 def judge_previous(plan: LaunchPlan) -> dict[str, Any]:
@@ -195,14 +152,12 @@ def judge_previous(plan: LaunchPlan) -> dict[str, Any]:
     number = run_store.newest_attempt(run)
     if not number:
         return {"over": False, "again": True, "reason": ""}
-    record = run_store.read_attempt(run, number)
 
     def alert(text: str) -> None:
         with suppress(OSError):
             append_event(run, number, "alert", text)
 
-    silence = static.describe_silence(static.read_states(run, number, record))
-    end = postmortem.end_of_attempt(run, number, section, Evidence(silence=silence), alert)
+    end = postmortem.end_of_attempt(run, number, section, Evidence(), alert)
     if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
         return {"over": True, "again": False, "reason": f"{plan.run_name} is {end.cause}: {end.message}"}
     history = postmortem.history(run, number)

@@ -1,4 +1,4 @@
-"""The machines of a static start find each other, over real sockets and files, with each machine as a thread of this process."""
+"""The machines of a static start meet over real sockets and files, with each machine as a thread of this process."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.clusters import network
 from launcher.clusters import static_meeting as module
-from launcher.clusters.static_meeting import OVER, READY, REFUSED, Answer, Meeting, Question, await_plan, head_endpoint, marker
+from launcher.clusters.static_meeting import (
+    AGENT_END,
+    END,
+    JOIN,
+    LOST,
+    READY,
+    Connection,
+    Meeting,
+    Message,
+    head_endpoint,
+    join,
+    marker,
+)
 from launcher.config.sections.static import NodeIdentity
 from launcher.errors import ConfigError, LauncherError, SubmitError
 
 COMMAND = {"train.max_steps": "4", "model.name": "tiny"}
-Outcomes = dict[str, Answer | LauncherError]
 
 
 @pytest.fixture
@@ -27,7 +37,9 @@ def port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path: Path, port: int) -> Iterator[Callable[..., Meeting]]:
+def head(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Meeting]]:
+    monkeypatch.setattr(module, "LOST_S", 3.0)
+    monkeypatch.setattr(module, "_LINGER_S", 1.0)
     opened: list[Meeting] = []
 
     def open_meeting(nodes: int = 2) -> Meeting:
@@ -36,29 +48,54 @@ def head(tmp_path: Path, port: int) -> Iterator[Callable[..., Meeting]]:
 
     yield open_meeting
     for meeting in opened:
-        meeting.close()
+        meeting.close(0, "the test has ended")
 
 
-def ask(
-    port: int,
-    run: Path,
-    node: int = 1,
-    nodes: int = 2,
-    command: dict[str, str] = COMMAND,
-    describe_end: Callable[[], str | None] = lambda: None,
-) -> tuple[threading.Thread, Outcomes]:
-    """Start a thread for a machine that waits for the plan."""
-    outcomes: Outcomes = {}
+class Machine:
+    """A machine that joins in a thread. `outcome` is the message READY or END, or the error."""
 
-    def wait() -> None:
-        try:
-            outcomes["is"] = await_plan(NodeIdentity(node, nodes, "127.0.0.1", port), run, command, describe_end)
-        except LauncherError as error:
-            outcomes["is"] = error
+    def __init__(
+        self,
+        port: int,
+        run: Path,
+        node: int = 1,
+        nodes: int = 2,
+        command: dict[str, str] = COMMAND,
+        describe_end: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.connection: Connection | None = None
+        self._outcome: Message | LauncherError | None = None
 
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread, outcomes
+        def wait() -> None:
+            try:
+                self._outcome, self.connection = join(NodeIdentity(node, nodes, "127.0.0.1", port), run, command, describe_end)
+            except LauncherError as error:
+                self._outcome = error
+
+        self._thread = threading.Thread(target=wait, daemon=True)
+        self._thread.start()
+
+    @property
+    def outcome(self) -> Message | LauncherError | None:
+        self._thread.join(60)
+        return self._outcome
+
+    def read(self) -> Message:
+        assert self.connection is not None
+        return next(self.connection.messages)
+
+
+def begin(meeting: Meeting, ends: list[Message]) -> tuple[str, ...]:
+    names = meeting.await_everyone()
+    meeting.begin(7, names, ends.append)
+    return names
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    until = time.monotonic() + 20
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert condition()
 
 
 def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
@@ -66,61 +103,49 @@ def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
 ) -> None:
     # The marker of an earlier start that was killed.
     marker(tmp_path / "run").write_text("of an earlier start")
-    thread, outcomes = ask(port, tmp_path / "run")
-    time.sleep(0.7)
+    machine = Machine(port, tmp_path / "run")
+    time.sleep(0.4)
     meeting = head()
-    names = meeting.await_everyone()
+    names = begin(meeting, [])
     assert len(set(names)) == 2
-    meeting.announce(7, True, names)
-    thread.join(60)
-    answer = outcomes["is"]
-    assert isinstance(answer, Answer)
-    assert (answer.state, answer.attempt, answer.own_plan, answer.names) == (READY, 7, True, names)
-    # A repeated command does not join a running attempt.
-    late = meeting.reply(Question(1, 2, "a", "late", str(tmp_path / "run"), COMMAND))
-    assert (late.state, late.attempt) == ("waiting", 0)
-    assert f"node 1 of 2: waiting for node 0 at 127.0.0.1:{port}" in capsys.readouterr().out
-    meeting.close()
+    assert machine.outcome == Message(READY, attempt=7, names=names)
     assert not marker(tmp_path / "run").exists()
+    # A repeated command does not join an attempt that runs, and learns how it ends when nothing listens any more.
+    late = Machine(port, tmp_path / "run", describe_end=lambda: "the run is completed")
+    time.sleep(0.4)
+    threading.Thread(target=meeting.close, args=(130, "cancelled")).start()
+    assert machine.read() == Message(END, "cancelled", code=130)
+    assert machine.connection is not None
+    machine.connection.close()
+    assert late.outcome == Message(END, "the run is completed")
+    output = capsys.readouterr().out
+    assert f"node 1 of 2: waiting for node 0 at 127.0.0.1:{port}" in output
+    assert "begun without this command" in output
 
 
-@pytest.mark.parametrize("state", [OVER, REFUSED])
-def test_nothing_left_to_do_and_a_refusal_reach_the_other_machines(
-    tmp_path: Path, port: int, head: Callable[..., Meeting], state: str
+@pytest.mark.parametrize("code", [0, 2])
+def test_nothing_left_to_do_and_a_refusal_reach_a_machine_that_is_a_moment_late(
+    tmp_path: Path, port: int, head: Callable[..., Meeting], code: int
 ) -> None:
-    thread, outcomes = ask(port, tmp_path / "run")
     meeting = head()
-    meeting.await_everyone()
-    meeting.tell("because of this", state)
-    meeting.close()
-    thread.join(60)
-    if state == OVER:
-        assert replace(outcomes["is"], nonce="", host="") == Answer("", "", OVER, "because of this")
+    threading.Thread(target=meeting.close, args=(code, "because of this")).start()
+    outcome = Machine(port, tmp_path / "run").outcome
+    if code == 0:
+        assert isinstance(outcome, Message)
+        assert (outcome.kind, outcome.text) == (END, "because of this")
     else:
-        assert isinstance(outcomes["is"], SubmitError)
-        assert "because of this" in str(outcomes["is"])
-
-
-def test_a_machine_that_asks_too_late_learns_that_the_run_is_over(
-    tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "OVER_AFTER_S", 0.2)
-    thread, outcomes = ask(port, tmp_path / "run", describe_end=lambda: "the run is completed")
-    thread.join(60)
-    assert replace(outcomes["is"], host="") == Answer("", "", OVER, "the run is completed")
+        assert isinstance(outcome, SubmitError)
+        assert "because of this" in str(outcome)
 
 
 def test_machines_that_do_not_come_are_named_on_both_sides(
-    tmp_path: Path, head: Callable[..., Meeting], port: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "WAIT_S", 0.5)
     with pytest.raises(SubmitError) as caught:
         head(nodes=3).await_everyone()
-    (problem,) = caught.value.problems
-    assert problem.message == "node 1, node 2 of 3 did not join"
-    thread, outcomes = ask(network.free_port("127.0.0.1"), tmp_path / "run")
-    thread.join(60)
-    assert isinstance(outcomes["is"], SubmitError)
+    assert caught.value.problems[0].message == "node 1, node 2 of 3 did not join"
+    assert isinstance(Machine(network.free_port("127.0.0.1"), tmp_path / "run").outcome, SubmitError)
 
 
 @pytest.mark.parametrize(
@@ -137,43 +162,89 @@ def test_machines_that_do_not_belong_together_are_refused(
 ) -> None:
     meeting = head()
     run = tmp_path / "other" / "run" if changes.pop("elsewhere", False) else tmp_path / "run"
-    thread, outcomes = ask(port, run, **changes)
+    machine = Machine(port, run, **changes)
     with pytest.raises(LauncherError) as caught:
         meeting.await_everyone()
     (problem,) = caught.value.problems
     assert problem.where == where
-    thread.join(60)
-    assert problem.message in str(outcomes["is"])
+    assert problem.message in str(machine.outcome)
     if where == "command line":
         assert problem.value == "train.max_steps: 5 there, 4 on node 0"
 
 
-def test_two_commands_with_one_index_are_refused_and_a_restarted_one_is_not(tmp_path: Path, head: Callable[..., Meeting]) -> None:
+def test_two_commands_with_one_index_are_refused_and_a_restarted_one_is_not(
+    tmp_path: Path, port: int, head: Callable[..., Meeting]
+) -> None:
     meeting = head()
-    nonce = marker(tmp_path / "run").read_text()
-    question = Question(1, 2, "a", "first", str(tmp_path / "run"), COMMAND, sees=nonce)
-    meeting.reply(question)
-    meeting.reply(replace(question, process="second", host="b"))
+    killed = Connection(socket.create_connection(("127.0.0.1", port)))
+    killed.send(Message(JOIN, "a", node=1, nodes=2, run=str(tmp_path / "run"), command=COMMAND))
+    next(killed.messages)
+    killed.close()
+    wait_until(lambda: not meeting._members)
+    Machine(port, tmp_path / "run")
     assert len(meeting.await_everyone()) == 2
-    meeting.reply(question)
+    second = Machine(port, tmp_path / "run")
+    assert "two commands claim to be node 1" in str(second.outcome)
     with pytest.raises(ConfigError, match="two commands claim to be node 1"):
         meeting.await_everyone()
 
 
-def test_a_run_root_that_is_not_shared_is_named_on_both_sides(
+def test_a_run_root_that_is_not_shared_is_named(
     tmp_path: Path, port: int, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Removing the number's file without telling node 0 acts as if node 0 wrote it to a different folder."""
     monkeypatch.setattr(module, "SHARED_S", 1.0)
     meeting = head()
     marker(tmp_path / "run").unlink()
-    thread, outcomes = ask(port, tmp_path / "run")
+    Machine(port, tmp_path / "run")
     with pytest.raises(SubmitError) as caught:
         meeting.await_everyone()
     (problem,) = caught.value.problems
     assert (problem.where, problem.value) == ("run.root", str(tmp_path))
-    thread.join(60)
-    assert "run.root is not shared" in str(outcomes["is"])
+
+
+def test_the_end_of_an_agent_and_the_loss_of_a_machine_reach_all_others(
+    tmp_path: Path, port: int, head: Callable[..., Meeting]
+) -> None:
+    meeting, ends = head(nodes=4), list[Message]()
+    machines = [Machine(port, tmp_path / "run", node, 4) for node in (1, 2, 3)]
+    names = begin(meeting, ends)
+    first, second, third = machines
+    assert all(isinstance(machine.outcome, Message) and machine.connection for machine in machines)
+    first.connection.send(Message(AGENT_END, "rank 1: out of memory", 1))
+    failed = Message(AGENT_END, "rank 1: out of memory", 1)
+    assert [second.read(), third.read()] == [failed, failed]
+    # Its connection closes, as that of a command that was killed.
+    second.connection.close()
+    closed = Message(AGENT_END, f"{names[2]} was lost: its command has ended", 2, is_lost=True)
+    assert third.read() == closed
+    # It falls silent, as a machine that has lost power: its connection stays open.
+    third.connection._closed.set()
+    wait_until(lambda: len(ends) == 3)
+    assert ends == [failed, closed, Message(AGENT_END, f"{names[3]} was lost: no sign of life for 3s", 3, is_lost=True)]
+    # The first machine still shows that it is alive.
+    assert set(meeting._members) == {1}
+
+
+def test_a_machine_whose_node_0_ends_is_told(tmp_path: Path, port: int, head: Callable[..., Meeting]) -> None:
+    machine = Machine(port, tmp_path / "run")
+    meeting = head()
+    meeting.await_everyone()
+    meeting._members[1].connection.close()
+    assert "node 0 ended before its plan was ready" in str(machine.outcome)
+    machine = Machine(port, tmp_path / "run")
+    begin(meeting, [])
+    assert isinstance(machine.outcome, Message)
+    meeting._members[1].connection.close()
+    assert machine.read() == Message(LOST, "its command has ended")
+
+
+def test_another_program_at_the_port_is_no_machine(port: int, head: Callable[..., Meeting]) -> None:
+    meeting = head()
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as other:
+        other.sendall(b"GET / HTTP/1.1\n\n")
+        assert other.recv(1 << 16) == b""
+    assert not meeting._members
 
 
 def test_a_taken_port_and_a_root_that_cannot_be_written_are_refused(tmp_path: Path, port: int) -> None:

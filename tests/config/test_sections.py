@@ -12,7 +12,7 @@ from launcher.config.compose import Composed, conf_dir
 from launcher.config.reference import main, render
 from launcher.config.resume import with_overrides
 from launcher.config.schema import settings
-from launcher.config.sections.static import ONE_PER_NODE, NodeIdentity, StaticSection, count_nodes, identify
+from launcher.config.sections.static import ONE_PER_NODE, NodeIdentity, StaticSection, identify
 from launcher.errors import ConfigError, Problem
 
 Compose = Callable[..., list[Composed]]
@@ -130,8 +130,8 @@ def test_the_variables_of_a_provider_tell_which_machine_this_is(provider: str) -
 def test_settings_tell_it_without_any_variable() -> None:
     expected = NodeIdentity(1, 2, "gpu-0", 4000)
     assert of({}, nodes=2, node_rank=1, master_addr="gpu-0", master_port=4000) == expected
-    # Equal values do not conflict.
-    assert of({"NNODES": "2", "NODE_RANK": "1"}, nodes=2, node_rank=1, master_addr="gpu-0", master_port=4000) == expected
+    # A setting precedes variables.
+    assert of({"NNODES": "3", "NODE_RANK": "2"}, nodes=2, node_rank=1, master_addr="gpu-0", master_port=4000) == expected
 
 
 def test_one_machine_needs_nothing() -> None:
@@ -139,27 +139,21 @@ def test_one_machine_needs_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "environ, settings, where",
+    "environ, where",
     [
-        ({**PROVIDERS["by hand"], "PET_NNODES": "4"}, {}, "cluster.nodes"),
-        (PROVIDERS["RunPod"], {"node_rank": 2}, "cluster.node_rank"),
-        (PROVIDERS["by hand"], {"master_addr": "gpu-9"}, "cluster.master_addr"),
-        (PROVIDERS["by hand"], {"master_port": 9}, "cluster.master_port"),
-        ({"NNODES": "2", "MASTER_ADDR": "a"}, {}, "cluster.node_rank"),
-        ({"NNODES": "2", "NODE_RANK": "1"}, {}, "cluster.master_addr"),
-        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, {}, "cluster.nodes"),
-        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, {}, "cluster.node_rank"),
-        ({"PET_NNODES": "1:4", "NODE_RANK": "0"}, {}, "PET_NNODES"),
-        ({"NNODES": "two"}, {}, "NNODES"),
-        ({"SM_HOSTS": "algo-1", "SM_CURRENT_HOST": "algo-1"}, {}, "SM_HOSTS"),
-        ({"SM_HOSTS": '["algo-1"]', "SM_CURRENT_HOST": "algo-7"}, {}, "SM_CURRENT_HOST"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "cluster.node_rank"),
+        ({"NNODES": "2", "NODE_RANK": "1"}, "cluster.master_addr"),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, "cluster.nodes"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "cluster.node_rank"),
+        ({"PET_NNODES": "1:4", "NODE_RANK": "0"}, "PET_NNODES"),
+        ({"NNODES": "two"}, "NNODES"),
+        ({"SM_HOSTS": "algo-1", "SM_CURRENT_HOST": "algo-1"}, "SM_HOSTS"),
+        ({"SM_HOSTS": '["algo-1"]', "SM_CURRENT_HOST": "algo-7"}, "SM_CURRENT_HOST"),
     ],
 )
-def test_what_is_missing_contradictory_or_unreadable_is_named(
-    environ: Mapping[str, str], settings: dict[str, object], where: str
-) -> None:
+def test_what_is_missing_or_unreadable_is_named(environ: Mapping[str, str], where: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        of(environ, **settings)
+        of(environ)
     assert where in {problem.where for problem in caught.value.problems}
 
 
@@ -172,7 +166,6 @@ def test_several_processes_on_one_machine_are_refused(name: str, most: int) -> N
 
 def test_a_plan_counts_the_machines_without_knowing_which_one_this_is() -> None:
     section = StaticSection.model_validate({"kind": "static"})
-    assert count_nodes(section, {"NNODES": "4"}, section.model_fields_set) == 4
     assert section.completed({"NNODES": "4"}) == StaticSection(nodes=4)
 
 

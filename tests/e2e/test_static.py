@@ -110,7 +110,6 @@ def test_two_machines_train_as_two_ranks_here_through_a_killed_agent_a_preemptio
     wait_for("a checkpoint", lambda: has_checkpoint(run), DEADLINE_S)
     shown = launch_here("status", str(run)).stdout
     assert "running" in shown
-    assert shown.count("alive") == 2, shown
     other.agent.kill()
     began = time.monotonic()
     ends = head.end(), other.end()
@@ -225,6 +224,6 @@ def test_a_run_without_a_name_or_a_shared_folder_is_refused(launch_here: Launch,
     assert "run.name is needed" in done.stderr
     assert "run.root must be on storage that all machines share" in done.stderr
     assert not [*tmp_path.iterdir()]
-    done = launch_here("+cluster=static", *SETTINGS, "cluster.nodes=3", "run.name=x", f"run.root={tmp_path}", **variables)
+    done = launch_here("+cluster=static", *SETTINGS, "cluster.node_rank=2", "run.name=x", f"run.root={tmp_path}", **variables)
     assert done.returncode == 2
-    assert "cluster.nodes=3, NNODES=2" in done.stderr
+    assert "there is no node 2 among 2" in done.stderr

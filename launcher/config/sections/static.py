@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -56,7 +56,9 @@ class StaticSection(ManagedSection):
         return True
 
     def completed(self, environ: Mapping[str, str]) -> StaticSection:
-        return self.for_plan(count_nodes(self, environ, self.model_fields_set))
+        """Return the settings for a plan, with the number of machines, even if it is unknown which of them this is."""
+        nodes = _read_value("nodes", self, environ, self.model_fields_set)
+        return self.for_plan(int(self.nodes if nodes is None else nodes))
 
     def for_plan(self, nodes: int) -> StaticSection:
         """Return the settings that are the same on every machine and in every start."""
@@ -66,7 +68,6 @@ class StaticSection(ManagedSection):
 
 # torchrun's default.
 DEFAULT_PORT = 29500
-NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT = "nodes", "node_rank", "master_addr", "master_port"
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,6 @@ class NodeIdentity:
         return f"node {self.node} of {self.nodes}"
 
 
-@dataclass(frozen=True)
-class Variable:
-    """A variable that gives one of the four values; `read` gets its text and the environment, and raises ValueError.
-
-    A `fallback` counts only if nothing else gives the value: it may mean something else, or name a machine in another way.
-    """
-
-    gives: str
-    name: str
-    read: Callable[[str, Mapping[str, str]], str | int]
-    fallback: bool = False
-
-
 def _read_number(text: str, _: Mapping[str, str]) -> int:
     # torchrun's PET_NNODES may be a range MIN:MAX, which must not vary.
     low, _colon, high = text.partition(":")
@@ -114,79 +102,84 @@ def _read_text(text: str, _: Mapping[str, str]) -> str:
 
 # A Slurm list, such as n[1-3,7]-ib,m2: what comes before, in and after the first brackets names the first host, n1-ib.
 _FIRST_NODE = re.compile(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?.*")
-# The first fallback that is set is used. The variables' documentation is linked in docs/static.md.
-VARIABLES: tuple[Variable, ...] = (
-    # Used by scripts around torchrun; RunPod, Azure ML and Kubeflow set them too.
-    Variable(NODES, "NNODES", _read_number),
-    Variable(NODE_RANK, "NODE_RANK", _read_number),
-    Variable(MASTER_ADDR, "MASTER_ADDR", _read_text),
-    Variable(MASTER_PORT, "MASTER_PORT", _read_number),
-    # torchrun's own options as variables; Kubeflow's Trainer sets them, and PyTorchJob with nprocPerNode or an elastic policy.
-    Variable(NODES, "PET_NNODES", _read_number),
-    Variable(NODE_RANK, "PET_NODE_RANK", _read_number),
-    Variable(MASTER_ADDR, "PET_MASTER_ADDR", _read_text),
-    Variable(MASTER_PORT, "PET_MASTER_PORT", _read_number),
-    # SageMaker: a JSON list of host names.
-    Variable(NODES, "SM_HOSTS", lambda text, _: len(json.loads(text))),
-    Variable(NODE_RANK, "SM_CURRENT_HOST", lambda text, environ: json.loads(environ.get("SM_HOSTS", "")).index(text)),
-    Variable(MASTER_ADDR, "SM_HOSTS", lambda text, _: str(json.loads(text)[0]), fallback=True),
-    # Azure ML; the second address is an endpoint such as 10.0.0.4:6000.
-    Variable(NODES, "AZUREML_NODE_COUNT", _read_number),
-    Variable(MASTER_ADDR, "AZ_BATCHAI_MPI_MASTER_NODE", _read_text, fallback=True),
-    Variable(MASTER_ADDR, "AZ_BATCH_MASTER_NODE", lambda text, _: text.strip().partition(":")[0], fallback=True),
-    # RunPod.
-    Variable(NODES, "NUM_NODES", _read_number),
-    Variable(MASTER_ADDR, "PRIMARY_ADDR", _read_text),
-    Variable(MASTER_PORT, "PRIMARY_PORT", _read_number),
-    Variable(NODES, "SKYPILOT_NUM_NODES", _read_number),
-    Variable(NODE_RANK, "SKYPILOT_NODE_RANK", _read_number),
-    Variable(MASTER_ADDR, "SKYPILOT_NODE_IPS", lambda text, _: text.split()[0], fallback=True),
-    # With one process per node. Both may be left over from the program that started a provider's agent.
-    Variable(NODES, "OMPI_COMM_WORLD_SIZE", _read_number, fallback=True),
-    Variable(NODE_RANK, "OMPI_COMM_WORLD_RANK", _read_number, fallback=True),
-    Variable(NODES, "SLURM_STEP_NUM_NODES", _read_number, fallback=True),
-    Variable(NODE_RANK, "SLURM_NODEID", _read_number, fallback=True),
-    Variable(
-        MASTER_ADDR, "SLURM_STEP_NODELIST", lambda text, _: _FIRST_NODE.sub(r"\1\2\3", text.strip(), count=1), fallback=True
-    ),
-    # Set in a PyTorchJob's pods. Elsewhere they count processes, so they come last and never contradict other values.
-    Variable(NODES, "WORLD_SIZE", _read_number, fallback=True),
-    Variable(NODE_RANK, "RANK", _read_number, fallback=True),
-)
+# The variables that give each value, with a function that reads a variable's text and may look at other variables. The first
+# one that is set counts: those of scripts around torchrun, which RunPod, Azure ML and Kubeflow set too; torchrun's own (PET_);
+# then each provider's. Those of Open MPI and Slurm may be left over from the program that started a provider's agent. WORLD_SIZE
+# and RANK count machines in a PyTorchJob, but processes elsewhere. docs/static.md links their documentation.
+VARIABLES: dict[str, dict[str, Callable[[str, Mapping[str, str]], str | int]]] = {
+    "nodes": {
+        "NNODES": _read_number,
+        "PET_NNODES": _read_number,
+        # SageMaker: a JSON list of host names.
+        "SM_HOSTS": lambda text, _: len(json.loads(text)),
+        "AZUREML_NODE_COUNT": _read_number,
+        # RunPod.
+        "NUM_NODES": _read_number,
+        "SKYPILOT_NUM_NODES": _read_number,
+        "OMPI_COMM_WORLD_SIZE": _read_number,
+        "SLURM_STEP_NUM_NODES": _read_number,
+        "WORLD_SIZE": _read_number,
+    },
+    "node_rank": {
+        "NODE_RANK": _read_number,
+        "PET_NODE_RANK": _read_number,
+        "SM_CURRENT_HOST": lambda text, environ: json.loads(environ.get("SM_HOSTS", "")).index(text),
+        "SKYPILOT_NODE_RANK": _read_number,
+        "OMPI_COMM_WORLD_RANK": _read_number,
+        "SLURM_NODEID": _read_number,
+        "RANK": _read_number,
+    },
+    "master_addr": {
+        "MASTER_ADDR": _read_text,
+        "PET_MASTER_ADDR": _read_text,
+        "PRIMARY_ADDR": _read_text,
+        "SM_HOSTS": lambda text, _: str(json.loads(text)[0]),
+        "AZ_BATCHAI_MPI_MASTER_NODE": _read_text,
+        # An endpoint such as 10.0.0.4:6000.
+        "AZ_BATCH_MASTER_NODE": lambda text, _: text.strip().partition(":")[0],
+        "SKYPILOT_NODE_IPS": lambda text, _: text.split()[0],
+        "SLURM_STEP_NODELIST": lambda text, _: _FIRST_NODE.sub(r"\1\2\3", text.strip(), count=1),
+    },
+    "master_port": {"MASTER_PORT": _read_number, "PET_MASTER_PORT": _read_number, "PRIMARY_PORT": _read_number},
+}
 
 # Variables that reveal several processes on one machine, and the largest value with one process.
 ONE_PER_NODE = {"LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, "OMPI_COMM_WORLD_LOCAL_SIZE": 1, "SLURM_LOCALID": 0}
 
 
-def count_nodes(section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> int:
-    """Return the number of machines, even if it is unknown which of them this is; the arguments are those of `identify`.
+def _read_value(key: str, section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> str | int | None:
+    """Return the value of the setting, else of the first variable that is set, else None.
 
     Raises:
-        ConfigError: if two values contradict each other, or one cannot be read.
+        ConfigError: if the variable cannot be read.
     """
-    problems: list[Problem] = []
-    values = _read_values((NODES,), section, environ, chosen, problems)
-    if problems:
-        raise ConfigError(problems)
-    return int(values.get(NODES, section.nodes))
+    if key in chosen and (value := getattr(section, key)) is not None:
+        return value
+    for name, read in VARIABLES[key].items():
+        if text := environ.get(name, "").strip():
+            try:
+                return read(text, environ)
+            except (ValueError, LookupError, TypeError):
+                raise ConfigError(f"{name} cannot be read", where=name, value=text, remedy="correct or unset it") from None
+    return None
 
 
 def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collection[str]) -> NodeIdentity:
-    """Return which machine this is; `chosen` are the names of the settings that the command sets.
+    """Return which machine this is; `chosen` are the names of the settings that the command sets, which precede variables.
 
     If nothing gives the number of machines, `section` does, for example that of a continued plan.
 
     Raises:
-        ConfigError: with everything that is missing, contradictory or unreadable.
+        ConfigError: with everything that is missing or does not fit, or a variable that cannot be read.
     """
     problems = [
         Problem("this command was started several times on one machine", name, value, "start it once on each machine")
         for name, most in ONE_PER_NODE.items()
         if (value := environ.get(name, "")).isdecimal() and int(value) > most
     ]
-    values = _read_values((NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT), section, environ, chosen, problems)
-    nodes, node, address = int(values.get(NODES, section.nodes)), values.get(NODE_RANK), values.get(MASTER_ADDR)
-    if NODES not in values and nodes == 1 and node:
+    given, node, address, port = (_read_value(key, section, environ, chosen) for key in VARIABLES)
+    nodes = int(section.nodes if given is None else given)
+    if given is None and nodes == 1 and node:
         problems.append(Problem("the number of machines is unknown", "cluster.nodes", f"this is node {node}", "set NNODES"))
     elif node is None and nodes > 1:
         remedy = f"set NODE_RANK on each machine, from 0 to {nodes - 1}"
@@ -199,31 +192,4 @@ def identify(section: StaticSection, environ: Mapping[str, str], chosen: Collect
         problems.append(Problem("the address of node 0 is unknown", "cluster.master_addr", remedy=remedy))
     if problems:
         raise ConfigError(problems)
-    port = int(values.get(MASTER_PORT, DEFAULT_PORT))
-    return NodeIdentity(int(node or 0), nodes, None if address is None else str(address), port)
-
-
-def _read_values(
-    keys: Iterable[str], section: StaticSection, environ: Mapping[str, str], chosen: Collection[str], problems: list[Problem]
-) -> dict[str, str | int]:
-    """Return the given values of `keys`, settings first; add contradictions and unreadable values to `problems`."""
-    values: dict[str, str | int] = {}
-    for key in keys:
-        sources: list[tuple[str, str | int]] = []
-        if key in chosen and (value := getattr(section, key)) is not None:
-            sources.append((f"cluster.{key}", value))
-        for variable in sorted((one for one in VARIABLES if one.gives == key), key=lambda one: one.fallback):
-            text = environ.get(variable.name, "")
-            if not text.strip() or (variable.fallback and sources):
-                continue
-            try:
-                sources.append((variable.name, variable.read(text, environ)))
-            except (ValueError, LookupError, TypeError):
-                problems.append(Problem(f"{variable.name} cannot be read", variable.name, text, "correct or unset it"))
-        for name, value in sources:
-            if value != sources[0][1]:
-                pair = f"{sources[0][0]}={sources[0][1]}, {name}={value}"
-                problems.append(Problem(f"two values for {key} contradict each other", f"cluster.{key}", pair, f"unset {name}"))
-        if sources:
-            values[key] = sources[0][1]
-    return values
+    return NodeIdentity(int(node or 0), nodes, None if address is None else str(address), int(port or DEFAULT_PORT))

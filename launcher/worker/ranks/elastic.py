@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch.distributed import DistStoreError, PrefixStore, Store
+from torch.distributed import PrefixStore, Store
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, Worker
 from torch.distributed.elastic.multiprocessing import ProcessFailure
@@ -218,13 +218,16 @@ class NodeRendezvous(RendezvousHandler):
         keys = [f"{self._round}/{node}" for node in range(len(self._node.hosts))]
         self._store.set(keys[self._node.node], self._own_failure() if self._round > 1 else "")
         self._store.add(self._waiting_key(self._round), 1)
-        try:
-            self._store.wait(keys, self._deadline)
-        except DistStoreError:
-            missing = [host for host, key in zip(self._node.hosts, keys, strict=True) if not self._store.check([key])]
-            raise RendezvousTimeoutError(
-                f"{', '.join(missing)} did not reach the rendezvous within {self._deadline.total_seconds():.0f} s"
-            ) from None
+        until = time.monotonic() + self._deadline.total_seconds()
+        while not self._store.check(keys):
+            if self._is_final():
+                raise RendezvousClosedError("a node that is waited for cannot arrive")
+            if time.monotonic() > until:
+                missing = [host for host, key in zip(self._node.hosts, keys, strict=True) if not self._store.check([key])]
+                raise RendezvousTimeoutError(
+                    f"{', '.join(missing)} did not reach the rendezvous within {self._deadline.total_seconds():.0f} s"
+                )
+            time.sleep(_POLL_S)
         if self._round > 1:
             # The head node decides for all whether the ranks are restarted: other nodes may see the disk with a delay.
             decision = f"decision/{self._round}"
