@@ -157,7 +157,8 @@ def _lead_run(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | 
             status = cluster.status(start.run)
             if status != run_store.read_status(start.run):
                 # The agent left no record, and readers on other machines cannot know that it has ended.
-                run_store.update_status(start.run, state=status.state, message=status.message)
+                with suppress(OSError):
+                    run_store.update_status(start.run, state=status.state, message=status.message)
             text = f"{status.state}: {status.message}" if status.message else status.state
             return code
         except Exception as error:
