@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import run_store
+from launcher import clock, run_store
 from launcher.clusters import detached_process, local, network
 from launcher.clusters.backends import Cluster, mark_never_submitted
 from launcher.clusters.static_meeting import AGENT_END, Meeting, Message
@@ -80,7 +80,7 @@ class StaticCluster(Cluster):
             address=endpoint.address,
             interface=endpoint.interface,
             port=network.free_port(endpoint.address),
-            begun_at=time.time(),
+            begun_at=clock.now(),
         )
         run_store.write_attempt(run, attempt, record)
         self.process = NodeProcess(run, attempt, plan_path, 0, names[0], meeting.report)
