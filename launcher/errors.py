@@ -114,6 +114,10 @@ class DamagedRun(RunError):
     exit_code = EXIT_REFUSED
 
 
+class UnreadableRun(DamagedRun):
+    """A file of a run cannot be read right now. It may be intact, so nothing takes its place."""
+
+
 class Superseded(RunError):
     """The process belongs to an attempt that is no longer the run's newest."""
 

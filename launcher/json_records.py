@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from launcher import atomic_files
-from launcher.errors import DamagedRun
+from launcher.errors import DamagedRun, UnreadableRun
 
 T = TypeVar("T")
 
@@ -84,9 +84,14 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedRun("a file of the run is missing", where=str(path), remedy=remedy) from None
     except OSError as error:
-        remedy = "check the storage and the permissions, then try again"
-        raise DamagedRun(f"a file of the run cannot be read: {error.strerror}", where=str(path), remedy=remedy) from None
+        raise unreadable(path, error) from None
     return _parse(content, str(path), remedy)
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableRun:
+    """Return the error of a file that storage does not give out."""
+    remedy = "check the storage and the permissions, then try again"
+    return UnreadableRun(f"a file of the run cannot be read: {error.strerror}", where=str(path), remedy=remedy)
 
 
 def loads(record_type: type[T], content: bytes, where: str) -> T:

@@ -10,8 +10,7 @@ import fnmatch
 import json
 import os
 import shutil
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import xxhash
 
 from launcher import atomic_files, clock, json_records, locks
-from launcher.errors import DamagedRun, LauncherError, SubmitError, Superseded
+from launcher.errors import DamagedRun, LauncherError, SubmitError, Superseded, UnreadableRun
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
 from launcher.run_records import Attempt, Status
+from launcher.runs import journal
+from launcher.runs.journal import StatusChanged
 from launcher.security import folders
 from launcher.security.folders import make_own_folder
 from launcher.security.redaction import redacted_command_line
@@ -183,7 +184,17 @@ def describe_storage_problem(run: RunDir) -> str:
 
 
 def read_status(run: RunDir) -> Status:
-    return json_records.read(Status, run.status, record_remedy(run))
+    """Read the run's status. status.json is a cache: without it, the attempts' journals hold the status at its last change."""
+    try:
+        return json_records.read(Status, run.status, record_remedy(run))
+    except DamagedRun as error:
+        if isinstance(error, UnreadableRun) or not run.plan.is_file():
+            raise
+    for number in reversed(attempt_numbers(run)):
+        if (status := journal.fold(journal.read(run, number, "attempt")).status) is not None:
+            return status
+    max_steps = read_plan_values(run.plan)["batch"]["max_steps"]
+    return Status("pending", 0, max_steps=max_steps, created_at=run.plan.stat().st_mtime)
 
 
 def write_status(run: RunDir, status: Status) -> None:
@@ -192,9 +203,18 @@ def write_status(run: RunDir, status: Status) -> None:
 
 def update_status(run: RunDir, **changes: Any) -> Status:
     """Change some fields. Only one process at a time may call this: the agent outside training, rank 0 during it."""
-    status = replace(read_status(run), **changes)
+    before = read_status(run)
+    status = replace(before, **changes)
+    if _without_progress(status) != _without_progress(before) and (number := newest_attempt(run)):
+        journal.append(run, number, StatusChanged(status=status))
     write_status(run, status)
     return status
+
+
+def _without_progress(status: Status) -> Status:
+    """Return a status without what changes during training: step, message, and whether a checkpoint is being saved."""
+    status = replace(status, step=0, updated_at=0.0)
+    return replace(status, state="running", message="") if status.state in ("running", "saving") else status
 
 
 def write_plan(run: RunDir, attempt: int, plan: LaunchPlan) -> Path:
@@ -353,15 +373,15 @@ def _find_lock(run: RunDir) -> Path:
     return run.root / ".lock"
 
 
-def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
-    """Find a run by its name under `root` or by the path of its directory, which must contain the file `marker`.
+def find_run(name: str, root: Path, markers: Sequence[str] = ("plan.json",)) -> RunDir:
+    """Find a run by its name under `root` or by the path of its directory, which must contain one of the files `markers`.
 
     Raises:
         SubmitError: if there is no such run or it cannot be read; names the runs that exist.
     """
     for candidate in (root / name, Path(name).expanduser()):
         try:
-            if (candidate / marker).is_file():
+            if any((candidate / marker).is_file() for marker in markers):
                 return RunDir(candidate.resolve())
         except OSError as error:
             remedy = "check the storage and your access to it, then try again"
@@ -372,14 +392,13 @@ def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
         is_root = os.path.realpath(candidate) == os.path.realpath(root)
         if not is_root and any((candidate / file).exists() for file in _FILES_OF_A_RUN):
             run = RunDir(candidate.resolve())
-            remedy = plan_remedy(run.plan) if run.plan.name == marker else record_remedy(run)
-            raise SubmitError(f"the run {name} has no {marker}", where=str(run.root), remedy=remedy)
-        if inside := next((folder for folder in candidate.parents if (folder / marker).is_file()), None):
+            raise SubmitError(f"the run {name} has no plan.json", where=str(run.root), remedy=plan_remedy(run.plan))
+        if inside := next((folder for folder in candidate.parents if (folder / "plan.json").is_file()), None):
             remedy = f"use the run's directory: {shell_command(inside)}"
             raise SubmitError(f"{name} is not a run directory", where=str(candidate), remedy=remedy)
         if candidate.is_dir():
             remedy = f"list runs with: {launcher_command('ls')}"
-            raise SubmitError(f"{name} is a folder, but not a run: it has no {marker}", where=str(candidate), remedy=remedy)
+            raise SubmitError(f"{name} is a folder, but not a run: it has no plan.json", where=str(candidate), remedy=remedy)
     if not root.is_dir():
         remedy = f"name the folder of runs with --root, or start a run with: {launcher_command('train')}"
         message = f"there is no run named {name}"
@@ -397,10 +416,8 @@ def list_runs(root: Path) -> Iterator[RunDir]:
     for path in root.iterdir() if root.is_dir() else ():
         # Each file may be removed at any time, and another user's run may not be readable.
         with suppress(OSError):
-            if not path.name.startswith(atomic_files.REMOVING_PREFIX) and (path / "status.json").is_file():
-                plan = (path / "plan.json").stat()
-                if stat.S_ISREG(plan.st_mode):
-                    planned_at[path] = plan.st_mtime
+            if not path.name.startswith(atomic_files.REMOVING_PREFIX) and (plan := path / "plan.json").is_file():
+                planned_at[path] = plan.stat().st_mtime
     yield from (RunDir(path) for path in sorted(planned_at, key=planned_at.__getitem__, reverse=True))
 
 

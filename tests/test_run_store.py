@@ -311,6 +311,8 @@ def test_a_damaged_record_names_file_field_value_and_remedy(
     submitted: RunDir, text: str, message: str, field: str, value: str
 ) -> None:
     submitted.status.write_text(text)
+    # With its plan, the run's status comes from its journal.
+    submitted.plan.unlink()
     with pytest.raises(RunError) as refused:
         run_store.read_status(submitted)
     (problem,) = refused.value.problems
@@ -323,8 +325,34 @@ def test_a_damaged_record_names_file_field_value_and_remedy(
 def test_a_missing_record_is_none_and_a_missing_status_is_an_error(submitted: RunDir) -> None:
     assert run_records.read_cancel(submitted, 1) is None
     submitted.status.unlink()
+    submitted.plan.unlink()
     with pytest.raises(RunError, match="a file of the run is missing"):
         run_store.read_status(submitted)
+
+
+@pytest.mark.parametrize("content", [None, "", '{"state": "runn', '{"state": "weather", "attempt": "one"}'])
+def test_a_status_file_that_is_lost_is_rebuilt_from_the_journal(submitted: RunDir, content: str | None) -> None:
+    def lose() -> Status:
+        submitted.status.unlink() if content is None else submitted.status.write_text(content)
+        return run_store.read_status(submitted)
+
+    created = run_store.read_status(submitted)
+    before = replace(lose(), updated_at=0.0, created_at=0.0)
+    assert before == replace(created, updated_at=0.0, created_at=0.0)
+    job = {"pid": 7, "host": "n1"}
+    running = run_store.update_status(submitted, state="running", attempt=1, job=job, message="starting")
+    run_store.update_status(submitted, state="saving", step=20, message="")
+    run_store.update_status(submitted, state="running", step=21)
+    file = submitted.journal(1) / "attempt.jsonl"
+    assert len(file.read_text().splitlines()) == 1, "steps and saves are not recorded"
+    assert replace(lose(), updated_at=0.0) == replace(running, updated_at=0.0)
+    ended = run_store.update_status(submitted, state="completed", step=40, message="40 steps")
+    assert replace(lose(), updated_at=0.0) == replace(ended, updated_at=0.0)
+    assert list(run_store.list_runs(submitted.root.parent)) == [submitted]
+    assert run_store.find_run(str(submitted.root), submitted.root.parent) == submitted
+    # Whoever changes the status next writes the file again.
+    assert run_store.update_status(submitted, message="again").state == "completed"
+    assert json_records.read(Status, submitted.status).message == "again"
 
 
 @dataclass(frozen=True)

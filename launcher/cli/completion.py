@@ -124,7 +124,7 @@ def _complete_run(before: Sequence[str]) -> Iterator[str]:
             # In a command, such a word would be a flag or a home directory.
             if entry.name.startswith(("-", "~")) or entry.name in before:
                 continue
-            if os.path.exists(os.path.join(entry.path, "status.json")):
+            if os.path.exists(os.path.join(entry.path, "plan.json")):
                 yield entry.name
 
 

@@ -244,7 +244,7 @@ def _forward_signals(process: static.NodeProcess, interrupts: Interrupts) -> Non
 
 def _describe_end(config: RunConfig, run: RunDir) -> str | None:
     """If the same command is repeated for a completed or cancelled run, return this as a message; otherwise None."""
-    if not run.status.is_file() or folders.run_problem(run.root) is not None:
+    if not run.plan.is_file() or folders.run_problem(run.root) is not None:
         return None
     with suppress(OSError, LauncherError):
         status = run_store.read_status(run)

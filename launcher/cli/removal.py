@@ -97,7 +97,7 @@ def _find_runs(names: list[str], root: Path) -> list[RunDir]:
     problems: list[Problem] = []
     for name in names:
         try:
-            run = run_store.find_run(name, root, marker="status.json")
+            run = run_store.find_run(name, root, markers=("plan.json", "status.json"))
         except LauncherError as error:
             problems += error.problems
             continue

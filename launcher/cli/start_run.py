@@ -166,7 +166,7 @@ def choose_run_dir(config: RunConfig, name: str) -> RunDir:
 def _require_new(existing: RunDir) -> None:
     """Reject an existing run, with its state if it is running; nothing is read from another user's run."""
     is_own = existing.root.is_dir() and folders.accepts_owner(existing.root.stat().st_uid)
-    if is_own and existing.plan.is_file() and existing.status.is_file():
+    if is_own and existing.plan.is_file():
         require_idle(existing, status_reader_for(existing, run_store.load_plan(existing).config.cluster.kind))
     run_store.require_new(existing)
 

@@ -88,7 +88,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
     if arguments.mirror:
         if "://" not in arguments.mirror:
             folder = arguments.mirror
-            is_run = any((Path(above) / folder / "status.json").is_file() for above in ("", DEFAULT_ROOT))
+            is_run = any((Path(above) / folder / "plan.json").is_file() for above in ("", DEFAULT_ROOT))
             command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
             remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
             message = "ls takes the URL of a mirror, such as s3://bucket/runs"
@@ -97,7 +97,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
 
         return mirror.list_runs(arguments.mirror, arguments.json)
     root = arguments.root
-    if (root / "status.json").is_file():
+    if (root / "plan.json").is_file():
         remedy = f"show this run with: {launcher_command('status', root)}"
         raise SubmitError("this is the directory of a run, not a folder of runs", where="--root", value=str(root), remedy=remedy)
     # The first run creates the default.

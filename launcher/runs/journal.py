@@ -14,13 +14,14 @@ import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from launcher import atomic_files, clock, json_records
 from launcher.errors import DamagedRun, Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import Status
 
 E = TypeVar("E", bound="Event")
 
@@ -158,6 +159,13 @@ class AttemptConcluded(Event):
     ended_at: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatusChanged(Event):
+    """The run's state, attempt or job changed, which stands in the newest attempt's journal; steps and saves are no change."""
+
+    status: Status
+
+
 KINDS: Mapping[str, type[Event]] = {
     kind.__name__: kind
     for kind in (
@@ -168,6 +176,7 @@ KINDS: Mapping[str, type[Event]] = {
         NodesDraining,
         LostCoordinator,
         AttemptConcluded,
+        StatusChanged,
     )
 }
 
@@ -183,6 +192,7 @@ class AttemptState:
         nodes: how the nodes ended, keyed by number; a node that has not ended, or could not report it, is missing.
         draining: nodes whose loss was announced.
         ended: the verdict on the attempt.
+        status: the run's status at its last change.
     """
 
     training: TrainingEnded | None = None
@@ -192,6 +202,7 @@ class AttemptState:
     draining: tuple[str, ...] = ()
     has_lost_coordinator: bool = False
     ended: AttemptConcluded | None = None
+    status: Status | None = None
 
 
 def fold(events: Iterable[Event]) -> AttemptState:
@@ -210,6 +221,7 @@ def fold(events: Iterable[Event]) -> AttemptState:
         return next(reversed(list_events(kind)), None)
 
     repeatable = min(list_events(RepeatableFailure), key=lambda event: event.at, default=None)
+    changed = last(StatusChanged)
     return AttemptState(
         training=last(TrainingEnded),
         repeatable=None if repeatable is None else repeatable.failure,
@@ -218,6 +230,7 @@ def fold(events: Iterable[Event]) -> AttemptState:
         draining=tuple(dict.fromkeys(node for event in list_events(NodesDraining) for node in event.nodes)),
         has_lost_coordinator=bool(kinds[LostCoordinator]),
         ended=last(AttemptConcluded),
+        status=None if changed is None else replace(changed.status, updated_at=changed.at),
     )
 
 
@@ -249,15 +262,14 @@ def read(run: RunDir, attempt: int, writers: str = "*") -> list[Event]:
     """Return the events of the writers that match a pattern, each writer's in order. What cannot be decoded is skipped.
 
     Raises:
-        DamagedRun: if storage does not answer.
+        UnreadableRun: if storage does not answer.
     """
     events = []
     for path in sorted(run.journal(attempt).glob(f"{writers}.jsonl")):
         try:
             content = json_records.read_bytes(path)
         except OSError as error:
-            remedy = "check the storage and the permissions, then try again"
-            raise DamagedRun(f"a journal of the run cannot be read: {error.strerror}", where=str(path), remedy=remedy) from None
+            raise json_records.unreadable(path, error) from None
         for line in content.splitlines():
             try:
                 values = json.loads(line)

@@ -18,7 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launcher import clock
-from launcher.errors import WOULD_REPEAT, CheckpointError, DamagedRun, LauncherError, RunError, Superseded, describe
+from launcher.errors import (
+    WOULD_REPEAT,
+    CheckpointError,
+    DamagedRun,
+    LauncherError,
+    RunError,
+    Superseded,
+    UnreadableRun,
+    describe,
+)
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal
 from launcher.runs.journal import FailureRecord
@@ -53,7 +62,7 @@ _HARDWARE = re.compile(
     r"uncorrectable ECC|\bXid\b|fallen off the bus|GPU is lost|stale file handle|input/output error|ESTALE|\bEIO\b",
     re.IGNORECASE,
 )
-_EXPECTED = {kind.__name__ for kind in (*WOULD_REPEAT, CheckpointError, RunError, DamagedRun, Superseded)}
+_EXPECTED = {kind.__name__ for kind in (*WOULD_REPEAT, CheckpointError, RunError, DamagedRun, UnreadableRun, Superseded)}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from launcher.worker.signals import CANCEL, PREEMPT
 _SIGNAL_SPREAD_S = 90.0 + 300.0
 _FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
 # Errors that an agent raises before it starts its ranks because its node lacks something.
-_NODE_ERRORS = ("RunError", "DamagedRun", "SlurmError")
+_NODE_ERRORS = ("RunError", "DamagedRun", "UnreadableRun", "SlurmError")
 # Slurm's states for a job that lost its machines, and the state for Ray workers that are replaced by a different number.
 _REQUEUED = ("PENDING", "REQUEUED")
 _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}

@@ -330,7 +330,7 @@ def folder(tmp_path: Path) -> Path:
     for name in ("first-run", "second-run", "$(touch planted)", "no-run"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         if name != "no-run":
-            (tmp_path / "runs" / name / "status.json").write_text("{}")
+            (tmp_path / "runs" / name / "plan.json").write_text("{}")
     return tmp_path
 
 
@@ -395,7 +395,7 @@ def test_candidates(words: list[str], candidates: list[str], monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     for name in ("demo", "--yes", "~root"):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "status.json").touch()
+        (tmp_path / "runs" / name / "plan.json").touch()
     monkeypatch.setattr(completion, "list_values", lambda: KEYS if words != ["clus"] else {"cluster.kind": []})
     assert complete(words) == candidates
 

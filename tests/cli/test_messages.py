@@ -195,16 +195,6 @@ def test_a_plan_that_is_missing_or_damaged_is_restored_by_the_command_that_is_na
     assert run.plan.read_text() == text
 
 
-@pytest.mark.parametrize("verb", ["status", "resume"])
-@pytest.mark.parametrize("content", [None, '{"state": "runn'], ids=["missing", "half"])
-def test_a_status_that_is_missing_or_half_written_is_named(refuse: Refuse, run: RunDir, verb: str, content: str | None) -> None:
-    run.status.unlink() if content is None else run.status.write_text(content)
-    run.rank_log(2, 0).touch()
-    text = refuse(verb, "demo")
-    assert "status.json" in text
-    assert f"python -m launcher model.path=run:{run.root} ..." in text
-
-
 def test_an_export_without_a_checkpoint_names_what_to_do(refuse: Refuse, run: RunDir) -> None:
     shutil.rmtree(run.checkpoints)
     assert "python -m launcher resume runs/demo" in refuse("export", "demo")

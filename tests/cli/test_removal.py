@@ -172,7 +172,7 @@ def test_a_link_of_that_name_to_somewhere_else_stays(
 def test_what_an_interrupted_removal_left_goes_with_a_run_of_that_name(run: RunDir, ask: Ask) -> None:
     left = run.root.with_name(f"{atomic_files.REMOVING_PREFIX}demo")
     left.mkdir()
-    (left / "status.json").write_text("{}")
+    (left / "plan.json").write_text("{}")
     assert [one.root.name for one in run_store.list_runs(run.root.parent)] == ["demo"]
     assert ask("demo", "--yes")[0] == 0
     assert list(run.root.parent.iterdir()) == []

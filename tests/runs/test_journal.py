@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import DamagedRun, Problem
+from launcher.errors import Problem, UnreadableRun
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import Status
 from launcher.runs import journal
 from launcher.runs.journal import (
     AttemptConcluded,
@@ -22,6 +23,7 @@ from launcher.runs.journal import (
     NodesDraining,
     RanksRestarted,
     RepeatableFailure,
+    StatusChanged,
     TrainingEnded,
 )
 
@@ -38,6 +40,7 @@ EVENTS: tuple[tuple[Event, str], ...] = (
     (NodesDraining(nodes=("n1", "n2")), "attempt"),
     (LostCoordinator(), "attempt"),
     (ENDED, "attempt"),
+    (StatusChanged(status=Status("running", 1, 20, 40, {"pid": 7, "host": "n1"}, "loading", 1.0, 2.0)), "attempt"),
 )
 
 
@@ -88,7 +91,7 @@ def test_damage_takes_nothing_else_with_it(run: RunDir, damage: bytes) -> None:
 
 def test_a_journal_that_storage_does_not_give_out_is_not_an_empty_one(run: RunDir) -> None:
     (run.attempt(1) / "journal/attempt.jsonl").mkdir(parents=True)
-    with pytest.raises(DamagedRun, match="a journal of the run cannot be read: Is a directory"):
+    with pytest.raises(UnreadableRun, match="a file of the run cannot be read: Is a directory"):
         journal.read_end(run, 1)
 
 

@@ -193,11 +193,7 @@ class StatusFile:
             self._due = time.monotonic() + _UPDATE_INTERVAL_S
 
     def update_step(self, step: int) -> None:
-        """Write the step every few seconds, in a thread because storage may be slow.
-
-        The write is synced to disk: after a power loss, a file that was only renamed may be empty, and no command could read the
-        run.
-        """
+        """Write the step every few seconds, in a thread because storage may be slow."""
         now = time.monotonic()
         if self._is_main and now >= self._due and (self._pending is None or self._pending.done()):
             self._due = now + _UPDATE_INTERVAL_S
