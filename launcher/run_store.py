@@ -141,6 +141,16 @@ def read_attempt(run: RunDir, number: int) -> Attempt:
     return json_records.read(Attempt, run.attempt(number) / "attempt.json", record_remedy(run))
 
 
+def find_attempt(run: RunDir, number: int) -> Attempt | None:
+    """Return what an attempt started from, None if its attempt.json is missing or damaged: only its own start depends on it."""
+    try:
+        return read_attempt(run, number)
+    except UnreadableRun:
+        raise
+    except DamagedRun:
+        return None
+
+
 def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:
     json_records.write(run.attempt(number) / "attempt.json", replace(attempt, clock=clock.reading()))
 

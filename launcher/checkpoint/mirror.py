@@ -253,8 +253,8 @@ class Mirror:
         root = self._run.checkpoints
         local_steps = {step for path in root.glob("step-*") if (step := parse_step(path.name)) is not None}
         # A resume from a step that a person chose abandons the later steps of earlier attempts.
-        attempts = {number: run_store.read_attempt(self._run, number) for number in run_store.attempt_numbers(self._run)}
-        resume_steps = {number: attempt.resume_step or 0 for number, attempt in attempts.items() if attempt.pinned}
+        attempts = {number: run_store.find_attempt(self._run, number) for number in run_store.attempt_numbers(self._run)}
+        resume_steps = {number: attempt.resume_step or 0 for number, attempt in attempts.items() if attempt and attempt.pinned}
         continued = [
             Checkpoint(root / store.step_name(step), manifest, self._evaluations.get(step))
             for step, manifest in sorted(self._complete.items())

@@ -24,7 +24,7 @@ from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
+from launcher.run_records import RUNNING_STATES, Attempt, Status
 from launcher.runs import journal
 from launcher.security import folders
 from launcher.shell_commands import short_path
@@ -184,7 +184,8 @@ def _list_sections(one: _RunFiles) -> list[Section]:
 def _list_attempts(one: _RunFiles) -> Table:
     rows, unnamed_node = [], one.plan.config.cluster.unnamed_node
     for number in run_store.attempt_numbers(one.run):
-        attempt, record = run_store.read_attempt(one.run, number), journal.read_end(one.run, number)
+        attempt = run_store.find_attempt(one.run, number) or Attempt(None)
+        record = journal.read_end(one.run, number)
         steps = [line["trainer/step"] for line in one.lines if line["attempt"] == number]
         is_running = one.status.state in RUNNING_STATES and number == run_store.newest_attempt(one.run)
         if record is not None:

@@ -244,8 +244,8 @@ def read_attempt_times(run: RunDir, next_plan: LaunchPlan | None = None) -> list
     for number in run_store.attempt_numbers(run):
         own_plan_file = run.attempt(number) / "plan.json"
         plan_file = own_plan_file if own_plan_file.is_file() else plan_file
-        record = run_store.read_attempt(run, number)
-        if record.submitted_at is None:
+        record = run_store.find_attempt(run, number)
+        if record is None or record.submitted_at is None:
             continue
         exit_record = journal.read_end(run, number)
         ended_at = None if exit_record is None else exit_record.ended_at
@@ -289,7 +289,10 @@ def read(run: RunDir, now: float, state: str = "running", next_plan: LaunchPlan 
 
     `next_plan` is the plan of an attempt that will follow. Only the lines of metrics.jsonl that matter are decoded.
     """
-    events, attempts = read_events(run.events), read_attempt_times(run, next_plan)
+    attempts = read_attempt_times(run, next_plan)
+    # An attempt without a recorded end ended with its last event.
+    needs_all = any(attempt.ended_at is None for attempt in attempts)
+    events = read_events(run.events, "" if needs_all else PHASE)
     joined = [event["time"] for event in events if event["fields"].get(PHASE) == JOINED]
     boundaries = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
     lines = read_time_lines(run.metrics, [*joined, *boundaries])

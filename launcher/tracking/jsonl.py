@@ -194,9 +194,14 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
     return any(name.startswith("eval/") for name in line)
 
 
-def read_events(path: str | Path) -> list[Line]:
-    """Return the events of all attempts in the order in which they were written; a missing file gives an empty list."""
-    return [line for line in Tail(path).poll() if "kind" in line]
+def read_events(path: str | Path, field: str = "") -> list[Line]:
+    """Return the events of all attempts, as written, or only those with a field of this name; a missing file has none."""
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    name = f'"{field}"'.encode() if field else b""
+    return [line for raw in lines if name in raw for line in decode_lines(raw) if "kind" in line]
 
 
 def append_event(run: RunDir, attempt: int, kind: str, text: str, step: int | None = None, **fields: Any) -> None:

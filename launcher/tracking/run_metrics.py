@@ -58,14 +58,16 @@ class MetricsTail:
         return self.recent[0] if self.recent else {}
 
 
-def read_tail(path: str | Path, num_points: int = 40, resumed: Mapping[int, int] | None = None) -> MetricsTail:
-    """Read the main numbers of a run, with up to `num_points` losses. A missing file counts as empty.
+def read_tail(
+    path: str | Path, num_points: int = 40, resumed: Mapping[int, int] | None = None, num_recent: int = _NUM_RECENT
+) -> MetricsTail:
+    """Read the main numbers of a run, with up to `num_points` losses and `num_recent` steps. A missing file counts as empty.
 
     `resumed` are the steps from which attempts continued: lines of later steps before the resume belong to a discarded model.
     """
     try:
         with _map_file(path) as data:
-            recent = tuple(islice(_iter_backwards(data, _TRAINED), _NUM_RECENT))
+            recent = tuple(islice(_iter_backwards(data, _TRAINED), num_recent))
             newest = recent[0]["attempt"] if recent else 0
             begins = {number: step for number, step in (resumed or {}).items() if number <= newest}
 

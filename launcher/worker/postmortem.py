@@ -444,7 +444,7 @@ def end_of_attempt(
 def history(run: RunDir, number: int) -> list[AttemptEnd]:
     """Return the ends of the attempts before `number`, back to the one that a person started, oldest first."""
     ends: list[AttemptEnd] = []
-    while number > 1 and run_store.read_attempt(run, number).automatic:
+    while number > 1 and (attempt := run_store.find_attempt(run, number)) is not None and attempt.automatic:
         number -= 1
         if (ended := _read_end(run, number)) is not None:
             ends.insert(0, ended)

@@ -236,7 +236,8 @@ def _find_job(run: RunDir, attempt: int) -> tuple[str | None, float]:
     if not attempt:
         return None, run_store.read_status(run).created_at
     submission = json_records.read_if_present(SlurmSubmission, submission_file(run, attempt))
-    job = run_store.read_attempt(run, attempt).job
+    opened = run_store.find_attempt(run, attempt)
+    job = None if opened is None else opened.job
     if submission is None:
         return job, run_store.read_status(run).created_at
     return job or submission.job, submission.submitted_at

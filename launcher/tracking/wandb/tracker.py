@@ -373,8 +373,8 @@ def step_offsets(run: RunDir, last_steps: Mapping[int, int]) -> dict[int, int]:
     offset_of: dict[int, int] = {}
     offset = highest = 0
     for number in run_store.attempt_numbers(run):
-        attempt = run_store.read_attempt(run, number)
-        if not attempt.automatic:
+        attempt = run_store.find_attempt(run, number)
+        if attempt is not None and not attempt.automatic:
             offset = max(offset, highest - (attempt.resume_step or 0))
         offset_of[number] = offset
         highest = max(highest, last_steps.get(number, 0) + offset)
