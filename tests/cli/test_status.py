@@ -232,10 +232,10 @@ def test_watching_survives_a_storage_failure(start: Callable, run: RunDir) -> No
     with start("status", str(run.root), "--watch", "0.2", "--json") as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["state"] == "running"
-        away = run.status.rename(run.root / "away")
+        away = run.root.rename(run.root.with_name("away"))
         unread = next(line for line in process.stdout if not line.startswith("{"))
         assert unread.startswith("the run cannot be read now: a file of the run is missing")
-        away.rename(run.status)
+        away.rename(run.root)
         run_store.update_status(run, state="completed", step=40)
         rest, _ = process.communicate(timeout=30)
     assert process.returncode == 0
