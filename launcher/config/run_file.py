@@ -207,6 +207,7 @@ def _load_yaml(file: Path) -> Any:
     import yaml
     from omegaconf._utils import get_yaml_loader
 
+    # As Hydra reads files: 1e3 is a number, and a key that stands twice is an error. OmegaConf.load would also wrap the values.
     with file.open(encoding="utf-8") as stream:
         return yaml.load(stream, Loader=get_yaml_loader())  # noqa: S506
 

@@ -120,7 +120,7 @@ def load_exported(
 
 def _choose_attention(config: Any) -> str:
     """Return SDPA, or eager attention for architectures that do not support it; never a kernel that the config names."""
-    model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return "sdpa" if getattr(model_class, "_supports_sdpa", True) else "eager"
 
 

@@ -58,9 +58,14 @@ def choose_kernel(model: ModelSection, device: torch.device, config: Any) -> str
     return "sdpa" if _has(config, "_supports_sdpa", default=True) else "eager"
 
 
+def kernel_of(config: Any) -> str:
+    """Return the attention kernel of a model; transformers has a public way to set it, but none to read it."""
+    return str(config._attn_implementation)
+
+
 def describe(config: Any, packing: bool) -> str:
     """Return a message that names the attention kernel, and whether it is slow for packed documents."""
-    kernel = config._attn_implementation
+    kernel = kernel_of(config)
     is_slow = packing and kernel in ("sdpa", "eager")
     slow = ", which computes all pairs of a row: packed documents are slow; model.attention=auto and flash-attn may help"
     return f"attention is computed by {kernel}{slow if is_slow else ''}"
@@ -206,6 +211,6 @@ def _can_import(module: str) -> bool:
 
 def _has(config: Any, flag: str, default: bool) -> bool:
     """Return a flag of the model class for this config; `default` if transformers does not have the class."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return bool(getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), flag, default))
+    return bool(getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), flag, default))

@@ -20,7 +20,7 @@ from torch import Tensor
 from launcher.errors import ConfigError
 from launcher.plan.architecture import architecture_problems
 from launcher.plan.launch_plan import IsolationVerdict, LaunchPlan, Outcome
-from launcher.train.attention import VARLEN
+from launcher.train.attention import VARLEN, kernel_of
 from launcher.train.model import CausalLMLoss
 
 # Maps token ids and positions [1, T] to logits [1, T, V].
@@ -105,7 +105,7 @@ def require_isolation(plan: LaunchPlan, engine: Any, model: CausalLMLoss, device
     Raises:
         ConfigError: if tokens see later ones, packed documents affect each other, or training computes other logits.
     """
-    kernel, packing, version = model.hf.config._attn_implementation, plan.config.data.packing, importlib.metadata.version
+    kernel, packing, version = kernel_of(model.hf.config), plan.config.data.packing, importlib.metadata.version
     known = plan.model.isolation
     # On GPUs, the kernel of this name is not the one that the plan's verdict is about.
     if known is not None and (known.kernel, known.transformers) == (kernel, version("transformers")):

@@ -147,6 +147,7 @@ def _agree_on_problem(section: ModelSection, device: torch.device, action: Calla
 
 def _replace_kernels(hf: Any) -> None:
     """Apply Liger, and record what it replaces outside the model, even if it fails."""
+    # Liger has a public function for each architecture; this one chooses among them by the loaded model.
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     # transformers' lazy modules, which have another type, would import every name that is looked up in them.

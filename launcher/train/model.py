@@ -216,8 +216,8 @@ def compile_layers(hf: Any, device: torch.device) -> None:
         ConfigError: if the architecture's layers cannot be distinguished from its other modules, or this machine lacks the build
             tools that torch's compiler needs.
     """
-    import torch._dynamo
     import torch._inductor.config
+    import torch.compiler.config
     from deepspeed.utils import set_z3_leaf_module
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -229,13 +229,13 @@ def compile_layers(hf: Any, device: torch.device) -> None:
             replace(one, message=f"{setting}: {one.message}", where=setting, remedy=f"{one.remedy}, or set {setting}=false")
             for one in problems
         )
-    # There are only a few graphs, so use no helper processes. This applies only to this thread; autograd's threads use the value
-    # that torch's compiler read from the variable when launcher/train/preload.py imported it.
+    # There are only a few graphs, so use no helper processes; no public setting says so. This applies only to this thread:
+    # autograd's threads use the value that torch's compiler read from the variable when launcher/train/preload.py imported it.
     torch._inductor.config.compile_threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1"))
     # Training and evaluation, shapes, and kinds of layers each compile a variant of a layer.
-    torch._dynamo.config.recompile_limit = 64
+    torch.compiler.config.recompile_limit = 64
     # Document boundaries are values that differ in each batch, so each batch would be compiled.
-    kernel = hf.config._attn_implementation
+    kernel = attention.kernel_of(hf.config)
     if kernel in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(kernel, torch.compiler.disable(ALL_ATTENTION_FUNCTIONS[kernel]))
     for layer in layers:

@@ -20,7 +20,7 @@ def import_stack(plan: LaunchPlan, tracks: bool) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     try:
         import deepspeed  # noqa: F401
-        import torch._dynamo  # noqa: F401
+        import torch._dynamo  # noqa: F401  # see launcher.train.model.build_model
 
         import launcher.train.loop  # noqa: F401
         from launcher.train.engine import import_muon
@@ -29,14 +29,14 @@ def import_stack(plan: LaunchPlan, tracks: bool) -> None:
         # Only the ranks run remote code.
         if not plan.config.model.trust_remote_code:
             with suppress(Exception):
-                from transformers import AutoConfig, AutoModelForCausalLM
+                from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
                 config = (
                     AutoConfig.from_pretrained(plan.model.path, trust_remote_code=False)
                     if plan.model.path is not None
                     else AutoConfig.for_model(**plan.model.config)
                 )
-                AutoModelForCausalLM._model_mapping.get(type(config), None)
+                MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if tracks and plan.config.tracking.kind == "wandb":
             with suppress(Exception):
                 import wandb  # noqa: F401

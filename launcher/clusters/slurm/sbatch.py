@@ -45,6 +45,7 @@ def render(plan: LaunchPlan, plan_path: Path) -> str:
     Raises:
         SubmitError: for a path that a batch script cannot contain.
     """
+    # submitit's public functions render a script only while they submit it.
     from submitit.slurm.slurm import _make_sbatch_string
 
     run = RunDir(Path(plan.run_dir))

@@ -153,6 +153,7 @@ class FlightRecorder:
 
 def answer_requests(environ: Mapping[str, str], rank: int) -> None:
     """Dump this rank's records from a thread whenever the agent asks; with NCCL, torch does so by itself."""
+    # torch.distributed.flight_recorder reads dumps; with gloo, only this function makes them.
     from torch._C._distributed_c10d import _dump_fr_trace  # type: ignore[attr-defined]
 
     if _PIPE not in environ:
