@@ -123,13 +123,6 @@ def test_tick_labels_differ_and_whole_numbers_have_no_fractions(steps: list[floa
     assert [label for _, label in axis.ticks] == labels
 
 
-@pytest.mark.parametrize("values", [[12.7], [12.7, 12.7, 12.7], [12.7, 12.70000001]])
-def test_a_constant_has_one_tick_with_its_value(values: list[float]) -> None:
-    axis = html._make_axis(values, 100, 0)
-    assert axis.ticks == [(50, "12.7")]
-    assert axis.position(12.7) == 50
-
-
 def inside(inner: Box, outer: Box) -> bool:
     """Whether a box lies inside another, with a tolerance of two pixels for line widths."""
     return inner[0] >= outer[0] - 2 and inner[1] >= outer[1] - 2 and inner[2] <= outer[2] + 2 and inner[3] <= outer[3] + 2

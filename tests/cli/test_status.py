@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -120,14 +119,6 @@ def test_discarded_steps_are_not_shown(run: RunDir) -> None:
     found = summarize(run, status)
     assert (found["eval_loss"], found["eval_step"]) == (2.5, 10)
     assert max(found["losses"]) < 5
-
-
-def test_control_characters_of_messages_do_not_reach_the_terminal(launch_here: Launch, run: RunDir) -> None:
-    run_store.update_status(run, state="failed", message="CUDA error: assert\nCompile with TORCH_USE_CUDA_DSA")
-    JsonlTracker(run, 2).event("alert", "x\nstate       completed\x1b[2J \udcff")
-    done = launch_here("status", str(run.root))
-    assert "\n            Compile with TORCH_USE_CUDA_DSA\n" in done.stdout
-    assert "\n            state       completed\\x1b[2J \\udcff (" in done.stdout
 
 
 def test_an_unreadable_run_does_not_hide_the_others(launch_here: Launch, run: RunDir) -> None:
@@ -343,16 +334,6 @@ def test_a_long_run_is_shown_as_fast_as_a_short_one(launch: Launch, run: RunDir)
     took = time.monotonic() - began
     assert json.loads(done.stdout)["metrics"]["trainer/step"] == 10_010
     assert took < 3
-
-
-@pytest.mark.parametrize("state", ["completed", "running"])
-def test_status_does_not_load_the_models_of_plans(launch: Launch, run: RunDir, state: str) -> None:
-    """Importing pydantic would take as long as the rest of `status`."""
-    run_store.update_status(run, state=state, job={"pid": os.getpid(), "host": "here", "started": 1.0})
-    done = launch("status", str(run.root), PYTHONPROFILEIMPORTTIME="1")
-    assert done.returncode == 0
-    assert "launcher.checkpoint.manifest" in done.stderr
-    assert "pydantic" not in done.stderr
 
 
 def test_the_newest_verdict_and_what_is_still_to_be_answered_are_shown(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from launcher.config.sections.model import ModelSection
 from launcher.errors import ConfigError
 from launcher.models import weight_files
 from launcher.models.found_model import find_model
-from launcher.models.weight_files import TensorHeader, WeightReport
+from launcher.models.weight_files import WeightReport
 
 REPORT = WeightReport(("a", "b"), ("c is [1, 2] in the files and [2, 1] in the model",), ("d",))
 
@@ -29,12 +29,6 @@ def model_folder(folder: Path, **tensors: torch.Tensor) -> Path:
     (folder / "config.json").write_text('{"model_type": "llama"}')
     save_file(tensors or {"a": torch.zeros(2, 3)}, folder / "model.safetensors")
     return folder
-
-
-def test_a_safetensors_header_has_names_types_and_shapes(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "m", a=torch.zeros(2, 3, dtype=torch.bfloat16), b=torch.tensor(1.0))
-    header = weight_files.read_header(folder / "model.safetensors")
-    assert header == {"a": TensorHeader("BF16", (2, 3)), "b": TensorHeader("F32", ())}
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,12 @@ from launcher.config.sections.ray import RaySection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.config.sections.static import StaticSection
 from launcher.config.sections.train import DeepSpeedSection
-from launcher.plan.architecture import model_facts
 from launcher.plan.checkpoints import checkpoint_bytes, plan_saving
 from launcher.plan.launch_plan import LaunchPlan, Memory, Topology
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.planner import as_run, plan, planned_tokens_per_sec, sizing_inputs
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, choose_combination, estimate_combination
-from launcher.plan.sizing.layers import Kernels, checkpointed_layers, layer_activations
-from launcher.plan.sizing.memory import Pass, activation_bytes, estimate_model_states
+from launcher.plan.sizing.memory import estimate_model_states
 
 EIGHT_GPUS = Topology(nodes=1, ranks_per_node=8, world_size=8, device="cuda", backend="nccl")
 FOUR_NODES = Topology(nodes=4, ranks_per_node=8, world_size=32, device="cuda", backend="nccl")
@@ -137,24 +135,6 @@ def test_the_activations_of_a_preset_are_those_that_a_pass_keeps(name: str) -> N
     assert planned == pytest.approx(measured, rel=0.01)
 
 
-def test_layers_that_recompute_hold_their_input_alone() -> None:
-    model = model_facts(preset("llama3_1_8b"), None, None, None)
-    kernels = Kernels(width=2, attention="flash_attention_2", row_tokens=4096)
-    layer = layer_activations(model, None, kernels)
-    # 16H for both norms and the projections' inputs, then attention, then the MLP.
-    assert layer.saved == 16 * 4096 + 8 + 2 * (2 * 4096 + 2 * 1024) + 4 * 32 + 8 * 14336
-    held = {
-        checkpointing: activation_bytes(model, Pass(4096, kernels, checkpointed_layers(checkpointing, 32), 1024)).saved
-        for checkpointing in ("none", "every 4", "every 2", "all")
-    }
-    assert held["none"] - held["all"] == 32 * 4096 * (layer.saved - 2 * 4096)
-    assert held["none"] - held["every 2"] == 16 * 4096 * (layer.saved - 2 * 4096)
-    assert held["none"] - held["every 4"] == 8 * 4096 * (layer.saved - 2 * 4096)
-    # With a mask, SDPA repeats keys and values for all heads and saves the mask in each layer.
-    masked = layer_activations(model, None, replace(kernels, attention="sdpa"))
-    assert masked.saved - layer.saved == 2 * 2 * (4096 - 1024) + 2 * 4096
-
-
 def test_the_plan_takes_the_fastest_combination_that_fits(plan_of: PlanOf) -> None:
     planned = plan_of("model=llama3_1_8b", *H100)
     assert (planned.batch.micro_batch_size, planned.checkpointing, planned.peak.largest.name) == (1, "none", "loss")
@@ -217,21 +197,6 @@ def test_one_rank_computes_with_its_own_partition_unless_that_is_in_main_memory(
         offloaded = () if offload == "none" else ("deepspeed.offload_optimizer=cpu",)
         stages = plan_of(*settings, *offloaded).peak.stages
         assert any(stage.gathered_gib > 0 for stage in stages) == gathers
-
-
-def test_a_compiled_layer_has_all_its_weights_and_gradients_at_one_time(plan_of: PlanOf) -> None:
-    settings = ("model=llama3_1_8b", *H100, "train.micro_batch_size=1", "model.activation_checkpointing=all")
-    single, compiled = (
-        next(stage for stage in plan_of(*settings, *more).peak.stages if stage.name == "backward")
-        for more in ((), ("model.compile=true",))
-    )
-    # The layer's 218 million bf16 weights, minus the 58.7 million that are held in both cases.
-    more_gib = pytest.approx(2 * (218.1e6 - 58.7e6) / 2**30, rel=0.01)
-    assert compiled.gradients_gib - single.gradients_gib == more_gib
-    assert compiled.gathered_gib - single.gathered_gib == more_gib
-    # A compiled layer saves its norm inputs only in bf16, and one tensor less for the MLP's gate.
-    saved_bytes = 2 * 4 * 4096 + 2 * 14336
-    assert single.temporary_gib - compiled.temporary_gib == pytest.approx(4096 * saved_bytes / 2**30, rel=0.01)
 
 
 INSTALLED = {"torch": "2.13.0", "liger-kernel": "0.8.5"}

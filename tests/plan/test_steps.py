@@ -7,13 +7,13 @@ import re
 from typing import Any
 
 import pytest
-from plan_fixtures import PlanOf, plan_lines
+from plan_fixtures import DATA, PlanOf, plan_lines
 
 from launcher.config.sections.data import DataSection, Source
 from launcher.config.sections.train import OptimSection, TrainSection
 from launcher.errors import ConfigError
 from launcher.plan.checkpoints import checkpoints_at_once, describe_low_room, find_room_problem, needed_bytes
-from launcher.plan.launch_plan import Batch, DataFacts, LaunchPlan
+from launcher.plan.launch_plan import Batch, LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.steps import compute_learning_rate, describe_changed_rate, list_divisors, split_batch
 from launcher.plan.suggested_settings import DataSample, Machine, learning_rate, needs_offload, suggest, suggest_held_out
@@ -85,18 +85,7 @@ def test_a_micro_batch_that_is_set() -> None:
     [(1000, 1, 8, 125), (1000, 1, 64, 16), (1000, 2, 64, 32), (1000, 0.5, 100, 5), (3, 1, 64, 1), (1, 0.01, 2, 1)],
 )
 def test_epochs_become_steps(plan_of: PlanOf, rows: int, epochs: float, batch: int, steps: int) -> None:
-    data = DataFacts(
-        cache_dir="/c",
-        num_rows=rows,
-        num_docs=rows,
-        num_tokens=rows * 200,
-        num_trained_tokens=rows,
-        num_eval_rows=0,
-        num_eval_tokens=0,
-        truncated_docs=0,
-        truncated_tokens=0,
-        padding_frac=0.0,
-    )
+    data = DATA.model_copy(update={"num_rows": rows, "num_docs": rows, "num_tokens": rows * 200})
     planned = plan_of(f"train.epochs={epochs}", f"train.global_batch_size={batch}", data=data).batch
     assert planned.max_steps == steps == max(1, math.ceil(rows * epochs / batch))
     assert planned.epochs == pytest.approx(steps * batch / rows, abs=1e-4)

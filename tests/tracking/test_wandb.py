@@ -303,21 +303,3 @@ def test_simultaneous_alerts_are_all_sent(make_plan: PlanOf, server: FakeWandb) 
     assert len(titles) == 3
     assert "demo-run: attempt 1 ended (failure)" in titles
     assert max(map(len, titles)) == 63
-
-
-@pytest.mark.rest
-def test_an_interrupted_evaluation_is_sent_by_the_next_attempt(make_plan: PlanOf, server: FakeWandb) -> None:
-    plan = make_plan()
-    with rank(plan, base_url=server.address) as it:
-        it.start_and_wait()
-        it.steps(1, 4)
-        it.finish("failed")
-    assert server.run().steps == [1, 2, 3]
-    with rank(plan, attempt=2, automatic=True, base_url=server.address) as it:
-        it.start()
-        it.steps(3, 4)
-        it.log(4, {"eval/held_out/loss": 1.0})
-        it.steps(5, 5)
-        it.finish("completed")
-    assert server.run().steps == [1, 2, 3, 4, 5]
-    assert server.run().rows()[3].items() >= {"train/loss": 9.96, "eval/held_out/loss": 1.0}.items()

@@ -35,7 +35,6 @@ from launcher.train.monitoring import step_metrics
 from launcher.train.monitoring.anomalies import AnomalyDetector
 from launcher.train.monitoring.monitor import Monitor
 from launcher.train.monitoring.step_metrics import (
-    NUM_VALUES,
     DeviceMonitor,
     DeviceReadings,
     LayerTimer,
@@ -46,7 +45,6 @@ from launcher.train.monitoring.step_metrics import (
     estimate_work,
     representative_layer,
     straggler_ratio,
-    unpack_ranks,
 )
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -54,16 +52,6 @@ GIB = 2**30
 TIMES = {"time/step_s": 0.5, "time/data_s": 0.1}
 MEMORY = {"active_bytes.all.peak": 30 * GIB, "reserved_bytes.all.peak": 40 * GIB, "num_alloc_retries": 2}
 COST = {"cost/gpu_hours", "cost/usd", "cost/usd_per_million_tokens"}
-
-
-def test_statistics_survive_packing() -> None:
-    first = RankStats(1.0, 0.5, 0.6, 0.25, 0.125, 30.0, 40.0, 2.0, DeviceReadings(0, 0.9, 0.5, 600, 70, 2, 79, 0.1, 0.2))
-    second = RankStats(1.0, 0.0, 0.6, 0.25, device=DeviceReadings(7, 0.8, 0.5, 600, 60, 0, 0, 0.3, 0.4))
-    values = [*first.values(), *second.values()]
-    assert len(values) == 2 * NUM_VALUES
-    assert unpack_ranks(values)[0] == first
-    assert [math.isnan(value) for value in unpack_ranks(values)[1][4:8]] == [True] * 4
-    assert unpack_ranks(values)[1].device == second.device
 
 
 def test_in_lockstep_the_layer_times_show_the_slow_rank() -> None:
