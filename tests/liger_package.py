@@ -11,10 +11,7 @@ FILES = {
     "__init__": """
 import importlib
 
-from liger_kernel.transformers.geglu import LigerGEGLUMLP
 from liger_kernel.transformers.rms_norm import LigerRMSNorm
-from liger_kernel.transformers.rope import liger_rotary_pos_emb
-from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
 
 def __getattr__(name):
     if name == "_apply_liger_kernel_to_instance":
@@ -32,37 +29,6 @@ class LigerRMSNorm(nn.Module):
 
     def forward(self, hidden_states):
         return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
-""",
-    "swiglu": """
-from torch import nn
-
-class LigerSwiGLUMLP(nn.Module):
-    activation = staticmethod(nn.functional.silu)
-
-    def __init__(self, config, intermediate_size=None):
-        super().__init__()
-        sizes = config.hidden_size, config.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(*sizes, bias=False), nn.Linear(*sizes, bias=False)
-        self.down_proj = nn.Linear(*reversed(sizes), bias=False)
-
-    def forward(self, x):
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
-""",
-    "geglu": """
-from torch import nn
-from liger_kernel.transformers.swiglu import LigerSwiGLUMLP
-
-class LigerGEGLUMLP(LigerSwiGLUMLP):
-    activation = staticmethod(nn.functional.gelu)
-""",
-    "rope": """
-from torch import cat
-
-def liger_rotary_pos_emb(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
-    def rotate(x):
-        first, second = x.chunk(2, dim=-1)
-        return x * cos.unsqueeze(unsqueeze_dim) + cat([-second, first], dim=-1) * sin.unsqueeze(unsqueeze_dim)
-    return rotate(q), rotate(k)
 """,
     # Patches classes and functions of the modeling module, and attributes and methods of the instance.
     "monkey_patch": """

@@ -12,7 +12,6 @@ import math
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -51,8 +50,6 @@ from launcher.tracking.verdicts import (
 
 _EVALUATION, _NODE, _TASKS = (f"launcher.evaluate.{name}" for name in ("evaluation", "node", "tasks"))
 _CHANGEABLE = ("evaluate.", "cluster.")
-# Seconds between two signs of life of this command.
-_ALIVE_S = 10.0
 # W&B's own limits for startup and shutdown are shorter.
 _WANDB_S = 300.0
 _STDERR = 2
@@ -195,34 +192,15 @@ def _choose_step(run: RunDir, step: int | None) -> int:
 
 @contextmanager
 def _lock_evaluation(folder: Path) -> Iterator[None]:
-    """Hold the lock of an evaluation, and increment a counter in its file `alive` every few seconds.
-
-    Processes on other machines end themselves if this command is killed, and with it the counter.
+    """Hold the lock of an evaluation.
 
     Raises:
         SubmitError: if another command works on the evaluation.
     """
-    alive, ended = folder / "alive", threading.Event()
-
-    def count() -> None:
-        number = 0
-        while not ended.is_set():
-            number += 1
-            with suppress(OSError):
-                alive.write_text(f"{number}\n")
-            ended.wait(_ALIVE_S)
-
-    lock, thread = folder / ".lock", threading.Thread(target=count, name="alive", daemon=True)
+    lock = folder / ".lock"
     try:
         with locks.hold(lock, 0.0, redacted_command_line(), mode=0o600):
-            thread.start()
-            try:
-                yield
-            finally:
-                ended.set()
-                thread.join()
-                with suppress(OSError):
-                    alive.unlink()
+            yield
     except locks.LockTimeout:
         raise SubmitError(
             "another command is evaluating this step",

@@ -234,8 +234,8 @@ def compare_prompts(arguments: argparse.Namespace) -> int:
         raise DataError(
             "there is no such file", where=arguments.prompts, remedy="name a file of prompts: JSON Lines, or one JSON array"
         )
-    chosen = [] if arguments.likelihood is None else ["--likelihood" if arguments.likelihood else "--no-likelihood"]
-    report = run_reporting("launcher.evaluate.drift", None, str(run_dir.plan), arguments.prompts, *chosen)
+    words = [arguments.prompts, *(["--likelihood"] if arguments.likelihood else [])]
+    report = run_reporting("launcher.evaluate.drift", None, str(run_dir.plan), *words)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:

@@ -356,11 +356,10 @@ TABLE = (
           _arg("--finding", "finding whose documents --exclude writes, repeatable (default: mislabeled)", action="append",
                choices=("mislabeled", "memorized", "nothing_to_learn")))),
     Verb("drift", "Explain", "explain:compare_prompts", "RUN PROMPTS",
-         "Compare prompts of today with those that a run was trained on; exit code 3 if they have drifted. Compared are words, "
-         "lengths, and how likely the prompts are under the tuned model and the base model, scored on this machine.",
+         "Compare prompts of today with those that a run was trained on; exit code 3 if they have drifted. Compared are words "
+         "and lengths, and with --likelihood how likely the prompts are under the tuned model and the base model.",
          (_RUN, _arg("prompts", "file of prompts or chats, such as JSON lines", metavar="PROMPTS"),
-          _arg("--likelihood", "score up to 200 prompts of each side under both models, or skip this (default: score them if "
-               "this machine has GPUs that hold the model)", action=argparse.BooleanOptionalAction),
+          _switch("--likelihood", "also score up to 200 prompts of each side under both models, on this machine"),
           _ROOT, _JSON)),
 
     Verb("config", "Organize", "config:print_settings", "[RUN | FILE] [--all] [overrides]",

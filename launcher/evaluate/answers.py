@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,11 +29,9 @@ from launcher.errors import LauncherError, RunError, describe, printable
 from launcher.evaluate.evaluation_folder import (
     AnswerKey,
     AnswerStore,
-    CommandWatch,
     EvaluationAnswers,
     EvaluationFolder,
     EvaluationTask,
-    ProcessFacts,
     SideAnswers,
     StoredAnswer,
     StyleScore,
@@ -74,15 +71,14 @@ def answer_share(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
         )
     task = folder.read_task()
     config = task.settings
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if num_gpus else "cpu"
     dtype = choose_dtype(config, device)
     if config.evaluate.vllm_python is not None:
-        from launcher.evaluate.vllm_engine import NAME, VllmEngine, read_version
+        from launcher.evaluate.vllm_engine import VllmEngine
 
         python = Path(config.evaluate.vllm_python).expanduser()
-        name = f"{NAME} {read_version(python) or ''}".strip()
         tokenizer, count = load_tokenizer(task.tokenizer), max(1, num_gpus)
-        AnswerGeneration(folder, share, name, device, dtype).run(
+        AnswerGeneration(folder, share, device, dtype).run(
             lambda weights: VllmEngine(python, weights, tokenizer, dtype=dtype, context=task.context, num_gpus=count)
         )
         return
@@ -102,7 +98,7 @@ def answer_share(folder: EvaluationFolder, share: Share, num_gpus: int) -> None:
         tokenizer, stop_ids = load_tokenizer(task.tokenizer), weights.stop_ids
         return TransformersEngine(model, config.model, tokenizer, dtype=dtype, device=device, stop_ids=stop_ids, code=code)
 
-    AnswerGeneration(folder, share, TransformersEngine.name, device, dtype).run(load_engine)
+    AnswerGeneration(folder, share, device, dtype).run(load_engine)
 
 
 @dataclass(frozen=True)
@@ -117,12 +113,11 @@ class Share:
 class AnswerGeneration:
     """All sides of one evaluation, from the view of one process."""
 
-    def __init__(self, folder: EvaluationFolder, share: Share, engine_name: str, device: str, dtype: str) -> None:
+    def __init__(self, folder: EvaluationFolder, share: Share, device: str, dtype: str) -> None:
         self.task: EvaluationTask = folder.read_task()
         self._folder, self._share = folder, share
-        self._engine_name, self._device, self._dtype = engine_name, device, dtype
+        self._device, self._dtype = device, dtype
         self._config = self.task.settings
-        self._facts = ProcessFacts(device, dtype, engine_name, version("transformers"), share.world_size)
         # The stores of all sets and sides, each with its number of prompts.
         self._stores: dict[str, tuple[AnswerStore, int]] = {}
         self._pace = AnswerPace()
@@ -139,7 +134,6 @@ class AnswerGeneration:
     def run(self, make_engine: Callable[[Weights], Engine]) -> None:
         """Answer this process's share; the first process writes answers.json when all answers exist."""
         began = time.monotonic()
-        self._folder.write_facts(self._share.rank, self._facts)
         sides: dict[str, list[SideAnswers]] = {name: [] for name in self.task.sets}
         scores: Mapping[PromptStyle, float] = {}
         self._pace.num_later = self._num_sides * sum(map(len, self._questions.values()))
@@ -161,7 +155,7 @@ class AnswerGeneration:
             compared = tuple(StyleScore(str(style), score) for style, score in scores.items())
             done = {name: tuple(answers) for name, answers in sides.items()}
             seconds = round(time.monotonic() - began, 1)
-            shown = EvaluationAnswers(done, compared, self._engine_name, self._dtype, seconds, self._share.world_size)
+            shown = EvaluationAnswers(done, compared, self.task.engine, self._dtype, seconds, self._share.world_size)
             json_records.write(self._folder.answers, shown)
 
     def _choose_styles(self, base: Weights, engine: Callable[[], Engine]) -> ChosenStyles:
@@ -219,11 +213,10 @@ class AnswerGeneration:
             prompts=digest_prompts(prompts.prompts, prompts.stop_strings),
             num_prompts=len(prompts.prompts),
             style=_describe_style(style),
-            engine=self._engine_name,
+            engine=self.task.engine,
             dtype=self._dtype,
             device=self._device,
             max_new_tokens=self._config.evaluate.max_new_tokens,
-            transformers=version("transformers"),
         )
         path = self._folder.root / name
         return AnswerStore(path.parent, path.name, key)
@@ -240,8 +233,6 @@ class AnswerGeneration:
             missing = [i for i in batch if i not in existing]
             if not missing:
                 continue
-            if self._share.rank:
-                self._folder.require_alike(self._share.rank, self._facts)
             left = self._pace.left(num_own - num_done, self._share.world_size)
             text = f"{activity}: {num_done} of {num_own} answers{left}"
             self._share.say(text)
@@ -254,7 +245,7 @@ class AnswerGeneration:
                     max_new_tokens=settings.max_new_tokens,
                 )
             self._pace.count(len(missing), time.monotonic() - began)
-            is_one_gpu = self._device == "cuda" and self._engine_name == TransformersEngine.name
+            is_one_gpu = self._device == "cuda" and self._config.evaluate.vllm_python is None
             gpu_s = round((time.monotonic() - began) / len(missing), 4) if is_one_gpu else 0.0
             answers = [
                 StoredAnswer(i, one.text, one.is_stopped, len(one.ids), gpu_s) for i, one in zip(missing, generated, strict=True)
@@ -267,7 +258,6 @@ class AnswerGeneration:
     def _await_answers(self, stores: Sequence[tuple[AnswerStore, int]], activity: str) -> None:
         """Wait until all processes have stored their answers; if one fails, the program that started them ends all of them."""
         while not all(len(store.read()) == count for store, count in stores):
-            self._folder.require_alike(self._share.rank, self._facts)
             self._share.say(f"{activity}: waiting for other processes")
             time.sleep(_POLL_S)
 
@@ -354,7 +344,6 @@ def _continue_prompt(plan: LaunchPlan, folder: Path, prompt_ids: list[int], devi
 
 def main(argv: Sequence[str]) -> int:
     folder, (rank, world_size, num_gpus) = EvaluationFolder(Path(argv[0])), map(int, argv[1:4])
-    CommandWatch(folder.root).start()
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

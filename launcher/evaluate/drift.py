@@ -1,4 +1,4 @@
-"""Compares prompts with a run's training prompts: `python -m launcher.evaluate.drift PLAN_JSON PROMPTS [--[no-]likelihood]`.
+"""Compares prompts with a run's training prompts: `python -m launcher.evaluate.drift PLAN_JSON PROMPTS [--likelihood]`.
 
 Words and lengths are compared, and how likely the prompts are under the base model and the tuned model; torch is loaded only if
 models score them. Writes progress to standard error and one JSON object (the report or the problems) to standard output.
@@ -46,8 +46,6 @@ MAX_PROMPTS, MIN_PROMPTS = 2_000, 10
 # Prompts and tokens per side that models score: enough for the test to find relevant differences.
 _MAX_SCORED, _MAX_TOKENS = 200, {"cpu": 12_288, "cuda": 131_072}
 BASE, TUNED = "base", "tuned"
-# A factor for the memory that scoring needs beyond the weights.
-_MEMORY_FACTOR = 1.2
 # Maps the prompt's key to the answer's: a row with both is a training row.
 _ANSWER_KEYS = {"prompt": "completion", "question": "answer", "instruction": "output"}
 _ANSWERING_ROLES = ("assistant", "gpt", "model")
@@ -112,18 +110,17 @@ class DriftReport:
     gaps: tuple[str, ...] = ()
 
 
-def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progress: Progress) -> DriftReport:
+def find_drift(run: RunDir, path: Path, with_likelihood: bool, on_progress: Progress) -> DriftReport:
     """Compare the prompts in a file with the prompts in the run's training data.
 
-    `with_likelihood` is whether both models score the prompts; None means only if this machine can do it quickly.
+    `with_likelihood` is whether both models score the prompts.
 
     Raises:
         DataError: for rows that are not prompts, and for data without prompts.
-        LauncherError: if a score pass fails, or if the run has no weights of the tuned model that `with_likelihood` requires.
+        LauncherError: if a score pass fails, or if the run has no weights of the tuned model.
     """
     plan = run_store.load_plan(run)
-    obstacle = find_obstacle(plan) if with_likelihood is None else "" if with_likelihood else "left out with --no-likelihood"
-    if obstacle:
+    if not with_likelihood:
         import_tokenizers_without_torch()
     tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
     generator = np.random.default_rng(plan.config.run.seed)
@@ -134,8 +131,8 @@ def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progres
     if min(len(training), len(prompts)) < MIN_PROMPTS:
         few = f"too few prompts to compare: {len(prompts)} in the file, {len(training)} in the training data"
         raise DataError(few, where=str(path), remedy=f"compare at least {MIN_PROMPTS}; data without prompts has none")
-    if obstacle:
-        return compare_prompts(prompts, training, gaps=[obstacle])
+    if not with_likelihood:
+        return compare_prompts(prompts, training, {})
     # The run's result is the exported step, or else the newest.
     record, steps = read_export(run), [one.step for one in store.list_checkpoints(run.checkpoints)]
     tuned_step = record.step if record is not None and record.step in steps else None
@@ -145,7 +142,7 @@ def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progres
         try:
             weights = find_scored_weights(run, plan, 0 if name == BASE else tuned_step)
         except LauncherError as error:
-            if with_likelihood and name == TUNED:
+            if name == TUNED:
                 raise
             gaps.append(f"{name} model: {error.problems[0].message}")
             continue
@@ -155,18 +152,6 @@ def find_drift(run: RunDir, path: Path, with_likelihood: bool | None, on_progres
             now, before = (compute_mean_losses(one.open(), part)[1] for one, part in zip(passes, scored, strict=True))
         losses[name] = now[~np.isnan(now)], before[~np.isnan(before)]
     return compare_prompts(prompts, training, losses, gaps)
-
-
-def find_obstacle(plan: LaunchPlan) -> str:
-    """Return why this machine does not score prompts unless requested; empty if it does."""
-    device = hardware.device()
-    if device.kind == "cpu":
-        return "this machine has no GPU; --likelihood scores prompts on its CPUs"
-    num_gib = plan.model.num_params * (4 if plan.config.model.dtype == "fp32" else 2) * _MEMORY_FACTOR / 2**30
-    available = (device.memory_gib or 0) * device.count
-    if num_gib > available and "offload_param" not in plan.deepspeed["zero_optimization"]:
-        return f"the models need {num_gib:.0f} GiB each, the GPUs have {available:.0f}; --likelihood scores prompts anyway"
-    return ""
 
 
 def _make_passes(
@@ -245,7 +230,7 @@ def encode_prompts(
 def compare_prompts(
     prompts: Sequence[Prompt],
     training: Sequence[Prompt],
-    losses: Mapping[str, tuple[Numbers, Numbers]] | None = None,
+    losses: Mapping[str, tuple[Numbers, Numbers]],
     gaps: Sequence[str] = (),
 ) -> DriftReport:
     """Compare prompts with training prompts, both random samples.
@@ -265,7 +250,7 @@ def compare_prompts(
     medians = float(np.median(before)), float(np.median(now))
     is_large = abs(medians[1] / max(1.0, medians[0]) - 1) > MAX_LENGTH_CHANGE
     measures = [words, Measure("lengths", "median length in tokens", *medians, kolmogorov_smirnov_p_value(now, before), is_large)]
-    for model, (now, before) in (losses or {}).items():
+    for model, (now, before) in losses.items():
         unlikely = float((now > np.quantile(before, 1 - RARE)).mean())
         medians = float(np.median(before)), float(np.median(now))
         name, title = f"likelihoods ({model} model)", f"median loss per token, {model} model"
@@ -340,7 +325,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.evaluate.drift")
     parser.add_argument("plan", type=Path)
     parser.add_argument("prompts", type=Path)
-    parser.add_argument("--likelihood", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--likelihood", action="store_true")
     arguments = parser.parse_args(argv)
     run = RunDir(arguments.plan.absolute().parent)
 

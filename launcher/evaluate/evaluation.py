@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
         CheckpointError: if the step cannot be exported.
     """
     settings, plan = config.evaluate, run_store.load_plan(run).model_copy(update={"config": config})
-    names = _require_usable(plan, sets)
+    names, engine = _require_usable(plan, sets)
     folder = EvaluationFolder.of(run.root, step)
     folder.root.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy_metric_files(settings, folder.root)
@@ -145,10 +146,10 @@ def prepare(config: RunConfig, run: RunDir, step: int, sets: Sequence[str] = ())
         left_out=left_out,
         training_copies={name: tuple(one for one in copies if one.question in places) for name, copies in overlap.copies.items()},
         overlap_gap=overlap.gap,
+        engine=engine,
     )
     folder.answers.unlink(missing_ok=True)
     remove_verdicts(folder.root)
-    shutil.rmtree(folder.processes, ignore_errors=True)
     json_records.write(folder.task, task)
     return folder
 
@@ -218,8 +219,8 @@ class _PromptFit:
         return tuple(fitting)
 
 
-def _require_usable(plan: LaunchPlan, chosen: Sequence[str]) -> list[str]:
-    """Check the sets and the engine; return the sets to evaluate, held-out documents first."""
+def _require_usable(plan: LaunchPlan, chosen: Sequence[str]) -> tuple[list[str], str]:
+    """Check the sets and the engine; return the sets to evaluate, held-out documents first, and the engine with its version."""
     known = [HELD_OUT] if plan.data is not None and plan.data.num_eval_rows else []
     known += [one.name for one in plan.config.eval.all_sets if one.name in plan.eval_sets]
     if not known:
@@ -230,17 +231,20 @@ def _require_usable(plan: LaunchPlan, chosen: Sequence[str]) -> list[str]:
             remedy = f"{did_you_mean(name, known)} its sets are {', '.join(known)}".strip()
             raise ConfigError(f"the run has no evaluation set {name}", where="--set", value=name, remedy=remedy)
     settings = plan.config.evaluate
-    if settings.vllm_python is not None and read_version(Path(settings.vllm_python).expanduser()) is None:
+    names = list(chosen) or known
+    if settings.vllm_python is None:
+        if settings.vllm_gpus > 1:
+            remedy = "set evaluate.vllm_python, or remove the setting"
+            raise ConfigError("only vLLM can divide a model over GPUs", where="evaluate.vllm_gpus", remedy=remedy)
+        return names, f"transformers {version('transformers')}"
+    if (vllm := read_version(Path(settings.vllm_python).expanduser())) is None:
         raise ConfigError(
             "this is not the Python interpreter of an environment with vLLM",
             where="evaluate.vllm_python",
             value=settings.vllm_python,
             remedy="make one with: python -m venv /opt/vllm && /opt/vllm/bin/pip install vllm, or remove the setting",
         )
-    if settings.vllm_python is None and settings.vllm_gpus > 1:
-        remedy = "set evaluate.vllm_python, or remove the setting"
-        raise ConfigError("only vLLM can divide a model over GPUs", where="evaluate.vllm_gpus", remedy=remedy)
-    return list(chosen) or known
+    return names, f"vllm {vllm}"
 
 
 def describe_left_out(question_set: QuestionSet, num_questions: int) -> tuple[str, ...]:
@@ -315,8 +319,7 @@ def conclude(folder: EvaluationFolder) -> dict[str, Any]:
             "styles": {side.name: side.style for side in sides},
         }
     folder.weights_record.unlink(missing_ok=True)
-    for left in (folder.weights, folder.processes):
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(folder.weights, ignore_errors=True)
     selection = [{"style": one.style, "score": one.score} for one in answers.selection]
     return {
         "run": task.run_name,

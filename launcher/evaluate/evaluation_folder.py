@@ -14,9 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -35,9 +32,6 @@ from launcher.models.weight_files import weight_files
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.verdicts import BENCHMARKS
 
-# The command counts up in this file; if it was killed or its machine is gone, the count stops.
-ALIVE = "alive"
-_ALIVE_TIMEOUT_S, _ALIVE_POLL_S, _END_S = 120.0, 5.0, 60.0
 _NOT_ABOUT_THE_MODEL = ("_name_or_path", "transformers_version")
 # Parts of a side may be merged while they are read.
 _NUM_READS = 3
@@ -81,33 +75,6 @@ class EvaluationFolder:
         """Scores on the tasks of lm-evaluation-harness."""
         return self.root / BENCHMARKS
 
-    @property
-    def processes(self) -> Path:
-        """One record per answering process; emptied when a command starts."""
-        return self.root / ".processes"
-
-    def write_facts(self, rank: int, facts: ProcessFacts) -> None:
-        self.processes.mkdir(mode=0o700, exist_ok=True)
-        json_records.write(self.processes / f"{rank:05d}.json", facts)
-
-    def require_alike(self, rank: int, facts: ProcessFacts) -> None:
-        """Compare a process with the first one, and the first process with all that have started.
-
-        Raises:
-            RunError: if they differ, because each would wait for answers that no other process generates.
-        """
-        files = sorted(self.processes.glob("*.json")) if rank == 0 else [self.processes / f"{0:05d}.json"]
-        for file in files:
-            other = json_records.read_if_present(ProcessFacts, file)
-            if other is not None and other != facts:
-                first, second = (vars(facts), vars(other)) if rank == 0 else (vars(other), vars(facts))
-                raise RunError(
-                    f"process {rank or int(file.stem)} of the evaluation differs from the first one",
-                    where=str(self.root),
-                    value=", ".join(f"{key}: {first[key]} and {second[key]}" for key in first if first[key] != second[key]),
-                    remedy="install the same packages on all nodes, and check their GPUs with: python -m launcher doctor",
-                )
-
     def questions(self, name: str = TRAINING) -> Path:
         return self.root / f"{name}.questions.jsonl"
 
@@ -136,7 +103,7 @@ class EvaluationTask:
     `base` is None for a run that started from random weights. `code` is the folder of the model's own Python files. `shots` are
     the numbers of examples that fit every prompt. `left_out` lists, by set, which documents are not used as questions.
     `training_copies` lists which prompts are also in the training data. `overlap_gap` says which training documents were not
-    compared, empty if all were.
+    compared, empty if all were. `engine` is transformers or vllm, with its version.
     """
 
     run_name: str
@@ -153,6 +120,7 @@ class EvaluationTask:
     left_out: dict[str, tuple[str, ...]]
     training_copies: dict[str, tuple[TrainingCopy, ...]] = field(default_factory=dict)
     overlap_gap: str = ""
+    engine: str = ""
 
     @property
     def settings(self) -> RunConfig:
@@ -216,17 +184,6 @@ class StyleScore:
 
     style: str
     score: float
-
-
-@dataclass(frozen=True)
-class ProcessFacts:
-    """Facts that must be equal in all processes of an evaluation; otherwise their answers would not be comparable."""
-
-    device: str
-    dtype: str
-    engine: str
-    transformers: str
-    num_processes: int
 
 
 def read_exported(folder: EvaluationFolder, checkpoint: str) -> EvaluatedExport | None:
@@ -323,8 +280,7 @@ class AnswerStore:
 class AnswerKey:
     """Everything that answers depend on. `weights`, `config` and `prompts` are digests; `style` is how the prompts were written.
 
-    `config` is the digest of the model's config.json. `stop_ids` are the tokens that end an answer. `engine` includes its version
-    unless the engine is transformers.
+    `config` is the digest of the model's config.json. `stop_ids` are the tokens that end an answer.
     """
 
     weights: str
@@ -337,7 +293,6 @@ class AnswerKey:
     dtype: str
     device: str
     max_new_tokens: int
-    transformers: str
 
     def digest(self) -> str:
         return xxhash.xxh3_128_hexdigest(json.dumps(asdict(self), sort_keys=True).encode())
@@ -401,37 +356,3 @@ def reuse_base_answers(folder: Path, others: Sequence[Path]) -> None:
 def digest_prompts(prompts: Sequence[Sequence[int]], stop_strings: Sequence[str]) -> str:
     """Return a digest of the token ids and of the texts that end an answer."""
     return xxhash.xxh3_128_hexdigest(json.dumps([list(map(list, prompts)), list(stop_strings)]).encode())
-
-
-class CommandWatch:
-    """Detects that the command of an evaluation has ended without notice, and then ends this process."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._content, self._changed_at = self._read_count(), time.monotonic()
-
-    def has_ended(self) -> bool:
-        """Return whether the command has shown no sign of life for two minutes."""
-        content, now = self._read_count(), time.monotonic()
-        if content not in (b"", self._content):
-            self._content, self._changed_at = content, now
-        return now - self._changed_at > _ALIVE_TIMEOUT_S
-
-    def start(self, poll_s: float = _ALIVE_POLL_S) -> None:
-        """Watch in a thread, because loading a model or a server request takes longer than the timeout for the command."""
-
-        def end_process() -> None:
-            while not self.has_ended():
-                time.sleep(poll_s)
-            print(f"the command of this evaluation has ended: {self._folder}; start it again, it continues", flush=True)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(_END_S)
-            os._exit(1)
-
-        threading.Thread(target=end_process, name="command-watch", daemon=True).start()
-
-    def _read_count(self) -> bytes:
-        try:
-            return (self._folder / ALIVE).read_bytes()
-        except OSError:
-            return b""

@@ -4,19 +4,15 @@ Every score is a fraction from 0 to 1, and higher is better. To add a metric, ad
 in launcher/config/sections/evaluation.py. Words, numbers and JSON are extracted in the same way on every side, including the
 reference.
 
-Metrics that may take forever, such as a user's function, run in a process that is ended after a time limit. It is started once
-and ends with this one. Without torch.
+Metrics that may take forever, such as a user's function, have a time limit. Without torch.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
+import ast
 import importlib.util
 import json
 import math
-import multiprocessing
-import os
 import re
 import signal
 import sys
@@ -24,10 +20,10 @@ import traceback
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +35,6 @@ from launcher.errors import ConfigError, DataError, Problem
 
 _MAX_SHOWN = 3
 TIME_LIMIT_S = 10.0
-# The file of a function may import large packages.
-_IMPORT_S = 120.0
 _MAX_REASON_CHARS = 500
 
 
@@ -72,7 +66,7 @@ class AnswerMetric:
         compute: returns the score of an answer, given the reference and the options.
         reference_problem: returns why a reference is unsuitable for comparison; empty if it is suitable.
         with_thoughts: whether it scores what a reasoning model writes before its answer, too.
-        may_hang: whether an answer may make it take forever, so that it runs in a process with a time limit.
+        may_hang: whether an answer may make it take forever, so that it has a time limit.
     """
 
     compute: Callable[[GeneratedAnswer, str, MetricOptions], float]
@@ -92,7 +86,7 @@ def _count_words(text: str) -> Counter[str]:
 
 def _score_number(answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float:
     number = final_number(answer.text)
-    if is_joined_number(answer.text, with_ranges=False):
+    if _is_joined_number(answer.text):
         return False
     return number is not None and number == final_number(reference)
 
@@ -100,8 +94,8 @@ def _score_number(answer: GeneratedAnswer, reference: str, options: MetricOption
 def _find_number_problem(reference: str, options: MetricOptions) -> str:
     if final_number(reference) is None:
         return "has no number"
-    if is_joined_number(reference, with_ranges=True):
-        return "ends with a time, a date, a range, a power or a decimal comma, which are not compared as numbers"
+    if _is_joined_number(reference):
+        return "ends with a time, a date, a power or a decimal comma, which are not compared as numbers"
     return ""
 
 
@@ -175,13 +169,12 @@ _NUMBER = re.compile(
     r"(?:(?<![/.,][0-9])(?<![/.,][0-9]{2})(?<![/.,][0-9]{4}) ?/ ?[1-9][0-9]{0,8}(?![0-9./,]*[/][0-9])(?![.,]?[0-9]))?"
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s?(?:\{\s?(-?[0-9]+)\s?\}\s?\{\s?([0-9]+)\s?\}|([0-9])\s?([0-9]))")
-# Such as 3 1/2.
-_MIXED = re.compile(r"(?<![0-9.,:/])(?<![0-9]-)([0-9]{1,9}) {1,3}([0-9]{1,9})/([1-9][0-9]{0,8})(?![0-9./,])")
 _POWER_OF_TEN = re.compile(r"\s?(?:[x×*·]|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?\{?([-+]?[0-9]{1,4})\}?(?![0-9])")
-_CURRENCY_CODE = re.compile(r"(?<![A-Za-z])(?:[A-Z]{3}|Rs\.?)(?=[0-9])")
-# Around a number that is part of a time, a date, a number with a decimal comma, or a power; and around one that ends a range.
-_JOINED_BEFORE, _JOINED_AFTER = re.compile(r"[0-9][:/,]\Z"), re.compile(r"[:/][0-9]|,[0-9]{1,2}(?![0-9])| ?(?:\^|\*\*)")
-_RANGE_BEFORE, _RANGE_AFTER = re.compile(r"[0-9] ?- ?\Z"), re.compile(r"-[0-9]")
+# Around a number that is part of a time, a date, a number with a decimal comma, or a power.
+_JOINED_BEFORE, _JOINED_AFTER = (
+    re.compile(r"[0-9][:/,]\Z|[0-9]-[0-9]{2}-\Z"),
+    re.compile(r"[:/][0-9]|,[0-9]{1,2}(?![0-9])| ?(?:\^|\*\*)"),
+)
 # Longer numbers are repetitions, and Python refuses to convert them.
 _MAX_NUMBER_CHARS = 400
 _DIGITS = str.maketrans("０１２３４５６７８９−–－．，／", "0123456789---.,/")
@@ -246,30 +239,23 @@ def final_number(text: str) -> Fraction | None:
     return Fraction(number) / int(divisor or 1)
 
 
-def is_joined_number(text: str, with_ranges: bool) -> bool:
-    """Return whether the final number belongs to a time, a date, a number with a decimal comma or a power.
-
-    `with_ranges`: or whether it ends a range, such as 3-5, which may also be a subtraction.
-    """
+def _is_joined_number(text: str) -> bool:
+    """Return whether the final number belongs to a time, a date, a number with a decimal comma or a power."""
     plain = _write_plain_numbers(text)
     found = _find_final_number(plain)
     if found is None:
         return False
-    if with_ranges and (_RANGE_BEFORE.search(plain, 0, found.start()) or _RANGE_AFTER.match(plain, found.end())):
-        return True
     return bool(_JOINED_BEFORE.search(plain, 0, found.start()) or _JOINED_AFTER.match(plain, found.end()))
 
 
 def _write_plain_numbers(text: str) -> str:
-    """Return the text with fractions as 3/4, powers of ten as 3e8, and a space after codes of currencies."""
+    """Return the text with fractions as 3/4 and powers of ten as 3e8."""
 
     def fraction(match: re.Match[str]) -> str:
         whole = " " if match.start() and match.string[match.start() - 1].isdigit() else ""
         return f"{whole}{match[1] or match[3]}/{match[2] or match[4]}"
 
-    text = _FRACTION.sub(fraction, text.translate(_DIGITS))
-    text = _MIXED.sub(lambda match: f"{int(match[1]) * int(match[3]) + int(match[2])}/{match[3]}", text)
-    return _CURRENCY_CODE.sub(r"\g<0> ", _POWER_OF_TEN.sub(r"e\1", text))
+    return _POWER_OF_TEN.sub(r"e\1", _FRACTION.sub(fraction, text.translate(_DIGITS)))
 
 
 def _find_final_number(text: str) -> re.Match[str] | None:
@@ -451,30 +437,37 @@ class AnswerScorer:
         Raises:
             DataError: with the row, if a user's function fails, or a metric takes too long.
         """
-        known, function = METRICS.get(metric), split_function(metric)
+        known = METRICS.get(metric)
         if known is None or not known.with_thoughts:
             answers = [replace(answer, text=without_thoughts(answer.text)) for answer in answers]
             references = [without_thoughts(one) for one in references]
         if known is not None and not known.may_hang:
             scores = [known.score(answer, one, self._options) for answer, one in zip(answers, references, strict=True)]
             return np.array(scores, np.float64)
-        name, file = (metric, "") if function is None else (function[1], str(self._folder / _name_copy(self._settings, metric)))
+        where = file = "" if known else str(self._folder / _name_copy(self._settings, metric))
         scores = []
-        for answer, reference, place in zip(answers, references, places, strict=True):
-            score = score_in_process(name, file, answer, reference, self._options)
-            if isinstance(score, str):
-                remedy = "correct what it names; nested repetitions such as (a+)+ in a pattern take very long"
-                if function is not None:
-                    remedy = "correct the function; it takes an answer and its reference, both texts, and returns a number"
-                raise DataError(f"a metric failed: {score}", where=place, value=metric, remedy=remedy)
-            scores.append(score)
+        try:
+            compute = partial(known.score, options=self._options) if known else _import_function(file, metric.rpartition(":")[2])
+            for answer, reference, place in zip(answers, references, places, strict=True):
+                where = place
+                with _time_limit():
+                    value = compute(answer, reference)
+                if isinstance(value, str | bytes) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
+                    raise ValueError(f"it returned {value!r:.60}, which is not a finite number")
+                scores.append(float(value))
+        # A function may raise anything, and may exit.
+        except (Exception, SystemExit) as error:
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+            reason = f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS] + (f" (line {lines[-1]})" if lines else "")
+            remedy = "correct the function; it takes an answer and its reference, both texts, and returns a number"
+            if known:
+                remedy = "correct the pattern; nested repetitions such as (a+)+ take very long"
+            raise DataError(f"a metric failed: {reason}", where=where, value=metric, remedy=remedy) from None
         return np.array(scores, np.float64)
 
 
 def _read_function(metric: str, file: Path, function: str) -> bytes:
     """Return the content of the file of a user's function, without running it."""
-    import ast
-
     where = "evaluate.metrics"
     # Check before opening: a pipe would never end.
     if not file.is_file():
@@ -490,76 +483,31 @@ def _read_function(metric: str, file: Path, function: str) -> bytes:
     return content
 
 
-def score_in_process(metric: str, file: str, answer: GeneratedAnswer, reference: str, options: MetricOptions) -> float | str:
-    """Return the score of an answer, or why there is none.
-
-    `metric` is a metric of the table or, if `file` is not empty, the name of a function in this file.
-    """
-    # The start of the process, which may import torch again from slow storage, does not count as time for an answer.
-    if problem := _ask_process(_IMPORT_S, file, metric):
-        return f"its file cannot be imported: {problem}" if file else str(problem)
-    return _ask_process(TIME_LIMIT_S, file, metric, answer, reference, options)
-
-
-def _ask_process(limit_s: float, *request: object) -> float | str:
-    """Return the reply of the process, or why there is none."""
-    process, connection = _start_process()
-    try:
-        connection.send(request)
-        if connection.poll(limit_s):
-            reply: float | str = connection.recv()
-            return reply
-        problem = f"it took more than {limit_s:g} s for one answer"
-    except (EOFError, OSError):
-        problem = "it ended its process"
-    process.kill()
-    process.join()
-    connection.close()
-    _start_process.cache_clear()
-    return problem
-
-
-@functools.cache
-def _start_process() -> tuple[BaseProcess, Connection]:
-    context = multiprocessing.get_context("spawn")
-    connection, other_end = context.Pipe()
-    process = context.Process(target=_serve_scores, args=(other_end, os.getpid()), daemon=True)
-    process.start()
-    other_end.close()
-    return process, connection
-
-
-def _serve_scores(connection: Connection, parent: int) -> None:
-    """Import the function of each request, score its answer, if it has one, and reply with the score or why there is none."""
-    # Otherwise a function that hangs would outlive a parent that is killed.
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    # Standard output is for the result of the command.
-    os.dup2(2, 1)
-    # The functions' files lie in the folder of the evaluation, which needs no bytecode.
+def _import_function(file: str, function: str) -> Callable[[GeneratedAnswer, str], Any]:
+    """Import a function from a file; the result scores an answer by its text."""
+    spec = importlib.util.spec_from_file_location("user_metric", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # The folder of the evaluation needs no bytecode.
     sys.dont_write_bytecode = True
-    functions: dict[tuple[str, str], Callable[[str, str], Any]] = {}
-    while os.getppid() == parent:
-        try:
-            file, metric, *case = connection.recv()
-        except EOFError:
-            return
-        reply: float | str = ""
-        try:
-            if file and (file, metric) not in functions:
-                spec = importlib.util.spec_from_file_location("user_metric", file)
-                assert spec is not None
-                assert spec.loader is not None
-                module = importlib.util.module_from_spec(spec)
-                sys.modules[spec.name] = module
-                spec.loader.exec_module(module)
-                functions[file, metric] = getattr(module, metric)
-            if case:
-                answer, reference, _ = case
-                value = functions[file, metric](answer.text, reference) if file else METRICS[metric].score(*case)
-                is_number = not isinstance(value, str | bytes) and hasattr(value, "__float__") and math.isfinite(float(value))
-                reply = float(value) if is_number else f"it returned {value!r:.60}, which is not a finite number"
-        except BaseException as error:
-            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-            reply = f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS] + (f" (line {lines[-1]})" if lines else "")
-        connection.send(reply)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    own = getattr(module, function)
+    return lambda answer, reference: own(answer.text, reference)
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise TimeoutError in the block, which must be in the main thread, once it takes longer than TIME_LIMIT_S."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"it took more than {TIME_LIMIT_S:g} s for one answer")
+
+    earlier = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, TIME_LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)

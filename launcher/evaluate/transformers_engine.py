@@ -25,9 +25,7 @@ _TAIL_TOKENS = 24
 
 
 class Engine(Protocol):
-    """A loaded model that continues prompts greedily. `name` is part of the key of its answers."""
-
-    name: str
+    """A loaded model that continues prompts greedily."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, stop_strings: Sequence[str], max_new_tokens: int
@@ -40,8 +38,6 @@ class Engine(Protocol):
 
 class TransformersEngine:
     """Batches of prompts, padded on the left, through transformers' own greedy generation."""
-
-    name = "transformers"
 
     def __init__(
         self,

@@ -24,7 +24,6 @@ from launcher.evaluate.evaluation_folder import GeneratedIds, Weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NAME = "vllm"
 # Starts the server in such a way that it ends with this process.
 _STARTER = "launcher.child_process"
 _SERVER = "vllm.entrypoints.openai.api_server"
@@ -37,8 +36,6 @@ _PYTHON_S = 60.0
 
 class VllmEngine:
     """vLLM's OpenAI server for one model; prompts are token ids, so that they equal those of the other engine."""
-
-    name = NAME
 
     def __init__(
         self,

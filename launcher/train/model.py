@@ -162,7 +162,7 @@ def build_model(
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     liger_problem = ""
     if uses_liger:
-        liger_problem = liger.find_problem(model, str(config.model_type), torch.device(device), options["dtype"])
+        liger_problem = liger.find_problem(model, torch.device(device))
     hf = build_with_weights(config, model, facts, folder, make_progress, has_checkpoint, **options, **remote)
     replace_head(hf, chunk_tokens)
     if uses_liger and not liger_problem:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-import psutil
 import pytest
-from pace import wait_for
 from unusual_files import as_root
 
 from launcher.config.sections.evaluation import METRIC_NAMES, AnswerMetrics
@@ -24,11 +20,8 @@ PLACES = ["test.jsonl:1", "test.jsonl:2", "test.jsonl:3"]
 LENGTH = """
 import numpy
 
-print("imported")
-
 
 def length(answer, reference):
-    print("scoring", answer)
     return numpy.float32(len(answer) / int(reference))
 
 
@@ -54,7 +47,7 @@ def test_settings_name_the_metrics_of_the_table() -> None:
     assert tuple(METRICS) == METRIC_NAMES
 
 
-def test_metrics_of_the_table_and_own_functions(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_metrics_of_the_table_and_own_functions(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(LENGTH)
     settings = AnswerMetrics(metrics=("stopped", f"{file}:length", f"{file}:is_empty"))
@@ -63,7 +56,6 @@ def test_metrics_of_the_table_and_own_functions(tmp_path: Path, capfd: pytest.Ca
     file.write_text("raise SystemExit")
     scores = [list(scorer.score(metric, ANSWERS, REFERENCES, PLACES)) for metric in settings.metrics]
     assert scores == [[1, 1, 1], [5, 7.5, 0], [0, 0, 1]]
-    assert capfd.readouterr().out == ""
 
 
 def test_answers_are_scored_without_the_thoughts_before_them(tmp_path: Path) -> None:
@@ -94,32 +86,12 @@ def test_an_own_function_that_fails_names_the_row(tmp_path: Path, body: str, par
     assert (problem.where, problem.value) == ("test.jsonl:3", f"{tmp_path}/own.py:score")
 
 
-@pytest.mark.parametrize("hanging", ["time.sleep(900)", "os._exit(3)"])
-def test_an_own_function_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hanging: str) -> None:
-    monkeypatch.setattr(metrics, "TIME_LIMIT_S", 3.0)
-    pid = tmp_path / "pid"
-    with pytest.raises(DataError) as error:
-        own(tmp_path, f"return 1 if answer else (open({str(pid)!r}, 'w').write(str(os.getpid())), {hanging})")
+def test_an_own_function_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "TIME_LIMIT_S", 0.5)
+    with pytest.raises(DataError, match=r"it took more than 0.5 s for one answer \(line 4\)") as error:
+        own(tmp_path, "return 1 if answer else time.sleep(900)")
     assert error.value.problems[0].where == "test.jsonl:3"
-    wait_for("the process to end", lambda: not is_running(int(pid.read_text())))
-    assert own(tmp_path, "return 1") == [1, 1, 1], "another process"
-
-
-def is_running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def test_an_own_function_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    pid, file = tmp_path / "pid", tmp_path / "own.py"
-    file.write_text(f"import os, time\ndef score(*_): open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(900)\n")
-    code = (
-        "import sys; from launcher.evaluate import metrics as p\n"
-        "p.score_in_process('score', sys.argv[1], p.GeneratedAnswer('', True, 1), '', p.MetricOptions())"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(file)]) as parent:
-        wait_for("the function to be called", lambda: pid.exists() and pid.read_text(), 120)
-        parent.kill()
-    wait_for("the process to end", lambda: not is_running(int(pid.read_text())))
+    assert own(tmp_path, "return 1") == [1, 1, 1]
 
 
 def test_a_file_that_fails_on_import(tmp_path: Path) -> None:
@@ -158,7 +130,7 @@ def test_references_that_cannot_be_scored_are_named_in_one_pass(tmp_path: Path) 
 
 
 def test_a_pattern_that_takes_too_long_names_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "TIME_LIMIT_S", 3.0)
+    monkeypatch.setattr(metrics, "TIME_LIMIT_S", 1.0)
     scorer = make_scorer(AnswerMetrics(metrics=("regex",), pattern="^(a|aa)+$"), tmp_path)
     answers = [GeneratedAnswer(text, True, 1) for text in ("aa", "ab", "a" * 40 + "b")]
     assert list(scorer.score("regex", answers[:2], ["", ""], ["r:1", "r:2"])) == [1, 0]

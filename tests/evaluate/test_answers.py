@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,16 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from launcher import json_records
 from launcher.config.schema import RunConfig
 from launcher.data.sources.documents import Chat, Message
-from launcher.errors import RunError
-from launcher.evaluate import evaluation_folder
 from launcher.evaluate.answers import AnswerGeneration, AnswerPace, Share
 from launcher.evaluate.evaluation import conclude
 from launcher.evaluate.evaluation_folder import (
-    CommandWatch,
     EvaluationFolder,
     EvaluationTask,
     GeneratedIds,
-    ProcessFacts,
     Weights,
 )
 from launcher.evaluate.node import divide_gpus
@@ -53,8 +45,6 @@ NO = "no\u2028no\u2029no\x85no"
 
 class Parrot:
     """An engine whose tuned model answers with the number it is asked to say; its base model says no."""
-
-    name = "parrot"
 
     def __init__(self, weights: Weights, tokenizer: PreTrainedTokenizerBase, log: list[str]) -> None:
         self._weights, self._tokenizer, self._log = weights, tokenizer, log
@@ -86,7 +76,9 @@ def folder(tmp_path: Path, model_folder: Path, config_of: Callable[..., RunConfi
     folder.write_questions([question(100 + i) for i in range(7)])
     weights = (Weights("base", "base", (2,)), Weights("tuned", "tuned", (2,)))
     settings = config.model_dump(mode="json")
-    task = EvaluationTask("run", 3, settings, ("held_out",), *weights, str(model_folder), None, 2048, (2, 4), 4, {"held_out": ()})
+    task = EvaluationTask(
+        "run", 3, settings, ("held_out",), *weights, str(model_folder), None, 2048, (2, 4), 4, {"held_out": ()}, engine="parrot"
+    )
     json_records.write(folder.task, task)
     return folder
 
@@ -97,7 +89,7 @@ def question(number: int) -> EvalQuestion:
 
 def run(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase, log: list[str], ranks: int = 1) -> None:
     def one(rank: int) -> None:
-        evaluation = AnswerGeneration(folder, Share(rank, ranks), "parrot", "cpu", "fp32")
+        evaluation = AnswerGeneration(folder, Share(rank, ranks), "cpu", "fp32")
         evaluation.run(lambda weights: Parrot(weights, tokenizer, log))
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(ranks)]
@@ -151,52 +143,6 @@ def test_weights_are_known_by_what_their_config_says_about_the_model(model_folde
     assert first.stop_ids == (2, 7)
     assert with_config(transformers_version="0", _name_or_path="elsewhere") == first
     assert with_config(rms_norm_eps=1e-2) != first
-
-
-def test_a_process_that_differs_from_the_first_one_is_refused(
-    folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """The process would wait for answers that no other process generates."""
-    first = ProcessFacts("cuda", "bf16", "parrot", version("transformers"), 2)
-    folder.write_facts(0, first)
-    log: list[str] = []
-    with pytest.raises(RunError, match="process 1 of the evaluation differs from the first one") as caught:
-        AnswerGeneration(folder, Share(1, 2), "parrot", "cpu", "bf16").run(lambda weights: Parrot(weights, tokenizer, log))
-    assert "device: cuda and cpu" in caught.value.problems[0].value
-    assert log == []
-    with pytest.raises(RunError, match="process 1 of the evaluation differs from the first one"):
-        folder.require_alike(0, first)
-
-
-def test_the_command_has_ended_where_its_file_does_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(evaluation_folder.time, "monotonic", lambda: now)
-    file = tmp_path / evaluation_folder.ALIVE
-    file.write_text("9")
-    watch = CommandWatch(tmp_path)
-    for now, sign, expected in (
-        (119.0, "9", False),
-        (121.0, "9", True),
-        (122.0, "1", False),
-        (200.0, "2", False),
-        (319.0, "2", False),
-        (321.0, "2", True),
-    ):
-        file.write_text(sign)
-        assert watch.has_ended() == expected, (now, sign)
-    watch = CommandWatch(tmp_path / "absent")
-    now += 121.0
-    assert watch.has_ended()
-
-
-def test_a_process_ends_with_its_command_whatever_it_does(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from launcher.evaluate import evaluation_folder as task\n"
-        "task._ALIVE_TIMEOUT_S = 0.2; task.CommandWatch(Path(sys.argv[1])).start(0.1); time.sleep(600)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGTERM
-    assert "the command of this evaluation has ended" in done.stdout
 
 
 @pytest.mark.parametrize(

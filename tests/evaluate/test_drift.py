@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher import hardware
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
 from launcher.data.sources.documents import Chat, Completion
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.evaluate import drift
 from launcher.evaluate.drift import DriftReport, Measure, Numbers, Prompt, compare_prompts
-from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan
 
 
 def sample(number: int, seed: int, *, first: int = 0, words: int = 300, length: int = 20) -> list[Prompt]:
@@ -36,14 +35,14 @@ def measure(report: DriftReport, name: str) -> Measure:
 
 @pytest.mark.rest  # many simulated comparisons
 def test_prompts_of_one_distribution_are_rarely_called_others() -> None:
-    reports = [compare_prompts(sample(60, seed), sample(120, 1_000 + seed)) for seed in range(40)]
+    reports = [compare_prompts(sample(60, seed), sample(120, 1_000 + seed), {}) for seed in range(40)]
     assert sum(report.has_drifted for report in reports) <= 1
     assert np.mean([measure(report, "words").p_value for report in reports]) == pytest.approx(0.5, abs=0.2)
     assert reports[0].sentence.startswith("The prompts are like the training prompts (p = ")
 
 
 def test_other_words_are_found() -> None:
-    report = compare_prompts(sample(60, 1, first=200), sample(120, 2))
+    report = compare_prompts(sample(60, 1, first=200), sample(120, 2), {})
     assert report.has_drifted
     assert report.sentence.startswith("The prompts have drifted: different words (p = 0.001)")
     assert measure(report, "words").now > 0.5
@@ -52,7 +51,7 @@ def test_other_words_are_found() -> None:
 
 
 def test_other_lengths_are_found() -> None:
-    report = compare_prompts(sample(60, 1, length=40), sample(120, 2))
+    report = compare_prompts(sample(60, 1, length=40), sample(120, 2), {})
     assert report.has_drifted
     assert "different lengths (p = " in report.sentence
     assert measure(report, "lengths").now > 1.5 * measure(report, "lengths").training
@@ -155,17 +154,3 @@ def test_training_prompts_have_the_tokens_of_the_same_prompts_in_a_file(
     # The shortened text would contain a part of the credential.
     (one,) = drift.encode_prompts([drift.parse_prompt({"prompt": "ghp_" + "a" * 36}, "")], completions, encoder, generator)
     assert "ghp_" not in one.text
-
-
-@pytest.mark.parametrize(("num_params", "offload", "is_scored"), [(8e9, False, True), (70e9, False, False), (70e9, True, True)])
-def test_models_score_prompts_unasked_on_gpus_that_hold_them(
-    plan_of: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch, num_params: float, offload: bool, is_scored: bool
-) -> None:
-    plan = plan_of("model=tiny", "data=jsonl", "data.path=rows.jsonl", "model.dtype=bf16")
-    model = plan.model.model_copy(update={"num_params": int(num_params)})
-    zero = {**plan.deepspeed["zero_optimization"], **({"offload_param": {"device": "cpu"}} if offload else {})}
-    plan = plan.model_copy(update={"model": model, "deepspeed": {**plan.deepspeed, "zero_optimization": zero}})
-    monkeypatch.setattr(hardware, "device", lambda: DeviceFacts(kind="cuda", name="GPU", count=2, memory_gib=24))
-    assert (drift.find_obstacle(plan) == "") is is_scored
-    monkeypatch.setattr(hardware, "device", lambda: DeviceFacts(kind="cpu", name="CPU", count=2, host_memory_gib=64))
-    assert "--likelihood" in drift.find_obstacle(plan)

@@ -10,7 +10,7 @@ import pytest
 from launcher.errors import RunError
 from launcher.evaluate.evaluation_folder import AnswerKey, AnswerStore, StoredAnswer, reuse_base_answers
 
-KEY = AnswerKey("weights", "config", (2,), "prompts", 3, "plain text", "transformers", "fp32", "cpu", 8, "5")
+KEY = AnswerKey("weights", "config", (2,), "prompts", 3, "plain text", "transformers", "fp32", "cpu", 8)
 
 
 def answer(index: int) -> StoredAnswer:

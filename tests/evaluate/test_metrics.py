@@ -32,9 +32,7 @@ def score(metric: str, text: str, reference: str = "", **options: object) -> flo
         ("numeric", "about 1,23", "23", 0),
         ("numeric", "at 10:30", "30", 0),
         ("numeric", "So it is:\n\n- 42", "42", 1),
-        ("numeric", "USD500", "USD 500", 1),
         ("numeric", "2^10", "2", 0),
-        ("numeric", "-3 1/2", "-3.5", 1),
         ("numeric", "\\frac{-3}{4}", "-3/4", 1),
         ("numeric", "1" + ",000" * 1440, "1", 0),
         ("numeric", "a probability of .5", "0.5", 1),
@@ -117,7 +115,7 @@ def test_a_regular_expression() -> None:
     "metric, reference, part",
     [
         ("numeric", "none", "no number"),
-        ("numeric", "at 10:30", "a time, a date, a range, a power or a decimal comma"),
+        ("numeric", "at 10:30", "a time, a date, a power or a decimal comma"),
         ("numeric", "2024-01-05", "a time, a date"),
         ("numeric", "4,5", "a decimal comma"),
         ("field_f1", "x", "not JSON"),

@@ -36,7 +36,7 @@ grep -qE '\| +transformers$' output || fail "the output lacks the imports"
 ! grep -qE '\| +torch$' output || fail "a tokenizer is loaded with torch"
 step "documents by their losses" launcher data --scored first --split held_out
 says "likely mislabeled"
-step "drift" launcher drift first chats.jsonl --no-likelihood
+step "drift" launcher drift first chats.jsonl
 says "The prompts are like the training prompts"
 step "evaluate" launcher evaluate first evaluate.max_prompts=2 evaluate.max_new_tokens=4
 says "there is no base model to compare with"

@@ -15,7 +15,7 @@ import hand_made
 import pytest
 import torch
 from forked_ranks import RankServer
-from liger_package import APPLIED_IN_PART, FILES, write_package
+from liger_package import APPLIED_IN_PART, write_package
 from plan_fixtures import PlanOf
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -160,7 +160,7 @@ def test_a_model_that_is_built_after_training_computes_without_liger(
     install()
     trained = build(uses_liger=True)
     assert trained.liger_problem == ""
-    # Trying out the kernels must not change the random initial weights.
+    # Liger must not change the random initial weights.
     weights = dict(trained.parameters_by_name())
     for name, weight in without.parameters_by_name().items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=0, msg=name)
@@ -177,14 +177,6 @@ UNUSABLE = {
     "what it imports late": (
         {"monkey_patch": "raise ImportError('liger-kernel requires transformers >= 6.0.0\\nPlease install ...')"},
         "ImportError: liger-kernel requires transformers >= 6.0.0",
-    ),
-    "the first kernel": (
-        {"rms_norm": FILES["rms_norm"].replace("return nn", "raise RuntimeError('Failed to find C compiler.') #")},
-        "RuntimeError: Failed to find C compiler.",
-    ),
-    "a gradient": (
-        {"rope": FILES["rope"].replace("x * cos", "(x - x).sqrt() * cos")},
-        "ArithmeticError: Liger's kernels computed gradients that are not finite",
     ),
 }
 

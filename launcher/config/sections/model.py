@@ -68,7 +68,7 @@ class ModelSection(SettingsSection):
         "auto",
         description=(
             "Liger's fused kernels for norms, rotary embedding and MLP on GPUs. auto: used if installed (the extra `gpu`), for "
-            "dense architectures that Liger supports; each rank tries it first, and if one fails, all train without it, with an "
+            "dense architectures that Liger supports; each rank imports it first; if one fails, all train without it, with an "
             "alert. If the ranks run in another Python than the command (a container image on Slurm, a Ray cluster elsewhere), "
             "they decide, and the plan's memory is for the case without it. true: refuse a run that cannot use it. CPUs never "
             "use it."

@@ -31,7 +31,7 @@ from launcher.clusters.limits import LimitEvents
 from launcher.clusters.preflight import existing_folder
 from launcher.config.schema import RunConfig
 from launcher.data.cache_dir import cache_path
-from launcher.hardware import is_full, may_use_gpus, missing_build_tools
+from launcher.hardware import is_full, missing_build_tools
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
@@ -57,9 +57,6 @@ _KERNELS = {
     "flash-attn-4": ("model.attention=flash_attention_4", "from flash_attn.cute import flash_attn_func"),
     "liger-kernel": ("model.liger=True", "from liger_kernel.transformers import _apply_liger_kernel_to_instance"),
 }
-_TRY_LIGER = (
-    "import torch; from launcher.train.liger import try_kernels; try_kernels('llama', torch.device('cuda'), torch.float32)"
-)
 _CHUNK_BYTES = 4 << 20
 # Enough to measure a speed; the check before a start writes one.
 _NUM_CHUNKS = 32
@@ -195,10 +192,7 @@ def check_build_tools(node: CheckedNode) -> Iterator[CheckResult]:
 
 
 def check_kernels(node: CheckedNode) -> Iterator[CheckResult]:
-    """Import the optional kernels that are installed or requested: a build for another torch fails only on import.
-
-    On a GPU, Liger's kernels also compute, as in the ranks' own trial.
-    """
+    """Import the optional kernels that are installed or requested: a build for another torch fails only on import."""
     model = node.config.model
     requested = (f"model.attention={model.attention}", f"model.liger={model.liger}")
     for package, (setting, statement) in _KERNELS.items():
@@ -210,12 +204,11 @@ def check_kernels(node: CheckedNode) -> Iterator[CheckResult]:
             if setting in requested:
                 yield failure(f"{package} is not installed, and the run asks for it: {setting}", f"pip install {package}")
             continue
-        computes = package == "liger-kernel" and may_use_gpus()
-        _, problem = run_python(["-c", _TRY_LIGER if computes else statement], _IMPORT_S)
+        _, problem = run_python(["-c", statement], _IMPORT_S)
         if problem:
             yield result(f"{package} {version} cannot be used: {problem}", remedy)
         else:
-            yield ok(f"{package} {version} {'computes' if computes else 'can be imported'}", must_match=True)
+            yield ok(f"{package} {version} can be imported", must_match=True)
 
 
 def check_run_storage(node: CheckedNode) -> Iterator[CheckResult]:
