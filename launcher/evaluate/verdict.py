@@ -3,10 +3,7 @@
 For scores of 0 and 1, the interval is Tango's score interval ("Equivalence test and confidence interval for the difference in
 proportions for the paired-sample design", Statistics in Medicine 17, 1998), which also holds if no answers differ, or all do.
 
-For graded scores it is the percentile bootstrap over prompts (Efron and Tibshirani, An Introduction to the Bootstrap, chapter
-13), with the percentiles moved outwards for small samples as in Hesterberg, "What Teachers Should Know about the Bootstrap"
-(2015, section 3.3.1): the plain percentiles of n prompts are too narrow by about sqrt((n - 1) / n), and by the difference between
-the normal and the t distribution.
+For graded scores it is Student's interval of the mean difference over prompts.
 
 The exact test is McNemar's, in the binomial form, on the pairs whose scores differ.
 """
@@ -43,10 +40,6 @@ _NUM_EXAMPLES = 5
 # Number of wins, losses and ties whose texts are kept.
 _NUM_SHOWN = 3
 _MAX_SHOWN_CHARS = 1_500
-NUM_DRAWS = 10_000
-SEED = 20_240_229
-# Maximum number of drawn indices in memory at a time.
-_MAX_DRAWN = 4_000_000
 # Sums of fractions differ in the last bits, but a bound of zero must not count as above zero.
 _DECIMALS = 12
 _NORMAL = NormalDist()
@@ -139,9 +132,8 @@ def _compare_sides(metric: str, baseline: str, tuned: Scores, base: Scores, num_
         low, high = score_interval(wins, losses, len(differences))
         _, worst_high = score_interval(wins, losses, len(differences), wider)
     elif len(differences) > 1:
-        means = bootstrap_means(differences)
-        low, high = interval(means, len(differences))
-        _, worst_high = interval(means, len(differences), wider)
+        low, high = mean_interval(differences)
+        _, worst_high = mean_interval(differences, wider)
     p_value, differing_share = None, 0.0
     if discordant < MIN_DISCORDANT and len(differences) > 1:
         # Of graded scores, as many may differ by 1 that this sample does not contain.
@@ -220,24 +212,11 @@ def describe_general_loss(loss: GeneralLoss) -> str:
     return f"General loss {moved}{until}: no sign of forgetting."
 
 
-def bootstrap_means(differences: Scores) -> Scores:
-    """Return the mean difference in each of NUM_DRAWS samples of the prompts, drawn with replacement, in ascending order."""
-    generator = np.random.default_rng(SEED)
-    num_prompts = len(differences)
-    draws_at_once = max(1, _MAX_DRAWN // num_prompts)
-    means = [
-        differences[generator.integers(num_prompts, size=(min(draws_at_once, NUM_DRAWS - start), num_prompts))].mean(axis=1)
-        for start in range(0, NUM_DRAWS, draws_at_once)
-    ]
-    return np.sort(np.concatenate(means))
-
-
-def interval(sorted_means: Scores, num_prompts: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the bounds of the mean, from `bootstrap_means` of `num_prompts` prompts, at least two."""
-    t = t_quantile(1 - (1 - confidence) / 2, num_prompts - 1)
-    tail = _NORMAL.cdf(-t * math.sqrt(num_prompts / (num_prompts - 1)))
-    low, high = np.quantile(sorted_means, [tail, 1 - tail])
-    return round(float(low), _DECIMALS), round(float(high), _DECIMALS)
+def mean_interval(differences: Scores, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Student's bounds of the mean of at least two differences."""
+    t = t_quantile(1 - (1 - confidence) / 2, len(differences) - 1)
+    mean, half = float(differences.mean()), t * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return round(mean - half, _DECIMALS), round(mean + half, _DECIMALS)
 
 
 def score_interval(wins: int, losses: int, num_prompts: int, confidence: float = 0.95) -> tuple[float, float]:

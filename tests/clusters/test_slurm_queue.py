@@ -134,9 +134,9 @@ def test_unknown_reasons_and_states_are_shown_unchanged() -> None:
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("QOSMaxJobsPerUserLimit", "other jobs use up the limit of its QOS"),
-        ("QOSMaxWallDurationPerJobLimit", "it requests more than its QOS allows one job"),
-        ("AssocGrpGRES", "other jobs use up the limit of its account"),
+        ("QOSMaxJobsPerUserLimit", "other jobs use up the limit of its QOS or account"),
+        ("QOSMaxWallDurationPerJobLimit", "it requests more than its QOS or account allows one job"),
+        ("AssocGrpGRES", "other jobs use up the limit of its QOS or account"),
         ("launch failed requeued held", "Slurm could not start it on its nodes"),
         ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "nodes that it needs are down"),
     ],

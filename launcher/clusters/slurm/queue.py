@@ -273,7 +273,6 @@ def _parse_value(text: str) -> str:
 
 
 # Patterns for the beginning of Slurm's reasons, and the text to show; the first match counts. {id} is the job's number.
-_RELEASE = "release it with: scontrol release {id}"
 _TOO_MUCH = "the job will not start; cancel it and request less, or another"
 _REASONS: tuple[tuple[str, str], ...] = (
     (r"Resources", "waiting for nodes"),
@@ -284,49 +283,26 @@ _REASONS: tuple[tuple[str, str], ...] = (
         "scontrol update JobId={id} Dependency=",
     ),
     (r"Dependency", "waiting for the jobs that it depends on"),
-    (r"JobHeldUser", f"held; {_RELEASE}"),
     (r"JobHeldAdmin", "held by an administrator; ask them for the reason"),
-    (r"job.requeued.in.held.state", f"requeued and held; {_RELEASE}"),
     (
         r"launch.failed.requeued.held",
-        f"Slurm could not start it on its nodes and holds it; ask the administrators for the cause, then {_RELEASE}",
+        "Slurm could not start it on its nodes and holds it; ask the administrators for the cause, then release it with: "
+        "scontrol release {id}",
     ),
-    (r"JobHoldMaxRequeue", f"held by Slurm after too many requeues; {_RELEASE}"),
+    (r"JobHeld|JobHoldMaxRequeue|job.requeued.in.held", "held; release it with: scontrol release {id}"),
     (r"BeginTime", "its earliest start time has not come; after a requeue Slurm waits about two minutes"),
-    (
-        r"PartitionTimeLimit",
-        f"cluster.time exceeds the partition's limit (sinfo -o '%P %l'); {_TOO_MUCH} partition",
-    ),
+    (r"PartitionTimeLimit", f"cluster.time exceeds the partition's limit (sinfo -o '%P %l'); {_TOO_MUCH} partition"),
     (r"PartitionNodeLimit", f"cluster.nodes exceeds what the partition allows or has in service; {_TOO_MUCH} partition"),
-    (r"Partition(Down|Inactive)", "the partition is closed; wait for the administrators, or use another cluster.partition"),
+    (r"Partition", "the partition is closed; wait for the administrators, or use another cluster.partition"),
     (
-        r"ReqNodeNotAvail|Nodes required for job are",
+        r"ReqNodeNotAvail|Nodes required for job are|NodeDown",
         "nodes that it needs are down, drained or reserved; sinfo -R shows the reasons; wait, or request other nodes",
     ),
-    (r"NodeDown", "a node that it needs is down; sinfo -R shows the reason"),
     (
-        r"QOS.*(PerJob|PerNode|Min)|QOSTimeLimit",
-        f"it requests more than its QOS allows one job, or less than the minimum; {_TOO_MUCH} cluster.additional_parameters.qos",
+        r"(QOS|Assoc).*(PerJob|PerNode|Min|TimeLimit|WallDuration)",
+        f"it requests more than its QOS or account allows one job; {_TOO_MUCH} account or QOS",
     ),
-    (
-        r"(QOS|MaxJobsPer|MaxSubmit)",
-        "other jobs use up the limit of its QOS; wait until some end, or use another cluster.additional_parameters.qos",
-    ),
-    (r"Assoc.*(PerJob|PerNode|WallDuration)", f"it requests more than its account allows one job; {_TOO_MUCH} cluster.account"),
-    (r"Assoc", "other jobs use up the limit of its account; wait until some end, or use another cluster.account"),
-    (r"InvalidAccount", "its account is no longer valid for you; cancel it and use another cluster.account"),
-    (r"InvalidQOS", "its QOS is no longer valid for you; cancel it and use another cluster.additional_parameters.qos"),
-    (
-        r"ReservationDeleted",
-        "its reservation was deleted; cancel it and use another cluster.additional_parameters.reservation",
-    ),
-    (r"Reservation", "waiting for its reservation to begin"),
-    (r"Licenses", "waiting for licenses"),
-    (
-        r"BadConstraints",
-        "no node satisfies its constraints; cancel it and change constraint (cluster.additional_parameters) or the resources",
-    ),
-    (r"Cleaning", "processes of its last start are still being ended"),
+    (r"QOS|Assoc|Max", "other jobs use up the limit of its QOS or account; wait until some end, or use another one"),
 )
 
 

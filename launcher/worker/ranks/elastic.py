@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, Store
+from torch.distributed import DistStoreError, PrefixStore, Store
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, Worker
 from torch.distributed.elastic.multiprocessing import ProcessFailure
@@ -35,6 +35,8 @@ from launcher.worker.ranks.rank_process import RankProcess, StartRank
 from launcher.worker.signals import DISMISSED
 
 _POLL_S = 0.05
+# How often a node that waits for the others looks whether they cannot arrive any more.
+_LOOK = timedelta(seconds=1)
 # Seconds from TERM to KILL when ranks are stopped.
 _STOP_S = 30
 # Exit codes of ranks that the agent stopped.
@@ -219,15 +221,18 @@ class NodeRendezvous(RendezvousHandler):
         self._store.set(keys[self._node.node], self._own_failure() if self._round > 1 else "")
         self._store.add(self._waiting_key(self._round), 1)
         until = time.monotonic() + self._deadline.total_seconds()
-        while not self._store.check(keys):
-            if self._is_final():
-                raise RendezvousClosedError("a node that is waited for cannot arrive")
-            if time.monotonic() > until:
-                missing = [host for host, key in zip(self._node.hosts, keys, strict=True) if not self._store.check([key])]
-                raise RendezvousTimeoutError(
-                    f"{', '.join(missing)} did not reach the rendezvous within {self._deadline.total_seconds():.0f} s"
-                )
-            time.sleep(_POLL_S)
+        while True:
+            try:
+                self._store.wait(keys, _LOOK)
+                break
+            except DistStoreError:
+                if self._is_final():
+                    raise RendezvousClosedError("a node that is waited for cannot arrive") from None
+                if time.monotonic() > until:
+                    missing = [host for host, key in zip(self._node.hosts, keys, strict=True) if not self._store.check([key])]
+                    raise RendezvousTimeoutError(
+                        f"{', '.join(missing)} did not reach the rendezvous within {self._deadline.total_seconds():.0f} s"
+                    ) from None
         if self._round > 1:
             # The head node decides for all whether the ranks are restarted: other nodes may see the disk with a delay.
             decision = f"decision/{self._round}"
