@@ -40,9 +40,8 @@ class Attempt:
     `resume_step` None starts from the initial weights. `job` is None until the job has begun; `restart` counts the
     scheduler's earlier starts of that job. The node agents meet at `address` and `port`, on `interface` of the first of `nodes`.
     `ends_at` is the end of the job's time, `submitted_at` when the attempt was requested, `begun_at` when its machines became
-    available. `automatic`: the launcher started it, not a person. `pinned`: a person requested exactly this step. `num_workers`
-    is the number of workers that Ray holds for it, including idle ones. `clock` is the reading of launcher.clock for the times of
-    its machine.
+    available. `automatic`: the launcher started it, not a person. `pinned`: a person requested exactly this step. `clock` is the
+    reading of launcher.clock for the times of its machine.
     """
 
     resume_step: int | None
@@ -57,7 +56,6 @@ class Attempt:
     begun_at: float | None = None
     automatic: bool = False
     pinned: bool = False
-    num_workers: int | None = None
     clock: str = field(default="", compare=False)
 
 

@@ -31,7 +31,7 @@ from launcher.models.found_model import find_model
 from launcher.plan.flops import FAMILIES, missing_sizes, train_flops
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.plan_checks import find_warnings
-from launcher.plan.planner import plan_fewest_workers, sizing_inputs
+from launcher.plan.planner import plan_fewest_nodes, sizing_inputs
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.sizing.combinations import PREFERRED_SHARE, USABLE_SHARE, CombinationEstimate, rank_combinations
 from launcher.plan.sizing.layers import describe_liger
@@ -232,7 +232,7 @@ def _list_memory(plan: LaunchPlan) -> list[tuple[str, str]]:
     states = f"model states {_format_gib(memory.per_rank_gib)}{of} per rank ({kept})" if kept else "no model states on the GPU"
     parts = [states, *([f"offloaded per rank: {moved}"] if moved else [])]
     parts += [f"{_format_gib(memory.host_per_node_gib)} of main memory per node"] if memory.host_per_node_gib else []
-    if (smallest := plan_fewest_workers(plan)) is not None:
+    if (smallest := plan_fewest_nodes(plan)) is not None:
         parts.append(f"{_format_gib(smallest.memory.per_rank_gib)} per rank on {smallest.topology.world_size}")
     return [("memory", "; ".join(parts)), ("peak", describe_peak(plan))]
 
@@ -360,7 +360,7 @@ def _list_notes(plan: LaunchPlan, own_notes: Sequence[str | None]) -> list[str]:
     if (isolation := plan.model.isolation) is not None and isolation.outcome == "unknown":
         condition = "packed documents affect each other" if config.data.packing else "the model sees later tokens"
         notes.append(f"whether {condition} is measured on the loaded model, before step 1 ({isolation.detail})")
-    smallest = plan_fewest_workers(plan)
+    smallest = plan_fewest_nodes(plan)
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _describe_tight_memory(sized))]
     is_single = built is not None and single_step_warning(config.train, built.num_rows, plan.topology.world_size) is not None
     is_scheduled = config.optim.schedule != "constant" and not is_single

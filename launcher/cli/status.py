@@ -342,8 +342,7 @@ def _estimate_remaining(
     if placed.max_hours is not None:
         held_s = 0.0 if spent is None else spent.held_s
         limits.append((placed.max_hours * 3600 - held_s, f"run.max_hours={placed.max_hours:g}"))
-    num_gpus = max(placed.num_ranks, 0 if spent is None else spent.num_workers)
-    usd_per_s = None if placed.price is None else num_gpus * placed.price.usd_per_gpu_hour / 3600
+    usd_per_s = None if placed.price is None else placed.num_ranks * placed.price.usd_per_gpu_hour / 3600
     if placed.max_usd is not None and usd is not None and usd_per_s:
         limits.append(((placed.max_usd - usd) / usd_per_s, f"run.max_usd={placed.max_usd:g}"))
     until_s, limit = min(limits, default=(math.inf, None))

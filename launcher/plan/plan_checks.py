@@ -40,12 +40,12 @@ def find_topology_refusals(config: RunConfig, device: DeviceFacts, topology: Top
             value=gpu_type,
             remedy="set cluster.ranks_per_node to the GPUs of one node",
         )
-    fewest_workers = config.cluster.fewest_workers
-    if fewest_workers is not None and fewest_workers > topology.world_size:
+    fewest_nodes = config.cluster.fewest_nodes
+    if fewest_nodes is not None and fewest_nodes > topology.nodes:
         yield Problem(
-            f"cluster.min_workers={fewest_workers} is more than the {topology.world_size} workers of the run",
-            where="cluster.min_workers",
-            value=str(fewest_workers),
+            f"cluster.min_nodes={fewest_nodes} is more than the {topology.nodes} nodes of the run",
+            where="cluster.min_nodes",
+            value=str(fewest_nodes),
             remedy="lower it, or raise cluster.nodes",
         )
     if topology.device == "cpu" and config.model.attention.startswith("flash_attention"):
@@ -55,8 +55,6 @@ def find_topology_refusals(config: RunConfig, device: DeviceFacts, topology: Top
             value=config.model.attention,
             remedy="set model.attention=auto",
         )
-    if problem := config.cluster.topology_problem(topology.world_size):
-        yield problem
     yield from check_hpz(config, topology)
 
 

@@ -101,35 +101,33 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     return planned
 
 
-def fit_workers(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> LaunchPlan:
-    """Return the plan on the largest number of ranks, up to `num_workers`, that the global batch divides over. Pure.
+def fit_nodes(planned: LaunchPlan, num_nodes: int) -> LaunchPlan:
+    """Return the plan on the largest number of nodes, up to `num_nodes`, whose ranks the global batch divides over. Pure.
 
     Raises:
         ConfigError: if there is no such number.
     """
-    for ranks in range(num_workers, 0, -1):
-        if ranks == planned.topology.world_size:
+    for nodes in range(num_nodes, 0, -1):
+        if nodes == planned.topology.nodes:
             return planned
         with suppress(ConfigError):
-            return resize_plan(planned, ranks, min(ranks, ranks_per_node))
+            return resize_plan(planned, nodes * planned.topology.ranks_per_node, planned.topology.ranks_per_node)
     raise ConfigError(
-        f"the global batch cannot be split evenly over any number of workers up to {num_workers}",
+        f"the global batch cannot be split evenly over the ranks of any number of nodes up to {num_nodes}",
         where="train.global_batch_size",
         value=str(planned.batch.global_batch_size),
         remedy="leave train.micro_batch_size and deepspeed.hpz_partition_size unset, or change the batch",
     )
 
 
-def plan_fewest_workers(planned: LaunchPlan) -> LaunchPlan | None:
-    """Return the plan of an elastic run on its minimum number of workers; None for a run of one size.
+def plan_fewest_nodes(planned: LaunchPlan) -> LaunchPlan | None:
+    """Return the plan of an elastic run on its minimum number of nodes; None for a run of one size.
 
     Raises:
-        ConfigError: if the global batch does not divide over any number of workers up to that minimum.
+        ConfigError: if the global batch does not divide over the ranks of any number of nodes up to that minimum.
     """
-    num_workers = planned.config.cluster.fewest_workers
-    if num_workers is None or num_workers == planned.topology.world_size:
-        return None
-    return fit_workers(planned, num_workers, planned.topology.ranks_per_node)
+    num_nodes = planned.config.cluster.fewest_nodes
+    return None if num_nodes in (None, planned.topology.nodes) else fit_nodes(planned, num_nodes)
 
 
 def resize_plan(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> LaunchPlan:
@@ -260,13 +258,13 @@ def _check_memory(planned: LaunchPlan) -> Iterator[Problem]:
         size = f"{format_count(topology.nodes, 'node')} of {format_count(topology.ranks_per_node, 'rank')}"
         yield Problem(too_large, where="cluster", value=size, remedy=remedy)
         return
-    smallest = plan_fewest_workers(planned)
+    smallest = plan_fewest_nodes(planned)
     if smallest is not None and (too_large := _describe_excess(smallest)):
-        fewest_workers = planned.config.cluster.fewest_workers
+        fewest_nodes = planned.config.cluster.fewest_nodes
         yield Problem(
-            f"cluster.min_workers={fewest_workers}: {too_large}",
-            where="cluster.min_workers",
-            value=str(fewest_workers),
+            f"cluster.min_nodes={fewest_nodes}: {too_large}",
+            where="cluster.min_nodes",
+            value=str(fewest_nodes),
             remedy=f"raise it, or use {offload}",
         )
 

@@ -109,7 +109,7 @@ class RanksRestarted(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeEnded(Event):
-    """The agent of a node: how its ranks ended; under Ray one per worker, numbered by its rank.
+    """The agent of a node: how its ranks ended.
 
     `stopped`: the ranks were asked to stop. `killed`: they did not stop in time. `problems` are the findings of the node checks;
     if there are any, the ranks were never started.
@@ -126,18 +126,6 @@ class NodeEnded(Event):
     @property
     def writer(self) -> str:
         return f"node-{self.node:05d}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodesDraining(Event):
-    """Ray announced the loss of these nodes, by name, while the attempt ran."""
-
-    nodes: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LostCoordinator(Event):
-    """The process of the run's coordinator on Ray ended while the attempt ran."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +161,6 @@ KINDS: Mapping[str, type[Event]] = {
         RepeatableFailure,
         RanksRestarted,
         NodeEnded,
-        NodesDraining,
-        LostCoordinator,
         AttemptConcluded,
         StatusChanged,
     )
@@ -190,7 +176,6 @@ class AttemptState:
         repeatable: the earliest failure that a restart would repeat.
         restarts: of all ranks within the attempt, oldest first.
         nodes: how the nodes ended, keyed by number; a node that has not ended, or could not report it, is missing.
-        draining: nodes whose loss was announced.
         ended: the verdict on the attempt.
         status: the run's status at its last change.
     """
@@ -199,8 +184,6 @@ class AttemptState:
     repeatable: FailureRecord | None = None
     restarts: tuple[RanksRestarted, ...] = ()
     nodes: Mapping[int, NodeEnded] = field(default_factory=dict)
-    draining: tuple[str, ...] = ()
-    has_lost_coordinator: bool = False
     ended: AttemptConcluded | None = None
     status: Status | None = None
 
@@ -227,8 +210,6 @@ def fold(events: Iterable[Event]) -> AttemptState:
         repeatable=None if repeatable is None else repeatable.failure,
         restarts=tuple(list_events(RanksRestarted)),
         nodes={event.node: event for event in list_events(NodeEnded)},
-        draining=tuple(dict.fromkeys(node for event in list_events(NodesDraining) for node in event.nodes)),
-        has_lost_coordinator=bool(kinds[LostCoordinator]),
         ended=last(AttemptConcluded),
         status=None if changed is None else replace(changed.status, updated_at=changed.at),
     )

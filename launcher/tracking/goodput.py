@@ -46,8 +46,7 @@ class AttemptTimes:
         ended_at: None while it runs.
         num_ranks: ranks in its plan.
         automatic: the launcher, not a person, started it.
-        num_workers: workers that Ray holds for it; 0 elsewhere.
-        price: price of a rank or worker; None if unknown.
+        price: price of a rank; None if unknown.
     """
 
     number: int
@@ -56,7 +55,6 @@ class AttemptTimes:
     ended_at: float | None
     num_ranks: int
     automatic: bool = True
-    num_workers: int = 0
     price: Price | None = None
 
 
@@ -70,7 +68,6 @@ class Breakdown:
         usd: cost of `gpu_s` in US dollars; None if a price is unknown.
         assumed_usd: the part of `usd` at typical prices.
         lost_steps: steps that were trained and discarded.
-        num_workers: Ray's workers of the newest attempt.
     """
 
     wall_s: float = 0.0
@@ -89,7 +86,6 @@ class Breakdown:
     usd: float | None = 0.0
     assumed_usd: float = 0.0
     lost_steps: int = 0
-    num_workers: int = 0
 
     @property
     def goodput(self) -> float:
@@ -99,7 +95,7 @@ class Breakdown:
     def add_training(self, seconds: float, eval_s: float, save_s: float, num_ranks: int, price: Price | None) -> Breakdown:
         """Return the breakdown after further `seconds` of training on `num_ranks` ranks, `eval_s` and `save_s` of them lost."""
         return replace(
-            self.add_gpu_time(seconds * max(num_ranks, self.num_workers), price),
+            self.add_gpu_time(seconds * num_ranks, price),
             wall_s=self.wall_s + seconds,
             kept_s=self.kept_s + max(0.0, seconds - eval_s - save_s),
             eval_s=self.eval_s + eval_s,
@@ -192,14 +188,14 @@ def break_down(lines: Sequence[Line], events: Sequence[Line], attempts: Sequence
         # Machines cost the same before the ranks have joined.
         num_ranks = own[0].num_ranks if own else attempt.num_ranks
         held = held + end - started_at
-        spent = spent.add_gpu_time((end - started_at) * max(num_ranks, attempt.num_workers), attempt.price)
+        spent = spent.add_gpu_time((end - started_at) * num_ranks, attempt.price)
         parts["start_s"] += max(0.0, (own[0].joined_at if own else end) - started_at)
         for start in own:
             lost_steps += start.add_to(parts, is_last=start is starts[-1] and attempt is attempts[-1])
         before = max(before, end)
     wall = before - attempts[0].submitted_at
     parts["other_s"] = max(0.0, wall - sum(parts.values()))
-    return replace(spent, wall_s=wall, **parts, held_s=held, lost_steps=lost_steps, num_workers=attempts[-1].num_workers)
+    return replace(spent, wall_s=wall, **parts, held_s=held, lost_steps=lost_steps)
 
 
 def _find_starts(lines: Sequence[Line], events: Sequence[Line], attempts: Sequence[AttemptTimes], now: float) -> list[_RankStart]:
@@ -253,7 +249,7 @@ def read_attempt_times(run: RunDir, next_plan: LaunchPlan | None = None) -> list
         num_ranks = plan["topology"]["world_size"]
         prices.append((plan["config"]["cluster"].get("gpu_type"), Price.of_plan(plan)))
         times = (record.submitted_at, record.begun_at, ended_at)
-        attempts.append(AttemptTimes(number, *times, num_ranks, record.automatic, record.num_workers or 0))
+        attempts.append(AttemptTimes(number, *times, num_ranks, record.automatic))
     later_type, later_price = (None, None) if next_plan is None else (next_plan.config.cluster.gpu_type, next_plan.price)
     for i in reversed(range(len(attempts))):
         gpu_type, price = prices[i]

@@ -35,7 +35,7 @@ _SIGNAL_SPREAD_S = 90.0 + 300.0
 _FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
 # Errors that an agent raises before it starts its ranks because its node lacks something.
 _NODE_ERRORS = ("RunError", "DamagedRun", "UnreadableRun", "SlurmError")
-# Slurm's states for a job that lost its machines, and the state for Ray workers that are replaced by a different number.
+# Slurm's states for a job that lost its machines, and the state for nodes that more nodes replace.
 _REQUEUED = ("PENDING", "REQUEUED")
 _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}
 # The space that is reserved for the records of an attempt's end.
@@ -62,7 +62,6 @@ class Evidence:
     Attributes:
         state: the scheduler's state of the job; empty if unknown, or without a scheduler.
         exit_code: srun's; None if the job did not record it.
-        lost_nodes: the attempt's nodes that Ray has lost, by name; None if unknown, or not on Ray.
         failed_nodes: the nodes that Slurm has lost, if known.
         silence: why a node left no record, keyed by its name, the first cause first.
         refused: the error of each node on which no agent could start, keyed by its name.
@@ -77,7 +76,6 @@ class Evidence:
 
     state: str = ""
     exit_code: int | None = None
-    lost_nodes: Collection[str] | None = None
     failed_nodes: Collection[str] = ()
     silence: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -131,10 +129,6 @@ class Evidence:
     @cached_property
     def silence_message(self) -> str:
         """What is known about the nodes that left no record; empty if there are none."""
-        if self.lost_nodes is not None and self.silent:
-            # If Ray loses a node, it ends the workers on all nodes before they can leave records.
-            lost = [node for node in self.silent if node in self.lost_nodes]
-            return f"Ray has lost {', '.join(lost)}" if lost else f"no record from {', '.join(self.silent)}, which Ray still has"
         parts = [reason for node, reason in self.silence.items() if node in self.silent]
         if rest := [node for node in self.silent if node not in self.silence]:
             parts.append(f"no record from {', '.join(rest)}")
@@ -190,15 +184,8 @@ def _judge_killed(evidence: Evidence) -> Ending:
 
 def _judge_taken(evidence: Evidence) -> Ending:
     cause = _TAKEN[evidence.state]
-    event = "the number of workers changed" if cause is Cause.RESIZED else f"the job ended as {evidence.state}"
+    event = "the number of nodes changed" if cause is Cause.RESIZED else f"the job ended as {evidence.state}"
     return evidence.ended(cause, f"{event} at step {evidence.step} without saving")
-
-
-def _judge_lost_coordinator(evidence: Evidence) -> Ending:
-    names = ", ".join(dict.fromkeys(evidence.attempt.nodes))
-    return evidence.ended(
-        Cause.INFRASTRUCTURE, f"the run's coordinator was killed or has ended, and the ranks on {names} with it"
-    )
 
 
 def _judge_lost_node(evidence: Evidence) -> Ending:
@@ -273,13 +260,6 @@ RULES: tuple[Rule, ...] = (
             and (e.is_consequence or e.by_signal or (e.first is not None and e.first.rank is None))
         ),
         lambda e: e.ended(Cause.PREEMPTED, f"the job was requeued at step {e.step} without saving"),
-    ),
-    # Workers that have lost the coordinator end their ranks and leave no record, so this precedes silent nodes; but a lost node
-    # may have taken the coordinator with it.
-    Rule(
-        "lost_coordinator",
-        lambda e: e.journal.has_lost_coordinator and "Ray has lost" not in e.silence_message and e.is_consequence,
-        _judge_lost_coordinator,
     ),
     # Ranks that have nothing to save end by the agents' signal itself, which is no failure. One node that was asked to stop
     # speaks for the silent ones: the same request ended them.

@@ -149,10 +149,21 @@ class Stopper:
 
         threading.Thread(target=repeat_signal, name="stopper", daemon=True).start()
 
+    def cancel(self, save: bool) -> None:
+        """Follow a person's request, which may be repeated: the ranks save first, or are killed."""
+        while self._num_cancels < (1 if save else 2):
+            self._add_cancel()
+
+    def _add_cancel(self) -> None:
+        self._num_cancels += 1
+        self.request(CANCEL)
+        if self._num_cancels > 1:
+            self._signal, self.killed = signal.SIGKILL, True
+
     def _listen(self) -> None:
         while True:
             stop_signal = self._signals[signal.Signals(signal.sigwaitinfo(set(self._signals)).si_signo)]
-            self._num_cancels += stop_signal == CANCEL
-            if self._num_cancels > 1 and stop_signal == CANCEL:
-                self._signal, self.killed = signal.SIGKILL, True
-            self.request(stop_signal)
+            if stop_signal == CANCEL:
+                self._add_cancel()
+            else:
+                self.request(stop_signal)

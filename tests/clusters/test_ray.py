@@ -37,7 +37,7 @@ from launcher.clusters.ray import cluster as module
 from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import RayCluster
 from launcher.config.sections.ray import RaySection
-from launcher.errors import ConfigError, RunError, SubmitError
+from launcher.errors import RunError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.security.folders import Trust
@@ -58,9 +58,10 @@ def test_the_preview_shows_rays_defaults(ray_plan: PlanOf, golden: Callable[[str
     settings = {
         "address": "10.0.0.1:6379",
         "workers": 4,
-        "min_workers": 2,
+        "ranks_per_node": 1,
+        "min_nodes": 2,
         "accelerator_type": "H100",
-        "resources_per_worker": {"CPU": 8.0},
+        "resources_per_rank": {"CPU": 8.0},
         "env": {"NCCL_IB_HCA": "mlx5"},
     }
     labeled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}}
@@ -93,18 +94,10 @@ def test_a_name_that_resolves_to_a_public_address_is_refused(ray_plan: PlanOf, m
         RayCluster().check(ray_plan(address="head.example:6379"))
 
 
-def test_min_workers_with_labels_is_refused(ray_plan: PlanOf) -> None:
-    labels = {"label_selector": {"gpu": "h100"}}
-    with pytest.raises(ConfigError) as error:
-        ray_plan(workers=4, min_workers=2, **labels)
-    assert error.value.problems[0].where == "cluster.label_selector"
-    ray_plan(workers=4, min_workers=4, **labels)
-
-
 def test_only_an_elastic_run_excludes_bad_nodes() -> None:
-    assert section(nodes=2, ranks_per_node=1, min_workers=1).leaves_out_bad_nodes
-    for settings in ({}, {"min_workers": 2}):
-        assert not section(nodes=2, ranks_per_node=1, **settings).leaves_out_bad_nodes
+    assert section(nodes=2, min_nodes=1).leaves_out_bad_nodes
+    for settings in ({}, {"min_nodes": 2}):
+        assert not section(nodes=2, **settings).leaves_out_bad_nodes
 
 
 def test_ray_without_an_address_refuses_several_nodes(ray_plan: PlanOf) -> None:

@@ -36,11 +36,10 @@ CAUSES = {
     "slurm_batch_script": rf"the batch script of job \d+ was killed by SIGKILL{_RESUME}",
     "slurm_requeue": r"the job was requeued at step \d+ without saving",
     # On Ray.
-    "ray_node": rf"Ray has lost n\d{_CONSEQUENCE}",
+    "ray_node": rf"Ray has lost n\d(; Ray has lost n\d)?{_CONSEQUENCE}",
     "ray_raylet": r"(the run's driver or )?the raylet of \S+ \(Ray's process on the driver's node\) was killed or has ended"
     + _RESUME,
-    "ray_coordinator": r"the run's coordinator was killed or has ended, and the ranks on [\w., ]+ with it",
-    "ray_rank": r"rank 0: killed by SIGKILL",
+    "ray_worker": r"Ray's worker on \S+ was killed or has ended",
 }
 
 

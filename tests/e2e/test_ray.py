@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from causes import assert_attempt_named_first
-from e2e_tools import TINY, command_line, last_step, losses, metrics, slow_steps, status
+from e2e_tools import TINY, command_line, last_step, losses, slow_steps, status
 from forked import Launch, require_exit
 from ray_tools import (
     DEADLINE_S,
@@ -28,6 +27,7 @@ from ray_tools import (
     await_no_process,
     causes,
     kill_all,
+    newest_saved,
     ranks_of,
     started_by,
     wait_for,
@@ -77,7 +77,7 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
 ) -> None:
     """Three faults hit the first driver, then it is killed; the second loses Ray.
 
-    One worker is enough here. test_ray_cluster.py has the faults that need several workers or nodes, and a driver that ends by a
+    One node is enough here. test_ray_cluster.py has the faults that need several workers or nodes, and a driver that ends by a
     signal.
     """
     run, env = root / "faulty", {"TMPDIR": str(temporary), **slow_steps()}
@@ -91,7 +91,6 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
         f"run.name={run.name}",
         "--detach",
     )
-    began = time.time()
     done = launch(*SETTINGS, *own, **env)
     require_exit(done)
     assert f"driver     {run}/attempts/001/agent.log" in done.stdout
@@ -100,20 +99,11 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
     assert re.search(r"^faulty +running ", launch_here("ls", "--root", str(root)).stdout, re.MULTILINE)
     require_closed(run, temporary)
 
-    faults = (kill_rank, hang_rank, kill_coordinator)
     with start("logs", str(run), "-f", "--rank", "0") as terminal:
-        for attempt, fault in enumerate(faults, 1):
-            hit = assert_survived(run, attempt, fault)
-            if fault in NAMED:
-                assert_attempt_named_first(launch_here, run, attempt, NAMED[fault])
-            if fault is hang_rank:
-                assert f"(pid {hit[0].pid}) is stopped by a signal (SIGSTOP): no progress for" in alerts(run, attempt)
-            if fault is kill_coordinator:
-                assert "the run's coordinator was killed or has ended: another replaces it" in alerts(run, attempt)
-            if fault is kill_rank:
-                last, first = max(step_times(run, 1)), min(step_times(run, 2))
-                # The target is 30 s on an idle machine.
-                assert first - last < max(60, min(step_times(run, 1)) - began)
+        for number, (fault, why) in enumerate(RESTARTS.items(), 1):
+            assert_restarted(run, number, fault, why)
+        assert_survived(run, 1, kill_worker)
+        assert_attempt_named_first(launch_here, run, 1, "ray_worker")
         # The rank may outlive the driver for a moment, in which its log must not grow.
         ranks_of(run)[0].suspend()
         os.kill(driver_of(run), signal.SIGKILL)
@@ -122,9 +112,9 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
     seen = json.loads(launch_here("status", str(run), "--json").stdout)
     assert seen["state"] == "failed"
     assert f"python -m launcher resume {run}" in seen["message"]
-    assert causes(run) == ["infrastructure"] * len(faults)
+    assert causes(run) == ["infrastructure"]
     logs = [path.read_text(errors="replace") for path in sorted(run.glob("attempts/*/rank-00000.log"))]
-    assert len(logs) == len(faults) + 1
+    assert len(logs) == 2
     whole = "".join(logs)
     assert shown.startswith(whole), "of every attempt, to its end"
     assert re.fullmatch(rf"\nattempt {len(logs)} failed: .*{re.escape(seen['message'])}\n", shown.removeprefix(whole))
@@ -145,14 +135,23 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
     message = shown_status()["message"]
     assert message.startswith(("the raylet of ", "the driver ended without recording a result"))
     assert f"python -m launcher resume {run}" in message
-    newest = len(faults) + 2
-    assert "rank-00000.log" in {path.name for path in (run / f"attempts/{newest:03d}").iterdir()}
+    assert "rank-00000.log" in {path.name for path in (run / "attempts/003").iterdir()}
     assert launch_here("logs", str(run), "--rank", "0").returncode == 0
     assert_losses_of_a_local_run(launch, run)
 
 
-def step_times(run: Path, attempt: int) -> list[float]:
-    return [line["time"] for line in metrics(run) if line["attempt"] == attempt and "train/loss" in line]
+def assert_restarted(run: Path, number: int, fault: Fault, why: str) -> None:
+    """Cause a fault in the first attempt: the node's agent restarts the ranks for the `number`-th time."""
+    saved, step = newest_saved(run, 1), last_step(run)
+    wait_for("a newer checkpoint and another step", lambda: saved < newest_saved(run, 1) and last_step(run) > step)
+    before = ranks_of(run)
+    fault(run, before)
+    wait_for("a restart", lambda: f"(restart {number}): " in alerts(run, 1))
+    assert re.search(rf"\(restart {number}\): rank 0: {why}", alerts(run, 1))
+    step = last_step(run)
+    wait_for("a step after it", lambda: last_step(run) > step)
+    assert not any(rank.is_running() for rank in before.values())
+    assert not (run / "attempts/002").exists()
 
 
 def resume_and_close_the_terminal(start: Callable, run: Path, **env: str) -> None:
@@ -186,15 +185,17 @@ def hang_rank(run: Path, ranks: Ranks) -> None:
     ranks[0].suspend()
 
 
-def kill_coordinator(run: Path, ranks: Ranks) -> None:
-    """Kill the run's coordinator, as the kernel may do when the driver's machine runs out of memory."""
-    raylet = ranks[0].parent().parent()
-    (coordinator,) = [child for child in raylet.children() if "ray::Coordinator" in command_line(child)]
-    coordinator.kill()
+def kill_worker(run: Path, ranks: Ranks) -> None:
+    """Kill Ray's worker on the node, as the kernel may do when its memory is used up; the agent and its ranks end with it."""
+    (worker,) = [parent for parent in ranks[0].parents() if "ray::" in command_line(parent)]
+    worker.kill()
 
 
-# The faults whose message causes.py checks.
-NAMED: dict[Fault, str] = {kill_rank: "ray_rank", kill_coordinator: "ray_coordinator"}
+# The faults that end ranks within an attempt, with how they are named.
+RESTARTS: dict[Fault, str] = {
+    kill_rank: "killed by SIGKILL",
+    hang_rank: r"\(pid \d+\) is stopped by a signal \(SIGSTOP\): no progress for",
+}
 
 
 def require_few_processes(run: Path) -> None:

@@ -15,7 +15,7 @@ from plan_fixtures import DATA, ConfigOf, PlanOf, plan_lines
 from launcher import run_store
 from launcher.errors import ConfigError, Problem, RunError
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Limits
-from launcher.plan.planner import plan, plan_fewest_workers, resize_plan
+from launcher.plan.planner import plan, plan_fewest_nodes, resize_plan
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import estimate_speed
 
@@ -140,11 +140,10 @@ def test_resizing_to_ranks_that_do_not_divide_is_refused(plan_of: PlanOf) -> Non
         resize_plan(plan_of(*LLAMA_70B), 7, 7)
 
 
-def test_min_workers_above_the_world_size_are_refused(plan_of: PlanOf) -> None:
-    (problem,) = problems(plan_of, "cluster=ray", "cluster.min_workers=3")
-    assert problem.message == "cluster.min_workers=3 is more than the 2 workers of the run"
-    settings = ("cluster=ray", "cluster.ranks_per_node=3", "cluster.min_workers=3", "train.global_batch_size=6")
-    assert plan_of(*settings).topology.world_size == 3
+def test_min_nodes_above_the_nodes_are_refused(plan_of: PlanOf) -> None:
+    (problem,) = problems(plan_of, "cluster=ray", "cluster.min_nodes=2")
+    assert problem.message == "cluster.min_nodes=2 is more than the 1 nodes of the run"
+    assert plan_of("cluster=ray", "cluster.nodes=2", "cluster.min_nodes=2").topology.nodes == 2
 
 
 def test_all_problems_of_a_plan_come_in_one_pass(plan_of: PlanOf) -> None:
@@ -181,16 +180,16 @@ def test_model_states_that_exceed_a_gpu_are_refused(plan_of: PlanOf) -> None:
 
 
 def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_room(plan_of: PlanOf) -> None:
-    settings = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.ranks_per_node=8", "cluster.min_workers=16", *H200)
+    settings = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.ranks_per_node=8", "cluster.min_nodes=2", *H200)
     planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 300.0}))
     assert planned.saving.background
-    smallest = plan_fewest_workers(planned)
+    smallest = plan_fewest_nodes(planned)
     assert smallest is not None
     assert not smallest.saving.background, "384 GiB of a node that has 300"
 
 
 def test_a_run_that_saves_while_training_waits_does_so_on_fewer_ranks(plan_of: PlanOf) -> None:
-    settings = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.ranks_per_node=8", "cluster.min_workers=16", *H200)
+    settings = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.ranks_per_node=8", "cluster.min_nodes=2", *H200)
     planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 100.0}))
     assert not planned.saving.background
     # Plans of earlier launchers do not record a node's main memory.
@@ -205,19 +204,19 @@ def test_unknown_gpus_of_a_ray_cluster_are_not_refused(plan_of: PlanOf) -> None:
     assert "model states over 8 ranks" in problem.message
 
 
-def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: PlanOf) -> None:
+def test_an_elastic_run_must_fit_on_its_fewest_nodes(plan_of: PlanOf) -> None:
     elastic = (*SEVENTY, "cluster=ray", "cluster.nodes=8", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
-    (problem,) = problems(plan_of, *elastic, "cluster.min_workers=8")
-    assert problem.where == "cluster.min_workers"
-    assert "cluster.min_workers=8: model states over 8 ranks need 148 GiB per GPU, and a GPU has 79" in problem.message
-    # Of 40 workers, 32 train: the global batch of 128 divides evenly over 32, but not 40.
-    planned = plan_of(*elastic, "cluster.min_workers=40")
-    smallest = plan_fewest_workers(planned)
+    (problem,) = problems(plan_of, *elastic, "cluster.min_nodes=1")
+    assert problem.where == "cluster.min_nodes"
+    assert "cluster.min_nodes=1: model states over 8 ranks need 148 GiB per GPU, and a GPU has 79" in problem.message
+    # Of 5 nodes, 4 train: the global batch of 128 divides evenly over 32 ranks, but not 40.
+    planned = plan_of(*elastic, "cluster.min_nodes=5")
+    smallest = plan_fewest_nodes(planned)
     assert smallest is not None
     assert (smallest.topology.world_size, smallest.batch.global_batch_size) == (32, planned.batch.global_batch_size)
-    (problem,) = problems(plan_of, *elastic, "cluster.min_workers=16")
-    assert "cluster.min_workers=16: the loss stage needs 87 GiB" in problem.message
-    assert plan_fewest_workers(plan_of(*elastic)) is None
+    (problem,) = problems(plan_of, *elastic, "cluster.min_nodes=2")
+    assert "cluster.min_nodes=2: the loss stage needs 87 GiB" in problem.message
+    assert plan_fewest_nodes(plan_of(*elastic)) is None
 
 
 @pytest.mark.parametrize(("gpu", "is_noted"), [(24.0, False), (2.2, True), (2.5, False)])

@@ -146,15 +146,6 @@ def test_the_live_breakdown_equals_the_one_from_the_files() -> None:
     assert goodput.breakdown_from_metrics({"train/loss": 1.0}) is None
 
 
-def test_idle_workers_are_paid_for() -> None:
-    events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
-    attempts = [AttemptTimes(1, 0, 5, 30, RANKS, num_workers=RANKS), AttemptTimes(2, 30, 35, None, RANKS, num_workers=2 * RANKS)]
-    result = break_down([step(n, 1, 20 + n) for n in range(1, 3)], events, attempts, now=60)
-    assert (result.held_s, result.gpu_s) == (25 + 25, 25 * RANKS + 25 * 2 * RANKS)
-    assert result.add_training(10, 0, 0, RANKS, price=None).gpu_s == result.gpu_s + 10 * 2 * RANKS
-    assert break_down([], [], attempts, now=60).gpu_s == result.gpu_s, "also before they train"
-
-
 def test_the_files_of_a_long_run_are_read_quickly(make_plan: PlanOf, run_dir: Path) -> None:
     """10,000 steps and an attempt without an exit record. The time limit is generous, because other programs may run."""
     shutil.rmtree(run_dir)
@@ -182,7 +173,6 @@ def test_an_attempt_that_never_joined_has_the_ranks_of_its_own_plan(make_plan: P
     run_store.write_plan(run, 2, plan.model_copy(update={"topology": larger}))
     result = goodput.read_attempt_times(run)
     assert [attempt.num_ranks / plan.topology.world_size for attempt in result] == [1, 2, 2]
-    assert [attempt.num_workers for attempt in result] == [0, 0, 0], "workers are Ray's alone"
 
 
 @pytest.mark.parametrize("word", [True, False])

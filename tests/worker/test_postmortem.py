@@ -18,7 +18,7 @@ from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.runs import journal
-from launcher.runs.journal import AttemptState, FailureRecord, LostCoordinator, NodeEnded, TrainingEnded
+from launcher.runs.journal import AttemptState, FailureRecord, NodeEnded, TrainingEnded
 from launcher.worker import postmortem
 from launcher.worker.postmortem import RULES, Ending, Evidence, Rule
 from launcher.worker.slurm import job
@@ -393,24 +393,9 @@ def test_an_exceeded_memory_limit_is_named_first(run: RunDir, judge: Judge) -> N
     )
 
 
-def test_a_lost_coordinator_is_named_instead_of_the_workers_that_left_no_record(run: RunDir) -> None:
-    journal.append(run, 1, LostCoordinator())
-
-    def said(lost: set[str]) -> str:
-        return postmortem.judge(run, 1, Attempt(None, job="host:7", nodes=("n1", "n2")), 0.0, Evidence(lost_nodes=lost)).message
-
-    named = "the run's coordinator was killed or has ended, and the ranks on n1, n2 with it"
-    assert said(set()) == named
-    node(run, 0, LOST_PEER)
-    assert said(set()) == named
-    assert said({"n2"}).startswith("Ray has lost n2; as a consequence, rank 0 on n1: ")
-    node(run, 0, failure("ValueError", 0))
-    assert said(set()).startswith("rank 0 on n1: what it said")
-
-
 def evidence(*nodes: NodeEnded, **known: Any) -> Evidence:
     """What is known about an attempt on three nodes, of which these have reported their end."""
-    parts = {name: known.pop(name) for name in ("training", "has_lost_coordinator") if name in known}
+    parts = {name: known.pop(name) for name in ("training",) if name in known}
     recorded = AttemptState(nodes={one.node: one for one in nodes}, **parts)
     return Evidence(attempt=Attempt(None, job="41", nodes=NODES), journal=recorded, step=STEP, **known)
 
@@ -430,8 +415,7 @@ EXPLAINED: dict[str, tuple[Evidence, Cause]] = {
     "user_error": (evidence(*three(failure("DataError"), stopped=True, killed=True), state="TIMEOUT"), Cause.USER_ERROR),
     "killed_after_grace_period": (evidence(*three(failure("killed"), stopped=True, killed=True)), Cause.PREEMPTED),
     "taken_by_scheduler": (evidence(*three(failure("killed")), state="TIMEOUT"), Cause.TIME_LIMIT),
-    "requeued": (evidence(*three(LOST_PEER), state="REQUEUED", has_lost_coordinator=True), Cause.PREEMPTED),
-    "lost_coordinator": (evidence(*three(LOST_PEER, stopped=True), has_lost_coordinator=True), Cause.INFRASTRUCTURE),
+    "requeued": (evidence(*three(LOST_PEER), state="REQUEUED"), Cause.PREEMPTED),
     "stopped_before_training": (
         evidence(NodeEnded(node=0, stopped=True, first_failure=replace(failure("killed"), exit_code=-10))),
         Cause.PREEMPTED,

@@ -48,7 +48,7 @@ class RayCluster(Cluster):
     """Ray Train; see `Cluster`."""
 
     status_interval_s = 1.0
-    drill_remedy = "start a short run, and kill a worker, or a node with: ray drain-node"
+    drill_remedy = "start a short run, and kill a rank, or a node with: ray drain-node"
 
     def device(self, section: ClusterSection) -> DeviceFacts:
         return device()
@@ -66,17 +66,16 @@ class RayCluster(Cluster):
         """Show what is requested from Ray, including Ray's own defaults."""
         from launcher.config.sections.ray import RaySection
 
-        section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
-        elastic = section.min_workers is not None and section.min_workers < workers
-        sizes = f"{section.min_workers} to {workers}" if elastic else str(workers)
-        resources = ", ".join(f"{name}: {amount:g}" for name, amount in section.resources(plan.topology.device).items())
-        resources += "" if section.resources_per_worker else " (Ray's default)"
-        nodes = [f"accelerator {section.accelerator_type}"] if section.accelerator_type else []
-        nodes += [f"{label}={value}" for label, value in section.label_selector.items()]
+        section, topology = RaySection.of(plan.config.cluster), plan.topology
+        sizes = f"{section.min_nodes} to {topology.nodes}" if section.leaves_out_bad_nodes else str(topology.nodes)
+        amounts = section.node_resources(topology.device, topology.ranks_per_node)
+        resources = ", ".join(f"{name}: {amount:g}" for name, amount in amounts.items())
+        labels = [f"accelerator {section.accelerator_type}"] if section.accelerator_type else []
+        labels += [f"{label}={value}" for label, value in section.label_selector.items()]
         rows = [
             ("Ray", section.address or "started for this run, on this machine"),
-            ("workers", f"{sizes}, each with {resources}, within {section.placement_minutes:g} minutes"),
-            ("nodes", ", ".join(nodes) or "any"),
+            ("nodes", f"{sizes}, each with {resources}, within {section.placement_minutes:g} minutes"),
+            ("labels", ", ".join(labels) or "any"),
             ("variables", ", ".join(section.env) or "API keys only"),
         ]
         return "".join(f"{label:<11}{value}\n" for label, value in rows)

@@ -8,7 +8,6 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field
 
 from launcher.config.sections.fields import Count, Flag, Name, Positive, PositiveInt, SettingsSection, matching
-from launcher.errors import Problem
 
 Interface = Annotated[
     str, matching(r"[A-Za-z0-9][\w.-]{0,14}", "is not the name of a network interface; write a name such as ib0")
@@ -97,10 +96,6 @@ class ClusterSection(SettingsSection):
         """Seconds before the end of the allocation at which the run saves; None if the allocation has no end."""
         return None
 
-    def topology_problem(self, world_size: int) -> Problem | None:
-        """Return the reason why this backend cannot run `world_size` ranks under these settings; None if it can."""
-        return None
-
     def completed(self, environ: Mapping[str, str]) -> ClusterSection:
         """Return the settings for a plan, completed with information about the machines from the command's environment.
 
@@ -110,8 +105,8 @@ class ClusterSection(SettingsSection):
         return self
 
     @property
-    def fewest_workers(self) -> int | None:
-        """The minimum number of ranks that the run continues with; None if it needs all."""
+    def fewest_nodes(self) -> int | None:
+        """The minimum number of nodes that the run continues with; None if it needs all."""
         return None
 
 

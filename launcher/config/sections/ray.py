@@ -1,4 +1,4 @@
-"""The settings of Ray, with Ray Train's names if it has them."""
+"""The settings of Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.config.sections.cluster import ManagedSection
 from launcher.config.sections.fields import Name, Positive, PositiveInt, Text, matching, number_as_text
-from launcher.errors import Problem
 
 Address = Annotated[
     str,
@@ -35,25 +34,25 @@ class RaySection(ManagedSection):
         ),
     )
     python: Text = Field("python", description="Python that runs the driver on a cluster with an HTTP address.")
-    min_workers: PositiveInt | None = Field(
+    min_nodes: PositiveInt | None = Field(
         None,
         description=(
-            "Minimum number of workers with which the run continues when nodes are lost or unfit; it trains on the largest "
-            "number that divides the batch, and grows again when workers return. No other job may use the cluster, because Ray "
-            "counts all resources of a node, used or not. Cannot be combined with label_selector. "
-            "Unset: all workers."
+            "Minimum number of nodes with which the run continues when nodes are lost or unfit; it trains on the largest number "
+            "whose ranks divide the batch, and grows again when nodes return. No other job may use the cluster, because all "
+            "resources of a node count, used or not. Unset: all nodes."
         ),
     )
-    resources_per_worker: dict[Text, Positive] = Field(
+    resources_per_rank: dict[Text, Positive] = Field(
         default_factory=dict,
         description="Additional resources per rank, such as {CPU: 8}. Unset: Ray's default, only the GPU or one CPU.",
     )
     accelerator_type: Name | None = Field(None, description="Ray's name for the GPU model that nodes must have, such as H100.")
     label_selector: dict[Text, Text] = Field(
-        default_factory=dict, description="Labels that nodes must have, such as {ray.io/market-type: spot}."
+        default_factory=dict,
+        description="Labels that nodes must have, such as {ray.io/market-type: spot}, in Ray's syntax: value, !value, in(a,b).",
     )
     placement_minutes: Positive = Field(
-        30.0, description="Minutes that the cluster may take to provide the workers, at the start and after a loss."
+        30.0, description="Minutes that the cluster may take to provide the nodes, at the start and after a loss."
     )
     env: dict[VariableName, VariableValue] = Field(
         default_factory=dict, description="Environment variables of the ranks, such as NCCL_IB_HCA. Never secrets."
@@ -62,8 +61,8 @@ class RaySection(ManagedSection):
     gpu_kind_remedy: ClassVar[str] = "choose the nodes with cluster.accelerator_type"
 
     @property
-    def fewest_workers(self) -> int | None:
-        return self.min_workers
+    def fewest_nodes(self) -> int | None:
+        return self.min_nodes
 
     @property
     def is_followed(self) -> bool:
@@ -88,13 +87,13 @@ class RaySection(ManagedSection):
 
     @property
     def leaves_out_bad_nodes(self) -> bool:
-        """True for an elastic run: it continues with the workers of the other nodes, and the bad node's workers stay idle."""
-        workers = self.nodes * (self.ranks_per_node or 0)
-        return self.min_workers is not None and (not workers or self.min_workers < workers)
+        """True for an elastic run: it continues with the other nodes."""
+        return self.min_nodes is not None and self.min_nodes < self.nodes
 
-    def resources(self, device: str) -> dict[str, float]:
-        """Return the resources of each worker on `device` (cuda or cpu), completed as in Ray Train's ScalingConfig."""
-        return {**({"GPU": 1.0} if device == "cuda" else {}), **self.resources_per_worker} or {"CPU": 1.0}
+    def node_resources(self, device: str, num_ranks: int) -> dict[str, float]:
+        """Return the resources of a node with `num_ranks` ranks on `device` (cuda or cpu)."""
+        of_rank = {**({"GPU": 1.0} if device == "cuda" else {}), **self.resources_per_rank} or {"CPU": 1.0}
+        return {name: amount * num_ranks for name, amount in of_rank.items()}
 
     @property
     def is_http(self) -> bool:
@@ -116,20 +115,6 @@ class RaySection(ManagedSection):
                 "ssh tunnel"
             )
         return self
-
-    def topology_problem(self, world_size: int) -> Problem | None:
-        """Refuse an elastic run with labels: Ray Train counts the workers that fit by resources only (Ray 2.60).
-
-        It would stop a worker group in training to start a larger one that can never be placed.
-        """
-        if self.min_workers is None or self.min_workers >= world_size or not self.label_selector:
-            return None
-        return Problem(
-            "cluster.min_workers cannot be combined with cluster.label_selector: Ray counts nodes without the labels too",
-            where="cluster.label_selector",
-            value=str(self.label_selector),
-            remedy="choose the nodes with cluster.accelerator_type or a custom resource in cluster.resources_per_worker",
-        )
 
 
 def is_exposed(host: str) -> bool:

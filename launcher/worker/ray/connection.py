@@ -1,15 +1,13 @@
-"""The connection to Ray: start a private Ray or join a cluster, and ask which nodes it is losing."""
+"""The connection to Ray: start a private Ray or join a cluster."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,7 @@ from launcher.plan.run_dir import RunDir
 
 _MAX_FOLDER_CHARS = 28
 _MEET_S = 300
-_CONNECT_S = 5.0
-_PLACE_S = 20
+_SILENT_S = 60.0
 _CONTROL_SERVICE_S = 120
 _WORKERS_END_S = 20
 # Nothing goes through Ray's object store, which by default takes a third of the machine's memory.
@@ -54,10 +51,9 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
         os.environ["RAY_RAYLET_PID"] = str(os.getpid())
         # Placed workers meet within seconds. A worker that hangs before that would hold the others and their nodes forever.
         os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
-        if section.min_workers is not None:
-            # For a few seconds after it loses a node, Ray Train still counts it, requests the same number of workers, and waits
-            # in vain.
-            os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
+        # A worker that is silent for this long is cut off, or its machine hangs.
+        silent_s = min(plan.config.cluster.stall_seconds or _SILENT_S, _SILENT_S)
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(silent_s))
         # Workers print to the ranks' logs and to Ray's own; events.jsonl reports what happens to them.
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
         variables = detached_process.python_variables(run.code, os.environ)
@@ -100,20 +96,6 @@ def config_without_search_path() -> Any:
     return config
 
 
-def draining_nodes() -> set[str]:
-    """Return the ids of the nodes that Ray is about to lose, as Ray Train reads them."""
-    from ray._private.state import state
-
-    return set(state.get_draining_nodes())
-
-
-def lost_nodes() -> set[str]:
-    """Return the ids of the nodes that Ray has lost."""
-    import ray
-
-    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-
-
 def remove_placement_groups() -> None:
     """Remove all placement groups: those of a controller that was killed would hold their resources until the driver ends."""
     from ray import PlacementGroupID
@@ -124,35 +106,12 @@ def remove_placement_groups() -> None:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(number))))
 
 
-RAYLET_LOST = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
+def find_raylet() -> psutil.Process | None:
+    """Return the raylet through which this process is connected to Ray; None if it is not visible here."""
+    import ray
 
-
-@dataclass(frozen=True)
-class LocalRaylet:
-    """This node's raylet, which listens at `socket_name`."""
-
-    socket_name: str
-
-    @property
-    def has_ended(self) -> bool:
-        """Return whether nothing listens at its socket any more. Everything that Ray runs on this node ends with the raylet."""
-        try:
-            with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(_CONNECT_S)
-                connection.connect(self.socket_name)
-                return False
-        except (ConnectionRefusedError, FileNotFoundError):
-            return True
-        except OSError:
-            # A live raylet may have a full connection queue, or this process may have no descriptor left.
-            return False
-
-
-def raylet_of_this_node() -> LocalRaylet | None:
-    """Return the raylet through which this process is connected to Ray, or None if it is not connected."""
-    from ray._private import worker
-
-    return None if worker._global_node is None else LocalRaylet(worker._global_node.raylet_socket_name)
+    flag = f"--node_id={ray.get_runtime_context().get_node_id()}"
+    return next((process for process in psutil.process_iter(["cmdline"]) if flag in (process.info["cmdline"] or ())), None)
 
 
 @contextmanager
@@ -207,7 +166,7 @@ def _start_private_ray(plan: LaunchPlan, path: str, folder: Path, common: dict[s
     os.environ.pop("RAY_AUTH_TOKEN", None)
     import ray
 
-    needed = section.resources(plan.topology.device).get("CPU", 0.0) * plan.topology.world_size
+    needed = section.node_resources(plan.topology.device, plan.topology.ranks_per_node).get("CPU", 0.0)
     ray.init(
         num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
         _temp_dir=str(folder),

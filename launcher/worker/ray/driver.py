@@ -1,8 +1,8 @@
 """The driver of a run on Ray: `python -m launcher.worker.ray.driver PLAN ATTEMPT`.
 
-It starts or joins Ray, uses Ray Train to place the workers, and stays until the run has ended, however many groups of workers
-that takes. Nothing here imports torch. Ray Train itself would restart workers forever; the coordinator decides on restarts, by
-the retry budgets that apply on every backend.
+It starts or joins Ray and stays until the run has ended. It opens each attempt, lets Ray Train place one worker a node, which
+runs the node's agent (launcher.worker.ray.train_function), judges how the attempt ended, and decides by the retry budgets that
+apply on every backend. Ray Train itself restarts nothing. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -13,55 +13,71 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from launcher import json_records, run_store
+import psutil
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from launcher import clock, json_records, run_store
+from launcher.checkpoint import store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
 from launcher.config.sections.ray import RaySection
-from launcher.errors import EXIT_FAILED, LauncherError, RunError
+from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, Problem, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, CancelRequest
-from launcher.worker.ray.attempts import record_end, retry
-from launcher.worker.ray.connection import (
-    RAYLET_LOST,
-    LocalRaylet,
-    connected,
-    raylet_of_this_node,
-    remove_placement_groups,
-)
-from launcher.worker.ray.coordinator import CALL_S, CoordinatorActor, RayletLost, shorten
-from launcher.worker.ray.messages import CoordinatorState, ResizeProgress
-from launcher.worker.ray.rank_supervisor import supervise
+from launcher.run_records import RUNNING_STATES, Attempt, CancelRequest
+from launcher.runs import journal
+from launcher.runs.journal import NodeEnded
+from launcher.tracking import goodput
+from launcher.tracking.jsonl import append_event
+from launcher.worker import postmortem
+from launcher.worker.postmortem import Evidence
+from launcher.worker.ray.connection import connected, find_raylet, remove_placement_groups
+from launcher.worker.ray.train_function import AttemptArguments, NodeFailed, resize_request, run_agent
 from launcher.worker.wandb_closing import close_wandb_run
 
-# Seconds between checks for more workers in an elastic run, for tests; Ray's default is 60.
+# Seconds between looks for more nodes in an elastic run.
 RESIZE_VARIABLE = "LAUNCHER_RAY_RESIZE_SECONDS"
-_ALIVE_EVERY_S = 5.0
+_RESIZE_LOOK_S = "60"
 _LOOK_S = 0.2
-_STATE_EVERY_S = 1.0
-# How long workers may take to return when the run is over.
-_OVER_DEADLINE_S = 120.0
-_EXIT_CANCELLED = 130
-_MAX_CONTROLLERS = 20
-# The first and the longest wait before Ray Train is started again: its error, such as a full disk, may persist.
+_LOCK_WAIT_S = 60.0
+# How long and how often to retry a read while storage does not answer.
+_STORAGE_S, _RETRY_S = 600.0, 1.0
+# For a few seconds after it has lost a node, Ray still counts it. An elastic run then asks again, for what is left.
+_PLACE_S = 20.0
+# How long Ray may take to decide whether it has lost a node whose worker does not answer.
+_DECIDE_S = 20.0
+# Consecutive errors of Ray Train before a worker has begun. With more, the error is not transient.
+_MAX_EARLY_FAILURES = 10
+# The first and the longest wait after one.
 _RESTART_S, _MAX_RESTART_S = 0.5, 10.0
+_EXIT_CANCELLED = 130
+# Maximum characters of a Ray error in a run's status; the log has the full message.
+_MAX_MESSAGE_CHARS = 400
+_RAYLET_LOST = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
 # Variables that hold keys or their locations; they reach the ranks only through memory.
 _SECRETS = (
     *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "HF_TOKEN", "HF_ENDPOINT"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_REGION"),
-    *(
-        "GOOGLE_APPLICATION_CREDENTIALS",
-        "AZURE_STORAGE_CONNECTION_STRING",
-        "AZURE_STORAGE_ACCOUNT_NAME",
-        "AZURE_STORAGE_ACCOUNT_KEY",
-    ),
+    *("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_CONNECTION_STRING"),
+    *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"),
 )
+
+T = TypeVar("T")
+
+
+class RunEnded(Exception):
+    """Ends the run in `state`, for the reason in the message; None: another process writes the state."""
+
+    def __init__(self, state: str | None, message: str) -> None:
+        super().__init__(message)
+        self.state = state
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -71,37 +87,40 @@ def main(plan_path: str, attempt: int) -> int:
     try:
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))
-        run_store.update_status(
-            run, state="pending", attempt=attempt, job=detached_process.describe_this_process(), message=JOINING
-        )
+        job = detached_process.describe_this_process()
+        run_store.update_status(run, state="pending", attempt=attempt, job=job, message=JOINING)
     except OSError as error:
         # The run's status cannot hold this message.
         print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
         return EXIT_FAILED
-    driver = _Driver(plan, plan_path, run, attempt)
+    driver = Driver(plan, plan_path, run, attempt)
     try:
-        return driver.run()
+        driver.cancel_signals.install()
+        with connected(plan, run):
+            # Ray has installed its own handlers.
+            driver.cancel_signals.install()
+            state = driver.run_attempts()
+    except RunEnded as end:
+        state = driver.record_end(end.state, str(end))
     except Exception as error:
         # At the start: no cluster, a wrong token, or a different version. Later: a lost connection.
+        traceback.print_exception(error)
         problem = "the driver lost Ray" if driver.has_begun else "Ray cannot be used"
-        driver.end("failed", str(error) if isinstance(error, RayletLost) else f"{problem}: {shorten(error)}")
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    finally:
-        with suppress(OSError, LauncherError):
-            number = run_store.newest_attempt(run)
-            close_wandb_run(plan, plan_path, run, number)
+        state = driver.record_end("failed", f"{problem}: {_shorten(error)}")
+    with suppress(OSError, LauncherError):
+        close_wandb_run(plan, plan_path, run, run_store.newest_attempt(run))
+    return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
 
 
-class _CancelSignals:
-    """Turns signals into the same cancel.json that the `cancel` verb writes; the coordinator and the driver look for it."""
+class CancelSignals:
+    """Turns signals into the same cancel.json that the `cancel` verb writes; the agents and the driver look for it."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._num_received = self._num_written = 0
 
     def install(self) -> None:
-        """Install the handlers; call it again after Ray has started, because Ray installs its own."""
+        """Install the handlers."""
 
         def receive(*_: object) -> None:
             self._num_received += 1
@@ -113,174 +132,369 @@ class _CancelSignals:
         """Write the request: the first signal asks for a save, further ones for an immediate end."""
         if self._num_written < self._num_received:
             file = self._run.cancel(run_store.newest_attempt(self._run))
-            json_records.write(file, CancelRequest(time.time(), save=self._num_received == 1 and not file.is_file()))
+            json_records.write(file, CancelRequest(clock.now(), save=self._num_received == 1 and not file.is_file()))
             self._num_written = self._num_received
 
 
-class _Driver:
+class Driver:
+    """`number` is the newest attempt; the command that started the run has created the first. `has_begun` is whether a node's
+    agent has started since this driver did.
+    """
+
     def __init__(self, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> None:
-        self._plan, self._plan_path, self._run, self._attempt = plan, plan_path, run, attempt
+        self._plan, self._plan_path, self._run, self.number = plan, plan_path, run, attempt
         self._section = RaySection.of(plan.config.cluster)
-        self._cancel_signals = _CancelSignals(run)
-        # The newest attempt of this driver.
-        self._number = attempt
-        self._failure: Exception | None = None
-        self._raylet: LocalRaylet | None = None
-        # Whether any workers have started since this driver started.
+        self.cancel_signals = CancelSignals(run)
         self.has_begun = False
+        self._raylet: psutil.Process | None = None
+        # The names of nodes whose checks have failed, and the ids of nodes that Ray takes away.
+        self._unfit: Collection[str] = ()
+        self._taken: set[str] = set()
+        self._num_fits = 0
 
-    def run(self) -> int:
-        self._cancel_signals.install()
-        with connected(self._plan, self._run):
-            self._cancel_signals.install()
-            raylet = self._raylet = raylet_of_this_node()
-            if raylet is None:
-                raise RunError("the connection was closed as soon as it was made", remedy="see Ray's own logs on this node")
-            job = detached_process.describe_this_process()
-            run_store.update_status(self._run, state="pending", job=job, message="waiting for workers")
-            environment = {name: os.environ[name] for name in _SECRETS if name in os.environ}
-            coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment)
-            try:
-                # This takes as long as the coordinator's start.
-                threading.Thread(target=import_ray_train, name="import", daemon=True).start()
-                coordinator.start()
-                # In a separate thread, Ray Train does not handle SIGINT.
-                fit = threading.Thread(target=self._fit, args=(coordinator,), name="fit", daemon=True)
-                fit.start()
-                self._watch(fit, coordinator)
-            except Exception as error:
-                # Ray reports it through different errors, depending on the call.
-                if raylet.has_ended:
-                    raise RayletLost(RAYLET_LOST) from error
-                raise
-        state = retry(lambda: run_store.read_status(self._run)).state
-        return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
+    def run_attempts(self) -> str:
+        """Run attempts until the run has ended; returns its state.
 
-    def _fit(self, coordinator: CoordinatorActor) -> None:
-        """Run Ray Train until the run has ended.
-
-        Ray Train's controller can end for reasons unrelated to the run, such as a full disk when it writes its own state. Another
-        controller then replaces it, and the workers that it lost count as an attempt in the run's budgets. Workers whose
-        coordinator has died also end the controller, and start again with the next coordinator.
+        Raises:
+            RunEnded: if it ends for another reason than its last attempt.
         """
-        for number in range(_MAX_CONTROLLERS):
-            name = f"attempt-{self._attempt:03d}" + (f"-{number}" if number else "")
-            handle = coordinator.handle
-            try:
-                build_trainer(self._plan, self._run, name, handle).fit()
-                failed = False
-            except Exception as error:
-                failed, self._failure = True, error
-                traceback.print_exception(error)
-            try:
-                state = coordinator.state()
-                if not (failed or coordinator.is_lost or coordinator.handle is not handle):
-                    return
-                if state is not None and state.over is not None:
-                    return
-                if self._section.address is None:
-                    remove_placement_groups()
-                time.sleep(min(_RESTART_S * 2**number, _MAX_RESTART_S))
-                while coordinator.is_lost:
-                    coordinator.state()
-                    time.sleep(_STATE_EVERY_S)
-            except Exception:
-                # Ray itself has ended, along with the coordinator.
-                return
+        detached_process.start_liveness_file(self._run)
+        self._raylet = find_raylet()
+        run_store.update_status(self._run, state="pending", message="waiting for nodes")
+        threading.Thread(target=_import_ray_train, name="import", daemon=True).start()
+        waiting_since, num_failures = time.monotonic(), 0
+        while True:
+            plan, left_out = self._await_nodes(waiting_since)
+            self._open(plan, left_out)
+            taken, error = self._fit(plan, left_out, waiting_since + self._section.placement_minutes * 60)
+            self._taken |= set(taken)
+            if retry(lambda: run_store.read_attempt(self._run, self.number)).begun_at or _node_failures(error):
+                self.has_begun = True
+                if (state := retry(lambda: self._conclude(bool(taken), error))) != "pending":  # noqa: B023
+                    return state
+                waiting_since, num_failures = time.monotonic(), 0
+            # Otherwise no node has begun, and Ray Train is asked again for the same attempt.
+            elif type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
+                num_failures += 1
+                if num_failures > _MAX_EARLY_FAILURES:
+                    raise RunEnded("failed", f"Ray Train ended the run: {_shorten(error)}")
+                time.sleep(min(_RESTART_S * 2**num_failures, _MAX_RESTART_S))
 
-    def _watch(self, fit: threading.Thread, coordinator: CoordinatorActor) -> None:
-        """Watch until the run ends, is cancelled while it waits, or gets no workers in time."""
-        alive_at = asked_at = 0.0
-        over_at: float | None = None
-        state = CoordinatorState(self._number, idle_s=0.0)
-        while fit.is_alive():
-            now = time.monotonic()
+    def _await_nodes(self, waiting_since: float) -> tuple[LaunchPlan, list[dict[str, Any]]]:
+        """Return the plan for the nodes to ask Ray for, and the nodes to leave out. An elastic run waits for its minimum.
+
+        Raises:
+            RunEnded: if it is cancelled, if a limit of the run is reached, or if the nodes do not come in time.
+        """
+        if reached := goodput.reached_limit(self._run, self._plan, clock.now()):
+            raise RunEnded("preempted", reached)
+        while True:
+            self._end_if_cancelled()
+            waited_s = time.monotonic() - waiting_since
+            if waited_s > self._section.placement_minutes * 60:
+                raise RunEnded("failed", self._describe_missing_nodes(waited_s))
+            plan, left_out = self._plan_for_nodes()
+            if plan is not None:
+                return plan, left_out
+            time.sleep(_RETRY_S)
+
+    def _plan_for_nodes(self) -> tuple[LaunchPlan | None, list[dict[str, Any]]]:
+        """Return the plan for the nodes that Ray has, None if they are too few, and the nodes to leave out.
+
+        Nodes that failed their checks are left out if enough others are there; otherwise they are used, since a failed check may
+        be temporary. A run of a fixed size leaves the wait for nodes to Ray, so that an autoscaler adds them.
+        """
+        import ray
+
+        from launcher.plan.planner import fit_nodes
+
+        if not self._section.leaves_out_bad_nodes:
+            return self._plan, []
+        topology, fewest = self._plan.topology, self._section.fewest_nodes or 1
+        needed = self._section.node_resources(topology.device, topology.ranks_per_node)
+        nodes = [node for node in ray.nodes() if is_eligible(node, needed, self._section) and node["NodeID"] not in self._taken]
+        left_out = [node for node in nodes if node["NodeName"] in self._unfit]
+        if len(nodes) - len(left_out) < fewest:
+            left_out = []
+        if (num_nodes := min(len(nodes) - len(left_out), topology.nodes)) < fewest:
+            return None, []
+        try:
+            return fit_nodes(self._plan, num_nodes), left_out
+        except ConfigError as error:
+            raise RunEnded("failed", error.problems[0].message) from None
+
+    def _open(self, plan: LaunchPlan, left_out: Collection[Mapping[str, Any]]) -> None:
+        """Open the next attempt, with `plan`; one that no node has begun is used again."""
+        run, driver = self._run, f"{os.uname().nodename}:{os.getpid()}"
+
+        def write_attempt() -> None:
+            with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
+                if run_store.newest_attempt(run) != self.number:
+                    raise RunEnded(None, "another command has started the run again")
+                attempt = run_store.read_attempt(run, self.number)
+                if attempt.begun_at is not None:
+                    self.number = run_store.create_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
+                    attempt = run_store.read_attempt(run, self.number)
+                if not plan == self._plan == run_store.load_plan(run):
+                    # An attempt without its own plan uses the previous attempt's.
+                    run_store.write_plan(run, self.number, plan)
+                run_store.write_attempt(run, self.number, replace(attempt, job=driver))
+                run_store.update_status(run, attempt=self.number)
+
+        retry(write_attempt)
+        if self._section.leaves_out_bad_nodes:
+            text = f"attempt {self.number} asks for {format_count(plan.topology.nodes, 'node')}"
+            if left_out:
+                names = ", ".join(sorted(node["NodeName"] for node in left_out))
+                text += f", without {names}, which failed the node checks before: "
+                text += "repair it, or remove it with `ray drain-node`; the run saves first"
+            self._report("alert" if left_out else "info", text)
+
+    def _fit(
+        self, plan: LaunchPlan, left_out: Collection[Mapping[str, Any]], deadline: float
+    ) -> tuple[list[str], Exception | None]:
+        """Let Ray Train run the attempt to its end; returns the ids of the nodes that Ray takes away, and Ray Train's error.
+
+        Nodes have to be placed by `deadline`, a time.monotonic() time.
+
+        Raises:
+            RunEnded: if the run is cancelled while it waits for nodes, or if Ray has ended on this node.
+        """
+        run, section, number = self._run, self._section, self.number
+        place_s = max(1.0, deadline - time.monotonic())
+        # Ray Train reads it here.
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
+            min(_PLACE_S, place_s) if section.leaves_out_bad_nodes else place_s
+        )
+        arguments = AttemptArguments(
+            plan_path=str(run_store.newest_plan_path(run)),
+            run_dir=str(run.root),
+            attempt=number,
+            driver=f"{os.uname().nodename}:{os.getpid()}",
+            interface=section.interface,
+            variables=section.env,
+            is_private=section.address is None,
+        )
+        self._num_fits += 1
+        taken: list[str] = []
+        errors: list[Exception] = []
+
+        def fit() -> None:
+            try:
+                trainer = build_trainer(plan, run, f"attempt-{number:03d}-{self._num_fits}", arguments, left_out)
+                taken.extend(trainer.fit().return_value or ())
+            except Exception as error:
+                traceback.print_exception(error)
+                errors.append(error)
+
+        # In a separate thread, Ray Train does not handle SIGINT.
+        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        thread.start()
+        has_begun, look_s = False, float(os.environ.get(RESIZE_VARIABLE, _RESIZE_LOOK_S))
+        look_at = time.monotonic() + look_s
+        while thread.is_alive():
+            if self._raylet is not None and _has_ended(self._raylet):
+                raise RunEnded("failed", _RAYLET_LOST)
             # A full or slow disk is no reason to end training.
             with suppress(OSError, LauncherError):
-                self._cancel_signals.write()
-                if now - alive_at > _ALIVE_EVERY_S:
-                    alive_at = now
-                    detached_process.write_liveness(self._run)
-            if state.over is None and now - asked_at > _STATE_EVERY_S:
-                asked_at = now
-                if (answer := coordinator.state()) is not None:
-                    state = answer
-                    self.has_begun |= not answer.idle_s
-                self._number = state.number
-            if state.over is not None:
-                over_at = over_at or now
-                if now - over_at > _OVER_DEADLINE_S:
-                    # Every worker has its orders; a hung worker does not change how the run has ended.
-                    return
-            elif state.idle_s:
-                # If storage does not answer, the next look retries.
-                with suppress(OSError):
-                    if self._run.cancel(self._number).is_file():
-                        return self.end("cancelled", "cancelled while it waited for workers")
-                if state.idle_s > self._section.placement_minutes * 60:
-                    return self.end("failed", self._describe_missing_workers(state.idle_s, state.early_failure))
-            fit.join(_LOOK_S)
-        if retry(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
-            reason = "its workers ended and left no record" if self._failure is None else shorten(self._failure)
-            # Ray Train may notice a lost raylet before the coordinator is asked again.
-            lost = self._raylet is not None and self._raylet.has_ended
-            self.end("failed", RAYLET_LOST if lost else f"Ray Train ended the run: {reason}")
-        return None
+                self.cancel_signals.write()
+                if not has_begun:
+                    self._end_if_cancelled(number)
+                    has_begun = run_store.read_attempt(run, number).begun_at is not None
+                    self.has_begun |= has_begun
+                elif time.monotonic() > look_at:
+                    look_at = time.monotonic() + look_s
+                    self._request_resize(plan)
+            thread.join(_LOOK_S)
+        error = errors[0] if errors else None
+        from ray.train import PreemptionError, TrainingFailedError
 
-    def end(self, state: str, message: str) -> None:
+        if isinstance(error, PreemptionError):
+            taken.extend(error.preemption_info.preempted_node_ids)
+        if section.address is None and error is not None and not isinstance(error, TrainingFailedError):
+            remove_placement_groups()
+        return taken, error
+
+    def _request_resize(self, plan: LaunchPlan) -> None:
+        """Ask the agents to save and end the attempt if the next one can have more nodes.
+
+        Ranks that still load would react only after their first step; those that finish do not need more nodes.
+        """
+        status, request = run_store.read_status(self._run), resize_request(self._run, self.number)
+        if status.message == "starting" or status.step == status.max_steps or request.exists():
+            return
+        larger = self._plan_for_nodes()[0]
+        if larger is not None and larger.topology.nodes > plan.topology.nodes:
+            nodes = format_count(larger.topology.nodes, "node")
+            self._report("info", f"Ray has more nodes: the run saves and continues with {nodes}")
+            request.touch()
+
+    def _conclude(self, is_preempted: bool, error: Exception | None) -> str:
+        """Judge the attempt, and record how it ended; returns the state of the run: pending if another attempt follows.
+
+        Raises:
+            RunEnded: if another command has started the run again.
+        """
+        run, number = self._run, self.number
+        try:
+            run_store.fence(run, number, refresh=True)
+        except Superseded as superseded:
+            raise RunEnded(None, superseded.problems[0].message) from None
+        attempt = run_store.read_attempt(run, number)
+        failed = _node_failures(error)
+        if not attempt.nodes:
+            attempt = replace(attempt, nodes=failed[0].nodes, begun_at=clock.now())
+            run_store.write_attempt(run, number, attempt)
+        for node in failed:
+            if node.is_unfit:
+                problem = Problem(node.reason, where=node.nodes[node.number])
+                journal.append(run, number, NodeEnded(node=node.number, host=node.nodes[node.number], problems=(problem,)))
+        state = "PREEMPTED" if is_preempted else "RESIZED" if resize_request(run, number).exists() else ""
+        silence = self._explain_silence(attempt.nodes, error)
+        conclusion = postmortem.conclude(run, number, attempt, self._section, Evidence(state, silence=silence))
+        decision = conclusion.decision
+        conclusion.write(run, number)
+        print(f"attempt {number}: {conclusion.ending.cause}: {conclusion.message}", flush=True)
+        # A full disk must not stop the run from continuing.
+        with suppress(OSError):
+            run_store.update_status(run, state=decision.state, step=conclusion.ending.step, message=conclusion.message)
+        postmortem.release_disk_space(run, number)
+        self._unfit = decision.exclude
+        return decision.state
+
+    def _explain_silence(self, nodes: tuple[str, ...], error: Exception | None) -> dict[str, str]:
+        """Return why nodes may have left no record, by their names: what Ray says about their workers."""
+        from ray.exceptions import ActorUnavailableError
+        from ray.train import WorkerGroupError
+
+        if not isinstance(error, WorkerGroupError):
+            return {} if error is None else {nodes[0]: f"Ray Train ended the attempt: {_shorten(error)}"}
+        causes = {rank: getattr(failure, "health_check_failure", failure) for rank, failure in error.worker_failures.items()}
+        until, lost = time.monotonic() + _DECIDE_S, _lost_nodes(nodes)
+        while time.monotonic() < until and any(
+            isinstance(cause, ActorUnavailableError) and nodes[rank] not in lost for rank, cause in causes.items()
+        ):
+            time.sleep(_LOOK_S)
+            lost = _lost_nodes(nodes)
+        silence = {name: f"Ray has lost {name}" for name in nodes if name in lost}
+        for rank, cause in causes.items():
+            name = nodes[rank]
+            if isinstance(cause, NodeFailed):
+                silence.setdefault(name, cause.reason)
+            elif type(cause).__name__ == "WorkerHealthCheckTimeoutError":
+                silence.setdefault(name, f"no answer from Ray's worker on {name}: it hangs or is cut off from the network")
+            else:
+                silence.setdefault(name, f"Ray's worker on {name} was killed or has ended")
+                print(f"{name}: {cause}", flush=True)
+        return silence
+
+    def record_end(self, state: str | None, message: str) -> str:
         """Record how the run ended, unless that is already recorded or another command has restarted the run.
 
-        If the run failed after it had begun, the message says how to continue it.
+        If the run failed after it had begun, the message says how to continue it. Returns the state.
         """
         if state == "failed" and self.has_begun:
             message += f"; {detached_process.resume_hint(self._run)}"
         print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
-        record_end(self._run, self._number, state, message)
 
-    def _describe_missing_workers(self, waited_s: float, early_failure: str) -> str:
-        """`early_failure` is the message of the last worker that could not start."""
+        def write() -> str:
+            run_store.fence(self._run, self.number, refresh=True)
+            known = run_store.read_status(self._run).state
+            if state is None or known not in RUNNING_STATES:
+                return known
+            if state in ("failed", "preempted"):
+                self._report("alert", f"the run ends: {message}")
+            run_store.update_status(self._run, state=state, message=message)
+            return state
+
+        try:
+            return retry(write)
+        except (OSError, LauncherError):
+            return "failed"
+
+    def _end_if_cancelled(self, number: int | None = None) -> None:
+        """End a run that waits for nodes; if storage does not answer, the next look retries."""
+        is_cancelled = False
+        with suppress(OSError, LauncherError):
+            self.cancel_signals.write()
+            is_cancelled = self._run.cancel(number or self.number).is_file()
+        if is_cancelled:
+            raise RunEnded("cancelled", "cancelled while it waited for nodes")
+
+    def _report(self, kind: str, text: str) -> None:
+        """Append an event; a failed write does not stop the run."""
+        with suppress(OSError):
+            append_event(self._run, self.number, kind, text)
+
+    def _describe_missing_nodes(self, waited_s: float) -> str:
         import ray
 
-        if early_failure:
-            limit = f"within {waited_s / 60:.1f} minutes (cluster.placement_minutes)"
-            return f"the workers that Ray started {limit} could not start their ranks: {early_failure}"
-        section, requested = self._section, self._section.resources(self._plan.topology.device)
+        section, topology = self._section, self._plan.topology
+        needed = section.node_resources(topology.device, topology.ranks_per_node)
 
         def describe(resources: Mapping[str, float]) -> str:
-            return ", ".join(f"{name}: {resources.get(name, 0):g}" for name in requested)
+            return ", ".join(f"{name}: {resources.get(name, 0):g}" for name in needed)
 
         num_nodes = sum(node["Alive"] for node in ray.nodes())
         return (
-            f"the cluster did not provide the workers within {waited_s / 60:.1f} minutes (cluster.placement_minutes): asked for "
-            f"{section.min_workers or self._plan.topology.world_size} workers with {describe(requested)} each; it has "
+            f"the cluster did not provide the nodes within {waited_s / 60:.1f} minutes (cluster.placement_minutes): asked for "
+            f"{format_count(section.fewest_nodes or topology.nodes, 'node')} with {describe(needed)} each; it has "
             f"{describe(ray.cluster_resources())} on {format_count(num_nodes, 'node')}, of these free: "
             f"{describe(ray.available_resources())}"
         )
 
 
-def import_ray_train() -> None:
-    """Import what `build_trainer` needs, which takes seconds."""
-    import ray.train
-    import ray.train.v2.api.data_parallel_trainer  # noqa: F401
+def retry(work: Callable[[], T]) -> T:
+    """Call `work`; retry for a while if storage does not answer.
+
+    Raises:
+        OSError, LauncherError: the last error.
+    """
+    return Retrying(
+        retry=retry_if_exception_type((OSError, LauncherError)),
+        stop=stop_after_delay(_STORAGE_S),
+        wait=wait_fixed(_RETRY_S),
+        reraise=True,
+    )(work)
 
 
-def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
-    """Build the trainer whose `fit` places workers and replaces lost ones until `coordinator` ends them."""
+def is_eligible(node: Mapping[str, Any], needed: Mapping[str, float], section: RaySection) -> bool:
+    """Return whether Ray has a node, with the resources that one of the run needs, its accelerator and its labels."""
+    if not node["Alive"] or any(node["Resources"].get(name, 0.0) < amount for name, amount in needed.items()):
+        return False
+    if section.accelerator_type and f"accelerator_type:{section.accelerator_type}" not in node["Resources"]:
+        return False
+    for label, selector in section.label_selector.items():
+        values = selector.removeprefix("!").removeprefix("in(").removesuffix(")").split(",")
+        is_listed = node["Labels"].get(label) in [value.strip() for value in values]
+        if is_listed == selector.startswith("!"):
+            return False
+    return True
+
+
+def build_trainer(
+    plan: LaunchPlan, run: RunDir, name: str, arguments: AttemptArguments, left_out: Collection[Mapping[str, Any]] = ()
+) -> Any:
+    """Build the trainer whose `fit` runs an attempt: one worker a node, on other nodes than `left_out`, and no restarts."""
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     section = RaySection.of(plan.config.cluster)
 
-    class RankBackend(Backend):
-        """Leaves the process group to the ranks; each sees all GPUs of its node."""
+    class SecretsBackend(Backend):
+        """Sets the variables with keys in the workers: arguments of a call are in memory only, others in the object store."""
 
-        share_cuda_visible_devices = True
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(_set_variables, backend_config.secrets)
 
-    class RankBackendConfig(BackendConfig):
+    class SecretsConfig(BackendConfig):
+        def __init__(self) -> None:
+            self.secrets = {name: os.environ[name] for name in _SECRETS if name in os.environ}
+
         @property
         def backend_cls(self) -> type[Backend]:
-            return RankBackend
+            return SecretsBackend
 
     # Ray Train's processes that the run does not use; each takes seconds of CPU time. The first reads datasets. The second
     # removes the placement group of a controller that was killed: it works only with a dashboard, and the driver does it for a
@@ -292,70 +506,68 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
             callbacks = super()._create_default_callbacks()
             return [callback for callback in callbacks if type(callback).__name__ not in unused]
 
-    workers = plan.topology.world_size
-    resources = section.resources(plan.topology.device)
-    elastic = section.min_workers is not None and section.min_workers < workers
-    scaling: dict[str, Any] = {
-        "num_workers": (section.min_workers, workers) if elastic else workers,
-        "use_gpu": "GPU" in resources,
-        "resources_per_worker": resources,
-        "accelerator_type": section.accelerator_type,
-        "label_selector": section.label_selector or None,
-    }
-    if seconds := os.environ.get(RESIZE_VARIABLE):
-        scaling["elastic_resize_monitor_interval_s"] = float(seconds)
-    grace_s = plan.config.cluster.stop_grace_seconds
-    callbacks = [save_before_resize(coordinator, grace_s)] if elastic else []
+    resources = section.node_resources(plan.topology.device, plan.topology.ranks_per_node)
+    labels = dict(section.label_selector)
+    if left_out:
+        labels["ray.io/node-id"] = f"!in({','.join(node['NodeID'] for node in left_out)})"
     return Trainer(
-        supervise,
-        train_loop_config={"coordinator": coordinator, "interface": section.interface},
-        backend_config=RankBackendConfig(),
-        scaling_config=ScalingConfig(**scaling),
+        run_agent,
+        train_loop_config={"attempt": arguments},
+        backend_config=SecretsConfig(),
+        scaling_config=ScalingConfig(
+            num_workers=plan.topology.nodes,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+            placement_strategy="STRICT_SPREAD",
+            accelerator_type=section.accelerator_type,
+            label_selector=labels or None,
+        ),
         run_config=RunConfig(
             name=name,
-            callbacks=callbacks,
             storage_path=str(run.root / "ray"),
-            # The coordinator ends the run: its workers then return as if training were complete.
             failure_config=FailureConfig(
-                max_failures=-1,
-                controller_failure_limit=-1,
-                max_preemption_failures=-1,
-                preemption_grace_s=grace_s,
+                max_failures=0,
+                controller_failure_limit=0,
+                max_preemption_failures=0,
+                preemption_grace_s=plan.config.cluster.stop_grace_seconds,
             ),
         ),
     )
 
 
-def save_before_resize(coordinator: Any, grace_s: float) -> Any:
-    """Return the callback that makes Ray Train's controller wait for the ranks to save before it replaces their workers.
+def _set_variables(variables: Mapping[str, str]) -> None:
+    os.environ.update(variables)
 
-    When there is room for more workers, Ray Train ends an elastic run's workers without notice.
-    """
+
+def _import_ray_train() -> None:
+    """Import what `build_trainer` needs, which takes seconds."""
+    import ray.train
+    import ray.train.v2.api.data_parallel_trainer  # noqa: F401
+
+
+def _node_failures(error: Exception | None) -> list[NodeFailed]:
+    return [failure for failure in getattr(error, "worker_failures", {}).values() if isinstance(failure, NodeFailed)]
+
+
+def _lost_nodes(names: Collection[str]) -> set[str]:
+    """Return which of these nodes Ray has lost."""
     import ray
-    from ray.train.v2._internal.execution.callback import ControllerCallback
-    from ray.train.v2._internal.execution.controller.state import ResizingState
 
-    def ask() -> ResizeProgress | None:
-        # An exception in the controller would end the run, even if the coordinator is only busy with storage.
-        with suppress(Exception):
-            progress: ResizeProgress = ray.get(coordinator.prepare_resize.remote(), timeout=CALL_S)
-            return progress
-        return None
+    known = ray.nodes()
+    alive = {node["NodeName"] for node in known if node["Alive"]}
+    return {node["NodeName"] for node in known if node["NodeName"] in names} - alive
 
-    class SaveBeforeResize(ControllerCallback):
-        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            """Only healthy workers are resized; after a failure the state is different."""
-            if not isinstance(current_state, ResizingState):
-                return
-            # Wait until the ranks have ended, or have not been writing for `grace_s`: the time of a save or an export grows with
-            # the model.
-            until = time.monotonic() + grace_s
-            while (progress := ask()) is not ResizeProgress.ENDED and time.monotonic() < until:
-                if progress is ResizeProgress.WRITING:
-                    until = time.monotonic() + grace_s
-                time.sleep(_LOOK_S)
 
-    return SaveBeforeResize()
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _shorten(error: Exception | None) -> str:
+    """Return a Ray error's message as one line of limited length."""
+    return " ".join(str(error).split())[:_MAX_MESSAGE_CHARS] or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -109,23 +109,26 @@ def check_nodes(request: str, seconds: float) -> None:
     until, values = time.monotonic() + seconds, json.loads(request)
     config, environ = RunConfig.model_validate(values["config"]), values["environ"]
     ray = _join(RaySection.of(config.cluster), {}, log_to_driver=False)
-    from ray._private.state import available_resources_per_node
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         # Ranks may run on those with GPUs, or on all nodes if none has a GPU.
         nodes = [node for node in nodes if node["Resources"].get("GPU")] or nodes
-        num_free = available_resources_per_node()
         tasks = {}
         for node in nodes:
             name, num_gpus = node["NodeName"], node["Resources"].get("GPU", 0)
-            if (num_held := num_gpus - num_free.get(node["NodeID"], {}).get("GPU", 0)) > 0:
-                seen = f"{num_held:g} of {num_gpus:g} GPUs are held by other work of Ray: the node was not checked"
-                _print_report(name, CheckResult("node", WARNING, seen, "wait until that work has ended, or see: ray status"))
-                continue
-            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(check_here).options(num_cpus=0, num_gpus=num_gpus, max_retries=0, scheduling_strategy=strategy)
+            here: dict[str, Any] = {"label_selector": {"ray.io/node-id": node["NodeID"]}}
+            if num_gpus:
+                group = placement_group([{"GPU": num_gpus}], bundle_label_selector=[here["label_selector"]])
+                if not group.wait(_RECOUNT_S):
+                    remove_placement_group(group)
+                    seen = f"other work of Ray holds some of its {num_gpus:g} GPUs: the node was not checked"
+                    _print_report(name, CheckResult("node", WARNING, seen, "wait until that work has ended, or see: ray status"))
+                    continue
+                here = {"scheduling_strategy": PlacementGroupSchedulingStrategy(group), "num_gpus": num_gpus}
+            task = ray.remote(check_here).options(num_cpus=0, max_retries=0, **here)
             tasks[task.remote(config.model_dump_json(), name, environ)] = name
         waiting = list(tasks)
         while waiting and time.monotonic() < until:

@@ -1,14 +1,12 @@
-"""The driver of a run on Ray: what it passes to Ray Train, signals, failures of Ray and Ray Train, and evaluations."""
+"""The driver of a run on Ray: what it asks Ray Train for, how it counts nodes, and how it concludes attempts; evaluations."""
 
 from __future__ import annotations
 
 import ast
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +18,6 @@ import pytest
 from forked import require_exit
 from pace import slowness
 from plan_fixtures import CPU, H100, PlanOf
-from unusual_files import as_root
 
 import launcher
 from launcher import json_records, run_store
@@ -28,15 +25,16 @@ from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
+from launcher.runs import journal
+from launcher.runs.journal import NodeEnded, TrainingEnded
 from launcher.tracking.jsonl import read_events
-from launcher.worker.ray import coordinator as coordinator_module
-from launcher.worker.ray import driver
-from launcher.worker.ray.connection import LocalRaylet
-from launcher.worker.ray.driver import RESIZE_VARIABLE, build_trainer
-from launcher.worker.ray.messages import CoordinatorState
+from launcher.worker.ray import driver as module
+from launcher.worker.ray.driver import CancelSignals, Driver, RunEnded, build_trainer, is_eligible
+from launcher.worker.ray.train_function import AttemptArguments, NodeFailed, resize_request
 
-__all__ = ["as_root"]
 REPO = Path(__file__).resolve().parents[3]
+ARGUMENTS = AttemptArguments("/plan.json", "/run", 1, "here:1", None, {}, False)
+NAMES = ("n1", "n2", "n3")
 
 
 @pytest.fixture
@@ -57,7 +55,7 @@ def test_the_first_signal_to_the_driver_asks_for_a_save_and_the_second_for_an_en
 ) -> None:
     run = hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
     asked = run.cancel(1)
-    wishes = driver._CancelSignals(run)
+    wishes = CancelSignals(run)
     wishes.install()
     wishes.write()
     assert not asked.exists()
@@ -67,238 +65,280 @@ def test_the_first_signal_to_the_driver_asks_for_a_save_and_the_second_for_an_en
         assert json_records.read_json(asked)["save"] is saves
 
 
+class FakeRay:
+    """Ray with `nodes` by name, and a Ray Train that does what `attempts` say, one after the other."""
+
+    def __init__(self, plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run = hand_made.run(plan, Attempt(None))
+        self.driver = Driver(plan, str(self.run.plan), self.run, 1)
+        self.nodes = dict.fromkeys(NAMES, True)
+        self.attempts: list[Callable[[], Any]] = []
+        self.asked: list[tuple[int, list[str]]] = []
+        monkeypatch.setattr("ray.nodes", self._list_nodes)
+        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "memory": 1e9})
+        monkeypatch.setattr("ray.available_resources", lambda: {"memory": 1e9})
+        monkeypatch.setattr(module, "build_trainer", self._build_trainer)
+        monkeypatch.setattr(module, "find_raylet", lambda: None)
+        for name, value in {"_import_ray_train": lambda: None, "_LOOK_S": 0.001, "_RETRY_S": 0.001, "_RESTART_S": 0.0}.items():
+            monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(module.detached_process, "start_liveness_file", lambda run: None)
+
+    def _list_nodes(self) -> list[dict[str, Any]]:
+        kinds = {"Resources": {"CPU": 1.0}, "Labels": {}}
+        return [{"NodeName": name, "NodeID": f"id-{name}", "Alive": alive, **kinds} for name, alive in self.nodes.items()]
+
+    def _build_trainer(self, plan: LaunchPlan, run: RunDir, name: str, arguments: Any, left_out: Any) -> Any:
+        self.asked.append((plan.topology.nodes, [node["NodeName"] for node in left_out]))
+        return SimpleNamespace(fit=lambda: SimpleNamespace(return_value=self.attempts.pop(0)()))
+
+    def begin(self, *nodes: str, **ended: Any) -> None:
+        """The agents of these nodes begin; `ended` is how training ends."""
+        attempt = run_store.read_attempt(self.run, self.driver.number)
+        begun = Attempt(attempt.resume_step, job=attempt.job, nodes=nodes, begun_at=1.0, automatic=attempt.automatic)
+        run_store.write_attempt(self.run, self.driver.number, begun)
+        if ended:
+            known = {"state": "preempted", "step": 1, "message": "", **ended}
+            journal.append(self.run, self.driver.number, TrainingEnded(**known))
+            for number in range(len(nodes)):
+                journal.append(self.run, self.driver.number, NodeEnded(node=number))
+
+    def finish(self) -> str:
+        """Run with a last attempt that completes."""
+        self.attempts.append(lambda: self.begin("n1", state="completed", reason="completed"))
+        return self.driver.run_attempts()
+
+    @property
+    def causes(self) -> list[str]:
+        ends = [journal.read_end(self.run, number) for number in run_store.attempt_numbers(self.run)]
+        return [end.cause for end in ends if end is not None]
+
+
 @pytest.fixture
-def run(ray_plan: PlanOf, tmp_path: Path) -> RunDir:
-    """A run whose first attempt trains."""
-    begun = Attempt(None, job="here:1", begun_at=time.time())
-    return hand_made.run(ray_plan(working_dir=str(tmp_path)), begun, state="running")
+def fake(ray_plan: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeRay]:
+    return lambda **settings: FakeRay(
+        ray_plan(working_dir=str(tmp_path), **{"workers": 2, "ranks_per_node": 1, **settings}), monkeypatch
+    )
 
 
-def test_the_end_of_the_raylet_is_noticed_at_its_socket(tmp_path: Path) -> None:
-    raylet = LocalRaylet(str(tmp_path / "raylet"))
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(raylet.socket_name)
-        listening.listen()
-        assert not raylet.has_ended
-    assert raylet.has_ended, "its socket is a file that nobody listens to"
+def worker_errors(failures: dict[int, Exception]) -> Callable[[], Any]:
+    from ray.train import WorkerGroupError
+
+    def fail() -> None:
+        raise WorkerGroupError("workers failed", failures)
+
+    return fail
+
+
+def test_an_unfit_node_is_named_and_an_elastic_run_leaves_it_out(fake: Callable[..., FakeRay]) -> None:
+    unfit = {1: NodeFailed(("n1", "n2"), 1, "the run directory is not visible", True)}
+    ray = fake(min_nodes=1, address="auto")
+    ray.nodes = dict.fromkeys(("n1", "n2"), True)
+    ray.attempts = [worker_errors(unfit)]
+    assert ray.finish() == "completed"
+    assert ray.causes == ["bad_node", "completed"]
+    assert ray.asked == [(2, []), (1, ["n2"])]
+    assert any("without n2, which failed the node checks" in event["text"] for event in read_events(ray.run.events))
+
+
+def test_a_run_of_a_fixed_size_ends_with_an_unfit_node(fake: Callable[..., FakeRay]) -> None:
+    ray = fake(address="auto")
+    ray.attempts = [worker_errors({1: NodeFailed(("n1", "n2"), 1, "the run directory is not visible", True)})]
+    assert ray.driver.run_attempts() == "failed"
+    assert "n2: the run directory is not visible" in run_store.read_status(ray.run).message
+
+
+def test_a_lost_node_is_named_and_the_run_continues_with_the_others(fake: Callable[..., FakeRay]) -> None:
+    from ray.exceptions import ActorDiedError
+
+    def lose() -> None:
+        ray.begin("n1", "n2")
+        ray.nodes = {"n1": True, "n2": False}
+        worker_errors({1: ActorDiedError()})()
+
+    ray = fake(min_nodes=1, address="auto")
+    ray.attempts = [lose]
+    assert ray.finish() == "completed"
+    assert ray.asked == [(2, []), (1, [])]
+    assert ray.causes == ["infrastructure", "completed"]
+    end = journal.read_end(ray.run, 1)
+    assert end is not None
+    assert end.message == "Ray has lost n2; no record from n1"
+
+
+def test_a_killed_worker_a_killed_agent_and_a_silent_worker_are_named(fake: Callable[..., FakeRay]) -> None:
+    from ray.exceptions import ActorDiedError
+
+    silent = type("WorkerHealthCheckTimeoutError", (Exception,), {})()
+    failures = {0: ActorDiedError(), 1: NodeFailed(NAMES, 1, "the agent of n2 was killed by SIGKILL", False), 2: silent}
+    ray = fake(address="auto")
+
+    def fail() -> None:
+        ray.begin(*NAMES)
+        worker_errors(failures)()
+
+    ray.attempts = [fail]
+    assert ray.finish() == "completed"
+    end = journal.read_end(ray.run, 1)
+    assert end is not None
+    assert end.message.split("; ") == [
+        "Ray's worker on n1 was killed or has ended",
+        "the agent of n2 was killed by SIGKILL",
+        "no answer from Ray's worker on n3: it hangs or is cut off from the network",
+    ]
+
+
+def test_nodes_that_ray_takes_away_are_not_counted_again(fake: Callable[..., FakeRay]) -> None:
+    def preempt() -> list[str]:
+        ray.begin("n1", "n2", reason="preempted")
+        return ["id-n2"]
+
+    ray = fake(min_nodes=1, address="auto")
+    ray.nodes = dict.fromkeys(("n1", "n2"), True)
+    ray.attempts = [preempt]
+    assert ray.finish() == "completed"
+    assert ray.asked == [(2, []), (1, [])]
+    assert ray.causes == ["preempted", "completed"]
+
+
+def test_an_elastic_run_saves_and_grows_when_there_are_more_nodes(
+    fake: Callable[..., FakeRay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(module.RESIZE_VARIABLE, "0.001")
+
+    def grow() -> None:
+        ray.begin("n1")
+        run_store.update_status(ray.run, state="running", step=1, message="")
+        ray.nodes["n2"] = True
+        while not resize_request(ray.run, 1).exists():
+            pass
+        ray.begin("n1", reason="preempted")
+
+    ray = fake(min_nodes=1, address="auto")
+    ray.nodes = {"n1": True}
+    ray.attempts = [grow]
+    assert ray.finish() == "completed"
+    assert ray.asked == [(1, []), (2, [])]
+    assert ray.causes == ["resized", "completed"]
+    assert run_store.load_plan(ray.run).topology.nodes == 2
+
+
+def test_missing_nodes_are_reported_with_total_and_free_resources(fake: Callable[..., FakeRay]) -> None:
+    def wait() -> None:
+        from ray.train import ControllerError
+
+        raise ControllerError(type("WorkerGroupStartupTimeoutError", (Exception,), {})())
+
+    ray = fake(address="auto", placement_minutes=1e-9)
+    ray.attempts = [wait] * 9
+    with pytest.raises(RunEnded) as end:
+        ray.driver.run_attempts()
+    assert str(end.value).endswith("asked for 2 nodes with CPU: 1 each; it has CPU: 16 on 3 nodes, of these free: CPU: 0")
+
+
+def test_an_error_of_ray_train_before_a_node_begins_is_retried_a_few_times(fake: Callable[..., FakeRay]) -> None:
+    def fail() -> None:
+        raise RuntimeError("no room in /tmp")
+
+    ray = fake(address="auto")
+    ray.attempts = [fail] * 20
+    with pytest.raises(RunEnded, match="Ray Train ended the run: no room in /tmp"):
+        ray.driver.run_attempts()
+    assert len(ray.asked) == module._MAX_EARLY_FAILURES + 1
+    assert run_store.newest_attempt(ray.run) == 1, "the attempt has not begun"
+
+
+def test_a_cancel_while_it_waits_ends_the_run(fake: Callable[..., FakeRay]) -> None:
+    ray = fake(min_nodes=1, address="auto")
+    ray.nodes = {}
+    json_records.write(ray.run.cancel(1), module.CancelRequest())
+    with pytest.raises(RunEnded) as end:
+        ray.driver.run_attempts()
+    assert end.value.state == "cancelled"
+
+
+def test_a_run_that_another_command_has_started_again_is_left_alone(fake: Callable[..., FakeRay]) -> None:
+    ray = fake(address="auto")
+
+    def restart() -> None:
+        ray.begin("n1", "n2")
+        run_store.create_attempt(ray.run, Attempt(None))
+
+    ray.attempts = [restart]
+    with pytest.raises(RunEnded) as end:
+        ray.driver.run_attempts()
+    assert end.value.state is None
+    assert ray.causes == []
 
 
 @pytest.mark.usefixtures("own_signals")
-def test_a_connection_that_is_closed_at_once_is_named(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray._private import worker
+def test_the_loss_of_ray_is_reported_with_the_way_to_continue(
+    fake: Callable[..., FakeRay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, begun = fake().run, True
+    monkeypatch.setattr(module, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(module, "close_wandb_run", lambda *_: None)
 
-    assert worker._global_node is None, "no test has left a connection"
-    monkeypatch.setattr(driver, "connected", lambda *_: nullcontext())
-    monkeypatch.setattr(driver, "close_wandb_run", lambda *_: None)
-    assert driver.main(str(run.plan), 1) == 1
-    assert run_store.read_status(run).message.startswith("Ray cannot be used: the connection was closed as soon as it was made")
-
-
-def test_the_coordinator_writes_nothing_that_others_can_read(ray_plan: PlanOf, tmp_path: Path, own_signals: None) -> None:
-    """Its process has the umask of the cluster's Ray."""
-    run = hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
-    os.umask(0o000)
-    coordinator_module.CoordinatorProcess(str(run.plan), 1, "here:1", set, set).set_environment({})
-    assert os.umask(0o077) == 0o077
-
-
-class FakeCoordinator(coordinator_module.CoordinatorActor):
-    """A coordinator in this process whose state is what `says` returns; `began_with` lists the attempts it was started for."""
-
-    def __init__(self, run: RunDir, says: Callable[[], CoordinatorState]) -> None:
-        super().__init__(str(run.plan), run, 1, {})
-        self.says = says
-        self.began_with = list[int]()
-        self.start()
-
-    def start(self) -> None:
-        self.began_with.append(self._number)
-        self.handle = SimpleNamespace(state=SimpleNamespace(remote=lambda: self.says))
-
-
-@pytest.fixture
-def rays_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.get", lambda asked, timeout: asked())
-
-
-def state(number: int = 1, idle_s: float = 0.0, early_failure: str = "") -> CoordinatorState:
-    return CoordinatorState(number, idle_s, early_failure)
-
-
-def raising(error: Exception) -> Callable[[], Any]:
-    def ask() -> Any:
-        raise error
-
-    return ask
-
-
-@pytest.mark.usefixtures("rays_answer")
-def test_a_coordinator_that_dies_is_replaced_for_the_newest_attempt_of_this_driver(run: RunDir) -> None:
-    from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
-
-    coordinator = FakeCoordinator(run, state)
-    assert coordinator.state() == state()
-    for busy in (GetTimeoutError(), ActorUnavailableError("it is out of reach", None)):
-        coordinator.says = raising(busy)
-        assert coordinator.state() is None
-    assert coordinator.began_with == [1], "it may live, and answer later"
-    # The coordinator created the second attempt just before it died; a user has since started the third elsewhere.
-    run_store.create_attempt(run, Attempt(resume_step=5, automatic=True))
-    run_store.create_attempt(run, Attempt(resume_step=5))
-    coordinator.says = raising(ActorDiedError())
-    assert coordinator.state() is None
-    assert coordinator.began_with == [1, 2]
-    assert run_store.read_status(run).state == "pending"
-    (event,) = read_events(run.events)
-    assert event["kind"] == "alert"
-    assert "the run's coordinator was killed or has ended: another replaces it" in event["text"]
-    assert coordinator.is_lost
-    coordinator.says = lambda: state(number=2)
-    assert coordinator.state() == state(number=2)
-    assert not coordinator.is_lost
-
-
-@pytest.mark.usefixtures("rays_answer")
-def test_coordinators_that_die_one_after_the_other_end_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.exceptions import ActorDiedError, OutOfMemoryError
-
-    monkeypatch.setattr(coordinator_module, "_MAX_LOST", 3)
-    coordinator = FakeCoordinator(run, state)
-    for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
-        coordinator.says = raising(death)
-        assert [coordinator.state() for _ in range(3)] == [None] * 3
-        coordinator.says = state
-        assert coordinator.state() == state(), "workers are there: the run's own budgets count"
-    coordinator.says = raising(ActorDiedError())
-    assert [coordinator.state() for _ in range(3)] == [None] * 3
-    with pytest.raises(ActorDiedError):
-        coordinator.state()
-
-
-@pytest.mark.usefixtures("rays_answer")
-def test_ray_train_restarts_with_the_replacement_coordinator(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that lost their coordinator return as if they had finished."""
-    from ray.exceptions import ActorDiedError
-
-    monkeypatch.setattr(driver, "_RESTART_S", 0.0)
-    monkeypatch.setattr(driver, "_STATE_EVERY_S", 0.0)
-    coordinator = FakeCoordinator(run, state)
-    deaths = iter([ActorDiedError(), None])
-    asked: list[Any] = []
-
-    def fit(handle: Any) -> None:
-        asked.append(handle)
-        death = next(deaths)
-        answers = iter([raising(death)] if death else [])
-        coordinator.says = lambda: next(answers, state)()
-
-    removed: list[int] = []
-    monkeypatch.setattr(driver, "remove_placement_groups", lambda: removed.append(len(asked)))
-    monkeypatch.setattr(driver, "build_trainer", lambda *given: SimpleNamespace(fit=lambda: fit(given[-1])))
-    driver_of(run)._fit(coordinator)
-    assert len(asked) == 2
-    assert removed == [1], "what the lost controller had reserved"
-    assert asked[0] is not asked[1] is coordinator.handle
-
-
-class Fitting:
-    """The thread that waits for Ray Train; it is alive for `looks` checks."""
-
-    def __init__(self, looks: float = float("inf")) -> None:
-        self._looks = looks
-
-    def is_alive(self) -> bool:
-        self._looks -= 1
-        return self._looks >= 0
-
-    def join(self, timeout: float) -> None:
-        """Return at once, as if the time had passed."""
-
-
-def driver_of(run: RunDir) -> Any:
-    return driver._Driver(LaunchPlan.load(run.plan), str(run.plan), run, 1)
-
-
-@pytest.mark.usefixtures("rays_answer")
-def test_the_loss_of_ray_is_reported_with_the_way_to_continue(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "close_wandb_run", lambda *_: None)
-    begun = True
-
-    def lose(itself: Any) -> int:
+    def lose(itself: Driver) -> str:
         itself.has_begun = begun
         raise RuntimeError("The connection\n to the head is lost")
 
-    monkeypatch.setattr(driver._Driver, "run", lose)
+    monkeypatch.setattr(Driver, "run_attempts", lose)
+    assert module.main(str(run.plan), 1) == 1
     way_on = f"continue with: python -m launcher resume {run.root}"
-
-    def said(end: Callable[[], object]) -> str:
-        run_store.update_status(run, state="running")
-        end()
-        status = run_store.read_status(run)
-        assert status.state == "failed"
-        return status.message
-
-    assert said(lambda: driver.main(str(run.plan), 1)) == f"the driver lost Ray: The connection to the head is lost; {way_on}"
-    ended = said(lambda: driver_of(run)._watch(Fitting(1), FakeCoordinator(run, state)))
-    assert ended == f"Ray Train ended the run: its workers ended and left no record; {way_on}"
+    assert run_store.read_status(run).message == f"the driver lost Ray: The connection to the head is lost; {way_on}"
     begun = False
-    assert said(lambda: driver.main(str(run.plan), 1)) == "Ray cannot be used: The connection to the head is lost"
-
-
-@pytest.mark.usefixtures("rays_answer")
-def test_missing_workers_are_reported_with_total_and_free_resources(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "memory": 1e9})
-    monkeypatch.setattr("ray.available_resources", lambda: {"memory": 1e9})
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}])
-    driver_of(run)._watch(Fitting(), FakeCoordinator(run, lambda: state(idle_s=1900.0)))
-    asked = "asked for 2 workers with CPU: 1 each; it has CPU: 16 on 2 nodes, of these free: CPU: 0"
-    assert run_store.read_status(run).message.endswith(asked)
-
-
-@pytest.mark.usefixtures("rays_answer")
-def test_workers_that_could_not_start_are_not_reported_as_missing(run: RunDir) -> None:
-    driver_of(run)._watch(Fitting(), FakeCoordinator(run, lambda: state(idle_s=1900.0, early_failure="n2: no interface ib0")))
-    assert run_store.read_status(run).message.endswith("could not start their ranks: n2: no interface ib0")
+    assert module.main(str(run.plan), 1) == 1
+    assert run_store.read_status(run).message == "Ray cannot be used: The connection to the head is lost"
 
 
 @pytest.mark.parametrize(
-    "device, settings",
+    "selector, is_chosen",
+    [("spot", True), ("!spot", False), ("in(spot, free)", True), ("!in(spot)", False), ("!in(paid)", True), ("paid", False)],
+)
+def test_nodes_count_with_their_resources_labels_and_accelerator(selector: str, is_chosen: bool) -> None:
+    node = {"Alive": True, "Resources": {"GPU": 8.0, "accelerator_type:H100": 1.0}, "Labels": {"market": "spot"}}
+
+    def section(**settings: Any) -> RaySection:
+        return RaySection.model_validate({"kind": "ray", **settings})
+
+    assert is_eligible(node, {"GPU": 8.0}, section(label_selector={"market": selector})) is is_chosen
+    assert is_eligible(node, {"GPU": 8.0}, section(accelerator_type="H100"))
+    assert not is_eligible(node, {"GPU": 8.0}, section(accelerator_type="H200"))
+    assert not is_eligible(node, {"GPU": 9.0}, section())
+    assert not is_eligible({**node, "Alive": False}, {}, section())
+
+
+@pytest.mark.parametrize(
+    "device, settings, of_node",
     [
-        (CPU, {}),
-        (CPU, {"resources_per_worker": {"memory": 1e9}}),
-        (H100, {}),
-        (H100, {"resources_per_worker": {"CPU": 8.0}}),
+        (CPU, {}, {"CPU": 2.0}),
+        (CPU, {"resources_per_rank": {"memory": 1e9}}, {"memory": 2e9}),
+        (H100, {}, {"GPU": 2.0}),
+        (H100, {"resources_per_rank": {"CPU": 8.0}}, {"GPU": 2.0, "CPU": 16.0}),
     ],
 )
-def test_workers_get_what_ray_train_gives_by_default(
-    ray_plan: PlanOf, tmp_path: Path, device: DeviceFacts, settings: dict[str, Any]
+def test_ray_train_is_asked_for_one_worker_a_node_with_the_resources_of_its_ranks(
+    ray_plan: PlanOf, tmp_path: Path, device: DeviceFacts, settings: dict[str, Any], of_node: dict[str, float]
 ) -> None:
-    """The plan lists each worker's resources in full; they must equal what Ray Train derives from the settings alone."""
-    from ray.train import ScalingConfig
-
-    plan = ray_plan(device=device, workers=4, **settings)
-    gpus = device is H100
-    by_ray = ScalingConfig(num_workers=4, use_gpu=gpus, resources_per_worker=settings.get("resources_per_worker"))
-    wanted = by_ray._resources_per_worker_not_none
-    asked = build_trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
-    assert RaySection.of(plan.config.cluster).resources(device.kind) == wanted
-    assert (asked._resources_per_worker_not_none, asked.use_gpu, asked.num_workers) == (wanted, gpus, 4)
+    plan = ray_plan(device=device, workers=4, ranks_per_node=2, **settings)
+    scaling = build_trainer(plan, RunDir(tmp_path), "attempt-001", ARGUMENTS).scaling_config
+    assert (scaling.num_workers, scaling.placement_strategy) == (2, "STRICT_SPREAD")
+    assert (scaling.resources_per_worker, scaling.use_gpu) == (of_node, device is H100)
 
 
-def test_the_settings_of_placement_reach_ray_train(ray_plan: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(RESIZE_VARIABLE, "5")
-    settings = {"accelerator_type": "H100", "stop_grace_seconds": 90.0}
-    elastic = ray_plan(device=H100, workers=4, min_workers=2, **settings)
-    trainer = build_trainer(elastic, RunDir(tmp_path), "attempt-001", None)
-    scaling, running = trainer.scaling_config, trainer.run_config
-    assert scaling.num_workers == (2, 4)
-    assert scaling.accelerator_type == "H100"
-    assert scaling.elastic_resize_monitor_interval_s == 5.0
-    assert running.failure_config.preemption_grace_s == 90.0
-    spot = ray_plan(device=H100, workers=4, label_selector={"ray.io/market-type": "spot"})
-    trainer = build_trainer(spot, RunDir(tmp_path), "attempt-001", None)
-    assert trainer.scaling_config.label_selector == {"ray.io/market-type": "spot"}
+def test_the_settings_of_placement_and_the_secrets_reach_ray_train(
+    ray_plan: PlanOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "canary")
+    chosen = {"accelerator_type": "H100", "stop_grace_seconds": 90.0, "label_selector": {"ray.io/market-type": "spot"}}
+    plan = ray_plan(device=H100, workers=4, **chosen)
+    trainer = build_trainer(plan, RunDir(tmp_path), "attempt-001", ARGUMENTS, [{"NodeID": "a"}, {"NodeID": "b"}])
+    assert trainer.scaling_config.accelerator_type == "H100"
+    assert trainer.scaling_config.label_selector == {"ray.io/market-type": "spot", "ray.io/node-id": "!in(a,b)"}
+    assert trainer.run_config.failure_config.preemption_grace_s == 90.0
     assert trainer.run_config.storage_path == str(tmp_path / "ray")
+    assert trainer.backend_config.secrets["WANDB_API_KEY"] == "canary"
+    assert "canary" not in repr(trainer.train_loop_config)
 
 
 @pytest.mark.parametrize("address", [None, "head:6379"])
@@ -306,7 +346,7 @@ def test_ray_train_starts_only_processes_that_the_run_uses(ray_plan: PlanOf, tmp
     """Without datasets, and without other jobs on the cluster, Ray Train has no use for some of its processes."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    trainer = build_trainer(ray_plan(address=address, workers=4), RunDir(tmp_path), "attempt-001", None)
+    trainer = build_trainer(ray_plan(address=address), RunDir(tmp_path), "attempt-001", ARGUMENTS)
     by_default = {type(callback).__name__ for callback in DataParallelTrainer._create_default_callbacks(trainer)}
     left_out = by_default - {type(callback).__name__ for callback in trainer._create_default_callbacks()}
     assert left_out == {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if address is None else set())
