@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from e2e_tools import losses, metrics
 from forked import require_exit
+from hand_made import end_of
 from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, submit
 from testbed_cluster import Testbed
@@ -41,7 +42,7 @@ def test_a_run_is_resubmitted_where_requeue_is_forbidden_never_runs_twice_and_re
     # A second signal, during the save or just before it, must change nothing.
     run.bed.run("scancel", "--signal=USR2", first)
     wait_for("another job", lambda: run.attempt == 2 and run.job not in ("", first), 90)
-    saved = run.attempt_record(1, "exit")["step"]
+    saved = end_of(run.path, 1)["step"]
     run.await_step(saved + 2, attempt=2)
     assert run.launch("cancel", str(run.path), **run.bed.variables).returncode == 0
     cancelled = run.await_state("cancelled")["step"]

@@ -12,6 +12,7 @@ import pytest
 from causes import CAUSES, assert_run_named_first
 from e2e_tools import command_line, last_step, losses, metrics, slow_steps, status
 from forked import require_exit
+from hand_made import end_of
 from pace import wait_for
 from slurm_tools import Launch, submit
 from testbed_cluster import Testbed
@@ -60,7 +61,7 @@ def test_a_node_that_does_not_see_the_run_directory_is_named(launch_here: Launch
     assert "run directory" in final["message"]
     assert "cluster.exclude_bad_nodes" in final["message"]
     assert run.causes() == ["bad_node"]
-    assert run.attempt_record(1, "exit")["bad_nodes"] == ["n2"]
+    assert end_of(run.path, 1)["bad_nodes"] == ["n2"]
 
 
 def test_a_run_works_without_slurm_accounting(
@@ -89,7 +90,7 @@ def test_a_run_works_without_slurm_accounting(
         bare.run("scontrol", "requeue", run.job)
         wait_for("the next start", lambda: run.attempt == 4, 120)
         # An agent that handles Slurm's SIGTERM before the SIGKILL leaves a record.
-        requeued = run.attempt_record(3, "exit")
+        requeued = end_of(run.path, 3)
         assert requeued["cause"] == "preempted"
         assert re.fullmatch(f"{CAUSES['slurm_requeue']}|stopped before training had begun", requeued["message"])
         run.await_completed()
