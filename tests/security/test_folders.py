@@ -251,7 +251,7 @@ def test_the_token_is_not_in_the_run_which_a_group_may_read(monkeypatch: pytest.
     """docs/security.md suggests chmod -R g+rX RUN, and anyone with the token can run code as the run's user."""
     import ray
 
-    plan = SimpleNamespace(config=SimpleNamespace(cluster=RaySection()), topology=SimpleNamespace(device="cpu", world_size=1))
+    plan = SimpleNamespace(config=SimpleNamespace(cluster=RaySection()), topology=SimpleNamespace(device="cpu", ranks_per_node=1))
     monkeypatch.setattr(run_store, "read_status", lambda run: SimpleNamespace(state="completed"))
     monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.setattr(ray, "init", lambda **options: None)

@@ -175,7 +175,7 @@ def record_fault(run: RunDir, rank_info: RankInfo, host: str, limit: RateLimit, 
 class StatusFile:
     """Writes state and step of a run during training, only on rank 0 (`is_main`). A failed write is an alert, not an error.
 
-    Other writers (agent, coordinator, the cancel command) write before the ranks start, after they end, or for the next attempt.
+    Other writers (agent, driver, the cancel command) write before the ranks start, after they end, or for the next attempt.
     Their fields are kept, and a superseded attempt writes nothing.
     """
 

@@ -196,9 +196,9 @@ def _await_child(pid: int) -> int:
 
 
 class RankProcesses:
-    """Starts the ranks of one node, or of one Ray worker, in `folder`, and sends signals to running ranks."""
+    """Starts the ranks of one node in `folder`, and sends signals to running ranks."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._server: ForkServer | None = None
         self._lock = threading.Lock()
@@ -207,10 +207,6 @@ class RankProcesses:
     def warm_up(self, plan_path: str, environment: Mapping[str, str]) -> None:
         """Start a fork server that imports what this plan's ranks need; do not wait for it."""
         self._server = ForkServer(plan_path, environment, self._folder)
-
-    def is_warming_up(self) -> bool:
-        """True while `start` would have to wait for imports."""
-        return self._server is not None and self._server.is_importing()
 
     def start(self, plan_path: str, attempt: int, environment: Mapping[str, str]) -> RankProcess:
         """Start a rank with these variables; a forked rank also gets the fork server's variables."""

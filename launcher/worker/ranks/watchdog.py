@@ -2,10 +2,9 @@
 
 Each rank reports its progress to its node's agent by heartbeats, through a few bytes of shared memory.
 
-In a hang, all ranks on all nodes stall because they wait for one. Each node's agent judges its own ranks; on Ray, the run's
-coordinator judges the ranks of all nodes (launcher.worker.ray.worker_group). The clearer the culprit, the sooner it is killed:
-first a rank that cannot run, later one that is behind the others, and last, if none stands out, all ranks. By then the culprit is
-most likely on another node and has been killed there.
+In a hang, all ranks on all nodes stall because they wait for one. Each node's agent judges its own ranks. The clearer the
+culprit, the sooner it is killed: first a rank that cannot run, later one that is behind the others, and last, if none stands out,
+all ranks. By then the culprit is most likely on another node and has been killed there.
 
 Ranks that load the model, which takes seconds to an hour, send no heartbeats. A loading rank reads files or touches memory for a
 first time; the kernel counts both for each process. Most ranks wait for one that progresses, possibly on another node, so the
@@ -46,7 +45,7 @@ _READ_TRIES = 5
 _LONGEST_INTERVAL_S = 1.0
 # Seconds between the request for a rank's stacks and collectives and its kill. Other nodes notice the request within two seconds,
 # torch checks for it once a second, and looking up the stacks of the calls takes another second.
-DUMP_S = 5.0
+_DUMP_S = 5.0
 # Multiples of the limit after which a rank is killed: a rank that is behind the others, and a rank without a visible reason.
 _BEHIND, _UNCLEAR = 1.25, 1.5
 _JOIN_S = 5.0
@@ -209,15 +208,13 @@ def judge_ranks(
     limits: StallLimits,
     since: float = 0.0,
     others_at: float = math.inf,
-    among: str = "of its node",
 ) -> StallVerdict:
     """Judge the ranks in `states` (psutil's process state names) by their last heartbeats or, while they load, last progress.
 
     Ranks that load are judged only while no rank that trains is late. A rank that cannot run is killed whatever the others do.
 
     `now` and `since` are time.monotonic() times; silence before `since` does not count. `others_at` is when the run's other
-    ranks, for which loading ranks may wait, last progressed: -inf if there are none, inf if nothing is known about them. `among`
-    names the whole of which these are all the ranks, for messages.
+    ranks, for which loading ranks may wait, last progressed: -inf if there are none, inf if nothing is known about them.
     """
     silence_s = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states}
     silent = {r: seconds for r, seconds in silence_s.items() if beats[r].trained}
@@ -235,12 +232,12 @@ def judge_ranks(
         return StallVerdict(late, unable)
     counts = {r: beats[r].count for r in silent}
     first, last = max(counts.values()), min(counts.values())
-    behind = {r: f"is behind the other ranks {among}" for r in late if counts[r] == last < first}
+    behind = {r: "is behind the other ranks of its node" for r in late if counts[r] == last < first}
     # Ranks that wait for another node may also differ by one, so this is not conclusive at once.
     if any(lateness[r] > _BEHIND for r in behind):
         return StallVerdict(late, behind)
     if max(lateness[r] for r in late) > _UNCLEAR:
-        return StallVerdict(late, dict.fromkeys(late, f"makes no progress, and neither does any other rank {among}"))
+        return StallVerdict(late, dict.fromkeys(late, "makes no progress, and neither does any other rank of its node"))
     return StallVerdict(late)
 
 
@@ -279,7 +276,7 @@ class Watchdog:
         self._looked = self._since = time.monotonic()
         # When the processes were asked for their stacks and collectives.
         self._asked: dict[int, float] = {}
-        self._dump_s = min(DUMP_S, stall_s / 4)
+        self._dump_s = min(_DUMP_S, stall_s / 4)
         self._done: set[int] = set()
         self._problem = ""
         self._ended = threading.Event()
@@ -359,7 +356,7 @@ class Watchdog:
             _send_signal(ranks[r], signal.SIGKILL)
         # The agent ends the other ranks, which wait for the killed one and may take a while to end.
         self._done |= {beat.pid for beat in beats.values()}
-        messages = [describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()]
+        messages = [_describe_kill(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()]
         self._on_stall("; ".join(filter(None, (*messages, explanation))))
 
 
@@ -370,13 +367,11 @@ def _send_signal(process: psutil.Process, number: signal.Signals) -> None:
         pass
 
 
-def describe(beat: Beat, silent_s: float, reason: str, node: str = "") -> str:
-    """Describe why a rank is killed; `node` is empty if the reader knows it."""
+def _describe_kill(beat: Beat, silent_s: float, reason: str) -> str:
     activity = f"in step {beat.step + 1}" if beat.phase == "training" else f"while {beat.phase} after step {beat.step}"
     if not beat.trained and beat.phase in _LOADING:
         activity = "while it starts" if beat.phase == "starting" else "while the model is loaded"
-    location = f" on {node}" if node else ""
-    return f"rank {beat.rank}{location} (pid {beat.pid}) {reason}: no progress for {silent_s:.0f} s {activity}; killed it"
+    return f"rank {beat.rank} (pid {beat.pid}) {reason}: no progress for {silent_s:.0f} s {activity}; killed it"
 
 
 class LoadProgress:

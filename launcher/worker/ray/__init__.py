@@ -1,1 +1,1 @@
-"""The worker side of cluster=ray: the driver, the coordinator and the supervisor of each rank. Open driver.py first."""
+"""The worker side of cluster=ray: the driver, and the agent that Ray Train places on each node. Open driver.py first."""

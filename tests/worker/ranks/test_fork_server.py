@@ -228,7 +228,8 @@ def test_a_killed_fork_server_does_not_prevent_the_start_of_ranks(
 def test_a_cancel_does_not_wait_for_imports(plan_path: str, environment: Mapping[str, str], tmp_path: Path) -> None:
     ranks = RankProcesses(tmp_path)
     ranks.warm_up(plan_path, {**environment, "LAUNCHER_STACK": "import time; time.sleep(60)"})
-    assert ranks.is_warming_up()
+    assert ranks._server is not None
+    assert ranks._server.is_importing()
     ranks.send_signal(CANCEL)
     rank = ranks.start(plan_path, 1, {**environment, "LAUNCHER_SCRIPT": ""})
     assert isinstance(rank, subprocess.Popen)
@@ -241,7 +242,7 @@ def test_server_and_ranks_do_not_outlive_the_agent(plan_path: str, environment: 
 import os, sys
 from launcher.worker.ranks.rank_env import RankTitle
 from launcher.worker.ranks.rank_process import RankProcesses
-ranks = RankProcesses()
+ranks = RankProcesses(".")
 ranks.warm_up(sys.argv[1], os.environ)
 script = "import os, time; from launcher.child_process import die_with_parent; die_with_parent(); "
 script += "print(os.getpid(), flush=True); time.sleep(60)"
