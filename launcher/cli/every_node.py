@@ -25,7 +25,7 @@ from launcher.cli.worker_process import run_worker_module
 from launcher.clusters import static
 from launcher.clusters.detached_process import LIVENESS_TIMEOUT_S
 from launcher.clusters.static import StaticCluster
-from launcher.clusters.static_meeting import AGENT_END, LOST, Meeting, Message, head_endpoint, join
+from launcher.clusters.static_meeting import AGENT_END, LOST, Meeting, MeetingMessage, head_endpoint, join
 from launcher.config.command_line import override_key
 from launcher.config.compose import Composed
 from launcher.config.resume import differing, table, with_overrides
@@ -190,7 +190,7 @@ def _join_run(start: _Start) -> int:
     name, log = begun.names[here.node], static.agent_log(run, attempt, here.node)
     process = static.NodeProcess(run, attempt, run_store.newest_plan_path(run), here.node, name, connection.send)
     print(f"{here.label}: attempt {attempt} of {run.root.name} runs here as {name}; its output is in {log}", flush=True)
-    ends: list[Message] = []
+    ends: list[MeetingMessage] = []
 
     def listen() -> None:
         for message in connection.messages:
@@ -202,7 +202,7 @@ def _join_run(start: _Start) -> int:
                     text = f"failed: {begun.names[0]} was lost: {text}; {static.REPEAT}"
                 ends.append(replace(message, text=text, code=EXIT_FAILED if message.kind == LOST else message.code))
                 # If the attempt had not ended here, it cannot go on without node 0.
-                process.tell(Message(AGENT_END, text, is_lost=True))
+                process.tell(MeetingMessage(AGENT_END, text, is_lost=True))
                 connection.close()
 
     threading.Thread(target=listen, name="meeting", daemon=True).start()

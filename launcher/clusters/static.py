@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from launcher import clock, run_store
 from launcher.clusters import detached_process, local, network
 from launcher.clusters.backends import Cluster, mark_never_submitted
-from launcher.clusters.static_meeting import AGENT_END, Meeting, Message
+from launcher.clusters.static_meeting import AGENT_END, Meeting, MeetingMessage
 from launcher.errors import LauncherError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -128,14 +128,14 @@ class NodeProcess:
     """
 
     def __init__(
-        self, run: RunDir, attempt: int, plan_path: Path, node: int, name: str, report: Callable[[Message], None]
+        self, run: RunDir, attempt: int, plan_path: Path, node: int, name: str, report: Callable[[MeetingMessage], None]
     ) -> None:
         """Start the agent from the run's code; its output goes to its log in the attempt's folder."""
         arguments, log = [str(plan_path), str(attempt), str(node)], agent_log(run, attempt, node)
         variables = {network.NODE_NAME_VARIABLE: name}
         # Ctrl-C reaches only this process, which decides what it means.
         self._process = detached_process.start_module(run, _AGENT, arguments, log, variables, subprocess.PIPE)
-        self.end: Message | None = None
+        self.end: MeetingMessage | None = None
 
         def watch() -> None:
             while self.end is None:
@@ -145,18 +145,18 @@ class NodeProcess:
                     record = read_node(run, attempt, node)
                 if record is not None:
                     failure = record.first_failure
-                    self.end = Message(AGENT_END, "" if failure is None else failure.line, node)
+                    self.end = MeetingMessage(AGENT_END, "" if failure is None else failure.line, node)
                 elif code is not None:
                     names = {-number: number.name for number in signal.Signals}
                     how = f"was killed by {names[code]}" if code in names else f"ended with exit code {code} and left no record"
-                    self.end = Message(AGENT_END, f"the agent of {name} {how}", node, is_lost=True)
+                    self.end = MeetingMessage(AGENT_END, f"the agent of {name} {how}", node, is_lost=True)
                 else:
                     time.sleep(_LOOK_S)
             report(self.end)
 
         threading.Thread(target=watch, name="agent", daemon=True).start()
 
-    def tell(self, end: Message) -> None:
+    def tell(self, end: MeetingMessage) -> None:
         """Tell the agent how that of another machine has ended."""
         line = json.dumps(asdict(replace(end, text=end.text[:_MAX_TEXT]))).encode() + b"\n"
         assert self._process.stdin is not None

@@ -21,12 +21,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher import atomic_files, json_records
 from launcher.clusters import network
-from launcher.config.sections.static import NodeIdentity
 from launcher.errors import EXIT_REFUSED, ConfigError, LauncherError, Problem, SubmitError, printable
 from launcher.tracking.metrics import format_duration
+
+if TYPE_CHECKING:
+    from launcher.config.sections.static import NodeIdentity
 
 # Seconds that node 0 waits for the others to start, and they for node 0; while node 0 is connected, they wait for its plan.
 WAIT_S = 1800.0
@@ -49,7 +52,7 @@ ALIVE, LOST = "alive", "lost"
 
 
 @dataclass(frozen=True)
-class Message:
+class MeetingMessage:
     """`kind` determines what the fields mean, and which are set.
 
     JOIN: machine `node` of `nodes` on the host `text` was told to run `command` (by keys) in the run directory `run`. SEES: it
@@ -82,11 +85,11 @@ class Connection:
 
         def send_signs() -> None:
             while not self._closed.wait(LOST_S / _LOOKS):
-                self.send(Message(ALIVE))
+                self.send(MeetingMessage(ALIVE))
 
         threading.Thread(target=send_signs, name="signs of life", daemon=True).start()
 
-    def send(self, message: Message) -> None:
+    def send(self, message: MeetingMessage) -> None:
         """Send a message. If it cannot be sent, neither can signs of life, and both sides find the connection lost."""
         line = json.dumps({key: value for key, value in asdict(message).items() if value}).encode() + b"\n"
         with self._lock, suppress(OSError):
@@ -99,7 +102,7 @@ class Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
-    def _read(self) -> Iterator[Message]:
+    def _read(self) -> Iterator[MeetingMessage]:
         """Yield all messages but signs of life; the last one is LOST."""
         buffer, num_silent, reason = b"", 0, ""
         while not reason:
@@ -116,7 +119,7 @@ class Connection:
             num_silent = 0
             *lines, buffer = (buffer + data).split(b"\n")
             try:
-                messages = [json_records.loads(Message, line, "a message") for line in lines]
+                messages = [json_records.loads(MeetingMessage, line, "a message") for line in lines]
             except LauncherError:
                 reason = "it sent something else than messages of this launcher"
                 break
@@ -124,7 +127,7 @@ class Connection:
             if not data or len(buffer) > _MAX_MESSAGE_BYTES:
                 reason = "its command has ended"
         self.close()
-        yield Message(LOST, reason)
+        yield MeetingMessage(LOST, reason)
 
 
 def marker(run: Path) -> Path:
@@ -151,10 +154,10 @@ class Meeting:
         self._lock = threading.Lock()
         self._members: dict[int, _Member] = {}
         self._problem: Problem | None = None
-        self._latest = Message(WAIT, "node 0 is planning")
+        self._latest = MeetingMessage(WAIT, "node 0 is planning")
         # Set while an attempt runs: the machines' names, and what to do when an agent ends.
         self._names: tuple[str, ...] = ()
-        self._on_end: Callable[[Message], None] = lambda end: None
+        self._on_end: Callable[[MeetingMessage], None] = lambda end: None
         # The machines whose agents have ended, or that know that there is no attempt.
         self._ended: set[int] = set()
         self._listener: socket.socket | None = None
@@ -209,23 +212,23 @@ class Meeting:
                 return tuple(hosts[node] if names.count(hosts[node]) == 1 else f"{hosts[node]}-{node}" for node in sorted(hosts))
             if missing != printed:
                 printed = missing
-                self._tell(Message(WAIT, f"node 0 is waiting for {missing}"))
+                self._tell(MeetingMessage(WAIT, f"node 0 is waiting for {missing}"))
                 print(f"{self._here.label}: waiting for {missing} at {where}", flush=True)
             if time.monotonic() > until:
                 remedy = "start the same command on every machine; check that they reach node 0 at this address"
                 raise SubmitError(f"{missing} of {self._here.nodes} did not join", where=where, remedy=remedy)
             time.sleep(0.05)
 
-    def begin(self, attempt: int, names: tuple[str, ...], on_end: Callable[[Message], None]) -> None:
+    def begin(self, attempt: int, names: tuple[str, ...], on_end: Callable[[MeetingMessage], None]) -> None:
         """Tell the machines that the attempt has begun; no other can join it. `on_end` receives how their agents end."""
         self._on_end, self._names = on_end, names
-        self._tell(Message(READY, attempt=attempt, names=names))
+        self._tell(MeetingMessage(READY, attempt=attempt, names=names))
         self._remove_marker()
         for node in {*range(1, len(names))} - self._members.keys():
             # It has left since it was last seen.
-            self.report(Message(AGENT_END, f"{names[node]} was lost: its command has ended", node, is_lost=True))
+            self.report(MeetingMessage(AGENT_END, f"{names[node]} was lost: its command has ended", node, is_lost=True))
 
-    def report(self, end: Message) -> None:
+    def report(self, end: MeetingMessage) -> None:
         """Tell all other machines how the agent of one of them has ended; only its first report counts."""
         with self._lock:
             is_known = end.node in self._ended
@@ -244,7 +247,7 @@ class Meeting:
         if listener is None:
             return
         self._remove_marker()
-        self._tell(Message(END, text, code=code))
+        self._tell(MeetingMessage(END, text, code=code))
         until = time.monotonic() + _LINGER_S
         while time.monotonic() < until and (self._members or (not self._names and len(self._ended) < self._here.nodes - 1)):
             time.sleep(0.02)
@@ -252,7 +255,7 @@ class Meeting:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
 
-    def _tell(self, message: Message) -> None:
+    def _tell(self, message: MeetingMessage) -> None:
         with self._lock:
             self._latest = message
             members = [*self._members.values()]
@@ -266,14 +269,14 @@ class Meeting:
             return connection.close()
         node = join.node
         with self._lock:
-            refusal: Message | None = None
+            refusal: MeetingMessage | None = None
             if self._names:
                 # It tries again until this attempt has ended.
-                refusal = Message(WAIT, "the attempt that runs has begun without this command")
+                refusal = MeetingMessage(WAIT, "the attempt that runs has begun without this command")
             elif (problem := self._find_problem(join)) is not None:
                 self._problem = self._problem or problem
                 self._ended.add(node)
-                refusal = Message(END, str(problem), code=EXIT_REFUSED)
+                refusal = MeetingMessage(END, str(problem), code=EXIT_REFUSED)
             else:
                 self._members[node] = member = _Member(connection, join.text)
         if refusal is not None:
@@ -298,10 +301,10 @@ class Meeting:
                     if self._latest.kind == END:
                         self._ended.add(node)
                 if self._names:
-                    self.report(Message(AGENT_END, f"{self._names[node]} was lost: {message.text}", node, is_lost=True))
+                    self.report(MeetingMessage(AGENT_END, f"{self._names[node]} was lost: {message.text}", node, is_lost=True))
         return None
 
-    def _find_problem(self, join: Message) -> Problem | None:
+    def _find_problem(self, join: MeetingMessage) -> Problem | None:
         """Return why the machine does not belong to this start."""
         who = f"node {join.node} ({join.text})"
         if join.nodes != self._here.nodes:
@@ -333,7 +336,7 @@ class Meeting:
 
 def join(
     here: NodeIdentity, run: Path, command: Mapping[str, str], describe_end: Callable[[], str | None]
-) -> tuple[Message, Connection | None]:
+) -> tuple[MeetingMessage, Connection | None]:
     """Join node 0 and wait for the attempt that it begins, and show what it is waiting for.
 
     Returns the message READY and the connection; or END and None if nothing is left to do. `describe_end` returns why the run is
@@ -357,13 +360,15 @@ def join(
             show(f"node 0 at {address}")
             waited_s = time.monotonic() - begun
             if waited_s > OVER_AFTER_S and (reason := describe_end()) is not None:
-                return Message(END, reason), None
+                return MeetingMessage(END, reason), None
             if waited_s > WAIT_S:
                 remedy = "start the command on node 0; check cluster.master_addr and cluster.master_port"
                 raise SubmitError("node 0 did not start", where=address, remedy=remedy) from None
             time.sleep(_CONNECT_EVERY_S)
             continue
-        connection.send(Message(JOIN, network.node_name(), node=here.node, nodes=here.nodes, run=str(run), command=dict(command)))
+        connection.send(
+            MeetingMessage(JOIN, network.node_name(), node=here.node, nodes=here.nodes, run=str(run), command=dict(command))
+        )
         has_joined = False
         for message in connection.messages:
             if message.kind == READY:
@@ -378,7 +383,7 @@ def join(
                 show(f"the plan ({message.text})")
                 if message.nonce:
                     has_joined = True
-                    connection.send(Message(SEES, "" if _finds_marker(run, message.nonce) else "nothing"))
+                    connection.send(MeetingMessage(SEES, "" if _finds_marker(run, message.nonce) else "nothing"))
             if message.kind == LOST and has_joined:
                 remedy = "look at the output of the command on node 0, then repeat the command on every machine"
                 raise SubmitError("node 0 ended before its plan was ready", where=address, remedy=remedy)

@@ -22,7 +22,7 @@ from typing import Any
 from launcher import atomic_files, json_records, run_store
 from launcher.child_process import die_with_parent
 from launcher.clusters import detached_process, static
-from launcher.clusters.static_meeting import LOST_S, Message
+from launcher.clusters.static_meeting import LOST_S, MeetingMessage
 from launcher.config.sections.static import StaticSection
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
@@ -115,7 +115,7 @@ class Peers:
     """
 
     def __init__(self, kill_ranks: Callable[[int], None]) -> None:
-        self.ends: dict[int, Message] = {}
+        self.ends: dict[int, MeetingMessage] = {}
         self.reason = ""
         self.ranks_ended = threading.Event()
         self._kill_ranks = kill_ranks
@@ -123,7 +123,7 @@ class Peers:
     def start(self) -> Peers:
         def listen() -> None:
             for line in sys.stdin:
-                end = json_records.loads(Message, line.encode(), "standard input")
+                end = json_records.loads(MeetingMessage, line.encode(), "standard input")
                 self.ends[end.node] = end
                 if end.text:
                     threading.Thread(target=self._end_ranks, args=(end,), daemon=True).start()
@@ -131,7 +131,7 @@ class Peers:
         threading.Thread(target=listen, name="peers", daemon=True).start()
         return self
 
-    def _end_ranks(self, end: Message) -> None:
+    def _end_ranks(self, end: MeetingMessage) -> None:
         wait_s = _LOST_S if end.is_lost else _FAILED_S
         while not self.ranks_ended.wait(wait_s):
             # Worded so that failure_record.PEER_LOST matches: the failure of this machine's ranks is a consequence.

@@ -20,7 +20,7 @@ from launcher.clusters.static_meeting import (
     READY,
     Connection,
     Meeting,
-    Message,
+    MeetingMessage,
     head_endpoint,
     join,
     marker,
@@ -64,7 +64,7 @@ class Machine:
         describe_end: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.connection: Connection | None = None
-        self._outcome: Message | LauncherError | None = None
+        self._outcome: MeetingMessage | LauncherError | None = None
 
         def wait() -> None:
             try:
@@ -76,16 +76,16 @@ class Machine:
         self._thread.start()
 
     @property
-    def outcome(self) -> Message | LauncherError | None:
+    def outcome(self) -> MeetingMessage | LauncherError | None:
         self._thread.join(60)
         return self._outcome
 
-    def read(self) -> Message:
+    def read(self) -> MeetingMessage:
         assert self.connection is not None
         return next(self.connection.messages)
 
 
-def begin(meeting: Meeting, ends: list[Message]) -> tuple[str, ...]:
+def begin(meeting: Meeting, ends: list[MeetingMessage]) -> tuple[str, ...]:
     names = meeting.await_everyone()
     meeting.begin(7, names, ends.append)
     return names
@@ -108,16 +108,16 @@ def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
     meeting = head()
     names = begin(meeting, [])
     assert len(set(names)) == 2
-    assert machine.outcome == Message(READY, attempt=7, names=names)
+    assert machine.outcome == MeetingMessage(READY, attempt=7, names=names)
     assert not marker(tmp_path / "run").exists()
     # A repeated command does not join an attempt that runs, and learns how it ends when nothing listens any more.
     late = Machine(port, tmp_path / "run", describe_end=lambda: "the run is completed")
     time.sleep(0.4)
     threading.Thread(target=meeting.close, args=(130, "cancelled")).start()
-    assert machine.read() == Message(END, "cancelled", code=130)
+    assert machine.read() == MeetingMessage(END, "cancelled", code=130)
     assert machine.connection is not None
     machine.connection.close()
-    assert late.outcome == Message(END, "the run is completed")
+    assert late.outcome == MeetingMessage(END, "the run is completed")
     output = capsys.readouterr().out
     assert f"node 1 of 2: waiting for node 0 at 127.0.0.1:{port}" in output
     assert "begun without this command" in output
@@ -131,7 +131,7 @@ def test_nothing_left_to_do_and_a_refusal_reach_a_machine_that_is_a_moment_late(
     threading.Thread(target=meeting.close, args=(code, "because of this")).start()
     outcome = Machine(port, tmp_path / "run").outcome
     if code == 0:
-        assert isinstance(outcome, Message)
+        assert isinstance(outcome, MeetingMessage)
         assert (outcome.kind, outcome.text) == (END, "because of this")
     else:
         assert isinstance(outcome, SubmitError)
@@ -177,7 +177,7 @@ def test_two_commands_with_one_index_are_refused_and_a_restarted_one_is_not(
 ) -> None:
     meeting = head()
     killed = Connection(socket.create_connection(("127.0.0.1", port)))
-    killed.send(Message(JOIN, "a", node=1, nodes=2, run=str(tmp_path / "run"), command=COMMAND))
+    killed.send(MeetingMessage(JOIN, "a", node=1, nodes=2, run=str(tmp_path / "run"), command=COMMAND))
     next(killed.messages)
     killed.close()
     wait_until(lambda: not meeting._members)
@@ -206,22 +206,22 @@ def test_a_run_root_that_is_not_shared_is_named(
 def test_the_end_of_an_agent_and_the_loss_of_a_machine_reach_all_others(
     tmp_path: Path, port: int, head: Callable[..., Meeting]
 ) -> None:
-    meeting, ends = head(nodes=4), list[Message]()
+    meeting, ends = head(nodes=4), list[MeetingMessage]()
     machines = [Machine(port, tmp_path / "run", node, 4) for node in (1, 2, 3)]
     names = begin(meeting, ends)
     first, second, third = machines
-    assert all(isinstance(machine.outcome, Message) and machine.connection for machine in machines)
-    first.connection.send(Message(AGENT_END, "rank 1: out of memory", 1))
-    failed = Message(AGENT_END, "rank 1: out of memory", 1)
+    assert all(isinstance(machine.outcome, MeetingMessage) and machine.connection for machine in machines)
+    first.connection.send(MeetingMessage(AGENT_END, "rank 1: out of memory", 1))
+    failed = MeetingMessage(AGENT_END, "rank 1: out of memory", 1)
     assert [second.read(), third.read()] == [failed, failed]
     # Its connection closes, as that of a command that was killed.
     second.connection.close()
-    closed = Message(AGENT_END, f"{names[2]} was lost: its command has ended", 2, is_lost=True)
+    closed = MeetingMessage(AGENT_END, f"{names[2]} was lost: its command has ended", 2, is_lost=True)
     assert third.read() == closed
     # It falls silent, as a machine that has lost power: its connection stays open.
     third.connection._closed.set()
     wait_until(lambda: len(ends) == 3)
-    assert ends == [failed, closed, Message(AGENT_END, f"{names[3]} was lost: no sign of life for 3s", 3, is_lost=True)]
+    assert ends == [failed, closed, MeetingMessage(AGENT_END, f"{names[3]} was lost: no sign of life for 3s", 3, is_lost=True)]
     # The first machine still shows that it is alive.
     assert set(meeting._members) == {1}
 
@@ -234,9 +234,9 @@ def test_a_machine_whose_node_0_ends_is_told(tmp_path: Path, port: int, head: Ca
     assert "node 0 ended before its plan was ready" in str(machine.outcome)
     machine = Machine(port, tmp_path / "run")
     begin(meeting, [])
-    assert isinstance(machine.outcome, Message)
+    assert isinstance(machine.outcome, MeetingMessage)
     meeting._members[1].connection.close()
-    assert machine.read() == Message(LOST, "its command has ended")
+    assert machine.read() == MeetingMessage(LOST, "its command has ended")
 
 
 def test_another_program_at_the_port_is_no_machine(port: int, head: Callable[..., Meeting]) -> None:

@@ -21,7 +21,7 @@ says "20,000"
 step "an experiment" launcher config experiment=llama3_8b_one_node data.path=chats.jsonl
 says "model: llama3_1_8b"
 step "plan" python -m launcher plan chats.yaml
-says "chats.yaml; data.sources[0].path is $PWD/chats.jsonl"
+says "chats.yaml"
 step "train" python -m launcher chats.yaml run.name=first
 step "watch until the end" launcher status first --watch
 says completed

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import pytest
 
-from launcher.clusters.static_meeting import AGENT_END, Message
+from launcher.clusters.static_meeting import AGENT_END, MeetingMessage
 from launcher.worker import static as module
 from launcher.worker.static import Peers
 
@@ -22,7 +22,7 @@ def test_ranks_are_killed_until_they_have_ended_once_another_machine_cannot_go_o
 ) -> None:
     monkeypatch.setattr(module, "_LOST_S" if is_lost else "_FAILED_S", 0.3)
     monkeypatch.setattr(module, "_KILL_EVERY_S", 0.05)
-    ends = [Message(AGENT_END, "", 2), Message(AGENT_END, "rank 1: it failed", 1, is_lost=is_lost)]
+    ends = [MeetingMessage(AGENT_END, "", 2), MeetingMessage(AGENT_END, "rank 1: it failed", 1, is_lost=is_lost)]
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(asdict(end)) + "\n" for end in ends)))
     killed: list[int] = []
     peers = Peers(killed.append).start()
@@ -43,7 +43,7 @@ def test_ranks_are_killed_until_they_have_ended_once_another_machine_cannot_go_o
 
 def test_ranks_that_end_by_themselves_are_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOST_S", 0.2)
-    line = json.dumps(asdict(Message(AGENT_END, "b was lost", 1, is_lost=True)))
+    line = json.dumps(asdict(MeetingMessage(AGENT_END, "b was lost", 1, is_lost=True)))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{line}\n"))
     killed: list[int] = []
     peers = Peers(killed.append)
