@@ -299,9 +299,9 @@ def switch(recorder: Recorder) -> None:
 
 
 def rank(plan_path: str) -> None:
-    from launcher import run_records, run_store
     from launcher.distributed import RankInfo
     from launcher.plan.launch_plan import LaunchPlan
+    from launcher.runs import run_records, run_store
     from launcher.train import loop
 
     plan = LaunchPlan.load(plan_path)

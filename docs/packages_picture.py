@@ -31,7 +31,8 @@ ABOUT = {
     "data": "sources, masks, packing",
     "checkpoint": "store, shards, mirror",
     "tracking": "metrics, goodput, W&B",
-    "runs": "the journal",
+    "runs.run_store": "run directories",
+    "runs.journal": "events and their fold",
     "plan": "pure: batch, memory, GPUs",
     "config": "Hydra in, RunConfig out",
 }
@@ -57,7 +58,7 @@ def torch_use(module: str) -> str:
     """Describe whether a module may import torch, according to the contract that forbids it."""
     forbidden = next(contract for contract in contracts() if "torch" in contract.get("forbidden_modules", ()))
     names = {name.removeprefix("launcher.") for name in forbidden["source_modules"]}
-    if module in names or module in ("errors", "locks", "atomic_files"):
+    if module in names or module.partition(".")[0] in names or module == "errors":
         return "never imports torch"
     partly = any(name.startswith(f"{module}.") for name in names)
     return "some modules never import torch" if partly else "may import torch"

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launcher import atomic_files, locks, run_store
 from launcher.checkpoint import store
 from launcher.config.sections.model import ModelSection, is_run
 from launcher.data.cache_dir import download_cache, own_hub_cache
@@ -21,6 +20,7 @@ from launcher.models.found_model import converted_folder, locate
 from launcher.models.parent_run import ParentCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files, locks, run_store
 from launcher.security import folders
 from launcher.security.redaction import redacted_command_line
 from launcher.tracking.jsonl import read_metrics

@@ -35,7 +35,7 @@ from testbed_cluster import SlotTaken, Testbed
 from testbed_config import NUM_SLOTS, Settings, install_command, missing_commands
 
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs.run_records import Attempt
 
 REPO = Path(__file__).resolve().parents[1]
 RUN_DEADLINE_S = 240
@@ -137,19 +137,20 @@ def _little_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     files takes longer than most tests. `whole_code` and `module_whole_code` are for runs that do.
     """
     package = tmp_path_factory.mktemp("code") / "launcher"
-    (package / "train").mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "run_store.py", "train/__init__.py", "train/loop.py"):
+    for folder in ("train", "runs"):
+        (package / folder).mkdir(parents=True)
+    for name in ("__init__.py", "errors.py", "runs/__init__.py", "runs/run_store.py", "train/__init__.py", "train/loop.py"):
         shutil.copy(REPO / "launcher" / name, package / name)
     py_compile.compile(str(package / "errors.py"), doraise=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.run_store._PACKAGE", package)
+        patch.setattr("launcher.runs.run_store._PACKAGE", package)
         yield
 
 
 def _copied_whole() -> Iterator[None]:
     """Runs get a copy of the whole package, as they do for users."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launcher.run_store._PACKAGE", REPO / "launcher")
+        patch.setattr("launcher.runs.run_store._PACKAGE", REPO / "launcher")
         yield
 
 

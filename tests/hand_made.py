@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.config.resume import with_overrides
@@ -30,8 +29,8 @@ from launcher.plan.launch_plan import (
 )
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
-from launcher.runs import journal
+from launcher.runs import atomic_files, journal, json_records, run_store
+from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.verdicts import EvaluationVerdict, GeneralLoss, SideUsage
 

@@ -32,9 +32,9 @@ SUBMIT_SIDE = [
         "launcher.models.found_model",
         "launcher.models.parent_run",
         "launcher.models.weight_files",
-        "launcher.run_store",
+        "launcher.runs.run_store",
     ),
-    *("launcher.locks", "launcher.hardware"),
+    *("launcher.runs.locks", "launcher.hardware"),
     *("launcher.data.cache_store", "launcher.data.split", "launcher.data.sources"),
     *("launcher.checkpoint.store", "launcher.checkpoint.manifest"),
 ]

@@ -22,7 +22,7 @@ from plan_fixtures import CPU, DATA, ConfigOf, PlanOf, config_of, facts_for, pla
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from launcher import facts, run_store
+from launcher import facts
 from launcher.checkpoint.state import State
 from launcher.cli.main import main
 from launcher.cli.render import terminal
@@ -47,6 +47,7 @@ from launcher.plan.launch_plan import DeviceFacts, Facts
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.metrics import METRICS, Curve, Metric, Part
 from launcher.tracking.tracker import ConsoleTracker

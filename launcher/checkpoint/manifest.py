@@ -8,8 +8,8 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher import atomic_files, json_records
 from launcher.errors import CheckpointError, DamagedCheckpoint, DamagedRun, UnreadableCheckpoint
+from launcher.runs import atomic_files, json_records
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

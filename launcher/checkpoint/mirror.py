@@ -28,8 +28,6 @@ from pathlib import Path
 import xxhash
 from pydantic import Field, ValidationError
 
-from launcher import atomic_files, run_store
-from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import (
     FORMAT_VERSION,
@@ -47,7 +45,8 @@ from launcher.errors import CheckpointError, Problem, RunError, SubmitError, Unr
 from launcher.plan.launch_plan import LaunchPlan, Record
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir, parse_step
-from launcher.runs import journal
+from launcher.runs import atomic_files, journal, run_store
+from launcher.runs.atomic_files import FileEntry
 from launcher.security.folders import make_own_folder
 from launcher.shell_commands import launcher_command
 

@@ -20,8 +20,8 @@ import tenacity
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from launcher.atomic_files import FileEntry
 from launcher.errors import LauncherError, SubmitError, describe
+from launcher.runs.atomic_files import FileEntry
 from launcher.security import folders
 from launcher.security.connections import access_remedy, require_known_hosts
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Self
 
 import xxhash
 
-from launcher.atomic_files import FileEntry, open_regular, write_file
 from launcher.checkpoint.store import partition, shard_name
 from launcher.errors import CheckpointError
+from launcher.runs.atomic_files import FileEntry, open_regular, write_file
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from launcher import atomic_files
 from launcher.checkpoint import safetensors_io, store, zero3
 from launcher.checkpoint.manifest import HELD_OUT, REFERENCE_LOGITS, STATE, Manifest
 from launcher.checkpoint.safetensors_io import as_bytes
@@ -34,6 +33,7 @@ from launcher.distributed import run_on_all_ranks, to_problems
 from launcher.errors import CheckpointError, LauncherError, Problem
 from launcher.hardware import available_bytes
 from launcher.plan.launch_plan import Record
+from launcher.runs import atomic_files
 
 _MAX_PAUSE_S = 1.0
 _LOWEST_PRIORITY = 19

@@ -20,13 +20,13 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from launcher import atomic_files
 from launcher.checkpoint import safetensors_io, store, zero3
 from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, as_bytes, buffer_key, buffer_name, tensor_key, weight_digest
 from launcher.checkpoint.state import State, read_state
 from launcher.distributed import run_on_all_ranks
 from launcher.errors import CheckpointError, DamagedCheckpoint
+from launcher.runs import atomic_files
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 STORED_DTYPES = {

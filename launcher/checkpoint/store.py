@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint.manifest import (
     HELD_OUT,
     MANIFEST,
@@ -39,6 +38,7 @@ from launcher.checkpoint.manifest import (
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir, parse_step
+from launcher.runs import atomic_files, json_records, run_store
 from launcher.shell_commands import launcher_command
 
 if TYPE_CHECKING:

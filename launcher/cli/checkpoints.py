@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import HELD_OUT, MANIFEST, Checkpoint, describe_loss
 from launcher.checkpoint.store import (
@@ -33,7 +32,8 @@ from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, Run
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
+from launcher.runs import run_store
+from launcher.runs.run_records import RUNNING_STATES
 from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.metrics import format_age

@@ -9,7 +9,6 @@ import tempfile
 from contextlib import suppress
 from typing import Any
 
-from launcher import run_store
 from launcher.cli.render import terminal
 from launcher.cli.verbs import flags_of
 from launcher.config.command_line import GROUPS, conf_dir, is_run_file, list_options
@@ -18,6 +17,7 @@ from launcher.config.resume import with_overrides
 from launcher.config.run_file import render, values_to_print
 from launcher.config.schema import RunConfig
 from launcher.errors import LauncherError
+from launcher.runs import run_store
 from launcher.security.redaction import redact
 from launcher.shell_commands import launcher_command
 

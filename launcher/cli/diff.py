@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import json_records, run_store
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Section, Table, Text
 from launcher.cli.status import summarize
 from launcher.clusters.backends import status_reader_for
 from launcher.config.command_line import is_run_file
 from launcher.errors import LauncherError
+from launcher.runs import json_records, run_store
 from launcher.security.redaction import redact_setting
 from launcher.tracking.jsonl import read_metrics
 

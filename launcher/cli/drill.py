@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli.follow import Interrupts
 from launcher.cli.render import terminal
@@ -31,9 +30,9 @@ from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
-from launcher.runs import journal
+from launcher.runs import journal, run_store
 from launcher.runs.journal import AttemptConcluded
+from launcher.runs.run_records import RUNNING_STATES
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import Tail
 

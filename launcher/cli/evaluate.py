@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import json_records, locks, run_store
 from launcher.cli.export import require_checkpoint
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import ChartCurve, Charts, Items, LineChart, Part, Rows, Section, Table, Text, Tone
@@ -33,7 +32,8 @@ from launcher.hardware import device
 from launcher.plan.gpu_types import Price, typical_price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import read_export
+from launcher.runs import json_records, locks, run_store
+from launcher.runs.run_records import read_export
 from launcher.security import folders
 from launcher.security.folders import private_files
 from launcher.security.redaction import redacted_command_line

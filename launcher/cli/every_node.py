@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import launcher
-from launcher import atomic_files, facts, run_store
+from launcher import facts
 from launcher.cli.follow import Interrupts, follow
 from launcher.cli.plan import print_plan
 from launcher.cli.resume import resume_run
@@ -36,7 +36,8 @@ from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, Launcher
 from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
+from launcher.runs import atomic_files, run_store
+from launcher.runs.run_records import RUNNING_STATES
 from launcher.security import folders
 from launcher.shell_commands import launcher_command
 

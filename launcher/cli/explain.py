@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
 from launcher.cli.render import html, terminal
 from launcher.cli.render.sections import Commands, Items, MarkedText, Part, Section, Table, Text
 from launcher.cli.worker_process import run_reporting
 from launcher.data.triage import FINDINGS, MISLABELED, write_exclusions
 from launcher.errors import EXIT_CHECK_FAILED, ConfigError, DataError, SubmitError
+from launcher.runs import run_store
 from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import read_events, read_metrics

@@ -10,7 +10,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from launcher import json_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.worker_process import run_worker
 from launcher.clusters.preflight import existing_folder
@@ -19,7 +18,8 @@ from launcher.errors import CheckpointError, RunError, SubmitError
 from launcher.export import hub
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import EXPORT_RECORD, ExportRecord
+from launcher.runs import json_records, run_store
+from launcher.runs.run_records import EXPORT_RECORD, ExportRecord
 from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.metrics import format_age

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.cli.render import terminal
@@ -23,8 +22,8 @@ from launcher.clusters.backends import Cluster, FilesOnly, StatusReader, cluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
-from launcher.runs import journal
+from launcher.runs import journal, run_records, run_store
+from launcher.runs.run_records import RUNNING_STATES, Status
 from launcher.security import folders
 from launcher.security.redaction import as_plain_lines, raw
 from launcher.shell_commands import launcher_command, shell_command, short_path

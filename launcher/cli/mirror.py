@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher import json_records, run_store
 from launcher.checkpoint.mirror import (
     claim_run_dir,
     download_checkpoint,
@@ -31,7 +30,8 @@ from launcher.data.sources.reading import check_sources
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError, printable
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
+from launcher.runs import json_records, run_store
+from launcher.runs.run_records import RUNNING_STATES, Status
 from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.metrics import format_age

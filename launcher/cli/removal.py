@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files, json_records, locks, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.store import disk_bytes
 from launcher.cli.follow import wandb_page
@@ -26,8 +25,9 @@ from launcher.data.cache_dir import cache_root, own_hub_cache, shared_cache_root
 from launcher.errors import EXIT_FAILED, EXIT_REFUSED, LauncherError, Problem, SubmitError
 from launcher.plan.quantities import format_count, format_size
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import MirrorRecord
-from launcher.run_store import plan_remedy
+from launcher.runs import atomic_files, json_records, locks, run_store
+from launcher.runs.run_records import MirrorRecord
+from launcher.runs.run_store import plan_remedy
 from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import read_events

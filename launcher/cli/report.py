@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import clock, run_store
+from launcher import clock
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import describe_loss
 from launcher.cli.evaluate import show_verdicts
@@ -24,8 +24,8 @@ from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Attempt, Status
-from launcher.runs import journal
+from launcher.runs import journal, run_store
+from launcher.runs.run_records import RUNNING_STATES, Attempt, Status
 from launcher.security import folders
 from launcher.shell_commands import short_path
 from launcher.tracking import goodput

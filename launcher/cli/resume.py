@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import clock, facts, run_store
+from launcher import clock, facts
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.checkpoint.state import read_state
@@ -35,7 +35,8 @@ from launcher.plan.planner import plan as make_plan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.plan.steps import describe_changed_rate
-from launcher.run_records import Attempt, read_export
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt, read_export
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking import goodput
 from launcher.tracking.run_metrics import has_trained

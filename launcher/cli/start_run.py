@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, run_store
+from launcher import facts
 from launcher.cli.accounts import check_wandb
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Rows
@@ -32,7 +32,8 @@ from launcher.plan.planner import plan as make_plan
 from launcher.plan.planner import run_dir_of
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import MeasuredMfu, SpeedEstimate, estimate_speed, peak_tflops
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 from launcher.security import folders
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.goodput import largest_usd

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import clock, run_store
+from launcher import clock
 from launcher.checkpoint import store
 from launcher.cli.follow import StatusWatch, wandb_page, wandb_words
 from launcher.cli.render import terminal
@@ -29,8 +29,9 @@ from launcher.clusters import detached_process
 from launcher.clusters.backends import StatusReader, cluster_for, status_reader_for
 from launcher.errors import LauncherError, Problem, SubmitError, printable
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status, read_export
-from launcher.run_store import Placement
+from launcher.runs import run_store
+from launcher.runs.run_records import RUNNING_STATES, Status, read_export
+from launcher.runs.run_store import Placement
 from launcher.security.redaction import raw
 from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking import goodput, progress

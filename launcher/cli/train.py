@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 
-from launcher import run_store
 from launcher.cli.follow import Interrupts, follow, interrupted_start
 from launcher.cli.plan import compose_jobs, print_plan
 from launcher.cli.render import terminal
@@ -17,6 +16,7 @@ from launcher.cli.start_run import may_start, prepare_plan, show_started, start_
 from launcher.clusters.backends import cluster_for
 from launcher.errors import EXIT_REFUSED
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.runs import run_store
 from launcher.security import folders
 
 

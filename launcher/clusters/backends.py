@@ -15,11 +15,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
+from launcher.runs import json_records, run_store
+from launcher.runs.run_records import RUNNING_STATES, Status
 from launcher.security import folders
 
 if TYPE_CHECKING:

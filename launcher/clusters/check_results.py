@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from launcher import json_records
 from launcher.errors import DamagedRun, Problem
+from launcher.runs import json_records
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 # Worst first.

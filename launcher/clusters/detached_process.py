@@ -14,11 +14,11 @@ from typing import Any
 
 import psutil
 
-from launcher import atomic_files, json_records, run_records, run_store
 from launcher.errors import RunError, SubmitError
-from launcher.locks import is_same_start, pid_namespace, read_start
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, CancelRequest, Liveness, Status
+from launcher.runs import atomic_files, json_records, run_records, run_store
+from launcher.runs.locks import is_same_start, pid_namespace, read_start
+from launcher.runs.run_records import RUNNING_STATES, CancelRequest, Liveness, Status
 from launcher.shell_commands import launcher_command
 
 START_DEADLINE_S = 60.0

@@ -14,12 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher import json_records
 from launcher.errors import LauncherError, causes
 from launcher.hardware import full_disk
-from launcher.locks import pid_namespace
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
+from launcher.runs import json_records
+from launcher.runs.locks import pid_namespace
 
 OWN_CGROUPS, VMSTAT = Path("/proc/self/cgroup"), Path("/proc/vmstat")
 # Keyed by the controllers in a line of /proc/self/cgroup (https://man7.org/linux/man-pages/man7/cgroups.7.html); v2 names none.

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from launcher import run_store
 from launcher.clusters import detached_process
 from launcher.clusters.backends import (
     FAULT_DEADLINE_S,
@@ -29,7 +28,8 @@ from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
+from launcher.runs import run_store
+from launcher.runs.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan

@@ -17,14 +17,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import clock, run_store
+from launcher import clock
 from launcher.clusters import detached_process, local, network
 from launcher.clusters.backends import Cluster, mark_never_submitted
 from launcher.clusters.static_meeting import AGENT_END, Meeting, MeetingMessage
 from launcher.errors import LauncherError, SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
+from launcher.runs import run_store
 from launcher.runs.journal import read_node
+from launcher.runs.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan

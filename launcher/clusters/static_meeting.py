@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import atomic_files, json_records
 from launcher.clusters import network
 from launcher.errors import EXIT_REFUSED, ConfigError, LauncherError, Problem, SubmitError, printable
+from launcher.runs import atomic_files, json_records
 from launcher.tracking.metrics import format_duration
 
 if TYPE_CHECKING:

@@ -35,13 +35,13 @@ from typing import Any
 
 import xxhash
 
-from launcher import atomic_files
 from launcher.config.sections.data import DataSection, Source
 from launcher.data.cache_dir import SHARED_CACHE_VARIABLE, cache_root, convert_os_errors, mark_used, shared_cache_root
 from launcher.data.sources.reading import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
-from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
+from launcher.runs import atomic_files
+from launcher.runs.locks import wait_and_hold
 from launcher.security import folders
 from launcher.security.redaction import redacted_command_line
 

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from launcher import atomic_files
 from launcher.data import cache_store
 from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
+from launcher.runs import atomic_files
 from launcher.shell_commands import shell_command
 
 # Rows are read in random order. A larger block would read far more than the row. A smaller block saves no reads, because the

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from launcher import atomic_files
 from launcher.config.sections.data import DataSection
 from launcher.data import row_layout
 from launcher.data.split import Split
 from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
+from launcher.runs import atomic_files
 
 # Nats per token below which an answer counts as known: its tokens have probabilities of 0.9 and more.
 KNOWN_LOSS = 0.1

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from launcher import json_records
 from launcher.child_process import run_process
 from launcher.data import cache_store
 from launcher.data.checks import patterns
@@ -44,6 +43,7 @@ from launcher.evaluate.transformers_engine import Engine, TransformersEngine
 from launcher.evaluate.weights import choose_dtype
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
+from launcher.runs import json_records
 from launcher.security.folders import private_files
 from launcher.security.redaction import printable_output
 from launcher.tracking.metrics import format_duration

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from launcher import atomic_files, hardware
+from launcher import hardware
 from launcher.child_process import await_processes, die_with_parent, exit_on_termination, exit_without_shutdown
 from launcher.clusters.network import LOOPBACK, free_port
 from launcher.data.cache_dir import cache_root
@@ -36,6 +36,7 @@ from launcher.errors import RunError
 from launcher.evaluate.weights import ScoredWeights
 from launcher.models.remote_code import remove_copies
 from launcher.plan.launch_plan import DataFacts, LaunchPlan, Record
+from launcher.runs import atomic_files
 from launcher.security.redaction import printable_output
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.child_process import print_result, run_process
 from launcher.config.sections.evaluation import HELD_OUT
@@ -31,6 +30,7 @@ from launcher.evaluate.document_losses import Progress, ScorePass, score_passes,
 from launcher.evaluate.weights import find_scored_weights
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.tracking.progress import show_documents
 
 TRAIN = "train"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from launcher import hardware, json_records, run_store
+from launcher import hardware
 from launcher.checkpoint import store
 from launcher.child_process import print_result, run_process
 from launcher.data import row_layout
@@ -35,7 +35,8 @@ from launcher.evaluate.document_losses import Progress, ScorePass, score_passes,
 from launcher.evaluate.weights import find_scored_weights
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import read_export
+from launcher.runs import json_records, run_store
+from launcher.runs.run_records import read_export
 from launcher.tracking.progress import show_documents
 
 Vectors = npt.NDArray[np.float32]

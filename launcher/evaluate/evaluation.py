@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from launcher import json_records, run_store
 from launcher.child_process import print_result, run_process
 from launcher.config.schema import RunConfig
 from launcher.config.sections.evaluation import HELD_OUT
@@ -63,6 +62,7 @@ from launcher.evaluate.weights import count_context, export_tuned_weights, find_
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
+from launcher.runs import json_records, run_store
 from launcher.security.folders import private_files
 from launcher.tracking.progress import Advance, live_line
 from launcher.tracking.run_metrics import read_general_loss

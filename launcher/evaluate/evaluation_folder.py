@@ -22,7 +22,6 @@ from typing import Any
 
 import xxhash
 
-from launcher import atomic_files, json_records
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError
 from launcher.evaluate.metrics import GeneratedAnswer
@@ -30,6 +29,7 @@ from launcher.evaluate.questions import TRAINING, EvalQuestion, TrainingCopy
 from launcher.models.found_model import read_stop_ids
 from launcher.models.weight_files import weight_files
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files, json_records
 from launcher.tracking.verdicts import BENCHMARKS
 
 _NOT_ABOUT_THE_MODEL = ("_name_or_path", "transformers_version")

@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from launcher import atomic_files
 from launcher.config.sections.evaluation import AnswerMetrics, split_function
 from launcher.errors import ConfigError, DataError, Problem
+from launcher.runs import atomic_files
 
 _MAX_SHOWN = 3
 TIME_LIMIT_S = 10.0

@@ -27,7 +27,6 @@ import xxhash
 from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
-from launcher import json_records, run_store
 from launcher.child_process import print_result, run_process
 from launcher.config.schema import RunConfig
 from launcher.data.tokenization.encoder import load_tokenizer
@@ -38,6 +37,7 @@ from launcher.evaluate.weights import choose_dtype, count_context, export_tuned_
 from launcher.models.remote_code import code_option, folder_to_load
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import json_records, run_store
 from launcher.security import folders
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import TUNED, digest_checkpoint

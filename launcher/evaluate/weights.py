@@ -14,7 +14,6 @@ from pathlib import Path
 
 import xxhash
 
-from launcher import json_records, locks, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.child_process import run_process
@@ -27,7 +26,8 @@ from launcher.models.parent_run import ParentCheckpoint
 from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import read_export
+from launcher.runs import json_records, locks, run_store
+from launcher.runs.run_records import read_export
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import digest_checkpoint
 

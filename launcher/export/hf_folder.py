@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import atomic_files, json_records
 from launcher.checkpoint import store
 from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec
 from launcher.checkpoint.state import read_state
@@ -25,7 +24,8 @@ from launcher.export.weights import StoredNames, find_stored_names, stores_as_is
 from launcher.hardware import available_bytes
 from launcher.models import remote_code
 from launcher.models.found_model import GENERATION_CONFIG, link_problems, read_generation_config, read_stop_ids
-from launcher.run_records import EXPORT_RECORD, ExportRecord
+from launcher.runs import atomic_files, json_records
+from launcher.runs.run_records import EXPORT_RECORD, ExportRecord
 from launcher.tracking.progress import MakeProgress, ignore_progress
 
 if TYPE_CHECKING:

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from launcher import atomic_files, json_records
 from launcher.checkpoint import safetensors_io
 from launcher.checkpoint.safetensors_io import (
     ShardSet,
@@ -37,6 +36,7 @@ from launcher.checkpoint.safetensors_io import (
 from launcher.checkpoint.store import partition
 from launcher.errors import CheckpointError, ConfigError
 from launcher.models.weight_files import read_header, weight_files
+from launcher.runs import atomic_files, json_records
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import COMMIT_PATTERN, ModelSection, is_local_path, is_run
 from launcher.data.cache_dir import cache_root, mark_used, repository_folders
@@ -27,6 +26,7 @@ from launcher.models.weight_files import WeightReport, make_path_problem
 from launcher.plan.architecture import config_problems, model_facts
 from launcher.plan.launch_plan import ModelFacts
 from launcher.plan.quantities import list_first
+from launcher.runs import atomic_files
 
 # A commit has 40 digits, but in a shared Hub cache the file may be of any size.
 _MAX_REFERENCE_BYTES = 200

@@ -10,7 +10,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.state import read_state
@@ -20,7 +19,8 @@ from launcher.data.cache_dir import cache_root
 from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import read_export
+from launcher.runs import run_store
+from launcher.runs.run_records import read_export
 from launcher.security import folders
 from launcher.shell_commands import launcher_command
 

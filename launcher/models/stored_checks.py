@@ -14,10 +14,10 @@ from typing import Any
 
 import xxhash
 
-from launcher import atomic_files
 from launcher.config.sections.model import ModelSection
 from launcher.data import cache_dir
 from launcher.plan.launch_plan import IsolationVerdict, ModelFacts
+from launcher.runs import atomic_files
 
 _ISOLATION, _COUNTS = "isolation-checks", "parameter-counts"
 # Increase this when the probe changes, so that stored verdicts are not used.

@@ -1,1 +1,1 @@
-"""What happened in the attempts of a run: the journal."""
+"""What a run keeps on disk: its records and journal, how files are written and locked."""

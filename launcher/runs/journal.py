@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from launcher import atomic_files, clock, json_records
+from launcher import clock
 from launcher.errors import DamagedRun, Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Status
+from launcher.runs import atomic_files, json_records
+from launcher.runs.run_records import Status
 
 E = TypeVar("E", bound="Event")
 

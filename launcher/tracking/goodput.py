@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
-from launcher.runs import journal
+from launcher.runs import journal, run_store
+from launcher.runs.run_records import RUNNING_STATES
 from launcher.tracking.jsonl import Line, read_events
 from launcher.tracking.run_metrics import read_time_lines
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Status
+from launcher.runs.run_records import Status
 from launcher.tracking.jsonl import Line, continued_lines, decode_lines, iter_lines, read_metrics
 from launcher.tracking.metrics import STEP
 from launcher.tracking.verdicts import GeneralLoss

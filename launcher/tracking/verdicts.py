@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from launcher import atomic_files, json_records
 from launcher.plan.run_dir import RunDir, parse_step
+from launcher.runs import atomic_files, json_records
 
 FILE_NAME = "verdict.json"
 TUNED = "tuned"

@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.config.sections.cluster import ClusterSection
 from launcher.distributed import RankInfo, rank0_broadcast, run_on_all_ranks
@@ -32,6 +31,7 @@ from launcher.export.hf_folder import (
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.shell_commands import launcher_command
 from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.progress import EVENT, Pace, as_events, ignore_progress, report_elapsed_time

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher import run_store
 from launcher.config.sections.evaluation import FORGETTING, HELD_OUT
 from launcher.data.loader import RowBatches
 from launcher.distributed import RankInfo, all_reduce_step, copy_to_device
@@ -20,6 +19,7 @@ from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.tracking.progress import CountProgress, Say
 from launcher.tracking.run_metrics import read_loss_before
 from launcher.tracking.tracker import Composite

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from launcher import run_store
 from launcher.checkpoint import shards, store, zero3
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.loader import StepBatch
@@ -24,6 +23,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.plan.steps import compute_learning_rate
+from launcher.runs import run_store
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.progress import as_events, ignore_progress
 from launcher.tracking.tracker import Composite, start_trackers

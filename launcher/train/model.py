@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from launcher import atomic_files
 from launcher.checkpoint.initial_weights import stored_buffers
 from launcher.config.sections.model import ModelSection
 from launcher.data.loader import IGNORED, find_boundaries
@@ -31,6 +30,7 @@ from launcher.hardware import missing_build_tools
 from launcher.models.remote_code import code_option, folder_to_load, without_code
 from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.plan.sizing.layers import NONE, checkpointed_layers, checkpointing_interval
+from launcher.runs import atomic_files
 from launcher.tracking.progress import MakeProgress, ignore_progress
 from launcher.train import attention, liger
 from launcher.train.loading import build_with_weights

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.nvml import BROKEN_XIDS, LOST_GPU
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.runs import journal
+from launcher.runs import journal, run_store
 from launcher.tracking.jsonl import read_events
 
 # In the alert of a node agent that restarts its ranks: the field with the number of restarts.

@@ -10,13 +10,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.distributed import RankInfo, rank0_broadcast
 from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 from launcher.shell_commands import launcher_command
 
 T = TypeVar("T")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.saver import Saver
 from launcher.config.sections.evaluation import HELD_OUT
@@ -23,6 +22,7 @@ from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.planner import as_run
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.progress import EVENT, as_events, ignore_progress
 from launcher.tracking.tracker import Composite

@@ -8,9 +8,9 @@ import threading
 import time
 from contextlib import suppress
 
-from launcher import atomic_files, run_records
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files, run_records
 from launcher.worker.signals import CANCEL
 
 _LOOK_S = 1.0

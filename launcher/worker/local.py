@@ -9,10 +9,10 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 
-from launcher import clock, run_store
+from launcher import clock
 from launcher.clusters import detached_process, network
 from launcher.plan.retry import Cause
-from launcher.runs import journal
+from launcher.runs import journal, run_store
 from launcher.runs.journal import AttemptConcluded, NodeEnded
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem

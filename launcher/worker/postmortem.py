@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from launcher import clock, run_store
+from launcher import clock
 from launcher.checkpoint import store
 from launcher.clusters.check_results import NO_ROOM
 from launcher.clusters.limits import limit_that_killed_agents
@@ -21,9 +21,9 @@ from launcher.hardware import is_full
 from launcher.plan import retry
 from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
-from launcher.runs import journal
+from launcher.runs import journal, run_store
 from launcher.runs.journal import AttemptConcluded, AttemptState, FailureRecord, NodeEnded
+from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.run_metrics import newest_trained_step
 from launcher.worker import failure_record

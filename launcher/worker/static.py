@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files, json_records, run_store
 from launcher.child_process import die_with_parent
 from launcher.clusters import detached_process, static
 from launcher.clusters.static_meeting import LOST_S, MeetingMessage
@@ -28,8 +27,9 @@ from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import AttemptEnd, Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import atomic_files, json_records, run_store
 from launcher.runs.journal import NodeEnded
+from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 from launcher.worker.cancel_watch import watch_for_cancel

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher import clock, collect_garbage_rarely, json_records, run_store
+from launcher import clock, collect_garbage_rarely
 from launcher.checkpoint import store as checkpoints
 from launcher.clusters import check_results, network
 from launcher.clusters.limits import LimitEvents, cause_of, record_limits
@@ -33,9 +33,9 @@ from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import LauncherError, Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
-from launcher.runs import journal
+from launcher.runs import journal, json_records, run_store
 from launcher.runs.journal import FailureRecord, NodeEnded, RanksRestarted
+from launcher.runs.run_records import Attempt
 from launcher.security.folders import private_variables
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART

@@ -12,11 +12,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.runs import journal
+from launcher.runs import journal, run_store
 from launcher.tracking.jsonl import append_event, read_events
 from launcher.tracking.verdicts import read_newest_verdict
 from launcher.train.previous_failure import describe_gpu_faults

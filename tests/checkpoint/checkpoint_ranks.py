@@ -23,10 +23,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from launcher import atomic_files
 from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.errors import CheckpointError
+from launcher.runs import atomic_files
 from launcher.train.engine import import_muon
 
 PLAN = "digest-of-the-plan"

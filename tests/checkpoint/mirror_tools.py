@@ -19,7 +19,6 @@ import hand_made
 from fsspec.implementations.local import LocalFileSystem
 from plan_fixtures import composed, facts_for
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE, Checkpoint
 from launcher.checkpoint.mirror import Mirror, read_complete_checkpoints
@@ -28,7 +27,8 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 
 Hook = Callable[[str, str], None]
 

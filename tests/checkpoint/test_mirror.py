@@ -27,7 +27,6 @@ from mirror_tools import (
     tree,
 )
 
-from launcher import atomic_files, run_store
 from launcher.checkpoint import remote_folder, store
 from launcher.checkpoint.manifest import HELD_OUT, LaterEvaluation, record_evaluation
 from launcher.checkpoint.mirror import (
@@ -48,7 +47,8 @@ from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.errors import CheckpointError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import atomic_files, run_store
+from launcher.runs.run_records import Attempt
 from launcher.tracking.progress import ignore_progress
 
 

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 from weight_tools import change_weights, save_model, without
 
-from launcher import atomic_files
 from launcher.checkpoint import initial_weights, safetensors_io, store
 from launcher.checkpoint.initial_weights import ParameterSources, StoredTensor, can_fuse, find_sources
 from launcher.checkpoint.safetensors_io import ShardSet, TensorFile, TensorSpec, as_bytes
 from launcher.errors import CheckpointError, ConfigError
 from launcher.models.weight_files import read_header
+from launcher.runs import atomic_files
 
 TENSORS = {
     "a|fp32": torch.arange(7.0),

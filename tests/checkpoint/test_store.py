@@ -18,8 +18,6 @@ import plan_fixtures
 import pytest
 from unusual_files import small_disk
 
-from launcher import atomic_files, run_store
-from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import (
     HELD_OUT,
@@ -35,7 +33,9 @@ from launcher.checkpoint.store import Retention, retention_of, retention_reasons
 from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
-from launcher.run_records import Attempt
+from launcher.runs import atomic_files, run_store
+from launcher.runs.atomic_files import FileEntry
+from launcher.runs.run_records import Attempt
 
 WHOLE = Manifest(
     step=7, world_size=2, plan_digest="d1ge57", attempt=1, eval_loss=1.5, files={"rank-00000.safetensors": FileEntry(3, "ab")}

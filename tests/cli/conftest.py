@@ -8,12 +8,12 @@ import hand_made
 import pytest
 from plan_fixtures import DATA, config_of, golden, plan_of
 
-from launcher import run_store
 from launcher.cli.main import main
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import JsonlTracker
 
 __all__ = ["config_of", "golden", "plan_of", "run"]

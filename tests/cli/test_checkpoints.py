@@ -14,12 +14,12 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import atomic_files, run_records, run_store
+from launcher.runs.run_records import Attempt
 
 LOSSES = {100: 3.0, 150: 1.5, 200: None, 250: 2.0, 300: None, 320: 2.5, 330: None}
 

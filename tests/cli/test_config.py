@@ -14,12 +14,12 @@ import hand_made
 import pytest
 from jsonschema import Draft7Validator
 
-from launcher import atomic_files
 from launcher.cli.config import build_schema
 from launcher.cli.main import main
 from launcher.config.compose import compose_one
 from launcher.config.schema import RunConfig
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files
 
 Out = Callable[..., str]
 COMMIT = "0123456789abcdef" * 2 + "01234567"

@@ -150,7 +150,7 @@ def test_a_finished_cache_is_reported_without_a_second_process(
     assert "numpy" in imported(done.stderr)
     assert imported(done.stderr).isdisjoint({"torch", "transformers", "launcher.worker.prepare"})
     # Modules for commands on runs take a tenth of the command's time to import.
-    assert imported(done.stderr).isdisjoint({"launcher.run_store", "launcher.cli.follow", "launcher.cli.train"})
+    assert imported(done.stderr).isdisjoint({"launcher.runs.run_store", "launcher.cli.follow", "launcher.cli.train"})
 
 
 @pytest.mark.rest

@@ -13,7 +13,7 @@ from plan_fixtures import DATA, PROVENANCE
 
 from launcher.plan.launch_plan import Topology
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import JsonlTracker
 
 Ask = Callable[..., tuple[int, str, str]]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from forked import Launch
 
-from launcher import json_records, run_store
 from launcher.cli import export
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import EXPORT_RECORD, ExportRecord
+from launcher.runs import json_records, run_store
+from launcher.runs.run_records import EXPORT_RECORD, ExportRecord
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from dataclasses import replace
 import hand_made
 import pytest
 
-from launcher import json_records, run_records, run_store
 from launcher.cli.follow import follow, wandb_page
 from launcher.cli.verbs import VERBS
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import ExportRecord, Status
+from launcher.runs import json_records, run_records, run_store
 from launcher.runs.journal import FailureRecord
+from launcher.runs.run_records import ExportRecord, Status
 from launcher.shell_commands import short_path
 from launcher.tracking.jsonl import append_event, read_events
 

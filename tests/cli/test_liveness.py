@@ -10,13 +10,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from launcher import json_records, run_store
 from launcher.cli.status import find_living_problem, require_ended, require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Liveness
+from launcher.runs import json_records, run_store
+from launcher.runs.run_records import Liveness
 
 
 @pytest.fixture

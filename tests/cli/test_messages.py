@@ -19,11 +19,11 @@ import hand_made
 import pytest
 from forked import Launch
 
-from launcher import atomic_files, run_store
 from launcher.cli.main import main
 from launcher.config.compose import conf_dir
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files, run_store
 
 FILES = {
     "mine.yaml": "model: qwen3_9b\nlearning_rate: 1e-5\noptim:\n  lr: fast\n  epz: 1\ntrain: 5\ndefaults: [x]\noptim.eps: 3\n",

@@ -15,12 +15,12 @@ import hand_made
 import pytest
 from plan_fixtures import DATA
 
-from launcher import atomic_files, json_records, locks, run_store
 from launcher.cli.main import main
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.launch_plan import Lineage
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import ExportRecord, MirrorRecord
+from launcher.runs import atomic_files, json_records, locks, run_store
+from launcher.runs.run_records import ExportRecord, MirrorRecord
 from launcher.tracking.jsonl import JsonlTracker
 
 Ask = Callable[..., tuple[int, str, str]]

@@ -14,10 +14,10 @@ import pytest
 from forked import Launch, require_exit
 from hand_made import TOKEN, made_verdict
 
-from launcher import run_store
 from launcher.cli.report import _read_run_files, page, thin_out
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.tracking.jsonl import JsonlTracker
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from plan_fixtures import DATA
 
-from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.resume import (
     _choose_checkpoint,
@@ -27,7 +26,8 @@ from launcher.errors import SubmitError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import ExportRecord
+from launcher.runs import json_records, run_records, run_store
+from launcher.runs.run_records import ExportRecord
 
 
 def limited(run: RunDir, max_seconds: float | None) -> LaunchPlan:

@@ -19,7 +19,6 @@ from plan_fixtures import H100, PlanOf
 from unusual_files import as_root, give
 from weight_tools import change_weights, save_model, without
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli.start_run import find_measured_mfu, require_consent
 from launcher.errors import ConfigError
@@ -27,7 +26,8 @@ from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import SpeedEstimate
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import JsonlTracker
 
 __all__ = ["as_root"]

@@ -15,11 +15,11 @@ import pytest
 from forked import Launch, require_exit
 from hand_made import made_verdict
 
-from launcher import atomic_files, json_records, run_records, run_store
 from launcher.cli.main import main
 from launcher.cli.status import sparkline, summarize
 from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files, json_records, run_records, run_store
 from launcher.shell_commands import short_path
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import JsonlTracker

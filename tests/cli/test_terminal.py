@@ -10,10 +10,10 @@ import sys
 import pytest
 from forked import Launch
 
-from launcher import run_store
 from launcher.cli.render import terminal
 from launcher.cli.render.sections import Commands, Items, MarkedText, Rows, Section, Table, Text
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.security.redaction import printable_output
 from launcher.tracking.jsonl import JsonlTracker
 

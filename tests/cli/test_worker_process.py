@@ -17,7 +17,6 @@ import pytest
 from forked import require_exit
 from pace import slowness
 
-from launcher import atomic_files, run_store
 from launcher.cli import config, train
 from launcher.cli.follow import Interrupts, interrupted_start
 from launcher.cli.main import main
@@ -27,6 +26,7 @@ from launcher.clusters.local import LocalCluster
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_INTERRUPTED, RunError
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files, run_store
 
 
 def test_the_message_names_the_process_that_failed() -> None:
@@ -109,7 +109,7 @@ def test_a_worker_answers_with_its_exit_code_and_output(capfd: pytest.CaptureFix
 SUBMIT = """
 import sys
 from pathlib import Path
-from launcher import run_store
+from launcher.runs import run_store
 from launcher.cli.follow import Interrupts
 from launcher.cli.main import main
 from launcher.cli.start_run import start_run

@@ -28,7 +28,6 @@ from plan_fixtures import H100, ConfigOf, PlanOf
 from pydantic import ValidationError
 from unusual_files import make_pipe
 
-from launcher import atomic_files, json_records, run_store
 from launcher.cli.status import require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
@@ -39,7 +38,8 @@ from launcher.clusters.ray.cluster import RayCluster
 from launcher.config.sections.ray import RaySection
 from launcher.errors import RunError, SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import atomic_files, json_records, run_store
+from launcher.runs.run_records import Attempt
 from launcher.security.folders import Trust
 from launcher.worker.ray import connection, node_tasks
 

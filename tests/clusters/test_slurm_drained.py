@@ -7,12 +7,12 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher import run_store
 from launcher.clusters.slurm import commands, queue
 from launcher.clusters.slurm.cluster import _correct_status
 from launcher.clusters.slurm.queue import Job
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 
 
 @pytest.fixture

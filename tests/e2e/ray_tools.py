@@ -23,8 +23,8 @@ from e2e_tools import by_rank, command_line, json_lines, metrics
 from forked import require_exit
 from hand_made import causes_of
 
-from launcher import run_store
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 
 # For a run, or for any event in it, on a machine that is busy with other tests: starting Ray's processes alone can take minutes.
 DEADLINE_S = 500.0

@@ -14,8 +14,8 @@ from hand_made import causes_of
 from pace import wait_for
 from testbed_cluster import Testbed
 
-from launcher import run_store
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 
 STEPS = 120
 SETTINGS = (

@@ -37,8 +37,8 @@ from ray_tools import (
     wait_for,
 )
 
-from launcher import json_records, run_store
 from launcher.plan.run_dir import RunDir
+from launcher.runs import json_records, run_store
 from launcher.worker.ray.driver import RESIZE_VARIABLE
 
 # Steps that the undisturbed run trains at first, about as many as the longest run that is compared with it.

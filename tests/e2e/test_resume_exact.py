@@ -32,7 +32,7 @@ from hand_made import end_of
 from killed_runs import MOMENTS, Killer, differences, draw_kills, restart_reasons, row_differences, steps_for
 from pace import wait_for
 
-from launcher.run_records import RUNNING_STATES
+from launcher.runs.run_records import RUNNING_STATES
 
 STEPS = 44
 SAVE_EVERY = 4

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from launcher import json_records
 from launcher.config.schema import RunConfig
 from launcher.data.sources.documents import Chat, Message
 from launcher.evaluate.answers import AnswerGeneration, AnswerPace, Share
@@ -25,6 +24,7 @@ from launcher.evaluate.evaluation_folder import (
 )
 from launcher.evaluate.node import divide_gpus
 from launcher.evaluate.questions import EvalQuestion
+from launcher.runs import json_records
 
 NUM_QUESTIONS = 7
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher import json_records
 from launcher.evaluate.evaluation_folder import EvaluatedExport, EvaluationFolder
 from launcher.evaluate.weights import export_tuned_weights
 from launcher.plan.run_dir import RunDir
+from launcher.runs import json_records
 from launcher.tracking.verdicts import digest_checkpoint
 
 

@@ -12,7 +12,7 @@ import pytest
 from plan_fixtures import CPU, H100, ConfigOf, config_of, facts_for
 from pydantic import ValidationError
 
-from launcher import atomic_files, facts, run_store
+from launcher import facts
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import STATE
 from launcher.checkpoint.state import State
@@ -24,6 +24,7 @@ from launcher.models.found_model import find_model
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan, Lineage, Origin
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files, run_store
 
 __all__ = ["config_of"]
 

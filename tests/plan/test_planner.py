@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from plan_fixtures import DATA, ConfigOf, PlanOf, plan_lines
 
-from launcher import run_store
 from launcher.errors import ConfigError, Problem, RunError
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Limits
 from launcher.plan.planner import plan, plan_fewest_nodes, resize_plan
 from launcher.plan.run_dir import RunDir
 from launcher.plan.throughput import estimate_speed
+from launcher.runs import run_store
 
 H200 = ("cluster.gpu_type=H200", "cluster.ranks_per_node=8")
 CUDA = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gib=79.1, host_memory_gib=2000.0)

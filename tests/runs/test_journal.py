@@ -12,7 +12,6 @@ import pytest
 from launcher.errors import Problem, UnreadableRun
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Status
 from launcher.runs import journal
 from launcher.runs.journal import (
     AttemptConcluded,
@@ -24,6 +23,7 @@ from launcher.runs.journal import (
     StatusChanged,
     TrainingEnded,
 )
+from launcher.runs.run_records import Status
 
 FAILURE = FailureRecord(3, "ValueError", "ValueError: own", at=1.5, exit_code=1, traceback="Traceback", log="/log")
 PROBLEM = Problem("has no GPU", "n2", "0", "repair")

@@ -18,11 +18,11 @@ import pytest
 from forked import Launch
 from unusual_files import MALLORY, TEAM, as_root, give
 
-from launcher import run_store
 from launcher.config.sections.ray import RaySection
 from launcher.data.cache_dir import cache_root
 from launcher.errors import ConfigError, DataError
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.security import folders
 from launcher.security.folders import TRUST_VARIABLE, folder_problem
 from launcher.worker.ray import connection

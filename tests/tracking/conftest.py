@@ -10,9 +10,9 @@ import hand_made
 import pytest
 from plan_fixtures import PlanOf
 
-from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_records, run_store
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from forked import ForkedProcess, preloaded
 from hand_made import event_texts
 from pace import wait_for
 
-from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_records, run_store
 from launcher.tracking.jsonl import read_events
 
 REPO = Path(__file__).resolve().parents[2]

@@ -13,10 +13,10 @@ import hand_made
 import pytest
 from plan_fixtures import PlanOf
 
-from launcher import atomic_files, json_records, run_store
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import atomic_files, json_records, run_store
+from launcher.runs.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.goodput import (
     JOINED,

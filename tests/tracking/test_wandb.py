@@ -23,8 +23,8 @@ from pace import slowness, wait_for
 from plan_fixtures import PlanOf
 from rank_tools import IMPORTED, QUICK_S, alerts, has_steps, infos, rank, wait_for_another_second
 
-from launcher import run_records, run_store
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_records, run_store
 from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb.tracker import is_online, redact_data, step_offsets
@@ -52,7 +52,7 @@ import os, signal, sys, time
 from pathlib import Path
 import psutil
 from rank_tools import times_begun
-from launcher import run_store
+from launcher.runs import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.wandb import tracker as module

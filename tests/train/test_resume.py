@@ -18,13 +18,13 @@ from forked_ranks import RankServer
 from plan_fixtures import PlanOf
 from unusual_files import stale
 
-from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, STATE
 from launcher.distributed import RankInfo
 from launcher.errors import Superseded
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite
 from launcher.train.previous_failure import RESTART, PreviousFailure, find_previous_failure

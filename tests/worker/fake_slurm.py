@@ -17,10 +17,10 @@ import pytest
 import slurm_said
 from plan_fixtures import PlanOf
 
-from launcher import run_records, run_store
 from launcher.clusters.slurm import commands
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import run_records, run_store
+from launcher.runs.run_records import Attempt
 from launcher.worker.slurm import job
 
 COMMANDS = ("scontrol", "squeue", "sacct", "sinfo", "sbatch", "srun", "scancel")

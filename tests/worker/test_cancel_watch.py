@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import json_records
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import CancelRequest
+from launcher.runs import json_records
+from launcher.runs.run_records import CancelRequest
 
 AGENT = """
 import signal, sys, time

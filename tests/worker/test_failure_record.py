@@ -16,13 +16,12 @@ import psutil
 import pytest
 from pace import wait_for
 
-from launcher import run_store
 from launcher.config.sections.slurm import SlurmSection
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
-from launcher.runs import journal
+from launcher.runs import journal, run_store
 from launcher.runs.journal import FailureRecord, NodeEnded, RanksRestarted, RepeatableFailure
+from launcher.runs.run_records import Attempt
 from launcher.worker import failure_record, fault_injection, postmortem
 from launcher.worker.failure_record import ERROR_MEMORY_VARIABLE, ErrorMemory, ErrorRecord, RankExit
 from launcher.worker.ranks.rank_env import RankTitle

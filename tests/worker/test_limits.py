@@ -13,17 +13,16 @@ import hand_made
 import pytest
 from unusual_files import small_disk
 
-from launcher import run_store
 from launcher.clusters import limits
 from launcher.clusters.limits import LimitEvents, cause_of
 from launcher.clusters.local import LocalCluster
 from launcher.errors import CheckpointError
-from launcher.locks import pid_namespace
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, Status
-from launcher.runs import journal
+from launcher.runs import journal, run_store
 from launcher.runs.journal import AttemptConcluded, NodeEnded
+from launcher.runs.locks import pid_namespace
+from launcher.runs.run_records import Attempt, Status
 from launcher.worker import failure_record, postmortem
 from launcher.worker.failure_record import ErrorRecord, RankExit
 

@@ -11,14 +11,13 @@ from typing import Any
 import hand_made
 import pytest
 
-from launcher import atomic_files
 from launcher.clusters.check_results import NO_ROOM
 from launcher.errors import Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
-from launcher.runs import journal
+from launcher.runs import atomic_files, journal
 from launcher.runs.journal import AttemptState, FailureRecord, NodeEnded, TrainingEnded
+from launcher.runs.run_records import Attempt
 from launcher.worker import postmortem
 from launcher.worker.postmortem import RULES, Ending, Evidence, Rule
 from launcher.worker.slurm import job

@@ -17,10 +17,10 @@ from forked import ForkingSubprocess, preloaded
 from hand_made import made_verdict
 from rank_tools import IMPORTED, rank
 
-from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, Status
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt, Status
 from launcher.tracking.jsonl import append_event
 from launcher.worker import wandb_closing
 

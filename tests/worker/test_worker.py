@@ -15,11 +15,11 @@ import pytest
 from fake_nvml import H100, OTHER, driver
 from hand_made import event_texts
 
-from launcher import run_store
 from launcher.errors import RunError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker import local, supervise

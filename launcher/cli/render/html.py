@@ -11,9 +11,9 @@ from pathlib import Path
 
 from markupsafe import Markup, escape
 
-from launcher import atomic_files
 from launcher.cli.render.sections import BarChart, LineChart, Part
 from launcher.errors import ConfigError
+from launcher.runs import atomic_files
 
 # Part of every page (templates/page.html.jinja), and used to recognize one: nothing is fetched and nothing runs, whatever a text
 # on the page contains.

@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from launcher import atomic_files
 from launcher.clusters.ray import jobs
 from launcher.errors import SubmitError
+from launcher.runs import atomic_files
 from launcher.security.folders import TRUST_FLAG, Trust, user_name
 
 if TYPE_CHECKING:

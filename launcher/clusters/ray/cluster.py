@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import atomic_files, json_records, run_store
 from launcher.clusters import detached_process, local
 from launcher.clusters.backends import Cluster, InjectedFault, mark_never_submitted
 from launcher.clusters.limits import limit_that_killed_agents
@@ -17,7 +16,8 @@ from launcher.clusters.ray.address import require_usable
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
+from launcher.runs import atomic_files, json_records, run_store
+from launcher.runs.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection

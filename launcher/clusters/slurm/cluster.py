@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import json_records, run_store
 from launcher.checkpoint import store
 from launcher.clusters.backends import (
     FAULT_DEADLINE_S,
@@ -26,7 +25,8 @@ from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Attempt, CancelRequest, Status
+from launcher.runs import json_records, run_store
+from launcher.runs.run_records import RUNNING_STATES, Attempt, CancelRequest, Status
 
 if TYPE_CHECKING:
     from launcher.config.sections.cluster import ClusterSection

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from launcher import atomic_files
 from launcher.data.sources.documents import Row, a_json_type, list_names, refuse, safe_excerpt
+from launcher.runs import atomic_files
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 # Kinds whose rows are lines, which are cut into blocks unparsed.

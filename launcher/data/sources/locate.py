@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from launcher import atomic_files
 from launcher.config.sections.data import RowSource
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import convert_os_errors, fetch_dataset_file, mark_used, print_once, source_folder
@@ -24,7 +23,8 @@ from launcher.data.sources.documents import refuse
 from launcher.data.sources.files import COMPRESSED, KINDS, DataFile, compute_digest, detect_kind
 from launcher.errors import DataError, Problem
 from launcher.hardware import is_full
-from launcher.locks import wait_and_hold
+from launcher.runs import atomic_files
+from launcher.runs.locks import wait_and_hold
 from launcher.security.connections import access_remedy, require_known_hosts
 from launcher.security.redaction import redacted_command_line
 

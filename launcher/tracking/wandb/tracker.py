@@ -27,11 +27,11 @@ from typing import Any, Literal
 
 import psutil
 
-from launcher import run_store
 from launcher.errors import ConfigError, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
+from launcher.runs import run_store
+from launcher.runs.run_records import RUNNING_STATES
 from launcher.security.redaction import environment_secrets, looks_secret
 from launcher.shell_commands import launcher_command, shell_command
 from launcher.tracking.jsonl import NON_METRIC_FIELDS, SUPERSEDED, append_event, iter_lines, merge_steps, read_metrics

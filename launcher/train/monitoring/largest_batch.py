@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from launcher import json_records, run_store
 from launcher.checkpoint import zero3
 from launcher.data.loader import MicroBatch, micro_batch
 from launcher.data.split import Split
@@ -25,6 +24,7 @@ from launcher.plan.planner import sizing_inputs
 from launcher.plan.run_dir import RunDir
 from launcher.plan.sizing.combinations import memory_savings
 from launcher.plan.sizing.memory import DEFAULT_RUNTIME_GIB
+from launcher.runs import json_records, run_store
 from launcher.tracking.run_metrics import has_trained
 from launcher.train.objectives import Objective
 

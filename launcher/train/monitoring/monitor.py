@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from launcher import clock, run_store
+from launcher import clock
 from launcher.distributed import RankInfo, gather_json
 from launcher.errors import RunError
 from launcher.hardware import name_full_disk
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import planned_tokens_per_sec
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import append_event

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from launcher import json_records, nvml
+from launcher import nvml
 from launcher.child_process import die_with_parent
 from launcher.clusters.check_results import OK, WARNING, CheckResult, MachineReport, failure, to_lines, with_differences
 from launcher.clusters.network import node_name
@@ -27,6 +27,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, Problem, RunError, describe
 from launcher.hardware import may_use_gpus
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.runs import json_records
 from launcher.tracking.jsonl import append_event
 from launcher.worker.checks import gpus, machine
 from launcher.worker.checks.machine import CheckedNode, kill_children

@@ -23,9 +23,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher import atomic_files, json_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
+from launcher.runs import atomic_files, json_records, run_store
 
 _PIPE, _FILE = "TORCH_NCCL_DEBUG_INFO_PIPE_FILE", "TORCH_FR_DUMP_TEMP_FILE"
 # Number of collectives that are kept, over all process groups.

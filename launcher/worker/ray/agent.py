@@ -14,9 +14,10 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
-from launcher import clock, run_records, run_store
+from launcher import clock
 from launcher.child_process import die_with_parent
 from launcher.errors import LauncherError
+from launcher.runs import run_records, run_store
 from launcher.worker import postmortem
 from launcher.worker.ray.train_function import agent_log, resize_request
 from launcher.worker.signals import CANCEL, PREEMPT

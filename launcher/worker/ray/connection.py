@@ -13,12 +13,12 @@ from typing import Any
 
 import psutil
 
-from launcher import run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray import address as cluster_address
 from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 
 _MAX_FOLDER_CHARS = 28
 _MEET_S = 300

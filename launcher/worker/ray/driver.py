@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import psutil
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from launcher import clock, json_records, run_store
+from launcher import clock
 from launcher.checkpoint import store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
@@ -31,9 +31,9 @@ from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, Problem, Su
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Attempt, CancelRequest
-from launcher.runs import journal
+from launcher.runs import journal, json_records, run_store
 from launcher.runs.journal import NodeEnded
+from launcher.runs.run_records import RUNNING_STATES, Attempt, CancelRequest
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem

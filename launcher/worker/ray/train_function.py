@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
 from launcher.clusters import detached_process, network
 from launcher.clusters.node_command import blocked_signals
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
+from launcher.runs import run_store
 from launcher.tracking.jsonl import append_event
 from launcher.worker.signals import CANCEL, PREEMPT
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from launcher import run_store
 from launcher.clusters.backends import AnswerSource, answer_source, nodes_for
 from launcher.errors import LauncherError, describe, printable
 from launcher.evaluate.evaluation_folder import EvaluationFolder, read_exported
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir, parse_step
+from launcher.runs import run_store
 from launcher.shell_commands import launcher_command
 from launcher.tracking.verdicts import EvaluationVerdict, digest_checkpoint, is_current, read_verdict
 from launcher.worker.sidecars.sidecar import checkpoints_state, record_event

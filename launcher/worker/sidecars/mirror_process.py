@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from launcher import clock, json_records
+from launcher import clock
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint, Manifest
 from launcher.checkpoint.mirror import CheckpointGone, Mirror, MirrorTaken, mirror_url
@@ -22,7 +22,8 @@ from launcher.checkpoint.remote_folder import RemoteFolder
 from launcher.errors import CheckpointError, Superseded, describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import MirrorRecord
+from launcher.runs import json_records
+from launcher.runs.run_records import MirrorRecord
 from launcher.shell_commands import launcher_command, module_command
 from launcher.tracking.tracker import RateLimit
 from launcher.worker.sidecars.sidecar import END, begin_sidecar, checkpoints_state, print_to_log, record_event

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from signal import Signals
 
-from launcher import run_store
 from launcher.child_process import exit_on_termination
 from launcher.config.sections.slurm import SlurmSection
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 from launcher.worker.sidecars.sidecar import SUBMISSION_S
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.supervise import NodeAgent

@@ -18,7 +18,7 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-from launcher import clock, run_store
+from launcher import clock
 from launcher.checkpoint import store
 from launcher.clusters import network
 from launcher.clusters.slurm import cluster as slurm_cluster
@@ -29,8 +29,8 @@ from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
-from launcher.runs import journal
+from launcher.runs import journal, run_store
+from launcher.runs.run_records import Attempt
 from launcher.shell_commands import launcher_command
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event

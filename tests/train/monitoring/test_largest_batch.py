@@ -13,11 +13,11 @@ import torch
 from forked_ranks import RankServer
 from plan_fixtures import PlanOf
 
-from launcher import json_records, run_store
 from launcher.data.split import Split
 from launcher.errors import WOULD_REPEAT, OutOfMemory
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import json_records, run_store
 from launcher.train.monitoring.largest_batch import (
     LargestBatchRecord,
     choose_largest,

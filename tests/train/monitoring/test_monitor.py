@@ -21,11 +21,11 @@ import torch.distributed as dist
 from plan_fixtures import H100, PlanOf
 from torch import nn
 
-from launcher import run_store
 from launcher.distributed import RankInfo
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import run_store
+from launcher.runs.run_records import Attempt
 from launcher.tracking.goodput import Breakdown, compute_cost, spent_limit
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import Composite, RateLimit

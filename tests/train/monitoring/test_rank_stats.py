@@ -29,7 +29,7 @@ from launcher.data.loader import TrainBatches
 from launcher.data.split import Split
 from launcher.distributed import RankInfo
 from launcher.plan.planner import planned_tokens_per_sec
-from launcher.run_records import Attempt
+from launcher.runs.run_records import Attempt
 from launcher.tracking.tracker import start_trackers
 from launcher.train.monitoring import step_metrics
 from launcher.train.monitoring.anomalies import AnomalyDetector

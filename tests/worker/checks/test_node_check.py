@@ -23,13 +23,13 @@ from fake_nvml import H100, OTHER, driver
 from plan_fixtures import ConfigOf, config_of, facts_for
 from torch.distributed import TCPStore
 
-from launcher import json_records, run_store
 from launcher.clusters.check_results import FAILURE, OK, SHARED_FILE_VARIABLE, WARNING, CheckResult, MachineReport, ok
 from launcher.errors import Problem, RunError
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
+from launcher.runs import json_records, run_store
 from launcher.tracking.jsonl import read_events
 from launcher.worker.checks import gpus, machine
 from launcher.worker.checks.machine import CheckedNode

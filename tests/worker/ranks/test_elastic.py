@@ -21,12 +21,12 @@ from plan_fixtures import ConfigOf, facts_for
 from torch.distributed import HashStore
 from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
-from launcher import json_records, run_store
 from launcher.clusters.network import free_port
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import json_records, run_store
 from launcher.runs.journal import FailureRecord
+from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.worker.failure_record import ErrorMemory, ErrorRecord, RankExit
 from launcher.worker.ranks import elastic

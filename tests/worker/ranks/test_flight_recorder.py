@@ -19,7 +19,7 @@ from forked_ranks import RankServer
 from pace import wait_for
 
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs.run_records import Attempt
 from launcher.worker.ranks.flight_recorder import Calls, FlightRecorder, Members, explain_hang, read_dump
 from launcher.worker.ranks.fork_server import find_differing
 

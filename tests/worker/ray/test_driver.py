@@ -20,13 +20,12 @@ from pace import slowness
 from plan_fixtures import CPU, H100, PlanOf
 
 import launcher
-from launcher import json_records, run_store
 from launcher.config.sections.ray import RaySection
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
-from launcher.runs import journal
+from launcher.runs import journal, json_records, run_store
 from launcher.runs.journal import NodeEnded, TrainingEnded
+from launcher.runs.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import driver as module
 from launcher.worker.ray.driver import CancelSignals, Driver, RunEnded, build_trainer, is_eligible

@@ -21,13 +21,13 @@ from mirror_tools import commit
 from pace import wait_for
 from plan_fixtures import DATA, facts_for
 
-from launcher import json_records, run_store
 from launcher.clusters.backends import describe_answers
 from launcher.evaluate.evaluation_folder import EvaluatedExport, EvaluationFolder
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.runs import json_records, run_store
+from launcher.runs.run_records import Attempt
 from launcher.tracking.verdicts import digest_checkpoint
 from launcher.worker.sidecars import checkpoint_answers
 from launcher.worker.sidecars.checkpoint_answers import CheckpointAnswers

@@ -14,13 +14,12 @@ import slurm_said
 from fake_slurm import FakeSlurm, Submitted
 from hand_made import event_texts
 
-from launcher import atomic_files, run_store
 from launcher.clusters import network
 from launcher.clusters.slurm import queue
 from launcher.plan.retry import Cause
-from launcher.run_records import Attempt
-from launcher.runs import journal
+from launcher.runs import atomic_files, journal, run_store
 from launcher.runs.journal import AttemptConcluded
+from launcher.runs.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.worker.slurm import job
 

@@ -15,11 +15,10 @@ import pytest
 import slurm_said
 from fake_slurm import FakeSlurm, Job, Submitted
 
-from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters.slurm import cluster, queue
 from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.runs import journal
+from launcher.runs import atomic_files, journal, json_records, run_records, run_store
 from launcher.worker.slurm import job
 
 pytestmark = pytest.mark.rest

@@ -22,13 +22,13 @@ import pytest
 from mirror_tools import tree
 from unusual_files import stale
 
-from launcher import atomic_files, json_records, locks, run_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.errors import RunError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, CancelRequest, Status
+from launcher.runs import atomic_files, json_records, locks, run_records, run_store
+from launcher.runs.run_records import Attempt, CancelRequest, Status
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_run_is_created_with_plan_status_and_code(tmp_path: Path, whole_code: 
     assert status.updated_at >= status.created_at > 0
     assert stat.S_IMODE(run.root.stat().st_mode) == 0o700
     # The code that a queued job will run: the package with its bytecode.
-    package = Path(run_store.__file__).parent
+    package = Path(run_store.__file__).parents[1]
     paths = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
     files = {path for path in paths if path.parts[0] != "conf" and ".pyc." not in path.name}
     assert {path.relative_to(run.code / "launcher") for path in (run.code / "launcher").rglob("*") if path.is_file()} == files
@@ -386,7 +386,7 @@ def test_code_of_an_earlier_launcher_is_replaced_and_kept(coded: RunDir) -> None
     assert earlier == coded.root / "code-until-attempt-001"
     assert (earlier / "launcher/__init__.py").read_text() == "earlier"
     assert run_store.is_code_current(coded)
-    assert (coded.code / "launcher/run_store.py").is_file()
+    assert (coded.code / "launcher/runs/run_store.py").is_file()
 
 
 def test_code_that_does_not_know_a_setting_of_today_is_replaced(coded: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -405,7 +405,7 @@ def test_replacing_code_continues_after_an_interruption(coded: RunDir) -> None:
     assert not run_store.is_code_current(coded)
     run_store.replace_code(coded, 1)
     assert run_store.is_code_current(coded)
-    assert (coded.earlier_code(1) / "launcher/run_store.py").is_file()
+    assert (coded.earlier_code(1) / "launcher/runs/run_store.py").is_file()
 
 
 def test_code_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from launcher import atomic_files, clock, json_records, locks
+from launcher import clock
 from launcher.errors import DamagedRun, LauncherError, SubmitError, Superseded, UnreadableRun
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import SCHEMA_VERSION, RunDir
-from launcher.run_records import Attempt, Status
-from launcher.runs import journal
+from launcher.runs import atomic_files, journal, json_records, locks
 from launcher.runs.journal import StatusChanged
+from launcher.runs.run_records import Attempt, Status
 from launcher.security import folders
 from launcher.security.folders import make_own_folder
 from launcher.security.redaction import redacted_command_line
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _NUM_NAMES = 10
 _FILES_OF_A_RUN = ("plan.json", "status.json", "plans", "checkpoints", "attempts")
 # The package to copy.
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 # In the code's folder: which plans this code reads.
 _PLAN_SCHEMA = "plan_schema_version"
 

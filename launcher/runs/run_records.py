@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import json_records
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
+from launcher.runs import json_records
 from launcher.shell_commands import launcher_command
 
 # Part of every export; only folders with this file are ever replaced.

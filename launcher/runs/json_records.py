@@ -17,8 +17,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from launcher import atomic_files
 from launcher.errors import DamagedRun, UnreadableRun
+from launcher.runs import atomic_files
 
 T = TypeVar("T")
 

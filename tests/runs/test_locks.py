@@ -22,20 +22,20 @@ import pytest
 from filelock import FileLock
 from steps import start_of_process
 
-from launcher import atomic_files
 from launcher.clusters import detached_process
 from launcher.errors import SubmitError
-from launcher.locks import Holder, hold, is_same_start, pid_namespace, read_holder, read_start
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Status
-from launcher.run_store import start_lock, start_lock_holder
+from launcher.runs import atomic_files
+from launcher.runs.locks import Holder, hold, is_same_start, pid_namespace, read_holder, read_start
+from launcher.runs.run_records import Status
+from launcher.runs.run_store import start_lock, start_lock_holder
 
 REPO = Path(__file__).resolve().parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
 from launcher.security.redaction import redacted_command_line
-from launcher.locks import hold
+from launcher.runs.locks import hold
 with hold(Path(sys.argv[1]) / ".lock", 0, redacted_command_line()):
     print("held", flush=True)
     time.sleep(60)
@@ -114,7 +114,7 @@ def test_a_reused_pid_is_not_taken_for_the_holder(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="root makes namespaces")
 def test_containers_of_one_machine_have_different_pid_namespaces() -> None:
     """The PID of a holder in another container may belong to a different process here, or to none."""
-    code = "import os; from launcher.locks import pid_namespace; print(os.uname().nodename); print(pid_namespace())"
+    code = "import os; from launcher.runs.locks import pid_namespace; print(os.uname().nodename); print(pid_namespace())"
     there = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code],
         capture_output=True,
