@@ -139,10 +139,8 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         group_by_length=not plan.config.data.packing,
     )
     batches, eval_rows = PrefetchLoader(train_batches, device), _open_eval_rows(plan, data)
-    # If the optimizer steps on the node's CPUs, its time identifies slow ranks.
-    steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
     monitored = as_run(plan, has_liger=not model.liger_problem) if plan.liger else plan
-    monitor = Monitor(monitored, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
+    monitor = Monitor(monitored, rank_info, device, model, tracker, beat)
     objective = OBJECTIVES["supervised"]
     scorer = Scorer(engine, model, objective, rank_info, device)
     best_set = plan.config.checkpoint.best_set

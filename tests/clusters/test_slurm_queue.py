@@ -44,13 +44,6 @@ def test_a_job_is_running_and_then_cancelled(here: Testbed, eventually: Wait) ->
     assert running.queued
     assert (running.node_list, running.restarts, running.start_estimate) == ("n[1-2]", 0, None)
     assert queue.explain(running) == "running"
-    assert queue.describe_drained_nodes(nodes=running.node_list) == ""
-    slurm("scontrol", "update", "nodename=n2", "state=drain", "reason=bad fan, see ticket")
-    try:
-        assert queue.describe_drained_nodes(nodes=running.node_list) == "n2 is draining (bad fan, see ticket)"
-        assert queue.describe_drained_nodes(partition="main") == "n2 is draining (bad fan, see ticket)"
-    finally:
-        slurm("scontrol", "update", "nodename=n2", "state=resume")
     slurm("scancel", job_id)
     cancelled = eventually(lambda: in_state(job_id, "CANCELLED"))
     assert not cancelled.queued

@@ -37,7 +37,7 @@ from launcher.train.engine import build_engine, import_muon
 from launcher.train.finish import has_time_to_save
 from launcher.train.isolation import require_isolation
 from launcher.train.model import build_model
-from launcher.train.monitoring.step_metrics import LayerTimer, OptimizerTimer, representative_layer
+from launcher.train.monitoring.step_metrics import LayerTimer, representative_layer
 from launcher.train.resume import agree_on_start_point, load_newest_intact
 
 CPU = torch.device("cpu")
@@ -215,7 +215,7 @@ def probe_engine() -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(llama)
     import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
-    probe, optimizer_probe = LayerTimer(model, torch.device("cpu")), OptimizerTimer(engine.basic_optimizer)
+    probe = LayerTimer(model, torch.device("cpu"))
     layer, calls = representative_layer(model), []
     plain = layer.forward
     slow_s = 0.0
@@ -244,7 +244,6 @@ def probe_engine() -> dict[str, Any]:
             "step_s": time.perf_counter() - began,
             "per_token_s": probe.read(),
             "calls": len(calls),
-            "optim_s": optimizer_probe.read(),
         }
 
     step()
@@ -259,9 +258,6 @@ def probe_engine() -> dict[str, Any]:
             if type(module).__name__ == "LlamaRMSNorm":
                 module.register_forward_pre_hook(lambda *_: time.sleep(0.1))
     measured_by_case["elsewhere"] = step()
-    if rank:
-        engine.basic_optimizer.register_step_pre_hook(lambda *_: time.sleep(0.3))
-    measured_by_case["optimizer"] = step()
     engine.eval()
     with torch.no_grad():
         engine(input_ids=torch.zeros(2, 16, dtype=torch.int64), use_cache=False)

@@ -40,8 +40,6 @@ _POLL_S = 1.0
 _LOCK_WAIT_S = 60.0
 # Seconds after submission during which squeue may not list the job yet.
 _UNLISTED_S = 60.0
-# Slurm's reason for a job that waits for free nodes.
-_LACKS_NODES = "Resources"
 # States of a job that waits for its first or next start.
 _WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING", "RESV_DEL_HOLD")
 
@@ -86,9 +84,7 @@ class SlurmCluster(Cluster):
         try:
             job = sbatch.submit(plan, plan_path)
         except SubmitError as error:
-            is_unknown = isinstance(error, sbatch.UnknownSubmission)
-            message = error.problems[0].message if is_unknown else "the job was not submitted"
-            run_store.update_status(run, state="failed", message=message)
+            run_store.update_status(run, state="failed", message=error.problems[0].message)
             raise
         json_records.write(submission_file(run, attempt), SlurmSubmission(job, time.time()))
 
@@ -248,17 +244,10 @@ def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: 
     known = replace(status, job={**(status.job or {}), "id": job_id})
     if job is not None and job.queued:
         if job.state in _WAITING_STATES:
-            drained = ""
-            if job.reason == _LACKS_NODES:
-                with suppress(SlurmError):
-                    drained = queue.describe_drained_nodes(partition=queue.read_details(job_id).get("Partition", ""))
-            message = "; ".join(filter(None, (status.message, queue.explain(job), drained)))
+            message = "; ".join(filter(None, (status.message, queue.explain(job))))
             return replace(known, state="pending", message=message)
         if job.state == "SUSPENDED":
             return replace(known, message="suspended by Slurm")
-        if job.node_list and (drained := queue.describe_drained_nodes(nodes=job.node_list)):
-            note = f"{drained}: the job continues, and Slurm starts no other job there"
-            return replace(known, message="; ".join(filter(None, (status.message, note))))
         return known
     # The job may have written its final state since the status was read.
     latest = run_store.read_status(run)

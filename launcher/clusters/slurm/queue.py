@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -25,8 +24,6 @@ _CLOCK_SLACK_S = 86400.0
 _NEAR_END_S = 60.0
 # MUNGE, which Slurm authenticates with, refuses nodes whose clocks differ more.
 _CLOCK_TOLERANCE_S = 300.0
-# Maximum number of drained nodes to name.
-_MOST_DRAINED = 3
 # States of a node that Slurm cannot reach, as in DOWN+NOT_RESPONDING; older versions mark it with an asterisk.
 _LOST_NODE = re.compile(r"\b(DOWN|FAIL|ERROR|NOT_RESPONDING|NO_RESPOND)\b|\*$")
 # In `scontrol show job`, these fields come last on their line, and their values may contain anything.
@@ -152,20 +149,6 @@ def find_lost_nodes(nodes: Iterable[str], since: float, retry_s: float = 0.0) ->
     return [name for name in names if name in lost] if {node for node, *_ in known} >= set(names) else None
 
 
-def find_waiting_or_running(name: str, working_dir: str) -> list[str]:
-    """Return the numbers of this user's other jobs with this name and folder that wait or run.
-
-    Also empty if Slurm does not answer.
-    """
-    options, fields = ("--me", "--noheader", "--states=PENDING,CONFIGURING,RUNNING"), ("JobID", "Name", "WorkDir")
-    try:
-        rows = slurm_table("squeue", *options, fields=fields)
-    except SlurmError:
-        return []
-    asking = os.environ.get("SLURM_JOB_ID")
-    return [number for number, *of in rows if of == [name, working_dir] and number != asking]
-
-
 def read_details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
     """Read all fields of `scontrol show job`; times are seconds since the epoch.
 
@@ -183,23 +166,6 @@ def read_details(job_id: str, retry_s: float = 0.0) -> Mapping[str, str]:
             fields.setdefault(key, value)
             line = line.lstrip()
     return fields
-
-
-def describe_drained_nodes(nodes: str = "", partition: str = "") -> str:
-    """Describe the drained and draining nodes in the host list `nodes` or in a partition; empty if there are none.
-
-    Also empty if Slurm does not answer: this only supplements other information about a job.
-    """
-    chosen = f"--nodes={nodes}" if nodes else f"--partition={partition}"
-    options, fields = ("--noheader", "--Node", "--states=drain", chosen), ("NodeHost", "StateLong", "Reason")
-    try:
-        rows = slurm_table("sinfo", *options, fields=fields)
-        drained = {node: f"{node} is {state.rstrip('*')} ({reason})" for node, state, reason in rows}
-    except SlurmError:
-        return ""
-    shown = "; ".join(list(drained.values())[:_MOST_DRAINED])
-    others = len(drained) - _MOST_DRAINED
-    return f"{shown}; and {others} more are drained" if others > 0 else shown
 
 
 def state_beneath(job_id: str, restarts: int, ends_at: float | None, retry_s: float = 0.0) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from launcher.clusters.node_command import blocked_signals
-from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.submitit_task import NodeTask
 from launcher.config.schema import RunConfig
 from launcher.config.sections.slurm import SlurmSection, asks_for_gpus
@@ -33,10 +32,6 @@ _MOUNTED_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
 _SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) cannot read $0" >&2; exit 78; }; exec "$@"\' '
 # Options of a run's job that do not belong to other jobs for it.
 _OF_RUNS = frozenset({"array", "begin", "deadline", "dependency", "mail-type", "mail-user", "mail_type", "mail_user"})
-
-
-class UnknownSubmission(SubmitError):
-    """sbatch ended without an answer; Slurm may have the job."""
 
 
 def render(plan: LaunchPlan, plan_path: Path) -> str:
@@ -58,8 +53,7 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
     """Submit the job and return its id. The pickle that submitit writes contains only the plan's path.
 
     Raises:
-        UnknownSubmission: if sbatch ended without an answer; names the job if Slurm has it.
-        SubmitError: with sbatch's message.
+        SubmitError: with sbatch's message, or how to look for the job if sbatch ended without an answer.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -77,18 +71,10 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
         # A signal ended sbatch, or sbatch printed nothing.
         if (isinstance(cause, subprocess.CalledProcessError) and cause.returncode < 0) or not str(error).strip():
             # Slurm may have the job; it could not run, because its task is stored after sbatch answers.
-            start_again = launcher_command("resume", plan.run_dir)
-            if jobs := queue.find_waiting_or_running(plan.run_name, plan.run_dir):
-                raise UnknownSubmission(
-                    "sbatch ended without an answer, but Slurm has the job",
-                    where="sbatch",
-                    value=f"job {', '.join(jobs)}",
-                    remedy=f"end it with: {shell_command('scancel', *jobs)}, then start the run with: {start_again}",
-                ) from None
             look = shell_command("squeue", "--me", f"--name={plan.run_name}")
+            start_again = launcher_command("resume", plan.run_dir)
             remedy = f"look for it with: {look}, end it with scancel, then start the run with: {start_again}"
-            what = "sbatch ended without an answer; Slurm may have the job"
-            raise UnknownSubmission(what, where="sbatch", remedy=remedy) from None
+            raise SubmitError("sbatch ended without an answer; Slurm may have the job", where="sbatch", remedy=remedy) from None
         # The error is submitit's report of a failed command.
         lines = [line.strip() for line in str(error).splitlines()]
         message = "\n".join([line for line in lines if line.startswith("sbatch:")] or lines)

@@ -119,19 +119,12 @@ class AnomalyDetector:
         rank = max(late_ranks, key=lambda rank: works[rank].seconds)
         work, median = works[rank], RankWork(*(statistics.median_low(parts) for parts in zip(*works, strict=True)))
         # The alert names the part of its work that exceeds the median rank's most.
-        excess_s = {name: part - other for name, part, other in zip(RankWork._fields, work, median, strict=True)}
-        match max(excess_s, key=excess_s.__getitem__):
-            case "data_s":
-                cause = f"its data take {excess_s['data_s']:.2f} s a step longer than the median rank's: "
-                cause += "check the node's storage and CPUs"
-            case "optim_s":
-                cause = f"its optimizer takes {work.optim_s:.2f} s a step on the CPUs, the median rank's {median.optim_s:.2f} s: "
-                cause += "check the clocks of the node's CPUs, and what else runs there"
-            case _:
-                factor = work.compute_s / median.compute_s if median.compute_s else 1.0
-                cause = (
-                    f"it computes {factor:.2f} times as long as the median rank: check the clock and temperature of its device"
-                )
+        excess_s = work.data_s - median.data_s
+        if excess_s > work.compute_s - median.compute_s:
+            cause = f"its data take {excess_s:.2f} s a step longer than the median rank's: check the node's storage and CPUs"
+        else:
+            factor = work.compute_s / median.compute_s if median.compute_s else 1.0
+            cause = f"it computes {factor:.2f} times as long as the median rank: check the clock and temperature of its device"
         name = f"rank {rank} on {hosts[rank]}"
         yield f"a straggler: all ranks have waited {_STRAGGLER_WINDOW} steps for {name}: {cause}, or leave the node out"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -28,17 +27,14 @@ from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite, RateLimit
 from launcher.train.monitoring import step_metrics
 from launcher.train.monitoring.anomalies import AnomalyDetector, StallAlarm
-from launcher.train.monitoring.step_metrics import NUM_VALUES, DeviceMonitor, LayerTimer, OptimizerTimer, RankStats, RankWork
+from launcher.train.monitoring.step_metrics import NUM_VALUES, DeviceMonitor, LayerTimer, RankStats, RankWork
 
 # A synced write takes a millisecond and loads shared storage; metrics.jsonl has every logged step.
 _UPDATE_INTERVAL_S = 5.0
 
 
 class Monitor:
-    """Collects statistics of the ranks and sends alerts. Creating it is collective, once the engine is built.
-
-    `optimizer` is the optimizer inside DeepSpeed's, if it runs on the node's CPUs.
-    """
+    """Collects statistics of the ranks and sends alerts. Creating it is collective, once the engine is built."""
 
     def __init__(
         self,
@@ -46,14 +42,12 @@ class Monitor:
         rank_info: RankInfo,
         device: torch.device,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
         tracker: Composite,
         beat: Callable[[str, int], None],
     ) -> None:
         self._plan, self._rank_info, self._tracker, self._beat = plan, rank_info, tracker, beat
         self._run, self._send_alert = RunDir(Path(plan.run_dir)), partial(tracker.event, "alert")
         self._layer_timer, self._local_stats = LayerTimer(model, device), RankStats()
-        self._optimizer_timer = None if optimizer is None else OptimizerTimer(optimizer)
         self._device = device
         self._anomalies, self._hosts = AnomalyDetector(plan.topology.device, plan.run_dir), gather_json(os.uname().nodename)
         self._planned_tokens_per_sec = planned_tokens_per_sec(plan) if rank_info.is_main else None
@@ -102,8 +96,7 @@ class Monitor:
 
         `load_s` is the time that the preparation of its batch took.
         """
-        optim_s = math.nan if self._optimizer_timer is None else self._optimizer_timer.read()
-        seconds = (times["time/step_s"], times["time/data_s"], load_s, self._layer_timer.read(), optim_s)
+        seconds = (times["time/step_s"], times["time/data_s"], load_s, self._layer_timer.read())
         self._local_stats = RankStats(*seconds, device=self._devices.latest)
 
     def update_ranks(self, values: Sequence[float]) -> None:

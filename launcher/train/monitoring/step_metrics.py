@@ -1,9 +1,9 @@
 """The numbers of each step: timers and readings of this rank, statistics of all ranks, and the metrics that rank 0 logs.
 
 The statistics of each rank travel in the all-reduce of each step. Step times do not show which rank is slow, because under ZeRO-3
-all ranks finish a step together. `LayerTimer` and `OptimizerTimer` measure what contains no collective: the forward pass of one
-linear layer, between DeepSpeed's fetch of its weights and their release (or of a whole decoder layer if its weights are fetched
-as a whole, because the compiler does not support hooks inside it), and an optimizer that runs on the node's CPUs.
+all ranks finish a step together. `LayerTimer` measures what contains no collective: the forward pass of one linear layer, between
+DeepSpeed's fetch of its weights and their release (or of a whole decoder layer if its weights are fetched as a whole, because the
+compiler does not support hooks inside it).
 """
 
 from __future__ import annotations
@@ -263,7 +263,6 @@ class RankStats(NamedTuple):
         data_s: time that the rank waited for its rows.
         load_s: time that the preparation of its rows took, which overlaps with the step before.
         compute_s: time of the timed layer per token, see LayerTimer.
-        optim_s: time of an optimizer that runs on the node's CPUs.
         active, reserved: peak bytes of GPU memory so far.
         alloc_retries: number of retried allocations so far.
         device: readings of the GPU and, on one rank per node, of the host.
@@ -273,7 +272,6 @@ class RankStats(NamedTuple):
     data_s: float = math.nan
     load_s: float = math.nan
     compute_s: float = math.nan
-    optim_s: float = math.nan
     active: float = math.nan
     reserved: float = math.nan
     alloc_retries: float = math.nan
@@ -297,7 +295,7 @@ def unpack_ranks(values: Sequence[float]) -> list[RankStats]:
 
 
 class RankWork(NamedTuple):
-    """Seconds of a rank's step without waiting for other ranks: compute, waiting for data, optimizer on the node's CPUs.
+    """Seconds of a rank's step without waiting for other ranks: compute, and waiting for data.
 
     Of the wait for data it counts what the preparation of the rows takes longer than on the median rank. Where all ranks take
     the same time, and longer than a step, they wait for different times only because they began at different times.
@@ -305,12 +303,11 @@ class RankWork(NamedTuple):
 
     compute_s: float
     data_s: float
-    optim_s: float = 0.0
 
     @property
     def seconds(self) -> float:
         """Their sum."""
-        return self.compute_s + self.data_s + self.optim_s
+        return self.compute_s + self.data_s
 
 
 def estimate_work(ranks: Sequence[RankStats]) -> list[RankWork]:
@@ -322,15 +319,11 @@ def estimate_work(ranks: Sequence[RankStats]) -> list[RankWork]:
     """
     usual = _median([rank.load_s for rank in ranks])
     data = [min(rank.data_s, rank.load_s - usual) if rank.data_s > 0 and rank.load_s > usual else 0.0 for rank in ranks]
-    optim = [rank.optim_s if rank.optim_s > 0 else 0.0 for rank in ranks]
     usual = _median([rank.compute_s for rank in ranks])
     factors = [rank.compute_s / usual if rank.compute_s / usual > 0 else 1.0 for rank in ranks]
-    rests = (rank.step_s - rank.data_s - one for rank, one in zip(ranks, optim, strict=True) if rank.step_s > 0)
+    rests = (rank.step_s - rank.data_s for rank in ranks if rank.step_s > 0)
     compute_s, slowest = max(0.0, min(rests, default=0.0)), max(factors)
-    return [
-        RankWork(compute_s * factor / slowest, data_s, optim_s)
-        for factor, data_s, optim_s in zip(factors, data, optim, strict=True)
-    ]
+    return [RankWork(compute_s * factor / slowest, data_s) for factor, data_s in zip(factors, data, strict=True)]
 
 
 def straggler_ratio(works: Sequence[RankWork]) -> float:
@@ -414,28 +407,6 @@ def mark_time(on_gpu: bool) -> Any:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-class OptimizerTimer:
-    """Times an optimizer whose states are in main memory. On a GPU, steps end after they return, so this cannot time them."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._start, self._seconds = 0.0, math.nan
-        optimizer.register_step_pre_hook(self._begin)
-        optimizer.register_step_post_hook(self._end)
-
-    def read(self) -> float:
-        """Return the seconds spent in steps since the last call; NaN if there were none."""
-        seconds, self._seconds = self._seconds, math.nan
-        return seconds
-
-    def _begin(self, *_: Any) -> None:
-        self._start = time.perf_counter()
-
-    def _end(self, *_: Any) -> None:
-        # DeepSpeed calls it once per parameter group.
-        spent = time.perf_counter() - self._start
-        self._seconds = spent if math.isnan(self._seconds) else self._seconds + spent
 
 
 def representative_layer(model: nn.Module) -> nn.Module | None:
