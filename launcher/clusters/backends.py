@@ -75,7 +75,7 @@ class StatusReader(Protocol):
 class Cluster:
     """The submit side of a backend. All state is on disk and with the scheduler; instances hold none.
 
-    A backend defines at least `submit`, `status` and `cancel`; the other defaults suit nodes like this machine. `drill_remedy`:
+    A backend defines at least `submit` and `cancel`; the other defaults suit nodes like this machine. `drill_remedy`:
     how to rehearse a fault if `launcher drill` cannot, or None if `inject_fault` works.
     """
 
@@ -112,8 +112,22 @@ class Cluster:
         return []
 
     def status(self, run: RunDir) -> Status:
-        """Read the run's state, corrected by what the backend knows about its processes."""
-        raise NotImplementedError
+        """Read the run's state, corrected by what the backend knows about its processes.
+
+        By default a process in the status leads the run: once it has ended without recording that, the run has failed.
+        """
+        status = run_store.read_status(run)
+        if status.state in RUNNING_STATES and status.job is None:
+            return mark_never_submitted(status, detached_process.START_DEADLINE_S)
+        if status.state not in RUNNING_STATES or detached_process.is_alive(run, status):
+            return status
+        # The process may have written its final state since the status was read.
+        status = run_store.read_status(run)
+        return replace(status, state="failed", message=self.explain_lost(run)) if status.state in RUNNING_STATES else status
+
+    def explain_lost(self, run: RunDir) -> str:
+        """Return why the process that leads the run may have ended without recording a result."""
+        return "its process ended without recording a result"
 
     def await_end(self, run: RunDir) -> None:
         """Wait until no process is left of an attempt whose final state is written."""

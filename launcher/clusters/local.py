@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,6 @@ from launcher.clusters.backends import (
     Cluster,
     InjectedFault,
     fault_command,
-    mark_never_submitted,
     read_fault_report,
 )
 from launcher.clusters.limits import limit_that_killed_agents
@@ -29,7 +27,7 @@ from launcher.hardware import device
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.runs import run_store
-from launcher.runs.run_records import RUNNING_STATES, Status
+from launcher.runs.run_records import RUNNING_STATES
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -55,17 +53,16 @@ class LocalCluster(Cluster):
         log = run.attempt(attempt) / "agent.log"
         detached_process.start(run, attempt, "launcher.worker.local", [str(plan_path), str(attempt)], log, "the node's agent")
 
-    def status(self, run: RunDir) -> Status:
-        status = run_store.read_status(run)
-        if status.state in RUNNING_STATES and status.job is None:
-            return mark_never_submitted(status, detached_process.START_DEADLINE_S)
-        if status.state not in RUNNING_STATES or detached_process.is_alive(run, status):
-            return status
-        # The agent may have written its final state since the status was read.
-        status = run_store.read_status(run)
-        if status.state not in RUNNING_STATES:
-            return status
-        return replace(status, state="failed", message=_explain_silent_end(run))
+    def explain_lost(self, run: RunDir) -> str:
+        with suppress(OSError):
+            if (free := shutil.disk_usage(run.root).free) < _FULL_BYTES:
+                full = f"the disk of {run.root} is full ({format_size(free)} free)"
+                return f"{full}: the node agent could not record how the run ended"
+        if problem := run_store.describe_storage_problem(run):
+            return f"the node agent ended without recording a result{problem}"
+        if limit := limit_that_killed_agents(run, run_store.newest_attempt(run), [0]):
+            return f"{limit}: the node agent ended without recording a result"
+        return "the node agent ended without recording a result: it was killed, or the machine restarted"
 
     def await_end(self, run: RunDir) -> None:
         detached_process.await_end(run, _END_DEADLINE_S)
@@ -96,18 +93,6 @@ class LocalCluster(Cluster):
         if done.returncode:
             raise RunError("the fault could not be injected", where=str(run.root), value=done.stderr.strip())
         return read_fault_report(done.stdout)
-
-
-def _explain_silent_end(run: RunDir) -> str:
-    """Return why the agent may have ended without recording a result."""
-    with suppress(OSError):
-        if (free := shutil.disk_usage(run.root).free) < _FULL_BYTES:
-            return f"the disk of {run.root} is full ({format_size(free)} free): the node agent could not record how the run ended"
-    if problem := run_store.describe_storage_problem(run):
-        return f"the node agent ended without recording a result{problem}"
-    if limit := limit_that_killed_agents(run, run_store.newest_attempt(run), [0]):
-        return f"{limit}: the node agent ended without recording a result"
-    return "the node agent ended without recording a result: it was killed, or the machine restarted"
 
 
 def _await_receipt(agent: psutil.Process, number: signal.Signals) -> None:

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING
 
 from launcher import clock
 from launcher.clusters import detached_process, local, network
-from launcher.clusters.backends import Cluster, mark_never_submitted
+from launcher.clusters.backends import Cluster
 from launcher.clusters.static_meeting import AGENT_END, Meeting, MeetingMessage
 from launcher.errors import LauncherError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.runs import run_store
 from launcher.runs.journal import read_node
-from launcher.runs.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
@@ -94,19 +93,10 @@ class StaticCluster(Cluster):
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         return [("machines", ", ".join(run_store.read_attempt(run, attempt).nodes))]
 
-    def status(self, run: RunDir) -> Status:
-        status = run_store.read_status(run)
-        if status.state in RUNNING_STATES and status.job is None:
-            return mark_never_submitted(status, detached_process.START_DEADLINE_S)
-        if status.state not in RUNNING_STATES or detached_process.is_alive(run, status):
-            return status
-        # The agent of node 0 may have written its final state since the status was read.
-        status = run_store.read_status(run)
-        if status.state not in RUNNING_STATES:
-            return status
+    def explain_lost(self, run: RunDir) -> str:
         end = None if self.process is None else self.process.end
         reason = end.text if end is not None and end.is_lost else "the agent of node 0 ended without recording a result"
-        return replace(status, state="failed", message=f"{reason}; {REPEAT}{run_store.describe_storage_problem(run)}")
+        return f"{reason}; {REPEAT}{run_store.describe_storage_problem(run)}"
 
     def await_end(self, run: RunDir) -> None:
         if self.process is not None:

@@ -115,7 +115,7 @@ def rows_of(run: Path, folder: Path) -> dict[int, list[tuple[int, list[int]]]]:
         batches = [
             [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(folder.glob(f"{attempt:03d}-*.jsonl"))
         ]
-        assert batches
+        assert len(batches) == run_store.load_plans_until(RunDir(run), attempt)[-1].topology.world_size
         for step in sorted(step for number, step in trained if number == attempt):
             parts = [rank[step - (record.resume_step or 0) - 1] for rank in batches]
             own = sorted(row for part in parts for row in part["own"])
@@ -124,15 +124,15 @@ def rows_of(run: Path, folder: Path) -> dict[int, list[tuple[int, list[int]]]]:
     return rows
 
 
-def await_training(run: Path, num_ranks: int) -> None:
-    """Wait until an attempt with this many ranks has logged a step."""
+def await_training(run: Path, num_nodes: int) -> None:
+    """Wait until an attempt on this many nodes has logged a step."""
 
     def training() -> bool:
         attempts = {line["attempt"] for line in metrics(run) if "train/loss" in line}
         newest = max(attempts, default=0)
-        return newest > 0 and len(run_store.read_attempt(RunDir(run), newest).nodes) == num_ranks
+        return newest > 0 and len(run_store.read_attempt(RunDir(run), newest).nodes) == num_nodes
 
-    wait_for(f"training on {num_ranks} ranks", training)
+    wait_for(f"training on {num_nodes} nodes", training)
 
 
 def hang_worker(run: Path, ranks: Ranks) -> None:

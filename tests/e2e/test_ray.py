@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from causes import assert_attempt_named_first
-from e2e_tools import TINY, command_line, last_step, losses, slow_steps, status
+from e2e_tools import TINY, command_line, json_lines, last_step, losses, metrics, slow_steps, status
 from forked import Launch, require_exit
 from ray_tools import (
     DEADLINE_S,
@@ -91,17 +92,20 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
         f"run.name={run.name}",
         "--detach",
     )
+    began = time.time()
     done = launch(*SETTINGS, *own, **env)
     require_exit(done)
     assert f"driver     {run}/attempts/001/agent.log" in done.stdout
     assert f"python -m launcher cancel {run}" in done.stdout
     wait_for("a step", lambda: last_step(run))
+    # The target of a restart is 30 s on an idle machine.
+    restart_s = max(60, min(step_times(run)) - began)
     assert re.search(r"^faulty +running ", launch_here("ls", "--root", str(root)).stdout, re.MULTILINE)
     require_closed(run, temporary)
 
     with start("logs", str(run), "-f", "--rank", "0") as terminal:
         for number, (fault, why) in enumerate(RESTARTS.items(), 1):
-            assert_restarted(run, number, fault, why)
+            assert_restarted(run, number, fault, why, restart_s)
         assert_survived(run, 1, kill_worker)
         assert_attempt_named_first(launch_here, run, 1, "ray_worker")
         # The rank may outlive the driver for a moment, in which its log must not grow.
@@ -140,18 +144,24 @@ def test_a_run_survives_the_faults_of_its_processes_its_driver_and_ray_and_has_t
     assert_losses_of_a_local_run(launch, run)
 
 
-def assert_restarted(run: Path, number: int, fault: Fault, why: str) -> None:
+def assert_restarted(run: Path, number: int, fault: Fault, why: str, restart_s: float) -> None:
     """Cause a fault in the first attempt: the node's agent restarts the ranks for the `number`-th time."""
     saved, step = newest_saved(run, 1), last_step(run)
     wait_for("a newer checkpoint and another step", lambda: saved < newest_saved(run, 1) and last_step(run) > step)
     before = ranks_of(run)
     fault(run, before)
     wait_for("a restart", lambda: f"(restart {number}): " in alerts(run, 1))
-    assert re.search(rf"\(restart {number}\): rank 0: {why}", alerts(run, 1))
+    restarted_at = next(line["time"] for line in json_lines(run / "events.jsonl") if f"(restart {number}): " in line["text"])
+    assert re.search(rf"\(restart {number}\): rank 0: {why.replace('PID', str(before[0].pid))}", alerts(run, 1))
     step = last_step(run)
     wait_for("a step after it", lambda: last_step(run) > step)
+    assert min(at for at in step_times(run) if at > restarted_at) - restarted_at < restart_s
     assert not any(rank.is_running() for rank in before.values())
     assert not (run / "attempts/002").exists()
+
+
+def step_times(run: Path) -> list[float]:
+    return [line["time"] for line in metrics(run) if "train/loss" in line]
 
 
 def resume_and_close_the_terminal(start: Callable, run: Path, **env: str) -> None:
@@ -191,10 +201,10 @@ def kill_worker(run: Path, ranks: Ranks) -> None:
     worker.kill()
 
 
-# The faults that end ranks within an attempt, with how they are named.
+# The faults that end ranks within an attempt, with how they are named; PID stands for the rank's.
 RESTARTS: dict[Fault, str] = {
     kill_rank: "killed by SIGKILL",
-    hang_rank: r"\(pid \d+\) is stopped by a signal \(SIGSTOP\): no progress for",
+    hang_rank: r"\(pid PID\) is stopped by a signal \(SIGSTOP\): no progress for",
 }
 
 

@@ -264,8 +264,8 @@ def test_a_run_of_fixed_size_survives_a_hang_and_a_preemption_and_has_the_same_l
     run = root / "hung"
     pace = environment(SECONDS_PER_STEP="0.5")
     settings = ("cluster.address=auto", "cluster.nodes=2", "cluster.stall_seconds=10", pace, "--follow")
-    # With address=auto, Ray uses the newest cluster recorded in this folder; this machine may run several clusters.
-    env = {**cluster.env, **slow_steps(), "RAY_TMPDIR": str(cluster.folder)}
+    # This machine may run several clusters, among which address=auto alone would not choose.
+    env = {**cluster.env, **slow_steps(), "RAY_ADDRESS": cluster.address}
     with start(*ray(cluster, root, run.name, *settings), **env) as process:
         assert_survived(run, 1, hang_worker)
         assert re.search(r"no answer from Ray's worker on n[12]: it hangs or is cut off from the network", alerts(run, 1))
@@ -359,7 +359,7 @@ def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ra
     )
     env = {**cluster.env, **rows_environment(rows), **UNTAKEN, "WANDB_API_KEY": canary, RESIZE_VARIABLE: "2"}
     with start(*ray(cluster, root, "elastic", *elastic), **env) as process:
-        await_training(run, num_ranks=3)
+        await_training(run, num_nodes=3)
         assert sorted(ranks_of(run)) == [0, 1, 2]
         environments = environments_of(rows, run_store.newest_attempt(RunDir(run)))
         assert {variables["WANDB_API_KEY"] for variables in environments} == {canary}
@@ -372,10 +372,10 @@ def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ra
         cluster.kill_raylet("n3")
         cluster.kill_raylet("n4")
         wait_for("all ranks to be gone", lambda: not any(rank.is_running() for rank in before))
-        await_training(run, num_ranks=1)
+        await_training(run, num_nodes=1)
         assert_attempt_named_first(launch_here, run, shrunk, "ray_node", **cluster.env)
         cluster.start("n5")
-        await_training(run, num_ranks=2)
+        await_training(run, num_nodes=2)
         cluster.kill("n5")
         cluster.kill("n1")
         output, _ = process.communicate(timeout=DEADLINE_S)

@@ -256,7 +256,7 @@ def test_the_token_is_not_in_the_run_which_a_group_may_read(monkeypatch: pytest.
     monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.setattr(ray, "init", lambda **options: None)
     with connection._own_folder(RunDir(tmp_path)) as folder:
-        connection._start_private_ray(plan, "", folder, {})
+        connection._start_private_ray(plan, tmp_path, folder)
         token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
         assert len(token.read_text()) == 64
         assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700

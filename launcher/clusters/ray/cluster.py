@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.clusters import detached_process, local
-from launcher.clusters.backends import Cluster, InjectedFault, mark_never_submitted
+from launcher.clusters.backends import Cluster
 from launcher.clusters.limits import limit_that_killed_agents
 from launcher.clusters.ray import jobs
 from launcher.clusters.ray.address import require_usable
 from launcher.errors import RunError, SubmitError
-from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
 from launcher.runs import atomic_files, json_records, run_store
 from launcher.runs.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
-    from launcher.config.sections.cluster import ClusterSection
-    from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+    from launcher.plan.launch_plan import LaunchPlan
 
 _MODULE = "launcher.worker.ray.driver"
 # The status message while the driver starts or joins Ray.
 JOINING = "joining Ray"
+# How long a submission waits for that, so that it can report a failure.
 _JOIN_DEADLINE_S = 90.0
 _END_DEADLINE_S = 60.0
-_JOIN_POLL_S, _JOB_POLL_S = 0.1, 1.0
-# How long a submission waits for the driver to set the run's status.
-_DRIVER_START_DEADLINE_S = 60.0
+_LOOK_S = 0.2
 _NO_STATUS = "Ray's job ended before it could write to the run directory"
+_NO_STATUS_REMEDY = "set run.root to a folder that the cluster's nodes can write to under the same path"
 _LOST = "the driver ended without recording a result: it was killed, or its machine or the head node was lost"
 
 
 @dataclass(frozen=True)
 class JobsApiSubmission:
-    """submitted.json: the job of the cluster's Jobs API that runs the driver; `at` is in seconds since the epoch."""
+    """submitted.json: the job of the cluster's Jobs API that runs the driver."""
 
     job: str
     address: str
-    at: float
 
 
 class RayCluster(Cluster):
@@ -49,9 +45,6 @@ class RayCluster(Cluster):
 
     status_interval_s = 1.0
     drill_remedy = "start a short run, and kill a rank, or a node with: ray drain-node"
-
-    def device(self, section: ClusterSection) -> DeviceFacts:
-        return device()
 
     def check(self, plan: LaunchPlan) -> None:
         from launcher.config.sections.ray import RaySection
@@ -85,20 +78,27 @@ class RayCluster(Cluster):
         from launcher.plan.launch_plan import LaunchPlan
 
         section = RaySection.of(LaunchPlan.load(plan_path).config.cluster)
-        arguments = [str(plan_path), str(attempt)]
-        if section.is_http:
+        arguments, log = [str(plan_path), str(attempt)], run.attempt(attempt) / "agent.log"
+        if section.address is not None and section.is_http:
             try:
-                job = jobs.submit(section, run, _MODULE, arguments)
+                job = jobs.submit(section, run.code, run.root.name, _MODULE, arguments)
             except SubmitError:
                 run_store.update_status(run, state="failed", message="the job was not submitted")
                 raise
-            submission = JobsApiSubmission(job, section.address or "", time.time())
-            json_records.write(_submission_file(run, attempt), submission)
-            _await_driver(run, submission)
-            return
-        log = run.attempt(attempt) / "agent.log"
-        detached_process.start(run, attempt, _MODULE, arguments, log, "Ray's driver")
-        _await_joined(run, log)
+            json_records.write(_submission_file(run, attempt), JobsApiSubmission(job, section.address))
+        else:
+            detached_process.start(run, attempt, _MODULE, arguments, log, "Ray's driver")
+        until = time.monotonic() + _JOIN_DEADLINE_S
+        # A job may also wait in Ray's queue, which `status` reports.
+        while (status := self.status(run)).state == "pending" and time.monotonic() < until:
+            known = run_store.read_status(run)
+            if known.job is not None and known.message != JOINING:
+                return
+            time.sleep(_LOOK_S)
+        if status.state == "failed":
+            run_store.update_status(run, state="failed", message=status.message)
+            remedy = "check cluster.address, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH"
+            raise RunError(status.message, where=dict(self.submission_details(run, attempt)).get("log", str(log)), remedy=remedy)
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         file = _submission_file(run, attempt)
@@ -112,20 +112,44 @@ class RayCluster(Cluster):
         ]
 
     def status(self, run: RunDir) -> Status:
-        status = run_store.read_status(run)
-        if status.state not in RUNNING_STATES:
-            return status
+        status, file = run_store.read_status(run), _submission_file(run, run_store.newest_attempt(run))
+        if status.state in RUNNING_STATES and file.is_file():
+            return self._correct_by_job(run, status, json_records.read(JobsApiSubmission, file))
+        return super().status(run)
+
+    def _correct_by_job(self, run: RunDir, status: Status, submission: JobsApiSubmission) -> Status:
+        """Correct the status of a run whose driver is a job of the cluster."""
+        known = replace(status, job={**(status.job or {}), "id": submission.job})
+        try:
+            with jobs.connect(submission.address) as client:
+                info = client.get_job_info(submission.job)
+        except SubmitError as error:
+            # An SSH tunnel may be broken or lead to another cluster, so the liveness file in the run directory decides.
+            if detached_process.seconds_silent(run) > detached_process.LIVENESS_TIMEOUT_S:
+                return replace(known, state="failed", message=self.explain_lost(run))
+            return replace(known, message=f"{error.problems[0].message}: {submission.address}; this is the last known state")
+        message = info.message or ""
+        if not info.status.is_terminal():
+            return known if status.job is not None else replace(known, message=message or f"Ray's job is {info.status.lower()}")
+        atomic_files.refresh_directory(run.root)
+        latest = run_store.read_status(run)
+        if latest.state not in RUNNING_STATES:
+            return latest
+        if info.status == "STOPPED":
+            return replace(known, state="cancelled", message="Ray's job was stopped")
+        lines = [line.strip() for line in message.splitlines() if line.strip()] or ["no message"]
+        if latest.job is None:
+            remedy = f"{_NO_STATUS_REMEDY}; read the job's log with: ray job logs --address {submission.address} {submission.job}"
+            # Ray's message ends with the job's log.
+            return replace(known, state="failed", message=f"{_NO_STATUS}: {lines[-1]}; {remedy}")
+        return replace(known, state="failed", message=f"Ray's job ended as {info.status}: {lines[0]}")
+
+    def explain_lost(self, run: RunDir) -> str:
+        then = run_store.describe_storage_problem(run) or f"; {detached_process.resume_hint(run)}"
         number = run_store.newest_attempt(run)
-        file = _submission_file(run, number)
-        if file.is_file():
-            return _correct_by_job(run, status, json_records.read(JobsApiSubmission, file))
-        if status.job is None:
-            return mark_never_submitted(status, detached_process.START_DEADLINE_S)
-        if detached_process.is_alive(run, status):
-            return status
-        # The driver may have written its final state since the status was read.
-        status = run_store.read_status(run)
-        return status if status.state not in RUNNING_STATES else _mark_lost(run, status)
+        # Workers on the driver's machine may be in its control group.
+        limit = limit_that_killed_agents(run, number, range(len(run_store.read_attempt(run, number).nodes)))
+        return ": ".join(filter(None, (limit, f"{_LOST}{then}")))
 
     def await_end(self, run: RunDir) -> None:
         detached_process.await_end(run, _END_DEADLINE_S)
@@ -139,7 +163,8 @@ class RayCluster(Cluster):
         file = _submission_file(run, run_store.newest_attempt(run))
         if file.is_file():
             submission = json_records.read(JobsApiSubmission, file)
-            jobs.stop(submission.address, submission.job)
+            with jobs.connect(submission.address) as client:
+                client.stop_job(submission.job)
         elif (driver := detached_process.find_process(status)) is not None:
             driver.kill()
         else:
@@ -152,42 +177,6 @@ class RayCluster(Cluster):
             )
         run_store.update_status(run, state="cancelled", message="killed without saving")
 
-    def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
-        raise NotImplementedError
-
-
-def _correct_by_job(run: RunDir, status: Status, submission: JobsApiSubmission) -> Status:
-    """Correct the status of a run whose driver is a job of the cluster."""
-    known = replace(status, job={**(status.job or {}), "id": submission.job})
-    try:
-        state, message = jobs.state(submission.address, submission.job)
-    except SubmitError as error:
-        # An SSH tunnel may be broken or lead to another cluster, so the liveness file in the run directory decides.
-        if detached_process.seconds_silent(run) > detached_process.LIVENESS_TIMEOUT_S:
-            return _mark_lost(run, known)
-        cause = f"Ray does not answer ({error.problems[0].message})"
-        if isinstance(error, jobs.JobUnknown):
-            cause = f"the cluster at {submission.address} does not know the job {submission.job}"
-        return replace(known, message=f"{cause}; this is the last known state")
-    if state not in jobs.FINAL_JOB_STATES:
-        return known if status.job is not None else replace(known, message=message or f"Ray's job is {state.lower()}")
-    latest = run_store.read_status(run)
-    if latest.state not in RUNNING_STATES:
-        return latest
-    if state == "STOPPED":
-        return replace(known, state="cancelled", message="Ray's job was stopped")
-    if latest.job is None:
-        return replace(known, state="failed", message=f"{_NO_STATUS}: {_last_line(message)}; {_no_status_remedy(submission)}")
-    return replace(_mark_lost(run, known), message=f"Ray's job ended as {state}: {message.splitlines()[0] if message else ''}")
-
-
-def _mark_lost(run: RunDir, status: Status) -> Status:
-    then = run_store.describe_storage_problem(run) or f"; {detached_process.resume_hint(run)}"
-    number = run_store.newest_attempt(run)
-    # Workers on the driver's machine may be in its control group.
-    limit = limit_that_killed_agents(run, number, range(len(run_store.read_attempt(run, number).nodes)))
-    return replace(status, state="failed", message=": ".join(filter(None, (limit, f"{_LOST}{then}"))))
-
 
 def _submission_file(run: RunDir, attempt: int) -> Path:
     """Return the submitted.json of the job that runs an attempt; the driver starts further attempts in the same job."""
@@ -196,58 +185,3 @@ def _submission_file(run: RunDir, attempt: int) -> Path:
             break
         attempt -= 1
     return run.attempt(attempt) / "submitted.json"
-
-
-def _await_joined(run: RunDir, log: Path) -> None:
-    """Wait until the driver has started or joined Ray, so that the submitting command reports a failure.
-
-    Raises:
-        RunError: with Ray's message, or the end of the driver's log.
-    """
-    deadline = time.monotonic() + _JOIN_DEADLINE_S
-    while (status := run_store.read_status(run)).message == JOINING and time.monotonic() < deadline:
-        if detached_process.find_process(status) is None:
-            break
-        time.sleep(_JOIN_POLL_S)
-    status = run_store.read_status(run)
-    if status.state == "failed":
-        raise RunError(status.message, where=str(log), remedy="check cluster.address, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH")
-    if status.message == JOINING:
-        if (driver := detached_process.find_process(status)) is not None:
-            driver.kill()
-        message = f"the driver did not join Ray within {_JOIN_DEADLINE_S:.0f} s"
-        run_store.update_status(run, state="failed", message=message)
-        raise RunError(message, where=str(log), value=log.read_text(errors="replace")[-2000:])
-
-
-def _await_driver(run: RunDir, submission: JobsApiSubmission) -> None:
-    """Wait until the driver sets the run's status, so that this command reports a head node without access to the run directory.
-
-    Raises:
-        RunError: if the job ends before that.
-    """
-    deadline = time.monotonic() + _DRIVER_START_DEADLINE_S
-    while run_store.read_status(run).job is None and time.monotonic() < deadline:
-        with suppress(SubmitError):
-            state, message = jobs.state(submission.address, submission.job)
-            if state in jobs.FINAL_JOB_STATES:
-                break
-        time.sleep(_JOB_POLL_S)
-    else:
-        # The driver has started or waits in Ray's queue; `status` reports the queue.
-        return
-    atomic_files.refresh_directory(run.root)
-    if run_store.read_status(run).job is None:
-        reason, remedy = _last_line(message), _no_status_remedy(submission)
-        run_store.update_status(run, state="failed", message=f"{_NO_STATUS}: {reason}; {remedy}")
-        raise RunError(_NO_STATUS, where=str(run.root), value=reason, remedy=remedy)
-
-
-def _no_status_remedy(submission: JobsApiSubmission) -> str:
-    log = f"ray job logs --address {submission.address} {submission.job}"
-    return f"set run.root to a folder that the cluster's nodes can write to under the same path; read the job's log with: {log}"
-
-
-def _last_line(message: str) -> str:
-    """Return the last line of Ray's message about a failed job; it ends with the job's log."""
-    return next((line.strip() for line in reversed(message.splitlines()) if line.strip()), "no message")

@@ -8,24 +8,20 @@ import secrets
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import launcher
 from launcher.clusters.detached_process import python_variables
 from launcher.clusters.node_command import NodeCommand, uninterrupted
 from launcher.errors import SubmitError
-from launcher.plan.run_dir import RunDir
 from launcher.security import folders
 
 if TYPE_CHECKING:
     from launcher.config.sections.ray import RaySection
 
-T = TypeVar("T")
-
-FINAL_JOB_STATES = ("FAILED", "SUCCEEDED", "STOPPED")
 _AGENT_DEADLINE_S = 120.0
 _POLL_S, _END_S = 1.0, 20.0
 # How long the Jobs API may fail: a busy head node or a reconnecting tunnel comes back.
@@ -36,29 +32,49 @@ _REQUEST_TIMEOUT_S = 30.0
 _DENIED = re.compile(r"\b40[13]\b|Unauthorized|Forbidden|authentication")
 
 
-def require_answer(address: str) -> None:
-    """Check that the cluster answers, accepts the token, and supports this client's version.
-
-    Raises:
-        SubmitError: if it does not.
-    """
-    _client(address)
-
-
 class JobUnknown(SubmitError):
     """The cluster that answers does not know the job, so it is not the one that the job was submitted to."""
 
 
-def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[str]) -> str:
-    """Submit `PYTHON -m MODULE ARGUMENTS` with the run's code snapshot; returns the job's id.
+@contextmanager
+def connect(address: str) -> Iterator[Any]:
+    """Yield a JobSubmissionClient that sends the token; its requests in this block raise SubmitError.
 
     Raises:
-        SubmitError: with Ray's message.
+        SubmitError: if the cluster does not answer, rejects the token or a request, or does not support this client's version;
+        JobUnknown if it does not have the job.
     """
-    return submit_module(section, run.code, run.root.name, module, arguments)
+    # RAY_ADDRESS would take precedence over cluster.address.
+    with suppress(KeyError):
+        # Do not use pop(), which is not atomic: several threads may read the states of runs.
+        del os.environ["RAY_ADDRESS"]
+    try:
+        from ray.job_submission import JobSubmissionClient
+
+        class Client(JobSubmissionClient):
+            def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+                return super()._do_request(method, endpoint, **{"timeout": _REQUEST_TIMEOUT_S, **options})
+
+        yield Client(address)
+    except Exception as error:
+        # Ray raises its HTTP client's exceptions, and RuntimeError for requests that the cluster rejects.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if "does not exist" in str(error):
+            remedy = "use the address, or the ssh tunnel, of the cluster that the job was submitted to"
+            raise JobUnknown("the cluster has no such job", where="cluster.address", value=address, remedy=remedy) from None
+        denied = _DENIED.search(str(error)) is not None
+        remedy = "check cluster.address, and that the head node and its dashboard are running"
+        if denied:
+            remedy = "set the cluster's token in the environment: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
+        raise SubmitError(
+            "the cluster rejected the token" if denied else "the cluster's Jobs API does not answer",
+            where="cluster.address",
+            value=f"{address}: {lines[0][:300] if lines else type(error).__name__}",
+            remedy=remedy,
+        ) from None
 
 
-def submit_module(
+def submit(
     section: RaySection, code: Path, name: str, module: str, arguments: Sequence[str], environ: Mapping[str, str] | None = None
 ) -> str:
     """Submit `PYTHON -m MODULE ARGUMENTS` with `code` on its path, as a job of the run `name`; returns the job's id.
@@ -72,31 +88,27 @@ def submit_module(
     import tenacity
 
     # The Jobs API accepts only a shell string; every word in it is quoted.
-    address = section.address or ""
     entrypoint = shlex.join([section.python, "-m", module, *arguments])
     # Everyone with the token can read these.
     variables = {**python_variables(code, {}), "PYTHONUNBUFFERED": "1", **(environ or {})}
     # The driver checks the run again, possibly as another user, and accepts the same owners as this command.
     variables[folders.TRUST_VARIABLE] = f"{folders.Trust.from_environ(os.environ).as_numbers()},${{{folders.TRUST_VARIABLE}}}"
-    client = _client(address)
-
     # A newly started head node answers a few seconds before it accepts jobs.
-    @tenacity.retry(
+    retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: isinstance(error, RuntimeError) and "No available agent" in str(error)),
         stop=tenacity.stop_after_delay(_AGENT_DEADLINE_S),
         wait=tenacity.wait_fixed(1),
         reraise=True,
     )
-    def submit_job() -> str:
-        job: str = client.submit_job(
+    with connect(section.address or "") as client:
+        job: str = retrying(
+            client.submit_job,
             entrypoint=entrypoint,
             runtime_env={"env_vars": variables},
             metadata={"run": name},
             entrypoint_num_cpus=0,
         )
-        return job
-
-    return _with_plain_errors(address, submit_job)
+    return job
 
 
 def run_driver(
@@ -122,20 +134,20 @@ def run_driver(
             lines = driver.show_lines(show, deadline)
             return [*lines, *(line.strip() for line in driver.errors if line.strip())]
     address = section.address or ""
-    job = submit_module(section, code, f"launcher-{name}-{secrets.token_hex(4)}", module, arguments, environ)
+    job = submit(section, code, f"launcher-{name}-{secrets.token_hex(4)}", module, arguments, environ)
     num_shown, answered_at, log, message = 0, time.monotonic(), "", ""
     try:
         while time.monotonic() < deadline:
             try:
-                job_state, message = state(address, job)
-                log = read_log(address, job)
+                with connect(address) as client:
+                    info, log = client.get_job_info(job), client.get_job_logs(job)
             except JobUnknown:
                 raise
             except SubmitError:
                 if time.monotonic() - answered_at > _SILENT_S:
                     raise
             else:
-                answered_at, has_ended = time.monotonic(), job_state in FINAL_JOB_STATES
+                answered_at, message, has_ended = time.monotonic(), info.message or "", info.status.is_terminal()
                 # A line that is still being written does not end in a newline.
                 lines = [line for line in log.splitlines(keepends=True) if has_ended or line.endswith("\n")]
                 for line in lines[num_shown:]:
@@ -146,86 +158,9 @@ def run_driver(
             time.sleep(_POLL_S)
         return [*log.splitlines()[-_LAST_LINES:], message]
     finally:
-        with uninterrupted():
-            end(address, job, _END_S)
-
-
-def state(address: str, job: str) -> tuple[str, str]:
-    """Return Ray's state of a job (PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED) and its message.
-
-    Raises:
-        SubmitError: if the cluster does not answer; JobUnknown if it does not have the job.
-    """
-    info = _request(address, "get_job_info", job)
-    return str(info.status.value), info.message or ""
-
-
-def stop(address: str, job: str) -> None:
-    """Stop a job: its driver and workers are killed."""
-    _request(address, "stop_job", job)
-
-
-def remove(address: str, job: str) -> None:
-    """Remove an ended job, with its record and its log."""
-    _request(address, "delete_job", job)
-
-
-def end(address: str, job: str, timeout_s: float) -> None:
-    """Stop the job, wait for that, and remove its record."""
-    with suppress(SubmitError):
-        stop(address, job)
-        until = time.monotonic() + timeout_s
-        while time.monotonic() < until and state(address, job)[0] not in FINAL_JOB_STATES:
-            time.sleep(_POLL_S)
-        remove(address, job)
-
-
-def read_log(address: str, job: str) -> str:
-    """Return what a job has printed so far."""
-    return str(_request(address, "get_job_logs", job))
-
-
-def _request(address: str, method: str, job: str) -> Any:
-    client = _client(address)
-    return _with_plain_errors(address, lambda: getattr(client, method)(job))
-
-
-def _client(address: str) -> Any:
-    """Return a client that sends the token."""
-
-    def connect() -> Any:
-        from ray.job_submission import JobSubmissionClient
-
-        class Client(JobSubmissionClient):
-            def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-                return super()._do_request(method, endpoint, **{"timeout": _REQUEST_TIMEOUT_S, **options})
-
-        return Client(address)
-
-    # RAY_ADDRESS would take precedence over cluster.address.
-    with suppress(KeyError):
-        # Do not use pop(), which is not atomic: several threads may read the states of runs.
-        del os.environ["RAY_ADDRESS"]
-    return _with_plain_errors(address, connect)
-
-
-def _with_plain_errors(address: str, request: Callable[[], T]) -> T:
-    """Make a request and turn what Ray raises into SubmitError."""
-    try:
-        return request()
-    except Exception as error:
-        # Ray raises its HTTP client's exceptions, and RuntimeError for requests that the cluster rejects.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if "does not exist" in str(error):
-            remedy = "use the address, or the ssh tunnel, of the cluster that the job was submitted to"
-            raise JobUnknown("the cluster has no such job", where="cluster.address", value=address, remedy=remedy) from None
-        denied = _DENIED.search(str(error)) is not None
-        remedy = "check cluster.address, and that the head node and its dashboard are running"
-        if denied:
-            remedy = "set the cluster's token in the environment: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
-        raise SubmitError(
-            "the cluster rejected the token" if denied else "the cluster's Jobs API does not answer",
-            where="cluster.address",
-            value=f"{address}: {lines[0][:300] if lines else type(error).__name__}",
-            remedy=remedy,
-        ) from None
+        with uninterrupted(), suppress(SubmitError), connect(address) as client:
+            client.stop_job(job)
+            until = time.monotonic() + _END_S
+            while time.monotonic() < until and not client.get_job_status(job).is_terminal():
+                time.sleep(_POLL_S)
+            client.delete_job(job)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Annotated, ClassVar, Literal
-from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from launcher.config.sections.cluster import ManagedSection
 from launcher.config.sections.fields import Name, Positive, PositiveInt, Text, matching, number_as_text
@@ -99,28 +97,3 @@ class RaySection(ManagedSection):
     def is_http(self) -> bool:
         """True if the driver runs on the cluster, as a job."""
         return self.address is not None and self.address.startswith(("http://", "https://"))
-
-    @property
-    def host(self) -> str | None:
-        """The host of the address; None for auto or without an address."""
-        if self.address is None or self.address == "auto":
-            return None
-        return urlsplit(self.address if self.is_http else f"ray://{self.address}").hostname
-
-    @model_validator(mode="after")
-    def _refuse_public_address(self) -> RaySection:
-        if self.host is not None and is_exposed(self.host):
-            raise ValueError(
-                f"cluster.address names {self.host}, which is public or stands for all interfaces; use a private address or an "
-                "ssh tunnel"
-            )
-        return self
-
-
-def is_exposed(host: str) -> bool:
-    """Return whether an IP address is public or stands for all interfaces; False for host names."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return address.is_global or address.is_unspecified

@@ -9,22 +9,20 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import threading
-import time
 from contextlib import suppress
 from dataclasses import replace
 
 from launcher import clock
 from launcher.child_process import die_with_parent
 from launcher.errors import LauncherError
-from launcher.runs import run_records, run_store
+from launcher.runs import run_store
 from launcher.worker import postmortem
-from launcher.worker.ray.train_function import agent_log, resize_request
+from launcher.worker.cancel_watch import watch_for_cancel
+from launcher.worker.ray.train_function import agent_log
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.supervise import NodeAgent
 
 _SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, PREEMPT: PREEMPT}
-_LOOK_S = 0.5
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -42,18 +40,7 @@ def main(plan_path: str, attempt: int) -> int:
         postmortem.reserve_disk_space(run, attempt)
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=attempt, message="starting")
-
-    def watch() -> None:
-        while True:
-            # Storage may fail for a while.
-            with suppress(OSError, LauncherError):
-                if (request := run_records.read_cancel(run, attempt)) is not None:
-                    agent.stopper.cancel(request.save)
-                if resize_request(run, attempt).is_file():
-                    agent.stopper.request(PREEMPT)
-            time.sleep(_LOOK_S)
-
-    threading.Thread(target=watch, name="requests", daemon=True).start()
+    watch_for_cancel(run, attempt)
     agent.supervise(place, number, agent_log(run, attempt, number))
     return 0
 

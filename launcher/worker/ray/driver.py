@@ -7,20 +7,21 @@ apply on every backend. Ray Train itself restarts nothing. Nothing here imports 
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import Retrying, retry_if_exception_type, retry_if_not_exception_type, stop_after_delay, wait_fixed
 
 from launcher import clock
 from launcher.checkpoint import store
@@ -31,33 +32,31 @@ from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, Problem, Su
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
-from launcher.runs import journal, json_records, run_store
+from launcher.runs import journal, run_store
 from launcher.runs.journal import NodeEnded
-from launcher.runs.run_records import RUNNING_STATES, Attempt, CancelRequest
+from launcher.runs.run_records import RUNNING_STATES, Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 from launcher.worker.postmortem import Evidence
 from launcher.worker.ray.connection import connected, find_raylet, remove_placement_groups
-from launcher.worker.ray.train_function import AttemptArguments, NodeFailed, resize_request, run_agent
+from launcher.worker.ray.train_function import AttemptArguments, NodeFailed, NodeUnfit, resize_request, run_agent
 from launcher.worker.wandb_closing import close_wandb_run
 
-# Seconds between looks for more nodes in an elastic run.
+# Seconds between looks for more nodes in an elastic run, by default 60.
 RESIZE_VARIABLE = "LAUNCHER_RAY_RESIZE_SECONDS"
-_RESIZE_LOOK_S = "60"
 _LOOK_S = 0.2
 _LOCK_WAIT_S = 60.0
-# How long and how often to retry a read while storage does not answer.
+# How long and how often to retry while storage does not answer.
 _STORAGE_S, _RETRY_S = 600.0, 1.0
 # For a few seconds after it has lost a node, Ray still counts it. An elastic run then asks again, for what is left.
 _PLACE_S = 20.0
 # How long Ray may take to decide whether it has lost a node whose worker does not answer.
 _DECIDE_S = 20.0
-# Consecutive errors of Ray Train before a worker has begun. With more, the error is not transient.
-_MAX_EARLY_FAILURES = 10
-# The first and the longest wait after one.
-_RESTART_S, _MAX_RESTART_S = 0.5, 10.0
+# Consecutive errors of Ray Train before a worker has begun, and seconds between them. With more, the error is not transient.
+_MAX_EARLY_FAILURES, _RESTART_S = 10, 5.0
 _EXIT_CANCELLED = 130
+_TRAINER = "ray.train.v2.api.data_parallel_trainer"
 # Maximum characters of a Ray error in a run's status; the log has the full message.
 _MAX_MESSAGE_CHARS = 400
 _RAYLET_LOST = f"the raylet of {os.uname().nodename} (Ray's process on the driver's node) was killed or has ended"
@@ -69,15 +68,16 @@ _SECRETS = (
     *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"),
 )
 
-T = TypeVar("T")
+retry = Retrying(
+    retry=retry_if_exception_type((OSError, LauncherError)) & retry_if_not_exception_type(Superseded),
+    stop=stop_after_delay(_STORAGE_S),
+    wait=wait_fixed(_RETRY_S),
+    reraise=True,
+)
 
 
 class RunEnded(Exception):
-    """Ends the run in `state`, for the reason in the message; None: another process writes the state."""
-
-    def __init__(self, state: str | None, message: str) -> None:
-        super().__init__(message)
-        self.state = state
+    """Ends the run; the arguments are its state and the reason."""
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -93,110 +93,119 @@ def main(plan_path: str, attempt: int) -> int:
         # The run's status cannot hold this message.
         print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
         return EXIT_FAILED
-    driver = Driver(plan, plan_path, run, attempt)
+    driver = Driver(plan, run, attempt)
+    problem = "Ray cannot be used"
     try:
-        driver.cancel_signals.install()
+        driver.receive_signals()
         with connected(plan, run):
+            problem = "the driver lost Ray"
             # Ray has installed its own handlers.
-            driver.cancel_signals.install()
+            driver.receive_signals()
             state = driver.run_attempts()
+    except Superseded as error:
+        # The newer attempt's processes write the state.
+        print(error, flush=True)
+        return EXIT_FAILED
     except RunEnded as end:
-        state = driver.record_end(end.state, str(end))
+        state = driver.record_end(*end.args)
     except Exception as error:
         # At the start: no cluster, a wrong token, or a different version. Later: a lost connection.
         traceback.print_exception(error)
-        problem = "the driver lost Ray" if driver.has_begun else "Ray cannot be used"
         state = driver.record_end("failed", f"{problem}: {_shorten(error)}")
     with suppress(OSError, LauncherError):
         close_wandb_run(plan, plan_path, run, run_store.newest_attempt(run))
     return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
 
 
-class CancelSignals:
-    """Turns signals into the same cancel.json that the `cancel` verb writes; the agents and the driver look for it."""
+class Driver:
+    """`number` is the newest attempt; the command that started the run has created the first."""
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
-        self._num_received = self._num_written = 0
+    def __init__(self, plan: LaunchPlan, run: RunDir, attempt: int) -> None:
+        self._plan, self._run, self.number = plan, run, attempt
+        self._section = RaySection.of(plan.config.cluster)
+        self._raylet: psutil.Process | None = None
+        self._num_signals = self._num_requests = 0
+        # The names of nodes whose checks have failed, and the ids of nodes that Ray takes away.
+        self._unfit: Collection[str] = ()
+        self._taken: set[str] = set()
 
-    def install(self) -> None:
-        """Install the handlers."""
+    def receive_signals(self) -> None:
+        """Count the signals that end the run: the first asks for a save, further ones for an immediate end."""
 
         def receive(*_: object) -> None:
-            self._num_received += 1
+            self._num_signals += 1
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, receive)
 
-    def write(self) -> None:
-        """Write the request: the first signal asks for a save, further ones for an immediate end."""
-        if self._num_written < self._num_received:
-            file = self._run.cancel(run_store.newest_attempt(self._run))
-            json_records.write(file, CancelRequest(clock.now(), save=self._num_received == 1 and not file.is_file()))
-            self._num_written = self._num_received
-
-
-class Driver:
-    """`number` is the newest attempt; the command that started the run has created the first. `has_begun` is whether a node's
-    agent has started since this driver did.
-    """
-
-    def __init__(self, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> None:
-        self._plan, self._plan_path, self._run, self.number = plan, plan_path, run, attempt
-        self._section = RaySection.of(plan.config.cluster)
-        self.cancel_signals = CancelSignals(run)
-        self.has_begun = False
-        self._raylet: psutil.Process | None = None
-        # The names of nodes whose checks have failed, and the ids of nodes that Ray takes away.
-        self._unfit: Collection[str] = ()
-        self._taken: set[str] = set()
-        self._num_fits = 0
+    def is_cancelled(self) -> bool:
+        """Turn signals into requests like those of the `cancel` verb, for which the agents look; returns whether there is one."""
+        while self._num_requests < self._num_signals:
+            detached_process.request_cancel(self._run, run_store.read_status(self._run), save=True)
+            self._num_requests += 1
+        return self._run.cancel(self.number).is_file()
 
     def run_attempts(self) -> str:
         """Run attempts until the run has ended; returns its state.
 
         Raises:
             RunEnded: if it ends for another reason than its last attempt.
+            Superseded: if another command has started the run again.
         """
         detached_process.start_liveness_file(self._run)
         self._raylet = find_raylet()
         run_store.update_status(self._run, state="pending", message="waiting for nodes")
-        threading.Thread(target=_import_ray_train, name="import", daemon=True).start()
-        waiting_since, num_failures = time.monotonic(), 0
+        # What `build_trainer` imports takes seconds.
+        threading.Thread(target=importlib.import_module, args=[_TRAINER], name="import", daemon=True).start()
+        wait_s, num_failures = self._section.placement_minutes * 60, 0
+        deadline = time.monotonic() + wait_s
         while True:
-            plan, left_out = self._await_nodes(waiting_since)
+            plan, left_out = self._await_nodes(deadline)
             self._open(plan, left_out)
-            taken, error = self._fit(plan, left_out, waiting_since + self._section.placement_minutes * 60)
+            taken, error = self._fit(plan, left_out, deadline)
             self._taken |= set(taken)
-            if retry(lambda: run_store.read_attempt(self._run, self.number)).begun_at or _node_failures(error):
-                self.has_begun = True
-                if (state := retry(lambda: self._conclude(bool(taken), error))) != "pending":  # noqa: B023
+            failed = [one for one in getattr(error, "worker_failures", {}).values() if isinstance(one, NodeFailed)]
+            if failed or retry(run_store.read_attempt, self._run, self.number).begun_at:
+                if (state := retry(self._conclude, bool(taken), failed, error)) != "pending":
                     return state
-                waiting_since, num_failures = time.monotonic(), 0
+                deadline, num_failures = time.monotonic() + wait_s, 0
             # Otherwise no node has begun, and Ray Train is asked again for the same attempt.
             elif type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
                 num_failures += 1
                 if num_failures > _MAX_EARLY_FAILURES:
                     raise RunEnded("failed", f"Ray Train ended the run: {_shorten(error)}")
-                time.sleep(min(_RESTART_S * 2**num_failures, _MAX_RESTART_S))
+                time.sleep(_RESTART_S)
 
-    def _await_nodes(self, waiting_since: float) -> tuple[LaunchPlan, list[dict[str, Any]]]:
+    def _await_nodes(self, deadline: float) -> tuple[LaunchPlan, list[dict[str, Any]]]:
         """Return the plan for the nodes to ask Ray for, and the nodes to leave out. An elastic run waits for its minimum.
 
         Raises:
-            RunEnded: if it is cancelled, if a limit of the run is reached, or if the nodes do not come in time.
+            RunEnded: if it is cancelled, if a limit of the run is reached, or if the nodes do not come before `deadline`.
         """
+        import ray
+
         if reached := goodput.reached_limit(self._run, self._plan, clock.now()):
             raise RunEnded("preempted", reached)
-        while True:
+        while time.monotonic() <= deadline:
             self._end_if_cancelled()
-            waited_s = time.monotonic() - waiting_since
-            if waited_s > self._section.placement_minutes * 60:
-                raise RunEnded("failed", self._describe_missing_nodes(waited_s))
             plan, left_out = self._plan_for_nodes()
             if plan is not None:
                 return plan, left_out
             time.sleep(_RETRY_S)
+        section, topology = self._section, self._plan.topology
+        needed = section.node_resources(topology.device, topology.ranks_per_node)
+
+        def describe(resources: Mapping[str, float]) -> str:
+            return ", ".join(f"{name}: {resources.get(name, 0):g}" for name in needed)
+
+        num_nodes = sum(node["Alive"] for node in ray.nodes())
+        raise RunEnded(
+            "failed",
+            f"the cluster did not provide the nodes within {section.placement_minutes:g} minutes (cluster.placement_minutes): "
+            f"asked for {format_count(section.fewest_nodes or topology.nodes, 'node')} with {describe(needed)} each; it has "
+            f"{describe(ray.cluster_resources())} on {format_count(num_nodes, 'node')}, of these free: "
+            f"{describe(ray.available_resources())}",
+        )
 
     def _plan_for_nodes(self) -> tuple[LaunchPlan | None, list[dict[str, Any]]]:
         """Return the plan for the nodes that Ray has, None if they are too few, and the nodes to leave out.
@@ -225,20 +234,16 @@ class Driver:
 
     def _open(self, plan: LaunchPlan, left_out: Collection[Mapping[str, Any]]) -> None:
         """Open the next attempt, with `plan`; one that no node has begun is used again."""
-        run, driver = self._run, f"{os.uname().nodename}:{os.getpid()}"
+        run = self._run
 
         def write_attempt() -> None:
             with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
-                if run_store.newest_attempt(run) != self.number:
-                    raise RunEnded(None, "another command has started the run again")
-                attempt = run_store.read_attempt(run, self.number)
-                if attempt.begun_at is not None:
+                run_store.fence(run, self.number, refresh=True)
+                if run_store.read_attempt(run, self.number).begun_at is not None:
                     self.number = run_store.create_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
-                    attempt = run_store.read_attempt(run, self.number)
                 if not plan == self._plan == run_store.load_plan(run):
                     # An attempt without its own plan uses the previous attempt's.
                     run_store.write_plan(run, self.number, plan)
-                run_store.write_attempt(run, self.number, replace(attempt, job=driver))
                 run_store.update_status(run, attempt=self.number)
 
         retry(write_attempt)
@@ -266,23 +271,13 @@ class Driver:
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(
             min(_PLACE_S, place_s) if section.leaves_out_bad_nodes else place_s
         )
-        arguments = AttemptArguments(
-            plan_path=str(run_store.newest_plan_path(run)),
-            run_dir=str(run.root),
-            attempt=number,
-            driver=f"{os.uname().nodename}:{os.getpid()}",
-            interface=section.interface,
-            variables=section.env,
-            is_private=section.address is None,
-        )
-        self._num_fits += 1
+        arguments = AttemptArguments(str(run_store.newest_plan_path(run)), number, section.interface, section.env)
         taken: list[str] = []
         errors: list[Exception] = []
 
         def fit() -> None:
             try:
-                trainer = build_trainer(plan, run, f"attempt-{number:03d}-{self._num_fits}", arguments, left_out)
-                taken.extend(trainer.fit().return_value or ())
+                taken.extend(build_trainer(plan, run, arguments, left_out).fit().return_value or ())
             except Exception as error:
                 traceback.print_exception(error)
                 errors.append(error)
@@ -290,19 +285,17 @@ class Driver:
         # In a separate thread, Ray Train does not handle SIGINT.
         thread = threading.Thread(target=fit, name="fit", daemon=True)
         thread.start()
-        has_begun, look_s = False, float(os.environ.get(RESIZE_VARIABLE, _RESIZE_LOOK_S))
+        has_begun, look_s = False, float(os.environ.get(RESIZE_VARIABLE, 60))
         look_at = time.monotonic() + look_s
         while thread.is_alive():
-            if self._raylet is not None and _has_ended(self._raylet):
+            if self._raylet is not None and psutil.wait_procs([self._raylet], timeout=0)[0]:
                 raise RunEnded("failed", _RAYLET_LOST)
             # A full or slow disk is no reason to end training.
             with suppress(OSError, LauncherError):
-                self.cancel_signals.write()
                 if not has_begun:
-                    self._end_if_cancelled(number)
+                    self._end_if_cancelled()
                     has_begun = run_store.read_attempt(run, number).begun_at is not None
-                    self.has_begun |= has_begun
-                elif time.monotonic() > look_at:
+                elif not self.is_cancelled() and time.monotonic() > look_at:
                     look_at = time.monotonic() + look_s
                     self._request_resize(plan)
             thread.join(_LOOK_S)
@@ -329,28 +322,25 @@ class Driver:
             self._report("info", f"Ray has more nodes: the run saves and continues with {nodes}")
             request.touch()
 
-    def _conclude(self, is_preempted: bool, error: Exception | None) -> str:
+    def _conclude(self, is_preempted: bool, failed: list[NodeFailed], error: Exception | None) -> str:
         """Judge the attempt, and record how it ended; returns the state of the run: pending if another attempt follows.
 
         Raises:
-            RunEnded: if another command has started the run again.
+            Superseded: if another command has started the run again.
         """
         run, number = self._run, self.number
-        try:
-            run_store.fence(run, number, refresh=True)
-        except Superseded as superseded:
-            raise RunEnded(None, superseded.problems[0].message) from None
+        run_store.fence(run, number, refresh=True)
         attempt = run_store.read_attempt(run, number)
-        failed = _node_failures(error)
         if not attempt.nodes:
             attempt = replace(attempt, nodes=failed[0].nodes, begun_at=clock.now())
             run_store.write_attempt(run, number, attempt)
-        for node in failed:
-            if node.is_unfit:
-                problem = Problem(node.reason, where=node.nodes[node.number])
-                journal.append(run, number, NodeEnded(node=node.number, host=node.nodes[node.number], problems=(problem,)))
+        for failure in failed:
+            if isinstance(failure, NodeUnfit):
+                name = failure.nodes[failure.number]
+                problem = Problem(failure.reason, where=name)
+                journal.append(run, number, NodeEnded(node=failure.number, host=name, problems=(problem,)))
         state = "PREEMPTED" if is_preempted else "RESIZED" if resize_request(run, number).exists() else ""
-        silence = self._explain_silence(attempt.nodes, error)
+        silence = _explain_silence(attempt.nodes, error)
         conclusion = postmortem.conclude(run, number, attempt, self._section, Evidence(state, silence=silence))
         decision = conclusion.decision
         conclusion.write(run, number)
@@ -362,45 +352,16 @@ class Driver:
         self._unfit = decision.exclude
         return decision.state
 
-    def _explain_silence(self, nodes: tuple[str, ...], error: Exception | None) -> dict[str, str]:
-        """Return why nodes may have left no record, by their names: what Ray says about their workers."""
-        from ray.exceptions import ActorUnavailableError
-        from ray.train import WorkerGroupError
-
-        if not isinstance(error, WorkerGroupError):
-            return {} if error is None else {nodes[0]: f"Ray Train ended the attempt: {_shorten(error)}"}
-        causes = {rank: getattr(failure, "health_check_failure", failure) for rank, failure in error.worker_failures.items()}
-        until, lost = time.monotonic() + _DECIDE_S, _lost_nodes(nodes)
-        while time.monotonic() < until and any(
-            isinstance(cause, ActorUnavailableError) and nodes[rank] not in lost for rank, cause in causes.items()
-        ):
-            time.sleep(_LOOK_S)
-            lost = _lost_nodes(nodes)
-        silence = {name: f"Ray has lost {name}" for name in nodes if name in lost}
-        for rank, cause in causes.items():
-            name = nodes[rank]
-            if isinstance(cause, NodeFailed):
-                silence.setdefault(name, cause.reason)
-            elif type(cause).__name__ == "WorkerHealthCheckTimeoutError":
-                silence.setdefault(name, f"no answer from Ray's worker on {name}: it hangs or is cut off from the network")
-            else:
-                silence.setdefault(name, f"Ray's worker on {name} was killed or has ended")
-                print(f"{name}: {cause}", flush=True)
-        return silence
-
-    def record_end(self, state: str | None, message: str) -> str:
-        """Record how the run ended, unless that is already recorded or another command has restarted the run.
-
-        If the run failed after it had begun, the message says how to continue it. Returns the state.
-        """
-        if state == "failed" and self.has_begun:
+    def record_end(self, state: str, message: str) -> str:
+        """Record how the run ended, unless that is recorded or another command has started it again; returns its state."""
+        if state == "failed":
             message += f"; {detached_process.resume_hint(self._run)}"
-        print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
+        print(message, flush=True)
 
         def write() -> str:
             run_store.fence(self._run, self.number, refresh=True)
             known = run_store.read_status(self._run).state
-            if state is None or known not in RUNNING_STATES:
+            if known not in RUNNING_STATES:
                 return known
             if state in ("failed", "preempted"):
                 self._report("alert", f"the run ends: {message}")
@@ -412,50 +373,45 @@ class Driver:
         except (OSError, LauncherError):
             return "failed"
 
-    def _end_if_cancelled(self, number: int | None = None) -> None:
+    def _end_if_cancelled(self) -> None:
         """End a run that waits for nodes; if storage does not answer, the next look retries."""
-        is_cancelled = False
         with suppress(OSError, LauncherError):
-            self.cancel_signals.write()
-            is_cancelled = self._run.cancel(number or self.number).is_file()
-        if is_cancelled:
-            raise RunEnded("cancelled", "cancelled while it waited for nodes")
+            if self.is_cancelled():
+                raise RunEnded("cancelled", "cancelled while it waited for nodes")
 
     def _report(self, kind: str, text: str) -> None:
         """Append an event; a failed write does not stop the run."""
         with suppress(OSError):
             append_event(self._run, self.number, kind, text)
 
-    def _describe_missing_nodes(self, waited_s: float) -> str:
-        import ray
 
-        section, topology = self._section, self._plan.topology
-        needed = section.node_resources(topology.device, topology.ranks_per_node)
+def _explain_silence(nodes: tuple[str, ...], error: Exception | None) -> dict[str, str]:
+    """Return why nodes may have left no record, by their names: what Ray says about their workers."""
+    import ray
+    from ray.exceptions import ActorUnavailableError
+    from ray.train import WorkerGroupError
 
-        def describe(resources: Mapping[str, float]) -> str:
-            return ", ".join(f"{name}: {resources.get(name, 0):g}" for name in needed)
-
-        num_nodes = sum(node["Alive"] for node in ray.nodes())
-        return (
-            f"the cluster did not provide the nodes within {waited_s / 60:.1f} minutes (cluster.placement_minutes): asked for "
-            f"{format_count(section.fewest_nodes or topology.nodes, 'node')} with {describe(needed)} each; it has "
-            f"{describe(ray.cluster_resources())} on {format_count(num_nodes, 'node')}, of these free: "
-            f"{describe(ray.available_resources())}"
-        )
-
-
-def retry(work: Callable[[], T]) -> T:
-    """Call `work`; retry for a while if storage does not answer.
-
-    Raises:
-        OSError, LauncherError: the last error.
-    """
-    return Retrying(
-        retry=retry_if_exception_type((OSError, LauncherError)),
-        stop=stop_after_delay(_STORAGE_S),
-        wait=wait_fixed(_RETRY_S),
-        reraise=True,
-    )(work)
+    if not isinstance(error, WorkerGroupError):
+        return {} if error is None else {nodes[0]: f"Ray Train ended the attempt: {_shorten(error)}"}
+    causes = {nodes[rank]: getattr(one, "health_check_failure", one) for rank, one in error.worker_failures.items()}
+    undecided = {name for name, cause in causes.items() if isinstance(cause, ActorUnavailableError)}
+    until = time.monotonic() + _DECIDE_S
+    while True:
+        known = ray.nodes()
+        lost = {node["NodeName"] for node in known} - {node["NodeName"] for node in known if node["Alive"]}
+        if undecided <= lost or time.monotonic() > until:
+            break
+        time.sleep(_LOOK_S)
+    silence = {name: f"Ray has lost {name}" for name in nodes if name in lost}
+    for name, cause in causes.items():
+        if isinstance(cause, NodeFailed):
+            silence.setdefault(name, cause.reason)
+        elif type(cause).__name__ == "WorkerHealthCheckTimeoutError":
+            silence.setdefault(name, f"no answer from Ray's worker on {name}: it hangs or is cut off from the network")
+        else:
+            silence.setdefault(name, f"Ray's worker on {name} was killed or has ended")
+            print(f"{name}: {cause}", flush=True)
+    return silence
 
 
 def is_eligible(node: Mapping[str, Any], needed: Mapping[str, float], section: RaySection) -> bool:
@@ -473,7 +429,7 @@ def is_eligible(node: Mapping[str, Any], needed: Mapping[str, float], section: R
 
 
 def build_trainer(
-    plan: LaunchPlan, run: RunDir, name: str, arguments: AttemptArguments, left_out: Collection[Mapping[str, Any]] = ()
+    plan: LaunchPlan, run: RunDir, arguments: AttemptArguments, left_out: Collection[Mapping[str, Any]] = ()
 ) -> Any:
     """Build the trainer whose `fit` runs an attempt: one worker a node, on other nodes than `left_out`, and no restarts."""
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
@@ -486,15 +442,13 @@ def build_trainer(
         """Sets the variables with keys in the workers: arguments of a call are in memory only, others in the object store."""
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            worker_group.execute(_set_variables, backend_config.secrets)
+            worker_group.execute(lambda variables: os.environ.update(variables), backend_config.secrets)
 
     class SecretsConfig(BackendConfig):
+        backend_cls = SecretsBackend
+
         def __init__(self) -> None:
             self.secrets = {name: os.environ[name] for name in _SECRETS if name in os.environ}
-
-        @property
-        def backend_cls(self) -> type[Backend]:
-            return SecretsBackend
 
     # Ray Train's processes that the run does not use; each takes seconds of CPU time. The first reads datasets. The second
     # removes the placement group of a controller that was killed: it works only with a dashboard, and the driver does it for a
@@ -523,7 +477,7 @@ def build_trainer(
             label_selector=labels or None,
         ),
         run_config=RunConfig(
-            name=name,
+            name=f"attempt-{arguments.attempt:03d}",
             storage_path=str(run.root / "ray"),
             failure_config=FailureConfig(
                 max_failures=0,
@@ -533,36 +487,6 @@ def build_trainer(
             ),
         ),
     )
-
-
-def _set_variables(variables: Mapping[str, str]) -> None:
-    os.environ.update(variables)
-
-
-def _import_ray_train() -> None:
-    """Import what `build_trainer` needs, which takes seconds."""
-    import ray.train
-    import ray.train.v2.api.data_parallel_trainer  # noqa: F401
-
-
-def _node_failures(error: Exception | None) -> list[NodeFailed]:
-    return [failure for failure in getattr(error, "worker_failures", {}).values() if isinstance(failure, NodeFailed)]
-
-
-def _lost_nodes(names: Collection[str]) -> set[str]:
-    """Return which of these nodes Ray has lost."""
-    import ray
-
-    known = ray.nodes()
-    alive = {node["NodeName"] for node in known if node["Alive"]}
-    return {node["NodeName"] for node in known if node["NodeName"] in names} - alive
-
-
-def _has_ended(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _shorten(error: Exception | None) -> str:

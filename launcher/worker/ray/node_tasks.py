@@ -17,11 +17,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import launcher
 from launcher.clusters.check_results import FAILURE, WARNING, CheckResult, MachineReport, to_lines
-from launcher.clusters.detached_process import python_variables
 from launcher.clusters.ray.nodes import REQUEST_VARIABLE
 from launcher.config.schema import RunConfig
 from launcher.config.sections.ray import RaySection
@@ -30,27 +29,41 @@ from launcher.evaluate.evaluation_folder import EvaluationFolder
 from launcher.security.folders import TRUST_VARIABLE, Trust, private_variables
 from launcher.worker.ray import connection
 
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+_CODE = Path(launcher.__file__).resolve().parents[1]
 # Seconds after which free GPUs are counted again. Ray's count may be old: another reservation may have just been made.
 _RECOUNT_S = 5
 
 
 def answer_prompts(folder: str) -> int:
     """Run the processes of an evaluation; returns the exit code of the first that failed, or 0."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
     settings = EvaluationFolder(Path(folder)).read_task().settings
     section = RaySection.of(settings.cluster)
     # Tasks check the run, possibly as another user, on nodes that may not know user names.
     trusted = {TRUST_VARIABLE: Trust.from_environ(os.environ).as_numbers()}
-    ray = _join(section, {**section.env, **trusted}, log_to_driver=True)
+    connection.join(section, _CODE, {**section.env, **trusted}, logging_level="WARNING")
     try:
         num_workers = section.nodes * section.ranks_per_node if section.ranks_per_node else None
-        options = task_options(ray, num_workers, section.placement_minutes * 60, settings.evaluate.vllm_gpus)
-        if not options:
+        group = reserve_gpus(num_workers, section.placement_minutes * 60, settings.evaluate.vllm_gpus)
+        if group is None:
             message = f"the cluster has not provided a GPU for every process within {section.placement_minutes:g} minutes"
             print(f"{message} (cluster.placement_minutes); see: ray status", flush=True)
             return EXIT_FAILED
         waiting = [
-            ray.remote(answer_here).options(**one).remote(folder, rank, len(options), one.get("num_gpus", 0))
-            for rank, one in enumerate(options)
+            ray.remote(answer_here)
+            .options(
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
+                max_retries=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            )
+            .remote(folder, rank, group.bundle_count, int(bundle.get("GPU", 0)))
+            for rank, bundle in enumerate(group.bundle_specs)
         ]
         while waiting:
             (done,), waiting = ray.wait(waiting, num_returns=1)
@@ -62,38 +75,28 @@ def answer_prompts(folder: str) -> int:
         ray.shutdown()
 
 
-def task_options(ray: Any, num_workers: int | None, wait_s: float, gpus_per_task: int = 1) -> list[dict[str, Any]]:
-    """Return the options of each task: one per free GPU, for at most `num_workers` tasks, or one per node without GPUs.
+def reserve_gpus(num_workers: int | None, wait_s: float, gpus_per_task: int = 1) -> PlacementGroup | None:
+    """Reserve the free GPUs for tasks, at most `num_workers` GPUs, or a CPU of each node if there are no GPUs.
 
-    The GPUs are reserved. The list is empty if they are not free after `wait_s`: other work on the cluster may take them first.
+    Returns None if they are not free after `wait_s`: other work on the cluster may take them first.
     """
+    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-    if not ray.cluster_resources().get("GPU"):
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-        return [{"num_cpus": 0, "max_retries": 0, "scheduling_strategy": strategy} for strategy in strategies]
     until = time.monotonic() + wait_s
     while True:
-        num_free = int(ray.available_resources().get("GPU", 0))
-        bundle = {"CPU": 1, "GPU": gpus_per_task}
-        group = placement_group([bundle] * max(1, min(num_free, num_workers or num_free) // gpus_per_task))
+        bundles = [{"CPU": 1}] * sum(node["Alive"] for node in ray.nodes())
+        if ray.cluster_resources().get("GPU"):
+            num_free = int(ray.available_resources().get("GPU", 0))
+            num_tasks = min(num_free, num_workers or num_free) // gpus_per_task
+            bundles = [{"CPU": 1, "GPU": gpus_per_task}] * max(1, num_tasks)
+        group = placement_group(bundles, strategy="SPREAD")
         # Ray counts whole seconds.
         if group.wait(min(_RECOUNT_S, math.ceil(max(0.0, until - time.monotonic())))):
-            break
+            return group
         remove_placement_group(group)
         if time.monotonic() >= until:
-            return []
-    return [
-        {
-            "num_cpus": 1,
-            "num_gpus": gpus_per_task,
-            "max_retries": 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-        }
-        for index in range(group.bundle_count)
-    ]
+            return None
 
 
 def answer_here(folder: str, rank: int, num_processes: int, num_gpus: int) -> int:
@@ -106,18 +109,22 @@ def answer_here(folder: str, rank: int, num_processes: int, num_gpus: int) -> in
 
 def check_nodes(request: str, seconds: float) -> None:
     """Print the reports of all nodes; `request` holds the settings and the variables of the checks as JSON."""
-    until, values = time.monotonic() + seconds, json.loads(request)
-    config, environ = RunConfig.model_validate(values["config"]), values["environ"]
-    ray = _join(RaySection.of(config.cluster), {}, log_to_driver=False)
+    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    until, values = time.monotonic() + seconds, json.loads(request)
+    config, environ = RunConfig.model_validate(values["config"]), values["environ"]
+
+    def report(node: str, verdict: str, seen: str, remedy: str) -> None:
+        print("\n".join(to_lines(MachineReport(node, (CheckResult("node", verdict, seen, remedy),)))), flush=True)
+
+    connection.join(RaySection.of(config.cluster), _CODE, log_to_driver=False, logging_level="WARNING")
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        # Ranks may run on those with GPUs, or on all nodes if none has a GPU.
-        nodes = [node for node in nodes if node["Resources"].get("GPU")] or nodes
         tasks = {}
-        for node in nodes:
+        # Ranks may run on those with GPUs, or on all nodes if none has a GPU.
+        for node in [node for node in nodes if node["Resources"].get("GPU")] or nodes:
             name, num_gpus = node["NodeName"], node["Resources"].get("GPU", 0)
             here: dict[str, Any] = {"label_selector": {"ray.io/node-id": node["NodeID"]}}
             if num_gpus:
@@ -125,15 +132,14 @@ def check_nodes(request: str, seconds: float) -> None:
                 if not group.wait(_RECOUNT_S):
                     remove_placement_group(group)
                     seen = f"other work of Ray holds some of its {num_gpus:g} GPUs: the node was not checked"
-                    _print_report(name, CheckResult("node", WARNING, seen, "wait until that work has ended, or see: ray status"))
+                    report(name, WARNING, seen, "wait until that work has ended, or see: ray status")
                     continue
                 here = {"scheduling_strategy": PlacementGroupSchedulingStrategy(group), "num_gpus": num_gpus}
             task = ray.remote(check_here).options(num_cpus=0, max_retries=0, **here)
             tasks[task.remote(config.model_dump_json(), name, environ)] = name
-        waiting = list(tasks)
-        while waiting and time.monotonic() < until:
-            done, waiting = ray.wait(waiting, timeout=max(0.1, until - time.monotonic()))
-            for task in done:
+        while tasks and time.monotonic() < until:
+            for task in ray.wait([*tasks], timeout=max(0.1, until - time.monotonic()))[0]:
+                node = tasks.pop(task)
                 try:
                     output = ray.get(task)
                 # Ray raises many types of exceptions for a task that could not run.
@@ -143,10 +149,9 @@ def check_nodes(request: str, seconds: float) -> None:
                     print(output, flush=True)
                     continue
                 remedy = "install the launcher on the node, under the same path; look at it with: ray status"
-                _print_report(tasks[task], CheckResult("node", FAILURE, f"the checks could not run: {output}", remedy))
-        for task in waiting:
-            result = CheckResult("node", FAILURE, f"no answer within {seconds:.0f} s", "look at the node with: ray status")
-            _print_report(tasks[task], result)
+                report(node, FAILURE, f"the checks could not run: {output}", remedy)
+        for node in tasks.values():
+            report(node, FAILURE, f"no answer within {seconds:.0f} s", "look at the node with: ray status")
     finally:
         ray.shutdown()
 
@@ -156,20 +161,6 @@ def check_here(config: str, node: str, environ: dict[str, str]) -> str:
     command = [sys.executable, "-P", "-m", "launcher.worker.checks.node_check", node]
     done = subprocess.run(command, input=config, capture_output=True, text=True, errors="replace", env={**os.environ, **environ})
     return done.stdout or (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-
-
-def _print_report(node: str, result: CheckResult) -> None:
-    print("\n".join(to_lines(MachineReport(node, (result,)))), flush=True)
-
-
-def _join(section: RaySection, variables: dict[str, str], *, log_to_driver: bool) -> Any:
-    """Join the cluster; returns the module ray. Tasks get `variables`, and run this launcher."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    of_tasks = python_variables(Path(launcher.__file__).resolve().parents[1], os.environ) | variables
-    connection.join(section, of_tasks, log_to_driver=log_to_driver, logging_level="WARNING")
-    return ray
 
 
 if __name__ == "__main__":

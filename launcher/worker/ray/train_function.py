@@ -19,30 +19,23 @@ from typing import Any
 
 from launcher.clusters import detached_process, network
 from launcher.clusters.node_command import blocked_signals
-from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
-from launcher.runs import run_store
 from launcher.tracking.jsonl import append_event
 from launcher.worker.signals import CANCEL, PREEMPT
 
 _AGENT = "launcher.worker.ray.agent"
 _SHARED = "set run.root to a folder on storage that all nodes share"
-_PREEMPTION_LOOK_S = 2.0
+_LOOK_S = 2.0
 
 
 @dataclass(frozen=True)
 class AttemptArguments:
-    """What the driver passes to the nodes of an attempt. `driver` is the job in the attempt's record, by which a node recognizes
-    the run directory; `variables` are those of the ranks, without secrets.
-    """
+    """What the driver passes to the nodes of an attempt. `variables` are those of the ranks, without secrets."""
 
     plan_path: str
-    run_dir: str
     attempt: int
-    driver: str
     interface: str | None
     variables: dict[str, str]
-    is_private: bool
 
 
 def resize_request(run: RunDir, attempt: int) -> Path:
@@ -56,11 +49,15 @@ def agent_log(run: RunDir, attempt: int, number: int) -> Path:
 
 
 class NodeFailed(Exception):
-    """Ends the attempt: no agent could start on node `number` of `nodes` (`is_unfit`), or it ended without a record."""
+    """Ends the attempt: on node `number` of `nodes` the agent ended without a record."""
 
-    def __init__(self, nodes: tuple[str, ...], number: int, reason: str, is_unfit: bool) -> None:
-        super().__init__(nodes, number, reason, is_unfit)
-        self.nodes, self.number, self.reason, self.is_unfit = nodes, number, reason, is_unfit
+    def __init__(self, nodes: tuple[str, ...], number: int, reason: str) -> None:
+        super().__init__(nodes, number, reason)
+        self.nodes, self.number, self.reason = nodes, number, reason
+
+
+class NodeUnfit(NodeFailed):
+    """Ends the attempt: no agent can start on the node."""
 
 
 def run_agent(config: dict[str, AttemptArguments]) -> list[str]:
@@ -74,49 +71,46 @@ def run_agent(config: dict[str, AttemptArguments]) -> list[str]:
 
     os.umask(0o077)
     given, number = config["attempt"], train.get_context().get_world_rank()
-    nodes = _list_nodes(number, given.is_private)
-    run, name = RunDir(Path(given.run_dir)), nodes[number]
-    try:
-        if run_store.read_attempt(run, given.attempt).job != given.driver:
-            raise NodeFailed(nodes, number, f"the run directory differs from the driver's: {run.root}; {_SHARED}", True)
-    except (OSError, LauncherError) as error:
-        raise NodeFailed(nodes, number, f"the run directory is not visible: {error}; {_SHARED}", True) from None
-    environment = {**os.environ, **detached_process.python_variables(run.code, os.environ), network.NODE_NAME_VARIABLE: name}
+    run, nodes = RunDir.of_plan(Path(given.plan_path)), _list_nodes(number)
+    environment = {
+        **os.environ,
+        **detached_process.python_variables(run.code, os.environ),
+        network.NODE_NAME_VARIABLE: nodes[number],
+    }
     # Ray sets this to the number of CPUs that the worker requested.
     environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, "-u", "-m", _AGENT, given.plan_path, str(given.attempt)]
-    # A signal that arrives before the agent listens stays pending.
-    with (
-        blocked_signals(CANCEL, PREEMPT, signal.SIGTERM),
-        open(run.attempt(given.attempt) / f"agent-{number:05d}.log", "ab") as log,
-    ):
-        agent = subprocess.Popen(
-            command,
-            env={**environment, **given.variables},
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    try:
+        # A signal that arrives before the agent listens stays pending.
+        with blocked_signals(CANCEL, PREEMPT, signal.SIGTERM), open(agent_log(run, given.attempt, number), "ab") as log:
+            agent = subprocess.Popen(
+                command,
+                env={**environment, **given.variables},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+    except OSError as error:
+        raise NodeUnfit(nodes, number, f"the run directory is not visible: {error}; {_SHARED}") from None
     try:
         meeting = collective.broadcast_from_rank_zero(_choose_meeting(nodes, given.interface) if number == 0 else None)
         assert agent.stdin is not None
         with suppress(BrokenPipeError), agent.stdin as orders:
             orders.write(json.dumps({"number": number, "nodes": nodes, **meeting}))
-        preempted: set[str] = set()
-        if not given.is_private:
-            arguments = (agent, run, given.attempt, nodes, number, preempted)
-            threading.Thread(target=_forward_preemption, args=arguments, name="preemption", daemon=True).start()
+        taken: set[str] = set()
+        arguments = (agent, run, given.attempt, nodes, number, taken)
+        threading.Thread(target=_forward_requests, args=arguments, name="requests", daemon=True).start()
         if code := agent.wait():
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            raise NodeFailed(nodes, number, f"the agent of {name} {how}", False)
-        return sorted(preempted)
+            raise NodeFailed(nodes, number, f"the agent of {nodes[number]} {how}")
+        return sorted(taken)
     finally:
         agent.kill()
         agent.wait()
 
 
-def _list_nodes(number: int, is_private: bool) -> tuple[str, ...]:
+def _list_nodes(number: int) -> tuple[str, ...]:
     """Return the names of the attempt's nodes, in the order of Ray Train's workers: one worker a node, in the order of bundles.
 
     Raises:
@@ -125,8 +119,6 @@ def _list_nodes(number: int, is_private: bool) -> tuple[str, ...]:
     import ray
     from ray.util.placement_group import get_current_placement_group, placement_group_table
 
-    if is_private:
-        return (os.uname().nodename,)
     placed = placement_group_table(get_current_placement_group())["bundles_to_node_id"]
     ids = [placed[index] for index in sorted(placed)]
     if ids[number] != ray.get_runtime_context().get_node_id():
@@ -139,7 +131,7 @@ def _choose_meeting(nodes: tuple[str, ...], interface: str | None) -> dict[str, 
     """Choose where the agents of all nodes meet on this node, the first.
 
     Raises:
-        NodeFailed: if that is on the internet.
+        NodeUnfit: if that is on the internet.
     """
     import ray
 
@@ -148,25 +140,30 @@ def _choose_meeting(nodes: tuple[str, ...], interface: str | None) -> dict[str, 
         here = network.endpoint_of(ray.util.get_node_ip_address(), interface)
         if interface is None and network.is_public(here.address):
             reason = f"the nodes would connect to each other over a public address: {here.address}; set cluster.interface"
-            raise NodeFailed(nodes, 0, reason, True)
+            raise NodeUnfit(nodes, 0, reason)
     return {"address": here.address, "interface": here.interface, "port": network.free_port(here.address)}
 
 
-def _forward_preemption(
-    agent: subprocess.Popen[str], run: RunDir, attempt: int, nodes: tuple[str, ...], number: int, preempted: set[str]
+def _forward_requests(
+    agent: subprocess.Popen[str], run: RunDir, attempt: int, nodes: tuple[str, ...], number: int, taken: set[str]
 ) -> None:
-    """Ask the agent to save when Ray is about to take nodes away. All workers have to call this, until Ray Train ends them."""
+    """Ask the agent to save when Ray is about to take nodes away, or when the driver requests another number of nodes.
+
+    All workers have to call this, until Ray Train ends them.
+    """
     from ray import train
 
+    is_asked = False
     while True:
-        # Another worker may hang; the driver's connection may be gone.
+        # Another worker may hang; the driver's connection or storage may be gone.
         with suppress(Exception):
-            taken = train.get_preemption_info()
-            if taken is not None and not preempted:
-                preempted.update(taken.preempted_node_ids)
+            info = train.get_preemption_info()
+            if info is not None and not taken:
+                taken.update(info.preempted_node_ids)
                 if number == 0:
-                    names = ", ".join(nodes[rank] for rank in taken.preempted_ranks)
-                    with suppress(OSError):
-                        append_event(run, attempt, "alert", f"Ray is about to lose {names}: the run saves")
+                    names = ", ".join(nodes[rank] for rank in info.preempted_ranks)
+                    append_event(run, attempt, "alert", f"Ray is about to lose {names}: the run saves")
+            if not is_asked and (taken or resize_request(run, attempt).is_file()):
                 agent.send_signal(PREEMPT)
-        time.sleep(_PREEMPTION_LOOK_S)
+                is_asked = True
+        time.sleep(_LOOK_S)

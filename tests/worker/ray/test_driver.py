@@ -21,18 +21,19 @@ from plan_fixtures import CPU, H100, PlanOf
 
 import launcher
 from launcher.config.sections.ray import RaySection
+from launcher.errors import Superseded
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal, json_records, run_store
 from launcher.runs.journal import NodeEnded, TrainingEnded
-from launcher.runs.run_records import Attempt
+from launcher.runs.run_records import Attempt, CancelRequest
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import driver as module
-from launcher.worker.ray.driver import CancelSignals, Driver, RunEnded, build_trainer, is_eligible
-from launcher.worker.ray.train_function import AttemptArguments, NodeFailed, resize_request
+from launcher.worker.ray.driver import Driver, RunEnded, build_trainer, is_eligible
+from launcher.worker.ray.train_function import AttemptArguments, NodeFailed, NodeUnfit, resize_request
 
 REPO = Path(__file__).resolve().parents[3]
-ARGUMENTS = AttemptArguments("/plan.json", "/run", 1, "here:1", None, {}, False)
+ARGUMENTS = AttemptArguments("/plan.json", 1, None, {})
 NAMES = ("n1", "n2", "n3")
 
 
@@ -54,13 +55,12 @@ def test_the_first_signal_to_the_driver_asks_for_a_save_and_the_second_for_an_en
 ) -> None:
     run = hand_made.run(ray_plan(working_dir=str(tmp_path)), Attempt(None))
     asked = run.cancel(1)
-    wishes = CancelSignals(run)
-    wishes.install()
-    wishes.write()
-    assert not asked.exists()
+    driver = Driver(LaunchPlan.load(run.plan), run, 1)
+    driver.receive_signals()
+    assert not driver.is_cancelled()
     for saves in (True, False):
         os.kill(os.getpid(), number)
-        wishes.write()
+        assert driver.is_cancelled()
         assert json_records.read_json(asked)["save"] is saves
 
 
@@ -69,7 +69,7 @@ class FakeRay:
 
     def __init__(self, plan: LaunchPlan, monkeypatch: pytest.MonkeyPatch) -> None:
         self.run = hand_made.run(plan, Attempt(None))
-        self.driver = Driver(plan, str(self.run.plan), self.run, 1)
+        self.driver = Driver(plan, self.run, 1)
         self.nodes = dict.fromkeys(NAMES, True)
         self.attempts: list[Callable[[], Any]] = []
         self.asked: list[tuple[int, list[str]]] = []
@@ -78,7 +78,7 @@ class FakeRay:
         monkeypatch.setattr("ray.available_resources", lambda: {"memory": 1e9})
         monkeypatch.setattr(module, "build_trainer", self._build_trainer)
         monkeypatch.setattr(module, "find_raylet", lambda: None)
-        for name, value in {"_import_ray_train": lambda: None, "_LOOK_S": 0.001, "_RETRY_S": 0.001, "_RESTART_S": 0.0}.items():
+        for name, value in {"_TRAINER": "ray.train", "_LOOK_S": 0.001, "_RETRY_S": 0.001, "_RESTART_S": 0.0}.items():
             monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(module.detached_process, "start_liveness_file", lambda run: None)
 
@@ -86,7 +86,7 @@ class FakeRay:
         kinds = {"Resources": {"CPU": 1.0}, "Labels": {}}
         return [{"NodeName": name, "NodeID": f"id-{name}", "Alive": alive, **kinds} for name, alive in self.nodes.items()]
 
-    def _build_trainer(self, plan: LaunchPlan, run: RunDir, name: str, arguments: Any, left_out: Any) -> Any:
+    def _build_trainer(self, plan: LaunchPlan, run: RunDir, arguments: Any, left_out: Any) -> Any:
         self.asked.append((plan.topology.nodes, [node["NodeName"] for node in left_out]))
         return SimpleNamespace(fit=lambda: SimpleNamespace(return_value=self.attempts.pop(0)()))
 
@@ -129,7 +129,7 @@ def worker_errors(failures: dict[int, Exception]) -> Callable[[], Any]:
 
 
 def test_an_unfit_node_is_named_and_an_elastic_run_leaves_it_out(fake: Callable[..., FakeRay]) -> None:
-    unfit = {1: NodeFailed(("n1", "n2"), 1, "the run directory is not visible", True)}
+    unfit = {1: NodeUnfit(("n1", "n2"), 1, "the run directory is not visible")}
     ray = fake(min_nodes=1, address="auto")
     ray.nodes = dict.fromkeys(("n1", "n2"), True)
     ray.attempts = [worker_errors(unfit)]
@@ -141,7 +141,7 @@ def test_an_unfit_node_is_named_and_an_elastic_run_leaves_it_out(fake: Callable[
 
 def test_a_run_of_a_fixed_size_ends_with_an_unfit_node(fake: Callable[..., FakeRay]) -> None:
     ray = fake(address="auto")
-    ray.attempts = [worker_errors({1: NodeFailed(("n1", "n2"), 1, "the run directory is not visible", True)})]
+    ray.attempts = [worker_errors({1: NodeUnfit(("n1", "n2"), 1, "the run directory is not visible")})]
     assert ray.driver.run_attempts() == "failed"
     assert "n2: the run directory is not visible" in run_store.read_status(ray.run).message
 
@@ -168,7 +168,7 @@ def test_a_killed_worker_a_killed_agent_and_a_silent_worker_are_named(fake: Call
     from ray.exceptions import ActorDiedError
 
     silent = type("WorkerHealthCheckTimeoutError", (Exception,), {})()
-    failures = {0: ActorDiedError(), 1: NodeFailed(NAMES, 1, "the agent of n2 was killed by SIGKILL", False), 2: silent}
+    failures = {0: ActorDiedError(), 1: NodeFailed(NAMES, 1, "the agent of n2 was killed by SIGKILL"), 2: silent}
     ray = fake(address="auto")
 
     def fail() -> None:
@@ -231,7 +231,7 @@ def test_missing_nodes_are_reported_with_total_and_free_resources(fake: Callable
     ray.attempts = [wait] * 9
     with pytest.raises(RunEnded) as end:
         ray.driver.run_attempts()
-    assert str(end.value).endswith("asked for 2 nodes with CPU: 1 each; it has CPU: 16 on 3 nodes, of these free: CPU: 0")
+    assert end.value.args[1].endswith("asked for 2 nodes with CPU: 1 each; it has CPU: 16 on 3 nodes, of these free: CPU: 0")
 
 
 def test_an_error_of_ray_train_before_a_node_begins_is_retried_a_few_times(fake: Callable[..., FakeRay]) -> None:
@@ -249,10 +249,10 @@ def test_an_error_of_ray_train_before_a_node_begins_is_retried_a_few_times(fake:
 def test_a_cancel_while_it_waits_ends_the_run(fake: Callable[..., FakeRay]) -> None:
     ray = fake(min_nodes=1, address="auto")
     ray.nodes = {}
-    json_records.write(ray.run.cancel(1), module.CancelRequest())
+    json_records.write(ray.run.cancel(1), CancelRequest())
     with pytest.raises(RunEnded) as end:
         ray.driver.run_attempts()
-    assert end.value.state == "cancelled"
+    assert end.value.args[0] == "cancelled"
 
 
 def test_a_run_that_another_command_has_started_again_is_left_alone(fake: Callable[..., FakeRay]) -> None:
@@ -263,9 +263,8 @@ def test_a_run_that_another_command_has_started_again_is_left_alone(fake: Callab
         run_store.create_attempt(ray.run, Attempt(None))
 
     ray.attempts = [restart]
-    with pytest.raises(RunEnded) as end:
+    with pytest.raises(Superseded):
         ray.driver.run_attempts()
-    assert end.value.state is None
     assert ray.causes == []
 
 
@@ -273,21 +272,20 @@ def test_a_run_that_another_command_has_started_again_is_left_alone(fake: Callab
 def test_the_loss_of_ray_is_reported_with_the_way_to_continue(
     fake: Callable[..., FakeRay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, begun = fake().run, True
-    monkeypatch.setattr(module, "connected", lambda *_: nullcontext())
+    run = fake().run
     monkeypatch.setattr(module, "close_wandb_run", lambda *_: None)
 
-    def lose(itself: Driver) -> str:
-        itself.has_begun = begun
+    def lose(*_: object) -> Any:
         raise RuntimeError("The connection\n to the head is lost")
 
-    monkeypatch.setattr(Driver, "run_attempts", lose)
+    monkeypatch.setattr(module, "connected", lose)
     assert module.main(str(run.plan), 1) == 1
     way_on = f"continue with: python -m launcher resume {run.root}"
-    assert run_store.read_status(run).message == f"the driver lost Ray: The connection to the head is lost; {way_on}"
-    begun = False
+    assert run_store.read_status(run).message == f"Ray cannot be used: The connection to the head is lost; {way_on}"
+    monkeypatch.setattr(module, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(Driver, "run_attempts", lose)
     assert module.main(str(run.plan), 1) == 1
-    assert run_store.read_status(run).message == "Ray cannot be used: The connection to the head is lost"
+    assert run_store.read_status(run).message == f"the driver lost Ray: The connection to the head is lost; {way_on}"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +318,7 @@ def test_ray_train_is_asked_for_one_worker_a_node_with_the_resources_of_its_rank
     ray_plan: PlanOf, tmp_path: Path, device: DeviceFacts, settings: dict[str, Any], of_node: dict[str, float]
 ) -> None:
     plan = ray_plan(device=device, workers=4, ranks_per_node=2, **settings)
-    scaling = build_trainer(plan, RunDir(tmp_path), "attempt-001", ARGUMENTS).scaling_config
+    scaling = build_trainer(plan, RunDir(tmp_path), ARGUMENTS).scaling_config
     assert (scaling.num_workers, scaling.placement_strategy) == (2, "STRICT_SPREAD")
     assert (scaling.resources_per_worker, scaling.use_gpu) == (of_node, device is H100)
 
@@ -331,7 +329,7 @@ def test_the_settings_of_placement_and_the_secrets_reach_ray_train(
     monkeypatch.setenv("WANDB_API_KEY", "canary")
     chosen = {"accelerator_type": "H100", "stop_grace_seconds": 90.0, "label_selector": {"ray.io/market-type": "spot"}}
     plan = ray_plan(device=H100, workers=4, **chosen)
-    trainer = build_trainer(plan, RunDir(tmp_path), "attempt-001", ARGUMENTS, [{"NodeID": "a"}, {"NodeID": "b"}])
+    trainer = build_trainer(plan, RunDir(tmp_path), ARGUMENTS, [{"NodeID": "a"}, {"NodeID": "b"}])
     assert trainer.scaling_config.accelerator_type == "H100"
     assert trainer.scaling_config.label_selector == {"ray.io/market-type": "spot", "ray.io/node-id": "!in(a,b)"}
     assert trainer.run_config.failure_config.preemption_grace_s == 90.0
@@ -345,23 +343,25 @@ def test_ray_train_starts_only_processes_that_the_run_uses(ray_plan: PlanOf, tmp
     """Without datasets, and without other jobs on the cluster, Ray Train has no use for some of its processes."""
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    trainer = build_trainer(ray_plan(address=address), RunDir(tmp_path), "attempt-001", ARGUMENTS)
+    trainer = build_trainer(ray_plan(address=address), RunDir(tmp_path), ARGUMENTS)
     by_default = {type(callback).__name__ for callback in DataParallelTrainer._create_default_callbacks(trainer)}
     left_out = by_default - {type(callback).__name__ for callback in trainer._create_default_callbacks()}
     assert left_out == {"DatasetsCallback"} | ({"PlacementGroupCleanerCallback"} if address is None else set())
 
 
 def test_no_driver_gives_its_working_directory_to_workers() -> None:
-    """Unless told otherwise, Ray puts the working directory first in the workers' sys.path."""
-    files = Path(launcher.__file__).parent.rglob("*.py")
-    calls = [
-        (file.name, {keyword.arg for keyword in node.keywords})
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text()))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.init"
-    ]
-    assert len(calls) > 2
-    assert [name for name, keywords in calls if "job_config" not in keywords] == []
+    """Ray puts the driver's working directory first in the workers' sys.path."""
+    starts = []
+    for file in Path(launcher.__file__).parent.rglob("*.py"):
+        nodes = [*ast.walk(ast.parse(file.read_text()))]
+        inside = {
+            id(call)
+            for node in nodes
+            if isinstance(node, ast.With) and "chdir(code)" in ast.unparse(node.items[0])
+            for call in ast.walk(node)
+        }
+        starts += [id(node) in inside for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.init"]
+    assert starts == [True, True]
 
 
 # Runs in a process of its own: Ray reads its variables once per process, and other tests use a Ray with a token.
@@ -375,15 +375,14 @@ slowness = float(sys.argv[1])
 ray.init("local", num_cpus=4, num_gpus=2, include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
 try:
     node_tasks._RECOUNT_S = 1
-    assert len(node_tasks.task_options(ray, 1, 60.0 * slowness)) == 1
+    assert node_tasks.reserve_gpus(1, 60.0 * slowness).bundle_count == 1
     # At first, Ray still counts the GPU that has just been reserved.
     count, old = ray.available_resources, [{"GPU": 2.0}]
     ray.available_resources = lambda: old.pop() if old else count()
-    (second,) = node_tasks.task_options(ray, None, 60.0 * slowness)
-    code = ray.remote(lambda: 7).options(**second).remote()
-    assert ray.get(code, timeout=120 * slowness) == 7
-    assert node_tasks.task_options(ray, None, 1.0) == [], "both GPUs are reserved"
-    assert node_tasks.task_options(ray, None, 1.0, gpus_per_task=2) == []
+    second = node_tasks.reserve_gpus(None, 60.0 * slowness)
+    assert second.bundle_specs == [{"CPU": 1.0, "GPU": 1.0}]
+    assert node_tasks.reserve_gpus(None, 1.0) is None, "both GPUs are reserved"
+    assert node_tasks.reserve_gpus(None, 1.0, gpus_per_task=2) is None
     assert not placement_group([{"GPU": 1}]).wait(0.1)
     connection.remove_placement_groups()
     assert placement_group([{"GPU": 2}]).wait(math.ceil(60 * slowness))
