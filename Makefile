@@ -66,7 +66,7 @@ check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m launcher.config.reference --check docs/settings.md
+	$(BIN)/python docs/settings_page.py --check
 	$(BIN)/python docs/presets_page.py --check
 
 constraints: .venv/.installed-dev  ## write constraints.txt from the versions that are installed
@@ -89,7 +89,7 @@ try-oldest:  ## the same with the oldest versions that pyproject.toml allows, fo
 	$(if $(strip $(ARGS)),,cd .oldest && .venv/bin/python benchmarks/gpu.py --cpu-rehearsal)
 
 settings: .venv/.installed-dev  ## write docs/settings.md and docs/presets.md from the settings and the files under conf/
-	$(BIN)/python -m launcher.config.reference docs/settings.md
+	$(BIN)/python docs/settings_page.py
 	$(BIN)/python docs/presets_page.py
 
 docs: .venv/.installed-dev settings  ## build the documentation site into site/

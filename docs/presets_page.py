@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from settings_page import about_file
+
 from launcher.config.compose import compose_one, conf_dir
-from launcher.config.reference import about_file
 from launcher.config.schema import RunConfig
 from launcher.config.sections.train import DeepSpeedSection
 from launcher.plan.architecture import model_facts

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from settings_page import render
 
 from launcher.config.command_line import GROUPS
 from launcher.config.compose import Composed, conf_dir
-from launcher.config.reference import main, render
 from launcher.config.resume import with_overrides
 from launcher.config.schema import settings
 from launcher.config.sections.static import ONE_PER_NODE, NodeIdentity, StaticSection, identify
@@ -17,7 +17,6 @@ from launcher.errors import ConfigError, Problem
 
 Compose = Callable[..., list[Composed]]
 Refused = Callable[..., list[Problem]]
-REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -167,21 +166,6 @@ def test_several_processes_on_one_machine_are_refused(name: str, most: int) -> N
 def test_a_plan_counts_the_machines_without_knowing_which_one_this_is() -> None:
     section = StaticSection.model_validate({"kind": "static"})
     assert section.completed({"NNODES": "4"}) == StaticSection(nodes=4)
-
-
-def test_the_page_is_current() -> None:
-    assert main(["--check", str(REPO / "docs" / "settings.md")]) == 0
-
-
-def test_an_outdated_page_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "docs" / "settings.md"
-    assert main(["--check", str(page)]) == 1
-    assert capsys.readouterr().err == f"{page} does not match the settings; write it with: make settings\n"
-    assert not page.exists()
-    assert main([str(page)]) == 0
-    assert main(["--check", str(page)]) == 0
-    page.write_text(page.read_text().replace("Peak learning rate.", "Learning rate."))
-    assert main(["--check", str(page)]) == 1
 
 
 def test_a_setting_of_two_clusters_is_described_for_each() -> None:

@@ -1,7 +1,7 @@
-"""Writes docs/settings.md from the schema and the files under conf/.
+"""Write docs/settings.md from the schema and the files under conf/.
 
-python -m launcher.config.reference docs/settings.md            write the page
-python -m launcher.config.reference --check docs/settings.md    exit 1 if the page is outdated
+python docs/settings_page.py            write the page
+python docs/settings_page.py --check    exit 1 if the page is outdated
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from launcher.config.command_line import GROUPS, conf_dir
 from launcher.config.schema import RunConfig, Setting, sections_of, settings, settings_of
 
+PAGE = Path(__file__).resolve().with_name("settings.md")
 # A bar ends a cell of a Markdown table, even in code.
 _BAR = r"\|"
 
@@ -84,18 +85,14 @@ def about_file(file: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write or check the page; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m launcher.config.reference", description="Write or check the settings' page.")
+    parser = argparse.ArgumentParser(description="Write or check docs/settings.md.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is outdated")
-    parser.add_argument("page", type=Path, help="docs/settings.md")
-    arguments = parser.parse_args(argv)
-    page: Path = arguments.page
-    if not arguments.check:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(render(), encoding="utf-8")
+    if not parser.parse_args(argv).check:
+        PAGE.write_text(render(), encoding="utf-8")
         return 0
-    if page.is_file() and page.read_text(encoding="utf-8") == render():
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == render():
         return 0
-    print(f"{page} does not match the settings; write it with: make settings", file=sys.stderr)
+    print("docs/settings.md does not match the settings; write it with: make settings", file=sys.stderr)
     return 1
 
 
