@@ -28,7 +28,6 @@ from launcher.config.schema import RunConfig, leaves, settings
 from launcher.config.sections.data import STDLIB_DOCS
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import is_local_path, is_run
-from launcher.data.checks.findings import LIMITS
 from launcher.errors import ConfigError, LauncherError, raise_reported
 from launcher.models.found_model import find_model
 from launcher.plan.architecture import model_facts
@@ -70,9 +69,8 @@ def write_file(arguments: argparse.Namespace) -> int:
     with out.open("x", encoding="utf-8") as file:
         file.write(text)
     hidden = [key for key, value in leaves(values) if REDACTED in str(value)]
-    warnings = [*starter.warnings, *(f"{key} looks like a credential: {out} has {REDACTED} in its place" for key in hidden)]
     notes = [f"wrote {out}", f"fitted to: {starter.machines}", *(f"assumed: {text}" for text in starter.assumptions)]
-    notes += [f"warning: {text}" for text in warnings]
+    notes += [f"warning: {key} looks like a credential: {out} has {REDACTED} in its place" for key in hidden]
     if plan is not None:
         notes += remarks(plan, disk_note(plan))
     commands = [launcher_command(verb, out) for verb in ("data", "plan", "train")]
@@ -218,13 +216,12 @@ def _require_plan(text: str, out: Path) -> LaunchPlan | None:
 
 @dataclass(frozen=True)
 class StarterSettings:
-    """The settings to write, the facts behind them, the assumptions, what `data` would reject, and the intended machines."""
+    """The settings to write, the facts behind them, the assumptions, and the intended machines."""
 
     config: RunConfig
     reasons: dict[str, str]
     head: list[str]
     assumptions: list[str]
-    warnings: list[str]
     machines: str
 
 
@@ -280,23 +277,7 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     machines = _describe_machines(machine, node, config)
     others = ", ".join(kind for kind in BACKENDS if kind != config.cluster.kind)
     reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys below; other clusters: {others}"
-    warnings = [] if is_demo else _list_refusals(config, sample_report)
-    return StarterSettings(config, reasons, _describe_data(sample_report, data), assumptions, warnings, machines)
-
-
-def _list_refusals(config: RunConfig, sample_report: dict[str, Any]) -> list[str]:
-    """Return which data `data` would reject under these settings."""
-    lengths, checks = sample_report["lengths"], config.data.checks
-    # A problem of all rows is not left to data.checks.bad_rows.
-    is_skipped = checks.bad_rows == "drop" and sample_report["is_measured"]
-    warnings = [f"`data` refuses rows such as {refused}"] if (refused := sample_report["refused"]) and not is_skipped else []
-    share = sum(length > config.data.max_length for length in lengths) / max(1, len(lengths))
-    if config.data.long_documents == "truncate" and checks.truncated == "fail" and share > LIMITS["truncated"]:
-        warnings.append(
-            f"{share:.0%} of the documents are longer than data.max_length={config.data.max_length}, and `data` refuses a run in "
-            f"which more than {LIMITS['truncated']:.0%} are cut off: raise it, or set data.long_documents to split or drop"
-        )
-    return warnings
+    return StarterSettings(config, reasons, _describe_data(sample_report, data), assumptions, machines)
 
 
 def list_chosen(composed: Composed) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from launcher.config.sections.model import is_run
 from launcher.data.cache_dir import download_cache
 from launcher.data.sources.documents import Chat, Completion, Document
 from launcher.data.sources.files import Block
-from launcher.data.sources.reading import RowProblems, count_rows, find_row_problems, list_usable, read_batches
+from launcher.data.sources.reading import count_rows, list_usable, read_batches
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
-from launcher.errors import DataError, LauncherError, Problem
+from launcher.errors import LauncherError
 from launcher.model_folders import convert_local, hub_reason
 from launcher.models import parent_run
 from launcher.models.found_model import find_model
@@ -48,34 +48,24 @@ def sample_data(config: RunConfig) -> dict[str, Any]:
     """
     row_sources = []
     documents: list[Document] = []
-    try:
-        for source in config.data.sources:
-            if source.is_read:
-                sampled, row_format, num_rows = _sample_rows(source, count_rows(source), config.data.checks)
-                row_sources.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
-                documents += sampled
-        with tempfile.TemporaryDirectory() as fetched:
-            folder, model_config, note = _find_tokenizer(config, Path(fetched))
-            lengths, is_measured, problem = _count_tokens(documents, config.data, folder)
-    except DataError as error:
-        # Reading stopped at the first problem.
-        problems = RowProblems()
-        for source in config.data.sources:
-            if source.is_read:
-                problems.merge(find_row_problems(source))
-        raise DataError(problems.refused(config.data.checks).to_list() or error.problems) from error
+    for source in config.data.sources:
+        if source.is_read:
+            sampled, row_format, num_rows = _sample_rows(source, count_rows(source), config.data.checks)
+            row_sources.append({"name": source.name, "path": source.path, "format": row_format, "num_rows": num_rows})
+            documents += sampled
+    with tempfile.TemporaryDirectory() as fetched:
+        folder, model_config, note = _find_tokenizer(config, Path(fetched))
+        lengths, problem = _count_tokens(documents, config.data, folder)
     lengths.sort()
     return {
         "sources": row_sources,
         "num_sampled": len(lengths),
-        "is_measured": is_measured,
+        "is_measured": not (note or problem),
         "mean": sum(lengths) / max(1, len(lengths)),
         **{f"p{percent}": lengths[len(lengths) * percent // 100] for percent in (50, 90, 99)},
         "longest": lengths[-1],
-        "lengths": lengths,
         "config": model_config,
-        "note": note or (problem.message if problem is not None and not is_measured else ""),
-        "refused": "" if problem is None else f"{problem.where}: {problem.message}; {problem.remedy}",
+        "note": note or problem,
     }
 
 
@@ -134,12 +124,12 @@ def _find_tokenizer(config: RunConfig, fetched: Path) -> tuple[Path | None, dict
     return fetched, content, ""
 
 
-def _count_tokens(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], bool, Problem | None]:
-    """Return the numbers of tokens, whether the tokenizer counted them, and the first problem of a document, or None.
+def _count_tokens(documents: list[Document], data: DataSection, folder: Path | None) -> tuple[list[int], str]:
+    """Return the numbers of tokens, and why the tokenizer could not count them, empty if it has.
 
-    The tokenizer counts the documents without a problem. If there are none, or no tokenizer, all are estimated from characters.
+    It leaves out documents that it rejects. If none are left, or without a tokenizer, all are estimated from characters.
     """
-    problem = None
+    problem = ""
     if folder is not None:
         import_tokenizers_without_torch()
         try:
@@ -150,12 +140,12 @@ def _count_tokens(documents: list[Document], data: DataSection, folder: Path | N
                 try:
                     rendered.append(encoder.render(encoder.write_as_chat(document, completions)))
                 except LauncherError as error:
-                    problem = problem or error.problems[0]
+                    problem = error.problems[0].message
             if rendered:
-                return [len(encoded.ids) for encoded in encoder.encode(rendered)], True, problem
+                return [len(encoded.ids) for encoded in encoder.encode(rendered)], ""
         except LauncherError as error:
-            problem = error.problems[0]
-    return [max(1, round(_count_characters(document) / _CHARACTERS_PER_TOKEN)) for document in documents], False, problem
+            problem = error.problems[0].message
+    return [max(1, round(_count_characters(document) / _CHARACTERS_PER_TOKEN)) for document in documents], problem
 
 
 def _count_characters(document: Document) -> int:

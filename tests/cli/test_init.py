@@ -134,21 +134,6 @@ def test_the_commands_of_the_readme_work_as_they_stand(typed: Typed) -> None:
 
 
 @pytest.mark.rest
-def test_what_data_would_refuse_is_said_at_once(typed: Typed) -> None:
-    words = ("init", "--data", "chats.jsonl", "--model", "tiny", "data.max_length=64")
-    code, out, err = typed(*words)
-    assert code == 0, err
-    (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
-    assert "of the documents are longer than data.max_length=64" in warning
-    assert "more than 20% are cut off" in warning
-    code, _, err = typed("data", "chats.yaml")
-    assert code == 2
-    assert "documents that are cut off" in err
-    code, out, err = typed(*words, "data.long_documents=split", "--out", "split.yaml")
-    assert (code, "warning: " in out) == (0, False), err
-
-
-@pytest.mark.rest
 def test_all_of_long_texts_is_trained(typed: Typed) -> None:
     Path("book.txt").write_text("It was a dark and stormy night. " * 1000)
     assert typed("init", "--data", "book.txt", "--model", "tiny")[0] == 0

@@ -28,10 +28,8 @@ _CHARACTER = 7.4
 _COLORS = 8
 # Values whose relative range is smaller than this are drawn as a constant.
 _CONSTANT = 1e-5
-# Units of tick labels: the largest label from which a unit is used, its factor, and its letter.
-_UNITS = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))
-# Labels that need more decimal places are written without a unit.
-_UNIT_DIGITS = 2
+# Units of tick labels.
+_UNITS = {1e3: "k", 1e6: "M", 1e9: "G"}
 
 
 def require_writable_page(file: Path) -> Path:
@@ -176,7 +174,7 @@ def _make_axis(values: Sequence[float], at_low: float, at_high: float) -> _Axis:
         return _Axis([(position(low), f"{low:,.6g}" if abs(low) < 1e6 else f"{low:,.0f}")], position)
     ticks = _choose_ticks(low, high, are_whole=all(float(value).is_integer() for value in values))
     position = _scale(ticks[0], ticks[-1], at_low, at_high)
-    return _Axis([(position(tick), label) for tick, label in zip(ticks, _label_ticks(ticks), strict=True)], position)
+    return _Axis([(position(tick), _label(tick)) for tick in ticks], position)
 
 
 def _choose_ticks(low: float, high: float, are_whole: bool = False) -> list[float]:
@@ -190,23 +188,8 @@ def _choose_ticks(low: float, high: float, are_whole: bool = False) -> list[floa
     return [i * step for i in range(first, last + 1)]
 
 
-def _label_ticks(ticks: Sequence[float]) -> list[str]:
-    """Return the ticks in one unit, with enough digits to distinguish them: 1.5k, 20M."""
-    step, largest = ticks[1] - ticks[0], max(map(abs, ticks))
-    if largest < 1e-3:
-        digits = _count_digits(step, lambda tick, digits: float(f"{tick:.{digits}e}"), ticks)
-        return [f"{tick:.{digits}e}" if tick else "0" for tick in ticks]
-    for least, factor, unit in _UNITS:
-        scaled = [tick / factor for tick in ticks]
-        digits = _count_digits(step / factor, round, scaled)
-        if largest >= least and digits <= _UNIT_DIGITS:
-            return [f"{tick:,.{digits}f}{unit}" if tick else "0" for tick in scaled]
-    digits = _count_digits(step, round, ticks)
-    return [f"{tick:,.{digits}f}" if tick else "0" for tick in ticks]
-
-
-def _count_digits(step: float, rounded: Callable[[float, int], float], values: Sequence[float]) -> int:
-    """Return the fewest decimal places with which rounding moves no value by more than a hundredth of `step`."""
-    return next(
-        (digits for digits in range(16) if all(abs(rounded(value, digits) - value) <= step / 100 for value in values)), 16
-    )
+def _label(tick: float) -> str:
+    """Return a tick with the unit that shortens it, such as 20k or 1.5M."""
+    text = f"{tick:,.8g}"
+    units = (f"{tick / factor:,.8g}{unit}" for factor, unit in _UNITS.items() if abs(tick) >= factor)
+    return min((text, *units), key=len)
