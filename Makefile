@@ -88,7 +88,7 @@ try-oldest:  ## the same with the oldest versions that pyproject.toml allows, fo
 	cd .oldest && .venv/bin/python -m pytest -m "not rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile $(OLDEST_TESTS))
 	$(if $(strip $(ARGS)),,cd .oldest && .venv/bin/python benchmarks/gpu.py --cpu-rehearsal)
 
-settings: .venv/.installed-dev  ## write docs/settings.md and docs/presets.md from the settings and the files under conf/
+settings: .venv/.installed-dev  ## write docs/settings.md, the completed keys and docs/presets.md from the settings and the files under conf/
 	$(BIN)/python docs/settings_page.py
 	$(BIN)/python docs/presets_page.py
 

@@ -203,19 +203,11 @@ def _download(repo_id: str, model: ModelSection) -> None:
                 where=str(error.filename or "the cache of the hub"),
                 remedy=f"free space there, or set {variable} to a folder on another disk",
             ) from error
+        remedy = "check the name, the network and, for a gated model, HF_TOKEN in the environment; or use a local folder"
         if isinstance(error, GatedRepoError):
-            raise ConfigError(
-                f"{repo_id} is gated: the Hub gives it only to accounts that accepted its license",
-                where="model.path",
-                value=repo_id,
-                remedy=f"accept it at https://huggingface.co/{repo_id}, and set HF_TOKEN to a token of that account",
-            ) from error
-        raise ConfigError(
-            f"{repo_id} cannot be fetched from the hub: {hub_reason(error)}",
-            where="model.path",
-            value=repo_id,
-            remedy="check the name, the network and, for a gated model, HF_TOKEN in the environment; or use a local folder",
-        ) from error
+            remedy = f"accept them at https://huggingface.co/{repo_id}, and set HF_TOKEN to a token of that account"
+        message = f"{repo_id} cannot be fetched from the hub: {hub_reason(error)}"
+        raise ConfigError(message, where="model.path", value=repo_id, remedy=remedy) from error
 
 
 def hub_reason(error: Exception) -> str:
@@ -225,7 +217,7 @@ def hub_reason(error: Exception) -> str:
     if isinstance(error, LauncherError):
         return error.problems[0].message
     if isinstance(error, errors.GatedRepoError):
-        return "the Hub gives it only to users who have accepted its terms (HF_TOKEN)"
+        return "the Hub gives it only to accounts that have accepted its terms"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the Hub has no model of this name, or it is private (HF_TOKEN)"
     if isinstance(error, errors.RevisionNotFoundError):

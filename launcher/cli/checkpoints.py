@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from launcher.cli.render import terminal
 from launcher.cli.render.sections import Items, Rows, Section, Table, Text
 from launcher.cli.status import require_ended
 from launcher.clusters.backends import cluster_for, status_reader_for
-from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
+from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
@@ -82,41 +82,24 @@ def show_checkpoints(arguments: argparse.Namespace) -> int:
             )
         require_ended(run_dir)
         verified = _verify_all(run_dir) if arguments.verify else _verify_until_intact(run_dir)
-        with _convert_storage_errors(run_dir):
-            removed = _prune(run_dir, retention_of(run_dir, plan), verified)
+        removed = _prune(run_dir, retention_of(run_dir, plan), verified)
     return _show(run_dir, plan, verified, removed, arguments.json)
 
 
 def _verify_all(run: RunDir) -> dict[Path, CheckpointError | None]:
-    with _convert_storage_errors(run):
-        verified = verify(store.list_checkpoints(run.checkpoints))
-        # An active run may remove a checkpoint while it is being read.
-        return {path: error for path, error in verified.items() if error is None or path.exists()}
+    verified = verify(store.list_checkpoints(run.checkpoints))
+    # An active run may remove a checkpoint while it is being read.
+    return {path: error for path, error in verified.items() if error is None or path.exists()}
 
 
 def _verify_until_intact(run: RunDir) -> dict[Path, CheckpointError | None]:
     """Verify from the newest checkpoint back to the first intact one, which must not be removed."""
     verified: dict[Path, CheckpointError | None] = {}
-    with _convert_storage_errors(run):
-        for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
-            verified |= verify([checkpoint])
-            if not isinstance(verified[checkpoint.path], DamagedCheckpoint):
-                break
+    for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
+        verified |= verify([checkpoint])
+        if not isinstance(verified[checkpoint.path], DamagedCheckpoint):
+            break
     return verified
-
-
-@contextmanager
-def _convert_storage_errors(run: RunDir) -> Iterator[None]:
-    """Convert an OSError to a RunError."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            "the checkpoints of this run cannot be read right now",
-            where=error.filename or str(run.checkpoints),
-            value=error.strerror or str(error),
-            remedy="try again",
-        ) from error
 
 
 def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftover]:
@@ -191,14 +174,13 @@ def _describe(error: CheckpointError) -> tuple[str, ...]:
 
 def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[Leftover], as_json: bool) -> int:
     """Print the table, or JSON; returns 1 if a checkpoint is or was damaged, even if --prune has removed it."""
-    with _convert_storage_errors(run):
-        rows = _list_rows(run, retention_of(run, plan), verified)
-        saving_attempt = None
-        # The backend is asked only if there is an unfinished save.
-        if has_unfinished_saves(run.checkpoints):
-            is_running = status_reader_for(run, plan.config.cluster.kind).status(run).state in RUNNING_STATES
-            saving_attempt = run_store.newest_attempt(run) if is_running else None
-        left = find_leftovers(run.checkpoints, saving_attempt)
+    rows = _list_rows(run, retention_of(run, plan), verified)
+    saving_attempt = None
+    # The backend is asked only if there is an unfinished save.
+    if has_unfinished_saves(run.checkpoints):
+        is_running = status_reader_for(run, plan.config.cluster.kind).status(run).state in RUNNING_STATES
+        saving_attempt = run_store.newest_attempt(run) if is_running else None
+    left = find_leftovers(run.checkpoints, saving_attempt)
     has_damage = any(verified.values()) or (bool(verified) and any(row.state in ("damaged", "cannot be read") for row in rows))
     num_freed_bytes = sum(leftover.bytes for leftover in removed)
     if as_json:

@@ -6,11 +6,9 @@ Every verb imports this file, so what loads slowly is imported on use.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import Problem
 
@@ -161,10 +159,10 @@ def without_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -
         is_secret = looks_secret(name, value)
         if is_list and name in settings() and settings()[name].type.startswith(("list", "[")):
             remedy = f"{remedy}; for a list, write '{key}=[{value.strip('()[] ')}]'"
-        elif (
-            not is_secret and name and name not in GROUPS and "${" not in value and (text := _quote_override(parser, key, value))
-        ):
-            remedy = f"{f'{remedy}; for' if is_list else 'for'} one text, quote it twice, for the shell and for Hydra: {text}"
+        elif name and name not in GROUPS:
+            text = "TEXT" if is_secret or set(value) & set("\"'\\$") else value
+            quoted = f"one text, quote it twice, for the shell and for Hydra: '{key}=\"{text}\"'"
+            remedy = f"{remedy}; for {quoted}" if is_list else f"for {quoted}"
         problems.append(Problem(message, COMMAND_LINE, "" if is_secret else token, remedy))
     return readable, problems
 
@@ -172,23 +170,6 @@ def without_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -
 def override_key(token: str) -> str:
     """Return the key of an override, without its leading signs."""
     return token.partition("=")[0].lstrip("+~")
-
-
-def _quote_override(parser: Any, key: str, value: str) -> str:
-    """Return an override in shell syntax, quoted so that Hydra takes `value` as one text; empty if that is impossible."""
-    import shlex
-
-    for mark in ('"', "'"):
-        # A backslash escapes only a quotation mark; backslashes directly before one are doubled.
-        inner = re.sub(rf"(\\*)({mark}|$)", lambda match: match[1] * 2 + ("\\" + match[2] if match[2] else ""), value)
-        text = f"{key}={mark}{inner}{mark}"
-        try:
-            if parser.parse_override(text).value() == value:
-                return shlex.quote(text)
-        # The parser raises several kinds of exceptions.
-        except Exception:  # noqa: S112
-            continue
-    return ""
 
 
 def config_dirs(tokens: Sequence[str]) -> Iterator[Path]:

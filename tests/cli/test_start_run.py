@@ -232,10 +232,10 @@ def test_a_gated_preset_names_license_and_token(launch_here: Launch, tmp_path: P
     assert (done.returncode, done.stdout) == (2, "")
     repository = "meta-llama/Llama-3.2-1B-Instruct"
     assert done.stderr.endswith(
-        f"{repository} is gated: the Hub gives it only to accounts that accepted its license\n"
+        f"{repository} cannot be fetched from the hub: the Hub gives it only to accounts that have accepted its terms\n"
         "  where:  model.path\n"
         f"  value:  {repository}\n"
-        f"  remedy: accept it at https://huggingface.co/{repository}, and set HF_TOKEN to a token of that account\n"
+        f"  remedy: accept them at https://huggingface.co/{repository}, and set HF_TOKEN to a token of that account\n"
     )
 
 

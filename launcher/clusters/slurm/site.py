@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -130,12 +129,6 @@ def check_job(plan: LaunchPlan) -> None:
     Raises:
         SubmitError: with all problems, or if Slurm does not answer.
     """
-    if shutil.which("sbatch") is None:
-        raise SubmitError(
-            "sbatch is not on this machine",
-            where="cluster=slurm",
-            remedy="submit from a login node of the cluster, or train on this machine with cluster=local",
-        )
     section, problems, save_s = SlurmSection.of(plan.config.cluster), [], save_seconds(plan)
     if save_s > section.signal_lead_seconds:
         problem = (

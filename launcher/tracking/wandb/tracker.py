@@ -56,8 +56,6 @@ _MAX_TITLE, _MAX_RUN_NAME = 63, 30
 # limits alerts, and different alerts may have the same title. W&B treats 0 as its default.
 _ALERT_WAIT = timedelta(milliseconds=1)
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-# wandb-core logs this when it stops uploading for good: the key was revoked, or the run deleted.
-_UPLOAD_STOPPED = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
 
 
 class WandbTracker:
@@ -332,7 +330,7 @@ class Session:
 
         Raises:
             TimeoutError: if that takes longer than FINISH_TIMEOUT_S.
-            RuntimeError: if W&B has stopped uploading, or its process ended with an error.
+            RuntimeError: if W&B's process ended with an error.
         """
         names = {name: metric.lowest for name, metric in METRICS.items() if metric.lowest is not None}
         lines = read_metrics(self._run_dir.metrics, ("eval/", *names))
@@ -354,12 +352,6 @@ class Session:
                 wandb.teardown()
             except SystemExit as end:
                 raise RuntimeError(f"W&B's process ended with exit code {end.code}") from None
-        try:
-            match = _UPLOAD_STOPPED.search((self.folder / "logs" / "debug-internal.log").read_text(errors="replace"))
-        except OSError:
-            match = None
-        if match:
-            raise RuntimeError(match[1])
         if not self.offline:
             (self.folder / _UPLOADED).touch()
 
