@@ -160,9 +160,7 @@ def _make_paths_absolute() -> None:
 def _list_versions() -> str:
     """Return the versions of the launcher, Python and a run's packages, one per line, without importing them."""
     import platform
-    import re
     from importlib import metadata
-    from pathlib import Path
 
     from launcher import __version__
 
@@ -172,13 +170,6 @@ def _list_versions() -> str:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-        if package == "torch":
-            # The CUDA version that torch was built for, from its version.py: importing torch takes seconds.
-            build = None
-            with suppress(OSError, metadata.PackageNotFoundError):
-                text = Path(str(metadata.distribution("torch").locate_file("torch/version.py"))).read_text(encoding="utf-8")
-                build = re.search(r"^cuda\b[^=]*=\s*(?:None|['\"]([\d.]+)['\"])", text, re.MULTILINE)
-            versions["torch-cuda"] = "unknown" if build is None else build[1] or "none"
     return "".join(f"{name:<13}{version}\n" for name, version in versions.items())
 
 

@@ -367,16 +367,6 @@ def _list_notes(plan: LaunchPlan, own_notes: Sequence[str | None]) -> list[str]:
     if steps is not None and is_scheduled and config.optim.warmup_steps >= steps:
         warmup = format_count(config.optim.warmup_steps, "step")
         notes.append(f"the warm-up of {warmup} does not end within {steps}: lower optim.warmup_steps")
-    if steps is not None and plan.provenance.run_file is not None:
-        # The file's intervals may be longer than the run after an override of the run's length.
-        intervals = {
-            "eval.every": (config.eval.every, "the held-out loss is computed only before training and at the end"),
-            "checkpoint.save_every": (config.checkpoint.save_every, "the only checkpoint is written at the end"),
-        }
-        run = format_count(steps, "step")
-        notes += [
-            f"{key}={every} exceeds the run of {run}: {effect}" for key, (every, effect) in intervals.items() if every > steps
-        ]
     if built is not None and not built.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
     if built is not None and (lost := built.truncated_frac) > MIN_TRUNCATED_FRAC:

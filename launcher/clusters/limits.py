@@ -111,21 +111,12 @@ class LimitEvents:
                 is_shared = any((path / "cgroup.procs").exists() for path in Path(lowest.file).parent.iterdir())
             if lowest is of_memory[0] or lowest.limit is not None or not is_shared:
                 judged.append(lowest)
-        # Of processes, up to the lowest limit: kernels count in the limit's group or in that of the process that hit it.
-        for counter in (counter for counter in self.counters if counter.name == "max"):
-            judged.append(counter)
-            if counter.limit is not None:
-                break
         grown = [counter for counter in judged if counter.value > before.get((counter.file, counter.name), 0)]
-        kinds = {(counter.name, bool(counter.limit_file)) for counter in grown}
-        if ("oom_kill", True) in kinds:
+        if any(counter.limit_file for counter in grown):
             limit = "" if self.memory_bytes is None else f" of {format_size(self.memory_bytes)}"
             return f"the memory limit{limit} of this job or container was exceeded, and the kernel killed a process"
-        if ("oom_kill", False) in kinds:
+        if grown:
             return "the node ran out of memory, and the kernel killed a process"
-        if ("max", True) in kinds:
-            limit = "" if self.num_processes is None else f" of {self.num_processes:,}"
-            return f"the limit{limit} on processes and threads of this job or container (pids.max) was reached"
         return ""
 
     def _find_lowest(self, name: str) -> int | None:

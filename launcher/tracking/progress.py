@@ -60,46 +60,35 @@ class Pace:
         return is_due
 
 
-class CountProgress:
-    """Says how many items of an activity are done when a line is due."""
+class Counter:
+    """Counts what is done of an activity, from any thread, and reports progress when a line is due.
 
-    def __init__(self, activity: str, noun: str, say: Say, pace: Pace | None = None) -> None:
-        self._activity, self._noun, self._say, self._pace = activity, noun, say, pace or Pace()
-
-    def show(self, done: int, total: int) -> None:
-        if self._pace.is_due():
-            left = time_left(done, total, self._pace.elapsed_s)
-            self._say(f"{self._activity}: {done:,} of {total:,} {self._noun}{left}")
-
-
-class ByteProgress:
-    """Counts the bytes of an activity, from any thread, and reports progress when a line is due.
-
-    `total` is an upper bound, 0 if unknown.
+    `total` is an upper bound, 0 if unknown; `show` formats numbers, by default of bytes.
     """
 
-    def __init__(self, activity: str, total: int, say: Say, pace: Pace | None = None) -> None:
-        self._activity, self._total, self._say, self._pace = activity, total, say, pace or Pace()
+    def __init__(
+        self, activity: str, total: int, say: Say, pace: Pace | None = None, show: Callable[[int], str] = format_size
+    ) -> None:
+        self._activity, self._total, self._say, self._pace, self._show = activity, total, say, pace or Pace(), show
         self._lock = threading.Lock()
         self._done = 0
 
-    def advance(self, num_bytes: int) -> None:
-        """Count further bytes."""
+    def advance(self, number: int) -> None:
+        """Count further bytes or items."""
         with self._lock:
-            self._done += num_bytes
+            self._done += number
             if not self._pace.is_due():
                 return
-            text = describe(self._activity, self._done, self._total, self._pace.elapsed_s)
+            text = self.describe()
         self._say(text)
 
-
-def describe(activity: str, done: int, total: int, elapsed_s: float) -> str:
-    """Return a line such as `exporting: 3.10 GiB of 15.20 GiB (20%), 1m40s left`."""
-    if not total:
-        return f"{activity}: {format_size(done)}"
-    done = min(done, total)
-    left = time_left(done, total, elapsed_s)
-    return f"{activity}: {format_size(done)} of {format_size(total)} ({done / total:.0%}){left}"
+    def describe(self) -> str:
+        """Return a line such as `exporting: 3.10 GiB of 15.20 GiB (20%), 1m40s left`."""
+        if not self._total:
+            return f"{self._activity}: {self._show(self._done)}"
+        done = min(self._done, self._total)
+        left = time_left(done, self._total, self._pace.elapsed_s)
+        return f"{self._activity}: {self._show(done)} of {self._show(self._total)} ({done / self._total:.0%}){left}"
 
 
 @contextmanager
@@ -130,14 +119,14 @@ def ignore_progress(activity: str, total: int) -> Advance:
 
 def as_events(event: Callable[[str, str], None]) -> MakeProgress:
     """Return a function that reports progress as events of a run, through a tracker's `event(kind, text)`."""
-    return lambda activity, total: ByteProgress(activity, total, lambda text: event(EVENT, text)).advance
+    return lambda activity, total: Counter(activity, total, lambda text: event(EVENT, text)).advance
 
 
 @contextmanager
 def show_progress() -> Iterator[MakeProgress]:
     """Show the progress of consecutive activities on standard error."""
     with live_line() as (say, make_pace):
-        yield lambda activity, total: ByteProgress(activity, total, say, make_pace()).advance
+        yield lambda activity, total: Counter(activity, total, say, make_pace()).advance
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.runs import run_store
-from launcher.tracking.progress import CountProgress, Say
+from launcher.tracking.progress import Counter, Say
 from launcher.tracking.run_metrics import read_loss_before
 from launcher.tracking.tracker import Composite
 from launcher.tracking.verdicts import GeneralLoss
@@ -178,11 +178,12 @@ class Evaluator:
         numbers = range(rank_info.rank, num_rounds * rank_info.world_size, rank_info.world_size)
         # Sums and token counts by source; in fp64, so their order affects no digit that is shown.
         totals = torch.zeros(2, max(1, len(rows.sources)), dtype=torch.float64, device=device)
-        counter = CountProgress(f"evaluating {rows.name.replace('_', '-')}", "micro-batches", self._say)
+        activity = f"evaluating micro-batches of {rows.name.replace('_', '-')}"
+        counter = Counter(activity, len(numbers), self._say, show="{:,}".format)
         for number, losses in zip(numbers, self._scorer.score(batches, numbers, local_stop_reason), strict=False):
             if losses is None:
                 return None
-            counter.show(numbers.index(number) + 1, len(numbers))
+            counter.advance(1)
             source = copy_to_device(torch.from_numpy(batches.label_sources(number)), device)
             totals[0].index_add_(0, source, losses.double())
             totals[1].index_add_(0, source, torch.ones_like(losses, dtype=torch.float64))

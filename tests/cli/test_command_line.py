@@ -5,7 +5,6 @@ Shell completion in a real bash, and its speed without heavy imports.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import runpy
@@ -167,12 +166,9 @@ def test_version_lists_the_packages_and_imports_none(walled: Launch) -> None:
     done = walled("--version", forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
     assert (done.returncode, done.stderr) == (0, "")
     versions = dict(line.split() for line in done.stdout.splitlines())
-    assert list(versions) == ["launcher", "python", "torch", "torch-cuda", "deepspeed", "transformers", "ray", "wandb"]
+    assert list(versions) == ["launcher", "python", "torch", "deepspeed", "transformers", "ray", "wandb"]
     assert versions["launcher"] == __version__
     assert versions["torch"] == metadata.version("torch")
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert versions["torch-cuda"] == (runpy.run_path(str(Path(str(spec.origin)).with_name("version.py")))["cuda"] or "none")
 
 
 @pytest.mark.parametrize(

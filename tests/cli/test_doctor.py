@@ -26,7 +26,7 @@ from launcher.config.schema import RunConfig
 __all__ = ["config_of"]
 
 TOKEN = "hf_" + "abcdefgh" * 4
-CHECKS = {"W&B", "Hub", "machine", "packages", "GPUs", "torch", "all-reduce", "/dev/shm", "run.root", "caches"}
+CHECKS = {"W&B", "Hub", "machine", "packages", "GPUs", "torch", "all-reduce", "/dev/shm", "run.root"}
 
 
 def own_shared_memory() -> list[str]:

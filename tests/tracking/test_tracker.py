@@ -25,7 +25,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking import progress
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
 from launcher.tracking.metrics import format_duration, format_step
-from launcher.tracking.progress import ByteProgress, Pace
+from launcher.tracking.progress import Counter, Pace
 from launcher.tracking.tracker import REPEAT_S, Composite, ConsoleTracker, RateLimit, start_trackers
 
 FULL = {
@@ -218,7 +218,7 @@ class Clock:
 
 def test_lines_come_at_growing_intervals_and_not_for_short_work() -> None:
     clock, lines = Clock(), []
-    counter = ByteProgress("loading", 3600 * GIB, lines.append, Pace(clock))
+    counter = Counter("loading", 3600 * GIB, lines.append, Pace(clock))
     written_at = []
     for _ in range(3600):
         clock.now += 1
@@ -234,11 +234,11 @@ def test_lines_come_at_growing_intervals_and_not_for_short_work() -> None:
 
 def test_counted_items_are_shown_with_the_time_left() -> None:
     clock, lines = Clock(), []
-    counter = progress.CountProgress("evaluating held-out", "micro-batches", lines.append, Pace(clock))
-    for done in range(1, 31):
+    counter = Counter("evaluating", 30, lines.append, Pace(clock), show=str)
+    for _ in range(30):
         clock.now += 1
-        counter.show(done, 30)
-    assert lines[1] == "evaluating held-out: 10 of 30 micro-batches, 20s left"
+        counter.advance(1)
+    assert lines[1] == "evaluating: 10 of 30 (33%), 20s left"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,11 @@ def test_counted_items_are_shown_with_the_time_left() -> None:
     ],
 )
 def test_the_text(done: int, total: int, elapsed_s: float, text: str) -> None:
-    assert progress.describe("x", done, total, elapsed_s) == text
+    clock = Clock()
+    counter = Counter("x", total, [].append, Pace(clock))
+    clock.now += elapsed_s
+    counter._done = done
+    assert counter.describe() == text
 
 
 @pytest.mark.parametrize(("done", "total", "is_known"), [(1, 20_000, False), (10, 20_000, True), (1, 4, True)])

@@ -27,11 +27,9 @@ import psutil
 
 import launcher
 from launcher.clusters.check_results import NO_ROOM, SHARED_FILE_VARIABLE, CheckResult, failure, ok, warning
-from launcher.clusters.limits import LimitEvents
 from launcher.clusters.preflight import existing_folder
 from launcher.config.schema import RunConfig
-from launcher.data.cache_dir import cache_path
-from launcher.hardware import is_full, missing_build_tools
+from launcher.hardware import available_bytes, is_full, missing_build_tools
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
@@ -126,7 +124,7 @@ def kill_children(pid: int) -> None:
 
 def check_memory(node: CheckedNode) -> Iterator[CheckResult]:
     """Compare the main memory that this job may use with what the plan offloads to it."""
-    available = min(filter(None, (psutil.virtual_memory().available, LimitEvents.read().memory_bytes)))
+    available = available_bytes()
     needed_gib = node.plan.memory.host_per_node_gib if node.plan is not None else 0.0
     if available / 2**30 < needed_gib:
         seen = f"there is too little main memory for the offloaded states: {format_size(available)} available, "
@@ -212,7 +210,7 @@ def check_kernels(node: CheckedNode) -> Iterator[CheckResult]:
 
 
 def check_run_storage(node: CheckedNode) -> Iterator[CheckResult]:
-    """Check that this node sees the same folder as the others, and write, sync, read, rename and lock a file there."""
+    """Check that this node sees the same folder as the others, and write, sync, rename and lock a file there."""
     if node.plan is not None:
         root, folder = node.run.root, node.run.attempt(node.attempt)
         if not os.access(root, os.R_OK | os.X_OK):
@@ -256,19 +254,12 @@ def _exercise_storage(folder: Path, root: Path, num_chunks: int) -> Iterator[Che
         for _ in range(num_chunks):
             opened.write(chunk)
         os.fsync(opened.fileno())
-        write_s = time.perf_counter() - started
-        # Otherwise the read would be served from memory.
-        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    renamed, started = folder / "committed", time.perf_counter()
+    write_s, renamed = time.perf_counter() - started, folder / "committed"
     os.replace(file, renamed)
-    with open(renamed, "rb", buffering=0) as opened:
-        while opened.read(_CHUNK_BYTES):
-            pass
-    read_s = time.perf_counter() - started
     num_bytes = _CHUNK_BYTES * num_chunks
     mounts = [mount for mount in psutil.disk_partitions(all=True) if folder.resolve().is_relative_to(mount.mountpoint)]
     kind = max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown"
-    seen = f"{root} on {kind}: writes {num_bytes / write_s / 1e6:,.0f} MB/s, reads {num_bytes / read_s / 1e6:,.0f} MB/s"
+    seen = f"{root} on {kind}: writes {num_bytes / write_s / 1e6:,.0f} MB/s"
     if num_chunks == _NUM_CHUNKS and num_bytes / write_s < _SLOW_BYTES_PER_S:
         yield warning(
             f"{seen}; a checkpoint of 100 GiB takes {100 * 2**30 * write_s / num_bytes / 60:,.0f} minutes",
@@ -303,18 +294,3 @@ def check_inputs(node: CheckedNode) -> Iterator[CheckResult]:
         if folder and not os.access(Path(folder, file), os.R_OK):
             remedy = "put it on storage that all nodes share: LAUNCHER_CACHE, or HF_HOME for a model of the Hub, on every node"
             yield failure(f"{subject} is not visible: {folder}", remedy)
-
-
-def check_caches(node: CheckedNode) -> Iterator[CheckResult]:
-    """Check that the caches can be written and have room."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    hub = Path(os.environ.get("HF_HOME") or home / "huggingface")
-    for variable, cache in (("LAUNCHER_CACHE", cache_path()), ("HF_HOME", hub)):
-        folder = existing_folder(cache.expanduser().absolute())
-        free, remedy = shutil.disk_usage(folder).free, f"set {variable} to a folder on another disk"
-        if not os.access(folder, os.W_OK | os.X_OK):
-            yield (failure if variable == "LAUNCHER_CACHE" else warning)(f"{cache} cannot be written", remedy)
-        elif free < _LITTLE_BYTES:
-            yield warning(f"{cache}: {format_size(free)} free, which is little", remedy)
-        else:
-            yield ok(f"{cache}: {format_size(free)} free")

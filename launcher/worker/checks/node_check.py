@@ -57,7 +57,6 @@ CHECKS = (
     Check("packages", machine.check_packages, _SHORT_S),
     Check("run.root", machine.check_run_storage, _LONG_S),
     Check("inputs", machine.check_inputs, _SHORT_S, "start"),
-    Check("caches", machine.check_caches, _SHORT_S, "doctor"),
     Check("/dev/shm", machine.check_shared_memory, _SHORT_S),  # noqa: S108
     Check("compiler", machine.check_build_tools, _SHORT_S),
     Check("GPUs", gpus.check_gpus, 2 * _SHORT_S),
