@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import traceback
 from functools import partial
@@ -33,29 +32,32 @@ from launcher.worker.checks.model_check import require_weights
 
 # The argument that limits preparation to the caches of eval.sets.
 EVAL_SETS_ALONE = "--eval-sets"
-_QUOTED_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
-def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
-    """Prepare everything that the ranks read; returns the data report with `show` rows, or an empty dictionary if it is None."""
-    names = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
-    if any(locate(name, config.model).folder is None for name in names):
-        # Report unreadable rows before downloading a model.
-        _require_readable_rows(config)
-    for name in names:
-        fetch_model(name, config.model)
+def prepare(config: RunConfig, show: int | None = None, only_eval_sets: bool = False) -> dict[str, object]:
+    """Prepare everything that the ranks read; returns the data report with `show` rows, or an empty dictionary if it is None.
+
+    With `only_eval_sets`, only the caches of the evaluation sets are built, for a run whose other data exists.
+    """
+    if not only_eval_sets:
+        names = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
+        if any(locate(name, config.model).folder is None for name in names):
+            # Report unreadable rows before downloading a model.
+            _require_readable_rows(config)
+        for name in names:
+            fetch_model(name, config.model)
+        require_weights(find_model(config.model), partial(print, file=sys.stderr, flush=True))
     found = find_model(config.model)
-    require_weights(found, partial(print, file=sys.stderr, flush=True))
     tokenizer = found.tokenizer
     if tokenizer is None:
-        raise ConfigError("the tokenizer is missing after its download", where="model.tokenizer")
+        raise ConfigError("the tokenizer is missing", where="model.tokenizer")
     # Nothing after this needs torch.
     import_tokenizers_without_torch()
     with show_documents() as on_progress:
-        num_embeddings = found.facts.vocab_size
-        built = build.build(config.data, str(tokenizer), on_progress, num_embeddings)
-        eval_sets = build.build_eval_sets(config.eval.sets_by_setting, config.data, str(tokenizer), on_progress, num_embeddings)
-    if show is None:
+        arguments = (config.data, str(tokenizer), on_progress, found.facts.vocab_size)
+        built = None if only_eval_sets else build.build(*arguments)
+        eval_sets = build.build_eval_sets(config.eval.sets_by_setting, *arguments)
+    if built is None or show is None:
         return {}
     loaded = load_tokenizer(str(tokenizer))
 
@@ -79,28 +81,9 @@ def _require_readable_rows(config: RunConfig) -> None:
         raise DataError(row_problems)
 
 
-def build_eval_sets(config: RunConfig) -> dict[str, object]:
-    """Build only the caches of the evaluation sets, for a run whose other data exists."""
-    found = find_model(config.model)
-    tokenizer = found.tokenizer
-    if tokenizer is None:
-        raise ConfigError("the tokenizer is missing", where="model.tokenizer")
-    import_tokenizers_without_torch()
-    with show_documents() as on_progress:
-        num_embeddings = found.facts.vocab_size
-        build.build_eval_sets(config.eval.sets_by_setting, config.data, str(tokenizer), on_progress, num_embeddings)
-    return {}
-
-
 def _find_storage_error(error: Exception) -> LauncherError | None:
     """Return the user-facing error if the system refused to write or read a file, or None for another exception."""
-    if not isinstance(error, OSError):
-        # tokenizers and safetensors raise their own exceptions, which quote the system's error.
-        quoted = _QUOTED_OS_ERROR.search(str(error))
-        if quoted is None:
-            return None
-        error = OSError(int(quoted[1]), os.strerror(int(quoted[1])))
-    if error.errno is None:
+    if not isinstance(error, OSError) or error.errno is None:
         return None
     path = None if error.filename is None else Path(os.fsdecode(error.filename))
     # The cache's parent folders are created with it.
@@ -116,8 +99,7 @@ def main(argv: list[str]) -> int:
     config = RunConfig.model_validate_json(sys.stdin.read())
     report_rows = [argument.removeprefix("--report=") for argument in argv if argument.startswith("--report=")]
     try:
-        only_sets = EVAL_SETS_ALONE in argv
-        print(json.dumps(build_eval_sets(config) if only_sets else prepare(config, int(report_rows[0]) if report_rows else None)))
+        print(json.dumps(prepare(config, int(report_rows[0]) if report_rows else None, EVAL_SETS_ALONE in argv)))
     except LauncherError as error:
         print(json.dumps(error.to_report()))
         return error.exit_code

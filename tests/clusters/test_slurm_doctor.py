@@ -94,17 +94,11 @@ def test_a_save_longer_than_the_signal_lead_is_refused(there: Testbed, plan_at: 
     assert (problem.where, problem.value) == ("cluster.signal_lead_seconds", "60")
 
 
-def test_drained_nodes_and_closed_partitions_are_named(here: Testbed, plan_at: PlanOf) -> None:
+def test_drained_nodes_are_named(here: Testbed, plan_at: PlanOf) -> None:
     slurm("scontrol", "update", "NodeName=n[2-3]", "State=DRAIN", "Reason=fan")
     (problem,) = problems(plan_at(nodes=2))
     assert "2 nodes with 4 CPUs, 4000 MiB, no GPU, out of service" in problem.remedy
     assert problems(plan_at(nodes=1)) == ()
-    slurm("scontrol", "update", "PartitionName=high", "State=DOWN")
-    try:
-        (closed,) = problems(plan_at(partition="high"))
-    finally:
-        slurm("scontrol", "update", "PartitionName=high", "State=UP")
-    assert (closed.where, closed.value) == ("cluster.partition", "high is DOWN")
 
 
 def test_a_controller_that_does_not_answer_is_reported_with_the_other_problems(
@@ -129,7 +123,7 @@ def test_a_machine_without_sbatch_or_configuration_is_refused(
             gpus_of()
     monkeypatch.setenv("PATH", str(tmp_path))
     (problem,) = problems(plan_at())
-    assert "sbatch" in problem.message
+    assert "is not on this machine" in problem.message
     with pytest.raises(SubmitError):
         gpus_of()
 

@@ -29,12 +29,6 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path, number: int) -> No
         assert "set LAUNCHER_CACHE to a folder on another disk" in found.problems[0].remedy
 
 
-def test_a_library_in_rust_quotes_the_error_of_the_system() -> None:
-    found = _find_storage_error(Exception("I/O error: No space left on device (os error 28)"))
-    assert found is not None
-    assert found.problems[0].message == "the launcher's cache cannot be used: No space left on device"
-
-
 def test_another_file_is_named() -> None:
     found = _find_storage_error(PermissionError(errno.EACCES, "Permission denied", "/data/rows.jsonl"))
     assert found is not None

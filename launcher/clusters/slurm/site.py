@@ -64,7 +64,6 @@ class Partition:
 
     name: str
     default: bool
-    state: str
     max_minutes: int | None
     nodes: tuple[Node, ...]
 
@@ -115,7 +114,6 @@ def read_partitions() -> tuple[Partition, ...]:
         Partition(
             name=record["PartitionName"],
             default=record.get("Default") == "YES",
-            state=record.get("State", "UP"),
             max_minutes=None if record.get("MaxTime", "UNLIMITED") == "UNLIMITED" else minutes(record["MaxTime"]),
             nodes=tuple(nodes_of.get(record["PartitionName"], ())),
         )
@@ -161,11 +159,6 @@ def find_site_problems(config: RunConfig, num_gpus: int) -> list[Problem]:
         limits = ", ".join(f"{one.time_limit} in {one.name}" for one in partitions)
         remedy = "set it to that or less; a run that needs longer continues in the next job"
         return [Problem(f"the time limit is {limits}", "cluster.time", section.time, remedy)]
-    closed = [one for one in startable if one.state != "UP"]
-    if len(closed) == len(startable):
-        states = ", ".join(f"{one.name} is {one.state}" for one in closed)
-        remedy = "wait until the administrators open it, or use another partition"
-        return [Problem("the partition does not start jobs", "cluster.partition", states, remedy)]
     try:
         with sbatch.clean_environment():
             request = sbatch.request_words(config, "launcher-test", num_gpus, section.time_minutes)

@@ -23,7 +23,7 @@ from launcher.clusters.network import LOOPBACK
 from launcher.errors import describe
 from launcher.hardware import may_use_gpus
 from launcher.nvml import GpuInfo, NvmlError
-from launcher.plan.gpu_types import lookup, recognize
+from launcher.plan.gpu_types import lookup
 from launcher.worker.checks.machine import CheckedNode, run_python
 
 COMMAND_DEADLINE_S = 20.0
@@ -67,9 +67,6 @@ def check_gpus(node: CheckedNode) -> Iterator[CheckResult]:
     if others := sorted(name for name in names if planned and lookup(name) != lookup(planned)):
         remedy = f"set cluster.gpu_type to the actual type, or {section.gpu_kind_remedy}"
         yield failure(f"the GPUs are not of the planned kind: {', '.join(others)} found, {planned} planned", remedy)
-    if unknown := sorted(name for name in names if node.plan is None and recognize(name) is None):
-        remedy = "set cluster.gpu_type to the closest type, or add a row: docs/extending.md, A GPU type"
-        yield warning(f"memory, peak and price are not known for {', '.join(unknown)}", remedy)
     for gpu in gpus:
         if gpu.ecc_errors:
             seen = f"a GPU had memory errors that could not be corrected: {gpu.name} {gpu.uuid}: {gpu.ecc_errors} errors"

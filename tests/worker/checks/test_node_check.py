@@ -284,7 +284,8 @@ def test_the_check_waits_for_a_process_that_is_ending(
     monkeypatch.setattr(gpus, "GRACE_S", 60.0)
     driver({**H100, "processes": [(999999998, 5, "python")]})
     # A later process may be a rank of a local run, which does not wait for its check.
-    threading.Timer(1.0, driver, ({**H100, "processes": [(999999999, 5, "python")]},)).start()
+    later = {**H100, "processes": [(999999999, 5, "python")]}
+    monkeypatch.setattr(gpus, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: driver(later)))
     assert failures(gpus.check_gpus(node_of(device="cuda"))) == []
 
 
