@@ -6,7 +6,7 @@ import argparse
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from launcher.config.command_line import is_run_file
 from launcher.errors import LauncherError
 from launcher.runs import json_records, run_store
 from launcher.security.redaction import redact_setting
-from launcher.tracking.jsonl import read_metrics
 
 # The sections in which differences are shown, in order.
 _SECTIONS = ("settings", "model", "data", "code", "versions", "machines", "results")
@@ -46,11 +45,10 @@ _LEAST_CHANGE, _MOST = 0.0005, 1e12
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One side of a comparison: its name, and names and values by section. `losses` are the training losses by step."""
+    """One side of a comparison: its name, and names and values by section."""
 
     name: str
     sections: Mapping[str, Mapping[str, Any]]
-    losses: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,6 @@ def _read_side(word: str, root: Path) -> ComparedRun:
     run = run_store.find_run(word, root)
     plan = run_store.read_plan_values(run_store.newest_plan_path(run))
     status = status_reader_for(run, run_store.read_placement(run).kind).status(run)
-    lines = read_metrics(run.metrics, ("train/loss",))
-    losses = {int(line["trainer/step"]): float(line["train/loss"]) for line in lines if "train/loss" in line}
     provenance = plan["provenance"]
     sections = {
         "settings": _flatten(plan["config"], without=_NAMES),
@@ -113,7 +109,7 @@ def _read_side(word: str, root: Path) -> ComparedRun:
         "machines": _flatten({"topology": plan["topology"], "batch": plan["batch"], "memory": plan["memory"]}),
         "results": _list_results(summarize(run, status)),
     }
-    return ComparedRun(run.root.name, sections, losses)
+    return ComparedRun(run.root.name, sections)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "", without: Collection[str] = ()) -> dict[str, Any]:
@@ -178,12 +174,6 @@ def _compare(left: ComparedRun, right: ComparedRun) -> dict[str, list[ValueDiffe
         before, after = left.sections[name], right.sections[name]
         keys = dict.fromkeys((*before, *after))
         differences = [ValueDifference(k, before.get(k), after.get(k)) for k in keys if before.get(k) != after.get(k)]
-        common = left.losses.keys() & right.losses.keys()
-        if name == "results" and common and not (max(common) == max(left.losses) == max(right.losses)):
-            # The training losses at the last step that both sides have logged, unless it is the last step of both.
-            step = max(common)
-            loss = ValueDifference(f"training loss at step {step:,}", left.losses[step], right.losses[step])
-            differences = [loss, *differences]
         if differences:
             sections[name] = differences
     return sections

@@ -21,8 +21,8 @@ from launcher.shell_commands import launcher_command, short_path
 from launcher.tracking.jsonl import read_events, read_metrics
 
 _DOCUMENTS_REPORT = "launcher.evaluate.documents_report"
-# Characters of an answer in a table, and those of a line beside an answer, if the document has a line of its own.
-_MIN_CHARS, _MAX_CHARS, _OTHER_CHARS = 20, 60, 54
+# Characters of an answer in a table.
+_MAX_CHARS = 60
 # Number of steps on either side to show loss and gradient norm for, and seconds within which events count as nearby.
 _STEPS_AROUND, _NEAR_S = 3, 600.0
 _METRICS = ("train/loss", "train/grad_norm", "train/lr")
@@ -89,8 +89,6 @@ def show_step(report: dict[str, Any]) -> list[Part]:
         about = f"losses under {before}; the documents with the largest share of the loss first"
     documents = [(row["row"], one) for row in report["rows"] for one in row["documents"]]
     documents.sort(key=lambda pair: -(pair[1]["loss"] or 0.0) * pair[1]["trained_tokens"])
-    width = terminal.columns()
-    num_chars = _MAX_CHARS if width is None else max(_MIN_CHARS, min(_MAX_CHARS, width - _OTHER_CHARS))
     rows = [
         (
             one["where"],
@@ -99,7 +97,7 @@ def show_step(report: dict[str, Any]) -> list[Part]:
             f"{one['trained_tokens']:,}",
             _format_number(one["loss"]),
             _format_number(one["max_token_loss"]),
-            _shorten(one["answer"], num_chars),
+            _shorten(one["answer"]),
         )
         for row, one in documents[:_MAX_DOCUMENTS]
     ]
@@ -121,10 +119,10 @@ def _format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:#.4g}"
 
 
-def _shorten(answer: str, num_chars: int = _MAX_CHARS) -> str:
+def _shorten(answer: str) -> str:
     """Return the beginning of an answer, on one line."""
     line = " ".join(answer.split())
-    return line if len(line) <= num_chars else f"{line[:num_chars]}..."
+    return line if len(line) <= _MAX_CHARS else f"{line[:_MAX_CHARS]}..."
 
 
 def rank_documents(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Limits of the machine or job behind a failure: memory, processes, open files and disk space.
 
-The kernel enforces limits by killing or refusing processes, and counts that in the counters of control groups and of the machine.
+The kernel kills processes for lack of memory, and counts them in the counters of control groups and of the machine.
 A process that starts ranks records the counters. If it is killed itself, whoever notices on the same machine compares them.
 """
 
@@ -23,11 +23,9 @@ from launcher.runs.locks import pid_namespace
 
 OWN_CGROUPS, VMSTAT = Path("/proc/self/cgroup"), Path("/proc/vmstat")
 # Keyed by the controllers in a line of /proc/self/cgroup (https://man7.org/linux/man-pages/man7/cgroups.7.html); v2 names none.
-# For memory and for processes: the file with the counter, the counter, the file with the limit.
+# The file with the counter of killed processes, and the file with the limit on memory.
 _CGROUPS = Path("/sys/fs/cgroup")
-_MEMORY_V2 = ("memory.events", "oom_kill", "memory.max")
-_MEMORY_V1 = ("memory.oom_control", "oom_kill", "memory.limit_in_bytes")
-_PIDS = ("pids.events", "max", "pids.max")
+_FILES_OF = {"": ("memory.events", "memory.max"), "memory": ("memory.oom_control", "memory.limit_in_bytes")}
 # Version 1 shows "no limit" as the largest multiple of the page size.
 _NO_LIMIT = 2**60
 _DISK = re.compile(r"No space left on device|Disk quota exceeded|not enough free disk space", re.IGNORECASE)
@@ -39,17 +37,16 @@ _PATH = re.compile(r"(?:^|[\s'\"])(/[^\s'\":,]+)")
 
 @dataclass(frozen=True)
 class Counter:
-    """How often the kernel has enforced a limit: line `name` of `file`. `limit_file` is empty for the machine's memory."""
+    """How many processes the kernel has killed for lack of memory: a line of `file`. `limit_file` is empty for the machine's."""
 
     file: str
-    name: str
     limit_file: str
     value: int = 0
 
     def read_again(self) -> Counter:
         """Return the counter with its current value, or unchanged if the control group is gone."""
         with suppress(OSError):
-            if match := re.search(rf"^{self.name} (\d+)$", Path(self.file).read_text(), re.MULTILINE):
+            if match := re.search(r"^oom_kill (\d+)$", Path(self.file).read_text(), re.MULTILINE):
                 return replace(self, value=int(match[1]))
         return self
 
@@ -75,13 +72,14 @@ class LimitEvents:
         with suppress(OSError, ValueError):
             for line in OWN_CGROUPS.read_text().splitlines():
                 _, controllers, group = line.split(":", 2)
-                kinds = {"": (_MEMORY_V2, _PIDS), "memory": (_MEMORY_V1,), "pids": (_PIDS,)}
-                for file, name, limit in kinds.get(controllers, ()):
-                    for level in (Path(group), *Path(group).parents):
-                        folder = _CGROUPS / controllers / level.relative_to("/")
-                        if (folder / file).is_file():
-                            counters.append(Counter(str(folder / file), name, str(folder / limit)))
-        return cls((*counters, Counter(str(VMSTAT), "oom_kill", ""))).read_again()
+                if controllers not in _FILES_OF:
+                    continue
+                file, limit = _FILES_OF[controllers]
+                for level in (Path(group), *Path(group).parents):
+                    folder = _CGROUPS / controllers / level.relative_to("/")
+                    if (folder / file).is_file():
+                        counters.append(Counter(str(folder / file), str(folder / limit)))
+        return cls((*counters, Counter(str(VMSTAT), ""))).read_again()
 
     def read_again(self) -> LimitEvents:
         """Read the same counters again; counters of control groups that are gone keep their values."""
@@ -90,38 +88,29 @@ class LimitEvents:
     @property
     def memory_bytes(self) -> int | None:
         """The lowest limit on memory, or None if there is none."""
-        return self._find_lowest("oom_kill")
-
-    @property
-    def num_processes(self) -> int | None:
-        """The lowest limit on processes and threads, or None if there is none."""
-        return self._find_lowest("max")
+        return min((limit for counter in self.counters if (limit := counter.limit) is not None), default=None)
 
     def cause_since(self, earlier: LimitEvents) -> str:
         """Return the limit that was enforced since `earlier`, as the beginning of a message; empty if none was."""
-        before = {(counter.file, counter.name): counter.value for counter in earlier.counters}
+        before = {counter.file: counter.value for counter in earlier.counters}
         judged = [counter for counter in self.counters if not counter.limit_file]
         # Of memory, the lowest control group that still exists: groups above it also count the processes of other jobs (version
         # 2). Slurm and systemd remove a group with its last process: then the group above is used, unless other groups share it
         # and its memory has no limit.
-        of_memory = [counter for counter in self.counters if counter.name == "oom_kill" and counter.limit_file]
+        of_memory = [counter for counter in self.counters if counter.limit_file]
         for lowest in [counter for counter in of_memory if Path(counter.file).is_file()][:1]:
             is_shared = False
             with suppress(OSError):
                 is_shared = any((path / "cgroup.procs").exists() for path in Path(lowest.file).parent.iterdir())
             if lowest is of_memory[0] or lowest.limit is not None or not is_shared:
                 judged.append(lowest)
-        grown = [counter for counter in judged if counter.value > before.get((counter.file, counter.name), 0)]
+        grown = [counter for counter in judged if counter.value > before.get(counter.file, 0)]
         if any(counter.limit_file for counter in grown):
             limit = "" if self.memory_bytes is None else f" of {format_size(self.memory_bytes)}"
             return f"the memory limit{limit} of this job or container was exceeded, and the kernel killed a process"
         if grown:
             return "the node ran out of memory, and the kernel killed a process"
         return ""
-
-    def _find_lowest(self, name: str) -> int | None:
-        limits = [counter.limit for counter in self.counters if counter.name == name]
-        return min((limit for limit in limits if limit is not None), default=None)
 
 
 @dataclass(frozen=True)
@@ -140,7 +129,7 @@ def record_limits(run: RunDir, attempt: int, node: int) -> None:
     """Record the counters of this process, a node's agent; under Ray, one record per worker, named by its rank."""
     # Leave out the machine's own counter: until the comparison, it also counts other processes. A control group counts its own
     # processes wherever memory ran out.
-    counters = tuple(counter for counter in LimitEvents.read().counters if counter.name == "oom_kill" and counter.limit_file)
+    counters = tuple(counter for counter in LimitEvents.read().counters if counter.limit_file)
     # Only messages depend on it.
     with suppress(OSError):
         json_records.write(_limits_file(run, attempt, node), LimitRecord(pid_namespace(), LimitEvents(counters)))
@@ -183,10 +172,7 @@ def cause_of(error: BaseException, folder: Path) -> str:
     if _FILES.search(text):
         return f"the limit of {resource.getrlimit(resource.RLIMIT_NOFILE)[0]:,} open files (ulimit -n) was reached"
     if _PROCESSES.search(text):
-        limits = [LimitEvents.read().num_processes, resource.getrlimit(resource.RLIMIT_NPROC)[0]]
-        lowest = min((limit for limit in limits if limit is not None and limit >= 0), default=None)
-        limit = "" if lowest is None else f" of {lowest:,}"
-        return f"the limit{limit} on processes and threads (pids.max, ulimit -u) was reached"
+        return "the limit on processes and threads (pids.max, ulimit -u) was reached"
     if _MEMORY.search(text):
         limit_bytes = LimitEvents.read().memory_bytes
         limit = "" if limit_bytes is None else f" (limit: {format_size(limit_bytes)})"

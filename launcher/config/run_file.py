@@ -115,14 +115,10 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error).splitlines()[0]
         raise ConfigError(f"the file is not read: {reason}", where=short_path(path), remedy="correct this value") from None
     except yaml.YAMLError as error:
-        if path.suffix == ".json":
-            raise ConfigError(_make_rows_problem(path)) from None
         unreadable = Problem(
             "the file is not valid YAML", short_path(path), remedy="a line is `key: value`, indented with spaces"
         )
         raise ConfigError(find_yaml_problems(error) or [unreadable]) from error
-    if isinstance(root, list) and path.suffix == ".json":
-        raise ConfigError(_make_rows_problem(path))
     if not isinstance(root, dict) or not root:
         message = "the file is not a mapping of sections to settings"
         remedy = f"write settings as `section:` with `name: value` below it; a file to start from: {launcher_command('init')}"

@@ -83,7 +83,6 @@ class Metric:
         section: section of the W&B workspace.
         title: title of the W&B panel. Metrics of one section with the same title share a panel. No panel if empty.
         unit: axis label of its W&B panels; empty for counts and fractions (0 to 1), and if the panel's title names it.
-        more_panels: (section, title) of further panels that show the metric; they come last in their section.
         log_y: the panel has a logarithmic y axis.
         curve: chart of the report page, in the order of METRICS.
         status: place in `status`.
@@ -94,7 +93,6 @@ class Metric:
     section: str = ""
     title: str = ""
     unit: str = ""
-    more_panels: tuple[tuple[str, str], ...] = ()
     log_y: bool = False
     curve: Curve | None = None
     status: Part | None = None
@@ -172,10 +170,9 @@ METRICS: dict[str, Metric] = {
         "Throughput",
         _PARTS_OF_A_STEP,
         "s",
-        more_panels=(("Stability", "Longest step of any rank"),),
         status=Part("{:.2f} s a step".format, "pace", 1, is_median=True),
     ),
-    "time/data_s": Metric("Throughput", _PARTS_OF_A_STEP, "s", more_panels=(("Data", "Data wait"),)),
+    "time/data_s": Metric("Throughput", _PARTS_OF_A_STEP, "s"),
     "time/fwd_bwd_s": Metric("Throughput", _PARTS_OF_A_STEP, "s"),
     "time/optim_s": Metric("Throughput", _PARTS_OF_A_STEP, "s"),
     "memory/peak_active_gib": Metric("Memory", "Peak GPU memory", "GiB"),
@@ -201,7 +198,6 @@ METRICS: dict[str, Metric] = {
     "perf/goodput": Metric(
         "Cost",
         "Share of time on kept steps",
-        more_panels=(("Throughput", "Goodput"),),
         curve=Curve("Goodput", 100.0, "%"),
     ),
     "time/kept_s": Metric(unit="s"),
@@ -264,14 +260,9 @@ METRICS: dict[str, Metric] = {
 def panels() -> dict[str, tuple[Panel, ...]]:
     """Return the panels of each section of the W&B workspace."""
     by_section: dict[str, dict[str, list[str]]] = {section: {} for section in SECTIONS}
-    # Panels that only `more_panels` names come after those of the section's own metrics.
-    for metric in METRICS.values():
-        if metric.title:
-            by_section.setdefault(metric.section, {}).setdefault(metric.title, [])
     for name, metric in METRICS.items():
-        shown_in = [(metric.section, metric.title)] if metric.title else []
-        for section, title in (*shown_in, *metric.more_panels):
-            by_section.setdefault(section, {}).setdefault(title, []).append(name)
+        if metric.title:
+            by_section.setdefault(metric.section, {}).setdefault(metric.title, []).append(name)
     return {
         section: tuple(
             Panel(title, tuple(names), METRICS[names[0]].unit, METRICS[names[0]].log_y) for title, names in titles.items()

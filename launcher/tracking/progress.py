@@ -60,7 +60,7 @@ class Pace:
         return is_due
 
 
-class Counter:
+class ProgressCounter:
     """Counts what is done of an activity, from any thread, and reports progress when a line is due.
 
     `total` is an upper bound, 0 if unknown; `show` formats numbers, by default of bytes.
@@ -119,14 +119,14 @@ def ignore_progress(activity: str, total: int) -> Advance:
 
 def as_events(event: Callable[[str, str], None]) -> MakeProgress:
     """Return a function that reports progress as events of a run, through a tracker's `event(kind, text)`."""
-    return lambda activity, total: Counter(activity, total, lambda text: event(EVENT, text)).advance
+    return lambda activity, total: ProgressCounter(activity, total, lambda text: event(EVENT, text)).advance
 
 
 @contextmanager
 def show_progress() -> Iterator[MakeProgress]:
     """Show the progress of consecutive activities on standard error."""
     with live_line() as (say, make_pace):
-        yield lambda activity, total: Counter(activity, total, say, make_pace()).advance
+        yield lambda activity, total: ProgressCounter(activity, total, say, make_pace()).advance
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.runs import run_store
-from launcher.tracking.progress import Counter, Say
+from launcher.tracking.progress import ProgressCounter, Say
 from launcher.tracking.run_metrics import read_loss_before
 from launcher.tracking.tracker import Composite
 from launcher.tracking.verdicts import GeneralLoss
@@ -179,7 +179,7 @@ class Evaluator:
         # Sums and token counts by source; in fp64, so their order affects no digit that is shown.
         totals = torch.zeros(2, max(1, len(rows.sources)), dtype=torch.float64, device=device)
         activity = f"evaluating micro-batches of {rows.name.replace('_', '-')}"
-        counter = Counter(activity, len(numbers), self._say, show="{:,}".format)
+        counter = ProgressCounter(activity, len(numbers), self._say, show="{:,}".format)
         for number, losses in zip(numbers, self._scorer.score(batches, numbers, local_stop_reason), strict=False):
             if losses is None:
                 return None

@@ -25,7 +25,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking import progress
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
 from launcher.tracking.metrics import format_duration, format_step
-from launcher.tracking.progress import Counter, Pace
+from launcher.tracking.progress import Pace, ProgressCounter
 from launcher.tracking.tracker import REPEAT_S, Composite, ConsoleTracker, RateLimit, start_trackers
 
 FULL = {
@@ -218,7 +218,7 @@ class Clock:
 
 def test_lines_come_at_growing_intervals_and_not_for_short_work() -> None:
     clock, lines = Clock(), []
-    counter = Counter("loading", 3600 * GIB, lines.append, Pace(clock))
+    counter = ProgressCounter("loading", 3600 * GIB, lines.append, Pace(clock))
     written_at = []
     for _ in range(3600):
         clock.now += 1
@@ -234,7 +234,7 @@ def test_lines_come_at_growing_intervals_and_not_for_short_work() -> None:
 
 def test_counted_items_are_shown_with_the_time_left() -> None:
     clock, lines = Clock(), []
-    counter = Counter("evaluating", 30, lines.append, Pace(clock), show=str)
+    counter = ProgressCounter("evaluating", 30, lines.append, Pace(clock), show=str)
     for _ in range(30):
         clock.now += 1
         counter.advance(1)
@@ -252,7 +252,7 @@ def test_counted_items_are_shown_with_the_time_left() -> None:
 )
 def test_the_text(done: int, total: int, elapsed_s: float, text: str) -> None:
     clock = Clock()
-    counter = Counter("x", total, [].append, Pace(clock))
+    counter = ProgressCounter("x", total, [].append, Pace(clock))
     clock.now += elapsed_s
     counter._done = done
     assert counter.describe() == text

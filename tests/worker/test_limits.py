@@ -32,20 +32,17 @@ KILLED = "and the kernel killed a process"
 @pytest.fixture(params=[1, 2])
 def groups(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Control group files of both versions, by content."""
-    memory, pids = (tmp_path / name / "job" for name in (("memory", "pids") if request.param == 1 else ("", "")))
+    memory = tmp_path / ("memory" if request.param == 1 else "") / "job"
     lines = "5:memory:/job\n4:pids:/job\n0::/\n" if request.param == 1 else "0::/job\n"
-    for folder in (memory, pids):
-        folder.mkdir(parents=True, exist_ok=True)
+    memory.mkdir(parents=True)
     names = ("memory.oom_control", "memory.limit_in_bytes") if request.param == 1 else ("memory.events", "memory.max")
     files = {
         "own": tmp_path / "cgroup",
         "node": tmp_path / "vmstat",
         "oom": memory / names[0],
         "memory": memory / names[1],
-        "refused": pids / "pids.events",
-        "pids": pids / "pids.max",
     }
-    texts = (lines, "oom_kill 3\n", "under_oom 0\noom_kill 1\n", f"{2 * 2**30}\n", "max 0\n", "200\n")
+    texts = (lines, "oom_kill 3\n", "under_oom 0\noom_kill 1\n", f"{2 * 2**30}\n")
     for file, text in zip(files.values(), texts, strict=True):
         file.write_text(text)
     monkeypatch.setattr(limits, "_CGROUPS", tmp_path)
@@ -59,7 +56,6 @@ def groups(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     [
         ("oom", "oom_kill 2\n", f"the memory limit of 2.00 GiB of this job or container was exceeded, {KILLED}"),
         ("node", "oom_kill 4\n", f"the node ran out of memory, {KILLED}"),
-        ("refused", "max 1\n", ""),
         ("oom", "oom_kill 1\n", ""),
     ],
 )
@@ -94,7 +90,6 @@ MEMORY = f"the memory limit of 2.00 GiB of this job or container was exceeded, {
         ("oom", "oom_kill 2\n", MEMORY),
         # This counter also counts processes of other users.
         ("node", "oom_kill 4\n", ""),
-        ("refused", "max 1\n", ""),
         ("oom", "oom_kill 1\n", ""),
     ],
 )
@@ -237,7 +232,7 @@ def test_a_job_tells_of_its_step_that_is_gone_and_the_node_tells_nothing_of_a_jo
             r"the disk of /tmp is full \(.* free\)",
         ),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), r"the limit of [\d,]+ open files \(ulimit -n\) was reached"),
-        (RuntimeError("can't start new thread"), r"the limit.* on processes and threads \(pids.max, ulimit -u\) was reached"),
+        (RuntimeError("can't start new thread"), r"the limit on processes and threads \(pids.max, ulimit -u\) was reached"),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), r"there was no main memory left.*"),
         (RuntimeError("[pair.cc:553] Connection closed by peer"), ""),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), ""),

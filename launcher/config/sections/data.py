@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from launcher.config.sections.fields import Flag, Group, Name, NonNegative, Positive, PositiveInt, SettingsSection, Text
+from launcher.config.sections.fields import (
+    Flag,
+    Group,
+    Name,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    SettingsSection,
+    Text,
+    with_own_names,
+)
 from launcher.security.redaction import IN_QUERY
 
 # The keys that a column mapping may use, which are the keys that the formats read.
@@ -218,7 +228,9 @@ class DataSection(SettingsSection):
         None,
         description="Path that data=jsonl reads; shorthand for a data.sources list with one entry. Set one or the other.",
     )
-    sources: tuple[Source, ...] = Field(min_length=1, description="The sources of the mixture.")
+    sources: Annotated[tuple[Source, ...], with_own_names("source")] = Field(
+        min_length=1, description="The sources of the mixture."
+    )
     max_length: Annotated[int, Field(ge=16, strict=True)] = Field(1024, description="Tokens per row.")
     packing: Flag = Field(
         True,
@@ -288,9 +300,6 @@ class DataSection(SettingsSection):
     def _check_sources(self) -> DataSection:
         if self.eval_fraction and self.eval_path:
             raise ValueError("data.eval_fraction and data.eval_path exclude each other; set one of them")
-        names = [s.name for s in self.sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"data.sources uses a name twice ({', '.join(names)}); give every source its own name")
         if self.path is not None and all(source.path != self.path for source in self.sources):
             raise ValueError(
                 "data.path and data.sources are both set, and no entry of data.sources has this path; remove one of them: "
