@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from launcher.cli.render.sections import BarChart, Cards, ChartCurve, Charts, Li
 from launcher.clusters.backends import status_reader_for
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.quantities import format_size
+from launcher.plan.quantities import format_size, list_first
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal, run_store
 from launcher.runs.run_records import RUNNING_STATES, Attempt, Status
@@ -36,6 +37,7 @@ from launcher.tracking.run_metrics import find_overfitting, newest_trained_step
 from launcher.tracking.wandb import project
 
 _MOST_POINTS = 600
+_ATTEMPTS_SHOWN, _NODES_SHOWN = 20, 8
 # Names, or prefixes of names, of the metrics that the page needs in addition to the charts' metrics.
 _OTHER_METRICS = ("eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens", "trainer/epoch")
 _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
@@ -183,7 +185,13 @@ def _list_sections(one: _RunFiles) -> list[Section]:
 
 def _list_attempts(one: _RunFiles) -> Table:
     rows, unnamed_node = [], one.plan.config.cluster.unnamed_node
-    for number in run_store.attempt_numbers(one.run):
+    numbers = run_store.attempt_numbers(one.run)
+    if earlier := numbers[:-_ATTEMPTS_SHOWN]:
+        ends = (journal.read_end(one.run, number) for number in earlier)
+        causes = Counter("no record" if end is None else end.cause.value for end in ends).most_common()
+        outcomes = ", ".join(f"{count:,} {cause}" for cause, count in causes)
+        rows.append([f"{earlier[0]} to {earlier[-1]}", "", "", "", "", outcomes])
+    for number in numbers[-_ATTEMPTS_SHOWN:]:
         attempt = run_store.find_attempt(one.run, number) or Attempt(None)
         record = journal.read_end(one.run, number)
         steps = [line["trainer/step"] for line in one.lines if line["attempt"] == number]
@@ -199,7 +207,7 @@ def _list_attempts(one: _RunFiles) -> Table:
             [
                 str(number),
                 str(attempt.resume_step or 0),
-                ", ".join(dict.fromkeys(attempt.nodes)) or unnamed_node,
+                list_first([*dict.fromkeys(attempt.nodes)], _NODES_SHOWN) or unnamed_node,
                 f"{max(steps):,.0f}" if steps else "-",
                 _format_time(record.ended_at) if record is not None and record.ended_at else "-",
                 outcome,

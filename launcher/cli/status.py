@@ -86,24 +86,17 @@ def show_run(arguments: argparse.Namespace) -> int:
 
 def list_runs(arguments: argparse.Namespace) -> int:
     """Print the runs of a folder, newest first, or those of a mirror; name unreadable runs on standard error."""
-    if arguments.mirror:
-        if "://" not in arguments.mirror:
-            folder = arguments.mirror
-            is_run = any((Path(above) / folder / "plan.json").is_file() for above in ("", DEFAULT_ROOT))
-            command = launcher_command("status", folder) if is_run else launcher_command("ls", "--root", folder)
-            remedy = f"show {'this run' if is_run else 'the runs in this folder'} with: {command}"
-            message = "ls takes the URL of a mirror, such as s3://bucket/runs"
-            raise SubmitError(message, where="command line", value=folder, remedy=remedy)
+    if "://" in (arguments.folder or ""):
         from launcher.cli import mirror
 
-        return mirror.list_runs(arguments.mirror, arguments.json)
-    root = arguments.root
+        return mirror.list_runs(arguments.folder, arguments.json)
+    root = Path(arguments.folder or arguments.root)
     if (root / "plan.json").is_file():
         remedy = f"show this run with: {launcher_command('status', root)}"
-        raise SubmitError("this is the directory of a run, not a folder of runs", where="--root", value=str(root), remedy=remedy)
+        raise SubmitError("this is the directory of a run, not a folder of runs", where=str(root), remedy=remedy)
     # The first run creates the default.
     if not root.is_dir() and str(root) != DEFAULT_ROOT:
-        raise SubmitError("there is no such folder", where="--root", value=str(root), remedy="name the folder of the runs")
+        raise SubmitError("there is no such folder", where=str(root), remedy="name the folder of the runs")
     runs = list(run_store.list_runs(root))
     summaries: list[str] = []
     rows: list[tuple[str, ...]] = []
@@ -133,7 +126,7 @@ def _list_row(run: RunDir, status: Status) -> tuple[str, ...]:
     tail, placed, spent = read_tail(run.metrics, num_points=0, num_recent=1), run_store.read_placement(run), None
     if placed.price is not None:
         run_store.adopt_clock(run)
-        spent = _read_goodput(run, status)
+        spent = _read_goodput(run, status, only_cost=True)
     step, loss, cost = newest_trained_step(run, status), tail.last.get("train/loss"), _sum_cost(tail, spent, placed, None) or {}
     return (
         run.root.name,
@@ -145,10 +138,11 @@ def _list_row(run: RunDir, status: Status) -> tuple[str, ...]:
     )
 
 
-def _read_goodput(run: RunDir, status: Status) -> Breakdown | None:
+def _read_goodput(run: RunDir, status: Status, only_cost: bool = False) -> Breakdown | None:
     """Return where the time of a run went; None if it has no attempt, or its files do not show that."""
     with suppress(LauncherError, OSError, KeyError, TypeError, ValueError):
-        return goodput.read(run, clock.now(), status.state) if run_store.attempt_numbers(run) else None
+        if run_store.attempt_numbers(run):
+            return goodput.read(run, clock.now(), status.state, only_cost=only_cost)
     return None
 
 
@@ -287,7 +281,7 @@ def summarize(run: RunDir, status: Status) -> dict[str, Any]:
         "export_step": exported.step if run.export.is_dir() and (exported := read_export(run)) is not None else None,
         "device": placed.device,
         "cost": _sum_cost(tail, spent, placed, rest.usd),
-        "goodput": _list_goodput(spent or goodput.breakdown_from_metrics(tail.last)),
+        "goodput": _list_goodput(spent),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": wandb_page(run, events),
         "progress": {"time": newest["time"], "text": newest["text"]} if is_progress else None,

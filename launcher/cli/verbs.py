@@ -240,10 +240,10 @@ TABLE = (
          "Print the script with which a shell completes commands, group options, settings, flags and names of runs.",
          (_arg("shell", "the shell that reads the script", choices=("bash", "zsh", "fish")),)),
 
-    Verb("ls", "Watch", "status:list_runs", "[URL]",
+    Verb("ls", "Watch", "status:list_runs", "[FOLDER|URL]",
          "List the runs under ./runs, newest first, or those in a mirror.",
          (_ROOT, _JSON,
-          _arg("mirror", "a mirror to list (default: the runs on this machine)", metavar="URL", nargs="?")),
+          _arg("folder", "folder, or URL of a mirror, to list (default: --root)", metavar="FOLDER|URL", nargs="?")),
          elsewhere="list runs ps"),
     Verb("status", "Watch", "status:show_run", "RUN [--watch]",
          "Show state, step, loss, throughput, cost and alerts of a run.",

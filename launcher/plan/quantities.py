@@ -18,6 +18,6 @@ def format_size(num_bytes: int) -> str:
     return next(fitting, format_count(num_bytes, "byte"))
 
 
-def list_first(names: Sequence[str], most: int) -> str:
+def list_first(names: Sequence[str], most: int, separator: str = ", ") -> str:
     """Return the first names, at most `most`, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return separator.join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -13,9 +13,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher import clock
 from launcher.errors import DamagedRun, Problem
@@ -194,24 +195,17 @@ def fold(events: Iterable[Event]) -> AttemptState:
 
     Of one writer's events the last one counts. Nothing depends on the order of different writers, whose clocks differ.
     """
-    kinds: dict[type[Event], list[Event]] = {kind: [] for kind in KINDS.values()}
+    of: dict[type[Event], list[Any]] = defaultdict(list)
     for event in events:
-        kinds[type(event)].append(event)
-
-    def list_events(kind: type[E]) -> list[E]:
-        return [event for event in kinds[kind] if isinstance(event, kind)]
-
-    def last(kind: type[E]) -> E | None:
-        return next(reversed(list_events(kind)), None)
-
-    repeatable = min(list_events(RepeatableFailure), key=lambda event: event.at, default=None)
-    changed = last(StatusChanged)
+        of[type(event)].append(event)
+    repeatable = min(of[RepeatableFailure], key=lambda event: event.at, default=None)
+    training, changed, ended = (next(reversed(of[kind]), None) for kind in (TrainingEnded, StatusChanged, AttemptConcluded))
     return AttemptState(
-        training=last(TrainingEnded),
+        training=training,
         repeatable=None if repeatable is None else repeatable.failure,
-        restarts=tuple(list_events(RanksRestarted)),
-        nodes={event.node: event for event in list_events(NodeEnded)},
-        ended=last(AttemptConcluded),
+        restarts=tuple(of[RanksRestarted]),
+        nodes={event.node: event for event in of[NodeEnded]},
+        ended=ended,
         status=None if changed is None else replace(changed.status, updated_at=changed.at),
     )
 
@@ -241,12 +235,17 @@ def append(run: RunDir, attempt: int, event: Event) -> None:
 
 
 def read(run: RunDir, attempt: int, writers: str = "*") -> list[Event]:
-    """Return the events of the writers that match a pattern, each writer's in order. What cannot be decoded is skipped.
+    """Return the events of the writers that match a pattern, each writer's in order. Raises what `read_kind` raises."""
+    return read_kind(Event, run, attempt, writers)
+
+
+def read_kind(kind: type[E], run: RunDir, attempt: int, writers: str) -> list[E]:
+    """Return the events of one kind of these writers. What cannot be decoded is skipped.
 
     Raises:
         UnreadableRun: if storage does not answer.
     """
-    events = []
+    events: list[E] = []
     for path in sorted(run.journal(attempt).glob(f"{writers}.jsonl")):
         try:
             content = json_records.read_bytes(path)
@@ -255,7 +254,8 @@ def read(run: RunDir, attempt: int, writers: str = "*") -> list[Event]:
         for line in content.splitlines():
             try:
                 values = json.loads(line)
-                events.append(json_records.decode(KINDS[values["kind"]], values, str(path)))
+                if issubclass(found := KINDS[values["kind"]], kind):
+                    events.append(json_records.decode(found, values, str(path)))
             except (ValueError, TypeError, KeyError, DamagedRun):
                 continue
     return events
@@ -268,22 +268,22 @@ def read_state(run: RunDir, attempt: int) -> AttemptState:
 
 def read_end(run: RunDir, attempt: int) -> AttemptConcluded | None:
     """Return the verdict on an attempt, None without one; reads a single file, however many nodes there were."""
-    return fold(read(run, attempt, "attempt")).ended
+    return next(reversed(read_kind(AttemptConcluded, run, attempt, "attempt")), None)
 
 
 def read_training(run: RunDir, attempt: int) -> TrainingEnded | None:
     """Return how training ended, None if rank 0 did not report it."""
-    return fold(read(run, attempt, "rank-00000")).training
+    return next(reversed(read_kind(TrainingEnded, run, attempt, "rank-00000")), None)
 
 
 def read_node(run: RunDir, attempt: int, node: int) -> NodeEnded | None:
     """Return how a node ended, None if it has not reported that."""
-    return fold(read(run, attempt, f"node-{node:05d}")).nodes.get(node)
+    return next(reversed(read_kind(NodeEnded, run, attempt, f"node-{node:05d}")), None)
 
 
 def read_restarts(run: RunDir, attempt: int) -> tuple[RanksRestarted, ...]:
     """Return the restarts of all ranks within an attempt, oldest first."""
-    return fold(read(run, attempt, "node-00000")).restarts
+    return tuple(read_kind(RanksRestarted, run, attempt, "node-00000"))
 
 
 def read_repeatable_failure(run: RunDir, attempt: int) -> FailureRecord | None:

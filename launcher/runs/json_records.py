@@ -145,7 +145,7 @@ def _decode_object(record_type: Any, values: Any, path: str) -> Any:
 
 
 def _decode_value(kind: Any, value: Any, path: str) -> Any:
-    if kind is Any:
+    if kind is Any or type(value) is kind or (kind is float and type(value) is int):
         return value
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -177,6 +177,4 @@ def _decode_value(kind: Any, value: Any, path: str) -> Any:
             return kind(value)
         except ValueError:
             raise _FieldError(path, f"expected one of {', '.join(str(member.value) for member in kind)}", value) from None
-    if type(value) is kind or (kind is float and type(value) is int):
-        return value
     raise _FieldError(path, f"expected {_NAMES[kind]}", value)

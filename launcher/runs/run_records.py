@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import RunError
+from launcher.errors import DamagedRun, RunError, UnreadableRun
 from launcher.plan.run_dir import RunDir
 from launcher.runs import json_records
-from launcher.shell_commands import launcher_command
 
 # Part of every export; only folders with this file are ever replaced.
 EXPORT_RECORD = "export.json"
@@ -106,13 +105,16 @@ def export_file(run: RunDir) -> Path:
 def read_export(run: RunDir) -> ExportRecord | None:
     """Return the record of the run's export, or None if there is no export or no record in it."""
     try:
-        return json_records.read_if_present(ExportRecord, export_file(run), "")
+        return json_records.read_if_present(ExportRecord, export_file(run))
     except RunError:
         return None
 
 
 def read_cancel(run: RunDir, attempt: int) -> CancelRequest | None:
-    """Return the request to end an attempt, or None if there is none."""
-    return json_records.read_if_present(
-        CancelRequest, run.cancel(attempt), f"ask again with: {launcher_command('cancel', run.root)}"
-    )
+    """Return the request to end an attempt, or None if there is none; a damaged one asks to save and stop."""
+    try:
+        return json_records.read_if_present(CancelRequest, run.cancel(attempt))
+    except UnreadableRun:
+        raise
+    except DamagedRun:
+        return CancelRequest()

@@ -100,7 +100,9 @@ def require_new(run: RunDir) -> None:
 
 def attempt_numbers(run: RunDir) -> list[int]:
     """Return the numbers of the attempts, oldest first, except one that is being created right now."""
-    return sorted(int(path.name) for path in run.attempts.glob("*") if path.name.isascii() and path.name.isdigit())
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(int(name) for name in os.listdir(run.attempts) if name.isascii() and name.isdigit())
+    return []
 
 
 def newest_attempt(run: RunDir) -> int:
@@ -365,11 +367,10 @@ def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
                 else f"wait until it is done, or end it on {holder.host}: kill {holder.pid}",
             ) from None
         except OSError as error:
-            remedy = "mount its storage for writing or free space, then try again; the checkpoints are kept"
-            if isinstance(error, PermissionError):
-                remedy = "only the run's owner can write this folder: run the command as them, or ask them for access"
             raise SubmitError(
-                f"the run directory cannot be written: {error.strerror or error}", where=str(run.root), remedy=remedy
+                f"the run directory cannot be written: {error.strerror or error}",
+                where=str(run.root),
+                remedy="mount its storage for writing, free space, or ask the run's owner; the checkpoints are kept",
             ) from None
         yield
 
@@ -403,9 +404,6 @@ def find_run(name: str, root: Path, markers: Sequence[str] = ("plan.json",)) -> 
         if not is_root and any((candidate / file).exists() for file in _FILES_OF_A_RUN):
             run = RunDir(candidate.resolve())
             raise SubmitError(f"the run {name} has no plan.json", where=str(run.root), remedy=plan_remedy(run.plan))
-        if inside := next((folder for folder in candidate.parents if (folder / "plan.json").is_file()), None):
-            remedy = f"use the run's directory: {shell_command(inside)}"
-            raise SubmitError(f"{name} is not a run directory", where=str(candidate), remedy=remedy)
         if candidate.is_dir():
             remedy = f"list runs with: {launcher_command('ls')}"
             raise SubmitError(f"{name} is a folder, but not a run: it has no plan.json", where=str(candidate), remedy=remedy)

@@ -11,7 +11,8 @@ from launcher.errors import LauncherError
 from launcher.plan.gpu_types import Price
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal, run_store
-from launcher.runs.run_records import RUNNING_STATES
+from launcher.runs.journal import StatusChanged
+from launcher.runs.run_records import RUNNING_STATES, Attempt
 from launcher.tracking.jsonl import Line, read_events
 from launcher.tracking.run_metrics import read_time_lines
 
@@ -117,15 +118,6 @@ class Breakdown:
         """Return the breakdown as metrics."""
         lost = {f"lost/{name}": getattr(self, name) for name in LOST}
         return {"perf/goodput": self.goodput, "time/kept_s": self.kept_s, **lost, "run/lost_steps": float(self.lost_steps)}
-
-
-def breakdown_from_metrics(line: Line) -> Breakdown | None:
-    """Return the breakdown in a line of metrics.jsonl; None if the line has none."""
-    if "perf/goodput" not in line:
-        return None
-    lost = {name: line.get(f"lost/{name}", 0.0) for name in LOST}
-    kept_s = line["time/kept_s"]
-    return Breakdown(kept_s + sum(lost.values()), kept_s, **lost, lost_steps=int(line["run/lost_steps"]))
 
 
 @dataclass(frozen=True)
@@ -234,17 +226,20 @@ def read_attempt_times(run: RunDir, next_plan: LaunchPlan | None = None) -> list
     replaces a typical one.
     """
     attempts: list[AttemptTimes] = []
-    plan_file = run.plan
+    plan = run_store.read_plan_values(run.plan)
     prices: list[tuple[str | None, Price | None]] = []
     for number in run_store.attempt_numbers(run):
-        own_plan_file = run.attempt(number) / "plan.json"
-        plan_file = own_plan_file if own_plan_file.is_file() else plan_file
-        record = run_store.find_attempt(run, number)
-        if record is None or record.submitted_at is None:
+        if (own_plan := run.attempt(number) / "plan.json").is_file():
+            plan = run_store.read_plan_values(own_plan)
+        if (record := run_store.find_attempt(run, number)) is None:
+            # Without attempt.json, the attempt is paid for from when its journal says that it ran.
+            states = journal.read_kind(StatusChanged, run, number, "attempt")
+            began_at = next((event.at for event in states if event.status.state == "running"), None)
+            record = Attempt(None, submitted_at=began_at, begun_at=began_at)
+        if record.submitted_at is None:
             continue
         exit_record = journal.read_end(run, number)
         ended_at = None if exit_record is None else exit_record.ended_at
-        plan = run_store.read_plan_values(plan_file)
         num_ranks = plan["topology"]["world_size"]
         prices.append((plan["config"]["cluster"].get("gpu_type"), Price.of_plan(plan)))
         times = (record.submitted_at, record.begun_at, ended_at)
@@ -279,10 +274,13 @@ def complete_attempts(
     return completed
 
 
-def read(run: RunDir, now: float, state: str = "running", next_plan: LaunchPlan | None = None) -> Breakdown:
+def read(
+    run: RunDir, now: float, state: str = "running", next_plan: LaunchPlan | None = None, *, only_cost: bool = False
+) -> Breakdown:
     """Return where the time of a run in `state` went until `now` (see launcher.clock), from its files.
 
-    `next_plan` is the plan of an attempt that will follow. Only the lines of metrics.jsonl that matter are decoded.
+    `next_plan` is the plan of an attempt that will follow. Only the lines of metrics.jsonl that matter are decoded; none of them
+    with `only_cost`, if the ends of all attempts are recorded: only `wall_s`, `held_s`, `gpu_s` and the dollars are then right.
     """
     attempts = read_attempt_times(run, next_plan)
     # An attempt without a recorded end ended with its last event.
@@ -290,7 +288,7 @@ def read(run: RunDir, now: float, state: str = "running", next_plan: LaunchPlan 
     events = read_events(run.events, "" if needs_all else PHASE)
     joined = [event["time"] for event in events if event["fields"].get(PHASE) == JOINED]
     boundaries = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
-    lines = read_time_lines(run.metrics, [*joined, *boundaries])
+    lines = read_time_lines(run.metrics, [*joined, *boundaries]) if needs_all or not only_cost else []
     # The clock of the machine that reads them may be behind.
     now = max([now, *boundaries, *(line["time"] for line in (*lines, *events))])
     return break_down(lines, events, complete_attempts(attempts, state, lines, events), now)

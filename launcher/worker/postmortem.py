@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +19,7 @@ from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import WOULD_REPEAT, Problem
 from launcher.hardware import is_full
 from launcher.plan import retry
+from launcher.plan.quantities import list_first
 from launcher.plan.retry import AttemptEnd, Cause, Decision, RestartedRanks, decide
 from launcher.plan.run_dir import RunDir
 from launcher.runs import journal, run_store
@@ -38,6 +39,8 @@ _NODE_ERRORS = ("RunError", "DamagedRun", "UnreadableRun", "SlurmError")
 # Slurm's states for a job that lost its machines, and the state for nodes that more nodes replace.
 _REQUEUED = ("PENDING", "REQUEUED")
 _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}
+# How many nodes, and how many findings, the message of an attempt's end lists.
+_NODES_SHOWN, _FINDINGS_SHOWN = 4, 6
 # The space that is reserved for the records of an attempt's end.
 _RESERVED_BYTES = 512 * 1024
 # The most that the records of an attempt's end take.
@@ -131,8 +134,8 @@ class Evidence:
         """What is known about the nodes that left no record; empty if there are none."""
         parts = [reason for node, reason in self.silence.items() if node in self.silent]
         if rest := [node for node in self.silent if node not in self.silence]:
-            parts.append(f"no record from {', '.join(rest)}")
-        return "; ".join(parts)
+            parts.append(f"no record from {list_first(rest, _NODES_SHOWN)}")
+        return list_first(parts, _FINDINGS_SHOWN, "; ")
 
     def interruption(self, at: float) -> Cause:
         """Return what took the machines away at that time; the next start may judge this hours later."""
@@ -168,12 +171,12 @@ def _judge_training(evidence: Evidence) -> Ending:
 
 
 def _judge_node_checks(evidence: Evidence) -> Ending:
-    messages = [f"{problem.where}: {problem.message} {problem.value}".strip() for problem in evidence.problems]
+    found = [(problem.where, f"{problem.message} {problem.value}".strip()) for problem in evidence.problems]
     # A full disk is shared: no other node would have room.
     unfit = {problem.where for problem in evidence.problems if not problem.message.startswith(NO_ROOM)}
     if not unfit:
-        return Ending(Cause.FAILURE, evidence.step, "; ".join(dict.fromkeys(messages)))
-    return replace(_blame_nodes(evidence, unfit, messages), first_failure=None)
+        return Ending(Cause.FAILURE, evidence.step, _join_findings(found))
+    return replace(_blame_nodes(evidence, unfit, found), first_failure=None)
 
 
 def _judge_killed(evidence: Evidence) -> Ending:
@@ -197,8 +200,8 @@ def _judge_lost_node(evidence: Evidence) -> Ending:
 
 
 def _judge_agents(evidence: Evidence) -> Ending:
-    messages = {node: f"{node}: {one.message}" for node, one in evidence.failures if one.kind in _NODE_ERRORS}
-    ending = _blame_nodes(evidence, set(messages), list(messages.values()))
+    found = {node: one.message for node, one in evidence.failures if one.kind in _NODE_ERRORS}
+    ending = _blame_nodes(evidence, found, found.items())
     # If most nodes do not meet, the head node's port or network may be at fault; the next attempt may have another head node.
     return replace(ending, cause=Cause.INFRASTRUCTURE) if ending.cause is Cause.USER_ERROR else ending
 
@@ -218,8 +221,8 @@ def _judge_stopped(evidence: Evidence) -> Ending:
 def _judge_refused(evidence: Evidence) -> Ending:
     shared = "check that the run directory is on storage that all nodes share"
     refused = {node: error for node, error in evidence.refused.items() if node in evidence.silent}
-    messages = [f"{node}: no agent could start there ({error}); {shared}" for node, error in refused.items()]
-    return _blame_nodes(evidence, set(refused), messages)
+    found = [(node, f"no agent could start there ({error}); {shared}") for node, error in refused.items()]
+    return _blame_nodes(evidence, refused, found)
 
 
 def _judge_silence(evidence: Evidence) -> Ending:
@@ -294,11 +297,20 @@ def find_rule(evidence: Evidence) -> Rule:
     return next(rule for rule in RULES if rule.applies(evidence))
 
 
-def _blame_nodes(evidence: Evidence, unfit: set[str], messages: Sequence[str]) -> Ending:
+def _join_findings(found: Iterable[tuple[str, str]]) -> str:
+    """Return what was found, as pairs of node and finding, in one text of limited length; what nodes share is said once."""
+    nodes_of: dict[str, dict[str, None]] = {}
+    for node, finding in found:
+        nodes_of.setdefault(finding, {})[node] = None
+    texts = [f"{list_first([*nodes], _NODES_SHOWN)}: {finding}" for finding, nodes in nodes_of.items()]
+    return list_first(texts, _FINDINGS_SHOWN, "; ")
+
+
+def _blame_nodes(evidence: Evidence, unfit: Collection[str], found: Iterable[tuple[str, str]]) -> Ending:
     """If most nodes are unfit, the cause lies elsewhere, and excluding them would not help."""
     nodes = tuple(dict.fromkeys(evidence.attempt.nodes))
     bad_nodes = tuple(node for node in nodes if node in unfit)
-    message = "; ".join(dict.fromkeys(messages))
+    message = _join_findings(found)
     if len(bad_nodes) > max(1, len(nodes) // 2):
         return evidence.ended(Cause.USER_ERROR, message)
     return evidence.ended(Cause.BAD_NODE, message, bad_nodes)

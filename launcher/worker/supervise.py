@@ -137,8 +137,10 @@ class NodeAgent:
             first_failure=failure,
             problems=tuple(problems),
         )
+        # Every node knows the problems of all nodes: the head node records them, the others their own.
+        own = tuple(problem for problem in problems if number == 0 or problem.where == record.host)
         with suppress(OSError):
-            journal.append(self.run, self.attempt, record)
+            journal.append(self.run, self.attempt, replace(record, problems=own))
         is_complete = conclude(record) and not self.stopper.requested
         self.stopper.finish(answers, answers_s if is_complete else 0.0, uses_grace=False)
         self.stopper.finish(mirror, math.inf if failure is None else after_failure_s)

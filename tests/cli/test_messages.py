@@ -85,7 +85,6 @@ export demo --dtype bf61
 status dem
 status conf
 status demo --root elsewhere
-status runs/demo/plan.json
 logs demo --attempt 3
 logs demo --rank 2
 cancel demo
@@ -169,7 +168,7 @@ def refuse(launch_here: Launch, run: RunDir) -> Refuse:
         ("logs demo --rank 2 -f", ["--rank"]),
         ("cancel demo", ["completed"]),
         ("drill --fault hnag", ["--fault", "hang"]),
-        ("ls --root elsewhere", ["value:  elsewhere"]),
+        ("ls --root elsewhere", ["where:  elsewhere"]),
         ("ls --root runs/demo", ["python -m launcher status runs/demo"]),
         ("ls oci://bucket/runs", ["command line", "ocifs"]),
     ],

@@ -21,8 +21,11 @@ from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
 from launcher.runs import atomic_files, json_records, run_records, run_store
 from launcher.shell_commands import short_path
+from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import JsonlTracker
+
+Typed = Callable[..., tuple[int, str, str]]
 
 
 def test_status_reads_the_files_of_the_run(launch_here: Launch, run: RunDir) -> None:
@@ -155,7 +158,7 @@ def test_the_wandb_line_ignores_addresses_of_the_hub(launch_here: Launch, run: R
     assert lines["export"] == short_path(run.export)
 
 
-def test_status_shows_goodput_gpus_and_ranks(launch_here: Launch, run: RunDir) -> None:
+def test_status_shows_goodput_gpus_and_ranks(launch_here: Launch, run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     spent = Breakdown(wall_s=7200, kept_s=5400, queue_s=900, start_s=0, load_s=600, save_s=0.5, restart_s=299.5, lost_steps=12)
     gpus = {
         "gpu/util_mean": 0.93,
@@ -167,8 +170,7 @@ def test_status_shows_goodput_gpus_and_ranks(launch_here: Launch, run: RunDir) -
     pace = {"perf/tokens_per_sec": 1.0, "time/step_s": 1.0, "memory/host_rss_gib": 1.0, "trainer/eta_s": 1.0}
     more = {"time/straggler_ratio": 1.31, "gpu/xids": 2.0, **gpus, **pace, **spent.metrics()}
     JsonlTracker(run, 2).log(11, {"train/loss": 2.0, **more})
-    # Without the attempts' files, the last line of metrics.jsonl provides the numbers.
-    shutil.rmtree(run.attempts)
+    monkeypatch.setattr(goodput, "read", lambda *_, **__: spent)
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["GPUs"] == "93% busy (lowest 41%), memory up to 88%, 640 W each, up to 77 °C, 2 Xid errors"
     assert lines["ranks"] == "the slowest rank takes 1.31x the time of the median rank"
@@ -367,15 +369,37 @@ def test_the_verdict_of_a_step_that_was_set_aside_is_not_shown(run: RunDir) -> N
     assert summarize(run, status)["verdict"] is None
 
 
-@pytest.mark.parametrize("text", [None, "", '{"state": "runn', '{"state": "running", "attempt": "two"}'])
-def test_a_lost_status_file_changes_nothing_that_is_shown(launch_here: Launch, run: RunDir, text: str | None) -> None:
-    """Nor does a damaged attempt.json of an earlier attempt."""
-    shown = launch_here("status", str(run.root)).stdout
-    run.status.unlink() if text is None else run.status.write_text(text)
-    (run.attempt(1) / "attempt.json").write_text("")
-    listed = launch_here("ls", "--root", str(run.root.parent))
-    assert (listed.returncode, listed.stderr) == (0, "")
-    assert listed.stdout.splitlines()[1].split()[:3] == ["demo", "completed", "10/40"]
-    again = launch_here("status", str(run.root))
-    require_exit(again)
-    assert again.stdout.splitlines()[:4] == shown.splitlines()[:4]
+@pytest.mark.parametrize("content", [None, b"", b'{"state": "runn', b"\xff\x00\n"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("status.json", "events.jsonl", "metrics.jsonl", "driver.json", "attempts/001/attempt.json"),
+        *("attempts/002/attempt.json", "attempts/002/cancel.json", "attempts/002/journal/attempt.jsonl"),
+    ],
+)
+def test_a_damaged_file_hides_nothing_else(typed: Typed, run: RunDir, name: str, content: bytes | None) -> None:
+    """Of the metrics, that is all but the losses: the step is in status.json too."""
+    run_store.update_status(run, state="failed", step=10, message="a rank was killed")
+    file = run.root / name
+    file.unlink(missing_ok=True)
+    if content is not None:
+        file.write_bytes(content)
+    for verb in ("status", "report", "checkpoints"):
+        code, out, err = typed(verb, str(run.root))
+        assert (code, err) == (0, ""), (verb, out)
+        if verb == "status":
+            shown = dict(line.split(maxsplit=1) for line in out.splitlines())
+            assert (shown["state"], shown["attempt"]) == ("failed: a rank was killed", "2")
+            assert (shown["step"], shown["checkpoints"]) == ("10 of 40 (25%)", "step 5, step 10")
+    _, listed, err = typed("ls", str(run.root.parent))
+    assert (listed.splitlines()[1].split()[:3], err) == (["demo", "failed", "10/40"], "")
+
+
+def test_the_cost_of_ended_runs_is_listed_without_their_metrics(
+    typed: Typed, run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand runs are listed in two seconds, and a run's metrics may be gigabytes."""
+    for attempt in (1, 2):
+        hand_made.end(run, attempt, ended_at=time.time())
+    monkeypatch.setattr(goodput, "read_time_lines", None)
+    assert "$3.40" in typed("ls", str(run.root.parent))[1]

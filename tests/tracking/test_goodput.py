@@ -139,11 +139,6 @@ def test_the_live_breakdown_equals_the_one_from_the_files() -> None:
     live = before.add_training(12.0, eval_s=2.0, save_s=1.0, num_ranks=4, price=None)
     more = [step(3, 2, 55), {"trainer/step": 3, "attempt": 2, "time": 58.0, "time/eval_s": 2.0, "ckpt/stall_s": 1.0}]
     assert break_down([*lines, *more, step(4, 2, 62)], events, attempts, now=62) == live
-    logged = goodput.breakdown_from_metrics({**live.metrics(), "train/loss": 1.0})
-    assert logged is not None
-    assert (logged.wall_s, logged.kept_s, logged.lost_steps) == (pytest.approx(62), live.kept_s, 2)
-    assert logged.goodput == pytest.approx(live.metrics()["perf/goodput"])
-    assert goodput.breakdown_from_metrics({"train/loss": 1.0}) is None
 
 
 def test_the_files_of_a_long_run_are_read_quickly(make_plan: PlanOf, run_dir: Path) -> None:
@@ -175,6 +170,17 @@ def test_an_attempt_that_never_joined_has_the_ranks_of_its_own_plan(make_plan: P
     assert [attempt.num_ranks / plan.topology.world_size for attempt in result] == [1, 2, 2]
 
 
+def test_an_attempt_whose_record_is_lost_counts_from_its_journal(make_plan: PlanOf, run_dir: Path) -> None:
+    shutil.rmtree(run_dir)
+    run = hand_made.run(make_plan(), Attempt(None, submitted_at=50.0, begun_at=100.0))
+    for at, state in ((60.0, "pending"), (100.0, "running")):
+        hand_made.record(run, 1, "StatusChanged", at=at, status={"state": state, "attempt": 1})
+    hand_made.end(run, ended_at=400.0)
+    assert goodput.read(run, 500.0, "failed").held_s == 300
+    (run.attempt(1) / "attempt.json").unlink()
+    assert goodput.read(run, 500.0, "failed").held_s == 300
+
+
 @pytest.mark.parametrize("word", [True, False])
 def test_a_queued_run_spends_time_but_no_money(make_plan: PlanOf, run_dir: Path, word: bool) -> None:
     """This also holds if its machines were lost without a record, or if the attempt is numbered before its job is queued."""
@@ -190,6 +196,8 @@ def test_a_queued_run_spends_time_but_no_money(make_plan: PlanOf, run_dir: Path,
         result = goodput.read(run, now, "pending")
         assert parts(result) == ({"kept_s": 3600, "queue_s": now - 3700} if now > 3700 else {"kept_s": 3600})
         assert (result.held_s, result.usd) == (3600, pytest.approx(6))
+        cost = goodput.read(run, now, "pending", only_cost=True)
+        assert (cost.wall_s, cost.gpu_s, cost.usd) == (result.wall_s, result.gpu_s, result.usd)
     assert result.goodput == pytest.approx(1 / 7)
     assert goodput.read(run, now, "failed").wall_s == 3600
     run_store.create_attempt(run, Attempt(10, automatic=True))

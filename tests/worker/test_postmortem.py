@@ -145,6 +145,18 @@ def test_problems_of_a_node_make_it_a_bad_node(run: RunDir, judge: Judge) -> Non
     assert said == Ending(Cause.BAD_NODE, STEP, "n2: has no GPU 0 found; n2: is slow", bad_nodes=("n2",))
 
 
+def test_what_many_nodes_share_is_said_once(run: RunDir, judge: Judge) -> None:
+    names = tuple(f"n{number}" for number in range(128))
+    node(run, 0, problems=tuple(problem(name, value=f"{number % 9} found") for number, name in enumerate(names)))
+    message = judge(nodes=names).message
+    assert message.startswith(
+        "n0, n9, n18, n27 and 11 more: has no GPU 0 found; n1, n10, n19, n28 and 11 more: has no GPU 1 found;"
+    )
+    assert message.endswith("has no GPU 5 found and 3 more")
+    run.journal(1).joinpath("node-00000.jsonl").unlink()
+    assert judge(nodes=names).message == "no record from n0, n1, n2, n3 and 124 more (srun ended with 0)"
+
+
 @pytest.mark.parametrize(
     ("nodes", "bad", "cause"),
     [
@@ -250,7 +262,7 @@ def test_a_run_directory_invisible_to_most_nodes_is_a_user_error(run: RunDir, ju
     output(run, NOW, REFUSED, "srun: error: n3: task 2: Exited with exit code 78")
     said = judge(code=78)
     assert (said.cause, said.bad_nodes) == (Cause.USER_ERROR, ())
-    assert "n2: no agent" in said.message
+    assert "n2, n3: no agent" in said.message
     assert "n3: no agent" in said.message
 
 
