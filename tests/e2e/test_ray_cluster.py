@@ -45,7 +45,7 @@ from launcher.worker.ray.driver import RESIZE_VARIABLE
 STEPS = 80
 SETTINGS = (
     *TINY,
-    "train.global_batch_size=6",
+    "train.global_batch_size=12",
     "train.max_steps=100000",
     # A constant learning rate does not depend on max_steps, so runs of other lengths have the same losses.
     "optim.schedule=constant",
@@ -344,7 +344,7 @@ def test_a_run_through_the_jobs_api_is_cancelled_and_completed(
 def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ranks_get_its_keys(
     launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
 ) -> None:
-    """Train on three nodes, then on one, then on two.
+    """Train on three nodes of two ranks, then on one, then on two.
 
     Each step has the same rows. No file, Ray log or command line contains the keys.
     """
@@ -352,6 +352,7 @@ def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ra
     run, rows = root / "elastic", tmp_path / "rows"
     canary = "canary-fedcba9876543210"
     elastic = (
+        *("cluster.ranks_per_node=2", "cluster.resources_per_rank={CPU: 0.5}"),
         "cluster.nodes=3",
         "cluster.min_nodes=1",
         environment(SECONDS_PER_STEP="0.5", ROWS_SEEN=str(rows)),
@@ -360,10 +361,13 @@ def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ra
     env = {**cluster.env, **rows_environment(rows), **UNTAKEN, "WANDB_API_KEY": canary, RESIZE_VARIABLE: "2"}
     with start(*ray(cluster, root, "elastic", *elastic), **env) as process:
         await_training(run, num_nodes=3)
-        assert sorted(ranks_of(run)) == [0, 1, 2]
+        assert sorted(ranks_of(run)) == [0, 1, 2, 3, 4, 5]
         environments = environments_of(rows, run_store.newest_attempt(RunDir(run)))
         assert {variables["WANDB_API_KEY"] for variables in environments} == {canary}
-        assert [(variables["LOCAL_RANK"], variables["LOCAL_WORLD_SIZE"]) for variables in environments] == [("0", "1")] * 3
+        assert [(variables["LOCAL_RANK"], variables["LOCAL_WORLD_SIZE"]) for variables in environments] == [
+            ("0", "2"),
+            ("1", "2"),
+        ] * 3
         commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
         assert not [command for command in commands if canary in command]
         shrunk = run_store.newest_attempt(RunDir(run))
@@ -390,8 +394,8 @@ def test_an_elastic_run_shrinks_and_grows_until_the_head_is_lost_and_only_its_ra
     expected = {step: {tuple(batch)} for step, ((_, batch),) in rows_of(alone, alone.parent / "rows").items() if step <= end}
     seen = rows_of(run, rows)
     assert {step: {tuple(batch) for _, batch in times} for step, times in seen.items()} == expected
-    assert {num_ranks for times in seen.values() for num_ranks, _ in times} == {1, 2, 3}
-    assert run_store.load_plan(RunDir(run)).topology.world_size == 2, "the plan is that of the newest attempt"
+    assert {num_ranks for times in seen.values() for num_ranks, _ in times} == {2, 4, 6}
+    assert run_store.load_plan(RunDir(run)).topology.world_size == 4, "the plan is that of the newest attempt"
     last = run_store.newest_attempt(RunDir(run))
     # An earlier attempt may have started with the nodes that had joined.
     assert causes(run)[: last - 1][-2:] == ["infrastructure", "resized"]
