@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import launcher
 from launcher import facts
@@ -22,10 +22,10 @@ from launcher.cli.plan import print_plan
 from launcher.cli.resume import resume_run
 from launcher.cli.start_run import choose_run_dir, may_start, prepare_plan, start_run
 from launcher.cli.worker_process import run_worker_module
-from launcher.clusters import static
+from launcher.clusters import detached_process, network, static
 from launcher.clusters.detached_process import LIVENESS_TIMEOUT_S
 from launcher.clusters.static import StaticCluster
-from launcher.clusters.static_meeting import AGENT_END, LOST, Meeting, MeetingMessage, head_endpoint, join
+from launcher.clusters.static_meeting import END, Meeting, Notice, head_endpoint, join
 from launcher.config.command_line import override_key
 from launcher.config.compose import Composed
 from launcher.config.resume import differing, table, with_overrides
@@ -35,8 +35,9 @@ from launcher.config.sections.static import NodeIdentity, StaticSection, identif
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, ConfigError, LauncherError, Problem, RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.retry import FINAL
 from launcher.plan.run_dir import RunDir
-from launcher.runs import atomic_files, run_store
+from launcher.runs import atomic_files, journal, run_store
 from launcher.runs.run_records import RUNNING_STATES
 from launcher.security import folders
 from launcher.shell_commands import launcher_command
@@ -48,20 +49,6 @@ _VISIBLE_S = 60.0
 _LEAVE_S = 60.0
 _PER_START = ("cluster.node_rank", "cluster.master_addr", "cluster.master_port", "cluster.nodes")
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
-
-
-@dataclass(frozen=True)
-class _Start:
-    """One machine's part: its identity, the run, the backend's settings, and what must be equal on all machines.
-
-    `describe_end` returns why the command has nothing to do, or None: node 0 may have found this out and ended.
-    """
-
-    here: NodeIdentity
-    run: RunDir
-    section: StaticSection
-    command: dict[str, str]
-    describe_end: Callable[[], str | None] = lambda: None
 
 
 def train(jobs: Sequence[Composed], accepts_cost: bool) -> int:
@@ -89,9 +76,6 @@ def train(jobs: Sequence[Composed], accepts_cost: bool) -> int:
     run = choose_run_dir(config, str(config.run.name))
     changes = {"cluster": section.for_plan(here.nodes)}
     composed = replace(composed, config=config.model_copy(update=changes))
-    start = _Start(here, run, section, _list_shared_settings(composed.config), lambda: _describe_end(composed.config, run))
-    if not here.is_head:
-        return _join_run(start)
 
     def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
         if run.plan.is_file():
@@ -105,7 +89,10 @@ def train(jobs: Sequence[Composed], accepts_cost: bool) -> int:
         interrupts.defer()
         return start_run(plan, cluster)[1]
 
-    return _lead_run(start, begin)
+    command = _list_shared_settings(composed.config, run)
+    if here.is_head:
+        return _lead_run(here, run, section, command, begin)
+    return _join_run(here, run, command, lambda: _describe_end(composed.config, run))
 
 
 def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
@@ -115,10 +102,10 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
     keys = map(override_key, arguments.overrides)
     here = identify(section, os.environ, [key.removeprefix("cluster.") for key in keys if key.startswith("cluster.")])
     config = config.model_copy(update={"cluster": section.for_plan(here.nodes)})
-    command = {**_list_shared_settings(config), "resume --step": str(arguments.step), "resume --force": str(arguments.force)}
-    start = _Start(here, run, section, command)
+    command = _list_shared_settings(config, run)
+    command |= {"resume --step": str(arguments.step), "resume --force": str(arguments.force)}
     if not here.is_head:
-        return _join_run(start)
+        return _join_run(here, run, command, lambda: None)
 
     def begin(cluster: StaticCluster, interrupts: Interrupts) -> int | str:
         # Without those specific to this machine and start.
@@ -130,19 +117,25 @@ def resume(run: RunDir, plan: LaunchPlan, arguments: argparse.Namespace) -> int:
                 run, plan, cluster, overrides, arguments.step, interrupts, arguments.force, accepts_cost=arguments.yes
             )
 
-    return _lead_run(start, begin)
+    return _lead_run(here, run, section, command, begin)
 
 
-def _list_shared_settings(config: RunConfig) -> dict[str, str]:
-    """Return the settings that must be the same on every machine, and the launcher's version."""
+def _list_shared_settings(config: RunConfig, run: RunDir) -> dict[str, str]:
+    """Return what must be the same on every machine: the settings, the run directory and the launcher's version."""
     values = {key: str(value) for key, value in leaves(config.model_dump(mode="json"))}
-    return {**values, "launcher": launcher.__version__}
+    return {**values, "run directory": str(run.root), "launcher": launcher.__version__}
 
 
-def _lead_run(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | str]) -> int:
+def _lead_run(
+    here: NodeIdentity,
+    run: RunDir,
+    section: StaticSection,
+    command: dict[str, str],
+    begin: Callable[[StaticCluster, Interrupts], int | str],
+) -> int:
     """Run node 0's part: `begin` returns the attempt that it started, or why nothing is left to do."""
     _end_on_signals()
-    meeting = Meeting(start.here, start.run.root, start.command, head_endpoint(start.here, start.section.interface)).open()
+    meeting = Meeting(here, run.root, command, head_endpoint(here, section.interface)).open()
     cluster = StaticCluster(meeting)
     code, text = EXIT_INTERRUPTED, "the command on node 0 was interrupted"
     with Interrupts() as interrupts:
@@ -152,14 +145,14 @@ def _lead_run(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | 
                 print(attempt)
                 code, text = 0, attempt
                 return 0
-            assert cluster.process is not None
-            _forward_signals(cluster.process, interrupts)
-            code = follow(start.run, attempt, cluster, interrupts)
-            status = cluster.status(start.run)
-            if status != run_store.read_status(start.run):
+            assert cluster.agent is not None
+            _forward_signals(cluster.agent, interrupts)
+            code = follow(run, attempt, cluster, interrupts)
+            status = cluster.status(run)
+            if status != run_store.read_status(run):
                 # The agent left no record, and readers on other machines cannot know that it has ended.
                 with suppress(OSError):
-                    run_store.update_status(start.run, state=status.state, message=status.message)
+                    run_store.update_status(run, state=status.state, message=status.message)
             text = f"{status.state}: {status.message}" if status.message else status.state
             return code
         except Exception as error:
@@ -169,55 +162,47 @@ def _lead_run(start: _Start, begin: Callable[[StaticCluster, Interrupts], int | 
             meeting.close(code, text)
 
 
-def _join_run(start: _Start) -> int:
-    """Run the part of a machine other than node 0."""
-    here, run = start.here, start.run
+def _join_run(here: NodeIdentity, run: RunDir, command: dict[str, str], describe_end: Callable[[], str | None]) -> int:
+    """Run the part of a machine other than node 0; for `describe_end` see `join`."""
     _end_on_signals()
-    begun, connection = join(here, run.root, start.command, start.describe_end)
-    if connection is None:
-        print(begun.text)
+    joined = join(here, run.root, command, describe_end)
+    if isinstance(joined, str):
+        print(joined)
         return 0
-    until, attempt = time.monotonic() + _VISIBLE_S, begun.attempt
-    while True:
+    attempt, connection = joined
+    until, names = time.monotonic() + _VISIBLE_S, tuple[str, ...]()
+    while not names:
+        time.sleep(_POLL_S)
         with suppress(OSError, LauncherError):
             atomic_files.refresh_directory(run.attempts)
-            if run_store.read_attempt(run, attempt).nodes:
-                break
+            names = run_store.read_attempt(run, attempt).nodes
         if time.monotonic() > until:
             message, where = f"attempt {attempt} did not appear on this machine", str(run.attempt(attempt))
             raise SubmitError(message, where=where, remedy="check the storage of run.root on this machine")
-        time.sleep(_POLL_S)
     folders.require_run(run.root)
-    name, log = begun.names[here.node], static.agent_log(run, attempt, here.node)
-    process = static.NodeProcess(run, attempt, run_store.newest_plan_path(run), here.node, name, connection.send)
+    name, log = names[here.node], static.agent_log(run, attempt, here.node)
+    arguments = [str(run_store.newest_plan_path(run)), str(attempt), str(here.node)]
+    agent = detached_process.start_module(run, static.AGENT, arguments, log, {network.NODE_NAME_VARIABLE: name})
     print(f"{here.label}: attempt {attempt} of {run.root.name} runs here as {name}; its output is in {log}", flush=True)
-    ends: list[MeetingMessage] = []
-
-    def listen() -> None:
-        for message in connection.messages:
-            if message.kind == AGENT_END:
-                process.tell(message)
-            elif not ends:
-                text = message.text
-                if message.kind == LOST:
-                    text = f"failed: {begun.names[0]} was lost: {text}; {static.REPEAT}"
-                ends.append(replace(message, text=text, code=EXIT_FAILED if message.kind == LOST else message.code))
-                # If the attempt had not ended here, it cannot go on without node 0.
-                process.tell(MeetingMessage(AGENT_END, text, is_lost=True))
-                connection.close()
-
-    threading.Thread(target=listen, name="meeting", daemon=True).start()
     with Interrupts() as interrupts:
         interrupts.defer()
-        _forward_signals(process, interrupts)
+        _forward_signals(agent, interrupts)
         num_handled = 0
-        while not ends or process.poll() is None:
+        while not connection.poll(_POLL_S):
             if len(interrupts.received) > num_handled:
                 num_handled += 1
                 with suppress(SubmitError, RunError):
                     StaticCluster().cancel(run)
-            time.sleep(_POLL_S)
-    (end,) = ends
+            with suppress(OSError, LauncherError):
+                static.report_killed_agent(run, attempt, here.node, name, agent)
+        try:
+            end = connection.receive(Notice)
+        except OSError as error:
+            lost = f"{names[0]} was lost: {error.strerror or error}"
+            static.report_loss(run, attempt, 0, lost)
+            end = Notice(END, f"failed: {lost}; {static.REPEAT}", code=EXIT_FAILED)
+        connection.close()
+        static.await_agent(agent)
     print(f"{here.label}: {end.text}", file=sys.stderr if end.code == EXIT_FAILED else sys.stdout, flush=True)
     return end.code
 
@@ -232,29 +217,28 @@ def _end_on_signals() -> None:
         signal.signal(number, interrupt)
 
 
-def _forward_signals(process: static.NodeProcess, interrupts: Interrupts) -> None:
+def _forward_signals(agent: subprocess.Popen[bytes], interrupts: Interrupts) -> None:
     """Let TERM, HUP and USR2 ask the ranks to save and stop, also a TERM that arrived while the agent was starting."""
     for number in _FORWARDED:
-        signal.signal(number, lambda *_: process.send_signal(signal.SIGTERM))
-    # A suspended command would count as lost.
-    signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+        signal.signal(number, lambda *_: agent.send_signal(signal.SIGTERM))
     while signal.SIGTERM in interrupts.received:
         interrupts.received.remove(signal.SIGTERM)
-        process.send_signal(signal.SIGTERM)
+        agent.send_signal(signal.SIGTERM)
 
 
 def _describe_end(config: RunConfig, run: RunDir) -> str | None:
-    """If the same command is repeated for a completed or cancelled run, return this as a message; otherwise None."""
+    """Return why a repeated command has nothing to do; None if the run continues or does not exist.
+
+    Raises:
+        ConfigError: if the command differs from the one that began the run.
+    """
     if not run.plan.is_file() or folders.run_problem(run.root) is not None:
         return None
-    with suppress(OSError, LauncherError):
-        status = run_store.read_status(run)
-        if status.state in ("completed", "cancelled"):
-            # Node 0 rejects a different command.
-            _require_same_command(config, LaunchPlan.load(run.plan), run)
-            message = f": {status.message}" if status.message else ""
-            return f"{run.root.name} is {status.state}{message}; nothing is left to do"
-    return None
+    end = journal.read_end(run, run_store.newest_attempt(run))
+    if end is None or end.cause not in FINAL:
+        return None
+    _require_same_command(config, LaunchPlan.load(run.plan), run)
+    return f"{run.root.name} is {end.cause}{f': {end.message}' if end.message else ''}; nothing is left to do"
 
 
 def _continue_run(composed: Composed, run: RunDir, cluster: StaticCluster, interrupts: Interrupts) -> int | str:
@@ -270,14 +254,14 @@ def _continue_run(composed: Composed, run: RunDir, cluster: StaticCluster, inter
         with composed.located():
             _require_same_command(composed.config, LaunchPlan.load(run.plan), run)
         plan = run_store.load_plan(run)
-        module, newest = "launcher.worker.static", run_store.newest_plan_path(run)
-        previous = run_worker_module(module, composed.config, str(newest))
-        if previous["over"]:
-            return f"{previous['reason']}; nothing is left to do"
-        if not previous["again"]:
+        # Also records the end of an attempt that could not record it.
+        judged = run_worker_module(static.AGENT, None, str(run_store.newest_plan_path(run)))
+        if (reason := _describe_end(composed.config, run)) is not None:
+            return reason
+        if not judged["again"]:
             command = launcher_command("resume", run.root)
             remedy = f"when the cause is gone, continue it on every machine with: {command}"
-            raise SubmitError(f"the run is not continued: {previous['reason']}", where=str(run.root), remedy=remedy)
+            raise SubmitError(f"the run is not continued: {judged['reason']}", where=str(run.root), remedy=remedy)
         count = composed.config.cluster.nodes
         overrides = [] if plan.config.cluster.nodes == count else [f"cluster.nodes={count}"]
         return resume_run(run, plan, cluster, overrides, None, interrupts, automatic=True)

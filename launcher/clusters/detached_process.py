@@ -30,7 +30,15 @@ _WATCH_S, _CERTAIN_S = 30.0, 3600.0
 _LOOK_S = 1.0
 
 
-def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log: Path, name: str) -> None:
+def start(
+    run: RunDir,
+    attempt: int,
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    name: str,
+    variables: Mapping[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
     """Start `python -m MODULE ARGUMENTS` from the run's code snapshot, detached, and wait until it has set the run's status.
 
     Messages refer to the process as `name`. Its output goes to `log`.
@@ -38,22 +46,16 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
     Raises:
         RunError: if the process does not set the status in time, with the end of its log.
     """
-    process = start_module(run, module, arguments, log)
-    if not await_status(run, attempt, process.poll):
-        if process.poll() is None:
-            process.kill()
-        run_store.update_status(run, state="failed", message=f"{name} did not start")
-        raise RunError(f"{name} did not start", where=str(log), value=log.read_text(errors="replace")[-2000:])
-
-
-def await_status(run: RunDir, attempt: int, poll: Callable[[], int | None]) -> bool:
-    """Wait until a new process has set the run's status; returns whether it has, False also if it has ended before."""
+    process = start_module(run, module, arguments, log, variables)
     deadline = time.monotonic() + START_DEADLINE_S
     while run_store.read_status(run).attempt != attempt:
-        if poll() is not None or time.monotonic() > deadline:
-            return False
+        if process.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is None:
+                process.kill()
+            run_store.update_status(run, state="failed", attempt=attempt, message=f"{name} did not start")
+            raise RunError(f"{name} did not start", where=str(log), value=log.read_text(errors="replace")[-2000:])
         time.sleep(0.02)
-    return True
+    return process
 
 
 def start_module(
@@ -62,7 +64,6 @@ def start_module(
     arguments: Sequence[str],
     log: Path,
     variables: Mapping[str, str] | None = None,
-    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start `python -m MODULE ARGUMENTS` from the run's code snapshot, with `variables` in its environment; it writes to `log`.
 
@@ -77,7 +78,7 @@ def start_module(
     with open(log, "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            stdin=stdin,
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -88,15 +89,15 @@ def start_module(
 
 
 def describe_this_process() -> dict[str, Any]:
-    """Return the `job` entry of a status that this process writes: host, PID namespace (`space`), process id and start.
-
-    The start is `started`, in seconds since the epoch, and `started_after_boot`, in seconds after the machine's boot.
-    """
+    """Return the `job` entry of a status that this process writes."""
     return describe_process(os.getpid())
 
 
 def describe_process(pid: int) -> dict[str, Any]:
-    """Return the same entry for another process on this machine."""
+    """Return host, PID namespace (`space`), process id and start of a process on this machine.
+
+    The start is `started`, in seconds since the epoch, and `started_after_boot`, in seconds after the machine's boot.
+    """
     started = psutil.Process(pid).create_time()
     identity = {"host": os.uname().nodename, "space": pid_namespace(), "pid": pid}
     return {**identity, "started": started, "started_after_boot": read_start(pid)}

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import signal
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import psutil
 
 from launcher.clusters import detached_process
 from launcher.clusters.backends import (
@@ -27,15 +22,12 @@ from launcher.hardware import device
 from launcher.plan.quantities import format_size
 from launcher.plan.run_dir import RunDir
 from launcher.runs import run_store
-from launcher.runs.run_records import RUNNING_STATES
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 # Ending takes a second, but far longer on a busy machine. An agent that is killed records no end.
 _END_DEADLINE_S = 120.0
-_RECEIPT_DEADLINE_S = 10.0
-_CANCEL_GAP_S = 0.3
 # The records of an attempt's end need more than this.
 _FULL_BYTES = 64 * 1024
 
@@ -68,24 +60,7 @@ class LocalCluster(Cluster):
         detached_process.await_end(run, _END_DEADLINE_S)
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
-        status = self.status(run)
-        agent = detached_process.find_process(status)
-        if status.state in RUNNING_STATES and status.job is not None and agent is None:
-            raise SubmitError(
-                "the run's processes are on another machine or in another container",
-                where=str(run.root),
-                value=f"process {status.job.get('pid')} on {status.job.get('host')}",
-                remedy="run the command there, in the same container",
-            )
-        if status.state not in RUNNING_STATES or agent is None:
-            raise detached_process.not_running_error(run, status)
-        agent.send_signal(signal.SIGUSR1)
-        if not save:
-            # Two identical signals that are pending at the same time are delivered as one.
-            _await_receipt(agent, signal.SIGUSR1)
-            # The first may have been enough.
-            with suppress(psutil.NoSuchProcess):
-                agent.send_signal(signal.SIGUSR1)
+        detached_process.request_cancel(run, self.status(run), save)
 
     def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
         command = fault_command(run, attempt, fault)
@@ -93,18 +68,6 @@ class LocalCluster(Cluster):
         if done.returncode:
             raise RunError("the fault could not be injected", where=str(run.root), value=done.stderr.strip())
         return read_fault_report(done.stdout)
-
-
-def _await_receipt(agent: psutil.Process, number: signal.Signals) -> None:
-    """Wait until the agent has received a signal. Its thread that listens for signals may wait long for a busy CPU."""
-    until = time.monotonic() + _RECEIPT_DEADLINE_S
-    time.sleep(_CANCEL_GAP_S)
-    with suppress(OSError):
-        while time.monotonic() < until:
-            pending = re.search(r"^ShdPnd:\s*([0-9a-f]+)$", Path(f"/proc/{agent.pid}/status").read_text(), re.MULTILINE)
-            if pending is None or not int(pending[1], 16) & 1 << number - 1:
-                return
-            time.sleep(_CANCEL_GAP_S)
 
 
 def check_here(plan: LaunchPlan) -> None:

@@ -5,46 +5,41 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import clock
 from launcher.clusters import detached_process, local, network
 from launcher.clusters.backends import Cluster
-from launcher.clusters.static_meeting import AGENT_END, Meeting, MeetingMessage
-from launcher.errors import LauncherError, SubmitError
+from launcher.clusters.static_meeting import Meeting
+from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.runs import run_store
-from launcher.runs.journal import read_node
+from launcher.runs import journal, run_store
+from launcher.runs.journal import NodeLost
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
+# The agent of a machine, which ends with that machine's command. Ctrl-C reaches only the command, which decides what it means.
+AGENT = "launcher.worker.static"
 REPEAT = "repeat the command on every machine to continue"
 _END_DEADLINE_S = 60.0
-_AGENT = "launcher.worker.static"
 _LOOK_S = 0.2
-# A line that is written to a pipe at once (PIPE_BUF); the text of a failure may be longer.
-_MAX_TEXT = 1000
 
 
 class StaticCluster(Cluster):
-    """Machines that all run the same command; see `Cluster`. `process` is the agent that this command started."""
+    """Machines that all run the same command; see `Cluster`. `agent` is the process that this command started."""
 
     drill_remedy = "start a short run, and kill the command on one machine, or send it TERM"
 
     def __init__(self, meeting: Meeting | None = None) -> None:
         self._meeting = meeting
-        self.process: NodeProcess | None = None
+        self.agent: subprocess.Popen[bytes] | None = None
 
     def check(self, plan: LaunchPlan) -> None:
         """Reject what this machine cannot run, since the others are like it; with a meeting, wait for the other machines.
@@ -83,24 +78,24 @@ class StaticCluster(Cluster):
             begun_at=clock.now(),
         )
         run_store.write_attempt(run, attempt, record)
-        self.process = NodeProcess(run, attempt, plan_path, 0, names[0], meeting.report)
-        meeting.begin(attempt, names, self.process.tell)
-        if not detached_process.await_status(run, attempt, self.process.poll):
-            message = f"the agent of {names[0]} did not start"
-            run_store.update_status(run, state="failed", attempt=attempt, message=message)
-            raise SubmitError(message, where=str(agent_log(run, attempt, 0)), remedy="read its end there")
+        arguments, variables = [str(plan_path), str(attempt), "0"], {network.NODE_NAME_VARIABLE: names[0]}
+        log, name = agent_log(run, attempt, 0), f"the agent of {names[0]}"
+        self.agent = detached_process.start(run, attempt, AGENT, arguments, log, name, variables)
+        meeting.begin(attempt, lambda node, reason: report_loss(run, attempt, node, f"{names[node]} was lost: {reason}"))
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         return [("machines", ", ".join(run_store.read_attempt(run, attempt).nodes))]
 
     def explain_lost(self, run: RunDir) -> str:
-        end = None if self.process is None else self.process.end
-        reason = end.text if end is not None and end.is_lost else "the agent of node 0 ended without recording a result"
+        attempt = run_store.newest_attempt(run)
+        if self.agent is not None:
+            report_killed_agent(run, attempt, 0, run_store.read_attempt(run, attempt).nodes[0], self.agent)
+        reason = journal.read_state(run, attempt).lost.get(0, "the agent of node 0 ended without recording a result")
         return f"{reason}; {REPEAT}{run_store.describe_storage_problem(run)}"
 
     def await_end(self, run: RunDir) -> None:
-        if self.process is not None:
-            self.process.wait(_END_DEADLINE_S)
+        if self.agent is not None:
+            await_agent(self.agent)
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         """Write the request that every agent watches for; a second request, or one without `save`, kills the ranks."""
@@ -112,60 +107,29 @@ def agent_log(run: RunDir, attempt: int, node: int) -> Path:
     return run.agent_log(attempt) if node == 0 else run.attempt(attempt) / f"agent-{node:05d}.log"
 
 
-class NodeProcess:
-    """The agent of machine `node`, which ends with this process; that machine's command starts and watches it.
-
-    `end` is how the agent's ranks have ended, or the agent itself if it left no record; None before. `report` receives it once.
-    """
-
-    def __init__(
-        self, run: RunDir, attempt: int, plan_path: Path, node: int, name: str, report: Callable[[MeetingMessage], None]
-    ) -> None:
-        """Start the agent from the run's code; its output goes to its log in the attempt's folder."""
-        arguments, log = [str(plan_path), str(attempt), str(node)], agent_log(run, attempt, node)
-        variables = {network.NODE_NAME_VARIABLE: name}
-        # Ctrl-C reaches only this process, which decides what it means.
-        self._process = detached_process.start_module(run, _AGENT, arguments, log, variables, subprocess.PIPE)
-        self.end: MeetingMessage | None = None
-
-        def watch() -> None:
-            while self.end is None:
-                code, record = self._process.poll(), None
-                # Storage may fail for a while.
-                with suppress(OSError, LauncherError):
-                    record = read_node(run, attempt, node)
-                if record is not None:
-                    failure = record.first_failure
-                    self.end = MeetingMessage(AGENT_END, "" if failure is None else failure.line, node)
-                elif code is not None:
-                    names = {-number: number.name for number in signal.Signals}
-                    how = f"was killed by {names[code]}" if code in names else f"ended with exit code {code} and left no record"
-                    self.end = MeetingMessage(AGENT_END, f"the agent of {name} {how}", node, is_lost=True)
-                else:
-                    time.sleep(_LOOK_S)
-            report(self.end)
-
-        threading.Thread(target=watch, name="agent", daemon=True).start()
-
-    def tell(self, end: MeetingMessage) -> None:
-        """Tell the agent how that of another machine has ended."""
-        line = json.dumps(asdict(replace(end, text=end.text[:_MAX_TEXT]))).encode() + b"\n"
-        assert self._process.stdin is not None
+def report_loss(run: RunDir, attempt: int, node: int, text: str) -> None:
+    """Tell the agents of all machines that one is lost; only the first reason counts."""
+    while True:
+        # Storage may fail for a while.
         with suppress(OSError):
-            os.write(self._process.stdin.fileno(), line)
+            return journal.append(run, attempt, NodeLost(node=node, text=text))
+        time.sleep(_LOOK_S)
 
-    def poll(self) -> int | None:
-        """Return the exit code, None while the agent runs."""
-        return self._process.poll()
 
-    def wait(self, deadline_s: float) -> None:
-        """Wait for the agent to end; kill it after `deadline_s` seconds."""
-        try:
-            self._process.wait(deadline_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+def report_killed_agent(run: RunDir, attempt: int, node: int, name: str, agent: subprocess.Popen[bytes]) -> None:
+    """Report the loss of machine `node` if its agent has ended and left no record."""
+    if (code := agent.poll()) is None:
+        return
+    state = journal.read_state(run, attempt)
+    if node not in state.nodes and node not in state.lost:
+        end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} and left no record"
+        report_loss(run, attempt, node, f"the agent of {name} {end}")
 
-    def send_signal(self, number: int) -> None:
-        """Send a signal; do nothing if the agent has ended."""
-        self._process.send_signal(number)
+
+def await_agent(agent: subprocess.Popen[bytes]) -> None:
+    """Wait for an agent whose attempt has ended; kill it if that takes too long."""
+    try:
+        agent.wait(_END_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        agent.kill()
+        agent.wait()

@@ -98,7 +98,8 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
     """
     if last.cause in FINAL:
         return Decision(False, FINAL[last.cause], last.message)
-    if last.cause is Cause.USER_ERROR:
+    # Whoever repeats the command of a backend that does not continue runs may have corrected the settings, or the machine.
+    if last.cause is Cause.USER_ERROR and budgets.continues_by_itself:
         return Decision(False, "failed", last.message)
     attempts = [*history, last]
     reason = describe_repetition(attempts) or _describe_spent_budget(attempts, budgets)
@@ -106,7 +107,8 @@ def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSect
         return Decision(False, "failed", "; ".join(filter(None, (last.message, reason))))
     # A failed check may be temporary: a run that has begun gets one more attempt with the same nodes.
     is_first_failed_check = bool(history) and history[-1].cause is not Cause.BAD_NODE
-    if last.cause is Cause.BAD_NODE and not budgets.leaves_out_bad_nodes and not is_first_failed_check:
+    needs_repair = budgets.continues_by_itself and not budgets.leaves_out_bad_nodes and not is_first_failed_check
+    if last.cause is Cause.BAD_NODE and needs_repair:
         doctor = launcher_command("doctor", f"+cluster={budgets.kind}")
         return Decision(False, "failed", f"{last.message}; {budgets.bad_node_remedy}; check the nodes with: {doctor}")
     bad_nodes = dict.fromkeys(node for attempt in attempts[_find_newest_progress(attempts) :] for node in attempt.bad_nodes)

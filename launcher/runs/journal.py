@@ -131,6 +131,18 @@ class NodeEnded(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeLost(Event):
+    """Another process: a node has left no record of its own because of `text`, such as `n2 was lost: Connection timed out`."""
+
+    node: int
+    text: str
+
+    @property
+    def writer(self) -> str:
+        return f"lost-{self.node:05d}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttemptConcluded(Event):
     """The verdict: why the attempt ended, and the state of the run that follows.
 
@@ -163,6 +175,7 @@ KINDS: Mapping[str, type[Event]] = {
         RepeatableFailure,
         RanksRestarted,
         NodeEnded,
+        NodeLost,
         AttemptConcluded,
         StatusChanged,
     )
@@ -178,6 +191,7 @@ class AttemptState:
         repeatable: the earliest failure that a restart would repeat.
         restarts: of all ranks within the attempt, oldest first.
         nodes: how the nodes ended, keyed by number; a node that has not ended, or could not report it, is missing.
+        lost: why nodes left no record, as first reported, keyed by number; a node in `nodes` has left one after all.
         ended: the verdict on the attempt.
         status: the run's status at its last change.
     """
@@ -186,6 +200,7 @@ class AttemptState:
     repeatable: FailureRecord | None = None
     restarts: tuple[RanksRestarted, ...] = ()
     nodes: Mapping[int, NodeEnded] = field(default_factory=dict)
+    lost: Mapping[int, str] = field(default_factory=dict)
     ended: AttemptConcluded | None = None
     status: Status | None = None
 
@@ -193,7 +208,8 @@ class AttemptState:
 def fold(events: Iterable[Event]) -> AttemptState:
     """Return the state that events add up to. Pure.
 
-    Of one writer's events the last one counts. Nothing depends on the order of different writers, whose clocks differ.
+    Of one writer's events the last one counts, but of the reports of a loss the first. Nothing depends on the order of different
+    writers, whose clocks differ.
     """
     of: dict[type[Event], list[Any]] = defaultdict(list)
     for event in events:
@@ -205,6 +221,7 @@ def fold(events: Iterable[Event]) -> AttemptState:
         repeatable=None if repeatable is None else repeatable.failure,
         restarts=tuple(of[RanksRestarted]),
         nodes={event.node: event for event in of[NodeEnded]},
+        lost={event.node: event.text for event in reversed(of[NodeLost])},
         ended=ended,
         status=None if changed is None else replace(changed.status, updated_at=changed.at),
     )

@@ -322,10 +322,12 @@ def _describe_failure(failure: FailureRecord | None) -> str:
 
 def judge(run: RunDir, number: int, attempt: Attempt, lead_s: float, evidence: Evidence) -> Ending:
     """Return why attempt `number` of a managed run ended; `lead_s` is how long before its end the job is asked to save."""
+    state = journal.read_state(run, number)
     evidence = replace(
         evidence,
+        silence={**{attempt.nodes[node]: text for node, text in state.lost.items()}, **evidence.silence},
         attempt=attempt,
-        journal=journal.read_state(run, number),
+        journal=state,
         step=newest_trained_step(run, run_store.read_status(run)),
         is_cancelled=run.cancel(number).is_file() or evidence.state == "CANCELLED",
         lead_s=lead_s,
@@ -392,8 +394,12 @@ class Conclusion:
             write_if_possible(lambda: append_event(run, number, "alert", alert, self.ending.step))
 
     def record(self, run: RunDir, number: int, decided: bool = True) -> None:
-        """Record the verdict; `decided` is False if the next start of the run makes the decision."""
-        verdict = AttemptConcluded(
+        """Record the verdict; see `verdict`."""
+        journal.append(run, number, self.verdict(decided))
+
+    def verdict(self, decided: bool = True) -> AttemptConcluded:
+        """Return the event for the journal; `decided` is False if the next start of the run makes the decision."""
+        return AttemptConcluded(
             state=self.decision.state if decided else "failed",
             step=self.ending.step,
             message=self.ending.message,
@@ -405,7 +411,6 @@ class Conclusion:
             # A later start cannot know when the attempt ended.
             ended_at=clock.now() if decided else None,
         )
-        journal.append(run, number, verdict)
 
 
 def conclude(run: RunDir, number: int, attempt: Attempt, section: ManagedSection, evidence: Evidence) -> Conclusion:

@@ -16,6 +16,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,7 +35,7 @@ from launcher.config.sections.cluster import ManagedSection
 from launcher.errors import LauncherError, Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.runs import journal, json_records, run_store
+from launcher.runs import atomic_files, journal, json_records, run_records, run_store
 from launcher.runs.journal import FailureRecord, NodeEnded, RanksRestarted
 from launcher.runs.run_records import Attempt
 from launcher.security.folders import private_variables
@@ -52,6 +54,8 @@ from launcher.worker.signals import CANCEL, Stopper
 # Nodes usually start within seconds of each other; a prologue, a container or a slow file system may take minutes. Before a
 # restart, stopping the ranks can take half a minute.
 _MEET_DEADLINE_S = 300.0
+# How often to look for requests in the run directory.
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,23 @@ class NodeAgent:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))
         ranks.warm_up(plan_path, os.environ)
         return cls(plan, plan_path, RunDir(Path(plan.run_dir)), attempt, stopper, ranks, started_at)
+
+    def watch_requests(self, look: Callable[[], None] = lambda: None) -> None:
+        """Follow requests to cancel that any machine has written, in a thread; it calls `look` as often as it looks."""
+        is_shared = not self.plan.config.cluster.is_this_machine
+
+        def watch() -> None:
+            while True:
+                # Storage may fail for a while.
+                with suppress(OSError, LauncherError):
+                    if is_shared:
+                        atomic_files.refresh_directory(self.run.attempt(self.attempt))
+                    if (request := run_records.read_cancel(self.run, self.attempt)) is not None:
+                        self.stopper.cancel(request.save)
+                    look()
+                time.sleep(_LOOK_S)
+
+        threading.Thread(target=watch, name="requests", daemon=True).start()
 
     def supervise(
         self,

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from launcher.clusters import network
 from launcher.clusters import static_meeting as module
-from launcher.clusters.static_meeting import (
-    AGENT_END,
-    END,
-    JOIN,
-    LOST,
-    READY,
-    Connection,
-    Meeting,
-    MeetingMessage,
-    head_endpoint,
-    join,
-    marker,
-)
+from launcher.clusters.static_meeting import END, Connection, Join, Meeting, Notice, head_endpoint, join, marker
 from launcher.config.sections.static import NodeIdentity
-from launcher.errors import ConfigError, LauncherError, SubmitError
+from launcher.errors import LauncherError, SubmitError
 
 COMMAND = {"train.max_steps": "4", "model.name": "tiny"}
 
@@ -38,7 +30,6 @@ def port() -> int:
 
 @pytest.fixture
 def head(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Meeting]]:
-    monkeypatch.setattr(module, "LOST_S", 3.0)
     monkeypatch.setattr(module, "_LINGER_S", 1.0)
     opened: list[Meeting] = []
 
@@ -52,23 +43,22 @@ def head(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 class Machine:
-    """A machine that joins in a thread. `outcome` is the message READY or END, or the error."""
+    """A machine that joins in a thread. `outcome` is the attempt that begins, why nothing is left to do, or the error."""
 
     def __init__(
         self,
         port: int,
         run: Path,
         node: int = 1,
-        nodes: int = 2,
         command: dict[str, str] = COMMAND,
         describe_end: Callable[[], str | None] = lambda: None,
     ) -> None:
-        self.connection: Connection | None = None
-        self._outcome: MeetingMessage | LauncherError | None = None
+        self._outcome: int | str | LauncherError | None = None
 
         def wait() -> None:
             try:
-                self._outcome, self.connection = join(NodeIdentity(node, nodes, "127.0.0.1", port), run, command, describe_end)
+                joined = join(NodeIdentity(node, 2, "127.0.0.1", port), run, command, describe_end)
+                self._outcome, self.connection = (joined, None) if isinstance(joined, str) else joined
             except LauncherError as error:
                 self._outcome = error
 
@@ -76,26 +66,26 @@ class Machine:
         self._thread.start()
 
     @property
-    def outcome(self) -> MeetingMessage | LauncherError | None:
+    def outcome(self) -> int | str | LauncherError | None:
         self._thread.join(60)
         return self._outcome
 
-    def read(self) -> MeetingMessage:
+    def read(self) -> Notice:
+        assert self.outcome == 7
         assert self.connection is not None
-        return next(self.connection.messages)
+        return self.connection.receive(Notice)
 
-
-def begin(meeting: Meeting, ends: list[MeetingMessage]) -> tuple[str, ...]:
-    names = meeting.await_everyone()
-    meeting.begin(7, names, ends.append)
-    return names
+    def leave(self) -> None:
+        assert self.outcome == 7
+        assert self.connection is not None
+        self.connection.close()
 
 
 def wait_until(condition: Callable[[], object]) -> None:
     until = time.monotonic() + 20
-    while not condition() and time.monotonic() < until:
+    while not condition():
+        assert time.monotonic() < until
         time.sleep(0.02)
-    assert condition()
 
 
 def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
@@ -106,21 +96,17 @@ def test_a_machine_that_comes_first_waits_and_gets_this_start_s_attempt(
     machine = Machine(port, tmp_path / "run")
     time.sleep(0.4)
     meeting = head()
-    names = begin(meeting, [])
-    assert len(set(names)) == 2
-    assert machine.outcome == MeetingMessage(READY, attempt=7, names=names)
-    assert not marker(tmp_path / "run").exists()
+    assert len(set(meeting.await_everyone())) == 2
+    meeting.begin(7, lambda node, reason: None)
+    assert machine.outcome == 7
     # A repeated command does not join an attempt that runs, and learns how it ends when nothing listens any more.
     late = Machine(port, tmp_path / "run", describe_end=lambda: "the run is completed")
-    time.sleep(0.4)
+    wait_until(lambda: "begun without this command" in capsys.readouterr().out)
     threading.Thread(target=meeting.close, args=(130, "cancelled")).start()
-    assert machine.read() == MeetingMessage(END, "cancelled", code=130)
-    assert machine.connection is not None
-    machine.connection.close()
-    assert late.outcome == MeetingMessage(END, "the run is completed")
-    output = capsys.readouterr().out
-    assert f"node 1 of 2: waiting for node 0 at 127.0.0.1:{port}" in output
-    assert "begun without this command" in output
+    assert machine.read() == Notice(END, "cancelled", code=130)
+    machine.leave()
+    assert late.outcome == "the run is completed"
+    wait_until(lambda: not marker(tmp_path / "run").exists())
 
 
 @pytest.mark.parametrize("code", [0, 2])
@@ -130,12 +116,8 @@ def test_nothing_left_to_do_and_a_refusal_reach_a_machine_that_is_a_moment_late(
     meeting = head()
     threading.Thread(target=meeting.close, args=(code, "because of this")).start()
     outcome = Machine(port, tmp_path / "run").outcome
-    if code == 0:
-        assert isinstance(outcome, MeetingMessage)
-        assert (outcome.kind, outcome.text) == (END, "because of this")
-    else:
-        assert isinstance(outcome, SubmitError)
-        assert "because of this" in str(outcome)
+    assert outcome == "because of this" if code == 0 else isinstance(outcome, SubmitError)
+    assert "because of this" in str(outcome)
 
 
 def test_machines_that_do_not_come_are_named_on_both_sides(
@@ -151,24 +133,27 @@ def test_machines_that_do_not_come_are_named_on_both_sides(
 @pytest.mark.parametrize(
     "changes, where",
     [
-        ({"nodes": 3}, "cluster.nodes"),
         ({"node": 0}, "cluster.node_rank"),
-        ({"elsewhere": True}, "run.root"),
-        ({"command": {**COMMAND, "train.max_steps": "5"}}, "command line"),
+        # Acts as if node 0 wrote the number to a different folder.
+        ({"is_unshared": True}, "run.root"),
+        ({"command": {**COMMAND, "train.max_steps": "5"}}, "train.max_steps"),
     ],
 )
 def test_machines_that_do_not_belong_together_are_refused(
-    tmp_path: Path, port: int, head: Callable[..., Meeting], changes: dict, where: str
+    tmp_path: Path, port: int, head: Callable[..., Meeting], changes: dict, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "SHARED_S", 0.5)
     meeting = head()
-    run = tmp_path / "other" / "run" if changes.pop("elsewhere", False) else tmp_path / "run"
+    run = tmp_path / "run"
+    if changes.pop("is_unshared", False):
+        marker(run).unlink()
     machine = Machine(port, run, **changes)
-    with pytest.raises(LauncherError) as caught:
+    with pytest.raises(SubmitError) as caught:
         meeting.await_everyone()
     (problem,) = caught.value.problems
     assert problem.where == where
     assert problem.message in str(machine.outcome)
-    if where == "command line":
+    if where == "train.max_steps":
         assert problem.value == "train.max_steps: 5 there, 4 on node 0"
 
 
@@ -177,73 +162,105 @@ def test_two_commands_with_one_index_are_refused_and_a_restarted_one_is_not(
 ) -> None:
     meeting = head()
     killed = Connection(socket.create_connection(("127.0.0.1", port)))
-    killed.send(MeetingMessage(JOIN, "a", node=1, nodes=2, run=str(tmp_path / "run"), command=COMMAND))
-    next(killed.messages)
+    killed.send(Join(1, "a", sees_root=True, command=COMMAND))
+    wait_until(lambda: meeting._members)
     killed.close()
     wait_until(lambda: not meeting._members)
     Machine(port, tmp_path / "run")
     assert len(meeting.await_everyone()) == 2
     second = Machine(port, tmp_path / "run")
     assert "two commands claim to be node 1" in str(second.outcome)
-    with pytest.raises(ConfigError, match="two commands claim to be node 1"):
+    with pytest.raises(SubmitError, match="two commands claim to be node 1"):
         meeting.await_everyone()
 
 
-def test_a_run_root_that_is_not_shared_is_named(
-    tmp_path: Path, port: int, head: Callable[..., Meeting], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Removing the number's file without telling node 0 acts as if node 0 wrote it to a different folder."""
-    monkeypatch.setattr(module, "SHARED_S", 1.0)
-    meeting = head()
-    marker(tmp_path / "run").unlink()
-    Machine(port, tmp_path / "run")
-    with pytest.raises(SubmitError) as caught:
-        meeting.await_everyone()
-    (problem,) = caught.value.problems
-    assert (problem.where, problem.value) == ("run.root", str(tmp_path))
-
-
-def test_the_end_of_an_agent_and_the_loss_of_a_machine_reach_all_others(
+def test_a_machine_whose_connection_closes_is_lost_and_one_that_only_waits_is_not(
     tmp_path: Path, port: int, head: Callable[..., Meeting]
 ) -> None:
-    meeting, ends = head(nodes=4), list[MeetingMessage]()
-    machines = [Machine(port, tmp_path / "run", node, 4) for node in (1, 2, 3)]
-    names = begin(meeting, ends)
-    first, second, third = machines
-    assert all(isinstance(machine.outcome, MeetingMessage) and machine.connection for machine in machines)
-    first.connection.send(MeetingMessage(AGENT_END, "rank 1: out of memory", 1))
-    failed = MeetingMessage(AGENT_END, "rank 1: out of memory", 1)
-    assert [second.read(), third.read()] == [failed, failed]
-    # Its connection closes, as that of a command that was killed.
-    second.connection.close()
-    closed = MeetingMessage(AGENT_END, f"{names[2]} was lost: its command has ended", 2, is_lost=True)
-    assert third.read() == closed
-    # It falls silent, as a machine that has lost power: its connection stays open.
-    third.connection._closed.set()
-    wait_until(lambda: len(ends) == 3)
-    assert ends == [failed, closed, MeetingMessage(AGENT_END, f"{names[3]} was lost: no sign of life for 3s", 3, is_lost=True)]
-    # The first machine still shows that it is alive.
-    assert set(meeting._members) == {1}
+    meeting, lost = head(nodes=4), list[tuple[int, str]]()
+    machines = [Machine(port, tmp_path / "run", node) for node in (1, 2, 3)]
+    meeting.await_everyone()
+    meeting.begin(7, lambda node, reason: lost.append((node, reason)))
+    machines[1].leave()
+    wait_until(lambda: lost)
+    assert lost == [(2, "its command has ended")]
+    assert set(meeting._members) == {1, 3}
+
+
+SILENT = """
+import socket, sys, time
+from launcher.clusters.static_meeting import Connection, Notice
+connection = Connection(socket.create_connection((sys.argv[1], int(sys.argv[2]))))
+print("connected", flush=True)
+try:
+    connection.receive(Notice)
+except OSError as error:
+    print(error.strerror or error)
+"""
+
+
+def test_a_machine_that_falls_silent_is_lost(tmp_path: Path) -> None:
+    """A machine in a network of its own loses its link, as if it had lost power: both sides notice."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a network")
+    name, here, there = f"lost{os.getpid() % 10000}", "10.213.7.1", "10.213.7.2"
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, timeout=20)
+
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", f"{name}a", "type", "veth", "peer", "name", f"{name}b", "netns", name)
+        ip("addr", "add", f"{here}/30", "dev", f"{name}a")
+        ip("link", "set", f"{name}a", "up")
+        ip("-n", name, "addr", "add", f"{there}/30", "dev", f"{name}b")
+        ip("-n", name, "link", "set", f"{name}b", "up")
+        environment = {**os.environ, "LAUNCHER_LOST_NODE_SECONDS": "6"}
+        with socket.create_server((here, 0)) as listener:
+            words = ["ip", "netns", "exec", name, sys.executable, "-c", SILENT, here, str(listener.getsockname()[1])]
+            with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as machine:
+                listener.settimeout(60)
+                connected, _ = listener.accept()
+                assert machine.stdout is not None
+                assert machine.stdout.readline() == "connected\n"
+                time.sleep(8)
+                assert machine.poll() is None, "a machine that only waits is not lost"
+                ip("-n", name, "link", "set", f"{name}b", "down")
+                assert machine.stdout.readline() == "Connection timed out\n"
+                connected.close()
+    finally:
+        ip("netns", "delete", name)
 
 
 def test_a_machine_whose_node_0_ends_is_told(tmp_path: Path, port: int, head: Callable[..., Meeting]) -> None:
     machine = Machine(port, tmp_path / "run")
     meeting = head()
     meeting.await_everyone()
-    meeting._members[1].connection.close()
+    end_connection(meeting, 1)
     assert "node 0 ended before its plan was ready" in str(machine.outcome)
     machine = Machine(port, tmp_path / "run")
-    begin(meeting, [])
-    assert isinstance(machine.outcome, MeetingMessage)
-    meeting._members[1].connection.close()
-    assert machine.read() == MeetingMessage(LOST, "its command has ended")
+    meeting.await_everyone()
+    meeting.begin(7, lambda node, reason: None)
+    end_connection(meeting, 1)
+    with pytest.raises(OSError, match="its command has ended"):
+        machine.read()
+
+
+def end_connection(meeting: Meeting, node: int) -> None:
+    """As the end of node 0's process does."""
+    copy = socket.socket(fileno=os.dup(meeting._members[node][0]._framed.fileno()))
+    copy.shutdown(socket.SHUT_RDWR)
+    copy.close()
+    wait_until(lambda: node not in meeting._members)
 
 
 def test_another_program_at_the_port_is_no_machine(port: int, head: Callable[..., Meeting]) -> None:
     meeting = head()
     with socket.create_connection(("127.0.0.1", port), timeout=20) as other:
         other.sendall(b"GET / HTTP/1.1\n\n")
-        assert other.recv(1 << 16) == b""
+        with suppress(ConnectionResetError):
+            while other.recv(1 << 16):
+                pass
     assert not meeting._members
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,9 @@ class Machine:
         env: Mapping[str, str],
         wrapper: tuple[str, ...],
         step_s: float,
+        address: str,
     ) -> None:
-        variables = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        variables = {"NNODES": "2", "NODE_RANK": str(node), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         variables["LAUNCHER_LOST_NODE_SECONDS"] = str(LOST_S)
         options |= {"env": {**env, **slow_steps(step_s), **variables}, "cwd": env["PYTHONPATH"]}
@@ -74,8 +75,8 @@ def machines(
     """`machines(NODE, *WORDS)` starts the command of a machine; all machines use the same port. See forked_stack.py."""
     port, started = free_port("127.0.0.1"), []
 
-    def begin(node: int, *words: str, wrapper: tuple[str, ...] = (), step_s: float = 0.3) -> Machine:
-        started.append(Machine(torch_server(), node, port, words, launcher_env, wrapper, step_s))
+    def begin(node: int, *words: str, wrapper: tuple[str, ...] = (), step_s: float = 0.3, address: str = "127.0.0.1") -> Machine:
+        started.append(Machine(torch_server(), node, port, words, launcher_env, wrapper, step_s, address))
         return started[-1]
 
     yield begin
@@ -188,9 +189,9 @@ def attempts_with_steps(run: Path) -> dict[int, dict[int, float]]:
 
 @pytest.mark.rest
 def test_a_lost_machine_and_a_run_root_of_its_own_are_named(machines: Callable[..., Machine], runs: Path) -> None:
-    """First the second machine has its own file system at run.root; then all its processes are suspended at once."""
+    """First the second machine has its own file system at run.root; then it loses its network."""
     if os.geteuid() != 0:
-        pytest.skip("only root can mount a file system")
+        pytest.skip("only root can mount a file system and make a network")
     words, run = train(runs, "apart", "train.max_steps=100000", "checkpoint.save_every=2"), runs / "apart"
     runs.mkdir(exist_ok=True)
     own = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(runs))
@@ -201,20 +202,41 @@ def test_a_lost_machine_and_a_run_root_of_its_own_are_named(machines: Callable[.
         assert "every machine mounts under the same path" in output
     assert not run.exists()
 
-    # A forked process would have read LAUNCHER_LOST_NODE_SECONDS before.
-    head, other = (machines(node, *words, wrapper=("env",)) for node in (0, 1))
-    wait_for("a checkpoint", lambda: has_checkpoint(run), DEADLINE_S)
-    agent = other.agent
-    for process in (agent, *agent.children(recursive=True), psutil.Process(other.process.pid)):
-        with suppress(psutil.NoSuchProcess):
-            process.suspend()
-    # Suspended processes keep their connections open, as do those of a machine that loses power.
-    code, output = head.end()
+    # Cut off before it is killed, as a machine that loses power: nothing of it reaches node 0.
+    with network_of_its_own() as (namespace, address):
+        head = machines(0, *words, wrapper=("env",), address=address)
+        other = machines(1, *words, wrapper=("ip", "netns", "exec", namespace), address=address)
+        wait_for("a checkpoint", lambda: has_checkpoint(run), DEADLINE_S)
+        ip("-n", namespace, "link", "set", "eth0", "down")
+        other.process.kill()
+        code, output = head.end()
     assert code == 1, output
-    assert "-1 was lost: no sign of life for" in output
-    for process in (*agent.children(recursive=True), agent, psutil.Process(other.process.pid)):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    assert re.search("-1 was lost: (Connection timed out|No route to host)", output), output
+    assert "repeat the command on every machine to continue" in output
+
+
+@contextmanager
+def network_of_its_own() -> Iterator[tuple[str, str]]:
+    """A network namespace with a link to this machine, by name, and this machine's address on the link."""
+    name, address = f"static{os.getpid() % 100000}", "10.213.8.1"
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("addr", "add", f"{address}/30", "dev", name)
+        ip("link", "set", name, "up")
+        for words in (
+            ("addr", "add", "10.213.8.2/30", "dev", "eth0"),
+            ("link", "set", "eth0", "up"),
+            ("link", "set", "lo", "up"),
+        ):
+            ip("-n", name, *words)
+        yield name, address
+    finally:
+        ip("netns", "delete", name)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, timeout=20)
 
 
 def test_a_run_without_a_name_or_a_shared_folder_is_refused(launch_here: Launch, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from launcher.runs.journal import (
     Event,
     FailureRecord,
     NodeEnded,
+    NodeLost,
     RanksRestarted,
     RepeatableFailure,
     StatusChanged,
@@ -35,6 +36,7 @@ EVENTS: tuple[tuple[Event, str], ...] = (
     (RepeatableFailure(failure=FAILURE), "rank-00003"),
     (RanksRestarted(first_failure=FAILURE, saved_step=20), "node-00000"),
     (NODE, "node-00001"),
+    (NodeLost(node=0, text="n1 was lost: Connection timed out"), "lost-00000"),
     (ENDED, "attempt"),
     (StatusChanged(status=Status("running", 1, 20, 40, {"pid": 7, "host": "n1"}, "loading", 1.0, 2.0)), "attempt"),
 )

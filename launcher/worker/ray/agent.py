@@ -17,7 +17,6 @@ from launcher.child_process import die_with_parent
 from launcher.errors import LauncherError
 from launcher.runs import run_store
 from launcher.worker import postmortem
-from launcher.worker.cancel_watch import watch_for_cancel
 from launcher.worker.ray.train_function import agent_log
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.supervise import NodeAgent
@@ -40,7 +39,7 @@ def main(plan_path: str, attempt: int) -> int:
         postmortem.reserve_disk_space(run, attempt)
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=attempt, message="starting")
-    watch_for_cancel(run, attempt)
+    agent.watch_requests()
     agent.supervise(place, number, agent_log(run, attempt, number))
     return 0
 
