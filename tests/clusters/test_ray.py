@@ -6,11 +6,8 @@ import json
 import math
 import os
 import pwd
-import signal
 import socket
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -214,33 +211,6 @@ def test_a_local_run_is_failed_after_a_reboot_or_without_sign_of_life(run: RunDi
     while not run.alive.exists():
         assert time.monotonic() < deadline
     assert LocalCluster().status(run).state == "running"
-
-
-def test_a_local_run_may_end_before_it_is_asked_a_second_time_to_stop_at_once(run: RunDir) -> None:
-    with subprocess.Popen(["sleep", "60"]) as agent:
-        run_store.update_status(run, state="running", attempt=1, job=identity_of(agent))
-        reaper = threading.Thread(target=agent.wait)
-        reaper.start()
-        LocalCluster().cancel(run, save=False)
-        reaper.join(10)
-    assert agent.returncode == -signal.SIGUSR1
-
-
-def test_a_local_agent_receives_both_signals_of_a_cancel_without_saving_however_busy_the_machine_is(run: RunDir) -> None:
-    """The agent blocks the signal, as launcher.worker.signals does, and reads both only after a second."""
-    code = (
-        "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})\nprint(flush=True)\ntime.sleep(1)\n"
-        "for _ in range(2):\n signal.sigwait({signal.SIGUSR1})"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as agent:
-        assert agent.stdout is not None
-        agent.stdout.readline()
-        run_store.update_status(run, state="running", attempt=1, job=identity_of(agent))
-        LocalCluster().cancel(run, save=False)
-        try:
-            assert agent.wait(20) == 0
-        finally:
-            agent.kill()
 
 
 def test_the_second_cancel_skips_the_save_and_the_third_kills_the_driver(run: RunDir) -> None:

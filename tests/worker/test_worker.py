@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,8 @@ import pytest
 from fake_nvml import H100, OTHER, driver
 from hand_made import event_texts
 
+from launcher.clusters import detached_process
+from launcher.clusters.local import LocalCluster
 from launcher.errors import RunError
 from launcher.plan.gpu_types import Price
 from launcher.plan.launch_plan import Topology
@@ -25,6 +28,7 @@ from launcher.tracking.jsonl import read_events
 from launcher.worker import local, supervise
 from launcher.worker.checks import gpus, machine
 from launcher.worker.ranks.rank_env import RankEnv
+from launcher.worker.signals import CANCEL
 
 pytestmark = pytest.mark.rest
 
@@ -152,6 +156,26 @@ def test_a_local_run_on_gpus_checks_them_beside_the_imports_and_gives_ranks_the_
     for part, text in zip(expected, texts, strict=False):
         assert part in text
     assert "(stale)" in texts[2]
+
+
+@pytest.mark.parametrize("save, number", [(True, CANCEL), (False, signal.SIGKILL)])
+def test_a_cancel_request_in_the_run_directory_reaches_the_ranks(tmp_path: Path, save: bool, number: signal.Signals) -> None:
+    plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS)
+    run, sent, is_sent = hand_made.run(plan, Attempt(None)), list[int](), threading.Event()
+
+    def send(received: int) -> None:
+        sent.append(received)
+        if received == number:
+            is_sent.set()
+
+    stopper = supervise.Stopper(60.0, {}, send)
+    agent = supervise.NodeAgent(plan, str(run.plan), run, 1, stopper, supervise.RankProcesses(tmp_path), 0.0)
+    run_store.update_status(run, state="running", attempt=1, job=detached_process.describe_this_process())
+    LocalCluster().cancel(run, save=save)
+    agent.watch_requests()
+    assert is_sent.wait(20)
+    stopper.disarm()
+    assert save is (signal.SIGKILL not in sent)
 
 
 def test_answers_that_do_not_start_leave_no_mirror_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
