@@ -39,7 +39,7 @@ def open_cache(folder: str, digest: str) -> dict[str, float]:
     times = {}
     began = time.perf_counter()
     split = Split.open(facts)
-    batches = TrainBatches(split, batch, seed=1, rank=0, world_size=2, pad_id=0)
+    batches = TrainBatches(split, batch, seed=1, data_rank=0, data_ranks=2, pad_id=0)
     times["open_ms"] = (time.perf_counter() - began) * 1000
     times["added_mb"] = resident_mb()[0] - rss
     for step in (0, 1, 100_000, 100_001):

@@ -52,7 +52,8 @@ def main() -> None:
         plain = AutoModelForCausalLM.from_pretrained(plan.model.path, dtype=torch.float32, attn_implementation="sdpa").eval()
         engine, model = build_engine(plan, RankInfo(0, 0, 1, 1))
         batches = RowBatches(Split.open(plan.data), plan.batch.micro_batch_size, pad_id=0, rows=np.arange(args.rows))
-        scorer = Scorer(engine, model, OBJECTIVES["supervised"], RankInfo(0, 0, 1, 1), torch.device("cpu"))
+        alone = plan.topology.model_copy(update={"world_size": 1})
+        scorer = Scorer(engine, model, OBJECTIVES["supervised"], RankInfo(0, 0, 1, 1), torch.device("cpu"), alone)
         rates: dict[str, list[float]] = {PLAIN: [], LAUNCHER: []}
         largest_difference = 0.0
         # The first round is a warm-up for both sides.

@@ -266,7 +266,7 @@ def _write_rows(plan: LaunchPlan, steps: int, file: Path) -> None:
     split, batch = Split.open(plan.data), plan.batch
     # One rank and one micro-batch give whole global batches, in order.
     whole = batch.model_copy(update={"micro_batch_size": batch.global_batch_size, "accumulation": 1})
-    order = TrainBatches(split, whole, plan.config.run.seed, rank=0, world_size=1, pad_id=0)
+    order = TrainBatches(split, whole, plan.config.run.seed, data_rank=0, data_ranks=1, pad_id=0)
     rows = np.concatenate([np.array(order.step(step).row_ids) for step in range(steps)])
     lengths = split.row_lengths(rows)
     shape = (len(rows), int(lengths.max()))

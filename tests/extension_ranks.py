@@ -150,7 +150,9 @@ def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
     rank_info, plan = join(), LaunchPlan.load(plan_path)
     engine, model = build_engine(plan, rank_info)
     device, objective, batch = torch.device("cpu"), OBJECTIVES["label_smoothed"], _step_batch()
-    evaluator = Evaluator(Scorer(engine, model, objective, rank_info, device), [EvalRows("rows", _TwoRows(batch))], noop)
+    evaluator = Evaluator(
+        Scorer(engine, model, objective, rank_info, device, plan.topology), [EvalRows("rows", _TwoRows(batch))], noop
+    )
     timer, monitor = StepTimer(device), SimpleNamespace(beat=noop)
     parts = SimpleNamespace(engine=engine, objective=objective, timer=timer, monitor=monitor, evaluator=evaluator)
     run_dir = RunDir(Path(plan.run_dir))

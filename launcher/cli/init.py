@@ -31,7 +31,7 @@ from launcher.config.sections.model import is_local_path, is_run
 from launcher.errors import ConfigError, LauncherError, raise_reported
 from launcher.models.found_model import find_model
 from launcher.plan.architecture import model_facts
-from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
+from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Topology
 from launcher.plan.planner import choose_topology, device_gib
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.quantities import format_count
@@ -257,7 +257,7 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     )
     topology = choose_topology(config, gathered)
     is_demo = not data and all(source.path == STDLIB_DOCS for source in config.data.sources)
-    machine = Machine(topology.world_size, topology.device, device_gib(config, gathered))
+    machine = Machine(topology.data_ranks, topology.device, device_gib(config, gathered))
     chosen = list_chosen(composed)
     if not is_demo:
         suggestions = suggest(num_params, max_positions, sample, machine, chosen)
@@ -274,7 +274,7 @@ def fit_settings(composed: Composed, data: str | None) -> StarterSettings:
     config = apply_changes(config, {"model.dtype": composed.config.model.dtype})
     reasons = {one.key: one.reason for one in (*suggestions, *of_data, *offload)}
     reasons["model"] = "a preset (listed by plan --help), or `path:` with a folder or a Hub id below `model:`"
-    machines = _describe_machines(machine, node, config)
+    machines = _describe_machines(topology, node, config)
     others = ", ".join(kind for kind in BACKENDS if kind != config.cluster.kind)
     reasons["cluster"] = f"fitted to {machines}. Number of nodes and site settings are keys below; other clusters: {others}"
     return StarterSettings(config, reasons, _describe_data(sample_report, data), assumptions, machines)
@@ -347,10 +347,10 @@ def _fit_offload(
     return changed, [Suggestion("deepspeed", _OFFLOAD, reason)]
 
 
-def _describe_machines(machine: Machine, node: DeviceFacts, config: RunConfig) -> str:
+def _describe_machines(topology: Topology, node: DeviceFacts, config: RunConfig) -> str:
     """Describe the machines that the settings are for, such as `16 GPUs of type H100-80GB on 2 nodes (slurm)`."""
-    count, nodes = machine.world_size, config.cluster.nodes
-    if machine.device != "cuda":
+    count, nodes = topology.world_size, config.cluster.nodes
+    if topology.device != "cuda":
         ranks = f"{format_count(count, 'CPU rank')} on {node.name}"
     elif kind := config.cluster.gpu_type or (node.name if node.name != "gpu" else ""):
         ranks = f"{format_count(count, 'GPU')} of type {kind}"

@@ -203,7 +203,7 @@ def _list_training(plan: LaunchPlan) -> list[tuple[str, str]]:
     nodes = f"{format_count(topology.nodes, 'node')} x {topology.ranks_per_node}{gpu}"
     tokens = f"about {batch.tokens_per_step:,}" if batch.tokens_per_step else f"up to {batch.max_tokens_per_step:,}"
     factors = (
-        f"{batch.micro_batch_size} micro-batch x {batch.accumulation} accumulation x {format_count(topology.world_size, 'rank')}"
+        f"{batch.micro_batch_size} micro-batch x {batch.accumulation} accumulation x {format_count(topology.data_ranks, 'rank')}"
     )
     steps = f"{batch.max_steps:,}" if batch.max_steps is not None else "known when the data is built"
     epochs = f" ({batch.epochs:g} {'epoch' if batch.epochs == 1 else 'epochs'})" if batch.epochs is not None else ""
@@ -362,7 +362,7 @@ def _list_notes(plan: LaunchPlan, own_notes: Sequence[str | None]) -> list[str]:
         notes.append(f"whether {condition} is measured on the loaded model, before step 1 ({isolation.detail})")
     smallest = plan_fewest_nodes(plan)
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _describe_tight_memory(sized))]
-    is_single = built is not None and single_step_warning(config.train, built.num_rows, plan.topology.world_size) is not None
+    is_single = built is not None and single_step_warning(config.train, built.num_rows, plan.topology.data_ranks) is not None
     is_scheduled = config.optim.schedule != "constant" and not is_single
     if steps is not None and is_scheduled and config.optim.warmup_steps >= steps:
         warmup = format_count(config.optim.warmup_steps, "step")

@@ -64,14 +64,14 @@ class StepBatch:
 
 
 class TrainBatches:
-    """Random access to the steps of a run for one rank.
+    """Random access to the steps of a run for one data rank.
 
-    Global batch b consists of stream positions b * G to (b + 1) * G. Row j of micro-batch m on rank r is index (m * world_size +
-    r) * micro_batch_size + j within it, so the batch is the same for every world size. With `group_by_length`, for rows that are
-    not packed, the rows of one batch have similar lengths.
+    Global batch b consists of stream positions b * G to (b + 1) * G. Row j of micro-batch m on data rank r is index (m *
+    data_ranks + r) * micro_batch_size + j within it, so the batch is the same for every number of ranks. With
+    `group_by_length`, for rows that are not packed, the rows of one batch have similar lengths.
 
     Raises:
-        DataError: if the split is empty, or `batch` does not divide over `world_size` ranks.
+        DataError: if the split is empty, or `batch` does not divide over `data_ranks`.
     """
 
     def __init__(
@@ -79,21 +79,21 @@ class TrainBatches:
         split: Split,
         batch: Batch,
         seed: int,
-        rank: int,
-        world_size: int,
+        data_rank: int,
+        data_ranks: int,
         pad_id: int,
         group_by_length: bool = False,
     ) -> None:
         if split.num_rows == 0:
             raise DataError("the training split has no rows", "data.sources", remedy="add rows to train on")
-        if batch.micro_batch_size * batch.accumulation * world_size != batch.global_batch_size:
-            product = f"{batch.micro_batch_size} rows x {batch.accumulation} micro-batches x {world_size} ranks"
+        if batch.micro_batch_size * batch.accumulation * data_ranks != batch.global_batch_size:
+            product = f"{batch.micro_batch_size} rows x {batch.accumulation} micro-batches x {data_ranks} ranks"
             message, remedy = f"{product} is not the global batch", "plan the run for this world size"
             raise DataError(message, "train.global_batch_size", str(batch.global_batch_size), remedy)
         self.split = split
         self.batch = batch
-        self.rank = rank
-        self.world_size = world_size
+        self.data_rank = data_rank
+        self.data_ranks = data_ranks
         self.pad_id = pad_id
         lengths = np.diff(split.rows) if group_by_length else None
         self.order = RowOrder(split.num_rows, seed, lengths, batch.global_batch_size)
@@ -103,7 +103,7 @@ class TrainBatches:
         size, micro_size = self.batch.global_batch_size, self.batch.micro_batch_size
         rows = self.order.at(step * size, (step + 1) * size)
         lengths = self.split.row_lengths(rows)
-        mine = rows.reshape(self.batch.accumulation, self.world_size, micro_size)[:, self.rank]
+        mine = rows.reshape(self.batch.accumulation, self.data_ranks, micro_size)[:, self.data_rank]
         return StepBatch(
             micro=[micro_batch(self.split, micro, self.pad_id) for micro in mine],
             num_labels=int(self.split.row_labels[rows].sum()),

@@ -84,7 +84,7 @@ def report(
             "max_rows": data.eval_max_rows,
             "truncated_documents": sum(source["held_out_truncated_docs"] for source in counts),
         },
-        "warnings": [warning] if (warning := single_step_warning(train, facts.num_rows, world_size=None)) else [],
+        "warnings": [warning] if (warning := single_step_warning(train, facts.num_rows, data_ranks=None)) else [],
         "findings": [one.to_json() for one in judged],
         "refused": any(one.fatal for one in judged),
         "eval_sets": [

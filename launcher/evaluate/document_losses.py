@@ -1,7 +1,7 @@
 """The score pass: the log-probability of every trained token of packed rows, from which follows the loss of each document.
 
 Runs on this machine, one rank per GPU or one on the CPUs. Micro-batches do not depend on the number of ranks, and each is scored
-by one rank. Ranks commit their scores in shards, so a pass that is killed continues where it stopped; stored scores are not
+by one data rank. Ranks commit their scores in shards, so a pass that is killed continues where it stopped; stored scores are not
 recomputed. Torch is imported only where ranks run: `python -m launcher.evaluate.document_losses TASK_JSON` is one of several.
 
     <cache>/scores/<key>/            0700
@@ -125,11 +125,7 @@ def make_scoring_plan(plan: LaunchPlan, folder: Path, device: str, num_ranks: in
     if zero.get("offload_param", {}).get("device") == "nvme":
         # The run's NVMe folder belongs to its own ranks.
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    batch = {
-        "train_micro_batch_size_per_gpu": plan.batch.micro_batch_size,
-        "gradient_accumulation_steps": 1,
-        "train_batch_size": plan.batch.micro_batch_size * num_ranks,
-    }
+    batch = {"train_micro_batch_size_per_gpu": plan.batch.micro_batch_size, "gradient_accumulation_steps": 1}
     topology = {"nodes": 1, "ranks_per_node": num_ranks, "world_size": num_ranks, "device": device}
     return plan.model_copy(
         update={
@@ -188,7 +184,7 @@ def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: 
     rank_info = RankInfo(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=0)
     device = join_process_group(task.plan, rank_info)
     engine, model = build_inference_engine(task.plan)
-    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, device)
+    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, device, task.plan.topology)
     for one, key in zip(task.passes, task.keys, strict=True):
         rows = None if one.rows is None else np.asarray(one.rows)
         batches = RowBatches(one.open(), task.plan.batch.micro_batch_size, pad_id=0, rows=rows)
@@ -207,18 +203,20 @@ def score_rows(scorer: Scorer, batches: RowBatches, store: ScoreStore, on_progre
     """
     from launcher.distributed import rank0_broadcast, run_on_all_ranks
 
-    rank, world_size, num_rows = scorer.rank_info.rank, scorer.rank_info.world_size, len(batches.rows)
+    rank, topology, num_rows = scorer.rank_info.rank, scorer.topology, len(batches.rows)
     missing = rank0_broadcast(scorer.rank_info, _NOT_WRITTEN, store.list_missing)
     # Ranks with fewer micro-batches still take part in the passes of the other ranks.
     width = max((len(store.shards[number]) for number in missing), default=0)
     with scorer.without_dropout():
-        for first in range(0, len(missing), world_size):
+        for first in range(0, len(missing), topology.data_ranks):
             on_progress((len(store.shards) - len(missing) + first) * num_rows // len(store.shards), num_rows)
-            own = missing[first + rank] if first + rank < len(missing) else None
+            next_shard = first + topology.data_rank(rank)
+            own = missing[next_shard] if next_shard < len(missing) else None
             numbers = [] if own is None else [*store.shards[own]]
             losses = [*scorer.score(batches, [*numbers, *[len(batches)] * (width - len(numbers))], lambda: None)]
             scored = [np.negative(loss.cpu().numpy()) for loss in losses[: len(numbers)] if loss is not None]
-            commit = (lambda: None) if own is None else partial(store.commit, own, scored)
+            # Of the ranks with the same rows, the first one writes.
+            commit = (lambda: None) if own is None or rank % topology.sequence_ranks else partial(store.commit, own, scored)
             run_on_all_ranks(scorer.device, _NOT_WRITTEN, commit)
     on_progress(num_rows, num_rows)
 

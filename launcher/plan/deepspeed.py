@@ -88,7 +88,6 @@ def render(
     if deepspeed.quantized_weights:
         zero["zero_quantized_weights"] = True
     config: dict[str, Any] = {
-        "train_batch_size": batch.global_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": train.grad_clip,

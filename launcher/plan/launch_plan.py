@@ -167,17 +167,32 @@ class Facts(Record):
 
 
 class Topology(Record):
-    """Nodes, ranks, the kind of device (cuda or cpu) and the collective backend (nccl or gloo)."""
+    """Nodes, ranks, the kind of device (cuda or cpu) and the collective backend (nccl or gloo).
+
+    `sequence_ranks` is the number of consecutive ranks of a node that share the same rows, `expert_ranks` the number of ranks
+    that share the same experts. What divides rows counts `data_ranks`. What partitions states or costs money counts all ranks.
+    """
 
     nodes: int
     ranks_per_node: int
     world_size: int
     device: str
     backend: str
+    sequence_ranks: Literal[1] = 1
+    expert_ranks: Literal[1] = 1
+
+    @property
+    def data_ranks(self) -> int:
+        """The number of groups of ranks with different rows."""
+        return self.world_size // self.sequence_ranks
+
+    def data_rank(self, rank: int) -> int:
+        """Return the number, from 0, of the group of a rank."""
+        return rank // self.sequence_ranks
 
 
 class Batch(Record):
-    """Rows per optimizer step and their split; global = micro x accumulation x world size."""
+    """Rows per optimizer step and their split; global = micro x accumulation x data ranks."""
 
     global_batch_size: int
     micro_batch_size: int

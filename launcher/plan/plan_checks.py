@@ -122,7 +122,7 @@ def find_refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) 
 
 def find_warnings(plan: LaunchPlan) -> Iterator[str]:
     """Yield a warning for each probable mistake, with a suitable value."""
-    config, data, world_size = plan.config, plan.data, plan.topology.world_size
+    config, data, data_ranks = plan.config, plan.data, plan.topology.data_ranks
     lr, usual = config.optim.lr, OPTIMIZERS[config.optim.name].usual_lr
     allowed = _HIGH_LR if config.model.init == "pretrained" else _HIGH_LR_RANDOM
     if usual is not None and lr > allowed * usual[1]:
@@ -134,10 +134,10 @@ def find_warnings(plan: LaunchPlan) -> Iterator[str]:
     elif config.checkpoint.keep_best and not config.eval.intervals[config.checkpoint.best_set]:
         yield "checkpoint.keep_best needs evaluations while training: set eval.every to a number of steps"
     batch = config.train.global_batch_size
-    if data is not None and (few := single_step_warning(config.train, data.num_rows, world_size)):
+    if data is not None and (few := single_step_warning(config.train, data.num_rows, data_ranks)):
         yield few
     elif data is not None and data.num_rows < batch:
-        largest = data.num_rows // world_size * world_size
+        largest = data.num_rows // data_ranks * data_ranks
         fitting = (
             f"set train.global_batch_size={largest}"
             if largest

@@ -51,7 +51,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     problems += plan_checks.find_refusals(config, facts.model, facts.data)
     gpu_name = config.cluster.gpu_type or facts.device.name
     try:
-        split_batch(config.train, config.data, topology.world_size, topology.device, facts.data)
+        split_batch(config.train, config.data, topology.data_ranks, topology.device, facts.data)
     except ConfigError as error:
         problems += error.problems
     if problems:

@@ -1,4 +1,4 @@
-"""The optimizer steps of a run: their number, the rows of each (micro-batch x accumulation x world size) and its learning rate.
+"""The optimizer steps of a run: their number, the rows of each (micro-batch x accumulation x data ranks) and its learning rate.
 
 Pure.
 """
@@ -23,30 +23,30 @@ _NOTED_CHANGE = 0.01
 _RATE_SETTINGS = ("lr", "warmup_steps", "schedule", "decay_fraction", "min_lr_ratio")
 
 
-def split_batch(train: TrainSection, data: DataSection, world_size: int, device: str, facts: DataFacts | None) -> Batch:
+def split_batch(train: TrainSection, data: DataSection, data_ranks: int, device: str, facts: DataFacts | None) -> Batch:
     """Derive micro-batch, accumulation and the number of steps.
 
     Raises:
         ConfigError: if the global batch does not divide over the ranks, or the rows per rank over the micro-batch.
     """
     total, micro = train.global_batch_size, train.micro_batch_size
-    if total % world_size:
-        lower, upper = total // world_size * world_size, math.ceil(total / world_size) * world_size
+    if total % data_ranks:
+        lower, upper = total // data_ranks * data_ranks, math.ceil(total / data_ranks) * data_ranks
         sizes = " or ".join(str(s) for s in (lower, upper) if s)
         worlds = ", ".join(map(str, list_divisors(total)))
         raise ConfigError(
-            f"train.global_batch_size={total} cannot be split evenly over {world_size} ranks",
+            f"train.global_batch_size={total} cannot be split evenly over {data_ranks} ranks",
             where="train.global_batch_size",
             value=str(total),
             remedy=f"set it to {sizes}, or use one of these numbers of ranks: {worlds}",
         )
-    per_rank = total // world_size
+    per_rank = total // data_ranks
     if micro is None:
         rows = max(1, _TOKENS_PER_FORWARD.get(device, 8192) // data.max_length)
         micro = max(d for d in list_divisors(per_rank) if d <= rows)
     elif per_rank % micro:
         raise ConfigError(
-            f"train.micro_batch_size={micro} does not divide the {per_rank} rows that each of {world_size} ranks gets per step",
+            f"train.micro_batch_size={micro} does not divide the {per_rank} rows that each of {data_ranks} ranks gets per step",
             where="train.micro_batch_size",
             value=str(micro),
             remedy=f"set it to one of {', '.join(map(str, list_divisors(per_rank)))}, or leave it unset",
@@ -73,14 +73,14 @@ def list_divisors(n: int) -> list[int]:
     return sorted({*small, *(n // d for d in small)})
 
 
-def single_step_warning(train: TrainSection, num_rows: int, world_size: int | None) -> str | None:
-    """Return a warning, with a smaller batch, if all epochs of the data fit in one step; `world_size` is None if unknown."""
-    batch, epochs, unit = train.global_batch_size, train.epochs, world_size or 1
+def single_step_warning(train: TrainSection, num_rows: int, data_ranks: int | None) -> str | None:
+    """Return a warning, with a smaller batch, if all epochs of the data fit in one step; `data_ranks` is None if unknown."""
+    batch, epochs, unit = train.global_batch_size, train.epochs, data_ranks or 1
     if train.max_steps is not None or epochs is None or num_rows * epochs > batch:
         return None
     smaller = max(unit, int(num_rows * epochs / _MORE_STEPS) // unit * unit)
     steps = math.ceil(num_rows * epochs / smaller)
-    of = "" if world_size else " (if it divides over the ranks)"
+    of = "" if data_ranks else " (if it divides over the ranks)"
     fewer = f"set train.global_batch_size={smaller} for {steps:,} steps{of}, or " if steps > 1 else ""
     return (
         f"the run has 1 step: {epochs:g} epoch{'s' * (epochs != 1)} of {format_count(num_rows, 'row')} "

@@ -54,9 +54,9 @@ class DataSample:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the run will execute: its ranks, cuda or cpu, and the memory of one device in GiB."""
+    """Where the run will execute: its data ranks, cuda or cpu, and the memory of one device in GiB."""
 
-    world_size: int
+    data_ranks: int
     device: str
     memory_gib: float | None
 
@@ -95,13 +95,13 @@ def suggest(
     # A multiple of the ranks with as many tokens per step as in published runs, or fewer if the data has few rows.
     rows = max(1, math.ceil(data.mean_tokens * data.num_documents / length))
     most_tokens = _MAX_STEP_TOKENS[machine.device]
-    per_rank = max(1, min(most_tokens // length, math.ceil(rows * epochs) // _MIN_STEPS) // machine.world_size)
-    batch = chosen.get("train.global_batch_size") or machine.world_size * (1 << (per_rank.bit_length() - 1))
+    per_rank = max(1, min(most_tokens // length, math.ceil(rows * epochs) // _MIN_STEPS) // machine.data_ranks)
+    batch = chosen.get("train.global_batch_size") or machine.data_ranks * (1 << (per_rank.bit_length() - 1))
     steps = chosen.get("train.max_steps") or max(1, math.ceil(rows * epochs / batch))
     of_steps = f"about {format_count(steps, 'step')}"
     why = f"published runs have about {most_tokens:,} tokens in a step" if machine.device == "cuda" else "small, for a CPU"
     why += f"; fewer here, for {of_steps}" if batch * length < most_tokens // 2 else ""
-    ranks = format_count(machine.world_size, "rank")
+    ranks = format_count(machine.data_ranks, "rank")
     of_batch = f"rows of a step: a multiple of {ranks}, {batch * length:,} tokens; {why}"
 
     smallest, largest = _PUBLISHED_SIZES

@@ -108,7 +108,7 @@ def estimate_speed(plan: LaunchPlan, gpu: str, measured: MeasuredMfu | None) -> 
         length = max(1, round(data.num_tokens / data.num_docs))
         flops_per_token = flops.of([length], 0) / length + flops.per_label * data.num_trained_tokens / data.num_tokens
     tokens_per_step = plan.batch.expected_tokens
-    micro_batch_tokens = tokens_per_step / (plan.batch.accumulation * plan.topology.world_size)
+    micro_batch_tokens = tokens_per_step / (plan.batch.accumulation * plan.topology.data_ranks)
     # Measurements on several nodes already include their network.
     adds_network = plan.topology.nodes > 1
     if measured is not None:

@@ -16,7 +16,7 @@ from launcher.config.sections.evaluation import FORGETTING, HELD_OUT
 from launcher.data.loader import RowBatches
 from launcher.distributed import RankInfo, all_reduce_step, copy_to_device
 from launcher.errors import LauncherError
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan, Topology
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
 from launcher.runs import run_store
@@ -173,9 +173,10 @@ class Evaluator:
     @torch.no_grad()
     def _evaluate_set(self, rows: EvalRows, local_stop_reason: Callable[[], str | None]) -> SetLoss | None:
         """Compute the loss of one set; None if the ranks stop."""
-        rank_info, device, batches = self._scorer.rank_info, self._scorer.device, rows.batches
-        num_rounds = -(-len(batches) // rank_info.world_size)
-        numbers = range(rank_info.rank, num_rounds * rank_info.world_size, rank_info.world_size)
+        topology, device, batches = self._scorer.topology, self._scorer.device, rows.batches
+        num_rounds = -(-len(batches) // topology.data_ranks)
+        first = topology.data_rank(self._scorer.rank_info.rank)
+        numbers = range(first, num_rounds * topology.data_ranks, topology.data_ranks)
         # Sums and token counts by source; in fp64, so their order affects no digit that is shown.
         totals = torch.zeros(2, max(1, len(rows.sources)), dtype=torch.float64, device=device)
         activity = f"evaluating micro-batches of {rows.name.replace('_', '-')}"
@@ -188,7 +189,8 @@ class Evaluator:
             totals[0].index_add_(0, source, losses.double())
             totals[1].index_add_(0, source, torch.ones_like(losses, dtype=torch.float64))
         dist.all_reduce(totals)
-        sums, counts = totals.tolist()
+        # Ranks with the same rows have each added them.
+        sums, counts = (totals / topology.sequence_ranks).tolist()
         by_source = zip(rows.sources, sums, counts, strict=False)
         source_losses = {name: total / count for name, total, count in by_source if count}
         return SetLoss(rows.name, sum(sums) / max(1.0, sum(counts)), int(sum(counts)), source_losses)
@@ -204,9 +206,10 @@ class Scorer:
         objective: Objective,
         rank_info: RankInfo,
         device: torch.device,
+        topology: Topology,
     ) -> None:
         self._engine, self._model, self._objective = engine, model, objective
-        self.rank_info, self.device = rank_info, device
+        self.rank_info, self.device, self.topology = rank_info, device, topology
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:

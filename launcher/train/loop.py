@@ -214,11 +214,12 @@ class TrainingLoop:
 
         Returns this rank's share of the loss, fp32. The sum over ranks is the mean per atom of the global batch.
         """
-        parts, world_size = self.parts, self.run.rank_info.world_size
+        parts, topology = self.parts, self.run.plan.topology
         # A batch has no atoms if none of its rows has a trained token.
         num_atoms = max(1, parts.objective.count_atoms(batch))
-        # DeepSpeed averages gradients over ranks, but the loss is a sum over ranks.
-        scale = world_size / num_atoms
+        # DeepSpeed averages gradients over all ranks, but the loss is a sum over data ranks; ranks with the same rows have the
+        # same gradient.
+        scale = topology.data_ranks / num_atoms
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.run.device)
         for i, micro in enumerate(batch.micro):
             parts.monitor.beat("training", self.step)
@@ -228,7 +229,7 @@ class TrainingLoop:
                 loss_sum += loss.detach()
             if i < len(batch.micro) - 1:
                 parts.engine.step()
-        return loss_sum / world_size
+        return loss_sum / topology.world_size
 
     def require_finite_loss(self, loss: float, name: str = "loss") -> None:
         if not math.isfinite(loss):

@@ -133,8 +133,8 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         Split.open(data),
         plan.batch,
         plan.config.run.seed,
-        rank_info.rank,
-        rank_info.world_size,
+        plan.topology.data_rank(rank_info.rank),
+        plan.topology.data_ranks,
         pad_id=_PAD_ID,
         group_by_length=not plan.config.data.packing,
     )
@@ -142,7 +142,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     monitored = as_run(plan, has_liger=not model.liger_problem) if plan.liger else plan
     monitor = Monitor(monitored, rank_info, device, model, tracker, beat)
     objective = OBJECTIVES["supervised"]
-    scorer = Scorer(engine, model, objective, rank_info, device)
+    scorer = Scorer(engine, model, objective, rank_info, device, plan.topology)
     best_set = plan.config.checkpoint.best_set
     return Components(
         engine=engine,

@@ -74,7 +74,7 @@ def assert_matches(micro: MicroBatch, split: Split) -> None:
 
 
 def test_rows_become_batches_token_by_token(split: Split) -> None:
-    batches = TrainBatches(split, batch(world_size=1), seed=0, rank=0, world_size=1, pad_id=PAD)
+    batches = TrainBatches(split, batch(world_size=1), seed=0, data_rank=0, data_ranks=1, pad_id=PAD)
     micros = [micro for step in range(3) for micro in batches.step(step).micro]
     assert len(micros) == 12
     for micro in micros:
@@ -114,7 +114,7 @@ def test_lengths_and_order_are_known_without_the_tokens(split: Split) -> None:
     blind = replace(split, tokens=Untouched(), trained=Untouched())
     for grouped in (False, True):
         wanted, batches = (
-            TrainBatches(one, batch(1), seed=5, rank=0, world_size=1, pad_id=PAD, group_by_length=grouped)
+            TrainBatches(one, batch(1), seed=5, data_rank=0, data_ranks=1, pad_id=PAD, group_by_length=grouped)
             for one in (split, blind)
         )
         stop = 2 * split.num_rows

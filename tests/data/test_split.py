@@ -94,7 +94,7 @@ def flip(file: Path, at: int) -> None:
 
 
 def batches(split: Split) -> TrainBatches:
-    return TrainBatches(split, BATCH, seed=0, rank=0, world_size=1, pad_id=0)
+    return TrainBatches(split, BATCH, seed=0, data_rank=0, data_ranks=1, pad_id=0)
 
 
 def test_written_digests_verify(facts: DataFacts) -> None:

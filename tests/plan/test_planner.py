@@ -362,7 +362,7 @@ def test_a_file_that_holds_no_plan_is_refused(text: str, tmp_path: Path) -> None
 def test_looking_at_a_run_does_not_load_the_models_of_plans(plan_of: PlanOf, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(plan_of().to_json())
     code = (
-        "import sys; from pathlib import Path; from launcher import run_store; from launcher.plan.run_dir import RunDir\n"
+        "import sys; from pathlib import Path; from launcher.runs import run_store; from launcher.plan.run_dir import RunDir\n"
         "print(run_store.read_placement(RunDir(Path(sys.argv[1]))).num_ranks, 'pydantic' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)

@@ -21,7 +21,7 @@ from launcher.plan.suggested_settings import DataSample, Machine, learning_rate,
 GLOBALS = (1, 2, 6, 7, 8, 12, 30, 64, 96, 100, 127, 128, 1024)
 WORLDS = (1, 2, 3, 4, 6, 7, 8, 16, 24, 32, 100)
 LENGTHS = (16, 256, 1024, 8192, 131072)
-GPUS = Machine(world_size=16, device="cuda", memory_gib=79.1)
+GPUS = Machine(data_ranks=16, device="cuda", memory_gib=79.1)
 
 
 def divide(global_batch: int, world: int, length: int = 256, micro: int | None = None, device: str = "cpu") -> Batch:

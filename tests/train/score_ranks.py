@@ -35,7 +35,7 @@ def score(plan_path: str, facts: dict[str, Any], micro_batch_size: int, root: st
         return load(number)
 
     batches.load = load_or_die  # type: ignore[method-assign]
-    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, CPU)
+    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, CPU, plan.topology)
     score_rows(scorer, batches, ScoreStore("key", len(batches), Path(root)), lambda done, total: None)
 
 
@@ -50,7 +50,8 @@ def evaluate(plan_path: str, facts: dict[str, Any], micro_batch_size: int) -> di
             "three", RowBatches(split, micro_batch_size, pad_id=0, rows=torch.tensor([4, 0, 2]).numpy()), ("first", "second")
         ),
     ]
-    evaluator = Evaluator(Scorer(engine, model, OBJECTIVES["supervised"], rank_info, CPU), sets, lambda phase, step: None)
+    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, CPU, plan.topology)
+    evaluator = Evaluator(scorer, sets, lambda phase, step: None)
     evaluation = evaluator.evaluate(3, lambda: None, {"all", "three"})
     assert evaluation is not None
     stopped = evaluator.evaluate(3, lambda: "cancelled" if rank_info.is_main else None, {"all"})

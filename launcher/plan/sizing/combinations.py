@@ -111,7 +111,7 @@ def choose_combination(inputs: SizingInputs) -> CombinationEstimate:
         ConfigError: if the global batch does not divide over the ranks, or the rows of a rank over the micro-batch.
     """
     config, topology, num_params = inputs.config, inputs.topology, inputs.model.num_params
-    split = split_batch(config.train, config.data, topology.world_size, topology.device, inputs.data)
+    split = split_batch(config.train, config.data, topology.data_ranks, topology.device, inputs.data)
     layers = config.model.activation_checkpointing
     if layers == AUTO:
         layers = ALL if topology.device == "cuda" and num_params >= memory.RECOMPUTED_FROM else NONE
@@ -191,7 +191,7 @@ def estimate_combination(inputs: SizingInputs, combination: Combination, is_allo
     offloads = {"offload_optimizer": combination.offload_optimizer, "offload_params": combination.offload_params}
     deepspeed = config.deepspeed.model_copy(update={"hpz_partition_size": combination.hpz_ranks, **offloads})
     train = config.train.model_copy(update={"micro_batch_size": combination.micro_batch_size})
-    split = split_batch(train, config.data, topology.world_size, topology.device, inputs.data)
+    split = split_batch(train, config.data, topology.data_ranks, topology.device, inputs.data)
     optimizer, dtype = OPTIMIZERS[config.optim.name], config.model.dtype
     rendered = deepspeed_json.render(deepspeed, config.model, train, split, topology, model, optimizer, inputs.nvme_folder)
     states = memory.estimate_model_states(model.num_params, dtype, split.accumulation, optimizer, deepspeed, topology, device_gib)
@@ -246,7 +246,7 @@ def estimate_combination(inputs: SizingInputs, combination: Combination, is_allo
 
 def _list_allowed(inputs: SizingInputs, base: Combination) -> Iterator[Combination]:
     """Yield the combinations with other micro-batches and layers, if the settings leave these to the plan."""
-    config, per_rank = inputs.config, inputs.config.train.global_batch_size // inputs.topology.world_size
+    config, per_rank = inputs.config, inputs.config.train.global_batch_size // inputs.topology.data_ranks
     sizes = [base.micro_batch_size]
     if config.train.micro_batch_size is None:
         most = max(1, max(_MOST_TOKENS, _count_busy_tokens(inputs.model.num_params)) // config.data.max_length)
