@@ -340,8 +340,8 @@ def opening(folder: Path, rounds: int) -> list[str]:
         return (np.full(1000 * length, 1, dtype) for _ in range(num_rows // 1000))
 
     digest = write_split(
-        made, parts(np.uint32), parts(np.uint8), rows=starts, docs=docs, row_labels=np.full(num_rows, length),
-        doc_source=np.zeros(4 * num_rows, np.uint16), row_sources=np.full((num_rows, 2), length // 2, np.int32),
+        made, parts(np.uint32), parts(np.uint8), rows=starts, docs=docs,
+        columns={"source": np.zeros(4 * num_rows), "num_trained": np.full(4 * num_rows, length // 4)},
     )  # fmt: skip
     command = [sys.executable, str(sides.HERE / "open_cache.py"), str(made), digest]
     measured = [json.loads(sides.run(command, folder / "open.log")) for _ in range(rounds)]

@@ -27,7 +27,7 @@ from launcher.distributed import RankInfo
 from launcher.evaluate.document_losses import ScoreStore, score_rows
 from launcher.train.engine import build_engine
 from launcher.train.held_out_loss import Scorer
-from launcher.train.objectives import OBJECTIVES
+from launcher.train.objectives import SupervisedNll
 
 SETTINGS = (
     *("model=demo", "data=stdlib_docs", "model.dtype=fp32", "train.global_batch_size=4", "train.micro_batch_size=4"),
@@ -53,7 +53,7 @@ def main() -> None:
         engine, model = build_engine(plan, RankInfo(0, 0, 1, 1))
         batches = RowBatches(Split.open(plan.data), plan.batch.micro_batch_size, pad_id=0, rows=np.arange(args.rows))
         alone = plan.topology.model_copy(update={"world_size": 1})
-        scorer = Scorer(engine, model, OBJECTIVES["supervised"], RankInfo(0, 0, 1, 1), torch.device("cpu"), alone)
+        scorer = Scorer(engine, model, SupervisedNll(), RankInfo(0, 0, 1, 1), torch.device("cpu"), alone)
         rates: dict[str, list[float]] = {PLAIN: [], LAUNCHER: []}
         largest_difference = 0.0
         # The first round is a warm-up for both sides.
@@ -70,7 +70,10 @@ def main() -> None:
                 rates[PLAIN].append(args.rows / (between - began))
                 rates[LAUNCHER].append(args.rows / (ended - between))
                 print(f"round {number}: plain {rates[PLAIN][-1]:.2f}, score pass {rates[LAUNCHER][-1]:.2f} rows/s", flush=True)
-    trained = batches.split.row_labels[batches.rows].sum() / batches.split.row_lengths(batches.rows).sum()
+    trained = (
+        batches.split.columns["num_trained"][batches.split.docs_of(batches.rows)].sum()
+        / batches.split.row_lengths(batches.rows).sum()
+    )
     note = f"{trained:.0%} of the tokens are trained; log-probabilities differ by at most {largest_difference:.1e}."
     command = sides.typed("score.py", "--rows", args.rows, "--rounds", args.rounds, *overrides)
     title = f"score pass, {args.rows} rows of up to {plan.config.data.max_length:,} tokens"

@@ -28,7 +28,6 @@ import results
 from steps import summarize
 
 from launcher.config.sections.data import DataSection
-from launcher.data.sources.documents import Chat
 from launcher.data.sources.reading import read_documents
 from launcher.data.split import Split
 from launcher.plan.launch_plan import LaunchPlan
@@ -285,7 +284,7 @@ def _write_chats(data: DataSection, file: Path) -> None:
     with open(file, "w", encoding="utf-8") as out:
         for source in data.sources:
             for document, held_out in read_documents(source):
-                if isinstance(document, Chat) and not held_out:
+                if document.messages and not held_out:
                     turns = [{"role": message.role, "content": message.content} for message in document.messages]
                     out.write(json.dumps({"prompt": turns[:-1], "completion": turns[-1:]}) + "\n")
 

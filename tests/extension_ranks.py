@@ -29,7 +29,6 @@ from launcher.train.engine import build_engine
 from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer
 from launcher.train.loop import TrainingLoop, noop
 from launcher.train.monitoring.step_metrics import StepTimer
-from launcher.train.objectives import OBJECTIVES, LossSum
 
 NUM_ROWS, ROW_TOKENS = 2, 16
 MOMENTUM_SGD = Optimizer(
@@ -125,12 +124,11 @@ def _tensor_names(root: Path) -> list[str]:
 class LabelSmoothed:
     """Negative log-likelihood with a tenth of the probability spread over the vocabulary; an atom is a trained token."""
 
-    def count_atoms(self, batch: StepBatch) -> int:
+    def count_atoms(self, batch: StepBatch) -> float:
         return batch.num_labels
 
-    def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> LossSum:
-        losses = self._losses(engine, micro, device)
-        return LossSum(losses.sum() * scale, len(losses))
+    def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> torch.Tensor:
+        return self._losses(engine, micro, device).sum() * scale
 
     @torch.no_grad()
     def atom_losses(self, engine: Any, micro: MicroBatch, device: torch.device) -> torch.Tensor:
@@ -146,13 +144,11 @@ class LabelSmoothed:
 
 def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
     """Train four steps on the same two rows and evaluate on them. Returns the loss of each step and the held-out loss."""
-    OBJECTIVES["label_smoothed"] = LabelSmoothed()
     rank_info, plan = join(), LaunchPlan.load(plan_path)
     engine, model = build_engine(plan, rank_info)
-    device, objective, batch = torch.device("cpu"), OBJECTIVES["label_smoothed"], _step_batch()
-    evaluator = Evaluator(
-        Scorer(engine, model, objective, rank_info, device, plan.topology), [EvalRows("rows", _TwoRows(batch))], noop
-    )
+    device, objective, batch = torch.device("cpu"), LabelSmoothed(), _step_batch()
+    scorer = Scorer(engine, model, objective, rank_info, device, plan.topology)
+    evaluator = Evaluator(scorer, [EvalRows("rows", _TwoRows(batch))], noop)
     timer, monitor = StepTimer(device), SimpleNamespace(beat=noop)
     parts = SimpleNamespace(engine=engine, objective=objective, timer=timer, monitor=monitor, evaluator=evaluator)
     run_dir = RunDir(Path(plan.run_dir))
@@ -190,4 +186,5 @@ def _step_batch() -> StepBatch:
     positions = torch.arange(ROW_TOKENS)[None]
     micro = [MicroBatch(rows[i, None], positions, labels[i, None], (i,)) for i in range(NUM_ROWS)]
     num_tokens = rows.numel()
-    return StepBatch(micro, num_tokens - NUM_ROWS, num_tokens, num_tokens, (ROW_TOKENS,) * NUM_ROWS, (num_tokens,), (0, 1))
+    documents = {"num_trained": np.full(NUM_ROWS, ROW_TOKENS - 1)}
+    return StepBatch(micro, num_tokens, num_tokens, documents, (ROW_TOKENS,) * NUM_ROWS, (0, 1))

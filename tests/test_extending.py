@@ -34,8 +34,7 @@ from launcher.config.sections.data import COLUMNS, DataSection, Source
 from launcher.config.sections.evaluation import AnswerMetrics
 from launcher.data.build import build
 from launcher.data.checks import findings
-from launcher.data.loader import IGNORED, MicroBatch
-from launcher.data.sources.documents import Completion, Row, read_value
+from launcher.data.sources.documents import Document, Row, read_value
 from launcher.data.sources.formats import FORMATS, RowFormat
 from launcher.data.split import Split
 from launcher.errors import ConfigError, DataError
@@ -54,7 +53,6 @@ from launcher.tracking.tracker import ConsoleTracker
 from launcher.tracking.wandb.project import Target, as_json
 from launcher.tracking.wandb.tracker import Session
 from launcher.train.monitoring.step_metrics import find_peak_tflops
-from launcher.train.objectives import OBJECTIVES
 
 __all__ = ["config_of", "plan_of"]
 METRIC = "perf/experts_used_frac"
@@ -63,7 +61,7 @@ DEVICE = DeviceFacts(kind="cuda", name="NVIDIA X100 96GB HBM3", count=8, memory_
 PAGE = REPO / "docs/extending.md"
 METRICS_PAGE = REPO / "docs/evaluation-metrics.md"
 TABLES: tuple[dict[Any, Any], ...] = (
-    *(BACKENDS, SECTIONS, FORMATS, METRICS, GPUS, OPTIMIZERS, OBJECTIVES),
+    *(BACKENDS, SECTIONS, FORMATS, METRICS, GPUS, OPTIMIZERS),
     ANSWER_METRICS,
 )
 
@@ -89,8 +87,8 @@ def test_an_unknown_kind_of_cluster_is_refused(capsys: pytest.CaptureFixture[str
     assert "choose one of: local, slurm, ray" in capsys.readouterr().err
 
 
-def parse_flashcard(row: Row, where: str) -> Completion:
-    return Completion(where, f"{read_value(row, 'front', str, where)}\n", read_value(row, "back", str, where))
+def parse_flashcard(row: Row, where: str) -> Document:
+    return Document(where, prompt=f"{read_value(row, 'front', str, where)}\n", text=read_value(row, "back", str, where))
 
 
 def save_byte_tokenizer(folder: Path) -> Path:
@@ -361,25 +359,6 @@ def execute(section: str) -> dict[str, Any]:
 def test_every_section_has_an_example() -> None:
     headings = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert list(examples()) == ["An evaluation metric", *headings]
-
-
-def test_a_row_format_of_the_page_is_recognized() -> None:
-    execute("A row format")
-    row = {"front": "1 + 1?", "back": "2"}
-    name = next(name for name, row_format in FORMATS.items() if row_format.required_keys <= row.keys())
-    document = FORMATS[name].parse(row, "cards.jsonl:1")
-    assert (document.prompt, document.completion) == ("1 + 1?\n", "2")
-
-
-def test_an_objective_of_the_page_sums_over_the_trained_tokens() -> None:
-    execute("A training objective")
-    logits, labels = torch.randn(1, 4, 10), torch.tensor([[3, IGNORED, 5, IGNORED]])
-    micro = MicroBatch(torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None], labels, (0,))
-    loss = OBJECTIVES["label_smoothed"].sum_loss(lambda ids, positions: logits, micro, torch.device("cpu"), scale=0.5)
-    logs = logits.log_softmax(-1)
-    expected = -sum(0.9 * logs[0, i, labels[0, i]] + 0.1 * logs[0, i].mean() for i in (0, 2))
-    assert loss.num_atoms == 2
-    torch.testing.assert_close(loss.total, 0.5 * expected)
 
 
 def test_an_optimizer_of_the_page_keeps_the_states_that_its_row_names(plan_of: PlanOf) -> None:

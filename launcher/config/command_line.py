@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher.errors import Problem
 
 COMMAND_LINE = "command line"
-GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
+GROUPS = ("model", "data", "objective", "optim", "deepspeed", "cluster", "tracking", "experiment")
 # Hydra's flags: a sweep, and a folder of the user's own options.
 _SWEEP = ("--multirun", "-m")
 _CONFIG_DIR = ("--config-dir", "-cd")

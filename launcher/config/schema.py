@@ -26,7 +26,14 @@ from launcher.config.sections.ray import RaySection
 from launcher.config.sections.run import RunSection, TrackingSection
 from launcher.config.sections.slurm import SlurmSection
 from launcher.config.sections.static import StaticSection
-from launcher.config.sections.train import CheckpointSection, DeepSpeedSection, ExportSection, OptimSection, TrainSection
+from launcher.config.sections.train import (
+    CheckpointSection,
+    DeepSpeedSection,
+    ExportSection,
+    ObjectiveSection,
+    OptimSection,
+    TrainSection,
+)
 from launcher.errors import did_you_mean
 
 # By `cluster.kind`. The classes that submit are in launcher.clusters.backends.BACKENDS.
@@ -54,6 +61,7 @@ class RunConfig(SettingsSection):
     run: RunSection = Field(default_factory=RunSection)
     model: ModelSection
     data: DataSection
+    objective: ObjectiveSection = Field(default_factory=ObjectiveSection)
     optim: OptimSection = Field(default_factory=OptimSection)
     train: TrainSection
     eval: EvalSection = Field(default_factory=EvalSection)

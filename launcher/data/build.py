@@ -17,6 +17,7 @@ from launcher.data.cache_store import cache_key
 from launcher.data.checks import findings
 from launcher.data.corpus import EncodedCorpus, Progress, read_corpus, select_documents
 from launcher.data.packing import RowLayout
+from launcher.data.schema import COLUMNS
 from launcher.data.sources.formats import rank_keys
 from launcher.data.sources.reading import check_sources, describe_origin, list_inputs, make_set_data, name_set
 from launcher.data.split import write_origins
@@ -112,14 +113,16 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     on_progress("pack and write", 0, 1)
     held_out_pieces = corpus.select_pieces(is_dropped, held_out=True)
     held_out = row_layout.layout_held_out(pieces.lengths, held_out_pieces, data)
-    piece_sources = docs.source[pieces.doc]
+    given = {
+        name: np.where(np.isnan(values), COLUMNS[name].default, values)[pieces.doc]
+        for name, values in docs.columns.items()
+        if not np.isnan(values).all()
+    }
+    columns = {"source": docs.source[pieces.doc], "num_trained": pieces.labels, **given}
     tokens = spool.close()
     digest = "-".join(
-        row_layout.write(split_folder, split, pieces.lengths, piece_sources, pieces.labels, tokens, num_sources)
-        for split_folder, split, num_sources in (
-            (folder, layout, len(data.sources)),
-            (folder / "eval", held_out, len(list_inputs(data))),
-        )
+        row_layout.write(split_folder, split, pieces.lengths, columns, tokens)
+        for split_folder, split in ((folder, layout), (folder / "eval", held_out))
     )
     spool.remove()
     write_origins(folder, [pieces.doc[split.order] for split in (layout, held_out)], docs.wheres, docs.contents)
@@ -145,6 +148,7 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
         truncated_tokens=sum(source["truncated_tokens"] for source in report["sources"]),
         padding_frac=1 - num_tokens / (layout.num_rows * int(row_tokens.max())),
         digest=digest,
+        columns=tuple(given),
         turn_end_ids=tuple(report["turn_end_ids"]),
         chat_template=read_template(data),
     )

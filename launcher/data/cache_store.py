@@ -5,12 +5,10 @@
       trained.npy     uint8     1 where the token is predicted with a loss; always 0 at a document's first token
       rows.npy        int64     row starts, and the end
       docs.npy        int64     document starts, ascending, and the end
-      row_labels.npy  int64     trained tokens of each row
-      doc_source.npy  uint16    source of each document, an index of data.sources; after the last: data.eval_path
-      row_sources.npy int32     [rows, sources] tokens of each source in each row
-      digests.bin               sizes and block digests of these seven
+      source.npy, num_trained.npy, ...: the columns of documents, see launcher.data.schema
+      digests.bin               sizes and block digests of these arrays
       origins.npy               file, line and content of each document, see launcher.data.split
-      eval/                     the same nine for the held-out split
+      eval/                     the same for the held-out split
       origins.json              the files that origins.npy numbers
       samples.json              a few held-out examples: prompt, prompt_ids, answer
       findings.json             findings of the checks: counts and examples
@@ -46,7 +44,7 @@ from launcher.security import folders
 from launcher.security.redaction import redacted_command_line
 
 # Increase this when the same sources give other tokens, rows or findings, or another layout; a test checks that.
-FORMAT_VERSION = 13
+FORMAT_VERSION = 14
 
 # The files that AutoTokenizer reads, including config.json, because the model type selects the class.
 _TOKENIZER_FILES = (

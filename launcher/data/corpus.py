@@ -151,7 +151,10 @@ def _concatenate(tables: Sequence[Columns]) -> Columns:
     columns: dict[str, Any] = {}
     for column in fields(tables[0]):
         values = [getattr(table, column.name) for table in tables]
-        columns[column.name] = list(itertools.chain(*values)) if isinstance(values[0], list) else np.concatenate(values)
+        if isinstance(values[0], dict):
+            columns[column.name] = {name: np.concatenate([of_table[name] for of_table in values]) for name in values[0]}
+        else:
+            columns[column.name] = list(itertools.chain(*values)) if isinstance(values[0], list) else np.concatenate(values)
     return type(tables[0])(**columns)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -25,14 +26,15 @@ class MicroBatch:
     """The input of one forward pass on one rank: B rows, padded to the longest of T tokens. Tensors are int64 [B, T], on CPU.
 
     `position_ids` restart at 0 at each document and at the padding. `labels` are already shifted: labels[b, t] is token t + 1 if
-    that token is trained and in the same document, else IGNORED. A batch without rows is one row of padding, with empty
-    `row_ids`.
+    that token is trained and in the same document, else IGNORED. `columns` are those that the objective names: at each token
+    the value of its document, 0 at the padding. A batch without rows is one row of padding, with empty `row_ids`.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
     row_ids: tuple[int, ...]
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
@@ -42,25 +44,29 @@ class MicroBatch:
     def pin_memory(self) -> MicroBatch:
         """Return a copy in page-locked memory, which can be copied to a GPU asynchronously."""
         names = ("input_ids", "position_ids", "labels")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+        pinned = {name: getattr(self, name).pin_memory() for name in names}
+        return replace(self, **pinned, columns={name: values.pin_memory() for name, values in self.columns.items()})
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimizer step: this rank's micro-batches, and counts of the global batch over all ranks.
+    """One optimizer step: this rank's micro-batches, and the documents of the global batch over all ranks.
 
-    `num_labels` counts trained labels, the divisor of the loss. `num_tokens` excludes padding, `num_slots` includes it.
-    `doc_lengths` are the tokens of each document, `source_tokens` the tokens of each source, in the order of data.sources.
-    `row_ids` are in the order of the global batch.
+    `num_tokens` excludes padding, `num_slots` includes it. `documents` has the columns of the documents, and `doc_lengths` their
+    tokens, row by row. `row_ids` are in the order of the global batch.
     """
 
     micro: list[MicroBatch]
-    num_labels: int
     num_tokens: int
     num_slots: int
+    documents: Mapping[str, np.ndarray]
     doc_lengths: tuple[int, ...]
-    source_tokens: tuple[int, ...]
     row_ids: tuple[int, ...]
+
+    @property
+    def num_labels(self) -> int:
+        """The number of trained labels."""
+        return int(self.documents["num_trained"].sum())
 
 
 class TrainBatches:
@@ -102,16 +108,15 @@ class TrainBatches:
         """Return the batch of optimizer step `step`, counted from 0."""
         size, micro_size = self.batch.global_batch_size, self.batch.micro_batch_size
         rows = self.order.at(step * size, (step + 1) * size)
-        lengths = self.split.row_lengths(rows)
+        lengths, docs = self.split.row_lengths(rows), self.split.docs_of(rows)
         mine = rows.reshape(self.batch.accumulation, self.data_ranks, micro_size)[:, self.data_rank]
         return StepBatch(
             micro=[micro_batch(self.split, micro, self.pad_id) for micro in mine],
-            num_labels=int(self.split.row_labels[rows].sum()),
             num_tokens=int(lengths.sum()),
             # Each micro-batch is padded to its longest row.
             num_slots=int(lengths.reshape(-1, micro_size).max(axis=1).sum()) * micro_size,
-            doc_lengths=tuple(self.split.doc_lengths(rows).tolist()),
-            source_tokens=tuple(self.split.row_sources[rows].sum(axis=0).tolist()),
+            documents={name: values[docs] for name, values in self.split.columns.items()},
+            doc_lengths=tuple((self.split.docs[docs + 1] - self.split.docs[docs]).tolist()),
             row_ids=tuple(rows.tolist()),
         )
 
@@ -171,13 +176,8 @@ class RowBatches:
 
     def label_sources(self, number: int) -> np.ndarray:
         """Return the index of the source of each trained token of micro-batch `number`, in order, int64 [num_labels]."""
-        sources = [np.empty(0, np.int64)]
-        for row in self.rows_of(number):
-            tokens, docs = self.split.row_tokens(row), self.split.row_docs(row)
-            lengths = np.diff(self.split.doc_offsets(row))
-            of_tokens = np.repeat(self.split.doc_source[docs].astype(np.int64), lengths)
-            sources.append(of_tokens[self.split.trained[tokens].astype(bool)])
-        return np.concatenate(sources)
+        docs = self.split.docs_of(self.rows_of(number))
+        return np.repeat(self.split.columns["source"][docs].astype(np.int64), self.split.columns["num_trained"][docs])
 
 
 def find_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
@@ -193,6 +193,7 @@ def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     position_ids = np.tile(np.arange(shape[1]), (shape[0], 1))
+    columns = {name: np.zeros(shape, split.columns[name].dtype) for name in split.named}
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         tokens = split.row_tokens(row)
         input_ids[i, :length] = split.tokens[tokens]
@@ -200,9 +201,12 @@ def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:
         labels[i, : length - 1] = np.where(split.trained[tokens][1:], input_ids[i, 1:length], IGNORED)
         offsets = split.doc_offsets(row)
         position_ids[i] -= np.repeat([*offsets], np.diff([*offsets, shape[1]]))
+        for name, values in columns.items():
+            values[i, :length] = np.repeat(split.columns[name][split.row_docs(row)], np.diff(offsets))
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         labels=torch.from_numpy(labels),
         row_ids=tuple(rows.tolist()),
+        columns={name: torch.from_numpy(values) for name, values in columns.items()},
     )

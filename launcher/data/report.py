@@ -24,7 +24,6 @@ Decode = Callable[[list[int]], str]
 # Numbers of a split, a source or a document, by their names in the report.
 Numbers = dict[str, Any]
 
-_DOCS_AT_ONCE = 1 << 16
 # Quantiles of the document lengths to show if no rows are requested: short enough to read, but not the shortest.
 _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 
@@ -169,14 +168,9 @@ _COUNTED = {
 
 def _count_split(split: Split, num_sources: int) -> tuple[Numbers, list[Numbers]]:
     """Return the numbers for all documents of a split, and for the documents of each source."""
-    counts = [np.empty(0, dtype=np.int64)]
-    # Read in parts, because a whole split may not fit in memory.
-    for first in range(0, split.num_docs, _DOCS_AT_ONCE):
-        docs = split.docs[first : first + _DOCS_AT_ONCE + 1]
-        counts.append(np.add.reduceat(split.trained[docs[0] : docs[-1]], docs[:-1] - docs[0], dtype=np.int64))
-    lengths, trained, source = np.diff(split.docs), np.concatenate(counts), np.asarray(split.doc_source)
-    # The file of data.eval_path comes after the sources and has no training rows.
-    rows = [*(np.asarray(split.row_sources) > 0).sum(axis=0).tolist(), 0]
+    lengths, trained, source = np.diff(split.docs), split.columns["num_trained"], split.columns["source"].astype(np.int64)
+    row_of = np.repeat(np.arange(split.num_rows), np.diff(np.searchsorted(split.docs, split.rows)))
+    rows = np.bincount(np.unique(row_of * num_sources + source) % num_sources, minlength=num_sources).tolist()
     each = [{"rows": rows[i], **_describe_documents(lengths[source == i], trained[source == i])} for i in range(num_sources)]
     return {"rows": split.num_rows, **_describe_documents(lengths, trained)}, each
 
@@ -241,7 +235,7 @@ def _show_rows(split: Split, names: list[str], decode: Decode, num_rows: int) ->
         ]
         redacted = patterns.redact(texts)
         parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(offsets, redacted, strict=False)]
-        return {"source": names[split.doc_source[doc]], "tokens": len(tokens), "parts": parts}
+        return {"source": names[split.columns["source"][doc]], "tokens": len(tokens), "parts": parts}
 
     return [
         {"row": row, "whole": bool(num_rows), "documents": [show_document(doc) for doc in range(first, last)]}

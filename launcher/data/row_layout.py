@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -155,20 +155,14 @@ def write(
     folder: Path,
     layout: RowLayout,
     lengths: np.ndarray,
-    sources: np.ndarray,
-    labels: np.ndarray,
+    columns: Mapping[str, np.ndarray],
     spooled: tuple[np.ndarray, np.ndarray],
-    num_sources: int,
 ) -> str:
     """Write the arrays of a split into `folder` and return their hex digest.
 
-    `lengths`, `sources` and `labels` are for all documents, `spooled` holds their tokens and trained marks.
+    `lengths` and `columns` are for all documents, `spooled` holds their tokens and trained marks.
     """
     docs = _find_starts(lengths[layout.order])
-    row_of = np.repeat(np.arange(layout.num_rows), np.diff(layout.starts))
-    doc_source = sources[layout.order].astype(np.uint16)
-    cell = row_of * num_sources + doc_source
-    tokens_of = np.bincount(cell, weights=np.diff(docs), minlength=layout.num_rows * num_sources)
     tokens, trained = spooled
     begins = _find_starts(lengths)[:-1]
     return write_split(
@@ -177,9 +171,7 @@ def write(
         _gather(trained, begins, lengths, layout.order),
         rows=docs[layout.starts],
         docs=docs,
-        row_labels=np.bincount(row_of, weights=labels[layout.order], minlength=layout.num_rows).astype(np.int64),
-        doc_source=doc_source,
-        row_sources=tokens_of.astype(np.int32).reshape(layout.num_rows, num_sources),
+        columns={name: values[layout.order] for name, values in columns.items()},
     )
 
 
@@ -194,8 +186,7 @@ def write_documents(
     width = max(data.max_length, int(lengths.max(initial=1)))
     layout = packing.pack(lengths, width) if data.packing else packing.place_one_per_row(len(lengths))
     labels = np.add.reduceat(trained, _find_starts(lengths)[:-1], dtype=np.int64) if len(lengths) else np.zeros(0, np.int64)
-    num_sources = int(sources.max(initial=0)) + 1
-    digest = write(folder, layout, lengths, sources, labels, (tokens, trained), num_sources)
+    digest = write(folder, layout, lengths, {"source": sources, "num_trained": labels}, (tokens, trained))
     counts = {name: 0 for name, field in DataFacts.model_fields.items() if field.annotation is int}
     return DataFacts(cache_dir=str(folder), padding_frac=0, digest=f"{digest}-", **counts), layout.order
 

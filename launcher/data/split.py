@@ -18,7 +18,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 import xxhash
 
 from launcher.data import cache_store
+from launcher.data.schema import COLUMNS
 from launcher.errors import DataError
 from launcher.plan.launch_plan import DataFacts
 from launcher.runs import atomic_files
@@ -37,9 +38,10 @@ from launcher.shell_commands import shell_command
 BLOCK_BYTES = 1 << 16
 DIGESTS = "digests.bin"
 _DTYPE = np.dtype("<u8")
-# These are as large as the data; the index arrays are small in comparison and read at once.
-_LARGE_ARRAYS = ("tokens", "trained")
-_INDEX_ARRAYS = ("rows", "docs", "row_labels", "doc_source", "row_sources")
+# These are as large as the data; all other arrays are small in comparison and read at once.
+_LARGE_ARRAYS = tuple(name for name, column in COLUMNS.items() if column.is_per_token)
+# The columns of documents that are always stored.
+_DOCUMENT_COLUMNS = tuple(name for name, one in COLUMNS.items() if not one.is_per_token and one.default is None)
 
 ORIGINS = "origins.npy"
 ORIGIN_FILES = "origins.json"
@@ -129,22 +131,24 @@ def _make_damage_error(cache: Path, message: str, where: str | Path, value: str)
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a cache, as memory maps; the docstring of `cache_store` describes the arrays."""
+    """One split of a cache, as memory maps; the docstring of `cache_store` describes the arrays.
+
+    `columns` are those of its documents, by name; `named` are those that micro-batches have.
+    """
 
     tokens: np.ndarray | CheckedArray
     trained: np.ndarray | CheckedArray
     rows: np.ndarray
     docs: np.ndarray
-    row_labels: np.ndarray
-    doc_source: np.ndarray
-    row_sources: np.ndarray
+    columns: Mapping[str, np.ndarray]
+    named: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, facts: DataFacts, held_out: bool = False) -> Split:
+    def open(cls, facts: DataFacts, held_out: bool = False, named: tuple[str, ...] = ()) -> Split:
         """Map the training or the held-out split of the finished cache that `facts` describe.
 
         Each block of `tokens` and `trained` is verified before its first use. Their first blocks and all other arrays are
-        verified here.
+        verified here. Columns of `named` that the cache does not store have their default.
 
         Raises:
             DataError: if the cache cannot be read, is not the one that `facts` describe, or is damaged.
@@ -159,7 +163,7 @@ class Split:
                 message = "its block digests differ from the recorded ones, so its data may have changed"
                 raise _make_damage_error(cache, message, folder / DIGESTS, f"digest {actual}, not {digest or 'recorded'}")
             table = np.frombuffer(content, _DTYPE)
-            for name in (*_LARGE_ARRAYS, *_INDEX_ARRAYS):
+            for name in (*_LARGE_ARRAYS, "rows", "docs", *_DOCUMENT_COLUMNS, *facts.columns):
                 end = 1 + -(-int(table[0]) // BLOCK_BYTES)
                 array = CheckedArray(folder / f"{name}.npy", cache, int(table[0]), table[1:end])
                 arrays[name] = array if name in _LARGE_ARRAYS else array.load()
@@ -168,7 +172,9 @@ class Split:
         except (FileNotFoundError, ValueError) as error:
             remedy = "`python -m launcher data ...` with the same settings builds it again"
             raise DataError(f"the data cache cannot be read: {error}", str(folder), remedy=remedy) from error
-        return cls(**arrays)
+        tokens, trained, rows, docs = (arrays.pop(name) for name in (*_LARGE_ARRAYS, "rows", "docs"))
+        defaults = {name: np.full(len(docs) - 1, COLUMNS[name].default, COLUMNS[name].dtype) for name in named}
+        return cls(tokens, trained, rows, docs, defaults | arrays, named)
 
     def verify(self) -> None:
         """Verify all blocks that are not verified yet. Raises DataError if a block is damaged."""
@@ -196,12 +202,11 @@ class Split:
         """Return the indices of the documents of `row`."""
         return slice(*np.searchsorted(self.docs, self.rows[row : row + 2]).tolist())
 
-    def doc_lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Return the number of tokens of each document in `rows`, row by row."""
+    def docs_of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the indices of the documents in `rows`, row by row."""
         first, last = (np.searchsorted(self.docs, self.rows[starts]) for starts in (rows, rows + 1))
         counts = last - first
-        docs = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
-        return np.asarray(self.docs[docs + 1] - self.docs[docs])
+        return np.asarray(np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts))
 
     def doc_offsets(self, row: int) -> np.ndarray:
         """Return the start of each document relative to the start of `row`, and the length of the row."""
@@ -209,17 +214,25 @@ class Split:
         return np.asarray(self.docs[docs.start : docs.stop + 1] - self.rows[row])
 
 
-def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], **others: np.ndarray) -> str:
+def write_split(
+    folder: Path,
+    tokens: Iterable[np.ndarray],
+    trained: Iterable[np.ndarray],
+    rows: np.ndarray,
+    docs: np.ndarray,
+    columns: Mapping[str, np.ndarray],
+) -> str:
     """Write the arrays of a split and their digests into `folder`; return the hex digest of the digests.
 
-    `tokens` and `trained` are iterables of parts, because a whole split may not fit in memory.
+    `tokens` and `trained` are iterables of parts, because a whole split may not fit in memory. `columns` are those of documents:
+    source, num_trained, and those of DataFacts.columns, in this order.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
-    num_tokens = int(others["rows"][-1])
+    large = zip(_LARGE_ARRAYS, (tokens, trained), strict=True)
+    small = {"rows": rows, "docs": docs} | {name: values.astype(COLUMNS[name].dtype) for name, values in columns.items()}
     of_arrays = [
-        _write_array(folder / "tokens.npy", np.dtype(np.uint32), (num_tokens,), tokens),
-        _write_array(folder / "trained.npy", np.dtype(np.uint8), (num_tokens,), trained),
-        *(_write_array(folder / f"{n}.npy", others[n].dtype, others[n].shape, [others[n]]) for n in _INDEX_ARRAYS),
+        *(_write_array(folder / f"{n}.npy", np.dtype(COLUMNS[n].dtype), (int(rows[-1]),), parts) for n, parts in large),
+        *(_write_array(folder / f"{n}.npy", values.dtype, values.shape, [values]) for n, values in small.items()),
     ]
     content = np.concatenate([np.asarray(digests, dtype=_DTYPE) for digests in of_arrays]).tobytes()
     _write_blocks(folder / DIGESTS, [content])

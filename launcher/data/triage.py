@@ -65,7 +65,7 @@ def write_answers_alone(split: Split, folder: Path, data: DataSection) -> tuple[
     is_chosen = np.zeros(split.num_docs, dtype=bool)
     is_chosen[documents] = True
     is_kept &= np.repeat(is_chosen, np.diff(docs))
-    sources = np.asarray(split.doc_source)[documents]
+    sources = split.columns["source"][documents]
     facts, order = row_layout.write_documents(folder, tokens[is_kept], trained[is_kept], lengths[documents], sources, data)
     return facts, documents[order]
 
@@ -75,10 +75,9 @@ def compute_mean_losses(split: Split, log_probs: np.ndarray) -> tuple[np.ndarray
 
     `log_probs` are those of all trained tokens of the split, in order.
     """
-    trained_before = np.concatenate([[0], np.cumsum(split.trained[:], dtype=np.int64)])
-    ends = trained_before[np.asarray(split.docs)]
+    counts = split.columns["num_trained"].astype(np.int64)
+    ends = np.concatenate([[0], np.cumsum(counts)])
     sums = np.concatenate([[0.0], np.cumsum(log_probs, dtype=np.float64)])
-    counts = np.diff(ends)
     with np.errstate(invalid="ignore", divide="ignore"):
         return counts, -(sums[ends[1:]] - sums[ends[:-1]]) / counts
 

@@ -179,12 +179,12 @@ def run_rank(task: RankTask, on_progress: Progress = lambda stage, done, total: 
     from launcher.distributed import RankInfo
     from launcher.train.engine import build_inference_engine, join_process_group, leave_process_group
     from launcher.train.held_out_loss import Scorer
-    from launcher.train.objectives import OBJECTIVES
+    from launcher.train.objectives import SupervisedNll
 
     rank_info = RankInfo(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=0)
     device = join_process_group(task.plan, rank_info)
     engine, model = build_inference_engine(task.plan)
-    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, device, task.plan.topology)
+    scorer = Scorer(engine, model, SupervisedNll(), rank_info, device, task.plan.topology)
     for one, key in zip(task.passes, task.keys, strict=True):
         rows = None if one.rows is None else np.asarray(one.rows)
         batches = RowBatches(one.open(), task.plan.batch.micro_batch_size, pad_id=0, rows=rows)

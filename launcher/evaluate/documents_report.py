@@ -51,7 +51,7 @@ class _SplitDocuments:
         self._tokenizer: Any = load_tokenizer(folder) if folder is not None and Path(folder).is_dir() else None
 
     def describe(self, document: int) -> dict[str, Any]:
-        source = self._sources[int(self._split.doc_source[document])]
+        source = self._sources[int(self._split.columns["source"][document])]
         return {"document": document, "where": self.origins.where(document), "source": source}
 
     def texts(self, document: int) -> dict[str, str]:
@@ -142,7 +142,7 @@ def describe_step(run: RunDir, plan: LaunchPlan, step: int, has_scores: bool, on
     lengths = None if plan.config.data.packing else np.diff(split.rows)
     rows = RowOrder(split.num_rows, plan.config.run.seed, lengths, size).at((step - 1) * size, step * size)
     scored_at, reason = None, ""
-    losses: list[np.ndarray | None] = [None] * len(rows)
+    losses = np.empty(0)
     if has_scores:
         before = max((one.step for one in store.list_checkpoints(run.checkpoints) if one.step < step), default=0)
         try:
@@ -155,15 +155,16 @@ def describe_step(run: RunDir, plan: LaunchPlan, step: int, has_scores: bool, on
         else:
             one = ScorePass(title="rows of the step", facts=plan.data, rows=tuple(rows.tolist()))
             (log_probs,) = score_passes(plan, weights, [one], on_progress)
-            losses = [*np.split(-log_probs, np.cumsum(split.row_labels[rows])[:-1])]
+            losses = -log_probs
             scored_at = weights.step
     documents, described = _SplitDocuments(plan, plan.data, split), []
-    for row, of_row in zip(rows.tolist(), losses, strict=True):
-        in_row, first = [], 0
+    first = 0
+    for row in rows.tolist():
+        in_row = []
         for document in range(*split.row_docs(row).indices(split.num_docs)):
             begin, end = (int(at) for at in split.docs[document : document + 2])
-            num_trained = int(split.trained[begin:end].sum())
-            own = np.empty(0) if of_row is None else of_row[first : first + num_trained]
+            num_trained = int(split.columns["num_trained"][document])
+            own = losses[first : first + num_trained]
             first += num_trained
             in_row.append(
                 documents.describe(document)

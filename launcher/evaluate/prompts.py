@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from launcher.config.sections.data import DataSection
-from launcher.data.sources.documents import Chat, Completion, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization.encoder import Encoder
 from launcher.errors import DataError
 from launcher.evaluate.questions import EvalQuestion
@@ -93,7 +93,7 @@ class BasePrompts:
         """The tokens with which the base model's own template ends a turn; empty if it has no template."""
         if not self._encoder.has_template:
             return ()
-        chat = Chat("a turn", (Message("user", "question"), Message("assistant", "answer")))
+        chat = Document("a turn", (Message("user", "question"), Message("assistant", "answer")))
         try:
             (encoded,) = self._encoder.encode([self._encoder.render(chat)])
         except DataError:
@@ -103,7 +103,7 @@ class BasePrompts:
 
     def forms(self, questions: Sequence[EvalQuestion]) -> tuple[str, ...]:
         """Return the forms in which the base model can be prompted: chat requires its own template."""
-        is_chat = all(isinstance(question.document, Chat) for question in questions)
+        is_chat = all(question.document.messages for question in questions)
         return (CHAT, TEXT) if is_chat and self._encoder.has_template else (TEXT,)
 
     def write(self, questions: Sequence[EvalQuestion], style: PromptStyle) -> PromptBatch:
@@ -115,32 +115,28 @@ class BasePrompts:
         for example in examples:
             document, answer = example.document, example.reference
             # A space precedes the answer unless the text has its own.
-            has_space = isinstance(document, Completion) and (document.prompt[-1:].isspace() or not answer[:1].isspace())
+            has_space = not document.messages and (document.prompt[-1:].isspace() or not answer[:1].isspace())
             shown.append(f"{_write_question(example)}{'' if has_space else ' '}{answer.strip()}")
         prompts = []
         for question in questions:
-            messages = question.document.messages if isinstance(question.document, Chat) else ()
-            system = "\n\n".join(message.content for message in messages if message.role == "system")
+            system = "\n\n".join(message.content for message in question.document.messages if message.role == "system")
             parts = [*filter(None, (system, style.instruction)), *shown, _write_question(question)]
-            text = Completion(question.where, self._separator.join(parts), "")
+            text = Document(question.where, prompt=self._separator.join(parts))
             prompts.append(_encode_question(self._encoder, replace(question, document=text)))
-        has_labels = any(isinstance(question.document, Chat) for question in questions)
+        has_labels = any(question.document.messages for question in questions)
         return _make_batch(prompts, (self._separator, *((f"\n{_QUESTION}", "\nUser:") if has_labels else ())))
 
     def _write_chat(self, question: EvalQuestion, examples: Sequence[EvalQuestion], instruction: str) -> list[int]:
         """Return a chat after examples, with an instruction as the template supports it."""
         chat = question.document
-        assert isinstance(chat, Chat)
 
         def write(messages: Sequence[Message]) -> list[int]:
-            return _encode_question(self._encoder, replace(question, document=Chat(chat.where, tuple(messages), chat.tools)))
+            return _encode_question(self._encoder, replace(question, document=replace(chat, messages=tuple(messages))))
 
         shown: list[Message] = []
         for example in examples:
-            if isinstance(example.document, Completion):
-                shown.append(Message("user", example.document.prompt))
-            else:
-                shown += [message for message in example.document.messages if message.role != "system"]
+            asked = example.document.messages or (Message("user", example.document.prompt),)
+            shown += [message for message in asked if message.role != "system"]
             shown.append(Message("assistant", example.reference))
         system = [message for message in chat.messages if message.role == "system"]
         rest = [message for message in chat.messages if message.role != "system"]
@@ -157,7 +153,7 @@ class BasePrompts:
 
 def _encode_question(encoder: Encoder, question: EvalQuestion) -> list[int]:
     document = question.document
-    if isinstance(document, Chat):
+    if document.messages:
         document = replace(document, messages=(*document.messages, Message("assistant", question.reference)))
     prompt = encoder.prompt(document)
     assert prompt is not None, "a question has a prompt"
@@ -170,7 +166,7 @@ def _make_batch(prompts: Sequence[Sequence[int]], stop_strings: tuple[str, ...])
 
 def _write_question(question: EvalQuestion) -> str:
     """Return a question as text, up to where its answer begins."""
-    if isinstance(question.document, Completion):
+    if not question.document.messages:
         return question.document.prompt
     messages = [message for message in question.document.messages if message.role != "system"]
     if len(messages) == 1:

@@ -8,7 +8,7 @@ the held-out documents with the training documents, not the sets of eval.sets.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,7 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.checks import overlap
 from launcher.data.sources import reading
-from launcher.data.sources.documents import Chat, Completion, Document, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.data.sources.reading import find_path_problem, list_inputs, make_set_data
 from launcher.data.split import Split
 from launcher.data.tokenization.chat_template import with_system
@@ -41,25 +41,23 @@ MAX_CANDIDATES = 32
 
 @dataclass(frozen=True)
 class EvalQuestion:
-    """A prompt and its reference answer; `document` is a chat without its last answer, or a text whose completion is empty."""
+    """A prompt and its reference answer; `document` is a chat without its last answer, or a prompt without text."""
 
     where: str
-    document: Chat | Completion
+    document: Document
     reference: str
 
     @property
     def text(self) -> str:
         """The question itself: the last message, or the prompt."""
         document = self.document
-        return document.prompt if isinstance(document, Completion) else document.messages[-1].content
+        return document.messages[-1].content if document.messages else document.prompt
 
     @property
     def prompt(self) -> str:
         """The whole question: the messages without system messages, or the prompt."""
-        document = self.document
-        if isinstance(document, Completion):
-            return document.prompt
-        return "\n".join(message.content for message in document.messages if message.role != "system")
+        messages = self.document.messages
+        return "\n".join(one.content for one in messages if one.role != "system") if messages else self.document.prompt
 
     def to_json(self) -> dict[str, Any]:
         return {"where": self.where, "reference": self.reference, "document": asdict(self.document)}
@@ -67,10 +65,9 @@ class EvalQuestion:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> EvalQuestion:
         document = values["document"]
-        if "messages" in document:
-            messages = tuple(Message(**{**one, "tool_calls": tuple(one["tool_calls"])}) for one in document["messages"])
-            return cls(values["where"], Chat(document["where"], messages, tuple(document["tools"])), values["reference"])
-        return cls(values["where"], Completion(**document), values["reference"])
+        messages = tuple(Message(**{**one, "tool_calls": tuple(one["tool_calls"])}) for one in document["messages"])
+        document = Document(**{**document, "messages": messages, "tools": tuple(document["tools"])})
+        return cls(values["where"], document, values["reference"])
 
 
 @dataclass(frozen=True)
@@ -86,17 +83,15 @@ class QuestionSet:
 
 def split_question(document: Document, system: str | None) -> EvalQuestion | None:
     """Return the question in a document: a chat up to its last answer, or a prompt; None if it has none."""
-    match document:
-        case Chat():
-            chat = with_system(document, system)
-            last = max((i for i, message in enumerate(chat.messages) if message.role == "assistant"), default=0)
-            answer = chat.messages[last].content
-            if last == 0 or not answer.strip() or chat.messages[last].tool_calls:
-                return None
-            return EvalQuestion(chat.where, Chat(chat.where, chat.messages[:last], chat.tools), answer)
-        case Completion(where, prompt, completion) if prompt.strip() and completion.strip():
-            return EvalQuestion(where, Completion(where, prompt, ""), completion)
-    return None
+    if not document.messages:
+        is_question = document.prompt.strip() and document.text.strip()
+        return EvalQuestion(document.where, replace(document, text=""), document.text) if is_question else None
+    chat = with_system(document, system)
+    last = max((i for i, message in enumerate(chat.messages) if message.role == "assistant"), default=0)
+    answer = chat.messages[last].content
+    if last == 0 or not answer.strip() or chat.messages[last].tool_calls:
+        return None
+    return EvalQuestion(chat.where, replace(chat, messages=chat.messages[:last]), answer)
 
 
 def read_set(plan: LaunchPlan, name: str, encoder: Encoder, max_questions: int, advance: Advance) -> QuestionSet:

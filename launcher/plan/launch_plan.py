@@ -90,7 +90,7 @@ class DataFacts(Record):
 
     `digest` is the digest of the arrays (tokens, masks, documents and rows) of the training split, "-", and the digest of the
     held-out split. `chat_template` is the text of data.chat_template, None if the tokenizer's own template was used.
-    `turn_end_ids` are the tokens at which the model learns to stop.
+    `turn_end_ids` are the tokens at which the model learns to stop. `columns` are those of documents that only some data have.
     """
 
     cache_dir: str
@@ -104,6 +104,7 @@ class DataFacts(Record):
     truncated_tokens: int
     padding_frac: float
     digest: str = ""
+    columns: tuple[str, ...] = ()
     chat_template: str | None = None
     turn_end_ids: tuple[int, ...] = ()
 

@@ -12,6 +12,7 @@ from launcher.plan.architecture import context_tokens
 from launcher.plan.checkpoints import warn_of_short_saves
 from launcher.plan.gpu_types import GPUS, lookup, names_other_memory
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, LaunchPlan, ModelFacts, Topology
+from launcher.plan.objectives import OBJECTIVES
 from launcher.plan.optimizers import OPTIMIZERS
 from launcher.plan.quantities import format_count
 from launcher.plan.sizing.memory import num_hpz_ranks
@@ -80,6 +81,14 @@ def find_refusals(config: RunConfig, model: ModelFacts, data: DataFacts | None) 
     elif offload != "none" and not optimizer.can_offload:
         remedy = "set deepspeed.offload_optimizer=none, or use optim=adamw"
         yield Problem(f"the states of {name} cannot be offloaded", "deepspeed.offload_optimizer", offload, remedy)
+    objective = OBJECTIVES.get(config.objective.name)
+    if objective is None:
+        remedy = f"choose one of: {', '.join(OBJECTIVES)}"
+        yield Problem("unknown objective", "objective.name", config.objective.name, remedy)
+    elif data is not None and (missing := [name for name in objective.columns if name not in data.columns]):
+        message = f"this objective needs the column {missing[0]}, and no row has a value of it"
+        remedy = f"add {missing[0]} to the rows, and set the source's format to one that reads it; or set objective=sft"
+        yield Problem(message, "objective.name", config.objective.name, remedy)
     if usual is not None and lr > _MAX_LR and config.model.init == "pretrained":
         yield Problem(
             f"optim.lr={lr:g} would destroy the weights in the first step",

@@ -215,16 +215,14 @@ class TrainingLoop:
         Returns this rank's share of the loss, fp32. The sum over ranks is the mean per atom of the global batch.
         """
         parts, topology = self.parts, self.run.plan.topology
-        # A batch has no atoms if none of its rows has a trained token.
-        num_atoms = max(1, parts.objective.count_atoms(batch))
         # DeepSpeed averages gradients over all ranks, but the loss is a sum over data ranks; ranks with the same rows have the
-        # same gradient.
-        scale = topology.data_ranks / num_atoms
+        # same gradient. A batch may have no atoms: no trained token.
+        scale = topology.data_ranks / (parts.objective.count_atoms(batch) or 1)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.run.device)
         for i, micro in enumerate(batch.micro):
             parts.monitor.beat("training", self.step)
             with parts.timer.part("fwd_bwd"):
-                loss = parts.objective.sum_loss(parts.engine, micro, self.run.device, scale).total
+                loss = parts.objective.sum_loss(parts.engine, micro, self.run.device, scale)
                 parts.engine.backward(loss, scale_wrt_gas=False)
                 loss_sum += loss.detach()
             if i < len(batch.micro) - 1:

@@ -26,10 +26,13 @@ class LossHead(nn.Linear):
 
     chunk_tokens: int = 1024
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, factor: float = 1.0, per_token: bool = False) -> Tensor:
-        """Return the summed loss of `hidden` [N, H] and `labels` [N], an fp32 scalar times `factor`; without labels, logits.
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, factor: float | Tensor = 1.0, per_token: bool = False
+    ) -> Tensor:
+        """Return the summed loss of `hidden` [N, H] and `labels` [N], an fp32 scalar; without labels, logits.
 
-        With `per_token`, return the loss of each label instead, fp32 [N], without a gradient.
+        `factor` multiplies the loss of all labels, or is fp32 [N], one factor per label, without a gradient. With `per_token`,
+        return the loss of each label instead, fp32 [N], without a gradient.
         """
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
@@ -53,7 +56,7 @@ class _ChunkedNll(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         labels: Tensor,
-        factor: float,
+        factor: float | Tensor,
         chunk_tokens: int,
         wants_grad: bool,
     ) -> Tensor:
@@ -66,13 +69,14 @@ class _ChunkedNll(torch.autograd.Function):
             part, target = hidden[start : start + chunk_tokens], labels[start : start + chunk_tokens]
             logits, index = _fp32_logits(part, weight, bias), target.unsqueeze(-1)
             losses, exponentials, sums = _token_nll(logits, index)
-            total += losses.sum()
+            scale = factor[start : start + chunk_tokens, None] if isinstance(factor, Tensor) else factor
+            total += (losses.unsqueeze(-1) * scale).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
             # d nll / d logits = softmax - onehot, written over the logits.
             exponentials.scatter_add_(-1, index, sums.neg())
             # Scale in fp32: the weights' type would round the factor and small gradients.
-            grad = exponentials.mul_(factor / sums).to(weight.dtype)
+            grad = exponentials.mul_(scale / sums).to(weight.dtype)
             del logits, exponentials
             torch.mm(grad, weight, out=grad_hidden[start : start + len(part)])
             grad_weight.add(grad, part)
@@ -83,7 +87,7 @@ class _ChunkedNll(torch.autograd.Function):
         if grad_weight is not None:
             bias_result = None if grad_bias is None else grad_bias.to(weight.dtype)
             ctx.save_for_backward(grad_hidden, grad_weight.result(), bias_result)
-        return total * factor
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

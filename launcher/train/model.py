@@ -60,17 +60,18 @@ class CausalLMLoss(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor,
         labels: Tensor | None = None,
-        factor: float = 1.0,
+        factor: float | Tensor = 1.0,
         cu_seqlens: Tensor | None = None,
         by_model: bool = False,
         per_token: bool = False,
     ) -> Tensor:
-        """Return the summed negative log-likelihood over `labels` [B, T], without IGNORED, times `factor`: an fp32 scalar.
+        """Return the summed negative log-likelihood over `labels` [B, T], without IGNORED: an fp32 scalar.
 
-        With `per_token`, return the negative log-likelihood of each label instead, fp32 [N], without a gradient. Without labels,
-        return logits [B, T, V] ([1, B * T, V] if `flatten`). All passes use this method, because ZeRO-3 gathers
-        weights around it. `cu_seqlens`, from a MicroBatch, saves the pass from searching `position_ids` for document boundaries.
-        With `by_model`, return the logits that the whole Hugging Face model computes from the ids alone.
+        `factor` multiplies the loss of all labels, or is fp32 [B, T] on the device of `labels`, one factor per label.
+        With `per_token`, return the negative log-likelihood of each label instead, fp32 [N], without a gradient. Without
+        labels, return logits [B, T, V] ([1, B * T, V] if `flatten`). All passes use this method, because ZeRO-3 gathers
+        weights around it. `cu_seqlens`, from a MicroBatch, saves the pass from searching `position_ids` for document
+        boundaries. With `by_model`, return the logits that the whole Hugging Face model computes from the ids alone.
         """
         if by_model:
             return self.hf(input_ids=input_ids, use_cache=False).logits
@@ -90,6 +91,8 @@ class CausalLMLoss(nn.Module):
         flat = labels.reshape(-1)
         # With labels on the CPU, this does not wait for the GPU.
         trained = (flat != IGNORED).nonzero().squeeze(1)
+        if isinstance(factor, Tensor):
+            factor = copy_to_device(factor.reshape(-1)[trained], hidden.device)
         targets, trained = (copy_to_device(tensor, hidden.device) for tensor in (flat[trained], trained))
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
         del hidden  # freed while the loss is computed

@@ -1,4 +1,4 @@
-"""Training objectives: how a micro-batch becomes a loss.
+"""Training objectives: how a micro-batch becomes a loss; launcher/plan/objectives.py lists them.
 
 The loss of a global batch is the sum of an objective over its atoms (trained tokens; preference pairs), divided by their number
 across ranks and accumulation steps. So the gradient depends neither on the number of ranks nor on the split into micro-batches.
@@ -6,32 +6,29 @@ across ranks and accumulation steps. So the gradient depends neither on the numb
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from launcher.data.loader import IGNORED, MicroBatch, StepBatch
-
-
-class LossSum(NamedTuple):
-    """Sum of an objective over the atoms of one micro-batch: `total` is an fp32 scalar on the device, times the scale."""
-
-    total: torch.Tensor
-    num_atoms: int
+from launcher.data.loader import MicroBatch, StepBatch
 
 
 class Objective(Protocol):
     """Maps micro-batches to losses. It holds no state: one instance serves training and evaluation."""
 
-    def count_atoms(self, batch: StepBatch) -> int:
-        """Count the atoms of a global batch over all ranks, without communication. The loss of the step is divided by this."""
+    def count_atoms(self, batch: StepBatch) -> float:
+        """Count the atoms of a global batch over all ranks, without communication. The loss of the step is divided by this.
 
-    def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> LossSum:
-        """Compute the loss of this rank's micro-batch, times `scale`, differentiable unless gradients are off.
+        With weights, this is the sum of the atoms' weights.
+        """
+
+    def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> torch.Tensor:
+        """Sum the loss over the atoms of this rank's micro-batch, times `scale`: an fp32 scalar, differentiable unless gradients
+        are off.
 
         `engine` is the DeepSpeed engine around a launcher.train.model.CausalLMLoss. Every rank must call it equally often,
         because each call gathers weights. Called with (input_ids, position_ids) on the device, it returns logits. With labels,
-        which may stay on the CPU, it returns the scaled sum of their negative log-likelihood.
+        which may stay on the CPU, it returns the sum of their negative log-likelihood, times a factor or one factor per label.
         """
 
     def atom_losses(self, engine: Any, micro: MicroBatch, device: torch.device) -> torch.Tensor:
@@ -44,15 +41,18 @@ class Objective(Protocol):
 class SupervisedNll:
     """Negative log-likelihood of the trained tokens; each trained token is an atom."""
 
-    def count_atoms(self, batch: StepBatch) -> int:
+    def count_atoms(self, batch: StepBatch) -> float:
         """Count the trained tokens of a global batch."""
         return batch.num_labels
 
-    def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> LossSum:
-        """Compute logits, in chunks, only for labels that are trained; see launcher.train.loss."""
+    def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float | torch.Tensor) -> torch.Tensor:
+        """Compute logits, in chunks, only for labels that are trained; see launcher.train.loss.
+
+        `scale` may be one factor for each label: fp32 [B, T], on the CPU.
+        """
         inputs = (tensor.to(device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
-        total = engine(*inputs, micro.labels, scale, micro.cu_seqlens)
-        return LossSum(total, int((micro.labels != IGNORED).sum()))
+        total: torch.Tensor = engine(*inputs, micro.labels, scale, micro.cu_seqlens)
+        return total
 
     @torch.no_grad()
     def atom_losses(self, engine: Any, micro: MicroBatch, device: torch.device) -> torch.Tensor:
@@ -60,6 +60,3 @@ class SupervisedNll:
         inputs = (tensor.to(device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
         losses: torch.Tensor = engine(*inputs, micro.labels, cu_seqlens=micro.cu_seqlens, per_token=True)
         return losses
-
-
-OBJECTIVES: dict[str, Objective] = {"supervised": SupervisedNll()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from launcher.data.split import Split
 from launcher.distributed import RankInfo, measure_bus_bandwidth, run_on_all_ranks
 from launcher.errors import RunError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
+from launcher.plan.objectives import OBJECTIVES
 from launcher.plan.planner import as_run
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
@@ -33,7 +35,7 @@ from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer
 from launcher.train.model import CausalLMLoss
 from launcher.train.monitoring.monitor import Monitor, StatusFile
 from launcher.train.monitoring.step_metrics import Meter, StepTimer, find_peak_tflops
-from launcher.train.objectives import OBJECTIVES, Objective
+from launcher.train.objectives import Objective
 from launcher.train.previous_failure import find_previous_failure
 from launcher.train.resume import StartPoint, agree_on_start_point
 
@@ -129,8 +131,9 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         tracker.event("alert" if problem else "info", liger.describe_use(problem, plan.config, run.run_dir.root), 0)
     # Refuse an engine that cannot be saved here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
+    chosen = OBJECTIVES[plan.config.objective.name]
     train_batches = TrainBatches(
-        Split.open(data),
+        Split.open(data, named=chosen.columns),
         plan.batch,
         plan.config.run.seed,
         plan.topology.data_rank(rank_info.rank),
@@ -138,10 +141,10 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         pad_id=_PAD_ID,
         group_by_length=not plan.config.data.packing,
     )
-    batches, eval_rows = PrefetchLoader(train_batches, device), _open_eval_rows(plan, data)
+    batches, eval_rows = PrefetchLoader(train_batches, device), _open_eval_rows(plan, data, chosen.columns)
     monitored = as_run(plan, has_liger=not model.liger_problem) if plan.liger else plan
     monitor = Monitor(monitored, rank_info, device, model, tracker, beat)
-    objective = OBJECTIVES["supervised"]
+    objective: Objective = resolve_name(chosen.builder)()
     scorer = Scorer(engine, model, objective, rank_info, device, plan.topology)
     best_set = plan.config.checkpoint.best_set
     return Components(
@@ -181,15 +184,15 @@ def _build_saver(run: RunContext, engine: Any, model: CausalLMLoss, fence: Calla
     )
 
 
-def _open_eval_rows(plan: LaunchPlan, data: DataFacts) -> list[EvalRows]:
+def _open_eval_rows(plan: LaunchPlan, data: DataFacts, columns: tuple[str, ...]) -> list[EvalRows]:
     """Open the rows of all sets that are evaluated during training."""
     opened, micro_batch_size = [], plan.batch.micro_batch_size
     if data.num_eval_rows:
         sources = (*plan.config.data.sources, make_eval_source(plan.config.data))
-        batches = RowBatches(Split.open(data, held_out=True), micro_batch_size, pad_id=_PAD_ID)
+        batches = RowBatches(Split.open(data, True, columns), micro_batch_size, pad_id=_PAD_ID)
         opened.append(EvalRows(HELD_OUT, batches, tuple(source.name for source in sources if source is not None)))
     for eval_set in plan.config.eval.all_sets:
-        split = Split.open(plan.eval_sets[eval_set.name])
+        split = Split.open(plan.eval_sets[eval_set.name], named=columns)
         batches = RowBatches(split, micro_batch_size, _PAD_ID, choose_evenly(split.num_rows, eval_set.max_rows))
         opened.append(EvalRows(eval_set.name, batches, (eval_set.name,)))
     return opened

@@ -21,7 +21,7 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.fields import HUB_ID_PATTERN
 from launcher.config.sections.model import is_run
 from launcher.data.cache_dir import download_cache
-from launcher.data.sources.documents import Chat, Completion, Document
+from launcher.data.sources.documents import Document
 from launcher.data.sources.files import Block
 from launcher.data.sources.reading import count_rows, list_usable, read_batches
 from launcher.data.tokenization.encoder import Encoder, import_tokenizers_without_torch, load_tokenizer
@@ -149,13 +149,8 @@ def _count_tokens(documents: list[Document], data: DataSection, folder: Path | N
 
 
 def _count_characters(document: Document) -> int:
-    match document:
-        case Chat(_, messages):
-            return sum(len(message.content) + len(message.role) + 16 for message in messages)
-        case Completion(_, prompt, completion):
-            return len(prompt) + len(completion)
-        case _:
-            return len(document.text)
+    of_messages = sum(len(message.content) + len(message.role) + 16 for message in document.messages)
+    return of_messages + len(document.prompt) + len(document.text)
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources.documents import Chat, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -77,11 +77,11 @@ REASONED_CALL = assistant("", tool_calls=(CALL,), reasoning_content="Add.")
 CHATS = {"single": SINGLE, "multi": MULTI, "system": SYSTEM, "tools": TOOLS}
 
 
-def chat(*messages: Message) -> Chat:
-    return Chat("rows.jsonl:1", messages, (TOOL,) if any(message.tool_calls for message in messages) else ())
+def chat(*messages: Message) -> Document:
+    return Document("rows.jsonl:1", messages, (TOOL,) if any(message.tool_calls for message in messages) else ())
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, document: Chat, **settings: Any) -> EncodedDocument:
+def encode(tokenizer: PreTrainedTokenizerBase, document: Document, **settings: Any) -> EncodedDocument:
     encoder = Encoder(tokenizer, DataSection(sources=(Source(path="rows.jsonl"),), **settings))
     return encoder.encode([encoder.render(document)])[0]
 

@@ -52,17 +52,14 @@ def test_the_sources_of_rows_and_documents_are_known(jsonl: Jsonl, tokenizer_dir
     facts = build(data, str(tokenizer_dir))
     split = Split.open(facts)
     lengths = np.diff(split.docs)
-    assert split.row_sources.shape == (facts.num_rows, 2)
-    assert split.row_sources.sum(axis=1).tolist() == np.diff(split.rows).tolist()
-    of_source = [int(lengths[split.doc_source == i].sum()) for i in (0, 1)]
-    assert split.row_sources.sum(axis=0).tolist() == of_source
+    of_source = [int(lengths[split.columns["source"] == i].sum()) for i in (0, 1)]
     report = read_report(facts.cache_dir)
     assert [one["name"] for one in report["sources"]] == ["first", "second"]
     assert [one["read"] for one in report["sources"]] == [80, 40]
     assert [one["num_tokens"] for one in report["sources"]] == of_source
     assert report["sources"][0]["epochs"] == 1
     assert report["sources"][1]["epochs"] == pytest.approx(2.5, abs=0.05)
-    seen = [document for document, source in zip(contents(split), split.doc_source, strict=True) if source == 1]
+    seen = [document for document, source in zip(contents(split), split.columns["source"], strict=True) if source == 1]
     assert {seen.count(document) for document in seen} == {2, 3}
     for row in range(split.num_rows):
         a, b = np.searchsorted(split.docs, split.rows[[row, row + 1]])
@@ -91,7 +88,7 @@ def test_a_source_of_weight_0_is_in_no_split(jsonl: Jsonl, tokenizer_dir: Path) 
     for held_out in (False, True):
         one, other = (Split.open(facts, held_out) for facts in (first, second))
         assert (one.tokens[:].tolist(), one.docs.tolist()) == (other.tokens[:].tolist(), other.docs.tolist())
-        assert set(other.doc_source.tolist()) == {1}
+        assert set(other.columns["source"].tolist()) == {1}
     assert findings.read(second.cache_dir) == findings.read(first.cache_dir)
     assert read_report(second.cache_dir)["sources"][0]["read"] == 0
     # Rows only in that source are no leak, because no run trains on them.

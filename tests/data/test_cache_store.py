@@ -124,7 +124,7 @@ def assert_sound(split: Split, max_length: int) -> None:
     assert (lengths <= max_length).all()
     assert set(split.rows.tolist()) <= set(split.docs.tolist())
     assert not split.trained[np.asarray(split.docs[:-1])].any()
-    assert split.row_labels.tolist() == [
+    assert np.add.reduceat(split.columns["num_trained"], np.searchsorted(split.docs, split.rows[:-1])).tolist() == [
         int(split.trained[a:b].sum()) for a, b in zip(split.rows[:-1], split.rows[1:], strict=True)
     ]
     assert (split.tokens.dtype, split.trained.dtype) == (np.uint32, np.uint8)
@@ -145,7 +145,7 @@ def test_the_opened_cache_is_the_one_that_was_built(section: Section, tokenizer_
     assert (split.num_rows == split.num_docs) is not packing
     assert facts.num_tokens == len(split.tokens)
     assert facts.num_eval_tokens == len(held_out.tokens)
-    assert facts.num_trained_tokens == split.trained[:].sum() == split.row_labels.sum()
+    assert facts.num_trained_tokens == split.trained[:].sum() == split.columns["num_trained"].sum()
     assert facts.padding_frac == pytest.approx(1 - facts.num_tokens / (facts.num_rows * np.diff(split.rows).max()))
     assert find(cache_key(data, str(tokenizer_dir))) == facts
     assert build(data, str(tokenizer_dir), lambda *progress: pytest.fail("built again")) == facts

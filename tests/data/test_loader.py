@@ -98,7 +98,6 @@ def test_rows_and_counts_are_the_same_for_every_world_size(split: Split) -> None
                 assert part.num_tokens == sum(len(expected_row(split, row)[0]) for row in part.row_ids)
                 assert part.num_slots == sum(m.input_ids.numel() for other in parts for m in other.micro)
                 assert part.doc_lengths == tuple(n for row in part.row_ids for n in documents(split, row))
-                assert part.source_tokens == (part.num_tokens,)
 
 
 class Untouched:
@@ -202,7 +201,7 @@ def test_the_next_batch_is_prefetched(split: Split) -> None:
     ahead, plain = PrefetchLoader(Watched(*inputs), torch.device("cpu")), TrainBatches(*inputs)
     for step in (5, 6, 2):
         got, expected = ahead.step(step), plain.step(step)
-        assert (got.row_ids, got.num_labels, got.source_tokens) == (expected.row_ids, expected.num_labels, expected.source_tokens)
+        assert (got.row_ids, got.num_labels) == (expected.row_ids, expected.num_labels)
         for a, b in zip(got.micro, expected.micro, strict=True):
             assert torch.equal(a.input_ids, b.input_ids)
             assert torch.equal(a.labels, b.labels)
@@ -273,7 +272,7 @@ def test_row_batches_of_chosen_rows_name_the_source_of_each_trained_token(split:
             for doc in range(split.num_docs):
                 if split.rows[row] <= split.docs[doc] < split.rows[row + 1]:
                     trained = int(np.asarray(split.trained[split.docs[doc] : split.docs[doc + 1]]).sum())
-                    expected += [int(split.doc_source[doc])] * trained
+                    expected += [int(split.columns["source"][doc])] * trained
         assert batches.label_sources(number).tolist() == expected
 
 

@@ -62,9 +62,7 @@ def _write(folder: Path, num_tokens: int) -> str:
         _parts(trained.astype(np.uint8)),
         rows=starts,
         docs=starts,
-        row_labels=np.add.reduceat(trained, starts[:-1], dtype=np.int64),
-        doc_source=np.zeros(NUM_ROWS, np.uint16),
-        row_sources=np.full((NUM_ROWS, 1), ROW_TOKENS, np.int32),
+        columns={"source": np.zeros(NUM_ROWS), "num_trained": np.add.reduceat(trained, starts[:-1], dtype=np.int32)},
     )
 
 
@@ -139,7 +137,7 @@ def test_the_held_out_split_is_verified(facts: DataFacts) -> None:
     Split.open(facts).verify()
 
 
-@pytest.mark.parametrize("name", ["rows", "docs", "row_labels", "doc_source", "row_sources"])
+@pytest.mark.parametrize("name", ["rows", "docs", "source", "num_trained"])
 def test_index_arrays_are_verified_when_the_split_is_opened(facts: DataFacts, name: str) -> None:
     file = Path(facts.cache_dir) / f"{name}.npy"
     flip(file, file.stat().st_size - 1)
@@ -164,8 +162,9 @@ def test_arrays_with_other_digests_than_the_plan_are_refused(facts: DataFacts, t
     shutil.copytree(facts.cache_dir, other)
     set_ones(other / "trained.npy")
     array = np.load(other / "trained.npy")
-    others = {name: np.load(other / f"{name}.npy") for name in ("rows", "docs", "row_labels", "doc_source", "row_sources")}
-    digest = write_split(other, [np.load(other / "tokens.npy")], [array], **others)
+    rows, docs, *columns = (np.load(other / f"{name}.npy") for name in ("rows", "docs", "source", "num_trained"))
+    columns = dict(zip(("source", "num_trained"), columns, strict=True))
+    digest = write_split(other, [np.load(other / "tokens.npy")], [array], rows, docs, columns)
     swapped = facts.model_copy(update={"cache_dir": str(other)})
     with pytest.raises(DataError, match="its block digests differ from the recorded ones") as caught:
         Split.open(swapped)

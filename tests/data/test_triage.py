@@ -84,7 +84,7 @@ def test_answers_alone_keep_what_all_prompts_end_with(jsonl: Jsonl, tokenizer_di
     # Each answer follows only the template's assistant header, with nothing of the question.
     (lead,) = leads
     assert len(lead) >= 1
-    assert int(answers.row_labels.sum()) == int(split.row_labels.sum())
+    assert answers.columns["num_trained"].sum() == split.columns["num_trained"].sum()
 
 
 def test_texts_have_no_answers(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from e2e_tools import TINY, losses, metrics
 from forked import Launch, require_exit
@@ -70,7 +71,8 @@ def test_the_rows_of_a_step_have_the_loss_that_training_logged(launch_here: Laun
     assert loss == pytest.approx(losses(run)[STEPS], abs=SAME_LOSS)
     plan = LaunchPlan.load(run / "plan.json")
     assert plan.data is not None
-    assert trained == Split.open(plan.data).row_labels[[row["row"] for row in report["rows"]]].sum()
+    split = Split.open(plan.data)
+    assert trained == split.columns["num_trained"][split.docs_of(np.array([row["row"] for row in report["rows"]]))].sum()
     assert {line["step"] for line in report["steps"]} == {2, 3, 4, 5}
     # This model started from random weights, and no checkpoint before step 2 is kept.
     text = launch_here("why", str(run), "2")

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.schema import RunConfig
-from launcher.data.sources.documents import Chat, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.evaluate.answers import AnswerGeneration, AnswerPace, Share
 from launcher.evaluate.evaluation import conclude
 from launcher.evaluate.evaluation_folder import (
@@ -84,7 +84,7 @@ def folder(tmp_path: Path, model_folder: Path, config_of: Callable[..., RunConfi
 
 
 def question(number: int) -> EvalQuestion:
-    return EvalQuestion(f"rows:{number}", Chat(f"rows:{number}", (Message("user", f"Please say {number}"),)), str(number))
+    return EvalQuestion(f"rows:{number}", Document(f"rows:{number}", (Message("user", f"Please say {number}"),)), str(number))
 
 
 def run(folder: EvaluationFolder, tokenizer: PreTrainedTokenizerBase, log: list[str], ranks: int = 1) -> None:

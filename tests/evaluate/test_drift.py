@@ -12,7 +12,6 @@ import pytest
 
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
-from launcher.data.sources.documents import Chat, Completion
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.evaluate import drift
 from launcher.evaluate.drift import DriftReport, Measure, Numbers, Prompt, compare_prompts
@@ -90,10 +89,9 @@ def test_prompts_that_are_less_likely_have_drifted() -> None:
 
 def prompt_of(row: dict[str, Any]) -> list[str]:
     document = drift.parse_prompt(row, "rows.jsonl:1")
-    if isinstance(document, Completion):
-        assert document.completion == drift._ANSWER
+    if document.prompt:
+        assert document.text == drift._ANSWER
         return [document.prompt]
-    assert isinstance(document, Chat)
     assert document.messages[-1].content == drift._ANSWER
     return [message.content for message in document.messages[:-1]]
 

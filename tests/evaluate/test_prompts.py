@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources.documents import Chat, Completion, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.evaluate.prompts import CHAT, TEXT, BasePrompts, PromptBatch, PromptStyle, TunedPrompts, choose_styles
 from launcher.evaluate.questions import EvalQuestion, split_question
 
@@ -23,7 +23,7 @@ def tokenizer(model_folder: Path) -> PreTrainedTokenizerBase:
 
 
 def question(text: str, answer: str) -> EvalQuestion:
-    asked = split_question(Chat("rows:1", (Message("user", text), Message("assistant", answer))), "Be exact.")
+    asked = split_question(Document("rows:1", (Message("user", text), Message("assistant", answer))), "Be exact.")
     assert asked is not None
     return asked
 
@@ -76,7 +76,7 @@ def test_the_base_model_ends_where_its_own_template_ends_a_turn(tokenizer: PreTr
 
 
 def test_a_completion_goes_on_from_its_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [split_question(Completion("rows:1", text, " four"), None) for text in ("two two ->", "one three ->")]
+    rows = [split_question(Document("rows:1", prompt=text, text=" four"), None) for text in ("two two ->", "one three ->")]
     asked = [row for row in rows if row is not None]
     base = BasePrompts(tokenizer, DATA, asked[:1], ())
     assert base.forms(asked) == (TEXT,)
@@ -84,15 +84,15 @@ def test_a_completion_goes_on_from_its_prompt(tokenizer: PreTrainedTokenizerBase
 
 
 def test_a_document_without_a_prompt_or_an_answer_is_no_question() -> None:
-    assert split_question(Chat("rows:1", (Message("assistant", "Hello."),)), None) is None
-    assert split_question(Chat("rows:1", (Message("user", "Hi."), Message("assistant", " "))), None) is None
-    assert split_question(Completion("rows:1", "", "text"), None) is None
+    assert split_question(Document("rows:1", (Message("assistant", "Hello."),)), None) is None
+    assert split_question(Document("rows:1", (Message("user", "Hi."), Message("assistant", " "))), None) is None
+    assert split_question(Document("rows:1", prompt="", text="text"), None) is None
 
 
 def test_a_question_is_the_same_after_its_way_through_a_file() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-    chat = Chat("rows:1", (Message("user", "a"), Message("assistant", "", (call,)), Message("tool", "1")), ({"name": "f"},))
-    for one in (EvalQuestion("rows:1", chat, "b"), EvalQuestion("rows:2", Completion("rows:2", "p", ""), "c")):
+    chat = Document("rows:1", (Message("user", "a"), Message("assistant", "", (call,)), Message("tool", "1")), ({"name": "f"},))
+    for one in (EvalQuestion("rows:1", chat, "b"), EvalQuestion("rows:2", Document("rows:2", prompt="p", text=""), "c")):
         assert EvalQuestion.from_json(one.to_json()) == one
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
-from launcher.data.sources.documents import Chat, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization.encoder import Encoder, load_tokenizer
 from launcher.evaluate.questions import (
     EvalQuestion,
@@ -30,7 +30,7 @@ def ask(number: int) -> str:
 
 
 def question(number: int, text: str) -> EvalQuestion:
-    return EvalQuestion(f"seen.jsonl:{number}", Chat(f"seen.jsonl:{number}", (Message("user", text),)), "Nothing.")
+    return EvalQuestion(f"seen.jsonl:{number}", Document(f"seen.jsonl:{number}", (Message("user", text),)), "Nothing.")
 
 
 def test_prompts_of_training_rows_are_found(

@@ -114,7 +114,7 @@ def test_every_file_under_conf_is_covered(request: pytest.FixtureRequest) -> Non
     models = {file.stem for file in (conf_dir() / "model").glob("*.yaml")}
     assert models == {*PARAMETERS, "demo", "tiny"}
     assert {folder.name for folder in conf_dir().iterdir() if folder.is_dir()} == {
-        *("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
+        *("model", "data", "objective", "optim", "deepspeed", "cluster", "tracking", "experiment")
     }
 
 

@@ -17,7 +17,7 @@ from launcher.evaluate.document_losses import ScoreStore, score_rows
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.train.engine import build_engine
 from launcher.train.held_out_loss import EvalRows, Evaluator, Scorer
-from launcher.train.objectives import OBJECTIVES
+from launcher.train.objectives import SupervisedNll
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def score(plan_path: str, facts: dict[str, Any], micro_batch_size: int, root: st
         return load(number)
 
     batches.load = load_or_die  # type: ignore[method-assign]
-    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, CPU, plan.topology)
+    scorer = Scorer(engine, model, SupervisedNll(), rank_info, CPU, plan.topology)
     score_rows(scorer, batches, ScoreStore("key", len(batches), Path(root)), lambda done, total: None)
 
 
@@ -50,7 +50,7 @@ def evaluate(plan_path: str, facts: dict[str, Any], micro_batch_size: int) -> di
             "three", RowBatches(split, micro_batch_size, pad_id=0, rows=torch.tensor([4, 0, 2]).numpy()), ("first", "second")
         ),
     ]
-    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, CPU, plan.topology)
+    scorer = Scorer(engine, model, SupervisedNll(), rank_info, CPU, plan.topology)
     evaluator = Evaluator(scorer, sets, lambda phase, step: None)
     evaluation = evaluator.evaluate(3, lambda: None, {"all", "three"})
     assert evaluation is not None

@@ -49,17 +49,19 @@ def head_of(bias: bool, chunk_tokens: int, dtype: torch.dtype = torch.float64) -
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 10, 1000])
-def test_value_and_gradients_equal_cross_entropy(bias: bool, chunk_tokens: int) -> None:
+@pytest.mark.parametrize("factor", [0.37, torch.linspace(0, 2, 10)])
+def test_value_and_gradients_equal_cross_entropy(bias: bool, chunk_tokens: int, factor: float | torch.Tensor) -> None:
     head = head_of(bias, chunk_tokens)
     hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
-    labels, factor = torch.randint(0, 31, (10,)), 0.37
-    head(hidden, labels, factor).backward()
+    labels = torch.randint(0, 31, (10,))
+    total = head(hidden, labels, factor)
+    total.backward()
     ours = [hidden.grad.clone(), *(p.grad.clone() for p in head.parameters())]
     hidden.grad = None
     head.zero_grad()
-    expected = nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
-    (expected * factor).backward()
-    torch.testing.assert_close(head(hidden, labels).double(), expected, rtol=1e-6, atol=1e-6)
+    expected = (nn.functional.cross_entropy(head(hidden), labels, reduction="none") * factor).sum()
+    expected.backward()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
     # The tolerance is that of fp32, in which chunks compute for any weight dtype.
     for a, b in zip(ours, [hidden.grad, *(p.grad for p in head.parameters())], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

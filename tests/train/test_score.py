@@ -99,9 +99,7 @@ def write_cache(folder: Path, documents: Documents, rows: Sequence[Sequence[int]
         trained,
         rows=docs[np.concatenate([[0], row_ends])],
         docs=docs,
-        row_labels=np.add.reduceat(labels, np.concatenate([[0], row_ends[:-1]])).astype(np.int64),
-        doc_source=sources,
-        row_sources=np.zeros((len(rows), 2), np.int32),
+        columns={"source": sources, "num_trained": labels},
     )
     counts = {name: 1 for name, field in DataFacts.model_fields.items() if field.annotation is int}
     return DataFacts(cache_dir=str(folder), padding_frac=0.0, digest=f"{digest}-", **counts)

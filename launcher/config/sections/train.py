@@ -45,6 +45,15 @@ class TrainSection(SettingsSection):
         return self
 
 
+class ObjectiveSection(SettingsSection):
+    """The loss that training minimizes."""
+
+    name: str = Field(
+        "sft",
+        description="The objective: sft (supervised fine-tuning), or another row of OBJECTIVES in launcher/plan/objectives.py.",
+    )
+
+
 class OptimSection(SettingsSection):
     """The optimizer and its learning-rate schedule."""
 

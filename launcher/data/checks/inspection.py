@@ -15,7 +15,7 @@ from ftfy.badness import is_bad
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import overlap, patterns
 from launcher.data.checks.findings import CheckHit
-from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization.chat_template import TrainOn, find_trained_messages
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.plan.quantities import format_count
@@ -84,7 +84,7 @@ def inspect(
         hashes, signed, text = _compute_hashes(document, parts)
         identities.append((hashes, signed))
         trained_parts = parts
-        if isinstance(document, Chat):
+        if document.messages:
             # data.system stands in for the row's own system text, and speakers have names. Neither changes the identity of a
             # document, because the split and the duplicates depend on the row's own text.
             if data.system is not None:
@@ -114,8 +114,8 @@ def _compute_hashes(document: Document, parts: Sequence[_TextPart]) -> tuple[tup
     num_tools = int(bool(parts) and parts[0].where == "tools")
     num_system = num_tools + int(len(parts) > num_tools and parts[num_tools].where == "system")
     # Everything before the first answer.
-    num_prompt = num_tools + int(isinstance(document, Completion))
-    if isinstance(document, Chat):
+    num_prompt = num_tools + bool(document.prompt)
+    if document.messages:
         roles = [message.role for message in document.messages]
         num_prompt += roles.index("assistant") if "assistant" in roles else len(roles)
     bounds = ((0, num_tools), (num_tools, num_system), (num_system, num_prompt), (max(num_system, num_prompt), len(parts)))
@@ -125,10 +125,8 @@ def _compute_hashes(document: Document, parts: Sequence[_TextPart]) -> tuple[tup
     texts = [text for text in (system, question, rest) if text]
     comparable = [overlap.make_comparable(text) for text in (system, question, rest)]
     # With other roles, weights or tools, the same text is another task; a shared system text does not make chats similar.
-    setup = ""
-    if isinstance(document, Chat):
-        setup = ",".join([f"{message.role}{message.weight}" for message in document.messages])
-        setup += json.dumps(document.tools) if document.tools else ""
+    setup = ",".join([f"{message.role}{message.weight}" for message in document.messages])
+    setup += json.dumps(document.tools) if document.tools else ""
     content = _join(comparable)
     prompt = _join(comparable[:2]) if question else b""
     form = prompt.translate(None, _DIGITS)
@@ -149,24 +147,22 @@ def _join(texts: Sequence[bytes]) -> bytes:
 
 
 def _list_parts(document: Document, rendered: RenderedDocument, train_on: TrainOn) -> Iterator[_TextPart]:
-    match document:
-        case Chat(messages=messages, tools=tools):
-            if tools:
-                yield _TextPart("tools", json.dumps(tools, ensure_ascii=False), None)
-            trained = find_trained_messages(document, train_on)
-            for i, message in enumerate(messages):
-                where = "system" if message.role == "system" else f"messages[{i}]"
-                text = answer = _write_message(message, message.reasoning_content)
-                if i in trained and (thought := message.reasoning_content):
-                    # Templates omit the reasoning of earlier turns.
-                    is_written = any(thought.strip() in rendered.text[span.start : span.end] for span in rendered.spans)
-                    answer = text if is_written else _write_message(message, None)
-                yield _TextPart(where, text, answer if i in trained else None)
-        case Completion(prompt=prompt, completion=completion):
-            yield _TextPart("prompt", prompt, None)
-            yield _TextPart("completion", completion, completion)
-        case PlainText(text=text):
-            yield _TextPart("text", text, None)
+    if document.tools:
+        yield _TextPart("tools", json.dumps(document.tools, ensure_ascii=False), None)
+    trained = find_trained_messages(document, train_on)
+    for i, message in enumerate(document.messages):
+        where = "system" if message.role == "system" else f"messages[{i}]"
+        text = answer = _write_message(message, message.reasoning_content)
+        if i in trained and (thought := message.reasoning_content):
+            # Templates omit the reasoning of earlier turns.
+            is_written = any(thought.strip() in rendered.text[span.start : span.end] for span in rendered.spans)
+            answer = text if is_written else _write_message(message, None)
+        yield _TextPart(where, text, answer if i in trained else None)
+    if document.prompt:
+        yield _TextPart("prompt", document.prompt, None)
+        yield _TextPart("completion", document.text, document.text)
+    elif not document.messages:
+        yield _TextPart("text", document.text, None)
 
 
 def _write_message(message: Message, reasoning: str | None) -> str:
@@ -184,7 +180,7 @@ def _check_structure(document: Document, parts: list[_TextPart], encoded: Encode
         yield CheckHit("no_trained_token", "no token is trained")
     if empty := [part.where for part in parts if part.answer is not None and not part.answer.strip()]:
         yield CheckHit("empty_answer", f"{empty[0]} is empty")
-    if num_trained > LONG_ANSWER_TOKENS and not isinstance(document, PlainText):
+    if num_trained > LONG_ANSWER_TOKENS and (document.messages or document.prompt):
         borders = np.flatnonzero(np.diff(encoded.trained, prepend=0, append=0))
         longest = int((borders[1::2] - borders[::2]).max())
         if longest > LONG_ANSWER_TOKENS:
@@ -196,7 +192,7 @@ def _check_structure(document: Document, parts: list[_TextPart], encoded: Encode
             length = len(part.answer or "")
             yield CheckHit("repetitive_answer", f"{part.where} is {length:,} characters that compress to 1/{ratio:.0f}")
             break
-    if isinstance(document, Chat) and (fault := find_role_fault(document.messages)):
+    if document.messages and (fault := find_role_fault(document.messages)):
         yield CheckHit("role_order", fault)
 
 

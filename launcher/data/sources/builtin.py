@@ -23,7 +23,7 @@ from pathlib import Path
 import xxhash
 
 from launcher.config.sections.data import GENERAL_TEXT, STDLIB_DOCS
-from launcher.data.sources.documents import Chat, Document, Message, PlainText
+from launcher.data.sources.documents import Document, Message
 
 _GENERAL_TEXT_FILE = Path(__file__).with_name("general_text.jsonl")
 
@@ -197,14 +197,14 @@ def list_texts() -> tuple[str, ...]:
 BUILTINS: dict[str, BuiltinSource] = {
     STDLIB_DOCS: BuiltinSource(
         read=lambda: (
-            (Chat(f"{STDLIB_DOCS}:{p.symbol}", (Message("user", p.question), Message("assistant", p.answer))), p.held_out)
+            (Document(f"{STDLIB_DOCS}:{p.symbol}", (Message("user", p.question), Message("assistant", p.answer))), p.held_out)
             for p in list_pairs()
         ),
         count=lambda: len(list_pairs()),
         digest=lambda: f"{STDLIB_DOCS} of Python {sys.version}",
     ),
     GENERAL_TEXT: BuiltinSource(
-        read=lambda: ((PlainText(f"{GENERAL_TEXT}:{i}", text), False) for i, text in enumerate(list_texts(), 1)),
+        read=lambda: ((Document(f"{GENERAL_TEXT}:{i}", text=text), False) for i, text in enumerate(list_texts(), 1)),
         count=lambda: len(list_texts()),
         digest=lambda: f"{GENERAL_TEXT} {xxhash.xxh3_128_hexdigest(_GENERAL_TEXT_FILE.read_bytes())}",
     ),

@@ -6,8 +6,8 @@ Documents are picklable. What cannot be used is refused with the place of the ro
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from launcher.config.sections.data import COLUMNS_EXAMPLE
@@ -35,33 +35,20 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation; the assistant's messages are trained. `tools` are the functions that it may call, in OpenAI's form."""
+class Document:
+    """A chat, or raw text; `where` is file:line, or file:row N in a file without lines.
+
+    A chat has `messages`, of which the assistant's are trained; `tools` are the functions that it may call, in OpenAI's form.
+    Anything else is `text`, which is trained, after a `prompt`, which is not. `columns` are values of further columns of
+    launcher.data.schema, by name.
+    """
 
     where: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """Raw text in two parts; the completion is trained."""
-
-    where: str
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class PlainText:
-    """Raw text; all of it is trained."""
-
-    where: str
-    text: str
-
-
-# `where` is file:line, or file:row N in a file without lines.
-Document = Chat | Completion | PlainText
+    prompt: str = ""
+    text: str = ""
+    columns: Mapping[str, float] = field(default_factory=dict)
 
 
 # Values of rows
@@ -85,8 +72,10 @@ def read_value(row: Row, key: str, kind: type, where: str, prefix: str = "") -> 
         remedy = f"write {prefix}{key}, or remove the row" if prefix else _MISSING_REMEDY
         refuse(f"the row lacks the key {prefix}{key} ({list_keys(row)})", where, remedy)
     value = row[key]
+    if kind is float and type(value) is int:
+        return float(value)
     if not isinstance(value, kind):
-        wanted = "a list" if kind is list else "text"
+        wanted = {list: "a list", str: "text", float: "a number"}[kind]
         refuse(f"{prefix}{key} is {a_json_type(value)}, not {wanted}", where, f"write {prefix}{key} as {wanted}")
     if isinstance(value, str) and not value.isascii():
         try:

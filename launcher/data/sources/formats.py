@@ -18,11 +18,8 @@ from typing import Any, NoReturn
 from launcher.config.sections.data import COLUMNS_EXAMPLE
 from launcher.data.sources.documents import (
     ROLES,
-    Chat,
-    Completion,
     Document,
     Message,
-    PlainText,
     Row,
     a_json_type,
     find_value,
@@ -100,15 +97,15 @@ class RowFormat:
         return self.required_message_keys | self.optional_message_keys
 
 
-def parse_messages(row: Row, where: str) -> Chat:
+def parse_messages(row: Row, where: str) -> Document:
     """Parse a list of {role, content}, as in OpenAI's fine-tuning files."""
     key = find_chat_key(row, "messages")
     messages = tuple(parse_message(item, f"{key}[{i}]", where) for i, item in enumerate(read_messages(row, key, where)))
     tools = row.get("tools") if row.get("tools") is not None else row.get("functions")
-    return Chat(where, _add_system(row, messages, where), parse_tools(tools, where))
+    return Document(where, _add_system(row, messages, where), parse_tools(tools, where))
 
 
-def parse_sharegpt(row: Row, where: str) -> Chat:
+def parse_sharegpt(row: Row, where: str) -> Document:
     """Parse a list of {from, value}."""
     key = find_chat_key(row, "sharegpt")
     messages = []
@@ -126,10 +123,10 @@ def parse_sharegpt(row: Row, where: str) -> Chat:
             messages.append(Message("assistant", "", tool_calls=tool_calls, weight=weight))
         else:
             messages.append(Message(role, value, weight=weight))
-    return Chat(where, _add_system(row, tuple(messages), where), parse_tools(row.get("tools"), where))
+    return Document(where, _add_system(row, tuple(messages), where), parse_tools(row.get("tools"), where))
 
 
-def parse_alpaca(row: Row, where: str) -> Chat:
+def parse_alpaca(row: Row, where: str) -> Document:
     """Parse instruction, input and output; `history` has earlier pairs of question and answer.
 
     The input follows the instruction after an empty line.
@@ -142,19 +139,19 @@ def parse_alpaca(row: Row, where: str) -> Chat:
     instruction, extra = read_value(row, "instruction", str, where), read_optional(row, "input", where)
     question = f"{instruction}\n\n{extra}" if extra and extra.strip() else instruction
     messages = (*earlier, Message("user", question), Message("assistant", read_value(row, "output", str, where)))
-    return Chat(where, _add_system(row, messages, where), parse_tools(row.get("tools"), where))
+    return Document(where, _add_system(row, messages, where), parse_tools(row.get("tools"), where))
 
 
-def parse_completion(row: Row, where: str) -> Completion | Chat:
+def parse_completion(row: Row, where: str) -> Document:
     """Parse a prompt and its completion: two texts, or two lists of messages, of which the completion is trained (TRL)."""
     tools = parse_tools(row.get("tools"), where)
     if not tools and not any(isinstance(row.get(key), list) for key in ("prompt", "completion")):
-        return Completion(where, read_value(row, "prompt", str, where), read_value(row, "completion", str, where))
+        return Document(where, prompt=read_value(row, "prompt", str, where), text=read_value(row, "completion", str, where))
     earlier, answer = _parse_turns(row, "prompt", "user", where), _parse_turns(row, "completion", "assistant", where)
     if not any(message.role == "assistant" for message in answer):
         refuse("completion has no message with the role assistant", where, "write the answer as an assistant's message")
     earlier = [replace(message, weight=0) if message.role == "assistant" else message for message in earlier]
-    return Chat(where, (*earlier, *answer), tools)
+    return Document(where, (*earlier, *answer), tools)
 
 
 def _parse_turns(row: Row, key: str, role: str, where: str) -> list[Message]:
@@ -165,14 +162,14 @@ def _parse_turns(row: Row, key: str, role: str, where: str) -> list[Message]:
     return [Message(role, text)] if text else []
 
 
-def parse_question_answer(row: Row, where: str) -> Completion:
+def parse_question_answer(row: Row, where: str) -> Document:
     """Parse a question and its answer."""
-    return Completion(where, read_value(row, "question", str, where), read_value(row, "answer", str, where))
+    return Document(where, prompt=read_value(row, "question", str, where), text=read_value(row, "answer", str, where))
 
 
-def parse_text(row: Row, where: str) -> PlainText:
+def parse_text(row: Row, where: str) -> Document:
     """Parse plain text."""
-    return PlainText(where, read_value(row, "text", str, where))
+    return Document(where, text=read_value(row, "text", str, where))
 
 
 def _add_system(row: Row, messages: tuple[Message, ...], where: str) -> tuple[Message, ...]:

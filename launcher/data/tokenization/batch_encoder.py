@@ -25,7 +25,8 @@ from launcher import collect_garbage_rarely
 from launcher.config.sections.data import DataSection
 from launcher.data.checks import inspection
 from launcher.data.checks.findings import CheckHit, Hits
-from launcher.data.sources.documents import Chat, Completion, Document, PlainText
+from launcher.data.schema import COLUMNS
+from launcher.data.sources.documents import Document
 from launcher.data.sources.formats import redact_keys
 from launcher.data.sources.reading import DocumentBatch, RowProblems, list_inputs
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
@@ -71,7 +72,8 @@ class DocumentTable:
 
     `turn_end` is the token that ends the last trained turn, -1 if there is none. `contents`, `tasks`, `prompts` and
     `prompt_forms` are hashes, `signatures` MinHash signatures: see checks.inspection.Inspection. `by_hash` is whether a hash, not
-    the source, decided `held_out`; `splits_alone` is the hash that decides if the prompt does not.
+    the source, decided `held_out`; `splits_alone` is the hash that decides if the prompt does not. `columns` are those with a
+    default (launcher.data.schema): float64, NaN where a document does not set it.
     """
 
     source: np.ndarray
@@ -87,6 +89,7 @@ class DocumentTable:
     splits_alone: np.ndarray
     by_hash: np.ndarray
     is_text: np.ndarray
+    columns: dict[str, np.ndarray]
     wheres: list[str]
     signatures: list[np.ndarray | None]
 
@@ -217,14 +220,14 @@ class BatchEncoder:
         documents, num_completions, num_written = [document for document, _ in rows], 0, 0
         if self.encoder.has_template:
             completions = self._completions[task.source]
-            num_completions = sum(isinstance(document, Completion) for document in documents)
+            num_completions = sum(bool(document.prompt) for document in documents)
             documents = [self.encoder.write_as_chat(document, completions) for document in documents]
-            num_written = num_completions - sum(isinstance(document, Completion) for document in documents)
+            num_written = num_completions - sum(bool(document.prompt) for document in documents)
         # Many templates refuse a conversation whose roles are out of order; it has no text if it is dropped.
         drops_role_order = self.data.checks.role_order == "drop"
         rendered = [
             RenderedDocument(document.where, "", (), raw=False)
-            if drops_role_order and isinstance(document, Chat) and inspection.find_role_fault(document.messages)
+            if drops_role_order and document.messages and inspection.find_role_fault(document.messages)
             else self.encoder.render(document)
             for document in documents
         ]
@@ -262,7 +265,12 @@ class BatchEncoder:
             prompt_forms=hashes("prompt_form"),
             splits_alone=hashes("split_alone"),
             by_hash=np.full(len(documents), is_by_hash),
-            is_text=np.asarray([isinstance(document, PlainText) for document in documents], dtype=bool),
+            is_text=np.asarray([not (document.messages or document.prompt) for document in documents], dtype=bool),
+            columns={
+                name: np.asarray([document.columns.get(name, np.nan) for document in documents], dtype=np.float64)
+                for name, column in COLUMNS.items()
+                if column.default is not None
+            },
             wheres=[document.where for document in documents],
             signatures=[one.signature for one in inspections],
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import jinja2
 from transformers.utils import chat_template_utils
 
-from launcher.data.sources.documents import Chat, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.errors import DataError
 
 if TYPE_CHECKING:
@@ -64,19 +64,19 @@ class ChatTemplate:
             if token not in known and len(self._tokenizer.tokenize(token, add_special_tokens=False)) > 1
         )
 
-    def render(self, chat: Chat, num_messages: int | None = None, generation_prompt: bool = False) -> str:
+    def render(self, chat: Document, num_messages: int | None = None, generation_prompt: bool = False) -> str:
         """Return the text of the first `num_messages` messages (None: of all)."""
         return self._render(chat, chat.messages[:num_messages], generation_prompt, marks=False)[0]
 
-    def render_with_marks(self, chat: Chat, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def render_with_marks(self, chat: Document, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """Return the text of the chat with `messages` in place of its own, and the characters start:end of each mark."""
         return self._render(chat, messages, generation_prompt=False, marks=True)
 
-    def has_marks(self, chat: Chat) -> bool:
+    def has_marks(self, chat: Document) -> bool:
         """Return True if the template for this chat has generation marks."""
         return _MARK.search(self._find_source(chat)) is not None
 
-    def require_complete(self, chat: Chat, text: str) -> None:
+    def require_complete(self, chat: Document, text: str) -> None:
         """Refuse a template whose `text` leaves out the prompts, the tools, or the reasoning before the last answer."""
         for i, message in enumerate(chat.messages):
             if message.role in ("system", "user") and message.content.strip() not in text:
@@ -113,7 +113,7 @@ class ChatTemplate:
         """Refuse the template, by default because it leaves out a part of the conversation."""
         raise DataError(f"the chat template {does}", where, self.name, remedy)
 
-    def _find_source(self, chat: Chat) -> str:
+    def _find_source(self, chat: Document) -> str:
         if self._text is not None:
             return self._text
         if not self._tokenizer.chat_template:
@@ -129,7 +129,7 @@ class ChatTemplate:
             raise DataError(str(error), chat.where, self.name, "set data.chat_template to a file") from error
 
     def _render(
-        self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
+        self, chat: Document, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
         source = self._find_source(chat)
         rows, tools = list[dict[str, Any]](), (list(chat.tools) if with_tools else []) or None
@@ -175,7 +175,7 @@ def _compile_template(source: str) -> jinja2.Template:
     return compiled
 
 
-def find_trained_messages(chat: Chat, train_on: TrainOn) -> list[int]:
+def find_trained_messages(chat: Document, train_on: TrainOn) -> list[int]:
     """Return the indices of the assistant's messages that are trained."""
     last_user = _find_last_user(chat)
     return [
@@ -186,11 +186,11 @@ def find_trained_messages(chat: Chat, train_on: TrainOn) -> list[int]:
     ]
 
 
-def _find_last_user(chat: Chat) -> int:
+def _find_last_user(chat: Document) -> int:
     return max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
 
 
-def with_unique_texts(chat: Chat) -> list[Message]:
+def with_unique_texts(chat: Document) -> list[Message]:
     """Return the messages with a unique text in place of each content and each tool call argument."""
     messages = []
     for i, message in enumerate(chat.messages):
@@ -203,9 +203,9 @@ def with_unique_texts(chat: Chat) -> list[Message]:
     return messages
 
 
-def with_system(chat: Chat, system: str | None) -> Chat:
+def with_system(chat: Document, system: str | None) -> Document:
     """Return the chat with `system` as its system message; None leaves it unchanged."""
     if system is None:
         return chat
     rest = chat.messages[1:] if chat.messages[0].role == "system" else chat.messages
-    return Chat(chat.where, (Message("system", system), *rest), chat.tools)
+    return replace(chat, messages=(Message("system", system), *rest))

@@ -7,14 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from launcher.config.sections.data import DataSection
-from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization import fast_tokenizer
 from launcher.data.tokenization.chat_template import ChatTemplate, with_system
 from launcher.data.tokenization.loss_mask import LossMask, TrainedSpan
@@ -128,15 +128,16 @@ class Encoder:
 
         The space between prompt and completion is only for text, because a template has its own.
         """
-        if not isinstance(document, Completion) or completions == "text" or not document.prompt.strip():
+        if completions == "text" or not document.prompt.strip():
             return document
         if completions == "auto" and (
             not self._template.is_given or any(token and token in document.prompt for token in self.special_texts)
         ):
             return document
-        answer = document.completion
+        answer = document.text
         answer = answer[1:] if answer[:1] == " " and answer[1:2] not in ("", " ") else answer
-        return Chat(document.where, (Message("user", document.prompt), Message("assistant", answer)))
+        messages = (Message("user", document.prompt), Message("assistant", answer))
+        return replace(document, messages=messages, prompt="", text="")
 
     @property
     def has_template(self) -> bool:
@@ -145,26 +146,25 @@ class Encoder:
 
     def render(self, document: Document) -> RenderedDocument:
         """Return the text of the document and its trained spans. Raises DataError naming the template and the document."""
-        match document:
-            case Chat():
-                text, spans = self._loss_mask.find_spans(with_system(document, self.data.system), self.data.train_on)
-                return RenderedDocument(document.where, text, spans, raw=False)
-            case Completion(where, prompt, completion):
-                start = 0 if self.data.train_on == "all" else len(prompt)
-                return self._render_raw(where, prompt + completion, TrainedSpan(start, len(prompt) + len(completion)))
-            case PlainText(where, text):
-                return self._render_raw(where, text, TrainedSpan(0, len(text)))
+        if document.messages:
+            text, spans = self._loss_mask.find_spans(with_system(document, self.data.system), self.data.train_on)
+            return RenderedDocument(document.where, text, spans, raw=False)
+        if not len(self._end):
+            remedy, name = "set eos_token in its tokenizer_config.json", str(self.tokenizer.name_or_path)
+            raise DataError("the tokenizer has no end token, which ends a text", document.where, name, remedy)
+        text, start = document.prompt + document.text, 0 if self.data.train_on == "all" else len(document.prompt)
+        return RenderedDocument(document.where, text, (TrainedSpan(start, len(text)),), raw=True)
 
     def prompt(self, document: Document) -> tuple[str, list[int], str] | None:
         """Return (prompt to show, token ids with the generation prompt, reference answer); None for plain text."""
-        match document:
-            case Chat(_, messages, _) if messages[-1].role == "assistant" and len(messages) > 1 and messages[-1].content:
-                chat = with_system(document, self.data.system)
-                text = self._template.render(chat, len(chat.messages) - 1, generation_prompt=True)
-                return messages[-2].content, self._encode_prompt(text), messages[-1].content
-            case Completion(_, prompt, completion) if prompt:
-                return prompt, [*self._begin.tolist(), *self._encode_prompt(prompt)], completion
-        return None
+        if document.prompt:
+            return document.prompt, [*self._begin.tolist(), *self._encode_prompt(document.prompt)], document.text
+        messages = document.messages
+        if len(messages) < 2 or messages[-1].role != "assistant" or not messages[-1].content:
+            return None
+        chat = with_system(document, self.data.system)
+        text = self._template.render(chat, len(chat.messages) - 1, generation_prompt=True)
+        return messages[-2].content, self._encode_prompt(text), messages[-1].content
 
     def encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
         """Tokenize; if a boundary of the mask is inside a token, split the text there, as in generation."""
@@ -213,12 +213,6 @@ class Encoder:
         return encoded_batch
 
     # Tokens
-
-    def _render_raw(self, where: str, text: str, span: TrainedSpan) -> RenderedDocument:
-        if not len(self._end):
-            remedy = "set eos_token in its tokenizer_config.json"
-            raise DataError("the tokenizer has no end token, which ends a text", where, str(self.tokenizer.name_or_path), remedy)
-        return RenderedDocument(where, text, (span,), raw=True)
 
     def _encode_prompt(self, text: str) -> list[int]:
         return list(self._encode_ids([text])[0].tolist())

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from launcher.data.sources.documents import Chat, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization.chat_template import ChatTemplate, TrainOn, find_trained_messages, with_unique_texts
 from launcher.errors import DataError
 
@@ -45,7 +45,7 @@ class LossMask:
         # Kinds of conversations whose generation marks are verified.
         self._verified_kinds: set[int] = set()
 
-    def find_spans(self, chat: Chat, train_on: TrainOn) -> tuple[str, tuple[TrainedSpan, ...]]:
+    def find_spans(self, chat: Document, train_on: TrainOn) -> tuple[str, tuple[TrainedSpan, ...]]:
         """Return the text of the chat and its trained spans in ascending order.
 
         `last_turn` trains the assistant's messages after the last user message. A message's own weight overrides `train_on`.
@@ -63,7 +63,7 @@ class LossMask:
             start = span.end
         return text, tuple(spans)
 
-    def _find_answers(self, chat: Chat, selected: Sequence[int]) -> tuple[str, tuple[TrainedSpan, ...]]:
+    def _find_answers(self, chat: Document, selected: Sequence[int]) -> tuple[str, tuple[TrainedSpan, ...]]:
         """Return the text of the chat and the spans of the messages with the indices `selected`."""
         if not selected or not self._template.has_marks(chat):
             text = self._template.render(chat)
@@ -85,7 +85,7 @@ class LossMask:
     # Templates with generation marks
 
     def _assign_marks(
-        self, chat: Chat, text: str, marks: list[tuple[int, int]], selected: Sequence[int]
+        self, chat: Document, text: str, marks: list[tuple[int, int]], selected: Sequence[int]
     ) -> dict[int, list[tuple[int, int]]]:
         """Return the marks of each message with an index in `selected`."""
         turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
@@ -105,7 +105,7 @@ class LossMask:
             self._template.refuse("marks text that the assistant does not say as generated", chat.where, _MARK_ALL)
         return own
 
-    def _verify_marks(self, chat: Chat, selected: Sequence[int]) -> None:
+    def _verify_marks(self, chat: Document, selected: Sequence[int]) -> None:
         """Refuse marks around text of other roles, and marks that leave out text of the `selected` messages.
 
         Two messages may contain the same text, so unique texts are rendered in their place. This takes as long as rendering the
@@ -125,10 +125,10 @@ class LossMask:
             if i in selected and not all(part in generated for part in (message.content.strip(), *arguments)):
                 self._template.refuse("marks only a part of what the assistant says as generated", where, _MARK_ALL)
             if i in selected:
-                self._require_marks_of_turn_only(Chat(chat.where, tuple(messages), chat.tools), i, text, marks)
+                self._require_marks_of_turn_only(replace(chat, messages=tuple(messages)), i, text, marks)
         self._verified_kinds.add(key)
 
-    def _require_marks_of_turn_only(self, chat: Chat, i: int, text: str, marks: Sequence[tuple[int, int]]) -> None:
+    def _require_marks_of_turn_only(self, chat: Document, i: int, text: str, marks: Sequence[tuple[int, int]]) -> None:
         """Refuse marks that begin before the header of message `i` ends, or end after its end of turn.
 
         `chat` has unique texts, `text` is its rendering, and `marks` are the characters start:end of its marks. If the template
@@ -165,7 +165,7 @@ class LossMask:
 
     # Templates without generation marks: the text after a rendered prefix
 
-    def _find_answer(self, chat: Chat, full: str, i: int) -> TrainedSpan:
+    def _find_answer(self, chat: Document, full: str, i: int) -> TrainedSpan:
         """Return where message `i` is in `full`, the text of the whole chat.
 
         Text that the template puts between the prompt and the content (such as an empty think block) is part of the span. Some

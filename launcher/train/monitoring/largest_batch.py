@@ -67,7 +67,7 @@ def run_largest_batch(run: RunContext, engine: Any, objective: Objective, split:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), zero3.dropped_gradients(engine):
-        loss = objective.sum_loss(engine, micro, device, 1.0).total
+        loss = objective.sum_loss(engine, micro, device, 1.0)
         engine.backward(loss, scale_wrt_gas=False)
     del loss
     peak = ""
@@ -86,10 +86,13 @@ def choose_largest(split: Split, micro_batch_size: int, packing: bool) -> MicroB
     Without packing, the micro-batch of the longest rows, because rows are padded to the longest; among equals, with the most
     trained tokens.
     """
-    lengths = np.diff(split.rows)
+    lengths, labels = (
+        np.diff(split.rows),
+        np.add.reduceat(split.columns["num_trained"], np.searchsorted(split.docs, split.rows[:-1])),
+    )
     if not packing:
-        return micro_batch(split, np.lexsort((split.row_labels, lengths))[-micro_batch_size:], pad_id=0)
-    size = lengths + split.row_labels
+        return micro_batch(split, np.lexsort((labels, lengths))[-micro_batch_size:], pad_id=0)
+    size = lengths + labels
     # Only the largest rows are searched for the longest document: searching all rows would take minutes.
     most = np.argsort(size, kind="stable")[-64 * micro_batch_size :]
     longest = np.array([int(np.diff(split.doc_offsets(row)).max(initial=0)) for row in most])

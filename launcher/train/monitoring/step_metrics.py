@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,8 @@ class Meter:
         self.tokens += batch.num_tokens
         samples = step * self._plan.batch.global_batch_size
         per_sec = batch.num_tokens / step_s
-        sources = zip(self._plan.config.data.sources, batch.source_tokens, strict=True)
+        sources = self._plan.config.data.sources
+        source_tokens = np.bincount(batch.documents["source"], batch.doc_lengths, len(sources)).tolist()
         metrics = {
             "trainer/step": float(step),
             "trainer/tokens": float(self.tokens),
@@ -135,7 +137,10 @@ class Meter:
             "perf/tokens_per_sec_per_gpu": per_sec / world_size,
             "perf/padding_frac": 1 - batch.num_tokens / batch.num_slots,
             "data/label_frac": batch.num_labels / batch.num_tokens,
-            **{f"data/source/{source.name}/frac": tokens / batch.num_tokens for source, tokens in sources},
+            **{
+                f"data/source/{source.name}/frac": tokens / batch.num_tokens
+                for source, tokens in zip(sources, source_tokens, strict=True)
+            },
             "memory/host_rss_gib": self._process.memory_info().rss / 2**30,
             **times,
             **self._fixed,

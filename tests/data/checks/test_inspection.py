@@ -13,7 +13,7 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, inspection, patterns
 from launcher.data.checks.findings import Example, Finding, judge, refuse
 from launcher.data.checks.inspection import inspect
-from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.data.tokenization.loss_mask import TrainedSpan
 from launcher.errors import DataError
@@ -65,11 +65,11 @@ def encoded(trained: int = 5, prompt: int = 5, turn_end: bool = True) -> Encoded
     return EncodedDocument(np.arange(len(mask), dtype=np.uint32), mask, (len(mask) - 1,) if turn_end and trained else ())
 
 
-def chat(*turns: tuple[str, str], **last: Any) -> Chat:
+def chat(*turns: tuple[str, str], **last: Any) -> Document:
     messages = [Message(role, content) for role, content in turns]
     if last:
         messages[-1] = Message(*turns[-1], **last)
-    return Chat("rows.jsonl:1", tuple(messages))
+    return Document("rows.jsonl:1", tuple(messages))
 
 
 def system(text: str) -> Message:
@@ -99,7 +99,7 @@ GOOD = [
     chat(("user", "What is 2 + 2?"), ("assistant", "It is 4, or 20+30-46; see 3.1415 and 2024-05-06.")),
     chat(("system", "Be brief."), ("user", "Why?"), ("assistant", "Because."), ("user", "So?"), ("assistant", "So.")),
     chat(("user", "naïve café — “quotes”"), ("assistant", "Ωμέγα, 日本語, 🙂, ¿qué? £5 « oui »")),
-    Chat(
+    Document(
         "x:1",
         (
             Message("user", "Weather?"),
@@ -108,8 +108,8 @@ GOOD = [
             Message("assistant", "It rains."),
         ),
     ),
-    Completion("x:1", "def key(monkey):", " return monkey['token'] < 3  # eight, disk-usage: a@example.com"),
-    PlainText("x:1", "Order 555 of 12 items at 10.000.000 each; ratio 1:2, [INSTALL], a << b, <s>struck</s>."),
+    Document("x:1", prompt="def key(monkey):", text=" return monkey['token'] < 3  # eight, disk-usage: a@example.com"),
+    Document("x:1", text="Order 555 of 12 items at 10.000.000 each; ratio 1:2, [INSTALL], a << b, <s>struck</s>."),
 ]
 
 
@@ -135,18 +135,18 @@ def test_roles_out_of_order_are_reported(turns: list[tuple[str, str]], fault: st
 
 def test_the_system_setting_and_speaker_names_are_checked() -> None:
     rows = (system("Ask eve@corp.com."), Message("user", "a", name="bob@corp.com"), Message("assistant", "b"))
-    document = Chat("x:1", rows)
+    document = Document("x:1", rows)
     assert hits_of(document)["personal_data"].startswith("system, character 4: ")
     for data in (settings(), settings(system="Be kind."), settings(system=f"Key: {SECRETS['API key']}")):
         (seen,) = inspect([document], [trained("")], [encoded()], SPECIAL, data)
-        (alone,) = inspect([Chat("x:1", rows[1:])], [trained("")], [encoded()], SPECIAL, data)
+        (alone,) = inspect([Document("x:1", rows[1:])], [trained("")], [encoded()], SPECIAL, data)
         hits = {hit.finding: hit.detail for hit in seen.hits}
         assert [hit.finding for hit in seen.hits] == [hit.finding for hit in alone.hits], "its own text is not written"
         if data.system is not None:
             assert hits["personal_data"].startswith("messages[1].name, character 0: [e-mail address")
         assert ("secrets" in hits) is ("Key" in (data.system or ""))
     assert hits["secrets"].startswith("data.system, character 5: ")
-    plain = Chat("x:1", tuple(replace(message, name=None) for message in rows))
+    plain = Document("x:1", tuple(replace(message, name=None) for message in rows))
     first, second = inspect([document, plain], [trained("")] * 2, [encoded()] * 2, SPECIAL, settings(system="Be kind."))
     (third,) = inspect([plain], [trained("")], [encoded()], SPECIAL, settings())
     assert first.content == second.content == third.content, "settings and names move no document to the other split"
@@ -154,7 +154,7 @@ def test_the_system_setting_and_speaker_names_are_checked() -> None:
 
 def test_empty_answers_count_where_they_would_be_trained() -> None:
     assert hits_of(chat(("user", "a"), ("assistant", " \n\t"))) == {"empty_answer": "messages[1] is empty"}
-    assert hits_of(Completion("x:1", "a", " ")) == {"empty_answer": "completion is empty"}
+    assert hits_of(Document("x:1", prompt="a", text=" ")) == {"empty_answer": "completion is empty"}
     assert hits_of(chat(("user", "a"), ("assistant", ""), weight=0)) == {}
     assert hits_of(chat(("user", "a"), ("assistant", ""), tool_calls=({"function": {"name": "f"}},))) == {}
     silent = chat(("user", "a"), ("assistant", ""), reasoning_content="because\n")
@@ -175,7 +175,7 @@ def test_long_answers_are_measured_by_their_longest_span() -> None:
     marks[[0, 3000]] = 0
     assert hits_of(GOOD[0], EncodedDocument(np.arange(6001, dtype=np.uint32), marks, (6000,))) == {}
     assert hits_of(GOOD[0], encoded(trained=4097)) == {"long_answer": "4,097 trained tokens in one answer"}
-    assert hits_of(PlainText("x:1", "a"), encoded(trained=4097)) == {}
+    assert hits_of(Document("x:1", text="a"), encoded(trained=4097)) == {}
 
 
 def test_an_answer_that_repeats_itself_is_found() -> None:
@@ -206,7 +206,7 @@ def test_wrongly_decoded_text_is_found(text: str, detail: str) -> None:
     ],
 )
 def test_special_tokens_in_the_text_are_found(text: str, means: str) -> None:
-    hits = hits_of(PlainText("x:1", text))
+    hits = hits_of(Document("x:1", text=text))
     assert list(hits) == ["special_token_in_text"]
     assert hits["special_token_in_text"].endswith(means)
 
@@ -233,13 +233,13 @@ def test_secrets_in_prose_are_redacted(text: str) -> None:
     (shown,) = patterns.redact([before + secret])
     assert secret not in shown
     assert secret[-6:] not in shown
-    assert len(hits_of(PlainText("x:1", before + secret))) == 1
+    assert len(hits_of(Document("x:1", text=before + secret))) == 1
 
 
 @pytest.mark.parametrize("text", NOT_SECRET)
 def test_code_and_numbers_are_no_secrets(text: str) -> None:
     assert patterns.redact([text]) == [text]
-    assert hits_of(PlainText("x:1", text)) == {}
+    assert hits_of(Document("x:1", text=text)) == {}
 
 
 def test_every_check_of_the_settings_has_its_texts() -> None:

@@ -14,7 +14,7 @@ from launcher.data.checks import findings, overlap
 from launcher.data.checks.findings import CheckHit
 from launcher.data.checks.inspection import Inspection, inspect
 from launcher.data.corpus import CheckedDocuments, collect_findings, select_dropped
-from launcher.data.sources.documents import Chat, Document, Message, PlainText
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 
 CHECKS = ChecksSection()
@@ -59,7 +59,7 @@ class Collection:
         return len(self.texts) - 1
 
     def across(self, checks: ChecksSection = CHECKS) -> list[tuple[int, CheckHit]]:
-        seen = inspected([PlainText("x", text) for text in self.texts], checks)
+        seen = inspected([Document("x", text=text) for text in self.texts], checks)
         contents, tasks = np.asarray([(one.content, one.task) for one in seen], dtype=np.uint64).T
         return across(contents, tasks, [one.signature for one in seen], np.asarray(self.held_out, dtype=bool), checks)
 
@@ -94,8 +94,8 @@ def test_rows_that_differ_in_tools_weight_or_roles_are_no_duplicates() -> None:
     turns = (Message("user", "a"), Message("assistant", "b"))
     tool = {"type": "function", "function": {"name": "add"}}
     weightless = (turns[0], Message("assistant", "b", weight=0))
-    same = [Chat("x:1", turns), Chat("x:2", (Message("user", "A "), turns[1]))]
-    others = [Chat("x:3", turns, (tool,)), Chat("x:4", weightless), Chat("x:5", (Message("system", "a"), turns[1]))]
+    same = [Document("x:1", turns), Document("x:2", (Message("user", "A "), turns[1]))]
+    others = [Document("x:3", turns, (tool,)), Document("x:4", weightless), Document("x:5", (Message("system", "a"), turns[1]))]
     rows = [*same, *others]
     seen = inspected(rows)
     assert len({one.content for one in seen}) == 1

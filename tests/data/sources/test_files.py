@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from launcher.config.sections.data import STDLIB_DOCS, DataSection, Source
 from launcher.data.sources.builtin import MAX_WORDS, NUM_PAIRS, list_pairs
-from launcher.data.sources.documents import Chat, Completion, Message, PlainText
+from launcher.data.sources.documents import Document, Message
 from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_array, read_blocks
 from launcher.data.sources.reading import check_sources, compute_source_digest, count_rows, read_documents
 from launcher.errors import DataError, Problem
@@ -93,7 +93,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, packe
     path.write_bytes(PACKERS[packer](write(ROWS)))
     # Each prompt spans two lines of a CSV file.
     places = [place.format(path=path, line=i + 1, csv_line=2 + 2 * i) for i in range(len(ROWS))]
-    assert read(path) == [Completion(where, row["prompt"], row["completion"]) for where, row in zip(places, ROWS, strict=True)]
+    assert read(path) == [
+        Document(where, prompt=row["prompt"], text=row["completion"]) for where, row in zip(places, ROWS, strict=True)
+    ]
     assert count_rows(Source(path=str(path))) >= len(ROWS)
 
 
@@ -103,7 +105,7 @@ def test_compression_is_detected_by_content_not_by_name(tmp_path: Path, kind: st
     unnamed, misnamed = tmp_path / "rows", tmp_path / f"rows.{kind}"
     for path in (unnamed, misnamed):
         path.write_bytes(PACKERS[packer](KINDS[kind][0](ROWS)))
-        assert [document.completion for document in read(path)] == [row["completion"] for row in ROWS]
+        assert [document.text for document in read(path)] == [row["completion"] for row in ROWS]
 
 
 def test_each_line_of_a_text_file_is_a_document(tmp_path: Path) -> None:
@@ -129,8 +131,8 @@ def test_lists_and_objects_in_tables(tmp_path: Path) -> None:
     # In a parquet file every message has every key, with null for absent ones.
     table.write_bytes(as_parquet([{"messages": messages}]))
     text.write_bytes(as_csv([{"messages": json.dumps(messages)}]))
-    assert read(table) == [Chat(f"{table}:row 1", expected)]
-    assert read(text) == [Chat(f"{text}:2", expected)]
+    assert read(table) == [Document(f"{table}:row 1", expected)]
+    assert read(text) == [Document(f"{text}:2", expected)]
 
 
 @pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstd)])
@@ -312,9 +314,9 @@ def test_each_format_is_read_and_recognized(tmp_path: Path, format: str, named: 
     path.write_text("\n" + json.dumps(ROW_OF[format], ensure_ascii=False) + "\n\n" + json.dumps(ROW_OF[format]))
     where = f"{path}:2"
     expected = {
-        "messages": Chat(where, (Message("user", "a"), Message("assistant", "é"))),
-        "prompt_completion": Completion(where, "a", "b"),
-        "text": PlainText(where, "a\nb"),
+        "messages": Document(where, (Message("user", "a"), Message("assistant", "é"))),
+        "prompt_completion": Document(where, prompt="a", text="b"),
+        "text": Document(where, text="a\nb"),
     }
     documents = read_as(path, format if named else "auto")
     assert documents[0] == expected[format]
@@ -358,7 +360,7 @@ def test_one_json_array_is_read_from_a_file_of_either_name(tmp_path: Path, text:
     for name in ("a.jsonl", "a.ndjson", "a.json", "a.jsonl.gz"):
         array = tmp_path / name
         array.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
-        assert read_as(array) == [PlainText(f"{array}:row 1", "a")]
+        assert read_as(array) == [Document(f"{array}:row 1", text="a")]
         assert count_rows(Source(path=str(array))) >= 1
 
 
@@ -374,9 +376,9 @@ def test_columns_name_the_rows_own_keys(tmp_path: Path) -> None:
     path.write_text(json.dumps({"question": "1+1?", "answer": "2", "text": "hidden", "prompt": "hidden"}))
     as_chat = Source(path=str(path), columns={"instruction": "question", "output": "answer"}, format="alpaca")
     (document,) = (document for document, _ in read_documents(as_chat))
-    assert document == Chat(f"{path}:1", (Message("user", "1+1?"), Message("assistant", "2")))
+    assert document == Document(f"{path}:1", (Message("user", "1+1?"), Message("assistant", "2")))
     raw = Source(path=str(path), columns={"prompt": "question", "completion": "answer"}, format="prompt_completion")
-    assert [document for document, _ in read_documents(raw)] == [Completion(f"{path}:1", "1+1?", "2")]
+    assert [document for document, _ in read_documents(raw)] == [Document(f"{path}:1", prompt="1+1?", text="2")]
     with pytest.raises(DataError, match=r"lacks the key answr, which columns\.output names"):
         list(read_documents(as_chat.model_copy(update={"columns": {"output": "answr"}})))
 

@@ -13,7 +13,7 @@ import pytest
 from launcher.config.sections.data import DataSection, Source
 from launcher.data import cache_store
 from launcher.data.build import build
-from launcher.data.sources.documents import Chat, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.data.sources.formats import NUM_KEYS_SHOWN
 from launcher.data.sources.reading import read_batches, read_documents
 from launcher.errors import DataError, Problem
@@ -39,7 +39,7 @@ def test_openais_fine_tuning_rows_are_read_as_they_are(jsonl: Jsonl) -> None:
     # OpenAI encodes the arguments as a JSON string.
     messages[2]["tool_calls"][0]["function"] = {"name": "add", "arguments": '{"a": 1, "b": 2}'}  # type: ignore[index]
     path = jsonl([{"messages": messages, "tools": [ADD], "parallel_tool_calls": False}])
-    assert first(path) == Chat(
+    assert first(path) == Document(
         f"{path}:1",
         (
             Message("system", "You add."),
@@ -81,7 +81,7 @@ def test_sharegpt_with_tools(jsonl: Jsonl) -> None:
         "tools": json.dumps([ADD["function"]]),
     }
     path = jsonl([row])
-    assert first(path) == Chat(
+    assert first(path) == Document(
         f"{path}:1",
         (
             Message("system", "You add."),
@@ -258,7 +258,7 @@ def test_keys_within_objects_are_named_with_dots(jsonl: Jsonl) -> None:
     row = {"id": 1, "data": {"question": "1?", "answers": {"text": ["one"]}}}
     path = jsonl([row])
     document = first(path, columns={"question": "data.question", "answer": "data.answers.text.0"})
-    assert (document.prompt, document.completion) == ("1?", "one")
+    assert (document.prompt, document.text) == ("1?", "one")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "images": ["x.png"]}]
     with pytest.raises(DataError, match=r"data.turns\[1\] has images"):
         first(jsonl([{"data": {"turns": turns}}]), columns={"messages": "data.turns"})
@@ -272,7 +272,7 @@ def test_a_question_with_a_context_is_not_read_without_it(jsonl: Jsonl) -> None:
     row = {"question": "Who?", "answer": "She", "context": "She came."}
     with pytest.raises(DataError, match="and also context, which is not read"):
         first(jsonl([row]))
-    assert first(jsonl([row]), format="question_answer").completion == "She"
+    assert first(jsonl([row]), format="question_answer").text == "She"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder
 from launcher.errors import DataError
 
@@ -36,8 +36,8 @@ NO_END = (
 )
 
 
-def chat(*turns: tuple[str, str]) -> Chat:
-    return Chat("rows.jsonl:1", tuple(Message(role, content) for role, content in turns))
+def chat(*turns: tuple[str, str]) -> Document:
+    return Document("rows.jsonl:1", tuple(Message(role, content) for role, content in turns))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> EncodedDocument:
@@ -120,7 +120,7 @@ def test_a_template_that_changes_a_message_is_refused(tokenizer: PreTrainedToken
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 CALLING = CHATML.replace("BODY", "m.content ~ (m.tool_calls or '')")
 LISTS_TOOLS = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
-WITH_TOOLS = Chat(
+WITH_TOOLS = Document(
     "rows.jsonl:1",
     (Message("user", "1+1?"), Message("assistant", "", (CALL,)), Message("tool", "2"), Message("assistant", "It is 2.")),
     ({"type": "function", "function": {"name": "add"}},),
@@ -145,7 +145,7 @@ def test_a_template_that_leaves_out_arguments_of_a_call_is_refused(tokenizer: Pr
     tokenizer.chat_template = LISTS_TOOLS + CHATML.replace("BODY", f"m.content ~ ({written} if m.tool_calls else '')")
     calling = Message("assistant", "", ({"function": {"name": "add", "arguments": {"a": 1, "b": {"c": 1}}}},))
     with pytest.raises(DataError, match="does not write the call of the tool add with all of its arguments") as caught:
-        encode(tokenizer, Chat("rows.jsonl:1", (WITH_TOOLS.messages[0], calling), WITH_TOOLS.tools))
+        encode(tokenizer, Document("rows.jsonl:1", (WITH_TOOLS.messages[0], calling), WITH_TOOLS.tools))
     problem = caught.value.problems[0]
     assert (problem.where, problem.value) == ("rows.jsonl:1, messages[1]", tokenizer.name_or_path)
     assert "data.chat_template" in problem.remedy
@@ -193,12 +193,12 @@ def test_a_metaspace_tokenizer_has_exact_mask_boundaries(scheme: str) -> None:
     encoded = encode(tokenizer, chat(*turns))
     written = "".join(tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained == 1].tolist()))
     assert written == f"two▁▁and{END}▁naive{END}"
-    encoded = encode(tokenizer, Completion("x:1", "one plus one:", " two"))
+    encoded = encode(tokenizer, Document("x:1", prompt="one plus one:", text=" two"))
     assert "".join(tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained == 1].tolist())) == f"▁two{END}"
     # Encoded alone, a completion that continues a word would start with a space.
     # After a prompt that ends with a space, the completion is a separate word.
     for prompt, completion in (("nai", "ve answer"), ("one plus one: ", "two")):
-        encoded = encode(tokenizer, Completion("x:1", prompt, completion))
+        encoded = encode(tokenizer, Document("x:1", prompt=prompt, text=completion))
         before, after = tokenizer(prompt).input_ids, encoded.ids[encoded.trained == 1].tolist()
         assert encoded.ids.tolist() == [*before, *after]
         assert "".join(tokenizer.convert_ids_to_tokens(after)) == completion.replace(" ", "▁") + END
@@ -206,10 +206,10 @@ def test_a_metaspace_tokenizer_has_exact_mask_boundaries(scheme: str) -> None:
 
 def test_a_mask_boundary_inside_a_token_trains_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    encoded = encode(tokenizer, Completion("x:1", "nave\u0308", " answer"))
+    encoded = encode(tokenizer, Document("x:1", prompt="nave\u0308", text=" answer"))
     assert (encoded.is_unsure, trained_texts(tokenizer, encoded)) == (False, [f" answer{END}"])
     # The accent combines with the last character of the prompt.
-    encoded = encode(tokenizer, Completion("x:1", "na", "\u0308ve answer"))
+    encoded = encode(tokenizer, Document("x:1", prompt="na", text="\u0308ve answer"))
     assert encoded.is_unsure
     assert not encoded.trained.any()
     assert encoded.turn_ends == ()
@@ -219,7 +219,7 @@ def test_a_mask_boundary_inside_a_token_trains_nothing(tokenizer: PreTrainedToke
     ("prompt", "completion"), [("Q: 1+1?\nA:", " 2"), ("Q: 1+1?\nA: ", "2"), ("nai", "ve"), ("", "all"), ("q", "")]
 )
 def test_a_completion_and_its_end_token_are_trained(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> None:
-    encoded = encode(tokenizer, Completion("x:1", prompt, completion))
+    encoded = encode(tokenizer, Document("x:1", prompt=prompt, text=completion))
     pieces = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, completion)]
     assert encoded.ids.tolist() == [*pieces[0], *pieces[1], tokenizer.eos_token_id]
     num_trained = len(pieces[1]) + 1 - (not prompt)
@@ -227,7 +227,7 @@ def test_a_completion_and_its_end_token_are_trained(tokenizer: PreTrainedTokeniz
 
 
 def test_all_of_a_text_but_its_first_token_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
-    encoded = encode(tokenizer, PlainText("x:1", "Once upon a time."))
+    encoded = encode(tokenizer, Document("x:1", text="Once upon a time."))
     assert tokenizer.decode(encoded.ids) == f"Once upon a time.{END}"
     assert encoded.trained.tolist() == [0] + [1] * (len(encoded.ids) - 1)
 
@@ -239,7 +239,7 @@ def test_the_begin_token_is_added_where_the_tokenizer_adds_it(tokenizer_dir: obj
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    encoded = encode(tokenizer, Completion("x:1", "Q", " A"))
+    encoded = encode(tokenizer, Document("x:1", prompt="Q", text=" A"))
     assert tokenizer.decode(encoded.ids) == f"<|endoftext|>Q A{END}"
     assert trained_texts(tokenizer, encoded) == [f" A{END}"]
-    assert tokenizer.decode(encode(tokenizer, PlainText("x:1", "Q")).ids) == f"<|endoftext|>Q{END}"
+    assert tokenizer.decode(encode(tokenizer, Document("x:1", text="Q")).ids) == f"<|endoftext|>Q{END}"

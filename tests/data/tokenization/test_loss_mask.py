@@ -28,7 +28,7 @@ from chat_families import (
 from transformers.utils import chat_template_utils
 
 from launcher.config.sections.data import DataSection, Source
-from launcher.data.sources.documents import Chat, Message
+from launcher.data.sources.documents import Document, Message
 from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.chat_template import ChatTemplate
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder
@@ -288,7 +288,7 @@ def test_a_template_that_leaves_out_a_message_is_refused(family: Family) -> None
 def test_a_conversation_that_the_template_rejects_is_refused(
     family: Family, name: str, messages: tuple[Message, ...], words: str
 ) -> None:
-    document = Chat("rows.jsonl:1", messages, () if name == "smollm2" else (TOOL,))
+    document = Document("rows.jsonl:1", messages, () if name == "smollm2" else (TOOL,))
     with pytest.raises(DataError, match=words) as caught:
         encode(family(name), document)
     assert caught.value.problems[0].value == family(name).name_or_path

@@ -37,7 +37,7 @@ def split_of(rows: list[tuple[list[int], bool]]) -> Split:
     """Return a split. Each row is given as its document lengths and whether all their tokens are trained."""
     lengths = [length for documents, _ in rows for length in documents]
     sizes = [sum(documents) for documents, _ in rows]
-    labels = [sum(length - 1 for length in documents) if trained else 0 for documents, trained in rows]
+    labels = [length - 1 if trained else 0 for documents, trained in rows for length in documents]
     trained = np.repeat([trained for _, trained in rows], sizes).astype(np.uint8)
     row_docs = np.cumsum([0, *(len(documents) for documents, _ in rows)])
     offsets = np.cumsum([0, *lengths])
@@ -47,9 +47,7 @@ def split_of(rows: list[tuple[list[int], bool]]) -> Split:
         trained=trained,
         docs=offsets,
         rows=offsets[row_docs],
-        row_labels=np.array(labels),
-        doc_source=np.zeros(len(lengths), np.uint8),
-        row_sources=np.array(sizes)[:, None],
+        columns={"source": np.zeros(len(lengths), np.uint16), "num_trained": np.array(labels)},
     )
 
 

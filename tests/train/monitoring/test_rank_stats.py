@@ -312,8 +312,8 @@ def rows_of_eight(num_rows: int) -> Split:
     """Return rows of one document each, with all tokens trained."""
     ends = np.arange(0, 8 * num_rows + 1, 8)
     tokens, trained = np.arange(8 * num_rows, dtype=np.uint32), np.ones(8 * num_rows, dtype=np.uint8)
-    of_rows = np.full(num_rows, 7)
-    return Split(tokens, trained, ends, ends, of_rows, np.zeros(num_rows, dtype=np.uint16), np.full((num_rows, 1), 8))
+    columns = {"source": np.zeros(num_rows, np.uint16), "num_trained": np.full(num_rows, 7)}
+    return Split(tokens, trained, ends, ends, columns)
 
 
 def test_what_gpus_measure_and_cost_is_in_wandb(

@@ -36,15 +36,14 @@ def split_of(rows: list[list[int]]) -> Split:
         trained=trained,
         rows=np.cumsum([0, *lengths]),
         docs=np.cumsum([0, *docs]),
-        row_labels=np.array([sum(row) - len(row) for row in rows]),
-        doc_source=np.zeros(len(docs), dtype=np.uint16),
-        row_sources=np.array(lengths)[:, None],
+        columns={"source": np.zeros(len(docs), np.uint16), "num_trained": np.array(docs) - 1},
     )
 
 
-def batch_of(num_tokens: int = 24, num_labels: int = 8, sources: tuple[int, ...] = (24,)) -> StepBatch:
-    """Return a batch that contains only counts."""
-    return StepBatch([], num_labels, num_tokens, num_slots=32, doc_lengths=(5, 3, 4), source_tokens=sources, row_ids=(0, 1))
+def batch_of(num_tokens: int = 24, sources: tuple[int, ...] = (0, 0, 0), doc_lengths: tuple[int, ...] = (5, 3, 4)) -> StepBatch:
+    """Return a batch that contains only counts; 8 of its tokens are trained."""
+    documents = {"source": np.array(sources), "num_trained": np.array([4, 2, 2])}
+    return StepBatch([], num_tokens, 32, documents, doc_lengths, row_ids=(0, 1))
 
 
 def measured(plan: LaunchPlan, batch: StepBatch, peak_tflops: float | None = None) -> dict[str, float]:
@@ -80,10 +79,10 @@ def test_source_fractions_are_shares_of_the_tokens(tmp_path: Path) -> None:
         "train": {"max_steps": 40},
     }
     meter = Meter(hand_made.plan(tmp_path, settings), 40, attempt=1, restart=0, peak_tflops=None)
-    batch = batch_of(num_tokens=8, num_labels=4, sources=(6, 2))
+    batch = batch_of(num_tokens=8, sources=(0, 1, 0), doc_lengths=(5, 2, 1))
     metrics = meter.step(1, batch, 1.0, 1.0, 1e-5, {"time/step_s": 1.0})
     assert (metrics["data/source/chat/frac"], metrics["data/source/code/frac"]) == (0.75, 0.25)
-    assert metrics["data/label_frac"] == pytest.approx(0.5)
+    assert metrics["data/label_frac"] == 1.0
 
 
 def test_the_fraction_of_truncated_tokens_is_logged(plan_of: PlanOf) -> None:

@@ -1,0 +1,19 @@
+"""The objectives that `objective.name` can choose, and the columns that each needs. Plain data, no torch.
+
+To add an objective: write a class as launcher/train/objectives.py does, a file in conf/objective/, and a row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Where the class of an objective is, as module:Class, and the columns of launcher/data/schema.py that it needs."""
+
+    builder: str
+    columns: tuple[str, ...] = ()
+
+
+OBJECTIVES: dict[str, Objective] = {"sft": Objective("launcher.train.objectives:SupervisedNll")}
