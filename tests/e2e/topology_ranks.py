@@ -20,7 +20,7 @@ from launcher.train import loop
 from launcher.train.engine import build_engine
 from launcher.train.held_out_loss import Scorer
 from launcher.train.loop import noop
-from launcher.train.objectives import OBJECTIVES
+from launcher.train.objectives import SupervisedNll
 
 
 def load_plan(path: str, sequence_ranks: int) -> LaunchPlan:
@@ -55,7 +55,7 @@ def score(path: str, sequence_ranks: int, root: str) -> list[int]:
     """Score the training rows; return the shards that this rank wrote."""
     rank_info, plan = join(), load_plan(path, sequence_ranks)
     engine, model = build_engine(plan, rank_info)
-    scorer = Scorer(engine, model, OBJECTIVES["supervised"], rank_info, torch.device("cpu"), plan.topology)
+    scorer = Scorer(engine, model, SupervisedNll(), rank_info, torch.device("cpu"), plan.topology)
     assert plan.data is not None
     batches, written = RowBatches(Split.open(plan.data), plan.batch.micro_batch_size, pad_id=0), []
 
