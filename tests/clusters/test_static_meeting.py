@@ -203,7 +203,7 @@ def test_a_machine_that_falls_silent_is_lost(tmp_path: Path) -> None:
     """A machine in a network of its own loses its link, as if it had lost power: both sides notice."""
     if os.geteuid() != 0:
         pytest.skip("only root can make a network")
-    name, here, there = f"lost{os.getpid() % 10000}", "10.213.7.1", "10.213.7.2"
+    name, here, there = f"lost{os.getpid() % 10000}", "198.18.7.1", "198.18.7.2"
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, timeout=20)

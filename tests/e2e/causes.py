@@ -25,7 +25,7 @@ CAUSES = {
     r"rank 1 left no record|while saving after step \d+; killed it.*)",
     "memory": r"rank [01]: the memory limit of [\d.]+ [MG]iB of this job or container was exceeded, "
     r"and the kernel killed a process: killed by SIGKILL",
-    "processes": r"rank [01]: the limit of [\d,]+ on processes and threads \(pids\.max, ulimit -u\) was reached: .*",
+    "processes": r"rank [01]: the limit on processes and threads \(pids\.max, ulimit -u\) was reached: .*",
     "open_files": r"rank 1: the limit of \d+ open files \(ulimit -n\) was reached: .*",
     "disk": r"rank [01]: the disk of \S+ is full \([\d.]+ \S+ of [\d.]+ MiB free\): .*",
     "agent_memory": r"the memory limit( of [\d.]+ [MG]iB)? of this job or container was exceeded, "

@@ -218,14 +218,14 @@ def test_a_lost_machine_and_a_run_root_of_its_own_are_named(machines: Callable[.
 @contextmanager
 def network_of_its_own() -> Iterator[tuple[str, str]]:
     """A network namespace with a link to this machine, by name, and this machine's address on the link."""
-    name, address = f"static{os.getpid() % 100000}", "10.213.8.1"
+    name, address = f"static{os.getpid() % 100000}", "198.18.8.1"
     ip("netns", "add", name)
     try:
         ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
         ip("addr", "add", f"{address}/30", "dev", name)
         ip("link", "set", name, "up")
         for words in (
-            ("addr", "add", "10.213.8.2/30", "dev", "eth0"),
+            ("addr", "add", "198.18.8.2/30", "dev", "eth0"),
             ("link", "set", "eth0", "up"),
             ("link", "set", "lo", "up"),
         ):
