@@ -224,7 +224,8 @@ def test_a_failed_push_keeps_the_folder_and_names_the_command_that_repeats_it(
     assert "could not be pushed" in failed.stderr
     # model.dtype=auto depends on what the CPU computes fast.
     dtype = json.loads((run / "plan.json").read_text())["config"]["model"]["dtype"]
-    assert f"python -m launcher export {run} --step 12 --dtype {dtype} --out {tmp_path / 'out'} --push owner/name" in failed.stderr
+    chosen = f"--step 12 --dtype {dtype} --out {tmp_path / 'out'} --push owner/name"
+    assert f"python -m launcher export {run} {chosen}" in failed.stderr
     assert (tmp_path / "out/model.safetensors").is_file()
     assert CANARY not in failed.stdout + failed.stderr
 
