@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Objective:
+class ObjectiveEntry:
     """Where the class of an objective is, as module:Class, and the columns of launcher/data/schema.py that it needs."""
 
     builder: str
     columns: tuple[str, ...] = ()
 
 
-OBJECTIVES: dict[str, Objective] = {"sft": Objective("launcher.train.objectives:SupervisedNll")}
+OBJECTIVES: dict[str, ObjectiveEntry] = {"sft": ObjectiveEntry("launcher.train.objectives:SupervisedNll")}
