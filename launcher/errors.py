@@ -15,6 +15,8 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_CHECK_FAILED = 3
 EXIT_INTERRUPTED = 130
+# Of the process that leads an attempt, by the state in which it ends; others have failed.
+EXIT_CODES = {"completed": 0, "cancelled": EXIT_INTERRUPTED, "preempted": EXIT_INTERRUPTED}
 
 
 # Characters that move the cursor, color or hide text on a terminal, or cannot be printed: controls except tab and line feed,

@@ -211,17 +211,17 @@ def fold(events: Iterable[Event]) -> AttemptState:
     Of one writer's events the last one counts, but of the reports of a loss the first. Nothing depends on the order of different
     writers, whose clocks differ.
     """
-    of: dict[type[Event], list[Any]] = defaultdict(list)
+    by_kind: dict[type[Event], list[Any]] = defaultdict(list)
     for event in events:
-        of[type(event)].append(event)
-    repeatable = min(of[RepeatableFailure], key=lambda event: event.at, default=None)
-    training, changed, ended = (next(reversed(of[kind]), None) for kind in (TrainingEnded, StatusChanged, AttemptConcluded))
+        by_kind[type(event)].append(event)
+    repeatable = min(by_kind[RepeatableFailure], key=lambda event: event.at, default=None)
+    training, changed, ended = (next(reversed(by_kind[kind]), None) for kind in (TrainingEnded, StatusChanged, AttemptConcluded))
     return AttemptState(
         training=training,
         repeatable=None if repeatable is None else repeatable.failure,
-        restarts=tuple(of[RanksRestarted]),
-        nodes={event.node: event for event in of[NodeEnded]},
-        lost={event.node: event.text for event in reversed(of[NodeLost])},
+        restarts=tuple(by_kind[RanksRestarted]),
+        nodes={event.node: event for event in by_kind[NodeEnded]},
+        lost={event.node: event.text for event in reversed(by_kind[NodeLost])},
         ended=ended,
         status=None if changed is None else replace(changed.status, updated_at=changed.at),
     )
@@ -271,8 +271,8 @@ def read_kind(kind: type[E], run: RunDir, attempt: int, writers: str) -> list[E]
         for line in content.splitlines():
             try:
                 values = json.loads(line)
-                if issubclass(found := KINDS[values["kind"]], kind):
-                    events.append(json_records.decode(found, values, str(path)))
+                if issubclass(event_kind := KINDS[values["kind"]], kind):
+                    events.append(json_records.decode(event_kind, values, str(path)))
             except (ValueError, TypeError, KeyError, DamagedRun):
                 continue
     return events

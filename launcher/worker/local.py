@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from launcher import clock
 from launcher.clusters import detached_process, network
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from launcher.errors import EXIT_CODES, EXIT_FAILED
 from launcher.plan.retry import Cause
 from launcher.runs import journal, run_store
 from launcher.runs.journal import AttemptConcluded, NodeEnded
@@ -96,7 +96,7 @@ def lead_attempt(
     run_store.update_status(run, state=end.state, step=end.step, message=message)
     postmortem.release_disk_space(run, attempt)
     close_wandb_run(agent.plan, agent.plan_path, run, attempt)
-    return 0 if end.state == "completed" else EXIT_INTERRUPTED if end.state in ("cancelled", "preempted") else EXIT_FAILED
+    return EXIT_CODES.get(end.state, EXIT_FAILED)
 
 
 if __name__ == "__main__":

@@ -389,13 +389,9 @@ class Conclusion:
     def write(self, run: RunDir, number: int) -> None:
         """Record the verdict, and an alert for an attempt that did not end as planned."""
         release_space_if_full(run, number)
-        write_if_possible(lambda: self.record(run, number))
+        write_if_possible(lambda: journal.append(run, number, self.verdict()))
         if (alert := self.alert) is not None:
             write_if_possible(lambda: append_event(run, number, "alert", alert, self.ending.step))
-
-    def record(self, run: RunDir, number: int, decided: bool = True) -> None:
-        """Record the verdict; see `verdict`."""
-        journal.append(run, number, self.verdict(decided))
 
     def verdict(self, decided: bool = True) -> AttemptConcluded:
         """Return the event for the journal; `decided` is False if the next start of the run makes the decision."""
@@ -432,7 +428,7 @@ def end_of_attempt(
     if (ended := _read_end(run, number)) is not None:
         return ended
     conclusion = conclude(run, number, run_store.read_attempt(run, number), section, evidence)
-    conclusion.record(run, number, decided=False)
+    journal.append(run, number, conclusion.verdict(decided=False))
     if on_alert is not None and conclusion.decision.again and conclusion.alert is not None:
         on_alert(conclusion.alert)
     return conclusion.ended

@@ -165,7 +165,7 @@ def test_only_an_exception_that_repeats_is_final_in_attempts_and_in_their_restar
         journal.append(run, number, NodeEnded(node=0, first_failure=last))
         assert bool(postmortem.describe_repetition(run, number, last)) is (is_final and number == len(failures))
         conclusion = postmortem.conclude(run, number, attempt, section, postmortem.Evidence(exit_code=1))
-        conclusion.record(run, number)
+        journal.append(run, number, conclusion.verdict())
         assert conclusion.decision.again is not (is_final and number == len(failures))
     assert conclusion is not None
     assert ("it repeats" in conclusion.message) is is_final

@@ -28,7 +28,7 @@ from launcher.checkpoint import store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
 from launcher.config.sections.ray import RaySection
-from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, Problem, Superseded
+from launcher.errors import EXIT_CODES, EXIT_FAILED, ConfigError, LauncherError, Problem, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.quantities import format_count
 from launcher.plan.run_dir import RunDir
@@ -55,7 +55,6 @@ _PLACE_S = 20.0
 _DECIDE_S = 20.0
 # Consecutive errors of Ray Train before a worker has begun, and seconds between them. With more, the error is not transient.
 _MAX_EARLY_FAILURES, _RESTART_S = 10, 5.0
-_EXIT_CANCELLED = 130
 _TRAINER = "ray.train.v2.api.data_parallel_trainer"
 # Maximum characters of a Ray error in a run's status; the log has the full message.
 _MAX_MESSAGE_CHARS = 400
@@ -114,7 +113,7 @@ def main(plan_path: str, attempt: int) -> int:
         state = driver.record_end("failed", f"{problem}: {_shorten(error)}")
     with suppress(OSError, LauncherError):
         close_wandb_run(plan, plan_path, run, run_store.newest_attempt(run))
-    return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
+    return EXIT_CODES.get(state, EXIT_FAILED)
 
 
 class Driver:
