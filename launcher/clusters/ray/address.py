@@ -42,7 +42,7 @@ def require_usable(section: RaySection) -> None:
             f"the host name of the cluster cannot be resolved: {error.strerror}",
             where=_WHERE,
             value=address,
-            remedy="write host:port or http://host:port, with a name or an IP address; RAY_ADDRESS takes the place of auto",
+            remedy="write host:port or http://host:port; with cluster.address=auto, check the variable RAY_ADDRESS",
         ) from None
     known = {ipaddress.ip_address(address.partition("%")[0]) for address in addresses}
     if exposed := sorted(str(one) for one in known if one.is_global or one.is_unspecified):
