@@ -168,14 +168,14 @@ def test_an_unmet_request_fails_at_its_deadline(launch_here: Launch, cluster: Ra
 
 
 def test_a_head_that_does_not_see_the_run_directory_is_refused_on_submission(
-    launch_here: Launch, cluster: RayCluster, unseen: Path
+    launch: Launch, cluster: RayCluster, unseen: Path
 ) -> None:
-    done = launch_here(*ray(cluster, unseen, "unseen", *by_job(cluster), "cluster.nodes=1"), **cluster.env)
+    done = launch(*ray(cluster, unseen, "unseen", *by_job(cluster), "cluster.nodes=1"), **cluster.env)
     require_exit(done, 1)
     assert "Ray's job ended before it could write to the run directory" in done.stderr
     assert "does not see the run directory" in done.stderr
     assert "set run.root to a folder that the cluster's nodes can write to" in done.stderr
-    assert json.loads(launch_here("status", str(unseen / "unseen"), "--json", **cluster.env).stdout)["state"] == "failed"
+    assert json.loads(launch("status", str(unseen / "unseen"), "--json", **cluster.env).stdout)["state"] == "failed"
 
 
 def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_on_a_permanent_error(
@@ -220,12 +220,12 @@ def test_unfit_nodes_are_named_and_an_elastic_run_excludes_one_and_ends_at_once_
 
 
 @pytest.mark.parametrize("way, others", [("jobs_api", {}), ("driver", {"n2": 1})])
-def test_doctor_checks_every_node(launch_here: Launch, cluster: RayCluster, root: Path, way: str, others: dict[str, int]) -> None:
+def test_doctor_checks_every_node(launch: Launch, cluster: RayCluster, root: Path, way: str, others: dict[str, int]) -> None:
     cluster.have_only(**others)
     addresses = {"driver": cluster.address, "jobs_api": cluster.http}
     settings = ("model=tiny", "tracking.mode=offline", f"run.root={root}", "+cluster=ray", f"cluster.python={sys.executable}")
     command = ("doctor", *settings, f"cluster.address={addresses[way]}", "--json")
-    done = launch_here(*command, **cluster.env)
+    done = launch(*command, **cluster.env)
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)
     assert sorted(report["nodes"]) == ["n1", *others], done.stdout + done.stderr
@@ -293,7 +293,7 @@ def test_a_run_of_fixed_size_survives_a_hang_and_a_preemption_and_has_the_same_l
 
 
 def test_a_run_through_the_jobs_api_is_cancelled_and_completed(
-    launch_here: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
+    launch: Launch, start: Callable, cluster: RayCluster, root: Path, tmp_path: Path, undisturbed: Callable[[int], Path]
 ) -> None:
     cluster.have_only()
     run, mirror = root / "job", tmp_path / "mirror"
@@ -303,9 +303,9 @@ def test_a_run_through_the_jobs_api_is_cancelled_and_completed(
     arguments = ray(cluster, root, "job", *by_job(cluster), *own)
     with start(*arguments, **env) as process:
         wait_for("step 7", lambda: last_step(run) >= 7)
-        assert json.loads(launch_here("status", str(run), "--json", **env).stdout)["state"] == "running"
-        assert re.search(r"^job +running ", launch_here("ls", "--root", str(root), **env).stdout, re.MULTILINE)
-        assert launch_here("cancel", str(run), **env).returncode == 0
+        assert json.loads(launch("status", str(run), "--json", **env).stdout)["state"] == "running"
+        assert re.search(r"^job +running ", launch("ls", "--root", str(root), **env).stdout, re.MULTILINE)
+        assert launch("cancel", str(run), **env).returncode == 0
         output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
     job = json_records.read_json(run / "attempts/001/submitted.json")["job"]
@@ -327,7 +327,7 @@ def test_a_run_through_the_jobs_api_is_cancelled_and_completed(
     assert canary not in listed.stdout + listed.stderr
     assert canary not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json"))
 
-    resumed = launch_here("resume", str(run), f"train.max_steps={step + 2}", **env)
+    resumed = launch("resume", str(run), f"train.max_steps={step + 2}", **env)
     require_exit(resumed)
     job = json_records.read_json(run / "attempts/002/submitted.json")["job"]
     assert f"job        {job}" in resumed.stdout
@@ -336,7 +336,7 @@ def test_a_run_through_the_jobs_api_is_cancelled_and_completed(
     assert status(run)["step"] == step + 2
     assert mirrored(step + 2)
     await_no_launcher(run)
-    assert json.loads(launch_here("status", str(run), "--json", **env).stdout)["state"] == "completed"
+    assert json.loads(launch("status", str(run), "--json", **env).stdout)["state"] == "completed"
     assert_close(losses(run), first_losses(undisturbed, last_step(run)))
     assert_only_in_memory(canary, run, cluster.folder)
 

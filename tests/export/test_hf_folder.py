@@ -195,7 +195,7 @@ def test_an_export_that_rounds_less_than_the_engine_is_compared_in_the_engines_d
     assert result.parity == exported(runs, "bf16", tmp_path / "same").parity
     in_fp32 = load_exported(result.path, dtype="fp32")
     reference_logits = read_reference_logits(store.get_latest(runs.checkpoints("bf16")).path)
-    assert check_parity(in_fp32, reference_logits, dtype="fp32").mean_kl > 10 * result.parity.mean_kl
+    assert check_parity(in_fp32, reference_logits, dtype="fp32").mean_kl > 3 * result.parity.mean_kl
 
 
 def test_missing_architectures_are_added_to_the_config(runs, tmp_path):
