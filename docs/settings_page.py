@@ -27,7 +27,7 @@ Written by `make settings` from the descriptions in `launcher/config` and the fi
 
 Set a setting with `key=value` (`train.max_steps=100`), and choose an option of a group with `group=option`
 (`model=qwen3_8b`). The defaults below are the schema's; group options and `conf/config.yaml` override many of them, and
-`python -m launcher config --all` prints the result. [A run's file](run-file.md) has the same keys. The command line wins over
+`python -m launcher config --json` prints the result. [A run's file](run-file.md) has the same keys. The command line wins over
 the run's file, the file over an experiment, an experiment over the groups, the groups over `conf/config.yaml`. `null` unsets a
 setting.
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import tempfile
-from contextlib import suppress
 from typing import Any
 
 from launcher.cli.render import terminal
@@ -14,9 +11,8 @@ from launcher.cli.verbs import flags_of
 from launcher.config.command_line import GROUPS, conf_dir, is_run_file, list_options
 from launcher.config.compose import compose_one
 from launcher.config.resume import with_overrides
-from launcher.config.run_file import render, values_to_print
+from launcher.config.run_file import hide_secrets, render, to_values
 from launcher.config.schema import RunConfig
-from launcher.errors import LauncherError
 from launcher.runs import run_store
 from launcher.security.redaction import redact
 from launcher.shell_commands import launcher_command
@@ -29,7 +25,7 @@ _EXPERIMENT = "experiment"
 
 def print_settings(arguments: argparse.Namespace) -> int:
     """Print one file."""
-    has_all, rest = arguments.all, arguments.overrides
+    rest = arguments.overrides
     words = [token for token in rest if "=" not in token and not token.startswith(("-", "+", "~"))]
     if words and rest[0] == words[0] and not is_run_file(words[0]):
         plan = run_store.load_plan(run_store.find_run(words[0], arguments.root))
@@ -42,26 +38,11 @@ def print_settings(arguments: argparse.Namespace) -> int:
         command = " ".join(launcher_command("plan", *rest).split())
         config, head = compose_one(rest, flags_of("config")).config, [f"Settings of: {redact(command)}"]
     if arguments.json:
-        print(terminal.as_json(values_to_print(config, conf_dir(), all_settings=True)))
+        print(terminal.as_json(hide_secrets(config.model_dump(mode="json"))))
         return 0
-    text = render(values_to_print(config, conf_dir(), has_all))
-    if not has_all and not _reads_back(text, config):
-        # An option of this launcher cannot be the basis of these settings.
-        text = render(values_to_print(config, conf_dir(), all_settings=True))
-        has_all = True
+    text = render(hide_secrets(to_values(config, conf_dir())))
     print("".join(f"# {' '.join(line.splitlines())}\n" for line in head), text, sep="", end="")
-    if has_all and not _reads_back(text, config):
-        print("note: not every value can be written into a file; compare with: config --json", file=sys.stderr)
     return 0
-
-
-def _reads_back(text: str, config: RunConfig) -> bool:
-    """Return whether a file with this text results in these settings."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file, suppress(LauncherError):
-        file.write(text)
-        file.flush()
-        return compose_one([file.name]).config == config
-    return False
 
 
 def print_schema(arguments: argparse.Namespace) -> int:

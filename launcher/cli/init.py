@@ -21,9 +21,9 @@ from launcher.cli.verbs import flags_of
 from launcher.cli.worker_process import run_worker_module
 from launcher.clusters.backends import BACKENDS, cluster_for
 from launcher.clusters.preflight import disk_note
-from launcher.config.command_line import SUFFIXES, override_key
+from launcher.config.command_line import GROUPS, SUFFIXES, override_key
 from launcher.config.compose import Composed, compose_one, conf_dir
-from launcher.config.run_file import render, values_to_print
+from launcher.config.run_file import hide_secrets, render
 from launcher.config.schema import RunConfig, leaves, settings
 from launcher.config.sections.data import STDLIB_DOCS
 from launcher.config.sections.fields import HUB_ID_PATTERN
@@ -43,7 +43,6 @@ from launcher.tracking.progress import show_waiting
 # The sections of the file in reading order; others follow.
 _ORDER = ("model", "data", "train", "optim", "deepspeed", "eval", "checkpoint", "cluster", "tracking", "run")
 _FILE_WIDTH = 100
-_OFFLOAD = "zero3_offload"
 # Longer than inspecting the largest data takes: all rows are counted.
 _LOOK_TIMEOUT_S = 3600.0
 _ASSUMED_SIZE = "the size of the model is not known: 8 billion parameters are assumed"
@@ -60,7 +59,7 @@ def write_file(arguments: argparse.Namespace) -> int:
     _require_free(out)
     if composed.config.cluster.runs_on_every_node and composed.config.run.name is None:
         # Every machine must find the same run.
-        composed = replace(composed, config=apply_changes(composed.config, {"run.name": _choose_name(out.stem)}))
+        composed = _compose(arguments.model, arguments.data, [*arguments.overrides, f'run.name="{_choose_name(out.stem)}"'])
     with composed.located():
         starter = fit_settings(composed, data)
     values = _list_values(starter, composed)
@@ -173,21 +172,33 @@ def _quote(value: str) -> str:
 
 
 def _list_values(starter: StarterSettings, composed: Composed) -> dict[str, Any]:
-    """Return the file's content: what differs from the options, and everything that has a reason."""
-    values = values_to_print(starter.config, conf_dir())
-    dumped = starter.config.model_dump(mode="json")
-    # The names of the data and the model are already in their sections.
-    for key in (*starter.reasons, *list_chosen(composed)):
-        section, _, name = key.partition(".")
-        content = values.setdefault(section, {} if name else dumped[section].get("kind", {}))
-        if name and not isinstance(content, dict):
-            content = values[section] = {"base": content}
-        if name and name not in content:
-            content[name] = dumped[section][name]
-    for section, content in values.items():
-        if isinstance(content, dict) and list(content) == ["base"]:
-            values[section] = content["base"]
-    return values
+    """Return the file's content: the options of groups, and everything that was typed or fitted."""
+    before, after = (config.model_dump(mode="json") for config in (composed.config, starter.config))
+    run_file, options = composed.origins.run_file, composed.origins.choices
+    typed = {override_key(token) for token in composed.overrides if "=" in token or token.startswith("~")}
+    typed |= set() if run_file is None else set(run_file.keys)
+    named = tuple(f"{key}{end}" for key in (*typed, *starter.reasons) for end in (".", "["))
+    values: dict[str, Any] = {"experiment": options.get("experiment")} if "experiment" in typed else {}
+    for section, content in after.items():
+        is_whole = section in typed and section not in GROUPS
+        own = {
+            name: value
+            for name, value in content.items()
+            if is_whole
+            or value != before[section].get(name)
+            or any(key.startswith((f"{section}.{name}.", f"{section}.{name}[")) for key in named)
+        }
+        option = options.get(section)
+        if option is not None and not (conf_dir() / section / f"{option}.yaml").is_file():
+            # It is in a folder that only this command line names.
+            option, own = None, content
+        # A model of the user's own is no change of the option.
+        is_own_model = section == "model" and "model.path" in typed and section not in typed
+        if section in typed & {*GROUPS} or (section in ("model", "data", "cluster") and not is_own_model):
+            values[section] = {"base": option, **own} if own or option is None else option
+        elif own:
+            values[section] = own
+    return hide_secrets(values)
 
 
 def _require_plan(text: str, out: Path) -> LaunchPlan | None:
@@ -344,7 +355,7 @@ def _fit_offload(
         return config, []
     changed = apply_changes(config, {"deepspeed.offload_optimizer": "cpu", "deepspeed.offload_params": "cpu"})
     reason = f"model states would fill the {machine.memory_gib:.0f} GiB of a GPU; more GPUs make steps faster, without offload"
-    return changed, [Suggestion("deepspeed", _OFFLOAD, reason)]
+    return changed, [Suggestion("deepspeed", "cpu", reason)]
 
 
 def _describe_machines(topology: Topology, node: DeviceFacts, config: RunConfig) -> str:

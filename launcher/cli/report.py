@@ -62,18 +62,10 @@ def write_report(arguments: argparse.Namespace) -> int:
     named = [run_store.find_run(name, arguments.root) for name in arguments.runs]
     runs = list({run.root: run for run in named}.values())
     file = arguments.html or (runs[0].root if len(runs) == 1 else Path()) / "report.html"
-    html.write(file, page([_read_run_files(run, name) for run, name in zip(runs, _distinct_names(runs), strict=True)]))
+    has_same_names = len({run.root.name for run in runs}) < len(runs)
+    html.write(file, page([_read_run_files(run, short_path(run.root) if has_same_names else run.root.name) for run in runs]))
     print(f"page: {short_path(file.absolute())}")
     return 0
-
-
-def _distinct_names(runs: Sequence[RunDir]) -> list[str]:
-    """Return the name of each run, with enough of its path to distinguish it from the others."""
-    for depth in range(1, max(len(run.root.parts) for run in runs)):
-        names = [str(Path(*run.root.parts[-depth:])) for run in runs]
-        if len(set(names)) == len(names):
-            return names
-    return [str(run.root) for run in runs]
 
 
 def _read_run_files(run: RunDir, name: str) -> _RunFiles:

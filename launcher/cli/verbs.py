@@ -362,13 +362,11 @@ TABLE = (
           _switch("--likelihood", "also score up to 200 prompts of each side under both models, on this machine"),
           _ROOT, _JSON)),
 
-    Verb("config", "Organize", "config:print_settings", "[RUN | FILE] [--all] [overrides]",
-         "Print the settings of a run, or of a command line, as a file for `plan FILE` and `train FILE`. It names the options "
-         "of the groups that are closest to the settings, and what differs from them. Values that may be secrets are hidden.",
+    Verb("config", "Organize", "config:print_settings", "[RUN | FILE] [overrides]",
+         "Print the settings of a run, or of a command line, as a file for `plan FILE` and `train FILE`. It names no options of "
+         "groups, but has what differs from the defaults. Values that may be secrets are hidden.",
          (_arg("RUN", "a run, or a file of settings; without either, the overrides alone are printed", nargs="?"), _OVERRIDES,
-          _switch("--all", "print every setting, and name no options: later versions of the options do not change what the file "
-                  "means"),
-          _switch("--json", "print every setting as JSON"), _ROOT),
+          _switch("--json", "print every setting as JSON, defaults included"), _ROOT),
          takes_settings=True),
     Verb("diff", "Organize", "diff:compare_runs", "RUN RUN",
          "Show what differs: settings, model, data, code, versions, machines, results. If a side is a file of settings, only "

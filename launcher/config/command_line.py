@@ -109,7 +109,7 @@ def split_words(tokens: Sequence[str], own_flags: Sequence[str]) -> tuple[list[s
         if value.endswith(SUFFIXES):
             remedy = f"a file of settings is named without a flag: {launcher_command('train', value)}"
         elif name in _PRINTING:
-            remedy = f"settings are printed with: {launcher_command('config', '--all')} ..."
+            remedy = f"settings are printed with: {launcher_command('config')} ..."
         elif meant:
             remedy = f"settings are written without dashes: {meant.replace(' or ', '=... or ')}=..."
         else:
@@ -126,15 +126,14 @@ def is_sweep(flags: Sequence[str]) -> bool:
     return not {*_SWEEP}.isdisjoint(flags)
 
 
-def without_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -> tuple[list[str], list[Problem]]:
-    """Split off overrides that Hydra cannot parse and, without -m, overrides that list the values of a sweep."""
+def find_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -> list[Problem]:
+    """Return the problems of overrides that Hydra cannot parse and, without -m, of those that list the values of a sweep."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     from launcher.config.schema import settings, suggest_setting
     from launcher.security.redaction import looks_secret
 
     parser = OverridesParser.create()
-    readable: list[str] = []
     problems: list[Problem] = []
     for token in overrides:
         key, equals, value = token.partition("=")
@@ -149,7 +148,6 @@ def without_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -
         except Exception:
             is_list = None
         if is_list is False or (is_list and has_multirun):
-            readable.append(token)
             continue
         message = f"{name}: the value has characters that Hydra reads as its own syntax"
         remedy = "write key=value or group=option; in lists and mappings, quote texts and close every bracket"
@@ -164,7 +162,7 @@ def without_unreadable_overrides(overrides: Sequence[str], has_multirun: bool) -
             quoted = f"one text, quote it twice, for the shell and for Hydra: '{key}=\"{text}\"'"
             remedy = f"{remedy}; for {quoted}" if is_list else f"for {quoted}"
         problems.append(Problem(message, COMMAND_LINE, "" if is_secret else token, remedy))
-    return readable, problems
+    return problems
 
 
 def override_key(token: str) -> str:

@@ -1,4 +1,4 @@
-"""Compose settings with Hydra into a `RunConfig`, and report all mistakes at once.
+"""Compose settings with Hydra into a `RunConfig`, and report all mistakes in their values at once.
 
 Hydra composes the files under conf/. Groups and keys are translated to its syntax, and a run's file becomes a config of its own.
 Overrides of keys become `++key=value`, so that Hydra does not stop at the first unknown key. The schema then reports all unknown
@@ -27,11 +27,11 @@ from launcher.config.command_line import (
     GROUPS,
     conf_dir,
     config_dirs,
+    find_unreadable_overrides,
     is_sweep,
     names_rows_only,
     override_key,
     split_words,
-    without_unreadable_overrides,
 )
 from launcher.config.error_messages import (
     find_broken_reference,
@@ -94,7 +94,7 @@ def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Comp
     over them. `own_flags` are the verb's flags, which `tokens` no longer contains; they serve as suggestions for mistyped flags.
 
     Raises:
-        ConfigError: with every mistake.
+        ConfigError: with every mistake in the words and the files, or else with every mistake in the values.
         FileNotFoundError: if the working directory was deleted.
     """
     # Hydra needs the working directory, but would not report that it was deleted.
@@ -131,7 +131,10 @@ def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Comp
         except BaseException as error:
             failure.append(error)
 
-    _compose_despite_mistakes(task, flags, overrides, run_file, problems)
+    try:
+        _call_hydra(task, flags, overrides, run_file)
+    except ConfigError as error:
+        problems += find_unreadable_overrides(overrides, is_sweep(flags)) or error.problems
     if problems:
         held = environment_secrets(os.environ)
         names = [field.name for field in fields(Problem)]
@@ -142,35 +145,6 @@ def run_hydra(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> list[Comp
     if failure:
         raise failure[0]
     return jobs
-
-
-def _compose_despite_mistakes(
-    task: Callable[[Any], None],
-    flags: Sequence[str],
-    overrides: Sequence[str],
-    run_file: RunFile | None,
-    problems: list[Problem],
-) -> None:
-    """Compose the overrides, and add all mistakes that Hydra finds to `problems`, to which `task` adds those in the values.
-
-    Hydra stops at its first mistake. Without the overrides in question, it finds the next one.
-    """
-    try:
-        _call_hydra(task, flags, overrides, run_file)
-        return
-    except ConfigError as error:
-        readable, mistakes = without_unreadable_overrides(overrides, is_sweep(flags))
-        if not mistakes:
-            named = {problem.value for problem in error.problems}
-            readable = [token for token in overrides if token.lstrip("+") not in named]
-            # Composition may fail only because of what was removed.
-            mistakes = list(error.problems) if not problems or len(readable) < len(overrides) else []
-    problems += mistakes
-    if len(readable) < len(overrides):
-        removed, num_known = {override_key(token) for token in overrides if token not in readable}, len(problems)
-        _compose_despite_mistakes(task, flags, readable, run_file, problems)
-        # Settings that are missing because their override was removed are no mistakes.
-        problems[num_known:] = [p for p in problems[num_known:] if p.message.partition(":")[0] not in removed]
 
 
 def compose_one(tokens: Sequence[str], own_flags: Sequence[str] = ()) -> Composed:

@@ -8,7 +8,6 @@ For each group, a string selects an option, a mapping sets keys, and a mapping w
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 import shlex
@@ -17,20 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-from pydantic_core import to_jsonable_python
-
 from launcher.config.command_line import COMMAND_LINE, GROUPS, ROW_SUFFIXES, SUFFIXES
 from launcher.config.error_messages import find_yaml_problems, make_unknown_option_problem
-from launcher.config.origin import GLOBAL_HEADER, RunFile, yaml_nodes
-from launcher.config.schema import RunConfig, choose_kind, leaves, sections_of, settings
-from launcher.config.sections.data import Source
+from launcher.config.origin import RunFile, yaml_nodes
+from launcher.config.schema import RunConfig, settings
 from launcher.errors import ConfigError, Problem
 from launcher.security.redaction import looks_secret, redact, redact_setting
 from launcher.shell_commands import launcher_command, short_path
 
-_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-_ABSENT = object()
 BASE = "base"
 # The option for a data section that names rows but has no `base`.
 _OWN_ROWS = "jsonl"
@@ -147,45 +140,30 @@ def _select_option(group: str, value: Any, where: str, folders: Sequence[Path]) 
     return str(value), None
 
 
-def values_to_print(config: RunConfig, conf_dir: Path, all_settings: bool = False) -> dict[str, Any]:
-    """Return the content of a run's file that composes to `config`: only the differences from its options, or all settings.
+def to_values(config: RunConfig, conf_dir: Path) -> dict[str, Any]:
+    """Return the content of a run's file that composes to `config`, without options of groups.
 
-    Values that may be secrets are `<redacted>`.
+    It has the settings that differ from the schema's defaults, and those that conf/config.yaml sets.
     """
+    everything, differing = config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True)
+    root = _load_yaml(conf_dir / "config.yaml")
+    values = {}
+    for name, section in everything.items():
+        kept = {*differing.get(name, {}), *root.get(name, {}), "kind"}
+        values[name] = {key: differing.get(name, {}).get(key, value) for key, value in section.items() if key in kept}
+        if name in GROUPS:
+            values[name] = {BASE: None, **values[name]}
+    return {name: section for name, section in values.items() if section}
 
-    def redact_value(key: str, value: Any) -> Any:
+
+def hide_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file's content with `<redacted>` in place of values that may be secrets."""
+
+    def hide(key: str, value: Any) -> Any:
         shown = redact_setting(key, value)
         return value if shown == str(value) else shown
 
-    target = config.model_dump(mode="json")
-    if all_settings:
-        with_base = {name: {BASE: None, **section} if name in GROUPS else section for name, section in target.items()}
-        return dict(_convert_scalars(with_base, redact_value))
-    composed = _load_yaml(conf_dir / "config.yaml")
-    entries = [entry for entry in composed.pop("defaults") if isinstance(entry, dict)]
-    # The option that conf/config.yaml selects for each group, in composition order.
-    usual = {group: option for entry in entries for group, option in entry.items() if group in target}
-    chosen = {group: _find_closest_option(group, conf_dir, target, option) for group, option in usual.items()}
-    for _, values in chosen.values():
-        _merge_into(composed, values)
-    printed: dict[str, Any] = {}
-    for name, section in target.items():
-        changes = _find_changed_values(section, _list_section_defaults(name, section, composed), target)
-        if name == "train":
-            # Write 2 epochs, not 2.0; and leave out the length that is unset, because setting the other one unsets it.
-            if isinstance(epochs := changes.get("epochs"), float) and epochs.is_integer():
-                changes["epochs"] = int(epochs)
-            for length, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
-                if changes.get(length) is not None and changes.get(other, _ABSENT) is None:
-                    del changes[other]
-        option = chosen[name][0] if name in chosen else None
-        # Readers always want to know the data and the model, but the path alone identifies a user's own model.
-        is_named = name == "data" or (name == "model" and "path" not in changes)
-        if name in chosen and (option != usual[name] or is_named):
-            printed[name] = {BASE: option, **changes} if changes or option is None else option
-        elif changes:
-            printed[name] = changes
-    return dict(_convert_scalars(printed, redact_value))
+    return dict(_convert_scalars(dict(values), hide))
 
 
 def render(values: Mapping[str, Any]) -> str:
@@ -206,109 +184,6 @@ def _load_yaml(file: Path) -> Any:
     # As Hydra reads files: 1e3 is a number, and a key that stands twice is an error. OmegaConf.load would also wrap the values.
     with file.open(encoding="utf-8") as stream:
         return yaml.load(stream, Loader=get_yaml_loader())  # noqa: S506
-
-
-def _read_option(group: str, file: Path) -> dict[str, Any]:
-    """Return the values that an option's file sets in all sections, including the options of its group that it starts from."""
-    own = _load_yaml(file) or {}
-    values: dict[str, Any] = {}
-    for name in own.pop("defaults", []):
-        if isinstance(name, str) and name != "_self_":
-            _merge_into(values, _read_option(group, file.with_name(f"{name}.yaml")))
-    is_global = GLOBAL_HEADER.search(file.read_text(encoding="utf-8")) is not None
-    _merge_into(values, own if is_global else {group: own})
-    return values
-
-
-def _find_closest_option(
-    group: str, conf_dir: Path, target: Mapping[str, Any], usual: str | None
-) -> tuple[str | None, dict[str, Any]]:
-    """Return the option that leaves the fewest keys to write, None for none, with its values; in a tie, the default option."""
-    files = sorted((conf_dir / group).glob("*.yaml"))
-    options: dict[str | None, dict[str, Any]] = {None: {}, **{file.stem: _read_option(group, file) for file in files}}
-
-    def cost(option: str | None) -> tuple[int, bool]:
-        num_keys = 0
-        for name, section in target.items():
-            defaults = _list_section_defaults(name, section, options[option])
-            if _has_other_keys(defaults, section):
-                return (1 << 30, True)
-            num_keys += len(list(leaves(_find_changed_values(section, defaults, target))))
-        return num_keys, option != usual
-
-    closest = min(options, key=cost)
-    return closest, options[closest]
-
-
-def _list_section_defaults(name: str, section: Mapping[str, Any], composed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that a section has without a file: the schema's defaults, and over them those in `composed`.
-
-    `section` has the section's values, of which `kind` may select the class.
-    """
-    classes = sections_of(RunConfig.model_fields[name].annotation)
-    if len(classes) == 1:
-        defaults = _list_field_defaults(classes[0])
-    else:
-        chosen = next(one for one in classes if one.model_fields["kind"].default == section["kind"])
-        # If a section has no kind, its class is not the one that has this kind as its default.
-        defaults = {**_list_field_defaults(chosen), **choose_kind({})}
-    _merge_into(defaults, composed.get(name, {}))
-    return defaults
-
-
-def _list_field_defaults(section: type[BaseModel]) -> dict[str, Any]:
-    fields = section.model_fields.items()
-    return {key: to_jsonable_python(f.get_default(call_default_factory=True)) for key, f in fields if not f.is_required()}
-
-
-def _find_changed_values(values: Mapping[str, Any], defaults: Mapping[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that differ from the defaults; references in the defaults are resolved with `target`."""
-
-    def resolve_reference(_: str, value: Any) -> Any:
-        reference = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
-        if reference is None:
-            return value
-        content: Any = target
-        for part in reference[1].split("."):
-            content = content.get(part) if isinstance(content, Mapping) else None
-        return content
-
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        default = _convert_scalars(defaults.get(key, _ABSENT), resolve_reference)
-        if isinstance(value, dict) and isinstance(default, dict):
-            if inner := _find_changed_values(value, default, target):
-                changes[key] = inner
-        elif _drop_default_keys(value) != _drop_default_keys(default):
-            changes[key] = _drop_default_keys(value)
-    return changes
-
-
-def _drop_default_keys(value: Any) -> Any:
-    """Return a list of mappings, such as data.sources, without the keys that equal the schema's defaults."""
-    if not isinstance(value, list) or not value or not all(isinstance(item, dict) and "path" in item for item in value):
-        return value
-    unset = {key: default for key, default in _list_field_defaults(Source).items() if key != "name"}
-    return [{key: content for key, content in item.items() if unset.get(key, _ABSENT) != content} for item in value]
-
-
-def _has_other_keys(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Return whether the defaults have keys that the values lack, because a file cannot remove keys."""
-    for key, default in defaults.items():
-        if key not in values:
-            return True
-        value = values[key]
-        if isinstance(default, dict) and default and (not isinstance(value, dict) or _has_other_keys(default, value)):
-            return True
-    return False
-
-
-def _merge_into(values: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for key, value in more.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
-            _merge_into(values[key], value)
-        else:
-            values[key] = copy.deepcopy(value)
 
 
 def _convert_scalars(value: Any, convert: Callable[[str, Any], Any], key: str = "") -> Any:

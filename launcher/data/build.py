@@ -219,11 +219,7 @@ def _make_report(
     return {
         "sources": per_source,
         "dropped_docs": sum(by_source["dropped"]),
-        "docs_with_turn_end": sum(by_source["docs_with_turn_end"]),
         "turn_end_ids": end_ids.tolist(),
         "num_eval_docs": len(held_out.order),
-        "num_eval_trained_tokens": int(pieces.labels[held_out.order].sum()),
-        "eval_truncated_docs": sum(by_source["held_out_truncated_docs"]),
-        "eval_dropped_docs": sum(by_source["held_out_dropped"]),
         "max_token_id": corpus.max_token_id,
     }

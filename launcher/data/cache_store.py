@@ -44,7 +44,7 @@ from launcher.security import folders
 from launcher.security.redaction import redacted_command_line
 
 # Increase this when the same sources give other tokens, rows or findings, or another layout; a test checks that.
-FORMAT_VERSION = 14
+FORMAT_VERSION = 15
 
 # The files that AutoTokenizer reads, including config.json, because the model type selects the class.
 _TOKENIZER_FILES = (

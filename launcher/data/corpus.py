@@ -232,7 +232,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     if not pieces.labels[layout.order].any():
         raise _make_empty_error(docs, data, _collect_for_rows(hits, corpus, layout.order, data))
     hits += find_leaks(np.unique(pieces.doc[layout.order]), are_dropped=False)
-    hits += find_losses(hits, docs.num_pieces, docs.lost_tokens, docs.num_tokens, checks)
+    hits += find_losses(hits, docs, checks)
     found = _collect_for_rows(hits, corpus, layout.order, data)
     return Selection(is_dropped, layout, epochs, found, int(np.count_nonzero(is_excluded)))
 
@@ -242,9 +242,7 @@ def _collect_for_rows(hits: Hits, corpus: EncodedCorpus, order: np.ndarray, data
     docs, pieces, names = corpus.docs, corpus.pieces, tuple(source.name for source in list_inputs(data))
     trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
     used = np.bincount(pieces.doc[order], minlength=corpus.num_docs) > 0
-    of_documents = collect_findings(
-        hits, CheckedDocuments(docs.wheres, docs.source, names, docs.held_out, docs.num_tokens, docs.is_text, trained, used)
-    )
+    of_documents = collect_findings(hits, docs, names, trained, used)
     num_bad = corpus.bad_rows
     if data.checks.bad_rows != "drop" or not num_bad.any():
         return of_documents
@@ -274,23 +272,6 @@ def _make_empty_error(docs: DocumentTable, data: DataSection, all_findings: Find
 # From the hits of single documents to drops and findings
 
 
-@dataclass(frozen=True)
-class CheckedDocuments:
-    """All documents in reading order, one entry each; `source` indexes `names`.
-
-    `trained`: a piece in a row has a trained token. `used`: a training row holds the document.
-    """
-
-    wheres: Sequence[str]
-    source: np.ndarray
-    names: tuple[str, ...]
-    held_out: np.ndarray
-    num_tokens: np.ndarray
-    is_text: np.ndarray
-    trained: np.ndarray
-    used: np.ndarray
-
-
 def select_dropped(hits: Hits, num_docs: int, checks: ChecksSection) -> np.ndarray:
     """Return which documents the settings drop, bool [documents]."""
     by_name = _group_by_check(hits)
@@ -313,29 +294,37 @@ def select_dropped(hits: Hits, num_docs: int, checks: ChecksSection) -> np.ndarr
     return is_dropped
 
 
-def find_losses(hits: Hits, num_pieces: np.ndarray, lost: np.ndarray, num_tokens: np.ndarray, checks: ChecksSection) -> Hits:
+def find_losses(hits: Hits, docs: DocumentTable, checks: ChecksSection) -> Hits:
     """Find documents that are truncated or left out; `hits` are those of the other checks.
 
-    The arrays are int64 [documents]: the pieces of a document, its tokens that are in no piece, and all of its tokens. Documents
-    that are left out because they resemble others do not count as losses.
+    Documents that are left out because they resemble others do not count as losses.
     """
+    lost, num_tokens = docs.lost_tokens, docs.num_tokens
     reasons: dict[int, str] = {}
     for document, hit in hits:
         if not hit.others and get_action(hit.finding, checks) == "drop":
             reasons.setdefault(document, f"dropped by the check {hit.finding}")
-    for document in np.flatnonzero((num_pieces == 0) & (num_tokens > 0)).tolist():
+    for document in np.flatnonzero((docs.num_pieces == 0) & (num_tokens > 0)).tolist():
         reasons.setdefault(document, f"{num_tokens[document]:,} tokens, more than a row has")
-    cut = [document for document in np.flatnonzero((lost > 0) & (num_pieces > 0)).tolist() if document not in reasons]
+    cut = [document for document in np.flatnonzero((lost > 0) & (docs.num_pieces > 0)).tolist() if document not in reasons]
     return [
         *((i, CheckHit("truncated", f"{lost[i]:,} of {num_tokens[i]:,} tokens are cut off")) for i in cut),
         *((i, CheckHit("dropped", reason)) for i, reason in sorted(reasons.items())),
     ]
 
 
-def collect_findings(hits: Hits, corpus: CheckedDocuments) -> Findings:
-    """Return the findings of all checks, with counts and examples."""
+def collect_findings(hits: Hits, docs: DocumentTable, names: Sequence[str], trained: np.ndarray, used: np.ndarray) -> Findings:
+    """Return the findings of all checks, with counts and examples; `names` are those of the sources.
+
+    The arrays are bool [documents]: whether a piece in a row has a trained token, and whether a training row holds the document.
+    """
     by_name = _group_by_check(hits)
-    scopes = {**dict.fromkeys(OF_HELD_OUT, corpus.held_out), "no_turn_end": corpus.trained}
+    scopes = {**dict.fromkeys(OF_HELD_OUT, docs.held_out), "no_turn_end": trained}
+
+    def count_by_source(documents: np.ndarray) -> dict[str, int]:
+        counts = np.bincount(docs.source[documents], minlength=len(names))
+        return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+
     found = []
     for name in CHECKS:
         if not (of_name := by_name.get(name)):
@@ -347,26 +336,24 @@ def collect_findings(hits: Hits, corpus: CheckedDocuments) -> Findings:
             detail, others = of_name[i].detail, of_name[i].others
             if others:
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-                detail = f"{detail} {corpus.wheres[others[0]]}{more}"
-            examples.append(Example(corpus.wheres[i], detail))
+                detail = f"{detail} {docs.wheres[others[0]]}{more}"
+            examples.append(Example(docs.wheres[i], detail))
         # The source of each document that the check looks at.
-        of_source = corpus.source[scopes[name]] if name in scopes else corpus.source
-        counts, totals = (np.bincount(source, minlength=len(corpus.names)) for source in (corpus.source[documents], of_source))
+        of_source = docs.source[scopes[name]] if name in scopes else docs.source
+        counts, totals = (np.bincount(source, minlength=len(names)) for source in (docs.source[documents], of_source))
         highest_share = float((counts / np.maximum(1, totals)).max())
-        by_source = _count_by_source(documents, corpus)
-        found.append(Finding(name, len(documents), len(of_source), by_source, tuple(examples), highest_share))
+        found.append(Finding(name, len(documents), len(of_source), count_by_source(documents), tuple(examples), highest_share))
     # Plain text counts by tokens, all else by examples.
-    used = np.flatnonzero(corpus.used)
-    no_text = np.flatnonzero(corpus.used & ~corpus.is_text)
+    in_rows, no_text = np.flatnonzero(used), np.flatnonzero(used & ~docs.is_text)
     if len(no_text):
         is_few, detail = len(no_text) < FEW_EXAMPLES, f"{len(no_text):,} examples to train on; {_USUAL_EXAMPLES}"
     else:
-        num_tokens = int(corpus.num_tokens[used].sum())
+        num_tokens = int(docs.num_tokens[in_rows].sum())
         is_few, detail = num_tokens < FEW_TOKENS_OF_TEXT, f"{num_tokens:,} tokens of text to train on; {_USUAL_TEXT}"
-    documents = no_text if len(no_text) else used
+    documents = no_text if len(no_text) else in_rows
     if is_few and len(documents):
-        example = Example(corpus.wheres[documents[0]], detail)
-        found.append(Finding("few_examples", len(documents), len(used), _count_by_source(documents, corpus), (example,)))
+        example = Example(docs.wheres[documents[0]], detail)
+        found.append(Finding("few_examples", len(documents), len(in_rows), count_by_source(documents), (example,)))
     return tuple(found)
 
 
@@ -376,8 +363,3 @@ def _group_by_check(hits: Hits) -> dict[str, dict[int, CheckHit]]:
     for document, hit in hits:
         by_name[hit.finding].setdefault(document, hit)
     return by_name
-
-
-def _count_by_source(documents: np.ndarray, corpus: CheckedDocuments) -> dict[str, int]:
-    counts = np.bincount(corpus.source[documents], minlength=len(corpus.names))
-    return {corpus.names[i]: int(count) for i, count in enumerate(counts) if count}

@@ -88,12 +88,12 @@ class EvaluationFolder:
         return json_records.read(EvaluationAnswers, self.answers, "start the evaluation again: existing answers are used")
 
     def write_questions(self, questions: Sequence[EvalQuestion], name: str = TRAINING) -> None:
-        lines = "".join(json.dumps(question.to_json()) + "\n" for question in questions)
+        lines = "".join(json.dumps(json_records.encode(question)) + "\n" for question in questions)
         atomic_files.write_bytes(self.questions(name), lines.encode(), mode=0o600)
 
     def read_questions(self, name: str = TRAINING) -> list[EvalQuestion]:
-        lines = self.questions(name).read_text(encoding="utf-8").splitlines()
-        return [EvalQuestion.from_json(json.loads(line)) for line in lines]
+        path = self.questions(name)
+        return [json_records.loads(EvalQuestion, line, str(path)) for line in path.read_bytes().splitlines()]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ the held-out documents with the training documents, not the sets of eval.sets.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -19,7 +18,7 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.config.sections.evaluation import HELD_OUT
 from launcher.data.checks import overlap
 from launcher.data.sources import reading
-from launcher.data.sources.documents import Document, Message
+from launcher.data.sources.documents import Document
 from launcher.data.sources.reading import find_path_problem, list_inputs, make_set_data
 from launcher.data.split import Split
 from launcher.data.tokenization.chat_template import with_system
@@ -58,16 +57,6 @@ class EvalQuestion:
         """The whole question: the messages without system messages, or the prompt."""
         messages = self.document.messages
         return "\n".join(one.content for one in messages if one.role != "system") if messages else self.document.prompt
-
-    def to_json(self) -> dict[str, Any]:
-        return {"where": self.where, "reference": self.reference, "document": asdict(self.document)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> EvalQuestion:
-        document = values["document"]
-        messages = tuple(Message(**{**one, "tool_calls": tuple(one["tool_calls"])}) for one in document["messages"])
-        document = Document(**{**document, "messages": messages, "tools": tuple(document["tools"])})
-        return cls(values["where"], document, values["reference"])
 
 
 @dataclass(frozen=True)

@@ -26,12 +26,10 @@ from launcher.models.parent_run import ParentCheckpoint
 from launcher.models.weight_files import weight_files
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.runs import json_records, locks, run_store
+from launcher.runs import atomic_files, json_records, locks, run_store
 from launcher.runs.run_records import read_export
 from launcher.security.folders import private_files
 from launcher.tracking.verdicts import digest_checkpoint
-
-_READ_BYTES = 1 << 24
 
 
 def find_base_weights(plan: LaunchPlan) -> Weights | None:
@@ -111,14 +109,9 @@ def find_scored_weights(run: RunDir, plan: LaunchPlan, step: int | None) -> Scor
         if not Path(folder).is_dir():
             remedy = "fetch them again with: python -m launcher data and the run's settings"
             raise SubmitError("the weights that the run began with no longer exist", where=folder, remedy=remedy)
-        hashed = xxhash.xxh3_128()
         root = Path(folder)
-        for path in sorted([*root.glob("*.safetensors"), *root.glob("*.bin"), root / "config.json"]):
-            hashed.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(_READ_BYTES):
-                    hashed.update(block)
-        return ScoredWeights(0, hashed.hexdigest(), None, root)
+        digest = f"{digest_weights(root)}-{atomic_files.digest_file(root / 'config.json').xxh3_128}"
+        return ScoredWeights(0, digest, None, root)
     checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
     digest = xxhash.xxh3_128_hexdigest((checkpoint.path / MANIFEST).read_bytes())
     return ScoredWeights(checkpoint.step, digest, ParentCheckpoint(run, plan, checkpoint), None)

@@ -293,11 +293,6 @@ def read_training(run: RunDir, attempt: int) -> TrainingEnded | None:
     return next(reversed(read_kind(TrainingEnded, run, attempt, "rank-00000")), None)
 
 
-def read_node(run: RunDir, attempt: int, node: int) -> NodeEnded | None:
-    """Return how a node ended, None if it has not reported that."""
-    return next(reversed(read_kind(NodeEnded, run, attempt, f"node-{node:05d}")), None)
-
-
 def read_restarts(run: RunDir, attempt: int) -> tuple[RanksRestarted, ...]:
     """Return the restarts of all ranks within an attempt, oldest first."""
     return tuple(read_kind(RanksRestarted, run, attempt, "node-00000"))

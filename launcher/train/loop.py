@@ -200,7 +200,7 @@ class TrainingLoop:
         times = timer.read()
         parts.monitor.record_step(times, parts.batches.load_s)
         self.step += 1
-        parts.monitor.beat("training", self.step)
+        parts.beat("training", self.step)
         self.require_finite_loss(reduction.loss)
         self.count_skipped_step()
         parts.checkpointer.poll(self.step)
@@ -220,7 +220,7 @@ class TrainingLoop:
         scale = topology.data_ranks / (parts.objective.count_atoms(batch) or 1)
         loss_sum = torch.zeros((), dtype=torch.float32, device=self.run.device)
         for i, micro in enumerate(batch.micro):
-            parts.monitor.beat("training", self.step)
+            parts.beat("training", self.step)
             with parts.timer.part("fwd_bwd"):
                 loss = parts.objective.sum_loss(parts.engine, micro, self.run.device, scale)
                 parts.engine.backward(loss, scale_wrt_gas=False)
@@ -378,7 +378,7 @@ class TrainingLoop:
 
     def _record_save_time(self) -> None:
         self.parts.monitor.save_s = self.parts.checkpointer.stall_s
-        self.parts.monitor.beat("training", self.step)
+        self.parts.beat("training", self.step)
 
     def _checkpoint_path(self, step: int) -> Path:
         return self.run.run_dir.checkpoints / store.step_name(step)

@@ -71,6 +71,7 @@ class Components:
     meter: Meter
     timer: StepTimer
     monitor: Monitor
+    beat: Callable[[str, int], None]
     status: StatusFile
     max_steps: int
     start: StartPoint
@@ -143,7 +144,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     )
     batches, eval_rows = PrefetchLoader(train_batches, device), _open_eval_rows(plan, data, chosen.columns)
     monitored = as_run(plan, has_liger=not model.liger_problem) if plan.liger else plan
-    monitor = Monitor(monitored, rank_info, device, model, tracker, beat)
+    monitor = Monitor(monitored, rank_info, device, model, tracker)
     objective: Objective = resolve_name(chosen.builder)()
     scorer = Scorer(engine, model, objective, rank_info, device, plan.topology)
     best_set = plan.config.checkpoint.best_set
@@ -152,13 +153,14 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         model=model,
         objective=objective,
         batches=batches,
-        evaluator=Evaluator(scorer, eval_rows, monitor.beat, say),
+        evaluator=Evaluator(scorer, eval_rows, beat, say),
         checkpointer=Checkpointer(
-            saver, tracker, rank_info.is_main, monitor.beat, best_set, plan.eval_rows_digest(best_set), data.cache_dir
+            saver, tracker, rank_info.is_main, beat, best_set, plan.eval_rows_digest(best_set), data.cache_dir
         ),
         meter=Meter(plan, max_steps, rank_info.attempt, start.num_restarts, peak),
         timer=StepTimer(device),
         monitor=monitor,
+        beat=beat,
         status=StatusFile(run.run_dir, rank_info.attempt, partial(tracker.event, "alert"), rank_info.is_main),
         max_steps=max_steps,
         start=start,

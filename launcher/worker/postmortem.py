@@ -393,6 +393,14 @@ class Conclusion:
         if (alert := self.alert) is not None:
             write_if_possible(lambda: append_event(run, number, "alert", alert, self.ending.step))
 
+    def end_attempt(self, run: RunDir, number: int) -> None:
+        """Write the conclusion, and the state of the run that follows from it."""
+        self.write(run, number)
+        state, step = self.decision.state, self.ending.step
+        write_if_possible(lambda: run_store.update_status(run, state=state, step=step, message=self.message))
+        release_disk_space(run, number)
+        write_if_possible(lambda: print(f"attempt {number}: {self.ending.cause}: {self.message}", flush=True))
+
     def verdict(self, decided: bool = True) -> AttemptConcluded:
         """Return the event for the journal; `decided` is False if the next start of the run makes the decision."""
         return AttemptConcluded(

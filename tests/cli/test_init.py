@@ -101,14 +101,17 @@ def test_a_model_that_is_not_at_hand_is_assumed_and_what_was_typed_stays(typed: 
     # The model states of 8 billion parameters do not fit on one GPU.
     small = ("--out", "small.yaml", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=1")
     assert typed("init", "--data", "chats.jsonl", "--model", "qwen3_8b", *small)[0] == 0
-    assert yaml.safe_load(Path("small.yaml").read_text())["deepspeed"] == "zero3_offload"
+    assert yaml.safe_load(Path("small.yaml").read_text())["deepspeed"] == {
+        "offload_optimizer": "cpu",
+        "offload_params": "cpu",
+    }
     commit = "0123456789abcdef" * 2 + "01234567"
     pinned = ("--out", "hub.yaml", f"model.revision={commit}", *GPUS)
     code, out, err = typed("init", "--data", "chats.jsonl", "--model", "someone/model-3B", *pinned)
     assert code == 0, err
     assert "assumed: the size of the model is taken from its name: 3 billion parameters" in out
     model = yaml.safe_load(Path("hub.yaml").read_text())["model"]
-    assert model == {"name": "model-3B", "path": "someone/model-3B", "revision": commit}
+    assert model == {"path": "someone/model-3B", "revision": commit}
 
 
 def test_the_commands_of_the_readme_work_as_they_stand(typed: Typed) -> None:

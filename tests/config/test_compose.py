@@ -56,7 +56,7 @@ def test_a_multirun_composes_each_job(compose: Compose, position: int) -> None:
 def test_flags_that_print_settings_name_the_verb_for_it(refused: Callable[..., list[Problem]]) -> None:
     (problem,) = refused("--cfg", "job", "model=tiny")
     assert problem.message == "there is no flag --cfg"
-    assert "launcher config --all" in problem.remedy
+    assert "launcher config" in problem.remedy
 
 
 def test_a_multirun_prints_only_the_plans(launch_here: Launch, tmp_path: Path) -> None:

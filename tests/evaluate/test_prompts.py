@@ -13,6 +13,7 @@ from launcher.config.sections.data import DataSection, Source
 from launcher.data.sources.documents import Document, Message
 from launcher.evaluate.prompts import CHAT, TEXT, BasePrompts, PromptBatch, PromptStyle, TunedPrompts, choose_styles
 from launcher.evaluate.questions import EvalQuestion, split_question
+from launcher.runs import json_records
 
 DATA = DataSection(sources=(Source(path="rows.jsonl"),), system="Be exact.")
 
@@ -93,7 +94,7 @@ def test_a_question_is_the_same_after_its_way_through_a_file() -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
     chat = Document("rows:1", (Message("user", "a"), Message("assistant", "", (call,)), Message("tool", "1")), ({"name": "f"},))
     for one in (EvalQuestion("rows:1", chat, "b"), EvalQuestion("rows:2", Document("rows:2", prompt="p", text=""), "c")):
-        assert EvalQuestion.from_json(one.to_json()) == one
+        assert json_records.decode(EvalQuestion, json_records.encode(one), "") == one
 
 
 def test_the_best_form_number_of_examples_and_instruction_are_found() -> None:

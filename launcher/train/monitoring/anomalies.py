@@ -1,4 +1,4 @@
-"""Anomalies that need prompt attention: loss spikes, slow or stalled training, stragglers, GPU faults.
+"""Anomalies that need prompt attention: loss spikes, slow training, stragglers, GPU faults.
 
 A lasting anomaly is reported at every step; `launcher.tracking.tracker.RateLimit` limits how often it becomes an alert.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 import statistics
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from launcher.errors import DivergedError
 from launcher.nvml import describe_xid
@@ -38,9 +36,6 @@ STRAGGLER_FACTOR, _STRAGGLER_WINDOW, _MIN_LATE_STEPS = 1.2, 20, 16
 # An alert if the measured tokens per second deviate from the plan by more than this fraction. Measured as the median over this
 # many steps, after the first ones, in which kernels are chosen and compiled.
 _SPEED_DEVIATION, _SPEED_WARMUP, _SPEED_STEPS = 0.20, 5, 15
-# Training stalls after this many median steps without progress, but not before these seconds; saves have their own limit.
-STALL_FACTOR, _MIN_STALL_S, _SAVE_STALL_S = 10.0, 60.0, 900.0
-_CHECK_INTERVAL_S = 5.0
 # Consecutive steps that may be skipped. fp16 finds its loss scale by skipping; other types do not.
 _MAX_IN_A_ROW = {"fp16": 20, "bf16": 3, "fp32": 3}
 
@@ -171,59 +166,6 @@ class AnomalyDetector:
         if self._num_slow >= _PACE_WINDOW:
             self._paces.clear()
             self._num_slow = 0
-
-
-class StallAlarm:
-    """Sends an alert, from its own thread, at every check while there has been no progress for too long.
-
-    Call `beat` with the phase and the step whenever there is progress.
-    """
-
-    def __init__(
-        self,
-        send_alert: Callable[[str, int], None],
-        min_stall_s: float = _MIN_STALL_S,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._send_alert, self._min_stall_s, self._clock = send_alert, min_stall_s, clock
-        self._stopped = threading.Event()
-        self._step_times_s: deque[float] = deque(maxlen=50)
-        self._last_beat = ("", 0, clock())
-
-    def start(self) -> StallAlarm:
-        """Start the thread."""
-
-        def watch() -> None:
-            while not self._stopped.wait(_CHECK_INTERVAL_S):
-                self.check()
-
-        threading.Thread(target=watch, name="stall-alarm", daemon=True).start()
-        return self
-
-    def stop(self) -> None:
-        """Stop the thread at its next check."""
-        self._stopped.set()
-
-    def beat(self, phase: str, step: int) -> None:
-        """Record progress."""
-        last_phase, last_step, at = self._last_beat
-        now = self._clock()
-        if phase == "training" == last_phase and step == last_step:
-            # These are micro-batches of one step.
-            return
-        if phase == "training" == last_phase:
-            self._step_times_s.append(now - at)
-        self._last_beat = (phase, step, now)
-
-    def check(self) -> None:
-        """Send an alert if the time since the last progress exceeds the limit of the phase."""
-        phase, step, at = self._last_beat
-        if not self._step_times_s or phase not in ("training", "evaluating", "saving"):
-            return
-        median_s, silent_s = statistics.median(list(self._step_times_s)), self._clock() - at
-        limit_s = max(self._min_stall_s, STALL_FACTOR * median_s)
-        if silent_s >= (max(limit_s, _SAVE_STALL_S) if phase == "saving" else limit_s):
-            self._send_alert(f"no progress: {silent_s:.0f} s in {phase}; a step usually takes {median_s:.1f} s", step)
 
 
 class SkippedSteps:

@@ -26,7 +26,7 @@ from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite, RateLimit
 from launcher.train.monitoring import step_metrics
-from launcher.train.monitoring.anomalies import AnomalyDetector, StallAlarm
+from launcher.train.monitoring.anomalies import AnomalyDetector
 from launcher.train.monitoring.step_metrics import NUM_VALUES, DeviceMonitor, LayerTimer, RankStats, RankWork
 
 # A synced write takes a millisecond and loads shared storage; metrics.jsonl has every logged step.
@@ -43,9 +43,8 @@ class Monitor:
         device: torch.device,
         model: nn.Module,
         tracker: Composite,
-        beat: Callable[[str, int], None],
     ) -> None:
-        self._plan, self._rank_info, self._tracker, self._beat = plan, rank_info, tracker, beat
+        self._plan, self._rank_info, self._tracker = plan, rank_info, tracker
         self._run, self._send_alert = RunDir(Path(plan.run_dir)), partial(tracker.event, "alert")
         self._layer_timer, self._local_stats = LayerTimer(model, device), RankStats()
         self._device = device
@@ -60,13 +59,6 @@ class Monitor:
         self.eval_s = self.save_s = 0.0
         on_fault = partial(record_fault, self._run, rank_info, self._hosts[rank_info.rank], RateLimit())
         self._devices = DeviceMonitor(device, rank_info.local_rank == 0, on_fault).start()
-        self._stall_alarm = StallAlarm(self._send_alert).start() if rank_info.is_main else None
-
-    def beat(self, phase: str, step: int) -> None:
-        """Report progress to the node's agent and to the stall alarm."""
-        self._beat(phase, step)
-        if self._stall_alarm is not None:
-            self._stall_alarm.beat(phase, step)
 
     def start_training(self, step: int) -> None:
         """Start the training clock after `step` steps; read in a thread what the run has spent before."""
@@ -138,9 +130,7 @@ class Monitor:
         return before.add_training(seconds, self.eval_s, self.save_s, self._rank_info.world_size, self._plan.price)
 
     def stop(self) -> None:
-        """Stop the threads."""
-        if self._stall_alarm is not None:
-            self._stall_alarm.stop()
+        """Stop the thread that reads the device."""
         self._devices.stop()
 
 

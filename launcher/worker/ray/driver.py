@@ -341,15 +341,9 @@ class Driver:
         state = "PREEMPTED" if is_preempted else "RESIZED" if resize_request(run, number).exists() else ""
         silence = _explain_silence(attempt.nodes, error)
         conclusion = postmortem.conclude(run, number, attempt, self._section, Evidence(state, silence=silence))
-        decision = conclusion.decision
-        conclusion.write(run, number)
-        print(f"attempt {number}: {conclusion.ending.cause}: {conclusion.message}", flush=True)
-        # A full disk must not stop the run from continuing.
-        with suppress(OSError):
-            run_store.update_status(run, state=decision.state, step=conclusion.ending.step, message=conclusion.message)
-        postmortem.release_disk_space(run, number)
-        self._unfit = decision.exclude
-        return decision.state
+        conclusion.end_attempt(run, number)
+        self._unfit = conclusion.decision.exclude
+        return conclusion.decision.state
 
     def record_end(self, state: str, message: str) -> str:
         """Record how the run ended, unless that is recorded or another command has started it again; returns its state."""

@@ -148,11 +148,8 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     if state:
         conclusion = postmortem.conclude(run, number, attempt, section, read_evidence(run, number, attempt, state, exit_code))
     run_store.fence(run, number)
-    ending, decision = conclusion.ending, conclusion.decision
-    conclusion.write(run, number)
-    write_if_possible(lambda: run_store.update_status(run, state=decision.state, step=ending.step, message=conclusion.message))
-    postmortem.release_disk_space(run, number)
-    write_if_possible(lambda: print(f"attempt {number}: {ending.cause}: {conclusion.message}", flush=True))
+    conclusion.end_attempt(run, number)
+    decision = conclusion.decision
     if decision.again:
         by_slurm = state == "PENDING" or _is_preempted_by_slurm(_read_details(job, until), until)
         slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, retry_s=_seconds_left(until))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pytest
@@ -13,8 +13,9 @@ from launcher.config.sections.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, overlap
 from launcher.data.checks.findings import CheckHit
 from launcher.data.checks.inspection import Inspection, inspect
-from launcher.data.corpus import CheckedDocuments, collect_findings, select_dropped
+from launcher.data.corpus import collect_findings, select_dropped
 from launcher.data.sources.documents import Document, Message
+from launcher.data.tokenization.batch_encoder import DocumentTable
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 
 CHECKS = ChecksSection()
@@ -39,11 +40,13 @@ def across(
 
 
 def conclude(
-    hits: list[tuple[int, CheckHit]], corpus: CheckedDocuments, checks: ChecksSection
+    hits: list[tuple[int, CheckHit]], docs: DocumentTable, checks: ChecksSection, untrained: slice = slice(0)
 ) -> tuple[np.ndarray, findings.Findings]:
     """Return the dropped documents and the findings, assuming that all other documents are in the rows."""
-    drop = select_dropped(hits, len(corpus.wheres), checks)
-    return drop, collect_findings(hits, replace(corpus, used=~drop & ~corpus.held_out))
+    drop = select_dropped(hits, len(docs.wheres), checks)
+    trained = np.ones(len(drop), dtype=bool)
+    trained[untrained] = False
+    return drop, collect_findings(hits, docs, ("a", "b"), trained, used=~drop & ~docs.held_out)
 
 
 @dataclass
@@ -186,13 +189,14 @@ def test_pairs_above_the_threshold_are_found() -> None:
 
 def corpus(
     num: int, sources: list[int] | None = None, held_out: tuple[int, ...] = (), texts: tuple[int, ...] = ()
-) -> CheckedDocuments:
+) -> DocumentTable:
     marks = np.zeros((2, num), dtype=bool)
     marks[0, list(held_out)] = True
     marks[1, list(texts)] = True
     source = np.asarray(sources or [0] * num)
     wheres = [f"{'ab'[s]}.jsonl:{i + 1}" for i, s in enumerate(source.tolist())]
-    return CheckedDocuments(wheres, source, ("a", "b"), marks[0], np.full(num, 100), marks[1], *np.ones((2, num), dtype=bool))
+    given = {"wheres": wheres, "source": source, "held_out": marks[0], "num_tokens": np.full(num, 100), "is_text": marks[1]}
+    return DocumentTable(**{column.name: given.get(column.name) for column in fields(DocumentTable)})  # type: ignore[arg-type]
 
 
 def by_name(all_findings: findings.Findings) -> dict[str, findings.Finding]:
@@ -243,9 +247,9 @@ def test_a_near_duplicate_of_a_dropped_document_is_kept() -> None:
 
 def test_documents_without_end_of_turn_refuse_a_run_above_half_of_a_source() -> None:
     everything = corpus(200, [0] * 100 + [1] * 100)
-    everything.trained[90:100] = False
     for num, fatal in ((1, False), (45, False), (46, True)):
-        finding = by_name(conclude([(i, CheckHit("no_turn_end", "x")) for i in range(num)], everything, CHECKS)[1])["no_turn_end"]
+        hits = [(i, CheckHit("no_turn_end", "x")) for i in range(num)]
+        finding = by_name(conclude(hits, everything, CHECKS, untrained=slice(90, 100))[1])["no_turn_end"]
         assert (finding.count, finding.total, finding.sources) == (num, 190, {"a": num})
         assert finding.highest_share == num / 90
         (judged,) = findings.judge((finding,), CHECKS)

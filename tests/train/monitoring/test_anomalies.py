@@ -2,15 +2,10 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
-import threading
 from collections.abc import Iterable
 
-import pytest
-
 from launcher.tracking.tracker import RateLimit
-from launcher.train.monitoring import anomalies
-from launcher.train.monitoring.anomalies import STALL_FACTOR, AnomalyDetector, StallAlarm
+from launcher.train.monitoring.anomalies import AnomalyDetector
 from launcher.train.monitoring.step_metrics import DeviceReadings, RankStats, estimate_work
 
 
@@ -143,67 +138,3 @@ def test_an_xid_on_several_gpus_is_one_alert() -> None:
     nvlink, lost = AnomalyDetector("cuda", "runs/demo").faults(ranks, HOSTS)
     assert nvlink.startswith(f"Xid 74 on 3 GPUs, the first of them GPU 0 of {HOSTS[0]}: ")
     assert lost.startswith(f"Xid 79 on GPU 2 of {HOSTS[2]}: ")
-
-
-class ManualAlarm:
-    """A stall alarm with a manual clock; records alerts."""
-
-    def __init__(self, min_stall_s: float = 0.0) -> None:
-        self.now, self.alerts = 0.0, list[tuple[str, int]]()
-        self.stall_alarm = StallAlarm(lambda text, step: self.alerts.append((text, step)), min_stall_s, lambda: self.now)
-
-    def train(self, steps_s: list[float]) -> None:
-        for step, seconds in enumerate(steps_s):
-            self.now += seconds
-            self.stall_alarm.beat("training", step)
-
-    def look_after(self, seconds: float) -> list[tuple[str, int]]:
-        self.now += seconds
-        self.alerts.clear()
-        self.stall_alarm.check()
-        return self.alerts
-
-
-def test_no_step_for_several_median_steps_is_an_alert() -> None:
-    steps_s = [9.0, 2.0, 2.1, 1.9, 30.0, 2.0]
-    alarm = ManualAlarm()
-    alarm.train(steps_s)
-    # The first step is left out, because its start is unknown.
-    median_s = statistics.median(steps_s[1:])
-    assert alarm.look_after(STALL_FACTOR * median_s - 0.1) == []
-    assert alarm.look_after(0.2) == [("no progress: 20 s in training; a step usually takes 2.0 s", 5)]
-    # Another micro-batch of the same step does not count as progress.
-    alarm.stall_alarm.beat("training", 5)
-    assert len(alarm.look_after(0.0)) == 1
-    alarm.stall_alarm.beat("training", 6)
-    assert alarm.look_after(0.0) == []
-
-
-def test_a_stall_has_a_minimum_where_steps_are_short() -> None:
-    alarm = ManualAlarm(min_stall_s=60.0)
-    alarm.train([0.1] * 10)
-    assert alarm.look_after(59.0) == []
-    assert len(alarm.look_after(2.0)) == 1
-
-
-@pytest.mark.parametrize(
-    "phases, silent_s",
-    [(["training"], 1e6), (["training", "training", "saving"], 899.0), (["training", "training", "finishing"], 1e6)],
-)
-def test_the_first_step_a_save_and_the_end_are_no_stall(phases: list[str], silent_s: float) -> None:
-    alarm = ManualAlarm()
-    for step, phase in enumerate(phases):
-        alarm.now += 2.0
-        alarm.stall_alarm.beat(phase, step)
-    assert alarm.look_after(silent_s) == []
-
-
-def test_a_thread_checks_until_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(anomalies, "_CHECK_INTERVAL_S", 0.01)
-    alerted = threading.Event()
-    stall_alarm = StallAlarm(lambda text, step: alerted.set(), min_stall_s=0.0)
-    for step in range(3):
-        stall_alarm.beat("training", step)
-    assert stall_alarm.start() is stall_alarm
-    assert alerted.wait(30)
-    stall_alarm.stop()

@@ -123,7 +123,7 @@ def monitor(plan_of: PlanOf, tmp_path: Path, recorder: EventRecorder) -> Iterato
     dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
     plan = plan_of().model_copy(update={"run_dir": str(tmp_path)})
     tracker = Composite([recorder])  # type: ignore[list-item]
-    made = Monitor(plan, RankInfo(0, 0, 1, 2, 0), torch.device("cpu"), nn.Module(), tracker, lambda phase, step: None)
+    made = Monitor(plan, RankInfo(0, 0, 1, 2, 0), torch.device("cpu"), nn.Module(), tracker)
     yield made
     made.stop()
     dist.destroy_process_group()

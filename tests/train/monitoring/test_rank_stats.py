@@ -326,7 +326,7 @@ def test_what_gpus_measure_and_cost_is_in_wandb(
     run = hand_made.run(plan, Attempt(None))
     tracker = start_trackers(plan, run.root, 1, on_stop=lambda: None)
     dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
-    monitor = Monitor(plan, RankInfo(0, 0, 1, 1), GPU, nn.Module(), tracker, lambda phase, step: None)
+    monitor = Monitor(plan, RankInfo(0, 0, 1, 1), GPU, nn.Module(), tracker)
     meter = Meter(plan, 40, attempt=1, restart=0, peak_tflops=989.0)
     batches = TrainBatches(rows_of_eight(plan.batch.global_batch_size), plan.batch, 0, 0, plan.topology.world_size, pad_id=0)
     monitor.start_training(0)
