@@ -177,16 +177,15 @@ def _list_values(starter: StarterSettings, composed: Composed) -> dict[str, Any]
     run_file, options = composed.origins.run_file, composed.origins.choices
     typed = {override_key(token) for token in composed.overrides if "=" in token or token.startswith("~")}
     typed |= set() if run_file is None else set(run_file.keys)
-    named = tuple(f"{key}{end}" for key in (*typed, *starter.reasons) for end in (".", "["))
+    # The setting of a key, such as data.sources of data.sources[0].path.
+    given = {".".join(re.split(r"[.\[]", key)[:2]) for key in (*typed, *starter.reasons)}
     values: dict[str, Any] = {"experiment": options.get("experiment")} if "experiment" in typed else {}
     for section, content in after.items():
         is_whole = section in typed and section not in GROUPS
         own = {
             name: value
             for name, value in content.items()
-            if is_whole
-            or value != before[section].get(name)
-            or any(key.startswith((f"{section}.{name}.", f"{section}.{name}[")) for key in named)
+            if is_whole or value != before[section].get(name) or f"{section}.{name}" in given
         }
         option = options.get(section)
         if option is not None and not (conf_dir() / section / f"{option}.yaml").is_file():

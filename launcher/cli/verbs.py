@@ -363,8 +363,8 @@ TABLE = (
           _ROOT, _JSON)),
 
     Verb("config", "Organize", "config:print_settings", "[RUN | FILE] [overrides]",
-         "Print the settings of a run, or of a command line, as a file for `plan FILE` and `train FILE`. It names no options of "
-         "groups, but has what differs from the defaults. Values that may be secrets are hidden.",
+         "Print the settings of a run, or of a command line, as a file for `plan FILE` and `train FILE`. The file lists the "
+         "values that differ from the defaults, and names no options of groups. Values that may be secrets are hidden.",
          (_arg("RUN", "a run, or a file of settings; without either, the overrides alone are printed", nargs="?"), _OVERRIDES,
           _switch("--json", "print every setting as JSON, defaults included"), _ROOT),
          takes_settings=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from forked import ForkingWorkers
 from launcher.cli import worker_process
 from launcher.cli.init import format_file
 from launcher.cli.main import main
+from launcher.config.command_line import conf_dir
+from launcher.config.compose import compose_one
 
 Typed = Callable[..., tuple[int, str, str]]
 GPUS = ("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
@@ -174,6 +177,25 @@ def test_without_data_it_writes_the_demonstration(typed: Typed) -> None:
     assert (code, out.splitlines()[0]) == (0, "wrote run.yaml"), err
     content = yaml.safe_load(Path("run.yaml").read_text())
     assert (content["data"], content["train"]) == ("stdlib_docs", {"max_steps": 16})
+
+
+@pytest.mark.rest
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("base.yaml", "eval.every=9"),
+        ("model=tiny", "data.checks.truncated=fail", "eval={every: 0}", "++optim.lr=1e-5"),
+        ("model=tiny", "~tracking"),
+        ("--config-dir", "own", "model=mine"),
+    ],
+)
+def test_the_file_has_everything_that_was_typed(typed: Typed, words: tuple[str, ...]) -> None:
+    Path("base.yaml").write_text("{model: tiny, tracking: none, data: {checks: {truncated: fail}}, eval: {every: 7}}")
+    (Path("own") / "model").mkdir(parents=True)
+    shutil.copy(conf_dir() / "model" / "tiny.yaml", "own/model/mine.yaml")
+    code, _, err = typed("init", *words, "--out", "2024.yaml")
+    assert code == 0, err
+    assert compose_one(["2024.yaml"]).config == compose_one(words).config
 
 
 def test_nothing_is_overwritten(typed: Typed) -> None:

@@ -158,10 +158,6 @@ class DocumentBatch:
     columns: Mapping[str, str] = field(default_factory=dict)
     ignored_keys: tuple[str, ...] = ()
 
-    @property
-    def brings_split(self) -> bool:
-        return not isinstance(self.rows, Block)
-
     def split(self) -> Iterator[DocumentBatch]:
         """Yield a batch per row, so that rows next to an unusable row can be read. Raises DataError as `documents` does."""
         rows = split_block(self.rows) if isinstance(self.rows, Block) else ((row,) for row in self.rows)

@@ -27,6 +27,7 @@ from launcher.data.checks import inspection
 from launcher.data.checks.findings import CheckHit, Hits
 from launcher.data.schema import COLUMNS
 from launcher.data.sources.documents import Document
+from launcher.data.sources.files import Block
 from launcher.data.sources.formats import redact_keys
 from launcher.data.sources.reading import DocumentBatch, RowProblems, list_inputs
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
@@ -216,7 +217,7 @@ class BatchEncoder:
         rows = [*task.batch.documents(unread_keys)]
         if task.held_out is not None:
             rows = [(document, task.held_out) for document, is_held_out in rows if not is_held_out]
-        is_by_hash = task.held_out is None and not task.batch.brings_split
+        is_by_hash = task.held_out is None and isinstance(task.batch.rows, Block)
         documents, num_completions, num_written = [document for document, _ in rows], 0, 0
         if self.encoder.has_template:
             completions = self._completions[task.source]
